@@ -1,0 +1,1 @@
+"""What a verified token says of an org. Pure."""

@@ -1,0 +1,54 @@
+"""The only module that reads the wall clock, so that tests can move it by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What the worker knows of time."""
+
+    def now(self) -> datetime:
+        """The current instant, aware, in UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never goes back; comparable between processes of one boot."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the monotonic clock."""
+        ...
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+def to_text(instant: datetime) -> str:
+    """An instant as RFC 3339 UTC with microseconds and `Z`: 27 characters that sort as text."""
+    return instant.astimezone(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+
+
+def from_text(text: str) -> datetime:
+    """The instant that an RFC 3339 text with an offset or `Z` names, in UTC.
+
+    Raises:
+        ValueError: the text is no such instant, or names none exactly (no offset).
+    """
+    instant = datetime.fromisoformat(text)
+    if instant.tzinfo is None:
+        raise ValueError(f"{text!r} has no offset; write it with Z, such as 2027-01-01T08:00:00Z")
+    return instant.astimezone(UTC)

@@ -1,0 +1,177 @@
+"""Every exception of the project, drawn as a tree.
+
+WorkerError
+├── UsageError                 the command line or a request is malformed
+├── NotFound                   the thing named does not exist
+├── Conflict                   the state of the thing forbids the change
+├── ConfigurationError         worker.toml, the key ring or the schema version
+├── DefinitionError            InvalidTrigger, UnknownHandler
+├── TokenError
+│   ├── CredentialsRejected    the issuer answered that it does not know this client or secret
+│   ├── RequestRejected        the issuer refused the request itself: audience, scope, grant type
+│   ├── Throttled              the issuer asked for fewer requests (transient)
+│   └── TokenRefused           a token that fails verification or enforcement
+├── AccessDenied               a caller of ours may not see or do this
+├── LeaseLost                  this process no longer owns the run
+└── Unavailable                IssuerUnavailable, StoreUnavailable, Busy (transient)
+
+The class says what happened and whether a retry may help; the message says which
+org and run and what to do. No secret, no token and no full claim set stands in one.
+"""
+
+from __future__ import annotations
+
+
+class WorkerError(Exception):
+    """Base of all errors of the project.
+
+    `code` is the stable word for it in JSON and logs, `exit_code` the process exit
+    code, `fix` one sentence that says what to do, `transient` whether another try
+    may help without anybody's doing.
+    """
+
+    code = "error"
+    exit_code = 1
+    transient = False
+
+    def __init__(self, message: str, *, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+
+class UsageError(WorkerError):
+    """The command line or the request is malformed."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class NotFound(WorkerError):
+    """The thing named does not exist, or is another org's."""
+
+    code = "not_found"
+    exit_code = 3
+
+
+class Conflict(WorkerError):
+    """The state of the thing forbids what was asked."""
+
+    code = "conflict"
+    exit_code = 5
+
+
+class ConfigurationError(WorkerError):
+    """`worker.toml`, the environment, the key ring or the schema version is not usable."""
+
+    code = "configuration"
+    exit_code = 78
+
+
+class DefinitionError(WorkerError):
+    """A definition cannot be accepted; `entry` and `field` name the place."""
+
+    code = "definition"
+    exit_code = 78
+
+    def __init__(self, message: str, *, entry: str = "", field: str = "", fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.entry = entry
+        self.field = field
+
+
+class InvalidTrigger(DefinitionError):
+    """A schedule or zone that cannot be read, or that can never fire."""
+
+    code = "invalid_trigger"
+
+
+class UnknownHandler(DefinitionError):
+    """No installed distribution offers the handler, or it does not load."""
+
+    code = "unknown_handler"
+
+
+class TokenError(WorkerError):
+    """No usable token for an org."""
+
+    code = "token"
+
+
+class CredentialsRejected(TokenError):
+    """The issuer answered `invalid_client` or the like: another try does not help (RFC 6749, 5.2)."""
+
+    code = "credentials_rejected"
+
+
+class RequestRejected(TokenError):
+    """The issuer refused the request itself, such as `invalid_scope` (RFC 6749, 5.2)."""
+
+    code = "request_rejected"
+
+
+class Throttled(TokenError):
+    """The issuer asked for fewer requests; `retry_after` is in seconds."""
+
+    code = "throttled"
+    transient = True
+
+    def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.retry_after = retry_after
+
+
+class TokenRefused(TokenError):
+    """A token that fails verification or enforcement: the run is refused.
+
+    `reason` is a run's reason (org_mismatch, client_mismatch, scope_missing,
+    property_missing, token_invalid), `detail` the verifier's own code or the name
+    of the scope or property.
+    """
+
+    code = "token_refused"
+
+    def __init__(self, reason: str, detail: str, message: str = "") -> None:
+        super().__init__(message or f"token refused: {reason} ({detail})")
+        self.reason = reason
+        self.detail = detail
+
+
+class AccessDenied(WorkerError):
+    """The caller may not see or do this."""
+
+    code = "denied"
+    exit_code = 4
+
+
+class LeaseLost(WorkerError):
+    """This process no longer owns the run: a newer fencing token exists, or the run ended."""
+
+    code = "lease_lost"
+
+
+class Unavailable(WorkerError):
+    """Something outside did not answer; another try may help."""
+
+    code = "unavailable"
+    exit_code = 69
+    transient = True
+
+
+class IssuerUnavailable(Unavailable):
+    """The issuer gave no answer, a 5xx, or no well-formed one."""
+
+    code = "issuer_unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """The database did not answer."""
+
+    code = "database_unavailable"
+
+
+class Busy(Unavailable):
+    """Another process holds what this one needs; try later."""
+
+    code = "busy"
+    exit_code = 75

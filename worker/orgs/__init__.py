@@ -1,0 +1,1 @@
+"""A customer organisation, and what its states stop. Pure."""

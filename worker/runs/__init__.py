@@ -1,0 +1,1 @@
+"""One instant of one definition: its states, its lease, its outcome. Pure."""
