@@ -81,3 +81,16 @@ class OwnedRun:
     id: RunId
     fencing_token: int
     cancel_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What an attempt needs to know of its run's org and definition; `spec` is the run's revision."""
+
+    org_id: OrgId
+    org_code: str
+    org_name: str
+    org_timezone: str | None
+    issuer: str
+    definition_name: str
+    spec: Mapping[str, Any]
