@@ -1,0 +1,1 @@
+"""The loops that carry a definition to its outcome, and the processes that handlers run in."""

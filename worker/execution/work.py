@@ -1,0 +1,145 @@
+"""What an attempt hands to a runner: the work, the line back to the worker, and the way to stop it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Protocol
+
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims
+from worker.ids import RunId
+from worker.runs.outcome import Outcome
+from worker.runs.run import Isolation
+
+StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All that a handler needs for one attempt; nothing of another org.
+
+    `entry_point` is `module:attribute`, `timeout_at` the instant of the run's
+    deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved.
+    """
+
+    run_id: RunId
+    attempt: int
+    fencing_token: int
+    idempotency_key: str
+    scheduled_for: datetime
+    org_code: str
+    org_name: str
+    definition: str
+    handler: str
+    entry_point: str
+    params: Mapping[str, Any]
+    claims: Claims = field(repr=False)
+    token: AccessToken = field(repr=False)
+    api_origins: tuple[str, ...]
+    timeout_at: datetime
+    checkpoint: Any = field(default=None, repr=False)
+    memory: int | None = None
+    isolation: Isolation = "child"
+
+
+class Link(Protocol):
+    """What a running handler may ask of the worker, for its own run and org only.
+
+    Called on the worker's loop. Texts come from the handler: the worker masks them.
+    """
+
+    async def save(self, data_json: str) -> None:
+        """Store a checkpoint, fenced and durable; raises LeaseLost."""
+        ...
+
+    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        """A token with some life left, minted anew if `fresh`; raises TokenError, Unavailable."""
+        ...
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None:
+        """The newest progress; may be called often."""
+        ...
+
+    def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
+        """A line of the run's log; `source` is log, stdout or stderr, `at` when not now."""
+        ...
+
+    def started(self) -> None:
+        """Params and settings are valid, the handler is being called."""
+        ...
+
+    def used(self, peak_memory: int) -> None:
+        """The most memory that the run's process had, in bytes."""
+        ...
+
+
+class Runner(Protocol):
+    """Where handlers run: in child processes, or inline in the worker's loop."""
+
+    async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
+        """Run the handler to its end; when this returns nothing of it is left running."""
+        ...
+
+
+class Stop:
+    """The way to end one attempt early, in the hands of whoever started it.
+
+    Made and used on the worker's loop. The first reason stays; a later request can
+    only shorten the grace. `interrupt_at` and `kill_at` are on the loop's clock.
+    """
+
+    def __init__(self) -> None:
+        self.reason: StopReason | None = None
+        self.grace = 0.0
+        self.interrupt_at = self.kill_at = float("inf")
+        self.requested = asyncio.Event()
+        self.killed = False
+        self._changed = asyncio.Event()
+        self._frozen_since: float | None = None
+        self._frozen = 0.0
+
+    def request(self, reason: StopReason, grace: float) -> None:
+        """Ask the handler to end: told at once, interrupted at half of `grace` seconds, then killed."""
+        now = asyncio.get_running_loop().time()
+        self.reason = self.reason or reason
+        if now + grace < self.kill_at:
+            self.grace = grace
+            self.kill_at = now + grace
+            self.interrupt_at = min(self.interrupt_at, now + grace / 2)
+        self.requested.set()
+        self._changed.set()
+
+    def kill(self) -> None:
+        """End it now without a word: the lease is lost, and the caller drops the outcome."""
+        self.killed = True
+        self.kill_at = self.interrupt_at = float("-inf")
+        self.requested.set()
+        self._changed.set()
+
+    async def changed(self, until: float = float("inf")) -> None:
+        """Return at the next request or kill, or when the loop's clock reaches `until`."""
+        delay = until - asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(None if delay == float("inf") else max(delay, 0)):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        self._changed.clear()
+
+    def freeze(self, at: float) -> None:
+        """The run stands still since `at` (monotonic), because the lease is not renewed."""
+        self._frozen_since = self._frozen_since or at
+
+    def thaw(self, at: float) -> None:
+        """The run goes on since `at` (monotonic)."""
+        if self._frozen_since is not None:
+            self._frozen += max(at - self._frozen_since, 0.0)
+            self._frozen_since = None
+
+    def frozen_seconds(self, now: float) -> float:
+        """How long the run has stood still up to `now`; that time does not count against its timeout."""
+        standing = 0.0 if self._frozen_since is None else max(now - self._frozen_since, 0.0)
+        return self._frozen + standing

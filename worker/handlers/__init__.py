@@ -1,0 +1,1 @@
+"""The plug-in seam, seen from the handler's side: `@job`, `Context`, the catalogue."""
