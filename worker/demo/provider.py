@@ -1,0 +1,220 @@
+"""A development identity provider with Kinde's token endpoint, token layout and errors.
+
+It can misbehave on request, in-process or through `/control`, and counts what it is
+asked. It shares no code with `worker.tokens`, so that neither hides the other's mistakes.
+Alone: `python -m worker.demo.provider --port 0 --orgs FILE` prints its URL as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+
+from worker.clock import Clock, SystemClock
+from worker.demo.applications import Application, Fault
+from worker.demo.control import control_routes
+from worker.demo.keys import KeyRotation
+from worker.demo.serving import ServerThread, bind_loopback, make_server, url_of
+
+NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+class TokenRefusal(Exception):
+    """A token request that gets an error answer (RFC 6749, section 5.2)."""
+
+    def __init__(self, code: str, description: str, status: int = 400) -> None:
+        super().__init__(description)
+        self.code = code
+        self.description = description
+        self.status = status
+
+    def as_response(self) -> JSONResponse:
+        body = {"error": self.code, "error_description": self.description}
+        return JSONResponse(body, status_code=self.status, headers=NO_STORE)
+
+
+class Provider:
+    """The provider's applications, keys, faults and counts; `asgi()` is its HTTP side."""
+
+    def __init__(
+        self, url: str, applications: Iterable[Application] = (), *, clock: Clock | None = None
+    ) -> None:
+        self.url = url
+        self.keys = KeyRotation()
+        self.applications = {app.client_id: app for app in applications}
+        self.faults: dict[str, Fault] = {}
+        self.requests: Counter[str] = Counter()
+        self.token_requests: Counter[str] = Counter()
+        self.jwks_fault: Fault | None = None
+        self._clock = clock or SystemClock()
+
+    def add(self, application: Application) -> None:
+        """Add an application, or put it in the place of the one with its client id."""
+        self.applications[application.client_id] = application
+
+    def misbehave(self, fault: Fault | None, client_id: str = "*") -> None:
+        """Set the fault for a client, or with `*` for all without one of their own; None ends it."""
+        if fault is None:
+            self.faults.pop(client_id, None)
+        else:
+            self.faults[client_id] = fault
+
+    def counts(self) -> dict[str, Any]:
+        """How often each endpoint was asked, and the token endpoint by each client."""
+        return {"requests": dict(self.requests), "token_requests": dict(self.token_requests)}
+
+    def asgi(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/oauth2/token", self._token, methods=["POST"]),
+                Route("/.well-known/openid-configuration", self._discovery),
+                Route("/.well-known/jwks", self._jwks),
+                Mount("/control", routes=control_routes(self)),
+            ]
+        )
+
+    async def _token(self, request: Request) -> Response:
+        self.requests["token"] += 1
+        fields = dict(parse_qsl((await request.body()).decode("utf-8", "replace")))
+        client_id = fields.get("client_id", "")
+        self.token_requests[client_id] += 1
+        fault = self._take_fault(client_id)
+        if fault.delay:
+            await asyncio.sleep(fault.delay)
+        if fault.status is not None:
+            return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
+        try:
+            return JSONResponse(self._grant(fields, fault), headers=NO_STORE)
+        except TokenRefusal as refusal:
+            return refusal.as_response()
+
+    def _take_fault(self, client_id: str) -> Fault:
+        """The fault that holds for this request; one with `times` wears off."""
+        key = client_id if client_id in self.faults else "*"
+        fault = self.faults.get(key)
+        if fault is None:
+            return Fault()
+        if fault.times is not None:
+            left = fault.times - 1
+            self.misbehave(replace(fault, times=left) if left > 0 else None, key)
+        return fault
+
+    def _grant(self, fields: Mapping[str, str], fault: Fault) -> dict[str, Any]:
+        """The token response for a well-formed request of a known client."""
+        if fields.get("grant_type") != "client_credentials":
+            raise TokenRefusal("unsupported_grant_type", "grant_type must be client_credentials")
+        app = self.applications.get(fields.get("client_id", ""))
+        if app is None or not app.accepts(fields.get("client_secret", "")):
+            raise TokenRefusal("invalid_client", "Client authentication failed", 401)
+        audience = fields.get("audience")
+        if not audience:
+            raise TokenRefusal("invalid_request", "The request is missing the parameter audience")
+        if audience not in app.audiences:
+            raise TokenRefusal("unauthorized_client", f"Not authorized for audience '{audience}'")
+        scopes = tuple(fields.get("scope", "").split()) or app.scopes
+        if foreign := [scope for scope in scopes if scope not in app.scopes]:
+            raise TokenRefusal("invalid_scope", f"Not allowed to request scope '{foreign[0]}'")
+        claims = self._claims(app, audience, scopes, fault)
+        sign = self.keys.forge if fault.forged else self.keys.sign
+        return {
+            "access_token": sign(claims, typ=fault.typ),
+            "expires_in": app.lifetime if fault.lifetime is None else fault.lifetime,
+            "scope": " ".join(scopes),
+            "token_type": "bearer",
+        }
+
+    def _claims(self, app: Application, audience: str, scopes: Sequence[str], fault: Fault) -> dict[str, Any]:
+        issued_at = int(self._clock.now().timestamp()) - fault.age
+        lifetime = app.lifetime if fault.lifetime is None else fault.lifetime
+        claims = {
+            "aud": [audience],
+            "azp": app.client_id,
+            "exp": issued_at + lifetime,
+            "gty": ["client_credentials"],
+            "iat": issued_at,
+            "iss": self.url,
+            "jti": secrets.token_hex(16),
+            "scope": " ".join(scopes),
+            "scp": list(scopes),
+            "v": "2",
+            **app.as_claims(),
+        }
+        kept = {name: value for name, value in claims.items() if name not in fault.drop}
+        return kept | dict(fault.replace)
+
+    async def _discovery(self, request: Request) -> Response:
+        self.requests["discovery"] += 1
+        return JSONResponse(
+            {
+                "issuer": self.url,
+                "token_endpoint": f"{self.url}/oauth2/token",
+                "jwks_uri": f"{self.url}/.well-known/jwks",
+                "grant_types_supported": ["client_credentials"],
+                "token_endpoint_auth_methods_supported": ["client_secret_post"],
+                "id_token_signing_alg_values_supported": ["RS256"],
+            }
+        )
+
+    async def _jwks(self, request: Request) -> Response:
+        self.requests["jwks"] += 1
+        fault = self.jwks_fault or Fault()
+        if fault.delay:
+            await asyncio.sleep(fault.delay)
+        if fault.status is not None:
+            return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
+        return JSONResponse(self.keys.as_jwks())
+
+
+def serve_provider(
+    applications: Iterable[Application] = (), *, clock: Clock | None = None
+) -> tuple[Provider, ServerThread]:
+    """A provider on a free loopback port, served from a thread that is already running."""
+    listener = bind_loopback()
+    provider = Provider(url_of(listener), applications, clock=clock)
+    return provider, ServerThread(provider.asgi(), listener).start()
+
+
+def read_applications(path: str) -> list[Application]:
+    """The applications of a JSON file: a list of objects with the fields of `Application`."""
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a list of applications")
+    return [Application.from_json(item) for item in data]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve a provider until SIGINT or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m worker.demo.provider", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--orgs", default="", help="JSON file: a list of applications")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        applications = read_applications(options.orgs) if options.orgs else []
+    except (OSError, ValueError) as error:
+        print(f"{options.orgs}: {error}", file=sys.stderr)
+        return 2
+    listener = bind_loopback(options.port)
+    provider = Provider(url_of(listener), applications)
+    print(json.dumps({"url": provider.url}), flush=True)
+    make_server(provider.asgi()).run(sockets=[listener])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

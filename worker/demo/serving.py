@@ -1,0 +1,64 @@
+"""ASGI applications on loopback, each in a thread with a loop of its own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+
+
+def bind_loopback(port: int = 0) -> socket.socket:
+    """A listening socket on 127.0.0.1; port 0 takes a free one.
+
+    It listens at once, so that a request sent before the server runs only waits.
+    """
+    listener = socket.create_server(("127.0.0.1", port), backlog=512)
+    listener.set_inheritable(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The base URL of a bound socket, without a slash at its end."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def make_server(app: ASGIApp) -> uvicorn.Server:
+    """A quiet uvicorn server that does not wait long for open connections at its end."""
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    )
+
+
+class ServerThread:
+    """One application served from a thread until `stop()`; also a context manager."""
+
+    def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
+        self.url = url_of(listener)
+        self._listener = listener
+        self._server = make_server(app)
+        self._thread = threading.Thread(
+            target=self._server.run,
+            kwargs={"sockets": [listener]},
+            name=f"serve {self.url}",
+            daemon=True,
+        )
+
+    def start(self) -> ServerThread:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Close the socket and wait for the thread; calling it again does nothing."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        self._listener.close()
+
+    def __enter__(self) -> ServerThread:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
