@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from datetime import datetime
 from typing import NewType
 
 OrgId = NewType("OrgId", str)
@@ -28,3 +29,14 @@ def new_id() -> str:
     head = moment >> 12 << 16 | 0x7000 | moment & 0xFFF
     text = f"{head:016x}{tail:016x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def lowest_id(since: datetime) -> str:
+    """An id lower than all that are made from `since` on, an hour of clock skew allowed.
+
+    Instants ahead of this machine's clock count as now, so that a clock moved by
+    hand, which these ids do not follow, hides nothing.
+    """
+    moment = min(int(since.timestamp() * 1000), time.time_ns() // 1_000_000) - 3_600_000
+    head = f"{max(moment, 0):012x}"
+    return f"{head[:8]}-{head[8:]}-7000-8000-000000000000"

@@ -1,0 +1,56 @@
+"""What the installed distributions offer, as the children that imported them reported it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, delete, select
+
+from worker.handlers.catalogue import HandlerEntry
+from worker.store import tables
+from worker.store.upsert import upsert
+
+Row = dict[str, Any]
+
+_catalogue = tables.catalogue
+_KEY = ("name", "distribution")
+_COLUMNS = tuple(column.name for column in _catalogue.columns)
+_REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
+
+
+def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime) -> None:
+    """Store what children reported, one row a name and distribution."""
+    rows = [
+        {name: value for name, value in asdict(entry).items() if name in _COLUMNS} | {"seen_at": at}
+        for entry in entries
+    ]
+    for row in rows:
+        row["scopes"] = sorted(row["scopes"])
+    if rows:
+        connection.execute(upsert(connection, _catalogue, _KEY, _REPLACED), rows)
+
+
+def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()) -> None:
+    """Remove the rows of a distribution whose names it no longer has."""
+    connection.execute(
+        delete(_catalogue).where(
+            _catalogue.c.distribution == distribution, _catalogue.c.name.not_in(sorted(but))
+        )
+    )
+
+
+def versions(connection: Connection) -> dict[str, str]:
+    """The version of each distribution that has rows."""
+    rows = connection.execute(select(_catalogue.c.distribution, _catalogue.c.version).distinct())
+    return {distribution: version for distribution, version in rows}
+
+
+def entries(connection: Connection, name: str | None = None) -> list[Row]:
+    """All rows by name and distribution, the broken ones too; those of one name if given."""
+    query = select(_catalogue).order_by(_catalogue.c.name, _catalogue.c.distribution)
+    if name is not None:
+        query = query.where(_catalogue.c.name == name)
+    return [dict(row) for row in connection.execute(query).mappings()]

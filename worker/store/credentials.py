@@ -1,0 +1,84 @@
+"""An org's credentials, generation by generation; the secret itself stays sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, func, insert, select, update
+
+from worker.ids import OrgId
+from worker.store import tables
+
+Row = dict[str, Any]
+
+_credentials = tables.credentials
+
+
+def last_generation(connection: Connection, org_id: OrgId) -> int:
+    """The newest generation's number, 0 where the org never had a credential."""
+    newest = select(func.max(_credentials.c.generation)).where(_credentials.c.org_id == org_id)
+    return connection.execute(newest).scalar() or 0
+
+
+def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert credentials whose secret is sealed, or named by reference."""
+    if rows:
+        connection.execute(insert(_credentials), [dict(row) for row in rows])
+
+
+def active(connection: Connection, org_id: OrgId) -> list[Row]:
+    """The org's active credentials with their sealed secrets, newest first."""
+    query = (
+        select(_credentials)
+        .where(_credentials.c.org_id == org_id, _credentials.c.state == "active")
+        .order_by(_credentials.c.generation.desc())
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def find(connection: Connection, org_id: OrgId, generation: int) -> Row | None:
+    """One generation of the org's credentials."""
+    query = select(_credentials).where(
+        _credentials.c.org_id == org_id, _credentials.c.generation == generation
+    )
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
+def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
+    """End one generation; false where it is retired already or does not exist."""
+    retired = connection.execute(
+        update(_credentials)
+        .where(
+            _credentials.c.org_id == org_id,
+            _credentials.c.generation == generation,
+            _credentials.c.state == "active",
+        )
+        .values(state="retired", retired_at=at)
+    )
+    return retired.rowcount == 1
+
+
+def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
+    """Retire all of an org's credentials and forget their secrets; how many there were."""
+    mine = _credentials.c.org_id == org_id
+    connection.execute(
+        update(_credentials)
+        .where(mine, _credentials.c.state == "active")
+        .values(state="retired", retired_at=at)
+    )
+    destroyed = connection.execute(update(_credentials).where(mine).values(sealed=None, reference=None))
+    return destroyed.rowcount
+
+
+def used(
+    connection: Connection, org_id: OrgId, credential_id: str, *, at: datetime, error: str | None
+) -> None:
+    """Note one use of a credential and how it went; `error` is the issuer's code, or None."""
+    connection.execute(
+        update(_credentials)
+        .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
+        .values(last_used_at=at, uses=_credentials.c.uses + 1, last_error=error)
+    )

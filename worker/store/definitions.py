@@ -1,0 +1,168 @@
+"""The definitions, their revisions and their place in the schedule, changed by operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, insert, select, update
+
+from worker.errors import Conflict, NotFound
+from worker.ids import DefinitionId, OrgId
+from worker.store import tables
+from worker.store.chunks import chunks
+from worker.store.upsert import upsert
+
+Row = dict[str, Any]
+
+_definitions = tables.definitions
+_revisions = tables.definition_revisions
+_schedule = tables.schedule
+_orgs = tables.orgs
+
+
+def _query() -> Select[Any]:
+    """Definitions with their current spec, what their org says, and when they are due next."""
+    return (
+        select(
+            _definitions,
+            _revisions.c.spec,
+            _orgs.c.code.label("org"),
+            _orgs.c.state.label("org_state"),
+            _orgs.c.timezone.label("org_timezone"),
+            _schedule.c.next_scheduled_for,
+            _schedule.c.next_fire_at,
+        )
+        .join(_orgs, _orgs.c.id == _definitions.c.org_id)
+        .join(
+            _revisions,
+            (_revisions.c.definition_id == _definitions.c.id)
+            & (_revisions.c.revision == _definitions.c.revision),
+        )
+        .outerjoin(_schedule, _schedule.c.definition_id == _definitions.c.id)
+        .order_by(_definitions.c.id)
+    )
+
+
+def find(connection: Connection, org_id: OrgId, name: str) -> Row | None:
+    """The definition of that name, closed or not; nothing is locked."""
+    query = _query().where(_definitions.c.org_id == org_id, _definitions.c.name == name)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
+def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock: bool = False) -> Row:
+    """As `find`, locked against firing and against other edits if asked.
+
+    Raises:
+        NotFound: the org has no such definition.
+    """
+    if lock:
+        ids = select(_definitions.c.id).where(_definitions.c.org_id == org_id, _definitions.c.name == name)
+        _lock(connection, ids)
+    row = find(connection, org_id, name)
+    if row is None:
+        raise NotFound(
+            f"org {org} has no definition {name}",
+            fix=f"`definitions list --org {org}` names those it has, `apply` makes one",
+        )
+    return row
+
+
+def lock_org(connection: Connection, org_id: OrgId) -> list[Row]:
+    """All definitions of one org that are not closed, locked against firing and against other edits."""
+    open_ones = (_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
+    _lock(connection, select(_definitions.c.id).where(*open_ones))
+    return [dict(row) for row in connection.execute(_query().where(*open_ones)).mappings()]
+
+
+def lock_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> list[Row]:
+    """All definitions of these orgs, closed ones too, locked as by `lock_org`."""
+    rows: list[Row] = []
+    for part in chunks(sorted(set(org_ids))):
+        ours = _definitions.c.org_id.in_(part)
+        _lock(connection, select(_definitions.c.id).where(ours))
+        rows.extend(dict(row) for row in connection.execute(_query().where(ours)).mappings())
+    return rows
+
+
+def _lock(connection: Connection, ids: Select[Any]) -> None:
+    # The rows are read by a later statement: on PostgreSQL a statement that waited for
+    # a lock still sees the other tables as they were before the wait.
+    if connection.dialect.name == "postgresql":
+        in_order = ids.order_by(_definitions.c.id)
+        connection.execute(in_order.with_for_update()).all()
+        connection.execute(
+            select(_schedule.c.definition_id)
+            .where(_schedule.c.definition_id.in_(ids))
+            .order_by(_schedule.c.definition_id)
+            .with_for_update()
+        ).all()
+
+
+def insert_for_all_orgs(
+    connection: Connection,
+    definitions: Sequence[Mapping[str, Any]],
+    revisions: Sequence[Mapping[str, Any]],
+) -> None:
+    """Insert new definitions with their first revisions, and the new revisions of others."""
+    if definitions:
+        connection.execute(insert(_definitions), [dict(row) for row in definitions])
+    if revisions:
+        connection.execute(insert(_revisions), [dict(row) for row in revisions])
+
+
+def change(
+    connection: Connection,
+    org_id: OrgId,
+    definition_id: DefinitionId,
+    values: Mapping[str, Any],
+    *,
+    at: datetime,
+    revision: int,
+) -> None:
+    """Change columns of one definition that is still at `revision`.
+
+    Raises:
+        Conflict: somebody else has changed it meanwhile.
+    """
+    changed = connection.execute(
+        update(_definitions)
+        .where(
+            _definitions.c.org_id == org_id,
+            _definitions.c.id == definition_id,
+            _definitions.c.revision == revision,
+        )
+        .values(**values, updated_at=at)
+    )
+    if changed.rowcount != 1:
+        raise Conflict(
+            f"definition {definition_id} was changed by somebody else meanwhile",
+            fix="look at it and try again",
+        )
+
+
+def set_next(
+    connection: Connection,
+    org_id: OrgId,
+    nexts: Sequence[tuple[DefinitionId, datetime | None, datetime | None]],
+) -> None:
+    """Set when definitions of one org are due next: (definition, nominal instant, that plus spread)."""
+    set_next_for_all_orgs(connection, [(org_id, *entry) for entry in nexts])
+
+
+def set_next_for_all_orgs(
+    connection: Connection,
+    nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]],
+) -> None:
+    """As `set_next`, each entry led by its org."""
+    if nexts:
+        statement = upsert(connection, _schedule, ("definition_id",), ("next_scheduled_for", "next_fire_at"))
+        connection.execute(
+            statement,
+            [
+                {"org_id": org, "definition_id": id_, "next_scheduled_for": nominal, "next_fire_at": fire}
+                for org, id_, nominal, fire in nexts
+            ],
+        )

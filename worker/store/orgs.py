@@ -1,0 +1,70 @@
+"""The orgs: looked up by code, changed by operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from worker.errors import NotFound
+from worker.ids import OrgId
+from worker.store import tables
+from worker.store.chunks import chunks
+
+Row = dict[str, Any]
+
+_orgs = tables.orgs
+
+
+def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None:
+    """The org of that code; `lock` keeps other changes of it out until the transaction ends."""
+    query = select(_orgs).where(_orgs.c.code == code)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
+    return None if row is None else dict(row)
+
+
+def require(connection: Connection, code: str, *, lock: bool = False) -> Row:
+    """As `find`.
+
+    Raises:
+        NotFound: there is no such org.
+    """
+    org = find(connection, code, lock=lock)
+    if org is None:
+        raise NotFound(f"there is no org {code}", fix="`orgs list` names the orgs, `orgs add` makes one")
+    return org
+
+
+def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:
+    """The orgs of these codes by code, those that do not exist left out; locked in the codes' order."""
+    found: dict[str, Row] = {}
+    for part in chunks(sorted(set(codes))):
+        query = select(_orgs).where(_orgs.c.code.in_(part)).order_by(_orgs.c.code)
+        rows = connection.execute(query.with_for_update() if lock else query).mappings()
+        found.update((row["code"], dict(row)) for row in rows)
+    return found
+
+
+def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert new orgs; each row has every column but those of `state`."""
+    if rows:
+        connection.execute(insert(_orgs), [dict(row) for row in rows])
+
+
+def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
+    """Change columns of one org."""
+    connection.execute(update(_orgs).where(_orgs.c.id == org_id).values(**values, updated_at=at))
+
+
+def set_state(
+    connection: Connection, org_id: OrgId, state: str, *, by: str, at: datetime, note: str | None
+) -> None:
+    """Set the org's state, with who, when and why."""
+    change(
+        connection,
+        org_id,
+        {"state": state, "state_by": by, "state_at": at, "state_note": note},
+        at=at,
+    )
