@@ -33,6 +33,8 @@ class WorkerError(Exception):
     code = "error"
     exit_code = 1
     transient = False
+    # Seconds after which another try may help, where that is known.
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, fix: str = "") -> None:
         super().__init__(message)

@@ -1,0 +1,192 @@
+"""Profile: how one identity provider is asked for a token, and where its tokens say what."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from worker.errors import ConfigurationError
+
+ClaimPath = tuple[str, ...]
+Asserter = Literal["client", "grant", "caller"]
+ClientAuthentication = Literal["post", "basic", "private_key_jwt"]
+FailureClass = Literal["credential", "configuration", "throttle", "transient"]
+OrgShape = Literal["text", "list", "keys", "audience"]
+ScopesShape = Literal["text", "list"]
+PropertiesShape = Literal["v", "plain"]
+FlagsShape = Literal["t_v", "plain", "names"]
+
+# Only public-key algorithms: a shared key would let each verifier sign (RFC 8725, section 3.1).
+ALGORITHMS = frozenset("RS256 RS384 RS512 PS256 PS384 PS512 ES256 ES384 ES512 EdDSA".split())
+STANDARD_ERRORS: Mapping[str, FailureClass] = {
+    "invalid_client": "credential",
+    "unauthorized_client": "configuration",
+    "invalid_request": "configuration",
+    "invalid_grant": "credential",
+    "invalid_scope": "configuration",
+    "invalid_target": "configuration",
+    "access_denied": "configuration",
+    "unsupported_grant_type": "configuration",
+    "slow_down": "throttle",
+    "temporarily_unavailable": "transient",
+    "server_error": "transient",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one provider's token endpoint takes and what its tokens look like.
+
+    Paths of claims are lists of keys; an empty one means that the provider has no
+    such claim. Paths of endpoints are relative to the issuer's URL; an empty one
+    is looked up in the discovery document.
+    """
+
+    name: str
+    title: str
+    org_asserted_by: Asserter
+    issuer_suffix: str = ""
+    discovery: str = "/.well-known/openid-configuration"
+    token: str = ""
+    keys: str = ""
+
+    client_authentication: ClientAuthentication = "post"
+    assertion_audience: Literal["token_endpoint", "issuer"] = "token_endpoint"
+    assertion_type: str = "JWT"
+    audience_parameter: str = ""
+    org_parameter: str = ""
+    ask_scopes: bool = True
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    reset_headers: tuple[str, ...] = ("RateLimit-Reset", "X-RateLimit-Reset")
+    errors: Mapping[str, FailureClass] = field(default_factory=lambda: STANDARD_ERRORS)
+
+    algorithms: frozenset[str] = frozenset({"RS256"})
+    types: frozenset[str] = frozenset({"jwt", "at+jwt"})
+    type_required: bool = False
+    max_lifetime: timedelta = timedelta(days=1)
+    leeway: timedelta = timedelta(seconds=30)
+
+    org: ClaimPath = ()
+    org_shape: OrgShape = "text"
+    org_prefix: str = ""
+    client: ClaimPath = ()
+    scopes: ClaimPath = ("scope",)
+    scopes_shape: ScopesShape = "text"
+    properties: ClaimPath = ()
+    properties_shape: PropertiesShape = "plain"
+    flags: ClaimPath = ()
+    flags_shape: FlagsShape = "plain"
+
+
+@cache
+def load(name: str) -> Profile:
+    """The shipped profile of that name, or the one in a TOML file, where the name is its path.
+
+    Raises:
+        ConfigurationError: there is none, or it says something a profile cannot say.
+    """
+    if "/" in name or name.endswith(".toml"):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigurationError(f"the profile {name} cannot be read: {error.strerror}") from error
+        return parse(text, source=name)
+    if name not in shipped():
+        raise ConfigurationError(
+            f"no profile is called {name!r}",
+            fix=f"name one of {', '.join(shipped())}, or the path of a TOML file of your own",
+        )
+    text = resources.files("worker.providers").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return parse(text, source=name)
+
+
+@cache
+def shipped() -> tuple[str, ...]:
+    """The names of the profiles that come with the worker."""
+    names = (entry.name for entry in resources.files("worker.providers").iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def parse(text: str, *, source: str) -> Profile:
+    """The profile that a TOML text holds; `source` names it in errors."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"the profile {source} is no TOML: {error}") from error
+    values = {key: _read(key, value, source) for key, value in data.items()}
+    missing = [key for key in ("name", "title", "org_asserted_by", "org", "client") if key not in values]
+    if values.get("org_shape") == "audience" and "org" in missing:
+        missing.remove("org")
+    if missing:
+        raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}")
+    profile = Profile(**values)
+    _check(profile, source)
+    return profile
+
+
+def _check(profile: Profile, source: str) -> None:
+    if profile.org_asserted_by == "caller":
+        raise ConfigurationError(
+            f"the profile {source} is no boundary between orgs: its callers choose the org themselves",
+            fix="use a claim that the provider binds to the client or to its grants",
+        )
+    if not profile.algorithms or not profile.algorithms <= ALGORITHMS:
+        raise ConfigurationError(
+            f"the profile {source} names algorithms that cannot be used",
+            fix=f"algorithms must be some of {', '.join(sorted(ALGORITHMS))}",
+        )
+    if not profile.max_lifetime > timedelta() or not timedelta() <= profile.leeway <= timedelta(minutes=5):
+        raise ConfigurationError(
+            f"the profile {source} needs a max_lifetime above 0 and a leeway between 0s and 5m"
+        )
+
+
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "org_asserted_by": get_args(Asserter),
+    "client_authentication": get_args(ClientAuthentication),
+    "assertion_audience": ("token_endpoint", "issuer"),
+    "org_shape": get_args(OrgShape),
+    "scopes_shape": get_args(ScopesShape),
+    "properties_shape": get_args(PropertiesShape),
+    "flags_shape": get_args(FlagsShape),
+}
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def _read(key: str, value: Any, source: str) -> Any:
+    """One value of the file as its field takes it."""
+    kinds = {item.name: item.type for item in fields(Profile)}
+    kind = str(kinds.get(key, ""))
+    if key in _CHOICES:
+        if value in _CHOICES[key]:
+            return value
+        raise ConfigurationError(f"{source}: {key} must be one of {', '.join(_CHOICES[key])}")
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "timedelta" and isinstance(value, str):
+        if match := re.fullmatch(r"(\d{1,6})([smhd])", value):
+            return timedelta(**{_UNITS[match[2]]: int(match[1])})
+    elif kind in ("ClaimPath", "tuple[str, ...]") and _is_texts(value):
+        return tuple(value)
+    elif kind == "frozenset[str]" and _is_texts(value):
+        return frozenset(item.lower() if key == "types" else item for item in value)
+    elif key == "parameters" and isinstance(value, dict) and _is_texts(list(value.values())):
+        return value
+    elif key == "errors" and isinstance(value, dict) and set(value.values()) <= set(get_args(FailureClass)):
+        return {**STANDARD_ERRORS, **value}
+    if not kind:
+        raise ConfigurationError(f"{source}: a profile has no {key!r}")
+    raise ConfigurationError(f"{source}: {key} cannot be {value!r}")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

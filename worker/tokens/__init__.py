@@ -1,0 +1,1 @@
+"""An org's credentials become an enforced access token."""
