@@ -1,0 +1,183 @@
+"""`assistant.digest`: a support assistant for each org, which reads its knowledge base into a digest.
+
+The knowledge base is read with the org's token over `ctx.http`; the model is asked
+over another client with a credential of its own from the environment, so that the
+org's token never reaches it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field
+
+from worker import Context, PermanentError, Retry, job
+
+# Named in `execution.pass_environment` of worker.toml, else the child does not have it.
+API_KEY_VARIABLE = "ASSISTANT_API_KEY"
+
+
+class Params(BaseModel):
+    """Where the knowledge base and the chat endpoint are; both are base URLs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    knowledge_base: str
+    chat: str
+    collection: str = "faq"
+    page_size: int = Field(3, ge=1, le=100)
+
+
+class Settings(BaseModel):
+    """The org's own configuration, from the properties in its token."""
+
+    model_version: str = "gpt-4"
+    max_tokens: int = Field(1000, ge=1)
+    language: str = "en"
+
+
+class Page(BaseModel):
+    """One page of the knowledge base; `next` is None on the last."""
+
+    articles: list[dict[str, str]]
+    next: int | None = None
+
+    def as_text(self) -> str:
+        return "\n\n".join(f"[{item['id']}] {item['title']}\n{item['text']}" for item in self.articles)
+
+
+class ChatBusy(Exception):
+    """The chat endpoint asked to wait for `after`."""
+
+    def __init__(self, after: timedelta) -> None:
+        super().__init__(f"the chat endpoint asks to wait {after}")
+        self.after = after
+
+
+class Chat:
+    """An OpenAI-compatible chat endpoint, asked with the org's model and limit."""
+
+    def __init__(self, http: httpx.AsyncClient, settings: Settings) -> None:
+        self._http = http
+        self._settings = settings
+
+    async def ask(self, task: str, text: str) -> str:
+        """The assistant's answer to one text.
+
+        Raises:
+            PermanentError: the endpoint refuses the credential or the request.
+            ChatBusy: it answered 429.
+        """
+        answer = await self._http.post(
+            "/v1/chat/completions",
+            json={
+                "model": self._settings.model_version,
+                "max_tokens": self._settings.max_tokens,
+                "messages": [
+                    {"role": "system", "content": f"{task} Answer in {self._settings.language}."},
+                    {"role": "user", "content": text},
+                ],
+            },
+        )
+        if answer.status_code == 429:
+            seconds = answer.headers.get("retry-after", "")
+            raise ChatBusy(timedelta(seconds=min(int(seconds), 3600) if seconds.isdigit() else 30))
+        if answer.is_client_error:
+            raise PermanentError(f"the chat endpoint answered {answer.status_code}")
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+
+Reader = Callable[[Chat, str, Page], Awaitable[str]]
+
+
+async def append_summary(chat: Chat, digest: str, page: Page) -> str:
+    """The first agent: each page is summed up by itself, one paragraph after another."""
+    summary = await chat.ask("Sum up these help articles.", page.as_text())
+    return f"{digest}\n\n{summary}".strip()
+
+
+async def fold_into_digest(chat: Chat, digest: str, page: Page) -> str:
+    """Agent v2: the digest so far is read together with the page and written anew, citing articles."""
+    text = f"{digest}\n\n{page.as_text()}".strip()
+    return await chat.ask("Fold the articles into the digest and cite each by its [id].", text)
+
+
+@job(
+    "assistant.digest",
+    params=Params,
+    settings=Settings,
+    scopes={"read:kb"},
+    timeout="2h",
+    max_attempts=4,
+)
+async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
+    """The org's knowledge base as a digest, page by page, by the first agent."""
+    return await read_knowledge_base(ctx, append_summary, agent="v1")
+
+
+@job(
+    "assistant.digest_v2",
+    params=Params,
+    settings=Settings,
+    scopes={"read:kb"},
+    timeout="2h",
+    max_attempts=4,
+)
+async def digest_v2(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
+    """The same by agent v2, for the orgs whose flag `agent-v2` is on."""
+    return await read_knowledge_base(ctx, fold_into_digest, agent="v2")
+
+
+async def read_knowledge_base(
+    ctx: Context[Params, Settings], read: Reader, *, agent: str
+) -> dict[str, Any] | Retry:
+    """Read every page once, with a checkpoint after each, so that another attempt goes on behind it."""
+    state: dict[str, Any] = ctx.checkpoint or {"next": 0, "articles": 0, "digest": ""}
+    async with chat_client(ctx.params.chat) as http:
+        chat = Chat(http, ctx.settings)
+        while state["next"] is not None:
+            page = await fetch_page(ctx, state["next"])
+            try:
+                written = await read(chat, state["digest"], page)
+            except ChatBusy as busy:
+                return Retry(after=busy.after)
+            state = {
+                "next": page.next,
+                "articles": state["articles"] + len(page.articles),
+                "digest": written,
+            }
+            await ctx.save(state)
+            ctx.progress(state["articles"])
+    return {
+        "agent": agent,
+        "model": ctx.settings.model_version,
+        "articles": state["articles"],
+        "digest": state["digest"],
+    }
+
+
+async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:
+    """One page of the org's knowledge base, read with the org's token."""
+    answer = await ctx.http.get(
+        f"{ctx.params.knowledge_base}/v1/collections/{ctx.params.collection}/articles",
+        params={"after": after, "limit": ctx.params.page_size},
+    )
+    if answer.status_code in (401, 403, 404):
+        raise PermanentError(f"the knowledge base answered {answer.status_code} to {ctx.org.code}")
+    answer.raise_for_status()
+    return Page.model_validate(answer.json())
+
+
+def chat_client(base_url: str) -> httpx.AsyncClient:
+    """A client with the model's own credential, which is not the org's token."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    if not key:
+        raise PermanentError(
+            f"{API_KEY_VARIABLE} is not set: export it and name it in execution.pass_environment"
+        )
+    return httpx.AsyncClient(base_url=base_url, headers={"Authorization": f"Bearer {key}"}, timeout=60.0)
