@@ -1,0 +1,120 @@
+"""Fixtures for all tests: a clock moved by hand, asyncio for async tests, a database of either kind."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import postgres
+from tests.fakes.clock import ManualClock
+from worker.telemetry import events
+from worker.telemetry.masking import masker
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio only, as the worker does."""
+    return "asyncio"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock at 2030-01-01T00:00Z that stands still."""
+    return ManualClock()
+
+
+@pytest.fixture(autouse=True)
+def _clean_telemetry() -> Iterator[None]:
+    """No listener and no secret stays behind for the next test."""
+    yield
+    events.listeners.clear()
+    masker.clear()
+
+
+@pytest.fixture
+def emitted() -> list[events.Emitted]:
+    """The events emitted during the test, in order."""
+    seen: list[events.Emitted] = []
+    events.listen(seen.append)
+    return seen
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of an SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'worker.db'}"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> postgres.Server:
+    """The one PostgreSQL server of this test session, shared by all its processes."""
+    return postgres.shared_server()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
+    """The URL of a fresh, empty PostgreSQL database, dropped after the test."""
+    with postgres_server.new_database() as url:
+        yield url
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[postgres.Server]:
+    """A running server for one test alone, which may stop, kill and restart it; it syncs to disk."""
+    # Not in tmp_path: that is closed to the user the server runs as where the tests run as root.
+    folder = Path(tempfile.mkdtemp(prefix="orgworker-pg-own-"))
+    server = postgres.Server(folder, durable=True)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop(signal.SIGQUIT)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with the current schema, to copy."""
+    from worker.store import schema
+
+    path = tmp_path_factory.mktemp("migrated") / "worker.db"
+    schema.upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def migrated_sqlite_url(tmp_path: Path, migrated_sqlite_file: Path) -> str:
+    """The URL of a fresh SQLite file with the current schema."""
+    for path in migrated_sqlite_file.parent.glob(f"{migrated_sqlite_file.name}*"):
+        shutil.copy(path, tmp_path / path.name)
+    return f"sqlite:///{tmp_path / migrated_sqlite_file.name}"
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
+    """The URL of a fresh PostgreSQL database with the current schema, dropped after the test."""
+    from worker.store import schema
+
+    with postgres_server.new_database(postgres_server.template("migrated", schema.upgrade)) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a fresh, empty database: the test runs on SQLite and on PostgreSQL."""
+    name = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
+    url: str = request.getfixturevalue(name)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """The same, with the current schema already in it, which is much quicker than a migration."""
+    name = {"sqlite": "migrated_sqlite_url", "postgresql": "migrated_postgres_url"}[request.param]
+    url: str = request.getfixturevalue(name)
+    return url

