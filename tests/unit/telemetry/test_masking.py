@@ -1,0 +1,229 @@
+"""Secrets leave no trace in text, in whichever form they are written."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import string
+from urllib.parse import quote, quote_plus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.telemetry.masking import MASK, Masker, StreamMasker
+
+LETTERS = string.ascii_letters + string.digits
+
+
+def made_up(length: int, seed: int = 1, letters: str = LETTERS) -> str:
+    return "".join(random.Random(seed).choices(letters, k=length))
+
+
+def made_up_token(seed: int = 1) -> str:
+    """A signed token's three parts, with a signature as long as RS256 makes it."""
+
+    def part(value: object) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+    claims = {
+        "iss": "https://acme.example",
+        "aud": ["api"],
+        "org_code": f"org_{seed}",
+        "jti": made_up(20, seed),
+    }
+    return f"{part({'alg': 'RS256', 'kid': 'k1'})}.{part(claims)}.{made_up(342, seed, LETTERS + '-_')}"
+
+
+TOKEN = made_up_token()
+SECRETS = {
+    "long": made_up(50),
+    "short": "k3y!s",
+    "pass phrase": "correct horse battery staple",
+    "awkward": 'pa"ss\\wo/rd+%&=é~ß☃' + made_up(8),
+    "awkward and short": 'a"b\\c&%é',
+    "token": TOKEN,
+}
+
+
+def known(*secrets: str) -> Masker:
+    masker = Masker()
+    for secret in secrets:
+        masker.register(secret)
+    return masker
+
+
+@pytest.mark.parametrize("secret", [s for s in SECRETS.values() if len(s) >= 6], ids=lambda s: s[:8])
+@pytest.mark.parametrize(
+    "write",
+    [
+        str,
+        lambda s: quote(s, safe=""),
+        quote,
+        quote_plus,
+        lambda s: json.dumps(s)[1:-1],
+        lambda s: json.dumps(s, ensure_ascii=False)[1:-1],
+        lambda s: base64.b64encode(s.encode()).decode().rstrip("="),
+        lambda s: base64.b64encode(b"x" + s.encode() + b"yz").decode(),
+        lambda s: base64.b64encode(b"xy" + s.encode() + b"z").decode(),
+        lambda s: base64.urlsafe_b64encode(b"user:" + s.encode()).decode().rstrip("="),
+    ],
+    ids=[
+        "raw",
+        "url",
+        "url path",
+        "url form",
+        "json",
+        "json utf-8",
+        "base64",
+        "base64+1",
+        "base64+2",
+        "basic",
+    ],
+)
+def test_a_secret_is_masked_in_each_form(secret, write):
+    written = write(secret)
+
+    masked = known(secret).mask(f"before {written} after")
+
+    # Of base64 the outermost letters also hold what stands around the secret.
+    assert re.fullmatch(r"before .{0,8}\[masked\].{0,6} after", masked), masked
+
+
+def test_text_without_a_secret_stays_as_it_is():
+    text = f'{{"run": "019a-7c", "url": "https://acme.example/a?b=c", "blob": "{made_up(4000, seed=9)}"}}'
+
+    assert known(*SECRETS.values()).mask(text) == text
+
+
+def test_a_secret_is_masked_whole_and_its_surroundings_kept():
+    secret = made_up(50)
+
+    assert known(secret).mask(f"a={secret}&b={secret}.") == f"a={MASK}&b={MASK}."
+
+
+def test_json_stays_json():
+    masked = known(*SECRETS.values()).mask(json.dumps({"said": SECRETS["awkward"], "n": [1, TOKEN]}))
+
+    assert json.loads(masked) == {"said": MASK, "n": [1, MASK]}
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        TOKEN.split(".")[2],
+        TOKEN.split(".")[1],
+        TOKEN.split(".")[0],
+        TOKEN[: len(TOKEN) // 2],
+        TOKEN[len(TOKEN) // 2 :],
+        TOKEN[-20:],
+        TOKEN[10:60],
+        TOKEN[:-1],
+        "Bearer " + TOKEN,
+        base64.b64encode(TOKEN.encode()[7:]).decode(),
+    ],
+)
+def test_a_piece_of_a_token_is_masked(piece):
+    masked = known(TOKEN, made_up_token(2)).mask(f"<{piece}>")
+
+    assert masked in (f"<{MASK}>", f"<Bearer {MASK}>", f"<{MASK}==>")
+
+
+def test_tokens_that_begin_alike_are_each_masked_whole():
+    tokens = [made_up_token(seed) for seed in range(5)]
+
+    masked = known(*tokens).mask(" ".join(tokens))
+
+    assert masked == " ".join([MASK] * 5)
+
+
+def test_of_secrets_that_begin_alike_the_longest_is_masked():
+    secrets = ["a-common-beginning", "a-common-beginning-and-more", "a-common-beginning-of-another"]
+
+    assert known(*secrets).mask(" ".join(secrets)) == " ".join([MASK] * 3)
+
+
+def test_a_secret_of_several_lines_is_masked_line_by_line():
+    key = (
+        "-----BEGIN PRIVATE KEY-----\n"
+        + "\n".join(made_up(64, n) for n in range(3))
+        + "\n-----END PRIVATE KEY-----\n"
+    )
+
+    masked = known(key).mask(key)
+
+    assert masked == f"-----BEGIN PRIVATE KEY-----\n{MASK}\n{MASK}\n{MASK}\n-----END PRIVATE KEY-----\n"
+
+
+def test_what_is_too_short_to_tell_from_text_is_not_masked():
+    assert known("", "the", SECRETS["short"]).mask("the k3y!s") == "the k3y!s"
+
+
+def test_a_forgotten_secret_is_masked_no_longer_and_leaves_nothing_behind():
+    masker = known(*SECRETS.values())
+    for secret in SECRETS.values():
+        masker.forget(secret)
+    masker.forget("never known")
+
+    assert masker.mask(" ".join(SECRETS.values())) == " ".join(SECRETS.values())
+    assert not masker._blocks
+    assert not masker._tokens
+    assert not masker._starts
+
+
+def test_a_forgotten_token_does_not_unmask_one_that_begins_alike():
+    first, second = made_up_token(1), made_up_token(2)
+    for old, kept in ((first, second), (second, first)):
+        masker = known(first, second)
+        masker.forget(old)
+
+        assert masker.mask(kept) == MASK
+
+
+def test_only_so_many_are_kept_and_the_one_used_last_stays():
+    masker = Masker(limit=2)
+    first, second, third = (made_up(50, seed) for seed in range(3))
+    for secret in (first, second, first, third):
+        masker.register(secret)
+
+    assert masker.mask(f"{first} {second} {third}") == f"{MASK} {second} {MASK}"
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.sampled_from(sorted(SECRETS)))
+def test_a_secret_split_over_any_writes_is_masked_in_a_stream(sizes, name):
+    masker = known(*SECRETS.values())
+    text = f"start {SECRETS[name]} middle\n{SECRETS[name]}, end {quote(SECRETS[name])}"
+    stream = StreamMasker(masker)
+    out, at = "", 0
+    for size in sizes:
+        out += stream.feed(text[at : at + size])
+        at += size
+    out += stream.feed(text[at:]) + stream.flush()
+
+    assert out == masker.mask(text)
+
+
+def test_a_stream_passes_on_whole_lines_at_once():
+    stream = StreamMasker(known(TOKEN))
+
+    assert stream.feed("one line\n") == "one line\n"
+    assert stream.feed("progress 50") == "progress "
+    assert stream.flush() == "50"
+
+
+def test_a_stream_holds_back_only_so_much_of_an_endless_word():
+    stream = StreamMasker(known(TOKEN))
+
+    passed = stream.feed("x" * 100_000)
+
+    assert 60_000 < len(passed) < 100_000
+
+
+def test_the_cost_does_not_grow_with_the_number_of_secrets():
+    """Ten thousand tokens: what is looked at per letter of text is one table."""
+    masker = known(*(made_up_token(seed) for seed in range(1000)))
+
+    assert masker.mask(f"x {made_up_token(777)} y") == f"x {MASK} y"
+    assert len(masker._blocks) < 100 * 1000

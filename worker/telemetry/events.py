@@ -1,0 +1,152 @@
+"""Every event the worker can report, in one table; logs and metrics are listeners.
+
+An event is said where it happens, by `emit("run.ended", org=…, …)`. To add one, add
+a line to the table: a test compares it with every call in the package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A kind of event: its name, the level it is logged at, its fields, and what it means."""
+
+    name: str
+    level: Level
+    fields: tuple[str, ...]
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """One event that happened; a field that does not apply is left out or None."""
+
+    event: Event
+    fields: Mapping[str, Any]
+
+
+Listener = Callable[[Emitted], object]
+
+
+def _table(*rows: tuple[str, Level, str, str]) -> dict[str, Event]:
+    return {name: Event(name, level, tuple(fields.split()), meaning) for name, level, fields, meaning in rows}
+
+
+# `org` is the org's code, `definition` its name, `run` the run's id, `seconds` a duration,
+# `error` the class of an exception or its stable code. No field holds a secret or a claim set.
+EVENTS: Mapping[str, Event] = _table(
+    # The worker's own life.
+    ("worker.started", "info", "worker host pid version database", "a worker incarnation begins"),
+    ("worker.ready", "info", "worker seconds", "registered, schema current, admitting"),
+    ("worker.draining", "info", "worker running grace", "no run starts any more; the drain may last so long"),
+    ("worker.stopped", "info", "worker exit_code", "every run ended or handed back, all written"),
+    ("loop.failed", "error", "loop error", "a loop met an error it did not expect and goes on"),
+    (
+        "clock.went_back",
+        "warning",
+        "seconds",
+        "the wall clock moved back: nothing is due until it has caught up",
+    ),
+    # The database and the lease.
+    ("database.lost", "warning", "error", "the database does not answer; it is tried again for ever"),
+    ("database.back", "info", "seconds", "the database answers again, after so long"),
+    ("lease.late", "warning", "error remaining", "a renewal failed; the lease ends in this many seconds"),
+    (
+        "lease.lost",
+        "error",
+        "late",
+        "the lease passed unrenewed, by this many seconds; others may own the runs",
+    ),
+    # Definition to run.
+    ("runs.fired", "info", "runs overlapped skipped", "due instants became runs, in one transaction"),
+    ("skips.written", "info", "org definition count reason", "instants that will not run, and why"),
+    (
+        "definition.failed",
+        "error",
+        "org definition error",
+        "the next instants of a definition cannot be computed",
+    ),
+    # Run to outcome.
+    (
+        "run.admitted",
+        "debug",
+        "org run definition handler attempt fencing_token lateness",
+        "a run is this worker's; it starts so many seconds after it was available",
+    ),
+    ("run.changed", "debug", "org run definition state reason detail", "the state of a run is another"),
+    (
+        "run.ended",
+        "info",
+        "org run definition handler attempt outcome state reason detail seconds",
+        "an attempt ended, and this is what became of its run",
+    ),
+    ("run.fenced_out", "warning", "run fencing_token", "a run held here is another's now; it is killed"),
+    ("run.recovered", "warning", "run attempt worker state", "a run of a worker that is gone was taken up"),
+    ("result.unstorable", "error", "run attempt error", "the database refuses a result; the run is failed"),
+    (
+        "logs.dropped",
+        "warning",
+        "lines",
+        "lines of run logs were dropped, since they came faster than written",
+    ),
+    # Tokens.
+    ("token.requested", "info", "org issuer seconds", "the issuer gave a token, and it was enforced"),
+    ("token.refused", "error", "org issuer reason detail", "a token failed verification or enforcement"),
+    ("org.parked", "error", "org issuer error seconds", "no token is asked for this org until then"),
+    ("issuer.paused", "warning", "issuer error seconds", "no token is asked of this issuer until then"),
+    ("issuer.resumed", "info", "issuer", "the issuer gives tokens again"),
+    ("keys.fetched", "info", "issuer keys", "the issuer's keys were read: so many"),
+    ("keys.failed", "warning", "issuer error", "the issuer's keys cannot be read; the last good set is kept"),
+    # Processes and plug-ins.
+    ("zygote.started", "info", "pid", "the process that forks the runs is up"),
+    ("zygote.died", "error", "pid runs", "it is gone; its runs were killed and count as lost"),
+    ("child.frozen", "warning", "run", "a run was stopped for as long as the lease is not renewed"),
+    ("child.thawed", "info", "run seconds", "the lease was renewed in time: the run goes on after so long"),
+    ("child.killed", "warning", "run reason", "a run's processes were killed"),
+    ("handlers.loaded", "info", "distribution version handlers", "a distribution offers so many handlers"),
+    (
+        "handler.broken",
+        "error",
+        "handler distribution version error",
+        "a handler does not load; all else runs",
+    ),
+)
+
+listeners: list[Listener] = []
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """Call `listener` with every event from now on, in the thread that emits it; returns how to end that."""
+    listeners.append(listener)
+
+    def end() -> None:
+        if listener in listeners:
+            listeners.remove(listener)
+
+    return end
+
+
+def emit(name: str, **fields: Any) -> None:
+    """Say that something happened.
+
+    Raises:
+        TypeError: no such event, or a field that it does not have: a mistake in the calling line.
+    """
+    event = EVENTS.get(name)
+    if event is None:
+        raise TypeError(f"no event is called {name!r}; add it to the table in telemetry/events.py")
+    if not fields.keys() <= set(event.fields):
+        raise TypeError(f"{name} has the fields {', '.join(event.fields)}, not {', '.join(fields)}")
+    for listener in tuple(listeners):
+        try:
+            listener(Emitted(event, fields))
+        except Exception:
+            # Whoever watches must never stop what is watched.
+            logging.getLogger(__name__).exception("a listener failed at %s", name)
