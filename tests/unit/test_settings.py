@@ -1,0 +1,212 @@
+"""worker.toml, variables and secret files make one frozen Settings, or an error that names the place."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from worker import settings as settings_module
+from worker.errors import ConfigurationError
+from worker.settings import IssuerSettings, Settings, gather, load
+
+SHIPPED = Path(__file__).parents[2] / "config" / "worker.toml"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(settings_module, "CONFIG_PLACES", ("worker.toml",))
+    monkeypatch.setattr(settings_module, "MOUNTED_SECRETS", str(tmp_path / "no-such-mount"))
+
+
+def written(text: str, name: str = "worker.toml") -> str:
+    Path(name).write_text(text, encoding="utf-8")
+    return name
+
+
+def test_the_shipped_file_changes_nothing():
+    """config/worker.toml explains the defaults, so it must be the defaults."""
+    assert load(str(SHIPPED), environ={}) == Settings() == load(environ={})
+
+
+def test_the_shipped_file_names_every_setting():
+    text = SHIPPED.read_text(encoding="utf-8")
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+    tree = tomllib.loads(uncommented)
+
+    for name, field in Settings.model_fields.items():
+        assert name in tree
+        if isinstance(field.default, Settings.__base__):
+            assert set(tree[name]) == set(type(field.default).model_fields)
+    assert set(tree["issuers"]["main"]) == set(IssuerSettings.model_fields)
+
+
+def test_the_issuer_explained_in_the_shipped_file_is_one_of_defaults():
+    text = SHIPPED.read_text(encoding="utf-8")
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+
+    issuer = load(written(uncommented), environ={}).issuers["main"]
+
+    assert issuer == IssuerSettings(url="https://acme.kinde.com")
+
+
+def test_the_first_that_names_a_setting_wins(tmp_path: Path):
+    """Flag before variable before secret file before worker.toml before default."""
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "execution__drain").write_text("3s\n")
+    (secrets / "execution__lease").write_text("3s\n")
+    (secrets / "execution__renew").write_text("300ms\n")
+    (secrets / "keyring").write_text("not a setting")
+    (secrets / "other__app").write_text("not ours")
+    config = written(
+        f'secrets_dir = "{secrets}"\n[execution]\npoll = "4s"\ndrain = "4s"\nlease = "4s"\nrenew = "400ms"\n'
+    )
+
+    loaded = load(
+        config,
+        {"execution.renew": "100ms"},
+        {"WORKER_EXECUTION__LEASE": "2s", "WORKER_EXECUTION__RENEW": "200ms"},
+    ).execution
+
+    assert loaded.renew == timedelta(milliseconds=100)
+    assert loaded.lease == timedelta(seconds=2)
+    assert loaded.drain == timedelta(seconds=3)
+    assert loaded.poll == timedelta(seconds=4)
+    assert loaded.max_freeze == timedelta(minutes=10)
+
+
+def test_who_said_a_setting_is_known():
+    config = written('[execution]\npoll = "4s"\n')
+
+    said = gather(config, {"web.listen": ""}, {"WORKER_LOG__LEVEL": "debug"})
+
+    assert {".".join(keys): where for keys, (_, where) in said.items()} == {
+        "execution.poll": "worker.toml",
+        "web.listen": "--set web.listen",
+        "log.level": "WORKER_LOG__LEVEL",
+    }
+
+
+@pytest.mark.parametrize("text", ['["a", "b"]', "a, b", "a,b,"])
+def test_a_list_in_a_variable_is_json_or_parted_by_commas(text: str):
+    assert load(environ={"WORKER_EXECUTION__INLINE": text}).execution.inline == ("a", "b")
+
+
+def test_an_issuer_may_come_from_variables_alone():
+    loaded = load(
+        environ={
+            "WORKER_ISSUERS__MAIN__URL": "https://acme.kinde.com",
+            "WORKER_ISSUERS__MAIN__MAX_REQUESTS_PER_SECOND": "2.5",
+        }
+    )
+
+    assert loaded.issuers["main"].url == "https://acme.kinde.com"
+    assert loaded.issuers["main"].max_requests_per_second == 2.5
+
+
+def test_variables_that_name_no_section_are_left_alone():
+    """WORKER_CONFIG names the file, and a container engine sets WORKER_PORT for a service `worker`."""
+    config = written("", "other.toml")
+
+    assert load(environ={"WORKER_CONFIG": config, "WORKER_DEBUG": "1", "WORKER_PORT": "tcp://10.0.0.1:80"})
+
+
+def test_the_file_is_found_by_argument_then_variable_then_place():
+    written('[log]\nlevel = "error"\n')
+    written('[log]\nlevel = "warning"\n', "by-variable.toml")
+    written('[log]\nlevel = "debug"\n', "by-argument.toml")
+
+    assert load(environ={}).log.level == "error"
+    assert load(environ={"WORKER_CONFIG": "by-variable.toml"}).log.level == "warning"
+    assert load("by-argument.toml", environ={"WORKER_CONFIG": "by-variable.toml"}).log.level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[execution]\nrenews = '5s'", "worker.toml: unknown setting execution.renews; did you mean renew?"),
+        ("[executions]\nrenew = '5s'", "worker.toml: unknown setting executions; did you mean execution?"),
+        ("[execution]\nrenew = '10s'", "renew is 10s, more than a quarter of the lease of 30s"),
+        ("[execution]\nlease = 30", "execution.lease: 30 is no duration; write it as text, such as 30s"),
+        ("[execution]\nmax_children = 'many'", "execution.max_children: Input should be a valid integer"),
+        ("[execution]\ninline = 3", "execution.inline: Input should be a valid tuple"),
+        ("[issuers.main]\nprofile = 'kinde'", "worker.toml: issuers.main.url: Field required"),
+        (
+            "[issuers.main]\nurl = 'https://a'\napi_origins = ['https://b/path']",
+            "issuers.main.api_origins: 'https://b/path' is no origin",
+        ),
+        ("[issuers.Main]\nurl = 'https://a'", "issuers.Main: String should match pattern"),
+        ("database = 'x'", "worker.toml: database: Input should be a valid dictionary"),
+        ("[log]\nlevel = 'loud'", "log.level: Input should be 'debug', 'info', 'warning' or 'error'"),
+        ("[log\n", "worker.toml is no TOML"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_place_named(text: str, message: str):
+    with pytest.raises(ConfigurationError, match=re.escape(message)) as caught:
+        load(written(text), environ={})
+
+    assert caught.value.exit_code == 78
+
+
+def test_a_bad_variable_is_refused_by_its_own_name():
+    with pytest.raises(ConfigurationError, match=r"^WORKER_EXECUTION__RENEWS: unknown setting"):
+        load(environ={"WORKER_EXECUTION__RENEWS": "5s"})
+
+
+def test_a_section_given_as_a_value_and_as_a_section_is_refused():
+    with pytest.raises(ConfigurationError, match="database is a section"):
+        load(written("database = 'x'"), environ={"WORKER_DATABASE__URL": "sqlite:///x"})
+
+
+def test_a_file_named_but_missing_is_refused():
+    with pytest.raises(ConfigurationError, match=r"absent\.toml cannot be read: No such file"):
+        load("absent.toml", environ={})
+
+
+def test_no_password_stands_in_a_repr_or_an_error():
+    url = "postgresql://worker:hunter2@db/worker"
+    said = {"WORKER_DATABASE__URL": url, "WORKER_DATABASE__OWNER_URL": url}
+
+    assert "hunter2" not in repr(load(environ=said))
+    with pytest.raises(ConfigurationError) as caught:
+        load(environ=said | {"WORKER_DATABASE__OTHER": url})
+    assert "hunter2" not in f"{caught.value} {caught.value.fix}"
+
+
+class TestKeyring:
+    """Where the key ring is, or would be made."""
+
+    def test_it_lies_beside_the_sqlite_file(self):
+        assert load(environ={}).keyring_file == Path("var/keyring")
+
+    def test_four_slashes_name_an_absolute_sqlite_path(self):
+        loaded = load(environ={"WORKER_DATABASE__URL": "sqlite:////srv/worker.db"})
+
+        assert loaded.keyring_file == Path("/srv/keyring")
+
+    def test_one_in_secrets_dir_comes_first(self, tmp_path: Path):
+        (tmp_path / "keyring").touch()
+
+        assert load(environ={"CREDENTIALS_DIRECTORY": str(tmp_path)}).keyring_file == tmp_path / "keyring"
+
+    def test_a_mounted_secrets_dir_without_one_does_not_hide_the_one_beside_the_sqlite_file(
+        self, tmp_path: Path
+    ):
+        assert load(environ={"CREDENTIALS_DIRECTORY": str(tmp_path)}).keyring_file == Path("var/keyring")
+
+    def test_on_postgresql_it_is_in_secrets_dir_only(self, tmp_path: Path):
+        said = {"WORKER_DATABASE__URL": "postgresql://db/worker"}
+
+        assert load(environ=said | {"WORKER_SECRETS_DIR": "s"}).keyring_file == Path("s/keyring")
+        with pytest.raises(ConfigurationError, match="secrets_dir is not set"):
+            load(environ=said).keyring_file  # noqa: B018
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load(environ={}).execution.lease = timedelta(seconds=1)  # type: ignore[misc]
