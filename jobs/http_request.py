@@ -22,19 +22,12 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    url: str
+    url: str = Field(pattern=r"^https?://")
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"] = "GET"
     headers: dict[str, str] = Field(default_factory=dict)
     body: Any = None
     expect: list[int] = Field(default_factory=list)
     timeout: float = Field(30.0, gt=0, le=3600)
-
-    @field_validator("url")
-    @classmethod
-    def _is_http(cls, value: str) -> str:
-        if not value.startswith(("https://", "http://")):
-            raise ValueError("must begin with https:// or http://")
-        return value
 
     @field_validator("headers")
     @classmethod

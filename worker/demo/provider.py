@@ -12,8 +12,9 @@ import asyncio
 import json
 import logging
 import secrets
+import signal
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from worker.clock import Clock, SystemClock
 from worker.demo.applications import Application, Fault
 from worker.demo.control import control_routes
 from worker.demo.keys import KeyRotation
-from worker.demo.serving import ServerThread, bind_loopback, make_server, url_of
+from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
@@ -49,7 +50,10 @@ class TokenRefusal(Exception):
 
 
 class Provider:
-    """The provider's applications, keys, faults and counts; `asgi()` is its HTTP side."""
+    """The provider's applications, keys, faults and counts; `asgi()` is its HTTP side.
+
+    `issued` keeps the newest tokens, so that a test can look for them where none may stand.
+    """
 
     def __init__(
         self, url: str, applications: Iterable[Application] = (), *, clock: Clock | None = None
@@ -60,6 +64,7 @@ class Provider:
         self.faults: dict[str, Fault] = {}
         self.requests: Counter[str] = Counter()
         self.token_requests: Counter[str] = Counter()
+        self.issued: deque[str] = deque(maxlen=10_000)
         self.jwks_fault: Fault | None = None
         self._clock = clock or SystemClock()
 
@@ -131,8 +136,9 @@ class Provider:
             raise TokenRefusal("invalid_scope", f"Not allowed to request scope '{foreign[0]}'")
         claims = self._claims(app, audience, scopes, fault)
         sign = self.keys.forge if fault.forged else self.keys.sign
+        self.issued.append(sign(claims, typ=fault.typ))
         return {
-            "access_token": sign(claims, typ=fault.typ),
+            "access_token": self.issued[-1],
             "expires_in": app.lifetime if fault.lifetime is None else fault.lifetime,
             "scope": " ".join(scopes),
             "token_type": "bearer",
@@ -181,12 +187,15 @@ class Provider:
 
 
 def serve_provider(
-    applications: Iterable[Application] = (), *, clock: Clock | None = None
+    applications: Iterable[Application] = (), *, port: int = 0, clock: Clock | None = None
 ) -> tuple[Provider, ServerThread]:
-    """A provider on a free loopback port, served from a thread that is already running."""
-    listener = bind_loopback()
+    """A provider on a loopback port, by default a free one, and the thread that will serve it.
+
+    The thread is a context manager: it serves from `with` or `start()` on.
+    """
+    listener = bind_loopback(port)
     provider = Provider(url_of(listener), applications, clock=clock)
-    return provider, ServerThread(provider.asgi(), listener).start()
+    return provider, ServerThread(provider.asgi(), listener)
 
 
 def read_applications(path: str) -> list[Application]:
@@ -209,10 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"{options.orgs}: {error}", file=sys.stderr)
         return 2
-    listener = bind_loopback(options.port)
-    provider = Provider(url_of(listener), applications)
-    print(json.dumps({"url": provider.url}), flush=True)
-    make_server(provider.asgi()).run(sockets=[listener])
+    stops = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    provider, thread = serve_provider(applications, port=options.port)
+    with thread:
+        print(json.dumps({"url": provider.url}), flush=True)
+        signal.sigwait(stops)
     return 0
 
 

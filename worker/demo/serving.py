@@ -25,20 +25,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def make_server(app: ASGIApp) -> uvicorn.Server:
-    """A quiet uvicorn server that does not wait long for open connections at its end."""
-    return uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    )
-
-
 class ServerThread:
     """One application served from a thread until `stop()`; also a context manager."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         self.url = url_of(listener)
         self._listener = listener
-        self._server = make_server(app)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
         self._thread = threading.Thread(
             target=self._server.run,
             kwargs={"sockets": [listener]},
