@@ -1,0 +1,73 @@
+"""Fixtures of the acceptance tests: a provider, and an installation that talks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.handlers import install_handlers
+from tests.fakes.site import Site, opened
+from worker.demo.provider import Provider, serve_provider
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[Provider]:
+    """A development provider on loopback, shared by the tests of a module."""
+    made, thread = serve_provider()
+    with thread:
+        yield made
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """The file that the test handlers write to."""
+    return tmp_path / "journal"
+
+
+@pytest.fixture
+def bare_site(tmp_path: Path, provider: Provider) -> Iterator[Site]:
+    """An installation on SQLite with nothing in it, not even the schema."""
+    with opened(Site(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}", provider)) as site:
+        site.configure()
+        yield site
+
+
+@pytest.fixture
+def site(bare_site: Site) -> Site:
+    """An installation on SQLite, migrated, with the test handlers installed."""
+    install_handlers(bare_site.plugins)
+    bare_site.migrate()
+    return bare_site
+
+
+@pytest.fixture
+def site_on_either(tmp_path: Path, provider: Provider, database_url: str) -> Iterator[Site]:
+    """The same on SQLite and on PostgreSQL, with a short lease."""
+    with opened(Site(tmp_path, database_url, provider)) as made:
+        made.configure(execution='lease = "4s"\nrenew = "500ms"')
+        install_handlers(made.plugins)
+        made.migrate()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared_site(
+    tmp_path_factory: pytest.TempPathFactory, provider: Provider
+) -> Iterator[Callable[[str], Site]]:
+    """Makes the installation that all tests of a module share, on SQLite."""
+    made: list[Site] = []
+
+    def make(execution: str = "") -> Site:
+        folder = tmp_path_factory.mktemp("site")
+        site = Site(folder, f"sqlite:///{folder / 'worker.db'}", provider)
+        made.append(site)
+        site.configure(execution=execution)
+        install_handlers(site.plugins)
+        site.migrate()
+        return site
+
+    yield make
+    for site in made:
+        site.close()

@@ -1,0 +1,132 @@
+"""The handlers of the acceptance tests; copied into a distribution of its own, so it imports only `worker`.
+
+Each writes what it does to the file that `params["journal"]` names, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from worker import BlockingContext, Context, job
+
+# A process of the run's own that outlives its parent if nobody kills it.
+GRANDCHILD = """
+import json, os, sys, time
+while True:
+    with open(sys.argv[1], "a") as file:
+        file.write(json.dumps({"who": "grandchild", "pid": os.getpid(), "at": time.time()}) + "\\n")
+    time.sleep(0.05)
+"""
+
+
+class Settings(BaseModel):
+    """The properties of an org that `acme.configured` reads."""
+
+    max_tokens: int = Field(1000, ge=1)
+
+
+def write(ctx: Any, **fields: Any) -> None:
+    line = {"run": ctx.run.id, "attempt": ctx.run.attempt, "pid": os.getpid(), "at": time.time()} | fields
+    with open(ctx.params["journal"], "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@job("acme.note")
+async def note(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Write one line, and return what the run says of itself."""
+    write(ctx, who="note", org=ctx.org.code)
+    return {"org": ctx.org.code, "scheduled_for": ctx.run.scheduled_for.isoformat()}
+
+
+@job("acme.inline", isolation="inline")
+async def inline(ctx: Context[Any, Any]) -> None:
+    """Write one line from the worker's own process."""
+    write(ctx, who="inline")
+
+
+@job("acme.configured", settings=Settings, scopes={"read:kb"})
+async def configured(ctx: Context[Any, Settings]) -> dict[str, Any]:
+    """Write one line, and return what the token's properties and flags say."""
+    write(ctx, who="configured")
+    return {"max_tokens": ctx.settings.max_tokens, "flag": ctx.flag("agent-v2")}
+
+
+@job("acme.steps")
+async def steps(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Count to `params["steps"]` with a checkpoint each, beside a process of its own that only writes."""
+    first = (ctx.checkpoint or {"step": 0})["step"]
+    write(ctx, who="start", first=first)
+    beside = subprocess.Popen([sys.executable, "-c", GRANDCHILD, ctx.params["journal"]])
+    try:
+        for step in range(first + 1, ctx.params["steps"] + 1):
+            await ctx.save({"step": step})
+            write(ctx, who="step", step=step, fencing_token=ctx.run.fencing_token)
+            ctx.progress(step, ctx.params["steps"])
+            await asyncio.sleep(ctx.params.get("pause", 0.1))
+    finally:
+        beside.kill()
+        beside.wait()
+    return {"first": first, "attempt": ctx.run.attempt}
+
+
+@job("acme.os_exit")
+async def os_exit(ctx: Context[Any, Any]) -> None:
+    os._exit(3)
+
+
+@job("acme.sys_exit")
+def sys_exit(ctx: BlockingContext[Any, Any]) -> None:
+    sys.exit(0)
+
+
+@job("acme.segfault")
+async def segfault(ctx: Context[Any, Any]) -> None:
+    ctypes.string_at(0)
+
+
+@job("acme.block")
+def block(ctx: BlockingContext[Any, Any]) -> None:
+    write(ctx, who="block")
+    while True:
+        pass
+
+
+@job("acme.fetch")
+async def fetch(ctx: Context[Any, Any]) -> list[int]:
+    """Get every URL of `params["urls"]`, redirects followed."""
+    answers = [await ctx.http.get(url, follow_redirects=True) for url in ctx.params["urls"]]
+    return [answer.status_code for answer in answers]
+
+
+@job("acme.fetch_blocking")
+def fetch_blocking(ctx: BlockingContext[Any, Any]) -> list[int]:
+    """The same in a handler that blocks."""
+    return [ctx.http.get(url, follow_redirects=True).status_code for url in ctx.params["urls"]]
+
+
+@job("acme.leak", max_attempts=1)
+async def leak(ctx: Context[Any, Any]) -> None:
+    """Print, log and raise the token, as a careless handler might."""
+    text = (await ctx.token()).reveal()
+    write(ctx, who="leak")
+    print("printed", text)
+    ctx.log.error("logged %s", text)
+    ctx.progress(1, note=f"noted {text}")
+    raise RuntimeError(f"raised {text}")
+
+
+@job("acme.leak_result")
+async def leak_result(ctx: Context[Any, Any]) -> dict[str, str]:
+    """Save and return the token."""
+    text = (await ctx.token()).reveal()
+    await ctx.save({"saved": text})
+    return {"returned": text}

@@ -1,0 +1,302 @@
+"""An installation under test, driven from outside: a folder, a database, a provider, a real worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import psycopg
+from psycopg.rows import dict_row
+
+from worker.demo.applications import Application
+from worker.demo.provider import Provider
+
+T = TypeVar("T")
+
+AUDIENCE = "https://api.test.example"
+FINAL = {"succeeded", "failed", "cancelled", "refused", "skipped"}
+
+
+def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T:
+    """Poll until the probe returns something true, and return it.
+
+    Raises:
+        AssertionError: it did not within `timeout` seconds; names what was waited for and the last answer.
+    """
+    until = time.monotonic() + timeout
+    while True:
+        last = probe()
+        if last:
+            return last
+        if time.monotonic() > until:
+            raise AssertionError(f"waited {timeout:g} s for {what}; last: {last!r}")
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Site:
+    """One installation. Close it at the end: its worker is killed if it is still there."""
+
+    def __init__(self, folder: Path, database_url: str, provider: Provider) -> None:
+        self.folder = folder
+        self.database_url = database_url
+        self.provider = provider
+        self.plugins = folder / "plugins"
+        self.settings = folder / "worker.toml"
+        self.log = folder / "worker.log"
+        self.environment: dict[str, str] = {}
+        self.secrets = folder / "secrets"
+        self.plugins.mkdir(exist_ok=True)
+        self.secrets.mkdir(exist_ok=True)
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._connection: Any = None
+
+    def configure(self, *, execution: str = "", issuer: str = "", extra: str = "") -> None:
+        """Write worker.toml; each argument is TOML added to its table, `extra` to the end."""
+        secrets_dir = self.secrets if self.database_url.startswith("postgresql") else ""
+        self.settings.write_text(
+            f"""\
+secrets_dir = "{secrets_dir}"
+[database]
+url = "{self.database_url}"
+[issuers.main]
+profile = "kinde"
+url = "{self.provider.url}"
+audience = "{AUDIENCE}"
+max_requests_per_second = 100
+{issuer}
+[execution]
+{execution}
+[web]
+listen = ""
+{extra}
+"""
+        )
+
+    def cli(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
+        """Run one command; with `check` its failure fails the test, with what it printed."""
+        done = subprocess.run(
+            self._command(*arguments),
+            cwd=self.folder,
+            env=self._environment(),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    def migrate(self) -> None:
+        if self.database_url.startswith("postgresql"):
+            self.cli("keys", "generate")
+        self.cli("db", "upgrade")
+
+    def add_orgs(self, *applications: Application, secret: str | None = None, **entry: Any) -> None:
+        """Register applications at the provider and their orgs here, `secret` in place of the right one."""
+        lines = []
+        for app in applications:
+            self.provider.add(app)
+            lines.append(
+                {"code": app.org_code, "name": app.org_code, "issuer": "main", "client_id": app.client_id}
+                | {"client_secret": secret or app.client_secret}
+                | entry
+            )
+        self.cli("orgs", "import", "-", stdin="".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def apply(self, text: str, *options: str, check: bool = True) -> Completed:
+        """Apply a definitions file."""
+        path = self.folder / "definitions.toml"
+        path.write_text(text)
+        return self.cli("apply", str(path), *options, check=check)
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        """Start `python -m worker run`; its log goes to `log`, one worker behind the other."""
+        with self.log.open("ab") as log:
+            worker = subprocess.Popen(
+                self._command("run"),
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._workers.append(worker)
+        return worker
+
+    def stop_worker(self, worker: subprocess.Popen[bytes], timeout: float = 20.0) -> int:
+        """Drain it by SIGTERM and return its exit code."""
+        worker.send_signal(signal.SIGTERM)
+        return worker.wait(timeout=timeout)
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def query(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
+        """Read rows of the database's documented columns; parameters are `?` in order."""
+        if self.database_url.startswith("postgresql"):
+            return self._query_postgres(statement.replace("?", "%s"), parameters)
+        if self._connection is None:
+            self._connection = sqlite3.connect(
+                self.database_url.removeprefix("sqlite:///"), timeout=10, isolation_level=None
+            )
+            self._connection.row_factory = sqlite3.Row
+        rows = self._connection.execute(statement, parameters).fetchall()
+        return [{name: from_column(name, row[name]) for name in row.keys()} for row in rows]  # noqa: SIM118
+
+    def _query_postgres(self, statement: str, parameters: Sequence[object]) -> list[dict[str, Any]]:
+        if self._connection is None:
+            self._connection = psycopg.connect(self.database_url, autocommit=True, row_factory=dict_row)
+        return list(self._connection.execute(statement, parameters or None).fetchall())
+
+    def runs(self, org: str | None = None, definition: str | None = None) -> list[dict[str, Any]]:
+        """The runs as `run_view` has them, oldest first."""
+        wanted = {"org": org, "definition": definition}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{name} = ?" for name in given) or "1 = 1"
+        return self.query(f"SELECT * FROM run_view WHERE {where} ORDER BY id", *given.values())
+
+    def attempts(self, run_id: object) -> list[dict[str, Any]]:
+        return self.query("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", run_id)
+
+    def wait_for_handlers(self, *names: str, timeout: float = 20.0) -> None:
+        """Until a worker that is up offers all of them."""
+
+        def offered() -> bool:
+            rows = self.query("SELECT handlers FROM workers WHERE ended_at IS NULL ORDER BY started_at DESC")
+            return bool(rows) and set(names) <= set(rows[0]["handlers"])
+
+        self._wait(offered, f"a worker that offers {', '.join(names)}", timeout)
+
+    def wait_for_end(
+        self, org: str | None = None, definition: str | None = None, *, timeout: float = 20.0
+    ) -> dict[str, Any]:
+        """Until the first run of the definition has ended; that run."""
+
+        def ended() -> dict[str, Any] | None:
+            found = self.runs(org, definition)
+            return found[0] if found and found[0]["state"] in FINAL else None
+
+        found = self._wait(ended, f"the end of {org}/{definition}", timeout)
+        assert found is not None
+        return found
+
+    def wait_for_state(
+        self, definition: str, state: str, *, attempt: int = 1, timeout: float = 20.0
+    ) -> dict[str, Any]:
+        """Until a run of the definition is in that state at that attempt; the run."""
+
+        def found() -> dict[str, Any] | None:
+            for run in self.runs(definition=definition):
+                if (run["state"], run["attempt"]) == (state, attempt):
+                    return run
+            return None
+
+        run = self._wait(found, f"{definition} {state} at attempt {attempt}", timeout)
+        assert run is not None
+        return run
+
+    def zygote(self, worker: subprocess.Popen[bytes]) -> psutil.Process:
+        """The process that forks the runs of this worker."""
+
+        def found() -> list[psutil.Process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(worker.pid).children()
+                return [child for child in children if "zygote" in " ".join(child.cmdline())]
+            return []
+
+        return self._wait(found, "the zygote", 10.0)[0]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _wait(self, probe: Callable[[], T], what: str, timeout: float) -> T:
+        try:
+            return wait_until(probe, what, timeout=timeout)
+        except AssertionError as error:
+            runs = [
+                {name: run[name] for name in ("org", "definition", "state", "reason", "detail", "attempt")}
+                for run in self.runs()[-8:]
+            ]
+            tail = "\n".join(self.log_text().splitlines()[-25:])
+            raise AssertionError(f"{error}\nnewest runs: {runs}\nworker's log:\n{tail}") from None
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "worker", "--config", str(self.settings), *arguments]
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
+        return kept | {"PYTHONPATH": str(self.plugins)} | self.environment
+
+
+JSON_COLUMNS = {"handlers", "progress", "result", "error", "claims", "flags", "params", "data", "capacity"}
+
+
+def from_column(name: str, value: Any) -> Any:
+    """A column of SQLite as PostgreSQL would give it: JSON text as its value."""
+    return json.loads(value) if name in JSON_COLUMNS and isinstance(value, str) else value
+
+
+def application(org_code: str, **changes: Any) -> Application:
+    """An M2M application for an org, good for AUDIENCE and the scope `read:kb`."""
+    values: dict[str, Any] = {
+        "org_code": org_code,
+        "client_id": f"m2m-{org_code}",
+        "client_secret": f"secret-of-{org_code}",
+        "scopes": ("read:kb",),
+        "audiences": (AUDIENCE,),
+    }
+    return Application(**values | changes)
+
+
+def definition(org: str, name: str, handler: str, schedule: str = "every 1h", **keys: Any) -> str:
+    """One [[definition]] of a file for `apply`; further keys as they stand in TOML."""
+    lines = [f"{key} = {toml_value(value)}" for key, value in keys.items()]
+    head = [f"org = {json.dumps(org)}", f"name = {json.dumps(name)}", f"handler = {json.dumps(handler)}"]
+    return "\n".join(["[[definition]]", *head, f"schedule = {json.dumps(schedule)}", *lines, ""])
+
+
+def toml_value(value: Any) -> str:
+    """A Python value in TOML's inline form."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return json.dumps(value)
+
+
+@contextlib.contextmanager
+def opened(site: Site) -> Iterator[Site]:
+    try:
+        yield site
+    finally:
+        site.close()
