@@ -1,0 +1,1 @@
+"""What an org asked for: definitions, their schedules, and which instants are due. Pure."""

@@ -1,0 +1,230 @@
+"""Definition: what an org asked for, and its canonical spec as a revision stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
+from datetime import datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+from worker.clock import to_text
+from worker.definitions import fields
+from worker.definitions.conditions import (
+    FlagCondition,
+    Variant,
+    read_flag,
+    read_variants,
+    write_flag,
+    write_variants,
+)
+from worker.definitions.fields import Fields, refusal
+from worker.definitions.policies import (
+    CANCEL_GRACE,
+    MAX_ATTEMPTS,
+    MAX_RECOVERIES,
+    MISFIRE_GRACE,
+    MISFIRE_LIMIT,
+    MISFIRE_MODES,
+    OVERLAPS,
+    RETRY_BACKOFF,
+    RETRY_BACKOFF_MAX,
+    TIMEOUT,
+    MisfireMode,
+    MisfirePolicy,
+    Overlap,
+    RetryPolicy,
+)
+from worker.definitions.triggers import Trigger, parse_schedule
+from worker.definitions.units import format_duration, format_memory, parse_duration
+from worker.definitions.zones import parse_zone
+from worker.errors import InvalidTrigger
+
+Spread = Literal["auto", "off"] | timedelta
+_MOMENT = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """One definition of one org; None means the handler's, the org's or no value, as documented.
+
+    `memory` is in bytes; `starts_at` is inclusive, `ends_at` exclusive.
+    """
+
+    org: str
+    name: str
+    handler: str
+    schedule: str
+    timezone: str | None = None
+    scopes: frozenset[str] | None = None
+    audience: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    requires_flag: FlagCondition | None = None
+    requires_properties: tuple[str, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    overlap: Overlap = "skip"
+    misfire: MisfireMode = "once"
+    misfire_grace: timedelta = MISFIRE_GRACE
+    misfire_within: timedelta | None = None
+    misfire_limit: int = MISFIRE_LIMIT
+    start_deadline: timedelta | None = None
+    timeout: timedelta | None = None
+    cancel_grace: timedelta = CANCEL_GRACE
+    max_attempts: int | None = None
+    retry_backoff: timedelta = RETRY_BACKOFF
+    retry_backoff_max: timedelta = RETRY_BACKOFF_MAX
+    max_recoveries: int = MAX_RECOVERIES
+    isolation: Literal["child", "inline"] | None = None
+    memory: int | None = None
+    priority: int = 0
+    max_concurrent: int | None = None
+    spread: Spread = "auto"
+    pause_after_failures: int | None = None
+    starts_at: datetime | None = None
+    ends_at: datetime | None = None
+    max_claims_age: timedelta | None = None
+    api_origins: tuple[str, ...] | None = None
+    enabled: bool = True
+
+    @property
+    def serial(self) -> bool:
+        """Whether at most one unfinished run may be on (beside one held back)."""
+        return self.overlap != "allow"
+
+    @property
+    def misfire_policy(self) -> MisfirePolicy:
+        return MisfirePolicy(self.misfire, self.misfire_grace, self.misfire_within, self.misfire_limit)
+
+    @property
+    def handlers(self) -> tuple[str, ...]:
+        """Every handler that an attempt may choose, the definition's own first."""
+        return tuple(dict.fromkeys((self.handler, *(variant.handler for variant in self.variants))))
+
+    def retry_policy(self, handler_max_attempts: int | None = None) -> RetryPolicy:
+        """The retry policy, given what the handler says where the definition does not."""
+        attempts = self.max_attempts or handler_max_attempts or MAX_ATTEMPTS
+        return RetryPolicy(attempts, self.retry_backoff, self.retry_backoff_max, self.max_recoveries)
+
+    def timeout_or(self, handler_timeout: timedelta | None) -> timedelta:
+        """The timeout: the definition's, else the handler's, else an hour."""
+        return self.timeout or handler_timeout or TIMEOUT
+
+    def trigger(self, org_timezone: str | None = None) -> Trigger:
+        """The trigger in the definition's zone, else the org's, else UTC.
+
+        Raises:
+            InvalidTrigger: the schedule or the zone cannot be read.
+        """
+        zone = parse_zone(self.timezone or org_timezone or "UTC")
+        return parse_schedule(self.schedule, zone, starts_at=self.starts_at, ends_at=self.ends_at)
+
+
+def parse_definition(values: Mapping[str, Any], *, entry: str) -> Definition:
+    """The definition that an entry of a file describes, with its schedule and zone checked.
+
+    Raises:
+        DefinitionError: names entry and field of an unknown key or a value that does not fit.
+        InvalidTrigger: likewise, of a schedule or zone.
+    """
+    reader = Fields(values, entry)
+    reader.only(["org", "name", "enabled", *_KEYS])
+    definition = _read(
+        reader,
+        org=reader.take("org", fields.name),
+        name=reader.take("name", fields.name),
+        enabled=reader.take("enabled", fields.boolean, True),
+    )
+    if definition.starts_at and definition.ends_at and definition.ends_at <= definition.starts_at:
+        raise refusal("ends_at is not after starts_at", entry, "ends_at")
+    try:
+        definition.trigger()
+    except InvalidTrigger as error:
+        problem = f"{entry}, {error.field}: {error.message}" if entry else error.message
+        raise InvalidTrigger(problem, entry=entry, field=error.field, fix=error.fix) from error
+    return definition
+
+
+def from_spec(org: str, name: str, spec: Mapping[str, Any], *, enabled: bool = True) -> Definition:
+    """The definition that a stored revision describes.
+
+    Raises:
+        DefinitionError: this version does not understand the spec.
+    """
+    reader = Fields(spec, f"definition {org}/{name}")
+    reader.only(_KEYS)
+    return _read(reader, org=org, name=name, enabled=enabled)
+
+
+def to_spec(definition: Definition) -> dict[str, Any]:
+    """The canonical JSON-able spec: the keys that differ from their defaults, without org, name, enabled."""
+    spec = {}
+    for key, form in _KEYS.items():
+        value = getattr(definition, key)
+        if key not in _DEFAULTS or value != _DEFAULTS[key]:
+            spec[key] = form.write(value)
+    return spec
+
+
+def _read(reader: Fields, *, org: str, name: str, enabled: bool) -> Definition:
+    values = {
+        key: reader.take(key, form.read, *([_DEFAULTS[key]] if key in _DEFAULTS else []))
+        for key, form in _KEYS.items()
+    }
+    return Definition(org=org, name=name, enabled=enabled, **values)
+
+
+def _spread(value: Any) -> Spread:
+    if value in ("auto", "off"):
+        return "auto" if value == "auto" else "off"
+    return parse_duration(value)
+
+
+class _Form(NamedTuple):
+    """How a key is read from a file or a spec, and written into one."""
+
+    read: Callable[[Any], Any]
+    write: Callable[[Any], Any] = lambda value: value
+
+
+def _duration(least: timedelta = timedelta(0), *, what: str = "") -> _Form:
+    return _Form(fields.duration(least, what=what), format_duration)
+
+
+_KEYS: dict[str, _Form] = {
+    "handler": _Form(fields.text),
+    "schedule": _Form(fields.text),
+    "timezone": _Form(fields.text),
+    "scopes": _Form(lambda value: frozenset(fields.texts(value)), sorted),
+    "audience": _Form(fields.text),
+    "params": _Form(fields.json_table, dict),
+    "requires_flag": _Form(read_flag, write_flag),
+    "requires_properties": _Form(fields.texts, list),
+    "variants": _Form(read_variants, write_variants),
+    "overlap": _Form(fields.one_of(OVERLAPS)),
+    "misfire": _Form(fields.one_of(MISFIRE_MODES)),
+    "misfire_grace": _duration(),
+    "misfire_within": _duration(),
+    "misfire_limit": _Form(fields.integer(1)),
+    "start_deadline": _duration(_MOMENT),
+    "timeout": _duration(_MOMENT),
+    "cancel_grace": _duration(),
+    "max_attempts": _Form(fields.integer(1)),
+    "retry_backoff": _duration(),
+    "retry_backoff_max": _duration(),
+    "max_recoveries": _Form(fields.integer(0)),
+    "isolation": _Form(fields.one_of(("child", "inline"))),
+    "memory": _Form(fields.memory, format_memory),
+    "priority": _Form(fields.integer(-(2**31))),
+    "max_concurrent": _Form(fields.integer(1)),
+    "spread": _Form(_spread, lambda value: format_duration(value) if isinstance(value, timedelta) else value),
+    "pause_after_failures": _Form(fields.integer(1)),
+    "starts_at": _Form(fields.instant, to_text),
+    "ends_at": _Form(fields.instant, to_text),
+    "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
+    "api_origins": _Form(fields.origins, list),
+}
+_DEFAULTS: dict[str, Any] = {
+    each.name: {} if each.name == "params" else each.default
+    for each in fields_of(Definition)
+    if each.name in _KEYS and each.name not in ("handler", "schedule")
+}

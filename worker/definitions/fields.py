@@ -1,0 +1,169 @@
+"""Fields: reads one entry of a file key by key; what does not fit is refused with entry, field and a fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from worker.clock import from_text
+from worker.definitions.units import parse_duration, parse_memory
+from worker.errors import DefinitionError
+
+T = TypeVar("T")
+_MISSING: Any = object()
+
+
+class Fields:
+    """The values of one entry. A reader is a function that raises ValueError with what is wrong."""
+
+    def __init__(self, values: Any, entry: str) -> None:
+        if not isinstance(values, Mapping):
+            raise refusal(f"a table is expected, not {_shown(values)}", entry)
+        self._values = values
+        self.entry = entry
+
+    def take(self, name: str, read: Callable[[Any], T], default: T = _MISSING) -> T:
+        """The value of `name` as `read` makes it, or the default where the key is absent or null.
+
+        Raises:
+            DefinitionError: it is missing and has no default, or does not fit.
+        """
+        value = self._values.get(name)
+        if value is None:
+            if default is _MISSING:
+                raise refusal(f"{name} is missing", self.entry, name, fix=f"add {name}")
+            return default
+        try:
+            return read(value)
+        except ValueError as error:
+            raise refusal(str(error), self.entry, name) from error
+
+    def only(self, known: Iterable[str]) -> None:
+        """Refuse any key that is not known.
+
+        Raises:
+            DefinitionError: names the unknown key, and the known one that it resembles.
+        """
+        names = list(known)
+        for key in self._values:
+            if key not in names:
+                near = get_close_matches(str(key), names, n=1)
+                fix = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(names))}"
+                raise refusal(f"unknown key {key!r}", self.entry, str(key), fix=fix)
+
+
+def refusal(problem: str, entry: str, field: str = "", *, fix: str = "") -> DefinitionError:
+    """The error that names entry and field in its message as well as in its attributes."""
+    place = ", ".join(part for part in (entry, field) if part)
+    return DefinitionError(f"{place}: {problem}" if place else problem, entry=entry, field=field, fix=fix)
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"a text is expected, not {_shown(value)}")
+    return value.strip()
+
+
+def name(value: Any) -> str:
+    """A text that may stand in a path and on a command line: no slash, no control character."""
+    read = text(value)
+    if len(read) > 200 or "/" in read or not read.isprintable():
+        raise ValueError(f"{_shown(value)} is no name; at most 200 characters, no slash, no controls")
+    return read
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"true or false is expected, not {_shown(value)}")
+    return value
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"a whole number is expected, not {_shown(value)}")
+        if not least <= value <= most:
+            raise ValueError(f"{value} is not between {least} and {most}")
+        return value
+
+    return read
+
+
+def duration(least: timedelta = timedelta(0), *, what: str = "") -> Callable[[Any], timedelta]:
+    def read(value: Any) -> timedelta:
+        found = parse_duration(value)
+        if found < least:
+            raise ValueError(f"{value!r} is too short{what and f': {what}'}")
+        return found
+
+    return read
+
+
+def instant(value: Any) -> datetime:
+    """An RFC 3339 text, or a TOML date-time, with an offset."""
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return value.astimezone(UTC)
+    if not isinstance(value, str):
+        raise ValueError(f"an instant with an offset is expected, such as 2027-01-01T08:00:00Z, not {value}")
+    return from_text(value)
+
+
+def memory(value: Any) -> int:
+    return parse_memory(value)
+
+
+def one_of(choices: tuple[T, ...]) -> Callable[[Any], T]:
+    def read(value: Any) -> T:
+        for choice in choices:
+            if choice == value and isinstance(value, str):
+                return choice
+        raise ValueError(f"{_shown(value)} is none of {', '.join(map(str, choices))}")
+
+    return read
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"a list of texts is expected, not {_shown(value)}")
+    return tuple(dict.fromkeys(text(item) for item in value))
+
+
+def origins(value: Any) -> tuple[str, ...]:
+    """Origins as RFC 6454 writes them: scheme, host and port, and nothing else."""
+    for item in texts(value):
+        parts = urlsplit(item)
+        bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username is not None)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not bare:
+            raise ValueError(f"{item!r} is no origin; write scheme and host, such as https://api.acme.com")
+    return texts(value)
+
+
+def json_table(value: Any) -> Mapping[str, Any]:
+    """A table of what JSON can say: TOML's dates and infinities are refused."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a table is expected, not {_shown(value)}")
+    _check_json(value, "")
+    return dict(value)
+
+
+def _check_json(value: Any, path: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_json(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _check_json(inner, f"{path}[{place}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path} is {value}, which JSON cannot say")
+    elif not (value is None or isinstance(value, str | int | bool)):
+        raise ValueError(f"{path} is a {type(value).__name__}, which JSON cannot say; write it as text")
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
