@@ -1,0 +1,1 @@
+"""All of the SQL, on SQLite and on PostgreSQL."""

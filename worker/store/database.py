@@ -1,0 +1,193 @@
+"""Database: connections, transactions and the threads that run them."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Concatenate, Literal, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, TimeoutError
+
+from worker.clock import Clock
+from worker.errors import StoreUnavailable
+from worker.store.connection import database_now, driver
+from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, open_engine, read_url
+
+Dialect = Literal["sqlite", "postgresql"]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# SQLite's primary result codes for what is no fault of the statement: busy, locked,
+# out of memory, read only, I/O error, full, cannot open, lock protocol.
+_TRANSIENT = frozenset({5, 6, 7, 8, 10, 13, 14, 15})
+
+
+class Database:
+    """One SQLite file or PostgreSQL database.
+
+    `transaction` and `autocommit` serve the calling thread; `call` and its kin run
+    the work in the database's own threads: one writer on SQLite, a few on PostgreSQL.
+    """
+
+    def __init__(self, engine: Engine, *, clock: Clock, threads: int) -> None:
+        self._engine = engine
+        self._clock = clock
+        self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
+        self.url_shown = engine.url.render_as_string(hide_password=True)
+        self._threads = ThreadPoolExecutor(
+            1 if self.dialect == "sqlite" else threads, thread_name_prefix="database"
+        )
+        # Writers of this process queue here in order, not at SQLite's busy handler, which polls.
+        self._writer = threading.Lock() if self.dialect == "sqlite" else None
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        *,
+        clock: Clock,
+        role: str = "worker",
+        threads: int = 2,
+        deadline: float = STATEMENT_DEADLINE,
+    ) -> Database:
+        """A database by its URL; nothing is connected yet.
+
+        `role` names the sessions on PostgreSQL; `deadline`, in seconds, bounds each
+        of its statements.
+
+        Raises:
+            ConfigurationError: the URL names no database that is supported here.
+        """
+        engine = open_engine(
+            read_url(url), clock=clock, role=role, connections=threads + 2, deadline=deadline
+        )
+        return cls(engine, clock=clock, threads=threads)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """One transaction: BEGIN IMMEDIATE on SQLite, READ COMMITTED on PostgreSQL.
+
+        Raises:
+            StoreUnavailable: the database did not answer, or did not let us in.
+        """
+        with self._turn(), translated(), self._connection() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def autocommit(self) -> Iterator[Connection]:
+        """For reads and single statements, each its own transaction.
+
+        Raises:
+            StoreUnavailable: as in `transaction`.
+        """
+        with translated(), self._connection() as connection:
+            yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    def now(self, connection: Connection) -> datetime:
+        """The instant that rows are compared with: PostgreSQL's clock, or the injected one."""
+        return database_now(connection)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `work` in a thread of the database; it opens its own transactions."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
+
+    async def call(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run `work` in one transaction, in a thread of the database.
+
+        A caller that is cancelled does not undo it: what was begun is committed or fails.
+        """
+        return await self.run(functools.partial(self._in_transaction, work, *args, **kwargs))
+
+    async def call_autocommit(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run `work` on a connection in autocommit mode, in a thread of the database."""
+        return await self.run(functools.partial(self._in_autocommit, work, *args, **kwargs))
+
+    def close(self) -> None:
+        """Wait for what runs in the threads, then close every connection."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._engine.dispose()
+
+    def _in_transaction(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        with self.transaction() as connection:
+            return work(connection, *args, **kwargs)
+
+    def _in_autocommit(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        with self.autocommit() as connection:
+            return work(connection, *args, **kwargs)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        if self._writer is None:
+            yield
+            return
+        if not self._writer.acquire(timeout=BUSY_SECONDS):
+            raise StoreUnavailable(f"{self.url_shown} was busy for {BUSY_SECONDS:g} s")
+        try:
+            yield
+        finally:
+            self._writer.release()
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        with self._engine.connect() as connection:
+            try:
+                yield connection
+            except BaseException:
+                # The hot statements go past SQLAlchemy, which so cannot see that the session died.
+                if self.dialect == "postgresql" and driver(connection).closed:
+                    connection.invalidate()
+                raise
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn a driver's word for an absent or overloaded database into `StoreUnavailable`."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise StoreUnavailable("no connection to the database came free in time") from error
+    except DBAPIError as error:
+        if error.orig is not None and (error.connection_invalidated or is_transient(error.orig)):
+            raise _unavailable(error.orig) from error
+        raise
+    except Exception as error:
+        if is_transient(error):
+            raise _unavailable(error) from error
+        raise
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a driver's error says that the database, and not the statement, was at fault."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", 1) & 0xFF in _TRANSIENT
+    # By name, so that SQLite alone needs no psycopg.
+    return any(
+        kind.__module__.startswith("psycopg") and kind.__name__ == "OperationalError"
+        for kind in type(error).__mro__
+    )
+
+
+def _unavailable(error: BaseException) -> StoreUnavailable:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return StoreUnavailable(
+        f"the database did not answer: {reason}",
+        fix="is it running, and does database.url in worker.toml name it?",
+    )
+
+

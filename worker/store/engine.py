@@ -1,0 +1,147 @@
+"""Engines: a database's URL made into SQLAlchemy's, with the settings each dialect needs to be safe."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from worker.clock import Clock
+from worker.errors import ConfigurationError
+from worker.store.connection import CLOCK
+
+BUSY_SECONDS = 10.0
+STATEMENT_DEADLINE = 10.0
+
+# A peer that vanishes is noticed within about five seconds; a session that forgets its
+# transaction does not keep its locks and its snapshot.
+_KEEPALIVES = {
+    "connect_timeout": "3",
+    "keepalives": "1",
+    "keepalives_idle": "3",
+    "keepalives_interval": "1",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "5000",
+}
+_SESSION = {
+    "timezone": "UTC",
+    "jit": "off",
+    "idle_in_transaction_session_timeout": "5s",
+}
+# The worker's own statements all go by index. The planner must not think a table
+# small, and scan it, because it was empty when it was last analysed.
+_WORKER_SESSION = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
+
+# One form of JSON for all that writes it, so that its text can be compared on SQLite.
+compact_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_url(url: str) -> URL:
+    """The URL of a SQLite file or of a PostgreSQL database, with the driver named.
+
+    Raises:
+        ConfigurationError: it names neither, or PostgreSQL without the extra installed.
+    """
+    fix = "database.url is sqlite:///FILE or postgresql://USER@HOST/NAME"
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigurationError("database.url cannot be read", fix=fix) from None
+    kind = parsed.drivername.partition("+")[0]
+    if kind in ("postgres", "postgresql"):
+        if importlib.util.find_spec("psycopg") is None:
+            raise ConfigurationError(
+                "database.url names PostgreSQL, and its driver is not installed",
+                fix="pip install 'orgworker[postgresql]'",
+            )
+        return parsed.set(drivername="postgresql+psycopg")
+    if kind != "sqlite":
+        raise ConfigurationError(f"database.url names {kind}, which is not supported", fix=fix)
+    if not parsed.database or parsed.database == ":memory:":
+        raise ConfigurationError("database.url names no SQLite file", fix=fix)
+    return parsed.set(drivername="sqlite")
+
+
+def open_engine(url: URL, *, clock: Clock, role: str, connections: int, deadline: float) -> Engine:
+    """The engine of a URL from `read_url`, with room for so many connections at once."""
+    if url.get_backend_name() == "sqlite":
+        return _open_sqlite(url, clock=clock, connections=connections)
+    return _open_postgresql(url, role=role, connections=connections, deadline=deadline)
+
+
+def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
+    Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        url,
+        pool_size=connections,
+        max_overflow=10,
+        pool_timeout=BUSY_SECONDS,
+        json_serializer=compact_json,
+        connect_args={
+            "timeout": BUSY_SECONDS,
+            "check_same_thread": False,
+            "cached_statements": 512,
+            # The driver must not open transactions of its own: its BEGIN is deferred.
+            "isolation_level": None,
+        },
+    )
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: sqlite3.Connection, record: Any) -> None:
+        record.info[CLOCK] = clock
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "wal_autocheckpoint = 20000",
+            "foreign_keys = ON",
+            "cache_size = -65536",
+            "temp_store = MEMORY",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A deferred BEGIN that turns into a write fails at once, whatever the busy timeout.
+        if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) -> Engine:
+    from worker.store.deadline import connect
+
+    session = _SESSION | (_WORKER_SESSION if role == "worker" else {})
+    options = " ".join(f"-c {name}={value}" for name, value in session.items())
+    given = dict(url.query)
+    # What stands in the URL comes last, and so wins.
+    arguments = (
+        {"application_name": f"orgworker {role}"}
+        | _KEEPALIVES
+        | {name: str(value) for name, value in given.items()}
+        | {"options": f"{options} {given.get('options', '')}".strip()}
+    )
+    place = {
+        "host": url.host,
+        "port": url.port,
+        "user": url.username,
+        "password": url.password,
+        "dbname": url.database,
+    }
+    arguments |= {name: str(value) for name, value in place.items() if value}
+    return create_engine(
+        url,
+        creator=lambda: connect(arguments, deadline=deadline),
+        pool_size=connections,
+        max_overflow=10,
+        pool_timeout=5,
+        json_serializer=compact_json,
+        use_native_hstore=False,
+    )

@@ -1,0 +1,103 @@
+"""The schema's version: what the database has, what this release needs, and how to get there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, text
+
+from worker.clock import SystemClock
+from worker.errors import ConfigurationError
+from worker.store.database import translated
+from worker.store.engine import open_engine, read_url
+
+# Two migrators at once, and a migration that waits behind a long query, both make the
+# workers wait: the first queues here, the second gives up and can be tried again.
+_MIGRATION_LOCK = 6_070_311
+_SETTINGS = ("SET LOCAL lock_timeout = '5s'", "SET LOCAL statement_timeout = '10min'")
+_DEADLINE = 660.0
+
+
+def folder() -> Path:
+    """Where the migrations are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "migrations"
+    return inside if inside.is_dir() else package.parent / "migrations"
+
+
+def head() -> str:
+    """The version that this release needs: the newest file's number."""
+    return max(path.name.partition("_")[0] for path in (folder() / "versions").glob("[0-9]*_*.py"))
+
+
+def current(connection: Connection) -> str | None:
+    """The version that the database has; None if it is empty."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return version
+
+
+def check(connection: Connection) -> None:
+    """Make sure that the database has the schema of this release.
+
+    Raises:
+        ConfigurationError: it has another version, or none.
+    """
+    has, needs = current(connection), head()
+    if has == needs:
+        return
+    state = "has no schema yet" if has is None else f"has schema version {has}"
+    if has is not None and has > needs:
+        fix = "it was migrated by a newer release: install that one"
+    else:
+        fix = "run `python -m worker db upgrade`"
+    raise ConfigurationError(f"the database {state}, this release needs {needs}", fix=fix)
+
+
+def upgrade(url: str, owner_url: str = "") -> None:
+    """Bring the database to this release's version, whatever it has; run again, it changes nothing.
+
+    On PostgreSQL `owner_url` names the role that owns the tables, where it is not the
+    worker's. One migrator runs at a time, in one transaction.
+
+    Raises:
+        ConfigurationError: the URL is unusable, or the database is of a newer release.
+        StoreUnavailable: the database did not answer, or a table stayed locked.
+    """
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script.revision import ResolutionError
+    from alembic.util.exc import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(folder()).replace("%", "%%"))
+    try:
+        with migrating(owner_url or url) as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    except CommandError as error:
+        if isinstance(error.__cause__, ResolutionError):
+            raise ConfigurationError(
+                "the database was migrated by a newer release", fix="install that release"
+            ) from error
+        raise
+
+
+@contextmanager
+def migrating(url: str) -> Iterator[Connection]:
+    """A transaction in which this process is the only migrator."""
+    engine = open_engine(
+        read_url(url), clock=SystemClock(), role="migration", connections=1, deadline=_DEADLINE
+    )
+    try:
+        with translated(), engine.connect() as connection, connection.begin():
+            if connection.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+                for setting in _SETTINGS:
+                    connection.execute(text(setting))
+            yield connection
+    finally:
+        engine.dispose()

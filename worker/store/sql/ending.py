@@ -1,0 +1,89 @@
+"""What a batch of ended attempts makes of its runs, once their rows are locked. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+
+from worker.ids import OrgId, RunId
+from worker.runs.outcome import EndedAttempt
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A running row of this worker, as it was locked."""
+
+    fencing_token: int
+    cancel_requested: bool
+    cancel_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """An attempt that is still ours to end, and where its run goes."""
+
+    attempt: EndedAttempt
+    state: str
+    reason: str | None
+    ended_at: datetime
+
+    @property
+    def final(self) -> bool:
+        return self.state != "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollups:
+    """Sums in key order, so that two writers never wait for each other in a circle."""
+
+    days: Sequence[tuple[date, OrgId, int, int, int]]
+    hours: Sequence[tuple[datetime, OrgId, str, int]]
+
+
+def settle(
+    ended: Iterable[EndedAttempt], held: Mapping[RunId, Held], now: datetime
+) -> tuple[list[Ending], list[EndedAttempt]]:
+    """Part what is still ours from what was fenced out, each in order of run ids.
+
+    A run that would wait again although someone asked to cancel it is cancelled.
+    """
+    endings: dict[RunId, Ending] = {}
+    fenced: list[EndedAttempt] = []
+    for attempt in sorted(ended, key=lambda attempt: attempt.run_id):
+        row = held.get(attempt.run_id)
+        if row is None or row.fencing_token != attempt.fencing_token or attempt.run_id in endings:
+            fenced.append(attempt)
+            continue
+        state, reason = attempt.state, attempt.reason
+        if state == "waiting" and row.cancel_requested:
+            state, reason = "cancelled", row.cancel_reason or "requested"
+        # The worker's clock may differ from the database's: an attempt still ends within its row.
+        ended_at = max(attempt.started_at, min(attempt.ended_at, now))
+        endings[attempt.run_id] = Ending(attempt, state, reason, ended_at)
+    return list(endings.values()), fenced
+
+
+def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
+    """Runs, attempts and handler time by day and org; runs by hour, org and final state."""
+    today = now.astimezone(UTC).date()
+    hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    days: dict[OrgId, list[float]] = {}
+    hours: dict[tuple[OrgId, str], int] = {}
+    for ending in endings:
+        org_id = ending.attempt.org_id
+        sums = days.setdefault(org_id, [0, 0, 0.0])
+        sums[1] += 1
+        began_at = ending.attempt.trail.handler_started_at
+        if began_at is not None:
+            sums[2] += max(0.0, (ending.ended_at - began_at).total_seconds())
+        if ending.final:
+            sums[0] += 1
+            hours[org_id, ending.state] = hours.get((org_id, ending.state), 0) + 1
+    return Rollups(
+        [
+            (today, org_id, int(runs), int(attempts), round(seconds))
+            for org_id, (runs, attempts, seconds) in sorted(days.items())
+        ],
+        [(hour, org_id, state, runs) for (org_id, state), runs in sorted(hours.items())],
+    )

@@ -1,0 +1,225 @@
+"""Fire: definitions that are due become runs and skips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.clock import from_text
+from worker.ids import DefinitionId, new_id
+from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
+from worker.runs.run import NewRun
+from worker.store.connection import driver, file_now
+from worker.store.skips import StoredSkip, fold
+from worker.store.sql import Specs
+from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value
+
+DUE = """
+SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
+FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
+      WHERE next_fire_at <= ? ORDER BY next_fire_at LIMIT ?) s
+CROSS JOIN definitions d ON d.id = s.definition_id
+CROSS JOIN orgs o ON o.id = s.org_id
+ORDER BY s.next_fire_at
+"""
+
+SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
+
+RUN = """
+INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
+                  created_by, request_key, backfill_id, retry_of, idempotency_key, params)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO NOTHING
+"""
+
+LIVE = """
+INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
+                       scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
+                       serial, available_at, start_by, state, reason)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'waiting', 'due')
+ON CONFLICT DO NOTHING
+"""
+
+INSERTED = """
+SELECT r.id, l.id IS NOT NULL FROM json_each(?) e
+CROSS JOIN runs r ON r.id = e.value LEFT JOIN live_runs l ON l.id = r.id
+"""
+
+UNDO = "DELETE FROM runs WHERE id = ?"
+
+NEXT = "UPDATE schedule SET next_scheduled_for = ?, next_fire_at = ? WHERE definition_id = ?"
+
+FIRST = "SELECT min(next_fire_at) FROM schedule WHERE next_fire_at IS NOT NULL"
+
+LAST_SKIP = """
+SELECT id, org_id, revision, skipped_from, skipped_until, count, reason FROM skips
+WHERE definition_id = ? ORDER BY skipped_from DESC LIMIT 1
+"""
+
+RAN_BEFORE = """
+SELECT max(scheduled_for) FROM runs WHERE definition_id = ? AND origin = 'schedule' AND scheduled_for < ?
+"""
+
+GROW = "UPDATE skips SET skipped_until = ?, count = ? WHERE id = ?"
+
+SKIP = """
+INSERT INTO skips (id, org_id, definition_id, revision, skipped_from, skipped_until, count, reason)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+"""
+
+
+def fire_lock(
+    connection: Connection, *, limit: int, specs: Specs
+) -> tuple[datetime, list[DueDefinition]]:
+    cursor = driver(connection).cursor()
+    now = file_now(connection)
+    due = []
+    for definition_id, org_id, code, timezone, name, revision, scheduled_for in cursor.execute(
+        DUE, (instant(now), limit)
+    ).fetchall():
+        spec = specs.get((definition_id, revision))
+        if spec is None:
+            (text,) = cursor.execute(SPEC, (definition_id, revision)).fetchone()
+            spec = specs[definition_id, revision] = json_value(text)
+        due.append(
+            DueDefinition(
+                definition_id, org_id, code, timezone, name, revision, from_text(scheduled_for), spec
+            )
+        )
+    return now, due
+
+
+def fire_write(
+    connection: Connection,
+    runs: Sequence[NewRun],
+    skips: Sequence[NewSkip],
+    next_fires: Sequence[NextFire],
+) -> FireReport:
+    cursor = driver(connection).cursor()
+    now = file_now(connection)
+    inserted, overlapped = _insert(cursor, runs, now)
+    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
+    if skips:
+        _write_skips(cursor, skips)
+    cursor.executemany(
+        NEXT,
+        [
+            (instant(fire.next_scheduled_for), instant(fire.next_fire_at), fire.definition_id)
+            for fire in next_fires
+        ],
+    )
+    (first,) = cursor.execute(FIRST).fetchone()
+    return FireReport(
+        inserted, overlapped, skips, next_fire_at=None if first is None else from_text(first), now=now
+    )
+
+
+def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[NewRun], list[NewRun]]:
+    if not runs:
+        return [], []
+    cursor.executemany(RUN, [_run_row(run, instant(now)) for run in runs])
+    made = cursor.rowcount
+    if made == len(runs):
+        new = list(runs)
+    else:
+        known = {id_ for id_, _ in cursor.execute(INSERTED, (json_list(run.id for run in runs),))}
+        new = [run for run in runs if run.id in known]
+    cursor.executemany(LIVE, [_live_row(run) for run in new])
+    if cursor.rowcount == len(new):
+        return new, []
+    live = {
+        id_ for id_, is_live in cursor.execute(INSERTED, (json_list(run.id for run in new),)) if is_live
+    }
+    overlapped = [run for run in new if run.id not in live]
+    cursor.executemany(UNDO, [(run.id,) for run in overlapped])
+    return [run for run in new if run.id in live], overlapped
+
+
+def _run_row(run: NewRun, now: str | None) -> tuple[Any, ...]:
+    return (
+        run.id,
+        run.org_id,
+        run.definition_id,
+        run.revision,
+        run.handler,
+        run.origin,
+        instant(run.scheduled_for),
+        now,
+        run.created_by,
+        run.request_key,
+        run.backfill_id,
+        run.retry_of,
+        run.idempotency_key,
+        json_text(run.params),
+    )
+
+
+def _live_row(run: NewRun) -> tuple[Any, ...]:
+    return (
+        run.id,
+        run.org_id,
+        run.definition_id,
+        run.revision,
+        run.handler,
+        json_text(run.variant_handlers or None),
+        run.isolation,
+        run.origin,
+        instant(run.scheduled_for),
+        run.idempotency_key,
+        json_text(run.params),
+        run.backfill_id,
+        run.max_concurrent,
+        run.priority,
+        run.serial,
+        instant(run.available_at),
+        instant(run.start_by),
+    )
+
+
+def _overlap(run: NewRun) -> NewSkip:
+    return NewSkip(
+        run.org_id, run.definition_id, run.revision, run.scheduled_for, run.scheduled_for, 1, "overlap"
+    )
+
+
+def _write_skips(cursor: Any, skips: Sequence[NewSkip]) -> None:
+    last: dict[DefinitionId, StoredSkip] = {}
+    for definition_id in {skip.definition_id for skip in skips}:
+        row = cursor.execute(LAST_SKIP, (definition_id,)).fetchone()
+        if row is not None:
+            id_, org_id, revision, since, until, count, reason = row
+            last[definition_id] = StoredSkip(
+                id_,
+                NewSkip(
+                    org_id, definition_id, revision, from_text(since), from_text(until), count, reason
+                ),
+            )
+    ran_before = {}
+    for skip in skips:
+        (ran_at,) = cursor.execute(
+            RAN_BEFORE, (skip.definition_id, instant(skip.skipped_from))
+        ).fetchone()
+        ran_before[skip.definition_id, skip.skipped_from] = None if ran_at is None else from_text(ran_at)
+    changes = fold(skips, last, ran_before)
+    cursor.executemany(
+        GROW, [(instant(row.skip.skipped_until), row.skip.count, row.id) for row in changes.grown]
+    )
+    cursor.executemany(
+        SKIP,
+        [
+            (
+                new_id(),
+                skip.org_id,
+                skip.definition_id,
+                skip.revision,
+                instant(skip.skipped_from),
+                instant(skip.skipped_until),
+                skip.count,
+                skip.reason,
+            )
+            for skip in changes.new
+        ],
+    )

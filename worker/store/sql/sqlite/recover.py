@@ -1,0 +1,36 @@
+"""Recover: the runs of workers that are gone are found and locked.
+
+On SQLite no lease decides: the lock beside the file does, and whoever holds it
+knows that every other worker is gone.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from worker.clock import from_text
+from worker.ids import WorkerId
+from worker.store.connection import driver, file_now
+from worker.store.sql import AbandonedRun
+from worker.store.sql.sqlite.values import instant
+
+END_OTHERS = "UPDATE workers SET ended_at = ? WHERE id <> ? AND ended_at IS NULL"
+
+ABANDONED = """
+SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.worker_id, l.fencing_token, l.attempt,
+       l.failures, l.recoveries, l.started_at
+FROM live_runs l INDEXED BY ix_live_runs_running_worker_id
+LEFT JOIN workers w ON w.id = l.worker_id
+WHERE l.state = 'running' AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
+LIMIT ?
+"""
+
+
+def recover_lock(
+    connection: Connection, *, others_than: WorkerId | None, limit: int
+) -> list[AbandonedRun]:
+    cursor = driver(connection).cursor()
+    if others_than is not None:
+        cursor.execute(END_OTHERS, (instant(file_now(connection)), others_than))
+    rows = cursor.execute(ABANDONED, (others_than or "", limit)).fetchall()
+    return [AbandonedRun(*row[:10], from_text(row[10])) for row in rows]
