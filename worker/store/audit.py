@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -12,25 +13,32 @@ from worker.ids import OrgId, new_id
 from worker.store import tables
 
 
-def record(
-    connection: Connection,
-    org_id: OrgId | None,
-    *,
-    at: datetime,
-    actor: str,
-    action: str,
-    subject: str,
-    detail: Mapping[str, Any] | None = None,
-) -> None:
-    """Write one row; `action` is noun.verb, `subject` what a reader would type, no secret in `detail`."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One change: `action` is noun.verb, `subject` what a reader would type; no secret in `detail`."""
+
+    org_id: OrgId | None
+    action: str
+    subject: str
+    detail: Mapping[str, Any] | None = None
+
+
+def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, actor: str) -> None:
+    """Write one row an entry."""
+    if not entries:
+        return
     connection.execute(
-        insert(tables.audit).values(
-            id=new_id(),
-            at=at,
-            actor=actor,
-            action=action,
-            org_id=org_id,
-            subject=subject,
-            detail=dict(detail) if detail else None,
-        )
+        insert(tables.audit),
+        [
+            {
+                "id": new_id(),
+                "at": at,
+                "actor": actor,
+                "action": entry.action,
+                "org_id": entry.org_id,
+                "subject": entry.subject,
+                "detail": dict(entry.detail) if entry.detail else None,
+            }
+            for entry in entries
+        ],
     )

@@ -70,6 +70,13 @@ def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock:
     return row
 
 
+def require_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row:
+    """The definition with this id, closed or not, locked against firing and against other edits."""
+    mine = (_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
+    _lock(connection, select(_definitions.c.id).where(*mine))
+    return dict(connection.execute(_query().where(*mine)).mappings().one())
+
+
 def lock_org(connection: Connection, org_id: OrgId) -> list[Row]:
     """All definitions of one org that are not closed, locked against firing and against other edits."""
     open_ones = (_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))

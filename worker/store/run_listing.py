@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, Connection, Integer, Select, Text, column, select, table
 
 from worker.errors import NotFound, UsageError
-from worker.ids import RunId
+from worker.ids import OrgId, RunId
 from worker.store import orgs, tables
 from worker.store.paging import DEFAULT_LIMIT, Row, checked_id, page
 from worker.store.tables import Id, Instant, json_type
@@ -120,6 +120,12 @@ def run(connection: Connection, org: str, run_id: str) -> Row:
 def run_for_all_orgs(connection: Connection, run_id: str) -> Row:
     """As `run`, of whichever org."""
     return _run(connection, run_id, [])
+
+
+def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
+    """The listed columns of a run that is known to be there."""
+    query = select(*(_view.c[name] for name in LISTED)).where(_view.c.id == run_id, _view.c.org_id == org_id)
+    return dict(connection.execute(query).mappings().one())
 
 
 def _runs(

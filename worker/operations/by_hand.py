@@ -1,0 +1,72 @@
+"""A run made by hand: what run-now and retry have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection
+
+from worker.definitions.definition import from_spec
+from worker.errors import Conflict
+from worker.ids import RunId, new_id
+from worker.operations.handlers import Handlers
+from worker.runs.run import NewRun
+
+Row = Mapping[str, Any]
+
+
+def make_run(
+    connection: Connection,
+    row: Row,
+    *,
+    origin: Literal["manual", "retry"],
+    scheduled_for: datetime,
+    at: datetime,
+    actor: str,
+    params: Mapping[str, Any] | None = None,
+    request_key: str | None = None,
+    retry_of: RunId | None = None,
+    idempotency_key: str | None = None,
+) -> NewRun:
+    """A run of the current revision of a definition, available at once; `params` are all it gets, if given.
+
+    Raises:
+        Conflict: the definition is closed, or its org is not active.
+        DefinitionError: params that the handler does not take.
+    """
+    named = f"{row['org']}/{row['name']}"
+    if row["org_state"] != "active":
+        raise Conflict(
+            f"org {row['org']} is {row['org_state']}: nothing of it starts",
+            fix=f"`orgs resume {row['org']}` lets it",
+        )
+    if row["closed_at"] is not None:
+        raise Conflict(f"definition {named} is closed", fix="`apply` a file that has it")
+    definition = from_spec(row["org"], row["name"], row["spec"])
+    handlers = Handlers(connection)
+    if params is not None:
+        for handler in definition.handlers:
+            handlers.check_params(handler, params, f"definition {named}")
+    run_id = RunId(new_id())
+    return NewRun(
+        id=run_id,
+        org_id=row["org_id"],
+        definition_id=row["id"],
+        revision=row["revision"],
+        handler=definition.handler,
+        origin=origin,
+        scheduled_for=scheduled_for,
+        available_at=at,
+        idempotency_key=idempotency_key or run_id,
+        isolation=definition.isolation or handlers.isolation_of(definition.handler),
+        serial=definition.serial,
+        priority=definition.priority,
+        variant_handlers=definition.handlers if definition.variants else (),
+        max_concurrent=definition.max_concurrent,
+        request_key=request_key,
+        retry_of=retry_of,
+        created_by=actor,
+        params=params,
+    )
