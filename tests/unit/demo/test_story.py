@@ -1,0 +1,87 @@
+"""The demo's narrator: a line in columns for each change, and once what it means."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from worker.demo.changes import Change
+from worker.demo.story import Narrator
+
+
+class FakeJournal:
+    """A journal whose changes a test makes up."""
+
+    def __init__(self, handler: str = "assistant.digest", started: bool = True) -> None:
+        self.changes: list[Change] = []
+        self._attempt = (handler, started)
+
+    def read(self) -> list[Change]:
+        changes, self.changes = self.changes, []
+        return changes
+
+    def last_attempt(self, run_id: str) -> tuple[str, bool] | None:
+        return self._attempt
+
+
+def tell(clock, journal: FakeJournal, *changes: Change) -> Narrator:
+    narrator = Narrator(journal, clock, started=clock.monotonic())
+    journal.changes = list(changes)
+    narrator.narrate()
+    return narrator
+
+
+def change(state: str, reason: str | None = None, detail: str | None = None) -> Change:
+    return Change("run", "org_acme", "support-digest", state, reason, detail)
+
+
+def test_a_change_is_one_line_in_columns(clock, capsys):
+    tell(clock, FakeJournal(), change("waiting", "retry", "two\nlines"))
+
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.split(r" {2,}", line) == [
+        "2030-01-01T00:00:00.000Z",
+        "org_acme",
+        "support-digest",
+        "waiting",
+        "retry",
+        "two lines",
+    ]
+
+
+def test_the_first_success_tells_how_long_it_took_and_by_which_agent(clock, capsys):
+    journal = FakeJournal("assistant.digest_v2")
+    narrator = Narrator(journal, clock, started=clock.monotonic())
+    clock.advance(2.5)
+    journal.changes = [change("succeeded"), change("succeeded")]
+
+    narrator.narrate()
+
+    captions = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    assert captions == [
+        "# the first run succeeded 2.5 s after the worker's start",
+        "# org_acme: the flag agent-v2 is on: the new agent, assistant.digest_v2, answered",
+    ]
+
+
+def test_a_dead_secret_prints_what_to_do(clock, capsys):
+    tell(clock, FakeJournal(), change("waiting", "no_token"))
+
+    assert "credentials add org_acme --client-id m2m-org_acme --secret-file FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("started", "words"), [(False, "was not started"), (True, "was started")])
+def test_a_refusal_says_whether_the_handler_was_started(clock, capsys, started, words):
+    tell(clock, FakeJournal(started=started), change("refused", "org_mismatch"))
+
+    assert f"the handler {words}" in capsys.readouterr().out
+
+
+def test_the_end_counts_what_came_of_each_org(clock, capsys):
+    narrator = tell(clock, FakeJournal(), change("succeeded"), change("succeeded"), change("refused", "x"))
+    capsys.readouterr()
+
+    narrator.sum_up()
+
+    assert capsys.readouterr().out.splitlines() == ["# org_acme: 1 refused", "# org_acme: 2 succeeded"]
