@@ -95,9 +95,10 @@ class UnknownHandler(DefinitionError):
 
 
 class TokenError(WorkerError):
-    """No usable token for an org."""
+    """No usable token for an org; `detail` is the issuer's or the verifier's own word for why."""
 
     code = "token"
+    detail: str = ""
 
 
 class CredentialsRejected(TokenError):

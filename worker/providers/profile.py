@@ -24,7 +24,9 @@ PropertiesShape = Literal["v", "plain"]
 FlagsShape = Literal["t_v", "plain", "names"]
 
 # Only public-key algorithms: a shared key would let each verifier sign (RFC 8725, section 3.1).
-ALGORITHMS = frozenset("RS256 RS384 RS512 PS256 PS384 PS512 ES256 ES384 ES512 EdDSA".split())
+ALGORITHMS = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
 STANDARD_ERRORS: Mapping[str, FailureClass] = {
     "invalid_client": "credential",
     "unauthorized_client": "configuration",

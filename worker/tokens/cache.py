@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,9 +13,25 @@ import httpx
 from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims
 from worker.clock import Clock
+from worker.errors import (
+    ConfigurationError,
+    CredentialsRejected,
+    RequestRejected,
+    Throttled,
+    TokenRefused,
+    Unavailable,
+)
 from worker.ids import OrgId
-from worker.tokens.credentials import CredentialSource, OrgRef
+from worker.tokens.acquire import Acquirer, Enforced, Wanted
+from worker.tokens.channel import Channel
+from worker.tokens.credentials import Credential, CredentialSource, Generations, OrgRef
 from worker.tokens.issuer import Issuer
+from worker.tokens.single_flight import SingleFlight
+
+MIN_CLAIMS_AGE = 60.0  # a definition cannot ask for newer claims than this
+# The last part of a token's life is not handed out: a share of it, at most so many seconds.
+MARGIN_SHARE, MARGIN = 0.2, 30.0
+RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # somewhere in this share of its life it is renewed, beside its use
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +40,36 @@ class EnforcedToken:
 
     token: AccessToken
     claims: Claims = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A cached token, with its times on the monotonic clock."""
+
+    enforced: EnforcedToken
+    credential: Credential
+    received_at: float
+    renew_at: float
+    good_until: float
+    expires_at: float
+    clock: Clock
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it has some life left."""
+        return self.clock.monotonic() < self.good_until and self.is_alive
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not expired; on both clocks, since one stands still while a machine sleeps."""
+        now = self.clock.now()
+        return self.clock.monotonic() < self.expires_at and now < self.enforced.token.expires_at
+
+    def is_younger_than(self, age: timedelta | None) -> bool:
+        """Whether it was received so recently."""
+        if age is None:
+            return True
+        return self.clock.monotonic() - self.received_at < max(age.total_seconds(), MIN_CLAIMS_AGE)
 
 
 class Tokens:
@@ -36,9 +83,16 @@ class Tokens:
         client: httpx.AsyncClient,
         clock: Clock,
         chance: random.Random | None = None,
-        max_tokens: int = 50_000,
+        max_tokens: int = 20_000,
     ) -> None:
-        raise NotImplementedError
+        self._clock = clock
+        self._chance = chance or random.SystemRandom()
+        self._max_tokens = max_tokens
+        self._channels = {name: Channel(issuer, client, clock=clock) for name, issuer in issuers.items()}
+        self._generations = Generations(credentials, clock=clock)
+        self._acquirer = Acquirer(credentials, clock=clock, chance=self._chance)
+        self._entries: OrderedDict[Wanted, _Entry] = OrderedDict()
+        self._refreshing: SingleFlight[Wanted, _Entry] = SingleFlight()
 
     async def ensure(
         self,
@@ -56,7 +110,9 @@ class Tokens:
         `scopes` are enforced; `also_ask` are asked for with them and may be missing
         (those of variants). Many callers at once make one request, and a caller that
         is cancelled does not end it. With `fresh`, a new one is minted in any case;
-        with `max_claims_age`, where the cached one was received longer ago.
+        with `max_claims_age` (at least 60 s), where the cached one was received longer
+        ago. Where a new one cannot be had, one that is still valid serves, unless
+        `fresh` says that it does not.
 
         Raises:
             TokenRefused: the issuer's token fails verification or enforcement.
@@ -64,12 +120,92 @@ class Tokens:
                 have passed, or the org has other credentials.
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
-        raise NotImplementedError
+        channel = self._channel(issuer)
+        wanted = Wanted(issuer, org, _audience(channel.issuer, audience), scopes, also_ask - scopes)
+        credentials = await self._generations.of(org)
+        entry = self._entry(wanted, credentials)
+        if entry is not None and not fresh and entry.is_good and entry.is_younger_than(max_claims_age):
+            if self._clock.monotonic() >= entry.renew_at and self._acquirer.may_ask(
+                channel, wanted, credentials
+            ):
+                self._refreshing.start(wanted, lambda: self._refresh(channel, wanted))
+            return entry.enforced
+        try:
+            entry = await self._refreshing.join(wanted, lambda: self._refresh(channel, wanted))
+        except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
+            if entry is None or fresh or not entry.is_alive:
+                raise
+        return entry.enforced
 
     def drop(self, org_id: OrgId) -> None:
         """Forget all of an org: its tokens, its credentials, its parking."""
-        raise NotImplementedError
+        for wanted in [wanted for wanted in self._entries if wanted.org.id == org_id]:
+            del self._entries[wanted]
+        self._generations.forget(org_id)
+        self._acquirer.forget(org_id)
 
     async def close(self) -> None:
         """End every refresh that is under way."""
-        raise NotImplementedError
+        await self._refreshing.close()
+        await self._generations.close()
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _channel(self, issuer: str) -> Channel:
+        channel = self._channels.get(issuer)
+        if channel is None:
+            raise ConfigurationError(
+                f"no issuer is called {issuer!r}", fix=f"add a table [issuers.{issuer}] to worker.toml"
+            )
+        return channel
+
+    def _entry(self, wanted: Wanted, credentials: tuple[Credential, ...]) -> _Entry | None:
+        entry = self._entries.get(wanted)
+        if entry is None:
+            return None
+        if entry.credential not in credentials or not entry.is_alive:
+            # Its generation was retired: what was leaked with it must not be used a moment longer.
+            del self._entries[wanted]
+            return None
+        self._entries.move_to_end(wanted)
+        return entry
+
+    async def _refresh(self, channel: Channel, wanted: Wanted) -> _Entry:
+        credentials = await self._generations.of(wanted.org)
+        if self._acquirer.is_parked(wanted, credentials):
+            # A new secret releases it at once.
+            credentials = await self._generations.of(wanted.org, newest=True)
+        try:
+            enforced = await self._acquirer.acquire(channel, wanted, credentials)
+        except TokenRefused as refused:
+            if refused.reason != "token_invalid":
+                # The issuer says that the org has less now: the older token says too much.
+                self._entries.pop(wanted, None)
+            raise
+        self._entries[wanted] = entry = self._new_entry(enforced)
+        while len(self._entries) > self._max_tokens:
+            self._entries.popitem(last=False)
+        return entry
+
+    def _new_entry(self, enforced: Enforced) -> _Entry:
+        received_at, lifetime = enforced.received_at, enforced.lifetime
+        usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
+        return _Entry(
+            enforced=EnforcedToken(AccessToken(enforced.text, enforced.expires_at), enforced.claims),
+            credential=enforced.credential,
+            received_at=received_at,
+            renew_at=received_at + usable * self._chance.uniform(RENEW_FROM, RENEW_UNTIL),
+            good_until=received_at + usable,
+            expires_at=received_at + lifetime,
+            clock=self._clock,
+        )
+
+
+def _audience(issuer: Issuer, asked: str | None) -> str:
+    audience = asked or issuer.audience
+    if not audience:
+        raise RequestRejected(
+            f"issuer {issuer.name} has no audience, and without one no token can be verified",
+            fix=f"set audience in [issuers.{issuer.name}], or in the definition",
+        )
+    return audience

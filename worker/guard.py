@@ -1,0 +1,220 @@
+"""For a customer's own backend: a token becomes its Claims, or why not; and the same as ASGI middleware.
+
+It needs no database and no worker: `Guard("https://acme.kinde.com", audience="https://api.acme.com")`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import httpx
+
+from worker.claims.claims import Claims
+from worker.claims.decode import decode
+from worker.claims.enforce import enforce
+from worker.clock import Clock, SystemClock
+from worker.errors import ConfigurationError, TokenRefused, Unavailable
+from worker.providers.profile import load
+from worker.tokens.endpoints import Endpoints, open_key_set
+from worker.tokens.http import open_client
+from worker.tokens.issuer import Issuer
+from worker.tokens.jwks import KeyNotPublished
+from worker.tokens.jws import invalid
+from worker.tokens.verify import verify
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
+
+
+class Guard:
+    """Verifies the tokens of one issuer for one audience.
+
+    `profile` names a provider's layout, or is the path of a TOML file of your own.
+    `scopes` are those that every token needs. The keys are fetched at the first
+    token and kept; give `client` to share an HTTP client.
+
+    Raises:
+        ConfigurationError: the issuer's URL is not https, or there is no such profile.
+    """
+
+    def __init__(
+        self,
+        issuer: str | Issuer,
+        *,
+        audience: str = "",
+        profile: str = "kinde",
+        scopes: Iterable[str] = (),
+        client: httpx.AsyncClient | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if isinstance(issuer, str):
+            issuer = Issuer(name=issuer, profile=load(profile), url=issuer, audience=audience or None)
+        if not (audience or issuer.audience):
+            raise ConfigurationError("a guard needs an audience: without one any API's token would do")
+        self._issuer = issuer
+        self._audience = audience or issuer.audience or ""
+        self._scopes = frozenset(scopes)
+        self._clock = clock or SystemClock()
+        self._owns_client = client is None
+        self._client = client or open_client()
+        endpoints = Endpoints(issuer, self._client, clock=self._clock)
+        self._keys = open_key_set(issuer, endpoints, clock=self._clock)
+
+    async def check(
+        self, token_text: str, *, org_code: str | None = None, scopes: Iterable[str] = ()
+    ) -> Claims:
+        """The claims of a token that holds; of this org and with these scopes, where they are given.
+
+        Raises:
+            TokenRefused: token_invalid; or org_mismatch, scope_missing: a good token that may not do this.
+            IssuerUnavailable: the issuer's keys cannot be read, so nobody can say.
+        """
+        try:
+            payload = await verify(
+                token_text,
+                issuer=self._issuer,
+                audience=self._audience,
+                keys=self._keys,
+                clock=self._clock,
+            )
+        except KeyNotPublished:
+            # A caller waits for no publication: it can come again, and anyone can make up a kid.
+            raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish") from None
+        claims = decode(payload, self._issuer.profile)
+        enforce(
+            claims,
+            org_code=claims.org_code if org_code is None else org_code,
+            client_id=None,
+            scopes=self._scopes.union(scopes),
+        )
+        return claims
+
+    async def close(self) -> None:
+        """End what is under way, and close the HTTP client if it is the guard's own."""
+        await self._keys.close()
+        if self._owns_client:
+            await self._client.aclose()
+
+
+async def check(token_text: str, guard: Guard) -> Claims:
+    """The claims of a token that holds; raises as `Guard.check` does."""
+    return await guard.check(token_text)
+
+
+class RequireToken:
+    """ASGI middleware: a request with a good bearer token gets its `Claims` in `scope["claims"]`.
+
+    Others are answered 401 (no token, or one that does not hold), 403 (a good one
+    that may not do this) or 503 (the issuer's keys cannot be read), as RFC 6750,
+    section 3, has it. `org_of` tells from the scope which org the request is about;
+    `scopes_of` which scopes it needs beyond the guard's; `open_paths` need no token.
+    The claims are in `scope["state"]["claims"]` as well, which Starlette calls
+    `request.state.claims`.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        guard: Guard | None = None,
+        *,
+        issuer: str | Issuer = "",
+        audience: str = "",
+        profile: str = "kinde",
+        scopes: Iterable[str] = (),
+        org_of: Callable[[Scope], str | None] | None = None,
+        scopes_of: Callable[[Scope], Iterable[str]] | None = None,
+        open_paths: Iterable[str] = (),
+    ) -> None:
+        self._app = app
+        self._guard = guard or Guard(issuer, audience=audience, profile=profile, scopes=scopes)
+        self._org_of = org_of
+        self._scopes_of = scopes_of
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope.get("path") in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        try:
+            claims = await self._claims(scope)
+        except _Answer as answer:
+            await answer.send(scope, receive, send)
+            return
+        state = {**scope.get("state", {}), "claims": claims}
+        await self._app({**scope, "claims": claims, "state": state}, receive, send)
+
+    async def _claims(self, scope: Scope) -> Claims:
+        headers = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
+        if len(headers) > 1:
+            raise _Answer(400, "invalid_request", "more than one Authorization header")
+        match = _BEARER.fullmatch(headers[0].decode("latin-1").strip()) if headers else None
+        if match is None:
+            # No error code for a request that did not try (RFC 6750, section 3.1).
+            raise _Answer(401, "", "a bearer token is needed")
+        try:
+            return await self._guard.check(
+                match[1],
+                org_code=self._org_of(scope) if self._org_of else None,
+                scopes=self._scopes_of(scope) if self._scopes_of else (),
+            )
+        except TokenRefused as refused:
+            raise _answer_to(refused) from None
+        except Unavailable:
+            raise _Answer(503, "temporarily_unavailable", "tokens cannot be verified now") from None
+
+
+class _Answer(Exception):
+    """A request that does not get through."""
+
+    def __init__(self, status: int, error: str, description: str, scope: str = "") -> None:
+        super().__init__(description)
+        self.status = status
+        self.error = error
+        self.description = description
+        self.scope = scope
+
+    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the request; a websocket is closed before it is accepted, which servers answer with 403."""
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": self.error or "unauthorized"})
+            return
+        body = {"error": self.error or "unauthorized", "error_description": self.description}
+        headers = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+        if self.status == 503:
+            headers.append((b"retry-after", b"5"))
+        else:
+            headers.append((b"www-authenticate", self._challenge().encode("latin-1")))
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+    def _challenge(self) -> str:
+        parts = ['realm="api"']
+        if self.error:
+            parts += [f'error="{self.error}"', f'error_description="{self.description}"']
+        if self.scope:
+            parts.append(f'scope="{self.scope}"')
+        return "Bearer " + ", ".join(parts)
+
+
+def _answer_to(refused: TokenRefused) -> _Answer:
+    match refused.reason:
+        case "scope_missing":
+            return _Answer(403, "insufficient_scope", "the token lacks a scope", _quotable(refused.detail))
+        case "org_mismatch" if refused.detail == "other_org":
+            return _Answer(403, "insufficient_scope", "the token is for another org")
+        case _:
+            return _Answer(401, "invalid_token", f"the token does not hold: {_quotable(refused.detail)}")
+
+
+def _quotable(text: str) -> str:
+    """Text as a quoted header parameter may hold it."""
+    return re.sub(r"[^ !#-\[\]-~]", "", text)

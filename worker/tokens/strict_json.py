@@ -1,0 +1,92 @@
+"""JSON from strangers: no duplicate members (RFC 8725, section 2.4), nothing deep, huge or unstorable."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+MAX_DEPTH = 12
+MAX_MEMBERS = 2_000
+MAX_DIGITS = 20
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+class Malformed(Exception):
+    """A text that is not read; `code` is one of json, duplicate_member, depth, members, number, text."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def loads(raw: bytes) -> Any:
+    """The value of a JSON text in UTF-8 (RFC 8259).
+
+    Raises:
+        Malformed: it is none, or it holds what no honest issuer writes.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Malformed("text") from None
+    _check_size(text)
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_members,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=_constant,
+        )
+        if "\\u" in text:
+            # Half a surrogate pair or a NUL, written as an escape, would fail later, in a database.
+            shown = json.dumps(value, ensure_ascii=False)
+            if "\\u0000" in shown:
+                raise Malformed("text")
+            shown.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed("text") from None
+    except (ValueError, RecursionError):
+        raise Malformed("json") from None
+    return value
+
+
+def _check_size(text: str) -> None:
+    if text.count(",") > MAX_MEMBERS:
+        raise Malformed("members")
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return
+    depth = 0
+    for letter in _STRINGS.sub("", text):
+        if letter in "{[":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise Malformed("depth")
+        elif letter in "}]":
+            depth -= 1
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise Malformed("duplicate_member")
+    return members
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise Malformed("number")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise Malformed("number")
+    return number
+
+
+def _constant(name: str) -> NoReturn:
+    raise Malformed("number")
