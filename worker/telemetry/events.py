@@ -65,7 +65,7 @@ EVENTS: Mapping[str, Event] = _table(
         "the lease passed unrenewed, by this many seconds; others may own the runs",
     ),
     # Definition to run.
-    ("runs.fired", "info", "runs overlapped skipped", "due instants became runs, in one transaction"),
+    ("runs.fired", "info", "count overlapped skips", "due instants became runs, in one transaction"),
     ("skips.written", "info", "org definition count reason", "instants that will not run, and why"),
     (
         "definition.failed",
