@@ -33,4 +33,4 @@ def recover_lock(
     if others_than is not None:
         cursor.execute(END_OTHERS, (instant(file_now(connection)), others_than))
     rows = cursor.execute(ABANDONED, (others_than or "", limit)).fetchall()
-    return [AbandonedRun(*row[:10], from_text(row[10])) for row in rows]
+    return [AbandonedRun(*(*row[:-1], from_text(row[-1]))) for row in rows]

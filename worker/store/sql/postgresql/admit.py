@@ -1,0 +1,174 @@
+"""Admit: waiting runs become running ones, fair over held slots and within every limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sqlalchemy import Connection
+
+from worker.ids import OrgId, WorkerId
+from worker.runs.run import AdmittedRun, Isolation
+from worker.store.connection import driver
+from worker.store.engine import compact_json
+from worker.store.sql import RingStep
+from worker.store.sql.postgresql.arrays import plain, texts
+
+# One key for all: whoever holds it is the only admitter of this database.
+ADMISSION_LOCK = 6_070_312
+
+# Walks from org to org along the index, once round at most. Orgs that cannot start
+# anything are left out here, so that they do not take the lock.
+RING = """
+WITH RECURSIVE hop(org_id, n, wrapped) AS (
+  SELECT %(cursor)s::uuid, 0, false
+  UNION ALL
+  SELECT COALESCE(later.org_id, first.org_id), hop.n + 1, hop.wrapped OR later.org_id IS NULL
+  FROM hop
+  LEFT JOIN LATERAL (
+    SELECT l.org_id FROM live_runs l WHERE l.state = 'waiting' AND l.org_id > hop.org_id
+    ORDER BY l.org_id LIMIT 1) later ON true
+  LEFT JOIN LATERAL (
+    SELECT l.org_id FROM live_runs l WHERE l.state = 'waiting' AND later.org_id IS NULL AND NOT hop.wrapped
+    ORDER BY l.org_id LIMIT 1) first ON true
+  WHERE hop.n < %(hops)s
+    AND CASE WHEN hop.wrapped OR later.org_id IS NULL
+             THEN COALESCE(later.org_id, first.org_id) <= %(cursor)s::uuid ELSE true END
+), looked AS (
+  SELECT hop.org_id, hop.n, (
+    SELECT o.state = 'active'
+       AND o.max_concurrent_runs > (
+         SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running')
+       AND EXISTS (
+         SELECT 1 FROM live_runs l
+         WHERE l.org_id = o.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+           AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[]))
+    FROM orgs o WHERE o.id = hop.org_id) AS ready
+  FROM hop WHERE hop.n > 0
+)
+SELECT org_id, n, ready FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
+"""
+
+LOCK = "SELECT pg_advisory_xact_lock(%s)"
+
+# A later statement than the lock, so with a snapshot in which everything that was
+# admitted before it can be counted.
+CHOOSE = """
+WITH offer AS MATERIALIZED (
+  SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
+    SELECT count(*) FROM live_runs l WHERE l.handler = h.handler AND l.state = 'running') END AS room
+  FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
+), line AS MATERIALIZED (
+  SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
+         (busy.n + c.place)::float8 / o.weight AS rank
+  FROM unnest(%(orgs)s::uuid[]) AS u(id)
+  JOIN orgs o ON o.id = u.id AND o.state = 'active'
+  CROSS JOIN LATERAL (
+    SELECT count(*) AS n FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') busy
+  CROSS JOIN LATERAL (
+    SELECT l.id, l.definition_id, l.handler, l.isolation, l.available_at, l.max_concurrent,
+           row_number() OVER () AS place
+    FROM (
+      SELECT l.id, l.definition_id, l.handler, l.isolation, l.available_at, l.max_concurrent
+      FROM live_runs l
+      WHERE l.org_id = o.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+        AND l.handler = ANY(ARRAY(SELECT handler FROM offer WHERE room IS NULL OR room > 0))
+        AND l.isolation = ANY(%(isolations)s::text[])
+        AND (l.variant_handlers IS NULL OR l.variant_handlers <@ %(offered)s::jsonb)
+        AND (l.max_concurrent IS NULL OR l.max_concurrent > (
+          SELECT count(*) FROM live_runs d
+          WHERE d.definition_id = l.definition_id AND d.state = 'running'))
+      ORDER BY l.priority DESC, l.available_at, l.id
+      LIMIT GREATEST(0, LEAST(o.max_concurrent_runs - busy.n, %(free)s))
+    ) l
+  ) c
+  WHERE EXISTS (SELECT 1 FROM workers w WHERE w.id = %(worker)s AND w.ended_at IS NULL
+                AND w.lease_until > (SELECT clock_timestamp()))
+), within_definition AS (
+  SELECT id, handler, isolation, available_at, rank FROM line WHERE max_concurrent IS NULL
+  UNION ALL
+  SELECT id, handler, isolation, available_at, rank FROM (
+    SELECT l.*, row_number() OVER (PARTITION BY definition_id ORDER BY place) AS nth
+    FROM line l WHERE max_concurrent IS NOT NULL) l
+  WHERE nth <= max_concurrent - (
+    SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.state = 'running')
+), within_handler AS (
+  SELECT w.id, w.isolation, w.available_at, w.rank
+  FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NULL
+  UNION ALL
+  SELECT id, isolation, available_at, rank FROM (
+    SELECT w.*, o.room, row_number() OVER (
+      PARTITION BY w.handler ORDER BY w.rank, w.available_at, w.id) AS nth
+    FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NOT NULL) w
+  WHERE nth <= room
+), picked AS MATERIALIZED (
+  (SELECT id, rank FROM within_handler WHERE isolation = 'child'
+   ORDER BY rank, available_at, id LIMIT %(child)s)
+  UNION ALL
+  (SELECT id, rank FROM within_handler WHERE isolation = 'inline'
+   ORDER BY rank, available_at, id LIMIT %(inline)s)
+), admitted AS (
+  UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s,
+                       started_at = clock_timestamp(), attempt = attempt + 1,
+                       fencing_token = fencing_token + 1
+  WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state = 'waiting'
+  RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
+            start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params
+)
+SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, a.available_at, a.id
+"""
+
+
+def admit_ring(
+    connection: Connection,
+    cursor: OrgId,
+    *,
+    want: int,
+    hops: int,
+    handlers: Sequence[str],
+    isolations: Sequence[Isolation],
+) -> RingStep:
+    rows = (
+        driver(connection)
+        .execute(
+            RING,
+            {
+                "cursor": cursor,
+                "want": want,
+                "hops": hops,
+                "handlers": texts(handlers),
+                "isolations": plain(isolations),
+            },
+        )
+        .fetchall()
+    )
+    orgs = [org_id for org_id, _, ready in rows if ready]
+    if not rows:
+        return RingStep(orgs, cursor, 0, complete=True)
+    last, passed, _ = rows[-1]
+    return RingStep(orgs, last, passed, complete=len(rows) < want and passed < hops)
+
+
+def admit_choose(
+    connection: Connection,
+    worker_id: WorkerId,
+    orgs: Sequence[OrgId],
+    *,
+    offered: Mapping[str, int | None],
+    free: Mapping[Isolation, int],
+) -> list[AdmittedRun]:
+    raw = driver(connection)
+    values = {
+        "worker": worker_id,
+        "orgs": plain(orgs),
+        "handlers": texts(offered),
+        "limits": plain(offered.values()),
+        "offered": compact_json(list(offered)),
+        "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
+        "free": sum(slots for slots in free.values() if slots > 0),
+        "child": max(0, free.get("child", 0)),
+        "inline": max(0, free.get("inline", 0)),
+    }
+    with raw.pipeline():
+        raw.execute(LOCK, (ADMISSION_LOCK,))
+        rows = raw.execute(CHOOSE, values)
+        return [AdmittedRun(*row) for row in rows]

@@ -1,0 +1,216 @@
+"""Finish: attempts that ended are written, and their runs end or wait again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.ids import DefinitionId, RunId, WorkerId
+from worker.runs.outcome import EndedAttempt
+from worker.store.connection import driver
+from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
+from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
+
+# Always in the order of ids, and a statement of its own: two batches never wait in a circle.
+LOCK = """
+SELECT id, fencing_token, cancel_requested_at IS NOT NULL, cancel_reason, clock_timestamp()
+FROM live_runs WHERE id = ANY(%s::uuid[]) AND worker_id = %s AND state = 'running'
+ORDER BY id FOR UPDATE
+"""
+
+END = """
+WITH e AS (
+  SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+    AS e(id, state, reason, detail, progress, result, error)
+), gone AS (
+  DELETE FROM live_runs l USING e WHERE l.id = e.id AND l.state = 'running'
+  RETURNING l.id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id, l.progress
+)
+UPDATE runs r SET state = e.state, reason = e.reason, detail = e.detail, available_at = g.available_at,
+                  started_at = g.started_at, finished_at = clock_timestamp(), attempt = g.attempt,
+                  result_fencing_token = g.fencing_token, worker_id = g.worker_id,
+                  progress = COALESCE(e.progress::jsonb, g.progress), result = e.result::jsonb,
+                  error = e.error::jsonb
+FROM gone g JOIN e ON e.id = g.id
+WHERE r.id = g.id AND r.state IS NULL
+"""
+
+WAIT = """
+UPDATE live_runs l SET state = 'waiting', reason = e.reason, detail = e.detail,
+                       available_at = clock_timestamp() + make_interval(secs => e.after),
+                       failures = e.failures, recoveries = e.recoveries,
+                       start_by = CASE WHEN e.keep_start_by THEN l.start_by END,
+                       progress = COALESCE(e.progress::jsonb, l.progress),
+                       worker_id = NULL, started_at = NULL
+FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::float8[], %s::integer[], %s::integer[], %s::boolean[],
+            %s::text[]) AS e(id, reason, detail, after, failures, recoveries, keep_start_by, progress)
+WHERE l.id = e.id AND l.state = 'running'
+"""
+
+ATTEMPTS = """
+INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
+                      handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
+                      claims_hash, peak_memory)
+SELECT run_id, attempt, org_id, %s, fencing_token, handler, started_at, token_ready_at,
+       handler_started_at, ended_at, outcome, error::jsonb, error_cause, claims::jsonb, flags::jsonb, jti,
+       claims_hash, peak_memory
+FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[],
+            %s::timestamptz[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::text[], %s::text[],
+            %s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[])
+  AS a(run_id, attempt, org_id, fencing_token, handler, started_at, token_ready_at, handler_started_at,
+       ended_at, outcome, error, error_cause, claims, flags, jti, claims_hash, peak_memory)
+"""
+
+WRITTEN = """
+SELECT a.run_id
+FROM unnest(%s::uuid[], %s::integer[], %s::bigint[], %s::text[]) AS e(id, attempt, fencing_token, outcome)
+JOIN attempts a ON a.run_id = e.id AND a.attempt = e.attempt
+WHERE a.fencing_token = e.fencing_token AND a.outcome = e.outcome AND a.worker_id = %s
+"""
+
+DAYS = """
+INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds)
+SELECT * FROM unnest(%s::date[], %s::uuid[], %s::bigint[], %s::bigint[], %s::bigint[])
+ON CONFLICT (day, org_id) DO UPDATE SET runs = rollup_days.runs + excluded.runs,
+  attempts = rollup_days.attempts + excluded.attempts,
+  handler_seconds = rollup_days.handler_seconds + excluded.handler_seconds
+"""
+
+HOURS = """
+INSERT INTO rollup_hours (hour, org_id, state, runs)
+SELECT * FROM unnest(%s::timestamptz[], %s::uuid[], %s::text[], %s::bigint[])
+ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + excluded.runs
+"""
+
+# Its start deadline counts from its promotion.
+PROMOTE = """
+UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = clock_timestamp(),
+                       start_by = clock_timestamp() + (h.start_by - h.available_at)
+WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uuid[]))
+  AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
+                  AND l.serial AND l.state IN ('waiting', 'running'))
+"""
+
+
+def finish(
+    connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]
+) -> set[RunId]:
+    raw = driver(connection)
+    rows = raw.execute(LOCK, (plain(attempt.run_id for attempt in ended), worker_id)).fetchall()
+    held = {id_: Held(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
+    if not rows:
+        return _written(raw, worker_id, ended)
+    now = rows[0][4]
+    endings, fenced = settle(ended, held, now)
+    if endings:
+        final = [ending for ending in endings if ending.final]
+        waiting = [ending for ending in endings if not ending.final]
+        with raw.pipeline():
+            if final:
+                _end(raw, final)
+            if waiting:
+                _wait(raw, waiting)
+            _write_attempts(raw, worker_id, endings)
+            _add(raw, sum_up(endings, now))
+            if final:
+                promote(connection, [ending.attempt.definition_id for ending in final])
+    accepted = {ending.attempt.run_id for ending in endings}
+    return accepted | _written(raw, worker_id, fenced) if fenced else accepted
+
+
+def add_rollups(connection: Connection, rollups: Rollups) -> None:
+    raw = driver(connection)
+    with raw.pipeline():
+        _add(raw, rollups)
+
+
+def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
+    values = {"all": definitions is None, "definitions": plain(sorted(set(definitions or ())))}
+    promoted: int = driver(connection).execute(PROMOTE, values).rowcount
+    return promoted
+
+
+def _end(raw: Any, endings: Sequence[Ending]) -> None:
+    attempts = [ending.attempt for ending in endings]
+    raw.execute(
+        END,
+        (
+            plain(attempt.run_id for attempt in attempts),
+            plain(ending.state for ending in endings),
+            texts(ending.reason for ending in endings),
+            texts(attempt.detail for attempt in attempts),
+            jsons(attempt.trail.progress for attempt in attempts),
+            texts(attempt.result for attempt in attempts),
+            jsons(attempt.error for attempt in attempts),
+        ),
+    )
+
+
+def _wait(raw: Any, endings: Sequence[Ending]) -> None:
+    attempts = [ending.attempt for ending in endings]
+    raw.execute(
+        WAIT,
+        (
+            plain(attempt.run_id for attempt in attempts),
+            texts(ending.reason for ending in endings),
+            texts(attempt.detail for attempt in attempts),
+            plain((attempt.available_after or timedelta()).total_seconds() for attempt in attempts),
+            plain(attempt.failures for attempt in attempts),
+            plain(attempt.recoveries for attempt in attempts),
+            flags(attempt.keep_start_by for attempt in attempts),
+            jsons(attempt.trail.progress for attempt in attempts),
+        ),
+    )
+
+
+def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
+    attempts = [ending.attempt for ending in endings]
+    trails = [attempt.trail for attempt in attempts]
+    raw.execute(
+        ATTEMPTS,
+        (
+            worker_id,
+            plain(attempt.run_id for attempt in attempts),
+            plain(attempt.attempt for attempt in attempts),
+            plain(attempt.org_id for attempt in attempts),
+            plain(attempt.fencing_token for attempt in attempts),
+            texts(trail.handler for trail in trails),
+            instants(attempt.started_at for attempt in attempts),
+            instants(trail.token_ready_at for trail in trails),
+            instants(trail.handler_started_at for trail in trails),
+            instants(ending.ended_at for ending in endings),
+            plain(attempt.outcome for attempt in attempts),
+            jsons(attempt.error for attempt in attempts),
+            texts(attempt.error_cause for attempt in attempts),
+            jsons(trail.claims for trail in trails),
+            jsons(trail.flags for trail in trails),
+            texts(trail.jti for trail in trails),
+            texts(trail.claims_hash for trail in trails),
+            plain(trail.peak_memory for trail in trails),
+        ),
+    )
+
+
+def _add(raw: Any, rollups: Rollups) -> None:
+    if not rollups.days:
+        return
+    days = [list(column) for column in zip(*rollups.days, strict=True)]
+    raw.execute(DAYS, tuple(plain(column) for column in days))
+    if rollups.hours:
+        hours, *rest = [list(column) for column in zip(*rollups.hours, strict=True)]
+        raw.execute(HOURS, (instants(hours), *(plain(column) for column in rest)))
+
+
+def _written(raw: Any, worker_id: WorkerId, fenced: Sequence[EndedAttempt]) -> set[RunId]:
+    """Those of them that an earlier write of ours, whose answer was lost, has ended already."""
+    values = (
+        plain(attempt.run_id for attempt in fenced),
+        plain(attempt.attempt for attempt in fenced),
+        plain(attempt.fencing_token for attempt in fenced),
+        plain(attempt.outcome for attempt in fenced),
+        worker_id,
+    )
+    return {id_ for (id_,) in raw.execute(WRITTEN, values)}

@@ -1,0 +1,248 @@
+"""Fire: definitions that are due become runs and skips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.ids import DefinitionId, new_id
+from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
+from worker.runs.run import NewRun
+from worker.store.connection import driver
+from worker.store.skips import StoredSkip, fold
+from worker.store.sql import Specs
+from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
+
+# The clock stands in a sub-query: called once, it can be compared with an index.
+LOCK = """
+SELECT definition_id FROM schedule
+WHERE next_fire_at <= (SELECT clock_timestamp())
+ORDER BY next_fire_at LIMIT %s FOR UPDATE SKIP LOCKED
+"""
+
+# A statement of its own: the one that locks has a snapshot older than its locks.
+DUE = """
+SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
+FROM schedule s
+JOIN definitions d ON d.id = s.definition_id
+JOIN orgs o ON o.id = s.org_id
+WHERE s.definition_id = ANY(%s::uuid[]) AND s.next_fire_at IS NOT NULL
+ORDER BY s.next_fire_at
+"""
+
+CLOCK = "SELECT clock_timestamp()"
+
+SPECS = """
+SELECT r.definition_id, r.revision, r.spec
+FROM unnest(%s::uuid[], %s::integer[]) AS p(definition_id, revision)
+JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision = p.revision
+"""
+
+INSERT = """
+WITH new AS (
+  SELECT * FROM unnest(
+    %s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::text[], %s::timestamptz[],
+    %s::text[], %s::text[], %s::uuid[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::text[],
+    %s::integer[], %s::integer[], %s::boolean[], %s::timestamptz[], %s::timestamptz[]
+  ) WITH ORDINALITY AS n(
+    id, org_id, definition_id, revision, handler, origin, scheduled_for,
+    created_by, request_key, backfill_id, retry_of, idempotency_key, params, variant_handlers, isolation,
+    max_concurrent, priority, serial, available_at, start_by, place)
+), fresh AS MATERIALIZED (
+  SELECT * FROM new n
+  WHERE (n.origin <> 'schedule' OR NOT EXISTS (
+           SELECT 1 FROM runs r WHERE r.definition_id = n.definition_id
+           AND r.scheduled_for = n.scheduled_for AND r.origin = 'schedule'))
+    AND (n.request_key IS NULL OR NOT EXISTS (
+           SELECT 1 FROM runs r WHERE r.definition_id = n.definition_id AND r.request_key = n.request_key))
+    AND (n.backfill_id IS NULL OR NOT EXISTS (
+           SELECT 1 FROM runs r WHERE r.backfill_id = n.backfill_id AND r.scheduled_for = n.scheduled_for))
+), live AS (
+  INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
+                         scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
+                         serial, available_at, start_by, state, reason)
+  SELECT id, org_id, definition_id, revision, handler, variant_handlers::jsonb, isolation, origin,
+         scheduled_for, idempotency_key, params::jsonb, backfill_id, max_concurrent, priority,
+         serial, available_at, start_by, 'waiting', 'due'
+  FROM fresh ORDER BY place
+  ON CONFLICT DO NOTHING RETURNING id
+), run AS (
+  INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
+                    created_by, request_key, backfill_id, retry_of, idempotency_key, params)
+  SELECT id, org_id, definition_id, revision, handler, origin, scheduled_for, clock_timestamp(),
+         created_by, request_key, backfill_id, retry_of, idempotency_key, params::jsonb
+  FROM fresh WHERE id IN (SELECT id FROM live) ORDER BY place
+)
+SELECT f.id, l.id IS NOT NULL FROM fresh f LEFT JOIN live l ON l.id = f.id
+"""
+
+LAST_SKIPS = """
+SELECT s.* FROM unnest(%s::uuid[]) AS d(id)
+CROSS JOIN LATERAL (
+  SELECT s.id, s.definition_id, s.org_id, s.revision, s.skipped_from, s.skipped_until, s.count, s.reason
+  FROM skips s WHERE s.definition_id = d.id ORDER BY s.skipped_from DESC LIMIT 1) s
+"""
+
+RAN_BEFORE = """
+SELECT p.definition_id, p.skipped_from, (
+  SELECT r.scheduled_for FROM runs r
+  WHERE r.definition_id = p.definition_id AND r.origin = 'schedule' AND r.scheduled_for < p.skipped_from
+  ORDER BY r.scheduled_for DESC LIMIT 1)
+FROM unnest(%s::uuid[], %s::timestamptz[]) AS p(definition_id, skipped_from)
+"""
+
+GROW = """
+UPDATE skips s SET skipped_until = g.skipped_until, count = g.count
+FROM unnest(%s::uuid[], %s::timestamptz[], %s::integer[]) AS g(id, skipped_until, count)
+WHERE s.id = g.id
+"""
+
+SKIP = """
+INSERT INTO skips (id, org_id, definition_id, revision, skipped_from, skipped_until, count, reason)
+SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::timestamptz[],
+                     %s::timestamptz[], %s::integer[], %s::text[])
+ON CONFLICT DO NOTHING
+"""
+
+NEXT = """
+UPDATE schedule s SET next_scheduled_for = n.next_scheduled_for, next_fire_at = n.next_fire_at
+FROM unnest(%s::uuid[], %s::timestamptz[], %s::timestamptz[]) AS n(
+       definition_id, next_scheduled_for, next_fire_at)
+WHERE s.definition_id = n.definition_id
+"""
+
+FIRST = """
+SELECT clock_timestamp(),
+       (SELECT next_fire_at FROM schedule WHERE next_fire_at IS NOT NULL ORDER BY next_fire_at LIMIT 1)
+"""
+
+
+def fire_lock(
+    connection: Connection, *, limit: int, specs: Specs
+) -> tuple[datetime, list[DueDefinition]]:
+    raw = driver(connection)
+    locked = [id_ for (id_,) in raw.execute(LOCK, (limit,))]
+    if not locked:
+        (now,) = raw.execute(CLOCK).fetchone()
+        return now, []
+    with raw.pipeline():
+        rows = raw.execute(DUE, (plain(locked),))
+        clock = raw.execute(CLOCK)
+        due = rows.fetchall()
+        (now,) = clock.fetchone()
+    missing = sorted({(row[0], row[5]) for row in due} - specs.keys())
+    if missing:
+        pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
+        for id_, revision, spec in raw.execute(SPECS, pairs):
+            specs[id_, revision] = spec
+    return now, [DueDefinition(*(*row, specs[row[0], row[5]])) for row in due]
+
+
+def fire_write(
+    connection: Connection,
+    runs: Sequence[NewRun],
+    skips: Sequence[NewSkip],
+    next_fires: Sequence[NextFire],
+) -> FireReport:
+    raw = driver(connection)
+    inserted, overlapped = _insert(raw, runs) if runs else ([], [])
+    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
+    if skips:
+        _write_skips(raw, skips)
+    with raw.pipeline():
+        if next_fires:
+            raw.execute(
+                NEXT,
+                (
+                    plain(fire.definition_id for fire in next_fires),
+                    instants(fire.next_scheduled_for for fire in next_fires),
+                    instants(fire.next_fire_at for fire in next_fires),
+                ),
+            )
+        now, first = raw.execute(FIRST).fetchone()
+    return FireReport(inserted, overlapped, skips, next_fire_at=first, now=now)
+
+
+def _insert(raw: Any, runs: Sequence[NewRun]) -> tuple[list[NewRun], list[NewRun]]:
+    is_live = dict(
+        raw.execute(
+            INSERT,
+            (
+                plain(run.id for run in runs),
+                plain(run.org_id for run in runs),
+                plain(run.definition_id for run in runs),
+                plain(run.revision for run in runs),
+                texts(run.handler for run in runs),
+                plain(run.origin for run in runs),
+                instants(run.scheduled_for for run in runs),
+                texts(run.created_by for run in runs),
+                texts(run.request_key for run in runs),
+                plain(run.backfill_id for run in runs),
+                plain(run.retry_of for run in runs),
+                plain(run.idempotency_key for run in runs),
+                jsons(run.params for run in runs),
+                jsons(run.variant_handlers or None for run in runs),
+                plain(run.isolation for run in runs),
+                plain(run.max_concurrent for run in runs),
+                plain(run.priority for run in runs),
+                flags(run.serial for run in runs),
+                instants(run.available_at for run in runs),
+                instants(run.start_by for run in runs),
+            ),
+        ).fetchall()
+    )
+    return (
+        [run for run in runs if is_live.get(run.id) is True],
+        [run for run in runs if is_live.get(run.id) is False],
+    )
+
+
+def _overlap(run: NewRun) -> NewSkip:
+    return NewSkip(
+        run.org_id, run.definition_id, run.revision, run.scheduled_for, run.scheduled_for, 1, "overlap"
+    )
+
+
+def _write_skips(raw: Any, skips: Sequence[NewSkip]) -> None:
+    with raw.pipeline():
+        rows = raw.execute(LAST_SKIPS, (plain({skip.definition_id for skip in skips}),))
+        ran = raw.execute(
+            RAN_BEFORE,
+            (plain(skip.definition_id for skip in skips), instants(skip.skipped_from for skip in skips)),
+        )
+        last = {
+            definition_id: StoredSkip(
+                id_, NewSkip(org_id, definition_id, revision, since, until, count, reason)
+            )
+            for id_, definition_id, org_id, revision, since, until, count, reason in rows
+        }
+        ran_before: dict[tuple[DefinitionId, datetime], datetime | None] = {
+            (definition_id, since): ran_at for definition_id, since, ran_at in ran
+        }
+    changes = fold(skips, last, ran_before)
+    grown, new = changes.grown, changes.new
+    with raw.pipeline():
+        raw.execute(
+            GROW,
+            (
+                plain(row.id for row in grown),
+                instants(row.skip.skipped_until for row in grown),
+                plain(row.skip.count for row in grown),
+            ),
+        )
+        raw.execute(
+            SKIP,
+            (
+                plain(new_id() for _ in new),
+                plain(skip.org_id for skip in new),
+                plain(skip.definition_id for skip in new),
+                plain(skip.revision for skip in new),
+                instants(skip.skipped_from for skip in new),
+                instants(skip.skipped_until for skip in new),
+                plain(skip.count for skip in new),
+                plain(skip.reason for skip in new),
+            ),
+        )
