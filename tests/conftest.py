@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
+from worker.store import schema
 from worker.telemetry import events
 from worker.telemetry.masking import masker
 
@@ -80,8 +81,6 @@ def own_postgres() -> Iterator[postgres.Server]:
 @pytest.fixture(scope="session")
 def migrated_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file with the current schema, to copy."""
-    from worker.store import schema
-
     path = tmp_path_factory.mktemp("migrated") / "worker.db"
     schema.upgrade(f"sqlite:///{path}")
     return path
@@ -98,8 +97,6 @@ def migrated_sqlite_url(tmp_path: Path, migrated_sqlite_file: Path) -> str:
 @pytest.fixture
 def migrated_postgres_url(postgres_server: postgres.Server) -> Iterator[str]:
     """The URL of a fresh PostgreSQL database with the current schema, dropped after the test."""
-    from worker.store import schema
-
     with postgres_server.new_database(postgres_server.template("migrated", schema.upgrade)) as url:
         yield url
 

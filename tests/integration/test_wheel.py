@@ -1,0 +1,96 @@
+"""The wheel, built and installed in a clean environment, away from the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    [built] = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of a new environment with the wheel; dependencies are lent, nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([*install, "--disable-pip-version-check", wheel], check=True)
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.check_output([python, "-c", where], text=True).strip())
+    # Only the folder itself goes on the path: its own .pth files, such as ours of the checkout, are not read.
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "bin"
+
+
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in an empty folder with nothing of this environment."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=60)
+
+
+def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"worker", "jobs"}
+    assert "worker/py.typed" in names
+    assert "worker/providers/kinde.toml" in names
+    assert "worker/migrations/env.py" in names
+    assert "worker/migrations/script.py.mako" in names
+    assert any(name.startswith("worker/migrations/versions/0001_") for name in names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
+
+
+@pytest.mark.parametrize("name", ["worker", "jobs"])
+def test_the_packages_can_be_imported(bin_folder, tmp_path, name):
+    code = f"import {name}; print({name}.__file__)"
+
+    done = run(tmp_path, bin_folder / "python", "-c", code)
+
+    assert done.stdout.startswith(str(bin_folder.parent)), done.stderr
+
+
+@pytest.mark.parametrize("name", ["tests", "migrations", "config", "docs"])
+def test_nothing_else_can_be_imported(bin_folder, tmp_path, name):
+    done = run(tmp_path, bin_folder / "python", "-c", f"import {name}")
+
+    assert "ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["python", "-m", "worker"], ["orgworker"]], ids=["module", "script"])
+def test_it_migrates_a_database_and_finds_its_handlers(bin_folder, tmp_path, command):
+    command = [bin_folder / command[0], *command[1:]]
+
+    upgraded = run(tmp_path, *command, "db", "upgrade")
+    again = run(tmp_path, *command, "db", "upgrade")
+    checked = run(tmp_path, *command, "db", "check")
+    handlers = run(tmp_path, *command, "handlers", "list", "-o", "json")
+
+    assert [done.returncode for done in (upgraded, again, checked)] == [0, 0, 0], upgraded.stderr
+    assert (tmp_path / "var" / "worker.db").exists()
+    assert '"http.request"' in handlers.stdout, handlers.stderr
