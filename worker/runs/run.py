@@ -15,9 +15,7 @@ FinalState = Literal["succeeded", "failed", "cancelled", "refused", "skipped"]
 WaitingReason = Literal[
     "due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler"
 ]
-FINAL_STATES: frozenset[str] = frozenset(
-    {"succeeded", "failed", "cancelled", "refused", "skipped"}
-)
+FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "refused", "skipped"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,11 @@ class AdmittedRun:
     fencing_token: int
     idempotency_key: str
     params: Mapping[str, Any] | None
+
+    @property
+    def may_have_checkpoint(self) -> bool:
+        """A first attempt has none, unless its run takes up another's."""
+        return self.attempt > 1 or self.origin == "retry"
 
 
 @dataclass(frozen=True, slots=True)

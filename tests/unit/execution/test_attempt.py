@@ -1,0 +1,286 @@
+"""The whole path of one attempt, with a token source and a runner that are told what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import START, ManualClock
+from tests.unit.execution.runs import admitted
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims, Flag
+from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
+from worker.execution.attempt import Tools, attempt
+from worker.execution.holdings import Held
+from worker.execution.journal import Journal
+from worker.execution.offers import Offers
+from worker.execution.plans import Plans
+from worker.execution.work import Link, Stop, Work
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import OrgId, RunId
+from worker.runs.firing import LogLine
+from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
+from worker.runs.run import AdmittedRun, RunContext
+from worker.telemetry.masking import masker
+
+pytestmark = pytest.mark.anyio
+
+CLAIMS = Claims(
+    org_code="org_acme",
+    client_id="client",
+    scopes=frozenset({"read:kb"}),
+    properties={"model_version": "gpt-4"},
+    flags={},
+    issued_at=START,
+    expires_at=START + timedelta(hours=1),
+)
+
+
+@dataclass
+class Enforced:
+    token: AccessToken
+    claims: Claims
+
+
+class Site:
+    """Store, token source and runner of one attempt; tests set what each answers."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.spec: dict[str, Any] = {"handler": "acme.digest", "schedule": "@hourly"}
+        self.claims = CLAIMS
+        self.token_error: Exception | None = None
+        self.outcome: Outcome = Succeeded('{"articles": 3}')
+        self.checkpoint: Any = None
+        self.still_ours = True
+        self.works: list[Work] = []
+        self.asked: list[dict[str, Any]] = []
+        self.during: Any = None
+        self.offers = Offers()
+        self.offers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
+        self.offers.add(
+            HandlerEntry("acme.digest_v2", "acme-jobs", "1.0", "acme:v2", scopes=("read:kb", "ask:model"))
+        )
+
+    async def org_and_definition(self, run: AdmittedRun) -> RunContext:
+        return RunContext(OrgId("o1"), "org_acme", "Acme", None, "main", "nightly", self.spec)
+
+    async def ensure(self, org: Any, issuer: str, **wanted: Any) -> Enforced:
+        self.asked.append(wanted)
+        if self.token_error is not None:
+            raise self.token_error
+        return Enforced(AccessToken("ey.the.token", START + timedelta(hours=1)), self.claims)
+
+    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+        return self.still_ours
+
+    async def load_checkpoint(self, run_id: RunId) -> Any:
+        return self.checkpoint
+
+    async def write_progress(self, rows: Sequence[Any]) -> None: ...
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
+
+    async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
+        self.works.append(work)
+        link.started()
+        if self.during is not None:
+            await self.during(work, link, stop)
+        return self.outcome
+
+    async def attempt(self, **changes: Any) -> EndedAttempt:
+        tools = Tools(
+            plans=Plans(self, self.clock, api_origins={"main": ("https://api.acme.test",)}),
+            tokens=self,
+            offers=self.offers,
+            runners={"child": self, "inline": self},
+            checkpoints=self,
+            journal=Journal(self, self.clock),
+            clock=self.clock,
+            random=Random(7),
+        )
+        return await attempt(Held(admitted(**changes), Stop()), tools)
+
+
+@pytest.fixture
+def site(clock: ManualClock) -> Site:
+    return Site(clock)
+
+
+async def test_a_run_goes_the_whole_path_and_succeeds(site: Site) -> None:
+    ended = await site.attempt()
+
+    assert (ended.outcome, ended.state, ended.reason) == ("succeeded", "succeeded", None)
+    assert ended.result == '{"articles": 3}'
+    work = site.works[0]
+    assert (work.org_code, work.handler, work.entry_point) == ("org_acme", "acme.digest", "acme:digest")
+    assert work.api_origins == ("https://api.acme.test",)
+    assert ended.trail.handler_started_at is not None
+
+
+async def test_the_handlers_scopes_are_asked_for_where_the_definition_names_none(site: Site) -> None:
+    await site.attempt()
+    site.spec = site.spec | {"scopes": ["write:kb"]}
+    await site.attempt()
+
+    assert site.asked[0]["scopes"] == frozenset({"read:kb"})
+    assert site.asked[1]["scopes"] == frozenset({"write:kb"})
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (TokenRefused("org_mismatch", "other_org"), "refused", "org_mismatch"),
+        (TokenRefused("token_invalid", "expired"), "refused", "token_invalid"),
+        (CredentialsRejected("invalid_client"), "waiting", "no_token"),
+        (IssuerUnavailable("503"), "waiting", "no_token"),
+        (StoreUnavailable("away"), "waiting", "handed_back"),
+    ],
+)
+async def test_without_an_enforced_token_no_handler_starts(
+    site: Site, error: Exception, state: str, reason: str
+) -> None:
+    site.token_error = error
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == (state, reason)
+    assert site.works == []
+    assert ended.keep_start_by
+
+
+async def test_a_parked_org_waits_a_minute_at_most_so_that_a_new_secret_is_seen_soon(site: Site) -> None:
+    site.token_error = CredentialsRejected("parked")
+    site.token_error.retry_after = 3600.0  # type: ignore[attr-defined]
+
+    ended = await site.attempt()
+
+    assert timedelta(seconds=60) <= (ended.available_after or timedelta()) <= timedelta(seconds=72)
+
+
+async def test_claims_of_another_org_are_refused_even_if_the_token_source_gave_them(site: Site) -> None:
+    site.claims = replace(CLAIMS, org_code="org_other")
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == ("refused", "org_mismatch")
+    assert site.works == []
+
+
+async def test_a_required_flag_that_is_off_gates_the_run(site: Site) -> None:
+    site.spec["requires_flag"] = "agent-v2"
+
+    ended = await site.attempt()
+
+    assert (ended.outcome, ended.state, ended.reason, ended.detail) == (
+        "gated",
+        "skipped",
+        "flag_off",
+        "agent-v2",
+    )
+    assert site.works == []
+
+
+async def test_a_required_property_that_is_missing_refuses_the_run(site: Site) -> None:
+    site.spec["requires_properties"] = ["region"]
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "region")
+
+
+async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site) -> None:
+    site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]
+    site.claims = replace(
+        CLAIMS,
+        flags={"agent-v2": Flag("boolean", True)},
+        scopes=frozenset({"read:kb", "ask:model"}),
+    )
+
+    ended = await site.attempt()
+
+    assert site.asked[0]["also_ask"] == frozenset({"read:kb", "ask:model"})
+    assert (ended.state, ended.trail.handler) == ("succeeded", "acme.digest_v2")
+
+
+async def test_a_variant_whose_scope_was_not_granted_is_refused(site: Site) -> None:
+    site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]
+    site.claims = replace(CLAIMS, flags={"agent-v2": Flag("boolean", True)})
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "scope_missing", "ask:model")
+    assert site.works == []
+
+
+async def test_an_inline_run_whose_distribution_is_not_allowed_waits(site: Site) -> None:
+    ended = await site.attempt(isolation="inline")
+
+    assert (ended.state, ended.reason) == ("waiting", "no_handler")
+    assert site.works == []
+
+
+async def test_a_run_past_its_start_deadline_expires_before_a_token_is_asked_for(site: Site) -> None:
+    ended = await site.attempt(start_by=START - timedelta(seconds=1))
+
+    assert (ended.outcome, ended.state, ended.reason) == ("gated", "skipped", "expired")
+    assert site.asked == []
+
+
+async def test_params_of_the_run_stand_over_those_of_the_definition(site: Site) -> None:
+    site.spec["params"] = {"collection": "faq", "limit": 5}
+
+    await site.attempt(params={"limit": 1})
+
+    assert site.works[0].params == {"collection": "faq", "limit": 1}
+
+
+async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:
+    async def renew(work: Work, link: Link, stop: Stop) -> None:
+        site.claims = replace(CLAIMS, org_code="org_other")
+        with pytest.raises(TokenRefused):
+            await link.token(fresh=True)
+        assert stop.killed
+
+    site.during = renew
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == ("refused", "org_mismatch")
+
+
+async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: Site) -> None:
+    site.checkpoint = {"done": 1}
+
+    async def save(text: str) -> EndedAttempt:
+        async def during(work: Work, link: Link, stop: Stop) -> None:
+            await link.save(text)
+
+        site.during = during
+        return await site.attempt(attempt=2, recoveries=2)
+
+    assert (await save('{"done": 1}')).recoveries == 2
+    assert (await save('{"done": 2}')).recoveries == 0
+
+
+async def test_what_a_handler_leaves_behind_is_masked(site: Site) -> None:
+    masker.register("canary-5ecret-value")
+    site.outcome = Failed(Error("ValueError", "key canary-5ecret-value", "trace canary-5ecret-value"))
+
+    ended = await site.attempt()
+
+    assert "canary-5ecret-value" not in str(ended)
+    assert ended.error is not None and ended.error["type"] == "ValueError"
+
+
+async def test_evidence_names_properties_and_shows_no_value_of_them(site: Site) -> None:
+    ended = await site.attempt()
+
+    assert ended.trail.claims is not None
+    assert ended.trail.claims["properties"] == {"model_version": "str"}
+    assert "gpt-4" not in str(ended.trail.claims)

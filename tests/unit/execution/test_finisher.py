@@ -1,0 +1,97 @@
+"""Ends are written in batches, retried while the database is away, and a bad one stands alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.fakes.clock import ManualClock, settle
+from tests.unit.execution.runs import ended
+from worker.errors import StoreUnavailable
+from worker.execution.finisher import BATCH, RETRY, Finisher
+from worker.ids import RunId
+from worker.runs.outcome import EndedAttempt
+
+pytestmark = pytest.mark.anyio
+
+
+class Store:
+    """Keeps what is written; refuses results that hold a NUL, as PostgreSQL does."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[EndedAttempt]] = []
+        self.away = False
+        self.fenced: set[RunId] = set()
+
+    async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        if self.away:
+            raise StoreUnavailable("away")
+        if any(one.result is not None and "\0" in one.result for one in ended):
+            raise ValueError("unsupported Unicode escape sequence")
+        self.batches.append(list(ended))
+        return {one.run_id for one in ended} - self.fenced
+
+
+@asynccontextmanager
+async def running(
+    store: Store, clock: ManualClock
+) -> AsyncIterator[tuple[Finisher, list[tuple[EndedAttempt, bool]]]]:
+    written: list[tuple[EndedAttempt, bool]] = []
+    finisher = Finisher(store, clock, on_written=lambda one, accepted: written.append((one, accepted)))
+    task = asyncio.create_task(finisher.run())
+    try:
+        yield finisher, written
+    finally:
+        task.cancel()
+
+
+async def test_all_that_ended_since_the_last_flush_is_one_batch(clock: ManualClock) -> None:
+    store = Store()
+    async with running(store, clock) as (finisher, _):
+        for number in range(BATCH + 5):
+            finisher.put(ended(f"r{number}"))
+        await finisher.flushed()
+
+    assert [len(batch) for batch in store.batches] == [BATCH, 5]
+
+
+async def test_an_absent_database_is_tried_again_until_it_takes_the_ends(clock: ManualClock) -> None:
+    store = Store()
+    store.away = True
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended())
+        await clock.pass_time(RETRY * 3, step=RETRY)
+        assert written == []
+
+        store.away = False
+        await clock.pass_time(RETRY)
+
+    assert [(one.run_id, accepted) for one, accepted in written] == [("r1", True)]
+
+
+async def test_one_unstorable_result_fails_alone(clock: ManualClock) -> None:
+    store = Store()
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("good"))
+        finisher.put(ended("bad", result='"\0"'))
+        await finisher.flushed()
+        await settle()
+
+    assert {one.run_id: (one.state, one.reason) for one, _ in written} == {
+        "good": ("succeeded", None),
+        "bad": ("failed", "result_unstorable"),
+    }
+
+
+async def test_an_end_that_was_fenced_out_is_told_as_such(clock: ManualClock) -> None:
+    store = Store()
+    store.fenced.add(RunId("r1"))
+    async with running(store, clock) as (finisher, written):
+        finisher.put(ended("r1"))
+        finisher.put(ended("r2"))
+        await finisher.flushed()
+
+    assert [(one.run_id, accepted) for one, accepted in written] == [("r1", False), ("r2", True)]

@@ -1,0 +1,112 @@
+"""What a worker holds and what the database says it owns are brought together, renewal by renewal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.unit.execution.runs import admitted
+from worker.execution.holdings import Holdings
+from worker.execution.reconcile import Reconciler, Renewal
+from worker.ids import RunId
+from worker.runs.run import OwnedRun
+
+pytestmark = pytest.mark.anyio
+
+
+class Bench:
+    """A reconciler over holdings, and what it asked for."""
+
+    def __init__(self) -> None:
+        self.holdings = Holdings()
+        self.handed_back: list[str] = []
+        self.cancelled: list[tuple[str, str]] = []
+        self.reconciler = Reconciler(
+            self.holdings, self, cancel=lambda run_id, reason: self.cancelled.append((run_id, reason))
+        )
+
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> None:
+        self.handed_back.extend(run.id for run in owned)
+
+    async def renewal(self, *owned: OwnedRun, held: dict[RunId, int] | None = None) -> None:
+        held = self.holdings.fences() if held is None else held
+        await self.reconciler.reconcile(Renewal(held=held, owned=owned, registered=True, until=0.0))
+
+
+def owned(name: str, fencing_token: int = 1, cancel_reason: str | None = None) -> OwnedRun:
+    return OwnedRun(RunId(name), fencing_token, cancel_reason)
+
+
+async def test_what_is_held_and_owned_is_left_alone() -> None:
+    bench = Bench()
+    held = bench.holdings.add(admitted())
+
+    await bench.renewal(owned("r1"))
+
+    assert not held.stop.killed
+    assert bench.handed_back == []
+
+
+async def test_held_but_not_owned_is_killed() -> None:
+    bench = Bench()
+    held = bench.holdings.add(admitted())
+
+    await bench.renewal()
+
+    assert held.stop.killed
+
+
+async def test_held_under_an_older_fencing_token_is_killed() -> None:
+    bench = Bench()
+    held = bench.holdings.add(admitted(fencing_token=1))
+
+    await bench.renewal(owned("r1", fencing_token=2))
+
+    assert held.stop.killed
+
+
+async def test_a_run_admitted_after_the_question_was_sent_is_left_alone() -> None:
+    bench = Bench()
+    held = bench.holdings.add(admitted())
+
+    await bench.renewal(held={})
+
+    assert not held.stop.killed
+
+
+async def test_owned_but_not_held_is_handed_back_at_the_second_renewal() -> None:
+    bench = Bench()
+
+    await bench.renewal(owned("lost"))
+    assert bench.handed_back == []
+    await bench.renewal(owned("lost"))
+
+    assert bench.handed_back == ["lost"]
+
+
+async def test_owned_but_not_held_once_only_is_left_alone() -> None:
+    bench = Bench()
+
+    await bench.renewal(owned("ending"))
+    await bench.renewal()
+    await bench.renewal(owned("ending"))
+
+    assert bench.handed_back == []
+
+
+async def test_a_run_that_was_written_between_question_and_answer_is_not_handed_back() -> None:
+    bench = Bench()
+    for _ in range(2):
+        await bench.renewal(owned("r1"), held={RunId("r1"): 1})
+
+    assert bench.handed_back == []
+
+
+async def test_a_cancel_request_reaches_the_run() -> None:
+    bench = Bench()
+    bench.holdings.add(admitted())
+
+    await bench.renewal(owned("r1", cancel_reason="suspended"))
+
+    assert bench.cancelled == [("r1", "suspended")]

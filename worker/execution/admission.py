@@ -1,0 +1,81 @@
+"""Admission: waiting → running, as many as there are free slots, fair over all orgs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.execution.holdings import Holdings
+from worker.execution.offers import Offers
+from worker.execution.waiting import woken
+from worker.runs.run import AdmittedRun, Isolation
+
+
+class AdmitStore(Protocol):
+    async def admit(
+        self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
+    ) -> Sequence[AdmittedRun]:
+        """Mark the next waiting runs running, within every limit, and give them."""
+        ...
+
+
+class Admission:
+    """Fills this worker's free slots; woken by fire, by an end written, and by each poll.
+
+    `start` is called for each admitted run, in the order they were ranked.
+    """
+
+    def __init__(
+        self,
+        store: AdmitStore,
+        holdings: Holdings,
+        offers: Offers,
+        clock: Clock,
+        *,
+        slots: Mapping[Isolation, int],
+        poll: float,
+        start: Callable[[AdmittedRun], None],
+    ) -> None:
+        self._store = store
+        self._holdings = holdings
+        self._offers = offers
+        self._clock = clock
+        self._slots = slots
+        self._poll = poll
+        self._start = start
+        self.wake = asyncio.Event()
+        self.admitting = False
+        self.ticked_at = clock.monotonic()
+
+    async def run(self) -> None:
+        """Admit for ever; ends by cancellation, never between the answer and its runs' start."""
+        while True:
+            self.wake.clear()
+            admitted = await self._admit()
+            self.ticked_at = self._clock.monotonic()
+            if not admitted:
+                await woken(self.wake, self._poll)
+
+    async def _admit(self) -> bool:
+        free: dict[Isolation, int] = {
+            isolation: slots - self._holdings.used(isolation) for isolation, slots in self._slots.items()
+        }
+        if not any(count > 0 for count in free.values()):
+            return False
+        try:
+            # Shielded: a drain must not lose the answer, or its runs wait for two renewals.
+            runs = await asyncio.shield(self._store_admit(free))
+        except Unavailable:
+            self.admitting = False
+            return False
+        self.admitting = True
+        return bool(runs)
+
+    async def _store_admit(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
+        runs = await self._store.admit(self._offers.limits(), free)
+        for run in runs:
+            self._start(run)
+        return runs

@@ -1,0 +1,102 @@
+"""Carrier: each admitted run is carried to its end, and its end to the database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+
+from worker.execution.attempt import Tools, attempt
+from worker.execution.finisher import Finisher, FinishStore
+from worker.execution.holdings import Held, Holdings
+from worker.execution.work import StopReason
+from worker.ids import RunId
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun
+from worker.telemetry.events import emit
+
+# The reason a run ends cancelled for, in its row -> what its handler is told.
+STOP_REASONS: dict[str, StopReason] = {
+    "requested": "cancel",
+    "suspended": "suspended",
+    "replaced": "replaced",
+    "closed": "closed",
+}
+
+
+class Carrier:
+    """Starts an attempt for each admitted run and hands its end to the finisher.
+
+    `on_free` is called whenever ends were written, so that admission goes on.
+    """
+
+    def __init__(
+        self, tools: Tools, holdings: Holdings, store: FinishStore, *, on_free: Callable[[], None]
+    ) -> None:
+        self._tools = tools
+        self._holdings = holdings
+        self._on_free = on_free
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.finisher = Finisher(store, tools.clock, on_written=self._written)
+
+    @property
+    def running(self) -> int:
+        """How many attempts are under way."""
+        return len(self._tasks)
+
+    def start(self, run: AdmittedRun) -> None:
+        """Begin the attempt of a run that was admitted just now."""
+        held = self._holdings.add(run)
+        task = asyncio.create_task(self._carry(held))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self, run_id: RunId, reason: str) -> None:
+        """Ask a held run to stop, for the reason that its row gives."""
+        held = self._holdings.get(run_id)
+        if held is not None:
+            held.stop.request(STOP_REASONS.get(reason, "cancel"), held.cancel_grace.total_seconds())
+
+    async def drain(self, grace: timedelta) -> None:
+        """Ask every run to stop, wait until each has ended and its end is written."""
+        self.hurry(grace)
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        await self.finisher.flushed()
+
+    def hurry(self, grace: timedelta) -> None:
+        """Give the runs at most `grace` from now."""
+        for held in self._holdings:
+            held.stop.request("drain", grace.total_seconds())
+
+    async def _carry(self, held: Held) -> None:
+        self.finisher.put(await attempt(held, self._tools))
+
+    def _written(self, ended: EndedAttempt, accepted: bool) -> None:
+        held = self._holdings.get(ended.run_id)
+        if held is not None and held.run.fencing_token == ended.fencing_token:
+            self._tools.journal.ended(held.run)
+            self._holdings.release(held)
+        if accepted:
+            tell_end(ended, held)
+        else:
+            emit("run.fenced_out", run=ended.run_id, fencing_token=ended.fencing_token)
+        self._on_free()
+
+
+def tell_end(ended: EndedAttempt, held: Held | None) -> None:
+    """One event for an attempt whose end is written."""
+    plan = None if held is None else held.plan
+    emit(
+        "run.ended",
+        org=plan and plan.org.code,
+        run=ended.run_id,
+        definition=plan and plan.definition.name,
+        handler=ended.trail.handler,
+        attempt=ended.attempt,
+        outcome=ended.outcome,
+        state=ended.state,
+        reason=ended.reason,
+        detail=ended.detail,
+        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+    )

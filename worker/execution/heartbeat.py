@@ -1,0 +1,106 @@
+"""Heartbeat: renews the worker's lease on its own thread and connection.
+
+A loop blocked by a handler, a full disk of logs or a slow provider must not cost
+the lease; so this is a thread with a connection of its own, and it sleeps on the
+monotonic clock: a wall clock that jumps back changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.execution.holdings import Holdings
+from worker.execution.reconcile import Renewal
+from worker.runs.run import OwnedRun
+from worker.telemetry.events import emit
+
+
+class LeaseStore(Protocol):
+    def renew(self) -> tuple[bool, Sequence[OwnedRun]]:
+        """Extend the lease; whether it was still ours, and the runs this incarnation owns."""
+        ...
+
+
+class Heartbeat:
+    """Renews every `renew` seconds for `lease` seconds from the moment of asking.
+
+    `on_lease` is called in the heartbeat's thread with the monotonic instant until
+    which the lease holds; `on_renewal` in the loop, to reconcile.
+    """
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        holdings: Holdings,
+        clock: Clock,
+        *,
+        lease: float,
+        renew: float,
+        on_lease: Callable[[float], None],
+        on_renewal: Callable[[Renewal], None],
+    ) -> None:
+        self._store = store
+        self._holdings = holdings
+        self._clock = clock
+        self._lease = lease
+        self._renew = renew
+        self._on_lease = on_lease
+        self._on_renewal = on_renewal
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.until = 0.0
+        self.contact_since: float | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to renew; the lease was registered just now."""
+        self.until = self._clock.monotonic() + self._lease
+        self.contact_since = self._clock.monotonic()
+        self._on_lease(self.until)
+        self._thread = threading.Thread(target=self._beat, args=(loop,), name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; the caller ends the lease itself."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=self._lease)
+
+    def unbroken_contact(self) -> float:
+        """Seconds since which every renewal has come through in time."""
+        return 0.0 if self.contact_since is None else self._clock.monotonic() - self.contact_since
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        while not self._stop.wait(self._renew):
+            try:
+                renewal = self._renew_once()
+            except Unavailable as error:
+                emit("lease.late", error=error.code, remaining=round(self.until - self._clock.monotonic(), 1))
+                self.contact_since = None
+                continue
+            except Exception as error:
+                emit("loop.failed", loop="heartbeat", error=type(error).__name__)
+                self.contact_since = None
+                continue
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._on_renewal, renewal)
+
+    def _renew_once(self) -> Renewal:
+        # Before the statement: an admission that comes in between is held, not yet owned here.
+        held = self._holdings.fences()
+        asked = self._clock.monotonic()
+        registered, owned = self._store.renew()
+        answered = self._clock.monotonic()
+        # Counted from the question, so that our idea of the lease never outlasts the database's.
+        if asked > self.until or not registered:
+            emit("lease.lost", late=round(asked - self.until, 1))
+            self.contact_since = answered
+        elif self.contact_since is None:
+            self.contact_since = answered
+        self.until = asked + self._lease
+        self._on_lease(self.until)
+        return Renewal(held, owned, registered, self.until)

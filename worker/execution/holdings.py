@@ -1,0 +1,85 @@
+"""The runs this process carries at the moment, and how to reach each of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from worker.definitions.policies import CANCEL_GRACE
+from worker.execution.plans import Plan
+from worker.execution.work import Stop
+from worker.ids import RunId
+from worker.runs.run import AdmittedRun
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """One admitted run of ours, from admission until its end is written.
+
+    `plan` is known once its attempt has read it; `moved` says that the attempt has
+    saved a checkpoint other than the one it began with.
+    """
+
+    run: AdmittedRun
+    stop: Stop
+    plan: Plan | None = None
+    moved: bool = False
+
+    @property
+    def cancel_grace(self) -> timedelta:
+        return CANCEL_GRACE if self.plan is None else self.plan.definition.cancel_grace
+
+    async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What `work` gives, or None as soon as this run is asked to stop."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self.stop.requested.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
+            stopped.cancel()
+
+
+class Holdings:
+    """What we hold, by run; a later admission of the same run replaces the earlier."""
+
+    def __init__(self) -> None:
+        self._held: dict[RunId, Held] = {}
+        self._slots: Counter[str] = Counter()
+
+    def add(self, run: AdmittedRun) -> Held:
+        held = Held(run, Stop())
+        self.release(self._held.get(run.id))
+        self._held[run.id] = held
+        self._slots[run.isolation] += 1
+        return held
+
+    def release(self, held: Held | None) -> None:
+        """Let go of a run whose end is written, or that is no longer ours."""
+        if held is not None and self._held.get(held.run.id) is held:
+            del self._held[held.run.id]
+            self._slots[held.run.isolation] -= 1
+
+    def get(self, run_id: RunId) -> Held | None:
+        return self._held.get(run_id)
+
+    def used(self, isolation: str) -> int:
+        """How many runs of this isolation hold a slot."""
+        return self._slots[isolation]
+
+    def fences(self) -> dict[RunId, int]:
+        """Each held run's fencing token, as of now; safe to call from another thread."""
+        return {run_id: held.run.fencing_token for run_id, held in self._held.copy().items()}
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(list(self._held.values()))
+
+    def __len__(self) -> int:
+        return len(self._held)

@@ -1,0 +1,77 @@
+"""Plans: what an attempt must know of its run's definition and org, read once and kept a while."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.definitions.definition import Definition, from_spec
+from worker.ids import DefinitionId
+from worker.orgs.org import OrgRef
+from worker.runs.run import AdmittedRun, RunContext
+
+# Seconds a plan is kept: an org's new name or issuer is seen that soon.
+KEPT = 5.0
+BOUND = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The definition at the run's revision, the org it acts for, and the origins its token may go to."""
+
+    definition: Definition
+    org: OrgRef
+    org_name: str
+    issuer: str
+    api_origins: tuple[str, ...]
+
+
+class PlanStore(Protocol):
+    async def org_and_definition(self, run: AdmittedRun) -> RunContext:
+        """The org and the definition's revision of a run, in one query."""
+        ...
+
+
+class Plans:
+    """Plans by definition and revision, the least recently used dropped first.
+
+    `api_origins` are those of each issuer; a definition's replace them.
+    """
+
+    def __init__(self, store: PlanStore, clock: Clock, *, api_origins: Mapping[str, tuple[str, ...]]) -> None:
+        self._store = store
+        self._api_origins = api_origins
+        self._clock = clock
+        self._plans: OrderedDict[tuple[DefinitionId, int], tuple[float, Plan]] = OrderedDict()
+
+    async def of(self, run: AdmittedRun) -> Plan:
+        """The plan of a run.
+
+        Raises:
+            DefinitionError: the stored spec is not understood by this version.
+            Unavailable: the database did not answer.
+        """
+        key = (run.definition_id, run.revision)
+        now = self._clock.monotonic()
+        kept = self._plans.get(key)
+        if kept is not None and now - kept[0] < KEPT:
+            self._plans.move_to_end(key)
+            return kept[1]
+        context = await self._store.org_and_definition(run)
+        definition = from_spec(context.org_code, context.definition_name, context.spec)
+        origins = definition.api_origins
+        plan = Plan(
+            definition=definition,
+            org=OrgRef(context.org_id, context.org_code),
+            org_name=context.org_name,
+            issuer=context.issuer,
+            api_origins=self._api_origins.get(context.issuer, ()) if origins is None else origins,
+        )
+        self._plans[key] = (now, plan)
+        self._plans.move_to_end(key)
+        while len(self._plans) > BOUND:
+            self._plans.popitem(last=False)
+        return plan

@@ -1,0 +1,33 @@
+"""Pulse: whether the loops still tick; what feeds a watchdog and answers a health check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from worker.clock import Clock
+from worker.telemetry.notify import Notifier
+
+# A loop that has not come round for this many seconds does not tick.
+PATIENCE = 15.0
+
+
+class Pulse:
+    """`ticks` give, by loop, the monotonic instant at which it last came round."""
+
+    def __init__(self, ticks: Mapping[str, Callable[[], float]], notifier: Notifier, clock: Clock) -> None:
+        self._ticks = ticks
+        self._notifier = notifier
+        self._clock = clock
+
+    def stalled(self) -> list[str]:
+        """The loops that do not tick."""
+        now = self._clock.monotonic()
+        return [name for name, ticked_at in self._ticks.items() if now - ticked_at() > PATIENCE]
+
+    async def run(self) -> None:
+        """Feed the service manager's watchdog as long as every loop ticks; ends by cancellation only."""
+        interval = self._notifier.watchdog_seconds
+        while True:
+            if not self.stalled():
+                self._notifier.alive()
+            await self._clock.sleep(PATIENCE if interval is None else interval / 3)

@@ -1,0 +1,87 @@
+"""Reconcile: what this process does agrees with what the database says it owns, renewal by renewal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.errors import Unavailable
+from worker.execution.holdings import Holdings
+from worker.ids import RunId
+from worker.runs.run import OwnedRun
+from worker.telemetry.events import emit
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """One renewal: what we held when it was sent, and what the database said we own."""
+
+    held: Mapping[RunId, int]
+    owned: Sequence[OwnedRun]
+    registered: bool
+    until: float
+
+
+class HandBackStore(Protocol):
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> object:
+        """Let runs wait again that this incarnation owns, fenced."""
+        ...
+
+
+class Reconciler:
+    """Makes what this process does agree with what the database says it owns.
+
+    Owned but not held at two renewals running: an admission whose answer never
+    came; handed back. Held but not owned: another incarnation has it, or it has
+    ended; killed, and whatever it still writes is fenced out.
+    """
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        store: HandBackStore,
+        *,
+        cancel: Callable[[RunId, str], None],
+    ) -> None:
+        self._holdings = holdings
+        self._store = store
+        self._cancel = cancel
+        self._renewals: asyncio.Queue[Renewal] = asyncio.Queue()
+        self._strangers: set[tuple[RunId, int]] = set()
+
+    def take(self, renewal: Renewal) -> None:
+        """Take a renewal, to be looked at next."""
+        self._renewals.put_nowait(renewal)
+
+    async def run(self) -> None:
+        """Reconcile renewal by renewal for ever; ends by cancellation only."""
+        while True:
+            await self.reconcile(await self._renewals.get())
+
+    async def reconcile(self, renewal: Renewal) -> None:
+        """Compare one renewal with what is held now, and act on the difference."""
+        owned = {run.id: run.fencing_token for run in renewal.owned}
+        for run_id, fencing_token in renewal.held.items():
+            held = self._holdings.get(run_id)
+            if held is None or held.run.fencing_token != fencing_token:
+                continue
+            if owned.get(run_id) != fencing_token:
+                emit("run.fenced_out", run=run_id, fencing_token=fencing_token)
+                held.stop.kill()
+        strangers: set[tuple[RunId, int]] = set()
+        for run in renewal.owned:
+            held = self._holdings.get(run.id)
+            if held is not None and held.run.fencing_token >= run.fencing_token:
+                if run.cancel_reason is not None and held.run.fencing_token == run.fencing_token:
+                    self._cancel(run.id, run.cancel_reason)
+            elif renewal.held.get(run.id) != run.fencing_token:
+                strangers.add((run.id, run.fencing_token))
+        again = [run for run in renewal.owned if (run.id, run.fencing_token) in strangers & self._strangers]
+        self._strangers = strangers
+        if again:
+            # Where the database does not answer now, the next renewal finds them again.
+            with suppress(Unavailable):
+                await self._store.hand_back(again)

@@ -1,0 +1,61 @@
+"""Recovery: a dead worker's runs wait again, or fail when they were lost too often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.runs.firing import Recovered
+from worker.telemetry.events import emit
+
+
+class RecoveryStore(Protocol):
+    async def recover(self) -> Sequence[Recovered]:
+        """Take the runs of workers whose lease has passed; give what became of them."""
+        ...
+
+
+class Recovery:
+    """Recovers every `poll` seconds, once this worker has been in contact for a whole lease.
+
+    After an outage every lease has passed; the wait lets living owners renew first.
+    """
+
+    def __init__(
+        self,
+        store: RecoveryStore,
+        clock: Clock,
+        *,
+        lease: float,
+        poll: float,
+        unbroken_contact: Callable[[], float],
+        on_recovered: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._lease = lease
+        self._poll = poll
+        self._unbroken_contact = unbroken_contact
+        self._on_recovered = on_recovered
+
+    async def run(self) -> None:
+        """Look for dead workers for ever; ends by cancellation only."""
+        while True:
+            await self._clock.sleep(self._poll)
+            if self._unbroken_contact() <= self._lease:
+                continue
+            try:
+                recovered = await self._store.recover()
+            except Unavailable:
+                continue
+            tell(recovered)
+            if recovered:
+                self._on_recovered()
+
+
+def tell(recovered: Sequence[Recovered]) -> None:
+    """One event for each run that was taken from a dead worker."""
+    for run in recovered:
+        emit("run.recovered", run=run.run_id, attempt=run.attempt, worker=run.worker, state=run.state)

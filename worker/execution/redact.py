@@ -1,0 +1,20 @@
+"""Redact: whatever a handler left in its outcome, without the secrets and tokens this process knows."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from worker.runs.outcome import Error, Outcome
+from worker.telemetry.masking import masker
+
+
+def redacted(outcome: Outcome) -> Outcome:
+    """The same outcome with every text of it masked: result, detail, message, error and trace."""
+    changes: dict[str, str | Error] = {}
+    for field in fields(outcome):
+        value = getattr(outcome, field.name)
+        if isinstance(value, str):
+            changes[field.name] = masker.mask(value)
+        elif isinstance(value, Error):
+            changes[field.name] = Error(value.type, masker.mask(value.message), masker.mask(value.trace))
+    return replace(outcome, **changes) if changes else outcome  # type: ignore[arg-type]

@@ -1,0 +1,46 @@
+"""Wiring: the composition root, the only room that names concrete classes."""
+
+from __future__ import annotations
+
+from worker.clock import SystemClock
+from worker.settings import Settings
+from worker.store.database import Database
+from worker.tokens.sealing import KeyRing
+
+
+def open_database(settings: Settings, *, role: str = "cli") -> Database:
+    """The database that `worker.toml` names; nothing is connected yet."""
+    return Database.open(settings.database.url, clock=SystemClock(), role=role)
+
+
+def open_keyring(settings: Settings, *, create: bool = False) -> KeyRing:
+    """The key ring of this installation.
+
+    With `create`, and on SQLite only, it is made at first need.
+
+    Raises:
+        ConfigurationError: there is none; the message names `keys generate`.
+    """
+    if create and settings.database.sqlite_file is not None:
+        return KeyRing.load_or_generate(settings.keyring_file)
+    return KeyRing.load(settings.keyring_file)
+
+
+def read_catalogue_now(settings: Settings, database: Database) -> None:
+    """Ask the installed distributions what they offer, where the database has not heard of them yet."""
+    from worker.wiring.catalogue import store_unknown
+
+    store_unknown(database, SystemClock())
+
+
+def run_worker(settings: Settings) -> int:
+    """Run a worker until SIGTERM or SIGINT; gives the process's exit code.
+
+    Raises:
+        Busy: another worker holds the SQLite file.
+        ConfigurationError: the schema is another version's, or an issuer or key is not usable.
+    """
+    # Imported here: the commands of the CLI need none of it.
+    from worker.wiring.process import run
+
+    return run(settings)

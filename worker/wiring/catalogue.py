@@ -1,0 +1,74 @@
+"""The catalogue between the children that read it, the database that keeps it, and the offers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from worker.clock import Clock
+from worker.execution.offers import Offers
+from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.store import catalogue
+from worker.store.database import Database
+from worker.store.for_worker import WorkerStore
+from worker.telemetry.events import emit
+
+
+def store_unknown(database: Database, clock: Clock) -> None:
+    """Read what distributions installed here offer, of those the database has not, or in another version."""
+    with database.autocommit() as connection:
+        known = catalogue.versions(connection)
+    unknown = [name for name, version in installed().items() if known.get(name) != version]
+    if unknown:
+        asyncio.run(_store(database, unknown, clock))
+
+
+async def _store(database: Database, distributions: Sequence[str], clock: Clock) -> None:
+    entries: list[HandlerEntry] = [entry async for entry in read_catalogue(distributions)]
+    with database.transaction() as connection:
+        catalogue.put(connection, entries, at=clock.now())
+
+
+class Cataloguing:
+    """Reads the catalogue at the start; each handler is offered as soon as its child has answered."""
+
+    def __init__(
+        self,
+        database: Database,
+        store: WorkerStore,
+        offers: Offers,
+        clock: Clock,
+        on_offered: Callable[[], None],
+    ) -> None:
+        self._database = database
+        self._store = store
+        self._offers = offers
+        self._clock = clock
+        self._on_offered = on_offered
+        self._read = False
+
+    async def run(self) -> None:
+        """Read it once, tell of each distribution, then wait to be cancelled."""
+        if not self._read:
+            names: dict[str, set[str]] = {name: set() for name in installed()}
+            async for entry in read_catalogue():
+                names.setdefault(entry.distribution, set()).add(entry.name)
+                await self._take(entry)
+            for distribution, known in names.items():
+                await self._database.call(catalogue.forget, distribution, but=known)
+            self._read = True
+        await asyncio.Event().wait()
+
+    async def _take(self, entry: HandlerEntry) -> None:
+        await self._database.call(catalogue.put, [entry], at=self._clock.now())
+        if entry.error is not None:
+            emit(
+                "handler.broken",
+                handler=entry.name,
+                distribution=entry.distribution,
+                version=entry.version,
+                error=entry.error,
+            )
+        elif self._offers.add(entry):
+            await self._store.handlers_changed(self._offers.names())
+            self._on_offered()

@@ -1,0 +1,198 @@
+"""One worker incarnation: its parts made once, put together, run and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from importlib.metadata import version
+from random import SystemRandom
+
+from worker.clock import Clock
+from worker.execution.admission import Admission
+from worker.execution.attempt import Tools
+from worker.execution.carrier import Carrier
+from worker.execution.children import Children
+from worker.execution.heartbeat import Heartbeat
+from worker.execution.holdings import Holdings
+from worker.execution.housekeeping import Housekeeping
+from worker.execution.inline import Inline
+from worker.execution.journal import Journal
+from worker.execution.loops import LAST_FLUSH, Loops
+from worker.execution.offers import Offers
+from worker.execution.plans import Plans
+from worker.execution.pulse import Pulse
+from worker.execution.reconcile import Reconciler
+from worker.execution.recovery import Recovery, tell
+from worker.execution.scheduler import Scheduler
+from worker.ids import WorkerId, new_id
+from worker.settings import Settings
+from worker.store.database import Database
+from worker.store.for_worker import WorkerStore
+from worker.telemetry.events import emit
+from worker.telemetry.notify import Notifier
+from worker.tokens.cache import Tokens
+from worker.tokens.http import open_client
+from worker.tokens.sealing import KeyRing
+from worker.wiring.catalogue import Cataloguing
+from worker.wiring.issuers import issuers_of
+from worker.wiring.secrets import OpenedCredentials
+
+EXIT_OK = 0
+EXIT_TRY_LATER = 75
+VERSION = version("orgworker")
+
+
+class Incarnation:
+    """Everything one process needs to carry definitions to their outcomes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        keyring: KeyRing,
+        children: Children,
+        notifier: Notifier,
+        clock: Clock,
+    ) -> None:
+        self.id = WorkerId(new_id())
+        self._settings = settings
+        self._database = database
+        self._children = children
+        self._notifier = notifier
+        self._clock = clock
+        self._started_at = clock.monotonic()
+        self._store = WorkerStore(database, self.id, settings.execution.lease)
+        self._offers = Offers(frozenset(settings.execution.inline))
+        self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
+
+    async def run(self) -> int:
+        """Run until SIGTERM or SIGINT; 0 when all is written, 75 when the database did not take it."""
+        emit(
+            "worker.started",
+            worker=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            database=self._database.url_shown,
+        )
+        execution = self._settings.execution
+        capacity = {"children": execution.max_children, "inline": execution.max_inline}
+        await self._database.run(
+            self._store.register, version=VERSION, handlers=self._offers.names(), capacity=capacity
+        )
+        if self._settings.database.sqlite_file is not None:
+            # Whoever holds the file's lock knows that every other worker of it is gone.
+            tell(await self._store.recover_all_others())
+        async with open_client() as client:
+            issuers = issuers_of(self._settings)
+            tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
+            try:
+                unwritten = not await self._assemble(tokens).run()
+            finally:
+                await tokens.close()
+                await self._children.close()
+        await self._database.run(self._store.unregister)
+        exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
+        emit("worker.stopped", worker=self.id, exit_code=exit_code)
+        return exit_code
+
+    def _assemble(self, tokens: Tokens) -> Loops:
+        execution, clock, store = self._settings.execution, self._clock, self._store
+        poll = execution.poll.total_seconds()
+        holdings = Holdings()
+        journal = Journal(store, clock)
+        origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
+        tools = Tools(
+            plans=Plans(store, clock, api_origins=origins),
+            tokens=tokens,
+            offers=self._offers,
+            runners={"child": self._children, "inline": Inline(clock)},
+            checkpoints=store,
+            journal=journal,
+            clock=clock,
+            random=SystemRandom(),
+        )
+        carrier = Carrier(tools, holdings, store, on_free=lambda: admission.wake.set())
+        admission = Admission(
+            store,
+            holdings,
+            self._offers,
+            clock,
+            slots={"child": execution.max_children, "inline": execution.max_inline},
+            poll=poll,
+            start=carrier.start,
+        )
+        scheduler = Scheduler(store, self._offers, clock, poll=poll, on_fired=admission.wake.set)
+        reconciler = Reconciler(holdings, store, cancel=carrier.cancel)
+        heartbeat = Heartbeat(
+            store,
+            holdings,
+            clock,
+            lease=execution.lease.total_seconds(),
+            renew=execution.renew.total_seconds(),
+            on_lease=self._children.lease_until,
+            on_renewal=reconciler.take,
+        )
+        recovery = Recovery(
+            store,
+            clock,
+            lease=execution.lease.total_seconds(),
+            poll=poll,
+            unbroken_contact=heartbeat.unbroken_contact,
+            on_recovered=admission.wake.set,
+        )
+        housekeeping = Housekeeping()
+        housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
+        pulse = Pulse(
+            {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
+            self._notifier,
+            clock,
+        )
+        loops = Loops(
+            intake={
+                "scheduler": scheduler.run,
+                "admission": admission.run,
+                "recovery": recovery.run,
+                "catalogue": Cataloguing(self._database, store, self._offers, clock, admission.wake.set).run,
+            },
+            outlet={
+                "finisher": carrier.finisher.run,
+                "journal": journal.run,
+                "reconciler": reconciler.run,
+                "pulse": pulse.run,
+            },
+            carrier=carrier,
+            journal=journal,
+            heartbeat=heartbeat,
+            housekeeping=housekeeping,
+            clock=clock,
+            drain=execution.drain,
+            on_started=self._ready,
+            on_draining=self._draining,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, loops.stop)
+        return loops
+
+    async def _sweep(self) -> None:
+        for swept in await self._store.sweep():
+            emit(
+                "run.changed",
+                org=None,
+                run=swept.run_id,
+                definition=None,
+                state=swept.state,
+                reason=swept.reason,
+                detail=None,
+            )
+
+    def _ready(self) -> None:
+        self._notifier.ready("running")
+        emit("worker.ready", worker=self.id, seconds=round(self._clock.monotonic() - self._started_at, 3))
+
+    def _draining(self, running: int) -> None:
+        seconds = self._settings.execution.drain.total_seconds()
+        self._notifier.stopping(seconds + LAST_FLUSH)
+        emit("worker.draining", worker=self.id, running=running, seconds=seconds)
