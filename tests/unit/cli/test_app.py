@@ -1,0 +1,200 @@
+"""How a command ends: exit codes, and errors for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from worker.cli import keys, run
+from worker.cli.app import invoke
+from worker.errors import Busy, DefinitionError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORKER_DEBUG", raising=False)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Make every command that needs settings fail with an exception."""
+
+    def fail_with(error: BaseException) -> None:
+        def load(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("worker.settings.load", load)
+
+    return fail_with
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nonsense"],
+        ["nonsense"],
+        ["runs"],
+        ["runs", "nonsense"],
+        ["runs", "show"],
+        ["runs", "list", "--limit", "many"],
+        ["runs", "list", "-o", "xml"],
+        ["credentials", "add", "org_acme", "--client-id", "abc"],
+        ["--set", "execution.poll", "config", "show"],
+        ["definitions", "next", "org_acme"],
+        ["definitions", "next", "org_acme", "a", "--schedule", "@daily"],
+    ],
+)
+def test_what_is_not_understood_exits_2_and_says_so(
+    arguments: Sequence[str], capsys: pytest.CaptureFixture[str]
+):
+    assert invoke(arguments) == 2
+
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("asked", [["-o", "json"], ["-ojson"], ["--output=json"], ["--output", "json"]])
+def test_a_usage_error_is_json_where_json_was_asked_for(asked: list[str], capsys: pytest.CaptureFixture[str]):
+    assert invoke(["runs", "list", *asked, "--nonsense"]) == 2
+
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["code"] == "usage"
+    assert "--nonsense" in error["message"]
+    assert "runs list --help" in error["fix"]
+
+
+def test_a_mistyped_command_is_told_the_one_that_is_close(capsys: pytest.CaptureFixture[str]):
+    invoke(["runs", "lsit"])
+
+    assert "Did you mean 'list'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("noun", ["", "orgs", "runs list", "definitions next", "apply"])
+def test_help_is_there_at_every_level(noun: str, capsys: pytest.CaptureFixture[str]):
+    assert invoke([*noun.split(), "--help"]) == 0
+
+    assert capsys.readouterr().out.startswith("Usage: ")
+
+
+def test_an_error_of_ours_ends_with_its_own_exit_code(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+):
+    failing(Busy("another worker holds it", fix="stop it first"))
+
+    assert invoke(["runs", "list", "-o", "json"]) == 75
+    assert json.loads(capsys.readouterr().err) == {
+        "error": {"code": "busy", "message": "another worker holds it", "fix": "stop it first"}
+    }
+
+
+def test_an_error_of_a_file_names_entry_and_field_once(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+):
+    failing(DefinitionError("no time zone is named 'X'", entry="definition a/b", field="timezone"))
+    invoke(["runs", "list"])
+    failing(DefinitionError("definition a/b, timezone: no such", entry="definition a/b", field="timezone"))
+    invoke(["runs", "list"])
+
+    assert capsys.readouterr().err.splitlines() == [
+        "error: definition a/b: timezone: no time zone is named 'X'",
+        "error: definition a/b, timezone: no such",
+    ]
+
+
+def test_an_unexpected_error_is_one_line_and_exit_1(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+):
+    failing(RuntimeError("broken\nin many lines"))
+
+    assert invoke(["runs", "list"]) == 1
+
+    error = capsys.readouterr().err
+    assert error.startswith("error: unexpected RuntimeError: broken\nfix: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("by", ["flag", "variable"])
+def test_debug_shows_where_an_unexpected_error_came_from(
+    by: str,
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    failing(RuntimeError("broken"))
+    if by == "variable":
+        monkeypatch.setenv("WORKER_DEBUG", "1")
+
+    assert invoke([*(["--debug"] if by == "flag" else []), "runs", "list"]) == 1
+
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_interrupt_exits_130(failing: Callable[[BaseException], None]):
+    failing(KeyboardInterrupt())
+
+    assert invoke(["runs", "list"]) == 130
+
+
+@pytest.mark.parametrize("verb", [[], ["run"]])
+def test_no_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("worker.wiring.run_worker", lambda settings: seen.append(settings) or 75)
+
+    assert invoke(["--set", "execution.poll=2s", *verb]) == 75
+    assert [settings.execution.poll.total_seconds() for settings in seen] == [2.0]
+    assert run.run is not None
+
+
+def test_a_list_without_a_database_says_how_to_make_one_and_makes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert invoke(["runs", "list", "-o", "json"]) == 78
+
+    assert "db upgrade" in json.loads(capsys.readouterr().err)["error"]["fix"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]):
+    assert invoke(["--version"]) == 0
+
+    assert capsys.readouterr().out.strip().count(".") == 2
+
+
+def test_keys_are_generated_once(capsys: pytest.CaptureFixture[str]):
+    """A second key ring in its place would lose every secret that the first one seals."""
+    assert invoke(["keys", "generate", "-o", "json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    ring = Path(made["keyring"])
+    assert ring == Path("var/keyring")
+    assert ring.stat().st_mode & 0o777 == 0o600
+    before = ring.read_bytes()
+
+    assert invoke(["keys", "generate"]) == 5
+    assert ring.read_bytes() == before
+    assert keys.app is not None
+
+
+def test_a_preview_needs_no_database(capsys: pytest.CaptureFixture[str]):
+    command = ["definitions", "next", "--schedule", "30 2 * * *", "--timezone", "Europe/Berlin"]
+
+    assert invoke([*command, "--from", "2030-03-30T12:00:00Z", "-n", "2", "-o", "json"]) == 0
+
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["scheduled_for"] for row in rows] == [
+        "2030-03-31T01:00:00.000000Z",
+        "2030-04-01T00:30:00.000000Z",
+    ]
+    assert [list(row) for row in rows] == [["scheduled_for", "local", "note"]] * 2
+    assert "forward" in rows[0]["note"]
+
+
+def test_a_preview_of_a_schedule_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert invoke(["definitions", "next", "--schedule", "0 0 31 2 *"]) == 78
+
+    assert "0 0 31 2 *" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""What is printed: for people, for programs, or ids; and what never gets through."""
+
+from __future__ import annotations
+
+import json
+from datetime import date, timedelta
+
+import pytest
+
+from tests.fakes.clock import utc
+from worker.cli.output import Format, print_error, print_log, print_row, print_rows, say
+from worker.telemetry.masking import masker
+
+RUNS = [
+    {
+        "id": "2",
+        "org": "org_b",
+        "state": "running",
+        "started_at": utc("2030-01-01T00:00:02.5"),
+        "detail": None,
+    },
+    {"id": "1", "org": "org_a", "state": "succeeded", "started_at": None, "detail": "x" * 200},
+]
+COLUMNS = ("id", "state", "started_at", "detail")
+
+
+def test_a_table_has_its_columns_aligned_and_long_cells_cut(capsys: pytest.CaptureFixture[str]):
+    print_rows(RUNS, Format.TABLE, columns=COLUMNS)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == list(COLUMNS)
+    assert lines[1] == "2   running    2030-01-01T00:00:02Z  -"
+    assert lines[2] == "1   succeeded  -                     " + "x" * 79 + "…"
+
+
+def test_json_is_one_array_of_objects_with_every_key_and_instants_in_utc(
+    capsys: pytest.CaptureFixture[str],
+):
+    print_rows(RUNS, Format.JSON, columns=COLUMNS)
+
+    rows = json.loads(capsys.readouterr().out)
+    assert [list(row) for row in rows] == [list(row) for row in RUNS]
+    assert rows[0]["started_at"] == "2030-01-01T00:00:02.500000Z"
+    assert rows[1]["detail"] == "x" * 200
+
+
+def test_jsonl_is_an_object_a_line_and_id_is_an_id_a_line(capsys: pytest.CaptureFixture[str]):
+    print_rows(RUNS, Format.JSONL, columns=COLUMNS)
+    print_rows(RUNS, Format.ID, columns=COLUMNS)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["id"] for line in lines[:2]] == ["2", "1"]
+    assert lines[2:] == ["2", "1"]
+
+
+def test_an_empty_list_is_an_empty_array_and_for_people_a_word_on_stderr(
+    capsys: pytest.CaptureFixture[str],
+):
+    print_rows([], Format.JSON, columns=COLUMNS)
+    print_rows([], Format.TABLE, columns=COLUMNS)
+
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == []
+    assert printed.err == "none\n"
+
+
+def test_a_full_page_says_how_to_go_on(capsys: pytest.CaptureFixture[str]):
+    print_rows(RUNS, Format.TABLE, columns=COLUMNS, limit=2)
+
+    assert capsys.readouterr().err == "there may be more: --after 1\n"
+
+
+def test_one_thing_is_an_object_in_json_and_a_line_a_key_for_people(capsys: pytest.CaptureFixture[str]):
+    thing = {
+        "id": "1",
+        "enabled": True,
+        "tags": ["a", "b"],
+        "none": [],
+        "day": date(2030, 1, 1),
+        "wait": timedelta(minutes=90),
+        "spec": {"handler": "acme.note"},
+        "attempts": [{"attempt": 1, "outcome": "failed"}, {"attempt": 2, "outcome": "succeeded"}],
+    }
+
+    print_row(thing, Format.JSON)
+    assert json.loads(capsys.readouterr().out) == thing | {"day": "2030-01-01", "wait": "1h30m"}
+
+    print_row(thing, Format.TABLE)
+    assert capsys.readouterr().out.splitlines() == [
+        "id        1",
+        "enabled   yes",
+        "tags      a, b",
+        "none      -",
+        "day       2030-01-01",
+        "wait      1h30m",
+        "spec",
+        "    {",
+        '      "handler": "acme.note"',
+        "    }",
+        "attempts",
+        "    attempt  outcome",
+        "    1        failed",
+        "    2        succeeded",
+    ]
+
+
+def test_what_a_handler_says_cannot_move_the_terminal(capsys: pytest.CaptureFixture[str]):
+    hostile = "\x1b[2Jgone\nid  forged"
+
+    print_rows([{"id": hostile}], Format.TABLE, columns=("id",))
+    print_row({"id": hostile}, Format.TABLE)
+    print_log(
+        [{"at": utc("2030-01-01"), "level": "info", "text": hostile, "attempt": 1, "seq": 1}], Format.TABLE
+    )
+    say(hostile)
+
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert len(printed.out.splitlines()) == 4
+    assert r"\x1b[2Jgone\nid  forged" in printed.out
+
+
+def test_an_error_is_lines_for_people_and_one_object_for_programs(capsys: pytest.CaptureFixture[str]):
+    print_error("not_found", "there is no org x", "`orgs list` names them", Format.TABLE)
+    print_error("not_found", "there is no org x", "", Format.JSON)
+
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert lines[:2] == ["error: there is no org x", "fix: `orgs list` names them"]
+    assert json.loads(lines[2]) == {"error": {"code": "not_found", "message": "there is no org x", "fix": ""}}
+
+
+@pytest.mark.parametrize("output", [Format.TABLE, Format.JSON])
+def test_a_known_secret_is_masked_in_errors(output: Format, capsys: pytest.CaptureFixture[str]):
+    masker.register("correct-horse-battery")
+
+    print_error("x", "it said correct-horse-battery", "", output)
+
+    assert "correct-horse-battery" not in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""The command line as a whole: its verbs, the options before them, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worker.cli import (
+    apply,
+    config,
+    credentials,
+    db,
+    definitions,
+    demo,
+    handlers,
+    keys,
+    orgs,
+    run,
+    runs,
+    skips,
+)
+from worker.cli.output import Format, print_error
+from worker.cli.session import Session
+from worker.errors import DefinitionError, UsageError, WorkerError
+from worker.telemetry.masking import masker
+
+INTERRUPTED = 130
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110})
+
+app.command("run")(run.run)
+app.command("demo")(demo.demo)
+app.command("apply")(apply.apply)
+for noun, commands in (
+    ("orgs", orgs),
+    ("credentials", credentials),
+    ("definitions", definitions),
+    ("runs", runs),
+    ("skips", skips),
+    ("handlers", handlers),
+    ("db", db),
+    ("keys", keys),
+    ("config", config),
+):
+    app.add_typer(commands.app, name=noun)
+
+
+@app.callback(invoke_without_command=True)
+def before_the_verb(
+    context: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="The settings; default WORKER_CONFIG, ./worker.toml, /etc/orgworker/worker.toml.",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="One setting, such as execution.poll=2s."),
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an unexpected error came from (also WORKER_DEBUG=1).")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Scheduled, long-running background jobs for each customer org, each run under a token scoped to it.
+
+    Without a command it starts the worker, as `run` does.
+    """
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(version_of("orgworker"))
+        raise typer.Exit
+    context.obj = Session(config, _settings(setting or ()))
+    if context.invoked_subcommand is None:
+        run.run(context)
+
+
+def main() -> None:
+    """Run the command that the process was started with, and exit with its code."""
+    code = invoke(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as in `runs list | head`; the interpreter must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code as in the documentation. Errors go to stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without UTF-8 must not turn an org's name into an error.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    output = _wanted_output(arguments)
+    try:
+        code = typer.main.get_command(app).main(
+            args=list(arguments), prog_name=_program(), standalone_mode=False
+        )
+    except WorkerError as error:
+        print_error(error.code, _words(error), error.fix, output)
+        return error.exit_code
+    except typer.Abort:
+        return INTERRUPTED
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        fix = f"`{context.command_path} --help` says how" if context else ""
+        print_error(UsageError.code, error.format_message().replace("\n", " "), fix, output)
+        return UsageError.exit_code
+    except Exception as error:
+        return _unexpected(error, arguments, output)
+    return code if isinstance(code, int) else 0
+
+
+def _words(error: WorkerError) -> str:
+    """The message, led by the entry and field of a file where it does not name them itself."""
+    place = [error.entry, error.field] if isinstance(error, DefinitionError) else []
+    return ": ".join([*(word for word in place if word and word not in error.message), error.message])
+
+
+def _unexpected(error: Exception, arguments: Sequence[str], output: Format) -> int:
+    first_line = str(error).strip().partition("\n")[0]
+    fix = "run it again with --debug before the verb, and report what it prints"
+    if "--debug" in arguments or os.environ.get("WORKER_DEBUG", "0") not in ("", "0"):
+        print(masker.mask("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        fix = "report what is printed above"
+    print_error("unexpected", f"unexpected {type(error).__name__}: {first_line}", fix, output)
+    return 1
+
+
+def _settings(texts: Sequence[str]) -> dict[str, str]:
+    said = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise UsageError(f"--set {text!r} is not NAME=VALUE", fix="such as --set execution.poll=2s")
+        said[name] = value
+    return said
+
+
+def _wanted_output(arguments: Sequence[str]) -> Format:
+    """What `-o` asks for, also where the rest of the line is not understood."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("-o", "--output"):
+            value = value if equals else "".join(arguments[place + 1 : place + 2])
+        elif argument.startswith("-o") and not argument.startswith("--"):
+            value = argument[2:]
+        else:
+            continue
+        return Format(value) if value in Format.__members__.values() else Format.TABLE
+    return Format.TABLE
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "python -m worker" if name == "__main__.py" else name

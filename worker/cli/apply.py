@@ -1,0 +1,84 @@
+"""`apply`: make the database say what a file of orgs, definitions and templates says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.cli.options import FileArgument, OutputOption, read_text
+from worker.cli.output import Format, print_rows, say
+from worker.cli.session import session_of
+
+if TYPE_CHECKING:
+    from worker.definitions.file import DefinitionsFile
+
+COLUMNS = ("kind", "action", "org", "name", "fields")
+
+
+def apply(
+    context: typer.Context,
+    file: FileArgument,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print what would change; change nothing.")
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Close definitions of the file's orgs that the file does not have."),
+    ] = False,
+    allow_unknown_handlers: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unknown-handlers",
+            help="Accept handlers that are not installed here; their runs wait until a worker has them.",
+        ),
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Make the database say what FILE (TOML or JSON) says: all of it or nothing; prints what changes.
+
+    The same file again changes nothing. A pause and the state of an org are kept.
+    """
+    from worker import wiring
+    from worker.operations.apply import apply as apply_file
+
+    session = session_of(context)
+    wanted = _parsed(file)
+    with session.database() as database:
+        wiring.read_catalogue_now(session.settings, database)
+        changes = apply_file(
+            database,
+            wanted,
+            actor=session.actor,
+            dry_run=dry_run,
+            prune=prune,
+            allow_unknown_handlers=allow_unknown_handlers,
+            inline=session.settings.execution.inline,
+            issuers=session.settings.issuers,
+        )
+    rows = [change.as_row() for change in changes]
+    if output is Format.TABLE:
+        if not rows:
+            say("nothing changes")
+            return
+        if dry_run:
+            say("this would change:")
+        rows = [row | {"fields": _short_form(row["fields"])} for row in rows]
+    print_rows(rows, output, columns=COLUMNS, key="name")
+
+
+def _parsed(path: str) -> DefinitionsFile:
+    from worker.definitions.file import format_of, parse_file
+
+    text = read_text(path)
+    if path == "-":
+        return parse_file(text, "json" if text.lstrip().startswith("{") else "toml")
+    return parse_file(text, format_of(path))
+
+
+def _short_form(fields: dict[str, dict[str, object]]) -> list[str]:
+    """What a table has room for: which keys, and of those that had a value, from what to what."""
+    return [
+        f"{key} {values['before']} -> {values['after']}" if values["before"] is not None else key
+        for key, values in fields.items()
+    ]

@@ -1,0 +1,41 @@
+"""`db`: the schema of the database."""
+
+from __future__ import annotations
+
+import typer
+
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, print_row
+from worker.cli.session import session_of
+
+app = typer.Typer(help="The database's schema: bring it up to date, or check it.")
+
+
+@app.command("upgrade")
+def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+    """Bring the database to this release's schema, whatever it has; again, it changes nothing.
+
+    On PostgreSQL it connects as the role of database.owner_url, where that is set.
+    """
+    from worker.store import schema
+
+    session = session_of(context)
+    settings = session.settings.database
+    with session.database(any_schema=True) as database:
+        with database.autocommit() as connection:
+            before = schema.current(connection)
+        schema.upgrade(settings.url, settings.owner_url)
+        print_row(
+            {"database": database.url_shown, "before": before, "version": schema.head()},
+            output,
+            key="version",
+        )
+
+
+@app.command("check")
+def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+    """Say whether the database has this release's schema; exit 78 if not, with the command that mends it."""
+    from worker.store import schema
+
+    with session_of(context).database() as database:
+        print_row({"database": database.url_shown, "version": schema.head()}, output, key="version")

@@ -1,0 +1,170 @@
+"""`definitions`: what orgs asked for, when each is due, and running one now."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from worker.cli import upcoming
+from worker.cli.options import (
+    DEFAULT_LIMIT,
+    AfterOption,
+    LimitOption,
+    NoteOption,
+    OrgOption,
+    OutputOption,
+    SinceOption,
+    StateOption,
+    read_instant,
+    read_pairs,
+    read_since,
+)
+from worker.cli.orgs import OrgArgument
+from worker.cli.output import Format, print_row, print_rows
+from worker.cli.session import session_of
+from worker.errors import UsageError
+
+app = typer.Typer(help="Definitions: list, show, preview, run now, pause, resume. `apply` makes them.")
+
+COLUMNS = ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision")
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")
+]
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    output: OutputOption = Format.TABLE,
+    org: OrgOption = None,
+    state: StateOption = None,
+    since: SinceOption = None,
+    limit: LimitOption = DEFAULT_LIMIT,
+    after: AfterOption = None,
+) -> None:
+    """List definitions, newest first; closed ones only with --state closed."""
+    from worker.store import definition_listing as listing
+
+    session = session_of(context)
+    narrowed: dict[str, Any] = {
+        "state": state,
+        "since": read_since(since, session.clock),
+        "limit": limit,
+        "after": after,
+    }
+    with session.database() as database, database.autocommit() as connection:
+        if org is None:
+            rows = listing.definitions_for_all_orgs(connection, **narrowed)
+        else:
+            rows = listing.definitions(connection, org, **narrowed)
+    print_rows(rows, output, columns=COLUMNS, limit=limit)
+
+
+@app.command("show")
+def show(
+    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
+) -> None:
+    """Show one definition with its whole spec."""
+    from worker.store import definition_listing
+
+    with session_of(context).database() as database, database.autocommit() as connection:
+        row = definition_listing.definition(connection, org, name)
+    print_row(row, output)
+
+
+@app.command("next")
+def next_(
+    context: typer.Context,
+    org: Annotated[str | None, typer.Argument(metavar="ORG", help="The org's code.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The definition's name.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", metavar="TEXT", help="Preview this instead of a stored one.")
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option("--timezone", metavar="ZONE", help="IANA zone of --schedule; default UTC.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="T", help="From this instant on; default now.")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many instants.")] = 10,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Preview the next instants of a definition, or of --schedule, from the very code that fires."""
+    session = session_of(context)
+    at = session.clock.now() if start is None else read_instant(start, session.clock, option="--from")
+    if schedule is not None and org is None:
+        rows = upcoming.of_schedule(schedule, timezone or "UTC", at, count)
+    elif schedule is None and timezone is None and org is not None and name is not None:
+        from worker.store import definition_listing, listing
+
+        with session.database() as database, database.autocommit() as connection:
+            org_state = listing.org(connection, org)["state"]
+            found = definition_listing.definition(connection, org, name)
+        rows = upcoming.of_definition(found, org_state, at, count)
+    else:
+        raise UsageError("name either ORG and NAME, or --schedule (with --timezone)")
+    print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
+
+
+@app.command("run")
+def run(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    request_key: Annotated[
+        str | None,
+        typer.Option(
+            "--request-key", metavar="K", help="The same key again makes no second run; default random."
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param", metavar="K=V", help="A param for this run only: JSON, else text; may be repeated."
+        ),
+    ] = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Run a definition now, and print the new run."""
+    from worker import wiring
+    from worker.operations.run_now import run_now
+
+    session = session_of(context)
+    params = read_pairs(param or (), option="--param")
+    with session.database() as database:
+        wiring.read_catalogue_now(session.settings, database)
+        row = run_now(
+            database, org, name, request_key=request_key, params=params or None, actor=session.actor
+        )
+    print_row(row, output)
+
+
+@app.command("pause")
+def pause(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    note: NoteOption = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Nothing of it is due until it is resumed; a run that is on goes on."""
+    from worker.operations.pause import pause_definition
+
+    session = session_of(context)
+    with session.database() as database:
+        row = pause_definition(database, org, name, actor=session.actor, note=note)
+    print_row(row, output)
+
+
+@app.command("resume")
+def resume(
+    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
+) -> None:
+    """Let it be due again, from now: what was not due meanwhile is not replayed."""
+    from worker.operations.pause import resume_definition
+
+    session = session_of(context)
+    with session.database() as database:
+        row = resume_definition(database, org, name, actor=session.actor)
+    print_row(row, output)

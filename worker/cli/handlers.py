@@ -1,0 +1,49 @@
+"""`handlers`: what the installed distributions offer, or why one does not load."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, print_row, print_rows
+from worker.cli.session import session_of
+from worker.errors import NotFound
+
+app = typer.Typer(help="Handlers that installed distributions offer.")
+
+COLUMNS = ("name", "distribution", "version", "isolation", "scopes", "error")
+
+
+@app.command("list")
+def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
+    """List all handlers, those that do not load with their error."""
+    print_rows(_entries(context), output, columns=COLUMNS, key="name")
+
+
+@app.command("show")
+def show(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `handlers list` names it.")],
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Show one handler with the schemas of its params and settings.
+
+    Where several distributions offer the name, the one that loads is shown.
+    """
+    entries = _entries(context, name)
+    if not entries:
+        raise NotFound(f"no installed distribution offers a handler {name}", fix="`handlers list` names them")
+    print_row(min(entries, key=lambda entry: entry["error"] is not None), output, key="name")
+
+
+def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
+    from worker import wiring
+    from worker.store import catalogue
+
+    session = session_of(context)
+    with session.database() as database:
+        wiring.read_catalogue_now(session.settings, database)
+        with database.autocommit() as connection:
+            return catalogue.entries(connection, name)

@@ -1,0 +1,116 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from worker.cli.output import Format
+from worker.clock import Clock, from_text
+from worker.definitions.units import parse_duration
+from worker.errors import UsageError
+
+DEFAULT_LIMIT = 50
+
+OutputOption = Annotated[
+    Format, typer.Option("--output", "-o", help="How to print: for people, for programs, or ids only.")
+]
+OrgOption = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this org's.")]
+DefinitionOption = Annotated[
+    str | None, typer.Option("--definition", metavar="NAME", help="Only those of definitions of this name.")
+]
+StateOption = Annotated[
+    str | None, typer.Option("--state", metavar="STATE", help="Only those in this state.")
+]
+SinceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="WHEN",
+        help="Only those since then: 2h, 1d (ago), 2027-01-01 or 2027-01-01T08:00:00Z.",
+    ),
+]
+LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="At most so many, up to 1000.")]
+AfterOption = Annotated[
+    str | None, typer.Option("--after", metavar="ID", help="What follows this row of the list.")
+]
+NoteOption = Annotated[str | None, typer.Option("--note", help="Why; shown beside the state.")]
+FileArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")]
+
+# Text that a mere word would not carry: numbers, booleans, lists, tables.
+_JSON_STARTS = ('"', "[", "{", "-", *"0123456789")
+
+
+def read_instant(text: str, clock: Clock, *, option: str) -> datetime:
+    """An instant: RFC 3339, a date (its first instant in UTC), or a duration ago.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    for read in (
+        from_text,
+        lambda given: datetime.combine(date.fromisoformat(given), time(), UTC),
+        lambda given: clock.now() - parse_duration(given),
+    ):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    raise UsageError(
+        f"{option} {text!r} is no instant",
+        fix="write 2027-01-01T08:00:00Z, 2027-01-01, or a duration ago such as 2h",
+    )
+
+
+def read_since(text: str | None, clock: Clock) -> datetime | None:
+    """What `--since` says, if anything."""
+    return None if text is None else read_instant(text, clock, option="--since")
+
+
+def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
+    """`k=v` texts as a mapping; a value that is JSON is taken as such, any other as text.
+
+    Raises:
+        UsageError: one has no `=`, or no name before it.
+    """
+    read: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise UsageError(f"{option} {pair!r} is not NAME=VALUE")
+        read[name] = _value(value)
+    return read
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false", "null") or text.startswith(_JSON_STARTS):
+        try:
+            return json.loads(text, parse_constant=_refuse)
+        except ValueError:
+            return text
+    return text
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def read_text(path: str) -> str:
+    """A file's text, or standard input's for `-`.
+
+    Raises:
+        UsageError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        if path == "-":
+            return typer.get_binary_stream("stdin").read().decode("utf-8")
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no UTF-8 text") from None

@@ -1,0 +1,146 @@
+"""`runs`: what became of each instant, and what to do about one run."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from worker.cli.options import (
+    DEFAULT_LIMIT,
+    AfterOption,
+    DefinitionOption,
+    LimitOption,
+    OrgOption,
+    OutputOption,
+    SinceOption,
+    StateOption,
+    read_since,
+)
+from worker.cli.output import Format, print_log, print_row, print_rows
+from worker.cli.session import session_of
+from worker.errors import UsageError
+
+# Seconds between two looks at a log that grows.
+POLL = 0.5
+
+app = typer.Typer(help="Runs: list, show, cancel, retry, logs.")
+
+COLUMNS = (
+    "id",
+    "org",
+    "definition",
+    "state",
+    "reason",
+    "detail",
+    "scheduled_for",
+    "attempt",
+    "started_at",
+    "finished_at",
+    "progress",
+)
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")]
+
+
+@app.command("list")
+def list_(
+    context: typer.Context,
+    output: OutputOption = Format.TABLE,
+    org: OrgOption = None,
+    definition: DefinitionOption = None,
+    state: StateOption = None,
+    since: SinceOption = None,
+    limit: LimitOption = DEFAULT_LIMIT,
+    after: AfterOption = None,
+) -> None:
+    """List runs, newest first."""
+    from worker.store import run_listing as listing
+
+    session = session_of(context)
+    narrowed: dict[str, Any] = {
+        "definition": definition,
+        "state": state,
+        "since": read_since(since, session.clock),
+        "limit": limit,
+        "after": after,
+    }
+    with session.database() as database, database.autocommit() as connection:
+        if org is None:
+            rows = listing.runs_for_all_orgs(connection, **narrowed)
+        else:
+            rows = listing.runs(connection, org, **narrowed)
+    print_rows(rows, output, columns=COLUMNS, limit=limit)
+
+
+@app.command("show")
+def show(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
+    """Show one run with its attempts, checkpoint, claims (redacted) and spec."""
+    from worker.store import run_listing as listing
+
+    with session_of(context).database() as database, database.autocommit() as connection:
+        row = listing.run_for_all_orgs(connection, run)
+    print_row(row, output)
+
+
+@app.command("cancel")
+def cancel(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
+    """Cancel a run: one that waits ends at once, one that is on is asked to stop. Returns at once."""
+    from worker.operations.cancel import cancel as cancel_run
+
+    session = session_of(context)
+    with session.database() as database:
+        row = cancel_run(database, run, actor=session.actor)
+    print_row(row, output)
+
+
+@app.command("retry")
+def retry(
+    context: typer.Context,
+    run: RunArgument,
+    from_checkpoint: Annotated[
+        bool, typer.Option("--from-checkpoint", help="Start where the old run's last checkpoint was.")
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Make a new run of one that has ended, for the same instant, and print it; the old one stays."""
+    from worker.operations.retry import retry as retry_run
+
+    session = session_of(context)
+    with session.database() as database:
+        row = retry_run(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
+    print_row(row, output)
+
+
+@app.command("logs")
+def logs(
+    context: typer.Context,
+    run: RunArgument,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing until the run has ended.")
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Print what a run logged and printed, all attempts one after the other."""
+    from worker.store import log_listing, run_listing
+
+    if follow and output is Format.JSON:
+        raise UsageError("--follow prints line by line", fix="use -o jsonl")
+    rows: list[dict[str, Any]] = []
+    with session_of(context).database() as database, database.autocommit() as connection:
+        last = log_listing.START
+        while True:
+            found = run_listing.run_for_all_orgs(connection, run)
+            page = log_listing.lines_for_all_orgs(connection, found["id"], after=last)
+            if output is Format.JSON:
+                rows += page
+            else:
+                print_log(page, output)
+            if page:
+                last = (page[-1]["attempt"], page[-1]["seq"])
+            elif not follow or found["finished_at"] is not None:
+                break
+            else:
+                time.sleep(POLL)
+    if output is Format.JSON:
+        print_rows(rows, output, columns=())

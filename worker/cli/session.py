@@ -1,0 +1,80 @@
+"""What one command works with: its settings, its database, and who gives it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import typer
+
+from worker.clock import Clock, SystemClock
+from worker.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from worker.settings import Settings
+    from worker.store.database import Database
+
+UPGRADE = "python -m worker db upgrade"
+
+
+@dataclass
+class Session:
+    """One call of the command line; settings and database are opened at first need."""
+
+    config: str | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    clock: Clock = field(default_factory=SystemClock)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings in force.
+
+        Raises:
+            ConfigurationError: they cannot be read.
+        """
+        from worker.settings import load
+
+        return load(self.config, self.overrides)
+
+    @property
+    def actor(self) -> str:
+        """The OS user; by its number where the number has no name."""
+        try:
+            return pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            return str(os.getuid())
+
+    @contextmanager
+    def database(self, *, any_schema: bool = False) -> Iterator[Database]:
+        """The database of the settings, whose schema is this version's unless `any_schema`.
+
+        Raises:
+            ConfigurationError: no database, or one of another schema version.
+            StoreUnavailable: it does not answer.
+        """
+        from worker import wiring
+
+        file = self.settings.database.sqlite_file
+        if not any_schema and file is not None and not file.exists():
+            # Opening it would make an empty file, perhaps in the wrong working directory.
+            raise ConfigurationError(f"there is no database {file.absolute()}", fix=f"`{UPGRADE}` makes it")
+        database = wiring.open_database(self.settings)
+        try:
+            if not any_schema:
+                from worker.store import schema
+
+                with database.autocommit() as connection:
+                    schema.check(connection)
+            yield database
+        finally:
+            database.close()
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session that the options before the verb have made."""
+    return cast(Session, context.obj)
