@@ -58,7 +58,7 @@ class Handlers:
                 continue
             if (definition.isolation or row["isolation"]) == "inline" and row["distribution"] not in inline:
                 raise DefinitionError(
-                    f"{entry}: handler {name} would run inline, where it could read every org's secrets",
+                    f"{entry}, isolation: {name} would run inline, where it could read every org's secrets",
                     entry=entry,
                     field="isolation",
                     fix=f'if you trust it, add "{row["distribution"]}" to execution.inline in worker.toml; '

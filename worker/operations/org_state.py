@@ -16,45 +16,42 @@ from worker.store.database import Database
 
 Row = dict[str, Any]
 
+_ACTIONS: dict[OrgState, str] = {
+    "active": "org.resume",
+    "paused": "org.pause",
+    "suspended": "org.suspend",
+    "removed": "org.remove",
+}
 
-def pause_org(database: Database, org: str, *, actor: str, note: str | None = None) -> Row:
-    """Nothing new of the org fires or starts; running runs go on. Returns the org.
+
+def set_org_state(
+    database: Database, org: str, state: OrgState, *, actor: str, note: str | None = None
+) -> Row:
+    """Move an org to a state and return it; one that is in it already stays as it is.
+
+    `paused`: nothing new fires or starts. `suspended`: what waits is cancelled too, at
+    once, and what runs within one renewal. `removed`: its definitions are closed and
+    its secrets destroyed as well. `active`: it goes on from now; nothing that was due
+    meanwhile is replayed.
 
     Raises:
         NotFound: there is no such org.
-        Conflict: the org was removed.
+        Conflict: it was removed.
     """
-    return _set(database, org, "paused", "org.pause", actor, note)
-
-
-def suspend_org(database: Database, org: str, *, actor: str, note: str | None = None) -> Row:
-    """As `pause_org`, and what waits is cancelled at once, what runs within one renewal."""
-    return _set(database, org, "suspended", "org.suspend", actor, note)
-
-
-def resume_org(database: Database, org: str, *, actor: str, note: str | None = None) -> Row:
-    """The org is active again from now on; nothing that was due meanwhile is replayed."""
-    return _set(database, org, "active", "org.resume", actor, note)
-
-
-def remove_org(database: Database, org: str, *, actor: str, note: str | None = None) -> Row:
-    """As `suspend_org`; its definitions are closed and its secrets destroyed, its history stays."""
-    return _set(database, org, "removed", "org.remove", actor, note)
-
-
-def _set(database: Database, code: str, state: OrgState, action: str, actor: str, note: str | None) -> Row:
     with database.transaction() as connection:
-        org = orgs.require(connection, code, lock=True)
-        if not may_move(org["state"], state):
-            raise Conflict(f"org {code} was removed", fix=f"`orgs add {code}` brings it back")
-        if org["state"] != state:
+        row = orgs.require(connection, org, lock=True)
+        if not may_move(row["state"], state):
+            raise Conflict(f"org {org} was removed", fix=f"`orgs add {org}` brings it back")
+        if row["state"] != state:
             now = database.now(connection)
-            with settle.settled_org(connection, org["id"], at=now) as rows:
-                orgs.set_state(connection, org["id"], state, by=actor, at=now, note=note)
-                stopped = _stop(connection, org["id"], state, rows, now)
-            entry = audit.Entry(org["id"], action, code, {"from": org["state"], "note": note} | stopped)
+            with settle.settled_org(connection, row["id"], at=now) as rows:
+                orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
+                stopped = _stop(connection, row["id"], state, rows, now)
+            entry = audit.Entry(
+                row["id"], _ACTIONS[state], org, {"from": row["state"], "note": note} | stopped
+            )
             audit.record(connection, [entry], at=now, actor=actor)
-        return listing.org(connection, code)
+        return listing.org(connection, org)
 
 
 def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row], at: datetime) -> Row:

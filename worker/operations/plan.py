@@ -86,6 +86,12 @@ def make_plan(
     Raises:
         DefinitionError: names the entry and the field that cannot be accepted.
     """
+    if file.templates:
+        raise DefinitionError(
+            "this release makes no definitions from templates yet",
+            entry=f"template {file.templates[0].name}",
+            fix="write a [[definition]] for each org",
+        )
     plan = Plan()
     named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
     there = orgs.find_for_all_orgs(connection, named, lock=True)

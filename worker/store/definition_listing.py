@@ -69,6 +69,7 @@ def _definition_query() -> Select[Any]:
         select(
             _definitions,
             _orgs.c.code.label("org"),
+            _orgs.c.state.label("org_state"),
             _orgs.c.timezone.label("org_timezone"),
             _revisions.c.spec,
             _schedule.c.next_scheduled_for,
@@ -142,6 +143,7 @@ def _shown_definition(row: Row) -> Row:
         "schedule": spec["schedule"],
         "timezone": spec.get("timezone") or row["org_timezone"] or "UTC",
         "state": state,
+        "org_state": row["org_state"],
         "next_scheduled_for": row["next_scheduled_for"],
         "next_fire_at": row["next_fire_at"],
         "revision": row["revision"],

@@ -1,0 +1,137 @@
+"""A migrated database of either kind, with a catalogue, for the operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from tests.fakes.clock import ManualClock
+from worker.definitions.file import parse_file
+from worker.handlers.catalogue import HandlerEntry
+from worker.operations.apply import apply as apply_file
+from worker.operations.changes import Change
+from worker.store import catalogue, schema, tables
+from worker.store.database import Database
+from worker.tokens.sealing import KeyRing
+
+CATALOGUE = (
+    HandlerEntry(
+        "acme.note",
+        "acme-jobs",
+        "1.0",
+        "acme_jobs:note",
+        scopes=("read:kb",),
+        params_schema={
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "times": {"type": "integer", "minimum": 1}},
+            "required": ["text"],
+            "additionalProperties": False,
+        },
+    ),
+    HandlerEntry("acme.plain", "acme-jobs", "1.0", "acme_jobs:plain"),
+    HandlerEntry("acme.inline", "acme-inline", "2.0", "acme_inline:go", isolation="inline"),
+    HandlerEntry("acme.broken", "acme-broken", "0.1", "acme_broken:go", error="ImportError: no module"),
+)
+
+
+@pytest.fixture
+def database(database_url: str, clock: ManualClock) -> Iterator[Database]:
+    """A database with the schema of this release and handlers in its catalogue."""
+    schema.upgrade(database_url)
+    # Not on an instant of any schedule, as it would never be in life.
+    clock.advance(123.456)
+    opened = Database.open(database_url, clock=clock)
+    with opened.transaction() as connection:
+        catalogue.put(connection, CATALOGUE, at=opened.now(connection))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> KeyRing:
+    return KeyRing.generate(tmp_path / "keyring")
+
+
+Apply = Callable[..., list[Change]]
+
+
+@pytest.fixture
+def apply(database: Database) -> Apply:
+    """Apply a TOML text to the database."""
+
+    def apply_text(text: str, **options: Any) -> list[Change]:
+        return apply_file(database, parse_file(text), **{"actor": "tester"} | options)
+
+    return apply_text
+
+
+class Tables:
+    """Rows as they are, read and bent past the operations."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def __getattr__(self, name: str) -> list[dict[str, Any]]:
+        table = tables.metadata.tables[name]
+        with self._database.autocommit() as connection:
+            return [dict(row) for row in connection.execute(select(table)).mappings()]
+
+    def everything(self) -> dict[str, list[dict[str, Any]]]:
+        """Every row of every table, but the audit."""
+        return {name: getattr(self, name) for name in tables.metadata.tables if name != "audit"}
+
+    def now(self) -> datetime:
+        with self._database.autocommit() as connection:
+            return self._database.now(connection)
+
+    def make_due_since(self, since: datetime, spread: timedelta = timedelta(0)) -> None:
+        """As if nobody had fired since: every scheduled definition's next instant lies there."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                update(tables.schedule)
+                .where(tables.schedule.c.next_fire_at.is_not(None))
+                .values(next_scheduled_for=since, next_fire_at=since + spread)
+            )
+
+    def set_running(self, run_id: str) -> None:
+        """As if a worker had admitted the run."""
+        worker = "01900000-0000-7000-8000-000000000001"
+        with self._database.transaction() as connection:
+            connection.execute(
+                update(tables.live_runs)
+                .where(tables.live_runs.c.id == run_id)
+                .values(
+                    state="running",
+                    reason=None,
+                    worker_id=worker,
+                    started_at=self._database.now(connection),
+                    attempt=1,
+                    fencing_token=1,
+                )
+            )
+
+    def set_ended(self, run_id: str, state: str = "failed", reason: str = "error") -> None:
+        """As if the run had ended."""
+        with self._database.transaction() as connection:
+            live, runs = tables.live_runs, tables.runs
+            connection.execute(live.delete().where(live.c.id == run_id))
+            connection.execute(
+                update(runs)
+                .where(runs.c.id == run_id)
+                .values(state=state, reason=reason, finished_at=self._database.now(connection), attempt=1)
+            )
+
+
+@pytest.fixture
+def rows(database: Database) -> Tables:
+    return Tables(database)
+
+
+def whole_hour(instant: datetime, *, ago: int = 0) -> datetime:
+    """The hour that `instant` is in, or one so many hours before."""
+    return instant.replace(minute=0, second=0, microsecond=0) - timedelta(hours=ago)

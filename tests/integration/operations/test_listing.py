@@ -1,0 +1,231 @@
+"""Lists page by key, newest first, show the documented columns, and keep orgs apart."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from tests.integration.operations.conftest import CATALOGUE
+from worker.errors import NotFound, UsageError
+from worker.ids import new_id
+from worker.operations.close import close_definition
+from worker.operations.pause import pause_definition
+from worker.operations.run_now import run_now
+from worker.store import catalogue, definition_listing, listing, run_listing, tables
+
+FILE = "".join(
+    f"""
+[[org]]
+code = "{code}"
+issuer = "main"
+
+[[definition]]
+org = "{code}"
+name = "digest"
+handler = "acme.plain"
+schedule = "0 3 * * *"
+timezone = "Europe/Berlin"
+overlap = "allow"
+
+[[definition]]
+org = "{code}"
+name = "other"
+handler = "acme.plain"
+schedule = "every 10m"
+enabled = false
+overlap = "allow"
+"""
+    for code in ("org_a", "org_b")
+)
+
+
+@pytest.fixture
+def connection(database, apply):
+    apply(FILE)
+    with database.autocommit() as opened:
+        yield opened
+
+
+def ids(rows):
+    return [row["id"] for row in rows]
+
+
+@pytest.fixture
+def runs(database, connection):
+    """Six runs, oldest first: three of org_a, then three of org_b."""
+    return [
+        run_now(database, code, name, actor="tester")["id"]
+        for code in ("org_a", "org_b")
+        for name in ("digest", "other", "digest")
+    ]
+
+
+def test_runs_page_newest_first_by_the_row_they_follow(connection, runs):
+    first = run_listing.runs_for_all_orgs(connection, limit=4)
+    rest = run_listing.runs_for_all_orgs(connection, limit=4, after=first[-1]["id"])
+
+    assert ids(first) + ids(rest) == runs[::-1]
+    assert tuple(first[0]) == run_listing.LISTED
+    assert run_listing.runs_for_all_orgs(connection, after=runs[0]) == []
+
+
+def test_runs_are_narrowed_by_org_definition_state_and_time(connection, runs, rows):
+    rows.set_running(runs[0])
+    rows.set_ended(runs[1], "refused", "org_mismatch")
+
+    assert ids(run_listing.runs(connection, "org_a")) == runs[2::-1]
+    assert ids(run_listing.runs(connection, "org_a", definition="other")) == [runs[1]]
+    assert ids(run_listing.runs_for_all_orgs(connection, definition="other")) == [runs[4], runs[1]]
+    assert ids(run_listing.runs_for_all_orgs(connection, state="running")) == [runs[0]]
+    assert ids(run_listing.runs_for_all_orgs(connection, state="refused")) == [runs[1]]
+    assert ids(run_listing.runs(connection, "org_a", state="waiting")) == [runs[2]]
+    now = rows.now()
+    assert len(run_listing.runs_for_all_orgs(connection, since=now - timedelta(hours=1))) == 6
+    assert run_listing.runs_for_all_orgs(connection, since=now + timedelta(hours=1)) == []
+
+
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1001}, {"after": "seven"}, {"state": "held"}])
+def test_what_cannot_be_listed_is_a_usage_error(connection, wrong):
+    with pytest.raises(UsageError):
+        run_listing.runs_for_all_orgs(connection, **wrong)
+
+
+def test_an_unknown_org_is_not_found_in_any_list(connection):
+    for list_of in (
+        run_listing.runs,
+        definition_listing.definitions,
+        listing.skips,
+        listing.credentials,
+        listing.audit,
+        listing.org,
+    ):
+        with pytest.raises(NotFound):
+            list_of(connection, "org_none")
+
+
+def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection, runs, rows):
+    run = runs[0]
+    rows.set_running(run)
+    org_id = next(org["id"] for org in rows.orgs if org["code"] == "org_a")
+    with database.transaction() as writing:
+        writing.execute(
+            tables.attempts.insert().values(
+                run_id=run,
+                attempt=0,
+                org_id=org_id,
+                worker_id=new_id(),
+                fencing_token=0,
+                handler="acme.plain",
+                started_at=rows.now(),
+                ended_at=rows.now(),
+                outcome="failed",
+                error={"type": "ValueError", "message": "no"},
+                claims={"org_code": "org_a"},
+            )
+        )
+        writing.execute(
+            tables.checkpoints.insert().values(
+                run_id=run, org_id=org_id, attempt=1, fencing_token=1, saved_at=rows.now(), data={"done": 3}
+            )
+        )
+
+    shown = run_listing.run(connection, "org_a", run)
+
+    assert shown.keys() >= {*run_listing.LISTED, "attempts", "checkpoint", "claims", "spec"}
+    ended, on = shown["attempts"]
+    assert (ended["outcome"], ended["error"]["type"]) == ("failed", "ValueError")
+    assert (on["attempt"], on["outcome"], on["ended_at"], on["fencing_token"]) == (1, None, None, 1)
+    assert on["worker"] == shown["worker"]
+    assert shown["claims"] == {"org_code": "org_a"}
+    assert shown["checkpoint"] == {"done": 3}
+    assert shown["spec"]["handler"] == "acme.plain"
+    with pytest.raises(NotFound):
+        run_listing.run_for_all_orgs(connection, new_id())
+
+
+def test_definitions_show_the_schedule_in_force_and_what_is_next(database, connection):
+    pause_definition(database, "org_b", "digest", actor="ops")
+    close_definition(database, "org_b", "other", actor="ops")
+
+    listed = definition_listing.definitions_for_all_orgs(connection)
+
+    assert {(row["org"], row["name"], row["state"]) for row in listed} == {
+        ("org_a", "digest", "active"),
+        ("org_a", "other", "disabled"),
+        ("org_b", "digest", "paused"),
+    }
+    first = definition_listing.definitions(connection, "org_a", state="active")[0]
+    assert (first["timezone"], first["schedule"]) == ("Europe/Berlin", "0 3 * * *")
+    assert first["next_scheduled_for"].hour in (1, 2)
+    for state in definition_listing.DEFINITION_STATES:
+        assert len(definition_listing.definitions_for_all_orgs(connection, state=state)) == 1
+    assert definition_listing.definition(connection, "org_b", "other")["state"] == "closed"
+    assert definition_listing.definition(connection, "org_a", "other")["spec"]["overlap"] == "allow"
+    with pytest.raises(NotFound):
+        definition_listing.definition(connection, "org_a", "nothing")
+
+
+def test_skips_have_their_columns(database, connection, rows):
+    definition = next(row for row in rows.definitions if row["name"] == "digest")
+    at = rows.now()
+    with database.transaction() as writing:
+        writing.execute(
+            tables.skips.insert().values(
+                id=new_id(),
+                org_id=definition["org_id"],
+                definition_id=definition["id"],
+                revision=1,
+                skipped_from=at - timedelta(hours=2),
+                skipped_until=at - timedelta(hours=1),
+                count=7,
+                reason="missed",
+            )
+        )
+    code = next(org["code"] for org in rows.orgs if org["id"] == definition["org_id"])
+
+    [skip] = listing.skips(connection, code, definition="digest")
+
+    assert tuple(skip) == (
+        "id",
+        "org",
+        "definition",
+        "revision",
+        "skipped_from",
+        "skipped_until",
+        "count",
+        "reason",
+    )
+    assert (skip["count"], skip["reason"], skip["org"]) == (7, "missed", code)
+    assert listing.skips_for_all_orgs(connection, since=at) == []
+    assert len(listing.skips_for_all_orgs(connection, since=at - timedelta(hours=1))) == 1
+
+
+def test_orgs_and_the_audit_are_listed(connection):
+    assert [row["code"] for row in listing.orgs_for_all_orgs(connection)] == ["org_b", "org_a"]
+    assert listing.orgs_for_all_orgs(connection, state="paused") == []
+    [first, *_] = listing.audit(connection, "org_a")
+    assert (first["actor"], first["org"]) == ("tester", "org_a")
+    assert len(listing.audit_for_all_orgs(connection)) == 6
+
+
+def test_the_catalogue_keeps_the_broken_ones_and_forgets_what_is_gone(database, connection, rows):
+    assert [(row["name"], row["error"] is None) for row in catalogue.entries(connection)] == [
+        ("acme.broken", False),
+        ("acme.inline", True),
+        ("acme.note", True),
+        ("acme.plain", True),
+    ]
+    assert catalogue.versions(connection)["acme-jobs"] == "1.0"
+    with database.transaction() as writing:
+        catalogue.put(writing, CATALOGUE[:1], at=rows.now())
+        catalogue.forget(writing, "acme-jobs", but=["acme.note"])
+
+    assert [row["name"] for row in catalogue.entries(connection)] == [
+        "acme.broken",
+        "acme.inline",
+        "acme.note",
+    ]
+    [note] = catalogue.entries(connection, "acme.note")
+    assert note["scopes"] == ["read:kb"]
+    assert note["params_schema"]["required"] == ["text"]

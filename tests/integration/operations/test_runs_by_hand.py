@@ -1,0 +1,256 @@
+"""Runs made and ended by hand: the overlap rule, request keys, cancel and retry."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.errors import Conflict, DefinitionError, NotFound, UsageError
+from worker.ids import new_id
+from worker.operations.cancel import cancel
+from worker.operations.close import close_definition
+from worker.operations.org_state import set_org_state
+from worker.operations.pause import pause_definition
+from worker.operations.retry import retry
+from worker.operations.run_now import run_now
+from worker.store import run_listing, tables
+
+FILE = """
+[[org]]
+code = "org_acme"
+issuer = "main"
+
+[[definition]]
+org = "org_acme"
+name = "digest"
+handler = "acme.note"
+schedule = "0 3 1 1 *"
+params = { text = "hello" }
+"""
+
+
+@pytest.fixture
+def site(apply, database):
+    """An org with one definition of the given overlap; a way to run it and to look at its runs."""
+
+    class Site:
+        def having(self, overlap):
+            apply(FILE + f'overlap = "{overlap}"')
+            return self
+
+        def run(self, **options):
+            return run_now(database, "org_acme", "digest", **{"actor": "tester"} | options)
+
+        def runs(self, **narrowed):
+            with database.autocommit() as connection:
+                return run_listing.runs(connection, "org_acme", **narrowed)
+
+        def show(self, run_id):
+            with database.autocommit() as connection:
+                return run_listing.run(connection, "org_acme", run_id)
+
+    return Site()
+
+
+def test_run_now_makes_a_run_that_may_start_at_once(site, rows):
+    run = site.having("skip").run()
+
+    assert (run["state"], run["reason"], run["origin"]) == ("waiting", "due", "manual")
+    assert run["available_at"] == run["scheduled_for"] <= rows.now()
+    assert (run["org"], run["definition"], run["handler"]) == ("org_acme", "digest", "acme.note")
+    assert tuple(run) == run_listing.LISTED
+    [live] = rows.live_runs
+    assert (live["serial"], live["isolation"], live["start_by"]) == (True, "child", None)
+    assert rows.runs[0]["created_by"] == "tester"
+    assert rows.audit[-1]["action"] == "definition.run"
+
+
+def test_the_same_request_key_makes_one_run_whatever_became_of_it(site, rows):
+    first = site.having("skip").run(request_key="order-7")
+
+    assert site.run(request_key="order-7")["id"] == first["id"]
+    rows.set_ended(first["id"])
+    again = site.run(request_key="order-7")
+
+    assert (again["id"], again["state"]) == (first["id"], "failed")
+    assert len(rows.runs) == 1
+
+
+def test_params_by_hand_are_laid_over_the_definitions_and_checked(site, rows):
+    site.having("allow").run(params={"times": 3})
+
+    assert rows.live_runs[0]["params"] == {"text": "hello", "times": 3}
+    with pytest.raises(DefinitionError, match=r"params\.times: 'many' is not of type integer"):
+        site.run(params={"times": "many"})
+    assert len(rows.runs) == 1
+
+
+def test_skip_refuses_a_second_run_and_names_the_first(site, rows):
+    first = site.having("skip").run()
+
+    with pytest.raises(Conflict, match=f"run {first['id']} of this definition is waiting"):
+        site.run()
+    rows.set_running(first["id"])
+    with pytest.raises(Conflict, match=f"run {first['id']} of this definition is running"):
+        site.run()
+
+    assert len(rows.runs) == len(rows.live_runs) == 1
+
+
+def test_queue_one_holds_one_back_and_refuses_the_next(site, rows):
+    first = site.having("queue_one").run()
+    second = site.run()
+
+    assert (second["state"], second["reason"]) == ("waiting", "held")
+    with pytest.raises(Conflict, match=f"run {second['id']} of this definition is held back already"):
+        site.run()
+    assert [run["id"] for run in site.runs()] == [second["id"], first["id"]]
+
+
+def test_replace_ends_what_waits_and_takes_its_place(site, rows):
+    first = site.having("replace").run()
+
+    second = site.run()
+
+    assert second["reason"] == "due"
+    old = site.show(first["id"])
+    assert (old["state"], old["reason"]) == ("cancelled", "replaced")
+    assert [live["id"] for live in rows.live_runs] == [second["id"]]
+
+
+def test_replace_asks_what_runs_to_stop_and_holds_the_new_one_until_then(site, rows):
+    first = site.having("replace").run()
+    rows.set_running(first["id"])
+
+    second = site.run()
+    third = site.run()
+
+    live = {row["id"]: row for row in rows.live_runs}
+    assert live.keys() == {first["id"], third["id"]}
+    assert live[first["id"]]["cancel_reason"] == "replaced"
+    assert live[third["id"]]["state"] == "held"
+    assert site.show(second["id"])["reason"] == "replaced"
+
+
+def test_allow_lets_any_number_be_unfinished(site, rows):
+    site.having("allow").run()
+    site.run()
+
+    assert [live["serial"] for live in rows.live_runs] == [False, False]
+
+
+def test_a_paused_definition_runs_by_hand_a_closed_one_or_a_stopped_org_does_not(site, database):
+    site.having("allow")
+    pause_definition(database, "org_acme", "digest", actor="ops")
+    site.run()
+    set_org_state(database, "org_acme", "paused", actor="ops")
+    with pytest.raises(Conflict, match="org_acme is paused"):
+        site.run()
+    set_org_state(database, "org_acme", "active", actor="ops")
+    close_definition(database, "org_acme", "digest", actor="ops")
+    with pytest.raises(Conflict, match="closed"):
+        site.run()
+
+
+def test_what_is_not_there_is_not_found(site, database):
+    site.having("skip")
+    with pytest.raises(NotFound, match="there is no org org_none"):
+        run_now(database, "org_none", "digest", actor="tester")
+    with pytest.raises(NotFound, match="has no definition nothing"):
+        run_now(database, "org_acme", "nothing", actor="tester")
+    with pytest.raises(NotFound):
+        cancel(database, new_id(), actor="tester")
+    with pytest.raises(UsageError, match="is no id"):
+        cancel(database, "seven", actor="tester")
+
+
+def test_cancelling_a_waiting_run_ends_it_at_once(site, database, rows):
+    first = site.having("queue_one").run()
+    second = site.run()
+
+    row = cancel(database, first["id"], actor="tester")
+
+    assert (row["state"], row["reason"]) == ("cancelled", "requested")
+    assert row["finished_at"] is not None
+    assert site.show(second["id"])["reason"] == "due"
+    assert [(each["state"], each["runs"]) for each in rows.rollup_hours] == [("cancelled", 1)]
+    with pytest.raises(Conflict, match="has ended: cancelled"):
+        cancel(database, first["id"], actor="tester")
+
+
+def test_cancelling_a_running_run_asks_it_to_stop(site, database, rows):
+    run = site.having("skip").run()
+    rows.set_running(run["id"])
+
+    row = cancel(database, run["id"], actor="tester")
+
+    assert row["state"] == "running"
+    [live] = rows.live_runs
+    assert live["cancel_reason"] == "requested"
+    asked_at = live["cancel_requested_at"]
+    cancel(database, run["id"], actor="tester")
+    assert rows.live_runs[0]["cancel_requested_at"] == asked_at
+
+
+def test_another_orgs_run_does_not_exist(site, database, apply):
+    run = site.having("skip").run()
+    apply('[[org]]\ncode = "org_other"\nissuer = "main"')
+
+    with pytest.raises(NotFound):
+        cancel(database, run["id"], actor="tester", org="org_other")
+    with pytest.raises(NotFound), database.autocommit() as connection:
+        run_listing.run(connection, "org_other", run["id"])
+
+
+def test_a_retry_is_a_new_run_of_the_same_instant(site, database, rows):
+    old = site.having("skip").run(params={"times": 2})
+    rows.set_ended(old["id"])
+
+    new = retry(database, old["id"], actor="tester")
+
+    assert new["id"] != old["id"]
+    assert (new["origin"], new["retry_of"], new["state"]) == ("retry", old["id"], "waiting")
+    assert new["scheduled_for"] == old["scheduled_for"]
+    kept = {row["id"]: row for row in rows.runs}
+    assert kept[new["id"]]["idempotency_key"] == kept[old["id"]]["idempotency_key"]
+    assert kept[new["id"]]["params"] == {"text": "hello", "times": 2}
+    assert kept[old["id"]]["state"] == "failed"
+
+
+def test_a_retry_may_begin_from_the_old_checkpoint(site, database, rows):
+    old = site.having("skip").run()
+    with pytest.raises(Conflict, match="has not ended"):
+        retry(database, old["id"], actor="tester")
+    rows.set_ended(old["id"])
+    with pytest.raises(Conflict, match="saved no checkpoint"):
+        retry(database, old["id"], actor="tester", from_checkpoint=True)
+    assert len(rows.runs) == 1
+    with database.transaction() as connection:
+        connection.execute(
+            tables.checkpoints.insert().values(
+                run_id=old["id"],
+                org_id=rows.orgs[0]["id"],
+                attempt=1,
+                fencing_token=1,
+                saved_at=rows.now(),
+                data={"done": 41},
+            )
+        )
+
+    new = retry(database, old["id"], actor="tester", from_checkpoint=True)
+
+    assert site.show(new["id"])["checkpoint"] == {"done": 41}
+
+
+def test_closing_cancels_what_waits_and_leaves_what_runs(site, database, rows):
+    site.having("allow")
+    running, waiting = site.run(), site.run()
+    rows.set_running(running["id"])
+
+    closed = close_definition(database, "org_acme", "digest", actor="tester")
+
+    assert (closed["state"], closed["next_fire_at"]) == ("closed", None)
+    assert site.show(waiting["id"])["reason"] == "closed"
+    [live] = rows.live_runs
+    assert (live["id"], live["cancel_requested_at"]) == (running["id"], None)
+    with pytest.raises(Conflict, match="closed already"):
+        close_definition(database, "org_acme", "digest", actor="tester")
