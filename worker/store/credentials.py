@@ -29,9 +29,10 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
 
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:
-    """The org's active credentials with their sealed secrets, newest first."""
+    """The org's active credentials with their sealed secrets and the org's code as `org`, newest first."""
     query = (
-        select(_credentials)
+        select(_credentials, tables.orgs.c.code.label("org"))
+        .join(tables.orgs, tables.orgs.c.id == _credentials.c.org_id)
         .where(_credentials.c.org_id == org_id, _credentials.c.state == "active")
         .order_by(_credentials.c.generation.desc())
     )

@@ -10,6 +10,7 @@ from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
 from worker.store.lock import lock_sqlite_file
+from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
 from worker.wiring import open_keyring
 from worker.wiring.incarnation import Incarnation
@@ -18,6 +19,7 @@ from worker.wiring.incarnation import Incarnation
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; gives the process's exit code."""
     clock = SystemClock()
+    logs.configure(settings.log.style or None, level=settings.log.level)
     notifier = Notifier()
     execution = settings.execution
     on_file = settings.database.sqlite_file is not None
