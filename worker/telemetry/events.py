@@ -45,7 +45,7 @@ EVENTS: Mapping[str, Event] = _table(
     # The worker's own life.
     ("worker.started", "info", "worker host pid version database", "a worker incarnation begins"),
     ("worker.ready", "info", "worker seconds", "registered, schema current, admitting"),
-    ("worker.draining", "info", "worker running seconds", "no run starts any more; the drain may last so long"),
+    ("worker.draining", "info", "worker running seconds", "no run starts any more; it lasts at most so long"),
     ("worker.stopped", "info", "worker exit_code", "every run ended or handed back, all written"),
     ("loop.failed", "error", "loop error", "a loop met an error it did not expect and goes on"),
     (
