@@ -10,6 +10,7 @@ import pytest
 
 from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
+from worker.execution.pulse import PATIENCE
 from worker.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,10 @@ def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
 
 def test_the_service_lets_a_drain_end(service):
     assert parse_duration(service["TimeoutStopSec"]) > Settings().execution.drain
+
+
+def test_the_watchdog_bites_only_after_a_loop_has_stalled(service):
+    assert parse_duration(service["WatchdogSec"]).total_seconds() > PATIENCE
 
 
 def test_the_service_does_not_restart_what_a_restart_cannot_mend(service):
