@@ -1,0 +1,47 @@
+"""What a handler's author imports; everything else of this package is the worker's own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.claims.access_token import AccessToken
+    from worker.claims.claims import Claims
+    from worker.handlers.answers import Cancel, HandBack, PermanentError, Retry, Snooze
+    from worker.handlers.context import BlockingContext, Context
+    from worker.handlers.job import job
+
+_HOMES = {
+    "AccessToken": "worker.claims.access_token",
+    "BlockingContext": "worker.handlers.context",
+    "Cancel": "worker.handlers.answers",
+    "Claims": "worker.claims.claims",
+    "Context": "worker.handlers.context",
+    "HandBack": "worker.handlers.answers",
+    "PermanentError": "worker.handlers.answers",
+    "Retry": "worker.handlers.answers",
+    "Snooze": "worker.handlers.answers",
+    "job": "worker.handlers.job",
+}
+
+__all__ = [
+    "AccessToken",
+    "BlockingContext",
+    "Cancel",
+    "Claims",
+    "Context",
+    "HandBack",
+    "PermanentError",
+    "Retry",
+    "Snooze",
+    "job",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Every command of the CLI imports this module first, so what it names loads at first use.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value

@@ -1,12 +1,32 @@
-"""Entry points of group `worker.jobs` -> what each offers, or why it does not load."""
+"""Entry points of group `worker.jobs` -> what each offers, or why it does not load.
+
+The worker imports no plug-in. For each distribution a child process loads its entry
+points and prints what they offer; if one hangs or takes the process with it, another
+child goes on with the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Any
 
-GROUP = "worker.jobs"
+from worker.handlers.installed import Distribution, distributions, environment
+from worker.handlers.json_text import clean
+
+# Children at a time; one that hangs must not keep the others waiting.
+SIDE_BY_SIDE = 8
+ERROR_LIMIT = 1_000
+_LINE_LIMIT = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +50,131 @@ class HandlerEntry:
     memory: str | None = None
     max_concurrent: int | None = None
     error: str | None = None
+
+
+def installed() -> dict[str, str]:
+    """The distributions installed here that offer handlers, with their versions."""
+    return {found.name: found.version for found in distributions()}
+
+
+async def read_catalogue(
+    names: Collection[str] | None = None,
+    *,
+    timeout: float = 30.0,
+    pass_environment: Sequence[str] = (),
+) -> AsyncIterator[HandlerEntry]:
+    """Every handler of the distributions installed here, or of those named, as soon as it is known.
+
+    Each entry point has `timeout` seconds to load. Broken ones are among them.
+    """
+    everyone = distributions()
+    offered = Counter(point.name for found in everyone for point in found.points)
+    chosen = everyone if names is None else distributions(names)
+    queue: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
+    places = asyncio.Semaphore(SIDE_BY_SIDE)
+
+    async def read(distribution: Distribution) -> None:
+        async with places:
+            await _read_distribution(distribution, offered, timeout, environment(pass_environment), queue)
+
+    async def read_all() -> None:
+        try:
+            await asyncio.gather(*(read(distribution) for distribution in chosen))
+        finally:
+            queue.put_nowait(None)
+
+    reading = asyncio.create_task(read_all())
+    try:
+        while (entry := await queue.get()) is not None:
+            yield entry
+        await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+
+
+async def _read_distribution(
+    distribution: Distribution,
+    offered: Mapping[str, int],
+    timeout: float,
+    env: Mapping[str, str],
+    queue: asyncio.Queue[HandlerEntry | None],
+) -> None:
+    left = []
+    for point in distribution.points:
+        if offered[point.name] > 1:
+            error = "another installed distribution offers a handler of the same name"
+            queue.put_nowait(_entry(distribution, point, {"error": error}))
+        else:
+            left.append(point)
+    while left:
+        left = left[await _read_some(distribution, left, timeout, env, queue) :]
+
+
+async def _read_some(
+    distribution: Distribution,
+    points: Sequence[EntryPoint],
+    timeout: float,
+    env: Mapping[str, str],
+    queue: asyncio.Queue[HandlerEntry | None],
+) -> int:
+    """Read as many entry points as one child manages; the last may be the one that ended it."""
+    with tempfile.TemporaryDirectory(prefix="orgworker-", ignore_cleanup_errors=True) as folder:
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "worker.handlers.describe"),
+            *(distribution.name, str(timeout), *(point.name for point in points)),
+            env=env,
+            cwd=folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=_LINE_LIMIT,
+            # A group of its own to be killed by, in the session by which the worker knows its own.
+            process_group=0,
+        )
+        try:
+            for done, point in enumerate(points, start=1):
+                told = await _next_line(child, timeout)
+                queue.put_nowait(_entry(distribution, point, told))
+                if "fatal" in told:
+                    return done
+            return len(points)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            await child.wait()
+
+
+async def _next_line(child: asyncio.subprocess.Process, timeout: float) -> Mapping[str, Any]:
+    reader = child.stdout
+    if reader is None:
+        raise RuntimeError("the child was started without a pipe")
+    try:
+        async with asyncio.timeout(timeout):
+            line = await reader.readline()
+    except TimeoutError:
+        return {"fatal": f"its import took longer than {timeout:g} s"}
+    except ValueError:
+        return {"fatal": "what it offers is longer than 4 MiB"}
+    if not line:
+        code = await child.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return {"fatal": f"its import ended the process: {how}"}
+    try:
+        told = json.loads(line)
+    except ValueError:
+        told = None
+    return told if isinstance(told, dict) else {"fatal": "its import wrote into the catalogue's pipe"}
+
+
+def _entry(distribution: Distribution, point: EntryPoint, told: Mapping[str, Any]) -> HandlerEntry:
+    error = told.get("fatal") or told.get("error")
+    offer = {} if error else dict(told) | {"scopes": tuple(told["scopes"])}
+    return HandlerEntry(
+        name=point.name,
+        distribution=distribution.name,
+        version=distribution.version,
+        entry_point=point.value,
+        **offer,
+        error=None if error is None else clean(str(error), ERROR_LIMIT),
+    )

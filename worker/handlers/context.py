@@ -1,0 +1,206 @@
+"""Context: what a handler may touch; BlockingContext is the same for a handler that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims
+from worker.claims.flags import flag_value
+from worker.handlers.json_text import clean, to_json_text
+from worker.handlers.line import BlockingLine, BlockingTokenSource, Held, Line, TokenSource
+
+if TYPE_CHECKING:
+    import httpx
+
+P = TypeVar("P")
+S = TypeVar("S")
+
+NOTE_LIMIT = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Org:
+    """The org that a run acts for."""
+
+    code: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ThisRun:
+    """The run that is on: `idempotency_key` is the same on each attempt, `fencing_token` grows with it."""
+
+    id: str
+    scheduled_for: datetime
+    attempt: int
+    fencing_token: int
+    idempotency_key: str
+
+
+class Cancellation:
+    """Whether the run was asked to end, and why; `wait()` returns when it is."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._event = asyncio.Event()
+
+    def note(self, reason: str) -> None:
+        """Show the reason; callable from any thread, also while the loop is blocked."""
+        self.reason = self.reason or reason
+
+    def set(self, reason: str) -> None:
+        """Wake those who wait; on the loop only."""
+        self.note(reason)
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self.reason is not None
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class BlockingCancellation:
+    """Whether the run was asked to end, and why; `wait(timeout)` blocks, in seconds."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._event = threading.Event()
+
+    def set(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._event.wait(timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Given(Generic[P, S]):
+    """What a context is made of: the attempt, and where its token may go."""
+
+    org: Org
+    run: ThisRun
+    params: P
+    settings: S
+    checkpoint: Any
+    deadline: datetime
+    api_origins: tuple[str, ...]
+    log: logging.Logger
+    held: Held
+
+
+class _Shared(Generic[P, S]):
+    """The members that do not wait for anything."""
+
+    def __init__(self, given: Given[P, S], line: Line | BlockingLine) -> None:
+        self.org = given.org
+        self.run = given.run
+        self.params = given.params
+        self.settings = given.settings
+        self.checkpoint = given.checkpoint
+        self.deadline = given.deadline
+        self.log = given.log
+        self._held = given.held
+        self._origins = given.api_origins
+        self._to_worker = line
+
+    @property
+    def claims(self) -> Claims:
+        """What the newest token says of the org."""
+        return self._held.claims
+
+    def flag(self, name: str, default: Any = False) -> Any:
+        """The value of a feature flag in the newest token; a property of that name stands in for it."""
+        return flag_value(self.claims, name, default)
+
+    def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Show how far the run is; may be called often, the newest counts."""
+        check_progress(done, total)
+        self._to_worker.progress(done, total, None if note is None else clean(note, NOTE_LIMIT))
+
+
+class Context(_Shared[P, S]):
+    """What an async handler may touch: its org's run, token and API, and nothing of another org."""
+
+    def __init__(self, given: Given[P, S], line: Line, cancelled: Cancellation) -> None:
+        super().__init__(given, line)
+        self.cancelled = cancelled
+        self._line = line
+        self._source = TokenSource(given.held, line)
+
+    @cached_property
+    def http(self) -> httpx.AsyncClient:
+        """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
+        from worker.handlers.http import org_client
+
+        return org_client(self._source, self._origins, self.run.idempotency_key)
+
+    async def token(self) -> AccessToken:
+        """The org's token with some life left; its text is `.reveal()`."""
+        return await self._source.token()
+
+    async def save(self, data: Any) -> None:
+        """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
+
+        Returns when it is durable. Another worker that has taken the run over since makes it fail.
+        """
+        await self._line.save(to_json_text(data, "checkpoint"))
+
+    async def close(self) -> None:
+        """Close what the handler has used, after its end; the worker's to call."""
+        if "http" in self.__dict__:
+            await self.http.aclose()
+
+
+class BlockingContext(_Shared[P, S]):
+    """What a handler that blocks may touch: the members of `Context`, without await."""
+
+    def __init__(self, given: Given[P, S], line: BlockingLine, cancelled: BlockingCancellation) -> None:
+        super().__init__(given, line)
+        self.cancelled = cancelled
+        self._line = line
+        self._source = BlockingTokenSource(given.held, line)
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
+        from worker.handlers.http import blocking_org_client
+
+        return blocking_org_client(self._source, self._origins, self.run.idempotency_key)
+
+    def token(self) -> AccessToken:
+        """The org's token with some life left; its text is `.reveal()`."""
+        return self._source.token()
+
+    def save(self, data: Any) -> None:
+        """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
+
+        Returns when it is durable. Another worker that has taken the run over since makes it fail.
+        """
+        self._line.save(to_json_text(data, "checkpoint"))
+
+    def close(self) -> None:
+        """Close what the handler has used, after its end; the worker's to call."""
+        if "http" in self.__dict__:
+            self.http.close()
+
+
+def check_progress(done: Any, total: Any) -> None:
+    """Raise ValueError unless both can be shown: finite numbers, `total` or None."""
+    for what, number in (("done", done), ("total", total)):
+        if number is None and what == "total":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"progress: {what} is a finite number")

@@ -1,0 +1,51 @@
+"""What is installed here, by its metadata alone: nothing of a plug-in is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+GROUP = "worker.jobs"
+
+# What a process with a plug-in's code sees of the worker's environment, besides what the operator passes on.
+ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """An installed distribution and its entry points of group `worker.jobs`, by name."""
+
+    name: str
+    version: str
+    points: tuple[EntryPoint, ...]
+
+
+def distributions(names: Iterable[str] | None = None) -> list[Distribution]:
+    """The installed distributions that offer handlers; only those named, where names are given."""
+    wanted = None if names is None else {normalised(name) for name in names}
+    found: dict[str, tuple[str, str, list[EntryPoint]]] = {}
+    for point in entry_points(group=GROUP):
+        if point.dist is None or not (wanted is None or normalised(point.dist.name) in wanted):
+            continue
+        entry = found.setdefault(normalised(point.dist.name), (point.dist.name, point.dist.version, []))
+        entry[2].append(point)
+    return [
+        Distribution(name, version, tuple(sorted(points, key=lambda point: point.name)))
+        for name, version, points in found.values()
+    ]
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def environment(pass_environment: Iterable[str] = ()) -> dict[str, str]:
+    """The environment of a process with a plug-in's code; PYTHONPATH finds there what is found here."""
+    names = {*ENVIRONMENT, *pass_environment}
+    allowed = {name: os.environ[name] for name in names if name in os.environ}
+    return allowed | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,0 +1,110 @@
+"""Params and properties -> the handler's models, or what is wrong with them without their values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from worker.handlers.job import Job
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+
+class HandlerMissing(Exception):
+    """The module of an entry point, or what it names, is not there any more."""
+
+
+class ParamsInvalid(Exception):
+    """The definition's params do not fit the handler's model."""
+
+
+class SettingsInvalid(Exception):
+    """A property of the token does not fit the handler's settings; `property` names it."""
+
+    def __init__(self, property: str, message: str) -> None:
+        super().__init__(message)
+        self.property = property
+
+
+def load(entry_point: str) -> Job:
+    """Import the handler that `module:attribute` names. Runs the plug-in's own code.
+
+    Raises:
+        HandlerMissing: there is no such module or attribute, or it is no `@job`.
+    """
+    module, _, attribute = entry_point.partition(":")
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            raise HandlerMissing(f"there is no module {error.name}") from error
+        raise
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    if not isinstance(found, Job):
+        raise HandlerMissing(f"{entry_point} is no function declared with @job")
+    return found
+
+
+def read_params(job: Job, params: Mapping[str, Any]) -> Any:
+    """The params as the handler's model, strictly; a plain mapping where it declares none.
+
+    Raises:
+        ParamsInvalid: names the param and the rule.
+    """
+    from pydantic import ValidationError
+
+    if job.params is None:
+        return dict(params)
+    unknown = _unknown(job.params, params)
+    if unknown and job.params.model_config.get("extra") != "allow":
+        raise ParamsInvalid(f"param {unknown[0]}: the handler has no such param")
+    try:
+        # Strict as JSON is: a text stays a text, but a date may be one.
+        return job.params.model_validate_json(json.dumps(dict(params)), strict=True)
+    except ValidationError as error:
+        name, rule = _first(error)
+        raise ParamsInvalid(f"param {name}: {rule}") from None
+
+
+def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
+    """The token's properties over the model's defaults; text is coerced, since providers know little else.
+
+    Raises:
+        SettingsInvalid: names the property and the rule, never the value.
+    """
+    from pydantic import ValidationError
+
+    if job.settings is None:
+        return dict(properties)
+    given = dict(properties)
+    if job.settings.model_config.get("extra") == "forbid":
+        # The token's properties serve every handler of the org, so others' are no mistake.
+        for name in _unknown(job.settings, properties):
+            del given[name]
+    try:
+        return job.settings.model_validate(given)
+    except ValidationError as error:
+        name, rule = _first(error)
+        raise SettingsInvalid(name, f"property {name}: {rule}") from None
+
+
+def _unknown(model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
+    known = set(model.model_fields)
+    for field in model.model_fields.values():
+        alias = field.validation_alias or field.alias
+        choices = getattr(alias, "choices", [alias])
+        known.update(getattr(choice, "path", [choice])[0] for choice in choices if choice is not None)
+    return [name for name in given if name not in known]
+
+
+def _first(error: ValidationError) -> tuple[str, str]:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    # What a validator of the author's own says may contain the value.
+    own = first["type"] in ("value_error", "assertion_error")
+    rule = "refused by the handler's own check" if own else first["msg"]
+    name = ".".join(str(part) for part in first["loc"]) or "(all together)"
+    return name, rule
