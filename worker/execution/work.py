@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims
+from worker.errors import Unavailable
 from worker.ids import RunId
 from worker.runs.outcome import Outcome
 from worker.runs.run import Isolation
@@ -82,6 +83,21 @@ class Runner(Protocol):
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler to its end; when this returns nothing of it is left running."""
         ...
+
+
+async def save_for_sure(link: Link, data_json: str) -> None:
+    """Store a checkpoint, however long the database is away; raises LeaseLost.
+
+    A handler that has waited so long for its save must not fail for that. Where the
+    lease is not renewed meanwhile, the run stands frozen anyway.
+    """
+    pause = 0.1
+    while True:
+        try:
+            return await link.save(data_json)
+        except Unavailable:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
 
 
 class Stop:

@@ -1,0 +1,211 @@
+"""Children: the runner that gives each run a process of its own, forked by a zygote."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from worker.clock import Clock
+from worker.execution import linux
+from worker.execution.child_run import ChildRun
+from worker.execution.ends import Ended
+from worker.execution.setup import Setup
+from worker.execution.work import Link, Stop, Work
+from worker.execution.zygote_handle import Message, ZygoteHandle
+from worker.handlers.installed import ENVIRONMENT
+from worker.runs.outcome import HandedBack, Outcome
+from worker.telemetry.events import emit
+
+# The zygote freezes the runs when this share of the lease has passed unrenewed.
+FREEZE_AT = 0.8
+# Seconds between execs of a zygote that does not come up, until one that was hung up on is killed,
+# and between looks for adopted processes that have ended.
+RESTART = 0.5
+CLOSE = 5.0
+REAP_EVERY = 30.0
+
+
+class Children:
+    """Start it from the main thread before any key is read; `lease` None means that nothing is frozen.
+
+    `lock_fd` is the descriptor that zygote and runs are to hold as long as one of
+    them lives; `preload` modules or distributions that the operator has the zygote import.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        lease: timedelta | None,
+        max_freeze: timedelta = timedelta(minutes=10),
+        preload: Sequence[str] = (),
+        pass_environment: Sequence[str] = (),
+        lock_fd: int | None = None,
+    ) -> None:
+        self._clock = clock
+        self._margin = None if lease is None else lease.total_seconds() * (1 - FREEZE_AT)
+        self._setup = Setup(
+            folder="",
+            lock=lock_fd,
+            environment=(*ENVIRONMENT, *pass_environment),
+            preload=tuple(preload),
+            max_freeze=max_freeze.total_seconds(),
+        )
+        self._zygote: ZygoteHandle | None = None
+        self._attached = False
+        self._closed = False
+        self._lease: Message | None = None
+        self._numbers = itertools.count(1)
+        self._runs: dict[int, ChildRun] = {}
+        self._up = asyncio.Event()
+        self._chores: set[asyncio.Task[None]] = set()
+        self._reaping: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Exec the zygote. Needs no running loop."""
+        linux.become_subreaper()
+        linux.allow_many_descriptors()
+        self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix="orgworker-"))
+        self._zygote = self._exec()
+
+    def attach(self) -> None:
+        """Hear the zygote on the running loop from now on; `run` does it where nobody did."""
+        if self._attached or self._zygote is None:
+            return
+        self._attached = True
+        self._hold(self._zygote)
+        self._reaping = asyncio.create_task(self._reap_now_and_then())
+
+    def lease_until(self, monotonic: float) -> None:
+        """The lease holds until then: runs go on, and freeze shortly before. From any thread."""
+        if self._margin is not None:
+            self._lease = {"op": "lease", "freeze_at": monotonic - self._margin}
+            if self._zygote is not None:
+                self._zygote.send(self._lease)
+
+    async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
+        """Run the handler in a process of its own; when this returns none of its processes is left."""
+        self.attach()
+        await self._up.wait()
+        if self._zygote is None or self._closed:
+            return HandedBack("the worker is ending")
+        number = next(self._numbers)
+        zygote = self._zygote
+        run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
+        try:
+            folder = self._folder(number)
+            os.makedirs(folder, 0o700)
+            descriptors = await run.open()
+        except OSError as error:
+            run.close()
+            return await self._cannot_start(error.strerror)
+        self._runs[number] = run
+        start = {"op": "start", "run": number, "folder": folder, "memory": work.memory}
+        zygote.send(start, descriptors)
+        try:
+            outcome = await run.finish()
+        except asyncio.CancelledError:
+            zygote.send({"op": "kill", "run": number})
+            raise
+        if run.unstarted is not None:
+            return await self._cannot_start(run.unstarted)
+        return outcome
+
+    async def close(self) -> None:
+        """Kill what is left and end the zygote."""
+        self._closed = True
+        self._up.set()
+        zygote, self._zygote = self._zygote, None
+        if zygote is not None:
+            zygote.hang_up()
+            await zygote.gone(CLOSE)
+        for number in list(self._runs):
+            self._end(number, Ended(why="lost"))
+        if self._reaping is not None:
+            self._reaping.cancel()
+        if self._chores:
+            await asyncio.wait(self._chores)
+        shutil.rmtree(self._setup.folder, ignore_errors=True)
+
+    def _exec(self) -> ZygoteHandle:
+        zygote = ZygoteHandle(self._setup)
+        emit("zygote.started", pid=zygote.pid)
+        return zygote
+
+    def _hold(self, zygote: ZygoteHandle) -> None:
+        born_at = asyncio.get_running_loop().time()
+        zygote.attach(self._hear, lambda: self._chore(self._replace(zygote, born_at)))
+        self._zygote = zygote
+        if self._lease is not None:
+            zygote.send(self._lease)
+        self._up.set()
+
+    def _hear(self, message: Message) -> None:
+        match message["op"]:
+            case "ended":
+                self._end(
+                    message["run"],
+                    Ended(message["status"], message["memory"], message["why"], message.get("detail")),
+                )
+            case "frozen":
+                for run in self._runs.values():
+                    run.freeze(message["at"])
+            case "thawed":
+                for run in self._runs.values():
+                    run.thaw(message["at"])
+            case "ready":
+                for name, error in message["preload_failures"]:
+                    emit("handler.broken", distribution=name, error=f"preload: {error}")
+
+    def _end(self, number: int, ended: Ended) -> None:
+        run = self._runs.pop(number, None)
+        if run is not None:
+            run.end(ended)
+        folder = self._folder(number)
+        try:
+            os.rmdir(folder)
+        except OSError:  # the handler has left something in it
+            removal = asyncio.to_thread(shutil.rmtree, folder, True)
+            self._chore(removal)
+
+    async def _replace(self, zygote: ZygoteHandle, born_at: float) -> None:
+        """A zygote is dead: its runs are killed and lost, and another takes its place."""
+        if self._closed or zygote is not self._zygote:
+            return
+        self._up.clear()
+        lost = list(self._runs)
+        await zygote.gone(0)
+        emit("zygote.died", pid=zygote.pid, runs=len(lost))
+        for number in lost:
+            self._end(number, Ended(why="lost"))
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(born_at + RESTART - loop.time(), 0))
+        if not self._closed:
+            self._hold(self._exec())
+
+    async def _cannot_start(self, why: str | None) -> Outcome:
+        # Handed back at once, it would be admitted again at once.
+        await asyncio.sleep(1.0)
+        return HandedBack(f"no process could be started: {why}")
+
+    async def _reap_now_and_then(self) -> None:
+        # As PID 1 of a container the worker inherits whatever else dies there.
+        while True:
+            await asyncio.sleep(REAP_EVERY)
+            if self._zygote is not None:
+                linux.reap_adopted(besides=self._zygote.pid)
+
+    def _folder(self, number: int) -> str:
+        return os.path.join(self._setup.folder, str(number))
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+        chore = asyncio.create_task(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)

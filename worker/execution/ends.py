@@ -1,0 +1,111 @@
+"""How a run's process ended, and what that makes of the attempt."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+
+from worker.execution.child import CHANNEL_CLOSED
+from worker.execution.stopping import stopped
+from worker.execution.work import Stop
+from worker.runs.outcome import (
+    Cancelled,
+    Error,
+    Failed,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Snoozed,
+    Succeeded,
+    TimedOut,
+)
+from worker.telemetry.masking import masker
+
+_LOST = {"lost": "the process that forked it is gone", "frozen": "frozen for longer than max_freeze"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the zygote reports of a process; `why` says that it killed the run itself, and for what."""
+
+    status: int = 0
+    memory: int = 0
+    why: str | None = None
+    detail: str | None = None
+
+
+def outcome_of_end(said: Outcome | None, ended: Ended, stop: Stop, *, memory: int | None = None) -> Outcome:
+    """The outcome of an attempt whose process is gone.
+
+    `said` is what the process itself sent, if it came to that; `memory` the cap in bytes.
+    """
+    if stop.killed:
+        return Lost("the lease on the run is lost")
+    if said is not None:
+        return masked(after_stop(said, stop))
+    if ended.why == "out_of_memory":
+        cap = f" of {memory // (1024 * 1024)} MiB" if memory else ""
+        return Failed(Error("OutOfMemory", f"the run used more than its cap{cap}"), "out_of_memory")
+    if stop.reason is not None:
+        return stopped(stop)
+    if ended.why in _LOST:
+        return Lost(_LOST[ended.why])
+    return _exited(exit_detail(ended.status))
+
+
+def after_stop(said: Outcome, stop: Stop) -> Outcome:
+    """What a handler answers once it was asked to stop counts where it has really come to an end.
+
+    An error may come from the interruption, and to wait again is an answer to a drain only.
+    """
+    if stop.reason is None:
+        return said
+    match said:
+        case Succeeded() | Cancelled() | Refused():
+            return said
+        case Failed(permanent=True):
+            return said
+        case Retried() | Snoozed() if stop.reason == "drain":
+            return said
+        case _:
+            return stopped(stop)
+
+
+def exited(code: int) -> Failed:
+    """The outcome of a handler that has called `sys.exit` inline."""
+    return _exited(f"exit code {code}")
+
+
+def exit_detail(status: int) -> str:
+    """`exit code 3`, `signal SIGSEGV`: a wait status in words."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == CHANNEL_CLOSED:
+        return "its channel to the worker was closed"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _exited(detail: str) -> Failed:
+    error = Error("HandlerExited", f"the handler ended without a result: {detail}")
+    return Failed(error, "handler_exited", detail)
+
+
+def masked(outcome: Outcome) -> Outcome:
+    """The outcome with every known secret taken out of its texts."""
+    mask = masker.mask
+    match outcome:
+        case Succeeded(result) if result is not None:
+            return Succeeded(mask(result))
+        case Failed(error=error) | TimedOut(error=error):
+            clean = Error(mask(error.type), mask(error.message), mask(error.trace))
+            return replace(outcome, error=clean)
+        case Retried(detail=detail) | Snoozed(detail=detail) | Cancelled(detail=detail) if detail:
+            return replace(outcome, detail=mask(detail))
+        case _:
+            return outcome

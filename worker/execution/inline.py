@@ -1,0 +1,161 @@
+"""Inline: the runner for async handlers that the operator lets run in the worker's own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+from typing import Any
+
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims
+from worker.clock import Clock
+from worker.errors import LeaseLost
+from worker.execution.ends import after_stop, exited, masked
+from worker.execution.giving import given_for
+from worker.execution.output import RunOutput
+from worker.execution.run_logging import marked
+from worker.execution.stopping import stopped
+from worker.execution.work import Link, Stop, Work, save_for_sure
+from worker.handlers.calling import call, outcome_of_error
+from worker.handlers.context import Cancellation, Context
+from worker.handlers.models import load
+from worker.runs.outcome import Lost, Outcome
+
+# Seconds between cancellations of a handler that swallows them after its grace.
+NAG = 1.0
+# Seconds that a handler may take to unwind once it is cancelled for the last time.
+LAST_STEPS = 1.0
+
+
+class Inline:
+    """A task for each run, with context variables of its own; only as well-behaved as its handler.
+
+    A task cannot be killed. One that swallows its cancellation past the grace is given
+    up: its line to the worker is cut, and it is cancelled again and again.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._given_up: set[asyncio.Task[None]] = set()
+
+    async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
+        """Run the handler as a task of this loop."""
+        output = RunOutput(link.log, self._clock)
+        line = _InlineLine(link)
+        cancelled = Cancellation()
+        body = _body(work, line, cancelled, _logger(work.handler, output), self._clock)
+        task = asyncio.create_task(body, name=f"{work.handler} {work.run_id}", context=contextvars.Context())
+        stopping = asyncio.create_task(_stopping(task, stop, cancelled))
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=LAST_STEPS)
+        finally:
+            stopping.cancel()
+            line.cut = True
+            output.close()
+            if not task.done():
+                self._give_up(task)
+        if stop.killed:
+            return Lost("the lease on the run is lost")
+        if not task.done() or task.cancelled():
+            return stopped(stop)
+        return masked(after_stop(task.result(), stop))
+
+    def _give_up(self, task: asyncio.Task[Outcome]) -> None:
+        async def nag() -> None:
+            while not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=NAG)
+
+        nagging = asyncio.create_task(nag())
+        self._given_up.add(nagging)
+        nagging.add_done_callback(self._given_up.discard)
+
+
+class _InlineLine:
+    """The link of one run, as its context uses it; cut once the run has ended."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.cut = False
+
+    async def save(self, data_json: str) -> None:
+        self._check()
+        await save_for_sure(self._link, data_json)
+
+    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        self._check()
+        return await self._link.token(fresh=fresh)
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None:
+        self._check()
+        self._link.progress(done, total, note)
+
+    def started(self) -> None:
+        self._link.started()
+
+    def _check(self) -> None:
+        if self.cut:
+            raise LeaseLost("the run has ended")
+
+
+class _OutputHandler(logging.Handler):
+    """Takes `ctx.log` into the run's own log, from any thread."""
+
+    def __init__(self, output: RunOutput) -> None:
+        super().__init__()
+        self._output = output
+        self._loop = asyncio.get_running_loop()
+        self._home = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = marked(record.levelname.lower(), self.format(record))
+            if threading.get_ident() == self._home:
+                self._output.feed("stderr", line)
+            else:
+                self._loop.call_soon_threadsafe(self._output.feed, "stderr", line)
+        except Exception:
+            self.handleError(record)
+
+
+def _logger(name: str, output: RunOutput) -> logging.Logger:
+    # Not one of logging's own tree: what it gets belongs to this run alone.
+    logger = logging.Logger(name, logging.INFO)
+    logger.addHandler(_OutputHandler(output))
+    return logger
+
+
+async def _body(
+    work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger, clock: Clock
+) -> Outcome:
+    try:
+        job = load(work.entry_point)
+        ctx: Context[Any, Any] = Context(given_for(work, job, log, clock), line, cancelled)
+        line.started()
+        try:
+            return await call(job, ctx)
+        finally:
+            await ctx.close()
+    except SystemExit as end:
+        # Let through, it would end the worker.
+        return exited(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException as error:
+        return outcome_of_error(error)
+
+
+async def _stopping(task: asyncio.Task[Outcome], stop: Stop, cancelled: Cancellation) -> None:
+    """Tell, interrupt, and return when the grace is over."""
+    loop, interrupted = asyncio.get_running_loop(), False
+    await stop.requested.wait()
+    if stop.reason is not None:
+        cancelled.set(stop.reason)
+    while (now := loop.time()) < stop.kill_at:
+        if now >= stop.interrupt_at and not interrupted:
+            interrupted = True
+            task.cancel()
+        await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)

@@ -1,0 +1,143 @@
+"""Work, claims and outcomes as messages, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from datetime import timedelta
+from typing import Any
+
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims, Flag
+from worker.clock import from_text, to_text
+from worker.execution.work import Work
+from worker.handlers.context import NOTE_LIMIT, check_progress
+from worker.handlers.json_text import clean
+from worker.ids import RunId
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Error, Outcome
+
+_OUTCOMES: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (
+        outcomes.Succeeded,
+        outcomes.Failed,
+        outcomes.Retried,
+        outcomes.Snoozed,
+        outcomes.Cancelled,
+        outcomes.HandedBack,
+        outcomes.Lost,
+        outcomes.Refused,
+        outcomes.NoToken,
+        outcomes.NoHandler,
+    )
+}
+
+
+def work_message(work: Work) -> dict[str, Any]:
+    """The first frame of a run's channel: everything its process needs, the token included."""
+    return {
+        "run_id": work.run_id,
+        "attempt": work.attempt,
+        "fencing_token": work.fencing_token,
+        "idempotency_key": work.idempotency_key,
+        "scheduled_for": to_text(work.scheduled_for),
+        "org_code": work.org_code,
+        "org_name": work.org_name,
+        "definition": work.definition,
+        "handler": work.handler,
+        "entry_point": work.entry_point,
+        "params": dict(work.params),
+        "granted": granted_message(work.token, work.claims),
+        "api_origins": list(work.api_origins),
+        "timeout_at": to_text(work.timeout_at),
+        "checkpoint": work.checkpoint,
+        "memory": work.memory,
+        "isolation": work.isolation,
+    }
+
+
+def work_of(message: Mapping[str, Any]) -> Work:
+    """The work that `work_message` wrote."""
+    given = dict(message)
+    token, claims = granted_of(given.pop("granted"))
+    return Work(
+        **given
+        | {
+            "run_id": RunId(given["run_id"]),
+            "scheduled_for": from_text(given["scheduled_for"]),
+            "timeout_at": from_text(given["timeout_at"]),
+            "api_origins": tuple(given["api_origins"]),
+            "token": token,
+            "claims": claims,
+        }
+    )
+
+
+def granted_message(token: AccessToken, claims: Claims) -> dict[str, Any]:
+    """A token and what it says, for the process of its own run only."""
+    return {
+        "text": token.reveal(),
+        "expires_at": to_text(token.expires_at),
+        "claims": asdict(claims)
+        | {
+            "scopes": sorted(claims.scopes),
+            "issued_at": to_text(claims.issued_at),
+            "expires_at": to_text(claims.expires_at),
+        },
+    }
+
+
+def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
+    """The token and claims that `granted_message` wrote."""
+    said = message["claims"]
+    claims = Claims(
+        **said
+        | {
+            "scopes": frozenset(said["scopes"]),
+            "flags": {name: Flag(**flag) for name, flag in said["flags"].items()},
+            "issued_at": from_text(said["issued_at"]),
+            "expires_at": from_text(said["expires_at"]),
+        }
+    )
+    return AccessToken(message["text"], from_text(message["expires_at"])), claims
+
+
+def outcome_message(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as a message; durations in seconds."""
+    said = asdict(outcome)
+    spans = {name: value.total_seconds() for name, value in said.items() if isinstance(value, timedelta)}
+    return {"kind": type(outcome).__name__} | said | spans
+
+
+def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
+    """The outcome that `outcome_message` wrote.
+
+    Raises:
+        ValueError: it is none; the process that sent it is not to be trusted.
+    """
+    try:
+        kind = _OUTCOMES[message["kind"]]
+        given = {field.name: message[field.name] for field in fields(kind) if field.name in message}
+        if "error" in given:
+            given["error"] = Error(**given["error"])
+        for name in ("after", "retry_after"):
+            if given.get(name) is not None:
+                given[name] = timedelta(seconds=given[name])
+        outcome: Outcome = kind(**given)
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError("not an outcome") from error
+    return outcome
+
+
+def shown_progress(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
+    """Progress as a run's process sent it.
+
+    Raises:
+        ValueError: it is none; the process that sent it is not to be trusted.
+    """
+    done, total, note = message["done"], message["total"], message["note"]
+    check_progress(done, total)
+    if note is not None:
+        note = clean(str(note), NOTE_LIMIT)
+    return done, total, note

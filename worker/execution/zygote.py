@@ -1,0 +1,290 @@
+"""The process that forks, freezes and kills runs; it knows nothing of orgs.
+
+It is exec'ed by the worker and stays single-threaded. Over its control socket come
+start, interrupt, kill and lease; back go ended, frozen and thawed, each one JSON datagram.
+When the worker is gone it kills every run with all its descendants, then ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from worker.execution import child, confine, linux
+from worker.execution.setup import Setup
+from worker.handlers.http import tls_context
+from worker.handlers.preloading import preload
+
+MEMORY_TICK = 0.1
+SWEEP_TICK = 0.005
+# A process the kernel cannot kill, stuck in a device, must not hold up the others' ends.
+SWEEP_PATIENCE = 2.0
+DATAGRAM = 65_536
+# What nearly every handler needs, so that no run pays for its import; httpx comes with `tls_context`.
+WARM = ("pydantic.main", "worker.handlers.answers", "worker.handlers.context")
+
+
+@dataclass(slots=True)
+class Leader:
+    """The first process of a run. `why` says for what reason the zygote itself killed it."""
+
+    run: int
+    pid: int
+    memory: int | None
+    why: str | None = None
+    ended: dict[str, Any] | None = None
+
+
+class Zygote:
+    """Parent of every run's first process, and of whatever its runs leave behind."""
+
+    def __init__(self, control: socket.socket, setup: Setup) -> None:
+        self._control = control
+        self._setup = setup
+        self._pid = os.getpid()
+        self._own = linux.resident(self._pid)
+        self._leaders: dict[int, Leader] = {}  # by pid, alive
+        self._ending: list[Leader] = []  # reaped, but their descendants may be alive
+        self._ending_since = 0.0
+        self._freeze_at = float("inf")
+        self._frozen_at: float | None = None
+        self._watch_at = float("inf")
+        self._unsent: deque[bytes] = deque()
+
+    def serve(self) -> None:
+        """Do what the worker says until it is gone."""
+        woken, waker = os.pipe()
+        os.set_blocking(waker, False)
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        poll = select.poll()
+        for descriptor in (self._control.fileno(), woken, os.pidfd_open(self._setup.parent)):
+            poll.register(descriptor, select.POLLIN)
+        alive = os.getppid() == self._setup.parent
+        while alive:
+            poll.modify(self._control.fileno(), select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            for descriptor, events in poll.poll(self._pause()):
+                if descriptor == woken:
+                    os.read(woken, DATAGRAM)
+                elif descriptor == self._control.fileno():
+                    alive = alive and (events == select.POLLOUT or self._obey())
+                else:  # the worker's own pidfd
+                    alive = False
+            self._reap()
+            self._sweep()
+            self._watch_lease()
+            self._watch_memory()
+            self._flush()
+
+    def end_all(self) -> None:
+        """Kill every descendant, and come back when none is left."""
+        while left := self._descendants():
+            for pid in left:
+                linux.send(pid, signal.SIGKILL)
+            self._reap()
+            time.sleep(0.002)
+
+    def _pause(self) -> float | None:
+        due = [self._watch_at]
+        if self._ending:
+            due.append(time.monotonic() + SWEEP_TICK)
+        if self._frozen_at is None:
+            due.append(self._freeze_at)
+        elif self._leaders:
+            due.append(self._frozen_at + self._setup.max_freeze)
+        seconds = min(due) - time.monotonic()
+        return None if seconds == float("inf") else max(seconds, 0) * 1000
+
+    def _obey(self) -> bool:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if not data:
+            return False
+        message = json.loads(data)
+        match message["op"]:
+            case "start":
+                self._start(message, descriptors)
+            case "interrupt":
+                self._signal(message["run"], signal.SIGTERM)
+            case "kill":
+                self._signal(message["run"], signal.SIGKILL)
+            case "lease":
+                self._freeze_at = message["freeze_at"]
+                self._thaw()
+        return True
+
+    def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        channel, stdout, stderr = descriptors
+        place = confine.Place(channel, stdout, stderr, message["folder"], message["memory"])
+        try:
+            pid = os.fork()
+        except OSError as error:
+            end = {"op": "ended", "run": message["run"], "status": 0, "memory": 0}
+            self._tell(end | {"why": "no_process", "detail": error.strerror})
+            pid = None
+        if pid == 0:
+            _become(place, zygote=self._pid, lock=self._setup.lock)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if pid is None:
+            return
+        self._leaders[pid] = Leader(message["run"], pid, place.memory)
+        if place.memory is not None:
+            self._watch_at = min(self._watch_at, time.monotonic() + MEMORY_TICK)
+        if self._frozen_at is not None:
+            linux.send(pid, signal.SIGSTOP)
+
+    def _signal(self, run: int, number: signal.Signals) -> None:
+        for leader in self._leaders.values():
+            if leader.run == run:
+                linux.send(leader.pid, number)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            leader = self._leaders.pop(pid, None)
+            if leader is not None:
+                if not self._ending:
+                    self._ending_since = time.monotonic()
+                self._ending.append(leader)
+                leader.ended = {
+                    "op": "ended",
+                    "run": leader.run,
+                    "status": status,
+                    "memory": usage.ru_maxrss * 1024,
+                    "why": leader.why,
+                }
+
+    def _sweep(self) -> None:
+        """Kill what ended runs have left behind, and only then report their ends."""
+        if not self._ending:
+            return
+        # Leaders are subreapers, so whatever else is a child of ours comes from a dead run.
+        orphans = self._orphans()
+        for pid in orphans:
+            linux.send(pid, signal.SIGKILL)
+        if orphans and time.monotonic() < self._ending_since + SWEEP_PATIENCE:
+            return
+        ending, self._ending = self._ending, []
+        for leader in ending:
+            self._tell(leader.ended or {})
+
+    def _orphans(self) -> set[int]:
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # not one child: the table need not be read
+            return set()
+        table = linux.processes()
+        adopted = {
+            process.pid
+            for process in table.values()
+            if process.parent == self._pid and process.pid not in self._leaders
+        }
+        found = adopted | linux.descendants(table, adopted)
+        return {pid for pid in found if table[pid].state not in "ZX"}
+
+    def _descendants(self) -> set[int]:
+        table = linux.processes()
+        return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
+
+    def _watch_lease(self) -> None:
+        now = time.monotonic()
+        if self._frozen_at is None and now >= self._freeze_at:
+            self._frozen_at = now
+            linux.stop_all(self._descendants)
+            self._tell({"op": "frozen", "at": now})
+        elif self._frozen_at is not None and now >= self._frozen_at + self._setup.max_freeze:
+            for leader in self._leaders.values():
+                leader.why = leader.why or "frozen"
+                linux.send(leader.pid, signal.SIGKILL)
+
+    def _thaw(self) -> None:
+        if self._frozen_at is None or time.monotonic() >= self._freeze_at:
+            return
+        self._frozen_at = None
+        for pid in self._descendants():
+            linux.send(pid, signal.SIGCONT)
+        self._tell({"op": "thawed", "at": time.monotonic()})
+
+    def _watch_memory(self) -> None:
+        now = time.monotonic()
+        if now < self._watch_at:
+            return
+        capped = [leader for leader in self._leaders.values() if leader.memory is not None]
+        self._watch_at = now + MEMORY_TICK if capped else float("inf")
+        table = linux.processes() if capped else {}
+        for leader in capped:
+            tree = {leader.pid} | linux.descendants(table, [leader.pid])
+            limit = leader.memory or 0
+            if linux.memory(tree, own=self._own, limit=limit) > limit:
+                leader.why = leader.why or "out_of_memory"
+                linux.send(leader.pid, signal.SIGKILL)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self._unsent.append(json.dumps(message).encode())
+
+    def _flush(self) -> None:
+        # A worker that stands still must not make the zygote wait: it is there to freeze the runs.
+        try:
+            while self._unsent:
+                self._control.send(self._unsent[0])
+                self._unsent.popleft()
+        except OSError:  # its buffer is full, or it is gone, which the next read says
+            return
+
+
+def _become(place: confine.Place, *, zygote: int, lock: int | None) -> NoReturn:
+    try:
+        confine.enter(place, zygote=zygote, lock=lock)
+        child.main(place.channel)
+    except BaseException as error:
+        os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(os.EX_SOFTWARE)
+
+
+def main() -> None:
+    """`python -m worker.execution.zygote DESCRIPTOR SETUP`, started by the worker only."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    setup = Setup(**json.loads(sys.argv[2]))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # only the worker says when runs end
+    for name in set(os.environ) - set(setup.environment):
+        del os.environ[name]
+    linux.become_subreaper()
+    tls_context()
+    preload(WARM)
+    find_spec("a_module_that_is_nowhere")  # so the finders have listed every folder of sys.path
+    failures = preload(setup.preload)
+    gc.collect()
+    gc.freeze()  # the collector's marks would copy every page that runs share
+    control.setblocking(False)
+    control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
+    zygote = Zygote(control, setup)
+    zygote.serve()
+    zygote.end_all()
+    shutil.rmtree(setup.folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The worker's hold on its zygote: execs it, talks to it, and clears up after it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from worker.execution import linux
+from worker.execution.setup import Setup
+from worker.handlers.installed import environment
+
+Message = Mapping[str, Any]
+_DATAGRAM = 65_536
+_STEP = 0.002
+
+
+class ZygoteHandle:
+    """One zygote process, alive or not. `send` may be called from any thread."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        lock = [] if setup.lock is None else [setup.lock]
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "worker.execution.zygote"),
+                    *(str(theirs.fileno()), json.dumps(asdict(replace(setup, parent=os.getpid())))),
+                ],
+                env=environment(setup.environment),
+                pass_fds=[theirs.fileno(), *lock],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        born = linux.process_of(self.pid)
+        self._started = 0.0 if born is None else born.started
+        self._pidfd = os.pidfd_open(self.pid)
+        self._sending = threading.Lock()
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
+        """Hear it on the running loop; `on_death` is called once, when the process is gone."""
+        self._loop = loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.remove_reader(self._pidfd)
+            self._hear(on_message)  # what it said last
+            loop.remove_reader(self._control)
+            on_death()
+
+        loop.add_reader(self._control, self._hear, on_message)
+        loop.add_reader(self._pidfd, died)
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Say something, in order and without waiting; the descriptors are closed here once they are sent."""
+        with self._sending:
+            self._unsent.append((json.dumps(message).encode(), descriptors))
+            if not self._flush() and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._send_later)
+
+    def hang_up(self) -> None:
+        """Close the line: it kills every run and ends."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._control)
+            self._loop.remove_reader(self._pidfd)
+            self._loop.remove_writer(self._control)
+        self._control.close()
+
+    async def gone(self, patience: float) -> None:
+        """Wait until the process has ended; past `patience` seconds kill it, and what it leaves."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        while self._process.poll() is None:
+            if loop.time() >= until:
+                self._process.kill()
+            await asyncio.sleep(_STEP)
+        await self.end_adopted()
+        os.close(self._pidfd)
+
+    async def end_adopted(self) -> None:
+        """Kill what the dead zygote has left: this process, a subreaper, has become their parent.
+
+        Its runs are told from our own other children by their sessions, which are
+        never ours, and by being younger than the zygote.
+        """
+        session, me = os.getsid(0), os.getpid()
+        while True:
+            table = linux.processes()
+            adopted = {
+                process.pid
+                for process in table.values()
+                if process.parent == me and process.session != session and process.started >= self._started
+            }
+            if not adopted:
+                return
+            for pid in adopted | linux.descendants(table, adopted):
+                linux.send(pid, signal.SIGKILL)
+            await asyncio.sleep(_STEP)
+            for pid in adopted:
+                linux.reap(pid)
+
+    def _hear(self, on_message: Callable[[Message], None]) -> None:
+        while True:
+            try:
+                data = self._control.recv(_DATAGRAM)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:  # closed; that the process ends is heard from its pidfd
+                if self._loop is not None:
+                    self._loop.remove_reader(self._control)
+                return
+            on_message(json.loads(data))
+
+    def _flush(self) -> bool:
+        while self._unsent:
+            data, descriptors = self._unsent[0]
+            try:
+                socket.send_fds(self._control, [data], descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:  # it is dead; its runs are about to be told
+                pass
+            self._unsent.popleft()
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _send_later(self) -> None:
+        if self._loop is not None and self._control.fileno() >= 0:
+            self._loop.add_writer(self._control, self._writable)
+
+    def _writable(self) -> None:
+        with self._sending:
+            if self._flush() and self._loop is not None:
+                self._loop.remove_writer(self._control)
