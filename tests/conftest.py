@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.fakes import postgres
@@ -15,6 +17,10 @@ from tests.fakes.clock import ManualClock
 from worker.store import schema
 from worker.telemetry import events
 from worker.telemetry.masking import masker
+
+# Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
+hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("worker")
 
 
 @pytest.fixture
