@@ -10,7 +10,7 @@ from worker.definitions.definition import Definition, from_spec, parse_definitio
 from worker.definitions.fields import Fields, name, refusal
 from worker.orgs.selector import Selector, parse_selector
 
-# Stands for the org while there is none; no org has it as its code, since a code is never a lone star.
+# Stands for the org while there is none.
 ANY_ORG = "*"
 
 

@@ -44,16 +44,21 @@ def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selec
     if value == "all":
         return Selector()
     if not isinstance(value, Mapping) or not value:
-        raise DefinitionError(f"{value!r} selects no orgs", entry=entry, field=field, fix=_FIX)
+        raise _refusal(f"{value!r} selects no orgs", entry, field)
     for key in value:
         if key not in ("tags", "issuer"):
-            raise DefinitionError(f"unknown key {key!r}", entry=entry, field=f"{field}.{key}", fix=_FIX)
+            raise _refusal(f"unknown key {key!r}", entry, f"{field}.{key}")
     tags = value.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
-        raise DefinitionError("tags are a list of texts", entry=entry, field=f"{field}.tags", fix=_FIX)
+        raise _refusal("tags are a list of texts", entry, f"{field}.tags")
     if "tags" in value and not tags:
-        raise DefinitionError("an empty list of tags", entry=entry, field=f"{field}.tags", fix=_FIX)
+        raise _refusal("an empty list of tags", entry, f"{field}.tags")
     issuer = value.get("issuer")
     if "issuer" in value and not (isinstance(issuer, str) and issuer):
-        raise DefinitionError("an issuer is a text", entry=entry, field=f"{field}.issuer", fix=_FIX)
+        raise _refusal("an issuer is a text", entry, f"{field}.issuer")
     return Selector(tags=frozenset(tags), issuer=issuer)
+
+
+def _refusal(problem: str, entry: str, field: str) -> DefinitionError:
+    place = f"{entry}, {field}" if entry else field
+    return DefinitionError(f"{place}: {problem}", entry=entry, field=field, fix=_FIX)

@@ -1,0 +1,302 @@
+"""Due: what runs, what is skipped and what is next, after any downtime, under every misfire rule."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from itertools import takewhile
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fakes.clock import utc
+from worker.definitions import due as due_module
+from worker.definitions.due import Due, Span, decide_due, start_deadline
+from worker.definitions.policies import MisfirePolicy
+from worker.definitions.triggers import Trigger, parse_schedule
+from worker.definitions.zones import parse_zone
+
+HOUR = timedelta(hours=1)
+SECOND = timedelta(seconds=1)
+MIDNIGHT = utc("2030-01-01")
+
+
+def schedule(text: str, zone: str = "UTC", **bounds: datetime) -> Trigger:
+    return parse_schedule(text, parse_zone(zone), **bounds)
+
+
+def decide(text: str, *, first: str, now: str, spread: timedelta = timedelta(0), **policy: Any) -> Due:
+    return decide_due(schedule(text), MisfirePolicy(**policy), first=utc(first), now=utc(now), spread=spread)
+
+
+def test_an_instant_that_has_just_come_runs():
+    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:00:00.2")
+
+    assert due == Due([utc("2030-01-01T01:00")], [], utc("2030-01-01T02:00"))
+
+
+def test_nothing_is_due_before_its_time():
+    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T00:59:59.999999")
+
+    assert due == Due([], [], utc("2030-01-01T01:00"))
+
+
+def test_a_late_worker_runs_the_last_missed_instant_once():
+    """A worker down for three hours runs an hourly definition once, for the last hour."""
+    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T03:30")
+
+    assert due.runs == [utc("2030-01-01T03:00")]
+    assert due.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T02:00"), 2, "missed")]
+    assert due.next == utc("2030-01-01T04:00")
+
+
+def test_an_instant_on_time_stands_for_the_missed_ones():
+    due = decide("0 * * * *", first="2030-01-01T01:00", now="2030-01-01T03:00:10")
+
+    assert due.runs == [utc("2030-01-01T03:00")]
+    assert due.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T02:00"), 2)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "runs", "skips"),
+    [
+        ({"mode": "once"}, 1, 17),
+        ({"mode": "all", "limit": 5}, 5, 13),
+        ({"mode": "all"}, 6, 12),
+        ({"mode": "all", "within": timedelta(hours=3)}, 18, 0),
+        ({"mode": "skip"}, 0, 18),
+    ],
+)
+def test_three_hours_without_a_worker(policy, runs, skips):
+    """`*/10`, stopped from 00:05 to 03:05: 18 instants, by default none older than an hour runs."""
+    due = decide("*/10 * * * *", first="2030-01-01T00:10", now="2030-01-01T03:05", **policy)
+
+    assert len(due.runs) == runs
+    assert sum(span.count for span in due.skipped) == skips
+    assert due.next == utc("2030-01-01T03:10")
+
+
+def test_misfire_skip_still_runs_what_is_on_time():
+    due = decide(
+        "* * * * *",
+        first="2030-01-01T00:00",
+        now="2030-01-01T00:05:30",
+        mode="skip",
+        grace=timedelta(seconds=60),
+    )
+
+    assert due.runs == [utc("2030-01-01T00:05")]
+    assert due.skipped == [Span(utc("2030-01-01T00:00"), utc("2030-01-01T00:04"), 5)]
+
+
+def test_lateness_exactly_the_grace_is_on_time():
+    on_time = decide("0 0 * * *", first="2030-01-02", now="2030-01-02T00:01:00", mode="skip")
+    missed = decide("0 0 * * *", first="2030-01-02", now="2030-01-02T00:01:00.000001", mode="skip")
+
+    assert on_time.runs == [utc("2030-01-02")]
+    assert missed.runs == []
+    assert missed.skipped == [Span(utc("2030-01-02"), utc("2030-01-02"), 1)]
+
+
+def test_by_default_a_missed_daily_instant_runs_for_a_day():
+    """The period counts where it is longer than an hour."""
+    due = decide("0 3 * * *", first="2030-01-01T03:00", now="2030-01-02T02:59")
+
+    assert due.runs == [utc("2030-01-01T03:00")]
+
+
+def test_misfire_within_keeps_old_instants_from_running():
+    due = decide("0 3 * * *", first="2030-01-01T03:00", now="2030-01-01T05:00", within=HOUR)
+
+    assert due.runs == []
+    assert due.skipped == [Span(utc("2030-01-01T03:00"), utc("2030-01-01T03:00"), 1)]
+
+
+def test_a_missed_single_instant_runs_however_late():
+    """Nothing comes after it that could stand for it."""
+    due = decide("at 2030-01-01T03:00:00Z", first="2030-01-01T03:00", now="2030-01-20T00:00")
+
+    assert due == Due([utc("2030-01-01T03:00")], [], None)
+
+
+def test_spread_delays_the_firing_and_lateness_counts_from_there():
+    quarter = timedelta(minutes=15)
+    early = decide(
+        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:14:59", spread=quarter, mode="skip"
+    )
+    on_time = decide(
+        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:16:00", spread=quarter, mode="skip"
+    )
+    late = decide(
+        "0 * * * *", first="2030-01-01T01:00", now="2030-01-01T01:16:01", spread=quarter, mode="skip"
+    )
+
+    assert early == Due([], [], utc("2030-01-01T01:00"))
+    assert on_time.runs == [utc("2030-01-01T01:00")]
+    assert late.skipped == [Span(utc("2030-01-01T01:00"), utc("2030-01-01T01:00"), 1)]
+
+
+def test_spans_end_at_utc_midnight():
+    due = decide("0 */6 * * *", first="2030-01-01T12:00", now="2030-01-03T07:00", mode="skip")
+
+    assert due.skipped == [
+        Span(utc("2030-01-01T12:00"), utc("2030-01-01T18:00"), 2),
+        Span(utc("2030-01-02T00:00"), utc("2030-01-02T18:00"), 4),
+        Span(utc("2030-01-03T00:00"), utc("2030-01-03T06:00"), 2),
+    ]
+
+
+@pytest.mark.parametrize("text", ["* * * * * *", "every 1s"])
+def test_a_week_of_missed_seconds_is_counted_and_not_walked(text, monkeypatch):
+    """604,800 instants become eight rows, by asking the trigger a few dozen times."""
+    asked = 0
+    after = Trigger.after
+
+    def counted(self: Trigger, *args: Any, **kw: Any) -> datetime | None:
+        nonlocal asked
+        asked += 1
+        return after(self, *args, **kw)
+
+    monkeypatch.setattr(Trigger, "after", counted)
+
+    due = decide(text, first="2030-01-01T12:00", now="2030-01-08T12:00", grace=timedelta(0))
+
+    assert due.runs == [utc("2030-01-08T12:00")]
+    assert len(due.skipped) == 8
+    assert sum(span.count for span in due.skipped) == 604_800
+    assert due.skipped[1] == Span(utc("2030-01-02"), utc("2030-01-02T23:59:59"), 86_400)
+    assert asked < 40
+
+
+def test_more_runs_than_one_call_takes_are_left_to_the_next():
+    """An enormous backlog never wedges: each call takes its part, oldest first, and comes back at once."""
+    policy: dict[str, Any] = {"mode": "all", "limit": 2500, "within": timedelta(days=1)}
+    first = decide("* * * * * *", first="2030-01-01T00:00", now="2030-01-01T01:00", **policy)
+
+    assert first.next is not None
+    second = decide("* * * * * *", first=first.next.isoformat(), now="2030-01-01T01:00:01", **policy)
+
+    assert [len(first.runs), len(second.runs)] == [1000, 1000]
+    assert first.runs[0] == utc("2030-01-01T00:17:20")
+    assert second.runs[0] == first.next == first.runs[-1] + SECOND
+    assert second.skipped == []
+
+
+def test_nothing_more_is_due_after_ends_at():
+    trigger = schedule("0 * * * *", ends_at=utc("2030-01-01T02:00"))
+
+    due = decide_due(trigger, MisfirePolicy(), first=utc("2030-01-01T01:00"), now=utc("2030-01-01T05:00"))
+
+    assert due == Due([], [Span(utc("2030-01-01T01:00"), utc("2030-01-01T01:00"), 1)], None)
+
+
+def test_a_clock_set_back_fires_nothing_and_forgets_nothing():
+    due = decide("0 * * * *", first="2030-01-01T05:00", now="2030-01-01T03:30")
+
+    assert due == Due([], [], utc("2030-01-01T05:00"))
+
+
+def test_a_stored_instant_that_changed_rules_no_longer_name_does_not_fire():
+    """New zone data moved 03:00 local; the instant stored under the old data is none any more."""
+    due = decide("0 3 * * *", first="2030-01-01T02:00", now="2030-01-01T02:00:01")
+
+    assert due == Due([], [], utc("2030-01-01T03:00"))
+
+
+def test_the_start_deadline_reaches_to_the_next_instant_but_at_least_an_hour():
+    assert start_deadline(schedule("0 3 * * *"), utc("2030-01-01T03:00"), None) == timedelta(days=1)
+    assert start_deadline(schedule("* * * * *"), MIDNIGHT, None) == HOUR
+    assert start_deadline(schedule("* * * * *"), MIDNIGHT, SECOND) == SECOND
+    assert start_deadline(schedule("at 2030-01-01T00:00:00Z"), MIDNIGHT, None) is None
+
+
+# --- properties ---
+
+schedules = st.sampled_from(
+    [
+        ("* * * * * *", "UTC"),
+        ("*/10 * * * *", "Europe/Berlin"),
+        ("0 */6 * * *", "Australia/Lord_Howe"),
+        ("30 2 * * *", "Europe/Berlin"),
+        ("0 0 1 * *", "America/New_York"),
+        ("every 7s", "UTC"),
+        ("every 1h30m", "UTC"),
+        ("at 2026-03-29T01:10:00Z", "UTC"),
+    ]
+)
+starts = st.sampled_from(["2026-03-28T22:30", "2026-10-24T23:59:50", "2026-04-04T14:00"]).map(utc)
+durations = st.one_of(
+    st.integers(0, 90).map(lambda n: timedelta(seconds=n)),
+    st.integers(0, 90).map(lambda n: timedelta(minutes=n)),
+)
+policies = st.builds(
+    MisfirePolicy,
+    mode=st.sampled_from(["once", "skip", "all"]),
+    grace=durations,
+    within=st.none() | durations,
+    limit=st.integers(1, 60),
+)
+# Now as it moves from call to call: mostly on, sometimes back.
+moves = st.lists(st.integers(-600, 3000).map(lambda n: timedelta(seconds=n)), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(schedules, starts, policies, durations, moves)
+def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, start, policy, spread, steps):
+    """Whatever the policy and however the clock moves: instants due = runs + skip counts, per UTC day."""
+    trigger = schedule(*where)
+    first = trigger.after(start, inclusive=True)
+    begun, now, runs, skipped = first, start, [], []
+    for step in steps:
+        now += step
+        if first is None:
+            break
+        due = decide_due(trigger, policy, first=first, now=now, spread=spread)
+        assert all(instant + spread <= now for instant in due.runs)
+        assert all(span.skipped_until + spread <= now for span in due.skipped)
+        runs += due.runs
+        skipped += due.skipped
+        first = due.next
+
+    for span in skipped:
+        assert span.skipped_from.date() == span.skipped_until.date()
+        assert len(list(trigger.between(span.skipped_from, span.skipped_until))) == span.count
+    walked = [
+        instant for span in skipped for instant in trigger.between(span.skipped_from, span.skipped_until)
+    ]
+    decided = list(
+        takewhile(lambda instant: first is None or instant < first, trigger.instants(begun or now))
+    )
+    assert sorted(runs + walked) == decided
+
+
+@settings(deadline=None)
+@given(schedules, starts, policies, durations, st.integers(0, 7200).map(lambda n: timedelta(seconds=n)))
+def test_the_decision_equals_the_rule_applied_to_a_list(where, start, policy, spread, downtime):
+    """The counted decision is the one that the written rule gives when every instant is listed."""
+    trigger, now = schedule(*where), start + downtime
+    first = trigger.after(start, inclusive=True)
+    if first is None:
+        return
+
+    due = decide_due(trigger, policy, first=first, now=now, spread=spread)
+
+    listed = [instant for instant in trigger.between(first, now) if instant + spread <= now]
+    late = {instant: now - instant - spread for instant in listed}
+    missed = [instant for instant in listed if late[instant] > policy.grace]
+    on_time = [instant for instant in listed if late[instant] <= policy.grace]
+    if policy.within is not None:
+        within = policy.within
+    elif missed:
+        following = trigger.after(missed[-1])
+        within = timedelta.max if following is None else max(HOUR, following - missed[-1])
+    chosen = {
+        "once": [] if on_time else missed[-1:],
+        "skip": [],
+        "all": missed[-policy.limit :],
+    }[policy.mode]
+    expected = [instant for instant in chosen if late[instant] <= within] + on_time
+    assert due.runs == expected[: due_module.MOST_RUNS]
+    if len(expected) <= due_module.MOST_RUNS:
+        assert sum(span.count for span in due.skipped) == len(listed) - len(expected)

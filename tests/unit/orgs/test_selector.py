@@ -1,0 +1,57 @@
+"""Selectors: which orgs a template means."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.errors import DefinitionError
+from worker.orgs.selector import Selector, parse_selector
+
+
+@pytest.mark.parametrize(
+    ("value", "matching"),
+    [
+        ("all", {"acme", "beta", "gamma"}),
+        ({"tags": ["pro"]}, {"acme", "beta"}),
+        ({"tags": ["pro", "eu"]}, {"acme"}),
+        ({"issuer": "main"}, {"acme", "gamma"}),
+        ({"issuer": "main", "tags": ["pro"]}, {"acme"}),
+    ],
+)
+def test_a_selector_means_orgs_with_every_tag_and_that_issuer(value, matching):
+    orgs = {
+        "acme": (["pro", "eu"], "main"),
+        "beta": (["pro"], "other"),
+        "gamma": ([], "main"),
+    }
+    selector = parse_selector(value)
+
+    assert {
+        code for code, (tags, issuer) in orgs.items() if selector.matches(tags=tags, issuer=issuer)
+    } == matching
+    assert parse_selector(selector.as_json()) == selector
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ("some", "orgs"),
+        ({}, "orgs"),
+        ([], "orgs"),
+        ({"tag": "pro"}, "orgs.tag"),
+        ({"tags": "pro"}, "orgs.tags"),
+        ({"tags": []}, "orgs.tags"),
+        ({"tags": [1]}, "orgs.tags"),
+        ({"issuer": ""}, "orgs.issuer"),
+    ],
+)
+def test_what_selects_no_orgs_is_refused(value, field):
+    with pytest.raises(DefinitionError) as refused:
+        parse_selector(value, entry="template t")
+
+    assert (refused.value.entry, refused.value.field) == ("template t", field)
+
+
+def test_everything_is_selected_by_default():
+    assert Selector().matches(tags=(), issuer="any")
+    assert Selector().as_json() == "all"
