@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.fakes.plugins import make_plugin
+
 SOURCE = Path(__file__).with_name("acceptance_jobs.py")
 
 NAMES = {
@@ -26,8 +28,6 @@ NAMES = {
 
 def install_handlers(folder: Path) -> None:
     """Put the distribution `acme-jobs` with all handlers into a folder of PYTHONPATH."""
-    from tests.fakes.plugins import make_plugin
-
     make_plugin(
         folder,
         dist="acme-jobs",

@@ -110,7 +110,7 @@ org = "{actor.code}"
 name = "{DEFINITION}"
 handler = "assistant.digest"
 variants = [{{ flag = "{FLAG}", handler = "assistant.digest_v2" }}]
-schedule = "every 5s"
+schedule = "every 3s"
 spread = "off"
 scopes = ["read:kb"]
 params = {{ knowledge_base = "{api_url}", chat = "{api_url}" }}

@@ -19,6 +19,7 @@ class Narrator:
         self._started = started
         self._explained: set[tuple[str, str, str | None]] = set()
         self._ends: Counter[tuple[str, str]] = Counter()
+        self._latest: dict[str, Change] = {}
         self._succeeded = False
 
     def narrate(self) -> None:
@@ -28,6 +29,7 @@ class Narrator:
                 line_of(at, change.org, change.definition, change.state, change.reason, change.detail),
                 flush=True,
             )
+            self._latest[change.org] = change
             if change.state not in ("waiting", "running"):
                 self._ends[change.org, change.state] += 1
             key = (change.org, change.state, change.reason)
@@ -55,8 +57,10 @@ class Narrator:
             )
 
     def sum_up(self) -> None:
-        for (org, state), count in sorted(self._ends.items()):
-            say(f"{org}: {count} {state}")
+        """What came of each org's runs; of one that none has ended for, where it stands."""
+        for org, latest in sorted(self._latest.items()):
+            ends = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
+            say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
 
 
 def say(text: str) -> None:

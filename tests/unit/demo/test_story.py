@@ -84,4 +84,13 @@ def test_the_end_counts_what_came_of_each_org(clock, capsys):
 
     narrator.sum_up()
 
-    assert capsys.readouterr().out.splitlines() == ["# org_acme: 1 refused", "# org_acme: 2 succeeded"]
+    assert capsys.readouterr().out == "# org_acme: 1 refused, 2 succeeded\n"
+
+
+def test_the_end_says_where_an_org_stands_that_no_run_has_ended_for(clock, capsys):
+    narrator = tell(clock, FakeJournal(), change("running"), change("waiting", "no_token"))
+    capsys.readouterr()
+
+    narrator.sum_up()
+
+    assert capsys.readouterr().out == "# org_acme: still waiting (no_token)\n"

@@ -1,0 +1,83 @@
+"""No client secret and no token stands in the database, the logs, `-o json` or a traceback."""
+
+from __future__ import annotations
+
+import base64
+from urllib.parse import quote
+
+from tests.fakes.site import Site, application, definition
+
+SECRET = "canary+secret/of=acme"
+DEAD = "canary-dead-secret-of-acme"
+
+
+def forms(secret: str) -> list[bytes]:
+    """The ways in which a secret could be written down."""
+    raw = secret.encode()
+    return [raw, quote(secret, safe="").encode(), base64.b64encode(raw), repr(secret)[1:-1].encode()]
+
+
+def written(site: Site) -> dict[str, bytes]:
+    """All that the installation wrote: its files but the key ring, and what commands print."""
+    sinks = {
+        str(path.relative_to(site.folder)): path.read_bytes()
+        for path in site.folder.rglob("*")
+        if path.is_file() and path.name != "keyring" and "plugins" not in path.parts
+    }
+    assert {"worker.db", "worker.log"} <= set(sinks)
+    commands = [
+        ("runs", "list", "-o", "json"),
+        ("runs", "list"),
+        ("orgs", "show", "org_acme", "-o", "json"),
+        ("credentials", "list", "org_acme", "-o", "json"),
+        ("definitions", "show", "org_acme", "leak", "-o", "json"),
+        ("config", "show"),
+        *(("runs", "show", str(run["id"]), "-o", "json") for run in site.runs()),
+    ]
+    for command in commands:
+        done = site.cli(*command)
+        sinks[" ".join(command)] = (done.out + done.err).encode()
+    return sinks
+
+
+def test_no_secret_and_no_token_is_written_anywhere(site, provider, journal):
+    provider.issued.clear()
+    site.add_orgs(application("org_acme", client_secret=SECRET))
+    site.add_orgs(application("org_dead"), secret=DEAD)
+    params = {"journal": str(journal)}
+    site.apply(
+        definition("org_acme", "leak", "acme.leak", params=params)
+        + definition("org_acme", "leak-result", "acme.leak_result", params=params)
+        + definition("org_dead", "note", "acme.note", params=params)
+    )
+    worker = site.start_worker()
+    site.cli("definitions", "run", "org_acme", "leak")
+    site.cli("definitions", "run", "org_acme", "leak-result")
+    site.cli("definitions", "run", "org_dead", "note")
+    failed = site.wait_for_end(definition="leak")
+    site.wait_for_end(definition="leak-result")
+    site.wait_for_state("note", "waiting")
+    assert (failed["state"], failed["error"]["type"]) == ("failed", "RuntimeError")
+    assert failed["error"]["message"].startswith("raised ")
+
+    while_running = written(site)
+    assert site.stop_worker(worker) == 0
+    sinks = while_running | {f"{name} at the end": data for name, data in written(site).items()}
+
+    assert provider.issued
+    tokens = [form for token in provider.issued for form in (token, token.rpartition(".")[2])]
+    secrets = [form for secret in (SECRET, DEAD) for form in forms(secret)]
+    canaries = [*secrets, *(token.encode() for token in tokens)]
+    found = {name for name, data in sinks.items() if any(canary in data for canary in canaries)}
+    assert found == set()
+
+
+def test_a_secret_given_on_standard_input_is_not_echoed(site):
+    site.add_orgs(application("org_acme"))
+
+    done = site.cli(
+        "credentials", "add", "org_acme", "--client-id", "m2m", "--secret-file", "-", stdin=SECRET
+    )
+
+    assert SECRET not in done.out + done.err
+    assert all(SECRET.encode() not in path.read_bytes() for path in site.folder.glob("worker.db*"))

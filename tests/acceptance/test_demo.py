@@ -1,0 +1,123 @@
+"""The demo tells its four stories from nothing, and stops by itself or by Ctrl-C."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.fakes.site import wait_until
+
+COLUMNS = ["time", "org", "definition", "state", "reason", "detail"]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the demo printed, each line with the moment it came."""
+
+    code: int
+    lines: list[tuple[float, str]]
+
+    def captions(self) -> list[tuple[float, str]]:
+        return [(at, line[2:]) for at, line in self.lines if line.startswith("# ")]
+
+    def rows(self) -> list[dict[str, str]]:
+        table = [re.split(r" {2,}", line, maxsplit=5) for _, line in self.lines if not line.startswith("# ")]
+        assert table[0] == COLUMNS
+        return [dict(zip(COLUMNS, row, strict=True)) for row in table[1:]]
+
+    def of(self, org: str) -> list[tuple[str, str]]:
+        return [(row["state"], row["reason"]) for row in self.rows() if row["org"] == org]
+
+
+def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker", "demo", *options],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    with start_demo(tmp_path_factory.mktemp("demo"), "--seconds", "16") as demo:
+        assert demo.stdout is not None
+        lines = [(time.monotonic(), line.rstrip("\n")) for line in demo.stdout]
+    return Told(demo.returncode, lines)
+
+
+def test_the_demo_stops_by_itself_with_0(told):
+    assert told.code == 0, told.lines
+
+
+def test_the_first_run_succeeds_within_six_seconds_of_the_workers_start(told):
+    started = next(at for at, line in told.captions() if line.endswith("worker run"))
+    succeeded = next(at for at, line in told.lines if "  succeeded  " in line)
+
+    assert succeeded - started < 6
+
+
+def test_an_org_with_the_flag_gets_the_new_agent(told):
+    assert ("waiting", "due") in told.of("org_acme")
+    assert ("running", "-") in told.of("org_acme")
+    assert ("succeeded", "-") in told.of("org_acme")
+    assert any("org_acme" in line and "assistant.digest_v2" in line for _, line in told.captions())
+
+
+def test_an_org_without_the_flag_keeps_the_old_agent(told):
+    assert ("succeeded", "-") in told.of("org_globex")
+    assert any(re.search(r"org_globex.*assistant\.digest\b(?!_)", line) for _, line in told.captions())
+
+
+def test_a_dead_secret_waits_and_what_to_do_is_printed(told):
+    states = told.of("org_initech")
+
+    assert ("waiting", "no_token") in states
+    assert {state for state, _ in states} == {"waiting", "running"}
+    assert any("credentials add org_initech" in line for _, line in told.captions())
+
+
+def test_another_orgs_token_is_refused_and_the_handler_not_started(told):
+    refused = [row for row in told.rows() if row["org"] == "org_umbrella" and row["state"] == "refused"]
+
+    assert {row["reason"] for row in refused} == {"org_mismatch"}
+    assert any("org_umbrella" in line and "was not started" in line for _, line in told.captions())
+    assert ("succeeded", "-") not in told.of("org_umbrella")
+
+
+@pytest.fixture
+def running_demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    with start_demo(tmp_path) as demo:
+        yield demo
+        demo.kill()
+
+
+def test_ctrl_c_stops_everything(running_demo):
+    assert running_demo.stdout is not None
+    for line in running_demo.stdout:
+        if "  running  " in line:
+            break
+    family = psutil.Process(running_demo.pid).children(recursive=True)
+
+    running_demo.send_signal(signal.SIGINT)
+
+    output, _ = running_demo.communicate(timeout=20)
+    assert running_demo.returncode == 0, output
+    assert family
+    wait_until(lambda: not any(alive(process) for process in family), "the demo's processes to end")
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
