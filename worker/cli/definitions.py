@@ -10,6 +10,7 @@ from worker.cli import upcoming
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
+    DefinitionOption,
     LimitOption,
     NoteOption,
     OrgOption,
@@ -22,7 +23,7 @@ from worker.cli.options import (
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import session_of
+from worker.cli.session import Session, session_of
 from worker.errors import UsageError
 
 app = typer.Typer(help="Definitions: list, show, preview, run now, pause, resume. `apply` makes them.")
@@ -38,6 +39,7 @@ def list_(
     context: typer.Context,
     output: OutputOption = Format.TABLE,
     org: OrgOption = None,
+    definition: DefinitionOption = None,
     state: StateOption = None,
     since: SinceOption = None,
     limit: LimitOption = DEFAULT_LIMIT,
@@ -48,6 +50,7 @@ def list_(
 
     session = session_of(context)
     narrowed: dict[str, Any] = {
+        "definition": definition,
         "state": state,
         "since": read_since(since, session.clock),
         "limit": limit,
@@ -66,11 +69,7 @@ def show(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
     """Show one definition with its whole spec."""
-    from worker.store import definition_listing
-
-    with session_of(context).database() as database, database.autocommit() as connection:
-        row = definition_listing.definition(connection, org, name)
-    print_row(row, output)
+    print_row(_definition(session_of(context), org, name), output)
 
 
 @app.command("next")
@@ -96,12 +95,7 @@ def next_(
     if schedule is not None and org is None:
         rows = upcoming.of_schedule(schedule, timezone or "UTC", at, count)
     elif schedule is None and timezone is None and org is not None and name is not None:
-        from worker.store import definition_listing, listing
-
-        with session.database() as database, database.autocommit() as connection:
-            org_state = listing.org(connection, org)["state"]
-            found = definition_listing.definition(connection, org, name)
-        rows = upcoming.of_definition(found, org_state, at, count)
+        rows = upcoming.of_definition(_definition(session, org, name), at, count)
     else:
         raise UsageError("name either ORG and NAME, or --schedule (with --timezone)")
     print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
@@ -127,13 +121,11 @@ def run(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a definition now, and print the new run."""
-    from worker import wiring
     from worker.operations.run_now import run_now
 
     session = session_of(context)
     params = read_pairs(param or (), option="--param")
     with session.database() as database:
-        wiring.read_catalogue_now(session.settings, database)
         row = run_now(
             database, org, name, request_key=request_key, params=params or None, actor=session.actor
         )
@@ -168,3 +160,10 @@ def resume(
     with session.database() as database:
         row = resume_definition(database, org, name, actor=session.actor)
     print_row(row, output)
+
+
+def _definition(session: Session, org: str, name: str) -> dict[str, Any]:
+    from worker.store import definition_listing
+
+    with session.database() as database, database.autocommit() as connection:
+        return definition_listing.definition(connection, org, name)

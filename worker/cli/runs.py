@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,8 @@ def list_(
             rows = listing.runs_for_all_orgs(connection, **narrowed)
         else:
             rows = listing.runs(connection, org, **narrowed)
+    if output is Format.TABLE:
+        rows = [row | {"progress": _in_words(row["progress"])} for row in rows]
     print_rows(rows, output, columns=COLUMNS, limit=limit)
 
 
@@ -144,3 +147,12 @@ def logs(
                 time.sleep(POLL)
     if output is Format.JSON:
         print_rows(rows, output, columns=())
+
+
+def _in_words(progress: Mapping[str, Any] | None) -> str | None:
+    """`3/10 pages`: how much is done, of how much, and the handler's note."""
+    if progress is None:
+        return None
+    total, note = progress.get("total"), progress.get("note")
+    done = f"{progress.get('done')}" + ("" if total is None else f"/{total}")
+    return done if note is None else f"{done} {note}"

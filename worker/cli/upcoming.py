@@ -31,7 +31,7 @@ def of_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> l
     return _rows(parse_schedule(schedule, zone), zone, start, count)
 
 
-def of_definition(row: Mapping[str, Any], org_state: str, start: datetime, count: int) -> list[Row]:
+def of_definition(row: Mapping[str, Any], start: datetime, count: int) -> list[Row]:
     """As `of_schedule`, of a row of `definitions show`, within its `starts_at` and `ends_at`.
 
     Where the definition or its org is stopped, each instant says that it is not due.
@@ -43,7 +43,7 @@ def of_definition(row: Mapping[str, Any], org_state: str, start: datetime, count
     definition = from_spec(row["org"], row["name"], row["spec"])
     trigger = definition.trigger(row["timezone"])
     spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
-    notes = [_stopped(row, org_state), f"fires {format_duration(spread)} later" if spread else ""]
+    notes = [_stopped(row), f"fires {format_duration(spread)} later" if spread else ""]
     return _rows(trigger, parse_zone(row["timezone"]), start, count, notes)
 
 
@@ -58,9 +58,9 @@ def _rows(
     return rows
 
 
-def _stopped(row: Mapping[str, Any], org_state: str) -> str:
-    if org_state != "active":
-        return f"not due: the org is {org_state}"
+def _stopped(row: Mapping[str, Any]) -> str:
+    if row["org_state"] != "active":
+        return f"not due: the org is {row['org_state']}"
     return "" if row["state"] == "active" else f"not due: the definition is {row['state']}"
 
 

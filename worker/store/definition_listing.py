@@ -24,6 +24,7 @@ def definitions(
     connection: Connection,
     org: str,
     *,
+    definition: str | None = None,
     state: str | None = None,
     since: datetime | None = None,
     limit: int = DEFAULT_LIMIT,
@@ -36,19 +37,20 @@ def definitions(
         UsageError: a state, limit or id that is none.
     """
     mine = _definitions.c.org_id == org_rows.require(connection, org)["id"]
-    return _definition_page(connection, [mine], state, since, limit, after)
+    return _definition_page(connection, [mine], definition, state, since, limit, after)
 
 
 def definitions_for_all_orgs(
     connection: Connection,
     *,
+    definition: str | None = None,
     state: str | None = None,
     since: datetime | None = None,
     limit: int = DEFAULT_LIMIT,
     after: str | None = None,
 ) -> list[Row]:
     """As `definitions`, of every org."""
-    return _definition_page(connection, [], state, since, limit, after)
+    return _definition_page(connection, [], definition, state, since, limit, after)
 
 
 def definition(connection: Connection, org: str, name: str) -> Row:
@@ -106,6 +108,7 @@ _IN_STATE: dict[str, tuple[ColumnElement[bool], ...]] = {
 def _definition_page(
     connection: Connection,
     where: list[ColumnElement[bool]],
+    name: str | None,
     state: str | None,
     since: datetime | None,
     limit: int,
@@ -114,6 +117,8 @@ def _definition_page(
     if state is not None:
         check_state(state, DEFINITION_STATES)
     shown = _IN_STATE[state] if state else (_definitions.c.closed_at.is_(None),)
+    if name is not None:
+        shown = (*shown, _definitions.c.name == name)
     rows = page(
         connection,
         _definition_query().where(*where, *shown),

@@ -1,0 +1,40 @@
+"""Command lines with a migrated database, and with the test handlers installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.handlers import install_handlers
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the distribution `acme-jobs`, seen by this process and by the catalogue's children."""
+    folder = tmp_path_factory.mktemp("plugins")
+    install_handlers(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)
+        patched.setenv("PYTHONPATH", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory, plugins: Path) -> CommandLine:
+    """The command line of an installation on SQLite, shared by the tests of a module."""
+    folder = tmp_path_factory.mktemp("cli")
+    made = CommandLine(folder, f"sqlite:///{folder / 'worker.db'}")
+    made("db", "upgrade")
+    return made
+
+
+@pytest.fixture
+def cli_on_either(tmp_path: Path, database_url: str, plugins: Path) -> CommandLine:
+    """The same on SQLite and on PostgreSQL, new for each test, with a key ring."""
+    made = CommandLine(tmp_path, database_url)
+    made("db", "upgrade")
+    made("keys", "generate")
+    return made

@@ -1,0 +1,211 @@
+"""Definitions and runs from the command line: applied, previewed, run by hand, paged, cancelled, retried."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.site import Completed, definition
+
+RUN_COLUMNS = {
+    *("id", "org", "definition", "handler", "revision", "scheduled_for", "origin", "retry_of", "state"),
+    *("reason", "detail", "available_at", "attempt", "fencing_token", "result_fencing_token", "worker"),
+    *("started_at", "finished_at", "progress", "result", "error"),
+}
+SHOW_COLUMNS = RUN_COLUMNS | {"attempts", "checkpoint", "claims", "spec"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _orgs(cli: CommandLine) -> None:
+    cli("orgs", "add", "org_acme")
+    cli("orgs", "add", "org_other")
+
+
+def apply(cli: CommandLine, text: str, *options: str, check: bool = True) -> Completed:
+    return cli("apply", "-", *options, stdin=text, check=check)
+
+
+def applied(cli: CommandLine, name: str, **keys: Any) -> None:
+    apply(cli, definition("org_acme", name, "acme.note", keys.pop("schedule", "@yearly"), **keys))
+
+
+def run_of(cli: CommandLine, name: str, *options: str) -> dict[str, Any]:
+    row: dict[str, Any] = cli("definitions", "run", "org_acme", name, *options, "-o", "json").json()
+    return row
+
+
+def test_apply_says_what_it_changes_and_the_same_file_again_nothing(cli: CommandLine):
+    text = definition("org_acme", "changes", "acme.note", "@yearly")
+
+    would = apply(cli, text, "--dry-run", "-o", "json").json()
+    assert cli("definitions", "show", "org_acme", "changes", check=False).code == 3
+    did = apply(cli, text, "-o", "json").json()
+    again = apply(cli, text)
+
+    assert would == did
+    assert [(row["kind"], row["action"], row["org"], row["name"]) for row in did] == [
+        ("definition", "add", "org_acme", "changes")
+    ]
+    assert again.out == ""
+    assert again.err == "nothing changes\n"
+    changed = apply(cli, definition("org_acme", "changes", "acme.note", "@monthly"))
+    assert "schedule @yearly -> @monthly" in changed.out
+
+
+def test_the_same_file_as_json_means_the_same(cli: CommandLine):
+    entry = {"org": "org_acme", "name": "as-json", "handler": "acme.note", "schedule": "@yearly"}
+    apply(cli, definition(entry["org"], entry["name"], entry["handler"], entry["schedule"]))
+
+    again = cli("apply", "-", "-o", "json", stdin=json.dumps({"definition": [entry]}))
+
+    assert again.json() == []
+
+
+def test_prune_closes_what_the_file_no_longer_has(cli: CommandLine):
+    keep = definition("org_other", "keep", "acme.note")
+    apply(cli, keep + definition("org_other", "drop", "acme.note"))
+
+    apply(cli, keep, "--prune")
+
+    listed = cli("definitions", "list", "--org", "org_other", "-o", "json").json()
+    closed = cli("definitions", "list", "--org", "org_other", "--state", "closed", "-o", "json").json()
+    assert [row["name"] for row in listed] == ["keep"]
+    assert [row["name"] for row in closed] == ["drop"]
+    assert cli("definitions", "list", "--definition", "drop", "-o", "json").json() == []
+    assert cli("definitions", "list", "--definition", "keep", "-o", "id").out.split() == [listed[0]["id"]]
+    refused = cli("definitions", "run", "org_other", "drop", check=False)
+    assert refused.code == 5
+
+
+def test_an_unknown_handler_is_refused_unless_it_is_allowed(cli: CommandLine):
+    unknown = definition("org_acme", "unknown", "acme.not-here")
+
+    refused = apply(cli, unknown, "-o", "json", check=False)
+    assert refused.code == 78
+    assert json.loads(refused.err)["error"]["code"] == "unknown_handler"
+
+    apply(cli, unknown, "--allow-unknown-handlers")
+    assert cli("definitions", "show", "org_acme", "unknown", "-o", "json").json()["state"] == "active"
+
+
+def test_a_definition_is_previewed_from_its_own_schedule_and_zone(cli: CommandLine):
+    applied(cli, "nightly", schedule="0 3 * * *", timezone="Europe/Berlin")
+
+    rows = cli(
+        *("definitions", "next", "org_acme", "nightly", "-n", "3", "--from", "2030-07-01", "-o", "json")
+    ).json()
+
+    assert [row["scheduled_for"] for row in rows] == [f"2030-07-0{day}T01:00:00.000000Z" for day in (1, 2, 3)]
+    assert rows[0]["local"] == "2030-07-01T03:00:00+02:00"
+    cli("definitions", "pause", "org_acme", "nightly", "--note", "holidays")
+    [paused] = cli("definitions", "next", "org_acme", "nightly", "-n", "1", "-o", "json").json()
+    assert "paused" in paused["note"]
+    shown = cli("definitions", "show", "org_acme", "nightly", "-o", "json").json()
+    assert (shown["state"], shown["pause_note"], shown["next_scheduled_for"]) == ("paused", "holidays", None)
+    resumed = cli("definitions", "resume", "org_acme", "nightly", "-o", "json").json()
+    assert (resumed["state"], resumed["pause_note"]) == ("active", None)
+
+
+def test_a_run_by_hand_is_printed_with_the_documented_columns(cli: CommandLine):
+    applied(cli, "by-hand", params={"journal": "a"})
+
+    run = run_of(cli, "by-hand", "--request-key", "K", "--param", "journal=b")
+
+    assert set(run) >= RUN_COLUMNS
+    assert (run["org"], run["definition"], run["handler"]) == ("org_acme", "by-hand", "acme.note")
+    assert (run["origin"], run["state"], run["reason"]) == ("manual", "waiting", "due")
+    assert run_of(cli, "by-hand", "--request-key", "K")["id"] == run["id"]
+    shown = cli("runs", "show", run["id"], "-o", "json").json()
+    assert set(shown) >= SHOW_COLUMNS
+    assert shown["params"] == {"journal": "b"}
+    assert shown["spec"]["params"] == {"journal": "a"}
+    second = cli("definitions", "run", "org_acme", "by-hand", "-o", "json", check=False)
+    assert second.code == 5
+    assert run["id"] in json.loads(second.err)["error"]["message"]
+
+
+def test_a_param_that_the_handler_does_not_take_is_refused(cli: CommandLine):
+    apply(cli, definition("org_acme", "strict", "http.request", params={"url": "https://api.acme.com"}))
+
+    refused = cli("definitions", "run", "org_acme", "strict", "--param", "url=[1]", check=False)
+
+    assert refused.code == 78
+    assert "params.url" in refused.err
+
+
+def test_cancel_returns_at_once_and_an_ended_run_is_retried_as_a_new_one(cli: CommandLine):
+    applied(cli, "ends")
+    run = run_of(cli, "ends")
+
+    early = cli("runs", "retry", run["id"], check=False)
+    cancelled = cli("runs", "cancel", run["id"], "-o", "json").json()
+    again = cli("runs", "cancel", run["id"], check=False)
+    retried = cli("runs", "retry", run["id"], "-o", "json").json()
+
+    assert early.code == 5
+    assert (cancelled["state"], cancelled["reason"]) == ("cancelled", "requested")
+    assert again.code == 5
+    assert (retried["origin"], retried["retry_of"], retried["state"]) == ("retry", run["id"], "waiting")
+    assert retried["scheduled_for"] == run["scheduled_for"]
+    assert cli("runs", "show", run["id"], "-o", "json").json()["state"] == "cancelled"
+
+
+def test_runs_are_listed_newest_first_and_paged_by_key(cli: CommandLine):
+    applied(cli, "paged", overlap="allow")
+    made = [run_of(cli, "paged")["id"] for _ in range(5)]
+    narrowed = ("--org", "org_acme", "--definition", "paged")
+
+    whole = cli("runs", "list", *narrowed, "-o", "id").out.split()
+    first = cli("runs", "list", *narrowed, "--limit", "2", "-o", "json").json()
+    after = first[-1]["id"]
+    rest = cli("runs", "list", *narrowed, "--after", after, "-o", "jsonl").out.splitlines()
+
+    assert whole == made[::-1]
+    assert set(first[0]) >= RUN_COLUMNS
+    assert [row["id"] for row in first] + [json.loads(row)["id"] for row in rest] == whole
+    assert all(newer > older for newer, older in pairwise(whole))
+    since = cli("runs", "list", *narrowed, "--since", "1h", "--state", "waiting", "-o", "id")
+    assert since.out.split() == whole
+    assert cli("runs", "list", *narrowed, "--since", "2099-01-01", "-o", "json").json() == []
+    assert "there may be more: --after" in cli("runs", "list", *narrowed, "--limit", "2").err
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["runs", "show", "01999999-9999-7999-8999-999999999999"], 3),
+        (["runs", "show", "not-an-id"], 2),
+        (["runs", "cancel", "01999999-9999-7999-8999-999999999999"], 3),
+        (["runs", "list", "--limit", "1001"], 2),
+        (["runs", "list", "--state", "lost"], 2),
+        (["runs", "list", "--org", "org_absent"], 3),
+        (["definitions", "run", "org_acme", "absent"], 3),
+        (["definitions", "resume", "org_acme", "changes"], 5),
+        (["handlers", "show", "absent"], 3),
+        (["apply", "absent.toml"], 2),
+        (["skips", "list", "--after", "x"], 2),
+    ],
+)
+def test_what_cannot_be_done_exits_with_its_own_code(cli: CommandLine, command: list[str], code: int):
+    failed = cli(*command, "-o", "json", check=False)
+
+    assert (failed.code, failed.out) == (code, "")
+    assert set(json.loads(failed.err)["error"]) == {"code", "message", "fix"}
+
+
+def test_handlers_are_listed_with_the_documented_columns(cli: CommandLine):
+    rows = {row["name"]: row for row in cli("handlers", "list", "-o", "json").json()}
+
+    assert set(rows["acme.note"]) >= {"name", "distribution", "version", "isolation", "scopes", "error"}
+    assert rows["acme.inline"]["isolation"] == "inline"
+    assert rows["http.request"]["distribution"] == "orgworker"
+    shown = cli("handlers", "show", "http.request", "-o", "json").json()
+    assert shown["params_schema"]["properties"]["url"]
+
+
+def test_skips_are_an_empty_array_where_there_are_none(cli: CommandLine):
+    assert cli("skips", "list", "--org", "org_acme", "-o", "json").json() == []

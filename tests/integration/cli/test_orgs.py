@@ -1,0 +1,142 @@
+"""Orgs and credentials from the command line: added, imported, stopped; no secret comes out again."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+from tests.fakes.cli import CommandLine
+
+SECRET = "Zq7-canary-secret-48151623"
+
+
+def line(code: str, **more: object) -> str:
+    entry = {
+        "code": code,
+        "name": code,
+        "issuer": "main",
+        "client_id": f"m2m-{code}",
+        "client_secret": SECRET,
+    }
+    return json.dumps(entry | more) + "\n"
+
+
+def test_an_org_added_is_shown_and_listed_with_the_documented_keys(cli: CommandLine):
+    added = cli(
+        "orgs",
+        "add",
+        "org_one",
+        "--name",
+        "Eins",
+        "--tag",
+        "pro",
+        "--timezone",
+        "Europe/Berlin",
+        "-o",
+        "json",
+    ).json()
+
+    shown = cli("orgs", "show", "org_one", "-o", "json").json()
+    assert shown == added
+    assert (shown["code"], shown["name"], shown["issuer"]) == ("org_one", "Eins", "main")
+    assert (shown["tags"], shown["timezone"], shown["max_concurrent_runs"]) == (["pro"], "Europe/Berlin", 10)
+    assert shown["created_at"].endswith("Z")
+    assert datetime.fromisoformat(shown["created_at"])
+    rows = cli("orgs", "list", "-o", "json").json()
+    assert shown["id"] in [row["id"] for row in rows]
+    assert "org_one" in cli("orgs", "list").out
+
+
+def test_the_same_org_again_and_an_unknown_issuer_are_refused(cli: CommandLine):
+    cli("orgs", "add", "org_twice")
+
+    again = cli("orgs", "add", "org_twice", "-o", "json", check=False)
+    assert again.code == 5
+    assert json.loads(again.err)["error"]["code"] == "conflict"
+
+    foreign = cli("orgs", "add", "org_foreign", "--issuer", "elsewhere", check=False)
+    assert foreign.code == 2
+    assert "[issuers.elsewhere]" in foreign.err
+
+
+def test_an_org_that_is_not_there_exits_3_with_the_three_words(cli: CommandLine):
+    for command in (["orgs", "show"], ["orgs", "pause"], ["credentials", "list"]):
+        absent = cli(*command, "org_absent", "-o", "json", check=False)
+
+        assert (absent.code, absent.out) == (3, "")
+        error = json.loads(absent.err)["error"]
+        assert set(error) == {"code", "message", "fix"}
+        assert error["code"] == "not_found"
+        assert "org_absent" in error["message"]
+
+
+def test_an_import_is_all_or_nothing_and_says_nothing_of_the_secret(cli: CommandLine):
+    bad = cli("orgs", "import", "-", stdin=line("org_in1") + line("org_in2", colour="red"), check=False)
+    assert bad.code == 2
+    assert "line 2" in bad.err and "colour" in bad.err
+    assert SECRET not in bad.out + bad.err
+    assert cli("orgs", "show", "org_in1", check=False).code == 3
+
+    good = line("org_in1", tags=["pro"]) + "\n" + line("org_in2")
+    assert cli("orgs", "import", "-", "-o", "json", stdin=good).json() == {
+        "orgs_added": 2,
+        "orgs_changed": 0,
+        "credentials_added": 2,
+    }
+    assert cli("orgs", "import", "-", "-o", "json", stdin=good).json() == {
+        "orgs_added": 0,
+        "orgs_changed": 0,
+        "credentials_added": 0,
+    }
+
+
+def test_credentials_are_generations_and_their_secret_never_comes_out(cli: CommandLine, tmp_path: Path):
+    cli("orgs", "import", "-", stdin=line("org_cred"))
+    secret_file = tmp_path / "secret"
+    secret_file.write_text(SECRET + "-new\n")
+
+    cli("credentials", "add", "org_cred", "--client-id", "m2m-new", "--secret-file", str(secret_file))
+    listed = cli("credentials", "list", "org_cred", "-o", "json")
+    retired = cli("credentials", "retire", "org_cred", "1", "-o", "json")
+    again = cli("credentials", "retire", "org_cred", "1", check=False)
+    absent = cli("credentials", "retire", "org_cred", "7", check=False)
+    shown = cli("orgs", "show", "org_cred", "-o", "json")
+
+    rows = listed.json()
+    assert [(row["generation"], row["client_id"], row["state"]) for row in rows] == [
+        (2, "m2m-new", "active"),
+        (1, "m2m-org_cred", "active"),
+    ]
+    assert retired.json()["state"] == "retired"
+    assert (again.code, absent.code) == (5, 3)
+    assert SECRET not in "".join(each.out + each.err for each in (listed, retired, again, shown))
+    assert SECRET.encode() not in cli.settings.with_name("worker.db").read_bytes()
+
+
+def test_an_empty_secret_is_refused(cli: CommandLine):
+    cli("orgs", "add", "org_empty")
+
+    empty = cli(
+        "credentials", "add", "org_empty", "--client-id", "x", "--secret-file", "-", stdin="\n", check=False
+    )
+
+    assert empty.code == 2
+    assert "empty" in empty.err
+
+
+def test_the_states_of_an_org_and_who_moved_it(cli: CommandLine):
+    cli("orgs", "import", "-", stdin=line("org_state"))
+
+    def move(verb: str) -> dict[str, object]:
+        row: dict[str, object] = cli("orgs", verb, "org_state", "--note", "why", "-o", "json").json()
+        return row
+
+    assert move("pause")["state"] == "paused"
+    assert move("suspend")["state"] == "suspended"
+    resumed = move("resume")
+    assert (resumed["state"], resumed["state_note"]) == ("active", "why")
+    assert resumed["state_by"]
+    assert move("remove")["state"] == "removed"
+    assert cli("orgs", "resume", "org_state", check=False).code == 5
+    assert cli("credentials", "list", "org_state", "--state", "active", "-o", "json").json() == []
