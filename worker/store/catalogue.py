@@ -42,10 +42,10 @@ def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()
     )
 
 
-def versions(connection: Connection) -> dict[str, str]:
-    """The version of each distribution that has rows."""
-    rows = connection.execute(select(_catalogue.c.distribution, _catalogue.c.version).distinct())
-    return {distribution: version for distribution, version in rows}
+def offered(connection: Connection) -> set[tuple[str, str, str]]:
+    """Distribution, version and name of every row."""
+    query = select(_catalogue.c.distribution, _catalogue.c.version, _catalogue.c.name)
+    return {(distribution, version, name) for distribution, version, name in connection.execute(query)}
 
 
 def entries(connection: Connection, name: str | None = None) -> list[Row]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from worker.clock import Clock
 from worker.execution.offers import Offers
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.handlers.installed import distributions
 from worker.store import catalogue
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
@@ -15,10 +16,17 @@ from worker.telemetry.events import emit
 
 
 def store_unknown(database: Database, clock: Clock) -> None:
-    """Read what distributions installed here offer, of those the database has not, or in another version."""
+    """Read what distributions installed here offer, of those the database has not, or in another version.
+
+    One that a worker is still reading, name by name, is read here as well.
+    """
     with database.autocommit() as connection:
-        known = catalogue.versions(connection)
-    unknown = [name for name, version in installed().items() if known.get(name) != version]
+        known = catalogue.offered(connection)
+    unknown = [
+        found.name
+        for found in distributions()
+        if not known.issuperset((found.name, found.version, point.name) for point in found.points)
+    ]
     if unknown:
         asyncio.run(_store(database, unknown, clock))
 
