@@ -56,12 +56,16 @@ class Heartbeat:
         self.until = 0.0
         self.contact_since: float | None = None
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to renew; the lease was registered just now."""
-        self.until = self._clock.monotonic() + self._lease
+    def begin(self) -> None:
+        """Count from now: the lease was registered just before."""
         self.contact_since = self._clock.monotonic()
+        self.until = self.contact_since + self._lease
         self._on_lease(self.until)
-        self._thread = threading.Thread(target=self._beat, args=(loop,), name="heartbeat", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to renew, in a thread of its own; renewals are handed to `loop`."""
+        self.begin()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="heartbeat", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -74,19 +78,21 @@ class Heartbeat:
         """Seconds since which every renewal has come through in time."""
         return 0.0 if self.contact_since is None else self._clock.monotonic() - self.contact_since
 
-    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+    def beat(self) -> Renewal | None:
+        """Renew once; None where the database did not answer."""
+        try:
+            return self._renew_once()
+        except Unavailable as error:
+            emit("lease.late", error=error.code, remaining=round(self.until - self._clock.monotonic(), 1))
+        except Exception as error:
+            emit("loop.failed", loop="heartbeat", error=f"{type(error).__name__}: {error}")
+        self.contact_since = None
+        return None
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         while not self._stop.wait(self._renew):
-            try:
-                renewal = self._renew_once()
-            except Unavailable as error:
-                emit("lease.late", error=error.code, remaining=round(self.until - self._clock.monotonic(), 1))
-                self.contact_since = None
-                continue
-            except Exception as error:
-                emit("loop.failed", loop="heartbeat", error=type(error).__name__)
-                self.contact_since = None
-                continue
-            if not loop.is_closed():
+            renewal = self.beat()
+            if renewal is not None and not loop.is_closed():
                 loop.call_soon_threadsafe(self._on_renewal, renewal)
 
     def _renew_once(self) -> Renewal:

@@ -1,0 +1,98 @@
+"""A renewal counts from its question, and contact is broken by any renewal that did not come through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.unit.execution.runs import admitted
+from worker.errors import StoreUnavailable
+from worker.execution.heartbeat import Heartbeat
+from worker.execution.holdings import Holdings
+from worker.execution.reconcile import Renewal
+from worker.runs.run import OwnedRun
+from worker.telemetry.events import Emitted
+
+pytestmark = pytest.mark.anyio
+
+
+class Store:
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.takes = 0.0
+        self.away = False
+        self.registered = True
+
+    def renew(self) -> tuple[bool, Sequence[OwnedRun]]:
+        self.clock.advance(self.takes)
+        if self.away:
+            raise StoreUnavailable("away")
+        return self.registered, []
+
+
+class Bench:
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.store = Store(clock)
+        self.leases: list[float] = []
+        self.renewals: list[Renewal] = []
+        self.holdings = Holdings()
+        self.heartbeat = Heartbeat(
+            self.store,
+            self.holdings,
+            clock,
+            lease=30.0,
+            renew=5.0,
+            on_lease=self.leases.append,
+            on_renewal=self.renewals.append,
+        )
+        self.heartbeat.begin()
+
+
+async def test_the_lease_counts_from_the_question_not_from_the_answer(clock: ManualClock) -> None:
+    bench = Bench(clock)
+    bench.store.takes = 4.0
+    asked = clock.monotonic()
+
+    bench.heartbeat.beat()
+
+    assert bench.leases[-1] == asked + 30.0
+
+
+async def test_a_renewal_says_what_was_held_before_it_was_sent(clock: ManualClock) -> None:
+    bench = Bench(clock)
+    bench.holdings.add(admitted("r1", fencing_token=7))
+
+    renewal = bench.heartbeat.beat()
+
+    assert renewal is not None and dict(renewal.held) == {"r1": 7}
+
+
+async def test_one_failed_renewal_breaks_the_contact(clock: ManualClock, emitted: list[Emitted]) -> None:
+    bench = Bench(clock)
+    clock.advance(10)
+    assert bench.heartbeat.unbroken_contact() == 10.0
+
+    bench.store.away = True
+    assert bench.heartbeat.beat() is None
+    assert bench.heartbeat.unbroken_contact() == 0.0
+
+    bench.store.away = False
+    bench.heartbeat.beat()
+    clock.advance(3)
+    assert bench.heartbeat.unbroken_contact() == 3.0
+    assert [event.event.name for event in emitted] == ["lease.late"]
+
+
+async def test_a_renewal_after_the_lease_has_passed_says_that_it_was_lost(
+    clock: ManualClock, emitted: list[Emitted]
+) -> None:
+    bench = Bench(clock)
+    clock.advance(31)
+
+    bench.heartbeat.beat()
+
+    assert [event.event.name for event in emitted] == ["lease.lost"]
+    assert bench.heartbeat.unbroken_contact() == 0.0

@@ -1,0 +1,97 @@
+"""The scheduler fires, sleeps until what is next, and says when the clock went back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+import pytest
+
+from tests.fakes.clock import START, ManualClock, settle
+from worker.errors import StoreUnavailable
+from worker.execution.offers import Offers
+from worker.execution.scheduler import PUT_OFF, Scheduler
+from worker.ids import DefinitionId, OrgId
+from worker.runs.firing import Decision, DueDefinition, FireReport
+from worker.telemetry.events import Emitted
+
+pytestmark = pytest.mark.anyio
+
+
+def due(spec: dict[str, object]) -> DueDefinition:
+    return DueDefinition(DefinitionId("d1"), OrgId("o1"), "org_acme", None, "nightly", 1, START, spec)
+
+
+class Store:
+    """Answers each call of fire with the next report, and decides what it is told to."""
+
+    def __init__(self, *reports: FireReport | Exception) -> None:
+        self.reports = list(reports)
+        self.calls = 0
+        self.due: list[DueDefinition] = []
+        self.decisions: list[Decision] = []
+
+    async def fire(self, decide: Callable[[DueDefinition, datetime], Decision], *, limit: int) -> FireReport:
+        self.calls += 1
+        self.decisions += [decide(definition, START) for definition in self.due]
+        answer = self.reports.pop(0) if self.reports else FireReport(now=START)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+async def fired(store: Store, clock: ManualClock, *, turns: int = 1) -> None:
+    """Let the scheduler run until it sleeps; each further turn is a wake-up."""
+    scheduler = Scheduler(store, Offers(), clock, poll=60.0, on_fired=lambda: None)
+    task = asyncio.create_task(scheduler.run())
+    for _ in range(turns):
+        await settle()
+        scheduler.wake.set()
+    await settle()
+    task.cancel()
+
+
+async def test_a_full_batch_is_followed_by_the_next_at_once(clock: ManualClock) -> None:
+    store = Store(FireReport(now=START, more=True), FireReport(now=START, more=True))
+
+    await fired(store, clock, turns=0)
+
+    assert store.calls == 3
+
+
+async def test_an_absent_database_is_asked_again_at_the_next_poll(clock: ManualClock) -> None:
+    store = Store(StoreUnavailable("away"))
+
+    await fired(store, clock)
+
+    assert store.calls == 2
+
+
+async def test_a_definition_that_cannot_be_read_is_put_off_and_the_others_fire(
+    clock: ManualClock, emitted: list[Emitted]
+) -> None:
+    store = Store()
+    store.due = [
+        due({"handler": "acme.digest", "schedule": "nonsense"}),
+        due({"handler": "acme.digest", "schedule": "@hourly", "spread": "off"}),
+    ]
+
+    await fired(store, clock, turns=0)
+
+    bad, good = store.decisions
+    assert bad.runs == ()
+    assert bad.next.next_scheduled_for == START
+    assert bad.next.next_fire_at == START + PUT_OFF
+    assert [run.scheduled_for for run in good.runs] == [START]
+    assert [event.event.name for event in emitted] == ["definition.failed"]
+
+
+async def test_a_clock_that_went_back_is_told(clock: ManualClock, emitted: list[Emitted]) -> None:
+    earlier = START - timedelta(hours=1)
+    store = Store(FireReport(now=START), FireReport(now=earlier), FireReport(now=earlier))
+
+    await fired(store, clock, turns=3)
+
+    told = [event.fields["seconds"] for event in emitted if event.event.name == "clock.went_back"]
+    assert told[0] == 3600.0
