@@ -23,10 +23,11 @@ from worker.errors import (
     WorkerError,
 )
 from worker.ids import OrgId
+from worker.orgs.org import OrgRef
 from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
 from worker.tokens.channel import Channel
-from worker.tokens.credentials import Credential, CredentialSource, OrgRef
+from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.grant import GrantedToken
 from worker.tokens.parking import Parking
 

@@ -22,9 +22,10 @@ from worker.errors import (
     Unavailable,
 )
 from worker.ids import OrgId
+from worker.orgs.org import OrgRef
 from worker.tokens.acquire import Acquirer, Enforced, Wanted
 from worker.tokens.channel import Channel
-from worker.tokens.credentials import Credential, CredentialSource, Generations, OrgRef
+from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
 from worker.tokens.single_flight import SingleFlight
 

@@ -11,6 +11,7 @@ from typing import Literal, NoReturn, Protocol
 from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
 from worker.ids import OrgId
+from worker.orgs.org import OrgRef
 from worker.tokens.single_flight import SingleFlight
 
 CredentialKind = Literal["client_secret", "private_key"]
@@ -46,14 +47,6 @@ class Secret:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a secret is not pickled")
-
-
-@dataclass(frozen=True, slots=True)
-class OrgRef:
-    """An org as tokens know it: our id, and the code that its tokens must carry."""
-
-    id: OrgId
-    code: str
 
 
 @dataclass(frozen=True, slots=True)

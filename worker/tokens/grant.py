@@ -51,15 +51,10 @@ async def request_token(
         IssuerUnavailable: no answer, a 5xx, or no well-formed token response; another try may help.
     """
     reply = await _ask(client, issuer, credential, endpoint, audience, scopes, clock)
-    if isinstance(reply, NoReply):
-        raise IssuerUnavailable(f"issuer {issuer.name} gave no answer: {reply.why}")
-    body = _json_object(reply)
-    if reply.status != 200:
-        raise _failure(reply, body, issuer, credential, clock.now().timestamp())
-    fault, granted = _read(body, issuer)
-    if granted is None:
-        raise IssuerUnavailable(f"issuer {issuer.name} gave no well-formed token response: {fault}")
-    return granted
+    answer = _judge(reply, issuer, credential, clock.now().timestamp())
+    if isinstance(answer, GrantedToken):
+        return answer
+    raise answer
 
 
 async def _ask(
@@ -71,7 +66,7 @@ async def _ask(
     scopes: frozenset[str],
     clock: Clock,
 ) -> Reply | NoReply:
-    # On its own, and raising nothing but a key's faults: what is raised above has no secret in its frames.
+    # On its own, as `_judge` is: what `request_token` raises has no secret in the variables of its frames.
     profile = issuer.profile
     form = {"grant_type": "client_credentials", **profile.parameters}
     headers: dict[str, str] = {}
@@ -103,6 +98,21 @@ async def _ask(
         headers=headers,
         form=urlencode(form).encode(),
     )
+
+
+def _judge(
+    reply: Reply | NoReply, issuer: Issuer, credential: Credential, now: float
+) -> GrantedToken | TokenError | IssuerUnavailable:
+    """The token of an answer, or what to raise."""
+    if isinstance(reply, NoReply):
+        return IssuerUnavailable(f"issuer {issuer.name} gave no answer: {reply.why}")
+    body = _json_object(reply)
+    if reply.status != 200:
+        return _failure(reply, body, issuer, credential, now)
+    fault, granted = _read(body, issuer)
+    if granted is None:
+        return IssuerUnavailable(f"issuer {issuer.name} gave no well-formed token response: {fault}")
+    return granted
 
 
 def _json_object(reply: Reply) -> dict[str, Any]:

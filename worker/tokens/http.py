@@ -101,7 +101,7 @@ async def _exchange(
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 return NoReply("encoded")
             content = bytearray()
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > limit:
                     return NoReply("too_large")

@@ -1,0 +1,49 @@
+"""An issuer with one org's application, its credentials, and the cache before them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from worker.orgs.org import OrgRef
+from worker.tokens.cache import EnforcedToken, Tokens
+
+
+@dataclass
+class World:
+    """All that a test of the cache touches."""
+
+    clock: ManualClock
+    issuer: FakeIssuer
+    credentials: FakeCredentials
+    tokens: Tokens
+    app: App
+
+    def add_org(self, number: int) -> OrgRef:
+        """Another org with an application and a credential of its own."""
+        added = org(number)
+        self.issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
+        self.credentials.add(added, f"client-{number}", f"secret-{number}")
+        return added
+
+    async def ensure(self, of: OrgRef = ORG, **asked: Any) -> EnforcedToken:
+        return await self.tokens.ensure(of, "main", **asked)
+
+
+@pytest.fixture
+async def world(clock: ManualClock) -> AsyncIterator[World]:
+    issuer, credentials = FakeIssuer(clock), FakeCredentials()
+    app = issuer.add(App("org_a", "client-a", "secret-a"))
+    credentials.add(ORG, "client-a", "secret-a")
+    async with issuer.client() as client:
+        tokens = Tokens(
+            {"main": kinde_issuer()}, credentials, client=client, clock=clock, chance=random.Random(7)
+        )
+        yield World(clock, issuer, credentials, tokens, app)
+        await tokens.close()
