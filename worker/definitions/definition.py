@@ -166,11 +166,9 @@ def to_spec(definition: Definition) -> dict[str, Any]:
 
 
 def _read(reader: Fields, *, org: str, name: str, enabled: bool) -> Definition:
-    values = {
-        key: reader.take(key, form.read, *([_DEFAULTS[key]] if key in _DEFAULTS else []))
-        for key, form in _KEYS.items()
-    }
-    return Definition(org=org, name=name, enabled=enabled, **values)
+    handler, schedule = reader.take("handler", fields.text), reader.take("schedule", fields.text)
+    given = {key: reader.take(key, _KEYS[key].read) for key in reader.given(_OPTIONAL)}
+    return Definition(org, name, handler, schedule, enabled=enabled, **given)
 
 
 def _spread(value: Any) -> Spread:
@@ -223,8 +221,9 @@ _KEYS: dict[str, _Form] = {
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
 }
+_OPTIONAL = frozenset(_KEYS) - {"handler", "schedule"}
 _DEFAULTS: dict[str, Any] = {
     each.name: {} if each.name == "params" else each.default
     for each in fields_of(Definition)
-    if each.name in _KEYS and each.name not in ("handler", "schedule")
+    if each.name in _OPTIONAL
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -42,17 +42,21 @@ class Fields:
         except ValueError as error:
             raise refusal(str(error), self.entry, name) from error
 
-    def only(self, known: Iterable[str]) -> None:
+    def given(self, names: Collection[str]) -> list[str]:
+        """Those of the names that have a value, in the entry's order."""
+        return [key for key, value in self._values.items() if value is not None and key in names]
+
+    def only(self, known: Collection[str]) -> None:
         """Refuse any key that is not known.
 
         Raises:
             DefinitionError: names the unknown key, and the known one that it resembles.
         """
-        names = list(known)
         for key in self._values:
-            if key not in names:
+            if key not in known:
+                names = sorted(known)
                 near = get_close_matches(str(key), names, n=1)
-                fix = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(names))}"
+                fix = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(names)}"
                 raise refusal(f"unknown key {key!r}", self.entry, str(key), fix=fix)
 
 

@@ -22,6 +22,8 @@ def spread_of(
     crontab lines and `at` alone; a duration spreads any schedule over that long.
     """
     window = _window(schedule, trigger) if setting == "auto" else _NONE if setting == "off" else setting
+    if not window:
+        return _NONE
     digest = blake2b(f"{org_code}\0{name}".encode(), digest_size=8).digest()
     return timedelta(milliseconds=window // timedelta(milliseconds=1) * int.from_bytes(digest) >> 64)
 

@@ -7,9 +7,10 @@ against each other. Pure.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.orgs.org import MAX_CONCURRENT_RUNS, WEIGHT
@@ -18,7 +19,7 @@ from worker.runs.run import Isolation
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A run that could start now: available, its org active, its handlers offered here."""
+    """A waiting run that is available now and whose org is active and variants are offered here."""
 
     id: RunId
     org_id: OrgId
@@ -57,37 +58,67 @@ def rank(
 ) -> list[Waiting]:
     """The runs that start now, in the order in which they take the free slots.
 
-    Each org forms one line, by priority, then age; only as many as its limit still
-    admits stand in it. All lines are then merged by (running runs of the org + place
-    in line) / weight, and each run is taken whose definition, handler and isolation
-    still have room.
+    Each org forms one line of the runs that nothing but its own limit holds up, by
+    priority, then age. Lines are merged by (running runs of the org + place in line)
+    / weight. The first of a definition, then of a handler, then of an isolation take
+    what room there is; what they leave unused is taken by the next call.
     """
+    slots = sum(max(0, count) for count in free.values())
     lines: dict[OrgId, list[Waiting]] = {}
     for run in sorted(waiting, key=lambda run: (-run.priority, run.available_at, run.id)):
-        share, line = shares.get(run.org_id, Share()), lines.setdefault(run.org_id, [])
-        if running.orgs.get(run.org_id, 0) + len(line) < share.max_concurrent_runs:
+        share = shares.get(run.org_id, Share())
+        room = min(share.max_concurrent_runs - running.orgs.get(run.org_id, 0), slots)
+        line = lines.setdefault(run.org_id, [])
+        if len(line) < room and _could_start(run, running, handler_limits, free):
             line.append(run)
+    ranks = {
+        run.id: (running.orgs.get(org_id, 0) + place) / shares.get(org_id, Share()).weight
+        for org_id, line in lines.items()
+        for place, run in enumerate(line, start=1)
+    }
     ranked = sorted(
-        (
-            ((running.orgs.get(org_id, 0) + place) / shares.get(org_id, Share()).weight, run)
-            for org_id, line in lines.items()
-            for place, run in enumerate(line, start=1)
-        ),
-        key=lambda pair: (pair[0], pair[1].available_at, pair[1].id),
+        (run for line in lines.values() for run in line),
+        key=lambda run: (ranks[run.id], run.available_at, run.id),
     )
-    definitions, handlers = Counter(running.definitions), Counter(running.handlers)
-    slots = Counter(free)
-    started = []
-    for _, run in ranked:
-        limit = handler_limits.get(run.handler)
-        if (
-            slots[run.isolation] < 1
-            or (run.max_concurrent is not None and definitions[run.definition_id] >= run.max_concurrent)
-            or (limit is not None and handlers[run.handler] >= limit)
-        ):
-            continue
-        slots[run.isolation] -= 1
-        definitions[run.definition_id] += 1
-        handlers[run.handler] += 1
-        started.append(run)
-    return started
+    ranked = _first_of_each(
+        ranked,
+        lambda run: run.definition_id,
+        lambda run: _room(run.max_concurrent, running.definitions.get(run.definition_id, 0)),
+    )
+    ranked = _first_of_each(
+        ranked,
+        lambda run: run.handler,
+        lambda run: _room(handler_limits[run.handler], running.handlers.get(run.handler, 0)),
+    )
+    return _first_of_each(ranked, lambda run: run.isolation, lambda run: free.get(run.isolation, 0))
+
+
+def _could_start(
+    run: Waiting,
+    running: Running,
+    handler_limits: Mapping[str, int | None],
+    free: Mapping[Isolation, int],
+) -> bool:
+    return (
+        free.get(run.isolation, 0) > 0
+        and run.handler in handler_limits
+        and _room(handler_limits[run.handler], running.handlers.get(run.handler, 0)) > 0
+        and _room(run.max_concurrent, running.definitions.get(run.definition_id, 0)) > 0
+    )
+
+
+def _room(limit: int | None, taken: int) -> float:
+    return inf if limit is None else limit - taken
+
+
+def _first_of_each(
+    runs: Iterable[Waiting], group_of: Callable[[Waiting], str], room_of: Callable[[Waiting], float]
+) -> list[Waiting]:
+    """Of each group the first runs, as many as there is room for."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for run in runs:
+        taken[group_of(run)] += 1
+        if taken[group_of(run)] <= room_of(run):
+            kept.append(run)
+    return kept

@@ -97,9 +97,8 @@ def settle(
 
 def backoff(policy: RetryPolicy, failures: int, random: Random) -> timedelta:
     """The delay after the `failures`th failure: a random part of the first delay doubled each time."""
-    # Doubling stops long before it could overflow.
-    longest = min(policy.backoff_max, policy.backoff * 2 ** min(failures - 1, 40))
-    return timedelta(seconds=random.uniform(0.0, longest.total_seconds()))
+    longest = policy.backoff.total_seconds() * 2.0 ** min(failures - 1, 60)
+    return timedelta(seconds=random.uniform(0.0, min(longest, policy.backoff_max.total_seconds())))
 
 
 def fingerprint(error: Error) -> str:
@@ -112,7 +111,7 @@ def fingerprint(error: Error) -> str:
 
 _VARIABLE = (
     (re.compile(r"https?://\S+"), "<url>"),
-    (re.compile(r"'[^']*'|\"[^\"]*\""), "<text>"),
+    (re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\""), "<text>"),
     (re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"), "<id>"),
     (re.compile(r"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"), "<id>"),
     (re.compile(r"\b\w+_\w*\d\w*\b"), "<id>"),
@@ -149,7 +148,7 @@ def _settle(run: AdmittedRun, outcome: Outcome, policy: RetryPolicy, random: Ran
         case Cancelled(reason, detail):
             return _Settled("cancelled", "cancelled", reason, detail)
         case Refused(reason, detail, message):
-            error = Error("Refused", message or f"{reason}: {detail}" if detail else reason)
+            error = Error("Refused", message or ": ".join(filter(None, (reason, detail))))
             return _Settled("refused", "refused", reason, detail, error=error)
         case Gated(reason, detail):
             return _Settled("gated", "skipped", reason, detail)
