@@ -23,9 +23,7 @@ class Error:
     trace: str = ""
 
     def as_json(self) -> dict[str, str]:
-        return {"type": self.type, "message": self.message} | (
-            {"trace": self.trace} if self.trace else {}
-        )
+        return {"type": self.type, "message": self.message} | ({"trace": self.trace} if self.trace else {})
 
 
 @dataclass(frozen=True, slots=True)
