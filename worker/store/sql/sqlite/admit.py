@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
-from collections import Counter
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.clock import from_text
-from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.clock import from_text, to_text
+from worker.ids import OrgId, RunId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.connection import driver, file_now
 from worker.store.sql import RingStep
-from worker.store.sql.sqlite.values import instant, json_list, json_value
+from worker.store.sql.sqlite.values import json_list, json_value
+
+# id, available_at, handler, isolation, definition_id, max_concurrent
+_Candidate = tuple[RunId, str, str, Isolation, str, int | None]
 
 RING = """
 WITH RECURSIVE hop(org_id, n) AS (
@@ -29,23 +32,24 @@ WITH RECURSIVE hop(org_id, n) AS (
 SELECT org_id FROM hop WHERE org_id IS NOT NULL
 """
 
-ORG = """
-SELECT weight, max_concurrent_runs,
-       (SELECT count(*) FROM live_runs l WHERE l.org_id = orgs.id AND l.state = 'running')
-FROM orgs WHERE id = ? AND state = 'active'
+ORGS = """
+SELECT o.id, o.weight, o.max_concurrent_runs,
+       (SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running')
+FROM json_each(?) e CROSS JOIN orgs o ON o.id = e.value AND o.state = 'active'
 """
 
+# `{names}` stands for as many parameters as there are handlers.
 LINE = """
-SELECT l.id, l.definition_id, l.handler, l.isolation, l.max_concurrent, l.available_at
+SELECT l.id, l.available_at, l.handler, l.isolation, l.definition_id, l.max_concurrent
 FROM live_runs l INDEXED BY ix_live_runs_waiting
-WHERE l.org_id = ?1 AND l.state = 'waiting' AND l.available_at <= ?2
-  AND l.handler IN (SELECT value FROM json_each(?3))
+WHERE l.org_id = ? AND l.state = 'waiting' AND l.available_at <= ? AND l.isolation IN (?, ?)
+  AND l.handler IN ({names})
   AND (l.variant_handlers IS NULL OR NOT EXISTS (
        SELECT 1 FROM json_each(l.variant_handlers) v
-       WHERE v.value NOT IN (SELECT value FROM json_each(?3))))
+       WHERE v.value NOT IN (SELECT value FROM json_each(?))))
   AND (l.max_concurrent IS NULL OR l.max_concurrent > (
        SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.state = 'running'))
-ORDER BY l.priority DESC, l.available_at, l.id LIMIT ?4 OFFSET ?5
+ORDER BY l.priority DESC, l.available_at, l.id LIMIT ? OFFSET ?
 """
 
 RUNNING_OF_HANDLER = "SELECT count(*) FROM live_runs WHERE handler = ? AND state = 'running'"
@@ -102,60 +106,49 @@ def admit_choose(
         return []
     now = file_now(connection)
     limits = _Limits(cursor, offered, free)
-    picked = list(_ranked(cursor, orgs, limits, now))
+    picked = _best(cursor, orgs, limits, list(offered), to_text(now))
     if not picked:
         return []
-    order = {run_id: place for place, run_id in enumerate(picked)}
-    rows = cursor.execute(PICKED, (json_list(picked),)).fetchall()
-    started_at = instant(now)
-    cursor.executemany(ADMIT, [(worker_id, started_at, run_id) for run_id in sorted(picked)])
-    return sorted((_admitted(row, now) for row in rows), key=lambda run: order[run.id])
-
-
-@dataclass(slots=True)
-class _Candidate:
-    id: RunId
-    definition_id: DefinitionId
-    handler: str
-    isolation: Isolation
-    max_concurrent: int | None
-    available_at: str
+    rows = {row[0]: row for row in cursor.execute(PICKED, (json_list(picked),))}
+    cursor.executemany(ADMIT, [(worker_id, to_text(now), run_id) for run_id in picked])
+    return [_admitted(rows[run_id], now) for run_id in picked]
 
 
 class _Limits:
     """What may still start in this transaction: by isolation, by handler, by definition."""
 
-    def __init__(
-        self, cursor: Any, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
-    ) -> None:
+    def __init__(self, cursor: Any, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> None:
         self._cursor = cursor
-        self._free = Counter(free)
+        self._free = {isolation: slots for isolation, slots in free.items() if slots > 0}
         self._handlers = {
             name: limit - self._count(RUNNING_OF_HANDLER, name)
             for name, limit in offered.items()
             if limit is not None
         }
-        self._definitions: dict[DefinitionId, int] = {}
+        self._definitions: dict[str, int] = {}
         self.handlers = [name for name in offered if self._handlers.get(name, 1) > 0]
-
-    @property
-    def free(self) -> int:
-        return sum(count for count in self._free.values() if count > 0)
+        self.free = sum(self._free.values())
+        self.isolations = (
+            "child" if "child" in self._free else None,
+            "inline" if "inline" in self._free else None,
+        )
 
     def take(self, run: _Candidate) -> bool:
         """Count the run against every limit, if all allow it."""
-        if self._free[run.isolation] <= 0 or self._handlers.get(run.handler, 1) <= 0:
+        _, _, handler, isolation, definition_id, max_concurrent = run
+        if self._free.get(isolation, 0) <= 0 or self._handlers.get(handler, 1) <= 0:
             return False
-        if run.max_concurrent is not None:
-            running = self._definitions.get(run.definition_id)
+        if max_concurrent is not None:
+            running = self._definitions.get(definition_id)
             if running is None:
-                running = self._count(RUNNING_OF_DEFINITION, run.definition_id)
-            if running >= run.max_concurrent:
+                running = self._count(RUNNING_OF_DEFINITION, definition_id)
+            if running >= max_concurrent:
                 return False
-            self._definitions[run.definition_id] = running + 1
-        self._free[run.isolation] -= 1
-        if run.handler in self._handlers:
-            self._handlers[run.handler] -= 1
+            self._definitions[definition_id] = running + 1
+        self._free[isolation] -= 1
+        self.free -= 1
+        if handler in self._handlers:
+            self._handlers[handler] -= 1
         return True
 
     def _count(self, statement: str, value: str) -> int:
@@ -163,46 +156,51 @@ class _Limits:
         return int(count)
 
 
-def _ranked(cursor: Any, orgs: Sequence[OrgId], limits: _Limits, now: datetime) -> Iterator[RunId]:
+def _best(
+    cursor: Any, orgs: Sequence[OrgId], limits: _Limits, offered: Sequence[str], now: str
+) -> list[RunId]:
     """The runs to start, best first: the least (running of its org + its place in line) / weight."""
-    portion = max(4, 2 * limits.free // max(1, len(orgs)))
-    heap: list[tuple[float, str, RunId, _Candidate, int, int, int, Iterator[_Candidate]]] = []
-    for org_id in orgs:
-        row = cursor.execute(ORG, (org_id,)).fetchone()
-        if row is None or row[2] >= row[1]:
-            continue
-        weight, most, running = row
-        line = _line(cursor, org_id, limits.handlers, instant(now), portion)
-        first = next(line, None)
-        if first is not None:
-            rank = (running + 1) / weight
-            heap.append((rank, first.available_at, first.id, first, running, most, weight, line))
+    if not limits.handlers:
+        return []
+    portion = max(2, 2 * limits.free // len(orgs))
+    heap: list[tuple[float, str, RunId, _Candidate, int, int, Iterator[_Candidate]]] = []
+    for org_id, weight, most, running in cursor.execute(ORGS, (json_list(orgs),)).fetchall():
+        values = (org_id, now, *limits.isolations, *limits.handlers, json_list(offered))
+        length = max(0, min(most - running, limits.free))
+        line: Iterator[_Candidate] = itertools.islice(_line(cursor, values, portion), length)
+        for run in line:
+            heap.append(((running + 1) / weight, run[1], run[0], run, running + 1, weight, line))
+            break
     heapq.heapify(heap)
+    picked: list[RunId] = []
     while heap and limits.free > 0:
-        _, _, _, run, running, most, weight, line = heapq.heappop(heap)
+        _, _, _, run, place, weight, line = heap[0]
         if limits.take(run):
-            yield run.id
-            running += 1
-        following = next(line, None) if running < most else None
-        if following is not None:
-            rank = (running + 1) / weight
-            heapq.heappush(
-                heap,
-                (rank, following.available_at, following.id, following, running, most, weight, line),
-            )
+            picked.append(run[0])
+        behind = next(line, None)
+        if behind is None:
+            heapq.heappop(heap)
+        else:
+            rank = (place + 1) / weight
+            heapq.heapreplace(heap, (rank, behind[1], behind[0], behind, place + 1, weight, line))
+    return picked
 
 
-def _line(
-    cursor: Any, org_id: OrgId, handlers: Sequence[str], now: str | None, portion: int
-) -> Iterator[_Candidate]:
-    names, offset = json_list(handlers), 0
+def _line(cursor: Any, values: tuple[Any, ...], portion: int) -> Iterator[_Candidate]:
+    """An org's waiting runs in their order, read in portions as they are asked for."""
+    statement = _line_statement(len(values) - 5)
+    offset = 0
     while True:
-        rows = cursor.execute(LINE, (org_id, now, names, portion, offset)).fetchall()
-        for row in rows:
-            yield _Candidate(*row)
+        rows = cursor.execute(statement, (*values, portion, offset)).fetchall()
+        yield from rows
         if len(rows) < portion:
             return
         offset += portion
+
+
+@functools.cache
+def _line_statement(handlers: int) -> str:
+    return LINE.format(names=", ".join("?" * handlers))
 
 
 def _admitted(row: tuple[Any, ...], now: datetime) -> AdmittedRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from datetime import datetime
@@ -11,6 +12,8 @@ from worker.clock import to_text
 from worker.store.engine import compact_json
 
 
+# A batch names the same few instants again and again.
+@functools.lru_cache(maxsize=4096)
 def instant(value: datetime | None) -> str | None:
     return None if value is None else to_text(value)
 
