@@ -113,6 +113,19 @@ def fetch_blocking(ctx: BlockingContext[Any, Any]) -> list[int]:
     return [ctx.http.get(url, follow_redirects=True).status_code for url in ctx.params["urls"]]
 
 
+@job("acme.poll", scopes={"read:kb"})
+async def poll(ctx: Context[Any, Any]) -> list[int]:
+    """Get the URL again and again for `params["seconds"]`; the statuses that were not 200."""
+    until = time.monotonic() + ctx.params["seconds"]
+    bad = []
+    while time.monotonic() < until:
+        status = (await ctx.http.get(ctx.params["url"])).status_code
+        if status != 200:
+            bad.append(status)
+        await asyncio.sleep(0.1)
+    return bad
+
+
 @job("acme.leak", max_attempts=1)
 async def leak(ctx: Context[Any, Any]) -> None:
     """Print, log and raise the token, as a careless handler might."""

@@ -21,6 +21,7 @@ NAMES = {
     "acme.block": "block",
     "acme.fetch": "fetch",
     "acme.fetch_blocking": "fetch_blocking",
+    "acme.poll": "poll",
     "acme.leak": "leak",
     "acme.leak_result": "leak_result",
 }
