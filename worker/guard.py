@@ -38,7 +38,8 @@ class Guard:
     """Verifies the tokens of one issuer for one audience.
 
     `profile` names a provider's layout, or is the path of a TOML file of your own.
-    `scopes` are those that every token needs. The keys are fetched at the first
+    `scopes` are those that every token needs. `{org}` in the audience is the code of
+    the org that a request is about. The keys are fetched at the first
     token and kept; give `client` to share an HTTP client.
 
     Raises:
@@ -81,7 +82,7 @@ class Guard:
             payload = await verify(
                 token_text,
                 issuer=self._issuer,
-                audience=self._audience,
+                audience=self._audience.replace("{org}", org_code or ""),
                 keys=self._keys,
                 clock=self._clock,
             )

@@ -29,7 +29,7 @@ Answer = httpx.Response | Awaitable[httpx.Response]
 
 
 @cache
-def rsa_key(name: str = "k1") -> rsa.RSAPrivateKey:
+def rsa_key(name: str) -> rsa.RSAPrivateKey:
     """A private key of that name, generated once per test session."""
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 

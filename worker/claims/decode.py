@@ -66,30 +66,29 @@ def _text(value: Any, code: str) -> str:
 
 
 def _org(payload: Mapping[str, Any], profile: Profile) -> str:
-    match profile.org_shape:
-        case "text":
-            return _text(_at(payload, profile.org), "org_type")
-        case "list":
-            candidates = _at(payload, profile.org)
-        case "keys":
-            # Keycloak: a list of names, or a map whose keys they are.
-            value = _at(payload, profile.org)
-            candidates = list(value) if isinstance(value, Mapping) else value
-        case "audience":
-            audience = payload.get("aud")
-            texts = [audience] if isinstance(audience, str) else audience
-            if isinstance(texts, list):
-                texts = [
-                    text for text in texts if isinstance(text, str) and text.startswith(profile.org_prefix)
-                ]
-            candidates = texts
-    if candidates is None:
-        return ""
-    if not isinstance(candidates, list) or not all(isinstance(item, str) for item in candidates):
+    value = _at(payload, profile.org)
+    if value is None:
+        return _org_in_audience(payload, profile)
+    if profile.org_shape == "text":
+        return _text(value, "org_type")
+    if profile.org_shape == "keys" and isinstance(value, Mapping):
+        # Keycloak: a list of names, or a map whose keys they are.
+        value = list(value)
+    if not _is_texts(value):
         raise _invalid("org_type", "its org is not in the provider's shape")
-    if len(candidates) > 1:
+    if len(value) > 1:
         raise _invalid("org_ambiguous", "it names several orgs")
-    return candidates[0].removeprefix(profile.org_prefix) if candidates else ""
+    return str(value[0]) if value else ""
+
+
+def _org_in_audience(payload: Mapping[str, Any], profile: Profile) -> str:
+    """The org of a token whose audience is the org itself, as Logto has it."""
+    audience = payload.get("aud")
+    if isinstance(audience, list) and len(audience) == 1:
+        audience = audience[0]
+    if profile.org_prefix and isinstance(audience, str) and audience.startswith(profile.org_prefix):
+        return audience.removeprefix(profile.org_prefix)
+    return ""
 
 
 def _scopes(value: Any, profile: Profile) -> frozenset[str]:

@@ -45,12 +45,13 @@ def flag_value(claims: Claims, name: str, default: Any = False) -> Any:
 def is_on(claims: Claims, condition: FlagCondition) -> bool:
     """Whether the flag has exactly the value that the condition names.
 
-    A flag that is absent, or of a type that this worker does not know, is off.
+    An absent flag is off, so `false` is its value; one of a type that this worker
+    does not know has no value that could be compared.
     """
     flag = claims.flags.get(condition.name)
     if flag is not None and flag.type not in ("boolean", "string", "number"):
         return False
-    value = flag_value(claims, condition.name, None)
+    value = flag_value(claims, condition.name, False)
     wanted = condition.equals
     if isinstance(value, str) and _is_number(wanted) and flag is None:
         # Properties hold text only: a number arrives as its digits.
@@ -61,7 +62,7 @@ def is_on(claims: Claims, condition: FlagCondition) -> bool:
     if isinstance(value, bool) or isinstance(wanted, bool):
         # 1 == True in Python, and a flag of the number 1 is not on.
         return value is wanted
-    return value is not None and bool(value == wanted)
+    return bool(value == wanted)
 
 
 def choose_variant(variants: Sequence[V], claims: Claims) -> V | None:

@@ -18,7 +18,7 @@ ClaimPath = tuple[str, ...]
 Asserter = Literal["client", "grant", "caller"]
 ClientAuthentication = Literal["post", "basic", "private_key_jwt"]
 FailureClass = Literal["credential", "configuration", "throttle", "transient"]
-OrgShape = Literal["text", "list", "keys", "audience"]
+OrgShape = Literal["text", "list", "keys"]
 ScopesShape = Literal["text", "list"]
 PropertiesShape = Literal["v", "plain"]
 FlagsShape = Literal["t_v", "plain", "names"]
@@ -48,7 +48,8 @@ class Profile:
 
     Paths of claims are lists of keys; an empty one means that the provider has no
     such claim. Paths of endpoints are relative to the issuer's URL; an empty one
-    is looked up in the discovery document.
+    is looked up in the discovery document. `org_prefix` is what precedes the org in
+    `aud` where a token names it nowhere else.
     """
 
     name: str
@@ -123,9 +124,7 @@ def parse(text: str, *, source: str) -> Profile:
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"the profile {source} is no TOML: {error}") from error
     values = {key: _read(key, value, source) for key, value in data.items()}
-    missing = [key for key in ("name", "title", "org_asserted_by", "org", "client") if key not in values]
-    if values.get("org_shape") == "audience" and "org" in missing:
-        missing.remove("org")
+    missing = [key for key in ("name", "title", "org_asserted_by", "org", "client") if not values.get(key)]
     if missing:
         raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}")
     profile = Profile(**values)

@@ -37,6 +37,7 @@ TRANSIENT_PARK = (2.0, 60.0)
 TRIES = 3  # of one request, while the issuer fails and did not fail for this org before
 WINNER_KEPT = 900.0  # for so long an older generation that worked is tried first
 NO_VERDICT_KEPT = 120.0
+SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
 
 K = TypeVar("K", bound=Hashable)
@@ -165,7 +166,7 @@ class Acquirer:
                     raise
             except RequestRejected as refused:
                 await self._count_use(credential, refused.detail)
-                if last or refused.detail != "invalid_scope" or scopes == wanted.scopes:
+                if last or refused.detail not in SCOPE_REFUSED or scopes == wanted.scopes:
                     self._park(self._refused, wanted, refused, wanted, credentials)
                     raise
                 # A variant's scope that this org was not given must not cost it the definition's own.

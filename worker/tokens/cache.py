@@ -122,7 +122,7 @@ class Tokens:
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
         channel = self._channel(issuer)
-        wanted = Wanted(issuer, org, _audience(channel.issuer, audience), scopes, also_ask - scopes)
+        wanted = Wanted(issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes)
         credentials = await self._generations.of(org)
         entry = self._entry(wanted, credentials)
         if entry is not None and not fresh and entry.is_good and entry.is_younger_than(max_claims_age):
@@ -202,11 +202,12 @@ class Tokens:
         )
 
 
-def _audience(issuer: Issuer, asked: str | None) -> str:
+def _audience(issuer: Issuer, org: OrgRef, asked: str | None) -> str:
+    """The audience to ask for and to insist on; `{org}` in it is the org's code."""
     audience = asked or issuer.audience
     if not audience:
         raise RequestRejected(
             f"issuer {issuer.name} has no audience, and without one no token can be verified",
             fix=f"set audience in [issuers.{issuer.name}], or in the definition",
         )
-    return audience
+    return audience.replace("{org}", org.code)

@@ -83,7 +83,8 @@ async def _ask(
                 "client_assertion_type": ASSERTION_TYPE,
                 "client_assertion": client_assertion(credential, issuer, endpoint, now=clock.now()),
             }
-    if profile.audience_parameter:
+    is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
+    if profile.audience_parameter and not is_org:
         form[profile.audience_parameter] = audience
     if profile.org_parameter:
         form[profile.org_parameter] = credential.org_code
@@ -181,9 +182,10 @@ def _classify(status: int, code: str, issuer: Issuer) -> FailureClass:
         return "throttle"
     if not 400 <= status < 500 or status in (408, 425):
         return "transient"
+    if status == 401:
+        # Whatever they call it: access_denied at Auth0, unauthorized_client at Keycloak.
+        return "credential"
     if code in issuer.profile.errors:
         return issuer.profile.errors[code]
-    if status == 401:
-        return "credential"
     # Without an error code it is nobody's answer to a token request: a proxy's page, or a wrong address.
     return "configuration" if code else "transient"

@@ -86,9 +86,10 @@ def _read_public(entry: dict[str, Any]) -> tuple[PublicKeyTypes, frozenset[str]]
                 raise ValueError("RSA key too weak, or too costly")
             return rsa.RSAPublicNumbers(exponent, modulus).public_key(), RSA_ALGORITHMS
         case "EC":
-            algorithm, curve = CURVES[_text(entry, "crv")] if entry.get("crv") in CURVES else ("", None)
-            if curve is None:
+            name = _text(entry, "crv")
+            if name not in CURVES:
                 raise ValueError("no curve of ours")
+            algorithm, curve = CURVES[name]
             numbers = ec.EllipticCurvePublicNumbers(_number(entry, "x"), _number(entry, "y"), curve)
             return numbers.public_key(), frozenset({algorithm})
         case "OKP" if entry.get("crv") == "Ed25519":

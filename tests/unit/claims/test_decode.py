@@ -1,0 +1,198 @@
+"""Decoding: Kinde's shape as a golden test, and the layout of each other provider."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from worker.claims.claims import Flag
+from worker.claims.decode import decode
+from worker.errors import TokenRefused
+from worker.providers.profile import load
+
+GOLDEN = {
+    "org_code": "org_123456789",
+    "application_properties": {"model_version": {"v": "gpt-4"}, "region": {"v": "eu"}},
+    "feature_flags": {"agent-v2": {"t": "b", "v": True}, "beta-tools": {"t": "b", "v": False}},
+}
+
+
+def test_the_sample_token_of_kinde_is_decoded_exactly() -> None:
+    """The golden test: org, properties by their `v`, flags by their `t` and `v`."""
+    claims = decode(GOLDEN, load("kinde"))
+
+    assert claims.org_code == "org_123456789"
+    assert claims.properties == {"model_version": "gpt-4", "region": "eu"}
+    assert claims.flags == {"agent-v2": Flag("boolean", True), "beta-tools": Flag("boolean", False)}
+
+
+def test_what_a_token_does_not_say_is_empty() -> None:
+    """Absent claims are no error here; whoever needs them refuses."""
+    claims = decode({}, load("kinde"))
+
+    assert (claims.org_code, claims.client_id, claims.issuer, claims.jti) == ("", "", "", None)
+    assert (claims.scopes, claims.properties, claims.flags) == (frozenset(), {}, {})
+    assert claims.expires_at == datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("entry", "flag"),
+    [
+        ({"t": "b", "v": True}, Flag("boolean", True)),
+        ({"t": "boolean", "v": False}, Flag("boolean", False)),
+        ({"t": "s", "v": "beta"}, Flag("string", "beta")),
+        ({"t": "string", "v": ""}, Flag("string", "")),
+        ({"t": "i", "v": 1}, Flag("number", 1)),
+        ({"t": "number", "v": 0.5}, Flag("number", 0.5)),
+        ({"t": "j", "v": {"a": [1]}}, Flag("j", {"a": [1]})),
+    ],
+)
+def test_a_flag_has_the_type_that_its_code_names(entry: dict, flag: Flag) -> None:
+    """Boolean, string, number; what is unknown stays as it is."""
+    assert decode({"feature_flags": {"x": entry}}, load("kinde")).flags == {"x": flag}
+
+
+def test_a_property_that_was_never_set_is_absent() -> None:
+    """Null is no value."""
+    payload = {"application_properties": {"a": {"v": None}, "b": {"v": True}}}
+
+    assert decode(payload, load("kinde")).properties == {"b": True}
+
+
+def token(**claims: Any) -> dict[str, Any]:
+    return {"iss": "https://idp", "iat": 100, "exp": 200, "jti": "j", **claims}
+
+
+GOLDEN_TOKENS: list[tuple[str, dict[str, Any]]] = [
+    (
+        "kinde",
+        token(
+            aud=["api"],
+            azp="client",
+            scope="a b",
+            scp=["a", "b"],
+            org_code="acme",
+            application_properties={"tier": {"v": "pro"}},
+            feature_flags={"f": {"t": "b", "v": True}},
+        ),
+    ),
+    (
+        "auth0",
+        token(
+            aud="api",
+            azp="client",
+            sub="client@clients",
+            gty="client-credentials",
+            scope="a b",
+            org_id="acme",
+            **{"https://orgworker/properties": {"tier": "pro"}, "https://orgworker/flags": {"f": True}},
+        ),
+    ),
+    (
+        "logto",
+        token(
+            aud="api",
+            client_id="client",
+            sub="client",
+            scope="a b",
+            organization_id="acme",
+            application_properties={"tier": "pro"},
+            feature_flags={"f": True},
+        ),
+    ),
+    (
+        "logto",
+        token(
+            aud="urn:logto:organization:acme",
+            client_id="client",
+            scope="a b",
+            application_properties={"tier": "pro"},
+            feature_flags={"f": True},
+        ),
+    ),
+    (
+        "keycloak",
+        token(
+            aud="api",
+            azp="client",
+            typ="Bearer",
+            scope="a b",
+            organization=["acme"],
+            application_properties={"tier": "pro"},
+            feature_flags={"f": True},
+        ),
+    ),
+    (
+        "keycloak",
+        token(
+            aud="api",
+            azp="client",
+            scope="a b",
+            organization={"acme": {"id": "42c3e46f"}},
+            application_properties={"tier": "pro"},
+            feature_flags={"f": True},
+        ),
+    ),
+    (
+        "rfc9068",
+        token(
+            aud="api",
+            client_id="client",
+            sub="client",
+            scope="a b",
+            org_id="acme",
+            application_properties={"tier": "pro"},
+            feature_flags={"f": True},
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "payload"), GOLDEN_TOKENS)
+def test_each_provider_says_the_same_in_its_own_layout(name: str, payload: dict) -> None:
+    """One golden token a layout."""
+    claims = decode(payload, load(name))
+
+    assert (claims.org_code, claims.client_id) == ("acme", "client")
+    assert claims.scopes == {"a", "b"}
+    assert claims.properties == {"tier": "pro"}
+    assert claims.flags == {"f": Flag("boolean", True)}
+    assert claims.expires_at == datetime(1970, 1, 1, 0, 3, 20, tzinfo=UTC)
+
+
+def test_workos_lists_the_flags_that_are_on() -> None:
+    """It has no properties."""
+    payload = token(aud="client_env", client_id="client", sub="client", org_id="acme", scope="a b")
+    claims = decode(payload | {"feature_flags": ["f"]}, load("workos"))
+
+    assert (claims.org_code, claims.client_id, claims.scopes) == ("acme", "client", {"a", "b"})
+    assert claims.flags == {"f": Flag("boolean", True)}
+
+
+@pytest.mark.parametrize("organization", [["acme", "other"], {"acme": {}, "other": {}}])
+def test_a_token_of_several_orgs_is_refused(organization: Any) -> None:
+    """Whoever has several could choose."""
+    with pytest.raises(TokenRefused) as refused:
+        decode({"organization": organization}, load("keycloak"))
+
+    assert refused.value.detail == "org_ambiguous"
+
+
+@pytest.mark.parametrize("organization", ["acme", 1, [1], [["acme"]]])
+def test_an_org_in_another_shape_is_refused(organization: Any) -> None:
+    """Keycloak has a list or a map."""
+    with pytest.raises(TokenRefused) as refused:
+        decode({"organization": organization}, load("keycloak"))
+
+    assert refused.value.detail == "org_type"
+
+
+def test_an_audience_that_is_an_org_counts_for_logto_alone() -> None:
+    """And only with its prefix, alone."""
+    prefix = "urn:logto:organization:"
+
+    assert decode({"aud": f"{prefix}acme"}, load("kinde")).org_code == ""
+    assert decode({"aud": [f"{prefix}acme", f"{prefix}other"]}, load("logto")).org_code == ""
+    assert decode({"aud": "acme"}, load("logto")).org_code == ""

@@ -1,0 +1,265 @@
+"""The guard: what a customer's own backend answers to a token, as RFC 6750 has it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from tests.fakes.clock import ManualClock, settle
+from tests.fakes.issuer import AUDIENCE, URL, App, FakeIssuer, jwk, make_token
+from worker.errors import ConfigurationError, IssuerUnavailable, TokenRefused
+from worker.guard import Guard, RequireToken, check
+
+pytestmark = pytest.mark.anyio
+APP = App("org_a", "client-a", "secret-a", scopes=("read:kb",))
+
+
+@pytest.fixture
+def issuer(clock: ManualClock) -> FakeIssuer:
+    return FakeIssuer(clock)
+
+
+@pytest.fixture
+async def guard(issuer: FakeIssuer, clock: ManualClock) -> AsyncIterator[Guard]:
+    async with issuer.client() as client:
+        yield Guard(URL, audience=AUDIENCE, scopes={"read:kb"}, client=client, clock=clock)
+
+
+@pytest.fixture
+async def api(guard: Guard) -> AsyncIterator[httpx.AsyncClient]:
+    """A backend that says who called it, behind the middleware."""
+
+    async def whoami(request: Request) -> JSONResponse:
+        claims = request.state.claims
+        same = request.scope["claims"] is claims
+        return JSONResponse({"org": claims.org_code, "client": claims.client_id, "same": same})
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({})
+
+    app = Starlette(
+        routes=[
+            Route("/orgs/{org}/articles", whoami),
+            Route("/orgs/{org}/admin", whoami),
+            Route("/health", health),
+        ]
+    )
+    guarded = RequireToken(
+        app,
+        guard,
+        org_of=lambda scope: scope["path"].split("/")[2],
+        scopes_of=lambda scope: {"admin:kb"} if scope["path"].endswith("/admin") else (),
+        open_paths={"/health"},
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://api") as client:
+        yield client
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+async def test_a_good_token_reaches_the_backend_with_its_claims(
+    api: httpx.AsyncClient, issuer: FakeIssuer
+) -> None:
+    """In the scope and in `request.state`."""
+    answer = await api.get("/orgs/org_a/articles", headers=bearer(issuer.token(APP)))
+
+    assert answer.json() == {"org": "org_a", "client": "client-a", "same": True}
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer "])
+async def test_the_scheme_is_compared_without_case(
+    api: httpx.AsyncClient, issuer: FakeIssuer, scheme: str
+) -> None:
+    """RFC 9110, section 11.1."""
+    headers = {"Authorization": f"{scheme} {issuer.token(APP)}"}
+
+    assert (await api.get("/orgs/org_a/articles", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer"}])
+async def test_no_token_is_answered_without_an_error_code(api: httpx.AsyncClient, headers: dict) -> None:
+    """RFC 6750, section 3.1: who did not try is told how."""
+    answer = await api.get("/orgs/org_a/articles", headers=headers)
+
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == 'Bearer realm="api"'
+
+
+async def test_a_token_in_the_query_does_not_count(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """URLs are logged."""
+    answer = await api.get(f"/orgs/org_a/articles?access_token={issuer.token(APP)}")
+
+    assert answer.status_code == 401
+
+
+async def test_two_authorization_headers_are_a_bad_request(
+    api: httpx.AsyncClient, issuer: FakeIssuer
+) -> None:
+    """What stands before us might have judged the other one."""
+    header = ("Authorization", f"Bearer {issuer.token(APP)}")
+
+    answer = await api.get("/orgs/org_a/articles", headers=[header, header])
+
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"exp": 1}, "expired"),
+        ({"iss": "https://evil"}, "issuer"),
+        ({"aud": ["other"]}, "audience"),
+        ({"org_code": None}, "org_missing"),
+        ({"org_code": ["org_a"]}, "org_type"),
+    ],
+)
+async def test_a_token_that_does_not_hold_is_401(
+    api: httpx.AsyncClient, issuer: FakeIssuer, changes: dict, code: str
+) -> None:
+    """With `invalid_token` and the verifier's own code, and nothing of the token."""
+    answer = await api.get("/orgs/org_a/articles", headers=bearer(issuer.token(APP, **changes)))
+
+    assert answer.status_code == 401
+    challenge = answer.headers["www-authenticate"]
+    assert 'error="invalid_token"' in challenge and code in challenge
+
+
+async def test_another_org_is_403(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """A good token that may not do this."""
+    answer = await api.get("/orgs/org_b/articles", headers=bearer(issuer.token(APP)))
+
+    assert answer.status_code == 403
+
+
+async def test_a_missing_scope_is_403_and_named(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """RFC 6750: `insufficient_scope` with the scope that is needed."""
+    for path, token, scope in (
+        ("admin", issuer.token(APP), "admin:kb"),
+        ("articles", issuer.token(APP, scope="write:kb"), "read:kb"),
+    ):
+        answer = await api.get(f"/orgs/org_a/{path}", headers=bearer(token))
+        assert answer.status_code == 403
+        challenge = answer.headers["www-authenticate"]
+        assert 'error="insufficient_scope"' in challenge and f'scope="{scope}"' in challenge
+
+
+async def test_an_open_path_needs_no_token(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """And causes no request for keys."""
+    assert (await api.get("/health")).status_code == 200
+    assert issuer.requests == []
+
+
+async def test_keys_that_cannot_be_read_are_503(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """Nobody can say whether the token holds, so nobody says that it does not."""
+    issuer.keys = lambda: httpx.Response(500)
+
+    answer = await api.get("/orgs/org_a/articles", headers=bearer(issuer.token(APP)))
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+
+
+async def test_made_up_kids_cost_one_fetch_a_cooldown(api: httpx.AsyncClient, issuer: FakeIssuer) -> None:
+    """A flood of them is answered 401 at once and cannot be turned against the issuer."""
+    await api.get("/orgs/org_a/articles", headers=bearer(issuer.token(APP)))
+    for number in range(50):
+        forged = make_token(issuer.payload(APP), {"kid": f"made-up-{number}"}, key="evil")
+        answer = await api.get("/orgs/org_a/articles", headers=bearer(forged))
+        assert answer.status_code == 401
+
+    assert issuer.count("/.well-known/jwks") == 2
+
+
+async def test_a_rotated_key_is_found_at_once_and_in_a_flood_within_ten_seconds(
+    guard: Guard, issuer: FakeIssuer, clock: ManualClock
+) -> None:
+    """Right after a fetch, too."""
+    await guard.check(issuer.token(APP))
+    issuer.key, issuer.published = "k2", ["k1", "k2"]
+    await guard.check(issuer.token(APP))
+
+    issuer.key, issuer.published = "k3", ["k2", "k3"]
+    with pytest.raises(TokenRefused):
+        await guard.check(issuer.token(APP))
+    clock.advance(10)
+    await guard.check(issuer.token(APP))
+
+
+async def test_a_withdrawn_key_is_forgotten_within_the_hour(
+    guard: Guard, issuer: FakeIssuer, clock: ManualClock
+) -> None:
+    """The set is read anew beside its use."""
+    await guard.check(issuer.token(APP))
+    issuer.keys = lambda: httpx.Response(200, json={"keys": [jwk("k2")]})
+    clock.advance(3601)
+    await guard.check(issuer.token(APP))
+    await settle(50)
+
+    with pytest.raises(TokenRefused) as refused:
+        await guard.check(issuer.token(APP))
+    assert refused.value.detail == "unknown_kid"
+
+
+async def test_the_function_and_the_guard_say_the_same(guard: Guard, issuer: FakeIssuer) -> None:
+    """`worker.guard.check` is for who does not want a class."""
+    claims = await check(issuer.token(APP), guard)
+
+    assert claims == await guard.check(issuer.token(APP, jti=claims.jti), org_code="org_a")
+
+
+async def test_a_guard_without_an_audience_is_refused() -> None:
+    """Any API's token would do."""
+    with pytest.raises(ConfigurationError, match="audience"):
+        Guard(URL)
+
+
+async def test_a_guard_of_an_issuer_without_tls_is_refused() -> None:
+    """Whoever sits between could publish keys of his own."""
+    with pytest.raises(ConfigurationError, match="https"):
+        Guard("http://acme.kinde.com", audience=AUDIENCE)
+
+
+async def test_a_websocket_without_a_token_is_closed_before_it_is_accepted(guard: Guard) -> None:
+    """ASGI servers answer that with 403."""
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def app(*ignored: object) -> None:
+        raise AssertionError("reached")
+
+    await RequireToken(app, guard)({"type": "websocket", "path": "/", "headers": []}, receive, send)
+
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+async def test_the_lifespan_passes_through(guard: Guard) -> None:
+    """The application's own start-up is not guarded."""
+    seen: list[str] = []
+
+    async def app(scope: dict, receive: object, send: object) -> None:
+        seen.append(scope["type"])
+
+    await RequireToken(app, guard)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
+
+    assert seen == ["lifespan"]
+
+
+async def test_an_unreachable_issuer_is_no_verdict(guard: Guard, issuer: FakeIssuer) -> None:
+    """For who calls the function."""
+    issuer.keys = lambda: httpx.Response(404)
+
+    with pytest.raises(IssuerUnavailable):
+        await guard.check(issuer.token(APP))
