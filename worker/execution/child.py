@@ -136,7 +136,7 @@ class _Interrupt:
 
 def _open_streams() -> None:
     """Standard streams over the new descriptors, written line by line so that a crash keeps them."""
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")  # type: ignore[type-var]
+    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     sys.stdout = _writer(1)
     sys.stderr = _writer(2)
     faulthandler.enable(file=2, all_threads=False)

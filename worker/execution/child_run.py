@@ -17,6 +17,7 @@ from worker.execution.output import RunOutput
 from worker.execution.run_line import error_message
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.runs.outcome import Error, Failed, Outcome
+from worker.telemetry.events import emit
 
 # Seconds that a process may take to end once it has sent its outcome, or been killed.
 LAST_STEPS = 2.0
@@ -49,13 +50,21 @@ class ChildRun(asyncio.Protocol):
         self._linger: asyncio.TimerHandle | None = None
         self.unstarted: str | None = None  # why the kernel gave it no process
 
-    async def open(self) -> tuple[int, int, int]:
+    async def open(self) -> list[int]:
         """The descriptors for the process: channel, stdout, stderr; the work waits in the first."""
         ours, theirs = socket.socketpair()
-        self._channel_open = True
-        await self._loop.create_connection(lambda: self, sock=ours)
-        self._tell(work_message(self._work))
-        return theirs.detach(), self._pipe("stdout"), self._pipe("stderr")
+        given = [theirs.detach()]
+        try:
+            self._channel_open = True
+            await self._loop.create_connection(lambda: self, sock=ours)
+            self._tell(work_message(self._work))
+            for source in ("stdout", "stderr"):
+                given.append(self._pipe(source))
+        except OSError:
+            for descriptor in given:
+                os.close(descriptor)
+            raise
+        return given
 
     async def finish(self) -> Outcome:
         """Wait for the end, stopping the run when asked to."""
@@ -72,6 +81,8 @@ class ChildRun(asyncio.Protocol):
             stopping.cancel()
             self.close()
         self._output.close()
+        if ended.why in ("out_of_memory", "frozen"):
+            emit("child.killed", run=self._work.run_id, reason=ended.why)
         if ended.memory:
             self._link.used(ended.memory)
         return outcome_of_end(self._said, ended, self._stop, memory=self._work.memory)
@@ -95,10 +106,14 @@ class ChildRun(asyncio.Protocol):
             self._channel.abort()
 
     def freeze(self, at: float) -> None:
+        """The zygote has stopped all its processes, at this monotonic instant."""
         self._stop.freeze(at)
+        emit("child.frozen", run=self._work.run_id)
 
     def thaw(self, at: float) -> None:
+        """They go on, from this monotonic instant."""
         self._stop.thaw(at)
+        emit("child.thawed", run=self._work.run_id, seconds=round(self._stop.frozen_seconds(at), 3))
 
     # asyncio.Protocol, for the channel
 
@@ -181,6 +196,7 @@ class ChildRun(asyncio.Protocol):
                 interrupted = True
                 self._signal("interrupt")
             await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
+        emit("child.killed", run=self._work.run_id, reason=stop.reason or "lease lost")
         self._signal("kill")
 
     # output

@@ -83,6 +83,11 @@ class Children:
         self._hold(self._zygote)
         self._reaping = asyncio.create_task(self._reap_now_and_then())
 
+    @property
+    def zygote_pid(self) -> int | None:
+        """The zygote that is up, or None."""
+        return None if self._zygote is None else self._zygote.pid
+
     def lease_until(self, monotonic: float) -> None:
         """The lease holds until then: runs go on, and freeze shortly before. From any thread."""
         if self._margin is not None:
@@ -99,14 +104,15 @@ class Children:
         number = next(self._numbers)
         zygote = self._zygote
         run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
+        self._runs[number] = run  # before the next await: a zygote that dies in between ends it
         try:
             folder = self._folder(number)
             os.makedirs(folder, 0o700)
             descriptors = await run.open()
         except OSError as error:
+            del self._runs[number]
             run.close()
             return await self._cannot_start(error.strerror)
-        self._runs[number] = run
         start = {"op": "start", "run": number, "folder": folder, "memory": work.memory}
         zygote.send(start, descriptors)
         try:
@@ -180,8 +186,9 @@ class Children:
         if self._closed or zygote is not self._zygote:
             return
         self._up.clear()
-        lost = list(self._runs)
+        zygote.hang_up()
         await zygote.gone(0)
+        lost = list(self._runs)
         emit("zygote.died", pid=zygote.pid, runs=len(lost))
         for number in lost:
             self._end(number, Ended(why="lost"))

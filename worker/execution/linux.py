@@ -129,19 +129,17 @@ def stop_all(find: Callable[[], set[int]]) -> None:
 
 
 def memory(pids: Iterable[int], *, own: int, limit: int) -> int:
-    """How much memory processes forked from this one use together, in bytes.
+    """How much memory processes that descend from this one use together, in bytes.
 
-    Above `limit` it is exact: proportional set size, so that what they share counts
-    once. Below, or where another user's process cannot be looked into, it is the sum of
-    what each holds resident beyond the `own` bytes that it shared with this one at birth.
+    Above `limit` it is their proportional set size, in which what several share counts
+    once; below, the cheaper sum of what each holds resident, which is no less. One that
+    hides its memory was forked without exec, and shares `own` bytes with this one.
     """
     pids = list(pids)
-    rough = sum(max(resident(pid) - own, 0) for pid in pids)
+    rough = sum(resident(pid) for pid in pids)
     if rough <= limit:
         return rough
-    exact = [_proportional(pid) for pid in pids]
-    known = [size for size in exact if size is not None]
-    return sum(known) if len(known) == len(exact) else rough
+    return sum(max(resident(pid) - own, 0) if (size := _proportional(pid)) is None else size for pid in pids)
 
 
 def resident(pid: int) -> int:

@@ -191,5 +191,5 @@ def _error_of(said: Mapping[str, Any]) -> WorkerError:
         return LeaseLost(said["message"])
     error = Unavailable(said["message"])
     error.code = said["code"]
-    error.retry_after = said["retry_after"]  # type: ignore[attr-defined]
+    error.retry_after = said["retry_after"]
     return error

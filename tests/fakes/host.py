@@ -1,0 +1,49 @@
+"""A stand-in for the worker that tests may kill: runs one handler in a child until it is told to end.
+
+`python -m tests.fakes.host PLUGIN_FOLDER HANDLER PARAMS_JSON LOCK_FD|- LEASE_SECONDS|-`; it prints a line of
+JSON each for its zygote, each checkpoint and each outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from tests.fakes.running import RecordingLink, work
+from worker.clock import SystemClock
+from worker.execution.children import Children
+from worker.execution.work import Stop
+
+
+def tell(**fields: Any) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def renew(children: Children, lease: float) -> None:
+    while True:
+        children.lease_until(time.monotonic() + lease)
+        time.sleep(lease / 10)
+
+
+async def main() -> None:
+    folder, handler, params, lock, seconds = sys.argv[1:]
+    sys.path.append(folder)
+    lease = None if seconds == "-" else timedelta(seconds=float(seconds))
+    children = Children(SystemClock(), lease=lease, lock_fd=None if lock == "-" else int(lock))
+    children.start()
+    if lease is not None:
+        threading.Thread(target=renew, args=(children, lease.total_seconds()), daemon=True).start()
+    tell(zygote=children.zygote_pid)
+    link = RecordingLink(on_save=lambda data: tell(saved=json.loads(data)))
+    outcome = await children.run(work(handler, params=json.loads(params)), link, Stop())
+    tell(outcome=type(outcome).__name__)
+    await children.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,115 @@
+"""What a runner is given in tests: work with made-up claims, and a link that keeps what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims, Flag
+from worker.errors import WorkerError
+from worker.execution.work import Work
+from worker.ids import RunId
+
+MODULE = "process_jobs"
+NOW = datetime(2030, 1, 1, 3, tzinfo=UTC)
+
+
+def claims(**properties: Any) -> Claims:
+    """Claims of org_acme with these properties and the flag agent-v2 on."""
+    return Claims(
+        org_code="org_acme",
+        client_id="client",
+        scopes=frozenset({"read:kb"}),
+        properties=properties,
+        flags={"agent-v2": Flag("boolean", True)},
+        issued_at=datetime.now(UTC),
+        expires_at=datetime.now(UTC) + timedelta(hours=1),
+    )
+
+
+def token(text: str = "token-one", life: timedelta = timedelta(hours=1)) -> AccessToken:
+    """A token that expires `life` from now."""
+    return AccessToken(text, datetime.now(UTC) + life)
+
+
+def work(handler: str, **fields: Any) -> Work:
+    """The first attempt of a run of this handler of `process_jobs`."""
+    given: dict[str, Any] = {
+        "run_id": RunId("01234567-89ab-7def-8123-456789abcdef"),
+        "attempt": 1,
+        "fencing_token": 7,
+        "idempotency_key": "key-1",
+        "scheduled_for": NOW,
+        "org_code": "org_acme",
+        "org_name": "Acme",
+        "definition": "nightly",
+        "handler": handler,
+        "entry_point": f"{MODULE}:{handler}",
+        "params": {},
+        "claims": claims(),
+        "token": token(),
+        "api_origins": (),
+        "timeout_at": NOW + timedelta(hours=1),
+    }
+    return Work(**given | fields)
+
+
+@dataclass
+class RecordingLink:
+    """Keeps what a run says; answers `save` and `token` as the test wants."""
+
+    on_save: Callable[[str], None] = lambda data: None
+    renewed: tuple[AccessToken, Claims] | None = None
+    refuses: WorkerError | None = None
+    saved: list[Any] = field(default_factory=list)
+    progressed: list[tuple[float, float | None, str | None]] = field(default_factory=list)
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens_asked: list[bool] = field(default_factory=list)
+    has_started: bool = False
+    peak_memory: int = 0
+
+    async def save(self, data_json: str) -> None:
+        self.on_save(data_json)
+        self.saved.append(json.loads(data_json))
+
+    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        self.tokens_asked.append(fresh)
+        if self.refuses is not None:
+            raise self.refuses
+        return self.renewed or (token("token-two"), claims(n="two"))
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None:
+        self.progressed.append((done, total, note))
+
+    def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
+        self.lines.append((level, source, text))
+
+    def started(self) -> None:
+        self.has_started = True
+
+    def used(self, peak_memory: int) -> None:
+        self.peak_memory = peak_memory
+
+    def text(self) -> str:
+        """All lines, one below the other."""
+        return "\n".join(text for _, _, text in self.lines)
+
+
+async def until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:
+    """Wait until the condition holds, and give what it gave."""
+    async with asyncio.timeout(within):
+        while not (found := condition()):  # noqa: ASYNC110 - of other processes, which set no event
+            await asyncio.sleep(0.01)
+    return found
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The size of each file, to see who still writes."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}

@@ -1,0 +1,44 @@
+"""A zygote for each module of tests, and handlers in a plug-in that is found by sys.path alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.plugins import make_plugin
+from tests.fakes.running import MODULE
+from worker.clock import SystemClock
+from worker.execution.children import Children
+
+SOURCE = Path(__file__).parents[2] / "fakes" / "process_jobs.py"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    """One loop for a module, so that its tests share a zygote."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the plug-in's distribution, on sys.path while the module's tests run."""
+    folder = make_plugin(tmp_path_factory.mktemp("plugin"), modules={MODULE: SOURCE.read_text()})
+    sys.path.append(str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture(scope="module")
+async def children(plugin_folder: Path) -> AsyncIterator[Children]:
+    """A runner as on SQLite: without a lease, so nothing is frozen."""
+    runner = Children(SystemClock(), lease=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORKER_DATABASE__URL", "postgresql://somebody:secret@somewhere")
+        runner.start()
+    runner.attach()
+    yield runner
+    await runner.close()

@@ -1,0 +1,189 @@
+"""Plug-ins are read by children: whatever an import does, everything else is in the catalogue."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.plugins import make_plugin
+from tests.fakes.running import until
+from worker.execution import linux
+from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+
+pytestmark = pytest.mark.anyio
+
+GOOD = """
+import os, sys
+from pydantic import BaseModel, Field
+from worker import job, Context
+
+print("a plug-in that prints while it is imported")
+os.write(1, b"{}\\n")
+
+class Params(BaseModel):
+    collection: str
+
+class Settings(BaseModel):
+    max_tokens: int = Field(1000, ge=1)
+
+@job("acme.digest", params=Params, settings=Settings, scopes={"write:kb", "read:kb"}, timeout="2h",
+     max_attempts=4, memory="512MiB", max_concurrent=3)
+async def digest(ctx): return None
+
+@job("acme.inline", isolation="inline")
+async def inline(ctx): return None
+
+@job("acme.environment", timeout=" ".join(sorted(os.environ)))
+def environment(ctx): return None
+
+@job("acme.other_name")
+def misnamed(ctx): return None
+
+not_a_job = 1
+"""
+
+BAD = {
+    "raises": ("raise ValueError('broken on purpose')", "ValueError: broken on purpose"),
+    "exits": ("import sys; sys.exit(2)", "SystemExit: its import calls sys.exit(2)"),
+    "os_exits": ("import os; os._exit(3)", "its import ended the process: exit code 3"),
+    "crashes": (
+        "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "its import ended the process: signal SIGSEGV",
+    ),
+    "hangs": ("import time; time.sleep(60)", "its import took longer than 3 s"),
+    "holds_gil": ("import re; re.match('(a+)+$', 'a' * 60 + 'b')", "its import took longer than 3 s"),
+    "absent": (
+        "import not_installed_anywhere",
+        "ModuleNotFoundError: No module named 'not_installed_anywhere'",
+    ),
+    "syntax": ("def", "SyntaxError: invalid syntax"),
+    "sync_inline": (
+        "from worker import job\n@job('z.sync_inline', isolation='inline')\ndef f(ctx): ...",
+        "TypeError: z.sync_inline is inline, so it must be an async def",
+    ),
+    "bad_timeout": (
+        "from worker import job\n@job('z.bad_timeout', timeout='soon')\ndef f(ctx): ...",
+        "ValueError: 'soon' is no duration",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("WORKER_DATABASE__URL", "postgresql://secret")
+    return tmp_path
+
+
+async def read(*names: str, timeout: float = 3) -> dict[str, HandlerEntry]:
+    return {entry.name: entry async for entry in read_catalogue(names, timeout=timeout)}
+
+
+async def test_a_plug_in_is_described_without_being_imported_here(folder: Path) -> None:
+    make_plugin(
+        folder,
+        dist="acme-jobs",
+        version="1.2",
+        modules={"acme_good": GOOD},
+        entry_points={
+            "acme.digest": "acme_good:digest",
+            "acme.inline": "acme_good:inline",
+            "acme.environment": "acme_good:environment",
+            "acme.misnamed": "acme_good:misnamed",
+            "acme.not_a_job": "acme_good:not_a_job",
+            "acme.missing": "acme_good:missing",
+        },
+    )
+
+    found = await read("Acme_Jobs")
+
+    digest = found["acme.digest"]
+    assert (digest.distribution, digest.version) == ("acme-jobs", "1.2")
+    assert digest.entry_point == "acme_good:digest"
+    assert digest.scopes == ("read:kb", "write:kb")
+    assert (digest.timeout, digest.max_attempts) == ("2h", 4)
+    assert (digest.memory, digest.max_concurrent) == ("512MiB", 3)
+    assert digest.params_schema is not None
+    assert digest.params_schema["required"] == ["collection"]
+    assert digest.params_schema["additionalProperties"] is False
+    assert digest.settings_schema is not None
+    assert digest.settings_schema["properties"]["max_tokens"]["default"] == 1000
+    assert digest.error is None
+    assert found["acme.inline"].isolation == "inline"
+    assert found["acme.inline"].params_schema is None
+    assert "acme.misnamed" in str(found["acme.misnamed"].error)
+    assert found["acme.not_a_job"].error == "acme_good:not_a_job is no function declared with @job"
+    assert "AttributeError" in str(found["acme.missing"].error)
+    assert "acme_good" not in sys.modules
+    # It shows its environment as a timeout, which is refused by name.
+    assert "PATH" in str(found["acme.environment"].error)
+    assert "WORKER" not in str(found["acme.environment"].error)
+
+
+async def test_a_broken_plug_in_is_listed_with_its_error_and_the_rest_is_read(folder: Path) -> None:
+    modules = {f"acme_{name}": source for name, (source, _) in BAD.items()}
+    points = {f"z.{name}": f"acme_{name}:f" for name in BAD}
+    ok = "from worker import job\n@job('{}')\ndef f(ctx): ..."
+    modules |= {"acme_first": ok.format("a.first"), "acme_last": ok.format("zz.last")}
+    points |= {"a.first": "acme_first:f", "zz.last": "acme_last:f"}
+    make_plugin(folder, dist="acme-broken", version="0.9", modules=modules, entry_points=points)
+
+    found = await read("acme-broken")
+
+    assert found.keys() == points.keys()
+    for name, (_, error) in BAD.items():
+        entry = found[f"z.{name}"]
+        assert str(entry.error).startswith(error), entry
+        assert (entry.distribution, entry.version) == ("acme-broken", "0.9")
+    assert found["a.first"].error is None
+    assert found["zz.last"].error is None
+
+
+async def test_one_that_hangs_keeps_no_other_distribution_waiting(folder: Path) -> None:
+    hang = "import time; time.sleep(60)"
+    ok = "from worker import job\n@job('b.ok')\ndef f(ctx): ..."
+    make_plugin(folder, dist="a-hangs", modules={"a_hangs": hang}, entry_points={"a.hangs": "a_hangs:f"})
+    make_plugin(folder, dist="b-works", modules={"b_works": ok}, entry_points={"b.ok": "b_works:f"})
+
+    order = [entry.name async for entry in read_catalogue(["a-hangs", "b-works"], timeout=2)]
+
+    assert order == ["b.ok", "a.hangs"]
+
+
+async def test_two_distributions_that_offer_one_name_offer_neither(folder: Path) -> None:
+    ok = "from worker import job\n@job('same')\ndef f(ctx): ..."
+    make_plugin(folder, dist="one", modules={"one_same": ok}, entry_points={"same": "one_same:f"})
+    make_plugin(folder, dist="two", modules={"two_same": ok}, entry_points={"same": "two_same:f"})
+
+    found = [entry async for entry in read_catalogue(["one", "two"], timeout=3)]
+
+    assert [entry.error for entry in found] == [
+        "another installed distribution offers a handler of the same name"
+    ] * 2
+
+
+async def test_what_is_installed_is_known_by_metadata(folder: Path) -> None:
+    make_plugin(folder, dist="acme-jobs", version="7", entry_points={"x": "nowhere:f"})
+
+    assert installed()["acme-jobs"] == "7"
+
+
+async def test_processes_that_an_import_starts_end_with_it(folder: Path) -> None:
+    source = (
+        "import subprocess\n"
+        f"subprocess.Popen(['sh', '-c', 'sleep 60 & echo $! > {folder}/pid; wait'])\n"
+        f"import os, time\nwhile not os.path.exists('{folder}/pid'): time.sleep(0.01)\n"
+    )
+    make_plugin(
+        folder, dist="acme-starts", modules={"acme_starts": source}, entry_points={"s": "acme_starts:f"}
+    )
+
+    await read("acme-starts")
+
+    def ended() -> bool:
+        process = linux.process_of(int((folder / "pid").read_text()))
+        return process is None or process.state == "Z"
+
+    await until(ended)

@@ -1,0 +1,236 @@
+"""A handler in a process of its own: what it gets, what it sees, what its answers mean."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import NOW, RecordingLink, claims, token, until, work
+from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable
+from worker.execution.children import Children
+from worker.execution.work import Stop
+from worker.runs.outcome import (
+    Cancelled,
+    Failed,
+    HandedBack,
+    Lost,
+    NoHandler,
+    NoToken,
+    Outcome,
+    Refused,
+    Retried,
+    Snoozed,
+    Succeeded,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+def result(outcome: Outcome) -> Any:
+    assert isinstance(outcome, Succeeded), outcome
+    return None if outcome.result is None else json.loads(outcome.result)
+
+
+async def test_an_async_handler_gets_all_its_context_says(children: Children) -> None:
+    link = RecordingLink()
+    given = work("ok", claims=claims(max_tokens="5", other="x"), checkpoint={"done": 3})
+
+    outcome = await children.run(given, link, Stop())
+
+    assert result(outcome) == {
+        "org": ["org_acme", "Acme"],
+        "run": [given.run_id, 1, 7, "key-1"],
+        "scheduled_for": NOW.isoformat(),
+        "settings": {"model_version": "gpt-4", "max_tokens": 5},
+        "flag": True,
+        "checkpoint": {"done": 3},
+        "token": "token-one",
+        "deadline": given.timeout_at.isoformat(),
+    }
+    assert link.has_started
+    assert link.saved == [{"done": 1}]
+    assert link.progressed == [(1, 2, "half way")]
+    assert link.peak_memory > 10_000_000
+
+
+async def test_a_handler_that_blocks_has_the_same_methods(children: Children) -> None:
+    link = RecordingLink()
+
+    outcome = await children.run(work("ok_blocking"), link, Stop())
+
+    assert result(outcome) == {"org": "org_acme", "token": "token-one", "max_tokens": 1000}
+    assert link.saved == [{"done": 1}]
+    assert link.progressed == [(1, None, None)]
+
+
+async def test_what_is_printed_and_logged_reaches_the_runs_log(children: Children) -> None:
+    link = RecordingLink()
+
+    await children.run(work("ok"), link, Stop())
+
+    assert set(link.lines) == {
+        ("info", "stdout", "printed"),
+        ("error", "stderr", "complained"),
+        ("warning", "log", "logged\nin two lines"),
+        ("info", "log", "a library says"),
+    }
+
+
+async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
+    seen = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
+
+    assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ"}
+    # Besides the standard streams: its channel, its loop's epoll and pair of sockets, the reader of /proc.
+    kinds = sorted(kind for number, kind in seen["descriptors"].items() if int(number) > 2)
+    assert kinds == ["anon_inode", "socket", "socket", "socket"]
+    assert [seen["descriptors"][number] for number in "012"] == ["/dev/null", "pipe", "pipe"]
+    assert seen["session"]
+    assert seen["stdin"] == ""
+    assert not [name for name in seen["modules"] if name.startswith(("worker.store", "worker.tokens"))]
+    assert "sqlalchemy" not in seen["modules"]
+    folder = Path(seen["cwd"])
+    assert folder.parent.name.startswith("orgworker-")
+
+
+async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Children) -> None:
+    first = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
+    second = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
+
+    assert first["cwd"] != second["cwd"]
+    await until(lambda: not Path(first["cwd"]).exists() and not Path(second["cwd"]).exists())
+
+
+@pytest.mark.parametrize(
+    ("count", "outcome"),
+    [
+        (0, Retried(timedelta(minutes=5), "soon")),
+        (1, Snoozed(timedelta(seconds=90))),
+        (2, Cancelled("by_handler", "not needed")),
+        (3, HandedBack()),
+        (4, Succeeded(None)),
+        (5, Succeeded("7")),
+        (6, Succeeded('"text"')),
+        (7, Succeeded('{"a":[null]}')),
+    ],
+)
+async def test_an_answer_becomes_its_outcome(children: Children, count: int, outcome: Outcome) -> None:
+    assert await children.run(work("answer", params={"count": count}), RecordingLink(), Stop()) == outcome
+
+
+async def test_a_permanent_error_is_told_apart(children: Children) -> None:
+    outcome = await children.run(work("permanent"), RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.permanent
+    assert outcome.error.message == "no use"
+
+
+async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(children: Children) -> None:
+    link = RecordingLink()
+
+    outcome = await children.run(work("ok", claims=claims(max_tokens="many-secret")), link, Stop())
+
+    assert isinstance(outcome, Refused)
+    assert (outcome.reason, outcome.detail) == ("settings_invalid", "max_tokens")
+    assert "max_tokens" in outcome.message
+    assert "many-secret" not in outcome.message
+    assert not link.has_started
+
+
+@pytest.mark.parametrize("params", [{"count": "5"}, {"cuont": 5}])
+async def test_params_that_do_not_fit_fail_for_good(children: Children, params: dict[str, Any]) -> None:
+    link = RecordingLink()
+
+    outcome = await children.run(work("ok", params=params), link, Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.permanent
+    assert "count" in outcome.error.message or "cuont" in outcome.error.message
+    assert not link.has_started
+
+
+async def test_a_handler_that_is_gone_is_no_handler(children: Children) -> None:
+    missing = work("ok", entry_point="no_such_module:ok")
+    outcome = await children.run(missing, RecordingLink(), Stop())
+    assert isinstance(outcome, NoHandler)
+
+    missing = work("ok", entry_point="process_jobs:nothing")
+    outcome = await children.run(missing, RecordingLink(), Stop())
+    assert isinstance(outcome, NoHandler)
+
+
+async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Children) -> None:
+    link = RecordingLink(renewed=(token("token-two"), claims(n="two")))
+    old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
+
+    assert result(await children.run(old, link, Stop())) == ["one", "token-two", "two"]
+    assert link.tokens_asked == [False]
+
+
+async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: Children) -> None:
+    link = RecordingLink(refuses=IssuerUnavailable("the issuer does not answer"))
+    old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
+
+    outcome = await children.run(old, link, Stop())
+
+    assert isinstance(outcome, NoToken)
+    assert outcome.detail == "issuer_unavailable"
+
+
+async def test_a_lost_lease_ends_a_run_that_saves(children: Children) -> None:
+    def lost(data: str) -> None:
+        raise LeaseLost("a newer fencing token exists")
+
+    assert isinstance(await children.run(work("ok"), RecordingLink(on_save=lost), Stop()), Lost)
+
+
+async def test_a_save_waits_until_the_database_is_back(children: Children) -> None:
+    tries = []
+
+    def away(data: str) -> None:
+        tries.append(data)
+        if len(tries) < 3:
+            raise StoreUnavailable("the database does not answer")
+
+    link = RecordingLink(on_save=away)
+
+    assert isinstance(await children.run(work("ok"), link, Stop()), Succeeded)
+    assert link.saved == [{"done": 1}]
+
+
+async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: Children) -> None:
+    outcome = await children.run(work("save_badly"), RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity have no form in JSON"
+
+
+async def test_progress_is_thinned_out_but_the_last_is_shown(children: Children) -> None:
+    link = RecordingLink()
+
+    await children.run(work("hurries", params={"count": 20_000}), link, Stop())
+
+    assert len(link.progressed) < 100
+    assert link.progressed[-1] == (19_999, None, None)
+
+
+async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Children) -> None:
+    outcome = await children.run(work("connects"), RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.error.type == "httpx.ConnectError"
+    assert outcome.error.message == "nobody there"
+    assert "process_jobs.py" in outcome.error.trace
+    assert "worker/execution" not in outcome.error.trace
+
+
+async def test_many_runs_at_once_keep_apart(children: Children) -> None:
+    runs = [work("ok_blocking", org_code=f"org_{number}") for number in range(30)]
+    outcomes = await asyncio.gather(*(children.run(run, RecordingLink(), Stop()) for run in runs))
+
+    assert [result(outcome)["org"] for outcome in outcomes] == [f"org_{number}" for number in range(30)]

@@ -1,0 +1,186 @@
+"""Worker or zygote killed: no process of a run outlives them, in whatever session it is."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.hosting import Host, all_silent_within, all_up
+from tests.fakes.running import RecordingLink, until, work
+from worker.clock import SystemClock
+from worker.execution import linux
+from worker.execution.children import Children
+from worker.execution.work import Stop
+from worker.runs.outcome import Lost, Succeeded
+from worker.telemetry.events import Emitted
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def own_children(plugin_folder: Path) -> AsyncIterator[Children]:
+    """A runner for one test alone, which may kill its zygote."""
+    runner = Children(SystemClock(), lease=None)
+    runner.start()
+    yield runner
+    await runner.close()
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Hosts that a test has started, to be ended after it."""
+    started: list[Host] = []
+    yield started
+    for host in started:
+        host.end()
+
+
+async def test_the_workers_death_ends_every_process_of_its_runs(
+    plugin_folder: Path, tmp_path: Path, hosts: list[Host]
+) -> None:
+    host = Host(plugin_folder, tmp_path)
+    hosts.append(host)
+    assert host.heard() == {"saved": {"step": 1}}
+    await all_up(tmp_path)
+    below = linux.descendants(linux.processes(), [host.zygote])
+    assert len(below) == 4
+
+    host.process.send_signal(signal.SIGKILL)
+
+    await all_silent_within(tmp_path, 0.8)
+    await until(lambda: linux.process_of(host.zygote) is None or gone(host.zygote), within=2)
+    assert not [pid for pid in below if not gone(pid)]
+
+
+def gone(pid: int) -> bool:
+    process = linux.process_of(pid)
+    return process is None or process.state == "Z"
+
+
+async def test_a_stopped_zygote_does_not_keep_the_runs_of_a_dead_worker_alive_for_long(
+    plugin_folder: Path, tmp_path: Path, hosts: list[Host]
+) -> None:
+    host = Host(plugin_folder, tmp_path)
+    hosts.append(host)
+    await all_up(tmp_path)
+    os.kill(host.zygote, signal.SIGSTOP)
+    host.process.kill()
+    os.kill(host.zygote, signal.SIGCONT)
+
+    await all_silent_within(tmp_path, 0.8)
+
+
+async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
+    own_children: Children, tmp_path: Path, emitted: list[Emitted]
+) -> None:
+    link = RecordingLink()
+    params = {"folder": str(tmp_path)}
+    running = asyncio.create_task(own_children.run(work("family", params=params), link, Stop()))
+    await all_up(tmp_path)
+    first = own_children.zygote_pid
+    assert first is not None
+    below = linux.descendants(linux.processes(), [first])
+
+    os.kill(first, signal.SIGKILL)
+
+    killed = time.monotonic()
+    assert isinstance(await running, Lost)
+    assert time.monotonic() - killed < 1
+    assert [pid for pid in below if not gone(pid)] == []
+    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), Stop())
+    assert isinstance(outcome, Succeeded)
+    assert own_children.zygote_pid != first
+    assert [event.event.name for event in emitted] == ["zygote.died", "zygote.started"]
+
+
+async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: Children) -> None:
+    own_children.attach()
+    first = own_children.zygote_pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: own_children.zygote_pid != first)
+
+    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), Stop())
+
+    assert isinstance(outcome, Succeeded)
+
+
+async def test_a_zygotes_death_leaves_the_workers_own_children_alone(own_children: Children) -> None:
+    ours = subprocess.Popen(["sleep", "60"])
+    try:
+        own_children.attach()
+        first = own_children.zygote_pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: own_children.zygote_pid != first)
+
+        assert ours.poll() is None
+    finally:
+        ours.kill()
+        ours.wait()
+
+
+async def test_the_lock_falls_only_when_the_last_process_of_a_run_is_gone(
+    plugin_folder: Path, tmp_path: Path, hosts: list[Host]
+) -> None:
+    path, folder = tmp_path / "lock", tmp_path / "family"
+    folder.mkdir()
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        host = Host(plugin_folder, folder, lock=lock.fileno())
+        hosts.append(host)
+        await all_up(folder)
+
+    with open(path) as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        host.process.kill()
+        await until(lambda: locked(other.fileno()), within=2)
+    await all_silent_within(folder, 0)
+
+
+def locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+async def test_closing_ends_what_still_runs(own_children: Children, tmp_path: Path) -> None:
+    params = {"folder": str(tmp_path)}
+    running = asyncio.create_task(own_children.run(work("family", params=params), RecordingLink(), Stop()))
+    await all_up(tmp_path)
+
+    await own_children.close()
+
+    assert isinstance(await running, Lost)
+    await all_silent_within(tmp_path, 0)
+
+
+async def test_cancelling_the_runner_kills_the_run(own_children: Children, tmp_path: Path) -> None:
+    params = {"folder": str(tmp_path)}
+    running = asyncio.create_task(own_children.run(work("family", params=params), RecordingLink(), Stop()))
+    await all_up(tmp_path)
+
+    running.cancel()
+
+    await asyncio.gather(running, return_exceptions=True)
+    await all_silent_within(tmp_path, 0.8)
+
+
+async def test_a_run_that_ends_takes_its_family_with_it(own_children: Children, tmp_path: Path) -> None:
+    params = {"folder": str(tmp_path), "count": 1}
+
+    outcome = await own_children.run(work("family", params=params), RecordingLink(), Stop())
+
+    assert outcome == Succeeded(None)
+    await all_silent_within(tmp_path, 0)

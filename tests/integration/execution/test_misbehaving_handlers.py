@@ -1,0 +1,244 @@
+"""Handlers that do what handlers must not do: each ends alone, with an outcome of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import RecordingLink, until, work
+from worker.execution import linux
+from worker.execution.children import Children
+from worker.execution.output import CAP
+from worker.execution.work import Stop
+from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+async def _neighbour_and_worker_are_unharmed(children: Children) -> Any:
+    """After each test nothing of its run is left, and another run succeeds in the same zygote."""
+    before = os.getpid(), set(os.listdir("/proc/self/fd"))
+    yield
+    assert left_behind(children) == set()
+    assert isinstance(await children.run(work("ok_blocking"), RecordingLink(), Stop()), Succeeded)
+    assert before == (os.getpid(), set(os.listdir("/proc/self/fd")))
+
+
+def left_behind(children: Children) -> set[int]:
+    """All processes below the zygote."""
+    assert children.zygote_pid is not None
+    return linux.descendants(linux.processes(), [children.zygote_pid])
+
+
+async def run(
+    children: Children, handler: str, *, link: RecordingLink | None = None, **params: Any
+) -> Outcome:
+    return await children.run(work(handler, params=params), link or RecordingLink(), Stop())
+
+
+@pytest.mark.parametrize(
+    ("handler", "params", "detail"),
+    [
+        ("os_exit", {"count": 0}, "exit code 0"),
+        ("os_exit", {"count": 3}, "exit code 3"),
+        ("sys_exit", {"count": 0}, "exit code 0"),
+        ("sys_exit", {"count": 3}, "exit code 3"),
+        ("sys_exit_async", {"count": 0}, "exit code 0"),
+        ("sys_exit_async", {"count": 3}, "exit code 3"),
+        ("sys_exit_in_a_task", {}, "exit code 4"),
+        ("sys_exit_text", {}, "exit code 1"),
+        ("segfault", {}, "signal SIGSEGV"),
+        ("segfault_silently", {}, "signal SIGSEGV"),
+        ("kills_itself", {}, "signal SIGKILL"),
+        ("closes_everything", {}, "its channel to the worker was closed"),
+    ],
+)
+async def test_a_process_that_ends_early_is_handler_exited(
+    children: Children, handler: str, params: dict[str, Any], detail: str
+) -> None:
+    outcome = await run(children, handler, **params)
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.detail) == ("handler_exited", detail)
+    assert detail in outcome.error.message
+
+
+@pytest.mark.parametrize(
+    ("handler", "kind", "message"),
+    [
+        ("keyboard_interrupt", "KeyboardInterrupt", ""),
+        ("base_exception", "BaseException", "odd"),
+        ("bad_message", "process_jobs.bad_message.<locals>.Odd", "(its message cannot be written)"),
+        ("raises", "ValueError", "a ? surrogate and a � NUL"),
+        ("recurses", "RecursionError", "maximum recursion depth exceeded"),
+    ],
+)
+async def test_whatever_is_raised_is_an_error_of_the_handler(
+    children: Children, handler: str, kind: str, message: str
+) -> None:
+    outcome = await run(children, handler)
+
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "error"
+    assert outcome.error.type == kind
+    assert outcome.error.message.startswith(message)
+    assert len(outcome.error.trace) < 20_000
+
+
+async def test_recursion_without_a_limit_is_a_crash(children: Children) -> None:
+    outcome = await run(children, "recurses_deeper")
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.detail) == ("handler_exited", "signal SIGSEGV")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, "the result is not JSON: NaN and infinity have no form in JSON"),
+        (1, "the result is not JSON: NaN and infinity have no form in JSON"),
+        (2, "the result contains a lone surrogate, which is no text"),
+        (3, "the result contains a NUL character, which no database keeps"),
+        (4, "the result is 47.7 MiB of JSON; at most 1 MiB is kept"),
+        (5, "the result is not JSON: a object cannot be written as JSON"),
+        (6, "the result is not JSON: keys must be str, int, float, bool or None, not tuple"),
+        (7, "the result is not JSON: Circular reference detected"),
+        (8, "the result is not JSON: a bytes cannot be written as JSON"),
+        (11, "the result is not JSON: Exceeds the limit"),
+    ],
+)
+async def test_a_result_that_cannot_be_stored_is_result_invalid(
+    children: Children, count: int, message: str
+) -> None:
+    outcome = await run(children, "result", count=count)
+
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "result_invalid"
+    assert outcome.error.message.startswith(message)
+
+
+@pytest.mark.parametrize(("count", "text"), [(9, '{"at":1}'), (10, '{"text":"a \\\\u0000 that is none"}')])
+async def test_a_result_that_only_looks_bad_is_stored(children: Children, count: int, text: str) -> None:
+    assert await run(children, "result", count=count) == Succeeded(text)
+
+
+@pytest.mark.parametrize(
+    ("handler", "result"),
+    [
+        ("changes_everything", '"changed"'),
+        ("leaves_threads", '"left"'),
+        ("leaves_tasks", '"left"'),
+        ("forks_fifty", '"forked"'),
+        ("fork_returns", '"from the run"'),
+        ("fork_returns_async", '"from the run, 0"'),
+        ("fork_exits_async", "5"),
+    ],
+)
+async def test_what_a_handler_leaves_behind_ends_with_it(
+    children: Children, handler: str, result: str
+) -> None:
+    assert await run(children, handler) == Succeeded(result)
+    assert left_behind(children) == set()
+
+
+async def test_files_that_take_the_channels_number_are_not_written_to(
+    children: Children, tmp_path: Path
+) -> None:
+    outcome = await run(children, "closes_and_opens", folder=str(tmp_path))
+
+    assert isinstance(outcome, Failed)
+    assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == []
+
+
+@pytest.mark.parametrize("handler", ["deaf", "holds_gil", "sleeps_in_c", "stubborn"])
+async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
+    children: Children, tmp_path: Path, handler: str
+) -> None:
+    stop = Stop()
+    running = work(handler, params={"folder": str(tmp_path)})
+
+    task = asyncio.create_task(children.run(running, RecordingLink(), stop))
+    await until((tmp_path / "up").exists)
+    asked = time.monotonic()
+    stop.request("timeout", 0.5)
+
+    assert isinstance(await task, TimedOut)
+    assert 0.2 < time.monotonic() - asked < 3
+
+
+async def test_a_run_over_its_cap_of_memory_is_killed(children: Children) -> None:
+    greedy = work("takes_memory", params={"count": 200}, memory=128 * 1024 * 1024)
+
+    outcome = await children.run(greedy, RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "out_of_memory"
+
+
+async def test_memory_of_a_runs_own_processes_counts(children: Children) -> None:
+    greedy = work("children_take_memory", params={"count": 2}, memory=150 * 1024 * 1024)
+
+    outcome = await children.run(greedy, RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "out_of_memory"
+    assert "150 MiB" in outcome.error.message
+
+
+async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel(children: Children) -> None:
+    greedy = work("one_big_piece", memory=256 * 1024 * 1024)
+
+    outcome = await children.run(greedy, RecordingLink(), Stop())
+
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "out_of_memory"
+
+
+async def test_memory_below_the_cap_is_left_alone(children: Children) -> None:
+    modest = work("takes_memory", params={"count": 3}, memory=256 * 1024 * 1024)
+    link = RecordingLink()
+
+    assert await children.run(modest, link, Stop()) == Succeeded('"3 times 10 MiB"')
+    assert link.peak_memory > 30 * 1024 * 1024
+
+
+async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(children: Children) -> None:
+    link = RecordingLink()
+
+    assert await run(children, "prints", link=link, count=200_000) == Succeeded('"printed"')
+
+    assert link.lines[0] == ("info", "stdout", "first")
+    assert link.lines[-1] == ("info", "stdout", "last")
+    told = next(text for level, source, text in link.lines if source == "log")
+    dropped = int(told.split()[0])
+    assert dropped + len(link.lines) - 1 == 200_002
+    assert CAP * 0.8 < len(link.text()) <= CAP + 200
+
+
+async def test_a_crash_keeps_its_last_words(children: Children) -> None:
+    link = RecordingLink()
+
+    await run(children, "segfault", link=link)
+
+    assert ("info", "stdout", "about to crash") in link.lines
+    assert "Fatal Python error: Segmentation fault" in link.text()
+    assert "process_jobs.py" in link.text()
+
+
+async def test_output_below_python_is_kept_line_by_line(children: Children) -> None:
+    link = RecordingLink()
+
+    outcome = await run(children, "writes_raw", link=link)
+
+    assert isinstance(outcome, Failed)
+    assert sorted(link.lines) == [
+        ("error", "stderr", ""),
+        ("error", "stderr", "words in two writes"),
+        ("info", "stdout", "not � text, no line endfrom a subprocess"),
+    ]
