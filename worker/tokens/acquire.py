@@ -145,7 +145,7 @@ class Acquirer:
     def _is_worth_judging(self, granted: _Granted, credentials: Sequence[Credential]) -> bool:
         age = self._clock.monotonic() - granted.received_at
         longest = min(NO_VERDICT_KEPT, granted.token.expires_in or NO_VERDICT_KEPT)
-        return granted.credential in credentials and age < longest
+        return any(granted.credential.id == known.id for known in credentials) and age < longest
 
     async def _grant(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> _Granted:
         """Ask for a token with at most two requests, not counting those that get no answer."""

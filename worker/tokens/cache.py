@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import httpx
@@ -32,6 +32,9 @@ from worker.tokens.single_flight import SingleFlight
 MIN_CLAIMS_AGE = 60.0  # a definition cannot ask for newer claims than this
 # The last part of a token's life is not handed out: a share of it, at most so many seconds.
 MARGIN_SHARE, MARGIN = 0.2, 30.0
+RENEW_AGAIN = 60.0  # after a new token was refused while the older one still holds
+# An API that answers every token with 401 must not use up the budget of all orgs.
+MINTED_SERVES = 2.0
 RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # somewhere in this share of its life it is renewed, beside its use
 
 
@@ -45,20 +48,16 @@ class EnforcedToken:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A cached token, with its times on the monotonic clock."""
+    """A cached token, its times monotonic; `minted` where a caller insisted on a new one."""
 
     enforced: EnforcedToken
-    credential: Credential
+    credential_id: str
     received_at: float
     renew_at: float
     good_until: float
     expires_at: float
+    minted: bool
     clock: Clock
-
-    @property
-    def is_good(self) -> bool:
-        """Whether it has some life left."""
-        return self.clock.monotonic() < self.good_until and self.is_alive
 
     @property
     def is_alive(self) -> bool:
@@ -66,11 +65,14 @@ class _Entry:
         now = self.clock.now()
         return self.clock.monotonic() < self.expires_at and now < self.enforced.token.expires_at
 
-    def is_younger_than(self, age: timedelta | None) -> bool:
-        """Whether it was received so recently."""
-        if age is None:
-            return True
-        return self.clock.monotonic() - self.received_at < max(age.total_seconds(), MIN_CLAIMS_AGE)
+    def serves(self, max_age: timedelta | None, fresh: bool) -> bool:
+        """Whether it has some life left, and is as new as is wanted."""
+        age = self.clock.monotonic() - self.received_at
+        if fresh:
+            return self.minted and age < MINTED_SERVES
+        if max_age is not None and age >= max(max_age.total_seconds(), MIN_CLAIMS_AGE):
+            return False
+        return self.clock.monotonic() < self.good_until and self.is_alive
 
 
 class Tokens:
@@ -110,7 +112,8 @@ class Tokens:
 
         `scopes` are enforced; `also_ask` are asked for with them and may be missing
         (those of variants). Many callers at once make one request, and a caller that
-        is cancelled does not end it. With `fresh`, a new one is minted in any case;
+        is cancelled does not end it. With `fresh`, a new one is minted in any case, but
+        for one that was minted so within the last two seconds;
         with `max_claims_age` (at least 60 s), where the cached one was received longer
         ago. Where a new one cannot be had, one that is still valid serves, unless
         `fresh` says that it does not.
@@ -125,14 +128,14 @@ class Tokens:
         wanted = Wanted(issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes)
         credentials = await self._generations.of(org)
         entry = self._entry(wanted, credentials)
-        if entry is not None and not fresh and entry.is_good and entry.is_younger_than(max_claims_age):
+        if entry is not None and entry.serves(max_claims_age, fresh):
             if self._clock.monotonic() >= entry.renew_at and self._acquirer.may_ask(
                 channel, wanted, credentials
             ):
                 self._refreshing.start(wanted, lambda: self._refresh(channel, wanted))
             return entry.enforced
         try:
-            entry = await self._refreshing.join(wanted, lambda: self._refresh(channel, wanted))
+            entry = await self._refreshing.join(wanted, lambda: self._refresh(channel, wanted, minted=fresh))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
             if entry is None or fresh or not entry.is_alive:
                 raise
@@ -164,14 +167,14 @@ class Tokens:
         entry = self._entries.get(wanted)
         if entry is None:
             return None
-        if entry.credential not in credentials or not entry.is_alive:
-            # Its generation was retired: what was leaked with it must not be used a moment longer.
+        if not entry.is_alive or all(entry.credential_id != known.id for known in credentials):
+            # Expired, or its generation was retired: what leaked with that must not be used any longer.
             del self._entries[wanted]
             return None
         self._entries.move_to_end(wanted)
         return entry
 
-    async def _refresh(self, channel: Channel, wanted: Wanted) -> _Entry:
+    async def _refresh(self, channel: Channel, wanted: Wanted, *, minted: bool = False) -> _Entry:
         credentials = await self._generations.of(wanted.org)
         if self._acquirer.is_parked(wanted, credentials):
             # A new secret releases it at once.
@@ -179,25 +182,29 @@ class Tokens:
         try:
             enforced = await self._acquirer.acquire(channel, wanted, credentials)
         except TokenRefused as refused:
-            if refused.reason != "token_invalid":
+            older = self._entries.get(wanted)
+            if older is not None and refused.reason == "token_invalid":
+                self._entries[wanted] = replace(older, renew_at=self._clock.monotonic() + RENEW_AGAIN)
+            else:
                 # The issuer says that the org has less now: the older token says too much.
                 self._entries.pop(wanted, None)
             raise
-        self._entries[wanted] = entry = self._new_entry(enforced)
+        self._entries[wanted] = entry = self._new_entry(enforced, minted)
         while len(self._entries) > self._max_tokens:
             self._entries.popitem(last=False)
         return entry
 
-    def _new_entry(self, enforced: Enforced) -> _Entry:
+    def _new_entry(self, enforced: Enforced, minted: bool) -> _Entry:
         received_at, lifetime = enforced.received_at, enforced.lifetime
         usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
         return _Entry(
             enforced=EnforcedToken(AccessToken(enforced.text, enforced.expires_at), enforced.claims),
-            credential=enforced.credential,
+            credential_id=enforced.credential.id,
             received_at=received_at,
             renew_at=received_at + usable * self._chance.uniform(RENEW_FROM, RENEW_UNTIL),
             good_until=received_at + usable,
             expires_at=received_at + lifetime,
+            minted=minted,
             clock=self._clock,
         )
 

@@ -27,7 +27,9 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Asyn
     for name in ("httpx", "httpcore"):
         # At INFO httpx logs each URL with its query.
         logging.getLogger(name).setLevel(logging.WARNING)
-    context = ssl.create_default_context()
+    # Mozilla's authorities for images that have none, and the system's, which may have a company's own.
+    context = httpx.create_ssl_context()
+    context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     # http:// is for loopback addresses only, and those are never asked through a proxy.
     direct = None if transport else {"http://": httpx.AsyncHTTPTransport(verify=context)}
     return httpx.AsyncClient(

@@ -23,14 +23,9 @@ MAX_REMEMBERED = 1_000
 
 
 class KeyNotPublished(IssuerUnavailable):
-    """The kid is in no key set yet: no verdict. `looked` is true if a set was read since its first sight."""
+    """The kid is in no key set yet: no verdict."""
 
     code = "key_not_published"
-
-    def __init__(self, message: str, *, retry_after: float, looked: bool) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-        self.looked = looked
 
 
 class KeySet:
@@ -93,11 +88,9 @@ class KeySet:
         now = self._clock.monotonic()
         looked = self._read_at >= first_sight
         if now - first_sight < PUBLICATION or not looked:
-            raise KeyNotPublished(
-                f"issuer {self._issuer} signed with a key that it does not publish yet",
-                retry_after=max(1.0, max(self._next_look, self._next_try) - now),
-                looked=looked,
-            )
+            error = KeyNotPublished(f"issuer {self._issuer} signed with a key that it does not publish yet")
+            error.retry_after = max(1.0, max(self._next_look, self._next_try) - now)
+            raise error
         raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
 
     def _may_look(self) -> bool:

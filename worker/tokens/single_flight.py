@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +27,9 @@ class SingleFlight(Generic[K, V]):
         """The task that is under way for this key, or a new one."""
         task = self._tasks.get(key)
         if task is None:
-            task = self._tasks[key] = asyncio.get_running_loop().create_task(work())
+            # Work for many is not done in the context of whoever happened to ask first.
+            loop = asyncio.get_running_loop()
+            task = self._tasks[key] = loop.create_task(work(), context=contextvars.Context())
             task.add_done_callback(lambda done: self._ended(key, done))
         return task
 

@@ -345,3 +345,41 @@ async def test_a_kid_that_is_never_published_is_refused_after_a_minute(world: Wo
         await world.ensure(fresh=True)
     assert (refused.value.reason, refused.value.detail) == ("token_invalid", "unknown_kid")
     assert (await world.ensure()).claims.org_code == "org_a"  # the older one still holds
+
+
+async def test_an_api_that_refuses_every_token_does_not_use_up_the_budget(world: World) -> None:
+    """A token minted a moment ago serves whoever wants a fresh one."""
+    await world.ensure()
+    for _ in range(50):
+        await world.ensure(fresh=True)
+    assert world.issuer.count() == 2
+
+    world.clock.advance(2)
+    await world.ensure(fresh=True)
+    assert world.issuer.count() == 3
+
+
+async def test_a_renewal_that_is_refused_is_not_repeated_at_once(world: World) -> None:
+    """The older token holds, and the issuer is left alone for a minute."""
+    old = await world.ensure()
+    world.app.replace = {"aud": ["other"]}
+    world.clock.advance(timedelta(hours=22))
+    for _ in range(20):
+        assert await world.ensure() is old
+        await settle(50)
+    assert world.issuer.count() == 2
+
+    world.clock.advance(60)
+    await world.ensure()
+    await settle(50)
+    assert world.issuer.count() == 3
+
+
+async def test_a_secret_replaced_in_its_file_keeps_live_tokens(world: World) -> None:
+    """The generation is the same: what it brought still holds."""
+    old = await world.ensure()
+    world.credentials.orgs.clear()
+    world.credentials.add(ORG, "client-a", "not-valid-yet")
+    world.clock.advance(60)
+
+    assert await world.ensure() is old
