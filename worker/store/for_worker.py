@@ -13,9 +13,10 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.firing import FireReport, LogLine, Recovered
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun, RunContext
-from worker.store import runs, sweeps, workers
+from worker.store import retention, runs, sweeps, workers
 from worker.store.admission import Admission
 from worker.store.database import Database
+from worker.store.hand_back import hand_back
 from worker.store.sql import Progress, statements
 
 K = TypeVar("K")
@@ -95,12 +96,32 @@ class WorkerStore:
             recovered += part
         return recovered
 
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
+        """Let runs wait again that this worker owns and does not hold."""
+        return await self._database.call(hand_back, self._worker_id, owned)
+
     async def sweep(self) -> list[sweeps.Swept]:
         """Promote held runs, skip expired ones, mark those without a handler; gives the expired ones."""
         await self._database.call(sweeps.promote_held)
         expired = await self._database.call(sweeps.expire_overdue)
         await self._database.call(sweeps.mark_no_handler)
         return expired
+
+    async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
+        """Delete runs that ended in this state longer than `age` ago, with all that is theirs."""
+        return await self._database.call(retention.forget_runs, state, age, limit=limit)
+
+    async def forget_skips(self, age: timedelta, *, limit: int) -> int:
+        """Delete skips older than `age`."""
+        return await self._database.call(retention.forget_skips, age, limit=limit)
+
+    async def forget_logs(self, age: timedelta, *, limit: int) -> int:
+        """Delete lines of runs' logs older than `age`."""
+        return await self._database.call(retention.forget_logs, age, limit=limit)
+
+    async def forget_workers(self, age: timedelta) -> int:
+        """Delete workers that ended longer than `age` ago."""
+        return await self._database.call(workers.forget_ended, older_than=age)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:
         """Say which handlers this worker offers from now on."""

@@ -96,6 +96,12 @@ EVENTS: Mapping[str, Event] = _table(
         "lines",
         "lines of run logs were dropped, since they came faster than written",
     ),
+    (
+        "history.forgotten",
+        "info",
+        "runs skips lines workers",
+        "what is older than `[retention]` allows was deleted: so many of each",
+    ),
     # Tokens.
     ("token.requested", "info", "org issuer seconds", "the issuer gave a token, and it was enforced"),
     ("token.refused", "error", "org issuer reason detail", "a token failed verification or enforcement"),

@@ -25,9 +25,10 @@ from worker.execution.plans import Plans
 from worker.execution.pulse import Pulse
 from worker.execution.reconcile import Reconciler
 from worker.execution.recovery import Recovery, tell
+from worker.execution.retention import Ages, Retention
 from worker.execution.scheduler import Scheduler
 from worker.ids import WorkerId, new_id
-from worker.settings import Settings
+from worker.settings import RetentionSettings, Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
@@ -40,6 +41,8 @@ from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 
 EXIT_OK = 0
+# Seconds between two looks for what is old enough to be deleted.
+RETENTION_EVERY = 60.0
 EXIT_TRY_LATER = 75
 VERSION = version("orgworker")
 
@@ -145,6 +148,8 @@ class Incarnation:
         )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
+        retention = Retention(store, ages_of(self._settings.retention), clock)
+        housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         pulse = Pulse(
             {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
             self._notifier,
@@ -196,3 +201,16 @@ class Incarnation:
         seconds = self._settings.execution.drain.total_seconds()
         self._notifier.stopping(seconds + LAST_FLUSH)
         emit("worker.draining", worker=self.id, running=running, seconds=seconds)
+
+
+def ages_of(settings: RetentionSettings) -> Ages:
+    """How long each thing is kept, as `[retention]` says."""
+    failed = settings.failed
+    runs = {
+        "succeeded": settings.succeeded,
+        "failed": failed,
+        "refused": failed,
+        "cancelled": failed,
+        "skipped": settings.skipped,
+    }
+    return Ages(runs=runs, skips=settings.skipped, logs=settings.logs)

@@ -1,0 +1,75 @@
+"""Retention deletes in batches until nothing old enough is left, and says what it did."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.execution.retention import BATCH, Ages, Retention
+
+DAY = timedelta(days=1)
+AGES = Ages(runs={"succeeded": 30 * DAY, "failed": 90 * DAY}, skips=7 * DAY, logs=14 * DAY)
+
+
+class Rows:
+    """So many rows of each kind that are old enough."""
+
+    def __init__(self, **rows: int) -> None:
+        self.rows = rows
+        self.asked: dict[str, timedelta] = {}
+
+    async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
+        return self._take(state, age, limit)
+
+    async def forget_skips(self, age: timedelta, *, limit: int) -> int:
+        return self._take("skips", age, limit)
+
+    async def forget_logs(self, age: timedelta, *, limit: int) -> int:
+        return self._take("lines", age, limit)
+
+    async def forget_workers(self, age: timedelta) -> int:
+        return self._take("workers", age, 100)
+
+    def _take(self, kind: str, age: timedelta, limit: int) -> int:
+        self.asked[kind] = age
+        taken = min(self.rows.get(kind, 0), limit)
+        self.rows[kind] = self.rows.get(kind, 0) - taken
+        return taken
+
+
+@pytest.mark.anyio
+async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, emitted):
+    store = Rows(succeeded=2 * BATCH + 1, failed=1, lines=BATCH)
+
+    await tidied(store, clock)
+
+    assert not any(store.rows.values())
+    assert emitted[-1].event.name == "history.forgotten"
+    assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": BATCH, "workers": 0}
+
+
+@pytest.mark.anyio
+async def test_each_kind_is_kept_as_long_as_its_setting_says(clock, emitted):
+    store = Rows()
+
+    await tidied(store, clock)
+
+    assert store.asked == {
+        "succeeded": 30 * DAY,
+        "failed": 90 * DAY,
+        "skips": 7 * DAY,
+        "lines": 14 * DAY,
+        "workers": 7 * DAY,
+    }
+    assert emitted == []
+
+
+async def tidied(store: Rows, clock: ManualClock) -> None:
+    task = asyncio.create_task(Retention(store, AGES, clock).tidy())
+    while not task.done():
+        await asyncio.sleep(0)
+        clock.advance(1)
+    task.result()
