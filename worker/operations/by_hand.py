@@ -62,6 +62,7 @@ def make_run(
         idempotency_key=idempotency_key or run_id,
         isolation=definition.isolation or handlers.isolation_of(definition.handler),
         serial=definition.serial,
+        overlap=definition.overlap,
         priority=definition.priority,
         variant_handlers=definition.handlers if definition.variants else (),
         max_concurrent=definition.max_concurrent,

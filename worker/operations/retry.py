@@ -54,7 +54,7 @@ def retry(
             retry_of=old_id,
             idempotency_key=old["idempotency_key"],
         )
-        place(connection, run, row["spec"].get("overlap", "skip"), at=now)
+        place(connection, run, at=now)
         if from_checkpoint and not edit_runs.copy_checkpoint(connection, org_id, old_id, run.id, at=now):
             raise Conflict(f"run {old_id} saved no checkpoint", fix="retry it without one")
         detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint}

@@ -54,7 +54,7 @@ def run_now(
             params={**row["spec"].get("params", {}), **params} if params else None,
             request_key=key,
         )
-        place(connection, run, row["spec"].get("overlap", "skip"), at=now)
+        place(connection, run, at=now)
         entry = audit.Entry(org_id, "definition.run", f"{org} {name}", {"run": run.id, "request_key": key})
         audit.record(connection, [entry], at=now, actor=actor)
         return run_listing.row(connection, org_id, run.id)

@@ -77,6 +77,7 @@ def _run(
         idempotency_key=run_id,
         isolation=definition.isolation or isolation_of(definition.handler),
         serial=definition.serial,
+        overlap=definition.overlap,
         priority=definition.priority,
         variant_handlers=definition.handlers if definition.variants else (),
         max_concurrent=definition.max_concurrent,

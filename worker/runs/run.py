@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from worker.definitions.policies import Overlap
 from worker.ids import DefinitionId, OrgId, RunId
 
 Origin = Literal["schedule", "manual", "backfill", "retry"]
@@ -20,7 +21,10 @@ FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "r
 
 @dataclass(frozen=True, slots=True)
 class NewRun:
-    """A run to be inserted, as fire and run-now make it. Instants are aware UTC."""
+    """A run to be inserted, as fire and run-now make it. Instants are aware UTC.
+
+    `serial` runs of a definition are on one at a time; `overlap` says what becomes of one that meets another.
+    """
 
     id: RunId
     org_id: OrgId
@@ -33,6 +37,7 @@ class NewRun:
     idempotency_key: str
     isolation: Isolation = "child"
     serial: bool = True
+    overlap: Overlap = "skip"
     priority: int = 0
     variant_handlers: tuple[str, ...] = ()
     max_concurrent: int | None = None

@@ -74,8 +74,9 @@ class Statements(Protocol):
     ) -> FireReport:
         """Insert runs and skips and set what is due next, under the definitions' locks.
 
-        A serial run that finds another unfinished one of its definition becomes a
-        skip (overlap) if its origin is the schedule; one that exists already is ignored.
+        A serial run that finds another unfinished one of its definition gets the place
+        that its overlap rule gives it, else becomes a skip (overlap); one that exists
+        already is ignored.
         """
         ...
 

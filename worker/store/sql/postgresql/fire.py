@@ -12,6 +12,7 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
 from worker.runs.run import NewRun
 from worker.store.connection import driver
+from worker.store.overlaps import place_scheduled
 from worker.store.skips import StoredSkip, fold
 from worker.store.sql import Specs
 from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
@@ -149,6 +150,9 @@ def fire_write(
 ) -> FireReport:
     raw = driver(connection)
     inserted, overlapped = _insert(raw, runs) if runs else ([], [])
+    if overlapped:
+        placed, overlapped = place_scheduled(connection, overlapped)
+        inserted += placed
     skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
     if skips:
         _write_skips(raw, skips)

@@ -13,6 +13,7 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
 from worker.runs.run import NewRun
 from worker.store.connection import driver, file_now
+from worker.store.overlaps import place_scheduled
 from worker.store.skips import StoredSkip, fold
 from worker.store.sql import Specs
 from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value
@@ -101,6 +102,9 @@ def fire_write(
     cursor = driver(connection).cursor()
     now = file_now(connection)
     inserted, overlapped = _insert(cursor, runs, now)
+    if overlapped:
+        placed, overlapped = place_scheduled(connection, overlapped)
+        inserted += placed
     skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
     if skips:
         _write_skips(cursor, skips)
