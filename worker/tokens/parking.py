@@ -15,6 +15,7 @@ from worker.tokens.credentials import Credential
 K = TypeVar("K", bound=Hashable)
 Parkable = CredentialsRejected | RequestRejected | IssuerUnavailable
 MAX_PARKED = 50_000
+ASKED_LONGEST = 300.0  # what an issuer's Retry-After can make of it
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Parking(Generic[K]):
         """Park the key for `share` of its time; sets the error's `retry_after` and returns the seconds."""
         failures = self.failures(key, credentials)
         seconds = min(self._first * 2.0**failures, self._last) * share
-        seconds = max(seconds, error.retry_after or 0.0)
+        seconds = max(seconds, min(error.retry_after or 0.0, ASKED_LONGEST))
         self._places[key] = _Place(
             error=copy.copy(error),
             until=self._clock.monotonic() + seconds,

@@ -374,3 +374,12 @@ async def test_another_app_of_the_org_is_not_tried(world: World) -> None:
         await world.ensure()
 
     assert world.issuer.count() == 2
+
+
+async def test_a_retry_after_of_a_day_does_not_lose_the_day(world: World) -> None:
+    """A 503 may ask for some minutes at most."""
+    world.issuer.answer = lambda form: httpx.Response(503, headers={"Retry-After": "86400"})
+    with pytest.raises(IssuerUnavailable) as unavailable:
+        await ensure_in_time(world)
+    assert unavailable.value.retry_after == 300
+    assert world.issuer.count() == 1

@@ -9,6 +9,7 @@ import hmac
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -411,3 +412,56 @@ async def test_an_honest_token_is_accepted(changes: dict, head: dict, clock: Man
     decoded = await judge(make_token(claims(**changes), head), clock)
 
     assert decoded.org_code == "org_a"
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    2**63,
+    "",
+    "x",
+    "\x7f",
+    [],
+    [[]],
+    [None],
+    {},
+    {"v": None},
+    {"t": {}},
+]
+
+
+async def test_no_odd_value_of_any_claim_raises_anything_else(clock: ManualClock) -> None:
+    """Each claim and header parameter with each odd value: refused, or accepted where it does not matter."""
+    for name in claims():
+        for value in ODD:
+            await refuse_or_accept(make_token(claims() | {name: value}), clock)
+    for name in ("alg", "typ", "kid", "crit", "jwk", "x5c", "cty", "x"):
+        for value in ODD:
+            signed = f"{b64_json({'alg': 'RS256', 'typ': 'JWT', 'kid': 'k1'} | {name: value})}.e30"
+            await refuse_or_accept(f"{signed}.AAAA", clock)
+    for value in ODD:
+        for place in ("application_properties", "feature_flags"):
+            await refuse_or_accept(make_token(claims() | {place: {"x": value, "": value}}), clock)
+            await refuse_or_accept(make_token(claims() | {place: {"x": {"t": "b", "v": value}}}), clock)
+
+
+async def test_no_changed_letter_raises_anything_else(clock: ManualClock) -> None:
+    """A good token with a letter changed, lost or doubled, at every seventh place: refused, always."""
+    text = good()
+    for at in range(0, len(text), 7):
+        other = "B" if text[at] == "A" else "A"
+        for changed in (
+            text[:at] + other + text[at + 1 :],
+            text[:at] + text[at + 1 :],
+            text[:at] + text[at:] * 2,
+        ):
+            with pytest.raises(TokenRefused):
+                await judge(changed, clock)
+
+
+async def refuse_or_accept(text: str, clock: ManualClock) -> None:
+    with suppress(TokenRefused):
+        await judge(text, clock)
