@@ -18,6 +18,7 @@ from worker.cli import (
     db,
     definitions,
     demo,
+    doctor,
     handlers,
     keys,
     orgs,
@@ -37,6 +38,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("apply")(apply.apply)
+app.command("doctor")(doctor.doctor)
 for noun, commands in (
     ("orgs", orgs),
     ("credentials", credentials),

@@ -1,0 +1,82 @@
+"""Doctor: what goes wrong slowly or silently is found."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+from sqlalchemy import delete
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.stock import Stock
+from worker.operations import doctor
+from worker.operations.doctor import examine, held_snapshots, live_rows, too_old
+from worker.store import tables
+from worker.store.database import Database
+from worker.store.health import Holder
+
+
+@pytest.fixture
+def stock(migrated_url: str, clock: ManualClock):
+    database = Database.open(migrated_url, clock=clock)
+    yield Stock(database)
+    database.close()
+
+
+def test_a_healthy_database_passes_every_check(stock):
+    worker_id, org_id = stock.worker(), stock.org()
+    stock.put(*(stock.run(org_id) for _ in range(3)))
+    stock.finish(worker_id, stock.ended(stock.admit(worker_id, free=1)[0]))
+
+    assert [(finding.check, finding.ok) for finding in examine(stock.database)] == [
+        ("held_snapshots", True),
+        ("live_rows", True),
+    ]
+
+
+def test_an_unfinished_run_without_a_live_row_is_found(stock):
+    run = stock.run(stock.org())
+    stock.put(run)
+    remove(stock, tables.live_runs)
+
+    finding = live_rows(stock.database)
+
+    assert not finding.ok
+    assert run.id in finding.detail
+    assert finding.fix
+
+
+def test_a_live_row_without_an_unfinished_run_is_found(stock):
+    run = stock.run(stock.org())
+    stock.put(run)
+    remove(stock, tables.runs)
+
+    assert not live_rows(stock.database).ok
+
+
+def test_a_transaction_that_somebody_forgot_is_found(migrated_postgres_url, clock, monkeypatch):
+    monkeypatch.setattr(doctor, "SNAPSHOT_SECONDS", 0.0)
+    database = Database.open(migrated_postgres_url, clock=clock)
+    with psycopg.connect(migrated_postgres_url, application_name="nightly dump") as forgotten:
+        forgotten.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        forgotten.execute("SELECT count(*) FROM runs")
+
+        finding = held_snapshots(database)
+
+    assert not finding.ok
+    assert "nightly dump" in finding.detail
+    assert "pg_terminate_backend" in finding.fix
+    assert held_snapshots(database).ok
+    database.close()
+
+
+def test_a_session_is_judged_by_time_and_a_slot_by_how_far_it_lies_back():
+    assert too_old(Holder("session", "pid 1", "", "active", 61.0, 1))
+    assert not too_old(Holder("session", "pid 1", "", "active", 59.0, 900_000))
+    assert too_old(Holder("session", "pid 1", "replica", "walsender", None, 900_000))
+    assert too_old(Holder("slot", "old", "pgoutput", "inactive", None, 900_000))
+    assert not too_old(Holder("slot", "new", "pgoutput", "active", None, 10))
+
+
+def remove(stock: Stock, table: object) -> None:
+    with stock.database.transaction() as connection:
+        connection.execute(delete(table))

@@ -1,0 +1,90 @@
+"""Doctor: looks for what goes wrong slowly or silently, and says what to do about it. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from worker.store import health
+from worker.store.database import Database
+
+# Seconds after which a held snapshot makes the hot tables grow: transactions of ours last milliseconds.
+SNAPSHOT_SECONDS = 60.0
+# Transactions that a replica, a slot or a prepared transaction may lie back.
+SNAPSHOT_TRANSACTIONS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found; `fix` is empty where all is well."""
+
+    check: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+    def as_row(self) -> dict[str, object]:
+        return {"check": self.check, "ok": self.ok, "detail": self.detail, "fix": self.fix}
+
+
+def examine(database: Database) -> list[Finding]:
+    """Every check, in the order in which to read them.
+
+    Raises:
+        StoreUnavailable: the database did not answer.
+    """
+    return [check(database) for check in CHECKS]
+
+
+def held_snapshots(database: Database) -> Finding:
+    """A snapshot that is held keeps every row that ended since: admission slows down with each."""
+    name = "held_snapshots"
+    if database.dialect == "sqlite":
+        return Finding(name, True, "SQLite: nothing to hold")
+    with database.autocommit() as connection:
+        holders = health.snapshot_holders(connection)
+    old = [holder for holder in holders if too_old(holder)]
+    if not old:
+        oldest = max((holder.seconds or 0.0 for holder in holders), default=0.0)
+        return Finding(name, True, f"the oldest is {oldest:.0f} s old")
+    first = old[0]
+    lasting = "" if first.seconds is None else f", for {first.seconds:.0f} s"
+    return Finding(
+        name,
+        False,
+        f"{len(old)} held; the oldest by {first.kind} {first.name} "
+        f"({first.application or 'unnamed'}, {first.state}){lasting}, {first.transactions} transactions back",
+        _FIXES[first.kind],
+    )
+
+
+def live_rows(database: Database) -> Finding:
+    """A run has a live row exactly as long as it has not ended."""
+    with database.autocommit() as connection:
+        strayed = health.strayed(connection)
+    if not strayed:
+        return Finding("live_rows", True, "every unfinished run has its live row, and no other has one")
+    run_id, fault = strayed[0]
+    return Finding(
+        "live_rows",
+        False,
+        f"{len(strayed)} or more disagree, such as run {run_id}: {fault}",
+        "something else than orgworker has written to runs or live_runs, or a backup was restored in part; "
+        "report it with the output of `runs show`",
+    )
+
+
+def too_old(holder: health.Holder) -> bool:
+    """Whether vacuum has waited for it too long: by time where it has a transaction, else by distance."""
+    if holder.seconds is not None and holder.kind == "session":
+        return holder.seconds > SNAPSHOT_SECONDS
+    return holder.transactions > SNAPSHOT_TRANSACTIONS
+
+
+_FIXES = {
+    "session": "end it: SELECT pg_terminate_backend(PID); a dump or report belongs on a replica",
+    "prepared": "ROLLBACK PREPARED it, or finish it, where it was prepared",
+    "slot": "drop the replication slot if nobody reads it any more",
+}
+
+CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows)

@@ -1,0 +1,68 @@
+"""Health: whether the database's rows still agree with each other, and what keeps old ones from going."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+from worker.ids import RunId
+from worker.store.connection import is_postgresql
+
+# Sessions other than this one that vacuum or a lock has to wait for (a replica's feedback is one
+# without a transaction of its own), prepared transactions and replication slots.
+HOLDERS = """
+SELECT 'session' AS kind, 'pid ' || pid AS name, COALESCE(application_name, '') AS application,
+       COALESCE(state, backend_type) AS state,
+       EXTRACT(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds,
+       COALESCE(GREATEST(age(backend_xmin), age(backend_xid)), 0) AS transactions
+FROM pg_stat_activity
+WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL OR state LIKE 'idle in transaction%')
+  AND pid <> pg_backend_pid() AND backend_type <> 'autovacuum worker'
+  AND (datname = current_database() OR datname IS NULL)
+UNION ALL
+SELECT 'prepared', gid, owner::text, 'prepared', EXTRACT(epoch FROM clock_timestamp() - prepared)::float8,
+       age(transaction)
+FROM pg_prepared_xacts WHERE database = current_database()
+UNION ALL
+SELECT 'slot', slot_name, COALESCE(plugin, 'physical'), CASE WHEN active THEN 'active' ELSE 'inactive' END,
+       NULL, GREATEST(age(xmin), age(catalog_xmin))
+FROM pg_replication_slots WHERE xmin IS NOT NULL
+ORDER BY transactions DESC, seconds DESC NULLS LAST
+"""
+
+# A run without a live row that has not ended is carried by nobody; a live row without
+# an unfinished run would act for one that has ended, or that never was.
+STRAYED = """
+SELECT l.id, 'a live row whose run has ended or is gone' AS fault
+FROM live_runs l LEFT JOIN runs r ON r.id = l.id WHERE r.id IS NULL OR r.state IS NOT NULL
+UNION ALL
+SELECT r.id, 'an unfinished run without a live row'
+FROM runs r LEFT JOIN live_runs l ON l.id = r.id WHERE r.state IS NULL AND l.id IS NULL
+LIMIT :most
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What holds a snapshot: `seconds` for how long where that is known, `transactions` how far back."""
+
+    kind: str
+    name: str
+    application: str
+    state: str
+    seconds: float | None
+    transactions: int
+
+
+def snapshot_holders(connection: Connection) -> list[Holder]:
+    """What keeps PostgreSQL from removing dead rows, the oldest first; SQLite has no such thing."""
+    if not is_postgresql(connection):
+        return []
+    return [Holder(*row) for row in connection.execute(text(HOLDERS))]
+
+
+def strayed(connection: Connection, *, most: int = 20) -> Sequence[tuple[RunId, str]]:
+    """Runs whose live row and own row disagree, each with what is wrong; one statement, one snapshot."""
+    return [(id_, fault) for id_, fault in connection.execute(text(STRAYED), {"most": most})]
