@@ -150,7 +150,8 @@ class Database:
                 yield connection
             except BaseException:
                 # The hot statements go past SQLAlchemy, which so cannot see that the session died.
-                if self.dialect == "postgresql" and driver(connection).closed:
+                # (Asking an invalidated connection for its driver would connect anew.)
+                if not connection.invalidated and getattr(driver(connection), "closed", False):
                     connection.invalidate()
                 raise
 
@@ -189,5 +190,3 @@ def _unavailable(error: BaseException) -> StoreUnavailable:
         f"the database did not answer: {reason}",
         fix="is it running, and does database.url in worker.toml name it?",
     )
-
-

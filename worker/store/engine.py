@@ -77,7 +77,14 @@ def open_engine(url: URL, *, clock: Clock, role: str, connections: int, deadline
 
 
 def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
-    Path(url.database or "").parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(url.database or "").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder}, the folder of the database, cannot be made: {error.strerror}",
+            fix="database.url must name a file where this user may write",
+        ) from error
     engine = create_engine(
         url,
         pool_size=connections,

@@ -1,0 +1,206 @@
+"""A stock of orgs, definitions, workers and runs in a database, and a short way to look at the rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import insert, select, update
+
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
+from worker.runs.firing import FireReport
+from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.run import AdmittedRun, Isolation, NewRun
+from worker.store import tables, workers
+from worker.store.admission import Admission
+from worker.store.database import Database
+from worker.store.sql import statements
+
+HANDLER = "acme.note"
+LEASE = timedelta(seconds=30)
+
+Row = dict[str, Any]
+
+
+class Stock:
+    """Makes rows as operations would, and carries runs as a worker would."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._numbers = itertools.count(1)
+        self._admissions: dict[WorkerId, Admission] = {}
+
+    def now(self) -> datetime:
+        with self.database.autocommit() as connection:
+            return self.database.now(connection)
+
+    def org(self, *, limit: int = 10, weight: int = 1, state: str = "active") -> OrgId:
+        org_id, at = OrgId(new_id()), self.now()
+        self._insert(
+            tables.orgs,
+            id=org_id,
+            code=f"org_{next(self._numbers)}",
+            name="Acme",
+            issuer="main",
+            state=state,
+            max_concurrent_runs=limit,
+            weight=weight,
+            tags=[],
+            created_at=at,
+            updated_at=at,
+        )
+        return org_id
+
+    def definition(
+        self, org_id: OrgId, *, due_at: datetime | None = None, spec: Mapping[str, Any] | None = None
+    ) -> DefinitionId:
+        id_, at = DefinitionId(new_id()), self.now()
+        name = f"definition-{next(self._numbers)}"
+        self._insert(
+            tables.definitions,
+            id=id_,
+            org_id=org_id,
+            name=name,
+            revision=1,
+            enabled=True,
+            created_at=at,
+            updated_at=at,
+        )
+        self._insert(
+            tables.definition_revisions,
+            definition_id=id_,
+            revision=1,
+            spec=dict(spec or {"handler": HANDLER}),
+            at=at,
+            by="tester",
+        )
+        self._insert(
+            tables.schedule,
+            definition_id=id_,
+            org_id=org_id,
+            next_scheduled_for=due_at,
+            next_fire_at=due_at,
+        )
+        return id_
+
+    def worker(self, *, lease: timedelta = LEASE, handlers: Sequence[str] = (HANDLER,)) -> WorkerId:
+        worker_id = WorkerId(new_id())
+        with self.database.transaction() as connection:
+            workers.register(
+                connection,
+                worker_id,
+                host="here",
+                pid=1,
+                version="1",
+                lease=lease,
+                handlers=handlers,
+                capacity={"child": 50},
+            )
+        return worker_id
+
+    def run(self, org_id: OrgId, definition_id: DefinitionId | None = None, **values: Any) -> NewRun:
+        """A run to be inserted; by hand and not serial, unless said otherwise."""
+        at = self.now() - timedelta(seconds=1)
+        run = NewRun(
+            id=RunId(new_id()),
+            org_id=org_id,
+            definition_id=definition_id or DefinitionId(new_id()),
+            revision=1,
+            handler=HANDLER,
+            origin="manual",
+            scheduled_for=at,
+            available_at=at,
+            idempotency_key=new_id(),
+            serial=False,
+        )
+        return replace(run, **values)
+
+    def put(self, *runs: NewRun) -> FireReport:
+        with self.database.transaction() as connection:
+            return statements(connection).fire_write(connection, runs, [], [])
+
+    def hold(self, run: NewRun) -> None:
+        """Insert a run as one that is held back behind an unfinished one."""
+        self.put(replace(run, serial=False))
+        self.change(tables.live_runs, run.id, state="held", reason="held", serial=True)
+
+    def admit(
+        self,
+        worker_id: WorkerId,
+        free: int = 1000,
+        *,
+        inline: int = 0,
+        offered: Mapping[str, int | None] | None = None,
+    ) -> list[AdmittedRun]:
+        admission = self._admissions.setdefault(worker_id, Admission(self.database, worker_id))
+        slots: dict[Isolation, int] = {"child": free, "inline": inline}
+        return admission.admit({HANDLER: None} if offered is None else offered, slots)
+
+    def finish(self, worker_id: WorkerId, *ended: EndedAttempt) -> set[RunId]:
+        with self.database.transaction() as connection:
+            return statements(connection).finish(connection, worker_id, ended)
+
+    def ended(self, run: AdmittedRun, state: str = "succeeded", **values: Any) -> EndedAttempt:
+        """The end of an attempt that lasted two seconds, in that state."""
+        waits = state == "waiting"
+        end = EndedAttempt(
+            run_id=run.id,
+            org_id=run.org_id,
+            definition_id=run.definition_id,
+            fencing_token=run.fencing_token,
+            attempt=run.attempt,
+            started_at=run.started_at - timedelta(seconds=2),
+            ended_at=run.started_at,
+            outcome="retry" if waits else "gated" if state == "skipped" else state,
+            state=state,
+            reason="retry" if waits else None,
+            trail=Trail(run.handler, handler_started_at=run.started_at - timedelta(seconds=2)),
+            result='{"articles":3}' if state == "succeeded" else None,
+            failures=run.failures + waits,
+            recoveries=run.recoveries,
+        )
+        return replace(end, **values)
+
+    def live(self, run_id: str) -> Row | None:
+        """The row of `live_runs`, or None once the run has ended."""
+        return self._one(tables.live_runs, tables.live_runs.c.id == run_id)
+
+    def stored(self, run_id: str) -> Row:
+        """The row of `runs`."""
+        row = self._one(tables.runs, tables.runs.c.id == run_id)
+        assert row is not None
+        return row
+
+    def attempts(self, run_id: str) -> list[Row]:
+        """The rows of `attempts`, oldest first."""
+        return self.all(tables.attempts, tables.attempts.c.run_id == run_id)
+
+    def all(self, table: Any, *where: Any) -> list[Row]:
+        query = select(table).where(*where).order_by(*table.primary_key.columns)
+        with self.database.autocommit() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    def change(self, table: Any, id_: str, **values: Any) -> None:
+        """Bend one row past everything that would forbid it."""
+        key = next(iter(table.primary_key.columns))
+        with self.database.transaction() as connection:
+            connection.execute(update(table).where(key == id_).values(**values))
+
+    def make_available(self, run_id: str) -> None:
+        """As if the time that a waiting run waits for had come."""
+        self.change(tables.live_runs, run_id, available_at=self.now() - timedelta(seconds=1))
+
+    def let_lease_pass(self, worker_id: WorkerId) -> None:
+        """As if the worker had not renewed for too long."""
+        self.change(tables.workers, worker_id, lease_until=self.now() - timedelta(seconds=1))
+
+    def _one(self, table: Any, condition: Any) -> Row | None:
+        rows = self.all(table, condition)
+        return rows[0] if rows else None
+
+    def _insert(self, table: Any, **values: Any) -> None:
+        with self.database.transaction() as connection:
+            connection.execute(insert(table).values(**values))

@@ -1,0 +1,367 @@
+"""Admit: waiting runs become running ones, fair over held slots and exact within every limit."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+
+from tests.fakes.stock import HANDLER, Stock
+from worker.ids import DefinitionId, OrgId, WorkerId, new_id
+from worker.runs.ranking import Running, Share, Waiting, rank
+from worker.runs.run import NewRun
+from worker.store import tables
+from worker.store.admission import Admission
+from worker.store.database import Database
+from worker.store.sql import statements
+
+
+def by_org(stock: Stock, worker: WorkerId, free: int) -> Counter[str]:
+    return Counter(run.org_id for run in stock.admit(worker, free))
+
+
+def test_an_admitted_run_is_running_under_a_new_fencing_token(stock: Stock) -> None:
+    org, worker = stock.org(), stock.worker()
+    run = stock.run(org, params={"n": 1}, start_by=stock.now() + timedelta(hours=1))
+    stock.put(run)
+
+    (admitted,) = stock.admit(worker)
+
+    assert admitted.id == run.id
+    assert (admitted.attempt, admitted.fencing_token, admitted.failures) == (1, 1, 0)
+    assert (admitted.scheduled_for, admitted.available_at) == (run.scheduled_for, run.available_at)
+    assert (admitted.params, admitted.start_by) == ({"n": 1}, run.start_by)
+    assert admitted.idempotency_key == run.idempotency_key
+    live = stock.live(run.id)
+    assert live is not None
+    assert (live["state"], live["reason"], live["worker_id"]) == ("running", None, worker)
+    assert live["started_at"] == admitted.started_at
+    assert stock.admit(worker) == []
+
+
+def test_what_is_not_available_yet_waits(stock: Stock) -> None:
+    org, worker = stock.org(), stock.worker()
+    later = stock.run(org, available_at=stock.now() + timedelta(minutes=1), priority=5)
+    now = stock.run(org)
+    stock.put(later, now)
+
+    assert [run.id for run in stock.admit(worker)] == [now.id]
+
+
+def test_priority_goes_first_within_an_org_then_age(stock: Stock) -> None:
+    org, worker, at = stock.org(), stock.worker(), stock.now()
+    newer = stock.run(org, available_at=at - timedelta(seconds=1))
+    older = stock.run(org, available_at=at - timedelta(seconds=9))
+    urgent = stock.run(org, priority=1)
+    unimportant = stock.run(org, priority=-1, available_at=at - timedelta(hours=1))
+    stock.put(newer, older, urgent, unimportant)
+
+    admitted = [run.id for run in stock.admit(worker)]
+
+    assert admitted == [urgent.id, older.id, newer.id, unimportant.id]
+
+
+@pytest.mark.parametrize("state", ["paused", "suspended", "removed"])
+def test_only_an_active_org_starts_anything(stock: Stock, state: str) -> None:
+    stock.put(stock.run(stock.org(state=state)))
+
+    assert stock.admit(stock.worker()) == []
+
+
+def test_no_more_of_an_org_than_its_limit(stock: Stock) -> None:
+    org, worker = stock.org(limit=3), stock.worker()
+    stock.put(*(stock.run(org) for _ in range(10)))
+
+    first = stock.admit(worker)
+    assert len(first) == 3
+    assert stock.admit(worker) == []
+
+    stock.finish(worker, stock.ended(first[0]))
+    assert len(stock.admit(worker)) == 1
+
+
+def test_no_more_of_a_definition_than_its_limit_and_the_others_go_on(stock: Stock) -> None:
+    """A long queue of the definition at its limit must not stand in the way of its org's others."""
+    org, worker = stock.org(limit=10), stock.worker()
+    limited = stock.definition(org)
+    stock.put(*(stock.run(org, limited, max_concurrent=2) for _ in range(30)))
+    others = [stock.run(org) for _ in range(5)]
+    stock.put(*others)
+
+    started = stock.admit(worker) + stock.admit(worker)
+
+    counts = Counter(run.definition_id for run in started)
+    assert counts[limited] == 2
+    assert {run.id for run in others} <= {run.id for run in started}
+
+
+def test_a_handlers_limit_holds_over_all_orgs(stock: Stock) -> None:
+    worker = stock.worker()
+    stock.put(*(stock.run(stock.org(), handler="acme.heavy") for _ in range(6)))
+    stock.put(*(stock.run(stock.org()) for _ in range(3)))
+    offered = {"acme.heavy": 2, HANDLER: None}
+
+    started = Counter(run.handler for run in stock.admit(worker, offered=offered))
+
+    assert started == {"acme.heavy": 2, HANDLER: 3}
+    assert stock.admit(worker, offered=offered) == []
+
+
+def test_only_handlers_that_are_offered_and_with_variants_all_of_them(stock: Stock) -> None:
+    org, worker = stock.org(), stock.worker()
+    plain = stock.run(org)
+    foreign = stock.run(org, handler="acme.foreign")
+    both = stock.run(org, variant_handlers=(HANDLER, "acme.v2"))
+    stock.put(foreign, both, plain)
+
+    assert [run.id for run in stock.admit(worker)] == [plain.id]
+    assert [run.id for run in stock.admit(worker, offered={HANDLER: None, "acme.v2": None})] == [both.id]
+    assert stock.admit(worker, offered={}) == []
+
+
+def test_each_isolation_has_its_own_slots(stock: Stock) -> None:
+    org, worker = stock.org(limit=50), stock.worker()
+    stock.put(*(stock.run(org) for _ in range(20)))
+    stock.put(*(stock.run(org, isolation="inline") for _ in range(20)))
+
+    assert Counter(run.isolation for run in stock.admit(worker, 0, inline=4)) == {"inline": 4}
+    assert Counter(run.isolation for run in stock.admit(worker, 3, inline=0)) == {"child": 3}
+    rest = stock.admit(worker, 2, inline=5) + stock.admit(worker, 0, inline=5)
+    assert Counter(run.isolation for run in rest)["inline"] >= 5
+
+
+def test_nobody_but_a_registered_worker_admits(stock: Stock) -> None:
+    worker = stock.worker()
+    stock.put(stock.run(stock.org()))
+    stock.change(tables.workers, worker, ended_at=stock.now())
+
+    assert stock.admit(worker) == []
+    assert stock.admit(WorkerId(new_id())) == []
+
+
+def test_a_worker_whose_lease_has_passed_admits_nothing(postgres: Database) -> None:
+    """Its runs could be taken from it at any moment."""
+    stock = Stock(postgres)
+    worker = stock.worker()
+    stock.put(stock.run(stock.org()))
+    stock.let_lease_pass(worker)
+
+    assert stock.admit(worker) == []
+
+
+def test_an_org_that_adds_few_runs_does_not_wait_behind_one_that_floods(stock: Stock) -> None:
+    flood, few, worker = stock.org(limit=100), stock.org(limit=100), stock.worker()
+    stock.put(*(stock.run(flood) for _ in range(50)))
+    held = stock.admit(worker, 10)
+    stock.put(*(stock.run(few) for _ in range(5)))
+
+    first_of_few = None
+    for n, run in enumerate(held, start=1):
+        stock.finish(worker, stock.ended(run))
+        (started,) = stock.admit(worker, 1)
+        if started.org_id == few:
+            first_of_few = n
+            break
+
+    assert first_of_few is not None
+    assert first_of_few <= 11
+
+
+def test_slots_are_shared_by_weight(stock: Stock) -> None:
+    light, heavy, worker = stock.org(limit=100), stock.org(limit=100, weight=3), stock.worker()
+    stock.put(*(stock.run(light) for _ in range(60)), *(stock.run(heavy) for _ in range(60)))
+
+    assert by_org(stock, worker, 40) == {light: 10, heavy: 30}
+
+
+def test_held_slots_count_and_whoever_holds_many_waits(stock: Stock) -> None:
+    hog, other, worker = stock.org(limit=100), stock.org(limit=100), stock.worker()
+    stock.put(*(stock.run(hog) for _ in range(30)))
+    stock.admit(worker, 10)
+    stock.put(*(stock.run(other) for _ in range(30)))
+
+    assert by_org(stock, worker, 10) == {other: 10}
+    assert by_org(stock, worker, 10) == {hog: 5, other: 5}
+
+
+def test_the_walk_goes_round_and_nobody_is_left_out(stock: Stock) -> None:
+    """More orgs than one step looks at, and one slot at a time."""
+    worker, orgs = stock.worker(), [stock.org() for _ in range(40)]
+    stock.put(*(stock.run(org) for org in orgs))
+
+    started = [run.org_id for _ in orgs for run in stock.admit(worker, 1)]
+
+    assert sorted(started) == sorted(orgs)
+    assert stock.admit(worker, 1) == []
+
+
+def test_orgs_that_can_start_nothing_do_not_hide_those_behind_them(stock: Stock) -> None:
+    worker = stock.worker()
+    full = [stock.org(limit=1) for _ in range(40)]
+    stock.put(*(stock.run(org) for org in full), *(stock.run(org) for org in full))
+    assert len(stock.admit(worker)) == 40
+    last = stock.run(stock.org())
+    stock.put(last)
+
+    assert [run.id for run in stock.admit(worker, 2)] == [last.id]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int) -> None:
+    """Random weights, limits and priorities against the reference, call after call, all slots kept."""
+    chance = random.Random(seed)
+    handlers = [HANDLER, "acme.b", "acme.c"]
+    shares = {
+        stock.org(limit=limit, weight=weight): Share(limit, weight)
+        for limit, weight in ((chance.randint(1, 9), chance.randint(1, 4)) for _ in range(8))
+    }
+    definitions = {org: [DefinitionId(new_id()) for _ in range(3)] for org in shares}
+    limits = {id_: chance.choice((None, None, 1, 3)) for ids in definitions.values() for id_ in ids}
+    offered = {name: chance.choice((None, None, 4)) for name in handlers}
+    runs = [_random_run(stock, chance, definitions, limits, handlers) for _ in range(90)]
+    stock.put(*runs)
+    worker, left = stock.worker(handlers=handlers), {run.id: run for run in runs}
+    while True:
+        free = chance.randint(1, 12)
+        expected = rank(
+            [_waiting(run) for run in left.values()],
+            _counted(stock),
+            shares=shares,
+            handler_limits=offered,
+            free={"child": free},
+        )
+        admitted = stock.admit(worker, free, offered=offered)
+        assert [run.id for run in admitted] == [run.id for run in expected]
+        if not admitted:
+            break
+        for run in admitted:
+            del left[run.id]
+
+
+def _random_run(
+    stock: Stock,
+    chance: random.Random,
+    definitions: dict[OrgId, list[DefinitionId]],
+    limits: dict[DefinitionId, int | None],
+    handlers: list[str],
+) -> NewRun:
+    org = chance.choice(list(definitions))
+    definition = chance.choice(definitions[org])
+    return stock.run(
+        org,
+        definition,
+        handler=chance.choice(handlers),
+        max_concurrent=limits[definition],
+        priority=chance.choice((0, 0, 0, 2)),
+        available_at=stock.now() - timedelta(seconds=chance.randint(1, 5)),
+    )
+
+
+def _waiting(run: NewRun) -> Waiting:
+    return Waiting(
+        run.id,
+        run.org_id,
+        run.definition_id,
+        run.handler,
+        run.available_at,
+        run.isolation,
+        run.priority,
+        run.max_concurrent,
+    )
+
+
+def _counted(stock: Stock) -> Running:
+    rows = stock.all(tables.live_runs, tables.live_runs.c.state == "running")
+    return Running(
+        Counter(row["org_id"] for row in rows),
+        Counter(row["definition_id"] for row in rows),
+        Counter(row["handler"] for row in rows),
+    )
+
+
+def test_workers_that_admit_at_once_never_go_beyond_a_limit(postgres: Database) -> None:
+    most = _crowd(postgres)
+
+    assert most["org"] == most["definition"] == most["handler"] == 3
+
+
+def test_without_the_admission_lock_the_same_crowd_goes_beyond_it(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof that the check above can see what it looks for."""
+    monkeypatch.setattr("worker.store.sql.postgresql.admit.LOCK", "SELECT %s")
+
+    assert max(_crowd(postgres, seconds=20, until=4).values()) > 3
+
+
+def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) -> Counter[str]:
+    """Four workers on few orgs, each attempt a retry; the most that any limit of 3 ever held."""
+    stock = Stock(database)
+    orgs = [stock.org(limit=3) for _ in range(3)]
+    wide = stock.org(limit=1000)
+    limited, runs = DefinitionId(new_id()), 50
+    stock.put(*(stock.run(org) for org in orgs for _ in range(runs)))
+    stock.put(*(stock.run(wide, limited, max_concurrent=3) for _ in range(runs)))
+    stock.put(*(stock.run(wide, handler="acme.heavy") for _ in range(runs)))
+    offered = {HANDLER: None, "acme.heavy": 3}
+    over, most = threading.Event(), Counter[str]()
+    failures: list[BaseException] = []
+
+    def work(worker: WorkerId) -> None:
+        try:
+            admission = Admission(database, worker)
+            while not over.is_set():
+                admitted = admission.admit(offered, {"child": 5})
+                most["admitted"] += len(admitted)
+                if admitted:
+                    stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted))
+        except BaseException as error:
+            failures.append(error)
+
+    def watch() -> None:
+        with database.autocommit() as connection:
+            while not over.is_set():
+                for name, column in (
+                    ("org", "org_id"),
+                    ("definition", "definition_id"),
+                    ("handler", "handler"),
+                ):
+                    where = {
+                        "org": f"org_id <> '{wide}'",
+                        "definition": f"definition_id = '{limited}'",
+                        "handler": "handler = 'acme.heavy'",
+                    }[name]
+                    (held,) = connection.exec_driver_sql(
+                        f"SELECT COALESCE(max(n), 0) FROM (SELECT count(*) AS n FROM live_runs "
+                        f"WHERE state = 'running' AND {where} GROUP BY {column}) c"
+                    ).one()
+                    most[name] = max(most[name], held)
+                if until is not None and max(most["org"], most["definition"], most["handler"]) >= until:
+                    over.set()
+
+    threads = [threading.Thread(target=work, args=(stock.worker(),)) for _ in range(4)]
+    threads.append(threading.Thread(target=watch))
+    for thread in threads:
+        thread.start()
+    over.wait(seconds)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert most.pop("admitted") > 0
+    return most
+
+
+def test_a_full_round_that_finds_nothing_takes_no_lock(postgres: Database) -> None:
+    """Orgs at their limit are passed without keeping other admitters waiting."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org(limit=1)
+    stock.put(stock.run(org), stock.run(org))
+    assert len(stock.admit(worker)) == 1
+
+    with postgres.transaction() as other:
+        statements(other).admit_choose(other, worker, [org], offered={HANDLER: None}, free={"child": 1})
+        assert stock.admit(worker) == []

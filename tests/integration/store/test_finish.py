@@ -1,0 +1,311 @@
+"""Finish: an attempt's end is written once, by whoever owns the run, together with all it changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import update
+from sqlalchemy.exc import DBAPIError
+
+from tests.fakes.stock import HANDLER, Stock
+from worker.ids import OrgId, WorkerId
+from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.run import AdmittedRun
+from worker.store import tables
+from worker.store.database import Database
+from worker.store.sql import statements
+
+
+def admitted(stock: Stock, worker: WorkerId, org: OrgId | None = None) -> AdmittedRun:
+    stock.put(stock.run(org or stock.org()))
+    (run,) = stock.admit(worker)
+    return run
+
+
+def test_a_run_that_ended_has_its_outcome_and_no_live_row(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+
+    assert stock.finish(worker, stock.ended(run, detail="fine")) == {run.id}
+
+    assert stock.live(run.id) is None
+    row = stock.stored(run.id)
+    assert (row["state"], row["reason"], row["detail"]) == ("succeeded", None, "fine")
+    assert (row["attempt"], row["result_fencing_token"], row["worker_id"]) == (1, 1, worker)
+    assert row["result"] == {"articles": 3}
+    assert (row["available_at"], row["started_at"]) == (run.available_at, run.started_at)
+    assert row["finished_at"] >= run.started_at
+
+
+def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    trail = Trail(
+        handler="acme.note_v2",
+        token_ready_at=run.started_at - timedelta(milliseconds=3),
+        handler_started_at=run.started_at - timedelta(milliseconds=2),
+        claims={"org_code": "org_1", "properties": {"model": 'g"pt\\{4},'}},
+        flags={"agent-v2": True},
+        jti="a,b",
+        claims_hash="00ff",
+        progress={"done": 3, "total": 9, "note": None},
+        peak_memory=12_345_678_901,
+    )
+    error = {"type": "ValueError", "message": 'it said "no"\nand {left}, \\'}
+    end = stock.ended(run, "failed", reason="error", error=error, error_cause="ValueError: <text>")
+
+    stock.finish(worker, replace(end, trail=trail, started_at=run.started_at - timedelta(seconds=1)))
+
+    (attempt,) = stock.attempts(run.id)
+    assert attempt["handler"] == "acme.note_v2"
+    assert (attempt["fencing_token"], attempt["worker_id"]) == (1, worker)
+    assert (attempt["token_ready_at"], attempt["handler_started_at"]) == (
+        trail.token_ready_at,
+        trail.handler_started_at,
+    )
+    assert (attempt["outcome"], attempt["error"]) == ("failed", error)
+    assert attempt["error_cause"] == "ValueError: <text>"
+    assert (attempt["claims"], attempt["flags"]) == (trail.claims, trail.flags)
+    assert (attempt["jti"], attempt["claims_hash"], attempt["peak_memory"]) == ("a,b", "00ff", 12_345_678_901)
+    row = stock.stored(run.id)
+    assert (row["error"], row["reason"], row["progress"]) == (error, "error", trail.progress)
+
+
+def test_writing_the_same_end_again_is_accepted_and_changes_nothing(stock: Stock) -> None:
+    """The answer to COMMIT was cut: the worker writes again, and must not hear that it lost the run."""
+    worker = stock.worker()
+    run, other = admitted(stock, worker), admitted(stock, worker)
+    stock.finish(worker, stock.ended(run))
+    before = stock.stored(run.id), stock.all(tables.rollup_days), stock.all(tables.rollup_hours)
+
+    assert stock.finish(worker, stock.ended(run), stock.ended(other)) == {run.id, other.id}
+    assert stock.finish(worker, stock.ended(run)) == {run.id}
+
+    assert stock.stored(run.id) == before[0]
+    assert len(stock.attempts(run.id)) == 1
+    assert sum(row["runs"] for row in stock.all(tables.rollup_days)) == 2
+
+
+def test_a_retry_written_twice_is_accepted_even_when_the_run_is_on_again(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    retry = stock.ended(run, "waiting")
+    assert stock.finish(worker, retry) == {run.id}
+    assert stock.finish(worker, retry) == {run.id}
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+
+    assert stock.finish(worker, retry) == {run.id}
+
+    live = stock.live(run.id)
+    assert live is not None
+    assert (live["state"], live["fencing_token"]) == ("running", again.fencing_token)
+
+
+def test_a_late_end_under_an_older_fencing_token_changes_nothing(stock: Stock) -> None:
+    worker, other = stock.worker(), stock.worker()
+    run = admitted(stock, worker)
+    stock.change(tables.live_runs, run.id, fencing_token=2, attempt=2, worker_id=other)
+
+    assert stock.finish(worker, stock.ended(run)) == set()
+    assert stock.finish(other, stock.ended(run)) == set()
+
+    assert stock.stored(run.id)["state"] is None
+    assert stock.attempts(run.id) == []
+    assert stock.all(tables.rollup_days) == []
+
+
+def test_of_a_batch_only_what_is_still_ours_is_written(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org()
+    mine, lost, waiting = (admitted(stock, worker, org) for _ in range(3))
+    stock.change(tables.live_runs, lost.id, fencing_token=9)
+
+    accepted = stock.finish(worker, stock.ended(waiting, "waiting"), stock.ended(lost), stock.ended(mine))
+
+    assert accepted == {mine.id, waiting.id}
+    assert stock.stored(mine.id)["state"] == "succeeded"
+    assert stock.stored(lost.id)["state"] is None
+
+
+def test_a_retry_waits_from_the_databases_time_of_the_write(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    before = stock.now()
+
+    stock.finish(
+        worker,
+        stock.ended(run, "waiting", available_after=timedelta(minutes=5), failures=1, detail="busy"),
+    )
+
+    live = stock.live(run.id)
+    assert live is not None
+    assert before <= live["available_at"] - timedelta(minutes=5) <= stock.now()
+    assert (live["state"], live["reason"], live["detail"]) == ("waiting", "retry", "busy")
+    assert (live["worker_id"], live["started_at"], live["failures"]) == (None, None, 1)
+    assert stock.stored(run.id)["state"] is None
+    assert stock.admit(worker) == []
+    stock.make_available(run.id)
+    (again,) = stock.admit(worker)
+    assert (again.attempt, again.fencing_token, again.failures) == (2, 2, 1)
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_the_start_deadline_falls_once_the_handler_has_started(stock: Stock, started: bool) -> None:
+    worker, start_by = stock.worker(), stock.now() + timedelta(hours=1)
+    stock.put(stock.run(stock.org(), start_by=start_by))
+    (run,) = stock.admit(worker)
+
+    stock.finish(worker, stock.ended(run, "waiting", reason="no_token", keep_start_by=not started))
+
+    live = stock.live(run.id)
+    assert live is not None
+    assert live["start_by"] == (None if started else start_by)
+
+
+def test_a_run_that_would_wait_although_it_was_cancelled_is_cancelled(stock: Stock) -> None:
+    """The request came while a retry was on its way: it must not get lost."""
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    stock.change(tables.live_runs, run.id, cancel_requested_at=stock.now(), cancel_reason="suspended")
+
+    assert stock.finish(worker, stock.ended(run, "waiting")) == {run.id}
+
+    row = stock.stored(run.id)
+    assert (row["state"], row["reason"]) == ("cancelled", "suspended")
+    assert stock.attempts(run.id)[0]["outcome"] == "retry"
+    assert stock.live(run.id) is None
+
+
+def test_rollups_count_runs_attempts_and_handler_time(stock: Stock) -> None:
+    worker, org, other = stock.worker(), stock.org(), stock.org()
+    good, again, bad = (admitted(stock, worker, org) for _ in range(3))
+    foreign = admitted(stock, worker, other)
+    stock.finish(worker, stock.ended(good), stock.ended(again, "waiting"), stock.ended(foreign))
+    stock.finish(worker, stock.ended(bad, "failed", reason="error"))
+
+    days = {row["org_id"]: row for row in stock.all(tables.rollup_days)}
+    hours = {(row["org_id"], row["state"]): row["runs"] for row in stock.all(tables.rollup_hours)}
+
+    assert (days[org]["runs"], days[org]["attempts"], days[org]["handler_seconds"]) == (2, 3, 6)
+    assert (days[other]["runs"], days[other]["attempts"], days[other]["handler_seconds"]) == (1, 1, 2)
+    assert hours == {(org, "succeeded"): 1, (org, "failed"): 1, (other, "succeeded"): 1}
+
+
+def test_an_end_lets_the_run_held_behind_it_wait(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org()
+    definition = stock.definition(org)
+    stock.put(stock.run(org, definition, serial=True))
+    held = stock.run(org, definition, start_by=stock.now() + timedelta(hours=2))
+    stock.hold(held)
+    (run,) = stock.admit(worker)
+    assert stock.admit(worker) == []
+
+    stock.finish(worker, stock.ended(run))
+
+    live = stock.live(held.id)
+    assert live is not None
+    assert (live["state"], live["reason"]) == ("waiting", "due")
+    # Its deadline counts from its promotion.
+    assert held.start_by is not None
+    assert live["start_by"] - live["available_at"] == held.start_by - held.available_at
+    assert live["available_at"] > held.available_at
+    assert [run.id for run in stock.admit(worker)] == [held.id]
+
+
+def test_a_retry_keeps_the_run_behind_it_held(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org()
+    definition = stock.definition(org)
+    stock.put(stock.run(org, definition, serial=True))
+    held = stock.run(org, definition)
+    stock.hold(held)
+    (run,) = stock.admit(worker)
+
+    stock.finish(worker, stock.ended(run, "waiting"))
+
+    live = stock.live(held.id)
+    assert live is not None
+    assert live["state"] == "held"
+
+
+def test_a_run_that_has_ended_never_changes(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    stock.finish(worker, stock.ended(run))
+
+    with pytest.raises(DBAPIError, match="a run that has ended never changes"):
+        stock.change(tables.runs, run.id, state="failed")
+
+
+def test_a_result_that_the_database_does_not_take_fails_the_whole_batch(stock: Stock) -> None:
+    """The finisher then writes row by row; nothing of the batch may be there already."""
+    worker = stock.worker()
+    good, bad = admitted(stock, worker), admitted(stock, worker)
+    batch: list[EndedAttempt] = [stock.ended(good), replace(stock.ended(bad), state="nonsense")]
+
+    with pytest.raises(Exception, match="(?i)check"):
+        stock.finish(worker, *batch)
+
+    assert stock.stored(good.id)["state"] is None
+    assert stock.finish(worker, batch[0]) == {good.id}
+
+
+def test_an_end_given_twice_in_one_batch_is_written_once(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+
+    assert stock.finish(worker, stock.ended(run), stock.ended(run)) == {run.id}
+    assert len(stock.attempts(run.id)) == 1
+
+
+def test_a_clock_of_the_worker_that_is_wrong_bends_no_attempt(stock: Stock) -> None:
+    worker = stock.worker()
+    run = admitted(stock, worker)
+
+    stock.finish(worker, stock.ended(run, ended_at=run.started_at + timedelta(days=1)))
+
+    (attempt,) = stock.attempts(run.id)
+    assert attempt["started_at"] <= attempt["ended_at"] <= stock.stored(run.id)["finished_at"]
+
+
+def test_batches_that_share_runs_in_opposite_orders_do_not_deadlock(postgres: Database) -> None:
+    """Both lock in the order of ids; the second finds what the first has written."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org(limit=50)
+    stock.put(*(stock.run(org) for _ in range(20)))
+    runs = stock.admit(worker)
+    ends = [stock.ended(run) for run in runs]
+    with postgres.transaction() as first:
+        mine = statements(first).finish(first, worker, ends[:10])
+    assert stock.finish(worker, *reversed(ends)) == {run.id for run in runs}
+    assert len(mine) == 10
+
+
+def test_the_live_row_exists_exactly_while_the_run_has_no_final_state(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org(limit=30)
+    stock.put(*(stock.run(org) for _ in range(12)))
+    runs = stock.admit(worker, 9)
+    states = ("succeeded", "waiting", "failed")
+    stock.finish(worker, *(stock.ended(run, states[n % 3]) for n, run in enumerate(runs)))
+
+    live = {row["id"] for row in stock.all(tables.live_runs)}
+    unfinished = {row["id"] for row in stock.all(tables.runs) if row["state"] is None}
+
+    assert live == unfinished
+    assert len(live) == 6
+
+
+def test_the_fence_is_seen_to_matter(stock: Stock) -> None:
+    """With a live row that is nobody's, not even its own worker's old token ends it."""
+    worker = stock.worker()
+    run = admitted(stock, worker)
+    with stock.database.transaction() as connection:
+        connection.execute(
+            update(tables.live_runs)
+            .where(tables.live_runs.c.id == run.id)
+            .values(state="waiting", reason="recovered", worker_id=None, started_at=None)
+        )
+
+    assert stock.finish(worker, stock.ended(run)) == set()
+    assert stock.finish(worker, stock.ended(run, "waiting", trail=Trail(HANDLER))) == set()

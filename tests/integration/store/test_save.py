@@ -1,0 +1,125 @@
+"""Save: checkpoints, progress and log lines of a running run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fakes.stock import Stock
+from worker.runs.firing import LogLine
+from worker.runs.run import AdmittedRun
+from worker.store import runs, tables
+from worker.store.sql import statements
+
+
+def running(stock: Stock) -> AdmittedRun:
+    stock.put(stock.run(stock.org()))
+    (run,) = stock.admit(stock.worker())
+    return run
+
+
+def save(stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None) -> bool:
+    with stock.database.transaction() as connection:
+        return statements(connection).save_checkpoint(
+            connection,
+            run.id,
+            run.fencing_token if token is None else token,
+            attempt=run.attempt,
+            org_id=run.org_id,
+            data_json=data,
+        )
+
+
+def load(stock: Stock, run: AdmittedRun) -> object:
+    with stock.database.autocommit() as connection:
+        return runs.load_checkpoint(connection, run.id)
+
+
+def recoveries(stock: Stock, run: AdmittedRun) -> int:
+    live = stock.live(run.id)
+    assert live is not None
+    count: int = live["recoveries"]
+    return count
+
+
+def test_the_last_checkpoint_is_what_the_next_attempt_gets(stock: Stock) -> None:
+    run = running(stock)
+    assert load(stock, run) is None
+
+    assert save(stock, run, '{"done":1}')
+    assert save(stock, run, '{"done":2,"note":"é \\"x\\""}')
+
+    assert load(stock, run) == {"done": 2, "note": 'é "x"'}
+    (row,) = stock.all(tables.checkpoints)
+    assert (row["attempt"], row["fencing_token"], row["org_id"]) == (1, 1, run.org_id)
+
+
+@pytest.mark.parametrize("data", ["null", "[]", '"text"', "0"])
+def test_any_json_is_a_checkpoint(stock: Stock, data: str) -> None:
+    run = running(stock)
+
+    assert save(stock, run, data)
+    assert load(stock, run) == {"null": None, "[]": [], '"text"': "text", "0": 0}[data]
+
+
+def test_a_checkpoint_under_an_older_fencing_token_is_refused(stock: Stock) -> None:
+    run = running(stock)
+    save(stock, run, '{"done":1}')
+
+    assert not save(stock, run, '{"done":2}', token=0)
+    stock.change(tables.live_runs, run.id, state="waiting", reason="recovered", worker_id=None)
+    assert not save(stock, run, '{"done":3}')
+
+    assert load(stock, run) == {"done": 1}
+
+
+def test_only_a_checkpoint_that_moved_forgives_lost_workers(stock: Stock) -> None:
+    run = running(stock)
+    save(stock, run, '{"done":1}')
+    stock.change(tables.live_runs, run.id, recoveries=2)
+
+    save(stock, run, '{"done":1}')
+    assert recoveries(stock, run) == 2
+
+    save(stock, run, '{"done":2}')
+    assert recoveries(stock, run) == 0
+
+
+def test_a_first_checkpoint_moved(stock: Stock) -> None:
+    run = running(stock)
+    stock.change(tables.live_runs, run.id, recoveries=2)
+
+    save(stock, run, "null")
+
+    assert recoveries(stock, run) == 0
+
+
+def test_progress_is_written_where_the_fencing_token_holds(stock: Stock) -> None:
+    mine, lost = running(stock), running(stock)
+    progress = {"done": 3, "total": 9, "note": 'half "way", {é}'}
+
+    with stock.database.transaction() as connection:
+        statements(connection).write_progress(
+            connection, [(lost.id, lost.fencing_token + 1, progress), (mine.id, 1, progress)]
+        )
+
+    rows = stock.live(mine.id), stock.live(lost.id)
+    assert rows[0] is not None
+    assert rows[1] is not None
+    assert rows[0]["progress"] == progress
+    assert rows[1]["progress"] is None
+
+
+def test_log_lines_are_appended_once(stock: Stock) -> None:
+    run, at = running(stock), stock.now()
+    lines = [
+        LogLine(run.id, 1, n, run.org_id, at, "info", "stdout", text)
+        for n, text in enumerate(('a "b" {c}, \\', "", "NULL", "line\nbreak"), start=1)
+    ]
+
+    for part in (lines[:2], lines):
+        with stock.database.transaction() as connection:
+            statements(connection).append_logs(connection, part)
+
+    rows = stock.all(tables.run_logs)
+    assert [(row["seq"], row["text"]) for row in rows] == [(line.seq, line.text) for line in lines]
+    assert {(row["level"], row["source"], row["at"]) for row in rows} == {("info", "stdout", at)}

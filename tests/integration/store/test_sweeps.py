@@ -1,0 +1,109 @@
+"""Sweeps: waiting runs that nothing else would touch."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from tests.fakes.stock import HANDLER, Stock
+from worker.runs.run import NewRun
+from worker.store import sweeps, tables, workers
+
+
+def reason(stock: Stock, run: NewRun) -> str:
+    live = stock.live(run.id)
+    assert live is not None
+    text: str = live["reason"]
+    return text
+
+
+def mark(stock: Stock) -> int:
+    with stock.database.transaction() as connection:
+        return sweeps.mark_no_handler(connection)
+
+
+def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: Stock) -> None:
+    org, worker = stock.org(), stock.worker()
+    fine, foreign = stock.run(org), stock.run(org, handler="acme.foreign")
+    variants = stock.run(org, variant_handlers=(HANDLER, "acme.v2"))
+    later = stock.run(org, handler="acme.foreign", available_at=stock.now() + timedelta(hours=1))
+    stock.put(fine, foreign, variants, later)
+
+    assert mark(stock) == 2
+    assert [reason(stock, run) for run in (fine, foreign, variants, later)] == [
+        "due",
+        "no_handler",
+        "no_handler",
+        "due",
+    ]
+    assert mark(stock) == 0
+
+    with stock.database.transaction() as connection:
+        workers.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
+    assert mark(stock) == 2
+    assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
+
+
+def test_the_offer_of_a_worker_that_is_gone_counts_for_nothing(stock: Stock) -> None:
+    run, worker = stock.run(stock.org()), stock.worker()
+    stock.put(run)
+    stock.let_lease_pass(worker)
+
+    mark(stock)
+
+    assert reason(stock, run) == "no_handler"
+
+
+def test_a_run_that_never_started_in_time_is_skipped(stock: Stock) -> None:
+    org, worker, now = stock.org(), stock.worker(), stock.now()
+    late = stock.run(org, start_by=now - timedelta(seconds=1))
+    patient = stock.run(org, start_by=now + timedelta(hours=1))
+    started = stock.run(org, start_by=now - timedelta(seconds=1), priority=1)
+    stock.put(late, patient, started)
+    stock.admit(worker, 1)
+
+    with stock.database.transaction() as connection:
+        expired = sweeps.expire_overdue(connection)
+
+    assert [(run.run_id, run.state, run.reason) for run in expired] == [(late.id, "skipped", "expired")]
+    row = stock.stored(late.id)
+    assert (row["state"], row["reason"], row["attempt"]) == ("skipped", "expired", 0)
+    assert row["finished_at"] is not None
+    assert stock.live(late.id) is None
+    assert stock.live(started.id) is not None
+    (hour,) = stock.all(tables.rollup_hours)
+    assert (hour["state"], hour["runs"]) == ("skipped", 1)
+    (day,) = stock.all(tables.rollup_days)
+    assert (day["runs"], day["attempts"]) == (1, 0)
+
+
+def test_runs_that_wait_are_ended_by_name_and_running_ones_are_not(stock: Stock) -> None:
+    org, worker = stock.org(), stock.worker()
+    running, waiting = stock.run(org, priority=1), stock.run(org)
+    definition = stock.definition(org)
+    ahead, held = stock.run(org, definition, serial=True), stock.run(org, definition)
+    stock.put(running, waiting, ahead)
+    stock.admit(worker, 1)
+    stock.hold(held)
+
+    with stock.database.transaction() as connection:
+        ended = sweeps.end_waiting(
+            connection, [running.id, waiting.id, ahead.id], state="cancelled", reason="requested"
+        )
+
+    assert {run.run_id for run in ended} == {waiting.id, ahead.id}
+    assert stock.stored(waiting.id)["state"] == "cancelled"
+    # What was held behind it is let through.
+    assert reason(stock, held) == "due"
+
+
+def test_a_held_run_whose_definition_has_nothing_on_is_promoted(stock: Stock) -> None:
+    org = stock.org()
+    free, behind = stock.run(org, stock.definition(org)), stock.run(org, stock.definition(org))
+    stock.hold(free)
+    stock.put(stock.run(org, behind.definition_id, serial=True))
+    stock.hold(behind)
+
+    with stock.database.transaction() as connection:
+        assert sweeps.promote_held(connection) == 1
+
+    assert (reason(stock, free), reason(stock, behind)) == ("due", "held")

@@ -1,0 +1,41 @@
+"""A hot statement that exists in one dialect only does not pass."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from worker.store import sql
+from worker.store.sql import Statements, postgresql, sqlite
+
+DIALECTS = {"postgresql": postgresql, "sqlite": sqlite}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_each_dialect_offers_exactly_the_statements(dialect: str) -> None:
+    promised = {name for name in vars(Statements) if not name.startswith("_")}
+
+    assert set(DIALECTS[dialect].__all__) == promised
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(Statements) if not name.startswith("_")))
+def test_a_statement_is_called_alike_on_both(name: str) -> None:
+    one, two = (inspect.signature(getattr(module, name)) for module in DIALECTS.values())
+    promise = inspect.signature(getattr(Statements, name))
+
+    assert one == two
+    assert list(one.parameters.values()) == list(promise.parameters.values())[1:]
+    assert one.return_annotation == promise.return_annotation
+
+
+def test_each_verb_has_a_file_in_both_dialects() -> None:
+    folder = Path(sql.__file__).parent
+    verbs = {
+        dialect: {path.stem for path in (folder / dialect).glob("*.py")} - {"__init__", "arrays", "values"}
+        for dialect in DIALECTS
+    }
+
+    assert verbs["sqlite"] == verbs["postgresql"]
+    assert {"fire", "admit", "finish", "renew", "recover"} <= verbs["sqlite"]
