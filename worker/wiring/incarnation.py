@@ -6,10 +6,12 @@ import asyncio
 import os
 import signal
 import socket
+from contextlib import suppress
 from importlib.metadata import version
 from random import SystemRandom
 
 from worker.clock import Clock
+from worker.errors import Unavailable
 from worker.execution.admission import Admission
 from worker.execution.attempt import Tools
 from worker.execution.carrier import Carrier
@@ -27,7 +29,7 @@ from worker.execution.reconcile import Reconciler
 from worker.execution.recovery import Recovery, tell
 from worker.execution.retention import Ages, Retention
 from worker.execution.scheduler import Scheduler
-from worker.ids import WorkerId, new_id
+from worker.ids import RunId, WorkerId, new_id
 from worker.settings import RetentionSettings, Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
@@ -96,7 +98,9 @@ class Incarnation:
             finally:
                 await tokens.close()
                 await self._children.close()
-        await self._database.run(self._store.unregister)
+        # Without the database's word, others take this lease for lost when it has passed.
+        with suppress(Unavailable):
+            await self._database.run(self._store.unregister)
         exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
         emit("worker.stopped", worker=self.id, exit_code=exit_code)
         return exit_code
@@ -128,7 +132,14 @@ class Incarnation:
             start=carrier.start,
         )
         scheduler = Scheduler(store, self._offers, clock, poll=poll, on_fired=admission.wake.set)
-        reconciler = Reconciler(holdings, store, cancel=carrier.cancel)
+
+        def stop_run(run_id: RunId, reason: str) -> None:
+            held = holdings.get(run_id)
+            if held is not None and reason == "suspended":
+                tokens.drop(held.run.org_id)
+            carrier.cancel(run_id, reason)
+
+        reconciler = Reconciler(holdings, store, cancel=stop_run)
         heartbeat = Heartbeat(
             store,
             holdings,
