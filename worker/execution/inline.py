@@ -19,7 +19,7 @@ from worker.execution.run_logging import marked
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.handlers.calling import call, outcome_of_error
-from worker.handlers.context import Cancellation, Context
+from worker.handlers.context import Cancellation, Context, close_http
 from worker.handlers.models import load
 from worker.runs.outcome import Lost, Outcome
 
@@ -140,7 +140,7 @@ async def _body(
         try:
             return await call(job, ctx)
         finally:
-            await ctx.close()
+            await close_http(ctx)
     except SystemExit as end:
         # Let through, it would end the worker.
         return exited(end.code if isinstance(end.code, int) else int(end.code is not None))

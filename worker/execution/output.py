@@ -65,6 +65,7 @@ class RunOutput:
         for source, rest in self._partial.items():
             if rest:
                 self._take(_Block(source, rest + b"\n", self._clock.now()))
+        self._trim()
         if self._dropped_lines:
             text = f"{self._dropped_lines} lines ({self._dropped_bytes} bytes) of this log were dropped"
             self._sink("warning", "log", text, self._tail[0].at if self._tail else self._clock.now())
@@ -80,8 +81,9 @@ class RunOutput:
             return
         self._tail.append(block)
         self._tail_size += _cost(block)
-        while self._tail_size > self._tail_cap:
-            self._shorten()
+        # Whole blocks only: to look for line ends in each of a flood would cost the worker.
+        while self._tail_size - _cost(self._tail[0]) >= self._tail_cap:
+            self._drop(self._tail.popleft())
 
     def _into_head(self, block: _Block) -> _Block:
         start = 0
@@ -94,23 +96,24 @@ class RunOutput:
             start = end
         return _Block(block.source, block.data[start:], block.at)
 
-    def _shorten(self) -> None:
+    def _trim(self) -> None:
         """Drop the oldest kept lines, as many as the tail is too long by."""
-        block = self._tail.popleft()
         excess = self._tail_size - self._tail_cap
+        if excess <= 0:
+            return
+        block = self._tail.popleft()
+        end = 0
+        while excess > 0 and end < len(block.data):
+            start, end = end, block.data.index(b"\n", end) + 1
+            excess -= end - start + LINE_COST
+        self._drop(_Block(block.source, block.data[:end], block.at))
+        if end < len(block.data):
+            self._tail.appendleft(_Block(block.source, block.data[end:], block.at))
+
+    def _drop(self, block: _Block) -> None:
         self._tail_size -= _cost(block)
-        kept = b""
-        if excess < _cost(block):
-            # Each byte given up frees at least one byte of cost.
-            end = block.data.find(b"\n", excess - 1) + 1
-            kept = block.data[end:] if end else b""
-        gone = block.data[: len(block.data) - len(kept)]
-        self._dropped_lines += gone.count(b"\n")
-        self._dropped_bytes += len(gone)
-        if kept:
-            rest = _Block(block.source, kept, block.at)
-            self._tail.appendleft(rest)
-            self._tail_size += _cost(rest)
+        self._dropped_lines += block.data.count(b"\n")
+        self._dropped_bytes += len(block.data)
 
     def _pass_on(self, source: str, line: bytes, at: datetime) -> None:
         while len(line) > LINE_LIMIT:

@@ -59,7 +59,8 @@ def unmarked(line: bytes) -> tuple[str, str] | None:
         level, text = json.loads(line[len(MARK) :])
     except (ValueError, TypeError, RecursionError):
         return None
-    return (level, text) if level in LEVELS and isinstance(text, str) else None
+    known = isinstance(level, str) and level in LEVELS
+    return (level, text) if known and isinstance(text, str) else None
 
 
 def _line(level: str, text: str) -> bytes:

@@ -158,11 +158,6 @@ class Context(_Shared[P, S]):
         """
         await self._line.save(to_json_text(data, "checkpoint"))
 
-    async def close(self) -> None:
-        """Close what the handler has used, after its end; the worker's to call."""
-        if "http" in self.__dict__:
-            await self.http.aclose()
-
 
 class BlockingContext(_Shared[P, S]):
     """What a handler that blocks may touch: the members of `Context`, without await."""
@@ -191,10 +186,11 @@ class BlockingContext(_Shared[P, S]):
         """
         self._line.save(to_json_text(data, "checkpoint"))
 
-    def close(self) -> None:
-        """Close what the handler has used, after its end; the worker's to call."""
-        if "http" in self.__dict__:
-            self.http.close()
+
+async def close_http(ctx: Context[Any, Any]) -> None:
+    """Close the client of a handler that has ended, if it has used one."""
+    if "http" in ctx.__dict__:
+        await ctx.http.aclose()
 
 
 def check_progress(done: Any, total: Any) -> None:

@@ -28,6 +28,11 @@ def origin_of(url: httpx.URL | str) -> Origin:
     return url.scheme, url.host, url.port or _PORTS.get(url.scheme)
 
 
+def repeatable(request: httpx.Request) -> bool:
+    """Whether its body is still there after it was sent, unlike that of a stream."""
+    return isinstance(request.stream, httpx.ByteStream)
+
+
 class _OrgAuth(httpx.Auth):
     """Adds the token where the origin is listed and the handler set no Authorization of its own."""
 
@@ -46,14 +51,10 @@ class _OrgAuth(httpx.Auth):
     def has(self, request: httpx.Request, token: str) -> bool:
         return bool(request.headers.get("Authorization") == f"Bearer {token}")
 
-    def refused(self, request: httpx.Request, response: httpx.Response) -> bool:
-        """Whether the token itself was turned down, and the request can be sent once more."""
-        turned_down = (
-            response.status_code == httpx.codes.UNAUTHORIZED
-            and response.request.headers.get("Authorization") in self._sent
-        )
-        # A streamed body is gone after the first time.
-        return turned_down and isinstance(request.stream, httpx.ByteStream)
+    def refused(self, response: httpx.Response) -> bool:
+        """Whether it is our token that was turned down."""
+        turned_down = response.status_code == httpx.codes.UNAUTHORIZED
+        return turned_down and response.request.headers.get("Authorization") in self._sent
 
     def strip(self, request: httpx.Request) -> None:
         """Take our token off a request that a redirect has led to an origin that is not listed.
@@ -76,8 +77,9 @@ class OrgAuth(_OrgAuth):
             yield request
             return
         self.put(request, (await self._source.token()).reveal())
+        again = repeatable(request)
         response = yield request
-        if self.refused(request, response):
+        if again and self.refused(response):
             token = await self._source.token()
             if self.has(request, token.reveal()):  # else another call has renewed it already
                 token = await self._source.token(fresh=True)
@@ -100,8 +102,9 @@ class BlockingOrgAuth(_OrgAuth):
             yield request
             return
         self.put(request, self._source.token().reveal())
+        again = repeatable(request)
         response = yield request
-        if self.refused(request, response):
+        if again and self.refused(response):
             token = self._source.token()
             if self.has(request, token.reveal()):  # else another call has renewed it already
                 token = self._source.token(fresh=True)

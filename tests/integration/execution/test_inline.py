@@ -1,0 +1,189 @@
+"""Handlers inline in the worker's loop: what they can do to it, and what they cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import RecordingLink, claims, token, until, work
+from worker.clock import SystemClock
+from worker.errors import IssuerUnavailable, LeaseLost
+from worker.execution.inline import Inline
+from worker.execution.work import Stop
+from worker.runs.outcome import (
+    Cancelled,
+    Failed,
+    HandedBack,
+    Lost,
+    NoToken,
+    Outcome,
+    Refused,
+    Succeeded,
+    TimedOut,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("plugin_folder")]
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="fresh")
+
+
+@pytest.fixture
+def inline() -> Inline:
+    return Inline(SystemClock())
+
+
+async def run(inline: Inline, handler: str, *, link: RecordingLink | None = None, **params: Any) -> Outcome:
+    return await inline.run(work(handler, params=params), link or RecordingLink(), Stop())
+
+
+async def test_a_handler_gets_the_same_context_as_in_a_process(inline: Inline) -> None:
+    link = RecordingLink()
+
+    outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, Stop())
+
+    assert isinstance(outcome, Succeeded)
+    result = json.loads(str(outcome.result))
+    assert result["settings"]["max_tokens"] == 5
+    assert result["token"] == "token-one"
+    assert link.saved == [{"done": 1}]
+    assert link.progressed == [(1, 2, "half way")]
+    assert link.lines == [("warning", "log", "logged\nin two lines")]
+    assert link.has_started
+
+
+async def test_context_variables_are_fresh(inline: Inline, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    VARIABLE.set("the worker's own")
+
+    async def look(ctx: Any) -> None:
+        seen.append(VARIABLE.get())
+
+    import process_jobs  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(process_jobs.ok, "function", look)
+    await run(inline, "ok")
+
+    assert seen == ["fresh"]
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason", "detail"),
+    [
+        ("sys_exit_async", "handler_exited", "exit code 3"),
+        ("keyboard_interrupt", "error", None),
+        ("connects", "error", None),
+    ],
+)
+async def test_what_is_raised_ends_the_run_and_not_the_worker(
+    inline: Inline, handler: str, reason: str, detail: str | None
+) -> None:
+    outcome = await run(inline, handler, **({"count": 3} if "exit" in handler else {}))
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.detail) == (reason, detail)
+
+
+async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
+    link = RecordingLink()
+
+    outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, Stop())
+
+    assert isinstance(outcome, Refused)
+    assert outcome.detail == "max_tokens"
+    assert not link.has_started
+
+
+async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(inline: Inline) -> None:
+    link = RecordingLink(refuses=IssuerUnavailable("no answer"))
+    old = work("renew", token=token("old", timedelta(0)), claims=claims(n="one"))
+
+    assert isinstance(await inline.run(old, link, Stop()), NoToken)
+
+
+async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
+    def lost(data: str) -> None:
+        raise LeaseLost("a newer fencing token exists")
+
+    assert isinstance(await run(inline, "ok", link=RecordingLink(on_save=lost)), Lost)
+
+
+async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: Path) -> None:
+    stop, link = Stop(), RecordingLink()
+    task = asyncio.create_task(inline.run(work("patient", params={"folder": str(tmp_path)}), link, stop))
+    await until((tmp_path / "up").exists)
+
+    stop.request("drain", 30)
+
+    assert await task == HandedBack()
+    assert link.saved == [{"reason": "drain"}]
+
+
+async def test_half_the_grace_is_left_to_clean_up(inline: Inline, tmp_path: Path) -> None:
+    stop, link = Stop(), RecordingLink()
+    task = asyncio.create_task(inline.run(work("cleaning", params={"folder": str(tmp_path)}), link, stop))
+    await until((tmp_path / "up").exists)
+
+    stop.request("timeout", 0.4)
+
+    assert isinstance(await task, TimedOut)
+    assert link.saved == ["cleaned"]
+
+
+async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
+    inline: Inline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import process_jobs
+
+    late: list[str] = []
+
+    async def clings(ctx: Any) -> None:
+        (tmp_path / "up").touch()
+        for _ in range(4):
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                continue
+        try:
+            await ctx.save("too late")
+        except BaseException as error:
+            late.append(type(error).__name__)
+
+    monkeypatch.setattr(process_jobs.ok, "function", clings)
+    monkeypatch.setattr("worker.execution.inline.LAST_STEPS", 0.1)
+    monkeypatch.setattr("worker.execution.inline.NAG", 0.05)
+    stop, link = Stop(), RecordingLink()
+    task = asyncio.create_task(inline.run(work("ok"), link, stop))
+    await until((tmp_path / "up").exists)
+
+    stop.request("cancel", 0.1)
+
+    assert await task == Cancelled("requested")
+    await until(lambda: late)
+    assert late == ["LeaseLost"]
+    assert link.saved == []
+
+
+async def test_a_run_whose_lease_is_lost_is_cancelled_at_once(inline: Inline, tmp_path: Path) -> None:
+    stop = Stop()
+    given = work("patient", params={"folder": str(tmp_path)})
+    task = asyncio.create_task(inline.run(given, RecordingLink(), stop))
+    await until((tmp_path / "up").exists)
+    began = time.monotonic()
+
+    stop.kill()
+
+    assert isinstance(await task, Lost)
+    assert time.monotonic() - began < 0.5
+
+
+async def test_hundreds_run_side_by_side(inline: Inline) -> None:
+    outcomes = await asyncio.gather(*(run(inline, "ok") for _ in range(300)))
+
+    assert all(isinstance(outcome, Succeeded) for outcome in outcomes)

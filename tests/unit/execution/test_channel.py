@@ -1,0 +1,113 @@
+"""Frames and messages between a run's process and the worker."""
+
+from __future__ import annotations
+
+import struct
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import claims, token, work
+from worker.execution.channel import LIMIT, BrokenFrame, Unframer, frame
+from worker.execution.messages import (
+    outcome_message,
+    outcome_of_message,
+    shown_progress,
+    work_message,
+    work_of,
+)
+from worker.runs.outcome import (
+    Cancelled,
+    Error,
+    Failed,
+    HandedBack,
+    NoToken,
+    Outcome,
+    Refused,
+    Retried,
+    Snoozed,
+    Succeeded,
+)
+
+
+def test_messages_come_out_whole_however_they_are_cut() -> None:
+    data = frame({"a": "é"}) + frame({"b": [1]})
+    unframer = Unframer()
+
+    found = [message for byte in data for message in unframer.feed(bytes([byte]))]
+
+    assert found == [{"a": "é"}, {"b": [1]}]
+    assert list(Unframer().feed(data)) == found
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("!I", LIMIT + 1),
+        struct.pack("!I", 2) + b"{]",
+        struct.pack("!I", 2) + b"[]",
+        struct.pack("!I", 1) + b"\xff",
+        struct.pack("!I", 200_000) + b"[" * 200_000,
+    ],
+)
+def test_what_is_no_message_is_refused(data: bytes) -> None:
+    with pytest.raises(BrokenFrame):
+        list(Unframer().feed(data))
+
+
+def test_a_lone_surrogate_does_not_break_a_frame() -> None:
+    assert list(Unframer().feed(frame({"text": "\ud800"}))) == [{"text": "?"}]
+
+
+def test_work_arrives_as_it_was_sent() -> None:
+    sent = work("ok", claims=claims(max_tokens="5"), token=token("text"), checkpoint={"n": 1}, memory=7)
+
+    (message,) = Unframer().feed(frame(work_message(sent)))
+    got = work_of(message)
+
+    assert got.token.reveal() == "text"
+    assert got.token.expires_at == sent.token.expires_at
+    assert got.claims == sent.claims
+    for name in ("run_id", "params", "scheduled_for", "timeout_at", "checkpoint", "api_origins", "memory"):
+        assert getattr(got, name) == getattr(sent, name)
+
+
+def test_work_shows_neither_token_nor_claims() -> None:
+    shown = repr(work("ok", token=token("secret-text"), claims=claims(key="secret-property")))
+
+    assert "secret" not in shown
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Succeeded('{"a":1}'),
+        Failed(Error("ValueError", "x", "trace"), "result_invalid", "d", permanent=True),
+        Retried(None),
+        Snoozed(timedelta(seconds=1.5), "later"),
+        Cancelled("by_handler", "x"),
+        HandedBack(),
+        Refused("settings_invalid", "max_tokens", "m"),
+        NoToken(timedelta(seconds=3), "issuer_unavailable"),
+    ],
+)
+def test_an_outcome_arrives_as_it_was_sent(outcome: Outcome) -> None:
+    (message,) = Unframer().feed(frame(outcome_message(outcome)))
+
+    assert outcome_of_message(message) == outcome
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{}, {"kind": "TimedOut"}, {"kind": "Failed"}, {"kind": "Snoozed", "after": 1e300}, {"kind": []}],
+)
+def test_what_is_no_outcome_is_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not an outcome"):
+        outcome_of_message(message)
+
+
+@pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])
+def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        shown_progress({"done": done, "total": total, "note": None})

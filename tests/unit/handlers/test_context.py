@@ -1,0 +1,155 @@
+"""Context and BlockingContext: one set of members, and what they refuse."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import START, ManualClock
+from tests.fakes.running import NOW
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims, Flag
+from worker.handlers.context import (
+    BlockingCancellation,
+    BlockingContext,
+    Cancellation,
+    Context,
+    Given,
+    Org,
+    ThisRun,
+)
+from worker.handlers.json_text import NotStorable
+from worker.handlers.line import Held
+
+MEMBERS = {
+    "org",
+    "run",
+    "params",
+    "settings",
+    "claims",
+    "flag",
+    "http",
+    "token",
+    "checkpoint",
+    "save",
+    "progress",
+    "log",
+    "deadline",
+    "cancelled",
+}
+
+
+class Line:
+    """A line that keeps what goes over it."""
+
+    def __init__(self) -> None:
+        self.saved: list[str] = []
+        self.progressed: list[Any] = []
+
+    def save(self, data_json: str) -> Any:
+        self.saved.append(data_json)
+
+    def token(self, *, fresh: bool) -> Any:
+        raise AssertionError("the token at hand is good")
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None:
+        self.progressed.append((done, total, note))
+
+
+def given(clock: ManualClock, **properties: Any) -> Given[Any, Any]:
+    ends = START + timedelta(hours=1)
+    flags = {"agent-v2": Flag("boolean", True), "model": Flag("string", "big"), "off": Flag("boolean", False)}
+    claims = Claims("org_acme", "client", frozenset(), properties, flags, START, ends)
+    return Given(
+        org=Org("org_acme", "Acme"),
+        run=ThisRun("run-1", NOW, 1, 7, "key-1"),
+        params={},
+        settings={},
+        checkpoint=None,
+        deadline=NOW,
+        api_origins=(),
+        log=logging.getLogger("test"),
+        held=Held(AccessToken("text", ends), claims, clock),
+    )
+
+
+def blocking(clock: ManualClock, line: Line, **properties: Any) -> BlockingContext[Any, Any]:
+    return BlockingContext(given(clock, **properties), line, BlockingCancellation())
+
+
+def public(thing: Any) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+@pytest.mark.anyio
+async def test_both_contexts_have_the_documented_members_with_the_same_parameters(clock: ManualClock) -> None:
+    line: Any = Line()
+    waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
+    blocks = blocking(clock, line)
+
+    assert public(waiting) == public(blocks) == MEMBERS
+    for name in ("flag", "token", "save", "progress"):
+        ours, theirs = getattr(Context, name), getattr(BlockingContext, name)
+        assert inspect.signature(ours).parameters == inspect.signature(theirs).parameters
+    for name in ("token", "save"):
+        assert inspect.iscoroutinefunction(getattr(Context, name))
+        assert not inspect.iscoroutinefunction(getattr(BlockingContext, name))
+
+
+def test_both_say_alike_whether_to_stop() -> None:
+    for cancelled in (Cancellation(), BlockingCancellation()):
+        assert not cancelled.is_set()
+        assert cancelled.reason is None
+        cancelled.set("drain")
+        cancelled.set("cancel")
+        assert cancelled.is_set()
+        assert cancelled.reason == "drain"
+        assert callable(cancelled.wait)
+
+
+def test_a_flag_has_its_value_and_is_off_where_it_is_absent(clock: ManualClock) -> None:
+    ctx = blocking(clock, Line(), **{"beta-tools": "true", "seats": "12"})
+
+    assert ctx.flag("agent-v2") is True
+    assert ctx.flag("model") == "big"
+    assert ctx.flag("off", default=True) is False
+    assert ctx.flag("beta-tools") is True
+    assert ctx.flag("absent") is False
+    assert ctx.flag("absent", default="x") == "x"
+
+
+def test_a_checkpoint_is_stored_as_json_text(clock: ManualClock) -> None:
+    line = Line()
+
+    blocking(clock, line).save({"done": 3, "who": "Zoë"})
+
+    assert line.saved == ['{"done":3,"who":"Zoë"}']
+
+
+@pytest.mark.parametrize("data", [float("nan"), "\ud800", "\0", object(), "x" * 1024 * 1024])
+def test_a_checkpoint_that_no_database_takes_is_refused_here(clock: ManualClock, data: Any) -> None:
+    line = Line()
+
+    with pytest.raises(NotStorable, match="the checkpoint"):
+        blocking(clock, line).save(data)
+    assert line.saved == []
+
+
+def test_progress_is_cut_to_what_can_be_shown(clock: ManualClock) -> None:
+    line = Line()
+
+    blocking(clock, line).progress(1, total=3, note="x" * 600 + "\0")
+
+    done, total, note = line.progressed[0]
+    assert (done, total) == (1, 3)
+    assert len(note) == 500
+
+
+@pytest.mark.parametrize("done", ["1", None, True, float("nan"), float("inf")])
+def test_progress_is_a_number(clock: ManualClock, done: Any) -> None:
+    with pytest.raises(ValueError, match="done is a finite number"):
+        blocking(clock, Line()).progress(done)

@@ -1,0 +1,273 @@
+"""`ctx.http`: the token goes to the listed origins, is renewed once on a 401, and goes nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.claims.access_token import AccessToken
+from worker.claims.claims import Claims
+from worker.handlers.http import blocking_org_client, org_client, origin_of
+from worker.handlers.line import BlockingTokenSource, Held, TokenSource
+
+API = "https://api.acme.com"
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+class Minting:
+    """Both kinds of line to the worker: each renewal gives the next token."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.asked: list[bool] = []
+        self.held = Held(*self.granted(), clock)
+
+    def granted(self) -> tuple[AccessToken, Claims]:
+        now = self.clock.now()
+        ends = now + timedelta(seconds=100)
+        token = AccessToken(f"token-{len(self.asked)}", ends)
+        return token, Claims("org_acme", "client", frozenset(), {}, {}, now, ends)
+
+    def take(self, fresh: bool) -> tuple[AccessToken, Claims]:
+        self.asked.append(fresh)
+        return self.granted()
+
+
+class Async(Minting):
+    async def save(self, data_json: str) -> None: ...
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return self.take(fresh)
+
+
+class Blocking(Minting):
+    def save(self, data_json: str) -> None: ...
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return self.take(fresh)
+
+
+class Caller:
+    """Sends through the async or the blocking client, and keeps what arrived where."""
+
+    def __init__(self, kind: str, clock: ManualClock, answer: Answer) -> None:
+        self.arrived: list[httpx.Request] = []
+        self.authorizations: list[str | None] = []
+
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.arrived.append(request)
+            self.authorizations.append(request.headers.get("Authorization"))
+            return answer(request)
+
+        transport = httpx.MockTransport(handle)
+        origins = [API, "http://plain.acme.com"]
+        self._client: Any
+        self.line: Minting
+        if kind == "async":
+            self.line = line = Async(clock)
+            source = TokenSource(line.held, line)
+            self._client = org_client(source, origins, "key-1", transport=transport)
+        else:
+            self.line = blocking = Blocking(clock)
+            blocking_source = BlockingTokenSource(blocking.held, blocking)
+            self._client = blocking_org_client(blocking_source, origins, "key-1", transport=transport)
+
+    async def send(self, method: str, url: str, **options: Any) -> httpx.Response:
+        response = self._client.request(method, url, **options)
+        return await response if isinstance(self._client, httpx.AsyncClient) else response
+
+
+Make = Callable[[Answer], Caller]
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["async", "blocking"])
+def make(request: pytest.FixtureRequest, clock: ManualClock) -> Make:
+    return lambda answer: Caller(request.param, clock, answer)
+
+
+def ok(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200)
+
+
+def to(location: str, status: int = 302) -> Answer:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if str(request.url).startswith(location):
+            return httpx.Response(200)
+        return httpx.Response(status, headers={"Location": location})
+
+    return answer
+
+
+async def test_a_listed_origin_gets_the_token_and_the_idempotency_key(make: Make) -> None:
+    caller = make(ok)
+
+    await caller.send("POST", f"{API}/articles", json={})
+
+    assert caller.authorizations == ["Bearer token-0"]
+    assert caller.arrived[0].headers["Idempotency-Key"] == "key-1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://evil.example/",
+        "http://api.acme.com/",
+        "https://api.acme.com:8443/",
+        "https://api.acme.com.evil.example/",
+        "https://api.acme.com@evil.example/",
+        "https://sub.api.acme.com/",
+        "https://acme.com/",
+    ],
+)
+async def test_no_other_origin_gets_it(make: Make, url: str) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", url)
+
+    assert caller.authorizations == [None]
+
+
+@pytest.mark.parametrize("url", ["https://API.acme.com/x", "https://api.acme.com:443/x"])
+async def test_an_origin_is_compared_by_scheme_host_and_port(make: Make, url: str) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", url)
+
+    assert caller.authorizations == ["Bearer token-0"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_to_another_origin_carries_no_token(make: Make, status: int) -> None:
+    caller = make(to("https://evil.example/", status))
+
+    await caller.send("POST", f"{API}/x", json={}, follow_redirects=True)
+
+    assert caller.authorizations == ["Bearer token-0", None]
+
+
+async def test_a_redirect_from_http_to_https_of_the_same_host_carries_no_token_where_that_is_not_listed(
+    make: Make,
+) -> None:
+    caller = make(to("https://plain.acme.com/"))
+
+    await caller.send("GET", "http://plain.acme.com/x", follow_redirects=True)
+
+    assert caller.authorizations == ["Bearer token-0", None]
+
+
+async def test_a_redirect_back_from_elsewhere_carries_no_token(make: Make) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        places = {"/start": "https://evil.example/", "/": f"{API}/victim"}
+        location = places.get(request.url.path)
+        return httpx.Response(302, headers={"Location": location}) if location else httpx.Response(200)
+
+    caller = make(answer)
+
+    await caller.send("GET", f"{API}/start", follow_redirects=True)
+
+    assert caller.authorizations == ["Bearer token-0", None, None]
+
+
+async def test_a_redirect_within_the_origin_keeps_the_token(make: Make) -> None:
+    caller = make(to(f"{API}/there"))
+
+    await caller.send("GET", f"{API}/here", follow_redirects=True)
+
+    assert caller.authorizations == ["Bearer token-0", "Bearer token-0"]
+
+
+async def test_a_401_mints_a_fresh_token_once(make: Make) -> None:
+    caller = make(lambda request: httpx.Response(401))
+
+    response = await caller.send("POST", f"{API}/x", json={"a": 1})
+
+    assert response.status_code == 401
+    assert caller.authorizations == ["Bearer token-0", "Bearer token-1"]
+    assert [request.content for request in caller.arrived] == [b'{"a":1}', b'{"a":1}']
+    assert caller.line.asked == [True]
+
+
+async def test_a_401_to_a_token_that_was_renewed_meanwhile_mints_none(make: Make) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.headers["Authorization"] != "Bearer token-0":
+            return httpx.Response(200)
+        held = caller.line.held
+        held.take((AccessToken("token-9", held.token.expires_at), held.claims))
+        return httpx.Response(401)
+
+    caller = make(answer)
+
+    response = await caller.send("GET", f"{API}/x")
+
+    assert response.status_code == 200
+    assert caller.authorizations == ["Bearer token-0", "Bearer token-9"]
+    assert caller.line.asked == []
+
+
+async def test_a_401_from_elsewhere_mints_none(make: Make) -> None:
+    caller = make(lambda request: httpx.Response(401))
+
+    await caller.send("GET", "https://evil.example/")
+
+    assert caller.line.asked == []
+    assert len(caller.arrived) == 1
+
+
+async def test_a_streamed_body_is_not_sent_twice(make: Make) -> None:
+    caller = make(lambda request: httpx.Response(401))
+
+    async def chunks() -> Any:
+        yield b"x"
+
+    content = chunks() if isinstance(caller.line, Async) else iter([b"x"])
+    response = await caller.send("POST", f"{API}/x", content=content)
+
+    assert response.status_code == 401
+    assert len(caller.arrived) == 1
+
+
+async def test_a_token_is_renewed_ahead_of_its_expiry(make: Make, clock: ManualClock) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", f"{API}/x")
+    clock.advance(79)
+    await caller.send("GET", f"{API}/x")
+    clock.advance(2)
+    await caller.send("GET", f"{API}/x")
+
+    assert caller.authorizations == ["Bearer token-0", "Bearer token-0", "Bearer token-1"]
+    assert caller.line.asked == [False]
+
+
+async def test_an_authorization_of_the_handlers_own_is_left_alone(make: Make) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", "https://llm.example/", headers={"Authorization": "Bearer mine"})
+    await caller.send("GET", f"{API}/x", headers={"Authorization": "Bearer mine"})
+
+    assert caller.authorizations == ["Bearer mine", "Bearer mine"]
+
+
+async def test_an_idempotency_key_of_the_handlers_own_is_sent_instead(make: Make) -> None:
+    caller = make(ok)
+
+    await caller.send("POST", f"{API}/x", headers={"Idempotency-Key": "mine"})
+
+    assert caller.arrived[0].headers["Idempotency-Key"] == "mine"
+
+
+def test_an_origin_has_its_schemes_port_by_default() -> None:
+    assert origin_of("https://Api.Acme.com/path") == ("https", "api.acme.com", 443)
+    assert origin_of("http://127.0.0.1:8000") == ("http", "127.0.0.1", 8000)
+    assert origin_of("http://[::1]:8000") == ("http", "::1", 8000)

@@ -1,0 +1,84 @@
+"""`@job`: what can be declared, and what makes no sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+import worker
+from worker.handlers.job import Job, job
+
+
+class Params(BaseModel):
+    collection: str
+
+
+def test_a_declared_handler_keeps_what_was_said_of_it_and_can_still_be_called() -> None:
+    @job("acme.digest", params=Params, scopes={"read:kb"}, timeout="2h", max_attempts=4, memory="1GiB")
+    def digest(ctx: Any) -> str:
+        """Digests."""
+        return f"called with {ctx}"
+
+    assert isinstance(digest, Job)
+    assert digest("a context") == "called with a context"
+    assert (digest.name, digest.__name__, digest.__doc__) == ("acme.digest", "digest", "Digests.")
+    assert (digest.scopes, digest.timeout, digest.max_attempts) == (frozenset({"read:kb"}), "2h", 4)
+    assert not digest.is_async
+    assert digest.isolation == "child"
+
+
+def test_an_unknown_param_is_an_error_unless_the_model_allows_extras() -> None:
+    class Open(BaseModel):
+        model_config = ConfigDict(extra="allow")
+
+    def schema(model: type[BaseModel]) -> Any:
+        return job("x", params=model)(lambda ctx: None).params_schema()
+
+    assert schema(Params)["additionalProperties"] is False
+    assert schema(Open)["additionalProperties"] is True
+
+
+def test_no_model_means_no_schema() -> None:
+    declared = job("x")(lambda ctx: None)
+
+    assert declared.params_schema() is None
+    assert declared.settings_schema() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"isolation": "inline"}, "must be an async def"),
+        ({"isolation": "thread"}, "isolation of x is"),
+        ({"max_attempts": 0}, "max_attempts of x is at least 1"),
+        ({"max_concurrent": 0}, "max_concurrent of x is at least 1"),
+        ({"scopes": "read:kb"}, "not one text"),
+    ],
+)
+def test_a_declaration_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        job("x", **options)(lambda ctx: None)
+
+
+@pytest.mark.parametrize("name", ["", " x", "a b", "ä", "../x", ".x"])
+def test_a_name_is_plain(name: str) -> None:
+    with pytest.raises(TypeError, match="no handler name"):
+        job(name)
+
+
+def test_a_generator_is_no_handler() -> None:
+    async def pages(ctx: Any) -> Any:
+        yield 1
+
+    with pytest.raises(TypeError, match="generator"):
+        job("x")(pages)
+
+
+def test_a_handlers_author_finds_everything_in_the_package_itself() -> None:
+    for name in worker.__all__:
+        assert getattr(worker, name).__name__ == name
+
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = worker.Nothing
