@@ -65,9 +65,14 @@ class Admission:
         }
         if not any(count > 0 for count in free.values()):
             return False
+        asked = asyncio.create_task(self._store_admit(free))
         try:
             # Shielded: a drain must not lose the answer, or its runs wait for two renewals.
-            runs = await asyncio.shield(self._store_admit(free))
+            runs = await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            # Nor go on without it: what is admitted now has to be stopped with the rest.
+            await asyncio.wait({asked})
+            raise
         except Unavailable:
             self.admitting = False
             return False

@@ -69,6 +69,11 @@ class Carrier:
         for held in self._holdings:
             held.stop.request("drain", grace.total_seconds())
 
+    def kill(self) -> None:
+        """End every run now: none of them is ours any more."""
+        for held in self._holdings:
+            held.stop.kill()
+
     async def _carry(self, held: Held) -> None:
         self.finisher.put(await attempt(held, self._tools))
 

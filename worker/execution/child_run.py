@@ -69,6 +69,7 @@ class ChildRun(asyncio.Protocol):
     async def finish(self) -> Outcome:
         """Wait for the end, stopping the run when asked to."""
         stopping = asyncio.create_task(self._stopping())
+        self._stop.on_kill(lambda: self._signal("kill"))
         try:
             ended = await self._ended
             # All its processes are gone: what they have said is there to be read.

@@ -20,7 +20,7 @@ from worker.execution.setup import Setup
 from worker.execution.work import Link, Stop, Work
 from worker.execution.zygote_handle import Message, ZygoteHandle
 from worker.handlers.installed import ENVIRONMENT
-from worker.runs.outcome import HandedBack, Outcome
+from worker.runs.outcome import HandedBack, Lost, Outcome
 from worker.telemetry.events import emit
 
 # The zygote freezes the runs when this share of the lease has passed unrenewed.
@@ -101,6 +101,8 @@ class Children:
         await self._up.wait()
         if self._zygote is None or self._closed:
             return HandedBack("the worker is ending")
+        if stop.killed:
+            return Lost("the lease on the run is lost")
         number = next(self._numbers)
         zygote = self._zygote
         run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))

@@ -55,12 +55,18 @@ class Loops:
         self._on_draining = on_draining
         self._stop = asyncio.Event()
         self._asked = 0
+        self.lost = False
 
     def stop(self) -> None:
         """Drain and end; asked a second time, give the runs no more time."""
         self._asked += 1
         if self._asked > 1:
             self._carrier.hurry(timedelta(0))
+        self._stop.set()
+
+    def give_up(self) -> None:
+        """The lease is lost: end, since nothing that this incarnation writes counts any more."""
+        self.lost = True
         self._stop.set()
 
     async def run(self) -> bool:
@@ -80,7 +86,10 @@ class Loops:
             await ended(outlet)
 
     async def _drained(self) -> bool:
-        self._on_draining(self._carrier.running)
+        if self.lost:
+            self._carrier.kill()
+        else:
+            self._on_draining(self._carrier.running)
         try:
             async with asyncio.timeout(self._drain.total_seconds() + LAST_FLUSH):
                 await self._carrier.drain(timedelta(0) if self._asked > 1 else self._drain)

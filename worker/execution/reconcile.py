@@ -24,6 +24,12 @@ class Renewal:
     registered: bool
     until: float
 
+    @property
+    def all_ours(self) -> bool:
+        """Whether each run that was held is owned, so that nothing has to be killed first."""
+        owned = {run.id: run.fencing_token for run in self.owned}
+        return self.registered and all(owned.get(id_) == token for id_, token in self.held.items())
+
 
 class HandBackStore(Protocol):
     async def hand_back(self, owned: Sequence[OwnedRun]) -> object:
@@ -36,7 +42,8 @@ class Reconciler:
 
     Owned but not held at two renewals running: an admission whose answer never
     came; handed back. Held but not owned: another incarnation has it, or it has
-    ended; killed, and whatever it still writes is fenced out.
+    ended; killed, and whatever it still writes is fenced out. `on_lease` hears then
+    until when the lease holds; `on_lost` that this incarnation was given up.
     """
 
     def __init__(
@@ -45,10 +52,14 @@ class Reconciler:
         store: HandBackStore,
         *,
         cancel: Callable[[RunId, str], None],
+        on_lease: Callable[[float], None],
+        on_lost: Callable[[], None],
     ) -> None:
         self._holdings = holdings
         self._store = store
         self._cancel = cancel
+        self._on_lease = on_lease
+        self._on_lost = on_lost
         self._renewals: asyncio.Queue[Renewal] = asyncio.Queue()
         self._strangers: set[tuple[RunId, int]] = set()
 
@@ -71,6 +82,11 @@ class Reconciler:
             if owned.get(run_id) != fencing_token:
                 emit("run.fenced_out", run=run_id, fencing_token=fencing_token)
                 held.stop.kill()
+        if not renewal.registered:
+            self._on_lost()
+            return
+        if not renewal.all_ours:
+            self._on_lease(renewal.until)
         strangers: set[tuple[RunId, int]] = set()
         for run in renewal.owned:
             held = self._holdings.get(run.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -114,6 +114,7 @@ class Stop:
         self.requested = asyncio.Event()
         self.killed = False
         self._changed = asyncio.Event()
+        self._killer: Callable[[], None] | None = None
         self._frozen_since: float | None = None
         self._frozen = 0.0
 
@@ -132,8 +133,16 @@ class Stop:
         """End it now without a word: the lease is lost, and the caller drops the outcome."""
         self.killed = True
         self.kill_at = self.interrupt_at = float("-inf")
+        if self._killer is not None:
+            self._killer()
         self.requested.set()
         self._changed.set()
+
+    def on_kill(self, killer: Callable[[], None]) -> None:
+        """Call `killer` as soon as it comes to `kill`, before anything can thaw the run."""
+        self._killer = killer
+        if self.killed:
+            killer()
 
     async def changed(self, until: float = float("inf")) -> None:
         """Return at the next request or kill, or when the loop's clock reaches `until`."""

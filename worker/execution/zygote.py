@@ -122,7 +122,7 @@ class Zygote:
             case "interrupt":
                 self._signal(message["run"], signal.SIGTERM)
             case "kill":
-                self._signal(message["run"], signal.SIGKILL)
+                self._kill(message["run"])
             case "lease":
                 self._freeze_at = message["freeze_at"]
                 self._thaw()
@@ -153,6 +153,14 @@ class Zygote:
         for leader in self._leaders.values():
             if leader.run == run:
                 linux.send(leader.pid, number)
+
+    def _kill(self, run: int) -> None:
+        if self._frozen_at is not None:
+            # Orphaned alone they would be thawed with the others before they are swept up.
+            roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
+            for pid in linux.descendants(linux.processes(), roots):
+                linux.send(pid, signal.SIGKILL)
+        self._signal(run, signal.SIGKILL)
 
     def _reap(self) -> None:
         while True:

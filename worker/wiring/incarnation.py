@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import socket
 from contextlib import suppress
 from importlib.metadata import version
@@ -41,6 +39,7 @@ from worker.tokens.sealing import KeyRing
 from worker.wiring.catalogue import Cataloguing
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
+from worker.wiring.signals import Signals
 
 EXIT_OK = 0
 # Seconds between two looks for what is old enough to be deleted.
@@ -59,6 +58,7 @@ class Incarnation:
         keyring: KeyRing,
         children: Children,
         notifier: Notifier,
+        signals: Signals,
         clock: Clock,
     ) -> None:
         self.id = WorkerId(new_id())
@@ -66,14 +66,19 @@ class Incarnation:
         self._database = database
         self._children = children
         self._notifier = notifier
+        self._signals = signals
         self._clock = clock
         self._started_at = clock.monotonic()
         self._store = WorkerStore(database, self.id, settings.execution.lease)
         self._offers = Offers(frozenset(settings.execution.inline))
         self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
 
-    async def run(self) -> int:
-        """Run until SIGTERM or SIGINT; 0 when all is written, 75 when the database did not take it."""
+    async def run(self) -> int | None:
+        """Run until SIGTERM or SIGINT; 0 when all is written, 75 when the database did not take it.
+
+        None when the lease was lost: others have the runs, and only a new incarnation
+        may take more.
+        """
         emit(
             "worker.started",
             worker=self.id,
@@ -93,11 +98,14 @@ class Incarnation:
         async with open_client() as client:
             issuers = issuers_of(self._settings)
             tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
+            loops = self._assemble(tokens)
+            self._signals.pass_to(loops.stop)
             try:
-                unwritten = not await self._assemble(tokens).run()
+                unwritten = not await loops.run()
             finally:
                 await tokens.close()
-                await self._children.close()
+        if loops.lost and not self._signals.asked:
+            return None
         # Without the database's word, others take this lease for lost when it has passed.
         with suppress(Unavailable):
             await self._database.run(self._store.unregister)
@@ -139,7 +147,13 @@ class Incarnation:
                 tokens.drop(held.run.org_id)
             carrier.cancel(run_id, reason)
 
-        reconciler = Reconciler(holdings, store, cancel=stop_run)
+        reconciler = Reconciler(
+            holdings,
+            store,
+            cancel=stop_run,
+            on_lease=self._children.lease_until,
+            on_lost=lambda: loops.give_up(),
+        )
         heartbeat = Heartbeat(
             store,
             holdings,
@@ -188,8 +202,6 @@ class Incarnation:
             on_started=self._ready,
             on_draining=self._draining,
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, loops.stop)
         return loops
 
     async def _sweep(self) -> None:

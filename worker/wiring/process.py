@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from worker.clock import SystemClock
+from worker.clock import Clock, SystemClock
+from worker.errors import Unavailable
 from worker.execution.children import Children
 from worker.settings import Settings
 from worker.store import schema
@@ -14,6 +16,10 @@ from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
 from worker.wiring import open_keyring
 from worker.wiring.incarnation import Incarnation
+from worker.wiring.signals import Signals
+
+# Seconds until an incarnation that could not register is tried again.
+AGAIN = 1.0
 
 
 def run(settings: Settings) -> int:
@@ -40,7 +46,28 @@ def run(settings: Settings) -> int:
         children.start()
         # From here on this process holds keys, and nothing is forked from it.
         keyring = open_keyring(settings, create=True)
-        incarnation = Incarnation(settings, database, keyring, children, notifier, clock)
-        return asyncio.run(incarnation.run())
+
+        def incarnate(signals: Signals) -> Incarnation:
+            return Incarnation(settings, database, keyring, children, notifier, signals, clock)
+
+        return asyncio.run(run_incarnations(incarnate, children, clock))
     finally:
         database.close()
+
+
+async def run_incarnations(
+    incarnate: Callable[[Signals], Incarnation], children: Children, clock: Clock
+) -> int:
+    """One incarnation after the other, each made when the one before has lost its lease."""
+    signals = Signals()
+    try:
+        exit_code = await incarnate(signals).run()
+        while exit_code is None:
+            try:
+                exit_code = await incarnate(signals).run()
+            except Unavailable:
+                # It can only have failed to register: the loops bear an absent database.
+                await clock.sleep(AGAIN)
+        return exit_code
+    finally:
+        await children.close()

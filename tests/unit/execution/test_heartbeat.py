@@ -96,3 +96,38 @@ async def test_a_renewal_after_the_lease_has_passed_says_that_it_was_lost(
 
     assert [event.event.name for event in emitted] == ["lease.lost"]
     assert bench.heartbeat.unbroken_contact() == 0.0
+
+
+async def test_the_lease_is_not_told_while_a_held_run_is_anothers(clock: ManualClock) -> None:
+    """Told at once it would thaw the run, which has to be killed first."""
+    bench = Bench(clock)
+    told = list(bench.leases)
+    bench.holdings.add(admitted("r1"))
+
+    renewal = bench.heartbeat.beat()
+
+    assert renewal is not None and renewal.until == clock.monotonic() + 30.0
+    assert bench.leases == told
+
+
+async def test_a_lease_that_was_given_up_is_not_told_again(clock: ManualClock) -> None:
+    bench = Bench(clock)
+    told = list(bench.leases)
+    bench.store.registered = False
+    clock.advance(31)
+
+    bench.heartbeat.beat()
+
+    assert bench.leases == told
+    assert bench.heartbeat.unbroken_contact() == 0.0
+
+
+async def test_contact_is_broken_once_the_lease_has_passed(clock: ManualClock) -> None:
+    """A worker that was stopped must not recover others' runs before it has renewed."""
+    bench = Bench(clock)
+    clock.advance(29)
+    assert bench.heartbeat.unbroken_contact() == 29.0
+
+    clock.advance(2)
+
+    assert bench.heartbeat.unbroken_contact() == 0.0

@@ -22,16 +22,32 @@ class Bench:
         self.holdings = Holdings()
         self.handed_back: list[str] = []
         self.cancelled: list[tuple[str, str]] = []
+        self.leases: list[float] = []
+        self.killed_at_lease: list[list[bool]] = []
+        self.lost = 0
         self.reconciler = Reconciler(
-            self.holdings, self, cancel=lambda run_id, reason: self.cancelled.append((run_id, reason))
+            self.holdings,
+            self,
+            cancel=lambda run_id, reason: self.cancelled.append((run_id, reason)),
+            on_lease=self.lease,
+            on_lost=self.lose,
         )
+
+    def lease(self, until: float) -> None:
+        self.leases.append(until)
+        self.killed_at_lease.append([held.stop.killed for held in self.holdings])
+
+    def lose(self) -> None:
+        self.lost += 1
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> None:
         self.handed_back.extend(run.id for run in owned)
 
-    async def renewal(self, *owned: OwnedRun, held: dict[RunId, int] | None = None) -> None:
+    async def renewal(
+        self, *owned: OwnedRun, held: dict[RunId, int] | None = None, registered: bool = True
+    ) -> None:
         held = self.holdings.fences() if held is None else held
-        await self.reconciler.reconcile(Renewal(held=held, owned=owned, registered=True, until=0.0))
+        await self.reconciler.reconcile(Renewal(held=held, owned=owned, registered=registered, until=9.0))
 
 
 def owned(name: str, fencing_token: int = 1, cancel_reason: str | None = None) -> OwnedRun:
@@ -110,3 +126,33 @@ async def test_a_cancel_request_reaches_the_run() -> None:
     await bench.renewal(owned("r1", cancel_reason="suspended"))
 
     assert bench.cancelled == [("r1", "suspended")]
+
+
+async def test_what_is_lost_is_killed_before_the_lease_thaws_the_rest() -> None:
+    bench = Bench()
+    bench.holdings.add(admitted("r1"))
+    bench.holdings.add(admitted("r2"))
+
+    await bench.renewal(owned("r2"))
+
+    assert bench.leases == [9.0]
+    assert bench.killed_at_lease == [[True, False]]
+
+
+async def test_a_renewal_that_finds_all_as_it_was_leaves_the_lease_to_the_heartbeat() -> None:
+    bench = Bench()
+    bench.holdings.add(admitted())
+
+    await bench.renewal(owned("r1"))
+
+    assert bench.leases == []
+
+
+async def test_an_incarnation_that_was_given_up_kills_everything_and_thaws_nothing() -> None:
+    bench = Bench()
+    held = bench.holdings.add(admitted())
+
+    await bench.renewal(registered=False)
+
+    assert held.stop.killed
+    assert (bench.lost, bench.leases) == (1, [])
