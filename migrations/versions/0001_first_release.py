@@ -340,16 +340,21 @@ def create_runs() -> None:
             "(state = 'running') = (worker_id IS NOT NULL)",
             name=op.f("ck_live_runs_owner"),
         ),
+        sa.CheckConstraint(
+            "(state = 'running') = (started_at IS NOT NULL)",
+            name=op.f("ck_live_runs_started"),
+        ),
+        sa.CheckConstraint("(state = 'running') = (reason IS NULL)", name=op.f("ck_live_runs_reason")),
         postgresql_with=HOT,
     )
     op.create_index("ix_live_runs_definition_id", "live_runs", ["definition_id"])
     op.create_index(
-        "ix_live_runs_running_definition_id", "live_runs", ["definition_id"], **where("state = 'running'")
+        "ix_live_runs_running_definition_id", "live_runs", ["definition_id"], **where("started_at IS NOT NULL")
     )
-    op.create_index("ix_live_runs_running_handler", "live_runs", ["handler"], **where("state = 'running'"))
+    op.create_index("ix_live_runs_running_handler", "live_runs", ["handler"], **where("reason IS NULL"))
     op.create_index("ix_live_runs_running_org_id", "live_runs", ["org_id"], **where("state = 'running'"))
     op.create_index(
-        "ix_live_runs_running_worker_id", "live_runs", ["worker_id"], **where("state = 'running'")
+        "ix_live_runs_running_worker_id", "live_runs", ["worker_id"], **where("worker_id IS NOT NULL")
     )
     op.create_index(
         "ix_live_runs_start_by",

@@ -66,7 +66,9 @@ def test_a_checkpoint_under_an_older_fencing_token_is_refused(stock: Stock) -> N
     save(stock, run, '{"done":1}')
 
     assert not save(stock, run, '{"done":2}', token=0)
-    stock.change(tables.live_runs, run.id, state="waiting", reason="recovered", worker_id=None)
+    stock.change(
+        tables.live_runs, run.id, state="waiting", reason="recovered", worker_id=None, started_at=None
+    )
     assert not save(stock, run, '{"done":3}')
 
     assert load(stock, run) == {"done": 1}

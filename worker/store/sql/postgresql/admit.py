@@ -51,17 +51,20 @@ SELECT org_id, n, ready FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
 
 # A later statement than the lock, so with a snapshot in which everything that was
-# admitted before it can be counted.
+# admitted before it can be counted. How each count says "running", and the UPDATE
+# "waiting", decides which index can serve it: see `tables.RUNNING`.
 CHOOSE = """
 WITH offer AS MATERIALIZED (
   SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
-    SELECT count(*) FROM live_runs l WHERE l.handler = h.handler AND l.state = 'running') END AS room
+    SELECT count(*) FROM live_runs l WHERE l.handler = h.handler AND l.reason IS NULL) END AS room
   FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
          (busy.n + c.place)::float8 / o.weight AS rank
   FROM unnest(%(orgs)s::uuid[]) AS u(id)
-  JOIN orgs o ON o.id = u.id AND o.state = 'active'
+  CROSS JOIN LATERAL (
+    SELECT o.id, o.max_concurrent_runs, o.weight FROM orgs o
+    WHERE o.id = u.id AND o.state = 'active' LIMIT 1) o
   CROSS JOIN LATERAL (
     SELECT count(*) AS n FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') busy
   CROSS JOIN LATERAL (
@@ -76,7 +79,7 @@ WITH offer AS MATERIALIZED (
         AND (l.variant_handlers IS NULL OR l.variant_handlers <@ %(offered)s::jsonb)
         AND (l.max_concurrent IS NULL OR l.max_concurrent > (
           SELECT count(*) FROM live_runs d
-          WHERE d.definition_id = l.definition_id AND d.state = 'running'))
+          WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
       ORDER BY l.priority DESC, l.available_at, l.id
       LIMIT GREATEST(0, LEAST(o.max_concurrent_runs - busy.n, %(free)s))
     ) l
@@ -90,7 +93,7 @@ WITH offer AS MATERIALIZED (
     SELECT l.*, row_number() OVER (PARTITION BY definition_id ORDER BY place) AS nth
     FROM line l WHERE max_concurrent IS NOT NULL) l
   WHERE nth <= max_concurrent - (
-    SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.state = 'running')
+    SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL)
 ), within_handler AS (
   SELECT w.id, w.isolation, w.available_at, w.rank
   FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NULL
@@ -110,7 +113,7 @@ WITH offer AS MATERIALIZED (
   UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s,
                        started_at = clock_timestamp(), attempt = attempt + 1,
                        fencing_token = fencing_token + 1
-  WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state = 'waiting'
+  WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state NOT IN ('running', 'held')
   RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params
 )

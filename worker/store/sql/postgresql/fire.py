@@ -121,9 +121,7 @@ SELECT clock_timestamp(),
 """
 
 
-def fire_lock(
-    connection: Connection, *, limit: int, specs: Specs
-) -> tuple[datetime, list[DueDefinition]]:
+def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     raw = driver(connection)
     locked = [id_ for (id_,) in raw.execute(LOCK, (limit,))]
     if not locked:

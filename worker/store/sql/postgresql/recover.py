@@ -21,9 +21,9 @@ UPDATE workers SET ended_at = clock_timestamp() WHERE id = ANY(ARRAY(SELECT id F
 
 OWNERS = """
 WITH RECURSIVE owner(id) AS (
-  (SELECT worker_id FROM live_runs WHERE state = 'running' ORDER BY worker_id LIMIT 1)
+  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
   UNION ALL
-  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.state = 'running' AND l.worker_id > owner.id
+  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
           ORDER BY l.worker_id LIMIT 1)
   FROM owner WHERE owner.id IS NOT NULL)
 SELECT o.id FROM owner o LEFT JOIN workers w ON w.id = o.id
@@ -34,14 +34,12 @@ ABANDONED = """
 SELECT id, org_id, definition_id, revision, handler, worker_id, fencing_token, attempt, failures, recoveries,
        started_at
 FROM live_runs
-WHERE worker_id = ANY(%s::uuid[]) AND state = 'running'
+WHERE worker_id = ANY(%s::uuid[])
 ORDER BY id LIMIT %s FOR UPDATE SKIP LOCKED
 """
 
 
-def recover_lock(
-    connection: Connection, *, others_than: WorkerId | None, limit: int
-) -> list[AbandonedRun]:
+def recover_lock(connection: Connection, *, others_than: WorkerId | None, limit: int) -> list[AbandonedRun]:
     raw = driver(connection)
     with raw.pipeline():
         raw.execute(END, (others_than, others_than))

@@ -18,12 +18,10 @@ WITH me AS (
 SELECT l.id, l.fencing_token,
        COALESCE(l.cancel_reason, CASE WHEN o.state IN ('suspended', 'removed') THEN 'suspended' END)
 FROM me
-LEFT JOIN (live_runs l JOIN orgs o ON o.id = l.org_id) ON l.worker_id = me.id AND l.state = 'running'
+LEFT JOIN (live_runs l JOIN orgs o ON o.id = l.org_id) ON l.worker_id = me.id
 """
 
 
-def renew(
-    connection: Connection, worker_id: WorkerId, lease: timedelta
-) -> tuple[bool, list[OwnedRun]]:
+def renew(connection: Connection, worker_id: WorkerId, lease: timedelta) -> tuple[bool, list[OwnedRun]]:
     rows = driver(connection).execute(RENEW, (lease.total_seconds(), worker_id)).fetchall()
     return bool(rows), [OwnedRun(*row) for row in rows if row[0] is not None]

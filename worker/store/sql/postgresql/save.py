@@ -12,11 +12,12 @@ from worker.store.connection import driver
 from worker.store.sql import Progress
 from worker.store.sql.postgresql.arrays import instants, jsons, plain, texts
 
+# `state NOT IN` is running by words that fit no partial index: the primary key is meant.
 # The row stays locked until the checkpoint is durable: nobody takes the run over in between.
 SAVE = """
 WITH ours AS (
   SELECT id, recoveries FROM live_runs
-  WHERE id = %(run)s AND fencing_token = %(token)s AND state = 'running' FOR UPDATE
+  WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held') FOR UPDATE
 ), moved AS (
   UPDATE live_runs l SET recoveries = 0 FROM ours
   WHERE l.id = ours.id AND ours.recoveries > 0
@@ -34,7 +35,7 @@ LOCK = "SELECT 1 FROM live_runs WHERE id = ANY(%s::uuid[]) ORDER BY id FOR UPDAT
 PROGRESS = """
 UPDATE live_runs l SET progress = p.progress::jsonb
 FROM unnest(%s::uuid[], %s::bigint[], %s::text[]) AS p(id, fencing_token, progress)
-WHERE l.id = p.id AND l.fencing_token = p.fencing_token AND l.state = 'running'
+WHERE l.id = p.id AND l.fencing_token = p.fencing_token AND l.state NOT IN ('waiting', 'held')
 """
 
 LINES = """

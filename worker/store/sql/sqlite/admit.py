@@ -48,12 +48,12 @@ WHERE l.org_id = ? AND l.state = 'waiting' AND l.available_at <= ? AND l.isolati
        SELECT 1 FROM json_each(l.variant_handlers) v
        WHERE v.value NOT IN (SELECT value FROM json_each(?))))
   AND (l.max_concurrent IS NULL OR l.max_concurrent > (
-       SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.state = 'running'))
+       SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
 ORDER BY l.priority DESC, l.available_at, l.id LIMIT ? OFFSET ?
 """
 
-RUNNING_OF_HANDLER = "SELECT count(*) FROM live_runs WHERE handler = ? AND state = 'running'"
-RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? AND state = 'running'"
+RUNNING_OF_HANDLER = "SELECT count(*) FROM live_runs WHERE handler = ? AND reason IS NULL"
+RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? AND started_at IS NOT NULL"
 REGISTERED = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
 
 PICKED = """

@@ -74,9 +74,7 @@ UPDATE live_runs SET state = 'waiting', reason = 'due', available_at = ?, start_
 """
 
 
-def finish(
-    connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]
-) -> set[RunId]:
+def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
     rows = {

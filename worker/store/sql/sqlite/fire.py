@@ -72,9 +72,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
 
 
-def fire_lock(
-    connection: Connection, *, limit: int, specs: Specs
-) -> tuple[datetime, list[DueDefinition]]:
+def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
     due = []
@@ -134,9 +132,7 @@ def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[Ne
     cursor.executemany(LIVE, [_live_row(run) for run in new])
     if cursor.rowcount == len(new):
         return new, []
-    live = {
-        id_ for id_, is_live in cursor.execute(INSERTED, (json_list(run.id for run in new),)) if is_live
-    }
+    live = {id_ for id_, is_live in cursor.execute(INSERTED, (json_list(run.id for run in new),)) if is_live}
     overlapped = [run for run in new if run.id not in live]
     cursor.executemany(UNDO, [(run.id,) for run in overlapped])
     return [run for run in new if run.id in live], overlapped
@@ -197,15 +193,11 @@ def _write_skips(cursor: Any, skips: Sequence[NewSkip]) -> None:
             id_, org_id, revision, since, until, count, reason = row
             last[definition_id] = StoredSkip(
                 id_,
-                NewSkip(
-                    org_id, definition_id, revision, from_text(since), from_text(until), count, reason
-                ),
+                NewSkip(org_id, definition_id, revision, from_text(since), from_text(until), count, reason),
             )
     ran_before = {}
     for skip in skips:
-        (ran_at,) = cursor.execute(
-            RAN_BEFORE, (skip.definition_id, instant(skip.skipped_from))
-        ).fetchone()
+        (ran_at,) = cursor.execute(RAN_BEFORE, (skip.definition_id, instant(skip.skipped_from))).fetchone()
         ran_before[skip.definition_id, skip.skipped_from] = None if ran_at is None else from_text(ran_at)
     changes = fold(skips, last, ran_before)
     cursor.executemany(

@@ -21,14 +21,12 @@ SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.worker_id, l.fe
        l.failures, l.recoveries, l.started_at
 FROM live_runs l INDEXED BY ix_live_runs_running_worker_id
 LEFT JOIN workers w ON w.id = l.worker_id
-WHERE l.state = 'running' AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
+WHERE l.worker_id IS NOT NULL AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
 LIMIT ?
 """
 
 
-def recover_lock(
-    connection: Connection, *, others_than: WorkerId | None, limit: int
-) -> list[AbandonedRun]:
+def recover_lock(connection: Connection, *, others_than: WorkerId | None, limit: int) -> list[AbandonedRun]:
     cursor = driver(connection).cursor()
     if others_than is not None:
         cursor.execute(END_OTHERS, (instant(file_now(connection)), others_than))

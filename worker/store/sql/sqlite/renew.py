@@ -17,13 +17,11 @@ OWNED = """
 SELECT l.id, l.fencing_token,
        COALESCE(l.cancel_reason, CASE WHEN o.state IN ('suspended', 'removed') THEN 'suspended' END)
 FROM live_runs l CROSS JOIN orgs o ON o.id = l.org_id
-WHERE l.worker_id = ? AND l.state = 'running'
+WHERE l.worker_id = ?
 """
 
 
-def renew(
-    connection: Connection, worker_id: WorkerId, lease: timedelta
-) -> tuple[bool, list[OwnedRun]]:
+def renew(connection: Connection, worker_id: WorkerId, lease: timedelta) -> tuple[bool, list[OwnedRun]]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
     if cursor.execute(RENEW, (instant(now), instant(now + lease), worker_id)).rowcount == 0:
