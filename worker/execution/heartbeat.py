@@ -19,7 +19,6 @@ from worker.execution.reconcile import Renewal
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import emit
 
-
 # Seconds before a renewal that failed is tried again.
 AGAIN = 0.5
 # Seconds between two words about a lease that cannot be renewed.

@@ -17,8 +17,10 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from worker.clock import Clock
 from worker.errors import StoreUnavailable
+from worker.store import listener
 from worker.store.connection import database_now, driver
-from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, open_engine, read_url
+from worker.store.contact import Contact
+from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
 
 Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")
@@ -39,6 +41,7 @@ class Database:
     def __init__(self, engine: Engine, *, clock: Clock, threads: int) -> None:
         self._engine = engine
         self._clock = clock
+        self._contact = Contact(clock)
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = engine.url.render_as_string(hide_password=True)
         self._threads = ThreadPoolExecutor(
@@ -77,7 +80,7 @@ class Database:
         Raises:
             StoreUnavailable: the database did not answer, or did not let us in.
         """
-        with self._turn(), translated(), self._connection() as connection, connection.begin():
+        with self._turn(), self._watched(), self._connection() as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -87,7 +90,7 @@ class Database:
         Raises:
             StoreUnavailable: as in `transaction`.
         """
-        with translated(), self._connection() as connection:
+        with self._watched(), self._connection() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     def now(self, connection: Connection) -> datetime:
@@ -113,6 +116,17 @@ class Database:
     ) -> T:
         """Run `work` on a connection in autocommit mode, in a thread of the database."""
         return await self.run(functools.partial(self._in_autocommit, work, *args, **kwargs))
+
+    async def listen(self, on_hint: Callable[[], None]) -> None:
+        """Call `on_hint` whenever somebody hints at work; see `store.listener`."""
+        if self.dialect == "postgresql":
+            arguments = libpq_arguments(self._engine.url, role="listener")
+            await listener.listen(arguments, self._clock, on_hint)
+        await asyncio.Event().wait()
+
+    async def hint(self) -> None:
+        """Let every worker look for work now."""
+        await self.call_autocommit(listener.hint)
 
     def close(self) -> None:
         """Wait for what runs in the threads, then close every connection."""
@@ -142,6 +156,16 @@ class Database:
             yield
         finally:
             self._writer.release()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            with translated():
+                yield
+        except StoreUnavailable as error:
+            self._contact.failed(error.message)
+            raise
+        self._contact.answered()
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
@@ -179,7 +203,7 @@ def is_transient(error: BaseException) -> bool:
         return getattr(error, "sqlite_errorcode", 1) & 0xFF in _TRANSIENT
     # By name, so that SQLite alone needs no psycopg.
     return any(
-        kind.__module__.startswith("psycopg") and kind.__name__ == "OperationalError"
+        kind.__module__.startswith("psycopg") and kind.__name__ in ("OperationalError", "InterfaceError")
         for kind in type(error).__mro__
     )
 

@@ -12,6 +12,7 @@ from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId
 from worker.store import tables
 from worker.store.chunks import chunks
+from worker.store.listener import hint
 from worker.store.upsert import upsert
 
 Row = dict[str, Any]
@@ -173,3 +174,4 @@ def set_next_for_all_orgs(
                 for org, id_, nominal, fire in nexts
             ],
         )
+        hint(connection)

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.store import sweeps, tables
+from worker.store.listener import hint
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -102,6 +103,7 @@ def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool 
             start_by=run.start_by,
         )
     )
+    hint(connection)
 
 
 def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId, *, at: datetime) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import select
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, InvalidatePoolError
 
 from worker.clock import Clock
 from worker.errors import ConfigurationError
@@ -122,19 +123,11 @@ def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
     return engine
 
 
-def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) -> Engine:
-    from worker.store.deadline import connect
-
+def libpq_arguments(url: URL, *, role: str) -> dict[str, str]:
+    """What a PostgreSQL URL and our defaults make of a connection; what stands in the URL wins."""
     session = _SESSION | (_WORKER_SESSION if role == "worker" else {})
     options = " ".join(f"-c {name}={value}" for name, value in session.items())
     given = dict(url.query)
-    # What stands in the URL comes last, and so wins.
-    arguments = (
-        {"application_name": f"orgworker {role}"}
-        | _KEEPALIVES
-        | {name: str(value) for name, value in given.items()}
-        | {"options": f"{options} {given.get('options', '')}".strip()}
-    )
     place = {
         "host": url.host,
         "port": url.port,
@@ -142,8 +135,20 @@ def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) 
         "password": url.password,
         "dbname": url.database,
     }
-    arguments |= {name: str(value) for name, value in place.items() if value}
-    return create_engine(
+    return (
+        {"application_name": f"orgworker {role}"}
+        | _KEEPALIVES
+        | {name: str(value) for name, value in given.items()}
+        | {"options": f"{options} {given.get('options', '')}".strip()}
+        | {name: str(value) for name, value in place.items() if value}
+    )
+
+
+def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) -> Engine:
+    from worker.store.deadline import connect
+
+    arguments = libpq_arguments(url, role=role)
+    engine = create_engine(
         url,
         creator=lambda: connect(arguments, deadline=deadline),
         pool_size=connections,
@@ -152,3 +157,12 @@ def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) 
         json_serializer=compact_json,
         use_native_hstore=False,
     )
+
+    @event.listens_for(engine, "checkout")
+    def look(connection: Any, record: Any, proxy: Any) -> None:
+        # A session that rests has nothing to say but that it has ended: after a restart of
+        # the server the first question then finds a new session, not a broken one.
+        if connection.closed or select.select([connection.fileno()], [], [], 0)[0]:
+            raise InvalidatePoolError
+
+    return engine

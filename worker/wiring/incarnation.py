@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from random import SystemRandom
 
@@ -15,6 +16,7 @@ from worker.execution.attempt import Tools
 from worker.execution.carrier import Carrier
 from worker.execution.children import Children
 from worker.execution.heartbeat import Heartbeat
+from worker.execution.hints import Hints
 from worker.execution.holdings import Holdings
 from worker.execution.housekeeping import Housekeeping
 from worker.execution.inline import Inline
@@ -23,12 +25,12 @@ from worker.execution.loops import LAST_FLUSH, Loops
 from worker.execution.offers import Offers
 from worker.execution.plans import Plans
 from worker.execution.pulse import Pulse
-from worker.execution.reconcile import Reconciler
+from worker.execution.reconcile import Reconciler, Renewal
 from worker.execution.recovery import Recovery, tell
-from worker.execution.retention import Ages, Retention
+from worker.execution.retention import Retention
 from worker.execution.scheduler import Scheduler
 from worker.ids import RunId, WorkerId, new_id
-from worker.settings import RetentionSettings, Settings
+from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
@@ -36,7 +38,9 @@ from worker.telemetry.notify import Notifier
 from worker.tokens.cache import Tokens
 from worker.tokens.http import open_client
 from worker.tokens.sealing import KeyRing
+from worker.wiring.ages import ages_of
 from worker.wiring.catalogue import Cataloguing
+from worker.wiring.chores import Chores
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 from worker.wiring.signals import Signals
@@ -139,7 +143,17 @@ class Incarnation:
             poll=poll,
             start=carrier.start,
         )
-        scheduler = Scheduler(store, self._offers, clock, poll=poll, on_fired=admission.wake.set)
+        hints = Hints(self._database.hint, clock)
+
+        def fired() -> None:
+            admission.wake.set()
+            hints.say()
+
+        def look() -> None:
+            scheduler.wake.set()
+            admission.wake.set()
+
+        scheduler = Scheduler(store, self._offers, clock, poll=poll, on_fired=fired)
 
         def stop_run(run_id: RunId, reason: str) -> None:
             held = holdings.get(run_id)
@@ -154,6 +168,12 @@ class Incarnation:
             on_lease=self._children.lease_until,
             on_lost=lambda: loops.give_up(),
         )
+
+        def renewed(renewal: Renewal) -> None:
+            reconciler.take(renewal)
+            # After an outage nothing is admitted before the lease is renewed.
+            admission.wake.set()
+
         heartbeat = Heartbeat(
             store,
             holdings,
@@ -161,7 +181,7 @@ class Incarnation:
             lease=execution.lease.total_seconds(),
             renew=execution.renew.total_seconds(),
             on_lease=self._children.lease_until,
-            on_renewal=reconciler.take,
+            on_renewal=renewed,
         )
         recovery = Recovery(
             store,
@@ -173,6 +193,7 @@ class Incarnation:
         )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
+        Chores(self._database).add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         pulse = Pulse(
@@ -185,6 +206,8 @@ class Incarnation:
                 "scheduler": scheduler.run,
                 "admission": admission.run,
                 "recovery": recovery.run,
+                "hints": hints.run,
+                "listener": partial(self._database.listen, look),
                 "catalogue": Cataloguing(self._database, store, self._offers, clock, admission.wake.set).run,
             },
             outlet={
@@ -224,16 +247,3 @@ class Incarnation:
         seconds = self._settings.execution.drain.total_seconds()
         self._notifier.stopping(seconds + LAST_FLUSH)
         emit("worker.draining", worker=self.id, running=running, seconds=seconds)
-
-
-def ages_of(settings: RetentionSettings) -> Ages:
-    """How long each thing is kept, as `[retention]` says."""
-    failed = settings.failed
-    runs = {
-        "succeeded": settings.succeeded,
-        "failed": failed,
-        "refused": failed,
-        "cancelled": failed,
-        "skipped": settings.skipped,
-    }
-    return Ages(runs=runs, skips=settings.skipped, logs=settings.logs)

@@ -1,0 +1,37 @@
+"""Hints are few, however much there is to say."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from worker.errors import StoreUnavailable
+from worker.execution.hints import PAUSE, Hints
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_what_is_said_during_a_pause_is_sent_as_one_hint(clock):
+    sent = 0
+
+    async def send() -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 1:
+            raise StoreUnavailable("away")
+
+    hints = Hints(send, clock)
+    task = asyncio.create_task(hints.run())
+    for _ in range(3):
+        for _ in range(10):
+            hints.say()
+            await asyncio.sleep(0)
+        clock.advance(PAUSE)
+        await asyncio.sleep(0)
+
+    assert sent == 1 + 3, "one at once, and one after each pause"
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

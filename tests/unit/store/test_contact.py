@@ -1,0 +1,30 @@
+"""The loss of the database is told once, and once that it is back."""
+
+from __future__ import annotations
+
+from worker.store.contact import QUIET, Contact
+
+
+def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
+    contact = Contact(clock)
+
+    contact.failed("refused")
+    clock.advance(30)
+    contact.failed("refused")
+    clock.advance(12)
+    contact.answered()
+    contact.answered()
+
+    assert [event.event.name for event in emitted] == ["database.lost", "database.back"]
+    assert emitted[1].fields == {"seconds": 42.0}
+
+
+def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitted):
+    contact = Contact(clock)
+
+    for _ in range(20):
+        contact.failed("terminated")
+        contact.answered()
+        clock.advance(QUIET / 10)
+
+    assert [event.event.name for event in emitted] == ["database.lost", "database.back"] * 2
