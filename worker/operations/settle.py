@@ -87,10 +87,20 @@ def _settle(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skip
 def start(connection: Connection, rows: Sequence[Row], *, at: datetime, inclusive: bool = False) -> None:
     """Set when these definitions are due next, counted from now; never, where they are not active.
 
-    `inclusive` for new ones: an instant that is this very moment counts.
+    `inclusive` for new ones: an instant that is this very moment counts. What was
+    decided already stays so, also where the clock has gone back since.
     """
+    decided = (
+        {}
+        if inclusive
+        else definitions.last_decided_for_all_orgs(connection, [row["id"] for row in rows if is_active(row)])
+    )
     definitions.set_next_for_all_orgs(
-        connection, [(row["org_id"], *next_of(row, at, inclusive=inclusive)) for row in rows]
+        connection,
+        [
+            (row["org_id"], *next_of(row, max(at, decided.get(row["id"], at)), inclusive=inclusive))
+            for row in rows
+        ],
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, text, update
 
 from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId
@@ -21,6 +21,8 @@ _definitions = tables.definitions
 _revisions = tables.definition_revisions
 _schedule = tables.schedule
 _orgs = tables.orgs
+_runs = tables.runs
+_skips = tables.skips
 
 
 def _query() -> Select[Any]:
@@ -93,6 +95,58 @@ def lock_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> list[
         _lock(connection, select(_definitions.c.id).where(ours))
         rows.extend(dict(row) for row in connection.execute(_query().where(ours)).mappings())
     return rows
+
+
+def lock_named_for_all_orgs(
+    connection: Connection, org_ids: Iterable[OrgId], names: Sequence[str], *, made_by_template: bool
+) -> list[Row]:
+    """Those of these orgs' definitions that have one of these names, closed ones too, locked.
+
+    With `made_by_template` also all others that some template made.
+    """
+    rows: list[Row] = []
+    for part in chunks(sorted(set(org_ids))):
+        named: ColumnElement[bool] = _definitions.c.name.in_(names)
+        if made_by_template:
+            named |= _definitions.c.template_id.is_not(None)
+        ours = (_definitions.c.org_id.in_(part), named)
+        _lock(connection, select(_definitions.c.id).where(*ours))
+        rows.extend(dict(row) for row in connection.execute(_query().where(*ours)).mappings())
+    return rows
+
+
+def read_for_all_orgs(connection: Connection, ids: Iterable[DefinitionId]) -> list[Row]:
+    """The definitions with these ids as they are now; nothing is locked."""
+    rows: list[Row] = []
+    for part in chunks(sorted(set(ids))):
+        query = _query().where(_definitions.c.id.in_(part))
+        rows.extend(dict(row) for row in connection.execute(query).mappings())
+    return rows
+
+
+def last_decided_for_all_orgs(
+    connection: Connection, ids: Iterable[DefinitionId]
+) -> dict[DefinitionId, datetime]:
+    """The newest instant of each definition that became a run or a skip; those that have none left out."""
+    newest_run = (
+        select(func.max(_runs.c.scheduled_for))
+        .where(_runs.c.definition_id == _definitions.c.id, text("runs.origin = 'schedule'"))
+        .scalar_subquery()
+    )
+    newest_skip = (
+        select(_skips.c.skipped_until)
+        .where(_skips.c.definition_id == _definitions.c.id)
+        .order_by(_skips.c.skipped_from.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    found: dict[DefinitionId, datetime] = {}
+    for part in chunks(sorted(set(ids))):
+        query = select(_definitions.c.id, newest_run, newest_skip).where(_definitions.c.id.in_(part))
+        for id_, *instants in connection.execute(query):
+            if decided := [instant for instant in instants if instant is not None]:
+                found[id_] = max(decided)
+    return found
 
 
 def _lock(connection: Connection, ids: Select[Any]) -> None:
