@@ -11,6 +11,7 @@ from typing import NewType
 OrgId = NewType("OrgId", str)
 DefinitionId = NewType("DefinitionId", str)
 RunId = NewType("RunId", str)
+TemplateId = NewType("TemplateId", str)
 WorkerId = NewType("WorkerId", str)
 
 _lock = threading.Lock()

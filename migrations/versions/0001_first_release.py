@@ -126,6 +126,7 @@ def create_orgs() -> None:
         sa.Column("weight", sa.Integer(), server_default="1", nullable=False),
         sa.Column("tags", JSON, nullable=False),
         sa.Column("timezone", sa.Text()),
+        sa.Column("templates_seen", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.Column("updated_at", INSTANT, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_orgs")),
@@ -137,6 +138,7 @@ def create_orgs() -> None:
         sa.CheckConstraint("weight >= 1", name=op.f("ck_orgs_weight")),
         sa.CheckConstraint("max_concurrent_runs >= 1", name=op.f("ck_orgs_max_concurrent_runs")),
     )
+    op.create_index("ix_orgs_templates_seen", "orgs", ["templates_seen", "id"])
 
     op.create_table(
         "credentials",
@@ -171,8 +173,13 @@ def create_definitions() -> None:
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("selector", JSON, nullable=False),
         sa.Column("spec", JSON, nullable=False),
+        sa.Column("change", sa.BigInteger(), nullable=False),
+        sa.Column("orgs_total", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("orgs_done", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("materialised_at", INSTANT),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.Column("updated_at", INSTANT, nullable=False),
+        sa.Column("updated_by", sa.Text(), nullable=False),
         sa.Column("closed_at", INSTANT),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_templates")),
         sa.UniqueConstraint("name", name=op.f("uq_templates_name")),
@@ -349,7 +356,13 @@ def create_runs() -> None:
     )
     op.create_index("ix_live_runs_definition_id", "live_runs", ["definition_id"])
     op.create_index(
-        "ix_live_runs_running_definition_id", "live_runs", ["definition_id"], **where("started_at IS NOT NULL")
+        "ix_live_runs_backfill_id", "live_runs", ["backfill_id"], **where("backfill_id IS NOT NULL")
+    )
+    op.create_index(
+        "ix_live_runs_running_definition_id",
+        "live_runs",
+        ["definition_id"],
+        **where("started_at IS NOT NULL"),
     )
     op.create_index("ix_live_runs_running_handler", "live_runs", ["handler"], **where("reason IS NULL"))
     op.create_index("ix_live_runs_running_org_id", "live_runs", ["org_id"], **where("state = 'running'"))
@@ -487,8 +500,11 @@ def create_records() -> None:
         sa.Column("range_until", INSTANT, nullable=False),
         sa.Column("next_scheduled_for", INSTANT),
         sa.Column("max_concurrent", sa.Integer(), server_default="1", nullable=False),
+        sa.Column("instants", sa.BigInteger(), nullable=False),
+        sa.Column("made", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.Column("created_by", sa.Text(), nullable=False),
+        sa.Column("cancelled_at", INSTANT),
         sa.Column("finished_at", INSTANT),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_backfills")),
         sa.ForeignKeyConstraint(
@@ -502,6 +518,7 @@ def create_records() -> None:
             name=op.f("uq_backfills_definition_id_range_from_range_until"),
         ),
     )
+    op.create_index("ix_backfills_unfinished", "backfills", ["id"], **where("finished_at IS NULL"))
 
     op.create_table(
         "audit",

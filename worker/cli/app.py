@@ -25,6 +25,7 @@ from worker.cli import (
     run,
     runs,
     skips,
+    templates,
 )
 from worker.cli.output import Format, print_error
 from worker.cli.session import Session
@@ -43,6 +44,7 @@ for noun, commands in (
     ("orgs", orgs),
     ("credentials", credentials),
     ("definitions", definitions),
+    ("templates", templates),
     ("runs", runs),
     ("skips", skips),
     ("handlers", handlers),

@@ -8,6 +8,7 @@ from typing import Any
 from worker.errors import Conflict
 from worker.ids import OrgId, new_id
 from worker.operations import org_entry
+from worker.operations.materialise import materialise_first
 from worker.orgs.org import OrgEntry
 from worker.store import audit, listing, orgs
 from worker.store.database import Database
@@ -18,7 +19,9 @@ Row = dict[str, Any]
 def add_org(
     database: Database, entry: OrgEntry, *, actor: str, issuers: Collection[str] | None = None
 ) -> Row:
-    """Add one org and return its row; `issuers` are those that `worker.toml` has, None if unknown.
+    """Add one org, with what templates make for it, and return its row.
+
+    `issuers` are those that `worker.toml` has, None if unknown.
 
     Raises:
         Conflict: there is such an org already.
@@ -41,5 +44,6 @@ def add_org(
             org_id = there["id"]
             orgs.change(connection, org_id, columns, at=now)
             orgs.set_state(connection, org_id, "active", by=actor, at=now, note=None)
+        materialise_first(connection, actor=actor, at=now)
         audit.record(connection, [audit.Entry(org_id, "org.add", entry.code, columns)], at=now, actor=actor)
         return listing.org(connection, entry.code)

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from worker.errors import Conflict
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
-from worker.store import audit, definition_listing, definitions, edit_runs, orgs
+from worker.store import audit, definition_listing, definitions, edit_runs, orgs, templates
 from worker.store.database import Database
 
 Row = dict[str, Any]
@@ -38,6 +38,7 @@ def close_definition(database: Database, org: str, name: str, *, actor: str) -> 
                 connection, org_id, row["id"], {"closed_at": now}, at=now, revision=row["revision"]
             )
         ended = end_closed(connection, org_id, row["id"])
+        templates.look_again_for_all_orgs(connection, {(org_id, name)})
         entry = audit.Entry(org_id, "definition.close", f"{org} {name}", {"cancelled": ended})
         audit.record(connection, [entry], at=now, actor=actor)
         return definition_listing.definition(connection, org, name)

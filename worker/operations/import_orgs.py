@@ -14,6 +14,7 @@ from worker.errors import ConfigurationError, DefinitionError, UsageError
 from worker.ids import OrgId, new_id
 from worker.operations import org_entry
 from worker.operations.credentials import Sealer, check_client, credential_row
+from worker.operations.materialise import materialise_first
 from worker.orgs.org import OrgEntry
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
@@ -100,6 +101,7 @@ def import_orgs(
         orgs.insert_for_all_orgs(connection, new_orgs)
         credentials.insert_for_all_orgs(connection, new_credentials)
         audit.record(connection, trail, at=now, actor=actor)
+        materialise_first(connection, actor=actor, at=now)
         done.orgs_added, done.credentials_added = len(new_orgs), len(new_credentials)
     return done
 

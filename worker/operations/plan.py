@@ -11,10 +11,11 @@ from sqlalchemy import Connection
 from worker.definitions.definition import Definition, to_spec
 from worker.definitions.file import DefinitionsFile
 from worker.errors import DefinitionError, UsageError
-from worker.ids import OrgId, new_id
+from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import org_entry
 from worker.operations.changes import Action, Change, differing
 from worker.operations.handlers import Handlers
+from worker.operations.plan_templates import TemplateChange, plan_template
 from worker.orgs.org import OrgEntry
 from worker.store import definitions, orgs
 
@@ -42,8 +43,20 @@ class OrgChange:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateRef:
+    """The revision of a template that makes a definition what it is."""
+
+    id: TemplateId
+    name: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
 class DefinitionChange:
-    """A definition to add (`before` None), change, reopen or close; `spec` is what it is to be."""
+    """A definition to add (`before` None), change, reopen or close; `spec` is what it is to be.
+
+    `template` is the one that makes it so; None for an org's own.
+    """
 
     action: Action
     org_id: OrgId
@@ -52,6 +65,7 @@ class DefinitionChange:
     before: Row | None
     spec: Mapping[str, Any]
     enabled: bool
+    template: TemplateRef | None = None
 
     def shown(self) -> Change:
         if self.action == "close":
@@ -66,10 +80,12 @@ class Plan:
     """The changes in the order in which they are shown."""
 
     orgs: list[OrgChange] = field(default_factory=list)
+    templates: list[TemplateChange] = field(default_factory=list)
     definitions: list[DefinitionChange] = field(default_factory=list)
 
     def shown(self) -> list[Change]:
-        return [*(each.shown() for each in self.orgs), *(each.shown() for each in self.definitions)]
+        orgs, templates = [each.shown() for each in self.orgs], [each.shown() for each in self.templates]
+        return [*orgs, *templates, *(each.shown() for each in self.definitions)]
 
 
 def make_plan(
@@ -86,12 +102,6 @@ def make_plan(
     Raises:
         DefinitionError: names the entry and the field that cannot be accepted.
     """
-    if file.templates:
-        raise DefinitionError(
-            "this release makes no definitions from templates yet",
-            entry=f"template {file.templates[0].name}",
-            fix="write a [[definition]] for each org",
-        )
     plan = Plan()
     named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
     there = orgs.find_for_all_orgs(connection, named, lock=True)
@@ -119,6 +129,12 @@ def make_plan(
         change_of = _definition_change(each, entry_name, ids[each.org], stored.get((each.org, each.name)))
         if change_of is not None:
             plan.definitions.append(change_of)
+    for template in sorted(file.templates, key=lambda template: template.name):
+        change_of_template = plan_template(
+            connection, template, handlers, inline=inline, allow_unknown=allow_unknown, issuers=issuers
+        )
+        if change_of_template is not None:
+            plan.templates.append(change_of_template)
     if prune:
         kept = {(each.org, each.name) for each in file.definitions}
         plan.definitions.extend(_closed(row for key, row in stored.items() if key not in kept))

@@ -54,17 +54,17 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
-    """Change columns of one org."""
+    """Change columns of one org; one with other tags or another issuer looks at all templates again."""
+    if values.keys() & {"tags", "issuer"}:
+        values = {**values, "templates_seen": 0}
     connection.execute(update(_orgs).where(_orgs.c.id == org_id).values(**values, updated_at=at))
 
 
 def set_state(
     connection: Connection, org_id: OrgId, state: str, *, by: str, at: datetime, note: str | None
 ) -> None:
-    """Set the org's state, with who, when and why."""
-    change(
-        connection,
-        org_id,
-        {"state": state, "state_by": by, "state_at": at, "state_note": note},
-        at=at,
-    )
+    """Set the org's state, with who, when and why; one that comes back looks at all templates again."""
+    values = {"state": state, "state_by": by, "state_at": at, "state_note": note}
+    if state == "active":
+        values["templates_seen"] = 0
+    change(connection, org_id, values, at=at)

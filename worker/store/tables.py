@@ -145,8 +145,11 @@ orgs = Table(
     Column("weight", Integer, nullable=False, server_default="1"),
     Column("tags", json_type(), nullable=False),
     Column("timezone", Text),
+    # The newest change of a template that this org has taken up; 0: look at them all again.
+    Column("templates_seen", BigInteger, nullable=False, server_default="0"),
     Column("created_at", Instant, nullable=False),
     Column("updated_at", Instant, nullable=False),
+    Index("ix_orgs_templates_seen", "templates_seen", "id"),
     CheckConstraint(one_of("state", ORG_STATES), name="state"),
     CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
     CheckConstraint("weight >= 1", name="weight"),
@@ -184,8 +187,14 @@ templates = Table(
     Column("revision", Integer, nullable=False),
     Column("selector", json_type(), nullable=False),
     Column("spec", json_type(), nullable=False),
+    # Its place among the changes of all templates, and how far its last one has got.
+    Column("change", BigInteger, nullable=False),
+    Column("orgs_total", Integer, nullable=False, server_default="0"),
+    Column("orgs_done", Integer, nullable=False, server_default="0"),
+    Column("materialised_at", Instant),
     Column("created_at", Instant, nullable=False),
     Column("updated_at", Instant, nullable=False),
+    Column("updated_by", Text, nullable=False),
     Column("closed_at", Instant),
 )
 
@@ -388,6 +397,12 @@ live_runs = Table(
     ),
     Index("ix_live_runs_definition_id", "definition_id"),
     Index(
+        "ix_live_runs_backfill_id",
+        "backfill_id",
+        postgresql_where=text("backfill_id IS NOT NULL"),
+        sqlite_where=text("backfill_id IS NOT NULL"),
+    ),
+    Index(
         "uq_live_runs_serial",
         "definition_id",
         unique=True,
@@ -512,12 +527,22 @@ backfills = Table(
     Column("revision", Integer, nullable=False),
     Column("range_from", Instant, nullable=False),
     Column("range_until", Instant, nullable=False),
+    # The first instant that has no run yet; null when each has one.
     Column("next_scheduled_for", Instant),
     Column("max_concurrent", Integer, nullable=False, server_default="1"),
+    Column("instants", BigInteger, nullable=False),
+    Column("made", BigInteger, nullable=False, server_default="0"),
     Column("created_at", Instant, nullable=False),
     Column("created_by", Text, nullable=False),
+    Column("cancelled_at", Instant),
     Column("finished_at", Instant),
     UniqueConstraint("definition_id", "range_from", "range_until"),
+    Index(
+        "ix_backfills_unfinished",
+        "id",
+        postgresql_where=text("finished_at IS NULL"),
+        sqlite_where=text("finished_at IS NULL"),
+    ),
 )
 
 audit = Table(

@@ -73,6 +73,12 @@ EVENTS: Mapping[str, Event] = _table(
         "org definition error",
         "the next instants of a definition cannot be computed",
     ),
+    (
+        "template.progress",
+        "info",
+        "template done total",
+        "the last change of a template has reached so many of the orgs",
+    ),
     # Run to outcome.
     (
         "run.admitted",
@@ -103,6 +109,12 @@ EVENTS: Mapping[str, Event] = _table(
         "what is older than `[retention]` allows was deleted: so many of each",
     ),
     # Tokens.
+    (
+        "credential.unusable",
+        "error",
+        "org generation error",
+        "a credential's secret does not open; another generation of the org is tried, if there is one",
+    ),
     ("token.requested", "info", "org issuer seconds", "the issuer gave a token, and it was enforced"),
     ("token.refused", "error", "org issuer reason detail", "a token failed verification or enforcement"),
     ("org.parked", "error", "org issuer error seconds", "no token is asked for this org until then"),
