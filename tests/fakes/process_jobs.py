@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import faulthandler
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +258,23 @@ async def fork_exits_async(ctx: Context[Any, Any]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
+@job("spies")
+def spies(ctx: BlockingContext[Any, Any]) -> list[str]:
+    """What of the zygote and of the worker can be read."""
+    parent = os.getppid()
+    worker = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    readable = []
+    for pid in (parent, worker):
+        for name in ("mem", "environ", "maps"):
+            try:
+                with open(f"/proc/{pid}/{name}", "rb") as file:
+                    file.read(0)
+                readable.append(f"{pid}/{name}")
+            except PermissionError:
+                continue
+    return readable
+
+
 # Ways to end
 
 
@@ -480,3 +499,20 @@ async def save_badly(ctx: Context[Any, Any]) -> None:
 @job("connects", params=Params)
 async def connects(ctx: Context[Params, Any]) -> None:
     raise httpx.ConnectError("nobody there")
+
+
+@job("pools")
+def pools(ctx: BlockingContext[Any, Any]) -> list[int]:
+    results = []
+    for method in ("fork", "spawn"):
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
+            results += pool.map(abs, [-1, -2])
+    return results
+
+
+IMPORTED_BY = os.getpid()
+
+
+@job("preloaded")
+def preloaded(ctx: BlockingContext[Any, Any]) -> bool:
+    return os.getppid() == IMPORTED_BY

@@ -17,6 +17,7 @@ from worker.execution import linux
 from worker.execution.child_run import ChildRun
 from worker.execution.ends import Ended
 from worker.execution.setup import Setup
+from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work
 from worker.execution.zygote_handle import Message, ZygoteHandle
 from worker.handlers.installed import ENVIRONMENT
@@ -25,9 +26,10 @@ from worker.telemetry.events import emit
 
 # The zygote freezes the runs when this share of the lease has passed unrenewed.
 FREEZE_AT = 0.8
-# Seconds between execs of a zygote that does not come up, until one that was hung up on is killed,
-# and between looks for adopted processes that have ended.
+# Seconds between execs of a zygote that does not come up, at first and at most; until one that was hung
+# up on is killed; and between looks for adopted processes that have ended.
 RESTART = 0.5
+LONGEST_RESTART = 10.0
 CLOSE = 5.0
 REAP_EVERY = 30.0
 
@@ -67,9 +69,11 @@ class Children:
         self._up = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
+        self._pause = RESTART
 
     def start(self) -> None:
         """Exec the zygote. Needs no running loop."""
+        linux.hide_memory()  # the key ring and every org's tokens are in it
         linux.become_subreaper()
         linux.allow_many_descriptors()
         self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix="orgworker-"))
@@ -98,13 +102,12 @@ class Children:
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler in a process of its own; when this returns none of its processes is left."""
         self.attach()
-        await self._up.wait()
-        if self._zygote is None or self._closed:
-            return HandedBack("the worker is ending")
+        zygote = await self._ready(stop)
         if stop.killed:
             return Lost("the lease on the run is lost")
+        if zygote is None:
+            return stopped(stop) if stop.requested.is_set() else HandedBack("the worker is ending")
         number = next(self._numbers)
-        zygote = self._zygote
         run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
         self._runs[number] = run  # before the next await: a zygote that dies in between ends it
         try:
@@ -142,18 +145,27 @@ class Children:
             await asyncio.wait(self._chores)
         shutil.rmtree(self._setup.folder, ignore_errors=True)
 
+    async def _ready(self, stop: Stop) -> ZygoteHandle | None:
+        """The zygote, once it is up; None if the run or the worker is to end before that."""
+        if not self._up.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self._up, stop.requested)]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        return self._zygote if self._up.is_set() else None
+
     def _exec(self) -> ZygoteHandle:
         zygote = ZygoteHandle(self._setup)
         emit("zygote.started", pid=zygote.pid)
         return zygote
 
     def _hold(self, zygote: ZygoteHandle) -> None:
-        born_at = asyncio.get_running_loop().time()
-        zygote.attach(self._hear, lambda: self._chore(self._replace(zygote, born_at)))
+        zygote.attach(self._hear, lambda: self._chore(self._replace(zygote)))
         self._zygote = zygote
         if self._lease is not None:
             zygote.send(self._lease)
-        self._up.set()
 
     def _hear(self, message: Message) -> None:
         match message["op"]:
@@ -169,6 +181,8 @@ class Children:
                 for run in self._runs.values():
                     run.thaw(message["at"])
             case "ready":
+                self._up.set()
+                self._pause = RESTART
                 for name, error in message["preload_failures"]:
                     emit("handler.broken", distribution=name, error=f"preload: {error}")
 
@@ -183,10 +197,11 @@ class Children:
             removal = asyncio.to_thread(shutil.rmtree, folder, True)
             self._chore(removal)
 
-    async def _replace(self, zygote: ZygoteHandle, born_at: float) -> None:
+    async def _replace(self, zygote: ZygoteHandle) -> None:
         """A zygote is dead: its runs are killed and lost, and another takes its place."""
         if self._closed or zygote is not self._zygote:
             return
+        was_up = self._up.is_set()
         self._up.clear()
         zygote.hang_up()
         await zygote.gone(0)
@@ -194,10 +209,20 @@ class Children:
         emit("zygote.died", pid=zygote.pid, runs=len(lost))
         for number in lost:
             self._end(number, Ended(why="lost"))
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(born_at + RESTART - loop.time(), 0))
+        if not was_up:
+            await self._after_a_bad_start()
         if not self._closed:
             self._hold(self._exec())
+
+    async def _after_a_bad_start(self) -> None:
+        # Until one is up the runs wait: to lose them would use up their recoveries.
+        if self._setup.preload:
+            error = "the zygote died while it imported this: it goes on without"
+            emit("handler.broken", distribution=", ".join(self._setup.preload), error=f"preload: {error}")
+            self._setup = replace(self._setup, preload=())
+            return
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, LONGEST_RESTART)
 
     async def _cannot_start(self, why: str | None) -> Outcome:
         # Handed back at once, it would be admitted again at once.

@@ -36,7 +36,6 @@ def enter(place: Place, *, zygote: int, lock: int | None) -> None:
     _default_signals()
     _keep_only(place, lock)
     _limit(place.memory)
-    linux.hide_memory()
     os.chdir(place.folder)
     tempfile.tempdir = place.folder
 

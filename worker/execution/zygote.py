@@ -280,6 +280,7 @@ def main() -> None:
     for name in set(os.environ) - set(setup.environment):
         del os.environ[name]
     linux.become_subreaper()
+    linux.hide_memory()  # a run that could write into it would be in every later run
     tls_context()
     preload(WARM)
     find_spec("a_module_that_is_nowhere")  # so the finders have listed every folder of sys.path

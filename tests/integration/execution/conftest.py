@@ -25,7 +25,11 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the plug-in's distribution, on sys.path while the module's tests run."""
-    folder = make_plugin(tmp_path_factory.mktemp("plugin"), modules={MODULE: SOURCE.read_text()})
+    folder = make_plugin(
+        tmp_path_factory.mktemp("plugin"),
+        modules={MODULE: SOURCE.read_text()},
+        entry_points={"ok": f"{MODULE}:ok"},
+    )
     sys.path.append(str(folder))
     yield folder
     sys.path.remove(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,11 @@ async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
     assert "sqlalchemy" not in seen["modules"]
     folder = Path(seen["cwd"])
     assert folder.parent.name.startswith("orgworker-")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read every process")
+async def test_a_run_can_read_the_memory_of_neither_zygote_nor_worker(children: Children) -> None:
+    assert result(await children.run(work("spies"), RecordingLink(), Stop())) == []
 
 
 async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Children) -> None:
@@ -234,3 +240,7 @@ async def test_many_runs_at_once_keep_apart(children: Children) -> None:
     outcomes = await asyncio.gather(*(children.run(run, RecordingLink(), Stop()) for run in runs))
 
     assert [result(outcome)["org"] for outcome in outcomes] == [f"org_{number}" for number in range(30)]
+
+
+async def test_a_handler_may_use_processes_of_its_own(children: Children) -> None:
+    assert result(await children.run(work("pools"), RecordingLink(), Stop())) == [1, 2, 1, 2]

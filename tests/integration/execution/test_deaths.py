@@ -19,7 +19,7 @@ from worker.clock import SystemClock
 from worker.execution import linux
 from worker.execution.children import Children
 from worker.execution.work import Stop
-from worker.runs.outcome import Lost, Succeeded
+from worker.runs.outcome import HandedBack, Lost, Succeeded
 from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
@@ -184,3 +184,54 @@ async def test_a_run_that_ends_takes_its_family_with_it(own_children: Children, 
 
     assert outcome == Succeeded(None)
     await all_silent_within(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("import os; os._exit(1)", "preload: the zygote died while it imported this"),
+        ("raise ValueError('no')", "preload: ValueError: no"),
+        (
+            "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()",
+            "preload: its import",
+        ),
+    ],
+)
+async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
+    plugin_folder: Path, emitted: list[Emitted], source: str, error: str
+) -> None:
+    name = f"breaks_{abs(hash(source))}"
+    (plugin_folder / f"{name}.py").write_text(source)
+    children = Children(SystemClock(), lease=None, preload=[name])
+    children.start()
+    try:
+        outcome = await children.run(work("ok_blocking"), RecordingLink(), Stop())
+    finally:
+        await children.close()
+
+    assert isinstance(outcome, Succeeded)
+    (told,) = [event.fields for event in emitted if event.event.name == "handler.broken"]
+    assert told["distribution"] == name
+    assert told["error"].startswith(error)
+
+
+async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: Path) -> None:
+    children = Children(SystemClock(), lease=None, preload=["acme-jobs"])
+    children.start()
+    try:
+        outcome = await children.run(work("preloaded"), RecordingLink(), Stop())
+    finally:
+        await children.close()
+
+    assert outcome == Succeeded("true")
+
+
+async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path) -> None:
+    children = Children(SystemClock(), lease=None)
+    children.start()
+    stop = Stop()
+    stop.request("drain", 10)
+    try:
+        assert await children.run(work("ok"), RecordingLink(), stop) == HandedBack()
+    finally:
+        await children.close()
