@@ -19,7 +19,6 @@ def named_run(connection: Connection, run_id: str, org: str | None) -> Row:
 
     Raises:
         NotFound: there is no such run, or no such org.
-        UsageError: this is no id.
     """
     wanted = RunId(checked_id(run_id))
     if org is None:

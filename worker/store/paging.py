@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import ColumnElement, Connection, Select
 
-from worker.errors import UsageError
+from worker.errors import NotFound, UsageError
 from worker.ids import lowest_id
 
 Row = dict[str, Any]
@@ -33,7 +33,8 @@ def page(
     are left out, and the key bounds the search.
 
     Raises:
-        UsageError: the limit is out of range, or `after` is no id.
+        UsageError: the limit is out of range.
+        NotFound: `after` is no id.
     """
     if not 1 <= limit <= MAX_LIMIT:
         raise UsageError(f"limit {limit} is not between 1 and {MAX_LIMIT}")
@@ -49,12 +50,14 @@ def checked_id(text: str) -> str:
     """The id in its one spelling.
 
     Raises:
-        UsageError: the text is no id.
+        NotFound: the text is no id, so nothing can have it.
     """
     try:
         return str(UUID(text))
     except ValueError:
-        raise UsageError(f"{text!r} is no id", fix="`-o id` prints the ids of a list") from None
+        raise NotFound(
+            f"nothing is called {text!r}: it is no id", fix="`-o id` prints the ids of a list"
+        ) from None
 
 
 def check_state(state: str, states: tuple[str, ...]) -> None:

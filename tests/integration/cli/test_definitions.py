@@ -178,7 +178,7 @@ def test_runs_are_listed_newest_first_and_paged_by_key(cli: CommandLine):
     ("command", "code"),
     [
         (["runs", "show", "01999999-9999-7999-8999-999999999999"], 3),
-        (["runs", "show", "not-an-id"], 2),
+        (["runs", "show", "not-an-id"], 3),
         (["runs", "cancel", "01999999-9999-7999-8999-999999999999"], 3),
         (["runs", "list", "--limit", "1001"], 2),
         (["runs", "list", "--state", "lost"], 2),
@@ -187,7 +187,7 @@ def test_runs_are_listed_newest_first_and_paged_by_key(cli: CommandLine):
         (["definitions", "resume", "org_acme", "changes"], 5),
         (["handlers", "show", "absent"], 3),
         (["apply", "absent.toml"], 2),
-        (["skips", "list", "--after", "x"], 2),
+        (["skips", "list", "--after", "x"], 3),
     ],
 )
 def test_what_cannot_be_done_exits_with_its_own_code(cli: CommandLine, command: list[str], code: int):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.errors import Conflict, DefinitionError, NotFound, UsageError
+from worker.errors import Conflict, DefinitionError, NotFound
 from worker.ids import new_id
 from worker.operations.cancel import cancel
 from worker.operations.close import close_definition
@@ -159,7 +159,7 @@ def test_what_is_not_there_is_not_found(site, database):
         run_now(database, "org_acme", "nothing", actor="tester")
     with pytest.raises(NotFound):
         cancel(database, new_id(), actor="tester")
-    with pytest.raises(UsageError, match="is no id"):
+    with pytest.raises(NotFound, match="is no id"):
         cancel(database, "seven", actor="tester")
 
 
