@@ -41,7 +41,6 @@ from worker.tokens.sealing import KeyRing
 from worker.wiring.ages import ages_of
 from worker.wiring.catalogue import Cataloguing
 from worker.wiring.chores import Chores
-from worker.wiring.chores import Chores
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 from worker.wiring.signals import Signals
@@ -194,7 +193,6 @@ class Incarnation:
         )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
-        Chores(self._database).add_to(housekeeping)
         Chores(self._database).add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
