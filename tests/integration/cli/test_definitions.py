@@ -184,13 +184,15 @@ def test_runs_are_listed_newest_first_and_paged_by_key(cli: CommandLine):
         (["runs", "list", "--state", "lost"], 2),
         (["runs", "list", "--org", "org_absent"], 3),
         (["definitions", "run", "org_acme", "absent"], 3),
-        (["definitions", "resume", "org_acme", "changes"], 5),
+        (["definitions", "resume", "org_acme", "unpaused"], 5),
         (["handlers", "show", "absent"], 3),
         (["apply", "absent.toml"], 2),
         (["skips", "list", "--after", "x"], 3),
     ],
 )
 def test_what_cannot_be_done_exits_with_its_own_code(cli: CommandLine, command: list[str], code: int):
+    apply(cli, definition("org_acme", "unpaused", "acme.note", "@yearly"))
+
     failed = cli(*command, "-o", "json", check=False)
 
     assert (failed.code, failed.out) == (code, "")
