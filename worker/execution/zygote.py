@@ -22,11 +22,11 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from worker.execution import child, confine, linux
+from worker.execution.memory_watch import MemoryWatch
 from worker.execution.setup import Setup
 from worker.handlers.http import tls_context
 from worker.handlers.preloading import preload
 
-MEMORY_TICK = 0.1
 SWEEP_TICK = 0.005
 # A process the kernel cannot kill, stuck in a device, must not hold up the others' ends.
 SWEEP_PATIENCE = 2.0
@@ -53,13 +53,12 @@ class Zygote:
         self._control = control
         self._setup = setup
         self._pid = os.getpid()
-        self._own = linux.resident(self._pid)
+        self._memory = MemoryWatch()
         self._leaders: dict[int, Leader] = {}  # by pid, alive
         self._ending: list[Leader] = []  # reaped, but their descendants may be alive
         self._ending_since = 0.0
         self._freeze_at = float("inf")
         self._frozen_at: float | None = None
-        self._watch_at = float("inf")
         self._unsent: deque[bytes] = deque()
 
     def serve(self) -> None:
@@ -96,7 +95,7 @@ class Zygote:
             time.sleep(0.002)
 
     def _pause(self) -> float | None:
-        due = [self._watch_at]
+        due = [self._memory.due_at]
         if self._ending:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
@@ -145,7 +144,7 @@ class Zygote:
             return
         self._leaders[pid] = Leader(message["run"], pid, place.memory)
         if place.memory is not None:
-            self._watch_at = min(self._watch_at, time.monotonic() + MEMORY_TICK)
+            self._memory.begin()
         if self._frozen_at is not None:
             linux.send(pid, signal.SIGSTOP)
 
@@ -235,18 +234,10 @@ class Zygote:
         self._tell({"op": "thawed", "at": time.monotonic()})
 
     def _watch_memory(self) -> None:
-        now = time.monotonic()
-        if now < self._watch_at:
-            return
-        capped = [leader for leader in self._leaders.values() if leader.memory is not None]
-        self._watch_at = now + MEMORY_TICK if capped else float("inf")
-        table = linux.processes() if capped else {}
-        for leader in capped:
-            tree = {leader.pid} | linux.descendants(table, [leader.pid])
-            limit = leader.memory or 0
-            if linux.memory(tree, own=self._own, limit=limit) > limit:
-                leader.why = leader.why or "out_of_memory"
-                linux.send(leader.pid, signal.SIGKILL)
+        caps = {pid: leader.memory for pid, leader in self._leaders.items() if leader.memory is not None}
+        for pid in self._memory.over_cap(caps):
+            self._leaders[pid].why = self._leaders[pid].why or "out_of_memory"
+            linux.send(pid, signal.SIGKILL)
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._unsent.append(json.dumps(message).encode())
