@@ -38,7 +38,7 @@ _SESSION = {
 }
 # The worker's own statements all go by index. The planner must not think a table
 # small, and scan it, because it was empty when it was last analysed.
-_WORKER_SESSION = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
+_WORKER_SESSION = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_memoize": "off"}
 
 # One form of JSON for all that writes it, so that its text can be compared on SQLite.
 compact_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))

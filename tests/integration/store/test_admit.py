@@ -10,9 +10,8 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import HANDLER, Stock
-from worker.ids import DefinitionId, OrgId, WorkerId, new_id
+from worker.ids import DefinitionId, RunId, WorkerId, new_id
 from worker.runs.ranking import Running, Share, Waiting, rank
-from worker.runs.run import NewRun
 from worker.store import tables
 from worker.store.admission import Admission
 from worker.store.database import Database
@@ -209,77 +208,102 @@ def test_orgs_that_can_start_nothing_do_not_hide_those_behind_them(stock: Stock)
     assert [run.id for run in stock.admit(worker, 2)] == [last.id]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int) -> None:
-    """Random weights, limits and priorities against the reference, call after call, all slots kept."""
-    chance = random.Random(seed)
-    handlers = [HANDLER, "acme.b", "acme.c"]
-    shares = {
-        stock.org(limit=limit, weight=weight): Share(limit, weight)
-        for limit, weight in ((chance.randint(1, 9), chance.randint(1, 4)) for _ in range(8))
-    }
-    definitions = {org: [DefinitionId(new_id()) for _ in range(3)] for org in shares}
-    limits = {id_: chance.choice((None, None, 1, 3)) for ids in definitions.values() for id_ in ids}
-    offered = {name: chance.choice((None, None, 4)) for name in handlers}
-    runs = [_random_run(stock, chance, definitions, limits, handlers) for _ in range(90)]
-    stock.put(*runs)
-    worker, left = stock.worker(handlers=handlers), {run.id: run for run in runs}
+    """Random weights, org limits and priorities against the reference, call after call, slots kept."""
+    crowd = _Crowd(stock, random.Random(seed), limited=False)
     while True:
-        free = chance.randint(1, 12)
-        expected = rank(
-            [_waiting(run) for run in left.values()],
-            _counted(stock),
-            shares=shares,
-            handler_limits=offered,
-            free={"child": free},
-        )
-        admitted = stock.admit(worker, free, offered=offered)
-        assert [run.id for run in admitted] == [run.id for run in expected]
+        free = crowd.chance.randint(1, 12)
+        expected = crowd.expected(free)
+        admitted = crowd.admit(free)
+        assert admitted == expected
         if not admitted:
             break
-        for run in admitted:
-            del left[run.id]
 
 
-def _random_run(
-    stock: Stock,
-    chance: random.Random,
-    definitions: dict[OrgId, list[DefinitionId]],
-    limits: dict[DefinitionId, int | None],
-    handlers: list[str],
-) -> NewRun:
-    org = chance.choice(list(definitions))
-    definition = chance.choice(definitions[org])
-    return stock.run(
-        org,
-        definition,
-        handler=chance.choice(handlers),
-        max_concurrent=limits[definition],
-        priority=chance.choice((0, 0, 0, 2)),
-        available_at=stock.now() - timedelta(seconds=chance.randint(1, 5)),
-    )
+@pytest.mark.parametrize("seed", range(6))
+def test_with_every_kind_of_limit_all_that_may_start_starts_and_no_more(stock: Stock, seed: int) -> None:
+    """Slots are given until nothing comes; then the reference finds nothing either, nor a limit passed."""
+    crowd = _Crowd(stock, random.Random(seed), limited=True)
+    while crowd.admit(crowd.chance.randint(1, 12)):
+        running = crowd.running()
+        for org, share in crowd.shares.items():
+            assert running.orgs.get(org, 0) <= share.max_concurrent_runs
+        for definition, most in crowd.limits.items():
+            assert most is None or running.definitions.get(definition, 0) <= most
+        for handler, most in crowd.offered.items():
+            assert most is None or running.handlers.get(handler, 0) <= most
+
+    assert crowd.expected(50) == []
 
 
-def _waiting(run: NewRun) -> Waiting:
-    return Waiting(
-        run.id,
-        run.org_id,
-        run.definition_id,
-        run.handler,
-        run.available_at,
-        run.isolation,
-        run.priority,
-        run.max_concurrent,
-    )
+class _Crowd:
+    """Orgs, definitions and waiting runs by chance, and one worker for them."""
 
+    def __init__(self, stock: Stock, chance: random.Random, *, limited: bool) -> None:
+        self.stock, self.chance = stock, chance
+        pairs = ((chance.randint(1, 9), chance.randint(1, 4)) for _ in range(8))
+        self.shares = {stock.org(limit=limit, weight=weight): Share(limit, weight) for limit, weight in pairs}
+        definitions = {org: [DefinitionId(new_id()) for _ in range(3)] for org in self.shares}
+        self.limits: dict[DefinitionId, int | None] = {
+            id_: chance.choice((None, 1, 3)) if limited else None
+            for ids in definitions.values()
+            for id_ in ids
+        }
+        handlers = (HANDLER, "acme.b", "acme.c")
+        self.offered = {name: chance.choice((None, 4)) if limited else None for name in handlers}
+        self.left = {}
+        for _ in range(90):
+            org = chance.choice(list(definitions))
+            definition = chance.choice(definitions[org])
+            run = stock.run(
+                org,
+                definition,
+                handler=chance.choice(handlers),
+                max_concurrent=self.limits[definition],
+                priority=chance.choice((0, 0, 0, 2)),
+                available_at=stock.now() - timedelta(seconds=chance.randint(1, 5)),
+            )
+            self.left[run.id] = run
+        stock.put(*self.left.values())
+        self.worker = stock.worker(handlers=handlers)
 
-def _counted(stock: Stock) -> Running:
-    rows = stock.all(tables.live_runs, tables.live_runs.c.state == "running")
-    return Running(
-        Counter(row["org_id"] for row in rows),
-        Counter(row["definition_id"] for row in rows),
-        Counter(row["handler"] for row in rows),
-    )
+    def admit(self, free: int) -> list[RunId]:
+        admitted = [run.id for run in self.stock.admit(self.worker, free, offered=self.offered)]
+        for id_ in admitted:
+            del self.left[id_]
+        return admitted
+
+    def expected(self, free: int) -> list[RunId]:
+        waiting = (
+            Waiting(
+                run.id,
+                run.org_id,
+                run.definition_id,
+                run.handler,
+                run.available_at,
+                run.isolation,
+                run.priority,
+                run.max_concurrent,
+            )
+            for run in self.left.values()
+        )
+        ranked = rank(
+            waiting,
+            self.running(),
+            shares=self.shares,
+            handler_limits=self.offered,
+            free={"child": free},
+        )
+        return [run.id for run in ranked]
+
+    def running(self) -> Running:
+        rows = self.stock.all(tables.live_runs, tables.live_runs.c.state == "running")
+        return Running(
+            Counter(row["org_id"] for row in rows),
+            Counter(row["definition_id"] for row in rows),
+            Counter(row["handler"] for row in rows),
+        )
 
 
 def test_workers_that_admit_at_once_never_go_beyond_a_limit(postgres: Database) -> None:
@@ -363,5 +387,5 @@ def test_a_full_round_that_finds_nothing_takes_no_lock(postgres: Database) -> No
     assert len(stock.admit(worker)) == 1
 
     with postgres.transaction() as other:
-        statements(other).admit_choose(other, worker, [org], offered={HANDLER: None}, free={"child": 1})
+        statements(other).admit_choose(other, worker, {org: 1}, offered={HANDLER: None}, free={"child": 1})
         assert stock.admit(worker) == []

@@ -27,10 +27,13 @@ Specs = MutableMapping[tuple[DefinitionId, int], Mapping[str, Any]]
 class RingStep:
     """Orgs that seem to have something to admit, and the org where the walk goes on.
 
-    `hops` is how many orgs were passed; `complete` that the walk came round.
+    Each comes with how far into its line the free slots can reach if all lines are
+    long; `partial` says that this leaves some of a line out. `hops` is how many orgs
+    were passed; `complete` that the walk came round.
     """
 
-    orgs: Sequence[OrgId]
+    orgs: Mapping[OrgId, int]
+    partial: bool
     cursor: OrgId
     hops: int
     complete: bool
@@ -88,23 +91,24 @@ class Statements(Protocol):
         want: int,
         hops: int,
         handlers: Sequence[str],
-        isolations: Sequence[Isolation],
+        free: Mapping[Isolation, int],
     ) -> RingStep:
-        """Walk the ring of orgs with waiting runs from after `cursor`; takes no lock."""
+        """Walk the ring from after `cursor` until `want` orgs are found; takes no lock."""
         ...
 
     def admit_choose(
         self,
         connection: Connection,
         worker_id: WorkerId,
-        orgs: Sequence[OrgId],
+        orgs: Mapping[OrgId, int],
         *,
         offered: Mapping[str, int | None],
         free: Mapping[Isolation, int],
     ) -> list[AdmittedRun]:
         """Become the only admitter, then count, rank and mark runs of these orgs as running.
 
-        Must be the first statement of its transaction.
+        Of each org's line as much is looked at as `orgs` says. Must be the first
+        statement of its transaction.
         """
         ...
 

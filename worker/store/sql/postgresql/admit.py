@@ -11,6 +11,7 @@ from worker.runs.run import AdmittedRun, Isolation
 from worker.store.connection import driver
 from worker.store.engine import compact_json
 from worker.store.sql import RingStep
+from worker.store.sql.level import Line, reach
 from worker.store.sql.postgresql.arrays import plain, texts
 
 # One key for all: whoever holds it is the only admitter of this database.
@@ -34,18 +35,17 @@ WITH RECURSIVE hop(org_id, n, wrapped) AS (
     AND CASE WHEN hop.wrapped OR later.org_id IS NULL
              THEN COALESCE(later.org_id, first.org_id) <= %(cursor)s::uuid ELSE true END
 ), looked AS (
-  SELECT hop.org_id, hop.n, (
-    SELECT o.state = 'active'
-       AND o.max_concurrent_runs > (
-         SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running')
-       AND EXISTS (
-         SELECT 1 FROM live_runs l
-         WHERE l.org_id = o.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
-           AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[]))
-    FROM orgs o WHERE o.id = hop.org_id) AS ready
-  FROM hop WHERE hop.n > 0
+  SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND EXISTS (
+    SELECT 1 FROM live_runs l
+    WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+      AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])) AS ready
+  FROM hop LEFT JOIN LATERAL (
+    SELECT o.weight, o.max_concurrent_runs AS most, (
+      SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
+    FROM orgs o WHERE o.id = hop.org_id AND o.state = 'active' LIMIT 1) o ON true
+  WHERE hop.n > 0
 )
-SELECT org_id, n, ready FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
+SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
 """
 
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
@@ -61,7 +61,7 @@ WITH offer AS MATERIALIZED (
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
          (busy.n + c.place)::float8 / o.weight AS rank
-  FROM unnest(%(orgs)s::uuid[]) AS u(id)
+  FROM unnest(%(orgs)s::uuid[], %(reach)s::integer[]) AS u(id, reach)
   CROSS JOIN LATERAL (
     SELECT o.id, o.max_concurrent_runs, o.weight FROM orgs o
     WHERE o.id = u.id AND o.state = 'active' LIMIT 1) o
@@ -81,7 +81,7 @@ WITH offer AS MATERIALIZED (
           SELECT count(*) FROM live_runs d
           WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
       ORDER BY l.priority DESC, l.available_at, l.id
-      LIMIT GREATEST(0, LEAST(o.max_concurrent_runs - busy.n, %(free)s))
+      LIMIT GREATEST(0, LEAST(o.max_concurrent_runs - busy.n, u.reach))
     ) l
   ) c
   WHERE EXISTS (SELECT 1 FROM workers w WHERE w.id = %(worker)s AND w.ended_at IS NULL
@@ -128,7 +128,7 @@ def admit_ring(
     want: int,
     hops: int,
     handlers: Sequence[str],
-    isolations: Sequence[Isolation],
+    free: Mapping[Isolation, int],
 ) -> RingStep:
     rows = (
         driver(connection)
@@ -139,22 +139,30 @@ def admit_ring(
                 "want": want,
                 "hops": hops,
                 "handlers": texts(handlers),
-                "isolations": plain(isolations),
+                "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
             },
         )
         .fetchall()
     )
-    orgs = [org_id for org_id, _, ready in rows if ready]
     if not rows:
-        return RingStep(orgs, cursor, 0, complete=True)
-    last, passed, _ = rows[-1]
-    return RingStep(orgs, last, passed, complete=len(rows) < want and passed < hops)
+        return RingStep({}, partial=False, cursor=cursor, hops=0, complete=True)
+    ready = [row for row in rows if row[2]]
+    lines = [Line(*row[3:]) for row in ready]
+    reaches = reach(lines, sum(free.values()))
+    last, passed = rows[-1][:2]
+    return RingStep(
+        dict(zip((row[0] for row in ready), reaches, strict=True)),
+        partial=any(n < line.room for n, line in zip(reaches, lines, strict=True)),
+        cursor=last,
+        hops=passed,
+        complete=len(rows) < want and passed < hops,
+    )
 
 
 def admit_choose(
     connection: Connection,
     worker_id: WorkerId,
-    orgs: Sequence[OrgId],
+    orgs: Mapping[OrgId, int],
     *,
     offered: Mapping[str, int | None],
     free: Mapping[Isolation, int],
@@ -163,11 +171,11 @@ def admit_choose(
     values = {
         "worker": worker_id,
         "orgs": plain(orgs),
+        "reach": plain(orgs.values()),
         "handlers": texts(offered),
         "limits": plain(offered.values()),
         "offered": compact_json(list(offered)),
         "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
-        "free": sum(slots for slots in free.values() if slots > 0),
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }

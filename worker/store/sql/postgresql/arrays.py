@@ -5,6 +5,7 @@ A list of nothing but None becomes an empty array: `unnest` fills it up with nul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -24,7 +25,7 @@ def flags(values: Iterable[bool]) -> str:
 
 
 def instants(values: Iterable[datetime | None]) -> str:
-    return _literal(["NULL" if value is None else to_text(value) for value in values])
+    return _literal([_instant(value) for value in values])
 
 
 def texts(values: Iterable[str | None]) -> str:
@@ -37,11 +38,17 @@ def jsons(values: Iterable[Any]) -> str:
     return _literal(["NULL" if value is None else _quoted(compact_json(value)) for value in values])
 
 
+# A batch names the same few instants again and again.
+@functools.lru_cache(maxsize=4096)
+def _instant(value: datetime | None) -> str:
+    return "NULL" if value is None else to_text(value)
+
+
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _literal(items: list[str]) -> str:
-    if all(item == "NULL" for item in items):
+    if items.count("NULL") == len(items):
         return "{}"
     return "{" + ",".join(items) + "}"

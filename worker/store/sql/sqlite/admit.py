@@ -77,7 +77,7 @@ def admit_ring(
     want: int,
     hops: int,
     handlers: Sequence[str],
-    isolations: Sequence[Isolation],
+    free: Mapping[Isolation, int],
 ) -> RingStep:
     # What the orgs found can start is looked at when they are chosen from: here a hop
     # costs less than a second look, and there is no other admitter to be kept waiting.
@@ -90,13 +90,19 @@ def admit_ring(
         before = [org_id for (org_id,) in round_ if org_id <= cursor]
         complete = len(before) < len(round_) or len(orgs) + len(before) < most
         orgs += before
-    return RingStep(orgs, orgs[-1] if orgs else cursor, len(orgs), complete)
+    return RingStep(
+        dict.fromkeys(orgs, sum(free.values())),
+        partial=False,
+        cursor=orgs[-1] if orgs else cursor,
+        hops=len(orgs),
+        complete=complete,
+    )
 
 
 def admit_choose(
     connection: Connection,
     worker_id: WorkerId,
-    orgs: Sequence[OrgId],
+    orgs: Mapping[OrgId, int],
     *,
     offered: Mapping[str, int | None],
     free: Mapping[Isolation, int],
@@ -106,7 +112,7 @@ def admit_choose(
         return []
     now = file_now(connection)
     limits = _Limits(cursor, offered, free)
-    picked = _best(cursor, orgs, limits, list(offered), to_text(now))
+    picked = _best(cursor, list(orgs), limits, list(offered), to_text(now))
     if not picked:
         return []
     rows = {row[0]: row for row in cursor.execute(PICKED, (json_list(picked),))}
