@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli import upcoming
+from worker.cli import backfill, upcoming
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -26,7 +26,11 @@ from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import Session, session_of
 from worker.errors import UsageError
 
-app = typer.Typer(help="Definitions: list, show, preview, run now, pause, resume. `apply` makes them.")
+app = typer.Typer(
+    help="Definitions: list, show, preview, run now, backfill, pause, resume. `apply` makes them."
+)
+app.command("backfill")(backfill.backfill)
+app.command("backfills")(backfill.backfills)
 
 COLUMNS = ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision")
 NameArgument = Annotated[

@@ -27,15 +27,23 @@ STOP_REASONS: dict[str, StopReason] = {
 class Carrier:
     """Starts an attempt for each admitted run and hands its end to the finisher.
 
-    `on_free` is called whenever ends were written, so that admission goes on.
+    `on_free` is called whenever ends were written, so that admission goes on; `on_end`
+    with each that was accepted, and its run if that was still held.
     """
 
     def __init__(
-        self, tools: Tools, holdings: Holdings, store: FinishStore, *, on_free: Callable[[], None]
+        self,
+        tools: Tools,
+        holdings: Holdings,
+        store: FinishStore,
+        *,
+        on_free: Callable[[], None],
+        on_end: Callable[[EndedAttempt, Held | None], None],
     ) -> None:
         self._tools = tools
         self._holdings = holdings
         self._on_free = on_free
+        self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
         self.finisher = Finisher(store, tools.clock, on_written=self._written)
 
@@ -84,6 +92,7 @@ class Carrier:
             self._holdings.release(held)
         if accepted:
             tell_end(ended, held)
+            self._on_end(ended, held)
         else:
             emit("run.fenced_out", run=ended.run_id, fencing_token=ended.fencing_token)
         self._on_free()

@@ -31,7 +31,7 @@ class Recovery:
         lease: float,
         poll: float,
         unbroken_contact: Callable[[], float],
-        on_recovered: Callable[[], None],
+        on_recovered: Callable[[Sequence[Recovered]], None],
     ) -> None:
         self._store = store
         self._clock = clock
@@ -52,7 +52,7 @@ class Recovery:
                 continue
             tell(recovered)
             if recovered:
-                self._on_recovered()
+                self._on_recovered(recovered)
 
 
 def tell(recovered: Sequence[Recovered]) -> None:

@@ -9,7 +9,8 @@ from sqlalchemy import Connection
 from worker.errors import Conflict
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
-from worker.store import audit, definition_listing, definitions, edit_runs, orgs, templates
+from worker.store import audit, backfills, definition_listing, definitions, edit_runs, orgs, templates
+from worker.store.connection import database_now
 from worker.store.database import Database
 
 Row = dict[str, Any]
@@ -45,6 +46,7 @@ def close_definition(database: Database, org: str, name: str, *, actor: str) -> 
 
 
 def end_closed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> int:
-    """Cancel what waits of a closed definition; how many runs that were."""
+    """Cancel what waits of a closed definition, and its backfills; how many runs that were."""
+    backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=database_now(connection))
     ours = edit_runs.is_of(definition_id)
     return len(edit_runs.end_waiting(connection, org_id, ours, reason="closed"))

@@ -11,7 +11,7 @@ from worker.errors import Conflict
 from worker.ids import OrgId
 from worker.operations import settle
 from worker.orgs.org import STOPS, OrgState, may_move
-from worker.store import audit, credentials, definitions, edit_runs, listing, orgs
+from worker.store import audit, backfills, credentials, definitions, edit_runs, listing, orgs
 from worker.store.database import Database
 
 Row = dict[str, Any]
@@ -64,6 +64,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["asked_to_stop"] = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
     if stops.secrets:
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)
+        backfills.cancel(connection, org_id, at=at)
         for row in rows:
             definitions.change(
                 connection, org_id, row["id"], {"closed_at": at}, at=at, revision=row["revision"]

@@ -73,6 +73,13 @@ def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock:
     return row
 
 
+def find_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row | None:
+    """The definition with this id, closed or not; nothing is locked."""
+    query = _query().where(_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
+
+
 def require_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row:
     """The definition with this id, closed or not, locked against firing and against other edits."""
     mine = (_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
@@ -205,20 +212,20 @@ def change(
         )
 
 
-def set_next(
-    connection: Connection,
-    org_id: OrgId,
-    nexts: Sequence[tuple[DefinitionId, datetime | None, datetime | None]],
-) -> None:
-    """Set when definitions of one org are due next: (definition, nominal instant, that plus spread)."""
-    set_next_for_all_orgs(connection, [(org_id, *entry) for entry in nexts])
+def set_failures(connection: Connection, org_id: OrgId, definition_id: DefinitionId, failures: int) -> None:
+    """Set how many runs failed one after the other; no change that anybody made, so `updated_at` stays."""
+    connection.execute(
+        update(_definitions)
+        .where(_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
+        .values(consecutive_failures=failures)
+    )
 
 
 def set_next_for_all_orgs(
     connection: Connection,
     nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]],
 ) -> None:
-    """As `set_next`, each entry led by its org."""
+    """Set when definitions are due next: (org, definition, nominal instant, that plus spread)."""
     if nexts:
         statement = upsert(connection, _schedule, ("definition_id",), ("next_scheduled_for", "next_fire_at"))
         connection.execute(

@@ -79,6 +79,13 @@ EVENTS: Mapping[str, Event] = _table(
         "template done total",
         "the last change of a template has reached so many of the orgs",
     ),
+    (
+        "definition.paused",
+        "error",
+        "org definition failures",
+        "so many runs failed one after the other: nothing of it is due until it is resumed",
+    ),
+    ("backfill.ended", "info", "org definition instants", "every instant of a backfill has run to its end"),
     # Run to outcome.
     (
         "run.admitted",

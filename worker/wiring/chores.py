@@ -1,28 +1,88 @@
-"""The chores of schedules: templates reach their orgs, batch by batch, beside what is due."""
+"""The chores of schedules: templates reach their orgs, backfills go on, definitions that fail are paused."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
+
+from worker.errors import Unavailable
+from worker.execution.failures import FailureWatch
+from worker.execution.holdings import Held
 from worker.execution.housekeeping import Housekeeping
+from worker.execution.waiting import woken
+from worker.operations.count_failures import count_failures
+from worker.operations.fill_backfills import fill_backfills
 from worker.operations.materialise import materialise
+from worker.runs.firing import Recovered
+from worker.runs.outcome import EndedAttempt
 from worker.store.database import Database
 from worker.telemetry.events import emit
 
 # Seconds between two looks; an org that is new has what templates make for it within two of them.
 EVERY = 1.0
+# Seconds after which another worker's failures are noticed at a success here.
+FORGET = 60.0
 
 
 class Chores:
-    """Each chore works in transactions of its own, so that nothing waits for a long one."""
+    """Each works in short transactions of its own, so that nothing else waits for a long one.
 
-    def __init__(self, database: Database) -> None:
+    `on_runs` is called when a backfill made runs.
+    """
+
+    def __init__(self, database: Database, *, on_runs: Callable[[], None]) -> None:
         self._database = database
+        self._on_runs = on_runs
+        self._failures = FailureWatch()
+        self._backfill_ended = asyncio.Event()
 
     def add_to(self, housekeeping: Housekeeping) -> None:
-        """Let the housekeeping tick them."""
+        """Let the housekeeping tick those that wait for nothing in particular."""
         housekeeping.every(EVERY, "templates", self.templates)
+        housekeeping.every(EVERY, "failures", self.failures)
+        housekeeping.every(FORGET, "failures.forget", self._forget)
+
+    def ended(self, ended: EndedAttempt, held: Held | None) -> None:
+        """Take note of an end that is written."""
+        self._failures.ended(ended, held)
+        if held is not None and held.run.origin == "backfill":
+            self._backfill_ended.set()
+
+    def recovered(self, recovered: Sequence[Recovered]) -> None:
+        """Take note of runs that were taken from a dead worker."""
+        self._failures.recovered(recovered)
 
     async def templates(self) -> None:
         """Carry orgs to the newest templates until none is behind."""
         while (done := await self._database.run(materialise, self._database)).orgs:
             for name, reached, total in done.progress:
                 emit("template.progress", template=name, done=reached, total=total)
+
+    async def failures(self) -> None:
+        """Count the failures of the definitions whose runs ended, and pause those that had too many."""
+        taken = self._failures.take()
+        while taken:
+            try:
+                failures = await self._database.run(count_failures, self._database, *taken[-1])
+            except Unavailable:
+                self._failures.put_back(taken)
+                raise
+            self._failures.counted(taken.pop(), failures)
+
+    async def backfills(self) -> None:
+        """Let backfills go on whenever a run of one has ended, and look at each poll; for ever."""
+        while True:
+            self._backfill_ended.clear()
+            try:
+                filled = await self._database.run(fill_backfills, self._database)
+            except Unavailable:
+                filled = None
+            for row in filled.ended if filled else ():
+                emit("backfill.ended", org=row["org"], definition=row["definition"], instants=row["instants"])
+            if filled and filled.runs:
+                self._on_runs()
+            else:
+                await woken(self._backfill_ended, EVERY)
+
+    async def _forget(self) -> None:
+        self._failures.forget_sound()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from worker.execution.recovery import Recovery, tell
 from worker.execution.retention import Retention
 from worker.execution.scheduler import Scheduler
 from worker.ids import RunId, WorkerId, new_id
+from worker.runs.firing import Recovered
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
@@ -133,7 +135,8 @@ class Incarnation:
             clock=clock,
             random=SystemRandom(),
         )
-        carrier = Carrier(tools, holdings, store, on_free=lambda: admission.wake.set())
+        chores = Chores(self._database, on_runs=lambda: admission.wake.set())
+        carrier = Carrier(tools, holdings, store, on_free=lambda: admission.wake.set(), on_end=chores.ended)
         admission = Admission(
             store,
             holdings,
@@ -183,17 +186,22 @@ class Incarnation:
             on_lease=self._children.lease_until,
             on_renewal=renewed,
         )
+
+        def taken_up(recovered: Sequence[Recovered]) -> None:
+            chores.recovered(recovered)
+            admission.wake.set()
+
         recovery = Recovery(
             store,
             clock,
             lease=execution.lease.total_seconds(),
             poll=poll,
             unbroken_contact=heartbeat.unbroken_contact,
-            on_recovered=admission.wake.set,
+            on_recovered=taken_up,
         )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
-        Chores(self._database).add_to(housekeeping)
+        chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         pulse = Pulse(
@@ -206,6 +214,7 @@ class Incarnation:
                 "scheduler": scheduler.run,
                 "admission": admission.run,
                 "recovery": recovery.run,
+                "backfills": chores.backfills,
                 "hints": hints.run,
                 "listener": partial(self._database.listen, look),
                 "catalogue": Cataloguing(self._database, store, self._offers, clock, admission.wake.set).run,

@@ -32,7 +32,7 @@ async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock
         lease=30.0,
         poll=1.0,
         unbroken_contact=lambda: clock.monotonic() - contact_since,
-        on_recovered=lambda: None,
+        on_recovered=lambda recovered: None,
     )
     task = asyncio.create_task(recovery.run())
     await settle()

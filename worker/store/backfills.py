@@ -1,0 +1,207 @@
+"""Backfills: ranges of the past whose instants become runs, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, ScalarSelect, func, insert, select, update
+
+from worker.ids import DefinitionId, OrgId
+from worker.store import edit_runs, orgs, tables
+from worker.store.paging import DEFAULT_LIMIT, Row, page
+
+_backfills = tables.backfills
+_definitions = tables.definitions
+_orgs = tables.orgs
+_live = tables.live_runs
+_revisions = tables.definition_revisions
+
+
+def find(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, start: datetime, until: datetime
+) -> Row | None:
+    """The backfill of exactly this range."""
+    query = select(_backfills).where(
+        _backfills.c.org_id == org_id,
+        _backfills.c.definition_id == definition_id,
+        _backfills.c.range_from == start,
+        _backfills.c.range_until == until,
+    )
+    row = connection.execute(query.with_for_update()).mappings().first()
+    return None if row is None else dict(row)
+
+
+def add(connection: Connection, values: Mapping[str, Any]) -> None:
+    """Insert a backfill; its runs follow."""
+    connection.execute(insert(_backfills).values(**values))
+
+
+def change(connection: Connection, org_id: OrgId, backfill_id: str, values: Mapping[str, Any]) -> None:
+    """Change columns of one backfill."""
+    connection.execute(
+        update(_backfills)
+        .where(_backfills.c.org_id == org_id, _backfills.c.id == backfill_id)
+        .values(**values)
+    )
+
+
+def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], at: datetime) -> None:
+    """End unfinished backfills of an org; none of their instants becomes a run any more."""
+    connection.execute(
+        update(_backfills)
+        .where(_backfills.c.org_id == org_id, _backfills.c.finished_at.is_(None), *which)
+        .values(cancelled_at=at, finished_at=at)
+    )
+
+
+def is_of(definition_id: DefinitionId) -> ColumnElement[bool]:
+    """The condition that names the backfills of one definition, for `cancel`."""
+    return _backfills.c.definition_id == definition_id
+
+
+def end_waiting(connection: Connection, org_id: OrgId, backfill_id: str) -> int:
+    """Cancel what waits of a backfill; how many runs that were."""
+    ours = _live.c.backfill_id == backfill_id
+    return len(edit_runs.end_waiting(connection, org_id, ours, reason="requested"))
+
+
+def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]:
+    """Unfinished backfills of active orgs with fewer unfinished runs than they may have.
+
+    Each has its `spec`, its org's and its definition's name, and `unfinished`, counted
+    under its lock; those that others hold are left out.
+    """
+    found = (
+        select(_backfills.c.id)
+        .join(_orgs, _orgs.c.id == _backfills.c.org_id)
+        .where(
+            _backfills.c.finished_at.is_(None),
+            _orgs.c.state == "active",
+            _unfinished() < _backfills.c.max_concurrent,
+        )
+        .order_by(_backfills.c.id)
+        .limit(limit)
+    )
+    ids = connection.execute(found.with_for_update(of=_backfills, skip_locked=True)).scalars().all()
+    if not ids:
+        return []
+    # In a later statement, whose snapshot has every run that was made before the lock.
+    query = (
+        select(
+            _backfills,
+            _unfinished().label("unfinished"),
+            _orgs.c.code.label("org"),
+            _orgs.c.timezone.label("org_timezone"),
+            _definitions.c.name.label("definition"),
+            _revisions.c.spec,
+        )
+        .join(_orgs, _orgs.c.id == _backfills.c.org_id)
+        .join(_definitions, _definitions.c.id == _backfills.c.definition_id)
+        .join(
+            _revisions,
+            (_revisions.c.definition_id == _backfills.c.definition_id)
+            & (_revisions.c.revision == _backfills.c.revision),
+        )
+        .where(_backfills.c.id.in_(ids), _backfills.c.finished_at.is_(None))
+        .order_by(_backfills.c.id)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def is_any_unfinished(connection: Connection) -> bool:
+    """Whether there is a backfill that has not ended."""
+    query = select(_backfills.c.id).where(_backfills.c.finished_at.is_(None)).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def backfills(
+    connection: Connection,
+    org: str,
+    *,
+    definition: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    after: str | None = None,
+) -> list[Row]:
+    """One org's backfills, newest first, with how many of their instants have run.
+
+    Raises:
+        NotFound: there is no such org.
+        UsageError: a limit or id that is none.
+    """
+    mine = _backfills.c.org_id == orgs.require(connection, org)["id"]
+    return _page(connection, [mine], definition, limit, after)
+
+
+def backfills_for_all_orgs(
+    connection: Connection,
+    *,
+    definition: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+    after: str | None = None,
+) -> list[Row]:
+    """As `backfills`, of every org."""
+    return _page(connection, [], definition, limit, after)
+
+
+def backfill(connection: Connection, org_id: OrgId, backfill_id: str) -> Row:
+    """One backfill, as the lists show it."""
+    (row,) = _page(connection, [_backfills.c.org_id == org_id, _backfills.c.id == backfill_id], None, 1, None)
+    return row
+
+
+def _page(
+    connection: Connection,
+    where: Sequence[ColumnElement[bool]],
+    definition: str | None,
+    limit: int,
+    after: str | None,
+) -> list[Row]:
+    query = (
+        select(
+            _backfills,
+            _unfinished().label("unfinished"),
+            _orgs.c.code.label("org"),
+            _definitions.c.name.label("definition"),
+        )
+        .join(_orgs, _orgs.c.id == _backfills.c.org_id)
+        .join(_definitions, _definitions.c.id == _backfills.c.definition_id)
+        .where(*where)
+    )
+    if definition is not None:
+        query = query.where(_definitions.c.name == definition)
+    return [_shown(row) for row in page(connection, query, _backfills.c.id, limit=limit, after=after)]
+
+
+def _shown(row: Row) -> Row:
+    if row["cancelled_at"] is not None:
+        state = "cancelled"
+    else:
+        state = "running" if row["finished_at"] is None else "done"
+    return {
+        "id": row["id"],
+        "org": row["org"],
+        "definition": row["definition"],
+        "range_from": row["range_from"],
+        "range_until": row["range_until"],
+        "state": state,
+        "instants": row["instants"],
+        "made": row["made"],
+        "ended": row["made"] - row["unfinished"],
+        "limit": row["max_concurrent"],
+        "revision": row["revision"],
+        "created_at": row["created_at"],
+        "created_by": row["created_by"],
+        "finished_at": row["finished_at"],
+    }
+
+
+def _unfinished() -> ScalarSelect[int]:
+    return (
+        select(func.count())
+        .select_from(_live)
+        .where(_live.c.backfill_id == _backfills.c.id)
+        .correlate(_backfills)
+        .scalar_subquery()
+    )
