@@ -20,6 +20,7 @@ from worker.cli.options import (
     read_instant,
     read_pairs,
     read_since,
+    split_pairs,
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
@@ -27,7 +28,7 @@ from worker.cli.session import Session, session_of
 from worker.errors import UsageError
 
 app = typer.Typer(
-    help="Definitions: list, show, preview, run now, backfill, pause, resume. `apply` makes them."
+    help="Definitions: list, show, preview, run now, backfill, edit, pause, resume. `apply` makes them."
 )
 app.command("backfill")(backfill.backfill)
 app.command("backfills")(backfill.backfills)
@@ -119,7 +120,9 @@ def run(
     param: Annotated[
         list[str] | None,
         typer.Option(
-            "--param", metavar="K=V", help="A param for this run only: JSON, else text; may be repeated."
+            "--param",
+            metavar="K=V",
+            help="A param for this run only: JSON where the handler takes it, else text; may be repeated.",
         ),
     ] = None,
     output: OutputOption = Format.TABLE,
@@ -131,7 +134,48 @@ def run(
     params = read_pairs(param or (), option="--param")
     with session.database() as database:
         row = run_now(
-            database, org, name, request_key=request_key, params=params or None, actor=session.actor
+            database,
+            org,
+            name,
+            request_key=request_key,
+            params=params or None,
+            typed=split_pairs(param or (), option="--param"),
+            actor=session.actor,
+        )
+    print_row(row, output)
+
+
+@app.command("edit")
+def edit(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    changes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE...", help="Keys as in a file for `apply`; null sets one back to its default."
+        ),
+    ],
+    revision: Annotated[
+        int | None, typer.Option("--revision", metavar="N", help="Only if it is still at this revision.")
+    ] = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Change some keys of a definition; the next `apply` of a file that has it says otherwise again."""
+    from worker import wiring
+    from worker.operations.edit import edit_definition
+
+    session = session_of(context)
+    with session.database() as database:
+        wiring.read_catalogue_now(session.settings, database)
+        row = edit_definition(
+            database,
+            org,
+            name,
+            read_pairs(changes, option="KEY=VALUE"),
+            actor=session.actor,
+            revision=revision,
+            inline=session.settings.execution.inline,
         )
     print_row(row, output)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,19 +72,40 @@ def read_since(text: str | None, clock: Clock) -> datetime | None:
     return None if text is None else read_instant(text, clock, option="--since")
 
 
+def read_duration(text: str, option: str) -> timedelta:
+    """A duration such as 30s or 2h.
+
+    Raises:
+        UsageError: the text is none.
+    """
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
 def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
     """`k=v` texts as a mapping; a value that is JSON is taken as such, any other as text.
 
     Raises:
         UsageError: one has no `=`, or no name before it.
     """
-    read: dict[str, Any] = {}
+    return {name: _value(value) for name, value in split_pairs(pairs, option=option).items()}
+
+
+def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
+    """`k=v` texts as a mapping, each value as it was typed.
+
+    Raises:
+        UsageError: one has no `=`, or no name before it.
+    """
+    typed: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals):
             raise UsageError(f"{option} {pair!r} is not NAME=VALUE")
-        read[name] = _value(value)
-    return read
+        typed[name] = value
+    return typed
 
 
 def _value(text: str) -> Any:

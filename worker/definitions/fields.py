@@ -69,6 +69,7 @@ def refusal(problem: str, entry: str, field: str = "", *, fix: str = "") -> Defi
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"a text is expected, not {_shown(value)}")
+    _check_text(value, "the text")
     return value.strip()
 
 
@@ -147,7 +148,7 @@ def origins(value: Any) -> tuple[str, ...]:
 
 
 def json_table(value: Any) -> Mapping[str, Any]:
-    """A table of what JSON can say: TOML's dates and infinities are refused."""
+    """A table of what JSON can say and a database keep: no date or infinity of TOML, no NUL in a text."""
     if not isinstance(value, Mapping):
         raise ValueError(f"a table is expected, not {_shown(value)}")
     _check_json(value, "")
@@ -157,15 +158,25 @@ def json_table(value: Any) -> Mapping[str, Any]:
 def _check_json(value: Any, path: str) -> None:
     if isinstance(value, Mapping):
         for key, inner in value.items():
+            _check_text(str(key), f"a key of {path}" if path else "a key")
             _check_json(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for place, inner in enumerate(value):
             _check_json(inner, f"{path}[{place}]")
+    elif isinstance(value, str):
+        _check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{path} is {value}, which JSON cannot say")
-    elif not (value is None or isinstance(value, str | int | bool)):
+    elif not (value is None or isinstance(value, int | bool)):
         raise ValueError(f"{path} is a {type(value).__name__}, which JSON cannot say; write it as text")
+
+
+def _check_text(value: str, what: str) -> None:
+    if "\0" in value:
+        raise ValueError(f"{what} has a NUL character, which no database keeps")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{what} has half a surrogate pair, which is no character")
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
+from worker.definitions import fields
 from worker.definitions.definition import from_spec
 from worker.errors import Conflict
 from worker.ids import RunId, new_id
@@ -26,11 +27,14 @@ def make_run(
     at: datetime,
     actor: str,
     params: Mapping[str, Any] | None = None,
+    typed: Mapping[str, str] | None = None,
     request_key: str | None = None,
     retry_of: RunId | None = None,
     idempotency_key: str | None = None,
 ) -> NewRun:
-    """A run of the current revision of a definition, available at once; `params` are all it gets, if given.
+    """A run of the current revision of a definition, available at once.
+
+    `params` are all it gets, if given; those `typed` on a command line as their handler takes them.
 
     Raises:
         Conflict: the definition is closed, or its org is not active.
@@ -47,7 +51,9 @@ def make_run(
     definition = from_spec(row["org"], row["name"], row["spec"])
     handlers = Handlers(connection)
     if params is not None:
+        params = _kept(params, f"definition {named}")
         for handler in definition.handlers:
+            params = handlers.as_taken(handler, params, typed or {})
             handlers.check_params(handler, params, f"definition {named}")
     run_id = RunId(new_id())
     return NewRun(
@@ -71,3 +77,11 @@ def make_run(
         created_by=actor,
         params=params,
     )
+
+
+def _kept(params: Mapping[str, Any], entry: str) -> Mapping[str, Any]:
+    """The params, if a database can keep them."""
+    try:
+        return fields.json_table(params)
+    except ValueError as error:
+        raise fields.refusal(str(error), entry, "params") from error

@@ -83,6 +83,28 @@ class Handlers:
                 fix=f"`handlers show {name}` has the params it takes",
             )
 
+    def as_taken(
+        self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Params read from a command line, those as `typed` that the handler takes only so.
+
+        `url=5` was read as a number; where the handler wants a text, it is one.
+        """
+        validator = self._validator(name)
+        schema = None if validator is None else validator.schema
+        if not isinstance(schema, Mapping):
+            return dict(params)
+        taken = dict(params)
+        for key, text in typed.items():
+            wanted = {
+                "$defs": schema.get("$defs", {}),
+                "allOf": [schema.get("properties", {}).get(key, True)],
+            }
+            takes = Draft202012Validator(wanted).is_valid
+            if key in params and not takes(params[key]) and takes(text):
+                taken[key] = text
+        return taken
+
     def _usable(self, name: str) -> Row | None:
         return next((row for row in self.named(name) if row["error"] is None), None)
 

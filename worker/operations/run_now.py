@@ -23,11 +23,14 @@ def run_now(
     actor: str,
     request_key: str | None = None,
     params: Mapping[str, Any] | None = None,
+    typed: Mapping[str, str] | None = None,
 ) -> Row:
     """Make a run that may start at once, and return its row of `runs list`.
 
-    `params` are laid over the definition's. A request key that made a run already
-    returns that run, whatever became of it. A paused definition may be run by hand.
+    `params` are laid over the definition's; of those `typed` on a command line, one that
+    was read as JSON and that its handler takes only as text is taken as text. A request
+    key that made a run already returns that run, whatever became of it. A paused
+    definition may be run by hand.
 
     Raises:
         NotFound: there is no such org or definition.
@@ -52,6 +55,7 @@ def run_now(
             at=now,
             actor=actor,
             params={**row["spec"].get("params", {}), **params} if params else None,
+            typed=typed,
             request_key=key,
         )
         place(connection, run, at=now)

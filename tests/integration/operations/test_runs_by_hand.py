@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from worker.errors import Conflict, DefinitionError, NotFound
@@ -82,6 +84,28 @@ def test_params_by_hand_are_laid_over_the_definitions_and_checked(site, rows):
     with pytest.raises(DefinitionError, match=r"params\.times: 'many' is not of type integer"):
         site.run(params={"times": "many"})
     assert len(rows.runs) == 1
+
+
+@pytest.mark.parametrize(("typed", "taken"), [("5", "5"), ("true", "true"), ('"5"', "5"), ("[1]", "[1]")])
+def test_a_param_from_the_command_line_is_what_the_handler_takes(site, rows, typed, taken):
+    """`--param text=5` of a handler that wants a text, which cannot know that 5 reads as a number."""
+    site.having("allow").run(
+        params={"text": json.loads(typed), "times": 3}, typed={"text": typed, "times": "3"}
+    )
+
+    assert rows.live_runs[0]["params"] == {"text": taken, "times": 3}
+
+
+def test_a_param_that_fits_in_neither_form_is_refused_as_it_was_read(site):
+    with pytest.raises(DefinitionError, match=r"params\.times: 'many' is not of type integer"):
+        site.having("allow").run(params={"times": "many"}, typed={"times": "many"})
+
+
+def test_a_param_that_no_database_keeps_is_refused(site, rows):
+    with pytest.raises(DefinitionError, match="text has a NUL character") as refused:
+        site.having("allow").run(params={"text": "a\0b"})
+    assert refused.value.field == "params"
+    assert rows.live_runs == []
 
 
 def test_skip_refuses_a_second_run_and_names_the_first(site, rows):
