@@ -66,6 +66,6 @@ def _check(row: Row, revision: int | None) -> None:
         )
     if revision is not None and revision != row["revision"]:
         raise Conflict(
-            f"{named} is at revision {row['revision']} by now, not at {revision}: somebody else has changed it",
+            f"{named} is at revision {row['revision']} by now, not at {revision}: somebody has changed it",
             fix=f"look at it with `definitions show {row['org']} {row['name']}` and try again",
         )
