@@ -13,6 +13,7 @@ import typer
 
 from worker.cli import (
     apply,
+    checks,
     config,
     credentials,
     db,
@@ -39,7 +40,9 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("apply")(apply.apply)
+app.command("check")(checks.check)
 app.command("doctor")(doctor.doctor)
+orgs.app.command("check")(checks.check_orgs)
 for noun, commands in (
     ("orgs", orgs),
     ("credentials", credentials),

@@ -101,7 +101,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     with session.database() as database:
         done = import_orgs(
             database,
-            wiring.open_keyring(session.settings, create=True),
+            wiring.open_keyring(session.settings, database=database),
             lines,
             actor=session.actor,
             issuers=session.settings.issuers,

@@ -67,8 +67,11 @@ def add_credential(
         return listing.credentials(connection, org)[0]
 
 
-def retire_credential(database: Database, org: str, generation: int, *, actor: str) -> Row:
+def retire_credential(database: Database, org: str, generation: int, *, actor: str, now: bool = False) -> Row:
     """End one generation: no token is asked for with it any more. Returns its row.
+
+    Workers drop what they hold of it within two seconds. With `now` it has leaked:
+    its secret is destroyed here too, also where it was retired before.
 
     Raises:
         NotFound: there is no such org or generation.
@@ -76,16 +79,21 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
     """
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
-        if credentials.find(connection, row["id"], generation) is None:
+        found = credentials.find(connection, row["id"], generation)
+        if found is None:
             raise NotFound(
                 f"org {org} has no credential of generation {generation}",
                 fix=f"`credentials list {org}` names them",
             )
-        now = database.now(connection)
-        if not credentials.retire(connection, row["id"], generation, at=now):
+        at = database.now(connection)
+        has_secret = found["sealed"] is not None or found["reference"] is not None
+        retired = credentials.retire(connection, row["id"], generation, at=at)
+        if not retired and not (now and has_secret):
             raise Conflict(f"generation {generation} of org {org} is retired already")
-        entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}")
-        audit.record(connection, [entry], at=now, actor=actor)
+        if now:
+            credentials.destroy_one(connection, row["id"], generation)
+        entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
+        audit.record(connection, [entry], at=at, actor=actor)
         return next(
             entry for entry in listing.credentials(connection, org) if entry["generation"] == generation
         )

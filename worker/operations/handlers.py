@@ -38,6 +38,11 @@ class Handlers:
         row = self._usable(name)
         return "inline" if row is not None and row["isolation"] == "inline" else "child"
 
+    def scopes_of(self, name: str) -> frozenset[str]:
+        """The scopes that the handler says it needs; none where nothing is known of it."""
+        row = self._usable(name)
+        return frozenset() if row is None else frozenset(row["scopes"])
+
     def check(
         self, definition: Definition, entry: str, *, inline: Collection[str], allow_unknown: bool
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -10,6 +11,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
+from worker.store.chunks import chunks
 
 Row = dict[str, Any]
 
@@ -23,9 +25,21 @@ def last_generation(connection: Connection, org_id: OrgId) -> int:
 
 
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert credentials whose secret is sealed, or named by reference."""
-    if rows:
-        connection.execute(insert(_credentials), [dict(row) for row in rows])
+    """Insert credentials whose secret is sealed, or named by reference.
+
+    The orgs' runs that wait for a token try again at once: their last secret may have been wrong.
+    """
+    if not rows:
+        return
+    connection.execute(insert(_credentials), [dict(row) for row in rows])
+    live, at = tables.live_runs, rows[0]["created_at"]
+    for part in chunks(sorted({row["org_id"] for row in rows})):
+        connection.execute(
+            update(live)
+            .where(live.c.org_id.in_(part), live.c.state == "waiting", live.c.reason == "no_token")
+            .where(live.c.available_at > at)
+            .values(available_at=at)
+        )
 
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:
@@ -49,7 +63,7 @@ def find(connection: Connection, org_id: OrgId, generation: int) -> Row | None:
 
 
 def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
-    """End one generation; false where it is retired already or does not exist."""
+    """End one generation; false where it is retired already or does not exist. Its secret stays, sealed."""
     retired = connection.execute(
         update(_credentials)
         .where(
@@ -62,6 +76,15 @@ def retire(connection: Connection, org_id: OrgId, generation: int, *, at: dateti
     return retired.rowcount == 1
 
 
+def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> None:
+    """Forget the secret of one generation."""
+    connection.execute(
+        update(_credentials)
+        .where(_credentials.c.org_id == org_id, _credentials.c.generation == generation)
+        .values(sealed=None, reference=None, key_id=None)
+    )
+
+
 def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
     """Retire all of an org's credentials and forget their secrets; how many there were."""
     mine = _credentials.c.org_id == org_id
@@ -70,7 +93,9 @@ def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
         .where(mine, _credentials.c.state == "active")
         .values(state="retired", retired_at=at)
     )
-    destroyed = connection.execute(update(_credentials).where(mine).values(sealed=None, reference=None))
+    destroyed = connection.execute(
+        update(_credentials).where(mine).values(sealed=None, reference=None, key_id=None)
+    )
     return destroyed.rowcount
 
 
@@ -82,4 +107,40 @@ def used(
         update(_credentials)
         .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
         .values(last_used_at=at, uses=_credentials.c.uses + 1, last_error=error)
+    )
+
+
+def sealed_for_all_orgs(connection: Connection) -> dict[str, Counter[str]]:
+    """How many secrets each key seals, by their state, active or retired."""
+    query = (
+        select(_credentials.c.key_id, _credentials.c.state, func.count())
+        .where(_credentials.c.sealed.is_not(None))
+        .group_by(_credentials.c.key_id, _credentials.c.state)
+    )
+    counts: dict[str, Counter[str]] = {}
+    for key_id, state, count in connection.execute(query):
+        counts.setdefault(key_id, Counter())[state] += count
+    return counts
+
+
+def sealed_otherwise_for_all_orgs(
+    connection: Connection, key_id: str, *, after: str | None, limit: int
+) -> list[Row]:
+    """Secrets that another key seals, by their id, locked: the next page is what follows `after`."""
+    columns = (_credentials.c[name] for name in ("id", "org_id", "key_id", "sealed"))
+    query = select(*columns).where(
+        _credentials.c.sealed.is_not(None), _credentials.c.key_id != key_id
+    )
+    if after is not None:
+        query = query.where(_credentials.c.id > after)
+    rows = connection.execute(query.order_by(_credentials.c.id).limit(limit).with_for_update())
+    return [dict(row) for row in rows.mappings()]
+
+
+def reseal(connection: Connection, org_id: OrgId, credential_id: str, sealed: bytes, key_id: str) -> None:
+    """Replace a sealed secret by the same one under another key."""
+    connection.execute(
+        update(_credentials)
+        .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
+        .values(sealed=sealed, key_id=key_id)
     )

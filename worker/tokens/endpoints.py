@@ -45,12 +45,12 @@ class Endpoints:
             IssuerUnavailable: the discovery document cannot be read, or is not this issuer's.
         """
         known = self._issuer.token_endpoint or self._of_profile(self._issuer.profile.token)
-        return known or (await self._discover()).token_endpoint
+        return known or (await self.discovered()).token_endpoint
 
     async def keys(self) -> str:
         """The URL of the key set; raises IssuerUnavailable as `token` does."""
         known = self._issuer.keys_url or self._of_profile(self._issuer.profile.keys)
-        return known or (await self._discover()).keys_url
+        return known or (await self.discovered()).keys_url
 
     async def read_keys(self) -> Reply | NoReply:
         """The answer of the key set's URL."""
@@ -63,7 +63,12 @@ class Endpoints:
     def _of_profile(self, path: str) -> str:
         return self._issuer.base + path if path else ""
 
-    async def _discover(self) -> Discovered:
+    async def discovered(self) -> Discovered:
+        """What the issuer's discovery document says, read anew once an hour.
+
+        Raises:
+            IssuerUnavailable: it cannot be read, or is not this issuer's.
+        """
         async with self._reading:
             now = self._clock.monotonic()
             found = self._discovered

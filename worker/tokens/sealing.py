@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -91,19 +93,24 @@ class KeyRing:
                 pass
         return cls.load(path)
 
-    def with_new_key(self) -> KeyRing:
+    def with_new_key(self) -> Self:
         """Add a key to the file, which seals from now on; the older ones still open."""
-        draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        try:
-            text = self.path.read_text(encoding="ascii")
-            _write(draft, text.rstrip("\n") + "\n" + _new_line())
-            os.replace(draft, self.path)
-        except OSError as error:
-            raise ConfigurationError(f"the key ring {self.path} cannot be written: {error}") from None
-        finally:
-            draft.unlink(missing_ok=True)
-        _flush_directory(self.path.parent)
-        return KeyRing.load(self.path)
+        with _rewriting(self.path) as lines:
+            lines.append(_new_line().strip())
+        return self.load(self.path)
+
+    def without(self, key_id: str) -> Self:
+        """Take a key out of the file. The caller knows that it seals nothing any more.
+
+        Raises:
+            Conflict: it is the key that seals.
+        """
+        with _rewriting(self.path) as lines:
+            ids = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+            if key_id == ids[-1]:
+                raise Conflict(f"the key {key_id} seals new secrets", fix="`keys rekey` adds another one")
+            lines[:] = [line for line in lines if line.split()[:1] != [key_id]]
+        return self.load(self.path)
 
     @property
     def key_ids(self) -> tuple[str, ...]:
@@ -144,6 +151,27 @@ class KeyRing:
             f"the secret of credential {credential_id} does not open: it is another row's or damaged",
             fix="add the credential anew with `python -m worker credentials add`",
         )
+
+
+@contextmanager
+def _rewriting(path: Path) -> Iterator[list[str]]:
+    """The file's lines, to be changed; they replace the file as a whole, one process at a time."""
+    try:
+        # The folder is locked, not the file, which is replaced: a key that another process adds is not lost.
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            lines = path.read_text(encoding="ascii").splitlines()
+            yield lines
+            _write(draft, "\n".join(lines) + "\n")
+            os.replace(draft, path)
+            os.fsync(folder)
+        finally:
+            draft.unlink(missing_ok=True)
+            os.close(folder)
+    except OSError as error:
+        raise ConfigurationError(f"the key ring {path} cannot be written: {error.strerror}") from None
 
 
 def _row(org_id: str, credential_id: str, key_id: str) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from worker.clock import SystemClock
+from worker.errors import ConfigurationError
+from worker.operations.keys import check_ring
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
@@ -13,17 +15,33 @@ def open_database(settings: Settings, *, role: str = "cli") -> Database:
     return Database.open(settings.database.url, clock=SystemClock(), role=role)
 
 
-def open_keyring(settings: Settings, *, create: bool = False) -> KeyRing:
+def open_keyring(settings: Settings, *, database: Database | None = None) -> KeyRing:
     """The key ring of this installation.
 
-    With `create`, and on SQLite only, it is made at first need.
+    With `database`, and on SQLite only, it is made at first need: where nothing is sealed yet.
 
     Raises:
-        ConfigurationError: there is none; the message names `keys generate`.
+        ConfigurationError: there is none; the message says what to do.
     """
-    if create and settings.database.sqlite_file is not None:
-        return KeyRing.load_or_generate(settings.keyring_file)
-    return KeyRing.load(settings.keyring_file)
+    path = settings.keyring_file
+    if database is not None and not path.exists():
+        check_ring(database, None, str(path))
+        if settings.database.sqlite_file is not None:
+            return KeyRing.load_or_generate(path)
+    return KeyRing.load(path)
+
+
+def find_keyring(settings: Settings) -> KeyRing | None:
+    """The key ring, or None where there is none.
+
+    Raises:
+        ConfigurationError: it is there and cannot be read.
+    """
+    try:
+        path = settings.keyring_file
+    except ConfigurationError:
+        return None
+    return KeyRing.load(path) if path.exists() else None
 
 
 def read_catalogue_now(settings: Settings, database: Database) -> None:

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from worker.clock import Clock, SystemClock
-from worker.errors import Unavailable
+from worker.errors import ConfigurationError, Unavailable
 from worker.execution.children import Children
+from worker.operations.keys import check_ring
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
@@ -34,6 +35,8 @@ def run(settings: Settings) -> int:
     try:
         with database.autocommit() as connection:
             schema.check(connection)
+        if not settings.keyring_file.exists():
+            check_ring(database, None, str(settings.keyring_file))
         children = Children(
             clock,
             # On SQLite the file's lock decides, not the lease: nothing is frozen.
@@ -45,7 +48,12 @@ def run(settings: Settings) -> int:
         )
         children.start()
         # From here on this process holds keys, and nothing is forked from it.
-        keyring = open_keyring(settings, create=True)
+        try:
+            keyring = open_keyring(settings, database=database)
+            check_ring(database, keyring, str(keyring.path))
+        except ConfigurationError:
+            asyncio.run(children.close())
+            raise
 
         def incarnate(signals: Signals) -> Incarnation:
             return Incarnation(settings, database, keyring, children, notifier, signals, clock)

@@ -11,12 +11,17 @@ from worker.errors import ConfigurationError
 from worker.ids import OrgId
 from worker.store import credentials
 from worker.store.database import Database
+from worker.telemetry.events import emit
 from worker.tokens.credentials import Credential, Secret
 from worker.tokens.sealing import KeyRing
 
 
 class OpenedCredentials:
-    """Satisfies `tokens.credentials.CredentialSource`; `keyring` None where every secret is a file."""
+    """Satisfies `tokens.credentials.CredentialSource`; `keyring` None where every secret is a file.
+
+    The ring's file is read again when a secret is sealed with a key that it did not
+    have, so a new key reaches a worker that is up. Files are read each time.
+    """
 
     def __init__(self, database: Database, keyring: KeyRing | None, secrets_dir: str, clock: Clock) -> None:
         self._database = database
@@ -24,16 +29,27 @@ class OpenedCredentials:
         self._secrets_dir = Path(secrets_dir) if secrets_dir else None
         self._clock = clock
         self._org_of: dict[str, OrgId] = {}
+        self._unopened: set[str] = set()
 
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
-        """The active generations of one org, newest first.
+        """The active generations of one org, newest first; those that do not open are left out.
 
         Raises:
-            ConfigurationError: a secret does not open, or its file is not there.
+            ConfigurationError: none opens: a key is missing, or a file is not there.
         """
         rows = await self._database.call_autocommit(credentials.active, org_id)
         self._org_of.update((row["id"], org_id) for row in rows)
-        return [self._open(row) for row in rows]
+        opened, fault = [], None
+        for row in rows:
+            try:
+                opened.append(self._open(row))
+                self._unopened.discard(row["id"])
+            except ConfigurationError as error:
+                fault = fault or error
+                self._tell(row, error)
+        if fault is not None and not opened:
+            raise fault
+        return opened
 
     async def used(self, credential_id: str, error: str | None) -> None:
         """Count one use of a credential that `active` gave."""
@@ -56,6 +72,11 @@ class OpenedCredentials:
             kind=row["kind"],
         )
 
+    def _tell(self, row: Mapping[str, Any], error: ConfigurationError) -> None:
+        if row["id"] not in self._unopened:
+            self._unopened.add(row["id"])
+            emit("credential.unusable", org=row["org"], generation=row["generation"], error=error.message)
+
     def _secret(self, row: Mapping[str, Any]) -> str:
         if row["reference"] is not None:
             return self._read(row["reference"].removeprefix("file:"))
@@ -64,6 +85,8 @@ class OpenedCredentials:
                 "no key ring opens the secrets in the database",
                 fix="put the key ring back, or add the credential anew",
             )
+        if row["key_id"] not in self._keyring.key_ids:
+            self._keyring = KeyRing.load(self._keyring.path)
         return self._keyring.unseal(
             row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"]
         )
