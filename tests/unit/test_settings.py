@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from datetime import timedelta
@@ -97,6 +98,15 @@ def test_a_list_in_a_variable_is_json_or_parted_by_commas(text: str):
     assert load(environ={"WORKER_EXECUTION__INLINE": text}).execution.inline == ("a", "b")
 
 
+def test_operators_may_come_from_a_variable():
+    operator = {"name": "ada", "role": "admin", "token_sha256": "a" * 64}
+
+    loaded = load(environ={"WORKER_WEB__OPERATORS": json.dumps([operator])}).web.operators
+
+    assert [one.model_dump() for one in loaded] == [operator]
+    assert "aaaa" not in repr(loaded)
+
+
 def test_an_issuer_may_come_from_variables_alone():
     loaded = load(
         environ={
@@ -144,6 +154,12 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("database = 'x'", "worker.toml: database: Input should be a valid dictionary"),
         ("[log]\nlevel = 'loud'", "log.level: Input should be 'debug', 'info', 'warning' or 'error'"),
         ("[log\n", "worker.toml is no TOML"),
+        ("[web]\nlisten = '8470'", "web.listen: '8470' is no address; write host and port"),
+        ("[web]\nlisten = 'localhost:99999'", "web.listen: 'localhost:99999' is no address"),
+        ("[[web.operators]]\nname = 'ada'", "worker.toml: web.operators.token_sha256: Field required"),
+        ("[[web.operators]]\nnam = 'ada'", "unknown setting web.operators.nam; did you mean name?"),
+        ("[alerts]\nwebhook_url = 'example.com'", "alerts.webhook_url: it is no URL"),
+        ("[alerts]\nwebhook_url = 'https://a'", "webhook_url needs a webhook_secret"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_named(text: str, message: str):

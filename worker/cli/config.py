@@ -21,7 +21,7 @@ _PASSWORD = re.compile(r"(//[^/?#@]*?:)[^/?#]*(@)|([?&](?:ssl)?password=)[^&#]*"
 
 @app.command("show")
 def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """Print every setting with its value and who said it; passwords are masked.
+    """Print every setting with its value and who said it; passwords and secrets are masked.
 
     With -o json one object, as worker.toml has it.
     """
@@ -41,9 +41,11 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 
 
 def masked(value: Any) -> Any:
-    """The value with no password in any URL."""
+    """The value with no password in any URL, and no secret of a setting that is one."""
     if isinstance(value, dict):
-        return {key: masked(entry) for key, entry in value.items()}
+        return {
+            key: "***" if key.endswith("_secret") and entry else masked(entry) for key, entry in value.items()
+        }
     if isinstance(value, str):
         return _PASSWORD.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", value)
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.execution.retention import Ages
-from worker.settings import RetentionSettings
+from worker.settings.sections import RetentionSettings
 
 
 def ages_of(settings: RetentionSettings) -> Ages:

@@ -32,6 +32,12 @@ def test_a_password_in_a_url_is_masked(url: str, shown: str):
     assert masked({"section": {"url": url}}) == {"section": {"url": shown}}
 
 
+def test_a_setting_that_is_a_secret_is_masked():
+    shown = masked({"alerts": {"webhook_secret": "hunter2", "webhook_url": "https://a"}})
+
+    assert shown == {"alerts": {"webhook_secret": "***", "webhook_url": "https://a"}}
+
+
 def test_every_setting_is_shown_with_who_said_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

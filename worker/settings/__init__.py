@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import re
 import tomllib
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
-from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
+from worker.settings.sections import (
+    AlertSettings,
+    DatabaseSettings,
+    ExecutionSettings,
+    IssuerName,
+    IssuerSettings,
+    LogSettings,
+    OperatorSettings,
+    RetentionSettings,
+    Section,
+    WebSettings,
+)
 
 PREFIX = "WORKER_"
 CONFIG_PLACES = ("worker.toml", "/etc/orgworker/worker.toml")
@@ -26,109 +34,7 @@ Keys = tuple[str, ...]
 Said = dict[Keys, tuple[Any, str]]
 
 
-def _duration(value: Any) -> Any:
-    return value if isinstance(value, timedelta) else parse_duration(value)
-
-
-def _listed(value: Any) -> Any:
-    """A variable or secret file holds a JSON array, or texts parted by commas."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("["):
-        return json.loads(value)
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _origins(value: Any) -> Any:
-    origins = _listed(value)
-    for origin in origins if isinstance(origins, list) else ():
-        if re.fullmatch(r"https?://[^\s/?#@]+", str(origin)) is None:
-            raise ValueError(f"{origin!r} is no origin; write scheme, host and port: https://api.acme.com")
-    return origins
-
-
-Duration = Annotated[timedelta, BeforeValidator(_duration)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Origins = Annotated[tuple[str, ...], BeforeValidator(_origins)]
-IssuerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class DatabaseSettings(_Section):
-    """`[database]`; the URLs may hold a password and so stay out of the repr."""
-
-    url: str = Field("sqlite:///var/worker.db", repr=False)
-    owner_url: str = Field("", repr=False)
-
-    @property
-    def sqlite_file(self) -> Path | None:
-        """The SQLite file that `url` names, relative to the working directory; None on PostgreSQL."""
-        named = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.url)
-        return Path(named[1]) if named else None
-
-
-class IssuerSettings(_Section):
-    """`[issuers.NAME]`: an identity provider, as the operator configured it."""
-
-    profile: str = "kinde"
-    url: str
-    audience: str = ""
-    api_origins: Origins = ()
-    max_requests_per_second: float = Field(10.0, gt=0, le=10_000)
-    token_endpoint: str = ""
-    keys_url: str = ""
-
-
-class ExecutionSettings(_Section):
-    """`[execution]`: how many runs at once, and how long a silent worker keeps them."""
-
-    max_children: int = Field(50, ge=0, le=10_000)
-    max_inline: int = Field(1000, ge=0, le=1_000_000)
-    inline: Texts = ()
-    preload: Texts = ()
-    pass_environment: Texts = ()
-    lease: Duration = Field(timedelta(seconds=30), ge=timedelta(seconds=1))
-    renew: Duration = Field(timedelta(seconds=5), ge=timedelta(milliseconds=50))
-    poll: Duration = Field(timedelta(seconds=1), ge=timedelta(milliseconds=10), le=timedelta(minutes=1))
-    drain: Duration = timedelta(seconds=60)
-    max_freeze: Duration = timedelta(minutes=10)
-
-    @model_validator(mode="after")
-    def _renew_often_enough(self) -> ExecutionSettings:
-        if self.renew * 4 > self.lease:
-            raise ValueError(
-                f"renew is {self.renew.total_seconds():g}s, more than a quarter of the lease of "
-                f"{self.lease.total_seconds():g}s"
-            )
-        return self
-
-
-class WebSettings(_Section):
-    """`[web]`: where health, metrics, API and dashboard are served; an empty text turns it off."""
-
-    listen: str = "127.0.0.1:8470"
-
-
-class RetentionSettings(_Section):
-    """`[retention]`: how long finished runs, skips and logs are kept."""
-
-    succeeded: Duration = timedelta(days=30)
-    failed: Duration = timedelta(days=90)
-    skipped: Duration = timedelta(days=7)
-    logs: Duration = timedelta(days=14)
-
-
-class LogSettings(_Section):
-    """`[log]`: the worker's own log on stderr; without a style it is console on a terminal, else json."""
-
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    style: Literal["", "console", "json"] = ""
-
-
-class Settings(_Section):
+class Settings(Section):
     """All settings; those of a section that is not written keep their defaults."""
 
     secrets_dir: str = ""
@@ -136,6 +42,7 @@ class Settings(_Section):
     issuers: dict[IssuerName, IssuerSettings] = Field(default_factory=dict)
     execution: ExecutionSettings = ExecutionSettings()
     web: WebSettings = WebSettings()
+    alerts: AlertSettings = AlertSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 
@@ -280,7 +187,8 @@ def _fault(said: Said, fault: Any) -> str:
     keys: Keys = tuple(key for key in fault["loc"] if isinstance(key, str) and key != "[key]")
     # What is missing was said nowhere: name the place that says the rest of its section.
     depth = len(keys) - (fault["type"] == "missing")
-    where = next((place for named, (_, place) in said.items() if named[:depth] == keys[:depth]), "")
+    said_here = (place for named, (_, place) in said.items() if named[:depth] == keys[: len(named)][:depth])
+    where = next(said_here, "")
     name = ".".join(keys)
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(keys[-1], _names_beside(keys), 1)
@@ -293,5 +201,7 @@ def _fault(said: Said, fault: Any) -> str:
 def _names_beside(keys: Keys) -> list[str]:
     if len(keys) == 1:
         return list(Settings.model_fields)
+    if keys[:2] == ("web", "operators"):
+        return list(OperatorSettings.model_fields)
     section = IssuerSettings if keys[0] == "issuers" else Settings.model_fields[keys[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

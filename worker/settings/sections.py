@@ -1,0 +1,169 @@
+"""The sections of worker.toml as frozen values; each setting is explained in config/worker.toml."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from worker.definitions.units import parse_duration
+
+
+def _duration(value: Any) -> Any:
+    return value if isinstance(value, timedelta) else parse_duration(value)
+
+
+def _listed(value: Any) -> Any:
+    """A variable or secret file holds a JSON array, or texts parted by commas."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return json.loads(value)
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _origins(value: Any) -> Any:
+    origins = _listed(value)
+    for origin in origins if isinstance(origins, list) else ():
+        if re.fullmatch(r"https?://[^\s/?#@]+", str(origin)) is None:
+            raise ValueError(f"{origin!r} is no origin; write scheme, host and port: https://api.acme.com")
+    return origins
+
+
+def _url(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("it is no URL; write https://host/path")
+    return value
+
+
+def _listen(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", value)
+        if found is None or int(found[1]) > 65_535:
+            raise ValueError(f"{value!r} is no address; write host and port: 127.0.0.1:8470 or [::1]:8470")
+    return value
+
+
+def _operators(value: Any) -> Any:
+    """A variable or secret file holds a JSON array of objects."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Origins = Annotated[tuple[str, ...], BeforeValidator(_origins)]
+Url = Annotated[str, BeforeValidator(_url)]
+Listen = Annotated[str, BeforeValidator(_listen)]
+IssuerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class DatabaseSettings(Section):
+    """`[database]`; the URLs may hold a password and so stay out of the repr."""
+
+    url: str = Field("sqlite:///var/worker.db", repr=False)
+    owner_url: str = Field("", repr=False)
+
+    @property
+    def sqlite_file(self) -> Path | None:
+        """The SQLite file that `url` names, relative to the working directory; None on PostgreSQL."""
+        named = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.url)
+        return Path(named[1]) if named else None
+
+
+class IssuerSettings(Section):
+    """`[issuers.NAME]`: an identity provider, as the operator configured it."""
+
+    profile: str = "kinde"
+    url: str
+    audience: str = ""
+    api_origins: Origins = ()
+    max_requests_per_second: float = Field(10.0, gt=0, le=10_000)
+    token_endpoint: str = ""
+    keys_url: str = ""
+
+
+class ExecutionSettings(Section):
+    """`[execution]`: how many runs at once, and how long a silent worker keeps them."""
+
+    max_children: int = Field(50, ge=0, le=10_000)
+    max_inline: int = Field(1000, ge=0, le=1_000_000)
+    inline: Texts = ()
+    preload: Texts = ()
+    pass_environment: Texts = ()
+    lease: Duration = Field(timedelta(seconds=30), ge=timedelta(seconds=1))
+    renew: Duration = Field(timedelta(seconds=5), ge=timedelta(milliseconds=50))
+    poll: Duration = Field(timedelta(seconds=1), ge=timedelta(milliseconds=10), le=timedelta(minutes=1))
+    drain: Duration = timedelta(seconds=60)
+    max_freeze: Duration = timedelta(minutes=10)
+
+    @model_validator(mode="after")
+    def _renew_often_enough(self) -> ExecutionSettings:
+        if self.renew * 4 > self.lease:
+            raise ValueError(
+                f"renew is {self.renew.total_seconds():g}s, more than a quarter of the lease of "
+                f"{self.lease.total_seconds():g}s"
+            )
+        return self
+
+
+class OperatorSettings(Section):
+    """`[[web.operators]]`: a person or program that works for all orgs; its token is known by hash only."""
+
+    name: str = Field(pattern=r"^[^\s:][^\n:]{0,99}$")
+    role: Literal["viewer", "operator", "admin"] = "viewer"
+    token_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+
+
+Operators = Annotated[tuple[OperatorSettings, ...], BeforeValidator(_operators)]
+
+
+class WebSettings(Section):
+    """`[web]`: where health, metrics, API and dashboard are served; an empty text turns it off."""
+
+    listen: Listen = "127.0.0.1:8470"
+    operators: Operators = ()
+    org_role: Literal["viewer", "operator"] = "operator"
+    metrics_top_orgs: int = Field(0, ge=0, le=1000)
+
+
+class AlertSettings(Section):
+    """`[alerts]`: who is told of what goes wrong, and what says that the worker is alive."""
+
+    webhook_url: Url = ""
+    webhook_secret: str = Field("", repr=False)
+    overdue: Duration = Field(timedelta(seconds=10), ge=timedelta(seconds=1))
+    deadman_url: Url = Field("", repr=False)
+    deadman_every: Duration = Field(timedelta(minutes=1), ge=timedelta(seconds=1))
+
+    @model_validator(mode="after")
+    def _signed(self) -> AlertSettings:
+        if self.webhook_url and len(self.webhook_secret) < 16:
+            raise ValueError("webhook_url needs a webhook_secret of at least 16 characters, to sign with")
+        return self
+
+
+class RetentionSettings(Section):
+    """`[retention]`: how long finished runs, skips and logs are kept."""
+
+    succeeded: Duration = timedelta(days=30)
+    failed: Duration = timedelta(days=90)
+    skipped: Duration = timedelta(days=7)
+    logs: Duration = timedelta(days=14)
+
+
+class LogSettings(Section):
+    """`[log]`: the worker's own log on stderr; without a style it is console on a terminal, else json."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    style: Literal["", "console", "json"] = ""
