@@ -68,6 +68,8 @@ async def run_incarnations(
 ) -> int:
     """One incarnation after the other, each made when the one before has lost its lease."""
     signals = Signals()
+    # At once: a zygote that dies before the first run must not be the death of that.
+    children.attach()
     try:
         exit_code = await incarnate(signals).run()
         while exit_code is None:
