@@ -122,6 +122,26 @@ def lock_named_for_all_orgs(
     return rows
 
 
+def page_scheduled_for_all_orgs(
+    connection: Connection, *, after: DefinitionId | None, since: datetime, limit: int
+) -> list[Row]:
+    """Definitions whose next instant comes after `since`, by id from after `after` on; nothing is locked."""
+    query = _query().where(_schedule.c.next_scheduled_for > since).limit(limit)
+    if after is not None:
+        query = query.where(_definitions.c.id > after)
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId]) -> list[Row]:
+    """The definitions with these ids, locked as by `lock_org`."""
+    rows: list[Row] = []
+    for part in chunks(sorted(ids)):
+        ours = _definitions.c.id.in_(part)
+        _lock(connection, select(_definitions.c.id).where(ours))
+        rows.extend(dict(row) for row in connection.execute(_query().where(ours)).mappings())
+    return rows
+
+
 def read_for_all_orgs(connection: Connection, ids: Iterable[DefinitionId]) -> list[Row]:
     """The definitions with these ids as they are now; nothing is locked."""
     rows: list[Row] = []

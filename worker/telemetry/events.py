@@ -80,6 +80,12 @@ EVENTS: Mapping[str, Event] = _table(
         "the last change of a template has reached so many of the orgs",
     ),
     (
+        "tzdata.changed",
+        "info",
+        "version definitions",
+        "another release of the time zone database: so many definitions are due at other instants",
+    ),
+    (
         "definition.paused",
         "error",
         "org definition failures",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from worker.definitions.zone_data import zone_data_version
 from worker.errors import Unavailable
 from worker.execution.failures import FailureWatch
 from worker.execution.holdings import Held
 from worker.execution.housekeeping import Housekeeping
 from worker.execution.waiting import woken
+from worker.operations import recompute
 from worker.operations.count_failures import count_failures
 from worker.operations.fill_backfills import fill_backfills
 from worker.operations.materialise import materialise
@@ -35,9 +37,11 @@ class Chores:
         self._on_runs = on_runs
         self._failures = FailureWatch()
         self._backfill_ended = asyncio.Event()
+        self._zone_data_seen = False
 
     def add_to(self, housekeeping: Housekeeping) -> None:
         """Let the housekeeping tick those that wait for nothing in particular."""
+        housekeeping.every(EVERY, "tzdata", self.zone_data)
         housekeeping.every(EVERY, "templates", self.templates)
         housekeeping.every(EVERY, "failures", self.failures)
         housekeeping.every(FORGET, "failures.forget", self._forget)
@@ -57,6 +61,19 @@ class Chores:
         while (done := await self._database.run(materialise, self._database)).orgs:
             for name, reached, total in done.progress:
                 emit("template.progress", template=name, done=reached, total=total)
+
+    async def zone_data(self) -> None:
+        """Once, after the start: compute schedules anew where the zone data is another than theirs was."""
+        if self._zone_data_seen:
+            return
+        version, run = zone_data_version(), self._database.run
+        if await run(recompute.outdated, self._database, version):
+            page, moved = await run(recompute.recompute, self._database), 0
+            while page.after is not None:
+                moved += page.moved
+                page = await run(recompute.recompute, self._database, after=page.after)
+            await run(recompute.recomputed, self._database, version, moved=moved + page.moved)
+        self._zone_data_seen = True
 
     async def failures(self) -> None:
         """Count the failures of the definitions whose runs ended, and pause those that had too many."""
