@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from worker.execution.child import CHANNEL_CLOSED
 from worker.execution.stopping import stopped
@@ -21,7 +21,6 @@ from worker.runs.outcome import (
     Succeeded,
     TimedOut,
 )
-from worker.telemetry.masking import masker
 
 _LOST = {"lost": "the process that forked it is gone", "frozen": "frozen for longer than max_freeze"}
 
@@ -44,7 +43,7 @@ def outcome_of_end(said: Outcome | None, ended: Ended, stop: Stop, *, memory: in
     if stop.killed:
         return Lost("the lease on the run is lost")
     if said is not None:
-        return masked(after_stop(said, stop))
+        return after_stop(said, stop)
     if ended.why == "out_of_memory":
         cap = f" of {memory // (1024 * 1024)} MiB" if memory else ""
         return Failed(Error("OutOfMemory", f"the run used more than its cap{cap}"), "out_of_memory")
@@ -94,18 +93,3 @@ def exit_detail(status: int) -> str:
 def _exited(detail: str) -> Failed:
     error = Error("HandlerExited", f"the handler ended without a result: {detail}")
     return Failed(error, "handler_exited", detail)
-
-
-def masked(outcome: Outcome) -> Outcome:
-    """The outcome with every known secret taken out of its texts."""
-    mask = masker.mask
-    match outcome:
-        case Succeeded(result) if result is not None:
-            return Succeeded(mask(result))
-        case Failed(error=error) | TimedOut(error=error):
-            clean = Error(mask(error.type), mask(error.message), mask(error.trace))
-            return replace(outcome, error=clean)
-        case Retried(detail=detail) | Snoozed(detail=detail) | Cancelled(detail=detail) if detail:
-            return replace(outcome, detail=mask(detail))
-        case _:
-            return outcome

@@ -12,7 +12,7 @@ from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims
 from worker.clock import Clock
 from worker.errors import LeaseLost
-from worker.execution.ends import after_stop, exited, masked
+from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
 from worker.execution.output import RunOutput
 from worker.execution.run_logging import marked
@@ -63,7 +63,7 @@ class Inline:
             return Lost("the lease on the run is lost")
         if not task.done() or task.cancelled():
             return stopped(stop)
-        return masked(after_stop(task.result(), stop))
+        return after_stop(task.result(), stop)
 
     def _give_up(self, task: asyncio.Task[Outcome]) -> None:
         async def nag() -> None:

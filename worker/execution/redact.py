@@ -16,5 +16,5 @@ def redacted(outcome: Outcome) -> Outcome:
         if isinstance(value, str):
             changes[field.name] = masker.mask(value)
         elif isinstance(value, Error):
-            changes[field.name] = Error(value.type, masker.mask(value.message), masker.mask(value.trace))
+            changes[field.name] = Error(*map(masker.mask, (value.type, value.message, value.trace)))
     return replace(outcome, **changes) if changes else outcome  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """What went wrong, already masked: the exception's type, its message, the handler's trace."""
+    """What went wrong: the exception's type, its message, the handler's trace."""
 
     type: str
     message: str

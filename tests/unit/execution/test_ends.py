@@ -22,7 +22,6 @@ from worker.runs.outcome import (
     Succeeded,
     TimedOut,
 )
-from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
 
@@ -100,18 +99,6 @@ async def test_what_the_zygote_killed_says_why() -> None:
 )
 def test_a_wait_status_is_told_in_words(status: int, detail: str) -> None:
     assert exit_detail(status) == detail
-
-
-async def test_no_known_secret_leaves_in_an_outcome() -> None:
-    masker.register("canary-secret-0123456789")
-    error = Error("ValueError", "got canary-secret-0123456789", "line: canary-secret-0123456789")
-
-    for said in (
-        Failed(error),
-        Succeeded('{"x":"canary-secret-0123456789"}'),
-        Cancelled("by_handler", "canary-secret-0123456789"),
-    ):
-        assert "canary" not in repr(outcome_of_end(said, Ended(), Stop()))
 
 
 async def test_frozen_time_adds_up_and_counts_while_it_lasts() -> None:

@@ -1,0 +1,53 @@
+"""What a handler leaves in its outcome is without the secrets that this process knows."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from worker.execution.redact import redacted
+from worker.runs.outcome import (
+    Cancelled,
+    Error,
+    Failed,
+    HandedBack,
+    NoToken,
+    Outcome,
+    Refused,
+    Retried,
+    Snoozed,
+    Succeeded,
+    TimedOut,
+)
+from worker.telemetry.masking import masker
+
+SECRET = "canary-5ecret-0123456789"
+ERROR = Error(SECRET, f"got {SECRET}", f"line: {SECRET}")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Succeeded(f'{{"x":"{SECRET}"}}'),
+        Failed(ERROR),
+        TimedOut(ERROR),
+        Cancelled("by_handler", SECRET),
+        Refused("settings_invalid", "max_tokens", f"{SECRET} is no number"),
+        Retried(None, SECRET),
+        Snoozed(timedelta(1), SECRET),
+        NoToken(timedelta(1), SECRET),
+    ],
+)
+def test_no_known_secret_leaves_in_an_outcome(said: Outcome) -> None:
+    masker.register(SECRET)
+
+    clean = redacted(said)
+
+    assert "canary" not in repr(clean)
+    assert type(clean) is type(said)
+
+
+def test_an_outcome_without_texts_stays_as_it_is() -> None:
+    assert redacted(HandedBack()) == HandedBack()
+    assert redacted(Succeeded(None)) == Succeeded(None)
