@@ -38,7 +38,13 @@ _SESSION = {
 }
 # The worker's own statements all go by index. The planner must not think a table
 # small, and scan it, because it was empty when it was last analysed.
-_WORKER_SESSION = {"enable_seqscan": "off", "enable_bitmapscan": "off", "enable_memoize": "off"}
+# A statement that this side has given up must not keep its locks over there.
+_WORKER_SESSION = {
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_memoize": "off",
+    "statement_timeout": f"{STATEMENT_DEADLINE + 5:g}s",
+}
 
 # One form of JSON for all that writes it, so that its text can be compared on SQLite.
 compact_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))

@@ -168,10 +168,10 @@ def _best(
     """The runs to start, best first: the least (running of its org + its place in line) / weight."""
     if not limits.handlers:
         return []
-    portion = max(2, 2 * limits.free // len(orgs))
+    portion, all_offered = max(2, 2 * limits.free // len(orgs)), json_list(offered)
     heap: list[tuple[float, str, RunId, _Candidate, int, int, Iterator[_Candidate]]] = []
     for org_id, weight, most, running in cursor.execute(ORGS, (json_list(orgs),)).fetchall():
-        values = (org_id, now, *limits.isolations, *limits.handlers, json_list(offered))
+        values = (org_id, now, *limits.isolations, *limits.handlers, all_offered)
         length = max(0, min(most - running, limits.free))
         line: Iterator[_Candidate] = itertools.islice(_line(cursor, values, portion), length)
         for run in line:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.clock import from_text, to_text
+from worker.clock import from_text
 from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.store.connection import driver, file_now
@@ -99,7 +99,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
 def add_rollups(connection: Connection, rollups: Rollups) -> None:
     cursor = driver(connection).cursor()
     cursor.executemany(DAY, [(day.isoformat(), *sums) for day, *sums in rollups.days])
-    cursor.executemany(HOUR, [(to_text(hour), *sums) for hour, *sums in rollups.hours])
+    cursor.executemany(HOUR, [(instant(hour), *sums) for hour, *sums in rollups.hours])
 
 
 def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
@@ -115,7 +115,7 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     for id_, available_at, start_by in cursor.execute(statement, values).fetchall():
         # Its start deadline counts from its promotion.
         patience = from_text(start_by) - from_text(available_at) if start_by else None
-        rows.append((to_text(now), instant(now + patience) if patience is not None else None, id_))
+        rows.append((instant(now), instant(now + patience) if patience is not None else None, id_))
     cursor.executemany(PROMOTE, rows)
     return len(rows)
 
@@ -129,7 +129,7 @@ def _end_row(ending: Ending, row: tuple[Any, ...], worker_id: WorkerId, now: dat
         attempt.detail,
         available_at,
         started_at,
-        to_text(now),
+        instant(now),
         attempt.attempt,
         fencing_token,
         worker_id,
@@ -145,7 +145,7 @@ def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
     return (
         ending.reason,
         attempt.detail,
-        to_text(now + (attempt.available_after or timedelta())),
+        instant(now + (attempt.available_after or timedelta())),
         attempt.failures,
         attempt.recoveries,
         attempt.keep_start_by,
@@ -163,10 +163,10 @@ def _attempt_row(ending: Ending, worker_id: WorkerId) -> tuple[Any, ...]:
         worker_id,
         attempt.fencing_token,
         trail.handler,
-        to_text(attempt.started_at),
+        instant(attempt.started_at),
         instant(trail.token_ready_at),
         instant(trail.handler_started_at),
-        to_text(ending.ended_at),
+        instant(ending.ended_at),
         attempt.outcome,
         json_text(attempt.error),
         attempt.error_cause,

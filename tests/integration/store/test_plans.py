@@ -1,0 +1,147 @@
+"""Plans: on PostgreSQL the hot statements go by the index meant for them, however wrong the statistics."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from tests.fakes.stock import LEASE, Stock
+from worker.runs.firing import NewSkip, NextFire
+from worker.runs.run import AdmittedRun
+from worker.store import connection as driver_module
+from worker.store import runs
+from worker.store.database import Database
+from worker.store.sql import statements
+
+MODULES = ("admit", "finish", "fire", "recover", "renew", "save")
+
+# For each statement, by what it begins with or is known by: the indexes it may use.
+MEANT = {
+    "RECURSIVE hop": {"ix_live_runs_waiting", "ix_live_runs_running_org_id"},
+    "WITH offer": {
+        "ix_live_runs_waiting",
+        "ix_live_runs_running_org_id",
+        "ix_live_runs_running_definition_id",
+        "ix_live_runs_running_handler",
+        "pk_live_runs",
+    },
+    "FOR UPDATE\n": {"pk_live_runs"},
+    "DELETE FROM live_runs": {"pk_live_runs", "pk_runs"},
+    "UPDATE live_runs l SET state = 'waiting'": {"pk_live_runs"},
+    "UPDATE live_runs l SET progress": {"pk_live_runs"},
+    "UPDATE live_runs h SET": {
+        "uq_live_runs_held",
+        "uq_live_runs_serial",
+        "ix_live_runs_definition_id",
+    },
+    "WITH ours": {"pk_live_runs"},
+    "WITH me": {"ix_live_runs_running_worker_id"},
+    "RECURSIVE owner": {"ix_live_runs_running_worker_id"},
+    "FOR UPDATE SKIP LOCKED\n": {"ix_schedule_next_fire_at"},
+    "WITH new AS": {
+        "uq_runs_definition_id_scheduled_for",
+        "uq_runs_definition_id_request_key",
+        "uq_runs_backfill_id_scheduled_for",
+    },
+    "UPDATE schedule": {"pk_schedule"},
+}
+
+
+class Recorder:
+    """A driver's connection that remembers what it was asked."""
+
+    def __init__(self, raw: Any, seen: dict[str, Any]) -> None:
+        self._raw, self._seen = raw, seen
+
+    def execute(self, statement: str, values: Any = ()) -> Any:
+        self._seen[statement] = values
+        return self._raw.execute(statement, values)
+
+    def pipeline(self) -> Any:
+        return self._raw.pipeline()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Every hot statement that the test runs, with its last parameters."""
+    statements_seen: dict[str, Any] = {}
+    plain = driver_module.driver
+    for module in MODULES:
+        monkeypatch.setattr(
+            importlib.import_module(f"worker.store.sql.postgresql.{module}"),
+            "driver",
+            lambda connection: Recorder(plain(connection), statements_seen),
+        )
+    return statements_seen
+
+
+def analyse(database: Database) -> None:
+    with database.autocommit() as connection:
+        connection.execute(text("ANALYZE"))
+
+
+@pytest.mark.parametrize("analysed", ["empty", "full"])
+def test_each_hot_statement_goes_by_its_index(
+    postgres: Database, seen: dict[str, Any], analysed: str
+) -> None:
+    """Statistics taken when nothing waited or ran must not lead to reading everything that now does."""
+    stock = Stock(postgres)
+    worker, orgs = stock.worker(), [stock.org(limit=60) for _ in range(20)]
+    definitions = [stock.definition(org, due_at=stock.now() + timedelta(hours=1)) for org in orgs]
+    if analysed == "empty":
+        analyse(postgres)
+    for _ in range(10):
+        stock.put(*(stock.run(org) for org in orgs for _ in range(20)))
+    held = stock.admit(worker, 500)
+    if analysed == "full":
+        analyse(postgres)
+
+    _use_everything(stock, worker, held)
+
+    with postgres.transaction() as connection:
+        raw = driver_module.driver(connection)
+        plans = {
+            statement: "\n".join(line for (line,) in raw.execute("EXPLAIN " + statement, values))
+            for statement, values in seen.items()
+            if "live_runs" in statement or "schedule" in statement
+        }
+    looked_at = set()
+    for statement, plan in plans.items():
+        for mark, indexes in MEANT.items():
+            if mark in statement and not (mark == "FOR UPDATE\n" and "unnest" in statement):
+                looked_at.add(mark)
+                used = set(
+                    re.findall(r"Scan (?:Backward )?using (\w+) on (?:live_runs|runs|schedule)\b", plan)
+                )
+                assert used <= indexes, f"{mark}: {used - indexes}\n{plan}"
+                assert not re.search(r"Seq Scan on (live_runs|runs|orgs|schedule|workers)", plan), plan
+    assert looked_at == set(MEANT)
+    assert definitions
+
+
+def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
+    admitted = stock.admit(worker, 20) + held
+    hour = timedelta(hours=1)
+    with stock.database.transaction() as connection:
+        hot = statements(connection)
+        hot.fire_lock(connection, limit=100, specs={})
+        run = admitted[0]
+        hot.fire_write(
+            connection,
+            [stock.run(run.org_id)],
+            [NewSkip(run.org_id, run.definition_id, 1, stock.now(), stock.now(), 1, "missed")],
+            [NextFire(run.definition_id, stock.now() + hour, stock.now() + hour)],
+        )
+        hot.renew(connection, worker, LEASE)
+        hot.save_checkpoint(
+            connection, run.id, run.fencing_token, attempt=1, org_id=run.org_id, data_json="{}"
+        )
+        hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
+        runs.recover(connection, max_recoveries=3)
+    stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))
+    stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted[50:100]))
