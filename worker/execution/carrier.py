@@ -113,4 +113,5 @@ def tell_end(ended: EndedAttempt, held: Held | None) -> None:
         reason=ended.reason,
         detail=ended.detail,
         seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        error_cause=ended.error_cause,
     )

@@ -40,7 +40,8 @@ def _table(*rows: tuple[str, Level, str, str]) -> dict[str, Event]:
 
 
 # `org` is the org's code, `definition` its name, `run` the run's id, `seconds` a duration,
-# `error` the class of an exception or its stable code. No field holds a secret or a claim set.
+# `error` the class of an exception or its stable code, `error_cause` what errors of one
+# cause have in common. No field holds a secret or a claim set.
 EVENTS: Mapping[str, Event] = _table(
     # The worker's own life.
     ("worker.started", "info", "worker host pid version database", "a worker incarnation begins"),
@@ -92,6 +93,13 @@ EVENTS: Mapping[str, Event] = _table(
         "so many runs failed one after the other: nothing of it is due until it is resumed",
     ),
     ("backfill.ended", "info", "org definition instants", "every instant of a backfill has run to its end"),
+    (
+        "schedule.overdue",
+        "error",
+        "org definition seconds",
+        "an instant came so many seconds ago and was not fired; this is the oldest",
+    ),
+    ("schedule.caught_up", "info", "", "nothing is overdue any more"),
     # Run to outcome.
     (
         "run.admitted",
@@ -103,7 +111,7 @@ EVENTS: Mapping[str, Event] = _table(
     (
         "run.ended",
         "info",
-        "org run definition handler attempt outcome state reason detail seconds",
+        "org run definition handler attempt outcome state reason detail seconds error_cause",
         "an attempt ended, and this is what became of its run",
     ),
     ("run.fenced_out", "warning", "run fencing_token", "a run held here is another's now; it is killed"),
@@ -148,6 +156,19 @@ EVENTS: Mapping[str, Event] = _table(
         "handler distribution version error",
         "a handler does not load; all else runs",
     ),
+    # Who asks and who is told.
+    ("web.listening", "info", "address", "health, metrics, API and dashboard are served there"),
+    (
+        "web.unavailable",
+        "warning",
+        "address error",
+        "nothing is served there; it is tried again, and the worker works",
+    ),
+    ("web.failed", "error", "method path error", "a request met an error that nobody expected"),
+    ("web.login", "info", "caller role", "somebody opened the dashboard"),
+    ("alert.sent", "info", "kind status alert", "an alert was taken by the webhook"),
+    ("alert.undelivered", "error", "kind status alert error", "an alert was taken by nobody, also later"),
+    ("deadman.failed", "warning", "error", "the service that waits for a sign of life did not take it"),
 )
 
 listeners: list[Listener] = []

@@ -1,0 +1,173 @@
+"""What Prometheus is told: counts of events, and the worker's own state, under documented names."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from worker.telemetry import events
+from worker.telemetry.events import EVENTS, emit
+from worker.telemetry.metric_table import METRICS
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.vitals import Vitals
+
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return listening(Metrics(version="1.0"))
+
+
+def listening(metrics: Metrics) -> Metrics:
+    events.listen(metrics.take)
+    return metrics
+
+
+def series(metrics: Metrics) -> Series:
+    """Each sample by its name and labels."""
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return series(metrics)[f"orgworker_{name}", tuple(sorted(labels.items()))]
+
+
+def end_run(org: str = "org_a", state: str = "succeeded", **fields: object) -> None:
+    given = {"run": "r", "definition": "d", "handler": "acme.digest", "attempt": 1, "detail": None}
+    values = given | {"org": org, "outcome": state, "state": state, "reason": None, "seconds": 2.0}
+    emit("run.ended", **(values | fields))
+
+
+def vitals(**changes: object) -> Vitals:
+    given: dict[str, object] = {
+        "ages": lambda: {"scheduler": 0.5},
+        "stalled": list,
+        "lease_remaining": lambda: 21.0,
+        "admitting": lambda: True,
+        "draining": lambda: False,
+        "slots": {"child": 50},
+        "used": lambda isolation: 3,
+    }
+    return Vitals(**(given | changes))  # type: ignore[arg-type]
+
+
+def test_every_event_is_counted_by_its_name(metrics):
+    for name, event in EVENTS.items():
+        emit(name, **dict.fromkeys(event.fields))
+        emit(name, **dict.fromkeys(event.fields))
+
+    assert {name: value(metrics, "events_total", event=name) for name in EVENTS} == dict.fromkeys(EVENTS, 2)
+
+
+def test_an_event_that_never_happened_is_zero_so_that_its_first_is_a_rise(metrics):
+    assert value(metrics, "events_total", event="zygote.died") == 0
+    assert value(metrics, "zygote_deaths_total") == 0
+
+
+def test_an_end_is_counted_by_what_became_of_the_run(metrics):
+    end_run(state="failed", reason="timed_out", seconds=3.0)
+
+    labels = {"handler": "acme.digest", "outcome": "failed", "state": "failed", "reason": "timed_out"}
+    assert value(metrics, "attempts_total", **labels) == 1
+    assert value(metrics, "attempt_seconds_sum", outcome="failed") == 3.0
+    assert value(metrics, "attempt_seconds_bucket", outcome="failed", le="5.0") == 1
+
+
+def test_fired_instants_are_counted_not_transactions(metrics):
+    emit("runs.fired", count=100, overlapped=3, skips=7)
+
+    assert value(metrics, "runs_fired_total") == 100
+    assert value(metrics, "runs_overlapped_total") == 3
+    assert value(metrics, "instants_skipped_total") == 7
+
+
+def test_a_clock_that_went_back_is_counted_with_how_far(metrics):
+    emit("clock.went_back", seconds=3600.0)
+
+    assert value(metrics, "clock_went_back_total") == 1
+    assert value(metrics, "clock_went_back_seconds_total") == 3600
+
+
+def test_a_state_goes_up_and_down_with_its_events(metrics):
+    assert value(metrics, "database_up") == 1
+    emit("database.lost", error="gone")
+    assert value(metrics, "database_up") == 0
+    emit("database.back", seconds=4.0)
+    assert value(metrics, "database_up") == 1
+
+    emit("issuer.paused", issuer="main", error="throttled", seconds=5.0)
+    assert value(metrics, "issuer_paused", issuer="main") == 1
+    emit("issuer.resumed", issuer="main")
+    assert value(metrics, "issuer_paused", issuer="main") == 0
+
+
+def test_the_parts_of_the_worker_are_asked_at_each_scrape(metrics):
+    assert ("orgworker_admitting", ()) not in series(metrics)
+
+    metrics.watch(vitals())
+
+    assert value(metrics, "admitting") == 1
+    assert value(metrics, "slots", isolation="child") == 50
+    assert value(metrics, "slots_used", isolation="child") == 3
+    assert value(metrics, "loop_tick_age_seconds", loop="scheduler") == 0.5
+    assert value(metrics, "lease_remaining_seconds") == 21
+
+
+def test_ten_thousand_orgs_make_no_more_series_than_ten():
+    few, many = (listening(Metrics(version="1.0")) for _ in range(2))
+    events.listeners.remove(many.take)
+    for number in range(10):
+        end_run(f"org_{number}")
+    events.listeners[:] = [many.take]
+    for number in range(10_000):
+        end_run(f"org_{number}")
+        emit("token.requested", org=f"org_{number}", issuer="main", seconds=0.1)
+
+    extra = {name for name, _ in series(many)} - {name for name, _ in series(few)}
+    assert {name for name in extra if "token" not in name} == set()
+    assert len(series(many)) - len(series(few)) == len(SECONDS_SERIES)
+    assert "org_1" not in many.text().decode()
+
+
+# Of the first token of an issuer: a count, and a histogram's buckets (with +Inf), count and sum.
+SECONDS_SERIES = ["tokens_requested_total", "count", "sum", *range(15)]
+
+
+def test_the_busiest_orgs_have_series_of_their_own_where_that_is_asked_for():
+    metrics = listening(Metrics(version="1.0", top_orgs=2))
+    for org, times in (("org_a", 1), ("org_b", 5), ("org_c", 3)):
+        for _ in range(times):
+            end_run(org, "failed")
+
+    named = {
+        dict(labels)["org"]: count
+        for (name, labels), count in series(metrics).items()
+        if name == "orgworker_org_attempts_total"
+    }
+    assert named == {"org_b": 5, "org_c": 3}
+
+
+def test_every_name_is_in_the_table_and_every_name_of_the_table_is_served():
+    metrics = listening(Metrics(version="1.0", top_orgs=1))
+    metrics.watch(vitals())
+    for name, event in EVENTS.items():
+        emit(name, **dict.fromkeys(event.fields, "1"))
+
+    families = text_string_to_metric_families(metrics.text().decode())
+    served = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+
+    assert served == {metric.name for metric in METRICS}
+
+
+def test_each_metric_follows_an_event_and_fields_that_exist():
+    for metric in METRICS:
+        if metric.event:
+            fields = EVENTS[metric.event].fields
+            assert set(metric.labels) <= set(fields), metric.name
+            assert metric.value in (*fields, "", "0", "1"), metric.name
