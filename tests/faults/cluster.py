@@ -1,0 +1,232 @@
+"""An installation with several workers that are killed and stopped, and the history it leaves behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.fakes.handlers import read_journal
+from tests.fakes.plugins import make_plugin
+from tests.fakes.site import FINAL, Site, application, definition
+from tests.faults.checker import Fault, History, judge
+from worker.demo.provider import Provider
+
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).with_name("fault_jobs.py")
+HANDLERS = ("steps", "effects", "polite", "deaf", "spin", "spin_async", "sleep_in_c", "note", "leak")
+RECOVERABLE: dict[str, Any] = {
+    "max_attempts": 100,
+    "max_recoveries": 100,
+    "retry_backoff": "100ms",
+    "retry_backoff_max": "500ms",
+}
+Target = Literal["worker", "zygote", "child"]
+
+
+class Cluster(Site):
+    """A site whose workers are many; keeps what befell them. `launcher` starts the next ones."""
+
+    def __init__(
+        self,
+        folder: Path,
+        database_url: str,
+        provider: Provider,
+        *,
+        lease: float = 3.0,
+        renew: float = 0.5,
+        poll: float = 0.5,
+        execution: str = "",
+    ) -> None:
+        super().__init__(folder, database_url, provider)
+        self.lease, self.renew, self.poll = lease, renew, poll
+        self.launcher = "worker"
+        self.journal = folder / "journal"
+        self.faults: list[Fault] = []
+        self.periods: dict[str, float] = {}
+        self.on_file = not database_url.startswith("postgresql")
+        self.environment["PYTHONPATH"] = f"{self.plugins}:{ROOT}"
+        self.execution = execution
+        self.write_settings()
+        make_plugin(
+            self.plugins,
+            dist="fault-jobs",
+            modules={"fault_jobs": SOURCE.read_text()},
+            entry_points={f"fault.{name}": f"fault_jobs:{name}" for name in HANDLERS},
+        )
+        self.migrate()
+
+    def behind(self, port: int, query: str = "") -> None:
+        """Let commands and workers from now on reach PostgreSQL through a proxy on that port.
+
+        `query` are libpq's parameters.
+        """
+        direct = self.database_url
+        netloc = f"postgres@127.0.0.1:{port}"
+        self.database_url = urlsplit(direct)._replace(netloc=netloc, query=query).geturl()
+        self.write_settings()
+        self.database_url = direct
+
+    def write_settings(self) -> None:
+        """Write worker.toml for the workers that start from now on."""
+        times = {"lease": self.lease, "renew": self.renew, "poll": self.poll}
+        lines = [f'{name} = "{round(seconds * 1000)}ms"' for name, seconds in times.items()]
+        self.configure(execution="\n".join([*lines, self.execution]))
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", self.launcher, "--config", str(self.settings), *arguments]
+
+    def define(
+        self, org: str, name: str, handler: str, schedule: str = "at 2099-01-01T00:00:00Z", **keys: Any
+    ) -> str:
+        """A definition that survives any number of faults, its handler given the journal."""
+        params = {"journal": str(self.journal)} | keys.pop("params", {})
+        return definition(org, name, handler, schedule, params=params, **(RECOVERABLE | keys))
+
+    def start(self, *definitions: str, org: str = "org_acme") -> None:
+        """Register an org and its definitions."""
+        self.add_orgs(application(org))
+        self.apply("\n".join(definitions), "--allow-unknown-handlers")
+
+    def run_now(self, name: str, org: str = "org_acme") -> dict[str, Any]:
+        self.cli("definitions", "run", org, name)
+        return self.runs(definition=name)[-1]
+
+    def up(self) -> subprocess.Popen[bytes]:
+        """A worker that has started and offers every handler."""
+        worker = self.start_worker()
+        self._wait(lambda: self.offers(worker), "a worker that offers its handlers", 60.0)
+        return worker
+
+    def offers(self, worker: subprocess.Popen[bytes]) -> bool:
+        assert worker.poll() is None, f"the worker has ended: {self.log_text()[-2000:]}"
+        row = self.row_of(worker)
+        return row is not None and {f"fault.{name}" for name in HANDLERS} <= set(row["handlers"])
+
+    def rows_of(self, worker: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+        """The incarnations of a process in `workers`, the newest first."""
+        return self.query("SELECT * FROM workers WHERE pid = ? ORDER BY started_at DESC", worker.pid)
+
+    def row_of(self, worker: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+        """Its newest incarnation, if it has begun."""
+        rows = self.rows_of(worker)
+        return rows[0] if rows else None
+
+    def id_of(self, worker: subprocess.Popen[bytes]) -> str:
+        row = self.row_of(worker)
+        assert row is not None
+        return str(row["id"])
+
+    def wait_for(self, probe: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+        """As `wait_until`, and an error shows the newest runs and the log."""
+        return self._wait(probe, what, timeout)
+
+    def saved(self, run: str, attempt: int) -> int:
+        """The last step that an attempt has saved."""
+        return max((e["step"] for e in self.lines("saved", run) if e["attempt"] == attempt), default=0)
+
+    def lines(self, who: str | None = None, run: object = None) -> list[dict[str, Any]]:
+        """What handlers wrote, in order; of one run if asked."""
+        return [line for line in read_journal(self.journal, who) if run in (None, line["run"])]
+
+    def processes(self, worker: subprocess.Popen[bytes], target: Target) -> list[psutil.Process]:
+        """The living processes of that kind below a worker."""
+        try:
+            if target == "worker":
+                return [psutil.Process(worker.pid)]
+            zygotes = [
+                child
+                for child in psutil.Process(worker.pid).children()
+                if "worker.execution.zygote" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
+            ]
+            if target == "zygote":
+                return zygotes
+            return [child for zygote in zygotes for child in zygote.children()]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self, worker: subprocess.Popen[bytes], target: Target, process: psutil.Process) -> None:
+        """SIGKILL, written down."""
+        identity, at = self.id_of(worker), datetime.now(UTC)
+        process.kill()
+        self.faults.append(Fault("kill", target, identity, at))
+        if target == "worker":
+            worker.wait()
+
+    @contextmanager
+    def stopped(
+        self, worker: subprocess.Popen[bytes], target: Target, process: psutil.Process
+    ) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT at the end, written down."""
+        identity, at = self.id_of(worker), datetime.now(UTC)
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
+            self.faults.append(Fault("stop", target, identity, at, datetime.now(UTC)))
+
+    def drain(self, worker: subprocess.Popen[bytes], timeout: float = 30.0) -> None:
+        """SIGTERM, and exit code 0."""
+        assert self.stop_worker(worker, timeout) == 0, self.log_text()[-3000:]
+
+    def all_ended(self) -> bool:
+        return all(run["state"] in FINAL for run in self.runs())
+
+    def assert_kept(self) -> None:
+        """Fail with the checker's objections, and beside them what befell whom."""
+        history = self.history()
+        objections = judge(history)
+        if not objections:
+            return
+        befell = [(fault.at, fault.until, fault.kind, fault.target, fault.worker) for fault in self.faults]
+        lives = [(row["started_at"], row["ended_at"], row["id"], row["pid"]) for row in history.workers]
+        told = [*objections, "", "faults:", *map(str, sorted(befell)), "workers:", *map(str, sorted(lives))]
+        raise AssertionError("\n".join([*told, "log:", self.log_text()[-200_000:]]))
+
+    def history(self) -> History:
+        """All that the checker may know."""
+        named = "JOIN definitions d ON d.id = s.definition_id"
+        return History(
+            runs=instants(self.runs()),
+            attempts=instants(self.query("SELECT * FROM attempts")),
+            skips=instants(self.query(f"SELECT s.*, d.name AS definition FROM skips s {named}")),
+            workers=instants(self.query("SELECT * FROM workers")),
+            checkpoints=instants(self.query("SELECT * FROM checkpoints")),
+            journal=[line | {"at": datetime.fromtimestamp(line["at"], UTC)} for line in self.lines()],
+            lease=timedelta(0) if self.on_file else timedelta(seconds=self.lease),
+            poll=timedelta(seconds=self.poll),
+            faults=tuple(self.faults),
+            periods=self.periods,
+        )
+
+
+INSTANTS = {"scheduled_for", "available_at", "skipped_from", "skipped_until"}
+
+
+def instants(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of either database with aware instants, and ids as text."""
+    return [{name: _value(name, value) for name, value in row.items()} for row in rows]
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, str) and (name in INSTANTS or name.endswith("_at") or name == "lease_until"):
+        return datetime.fromisoformat(value)
+    if name.endswith("id") and value is not None:
+        return str(value)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

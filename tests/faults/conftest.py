@@ -1,0 +1,70 @@
+"""Fixtures of the fault suite: clusters with a short lease, and how long the suite may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.faults.cluster import Cluster
+from tests.faults.proxy import Proxy
+from worker.demo.provider import Provider, serve_provider
+
+MakeCluster = Callable[..., Cluster]
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether all of it runs (`./dev faults`) or the form of about two minutes."""
+    return os.environ.get("FAULTS") == "full"
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[Provider]:
+    """A development provider on loopback, shared by the tests of a module."""
+    made, thread = serve_provider()
+    with thread:
+        yield made
+
+
+@pytest.fixture
+def cluster_at(tmp_path: Path, provider: Provider) -> Iterator[MakeCluster]:
+    """Makes a cluster on the database of a URL; its workers are killed at the end."""
+    made: list[Cluster] = []
+
+    def make(url: str, **settings: Any) -> Cluster:
+        made.append(Cluster(tmp_path, url, provider, **settings))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        cluster.close()
+
+
+@pytest.fixture
+def proxy(postgres_url: str) -> Iterator[Proxy]:
+    """Between workers and their PostgreSQL server."""
+    with Proxy(urlsplit(postgres_url).port or 5432) as made:
+        yield made
+
+
+@pytest.fixture
+def on_file(cluster_at: MakeCluster, sqlite_url: str) -> Cluster:
+    """One worker at a time on an SQLite file."""
+    return cluster_at(sqlite_url)
+
+
+@pytest.fixture
+def on_server(cluster_at: MakeCluster, postgres_url: str) -> Cluster:
+    """Several workers on PostgreSQL."""
+    return cluster_at(postgres_url)
+
+
+@pytest.fixture
+def on_either(cluster_at: MakeCluster, database_url: str) -> Cluster:
+    """The same test on both."""
+    return cluster_at(database_url)

@@ -1,0 +1,51 @@
+"""The suite itself on trial: with the fence taken out of one statement, the checker objects."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.checker import judge
+from tests.faults.cluster import Cluster
+from tests.faults.proxy import Proxy
+from tests.faults.watches import holder
+
+STEPS = 10
+# The held statement leaves its transaction idle for longer than a worker's session may be.
+PATIENT = "options=-c%20idle_in_transaction_session_timeout=0"
+
+
+@pytest.mark.parametrize("launcher", ["worker", "tests.faults.launcher"])
+def test_a_late_save_is_refused_and_without_its_fence_objected_to(
+    on_server: Cluster, proxy: Proxy, launcher: str
+) -> None:
+    """A save is on its way while its worker loses the run; it arrives when the next owner has saved more."""
+    cluster = on_server
+    cluster.launcher = launcher
+    third, done = cluster.folder / "third", cluster.folder / "done"
+    params = {"third": str(third), "until": str(done), "steps": STEPS, "pause": 0.02}
+    cluster.start(cluster.define("org_acme", "steps", "fault.steps", params=params))
+    held = proxy.watch = holder("INSERT INTO checkpoints")
+    held.left = 0
+    cluster.behind(proxy.port, PATIENT)
+    first = cluster.up()
+    run = str(cluster.run_now("steps")["id"])
+    cluster.wait_for(lambda: cluster.saved(run, 1) == 2, "the second step")
+    cluster.write_settings()
+    second = cluster.up()
+
+    held.left = 1
+    third.touch()
+    cluster.wait_for(lambda: held.left == 0, "the third save, on its way")
+    with cluster.stopped(first, "worker", cluster.processes(first, "worker")[0]):
+        cluster.wait_for(lambda: cluster.saved(run, 2) == STEPS, "all steps in the second attempt")
+        proxy.let_go()
+    cluster.wait_for(lambda: len(cluster.rows_of(first)) == 2, "the next incarnation of the first worker")
+    done.touch()
+    cluster.wait_for(cluster.all_ended, "the end of the run")
+
+    objections = judge(cluster.history())
+    if launcher == "worker":
+        assert objections == []
+    else:
+        assert any("overwritten late" in found for found in objections), objections
+    assert second.poll() is None

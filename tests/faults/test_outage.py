@@ -1,0 +1,65 @@
+"""PostgreSQL cannot be reached for far longer than a lease: runs freeze, thaw and finish."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.faults.checker import judge
+from tests.faults.cluster import Cluster
+from tests.faults.conftest import MakeCluster
+from tests.faults.proxy import Mode, Proxy
+
+LEASE, RENEW = 5.0, 1.0
+
+
+@pytest.fixture
+def cluster(cluster_at: MakeCluster, postgres_url: str, proxy: Proxy) -> Cluster:
+    """Its workers go through the proxy; the test itself does not."""
+    made = cluster_at(postgres_url, lease=LEASE, renew=RENEW)
+    made.behind(proxy.port)
+    return made
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["refuse", "hang"])
+def test_runs_freeze_thaw_and_finish_through_an_outage(
+    cluster: Cluster, proxy: Proxy, full: bool, mode: Mode
+) -> None:
+    """Two workers, so that one could take the other's runs; timeouts do not count frozen time."""
+    done = cluster.folder / "done"
+    params = {"until": str(done), "steps": 1000, "pause": 0.1}
+    names = [("effects", "fault.effects"), ("effects2", "fault.effects"), ("saving", "fault.polite")]
+    cluster.start(
+        *(cluster.define("org_acme", name, handler, params=params, timeout="40s") for name, handler in names)
+    )
+    workers = [cluster.up(), cluster.up()]
+    runs = [str(cluster.run_now(name)["id"]) for name, _ in names]
+    for run in runs:
+        cluster.wait_for(lambda run=run: cluster.lines(run=run), "the run's start")
+    owned = cluster.query("SELECT DISTINCT worker_id FROM live_runs WHERE state = 'running'")
+    assert owned
+
+    began = time.time()
+    proxy.become(mode)
+    time.sleep(60.0 if full else 15.0)
+    ended = time.time()
+    frozen = [line for line in cluster.lines() if began + LEASE < line["at"] < ended]
+    proxy.become("pass")
+
+    for run in runs:
+        cluster.wait_for(
+            lambda run=run: [line for line in cluster.lines(run=run) if line["at"] > ended], "the thawed run"
+        )
+    done.touch()
+    cluster.wait_for(lambda: len(cluster.lines("end")) == 2, "the ends of the runs without a checkpoint")
+    assert frozen == []
+    for worker in workers:
+        assert worker.poll() is None
+        cluster.drain(worker)
+    states = {run["definition"]: (run["state"], run["attempt"]) for run in cluster.runs()}
+    assert states == {"effects": ("succeeded", 1), "effects2": ("succeeded", 1), "saving": ("waiting", 1)}
+    outcomes = {attempt["outcome"] for attempt in cluster.query("SELECT * FROM attempts")}
+    assert outcomes == {"succeeded", "handed_back"}
+    assert [found for found in judge(cluster.history()) if "is left waiting" not in found] == []
