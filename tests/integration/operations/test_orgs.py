@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
 from worker.errors import Conflict, NotFound, UsageError
 from worker.operations.add_org import add_org
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.import_orgs import Imported, import_orgs
+from worker.operations.run_now import run_now
 from worker.orgs.org import OrgEntry
-from worker.store import listing
+from worker.store import listing, tables
 
+DEFINITION = """
+[[definition]]
+org = "{org}"
+name = "plain"
+handler = "acme.plain"
+schedule = "@yearly"
+"""
 SECRET = "canary-5d41402abc4b2a76"
 ACME = OrgEntry("org_acme", "Acme", "main", tags=frozenset({"pro", "eu"}))
 
@@ -144,3 +154,20 @@ def test_a_bad_line_is_named_and_nothing_is_imported(database, keyring, rows, ba
     assert problem in refused.value.message
     assert SECRET not in refused.value.message + refused.value.fix
     assert rows.orgs == rows.credentials == []
+
+
+def test_a_new_secret_lets_the_runs_that_wait_for_a_token_go_at_once(database, keyring, apply, rows):
+    for code in ("org_a", "org_b"):
+        add_org(database, OrgEntry(code, code, "main"), actor="ops")
+        apply(DEFINITION.format(org=code))
+        run_now(database, code, "plain", actor="ops")
+    with database.transaction() as connection:
+        later = database.now(connection) + timedelta(minutes=1)
+        waiting = update(tables.live_runs).values(reason="no_token", available_at=later)
+        connection.execute(waiting)
+
+    add_credential(database, keyring, "org_a", client_id="c1", secret=SECRET, actor="ops")
+
+    orgs = {row["id"]: row["code"] for row in rows.orgs}
+    waits = {orgs[row["org_id"]]: row["available_at"] > rows.now() for row in rows.live_runs}
+    assert waits == {"org_a": False, "org_b": True}

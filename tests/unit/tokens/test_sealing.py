@@ -106,6 +106,36 @@ def test_a_new_key_seals_and_the_old_ones_still_open(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_key_that_seals_nothing_any_more_is_taken_out(path: Path) -> None:
+    """The one that seals stays, whoever asks."""
+    ring = KeyRing.generate(path)
+    newer = ring.with_new_key()
+
+    left = newer.without(ring.sealing_key_id)
+
+    assert left.key_ids == (newer.sealing_key_id,)
+    assert path.read_text().startswith("#")
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(Conflict, match="seals new secrets"):
+        left.without(newer.sealing_key_id)
+
+
+def test_keys_added_by_two_at_once_are_both_kept(path: Path) -> None:
+    """A key that is lost takes with it all that it sealed."""
+    ring = KeyRing.generate(path)
+    added: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: added.append(ring.with_new_key().sealing_key_id)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert set(added) <= set(KeyRing.load(path).key_ids)
+    assert len(KeyRing.load(path).key_ids) == 9
+
+
 def test_a_key_that_is_gone_is_named(path: Path) -> None:
     """With what can be done."""
     sealed, key_id = KeyRing.generate(path).seal("secret", org_id="o", credential_id="c")
