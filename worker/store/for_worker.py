@@ -101,11 +101,13 @@ class WorkerStore:
         return await self._database.call(hand_back, self._worker_id, owned)
 
     async def sweep(self) -> list[sweeps.Swept]:
-        """Promote held runs, skip expired ones, mark those without a handler; gives the expired ones."""
+        """Promote held runs and skip expired ones; gives the expired ones."""
         await self._database.call(sweeps.promote_held)
-        expired = await self._database.call(sweeps.expire_overdue)
+        return await self._database.call(sweeps.expire_overdue)
+
+    async def mark_no_handler(self) -> None:
+        """Say of waiting runs that no worker offers their handler, or does again; reads all that are due."""
         await self._database.call(sweeps.mark_no_handler)
-        return expired
 
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         """Delete runs that ended in this state longer than `age` ago, with all that is theirs."""

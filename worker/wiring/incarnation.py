@@ -47,6 +47,8 @@ from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 from worker.wiring.signals import Signals
 
+# Seconds between two looks for runs whose handler no worker offers: that reads all that wait.
+NO_HANDLER_EVERY = 5.0
 EXIT_OK = 0
 # Seconds between two looks for what is old enough to be deleted.
 RETENTION_EVERY = 60.0
@@ -168,7 +170,7 @@ class Incarnation:
             holdings,
             store,
             cancel=stop_run,
-            on_lease=self._children.lease_until,
+            on_lease=self._children.renewed,
             on_lost=lambda: loops.give_up(),
         )
 
@@ -181,9 +183,9 @@ class Incarnation:
             store,
             holdings,
             clock,
-            lease=execution.lease.total_seconds(),
+            lease=execution.lease,
             renew=execution.renew.total_seconds(),
-            on_lease=self._children.lease_until,
+            on_lease=self._children.renewed,
             on_renewal=renewed,
         )
 
@@ -194,13 +196,13 @@ class Incarnation:
         recovery = Recovery(
             store,
             clock,
-            lease=execution.lease.total_seconds(),
             poll=poll,
-            unbroken_contact=heartbeat.unbroken_contact,
+            may_recover=heartbeat.may_recover,
             on_recovered=taken_up,
         )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
+        housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
