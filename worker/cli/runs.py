@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worker.cli import why
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -26,7 +27,8 @@ from worker.errors import UsageError
 # Seconds between two looks at a log that grows.
 POLL = 0.5
 
-app = typer.Typer(help="Runs: list, show, cancel, retry, logs.")
+app = typer.Typer(help="Runs: list, show, why, cancel, retry, logs.")
+app.command("why")(why.why)
 
 COLUMNS = (
     "id",

@@ -1,0 +1,112 @@
+"""Why, in words: every reason that a run can have is understood, and each command is one of ours."""
+
+from __future__ import annotations
+
+import string
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import typer.main
+
+from worker.cli.app import app
+from worker.runs.why import CAUSES, NEXT, why_run
+from worker.store.tables import WAITING_REASONS
+
+AT = datetime(2030, 1, 1, 3, tzinfo=UTC)
+RUN = "0192aaaa-0000-7000-8000-000000000001"
+REASONS = {
+    "refused": [
+        "org_mismatch",
+        "client_mismatch",
+        "scope_missing",
+        "property_missing",
+        "settings_invalid",
+        "token_invalid",
+    ],
+    "skipped": ["flag_off", "expired"],
+    "failed": [
+        "error",
+        "timed_out",
+        "handler_exited",
+        "result_invalid",
+        "result_unstorable",
+        "out_of_memory",
+        "lost",
+    ],
+    "cancelled": ["requested", "suspended", "replaced", "closed", "by_handler"],
+    "waiting": list(WAITING_REASONS),
+    "succeeded": [None],
+    "running": [None],
+}
+ALL = [(state, reason) for state, reasons in REASONS.items() for reason in reasons]
+
+
+def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": RUN,
+        "org": "org_acme",
+        "definition": "digest",
+        "handler": "acme.digest",
+        "scheduled_for": AT,
+        "state": state,
+        "reason": reason,
+        "detail": "agent-v2",
+        "available_at": AT,
+        "attempt": 1,
+        "worker": "w1",
+        "started_at": AT,
+        "error": {"type": "KeyError", "message": "'title'\nmore"},
+        "checkpoint": None,
+        "attempts": [],
+    } | changes
+
+
+@pytest.mark.parametrize(("state", "reason"), ALL)
+def test_every_reason_has_its_words_and_a_command_that_exists(state, reason):
+    assert (state, reason) in CAUSES
+    why = why_run(run(state, reason))
+
+    assert why.what.startswith(f"Run {RUN} of org_acme/digest for 2030-01-01T03:00:00.000000Z ")
+    assert "{" not in why.sentence
+    assert why.sentence.count("  ") == 0
+    noun, verb, *rest = why.next.split()
+    command = typer.main.get_command(app).commands[noun].commands[verb]
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= known
+
+
+def test_no_words_are_for_a_reason_that_no_run_has():
+    assert set(CAUSES) == set(ALL)
+    assert set(NEXT) <= set(ALL)
+
+
+def test_every_word_that_is_filled_in_is_a_column():
+    for text in [*CAUSES.values(), *NEXT.values()]:
+        assert {name for _, name, _, _ in string.Formatter().parse(text) if name} <= set(run("failed", None))
+
+
+def test_a_failure_names_the_error_and_what_is_kept():
+    attempts = [{"handler_started_at": AT}]
+    why = why_run(run("failed", "error", attempts=attempts, checkpoint={"done": 3}))
+
+    assert why.cause == "its handler raised KeyError: 'title'"
+    assert why.kept == "kept are the checkpoint that it saved last, its attempts and their log"
+    assert "idempotency key" in why.retry
+    assert why.next == f"runs retry {RUN} --from-checkpoint"
+
+
+def test_what_never_started_is_safe_to_retry():
+    why = why_run(run("refused", "scope_missing", detail="read:kb", attempts=[{"handler_started_at": None}]))
+
+    assert why.cause == "its token lacks the scope read:kb"
+    assert why.retry == "a retry is safe: its handler never started"
+    assert why.next == "orgs check org_acme"
+
+
+def test_a_run_that_is_asked_to_stop_says_so():
+    assert why_run(run("running", None, cancel_requested_at=AT)).cause.endswith("and was asked to stop")
+
+
+def test_an_unknown_reason_of_a_newer_release_is_named():
+    assert why_run(run("failed", "eclipse")).cause == "its reason is eclipse"
