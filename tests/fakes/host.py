@@ -18,26 +18,27 @@ from tests.fakes.running import RecordingLink, work
 from worker.clock import SystemClock
 from worker.execution.children import Children
 from worker.execution.work import Stop
+from worker.runs.lease import Lease
 
 
 def tell(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def renew(children: Children, lease: float) -> None:
+def renew(children: Children, lease: timedelta) -> None:
     while True:
-        children.lease_until(time.monotonic() + lease)
-        time.sleep(lease / 10)
+        children.renewed(Lease.begun(lease, time.monotonic()))
+        time.sleep(lease.total_seconds() / 10)
 
 
 async def main() -> None:
     folder, handler, params, lock, seconds = sys.argv[1:]
     sys.path.append(folder)
     lease = None if seconds == "-" else timedelta(seconds=float(seconds))
-    children = Children(SystemClock(), lease=lease, lock_fd=None if lock == "-" else int(lock))
+    children = Children(SystemClock(), lock_fd=None if lock == "-" else int(lock))
     children.start()
     if lease is not None:
-        threading.Thread(target=renew, args=(children, lease.total_seconds()), daemon=True).start()
+        threading.Thread(target=renew, args=(children, lease), daemon=True).start()
     tell(zygote=children.zygote_pid)
     link = RecordingLink(on_save=lambda data: tell(saved=json.loads(data)))
     outcome = await children.run(work(handler, params=json.loads(params)), link, Stop())

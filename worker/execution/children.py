@@ -21,11 +21,10 @@ from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work
 from worker.execution.zygote_handle import Message, ZygoteHandle
 from worker.handlers.installed import ENVIRONMENT
+from worker.runs.lease import Lease
 from worker.runs.outcome import HandedBack, Lost, Outcome
 from worker.telemetry.events import emit
 
-# The zygote freezes the runs when this share of the lease has passed unrenewed.
-FREEZE_AT = 0.8
 # Seconds between execs of a zygote that does not come up, at first and at most; until one that was hung
 # up on is killed; and between looks for adopted processes that have ended.
 RESTART = 0.5
@@ -35,24 +34,25 @@ REAP_EVERY = 30.0
 
 
 class Children:
-    """Start it from the main thread before any key is read; `lease` None means that nothing is frozen.
+    """Start it from the main thread before any key is read.
 
-    `lock_fd` is the descriptor that zygote and runs are to hold as long as one of
-    them lives; `preload` modules or distributions that the operator has the zygote import.
+    Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor
+    that zygote and runs are to hold as long as one of them lives; `preload` modules or
+    distributions that the operator has the zygote import.
     """
 
     def __init__(
         self,
         clock: Clock,
         *,
-        lease: timedelta | None,
+        freezing: bool = True,
         max_freeze: timedelta = timedelta(minutes=10),
         preload: Sequence[str] = (),
         pass_environment: Sequence[str] = (),
         lock_fd: int | None = None,
     ) -> None:
         self._clock = clock
-        self._margin = None if lease is None else lease.total_seconds() * (1 - FREEZE_AT)
+        self._freezing = freezing
         self._setup = Setup(
             folder="",
             lock=lock_fd,
@@ -92,10 +92,10 @@ class Children:
         """The zygote that is up, or None."""
         return None if self._zygote is None else self._zygote.pid
 
-    def lease_until(self, monotonic: float) -> None:
-        """The lease holds until then: runs go on, and freeze shortly before. From any thread."""
-        if self._margin is not None:
-            self._lease = {"op": "lease", "freeze_at": monotonic - self._margin}
+    def renewed(self, lease: Lease) -> None:
+        """The lease holds: runs go on, until its `freeze_at`. From any thread."""
+        if self._freezing:
+            self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
             if self._zygote is not None:
                 self._zygote.send(self._lease)
 

@@ -19,7 +19,6 @@ from worker.runs.outcome import (
     Retried,
     Snoozed,
     Succeeded,
-    TimedOut,
 )
 
 _LOST = {"lost": "the process that forked it is gone", "frozen": "frozen for longer than max_freeze"}

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.holdings import Holdings
 from worker.execution.reconcile import Renewal
+from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import emit
 
@@ -32,11 +34,11 @@ class LeaseStore(Protocol):
 
 
 class Heartbeat:
-    """Renews every `renew` seconds for `lease` seconds from the moment of asking.
+    """Renews every `renew` seconds for as long as `lease` from the moment of asking.
 
-    `on_lease` is called in the heartbeat's thread with the monotonic instant until
-    which the lease holds, and only where all that was held is still ours: what is not
-    must be killed first, or it would be thawed. `on_renewal` in the loop, to reconcile.
+    `on_lease` is called in the heartbeat's thread with the lease as renewed, and only
+    where all that was held is still ours: what is not must be killed first, or it
+    would be thawed. `on_renewal` in the loop, to reconcile.
     """
 
     def __init__(
@@ -45,29 +47,26 @@ class Heartbeat:
         holdings: Holdings,
         clock: Clock,
         *,
-        lease: float,
+        lease: timedelta,
         renew: float,
-        on_lease: Callable[[float], None],
+        on_lease: Callable[[Lease], None],
         on_renewal: Callable[[Renewal], None],
     ) -> None:
         self._store = store
         self._holdings = holdings
         self._clock = clock
-        self._lease = lease
+        self.lease = Lease.begun(lease, clock.monotonic())
         self._renew = renew
         self._on_lease = on_lease
         self._on_renewal = on_renewal
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self.until = 0.0
-        self.contact_since: float | None = None
         self._late_told_at = float("-inf")
 
     def begin(self) -> None:
         """Count from now: the lease was registered just before."""
-        self.contact_since = self._clock.monotonic()
-        self.until = self.contact_since + self._lease
-        self._on_lease(self.until)
+        self.lease = Lease.begun(self.lease.duration, self._clock.monotonic())
+        self._on_lease(self.lease)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to renew, in a thread of its own; renewals are handed to `loop`."""
@@ -79,13 +78,11 @@ class Heartbeat:
         """End the thread; the caller ends the lease itself."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=self._lease)
+            self._thread.join(timeout=self.lease.duration.total_seconds())
 
-    def unbroken_contact(self) -> float:
-        """Seconds since which every renewal has come through in time; 0 once the lease has passed."""
-        since, now = self.contact_since, self._clock.monotonic()
-        # A worker that was stopped finds its contact broken before its next renewal does.
-        return 0.0 if since is None or now > self.until else now - since
+    def may_recover(self) -> bool:
+        """Whether contact has held for a whole lease, so that living owners have renewed first."""
+        return self.lease.may_recover(self._clock.monotonic())
 
     def beat(self) -> Renewal | None:
         """Renew once; None where the database did not answer."""
@@ -95,7 +92,7 @@ class Heartbeat:
             self._tell_late(error)
         except Exception as error:
             emit("loop.failed", loop="heartbeat", error=f"{type(error).__name__}: {error}")
-        self.contact_since = None
+        self.lease = self.lease.missed()
         return None
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -111,7 +108,7 @@ class Heartbeat:
         now = self._clock.monotonic()
         if now - self._late_told_at >= QUIET:
             self._late_told_at = now
-            emit("lease.late", error=error.code, remaining=round(self.until - now, 1))
+            emit("lease.late", error=error.code, remaining=round(self.lease.expires_at - now, 1))
 
     def _renew_once(self) -> Renewal:
         # Before the statement: an admission that comes in between is held, not yet owned here.
@@ -119,15 +116,10 @@ class Heartbeat:
         asked = self._clock.monotonic()
         registered, owned = self._store.renew()
         answered = self._clock.monotonic()
-        # Counted from the question, so that our idea of the lease never outlasts the database's.
-        if asked > self.until or not registered:
-            emit("lease.lost", late=round(asked - self.until, 1))
-            self.contact_since = answered
-        elif self.contact_since is None:
-            self.contact_since = answered
-        renewal = Renewal(held, owned, registered, asked + self._lease)
-        if registered:
-            self.until = renewal.until
+        if asked >= self.lease.expires_at or not registered:
+            emit("lease.lost", late=round(asked - self.lease.expires_at, 1))
+        self.lease = self.lease.renewed(asked, answered) if registered else self.lease.missed()
+        renewal = Renewal(held, owned, registered, self.lease)
         if renewal.all_ours:
-            self._on_lease(renewal.until)
+            self._on_lease(renewal.lease)
         return renewal

@@ -11,6 +11,7 @@ from typing import Protocol
 from worker.errors import Unavailable
 from worker.execution.holdings import Holdings
 from worker.ids import RunId
+from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import emit
 
@@ -22,7 +23,7 @@ class Renewal:
     held: Mapping[RunId, int]
     owned: Sequence[OwnedRun]
     registered: bool
-    until: float
+    lease: Lease
 
     @property
     def all_ours(self) -> bool:
@@ -42,8 +43,8 @@ class Reconciler:
 
     Owned but not held at two renewals running: an admission whose answer never
     came; handed back. Held but not owned: another incarnation has it, or it has
-    ended; killed, and whatever it still writes is fenced out. `on_lease` hears then
-    until when the lease holds; `on_lost` that this incarnation was given up.
+    ended; killed, and whatever it still writes is fenced out. `on_lease` hears of
+    the renewed lease then; `on_lost` that this incarnation was given up.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Reconciler:
         store: HandBackStore,
         *,
         cancel: Callable[[RunId, str], None],
-        on_lease: Callable[[float], None],
+        on_lease: Callable[[Lease], None],
         on_lost: Callable[[], None],
     ) -> None:
         self._holdings = holdings
@@ -86,7 +87,7 @@ class Reconciler:
             self._on_lost()
             return
         if not renewal.all_ours:
-            self._on_lease(renewal.until)
+            self._on_lease(renewal.lease)
         strangers: set[tuple[RunId, int]] = set()
         for run in renewal.owned:
             held = self._holdings.get(run.id)

@@ -28,23 +28,21 @@ class Recovery:
         store: RecoveryStore,
         clock: Clock,
         *,
-        lease: float,
         poll: float,
-        unbroken_contact: Callable[[], float],
+        may_recover: Callable[[], bool],
         on_recovered: Callable[[Sequence[Recovered]], None],
     ) -> None:
         self._store = store
         self._clock = clock
-        self._lease = lease
         self._poll = poll
-        self._unbroken_contact = unbroken_contact
+        self._may_recover = may_recover
         self._on_recovered = on_recovered
 
     async def run(self) -> None:
         """Look for dead workers for ever; ends by cancellation only."""
         while True:
             await self._clock.sleep(self._poll)
-            if self._unbroken_contact() <= self._lease:
+            if not self._may_recover():
                 continue
             try:
                 recovered = await self._store.recover()

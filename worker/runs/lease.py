@@ -13,12 +13,13 @@ FREEZE_AT = 0.8
 class Lease:
     """Held for `duration` from the monotonic second `renewed_at`, when its last renewal was asked for.
 
-    `contact_since` is the monotonic second since which every renewal came through in time.
+    `contact_since` is the monotonic second since which every renewal came through in
+    time; None while the last one did not.
     """
 
     duration: timedelta
     renewed_at: float
-    contact_since: float
+    contact_since: float | None
 
     @classmethod
     def begun(cls, duration: timedelta, at: float) -> Lease:
@@ -35,14 +36,30 @@ class Lease:
         """The monotonic second at which the runs stop until a renewal says they are still ours."""
         return self.renewed_at + FREEZE_AT * self.duration.total_seconds()
 
-    def renewed(self, asked_at: float) -> Lease:
-        """The lease after a renewal that was asked for at `asked_at` and came through.
+    def renewed(self, asked_at: float, answered_at: float) -> Lease:
+        """The lease after a renewal that came through.
 
-        It counts from the asking: the database cannot have extended it earlier.
+        It counts from the asking, since the database cannot have extended it earlier.
+        Contact that was broken, or outlasted by the lease, counts from the answer.
         """
-        since = self.contact_since if asked_at < self.expires_at else asked_at
-        return replace(self, renewed_at=asked_at, contact_since=since)
+        unbroken = self.contact_since is not None and asked_at < self.expires_at
+        return replace(
+            self, renewed_at=asked_at, contact_since=self.contact_since if unbroken else answered_at
+        )
+
+    def missed(self) -> Lease:
+        """The lease after a renewal that did not come through: contact is broken, it lasts as before."""
+        return replace(self, contact_since=None)
+
+    def unbroken_contact(self, at: float) -> float:
+        """Seconds since which every renewal has come through in time; 0 once the lease has passed.
+
+        A worker that was stopped finds its contact broken before its next renewal does.
+        """
+        if self.contact_since is None or at >= self.expires_at:
+            return 0.0
+        return at - self.contact_since
 
     def may_recover(self, at: float) -> bool:
-        """Whether contact has held for a whole lease, so that live owners have renewed first."""
-        return at < self.expires_at and at - self.contact_since >= self.duration.total_seconds()
+        """Whether contact has held for a whole lease, so that living owners have renewed first."""
+        return self.unbroken_contact(at) >= self.duration.total_seconds()

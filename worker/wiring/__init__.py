@@ -48,7 +48,7 @@ def read_catalogue_now(settings: Settings, database: Database) -> None:
     """Ask the installed distributions what they offer, where the database has not heard of them yet."""
     from worker.wiring.catalogue import store_unknown
 
-    store_unknown(database, SystemClock())
+    store_unknown(database, SystemClock(), pass_environment=settings.execution.pass_environment)
 
 
 def run_worker(settings: Settings) -> int:

@@ -15,7 +15,7 @@ from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
 
 
-def store_unknown(database: Database, clock: Clock) -> None:
+def store_unknown(database: Database, clock: Clock, *, pass_environment: Sequence[str] = ()) -> None:
     """Read what distributions installed here offer, of those the database has not, or in another version.
 
     One that a worker is still reading, name by name, is read here as well.
@@ -28,11 +28,14 @@ def store_unknown(database: Database, clock: Clock) -> None:
         if not known.issuperset((found.name, found.version, point.name) for point in found.points)
     ]
     if unknown:
-        asyncio.run(_store(database, unknown, clock))
+        asyncio.run(_store(database, unknown, clock, pass_environment))
 
 
-async def _store(database: Database, distributions: Sequence[str], clock: Clock) -> None:
-    entries: list[HandlerEntry] = [entry async for entry in read_catalogue(distributions)]
+async def _store(
+    database: Database, distributions: Sequence[str], clock: Clock, pass_environment: Sequence[str]
+) -> None:
+    reading = read_catalogue(distributions, pass_environment=pass_environment)
+    entries: list[HandlerEntry] = [entry async for entry in reading]
     with database.transaction() as connection:
         catalogue.put(connection, entries, at=clock.now())
 
@@ -47,19 +50,21 @@ class Cataloguing:
         offers: Offers,
         clock: Clock,
         on_offered: Callable[[], None],
+        pass_environment: Sequence[str],
     ) -> None:
         self._database = database
         self._store = store
         self._offers = offers
         self._clock = clock
         self._on_offered = on_offered
+        self._pass_environment = pass_environment
         self._read = False
 
     async def run(self) -> None:
         """Read it once, tell of each distribution, then wait to be cancelled."""
         if not self._read:
             names: dict[str, set[str]] = {name: set() for name in installed()}
-            async for entry in read_catalogue():
+            async for entry in read_catalogue(pass_environment=self._pass_environment):
                 names.setdefault(entry.distribution, set()).add(entry.name)
                 await self._take(entry)
             for distribution, known in names.items():

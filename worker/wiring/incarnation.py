@@ -30,6 +30,7 @@ from worker.execution.reconcile import Reconciler, Renewal
 from worker.execution.recovery import Recovery, tell
 from worker.execution.retention import Retention
 from worker.execution.scheduler import Scheduler
+from worker.execution.sweep import sweep
 from worker.ids import RunId, WorkerId, new_id
 from worker.runs.firing import Recovered
 from worker.settings import Settings
@@ -107,6 +108,7 @@ class Incarnation:
             issuers = issuers_of(self._settings)
             tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
             loops = self._assemble(tokens)
+            self._children.attach()
             self._signals.pass_to(loops.stop)
             try:
                 unwritten = not await loops.run()
@@ -201,16 +203,15 @@ class Incarnation:
             on_recovered=taken_up,
         )
         housekeeping = Housekeeping()
-        housekeeping.every(max(poll, 1.0), "sweep", self._sweep)
+        housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
-        pulse = Pulse(
-            {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
-            self._notifier,
-            clock,
-        )
+        ticks = {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at}
+        pulse = Pulse(ticks, self._notifier, clock)
+        passed = execution.pass_environment
+        cataloguing = Cataloguing(self._database, store, self._offers, clock, admission.wake.set, passed)
         loops = Loops(
             intake={
                 "scheduler": scheduler.run,
@@ -219,7 +220,7 @@ class Incarnation:
                 "backfills": chores.backfills,
                 "hints": hints.run,
                 "listener": partial(self._database.listen, look),
-                "catalogue": Cataloguing(self._database, store, self._offers, clock, admission.wake.set).run,
+                "catalogue": cataloguing.run,
             },
             outlet={
                 "finisher": carrier.finisher.run,
@@ -237,18 +238,6 @@ class Incarnation:
             on_draining=self._draining,
         )
         return loops
-
-    async def _sweep(self) -> None:
-        for swept in await self._store.sweep():
-            emit(
-                "run.changed",
-                org=None,
-                run=swept.run_id,
-                definition=None,
-                state=swept.state,
-                reason=swept.reason,
-                detail=None,
-            )
 
     def _ready(self) -> None:
         self._notifier.ready("running")

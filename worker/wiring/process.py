@@ -40,7 +40,7 @@ def run(settings: Settings) -> int:
         children = Children(
             clock,
             # On SQLite the file's lock decides, not the lease: nothing is frozen.
-            lease=None if on_file else execution.lease,
+            freezing=not on_file,
             max_freeze=execution.max_freeze,
             preload=execution.preload,
             pass_environment=execution.pass_environment,

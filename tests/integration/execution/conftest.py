@@ -39,7 +39,7 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 async def children(plugin_folder: Path) -> AsyncIterator[Children]:
     """A runner as on SQLite: without a lease, so nothing is frozen."""
-    runner = Children(SystemClock(), lease=None)
+    runner = Children(SystemClock())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_DATABASE__URL", "postgresql://somebody:secret@somewhere")
         runner.start()

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 async def own_children(plugin_folder: Path) -> AsyncIterator[Children]:
     """A runner for one test alone, which may kill its zygote."""
-    runner = Children(SystemClock(), lease=None)
+    runner = Children(SystemClock())
     runner.start()
     yield runner
     await runner.close()
@@ -202,7 +202,7 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 ) -> None:
     name = f"breaks_{abs(hash(source))}"
     (plugin_folder / f"{name}.py").write_text(source)
-    children = Children(SystemClock(), lease=None, preload=[name])
+    children = Children(SystemClock(), preload=[name])
     children.start()
     try:
         outcome = await children.run(work("ok_blocking"), RecordingLink(), Stop())
@@ -216,7 +216,7 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 
 
 async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: Path) -> None:
-    children = Children(SystemClock(), lease=None, preload=["acme-jobs"])
+    children = Children(SystemClock(), preload=["acme-jobs"])
     children.start()
     try:
         outcome = await children.run(work("preloaded"), RecordingLink(), Stop())
@@ -227,7 +227,7 @@ async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: 
 
 
 async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path) -> None:
-    children = Children(SystemClock(), lease=None)
+    children = Children(SystemClock())
     children.start()
     stop = Stop()
     stop.request("drain", 10)

@@ -17,6 +17,7 @@ from tests.fakes.running import RecordingLink, sizes, until, work
 from worker.clock import SystemClock
 from worker.execution.children import Children
 from worker.execution.work import Stop
+from worker.runs.lease import Lease
 from worker.runs.outcome import Cancelled, Lost, Outcome, Succeeded
 from worker.telemetry.events import Emitted
 
@@ -29,9 +30,7 @@ class Run:
     """A run of the family, under a lease that the test renews by hand."""
 
     def __init__(self, plugin: Path, folder: Path, max_freeze: float) -> None:
-        self.children = Children(
-            SystemClock(), lease=timedelta(seconds=LEASE), max_freeze=timedelta(seconds=max_freeze)
-        )
+        self.children = Children(SystemClock(), max_freeze=timedelta(seconds=max_freeze))
         self.children.start()
         self.folder = folder
         self.stop = Stop()
@@ -42,7 +41,7 @@ class Run:
         )
 
     def renew(self, seconds: float) -> None:
-        self.children.lease_until(time.monotonic() + seconds)
+        self.children.renewed(Lease.begun(timedelta(seconds=seconds), time.monotonic()))
 
     def frozen(self) -> float:
         return self.stop.frozen_seconds(time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 
@@ -12,6 +13,7 @@ from worker.errors import StoreUnavailable
 from worker.execution.heartbeat import Heartbeat
 from worker.execution.holdings import Holdings
 from worker.execution.reconcile import Renewal
+from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
 
@@ -36,19 +38,22 @@ class Bench:
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
         self.store = Store(clock)
-        self.leases: list[float] = []
+        self.leases: list[Lease] = []
         self.renewals: list[Renewal] = []
         self.holdings = Holdings()
         self.heartbeat = Heartbeat(
             self.store,
             self.holdings,
             clock,
-            lease=30.0,
+            lease=timedelta(seconds=30),
             renew=5.0,
             on_lease=self.leases.append,
             on_renewal=self.renewals.append,
         )
         self.heartbeat.begin()
+
+    def contact(self) -> float:
+        return self.heartbeat.lease.unbroken_contact(self.clock.monotonic())
 
 
 async def test_the_lease_counts_from_the_question_not_from_the_answer(clock: ManualClock) -> None:
@@ -58,7 +63,7 @@ async def test_the_lease_counts_from_the_question_not_from_the_answer(clock: Man
 
     bench.heartbeat.beat()
 
-    assert bench.leases[-1] == asked + 30.0
+    assert bench.leases[-1].expires_at == asked + 30.0
 
 
 async def test_a_renewal_says_what_was_held_before_it_was_sent(clock: ManualClock) -> None:
@@ -73,16 +78,16 @@ async def test_a_renewal_says_what_was_held_before_it_was_sent(clock: ManualCloc
 async def test_one_failed_renewal_breaks_the_contact(clock: ManualClock, emitted: list[Emitted]) -> None:
     bench = Bench(clock)
     clock.advance(10)
-    assert bench.heartbeat.unbroken_contact() == 10.0
+    assert bench.contact() == 10.0
 
     bench.store.away = True
     assert bench.heartbeat.beat() is None
-    assert bench.heartbeat.unbroken_contact() == 0.0
+    assert bench.contact() == 0.0
 
     bench.store.away = False
     bench.heartbeat.beat()
     clock.advance(3)
-    assert bench.heartbeat.unbroken_contact() == 3.0
+    assert bench.contact() == 3.0
     assert [event.event.name for event in emitted] == ["lease.late"]
 
 
@@ -95,7 +100,7 @@ async def test_a_renewal_after_the_lease_has_passed_says_that_it_was_lost(
     bench.heartbeat.beat()
 
     assert [event.event.name for event in emitted] == ["lease.lost"]
-    assert bench.heartbeat.unbroken_contact() == 0.0
+    assert bench.contact() == 0.0
 
 
 async def test_the_lease_is_not_told_while_a_held_run_is_anothers(clock: ManualClock) -> None:
@@ -106,7 +111,7 @@ async def test_the_lease_is_not_told_while_a_held_run_is_anothers(clock: ManualC
 
     renewal = bench.heartbeat.beat()
 
-    assert renewal is not None and renewal.until == clock.monotonic() + 30.0
+    assert renewal is not None and renewal.lease.expires_at == clock.monotonic() + 30.0
     assert bench.leases == told
 
 
@@ -119,15 +124,35 @@ async def test_a_lease_that_was_given_up_is_not_told_again(clock: ManualClock) -
     bench.heartbeat.beat()
 
     assert bench.leases == told
-    assert bench.heartbeat.unbroken_contact() == 0.0
+    assert bench.contact() == 0.0
 
 
 async def test_contact_is_broken_once_the_lease_has_passed(clock: ManualClock) -> None:
     """A worker that was stopped must not recover others' runs before it has renewed."""
     bench = Bench(clock)
     clock.advance(29)
-    assert bench.heartbeat.unbroken_contact() == 29.0
+    assert bench.contact() == 29.0
 
     clock.advance(2)
 
-    assert bench.heartbeat.unbroken_contact() == 0.0
+    assert bench.contact() == 0.0
+
+
+async def test_recovery_waits_for_a_whole_lease_after_a_failed_renewal(clock: ManualClock) -> None:
+    bench = Bench(clock)
+
+    def pass_time(seconds: int) -> None:
+        for _ in range(seconds // 5):
+            clock.advance(5)
+            bench.heartbeat.beat()
+
+    pass_time(30)
+    assert bench.heartbeat.may_recover()
+
+    bench.store.away = True
+    pass_time(5)
+    bench.store.away = False
+    pass_time(30)
+    assert not bench.heartbeat.may_recover()
+    pass_time(5)
+    assert bench.heartbeat.may_recover()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 
@@ -10,9 +11,12 @@ from tests.unit.execution.runs import admitted
 from worker.execution.holdings import Holdings
 from worker.execution.reconcile import Reconciler, Renewal
 from worker.ids import RunId
+from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 
 pytestmark = pytest.mark.anyio
+
+LEASE = Lease.begun(timedelta(seconds=30), 9.0)
 
 
 class Bench:
@@ -22,7 +26,7 @@ class Bench:
         self.holdings = Holdings()
         self.handed_back: list[str] = []
         self.cancelled: list[tuple[str, str]] = []
-        self.leases: list[float] = []
+        self.leases: list[Lease] = []
         self.killed_at_lease: list[list[bool]] = []
         self.lost = 0
         self.reconciler = Reconciler(
@@ -33,8 +37,8 @@ class Bench:
             on_lost=self.lose,
         )
 
-    def lease(self, until: float) -> None:
-        self.leases.append(until)
+    def lease(self, lease: Lease) -> None:
+        self.leases.append(lease)
         self.killed_at_lease.append([held.stop.killed for held in self.holdings])
 
     def lose(self) -> None:
@@ -47,7 +51,7 @@ class Bench:
         self, *owned: OwnedRun, held: dict[RunId, int] | None = None, registered: bool = True
     ) -> None:
         held = self.holdings.fences() if held is None else held
-        await self.reconciler.reconcile(Renewal(held=held, owned=owned, registered=registered, until=9.0))
+        await self.reconciler.reconcile(Renewal(held, owned, registered, LEASE))
 
 
 def owned(name: str, fencing_token: int = 1, cancel_reason: str | None = None) -> OwnedRun:
@@ -135,7 +139,7 @@ async def test_what_is_lost_is_killed_before_the_lease_thaws_the_rest() -> None:
 
     await bench.renewal(owned("r2"))
 
-    assert bench.leases == [9.0]
+    assert bench.leases == [LEASE]
     assert bench.killed_at_lease == [[True, False]]
 
 

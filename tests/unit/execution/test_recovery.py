@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import timedelta
 
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.execution.recovery import Recovery
 from worker.runs.firing import Recovered
+from worker.runs.lease import Lease
 
 pytestmark = pytest.mark.anyio
+
+LEASE = timedelta(seconds=30)
 
 
 class Store:
@@ -25,25 +29,34 @@ class Store:
 
 async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock) -> None:
     store = Store()
-    contact_since = clock.monotonic()
+    lease = Lease.begun(LEASE, clock.monotonic())
     recovery = Recovery(
         store,
         clock,
-        lease=30.0,
         poll=1.0,
-        unbroken_contact=lambda: clock.monotonic() - contact_since,
+        may_recover=lambda: lease.may_recover(clock.monotonic()),
         on_recovered=lambda recovered: None,
     )
     task = asyncio.create_task(recovery.run())
     await settle()
 
-    await clock.pass_time(30, step=1)
+    def renew() -> None:
+        nonlocal lease
+        lease = lease.renewed(clock.monotonic(), clock.monotonic())
+
+    async def pass_time(seconds: int) -> None:
+        for _ in range(seconds):
+            await clock.pass_time(1, step=1)
+            renew()
+
+    await pass_time(28)
     assert store.calls == 0
 
-    contact_since = clock.monotonic()
-    await clock.pass_time(30, step=1)
+    lease = lease.missed()
+    renew()
+    await pass_time(28)
     assert store.calls == 0
 
-    await clock.pass_time(2, step=1)
+    await pass_time(4)
     assert store.calls > 0
     task.cancel()
