@@ -44,7 +44,7 @@ class Proxy:
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._serving = threading.Event()
-        self._open: set[asyncio.StreamWriter] = set()
+        self._open: dict[asyncio.StreamWriter, _Connection] = {}
         self._passing = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -63,6 +63,14 @@ class Proxy:
         """Fail from now on, or no longer. With refuse and reset whatever is open ends."""
         self._loop.call_soon_threadsafe(self._become, mode)
 
+    def stall(self) -> None:
+        """Let nothing more through what is open now; new connections pass, as after a failover."""
+        self._loop.call_soon_threadsafe(self._stall)
+
+    def _stall(self) -> None:
+        for connection in self._open.values():
+            connection.going.clear()
+
     def let_go(self) -> None:
         """Let pass what a watch has had held."""
         self._loop.call_soon_threadsafe(self._let_go.set)
@@ -71,7 +79,8 @@ class Proxy:
         self.mode = mode
         (self._passing.clear if mode == "hang" else self._passing.set)()
         if mode in ("refuse", "reset"):
-            for writer in list(self._open):
+            for writer, connection in self._open.items():
+                connection.going.set()
                 self._end(writer)
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
@@ -96,13 +105,12 @@ class Proxy:
         if self.mode in ("refuse", "reset"):
             self._end(writer)
             return
-        self._open.add(writer)
         theirs, ours = await asyncio.open_connection("127.0.0.1", self._server_port)
         watch = None if self.watch is None else self.watch()
-        connection = _Connection(self.cut_after, watch, self._let_go)
+        connection = self._open[writer] = _Connection(self.cut_after, watch, self._let_go)
         both = [
-            asyncio.create_task(self._pump(reader, ours, connection.asked)),
-            asyncio.create_task(self._pump(theirs, writer, connection.answered)),
+            asyncio.create_task(self._pump(reader, ours, connection, connection.asked)),
+            asyncio.create_task(self._pump(theirs, writer, connection, connection.answered)),
         ]
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         for task in both:
@@ -110,16 +118,21 @@ class Proxy:
         await asyncio.wait(both)
         self._end(writer)
         ours.close()
-        self._open.discard(writer)
+        del self._open[writer]
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, through: _Through
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        connection: _Connection,
+        through: _Through,
     ) -> None:
         try:
             while data := await source.read(65_536):
                 if self.mode == "delay":
                     await asyncio.sleep(DELAY)
                 await self._passing.wait()
+                await connection.going.wait()
                 allowed, last = await through(data)
                 sink.write(allowed)
                 await sink.drain()
@@ -141,6 +154,8 @@ class _Connection:
         self._watch = watch
         self._let_go = let_go
         self._cut = False
+        self.going = asyncio.Event()
+        self.going.set()
 
     async def asked(self, data: bytes) -> tuple[bytes, bool]:
         verdict = "pass" if self._watch is None else self._watch.sees(data)

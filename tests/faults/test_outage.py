@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -63,3 +64,29 @@ def test_runs_freeze_thaw_and_finish_through_an_outage(
     outcomes = {attempt["outcome"] for attempt in cluster.query("SELECT * FROM attempts")}
     assert outcomes == {"succeeded", "handed_back"}
     assert [found for found in judge(cluster.history()) if "is left waiting" not in found] == []
+
+
+def test_connections_that_fall_silent_cost_no_lease(cluster: Cluster, proxy: Proxy) -> None:
+    """After a failover the old connections answer no more and do not end; others are found in time."""
+    done = cluster.folder / "done"
+    params = {"until": str(done)}
+    cluster.start(cluster.define("org_acme", "effects", "fault.effects", params=params))
+    workers = [cluster.up(), cluster.up()]
+    run = str(cluster.run_now("effects")["id"])
+    cluster.wait_for(lambda: cluster.lines(run=run), "the run's start")
+    # Both workers are in contact for long enough to take each other's runs.
+    time.sleep(LEASE + 0.5)
+
+    began = time.time()
+    proxy.stall()
+    time.sleep(3 * LEASE)
+    done.touch()
+
+    cluster.wait_for(cluster.all_ended, "the end of the run")
+    assert [(row["attempt"], row["outcome"]) for row in cluster.attempts(run)] == [(1, "succeeded")]
+    assert max_gap([line["at"] for line in cluster.lines("effect", run) if line["at"] > began]) < LEASE
+    assert all(worker.poll() is None for worker in workers)
+
+
+def max_gap(instants: list[float]) -> float:
+    return max(later - earlier for earlier, later in pairwise(instants))

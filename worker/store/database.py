@@ -49,6 +49,7 @@ class Database:
         )
         # Writers of this process queue here in order, not at SQLite's busy handler, which polls.
         self._writer = threading.Lock() if self.dialect == "sqlite" else None
+        self._hurried: dict[float, Database] = {}
 
     @classmethod
     def open(
@@ -72,6 +73,21 @@ class Database:
             read_url(url), clock=clock, role=role, connections=threads + 2, deadline=deadline
         )
         return cls(engine, clock=clock, threads=threads)
+
+    def hurried(self, deadline: float) -> Database:
+        """The same PostgreSQL over a connection of its own, with this deadline if it is the shorter one.
+
+        For work that must know soon that nobody answers; closed with this database.
+        SQLite is itself: its writers stand in one line.
+        """
+        if self.dialect == "sqlite" or deadline >= STATEMENT_DEADLINE:
+            return self
+        if deadline not in self._hurried:
+            engine = open_engine(
+                self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline
+            )
+            self._hurried[deadline] = Database(engine, clock=self._clock, threads=1)
+        return self._hurried[deadline]
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -132,6 +148,8 @@ class Database:
         """Wait for what runs in the threads, then close every connection."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._engine.dispose()
+        for hurried in self._hurried.values():
+            hurried.close()
 
     def _in_transaction(
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs

@@ -23,6 +23,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 SPECS_KEPT = 20_000
+# The share of the lease that a renewal waits for its answer: two tries fit in before the runs freeze.
+PATIENCE = 0.3
 
 
 class WorkerStore:
@@ -35,6 +37,8 @@ class WorkerStore:
 
     def __init__(self, database: Database, worker_id: WorkerId, lease: timedelta) -> None:
         self._database = database
+        # A connection that has fallen silent is given up while there is time for another.
+        self._renewing = database.hurried(PATIENCE * lease.total_seconds())
         self._worker_id = worker_id
         self._lease = lease
         self._admission = Admission(database, worker_id)
@@ -75,9 +79,7 @@ class WorkerStore:
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         """Set the progress of running runs, fenced."""
-        await self._database.call(
-            lambda connection: statements(connection).write_progress(connection, rows)
-        )
+        await self._database.call(lambda connection: statements(connection).write_progress(connection, rows))
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines to runs' logs."""
@@ -149,7 +151,7 @@ class WorkerStore:
 
     def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease; False if this incarnation was given up. Returns what it owns."""
-        with self._database.transaction() as connection:
+        with self._renewing.transaction() as connection:
             return statements(connection).renew(connection, self._worker_id, self._lease)
 
     def unregister(self) -> None:
