@@ -73,7 +73,9 @@ class Site:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._connection: Any = None
 
-    def configure(self, *, execution: str = "", issuer: str = "", extra: str = "") -> None:
+    def configure(
+        self, *, execution: str = "", issuer: str = "", web: str = 'listen = ""', extra: str = ""
+    ) -> None:
         """Write worker.toml; each argument is TOML added to its table, `extra` to the end."""
         secrets_dir = self.secrets if self.database_url.startswith("postgresql") else ""
         self.settings.write_text(
@@ -90,7 +92,7 @@ max_requests_per_second = 100
 [execution]
 {execution}
 [web]
-listen = ""
+{web}
 {extra}
 """
         )
@@ -133,11 +135,17 @@ listen = ""
         path.write_text(text)
         return self.cli("apply", str(path), *options, check=check)
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        """Start `python -m worker run`; its log goes to `log`, one worker behind the other."""
+    def start_worker(self, launcher: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start `python -m worker run`, or a script that does so after having bent something.
+
+        Its log goes to `log`, one worker behind the other.
+        """
+        command = self._command("run")
+        if launcher is not None:
+            command[1:3] = [str(launcher)]
         with self.log.open("ab") as log:
             worker = subprocess.Popen(
-                self._command("run"),
+                command,
                 cwd=self.folder,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,

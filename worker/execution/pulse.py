@@ -12,17 +12,32 @@ PATIENCE = 15.0
 
 
 class Pulse:
-    """`ticks` give, by loop, the monotonic instant at which it last came round."""
+    """`ticks` give, by loop, the monotonic instant at which it last came round.
 
-    def __init__(self, ticks: Mapping[str, Callable[[], float]], notifier: Notifier, clock: Clock) -> None:
+    `resting` says that a drain has ended them on purpose.
+    """
+
+    def __init__(
+        self,
+        ticks: Mapping[str, Callable[[], float]],
+        notifier: Notifier,
+        clock: Clock,
+        *,
+        resting: Callable[[], bool],
+    ) -> None:
         self._ticks = ticks
         self._notifier = notifier
         self._clock = clock
+        self.resting = resting
+
+    def ages(self) -> dict[str, float]:
+        """Seconds since each loop last came round."""
+        now = self._clock.monotonic()
+        return {name: now - ticked_at() for name, ticked_at in self._ticks.items()}
 
     def stalled(self) -> list[str]:
-        """The loops that do not tick."""
-        now = self._clock.monotonic()
-        return [name for name, ticked_at in self._ticks.items() if now - ticked_at() > PATIENCE]
+        """The loops that do not tick, though they should."""
+        return [name for name, age in self.ages().items() if age > PATIENCE and not self.resting()]
 
     async def run(self) -> None:
         """Feed the service manager's watchdog as long as every loop ticks; ends by cancellation only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -25,7 +25,6 @@ from worker.execution.journal import Journal
 from worker.execution.loops import LAST_FLUSH, Loops
 from worker.execution.offers import Offers
 from worker.execution.plans import Plans
-from worker.execution.pulse import Pulse
 from worker.execution.reconcile import Reconciler, Renewal
 from worker.execution.recovery import Recovery, tell
 from worker.execution.retention import Retention
@@ -33,11 +32,13 @@ from worker.execution.scheduler import Scheduler
 from worker.execution.sweep import sweep
 from worker.ids import RunId, WorkerId, new_id
 from worker.runs.firing import Recovered
+from worker.runs.run import Isolation
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
 from worker.telemetry.notify import Notifier
+from worker.telemetry.vitals import Vitals
 from worker.tokens.cache import Tokens
 from worker.tokens.http import open_client
 from worker.tokens.sealing import KeyRing
@@ -47,6 +48,7 @@ from worker.wiring.chores import Chores
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 from worker.wiring.signals import Signals
+from worker.wiring.vitals import pulse_of, vitals_of
 
 # Seconds between two looks for runs whose handler no worker offers: that reads all that wait.
 NO_HANDLER_EVERY = 5.0
@@ -69,6 +71,7 @@ class Incarnation:
         notifier: Notifier,
         signals: Signals,
         clock: Clock,
+        watch: Callable[[Vitals], None],
     ) -> None:
         self.id = WorkerId(new_id())
         self._settings = settings
@@ -77,6 +80,7 @@ class Incarnation:
         self._notifier = notifier
         self._signals = signals
         self._clock = clock
+        self._watch = watch
         self._started_at = clock.monotonic()
         self._store = WorkerStore(database, self.id, settings.execution.lease)
         self._offers = Offers(frozenset(settings.execution.inline))
@@ -126,6 +130,7 @@ class Incarnation:
     def _assemble(self, tokens: Tokens) -> Loops:
         execution, clock, store = self._settings.execution, self._clock, self._store
         poll = execution.poll.total_seconds()
+        slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
         holdings = Holdings()
         journal = Journal(store, clock)
         origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
@@ -146,7 +151,7 @@ class Incarnation:
             holdings,
             self._offers,
             clock,
-            slots={"child": execution.max_children, "inline": execution.max_inline},
+            slots=slots,
             poll=poll,
             start=carrier.start,
         )
@@ -208,8 +213,8 @@ class Incarnation:
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
-        ticks = {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at}
-        pulse = Pulse(ticks, self._notifier, clock)
+        pulse = pulse_of(scheduler, admission, self._notifier, self._signals, clock)
+        self._watch(vitals_of(pulse, heartbeat, admission, holdings, slots, clock))
         passed = execution.pass_environment
         cataloguing = Cataloguing(self._database, store, self._offers, clock, admission.wake.set, passed)
         loops = Loops(

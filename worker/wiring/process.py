@@ -16,8 +16,9 @@ from worker.store.lock import lock_sqlite_file
 from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
 from worker.wiring import open_keyring
-from worker.wiring.incarnation import Incarnation
+from worker.wiring.incarnation import VERSION, Incarnation
 from worker.wiring.signals import Signals
+from worker.wiring.web import Web
 
 # Seconds until an incarnation that could not register is tried again.
 AGAIN = 1.0
@@ -35,6 +36,8 @@ def run(settings: Settings) -> int:
     try:
         with database.autocommit() as connection:
             schema.check(connection)
+        web = Web(settings, clock, version=VERSION)
+        web.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, str(settings.keyring_file))
         children = Children(
@@ -56,9 +59,15 @@ def run(settings: Settings) -> int:
             raise
 
         def incarnate(signals: Signals) -> Incarnation:
-            return Incarnation(settings, database, keyring, children, notifier, signals, clock)
+            return Incarnation(
+                settings, database, keyring, children, notifier, signals, clock, web.health.watch
+            )
 
-        return asyncio.run(run_incarnations(incarnate, children, clock))
+        async def served() -> int:
+            async with web.serving():
+                return await run_incarnations(incarnate, children, clock)
+
+        return asyncio.run(served())
     finally:
         database.close()
 

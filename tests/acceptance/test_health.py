@@ -1,0 +1,117 @@
+"""A real worker's HTTP port: alive, ready, draining, frozen; and a port that is not free."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fakes import freezing_worker
+from tests.fakes.ports import free_port
+from tests.fakes.site import Site, application, definition, wait_until
+
+
+class Port:
+    """The HTTP port of a worker; an answer of status 0 is none."""
+
+    def __init__(self) -> None:
+        self.number = free_port()
+        self.web = f'listen = "127.0.0.1:{self.number}"'
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{self.number}{path}", timeout=5)
+        except httpx.TransportError:
+            return 0, ""
+        return answer.status_code, answer.text
+
+    def wait_for(self, path: str, status: int) -> str:
+        return wait_until(lambda: (got := self.get(path))[0] == status and got[1], f"{path} {status}")
+
+
+@pytest.fixture
+def port() -> Port:
+    return Port()
+
+
+@pytest.fixture
+def notified(tmp_path: Path) -> Iterator[socket.socket]:
+    """The socket of a service manager."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(0.1)
+        yield manager
+
+
+def words(manager: socket.socket, seconds: float) -> list[str]:
+    """What the worker says to its manager for so long."""
+    until, heard = time.monotonic() + seconds, []
+    while time.monotonic() < until:
+        try:
+            heard += manager.recv(4096).decode().splitlines()
+        except TimeoutError:
+            continue
+    return heard
+
+
+def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
+    site: Site, port: Port, tmp_path: Path
+):
+    site.configure(web=port.web, execution='drain = "3s"')
+    site.add_orgs(application("org_bad"), secret="not-the-secret")
+    site.add_orgs(application("org_good"))
+    site.apply(
+        definition("org_bad", "note", "acme.note")
+        + definition("org_good", "block", "acme.block", params={"journal": str(tmp_path / "journal")})
+    )
+    worker = site.start_worker()
+    port.wait_for("/readyz", 200)
+    site.cli("definitions", "run", "org_bad", "note")
+    site.cli("definitions", "run", "org_good", "block")
+    site.wait_for_state("block", "running")
+    wait_until(lambda: "org.parked" in site.log_text(), "the bad org to be parked")
+
+    assert port.get("/livez")[0] == port.get("/readyz")[0] == 200
+    metrics = port.get("/metrics")[1]
+    assert 'orgworker_slots_used{isolation="child"} 1.0' in metrics
+    assert "org_bad" not in metrics
+
+    worker.terminate()
+    assert '"draining"' in port.wait_for("/readyz", 503)
+    assert port.get("/livez")[0] == 200
+    assert worker.wait(timeout=20) == 0
+
+
+def test_a_frozen_scheduler_fails_the_check_and_starves_the_watchdog(
+    site: Site, port: Port, tmp_path: Path, notified: socket.socket
+):
+    site.configure(web=port.web)
+    freeze = tmp_path / "freeze"
+    site.environment |= {
+        freezing_worker.FILE: str(freeze),
+        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+        "WATCHDOG_USEC": "600000",
+    }
+    site.start_worker(Path(freezing_worker.__file__))
+    port.wait_for("/readyz", 200)
+    assert words(notified, 1.0).count("WATCHDOG=1") >= 2
+
+    freeze.touch()
+
+    assert '"scheduler"' in port.wait_for("/livez", 503)
+    words(notified, 0.5)
+    assert "WATCHDOG=1" not in words(notified, 1.5)
+    assert port.get("/readyz")[0] == 503
+
+
+def test_a_port_that_another_process_has_ends_a_worker_that_was_told_to_use_it(site: Site, port: Port):
+    site.configure(web=port.web)
+    with socket.create_server(("127.0.0.1", port.number)):
+        worker = site.start_worker()
+
+        assert worker.wait(timeout=20) == 75
+    assert f"another process has 127.0.0.1:{port.number}" in site.log_text()

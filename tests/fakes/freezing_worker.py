@@ -1,0 +1,30 @@
+"""A worker whose scheduler loop hangs once a file is there; started in place of `python -m worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from worker.cli import main
+from worker.execution import pulse
+from worker.execution.scheduler import Scheduler
+from worker.runs.firing import FireReport
+
+FILE = "FREEZE_WHEN"
+# Seconds instead of the worker's own patience, so that nobody has to wait.
+PATIENCE = 2.0
+
+_fire = Scheduler._fire
+
+
+async def fire_or_hang(scheduler: Scheduler) -> FireReport:
+    if Path(os.environ[FILE]).exists():
+        await asyncio.Event().wait()
+    return await _fire(scheduler)
+
+
+if __name__ == "__main__":
+    pulse.PATIENCE = PATIENCE
+    Scheduler._fire = fire_or_hang  # type: ignore[method-assign]
+    main()

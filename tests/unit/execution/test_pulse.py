@@ -1,0 +1,69 @@
+"""The pulse: a loop that does not come round is noticed, and the watchdog is not fed for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.execution.pulse import PATIENCE, Pulse
+from worker.telemetry.notify import Notifier
+
+
+class Watchdog(Notifier):
+    def __init__(self) -> None:
+        super().__init__("")
+        self.fed = 0
+
+    def alive(self) -> None:
+        self.fed += 1
+
+
+def make(clock: ManualClock, *, resting: bool = False) -> tuple[Pulse, dict[str, float], Watchdog]:
+    ticked = {"scheduler": clock.monotonic(), "admission": clock.monotonic()}
+    dog = Watchdog()
+    ticks = {"scheduler": lambda: ticked["scheduler"], "admission": lambda: ticked["admission"]}
+    return Pulse(ticks, dog, clock, resting=lambda: resting), ticked, dog
+
+
+def test_a_loop_is_stalled_once_patience_is_over(clock):
+    pulse, ticked, _ = make(clock)
+    clock.advance(PATIENCE)
+    assert pulse.stalled() == []
+
+    clock.advance(1)
+    ticked["admission"] = clock.monotonic()
+
+    assert pulse.stalled() == ["scheduler"]
+    assert pulse.ages() == {"scheduler": PATIENCE + 1, "admission": 0}
+
+
+def test_loops_that_a_drain_has_ended_are_not_stalled(clock):
+    pulse, _, _ = make(clock, resting=True)
+    clock.advance(PATIENCE + 1)
+
+    assert pulse.stalled() == []
+
+
+@pytest.mark.anyio
+async def test_the_watchdog_is_fed_only_while_every_loop_ticks(clock):
+    pulse, ticked, dog = make(clock)
+    task = asyncio.create_task(pulse.run())
+    await asyncio.sleep(0)
+    assert dog.fed == 1
+
+    clock.advance(PATIENCE + 1)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert dog.fed == 1
+
+    ticked.update(dict.fromkeys(ticked, clock.monotonic() + PATIENCE))
+    clock.advance(PATIENCE)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert dog.fed == 2
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,100 @@
+"""Health: alive while the loops tick, ready while work is taken, whatever one org's troubles are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.vitals import Vitals
+from worker.web.app import build
+from worker.web.health import Health
+
+pytestmark = pytest.mark.anyio
+
+
+def watched(**changes: Any) -> Health:
+    given: dict[str, Any] = {
+        "ages": dict,
+        "stalled": list,
+        "lease_remaining": lambda: 21.0,
+        "admitting": lambda: True,
+        "draining": lambda: False,
+        "slots": {},
+        "used": lambda isolation: 0,
+    }
+    health = Health(Metrics(version="1.0"))
+    health.watch(Vitals(**(given | changes)))
+    return health
+
+
+async def get(health: Health, path: str, **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(build(health))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8470") as client:
+        return await client.get(path, headers=headers)
+
+
+async def test_a_worker_that_starts_is_alive_and_not_ready():
+    health = Health(Metrics(version="1.0"))
+
+    assert (await get(health, "/livez")).status_code == 200
+    answer = await get(health, "/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"status": "failing", "lacking": ["starting"]})
+
+
+async def test_a_worker_that_takes_work_is_alive_and_ready():
+    health = watched()
+
+    assert (await get(health, "/livez")).json() == {"status": "ok", "stalled": []}
+    assert (await get(health, "/readyz")).json() == {"status": "ok", "lacking": []}
+
+
+async def test_a_loop_that_does_not_tick_is_named():
+    health = watched(stalled=lambda: ["scheduler"])
+
+    answer = await get(health, "/livez")
+
+    assert (answer.status_code, answer.json()) == (503, {"status": "failing", "stalled": ["scheduler"]})
+    assert (await get(health, "/readyz")).json()["lacking"] == ["loop scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"lease_remaining": lambda: 0.0}, ["lease"]),
+        ({"admitting": lambda: False}, ["admission"]),
+        ({"draining": lambda: True}, ["draining"]),
+    ],
+)
+async def test_a_worker_that_takes_no_work_is_alive_and_not_ready(
+    changes: dict[str, Any], lacking: list[str]
+):
+    health = watched(**changes)
+
+    assert (await get(health, "/livez")).status_code == 200
+    answer = await get(health, "/readyz")
+    assert (answer.status_code, answer.json()["lacking"]) == (503, lacking)
+
+
+async def test_loops_that_a_drain_has_ended_are_not_missed():
+    """Else an orchestrator would kill a worker for draining."""
+    health = watched(stalled=lambda: ["scheduler"], draining=lambda: True)
+
+    assert (await get(health, "/livez")).status_code == 200
+
+
+async def test_metrics_are_served_in_the_text_format():
+    answer = await get(watched(), "/metrics")
+
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert "orgworker_admitting 1.0" in answer.text
+
+
+async def test_every_answer_has_the_security_headers():
+    for path in ("/livez", "/metrics", "/nowhere"):
+        headers = (await get(watched(), path)).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+        assert "default-src 'none'" in headers["content-security-policy"]

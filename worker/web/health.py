@@ -1,0 +1,72 @@
+"""Health: whether the loops tick (`/livez`), whether work is taken (`/readyz`), and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from worker.telemetry.metrics import CONTENT_TYPE, Metrics
+from worker.telemetry.vitals import Vitals
+
+# These need no token: they say nothing of any org.
+PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+class Health:
+    """Answers from memory, without the database; `watch` hands in each incarnation's vitals."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._vitals: Vitals | None = None
+
+    def watch(self, vitals: Vitals) -> None:
+        """Answer for this incarnation from now on."""
+        self._vitals = vitals
+        self.metrics.watch(vitals)
+
+    def stalled(self) -> list[str]:
+        """The loops that do not tick; none is expected to before the first incarnation or in a drain."""
+        vitals = self._vitals
+        return [] if vitals is None or vitals.draining() else vitals.stalled()
+
+    def lacking(self) -> list[str]:
+        """What this worker lacks to take work. One org's troubles are never among it.
+
+        The schema was checked before the first incarnation, and a newer one is made to
+        fit this version too.
+        """
+        vitals = self._vitals
+        if vitals is None:
+            return ["starting"]
+        if vitals.draining():
+            return ["draining"]
+        lacks = {
+            "lease": vitals.lease_remaining() <= 0,
+            "admission": not vitals.admitting(),
+            **{f"loop {name}": True for name in vitals.stalled()},
+        }
+        return [name for name, lacking in lacks.items() if lacking]
+
+    def routes(self) -> Sequence[Route]:
+        return (
+            Route("/livez", self._livez),
+            Route("/readyz", self._readyz),
+            Route("/metrics", self._metrics),
+        )
+
+    async def _livez(self, request: Request) -> Response:
+        return _answer("stalled", self.stalled())
+
+    async def _readyz(self, request: Request) -> Response:
+        return _answer("lacking", self.lacking())
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _answer(word: str, faults: list[str]) -> Response:
+    body = {"status": "failing" if faults else "ok", word: faults}
+    return JSONResponse(body, status_code=503 if faults else 200)

@@ -1,0 +1,120 @@
+"""The HTTP server in the worker's own loop: it leaves signals alone, and its end is not the worker's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from worker.clock import Clock
+from worker.errors import Busy, ConfigurationError
+from worker.telemetry.events import emit
+
+# Seconds before an address that is not free, or a server that failed, is tried again.
+AGAIN = 5.0
+# Seconds that requests under way are given at the end.
+LAST_ANSWERS = 1
+# Connections at once; the rest is answered 503.
+MOST_CONNECTIONS = 500
+
+
+def bind(listen: str) -> socket.socket:
+    """A listening socket on `host:port`; of a name with several addresses, the first.
+
+    Raises:
+        Busy: another process has the port.
+        ConfigurationError: no such address here, or it is not allowed.
+    """
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Busy(
+                f"[web] listen: another process has {listen}",
+                fix='end it, or set another port, or "" for none',
+            ) from None
+        raise ConfigurationError(
+            f"[web] listen: {listen} cannot be listened on: {error.strerror}",
+            fix="name an address of this machine and a port above 1023",
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave them to the worker, which drains; this server ends when the worker has ended."""
+        yield
+
+
+class WebServer:
+    """Serves one application for as long as the `async with` lasts, come what may.
+
+    With `listener` None the address is tried until it is free.
+    """
+
+    def __init__(self, app: ASGIApp, listen: str, listener: socket.socket | None, clock: Clock) -> None:
+        self._app = app
+        self._listen = listen
+        self._listener = listener
+        self._clock = clock
+        self._server: _Server | None = None
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Serve until the block ends; what is answered just then gets a second more."""
+        task = asyncio.create_task(self._for_ever(), name="web")
+        try:
+            yield
+        finally:
+            if self._server is not None:
+                self._server.should_exit = True
+                await asyncio.wait({task}, timeout=LAST_ANSWERS + 1)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if self._listener is not None:
+                self._listener.close()
+
+    async def _for_ever(self) -> None:
+        told = False
+        while self._server is None or not self._server.should_exit:
+            try:
+                if self._listener is None:
+                    self._listener = bind(self._listen)
+                await self._serve(self._listener)
+                continue
+            except (Busy, ConfigurationError) as error:
+                if not told:
+                    emit("web.unavailable", address=self._listen, error=error.message)
+                told = True
+            # uvicorn says with SystemExit that it could not start; that must not end the worker.
+            except (Exception, SystemExit) as error:
+                emit("loop.failed", loop="web", error=f"{type(error).__name__}: {error}")
+            await self._clock.sleep(AGAIN)
+
+    async def _serve(self, listener: socket.socket) -> None:
+        config = uvicorn.Config(
+            self._app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=LAST_ANSWERS,
+        )
+        self._server = _Server(config)
+        host, port = listener.getsockname()[:2]
+        emit("web.listening", address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        # A copy: uvicorn closes what it is given, and may have to be started again.
+        await self._server.serve(sockets=[listener.dup()])

@@ -1,0 +1,57 @@
+"""The web side of a worker process: made before the first incarnation, there until the last has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+
+from worker.clock import Clock
+from worker.errors import Busy
+from worker.settings import Settings
+from worker.telemetry import events
+from worker.telemetry.metrics import Metrics
+from worker.web.app import build
+from worker.web.health import Health
+from worker.web.server import WebServer, bind
+
+
+class Web:
+    """Health, metrics, API and dashboard of one process."""
+
+    def __init__(self, settings: Settings, clock: Clock, *, version: str) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._listener: socket.socket | None = None
+        metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
+        events.listen(metrics.take)
+        self.health = Health(metrics)
+
+    def bind(self) -> None:
+        """Take the address, before anything else of the worker begins.
+
+        A port that is not free is only waited for where it is the default, which nobody
+        asked for: a second worker of this machine works without it.
+
+        Raises:
+            Busy: another process has the port.
+            ConfigurationError: the address is not one of this machine, or not allowed.
+        """
+        web = self._settings.web
+        if not web.listen:
+            return
+        try:
+            self._listener = bind(web.listen)
+        except Busy:
+            if "listen" in web.model_fields_set:
+                raise
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Serve as long as the block lasts."""
+        if not self._settings.web.listen:
+            yield
+            return
+        server = WebServer(build(self.health), self._settings.web.listen, self._listener, self._clock)
+        async with server.serving():
+            yield
