@@ -42,6 +42,7 @@ def test_a_drain_hands_back_before_the_worker_ends_and_counts_nothing(cluster: C
 
     cluster.drain(worker, timeout=2.0 + 5.0)
 
+    assert [line for line in cluster.log_text().splitlines() if '"level": "error"' in line] == []
     runs = cluster.runs()
     assert [(run["state"], run["reason"], run["attempt"]) for run in runs] == [
         ("waiting", "handed_back", 1)

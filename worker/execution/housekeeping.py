@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -28,7 +29,8 @@ class Housekeeping:
         async def tick() -> None:
             try:
                 await chore()
-            except Unavailable:
+            except (Unavailable, asyncio.CancelledError):
+                # Cancelled it is at the end only; the scheduler would call that an error.
                 return
             except Exception as error:
                 emit("loop.failed", loop=name, error=type(error).__name__)
