@@ -4,6 +4,7 @@ WorkerError
 ├── UsageError                 the command line or a request is malformed
 ├── NotFound                   the thing named does not exist
 ├── Conflict                   the state of the thing forbids the change
+├── CanaryFailed               the first few did not all succeed, so the rest was left alone
 ├── ConfigurationError         worker.toml, the key ring or the schema version
 ├── DefinitionError            InvalidTrigger, UnknownHandler
 ├── TokenError
@@ -61,6 +62,12 @@ class Conflict(WorkerError):
 
     code = "conflict"
     exit_code = 5
+
+
+class CanaryFailed(WorkerError):
+    """Of the few that were tried first not all succeeded; the rest was left alone."""
+
+    code = "canary_failed"
 
 
 class ConfigurationError(WorkerError):

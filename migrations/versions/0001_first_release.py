@@ -284,6 +284,7 @@ def create_runs() -> None:
     )
     op.create_index("ix_runs_definition_id_id", "runs", ["definition_id", "id"])
     op.create_index("ix_runs_org_id_id", "runs", ["org_id", "id"])
+    op.create_index("ix_runs_retry_of", "runs", ["retry_of"], **where("retry_of IS NOT NULL"))
     op.create_index(
         "ix_runs_state_finished_at", "runs", ["state", "finished_at"], **where("state IS NOT NULL")
     )

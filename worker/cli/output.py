@@ -99,6 +99,15 @@ def print_error(code: str, message: str, fix: str, output: Format) -> None:
         say(f"fix: {fix}")
 
 
+def in_words(progress: Mapping[str, Any] | None) -> str | None:
+    """`3/10 pages`: how much is done, of how much, and the handler's note."""
+    if progress is None:
+        return None
+    total, note = progress.get("total"), progress.get("note")
+    done = f"{progress.get('done')}" + ("" if total is None else f"/{total}")
+    return done if note is None else f"{done} {note}"
+
+
 def printable(text: str) -> str:
     """The text without anything that could move a terminal's cursor or colour it."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from worker.cli import why
+from worker.cli import retry, why
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -20,7 +19,7 @@ from worker.cli.options import (
     StateOption,
     read_since,
 )
-from worker.cli.output import Format, print_log, print_row, print_rows
+from worker.cli.output import Format, in_words, print_log, print_row, print_rows
 from worker.cli.session import session_of
 from worker.errors import UsageError
 
@@ -29,6 +28,7 @@ POLL = 0.5
 
 app = typer.Typer(help="Runs: list, show, why, cancel, retry, logs.")
 app.command("why")(why.why)
+app.command("retry")(retry.retry)
 
 COLUMNS = (
     "id",
@@ -74,7 +74,7 @@ def list_(
         else:
             rows = listing.runs(connection, org, **narrowed)
     if output is Format.TABLE:
-        rows = [row | {"progress": _in_words(row["progress"])} for row in rows]
+        rows = [row | {"progress": in_words(row["progress"])} for row in rows]
     print_rows(rows, output, columns=COLUMNS, limit=limit)
 
 
@@ -96,24 +96,6 @@ def cancel(context: typer.Context, run: RunArgument, output: OutputOption = Form
     session = session_of(context)
     with session.database() as database:
         row = cancel_run(database, run, actor=session.actor)
-    print_row(row, output)
-
-
-@app.command("retry")
-def retry(
-    context: typer.Context,
-    run: RunArgument,
-    from_checkpoint: Annotated[
-        bool, typer.Option("--from-checkpoint", help="Start where the old run's last checkpoint was.")
-    ] = False,
-    output: OutputOption = Format.TABLE,
-) -> None:
-    """Make a new run of one that has ended, for the same instant, and print it; the old one stays."""
-    from worker.operations.retry import retry as retry_run
-
-    session = session_of(context)
-    with session.database() as database:
-        row = retry_run(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
     print_row(row, output)
 
 
@@ -149,12 +131,3 @@ def logs(
                 time.sleep(POLL)
     if output is Format.JSON:
         print_rows(rows, output, columns=())
-
-
-def _in_words(progress: Mapping[str, Any] | None) -> str | None:
-    """`3/10 pages`: how much is done, of how much, and the handler's note."""
-    if progress is None:
-        return None
-    total, note = progress.get("total"), progress.get("note")
-    done = f"{progress.get('done')}" + ("" if total is None else f"/{total}")
-    return done if note is None else f"{done} {note}"

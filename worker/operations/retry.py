@@ -9,7 +9,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 from worker.operations.by_hand import make_run
 from worker.operations.named_run import named_run
 from worker.operations.place import place
-from worker.store import audit, definitions, edit_runs, run_listing
+from worker.store import audit, definitions, edit_runs, retryable, run_listing
 from worker.store.database import Database
 
 Row = dict[str, Any]
@@ -22,17 +22,18 @@ def retry(
     actor: str,
     org: str | None = None,
     from_checkpoint: bool = False,
+    once: bool = False,
 ) -> Row:
     """Make a new run of the definition as it is now, and return its row of `runs list`.
 
     It has the old one's `scheduled_for`, `idempotency_key` and params given by hand;
     with `from_checkpoint` it begins where the old one had saved. With `org`, another
-    org's run does not exist.
+    org's run does not exist; with `once`, one that was retried before is not again.
 
     Raises:
         NotFound: there is no such run.
-        Conflict: it has not ended, it saved nothing to begin from, its definition is closed, its
-            org is not active, or an unfinished run of the definition stands in the way.
+        Conflict: it has not ended or was retried, it saved nothing to begin from, its definition is
+            closed, its org is not active, or an unfinished run of the definition stands in the way.
     """
     with database.transaction() as connection:
         old = named_run(connection, run_id, org)
@@ -42,6 +43,8 @@ def retry(
             )
         org_id, old_id = OrgId(old["org_id"]), RunId(old["id"])
         row = definitions.require_by_id(connection, org_id, DefinitionId(old["definition_id"]))
+        if once and (newer := retryable.retry_of(connection, old_id)) is not None:
+            raise Conflict(f"run {old_id} was retried by run {newer}", fix=f"`runs show {newer}` says more")
         now = database.now(connection)
         run = make_run(
             connection,

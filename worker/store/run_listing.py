@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, Connection, Integer, Select, Text, column, select, table
 
 from worker.errors import NotFound, UsageError
-from worker.ids import OrgId, RunId
+from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import orgs, tables
 from worker.store.paging import DEFAULT_LIMIT, Row, checked_id, page
 from worker.store.tables import Id, Instant, json_type
@@ -122,6 +122,16 @@ def run_for_all_orgs(connection: Connection, run_id: str) -> Row:
     return _run(connection, run_id, [])
 
 
+def unfinished(connection: Connection, org: str, definition_id: DefinitionId) -> list[Row]:
+    """Id and state of a definition's serial runs that have not ended, oldest first; held ones say so."""
+    query = select(_live.c.id, _live.c.state).where(
+        _live.c.org_id == orgs.require(connection, org)["id"],
+        _live.c.definition_id == definition_id,
+        _live.c.serial,
+    )
+    return [dict(row) for row in connection.execute(query.order_by(_live.c.id)).mappings()]
+
+
 def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
     """The listed columns of a run that is known to be there."""
     query = select(*(_view.c[name] for name in LISTED)).where(_view.c.id == run_id, _view.c.org_id == org_id)
@@ -201,6 +211,7 @@ def _ended_attempts(run_id: RunId) -> Select[Any]:
             _attempts.c.ended_at,
             _attempts.c.outcome,
             _attempts.c.error,
+            _attempts.c.error_cause,
             _attempts.c.claims,
         )
         .where(_attempts.c.run_id == run_id)
@@ -221,4 +232,5 @@ def _attempt_that_is_on(row: Row) -> Row:
         "ended_at": None,
         "outcome": None,
         "error": None,
+        "error_cause": None,
     }

@@ -313,6 +313,12 @@ runs = Table(
     Index("ix_runs_org_id_id", "org_id", "id"),
     Index("ix_runs_definition_id_id", "definition_id", "id"),
     Index(
+        "ix_runs_retry_of",
+        "retry_of",
+        postgresql_where=text("retry_of IS NOT NULL"),
+        sqlite_where=text("retry_of IS NOT NULL"),
+    ),
+    Index(
         "ix_runs_state_finished_at",
         "state",
         "finished_at",

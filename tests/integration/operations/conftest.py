@@ -115,15 +115,22 @@ class Tables:
                 )
             )
 
-    def set_ended(self, run_id: str, state: str = "failed", reason: str = "error") -> None:
-        """As if the run had ended."""
+    def set_ended(
+        self, run_id: str, state: str = "failed", reason: str | None = "error", at: datetime | None = None
+    ) -> None:
+        """As if the run had ended, now or at `at`."""
         with self._database.transaction() as connection:
             live, runs = tables.live_runs, tables.runs
             connection.execute(live.delete().where(live.c.id == run_id))
             connection.execute(
                 update(runs)
                 .where(runs.c.id == run_id)
-                .values(state=state, reason=reason, finished_at=self._database.now(connection), attempt=1)
+                .values(
+                    state=state,
+                    reason=reason,
+                    finished_at=at or self._database.now(connection),
+                    attempt=1,
+                )
             )
 
 

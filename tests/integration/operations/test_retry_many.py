@@ -1,0 +1,166 @@
+"""Runs retried by what they have in common: which they are, in which order, and each only once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from itertools import count
+
+import pytest
+from sqlalchemy import insert
+
+from worker.errors import NotFound, UsageError
+from worker.ids import new_id
+from worker.operations import retry_many as operation
+from worker.operations.org_state import set_org_state
+from worker.operations.retry_many import matching, retry_many
+from worker.operations.run_now import run_now
+from worker.store import tables
+from worker.store.retryable import Which
+
+FILE = """
+[[org]]
+code = "org_{org}"
+issuer = "main"
+
+[[definition]]
+org = "org_{org}"
+name = "{name}"
+handler = "acme.plain"
+schedule = "0 3 1 1 *"
+overlap = "{overlap}"
+"""
+
+
+SECOND = timedelta(seconds=1)
+
+
+def utc(text):
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+@pytest.fixture
+def ended(apply, database, rows, clock):
+    """Makes a run that has ended, with an attempt where there is a cause; each a second after the last."""
+    steps = count(1)
+
+    def make(
+        org="acme", name="digest", *, state="failed", reason="error", overlap="allow", cause=None, at=None
+    ):
+        apply(FILE.format(org=org, name=name, overlap=overlap))
+        run = run_now(database, f"org_{org}", name, actor="tester")["id"]
+        # The clock moved by hand is in the future of the one database's, whose history this is.
+        rows.set_ended(run, state, reason, at or utc("2025-01-01T00:00:00") + next(steps) * SECOND)
+        with database.transaction() as connection:
+            if cause is not None:
+                connection.execute(
+                    insert(tables.attempts).values(
+                        run_id=run,
+                        attempt=1,
+                        org_id=next(row["org_id"] for row in rows.runs if row["id"] == run),
+                        worker_id=new_id(),
+                        fencing_token=1,
+                        handler="acme.plain",
+                        started_at=clock.now(),
+                        ended_at=clock.now(),
+                        outcome="failed",
+                        error_cause=cause,
+                    )
+                )
+        return run
+
+    return make
+
+
+def found(database, *, org=None, limit=100, **which):
+    return [row["id"] for row in matching(database, Which(**which), org=org, limit=limit)]
+
+
+def made(database, *, org=None, limit=100, from_checkpoint=False, **which):
+    options = {"actor": "tester", "org": org, "limit": limit, "from_checkpoint": from_checkpoint}
+    return list(retry_many(database, Which(**which), **options))
+
+
+def test_each_filter_narrows_what_is_retried(ended, database):
+    early = ended(cause="ValueError: <n>", at=utc("2024-01-01T00:00:00"))
+    since = utc("2025-01-01T00:00:00")
+    late = ended(cause="OSError: <text>")
+    other = ended("other", "export", reason="timed_out")
+    refused = ended(state="refused", reason="scope_missing")
+    ended(state="succeeded", reason=None)
+
+    assert found(database) == [early, late, other]
+    assert found(database, state="refused") == [refused]
+    assert found(database, org="org_other") == [other]
+    assert found(database, definition="digest") == [early, late]
+    assert found(database, since=since) == [late, other]
+    assert found(database, reason="timed_out") == [other]
+    assert found(database, cause="OSError: <text>") == [late]
+    assert found(database, limit=2) == [early, late]
+    with pytest.raises(NotFound):
+        found(database, org="org_nobody")
+    with pytest.raises(UsageError, match="'running'"):
+        Which(state="running")
+
+
+def test_pages_go_on_by_key_also_where_ends_share_an_instant(ended, database, monkeypatch):
+    monkeypatch.setattr(operation, "PAGE", 2)
+    runs = [ended(at=utc("2025-01-01T00:00:00")) for _ in range(5)]
+
+    assert found(database) == sorted(runs)
+
+
+def test_a_run_is_retried_once_however_often_the_command_is_given(ended, database, rows):
+    old = ended()
+
+    [new] = made(database)
+
+    assert (new["retry_of"], new["state"], new["left"]) == (old, "waiting", None)
+    assert made(database) == []
+    # What it became has a place of its own in the line.
+    rows.set_ended(new["id"])
+    assert [row["retry_of"] for row in made(database)] == [new["id"]]
+    kept = {row["id"]: row["idempotency_key"] for row in rows.runs}
+    assert set(kept.values()) == {old}
+
+
+def test_two_commands_at_once_make_one_run(ended, database):
+    ended()
+    first = retry_many(database, Which(), actor="a", limit=10)
+    second = retry_many(database, Which(), actor="b", limit=10)
+    old = next(matching(database, Which(), org=None, limit=1))["id"]
+
+    def racing():
+        # The second has read the page before the first has made its run.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operation.retryable, "page_for_all_orgs", lambda *_, **__: [page[0]])
+            return next(second)
+
+    page = list(matching(database, Which(), org=None, limit=1))
+    assert next(first)["id"] is not None
+    late = racing()
+
+    assert late["id"] is None
+    assert f"run {old} was retried" in late["left"]
+
+
+def test_what_cannot_be_retried_is_left_with_the_reason_and_the_rest_goes_on(ended, database):
+    ended(overlap="skip")
+    second = ended(overlap="skip")
+    ended("closed")
+    set_org_state(database, "org_closed", "paused", actor="tester")
+    last = ended("other")
+
+    first, left, paused, other = made(database)
+
+    assert first["id"] is not None
+    assert (left["retry_of"], left["id"]) == (second, None)
+    assert f"run {first['id']} of this definition is waiting" in left["left"]
+    assert "org_closed is paused" in paused["left"]
+    assert other["retry_of"] == last and other["id"] is not None
+
+
+def test_without_a_checkpoint_there_is_none_to_begin_from(ended, database):
+    ended()
+
+    assert "saved no checkpoint" in made(database, from_checkpoint=True)[0]["left"]
+    assert made(database)[0]["id"] is not None
