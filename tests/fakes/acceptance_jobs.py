@@ -126,6 +126,27 @@ async def poll(ctx: Context[Any, Any]) -> list[int]:
     return bad
 
 
+@job("acme.chatty", max_attempts=1)
+def chatty(ctx: BlockingContext[Any, Any]) -> None:
+    """Print `params["lines"]` lines, then log, and crash where `params["crash"]` is set."""
+    for number in range(ctx.params["lines"]):
+        print(f"line {number} {'.' * 80}")
+        if "pause" in ctx.params:
+            time.sleep(ctx.params["pause"])
+    ctx.log.warning("these are my last words")
+    if ctx.params.get("crash"):
+        ctypes.string_at(0)
+
+
+@job("acme.wants_file", max_attempts=1)
+async def wants_file(ctx: Context[Any, Any]) -> None:
+    """Save how often it was called, then fail unless the file `params["file"]` is there."""
+    write(ctx, who="wants_file", org=ctx.org.code, checkpoint=ctx.checkpoint, key=ctx.run.idempotency_key)
+    await ctx.save({"calls": (ctx.checkpoint or {"calls": 0})["calls"] + 1})
+    if not os.path.exists(ctx.params["file"]):
+        raise RuntimeError(f"no file at try {ctx.run.attempt}")
+
+
 @job("acme.leak", max_attempts=1)
 async def leak(ctx: Context[Any, Any]) -> None:
     """Print, log and raise the token, as a careless handler might."""

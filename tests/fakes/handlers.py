@@ -22,6 +22,8 @@ NAMES = {
     "acme.fetch": "fetch",
     "acme.fetch_blocking": "fetch_blocking",
     "acme.poll": "poll",
+    "acme.chatty": "chatty",
+    "acme.wants_file": "wants_file",
     "acme.leak": "leak",
     "acme.leak_result": "leak_result",
 }

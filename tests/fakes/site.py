@@ -100,7 +100,7 @@ max_requests_per_second = 100
     def cli(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
         """Run one command; with `check` its failure fails the test, with what it printed."""
         done = subprocess.run(
-            self._command(*arguments),
+            self.command(*arguments),
             cwd=self.folder,
             env=self._environment(),
             input=stdin,
@@ -140,7 +140,7 @@ max_requests_per_second = 100
 
         Its log goes to `log`, one worker behind the other.
         """
-        command = self._command("run")
+        command = self.command("run")
         if launcher is not None:
             command[1:3] = [str(launcher)]
         with self.log.open("ab") as log:
@@ -258,7 +258,7 @@ max_requests_per_second = 100
             tail = "\n".join(self.log_text().splitlines()[-25:])
             raise AssertionError(f"{error}\nnewest runs: {runs}\nworker's log:\n{tail}") from None
 
-    def _command(self, *arguments: str) -> list[str]:
+    def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "worker", "--config", str(self.settings), *arguments]
 
     def _environment(self) -> dict[str, str]:

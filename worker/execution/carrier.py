@@ -83,7 +83,9 @@ class Carrier:
             held.stop.kill()
 
     async def _carry(self, held: Held) -> None:
-        self.finisher.put(await attempt(held, self._tools))
+        ended = await attempt(held, self._tools)
+        await self._tools.journal.last_words(held.run)
+        self.finisher.put(ended)
 
     def _written(self, ended: EndedAttempt, accepted: bool) -> None:
         held = self._holdings.get(ended.run_id)

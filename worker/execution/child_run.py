@@ -86,7 +86,10 @@ class ChildRun(asyncio.Protocol):
             emit("child.killed", run=self._work.run_id, reason=ended.why)
         if ended.memory:
             self._link.used(ended.memory)
-        return outcome_of_end(self._said, ended, self._stop, memory=self._work.memory)
+        outcome = outcome_of_end(self._said, ended, self._stop, memory=self._work.memory)
+        if isinstance(outcome, Failed) and self._said is None:
+            self._link.log("error", "log", outcome.error.message)
+        return outcome
 
     def end(self, ended: Ended) -> None:
         """The process and all below it are gone, or the zygote is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
@@ -46,6 +47,7 @@ class Journal:
         self._lines: list[LogLine] = []
         self._progress: dict[RunId, Progress] = {}
         self._seq: dict[tuple[RunId, int], int] = {}
+        self._writing = asyncio.Lock()
 
     def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
         """Take one line of a run's log."""
@@ -79,8 +81,17 @@ class Journal:
             await self._clock.sleep(FLUSH)
             await self.flush()
 
+    async def last_words(self, run: AdmittedRun) -> None:
+        """Write what a run has logged before its end is: whoever sees the end finds the log whole."""
+        if (run.id, run.attempt) in self._seq:
+            await self.flush()
+
     async def flush(self) -> None:
         """Write what is there; what cannot be written now is kept for the next time."""
+        async with self._writing:
+            await self._write()
+
+    async def _write(self) -> None:
         progress, self._progress = self._progress, {}
         lines, self._lines = self._lines, []
         try:
