@@ -74,7 +74,7 @@ async def attempt(held: Held, tools: Tools) -> EndedAttempt:
     run, trail, terms = held.run, Trail(held.run.handler), Terms()
     try:
         held.plan = plan = await tools.plans.of(run)
-        terms = Terms.of(plan.definition, tools.offers.get(run.handler))
+        terms = plan.terms(run.handler, tools.offers.get(run.handler))
         outcome = await _carry(held, plan, terms, trail, tools)
     except TokenRefused as refused:
         outcome = Refused(refused.reason, refused.detail, refused.message)

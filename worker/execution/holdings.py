@@ -37,14 +37,24 @@ class Held:
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What `work` gives, or None as soon as this run is asked to stop."""
-        task = asyncio.ensure_future(work)
-        stopped = asyncio.ensure_future(self.stop.requested.wait())
+        if self.stop.requested.is_set():
+            work.close()
+            return None
+        task, interrupted = asyncio.current_task(), False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = task is not None and task.cancel()
+
+        self.stop.on_request(interrupt)
         try:
-            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            return task.result() if task.done() else None
+            return await work
+        except asyncio.CancelledError:
+            if interrupted and task is not None and task.uncancel() == 0:
+                return None
+            raise
         finally:
-            task.cancel()
-            stopped.cancel()
+            self.stop.on_request(None)
 
 
 class Holdings:

@@ -14,6 +14,7 @@ from worker.clock import Clock
 from worker.errors import LeaseLost
 from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
+from worker.execution.loop_watch import THIS_RUN, LoopWatch, ThisRun
 from worker.execution.output import RunOutput
 from worker.execution.run_logging import marked
 from worker.execution.stopping import stopped
@@ -28,6 +29,9 @@ NAG = 1.0
 # Seconds that a handler may take to unwind once it is cancelled for the last time.
 LAST_STEPS = 1.0
 
+# Formats records, and says on stderr which could not be formatted.
+_FAULTS = logging.Handler()
+
 
 class Inline:
     """A task for each run, with context variables of its own; only as well-behaved as its handler.
@@ -38,23 +42,32 @@ class Inline:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._watch = LoopWatch()
         self._given_up: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler as a task of this loop."""
+        self._watch.start()
+        loop = asyncio.get_running_loop()
         output = RunOutput(link.log, self._clock)
         line = _InlineLine(link)
         cancelled = Cancellation()
-        body = _body(work, line, cancelled, _logger(work.handler, output), self._clock)
-        task = asyncio.create_task(body, name=f"{work.handler} {work.run_id}", context=contextvars.Context())
-        stopping = asyncio.create_task(_stopping(task, stop, cancelled))
+        body = _body(work, line, cancelled, _RunLogger(work.handler, output, loop), self._clock)
+        task = loop.create_task(body, name=f"{work.handler} {work.run_id}", context=contextvars.Context())
+        over: asyncio.Future[None] = loop.create_future()
+        stopping: list[asyncio.Task[None]] = []
+        task.add_done_callback(lambda _: _resolve(over))
+        # A task that waits for a stop would cost each run more than all the rest of this.
+        stop.on_request(lambda: stopping.append(loop.create_task(_stopping(task, stop, cancelled, over))))
         try:
-            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await over
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=LAST_STEPS)
         finally:
-            stopping.cancel()
+            stop.on_request(None)
+            for waiting in stopping:
+                waiting.cancel()
             line.cut = True
             output.close()
             if not task.done():
@@ -103,36 +116,36 @@ class _InlineLine:
             raise LeaseLost("the run has ended")
 
 
-class _OutputHandler(logging.Handler):
-    """Takes `ctx.log` into the run's own log, from any thread."""
+class _RunLogger(logging.Logger):
+    """`ctx.log`: not one of logging's own tree, since what it gets belongs to this run alone.
 
-    def __init__(self, output: RunOutput) -> None:
-        super().__init__()
+    It takes records itself, from any thread: a handler of its own for each run
+    would cost more than the run.
+    """
+
+    def __init__(self, name: str, output: RunOutput, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(name, logging.INFO)
         self._output = output
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._home = threading.get_ident()
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def callHandlers(self, record: logging.LogRecord) -> None:
         try:
-            line = marked(record.levelname.lower(), self.format(record))
+            line = marked(record.levelname.lower(), _FAULTS.format(record))
             if threading.get_ident() == self._home:
                 self._output.feed("stderr", line)
             else:
                 self._loop.call_soon_threadsafe(self._output.feed, "stderr", line)
         except Exception:
-            self.handleError(record)
-
-
-def _logger(name: str, output: RunOutput) -> logging.Logger:
-    # Not one of logging's own tree: what it gets belongs to this run alone.
-    logger = logging.Logger(name, logging.INFO)
-    logger.addHandler(_OutputHandler(output))
-    return logger
+            _FAULTS.handleError(record)
+        for handler in self.handlers:
+            handler.handle(record)
 
 
 async def _body(
     work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger, clock: Clock
 ) -> Outcome:
+    THIS_RUN.set(ThisRun(work.handler, work.run_id))
     try:
         job = load(work.entry_point)
         ctx: Context[Any, Any] = Context(given_for(work, job, log, clock), line, cancelled)
@@ -148,10 +161,16 @@ async def _body(
         return outcome_of_error(error)
 
 
-async def _stopping(task: asyncio.Task[Outcome], stop: Stop, cancelled: Cancellation) -> None:
-    """Tell, interrupt, and return when the grace is over."""
+def _resolve(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+async def _stopping(
+    task: asyncio.Task[Outcome], stop: Stop, cancelled: Cancellation, over: asyncio.Future[None]
+) -> None:
+    """Tell, interrupt, and say when the grace is over."""
     loop, interrupted = asyncio.get_running_loop(), False
-    await stop.requested.wait()
     if stop.reason is not None:
         cancelled.set(stop.reason)
     while (now := loop.time()) < stop.kill_at:
@@ -159,3 +178,4 @@ async def _stopping(task: asyncio.Task[Outcome], stop: Stop, cancelled: Cancella
             interrupted = True
             task.cancel()
         await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
+    _resolve(over)

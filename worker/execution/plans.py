@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from worker.clock import Clock
 from worker.definitions.definition import Definition, from_spec
+from worker.execution.terms import Terms
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
 from worker.orgs.org import OrgRef
 from worker.runs.run import AdmittedRun, RunContext
@@ -27,6 +29,14 @@ class Plan:
     org_name: str
     issuer: str
     api_origins: tuple[str, ...]
+    _terms: dict[str, tuple[HandlerEntry | None, Terms]] = field(default_factory=dict, repr=False)
+
+    def terms(self, handler: str, entry: HandlerEntry | None) -> Terms:
+        """What an attempt by this handler may take; worked out once for all runs of the plan."""
+        kept = self._terms.get(handler)
+        if kept is None or kept[0] is not entry:
+            kept = self._terms[handler] = (entry, Terms.of(self.definition, entry))
+        return kept[1]
 
 
 class PlanStore(Protocol):

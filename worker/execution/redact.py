@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-from worker.runs.outcome import Error, Outcome
+from worker.runs.outcome import Error, Outcome, Succeeded
 from worker.telemetry.masking import masker
+
+NOTHING_SAID = Succeeded()
 
 
 def redacted(outcome: Outcome) -> Outcome:
     """The same outcome with every text of it masked: result, detail, message, error and trace."""
+    if outcome == NOTHING_SAID:
+        return outcome
     changes: dict[str, str | Error] = {}
     for field in fields(outcome):
         value = getattr(outcome, field.name)

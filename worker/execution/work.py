@@ -115,6 +115,7 @@ class Stop:
         self.killed = False
         self._changed = asyncio.Event()
         self._killer: Callable[[], None] | None = None
+        self._listener: Callable[[], None] | None = None
         self._frozen_since: float | None = None
         self._frozen = 0.0
 
@@ -126,8 +127,7 @@ class Stop:
             self.grace = grace
             self.kill_at = now + grace
             self.interrupt_at = min(self.interrupt_at, now + grace / 2)
-        self.requested.set()
-        self._changed.set()
+        self._request()
 
     def kill(self) -> None:
         """End it now without a word: the lease is lost, and the caller drops the outcome."""
@@ -135,14 +135,29 @@ class Stop:
         self.kill_at = self.interrupt_at = float("-inf")
         if self._killer is not None:
             self._killer()
-        self.requested.set()
-        self._changed.set()
+        self._request()
+
+    def on_request(self, listener: Callable[[], None] | None) -> None:
+        """Call `listener` at the first request or kill, at once if that has come; None ends it.
+
+        One at a time: for what every run goes through, where a task that waits would cost more than the work.
+        """
+        self._listener = listener
+        if listener is not None and self.requested.is_set():
+            listener()
 
     def on_kill(self, killer: Callable[[], None]) -> None:
         """Call `killer` as soon as it comes to `kill`, before anything can thaw the run."""
         self._killer = killer
         if self.killed:
             killer()
+
+    def _request(self) -> None:
+        first = not self.requested.is_set()
+        self.requested.set()
+        self._changed.set()
+        if first and self._listener is not None:
+            self._listener()
 
     async def changed(self, until: float = float("inf")) -> None:
         """Return at the next request or kill, or when the loop's clock reaches `until`."""

@@ -55,10 +55,10 @@ def read_params(job: Job, params: Mapping[str, Any]) -> Any:
     Raises:
         ParamsInvalid: names the param and the rule.
     """
-    from pydantic import ValidationError
-
     if job.params is None:
         return dict(params)
+    from pydantic import ValidationError
+
     unknown = _unknown(job.params, params)
     if unknown and job.params.model_config.get("extra") != "allow":
         raise ParamsInvalid(f"param {unknown[0]}: the handler has no such param")
@@ -76,10 +76,10 @@ def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
     Raises:
         SettingsInvalid: names the property and the rule, never the value.
     """
-    from pydantic import ValidationError
-
     if job.settings is None:
         return dict(properties)
+    from pydantic import ValidationError
+
     given = dict(properties)
     if job.settings.model_config.get("extra") == "forbid":
         # The token's properties serve every handler of the org, so others' are no mistake.

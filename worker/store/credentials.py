@@ -44,13 +44,21 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:
     """The org's active credentials with their sealed secrets and the org's code as `org`, newest first."""
+    return active_for_all_orgs(connection, [org_id]).get(org_id, [])
+
+
+def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[Row]]:
+    """As `active`, by org; one that has none is left out."""
     query = (
         select(_credentials, tables.orgs.c.code.label("org"))
         .join(tables.orgs, tables.orgs.c.id == _credentials.c.org_id)
-        .where(_credentials.c.org_id == org_id, _credentials.c.state == "active")
+        .where(_credentials.c.org_id.in_(org_ids), _credentials.c.state == "active")
         .order_by(_credentials.c.generation.desc())
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    found: dict[OrgId, list[Row]] = {}
+    for row in connection.execute(query).mappings():
+        found.setdefault(row["org_id"], []).append(dict(row))
+    return found
 
 
 def find(connection: Connection, org_id: OrgId, generation: int) -> Row | None:
@@ -128,9 +136,7 @@ def sealed_otherwise_for_all_orgs(
 ) -> list[Row]:
     """Secrets that another key seals, by their id, locked: the next page is what follows `after`."""
     columns = (_credentials.c[name] for name in ("id", "org_id", "key_id", "sealed"))
-    query = select(*columns).where(
-        _credentials.c.sealed.is_not(None), _credentials.c.key_id != key_id
-    )
+    query = select(*columns).where(_credentials.c.sealed.is_not(None), _credentials.c.key_id != key_id)
     if after is not None:
         query = query.where(_credentials.c.id > after)
     rows = connection.execute(query.order_by(_credentials.c.id).limit(limit).with_for_update())

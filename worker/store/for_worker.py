@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from worker.errors import NotFound
 from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.firing import FireReport, LogLine, Recovered
 from worker.runs.outcome import EndedAttempt
@@ -16,6 +17,7 @@ from worker.runs.run import AdmittedRun, Isolation, OwnedRun, RunContext
 from worker.store import retention, runs, sweeps, workers
 from worker.store.admission import Admission
 from worker.store.database import Database
+from worker.store.gathered import Gathered
 from worker.store.hand_back import hand_back
 from worker.store.sql import Progress, statements
 
@@ -42,6 +44,7 @@ class WorkerStore:
         self._worker_id = worker_id
         self._lease = lease
         self._admission = Admission(database, worker_id)
+        self._contexts = Gathered(self._read_contexts)
         self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
 
     async def fire(self, decide: runs.Decide, *, limit: int = 100) -> FireReport:
@@ -132,8 +135,20 @@ class WorkerStore:
         await self._database.call(workers.update_handlers, self._worker_id, handlers)
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
-        """What an attempt must know of its run's org and definition."""
-        return await self._database.call_autocommit(runs.run_context, run)
+        """What an attempt must know of its run's org and definition.
+
+        Raises:
+            NotFound: one of them is gone.
+        """
+        context = await self._contexts.of((run.definition_id, run.revision))
+        if context is None:
+            raise NotFound(f"the org, the definition or the revision of run {run.id} is gone")
+        return context
+
+    async def _read_contexts(
+        self, wanted: Sequence[tuple[DefinitionId, int]]
+    ) -> Mapping[tuple[DefinitionId, int], RunContext]:
+        return await self._database.call_autocommit(runs.run_contexts, wanted)
 
     def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:
         """Begin this incarnation."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, select, tuple_
 
-from worker.errors import NotFound
-from worker.ids import RunId, WorkerId
+from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.firing import Decision, DueDefinition, FireReport, Recovered
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, RunContext
+from worker.runs.run import RunContext
 from worker.store import tables
 from worker.store.connection import database_now
 from worker.store.sql import AbandonedRun, Specs, statements
@@ -138,14 +137,15 @@ def load_checkpoint(connection: Connection, run_id: RunId) -> Any | None:
     ).scalar_one_or_none()
 
 
-def run_context(connection: Connection, run: AdmittedRun) -> RunContext:
-    """The org and the definition of a run, with the spec of the revision it was made from.
-
-    Raises:
-        NotFound: one of them is gone.
-    """
-    row = connection.execute(
+def run_contexts(
+    connection: Connection, wanted: Sequence[tuple[DefinitionId, int]]
+) -> dict[tuple[DefinitionId, int], RunContext]:
+    """By definition and revision, as runs have them: org, definition, and the spec of that revision."""
+    definition_id, revision = _revisions.c.definition_id, _revisions.c.revision
+    rows = connection.execute(
         select(
+            definition_id,
+            revision,
             _orgs.c.id,
             _orgs.c.code,
             _orgs.c.name,
@@ -154,14 +154,8 @@ def run_context(connection: Connection, run: AdmittedRun) -> RunContext:
             _definitions.c.name,
             _revisions.c.spec,
         )
-        .join(_definitions, _definitions.c.org_id == _orgs.c.id)
-        .join(_revisions, _revisions.c.definition_id == _definitions.c.id)
-        .where(
-            _orgs.c.id == run.org_id,
-            _definitions.c.id == run.definition_id,
-            _revisions.c.revision == run.revision,
-        )
-    ).first()
-    if row is None:
-        raise NotFound(f"the org, the definition or the revision of run {run.id} is gone")
-    return RunContext(*row)
+        .join(_definitions, _definitions.c.id == definition_id)
+        .join(_orgs, _orgs.c.id == _definitions.c.org_id)
+        .where(definition_id.in_({id_ for id_, _ in wanted}), revision.in_({number for _, number in wanted}))
+    )
+    return {(id_, number): RunContext(*rest) for id_, number, *rest in rows}

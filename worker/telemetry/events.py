@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -22,6 +22,10 @@ class Event:
     level: Level
     fields: tuple[str, ...]
     meaning: str
+    names: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", frozenset(self.fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,12 @@ EVENTS: Mapping[str, Event] = _table(
     ("worker.ready", "info", "worker seconds", "registered, schema current, admitting"),
     ("worker.draining", "info", "worker running seconds", "no run starts any more; it lasts at most so long"),
     ("worker.stopped", "info", "worker exit_code", "every run ended or handed back, all written"),
+    (
+        "loop.blocked",
+        "warning",
+        "handler run where seconds",
+        "the worker's loop has stood still for so long, because of an inline handler where one is named",
+    ),
     ("loop.failed", "error", "loop error", "a loop met an error it did not expect and goes on"),
     (
         "clock.went_back",
@@ -194,7 +204,7 @@ def emit(name: str, **fields: Any) -> None:
     event = EVENTS.get(name)
     if event is None:
         raise TypeError(f"no event is called {name!r}; add it to the table in telemetry/events.py")
-    if not fields.keys() <= set(event.fields):
+    if not event.names.issuperset(fields):
         raise TypeError(f"{name} has the fields {', '.join(event.fields)}, not {', '.join(fields)}")
     for listener in tuple(listeners):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 from worker.clock import Clock, SystemClock
@@ -50,6 +51,7 @@ def run(settings: Settings) -> int:
             lock_fd=None if lock is None else lock.fd,
         )
         children.start()
+        _look_for_garbage_seldom()
         # From here on this process holds keys, and nothing is forked from it.
         try:
             keyring = open_keyring(settings, database=database)
@@ -70,6 +72,15 @@ def run(settings: Settings) -> int:
         return asyncio.run(served())
     finally:
         database.close()
+
+
+def _look_for_garbage_seldom() -> None:
+    """Let the collector pass over what was loaded, and look less often at what comes and goes.
+
+    By default it comes round every few runs and costs a quarter of an inline one.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 async def run_incarnations(

@@ -11,6 +11,7 @@ from worker.errors import ConfigurationError
 from worker.ids import OrgId
 from worker.store import credentials
 from worker.store.database import Database
+from worker.store.gathered import Gathered
 from worker.telemetry.events import emit
 from worker.tokens.credentials import Credential, Secret
 from worker.tokens.sealing import KeyRing
@@ -28,6 +29,7 @@ class OpenedCredentials:
         self._keyring = keyring
         self._secrets_dir = Path(secrets_dir) if secrets_dir else None
         self._clock = clock
+        self._active: Gathered[OrgId, list[dict[str, Any]]] = Gathered(self._read_active)
         self._org_of: dict[str, OrgId] = {}
         self._unopened: set[str] = set()
 
@@ -37,7 +39,7 @@ class OpenedCredentials:
         Raises:
             ConfigurationError: none opens: a key is missing, or a file is not there.
         """
-        rows = await self._database.call_autocommit(credentials.active, org_id)
+        rows = await self._active.of(org_id) or []
         self._org_of.update((row["id"], org_id) for row in rows)
         opened, fault = [], None
         for row in rows:
@@ -60,6 +62,9 @@ class OpenedCredentials:
             at=self._clock.now(),
             error=error,
         )
+
+    async def _read_active(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, list[dict[str, Any]]]:
+        return await self._database.call_autocommit(credentials.active_for_all_orgs, org_ids)
 
     def _open(self, row: Mapping[str, Any]) -> Credential:
         return Credential(

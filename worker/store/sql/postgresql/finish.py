@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.store.connection import driver
+from worker.store.engine import shared_json
 from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
 from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
 
@@ -90,8 +91,9 @@ ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + exclu
 
 # Its start deadline counts from its promotion.
 PROMOTE = """
-UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = clock_timestamp(),
-                       start_by = clock_timestamp() + (h.start_by - h.available_at)
+UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = n.now,
+                       start_by = n.now + (h.start_by - h.available_at)
+FROM (SELECT clock_timestamp() AS now) n
 WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uuid[]))
   AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
                   AND l.serial AND l.state IN ('waiting', 'running'))
@@ -186,8 +188,8 @@ def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) ->
             plain(attempt.outcome for attempt in attempts),
             jsons(attempt.error for attempt in attempts),
             texts(attempt.error_cause for attempt in attempts),
-            jsons(trail.claims for trail in trails),
-            jsons(trail.flags for trail in trails),
+            texts(None if trail.claims is None else shared_json(trail.claims) for trail in trails),
+            texts(None if trail.flags is None else shared_json(trail.flags) for trail in trails),
             texts(trail.jti for trail in trails),
             texts(trail.claims_hash for trail in trails),
             plain(trail.peak_memory for trail in trails),

@@ -12,6 +12,7 @@ from worker.clock import from_text
 from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.store.connection import driver, file_now
+from worker.store.engine import shared_json
 from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
 from worker.store.sql.sqlite.values import instant, json_list, json_text
 
@@ -170,8 +171,8 @@ def _attempt_row(ending: Ending, worker_id: WorkerId) -> tuple[Any, ...]:
         attempt.outcome,
         json_text(attempt.error),
         attempt.error_cause,
-        json_text(trail.claims),
-        json_text(trail.flags),
+        None if trail.claims is None else shared_json(trail.claims),
+        None if trail.flags is None else shared_json(trail.flags),
         trail.jti,
         trail.claims_hash,
         trail.peak_memory,
