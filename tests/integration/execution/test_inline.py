@@ -28,6 +28,7 @@ from worker.runs.outcome import (
     Succeeded,
     TimedOut,
 )
+from worker.telemetry.events import Emitted
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("plugin_folder")]
 
@@ -187,3 +188,45 @@ async def test_hundreds_run_side_by_side(inline: Inline) -> None:
     outcomes = await asyncio.gather(*(run(inline, "ok") for _ in range(300)))
 
     assert all(isinstance(outcome, Succeeded) for outcome in outcomes)
+
+
+async def test_a_handler_that_blocks_the_loop_is_named_and_not_stopped(
+    inline: Inline, monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
+) -> None:
+    import process_jobs
+
+    async def blocks(ctx: Any) -> str:
+        await asyncio.sleep(0.1)
+        time.sleep(1.6)
+        return "done"
+
+    async def blocks_in_a_task(ctx: Any) -> Any:
+        return await asyncio.create_task(blocks(ctx), name="of its own")
+
+    monkeypatch.setattr(process_jobs.ok, "function", blocks)
+    first = await run(inline, "ok")
+    await asyncio.sleep(0.3)
+    monkeypatch.setattr(process_jobs.ok, "function", blocks_in_a_task)
+    second = await run(inline, "ok")
+
+    assert first == second == Succeeded('"done"')
+    told = [event.fields for event in emitted if event.event.name == "loop.blocked"]
+    assert [fields["handler"] for fields in told] == ["ok", "ok"]
+    assert all("blocks" in fields["where"] and 1 <= fields["seconds"] < 1.6 for fields in told)
+
+
+async def test_a_handler_that_holds_the_interpreter_is_named_once_it_lets_go(
+    inline: Inline, monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
+) -> None:
+    import process_jobs
+
+    async def counts(ctx: Any) -> int:
+        until, turns = time.monotonic() + 1.6, 0
+        while time.monotonic() < until:
+            turns += sum(range(5_000_000))
+        return bool(turns)
+
+    monkeypatch.setattr(process_jobs.ok, "function", counts)
+    assert await run(inline, "ok") == Succeeded("true")
+
+    assert [event.fields["handler"] for event in emitted if event.event.name == "loop.blocked"] == ["ok"]
