@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from tests.fakes import freezing_worker
 from tests.fakes.ports import free_port
-from tests.fakes.site import Site, application, definition, wait_until
+from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
 
 
 class Port:
@@ -115,3 +116,37 @@ def test_a_port_that_another_process_has_ends_a_worker_that_was_told_to_use_it(s
 
         assert worker.wait(timeout=20) == 75
     assert f"another process has 127.0.0.1:{port.number}" in site.log_text()
+
+
+def test_an_orgs_own_token_and_an_operators_open_the_api_of_a_real_worker(site: Site, port: Port):
+    token = "an-operators-token"
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    operator = f'[[web.operators]]\nname = "ada"\nrole = "viewer"\ntoken_sha256 = "{digest}"'
+    site.configure(web=port.web, extra=operator)
+    app = application("org_acme")
+    site.add_orgs(app, application("org_other"))
+    site.apply(definition("org_acme", "note", "acme.note") + definition("org_other", "note", "acme.note"))
+    site.start_worker()
+    port.wait_for("/readyz", 200)
+    form = {
+        "grant_type": "client_credentials",
+        "client_id": app.client_id,
+        "client_secret": app.client_secret,
+        "audience": AUDIENCE,
+    }
+    granted = httpx.post(f"{site.provider.url}/oauth2/token", data=form).json()["access_token"]
+    api = f"http://127.0.0.1:{port.number}/api/v1"
+
+    def ask(path: str, bearer: str, method: str = "GET") -> httpx.Response:
+        return httpx.request(method, f"{api}/{path}", headers={"authorization": f"Bearer {bearer}"})
+
+    site.cli("definitions", "run", "org_other", "note")
+    made = ask("definitions/org_acme/note/run", granted, "POST")
+    assert made.status_code == 201, made.text
+
+    assert {run["org"] for run in ask("runs", granted).json()} == {"org_acme"}
+    assert {run["org"] for run in ask("runs", token).json()} == {"org_acme", "org_other"}
+    assert ask("definitions/org_other/note/run", granted, "POST").status_code == 404
+    assert ask("definitions/org_other/note/run", token, "POST").status_code == 403
+    assert httpx.get(f"{api}/runs").status_code == 401
+    assert granted not in site.log_text()

@@ -6,14 +6,22 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
+import httpx
+
 from worker.clock import Clock
 from worker.errors import Busy
+from worker.guard import Guard
 from worker.settings import Settings
+from worker.store import orgs
+from worker.store.database import Database
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
+from worker.tokens.http import open_client
+from worker.web.access import Access, Operator
 from worker.web.app import build
 from worker.web.health import Health
 from worker.web.server import WebServer, bind
+from worker.wiring.issuers import issuers_of
 
 
 class Web:
@@ -52,6 +60,29 @@ class Web:
         if not self._settings.web.listen:
             yield
             return
-        server = WebServer(build(self.health), self._settings.web.listen, self._listener, self._clock)
-        async with server.serving():
-            yield
+        # Connections of its own: no page takes one from the loops.
+        database = Database.open(self._settings.database.url, clock=self._clock, role="web")
+        try:
+            async with open_client() as client:
+                access = self._access(database, client)
+                app = build(self.health, database, access, self._clock)
+                server = WebServer(app, self._settings.web.listen, self._listener, self._clock)
+                async with server.serving():
+                    yield
+        finally:
+            database.close()
+
+    def _access(self, database: Database, client: httpx.AsyncClient) -> Access:
+        web = self._settings.web
+        guards = {
+            name: Guard(issuer, client=client, clock=self._clock)
+            for name, issuer in issuers_of(self._settings).items()
+            if issuer.audience
+        }
+        operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
+
+        async def find_org(code: str) -> tuple[str, str] | None:
+            row = await database.call_autocommit(orgs.find, code)
+            return None if row is None else (row["issuer"], row["state"])
+
+        return Access(operators, guards, find_org, org_role=web.org_role)

@@ -9,6 +9,7 @@ import pytest
 
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
+from worker.web.access import Access
 from worker.web.app import build
 from worker.web.health import Health
 
@@ -31,7 +32,11 @@ def watched(**changes: Any) -> Health:
 
 
 async def get(health: Health, path: str, **headers: str) -> httpx.Response:
-    transport = httpx.ASGITransport(build(health))
+    # Health is answered from memory: there is no database behind it here.
+    nothing: Any = None
+    transport = httpx.ASGITransport(
+        build(health, nothing, Access([], {}, nothing, org_role="viewer"), nothing)
+    )
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8470") as client:
         return await client.get(path, headers=headers)
 

@@ -1,0 +1,124 @@
+"""The web application over a real database, with two orgs, their tokens and operators."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from worker.definitions.file import parse_file
+from worker.guard import Guard
+from worker.handlers.catalogue import HandlerEntry
+from worker.operations.apply import apply
+from worker.store import catalogue, orgs
+from worker.store.database import Database
+from worker.telemetry.metrics import Metrics
+from worker.web.access import Access, Operator, Role
+from worker.web.app import build
+from worker.web.health import Health
+
+BASE = "http://127.0.0.1:8470"
+TOKENS: dict[Role, str] = {role: f"token-of-the-{role}" for role in ("viewer", "operator", "admin")}
+OPERATORS = [
+    Operator(role, role, hashlib.sha256(token.encode()).hexdigest()) for role, token in TOKENS.items()
+]
+DEFINITIONS = "".join(
+    f"""
+[[org]]
+code = "{code}"
+name = "<b>{code}</b>"
+issuer = "{issuer}"
+
+[[definition]]
+org = "{code}"
+name = "digest"
+handler = "{handler}"
+schedule = "0 3 * * *"
+overlap = "allow"
+"""
+    for code, issuer, handler in (
+        ("org_a", "main", "acme.digest"),
+        ("org_b", "main", "acme.other"),
+        ("org_c", "elsewhere", "acme.other"),
+    )
+)
+URLS = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}
+TEMPLATE = """
+[[template]]
+name = "export"
+orgs = { issuer = "nobody" }
+handler = "acme.digest"
+schedule = "@hourly"
+"""
+
+
+class Site:
+    """Asks the application as somebody, from some address."""
+
+    def __init__(self, database: Database, clock: ManualClock) -> None:
+        self.database = database
+        self.clock = clock
+        self.issuer = FakeIssuer(clock)
+        self.apps = {
+            code: App(code, f"m2m-{code}", "s3cret") for code in ("org_a", "org_b", "org_c", "org_z")
+        }
+        self.operators: list[Operator] = []
+        self.org_role: Role = "operator"
+        self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
+
+    def token(self, code: str, **claims: Any) -> str:
+        return self.issuer.token(self.apps[code], **claims)
+
+    def client(self, token: str | None = None, *, address: str = "127.0.0.1") -> httpx.AsyncClient:
+        """Asks as whoever has this token."""
+
+        async def find_org(code: str) -> tuple[str, str] | None:
+            row = await self.database.call_autocommit(orgs.find, code)
+            return None if row is None else (row["issuer"], row["state"])
+
+        access = Access(self.operators, {"main": self.guard}, find_org, org_role=self.org_role)
+        app = build(Health(Metrics(version="1.0")), self.database, access, self.clock)
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url=BASE, headers=headers)
+
+    async def get(self, path: str, token: str | None = None, **options: Any) -> httpx.Response:
+        async with self.client(token, **options) as client:
+            return await client.get(path)
+
+    async def post(self, path: str, token: str | None = None, **request: Any) -> httpx.Response:
+        async with self.client(token) as client:
+            return await client.post(path, **request)
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Database]:
+    """On SQLite, but where a test asks for either."""
+    url = request.getfixturevalue(f"migrated_{URLS[getattr(request, 'param', 'sqlite')]}")
+    opened = Database.open(url, clock=clock)
+    names = ("acme.digest", "acme.other")
+    entries = [HandlerEntry(name, "acme-jobs", "1.0", "acme_jobs:x") for name in names]
+    with opened.transaction() as connection:
+        catalogue.put(connection, entries, at=opened.now(connection))
+    apply(opened, parse_file(DEFINITIONS + TEMPLATE), actor="tester")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+async def site(database: Database, clock: ManualClock) -> AsyncIterator[Site]:
+    made = Site(database, clock)
+    yield made
+    await made.guard.close()
+
+
+@pytest.fixture
+def staffed(site: Site) -> Site:
+    """The same with operators."""
+    site.operators = OPERATORS
+    return site

@@ -1,0 +1,196 @@
+"""The dashboard: a login, pages that escape all they show, and buttons that only our own pages can press."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from tests.integration.web.conftest import BASE, TOKENS, Site
+from worker.operations.run_now import run_now
+from worker.store import tables
+from worker.web.sessions import COOKIE
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with site.client() as client:
+        answer = await client.post("/login", data={"token": token}, headers={"origin": BASE})
+        assert (answer.status_code, answer.headers["location"]) == (303, "/")
+        yield client
+
+
+def csrf_of(page: httpx.Response) -> str:
+    found = re.search(r'name="csrf" value="([^"]+)"', page.text)
+    assert found is not None
+    return found[1]
+
+
+def fail(site: Site, run_id: str) -> None:
+    """As if the run had failed, with words that would be markup."""
+    with site.database.transaction() as connection:
+        live, runs = tables.live_runs, tables.runs
+        connection.execute(live.delete().where(live.c.id == run_id))
+        ended = {"state": "failed", "reason": "error", "detail": "<script>", "attempt": 1}
+        error = {"type": "ValueError", "message": "<img src=x>"}
+        connection.execute(
+            update(runs).where(runs.c.id == run_id).values(finished_at=site.clock.now(), error=error, **ended)
+        )
+
+
+def make_run(site: Site, org: str) -> str:
+    run: str = run_now(site.database, org, "digest", actor="tester")["id"]
+    return run
+
+
+async def test_a_good_token_opens_a_session_and_a_bad_one_says_so(staffed: Site):
+    async with staffed.client() as client:
+        refused = await client.post("/login", data={"token": "wrong"})
+        opened = await client.post("/login", data={"token": TOKENS["viewer"]})
+        page = await client.get("/")
+
+    assert (refused.status_code, "does not hold" in refused.text) == (401, True)
+    cookie = opened.headers["set-cookie"]
+    assert cookie.startswith(COOKIE)
+    assert "HttpOnly" in cookie
+    assert "samesite=lax" in cookie.lower()
+    assert TOKENS["viewer"] not in cookie
+    assert (page.status_code, "operator:viewer (viewer)" in page.text) == (200, True)
+
+
+async def test_pages_show_failures_with_their_reason_and_escape_what_they_show(staffed: Site):
+    run = make_run(staffed, "org_a")
+    fail(staffed, run)
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        pages = [await client.get(path) for path in ("/", "/orgs/org_a", f"/runs/{run}")]
+
+    for page in pages:
+        assert page.status_code == 200
+        assert "ValueError: &lt;img" in page.text
+        assert "<script" not in page.text
+        assert "<img" not in page.text
+        assert "<b>org" not in page.text
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'; style-src 'sha256-" in policy
+        assert "unsafe" not in policy
+
+
+async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed: Site):
+    run = make_run(staffed, "org_a")
+    fail(staffed, run)
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        csrf = csrf_of(await client.get(f"/runs/{run}"))
+        retried = await client.post(f"/runs/{run}/retry", data={"csrf": csrf}, headers={"origin": BASE})
+        new = retried.headers["location"]
+        page = await client.get(new)
+        assert f"{new}/cancel" in page.text
+        cancelled = await client.post(f"{new}/cancel", data={"csrf": csrf_of(page)})
+
+        assert (retried.status_code, cancelled.status_code) == (303, 303)
+        assert "cancelled: requested" in (await client.get(new)).text
+
+
+@pytest.mark.parametrize(
+    ("form", "headers"),
+    [
+        ({}, {}),
+        ({"csrf": "guessed"}, {}),
+        ({"csrf": ""}, {"origin": BASE}),
+        ({"csrf": "theirs"}, {"origin": "https://evil.example"}),
+        ({"csrf": "theirs"}, {"origin": "null"}),
+    ],
+)
+async def test_a_form_of_another_page_does_nothing(staffed: Site, form: dict, headers: dict):
+    run = make_run(staffed, "org_a")
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        if form.get("csrf") == "theirs":
+            form = {"csrf": csrf_of(await client.get("/"))}
+        answer = await client.post(f"/runs/{run}/cancel", data=form, headers=headers)
+
+        assert answer.status_code == 403
+        assert "waiting" in (await client.get(f"/runs/{run}")).text
+
+
+async def test_a_login_sent_by_another_page_is_refused(staffed: Site):
+    async with staffed.client() as client:
+        headers = {"origin": "https://evil.example"}
+        answer = await client.post("/login", data={"token": TOKENS["admin"]}, headers=headers)
+
+    assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+
+
+async def test_a_session_opens_nothing_of_the_api(staffed: Site):
+    async with logged_in(staffed, TOKENS["admin"]) as client:
+        assert (await client.get("/api/v1/runs")).status_code == 401
+        assert (await client.post("/api/v1/definitions/org_a/digest/run")).status_code == 401
+
+
+async def test_a_viewer_is_shown_no_button_and_may_press_none(staffed: Site):
+    run = make_run(staffed, "org_a")
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = await client.get(f"/runs/{run}")
+        answer = await client.post(f"/runs/{run}/cancel", data={"csrf": csrf_of(page)})
+
+    assert ">Cancel<" not in page.text
+    assert answer.status_code == 403
+
+
+async def test_a_bearer_token_only_looks(staffed: Site):
+    run = make_run(staffed, "org_a")
+
+    page = await staffed.get(f"/runs/{run}", TOKENS["operator"])
+
+    assert (page.status_code, ">Cancel<" in page.text) == (200, False)
+    assert (await staffed.post(f"/runs/{run}/cancel", TOKENS["operator"])).status_code == 401
+
+
+async def test_an_org_is_led_to_its_own_page_and_finds_no_other(site: Site):
+    theirs = make_run(site, "org_b")
+    async with logged_in(site, site.token("org_a")) as client:
+        home = await client.get("/", follow_redirects=True)
+        others = [await client.get(path) for path in ("/orgs/org_b", f"/runs/{theirs}")]
+
+    assert home.url.path == "/orgs/org_a"
+    assert "org_b" not in home.text
+    assert [page.status_code for page in others] == [404, 404]
+
+
+async def test_a_session_ends_with_its_token_by_time_or_by_logout(site: Site):
+    app = site.apps["org_a"]
+    app.lifetime = 600
+    async with logged_in(site, site.token("org_a")) as client:
+        site.clock.advance(599)
+        page = await client.get("/orgs/org_a")
+        assert page.status_code == 200
+        site.clock.advance(2)
+        assert (await client.get("/orgs/org_a")).status_code == 401
+
+    async with logged_in(site, site.token("org_a")) as client:
+        page = await client.get("/orgs/org_a")
+        key = client.cookies[COOKIE]
+        await client.post("/logout", data={"csrf": csrf_of(page)})
+        answer = await client.get("/orgs/org_a", headers={"cookie": f"{COOKIE}={key}"})
+        assert answer.status_code == 401
+
+
+async def test_orgs_and_runs_have_further_pages(staffed: Site):
+    with staffed.database.transaction() as connection:
+        [org] = connection.execute(tables.orgs.select().where(tables.orgs.c.code == "org_a")).mappings()
+        for number in range(30):
+            row = dict(org) | {"id": f"01900000-0000-7000-8000-{number:012}", "code": f"org-{number:02}"}
+            connection.execute(tables.orgs.insert().values(row))
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        first = await client.get("/")
+        more = re.search(r'href="(/\?after=[^"]+)"', first.text)
+        assert more is not None
+        second = await client.get(more[1])
+
+    listed = [set(re.findall(r'href="/orgs/([^"]+)"', page.text)) for page in (first, second)]
+    assert len(listed[0] | listed[1]) == 33
+    assert not listed[0] & listed[1]

@@ -1,0 +1,150 @@
+"""Access: who asks, by their bearer token, and what they may see and do."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from starlette.requests import HTTPConnection
+
+from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
+from worker.guard import Guard
+
+Role = Literal["viewer", "operator", "admin"]
+RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
+
+# The issuer and the state of the org of this code; None where there is no such org.
+FindOrg = Callable[[str], Awaitable[tuple[str, str] | None]]
+
+_BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: an operator, or an org by its own token, which sees that org only."""
+
+    name: str
+    role: Role
+    org: str | None = None
+    until: datetime | None = None
+
+    @property
+    def actor(self) -> str:
+        """The name in audit rows and as the maker of runs."""
+        return f"operator:{self.name}" if self.org is None else f"org:{self.org}"
+
+    def require(self, role: Role) -> None:
+        """Let through who has at least this role.
+
+        Raises:
+            AccessDenied: the caller has less.
+        """
+        if RANK[self.role] < RANK[role]:
+            raise AccessDenied(f"this needs the role {role}; {self.actor} has {self.role}")
+
+    def org_asked_for(self, org: str | None) -> str | None:
+        """The org to look at: the caller's own, or for operators the one asked for; None is all.
+
+        Raises:
+            NotFound: it is another org's: to this caller it does not exist.
+        """
+        if self.org is None or org is None or org == self.org:
+            return self.org or org
+        raise NotFound(f"there is no org {org}")
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A person or program that works for all orgs; `token_sha256` in lower-case hexadecimal."""
+
+    name: str
+    role: Role
+    token_sha256: str
+
+
+class Access:
+    """Knows operators by the hash of their token, and orgs by what their issuer's guard says."""
+
+    def __init__(
+        self,
+        operators: Sequence[Operator],
+        guards: Mapping[str, Guard],
+        find_org: FindOrg,
+        *,
+        org_role: Role,
+    ) -> None:
+        self._operators = operators
+        self._guards = guards
+        self._find_org = find_org
+        self._org_role = org_role
+
+    async def caller_of(self, connection: HTTPConnection) -> Caller | None:
+        """Who asks, by the header Authorization; None without one.
+
+        Raises:
+            TokenError: the token does not hold.
+            AccessDenied: it holds, but lets nobody in here.
+            IssuerUnavailable: nobody can say, since the issuer's keys cannot be read.
+        """
+        headers = connection.headers.getlist("authorization")
+        if not headers:
+            return None
+        match = _BEARER.fullmatch(headers[0].strip())
+        if match is None or len(headers) > 1:
+            raise TokenError("one header Authorization with a bearer token is needed")
+        return await self.caller_with(match[1], connection)
+
+    async def caller_with(self, token: str, connection: HTTPConnection) -> Caller:
+        """Who this token is of; raises as `caller_of` does."""
+        if not self._operators and not _is_local(connection):
+            raise AccessDenied(
+                "only this machine is served as long as there is no operator",
+                fix="add one to [[web.operators]] of worker.toml",
+            )
+        return self._operator(token) or await self._org(token)
+
+    def _operator(self, token: str) -> Caller | None:
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        # All are compared, so that the time taken tells nothing of where one matched.
+        for operator in self._operators:
+            if hmac.compare_digest(operator.token_sha256, digest):
+                found = Caller(operator.name, operator.role)
+        return found
+
+    async def _org(self, token: str) -> Caller:
+        fault: TokenRefused | Unavailable | None = None
+        for issuer, guard in self._guards.items():
+            try:
+                claims = await guard.check(token)
+            except Unavailable as unavailable:
+                fault = unavailable
+            except TokenRefused as refused:
+                fault = fault or refused
+            else:
+                return await self._admit(claims.org_code, issuer, claims.expires_at)
+        if isinstance(fault, Unavailable):
+            raise fault
+        raise TokenError("the token does not hold")
+
+    async def _admit(self, org: str, issuer: str, until: datetime) -> Caller:
+        found = await self._find_org(org)
+        # Another issuer may call an org of its own the same.
+        if found is None or found[0] != issuer or found[1] not in ("active", "paused"):
+            raise AccessDenied(f"org {org} may not use this worker")
+        return Caller(org, self._org_role, org=org, until=until)
+
+
+def _is_local(connection: HTTPConnection) -> bool:
+    try:
+        address = ipaddress.ip_address(connection.client.host if connection.client else "")
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

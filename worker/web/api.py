@@ -1,0 +1,205 @@
+"""The JSON API under /api/v1: lists, one run, and what may be done with runs; bearer tokens only."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker.clock import Clock
+from worker.errors import NotFound, UsageError
+from worker.ids import RunId
+from worker.operations.cancel import cancel
+from worker.operations.named_run import named_run
+from worker.operations.retry import retry
+from worker.operations.run_now import run_now
+from worker.store import log_listing, run_listing
+from worker.store.database import Database
+from worker.store.paging import Row
+from worker.web.access import Caller
+from worker.web.answers import encode, json_answer
+from worker.web.body import read_body
+from worker.web.lists import LISTS, limit_of, read_list
+
+T = TypeVar("T")
+
+BASE = "/api/v1"
+LOG_LINES = 1000
+
+
+class Api:
+    """Every answer is made in a thread of the web's own database connections, down to its last byte."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+
+    def routes(self) -> Sequence[Route]:
+        lists = [
+            Route(f"{BASE}/{name}", functools.partial(self._list, name), methods=["GET"]) for name in LISTS
+        ]
+        return (
+            *lists,
+            Route(f"{BASE}/runs/{{run}}", self._run, methods=["GET"]),
+            Route(f"{BASE}/runs/{{run}}/attempts", self._attempts, methods=["GET"]),
+            Route(f"{BASE}/runs/{{run}}/logs", self._logs, methods=["GET"]),
+            Route(f"{BASE}/runs/{{run}}/cancel", self._cancel, methods=["POST"]),
+            Route(f"{BASE}/runs/{{run}}/retry", self._retry, methods=["POST"]),
+            Route(f"{BASE}/definitions/{{org}}/{{name}}/run", self._run_now, methods=["POST"]),
+        )
+
+    async def _list(self, name: str, request: Request) -> Response:
+        given = single(request.query_params.multi_items())
+        caller = caller_of(request)
+
+        def work(connection: Connection) -> tuple[bytes, str | None]:
+            rows = read_list(connection, name, caller, given, self._clock)
+            full = "limit" in LISTS[name].filters and len(rows) == limit_of(given)
+            return encode(rows), rows[-1]["id"] if full and rows else None
+
+        body, last = await self._database.call_autocommit(work)
+        headers = {}
+        if last is not None:
+            query = urlencode({**given, "after": last})
+            headers["link"] = f'<{request.url.path}?{query}>; rel="next"'
+        return json_answer(body, headers=headers)
+
+    async def _run(self, request: Request) -> Response:
+        return json_answer(await self._of_run(request, lambda connection, row: row))
+
+    async def _attempts(self, request: Request) -> Response:
+        return json_answer(await self._of_run(request, lambda connection, row: row["attempts"]))
+
+    async def _logs(self, request: Request) -> Response:
+        given = single(request.query_params.multi_items())
+        if set(given) - {"after", "limit"}:
+            raise UsageError("logs have the parameters after (attempt.seq) and limit")
+        after, limit = _log_place(given.get("after", "0.0")), _log_limit(given.get("limit"))
+        caller = caller_of(request)
+
+        def work(connection: Connection) -> bytes:
+            run = named_run(connection, request.path_params["run"], caller.org)
+            lines = log_listing.lines_for_all_orgs(connection, RunId(run["id"]), after=after, limit=limit)
+            return encode(lines)
+
+        return json_answer(await self._database.call_autocommit(work))
+
+    async def _of_run(self, request: Request, part: Callable[[Connection, Row], Any]) -> bytes:
+        caller = caller_of(request)
+
+        def work(connection: Connection) -> bytes:
+            return encode(part(connection, shown_run(connection, caller, request.path_params["run"])))
+
+        return await self._database.call_autocommit(work)
+
+    async def _cancel(self, request: Request) -> Response:
+        await _json_body(request, ())
+        return json_answer(encode(await self.cancel(caller_of(request), request.path_params["run"])))
+
+    async def _retry(self, request: Request) -> Response:
+        body = await _json_body(request, ("from_checkpoint",))
+        from_checkpoint = body.get("from_checkpoint", False)
+        if not isinstance(from_checkpoint, bool):
+            raise UsageError("from_checkpoint is true or false")
+        row = await self.retry(caller_of(request), request.path_params["run"], from_checkpoint)
+        return _made(row)
+
+    async def _run_now(self, request: Request) -> Response:
+        body = await _json_body(request, ("params",))
+        params = body.get("params")
+        if params is not None and not isinstance(params, dict):
+            raise UsageError("params is an object")
+        caller, org, name = caller_of(request), request.path_params["org"], request.path_params["name"]
+        key = request.headers.get("idempotency-key")
+        return _made(await self.run_now(caller, org, name, key, params))
+
+    async def cancel(self, caller: Caller, run: str) -> Row:
+        """As `operations.cancel`, for whoever may."""
+        caller.require("operator")
+        return await self._do(cancel, run, actor=caller.actor, org=caller.org)
+
+    async def retry(self, caller: Caller, run: str, from_checkpoint: bool) -> Row:
+        """As `operations.retry`, for whoever may."""
+        caller.require("operator")
+        return await self._do(retry, run, actor=caller.actor, org=caller.org, from_checkpoint=from_checkpoint)
+
+    async def run_now(
+        self, caller: Caller, org: str, name: str, key: str | None, params: Mapping[str, Any] | None
+    ) -> Row:
+        """As `operations.run_now`, for whoever may."""
+        caller.org_asked_for(org)
+        caller.require("operator")
+        return await self._do(run_now, org, name, actor=caller.actor, request_key=key, params=params)
+
+    async def _do(self, operation: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return await self._database.run(operation, self._database, *args, **kwargs)
+
+
+def caller_of(request: Request) -> Caller:
+    """Whom the gate let in."""
+    caller: Caller = request.scope["caller"]
+    return caller
+
+
+def shown_run(connection: Connection, caller: Caller, run_id: str) -> Row:
+    """One run with all that is known of it.
+
+    Raises:
+        NotFound: there is none, or it is another org's.
+    """
+    if caller.org is None:
+        return run_listing.run_for_all_orgs(connection, run_id)
+    return run_listing.run(connection, caller.org, run_id)
+
+
+def single(items: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Parameters, each given once.
+
+    Raises:
+        UsageError: one is given twice.
+    """
+    given = dict(items)
+    if len(given) != len(items):
+        raise UsageError("a parameter is given twice")
+    return given
+
+
+async def _json_body(request: Request, names: Sequence[str]) -> dict[str, Any]:
+    """The members of a JSON object, which may be left out."""
+    text = await read_body(request)
+    if not text.strip():
+        return {}
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError("the body is no JSON") from None
+    if not isinstance(body, dict) or set(body) - set(names):
+        allowed = ", ".join(names) or "no members"
+        raise UsageError(f"the body is a JSON object with {allowed}")
+    return body
+
+
+def _made(row: Row) -> Response:
+    return json_answer(encode(row), 201, {"location": f"{BASE}/runs/{row['id']}"})
+
+
+def _log_place(text: str) -> tuple[int, int]:
+    attempt, dot, seq = text.partition(".")
+    if not (dot and attempt.isdecimal() and seq.isdecimal() and len(text) < 20):
+        raise NotFound(f"no line of a log is called {text!r}: after is attempt.seq, such as 1.200")
+    return int(attempt), int(seq)
+
+
+def _log_limit(text: str | None) -> int:
+    if text is None:
+        return LOG_LINES
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= LOG_LINES:
+        raise UsageError(f"limit {text!r} is not between 1 and {LOG_LINES}")
+    return int(text)

@@ -1,0 +1,172 @@
+"""The dashboard at `/`: runs by org, failures with their reason, and what may be done about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+from urllib.parse import quote
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from worker.clock import Clock
+from worker.errors import AccessDenied, TokenError
+from worker.ids import RunId
+from worker.store import definition_listing, listing, log_listing, run_listing
+from worker.store.database import Database
+from worker.store.paging import Row
+from worker.telemetry.events import emit
+from worker.web.access import RANK, Access
+from worker.web.api import Api, caller_of, shown_run, single
+from worker.web.body import read_form
+from worker.web.gate import in_api
+from worker.web.pages import page, render
+from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
+
+ROWS = 25
+LINES = 500
+RECENT = timedelta(days=1)
+
+
+class Dashboard:
+    """Pages for a session, or for a bearer token, which then only looks."""
+
+    def __init__(
+        self, database: Database, clock: Clock, api: Api, access: Access, sessions: Sessions
+    ) -> None:
+        self._database = database
+        self._clock = clock
+        self._api = api
+        self._access = access
+        self._sessions = sessions
+
+    def routes(self) -> Sequence[Route]:
+        return (
+            Route("/", self._overview),
+            Route("/orgs/{org}", self._org),
+            Route("/runs/{run}", self._run),
+            Route("/runs/{run}/cancel", self._cancel, methods=["POST"]),
+            Route("/runs/{run}/retry", self._retry, methods=["POST"]),
+            Route("/orgs/{org}/definitions/{name}/run", self._run_now, methods=["POST"]),
+            Route(LOGIN, self._login, methods=["POST"]),
+            Route("/logout", self._logout, methods=["POST"]),
+        )
+
+    async def _overview(self, request: Request) -> Response:
+        caller = caller_of(request)
+        if caller.org is not None:
+            return RedirectResponse(f"/orgs/{quote(caller.org, safe='')}", 303)
+        after = single(request.query_params.multi_items()).get("after")
+        since = self._clock.now() - RECENT
+
+        def work(connection: Connection) -> dict[str, Any]:
+            def runs(state: str) -> list[Row]:
+                recent = None if state == "running" else since
+                return run_listing.runs_for_all_orgs(connection, state=state, since=recent, limit=ROWS)
+
+            orgs = listing.orgs_for_all_orgs(connection, limit=ROWS, after=after)
+            states = {state: runs(state) for state in ("failed", "refused", "running")}
+            return {"orgs": orgs, "next": _next(orgs), **states}
+
+        return await self._show(request, "overview.html", work)
+
+    async def _org(self, request: Request) -> Response:
+        org = caller_of(request).org_asked_for(request.path_params["org"]) or ""
+        after = single(request.query_params.multi_items()).get("after")
+
+        def work(connection: Connection) -> dict[str, Any]:
+            runs = run_listing.runs(connection, org, limit=ROWS, after=after)
+            return {
+                "org": listing.org(connection, org),
+                "definitions": definition_listing.definitions(connection, org),
+                "runs": runs,
+                "next": _next(runs),
+            }
+
+        return await self._show(request, "org.html", work)
+
+    async def _run(self, request: Request) -> Response:
+        caller = caller_of(request)
+
+        def work(connection: Connection) -> dict[str, Any]:
+            run = shown_run(connection, caller, request.path_params["run"])
+            lines = log_listing.lines_for_all_orgs(connection, RunId(run["id"]), limit=LINES)
+            return {"run": run, "lines": lines}
+
+        return await self._show(request, "run.html", work)
+
+    async def _cancel(self, request: Request) -> Response:
+        await self._checked_form(request)
+        return _to_run(await self._api.cancel(caller_of(request), request.path_params["run"]))
+
+    async def _retry(self, request: Request) -> Response:
+        await self._checked_form(request)
+        return _to_run(await self._api.retry(caller_of(request), request.path_params["run"], False))
+
+    async def _run_now(self, request: Request) -> Response:
+        await self._checked_form(request)
+        org, name = request.path_params["org"], request.path_params["name"]
+        return _to_run(await self._api.run_now(caller_of(request), org, name, None, None))
+
+    async def _login(self, request: Request) -> Response:
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
+            raise AccessDenied("this form is not of a page that you opened here")
+        token = (await read_form(request)).get("token", "").strip()
+        caller = await self._access.caller_with(token, request)
+        session = self._sessions.begin(caller)
+        emit("web.login", caller=caller.actor, role=caller.role)
+        answer = RedirectResponse("/", 303)
+        answer.set_cookie(
+            COOKIE, session.key, httponly=True, samesite="lax", secure=request.url.scheme == "https"
+        )
+        return answer
+
+    async def _logout(self, request: Request) -> Response:
+        self._sessions.end(await self._checked_form(request))
+        answer = RedirectResponse("/", 303)
+        answer.delete_cookie(COOKIE)
+        return answer
+
+    async def _checked_form(self, request: Request) -> Session:
+        """The session whose page sent this form."""
+        session: Session | None = request.scope.get("session")
+        if session is None:
+            raise TokenError("log in first")
+        form = await read_form(request)
+        session.check(form.get("csrf", ""), request.headers.get("origin"), request.headers.get("host", ""))
+        return session
+
+    async def _show(
+        self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
+    ) -> Response:
+        """Read and render in the database's thread: a large page must not hold up the loop."""
+        caller, session = caller_of(request), request.scope.get("session")
+        may_act = session is not None and RANK[caller.role] >= RANK["operator"]
+
+        def made(connection: Connection) -> bytes:
+            values = work(connection)
+            return render(template, caller=caller, session=session, may_act=may_act, **values)
+
+        return page(await self._database.call_autocommit(made))
+
+
+def error_page(scope: Scope, status: int, message: str, fix: str) -> Response | None:
+    """An error for a person: the login page where a token is lacking; None where a program asked."""
+    if in_api(scope):
+        return None
+    if status == 401:
+        return page(render("login.html", message=message, tried=scope["path"] == LOGIN), status)
+    return page(render("error.html", status=status, message=message, fix=fix), status)
+
+
+def _next(rows: Sequence[Row]) -> str | None:
+    return rows[-1]["id"] if len(rows) == ROWS else None
+
+
+def _to_run(row: Row) -> Response:
+    return RedirectResponse(f"/runs/{row['id']}", 303)

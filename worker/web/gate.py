@@ -1,0 +1,48 @@
+"""The gate: nobody passes it without a token, but those who ask for health and metrics."""
+
+from __future__ import annotations
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from worker.errors import TokenError
+from worker.web.access import Access, Caller
+from worker.web.api import BASE
+from worker.web.health import PATHS
+from worker.web.sessions import COOKIE, LOGIN, Sessions
+
+
+class Gate:
+    """ASGI middleware: puts the `Caller` in `scope["caller"]`, and for the dashboard the session beside it.
+
+    A session's cookie opens the dashboard only: a page elsewhere that makes a browser
+    send it gets nothing out of the API.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, sessions: Sessions) -> None:
+        self._app = app
+        self._access = access
+        self._sessions = sessions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path not in PATHS and not (path == LOGIN and scope["method"] == "POST"):
+            scope["caller"] = await self._caller(HTTPConnection(scope))
+        await self._app(scope, receive, send)
+
+    async def _caller(self, connection: HTTPConnection) -> Caller:
+        caller = await self._access.caller_of(connection)
+        if caller is not None:
+            return caller
+        if not in_api(connection.scope):
+            session = self._sessions.find(connection.cookies.get(COOKIE))
+            if session is not None:
+                connection.scope["session"] = session
+                return session.caller
+        raise TokenError("a bearer token is needed", fix="send the header Authorization: Bearer TOKEN")
+
+
+def in_api(scope: Scope) -> bool:
+    """Whether a program asks, not a person."""
+    path: str = scope["path"]
+    return path in PATHS or path == "/api" or path.startswith(f"{BASE.rpartition('/')[0]}/")
