@@ -23,11 +23,11 @@ _Candidate = tuple[RunId, str, str, Isolation, str, int | None]
 
 RING = """
 WITH RECURSIVE hop(org_id, n) AS (
-  SELECT (SELECT org_id FROM live_runs WHERE state = 'waiting' AND org_id > ?1 ORDER BY org_id LIMIT 1), 1
+  SELECT (SELECT org_id FROM live_runs WHERE state = 'waiting' AND org_id > ? ORDER BY org_id LIMIT 1), 1
   UNION ALL
   SELECT (SELECT l.org_id FROM live_runs l
           WHERE l.state = 'waiting' AND l.org_id > hop.org_id ORDER BY l.org_id LIMIT 1), hop.n + 1
-  FROM hop WHERE hop.org_id IS NOT NULL AND hop.n < ?2
+  FROM hop WHERE hop.org_id IS NOT NULL AND hop.n < ?
 )
 SELECT org_id FROM hop WHERE org_id IS NOT NULL
 """
