@@ -22,6 +22,7 @@ from worker.cli.options import (
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
+from worker.errors import UsageError
 
 if TYPE_CHECKING:
     from worker.operations.check_orgs import Report
@@ -86,6 +87,11 @@ def add(
     from worker import wiring
     from worker.operations.credentials import add_credential
 
+    if (secret_file is None) == (reference is None):
+        raise UsageError(
+            "name either a file that holds the secret, or a reference to one in secrets_dir",
+            fix="--secret-file FILE, --secret-file - for standard input, or --reference file:NAME",
+        )
     session = session_of(context)
     secret = None if secret_file is None else read_text(secret_file).rstrip("\r\n")
     with session.database() as database:
