@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -89,18 +90,19 @@ def next_(
         str | None, typer.Option("--timezone", metavar="ZONE", help="IANA zone of --schedule; default UTC.")
     ] = None,
     start: Annotated[
-        str | None, typer.Option("--from", metavar="T", help="From this instant on; default now.")
+        str | None,
+        typer.Option("--from", metavar="T", help="From this instant on; default from what is due."),
     ] = None,
     count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many instants.")] = 10,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Preview the next instants of a definition, or of --schedule, from the very code that fires."""
     session = session_of(context)
-    at = session.clock.now() if start is None else read_instant(start, session.clock, option="--from")
+    at = None if start is None else read_instant(start, session.clock, option="--from")
     if schedule is not None and org is None:
-        rows = upcoming.of_schedule(schedule, timezone or "UTC", at, count)
+        rows = upcoming.of_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
     elif schedule is None and timezone is None and org is not None and name is not None:
-        rows = upcoming.of_definition(_definition(session, org, name), at, count)
+        rows = _upcoming(session, org, name, at, count)
     else:
         raise UsageError("name either ORG and NAME, or --schedule (with --timezone)")
     print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
@@ -208,6 +210,18 @@ def resume(
     with session.database() as database:
         row = resume_definition(database, org, name, actor=session.actor)
     print_row(row, output)
+
+
+def _upcoming(
+    session: Session, org: str, name: str, start: datetime | None, count: int
+) -> list[dict[str, Any]]:
+    from worker.store import definition_listing, run_listing
+
+    with session.database() as database, database.autocommit() as connection:
+        row = definition_listing.definition(connection, org, name)
+        unfinished = run_listing.unfinished(connection, org, row["id"])
+        now = database.now(connection)
+    return upcoming.of_definition(row, unfinished, start, count, now=now)
 
 
 def _definition(session: Session, org: str, name: str) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zoneinfo import ZoneInfo
 
 from worker.definitions.units import format_duration
-
-if TYPE_CHECKING:
-    from worker.definitions.triggers import Trigger
 
 Row = dict[str, Any]
 
@@ -28,40 +25,36 @@ def of_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> l
     from worker.definitions.zones import parse_zone
 
     zone = parse_zone(zone_name)
-    return _rows(parse_schedule(schedule, zone), zone, start, count)
+    return [_row(instant, zone) for instant in islice(parse_schedule(schedule, zone).instants(start), count)]
 
 
-def of_definition(row: Mapping[str, Any], start: datetime, count: int) -> list[Row]:
-    """As `of_schedule`, of a row of `definitions show`, within its `starts_at` and `ends_at`.
-
-    Where the definition or its org is stopped, each instant says that it is not due.
-    """
-    from worker.definitions.definition import from_spec
-    from worker.definitions.spread import spread_of
-    from worker.definitions.zones import parse_zone
-
-    definition = from_spec(row["org"], row["name"], row["spec"])
-    trigger = definition.trigger(row["timezone"])
-    spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
-    notes = [_stopped(row), f"fires {format_duration(spread)} later" if spread else ""]
-    return _rows(trigger, parse_zone(row["timezone"]), start, count, notes)
-
-
-def _rows(
-    trigger: Trigger, zone: ZoneInfo, start: datetime, count: int, notes: list[str] | None = None
+def of_definition(
+    row: Mapping[str, Any],
+    unfinished: Sequence[Mapping[str, Any]],
+    start: datetime | None,
+    count: int,
+    *,
+    now: datetime,
 ) -> list[Row]:
-    rows: list[Row] = []
-    for instant in islice(trigger.instants(start), count):
-        local = instant.astimezone(zone)
-        note = "; ".join(filter(None, [*(notes or ()), _change(instant, zone)]))
-        rows.append({"scheduled_for": instant, "local": local.isoformat(), "note": note or None})
-    return rows
+    """As `of_schedule`, of a row of `definitions show`; what would be skipped or is not due says so.
+
+    Without `start` it begins with what is due and has not fired yet.
+    """
+    from worker.definitions.zones import parse_zone
+    from worker.runs.preview import Preview
+
+    zone = parse_zone(row["timezone"])
+    upcoming = Preview(row, unfinished, now).instants(start, count)
+    return [_row(each.scheduled_for, zone, each.note) for each in upcoming]
 
 
-def _stopped(row: Mapping[str, Any]) -> str:
-    if row["org_state"] != "active":
-        return f"not due: the org is {row['org_state']}"
-    return "" if row["state"] == "active" else f"not due: the definition is {row['state']}"
+def _row(instant: datetime, zone: ZoneInfo, note: str = "") -> Row:
+    notes = "; ".join(filter(None, (note, _change(instant, zone))))
+    return {
+        "scheduled_for": instant,
+        "local": instant.astimezone(zone).isoformat(),
+        "note": notes or None,
+    }
 
 
 def _change(instant: datetime, zone: ZoneInfo) -> str:

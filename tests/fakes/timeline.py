@@ -1,0 +1,129 @@
+"""An installation on SQLite whose clock is moved by hand: what is applied, fired, started and ended in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.stock import Stock
+from worker.definitions.file import parse_file
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId
+from worker.operations.apply import apply
+from worker.runs.fire import decide
+from worker.runs.run import AdmittedRun
+from worker.store import catalogue, runs, tables
+from worker.store.database import Database
+
+HANDLER = "acme.note"
+NAME = "digest"
+ORG = "org_acme"
+
+
+class Timeline:
+    """One org with one definition; nothing happens until a test says so."""
+
+    def __init__(self, url: str, clock: ManualClock) -> None:
+        self.clock = clock
+        self.database = Database.open(url, clock=clock)
+        self.stock = Stock(self.database)
+        self.worker = self.stock.worker(handlers=(HANDLER,))
+        self.running: dict[RunId, AdmittedRun] = {}
+        with self.database.transaction() as connection:
+            entry = HandlerEntry(HANDLER, "acme-jobs", "1.0", "acme_jobs:note")
+            catalogue.put(connection, [entry], at=clock.now())
+
+    def close(self) -> None:
+        self.database.close()
+
+    def define(self, *, timezone: str | None = None, **keys: Any) -> None:
+        """Apply the definition with these keys, all others at their defaults, in an org of this zone."""
+        zone = f'timezone = "{timezone}"\n' if timezone else ""
+        lines = [f"{key} = {_toml(value)}" for key, value in keys.items()]
+        text = (
+            f'[[org]]\ncode = "{ORG}"\nissuer = "main"\nmax_concurrent_runs = 1000\n{zone}\n[[definition]]\n'
+            f'org = "{ORG}"\nname = "{NAME}"\nhandler = "{HANDLER}"\n' + "\n".join(lines)
+        )
+        apply(self.database, parse_file(text), actor="tester")
+
+    def fire(self) -> None:
+        """Fire everything that is due, as a worker does that is up."""
+        while True:
+            with self.database.transaction() as connection:
+                report = runs.fire(
+                    connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={}
+                )
+            now = self.clock.now()
+            if not report.more and (report.next_fire_at is None or report.next_fire_at > now):
+                return
+
+    def fire_until(self, end: datetime) -> None:
+        """Let time pass until `end`; a worker is up all the while and wakes for each instant."""
+        while True:
+            self.fire()
+            following = self.next_fire_at
+            if following is None or following > end:
+                self.clock.set(end)
+                return
+            self.clock.set(following)
+
+    @property
+    def next_fire_at(self) -> datetime | None:
+        (row,) = self.stock.all(tables.schedule)
+        found: datetime | None = row["next_fire_at"]
+        return found
+
+    def start(self) -> list[AdmittedRun]:
+        """Start what waits."""
+        admitted = self.stock.admit(self.worker, offered={HANDLER: None})
+        self.running |= {run.id: run for run in admitted}
+        return admitted
+
+    def end(self, run_id: RunId, state: str = "succeeded", **values: Any) -> None:
+        """Let a running run end."""
+        self.stock.finish(self.worker, self.stock.ended(self.running.pop(run_id), state, **values))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The scheduled runs, by their instants."""
+        rows = self.stock.all(tables.runs, tables.runs.c.origin == "schedule")
+        return sorted(rows, key=lambda row: row["scheduled_for"])
+
+    def instants(self) -> list[datetime]:
+        return [run["scheduled_for"] for run in self.runs()]
+
+    def skips(self) -> list[dict[str, Any]]:
+        return sorted(self.stock.all(tables.skips), key=lambda row: row["skipped_from"])
+
+    def skipped(self) -> dict[str, int]:
+        """How many instants were skipped, by reason."""
+        counts: Counter[str] = Counter()
+        for row in self.skips():
+            counts[row["reason"]] += row["count"]
+        return dict(counts)
+
+    def accounted(self) -> dict[date, int]:
+        """Scheduled runs and skip counts by UTC day."""
+        counts = days(self.instants())
+        for row in self.skips():
+            first, last = row["skipped_from"].astimezone(UTC), row["skipped_until"].astimezone(UTC)
+            assert first.date() == last.date(), f"a skip over midnight: {row}"
+            counts[first.date()] += row["count"]
+        return dict(counts)
+
+
+def days(instants: Iterable[datetime]) -> Counter[date]:
+    """How many instants lie in each UTC day."""
+    return Counter(instant.astimezone(UTC).date() for instant in instants)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, timedelta):
+        return f'"{value // timedelta(milliseconds=1)}ms"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        return f'"{value.isoformat()}"'
+    return str(value) if isinstance(value, int) else f'"{value}"'
