@@ -114,6 +114,35 @@ def test_the_issuers_key_is_rotated_also_when_it_is_published_late(loaded: Site,
     assert provider.requests["jwks"] - before <= 4
 
 
+def test_an_outage_of_the_issuer_fails_no_run_and_is_caught_up(loaded: Site, provider: Provider):
+    """Tokens of six seconds run out meanwhile: runs wait, the issuer is hardly asked, and all go on."""
+    before = provider.requests["token"]
+    provider.misbehave(Fault(status=503))
+    wait_until(lambda: waiting_without_token(loaded) == len(ORGS), "all orgs without a token")
+    asked = provider.requests["token"] - before
+    provider.misbehave(None)
+    last = {run["org"]: run["id"] for run in loaded.runs() if run["state"] is not None}
+
+    def caught_up() -> bool:
+        newer = {
+            run["org"]
+            for run in loaded.runs()
+            if run["state"] == "succeeded" and run["id"] > last[run["org"]]
+        }
+        return newer == set(ORGS)
+
+    wait_until(caught_up, "runs of every org", timeout=60)
+
+    assert held_up(loaded) == []
+    assert asked <= 20
+
+
+def waiting_without_token(site: Site) -> int:
+    return len(
+        {run["org"] for run in site.runs() if (run["state"], run["reason"]) == ("waiting", "no_token")}
+    )
+
+
 def test_what_leaked_is_dropped_with_its_tokens_at_once(site: Site, provider: Provider):
     """Its tokens would live for a day; two seconds after the command nobody acts under one."""
     site.add_orgs(application("org_leak"))
