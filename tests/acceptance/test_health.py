@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from tests.fakes import freezing_worker
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
+from worker.demo.serving import ServerThread, bind_loopback
 
 
 class Port:
@@ -87,10 +94,32 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     assert worker.wait(timeout=20) == 0
 
 
-def test_a_frozen_scheduler_fails_the_check_and_starves_the_watchdog(
-    site: Site, port: Port, tmp_path: Path, notified: socket.socket
+@pytest.fixture
+def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A webhook's URL and what was posted there."""
+    posts: list[dict[str, Any]] = []
+
+    async def take(request: Request) -> Response:
+        posts.append(json.loads(await request.body()))
+        return Response()
+
+    listener = bind_loopback()
+    with ServerThread(Starlette(routes=[Route("/hook", take, methods=["POST"])]), listener) as server:
+        yield f"{server.url}/hook", posts
+
+
+def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_alarm(
+    site: Site,
+    port: Port,
+    tmp_path: Path,
+    notified: socket.socket,
+    received: tuple[str, list[dict[str, Any]]],
 ):
-    site.configure(web=port.web)
+    url, posts = received
+    hook = f'[alerts]\noverdue = "3s"\nwebhook_url = "{url}"\nwebhook_secret = "{"s" * 20}"'
+    site.configure(web=port.web, extra=hook)
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "tick", "acme.note", schedule="every 1s"))
     freeze = tmp_path / "freeze"
     site.environment |= {
         freezing_worker.FILE: str(freeze),
@@ -107,6 +136,11 @@ def test_a_frozen_scheduler_fails_the_check_and_starves_the_watchdog(
     words(notified, 0.5)
     assert "WATCHDOG=1" not in words(notified, 1.5)
     assert port.get("/readyz")[0] == 503
+    wait_until(lambda: [one for one in posts if one["kind"] == "overdue"], "the overdue alarm")
+    [alarm] = [one for one in posts if one["kind"] == "overdue"]
+    assert (alarm["status"], alarm["org"], alarm["definition"]) == ("firing", "org_acme", "tick")
+    # Overdue after 3 s, and told within 3 s more; one for a machine that is busy.
+    assert 3 <= alarm["seconds"] < 7
 
 
 def test_a_port_that_another_process_has_ends_a_worker_that_was_told_to_use_it(site: Site, port: Port):

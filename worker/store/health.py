@@ -1,14 +1,15 @@
-"""Health: whether the database's rows still agree with each other, and what keeps old ones from going."""
+"""Health: whether rows agree with each other, what keeps old ones from going, and what nobody fires."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, select, text
 
 from worker.ids import RunId
-from worker.store.connection import is_postgresql
+from worker.store import tables
+from worker.store.connection import database_now, is_postgresql
 
 # Sessions other than this one that vacuum or a lock has to wait for (a replica's feedback is one
 # without a transaction of its own), prepared transactions and replication slots.
@@ -61,6 +62,22 @@ def snapshot_holders(connection: Connection) -> list[Holder]:
     if not is_postgresql(connection):
         return []
     return [Holder(*row) for row in connection.execute(text(HOLDERS))]
+
+
+def oldest_unfired(connection: Connection) -> tuple[str, str, float] | None:
+    """The instant that has waited longest to be fired: its org, its definition, and for how many seconds."""
+    schedule, definitions, orgs = tables.schedule, tables.definitions, tables.orgs
+    now = database_now(connection)
+    query = (
+        select(orgs.c.code, definitions.c.name, schedule.c.next_fire_at)
+        .join(definitions, definitions.c.id == schedule.c.definition_id)
+        .join(orgs, orgs.c.id == definitions.c.org_id)
+        .where(schedule.c.next_fire_at <= now)
+        .order_by(schedule.c.next_fire_at)
+        .limit(1)
+    )
+    row = connection.execute(query).first()
+    return None if row is None else (row[0], row[1], (now - row[2]).total_seconds())
 
 
 def strayed(connection: Connection, *, most: int = 20) -> Sequence[tuple[RunId, str]]:

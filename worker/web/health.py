@@ -27,10 +27,14 @@ class Health:
         self._vitals = vitals
         self.metrics.watch(vitals)
 
+    def draining(self) -> bool:
+        """Whether the worker was asked to stop."""
+        return self._vitals is not None and self._vitals.draining()
+
     def stalled(self) -> list[str]:
         """The loops that do not tick; none is expected to before the first incarnation or in a drain."""
         vitals = self._vitals
-        return [] if vitals is None or vitals.draining() else vitals.stalled()
+        return [] if vitals is None or self.draining() else vitals.stalled()
 
     def lacking(self) -> list[str]:
         """What this worker lacks to take work. One org's troubles are never among it.

@@ -17,6 +17,7 @@ from worker.store.lock import lock_sqlite_file
 from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
 from worker.wiring import open_keyring
+from worker.wiring.alarms import alarms
 from worker.wiring.incarnation import VERSION, Incarnation
 from worker.wiring.signals import Signals
 from worker.wiring.web import Web
@@ -66,8 +67,9 @@ def run(settings: Settings) -> int:
             )
 
         async def served() -> int:
-            async with web.serving():
-                return await run_incarnations(incarnate, children, clock)
+            with alarms(settings, database, clock, web.health):
+                async with web.serving():
+                    return await run_incarnations(incarnate, children, clock)
 
         return asyncio.run(served())
     finally:
