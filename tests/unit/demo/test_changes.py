@@ -58,15 +58,20 @@ def journal(path: str) -> Iterator[Journal]:
     journal.close()
 
 
+ADMIT = "UPDATE live_runs SET state = 'running', reason = NULL, worker_id = 'w', started_at = 't'"
+WAIT = """
+UPDATE live_runs SET state = 'waiting', reason = 'no_token', detail = 'why',
+                     worker_id = NULL, started_at = NULL
+"""
+
+
 def test_a_runs_whole_way_is_told_in_order(database, journal):
     database.execute(RUN)
     database.execute(NEW_RUN)
-    database.execute("UPDATE live_runs SET state = 'running', worker_id = 'w'")
+    database.execute(ADMIT)
     database.execute("UPDATE live_runs SET progress = '{}'")
-    database.execute(
-        "UPDATE live_runs SET state = 'waiting', reason = 'no_token', detail = 'why', worker_id = NULL"
-    )
-    database.execute("UPDATE live_runs SET state = 'running', worker_id = 'w'")
+    database.execute(WAIT)
+    database.execute(ADMIT)
     database.execute("DELETE FROM live_runs")
     database.execute("UPDATE runs SET state = 'refused', reason = 'org_mismatch', finished_at = 't'")
 
