@@ -34,7 +34,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class History:
-    """All that a checker may know. `lease` is zero where a lock decides and not the lease.
+    """All that a checker may know. `by_lease` is false where a lock decides, which falls with its holder.
 
     `periods` give each definition's distance between two instants, in seconds; a
     definition that is started by hand only has none.
@@ -48,6 +48,7 @@ class History:
     journal: Sequence[Row]
     lease: timedelta
     poll: timedelta
+    by_lease: bool = True
     faults: Sequence[Fault] = ()
     periods: Mapping[str, float] = field(default_factory=dict)
 
@@ -171,15 +172,16 @@ def slow_recoveries(history: History) -> Iterator[str]:
                 f"{lost['ended_at']}, and nothing had happened to {lost['worker_id']} but {befell}"
             )
             continue
-        following = [a for a in attempts[lost["run_id"]] if a["attempt"] == lost["attempt"] + 1]
-        again = following[0]["started_at"] if following else lost["ended_at"]
         since = max(max(causes), earliest_contact(history, lost["ended_at"]))
-        late = (again - since - history.lease - history.poll).total_seconds()
-        if late > 1.0:
-            yield (
-                f"run {lost['run_id']}: attempt {lost['attempt']} was recovered {late:.2f} s late "
-                f"at {again}; {lost['worker_id']} was lost at {max(causes)}, counted from {since}"
-            )
+        found = lost["ended_at"] - (history.lease if history.by_lease else timedelta(0))
+        again = [a["started_at"] for a in attempts[lost["run_id"]] if a["attempt"] == lost["attempt"] + 1]
+        for what, at in [("found", found), *(("started again", at - history.lease) for at in again)]:
+            late = (at - since - history.poll).total_seconds()
+            if late > 1.0:
+                yield (
+                    f"run {lost['run_id']}: attempt {lost['attempt']} was {what} {late:.2f} s late; "
+                    f"{lost['worker_id']} was lost at {max(causes)}, counted from {since}"
+                )
 
 
 def earliest_contact(history: History, at: datetime) -> datetime:

@@ -53,7 +53,7 @@ class Cluster(Site):
         self.periods: dict[str, float] = {}
         self.on_file = not database_url.startswith("postgresql")
         self.environment["PYTHONPATH"] = f"{self.plugins}:{ROOT}"
-        self.execution = execution
+        self.execution = f"max_children = 500\n{execution}"
         self.write_settings()
         make_plugin(
             self.plugins,
@@ -201,7 +201,8 @@ class Cluster(Site):
             workers=instants(self.query("SELECT * FROM workers")),
             checkpoints=instants(self.query("SELECT * FROM checkpoints")),
             journal=[line | {"at": datetime.fromtimestamp(line["at"], UTC)} for line in self.lines()],
-            lease=timedelta(0) if self.on_file else timedelta(seconds=self.lease),
+            lease=timedelta(seconds=self.lease),
+            by_lease=not self.on_file,
             poll=timedelta(seconds=self.poll),
             faults=tuple(self.faults),
             periods=self.periods,

@@ -14,7 +14,15 @@ from tests.faults.cluster import Cluster
 from tests.faults.proxy import Proxy
 from worker.demo.provider import Provider, serve_provider
 
+HERE = Path(__file__).parent
 MakeCluster = Callable[..., Cluster]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults take their time; a test that says nothing else has five minutes."""
+    for item in items:
+        if item.path.parent == HERE and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300))
 
 
 @pytest.fixture(scope="session")

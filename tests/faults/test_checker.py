@@ -99,7 +99,10 @@ def test_a_save_whose_answer_was_lost_may_count() -> None:
             "do not rise",
         ),
         ({"attempts": [attempt(1, 0, 4.5, "lost"), attempt(2, 4, 5, "succeeded")]}, "began before"),
-        ({"attempts": [attempt(1, 0, 3.9, "lost"), attempt(2, 6, 7, "succeeded")]}, "recovered 1.50 s late"),
+        (
+            {"attempts": [attempt(1, 0, 3.9, "lost"), attempt(2, 6, 7, "succeeded")]},
+            "started again 1.50 s late",
+        ),
         ({"attempts": [attempt(1, 0, 3, "succeeded"), attempt(2, 4, 5, "succeeded")]}, "went on after"),
         ({"faults": ()}, "nothing had happened"),
         ({"checkpoints": [{"run_id": "r1", "fencing_token": 1, "data": {"step": 1}}]}, "overwritten late"),

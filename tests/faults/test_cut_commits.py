@@ -28,7 +28,6 @@ def cluster(cluster_at: MakeCluster, postgres_url: str, proxy: Proxy) -> Cluster
     return made
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("verb", MARKS)
 def test_the_lost_answer_to_a_commit_costs_no_run_and_doubles_none(
     cluster: Cluster, proxy: Proxy, full: bool, verb: str

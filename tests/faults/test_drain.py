@@ -79,8 +79,8 @@ def test_another_worker_goes_on_within_a_poll(cluster_at: MakeCluster, postgres_
 @pytest.mark.timeout(600)
 def test_rolling_restarts_under_load_lose_nothing(on_server: Cluster, full: bool) -> None:
     cluster = on_server
-    load(cluster)
     workers = [cluster.up(), cluster.up()]
+    load(cluster)
 
     for number in range(20 if full else 4):
         new = cluster.up()

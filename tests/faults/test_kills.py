@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
+from tests.fakes.site import application
 from tests.faults.cluster import Cluster, Target
 
 PERIOD = 2.0  # of the load's schedules, in seconds
@@ -36,20 +37,20 @@ SHORT = Amount({"worker": 3, "zygote": 2, "child": 3}, {"worker": 2, "zygote": 1
 
 
 def load(cluster: Cluster) -> None:
-    """Four orgs with a definition each that is due every two seconds and runs for one or more."""
-    for number in range(4):
-        name = f"load{number}"
+    """Four orgs with a definition each that is due every two seconds and runs for one or more.
+
+    For workers that are up: what is lost has to find a free slot at once.
+    """
+    orgs = [f"org_{number}" for number in range(4)]
+    cluster.add_orgs(*map(application, orgs))
+    text = ""
+    for number, org in enumerate(orgs):
+        name, params = f"load{number}", {"steps": 8 + 2 * number}
         keys = {"misfire": "all", "overlap": "allow", "spread": "off"}
-        text = cluster.define(
-            f"org_{number}",
-            name,
-            "fault.steps",
-            f"every {PERIOD:g}s",
-            params={"steps": 8 + 2 * number},
-            **keys,
-        )
-        cluster.start(text, org=f"org_{number}")
+        text += f'[[org]]\ncode = "{org}"\nname = "{org}"\nissuer = "main"\nmax_concurrent_runs = 1000\n'
+        text += cluster.define(org, name, "fault.steps", "every 2s", params=params, **keys)
         cluster.periods[name] = PERIOD
+    cluster.apply(text)
 
 
 def end_load(cluster: Cluster) -> None:
@@ -115,9 +116,9 @@ def wait_for_the_end(cluster: Cluster) -> None:
 @pytest.mark.timeout(900)
 def test_several_workers_on_postgresql_lose_nothing(on_server: Cluster, full: bool) -> None:
     cluster, amount = on_server, FULL if full else SHORT
-    load(cluster)
     workers = [cluster.start_worker() for _ in range(3)]
     cluster.wait_for(lambda: all(map(cluster.offers, workers)), "three workers", 60.0)
+    load(cluster)
     storm = Storm(cluster, workers, seed())
 
     def again(number: int) -> None:
@@ -134,8 +135,8 @@ def test_several_workers_on_postgresql_lose_nothing(on_server: Cluster, full: bo
 @pytest.mark.timeout(900)
 def test_one_worker_restarted_on_sqlite_loses_nothing(on_file: Cluster, full: bool) -> None:
     cluster, amount = on_file, FULL if full else SHORT
-    load(cluster)
     workers = [cluster.up()]
+    load(cluster)
     storm = Storm(cluster, workers, seed())
 
     def again(number: int) -> None:
