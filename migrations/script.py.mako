@@ -1,7 +1,8 @@
 """${message}.
 
 Expand first: this revision must leave the schema usable by the workers of the release
-before it. What they need is dropped one release later, in a revision of its own.
+before it. What they need is dropped one release later, in a revision of its own. A new
+table with org data gets its row-level security here, as in 0001.
 
 Revision ID: ${up_revision}
 Revises: ${down_revision | comma,n}
@@ -14,6 +15,8 @@ from alembic import op
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
+# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+works_with = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
 

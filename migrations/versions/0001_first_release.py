@@ -12,6 +12,8 @@ from sqlalchemy.dialects import postgresql
 
 revision = "0001"
 down_revision = None
+# The oldest schema version whose workers run on this one.
+works_with = "0001"
 branch_labels = None
 depends_on = None
 
@@ -30,8 +32,7 @@ HOT = {
 }
 UPDATED = HOT | {"fillfactor": "70"}
 
-RUN_VIEW = """
-CREATE VIEW run_view AS
+RUN_QUERY = """
 SELECT r.id, r.org_id, o.code AS org, r.definition_id, d.name AS definition, r.handler, r.revision,
        r.scheduled_for, r.created_at, r.origin, r.retry_of, r.request_key, r.idempotency_key,
        COALESCE(r.state, CASE l.state WHEN 'held' THEN 'waiting' ELSE l.state END) AS state,
@@ -53,6 +54,29 @@ JOIN orgs o ON o.id = r.org_id
 JOIN definitions d ON d.id = r.definition_id
 LEFT JOIN live_runs l ON l.id = r.id
 """
+RUN_VIEW = {
+    "sqlite": f"CREATE VIEW run_view AS {RUN_QUERY}",
+    # Row by row as whoever asks may see them, not as the view's owner may.
+    "postgresql": f"CREATE VIEW run_view WITH (security_invoker = true) AS {RUN_QUERY}",
+}
+
+# Column by which a row is an org's; of the others, a condition.
+ORG_DATA = {
+    "orgs": "id",
+    "credentials": "org_id",
+    "definitions": "org_id",
+    "schedule": "org_id",
+    "runs": "org_id",
+    "live_runs": "org_id",
+    "attempts": "org_id",
+    "skips": "org_id",
+    "checkpoints": "org_id",
+    "run_logs": "org_id",
+    "backfills": "org_id",
+    "audit": "org_id",
+    "rollup_days": "org_id",
+    "rollup_hours": "org_id",
+}
 
 ABSORBING = {
     "sqlite": (
@@ -73,9 +97,12 @@ def upgrade() -> None:
     create_definitions()
     create_runs()
     create_records()
-    op.execute(RUN_VIEW)
-    for statement in ABSORBING[op.get_bind().dialect.name]:
+    dialect = op.get_bind().dialect.name
+    op.execute(RUN_VIEW[dialect])
+    for statement in ABSORBING[dialect]:
         op.execute(statement)
+    if dialect == "postgresql":
+        part_rows_by_org()
 
 
 def downgrade() -> None:
@@ -104,6 +131,23 @@ def downgrade() -> None:
         op.drop_table(table)
     if op.get_bind().dialect.name == "postgresql":
         op.execute("DROP FUNCTION runs_absorbing()")
+
+
+def part_rows_by_org() -> None:
+    """Row-level security: the org in `app.org`, or nothing; for the owner, who carries all runs, all.
+
+    Other roles that are to see all get a policy of their own (worker/store/roles.py).
+    """
+    org = "NULLIF(current_setting('app.org', true), '')::uuid"
+    conditions = {table: f"{column} = {org}" for table, column in ORG_DATA.items()}
+    conditions["definition_revisions"] = (
+        f"EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id AND d.org_id = {org})"
+    )
+    for table, condition in conditions.items():
+        op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+        op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+        op.execute(f"CREATE POLICY one_org ON {table} USING ({condition})")
+        op.execute(f"CREATE POLICY owner ON {table} TO CURRENT_USER USING (true)")
 
 
 def where(predicate: str) -> dict[str, sa.TextClause]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_row
+from worker.cli.output import Format, print_row, say
 from worker.cli.session import session_of
 
 app = typer.Typer(help="The database's schema: bring it up to date, or check it.")
@@ -34,8 +34,18 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
 
 @app.command("check")
 def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """Say whether the database has this release's schema; exit 78 if not, with the command that mends it."""
-    from worker.store import schema
+    """Say whether the database has this release's schema; exit 78 if not, with the command that mends it.
+
+    On PostgreSQL it warns of a login with more rights than the worker needs.
+    """
+    from worker.store import roles, schema
 
     with session_of(context).database() as database:
-        print_row({"database": database.url_shown, "version": schema.head()}, output, key="version")
+        warnings: list[str] = []
+        if database.dialect == "postgresql":
+            with database.autocommit() as connection:
+                warnings = roles.warnings(connection)
+        row = {"database": database.url_shown, "version": schema.head(), "warnings": warnings}
+        print_row(row, output, key="version")
+    for warning in warnings:
+        say(f"warning: {warning}")

@@ -17,7 +17,8 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from worker.clock import Clock
 from worker.errors import StoreUnavailable
-from worker.store import listener
+from worker.ids import OrgId
+from worker.store import listener, roles
 from worker.store.connection import database_now, driver
 from worker.store.contact import Contact
 from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
@@ -42,6 +43,7 @@ class Database:
         self._engine = engine
         self._clock = clock
         self._contact = Contact(clock)
+        self._acts_as_web: bool | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = engine.url.render_as_string(hide_password=True)
         self._threads = ThreadPoolExecutor(
@@ -108,6 +110,23 @@ class Database:
         """
         with self._watched(), self._connection() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def as_org(self, org_id: OrgId) -> Iterator[Connection]:
+        """A transaction that on PostgreSQL sees this org's rows only, by row-level security.
+
+        A login that is no member of the web role sees what it sees; `db check` says so.
+
+        Raises:
+            StoreUnavailable: as in `transaction`.
+        """
+        with self.transaction() as connection:
+            if self.dialect == "postgresql":
+                if self._acts_as_web is None:
+                    self._acts_as_web = roles.may_act_as_web(connection)
+                if self._acts_as_web:
+                    roles.act_as_web(connection, org_id)
+            yield connection
 
     def now(self, connection: Connection) -> datetime:
         """The instant that rows are compared with: PostgreSQL's clock, or the injected one."""

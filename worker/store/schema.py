@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
+from worker.store import roles
 from worker.store.database import translated
 from worker.store.engine import open_engine, read_url
+
+if TYPE_CHECKING:
+    from alembic.script import ScriptDirectory
 
 # Two migrators at once, and a migration that waits behind a long query, both make the
 # workers wait: the first queues here, the second gives up and can be tried again.
 _MIGRATION_LOCK = 6_070_311
 _SETTINGS = ("SET LOCAL lock_timeout = '5s'", "SET LOCAL statement_timeout = '10min'")
 _DEADLINE = 660.0
+_WORKS_WITH = text("SELECT value FROM facts WHERE name = 'schema.works_with'")
 
 
 def folder() -> Path:
@@ -41,7 +47,7 @@ def current(connection: Connection) -> str | None:
 
 
 def check(connection: Connection) -> None:
-    """Make sure that the database has the schema of this release.
+    """Make sure that the database has the schema of this release, or a newer one that it can work with.
 
     Raises:
         ConfigurationError: it has another version, or none.
@@ -51,6 +57,10 @@ def check(connection: Connection) -> None:
         return
     state = "has no schema yet" if has is None else f"has schema version {has}"
     if has is not None and has > needs:
+        version, _, works_with = (connection.execute(_WORKS_WITH).scalar() or "").partition(" ")
+        if version == has and works_with <= needs:
+            # A deploy is under way: what this release needs is still there.
+            return
         fix = "it was migrated by a newer release: install that one"
     else:
         fix = "run `python -m worker db upgrade`"
@@ -69,6 +79,7 @@ def upgrade(url: str, owner_url: str = "") -> None:
     """
     from alembic import command
     from alembic.config import Config
+    from alembic.script import ScriptDirectory
     from alembic.script.revision import ResolutionError
     from alembic.util.exc import CommandError
 
@@ -78,12 +89,26 @@ def upgrade(url: str, owner_url: str = "") -> None:
         with migrating(owner_url or url) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+            _write_works_with(connection, ScriptDirectory.from_config(config))
+            if connection.dialect.name == "postgresql":
+                roles.grant(connection)
     except CommandError as error:
         if isinstance(error.__cause__, ResolutionError):
             raise ConfigurationError(
                 "the database was migrated by a newer release", fix="install that release"
             ) from error
         raise
+
+
+def _write_works_with(connection: Connection, scripts: ScriptDirectory) -> None:
+    """Keep in the database which older releases can work with it, so that they can tell."""
+    newest = scripts.get_revision("head")
+    connection.execute(text("DELETE FROM facts WHERE name = 'schema.works_with'"))
+    connection.execute(
+        text("INSERT INTO facts (name, value) VALUES ('schema.works_with', :version)"),
+        # With the version it was said of: whatever changes that by other means has not said so.
+        {"version": f"{newest.revision} {newest.module.works_with}"},
+    )
 
 
 @contextmanager
