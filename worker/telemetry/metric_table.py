@@ -86,6 +86,13 @@ METRICS: tuple[Metric, ...] = (
         "run.ended",
     ),
     _metric(
+        "attempt_states_total",
+        "counter",
+        "state",
+        "states that ended attempts left their runs in",
+        "run.ended",
+    ),
+    _metric(
         "attempt_seconds",
         "histogram",
         "outcome",

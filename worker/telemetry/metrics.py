@@ -20,6 +20,8 @@ CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 PREFIX = "orgworker_"
 # Orgs that are counted one by one, to know which are the busiest; the rest goes uncounted.
 MOST_ORGS = 100_000
+# A series has to be there before its first rise, or Prometheus does not see that.
+STATES = ("waiting", "succeeded", "failed", "cancelled", "refused", "skipped")
 
 Follow = Callable[[Emitted], None]
 
@@ -47,6 +49,8 @@ class Metrics:
         self._events = Counter(f"{PREFIX}events", _help("events_total"), ["event"], registry=self._registry)
         for name in EVENTS:
             self._events.labels(name)
+        for state in STATES:
+            self._made[f"{PREFIX}attempt_states_total"].labels(state)
         self._made[f"{PREFIX}database_up"].set(1)  # type: ignore[union-attr]
         Gauge(f"{PREFIX}info", _help("info"), ["version"], registry=self._registry).labels(version).set(1)
         ProcessCollector(registry=self._registry)
@@ -124,7 +128,9 @@ class Metrics:
             yield _gauge("lease_remaining_seconds", vitals.lease_remaining())
             yield _gauges("slots", "isolation", vitals.slots.items())
             yield _gauges("slots_used", "isolation", ((name, vitals.used(name)) for name in vitals.slots))
-            yield _gauges("loop_tick_age_seconds", "loop", vitals.ages().items())
+            # In a drain the loops have ended, and their age says nothing.
+            ages = {} if vitals.draining() else vitals.ages()
+            yield _gauges("loop_tick_age_seconds", "loop", ages.items())
         if self._top_orgs:
             yield self._by_org()
 

@@ -68,6 +68,7 @@ def test_every_event_is_counted_by_its_name(metrics):
 def test_an_event_that_never_happened_is_zero_so_that_its_first_is_a_rise(metrics):
     assert value(metrics, "events_total", event="zygote.died") == 0
     assert value(metrics, "zygote_deaths_total") == 0
+    assert value(metrics, "attempt_states_total", state="refused") == 0
 
 
 def test_an_end_is_counted_by_what_became_of_the_run(metrics):
@@ -117,6 +118,13 @@ def test_the_parts_of_the_worker_are_asked_at_each_scrape(metrics):
     assert value(metrics, "slots_used", isolation="child") == 3
     assert value(metrics, "loop_tick_age_seconds", loop="scheduler") == 0.5
     assert value(metrics, "lease_remaining_seconds") == 21
+
+
+def test_loops_that_a_drain_has_ended_have_no_age(metrics):
+    metrics.watch(vitals(draining=lambda: True))
+
+    assert value(metrics, "draining") == 1
+    assert "loop_tick_age_seconds{" not in metrics.text().decode()
 
 
 def test_ten_thousand_orgs_make_no_more_series_than_ten():
