@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -93,6 +94,10 @@ async def surroundings(ctx: Context[Any, Any]) -> dict[str, Any]:
         "cwd": os.getcwd(),
         "descriptors": descriptors,
         "session": os.getsid(0) == os.getpid(),
+        "limits": {
+            name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+            for name in ("NOFILE", "CPU", "CORE", "DATA")
+        },
         "stdin": sys.stdin.read(),
         "modules": sorted(name for name in sys.modules if name.startswith(("worker.", "sqlalchemy"))),
     }

@@ -135,14 +135,18 @@ max_requests_per_second = 100
         path.write_text(text)
         return self.cli("apply", str(path), *options, check=check)
 
-    def start_worker(self, launcher: Path | None = None) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, launcher: Path | None = None, *, before: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
         """Start `python -m worker run`, or a script that does so after having bent something.
 
-        Its log goes to `log`, one worker behind the other.
+        `before` is a command that takes it as its last arguments. The log goes to `log`,
+        one worker behind the other.
         """
         command = self.command("run")
         if launcher is not None:
             command[1:3] = [str(launcher)]
+        command = [*before, *command]
         with self.log.open("ab") as log:
             worker = subprocess.Popen(
                 command,

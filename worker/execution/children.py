@@ -119,6 +119,7 @@ class Children:
             run.close()
             return await self._cannot_start(error.strerror)
         start = {"op": "start", "run": number, "folder": folder, "memory": work.memory}
+        start["seconds"] = (work.timeout_at - self._clock.now()).total_seconds()
         zygote.send(start, descriptors)
         try:
             outcome = await run.finish()

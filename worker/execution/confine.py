@@ -13,17 +13,27 @@ from worker.execution import linux
 
 # What a run may hold beyond its cap before malloc itself refuses: thread stacks and the like count here.
 _DATA_SLACK = 64 * 1024 * 1024
+# Open descriptors of a run: what select(2) can bear, and what it may raise that to.
+FILES = 1024
+MOST_FILES = 8192
+# Seconds of processor time beyond the timeout, a grace among them; and between SIGXCPU and SIGKILL.
+CPU_SLACK = 3600.0
+_CPU_GRACE = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run lives: its descriptors, its empty folder, its cap of memory in bytes."""
+    """Where a run lives: its descriptors, its empty folder, its cap of memory in bytes, the seconds
+    until its timeout, and the file by which it enters its cgroup, if it has one.
+    """
 
     channel: int
     stdout: int
     stderr: int
     folder: str
     memory: int | None
+    seconds: float
+    group: str | None = None
 
 
 def enter(place: Place, *, zygote: int, lock: int | None) -> None:
@@ -33,9 +43,11 @@ def enter(place: Place, *, zygote: int, lock: int | None) -> None:
     if os.getppid() != zygote:  # it died before the line above
         os._exit(os.EX_UNAVAILABLE)
     linux.become_subreaper()
+    if place.group is not None:
+        _join(place.group)
     _default_signals()
     _keep_only(place, lock)
-    _limit(place.memory)
+    _limit(place)
     os.chdir(place.folder)
     tempfile.tempdir = place.folder
 
@@ -60,9 +72,29 @@ def _keep_only(place: Place, lock: int | None) -> None:
                 os.close(int(name))
 
 
-def _limit(memory: int | None) -> None:
+def _join(group: str) -> None:
+    descriptor = os.open(group, os.O_WRONLY)
+    try:
+        os.write(descriptor, b"0")
+    finally:
+        os.close(descriptor)
+
+
+def _limit(place: Place) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold the token
-    if memory is not None:
+    _lower(resource.RLIMIT_NOFILE, FILES, MOST_FILES)
+    # For when nobody is there to end the run at its timeout; it may use every processor until then.
+    most = int(max(place.seconds, 0) + CPU_SLACK) * (os.cpu_count() or 1)
+    _lower(resource.RLIMIT_CPU, most, most + _CPU_GRACE)
+    if place.memory is not None:
         # The zygote watches what is really used; this stops what is faster than its watch.
-        most = linux.data_size() + 2 * memory + _DATA_SLACK
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        most = linux.data_size() + 2 * place.memory + _DATA_SLACK
+        _lower(resource.RLIMIT_DATA, most, most)
+
+
+def _lower(what: int, soft: int, hard: int) -> None:
+    """Set a limit, within the one that the worker itself was given."""
+    given = resource.getrlimit(what)[1]
+    if given != resource.RLIM_INFINITY:
+        soft, hard = min(soft, given), min(hard, given)
+    resource.setrlimit(what, (soft, hard))

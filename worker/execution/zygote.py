@@ -17,11 +17,12 @@ import socket
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from worker.execution import child, confine, linux
+from worker.execution.cgroups import RunGroups
+from worker.execution.family import Family, Leader
 from worker.execution.memory_watch import MemoryWatch
 from worker.execution.setup import Setup
 from worker.handlers.http import tls_context
@@ -35,17 +36,6 @@ DATAGRAM = 65_536
 WARM = ("pydantic.main", "worker.handlers.answers", "worker.handlers.context")
 
 
-@dataclass(slots=True)
-class Leader:
-    """The first process of a run. `why` says for what reason the zygote itself killed it."""
-
-    run: int
-    pid: int
-    memory: int | None
-    why: str | None = None
-    ended: dict[str, Any] | None = None
-
-
 class Zygote:
     """Parent of every run's first process, and of whatever its runs leave behind."""
 
@@ -54,7 +44,8 @@ class Zygote:
         self._setup = setup
         self._pid = os.getpid()
         self._memory = MemoryWatch()
-        self._leaders: dict[int, Leader] = {}  # by pid, alive
+        self._groups = RunGroups.find()
+        self._family = Family()
         self._ending: list[Leader] = []  # reaped, but their descendants may be alive
         self._ending_since = 0.0
         self._freeze_at = float("inf")
@@ -88,7 +79,7 @@ class Zygote:
 
     def end_all(self) -> None:
         """Kill every descendant, and come back when none is left."""
-        while left := self._descendants():
+        while left := self._family.everyone():
             for pid in left:
                 linux.send(pid, signal.SIGKILL)
             self._reap()
@@ -100,7 +91,7 @@ class Zygote:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
             due.append(self._freeze_at)
-        elif self._leaders:
+        elif self._family.leaders:
             due.append(self._frozen_at + self._setup.max_freeze)
         seconds = min(due) - time.monotonic()
         return None if seconds == float("inf") else max(seconds, 0) * 1000
@@ -119,7 +110,7 @@ class Zygote:
             case "start":
                 self._start(message, descriptors)
             case "interrupt":
-                self._signal(message["run"], signal.SIGTERM)
+                self._family.signal(message["run"], signal.SIGTERM)
             case "kill":
                 self._kill(message["run"])
             case "lease":
@@ -128,12 +119,15 @@ class Zygote:
         return True
 
     def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
+        run, memory, group = message["run"], message["memory"], None
+        if memory is not None and self._groups is not None:
+            group = self._groups.make(run, memory)
         channel, stdout, stderr = descriptors
-        place = confine.Place(channel, stdout, stderr, message["folder"], message["memory"])
+        place = confine.Place(channel, stdout, stderr, message["folder"], memory, message["seconds"], group)
         try:
             pid = os.fork()
         except OSError as error:
-            end = {"op": "ended", "run": message["run"], "status": 0, "memory": 0}
+            end = {"op": "ended", "run": run, "status": 0, "memory": 0}
             self._tell(end | {"why": "no_process", "detail": error.strerror})
             pid = None
         if pid == 0:
@@ -142,101 +136,63 @@ class Zygote:
             os.close(descriptor)
         if pid is None:
             return
-        self._leaders[pid] = Leader(message["run"], pid, place.memory)
-        if place.memory is not None:
+        self._family.leaders[pid] = Leader(run, pid, memory)
+        if memory is not None:
             self._memory.begin()
         if self._frozen_at is not None:
             linux.send(pid, signal.SIGSTOP)
 
-    def _signal(self, run: int, number: signal.Signals) -> None:
-        for leader in self._leaders.values():
-            if leader.run == run:
-                linux.send(leader.pid, number)
-
     def _kill(self, run: int) -> None:
         if self._frozen_at is not None:
             # Orphaned alone they would be thawed with the others before they are swept up.
-            roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
-            for pid in linux.descendants(linux.processes(), roots):
-                linux.send(pid, signal.SIGKILL)
-        self._signal(run, signal.SIGKILL)
+            self._family.kill_below(run)
+        self._family.signal(run, signal.SIGKILL)
 
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            leader = self._leaders.pop(pid, None)
-            if leader is not None:
-                if not self._ending:
-                    self._ending_since = time.monotonic()
-                self._ending.append(leader)
-                leader.ended = {
-                    "op": "ended",
-                    "run": leader.run,
-                    "status": status,
-                    "memory": usage.ru_maxrss * 1024,
-                    "why": leader.why,
-                }
+        for leader in self._family.reap():
+            if not self._ending:
+                self._ending_since = time.monotonic()
+            self._ending.append(leader)
 
     def _sweep(self) -> None:
         """Kill what ended runs have left behind, and only then report their ends."""
         if not self._ending:
             return
-        # Leaders are subreapers, so whatever else is a child of ours comes from a dead run.
-        orphans = self._orphans()
+        orphans = self._family.orphans()
         for pid in orphans:
             linux.send(pid, signal.SIGKILL)
         if orphans and time.monotonic() < self._ending_since + SWEEP_PATIENCE:
             return
         ending, self._ending = self._ending, []
         for leader in ending:
-            self._tell(leader.ended or {})
-
-    def _orphans(self) -> set[int]:
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # not one child: the table need not be read
-            return set()
-        table = linux.processes()
-        adopted = {
-            process.pid
-            for process in table.values()
-            if process.parent == self._pid and process.pid not in self._leaders
-        }
-        found = adopted | linux.descendants(table, adopted)
-        return {pid for pid in found if table[pid].state not in "ZX"}
-
-    def _descendants(self) -> set[int]:
-        table = linux.processes()
-        return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
+            if self._groups is not None and leader.memory is not None:
+                if leader.why is None and self._groups.ran_out(leader.run):
+                    leader.why = "out_of_memory"
+                self._groups.remove(leader.run)
+            self._tell({"op": "ended", "run": leader.run, "why": leader.why} | (leader.ended or {}))
 
     def _watch_lease(self) -> None:
         now = time.monotonic()
         if self._frozen_at is None and now >= self._freeze_at:
             self._frozen_at = now
-            linux.stop_all(self._descendants)
+            linux.stop_all(self._family.everyone)
             self._tell({"op": "frozen", "at": now})
         elif self._frozen_at is not None and now >= self._frozen_at + self._setup.max_freeze:
-            for leader in self._leaders.values():
-                leader.why = leader.why or "frozen"
-                linux.send(leader.pid, signal.SIGKILL)
+            self._family.kill_all("frozen")
 
     def _thaw(self) -> None:
         if self._frozen_at is None or time.monotonic() >= self._freeze_at:
             return
         self._frozen_at = None
-        for pid in self._descendants():
+        for pid in self._family.everyone():
             linux.send(pid, signal.SIGCONT)
         self._tell({"op": "thawed", "at": time.monotonic()})
 
     def _watch_memory(self) -> None:
-        caps = {pid: leader.memory for pid, leader in self._leaders.items() if leader.memory is not None}
+        leaders = self._family.leaders
+        caps = {pid: leader.memory for pid, leader in leaders.items() if leader.memory is not None}
         for pid in self._memory.over_cap(caps):
-            self._leaders[pid].why = self._leaders[pid].why or "out_of_memory"
+            leaders[pid].why = leaders[pid].why or "out_of_memory"
             linux.send(pid, signal.SIGKILL)
 
     def _tell(self, message: dict[str, Any]) -> None:

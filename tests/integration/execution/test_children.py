@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import NOW, RecordingLink, claims, token, until, work
+from worker.clock import SystemClock
 from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable
 from worker.execution.children import Children
 from worker.execution.work import Stop
@@ -96,6 +97,22 @@ async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
     assert "sqlalchemy" not in seen["modules"]
     folder = Path(seen["cwd"])
     assert folder.parent.name.startswith("orgworker-")
+
+
+async def test_a_run_has_limits_of_its_own(children: Children) -> None:
+    given = work(
+        "surroundings", memory=512 * 1024 * 1024, timeout_at=SystemClock().now() + timedelta(seconds=60)
+    )
+
+    limits = result(await children.run(given, RecordingLink(), Stop()))["limits"]
+
+    assert limits["NOFILE"] == [1024, 8192]
+    assert limits["CORE"] == [0, 0]
+    soft, hard = limits["CPU"]
+    # An hour beyond the timeout on every processor, then SIGXCPU, then SIGKILL.
+    assert 0 <= 3660 - soft / (os.cpu_count() or 1) <= 3
+    assert hard == soft + 5
+    assert 1024**3 < limits["DATA"][0] < 2 * 1024**3
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every process")
