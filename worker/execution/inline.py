@@ -15,7 +15,6 @@ from worker.errors import LeaseLost
 from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
 from worker.execution.loop_watch import THIS_RUN, LoopWatch, ThisRun
-from worker.execution.loop_watch import THIS_RUN, LoopWatch, ThisRun
 from worker.execution.output import RunOutput
 from worker.execution.run_logging import marked
 from worker.execution.stopping import stopped
@@ -44,12 +43,10 @@ class Inline:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._watch = LoopWatch()
-        self._watch = LoopWatch()
         self._given_up: set[asyncio.Task[None]] = set()
 
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler as a task of this loop."""
-        self._watch.start()
         self._watch.start()
         loop = asyncio.get_running_loop()
         output = RunOutput(link.log, self._clock)
@@ -148,7 +145,6 @@ class _RunLogger(logging.Logger):
 async def _body(
     work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger, clock: Clock
 ) -> Outcome:
-    THIS_RUN.set(ThisRun(work.handler, work.run_id))
     THIS_RUN.set(ThisRun(work.handler, work.run_id))
     try:
         job = load(work.entry_point)

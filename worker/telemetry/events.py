@@ -58,12 +58,6 @@ EVENTS: Mapping[str, Event] = _table(
         "handler run where seconds",
         "the worker's loop has stood still for so long, because of an inline handler where one is named",
     ),
-    (
-        "loop.blocked",
-        "warning",
-        "handler run where seconds",
-        "the worker's loop has stood still for so long, because of an inline handler where one is named",
-    ),
     ("loop.failed", "error", "loop error", "a loop met an error it did not expect and goes on"),
     (
         "clock.went_back",

@@ -239,6 +239,7 @@ async def test_output_below_python_is_kept_line_by_line(children: Children) -> N
 
     assert isinstance(outcome, Failed)
     assert sorted(link.lines) == [
+        ("error", "log", "the handler ended without a result: exit code 7"),
         ("error", "stderr", ""),
         ("error", "stderr", "words in two writes"),
         ("info", "stdout", "not � text, no line endfrom a subprocess"),
