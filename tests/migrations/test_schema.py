@@ -1,152 +1,186 @@
-"""The migrations make exactly what `worker/store/tables.py` describes, and can be taken back."""
+"""The migrations make exactly what the metadata says, on both databases, up, down and up again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from alembic.migration import MigrationContext
-from sqlalchemy import Connection, inspect, text
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, text
 
+from tests.fakes import postgres
+from tests.fakes.clock import ManualClock
 from worker.errors import ConfigurationError
-from worker.store import roles, schema
-from worker.store.tables import RUN_VIEW, metadata
+from worker.store import schema, tables
+from worker.store.database import Database
 
-TEMPLATE = Path(__file__).parents[2] / "migrations" / "script.py.mako"
+Snapshot = dict[str, Any]
 
-
-@pytest.fixture
-def migration(database_url: str) -> Iterator[Connection]:
-    """The transaction in which a migrator works, on an empty database of either kind."""
-    with schema.migrating(database_url) as connection:
-        yield connection
-
-
-def test_a_migrated_database_is_what_the_tables_say(migration: Connection):
-    migrate(migration, "head")
-
-    assert differences(migration) == []
-
-
-def test_the_view_the_checks_and_the_indexes_are_those_of_the_tables(migration: Connection):
-    migrate(migration, "head")
-    by_migrations = constraints(migration), words(view(migration)), indexes(migration)
-    migrate(migration, "base")
-    metadata.create_all(migration)
-    migration.execute(text(RUN_VIEW[migration.dialect.name]))
-
-    assert constraints(migration) == by_migrations[0]
-    assert words(view(migration)) == by_migrations[1]
-    assert indexes(migration) == by_migrations[2]
+POSTGRES_FACTS = {
+    "columns": "SELECT table_name, column_name, ordinal_position, data_type, is_nullable, column_default "
+    "FROM information_schema.columns WHERE table_schema = 'public' ORDER BY 1, 3",
+    "constraints": "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+    "WHERE connamespace = 'public'::regnamespace ORDER BY 1, 2",
+    "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes "
+    "WHERE schemaname = 'public' ORDER BY 1, 2",
+    "settings": "SELECT relname, reloptions FROM pg_class WHERE relnamespace = 'public'::regnamespace "
+    "AND relkind = 'r' ORDER BY 1",
+    "views": "SELECT viewname, definition FROM pg_views WHERE schemaname = 'public' ORDER BY 1",
+    "triggers": "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1",
+    "functions": "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
+}
+SQLITE_FACTS = {
+    "everything": "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2",
+    "columns": "SELECT t.name, c.* FROM sqlite_master t, pragma_table_info(t.name) c ORDER BY 1, 2",
+}
 
 
-def test_every_migration_can_be_taken_back_and_made_again(migration: Connection):
-    migrate(migration, "head")
-    migrate(migration, "base")
-    assert set(inspect(migration).get_table_names()) <= {"alembic_version"}
-
-    migrate(migration, "head")
-
-    assert differences(migration) == []
-
-
-def test_a_second_upgrade_changes_nothing(database_url: str):
-    schema.upgrade(database_url)
-    schema.upgrade(database_url)
-
-    with schema.migrating(database_url) as connection:
-        schema.check(connection)
-        assert differences(connection) == []
-
-
-def test_a_migrator_gives_up_on_a_lock_and_on_a_long_statement(postgres_url: str):
-    with schema.migrating(postgres_url) as connection:
-        shown = [
-            connection.execute(text(f"SHOW {name}")).scalar_one()
-            for name in ("lock_timeout", "statement_timeout")
-        ]
-        held = connection.execute(
-            text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")
-        ).scalar_one()
-
-    assert (shown, held) == (["5s", "10min"], 1)
-
-
-def test_all_org_data_is_parted_by_the_migrations_themselves(postgres_url: str):
-    with schema.migrating(postgres_url) as connection:
-        migrate(connection, "head")
-        parted = connection.execute(
-            text("SELECT tablename FROM pg_policies WHERE policyname = 'one_org'")
-        ).scalars()
-
-    assert set(parted) == set(roles.ORG_DATA)
-
-
-def test_a_new_migration_begins_with_the_rule_of_rolling_deploys():
-    assert "Expand first" in TEMPLATE.read_text()
-
-
-def say_works_with(connection: Connection, value: str) -> None:
-    statement = text("UPDATE facts SET value = :value WHERE name = 'schema.works_with'")
-    connection.execute(statement, {"value": value})
-
-
-def migrate(connection: Connection, target: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(schema.folder()).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    (command.downgrade if target == "base" else command.upgrade)(config, target)
-
-
-def differences(connection: Connection) -> list[object]:
-    """All but those of indexes: Alembic cannot read one with an expression in it; see `indexes`."""
-    options = {"compare_type": True, "compare_server_default": True}
-    found = compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
-    return [one for one in found if one[0] not in ("add_index", "remove_index")]
-
-
-def constraints(connection: Connection) -> dict[str, list[tuple[str, str]]]:
-    seen = inspect(connection)
+def snapshot(connection: Connection) -> Snapshot:
+    """All that the database says of its schema, but for Alembic's own table."""
+    facts = SQLITE_FACTS if connection.dialect.name == "sqlite" else POSTGRES_FACTS
     return {
-        table: sorted(
-            (str(check["name"]), words(check["sqltext"])) for check in seen.get_check_constraints(table)
-        )
-        for table in metadata.tables
+        name: [
+            tuple(normalised(value) for value in row)
+            for row in connection.execute(text(query))
+            if not any("alembic_version" in str(value) for value in row)
+        ]
+        for name, query in facts.items()
     }
 
 
-def indexes(connection: Connection) -> dict[str, str]:
-    query = (
-        "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
-        if connection.dialect.name == "postgresql"
-        else "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"
-    )
-    found = {name: words(sql) for name, sql in connection.execute(text(query))}
-    return {name: sql for name, sql in found.items() if not name.startswith("alembic_version")}
+def normalised(value: Any) -> Any:
+    """Without what means nothing: white space, and the order of a SQLite table's lines."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("CREATE TABLE"):
+        return sorted(line.strip(" ,\t") for line in value.splitlines())
+    return re.sub(r"\s+", " ", value).strip()
 
 
-def view(connection: Connection) -> str:
-    return str(inspect(connection).get_view_definition("run_view"))
+@contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
 
 
-def words(sql: str) -> str:
-    return " ".join(sql.split())
+def read(url: str) -> Snapshot:
+    with connected(url) as connection:
+        return snapshot(connection)
 
 
-def test_a_release_works_with_a_newer_schema_that_says_so(database_url: str):
+def alembic(url: str, step: Callable[..., None], revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(schema.folder()))
+    with schema.migrating(url) as connection:
+        config.attributes["connection"] = connection
+        step(config, revision)
+
+
+def from_metadata(url: str) -> Snapshot:
+    with connected(url) as connection:
+        tables.metadata.create_all(connection)
+        connection.execute(text(tables.RUN_VIEW[connection.dialect.name]))
+        for statement in tables.ABSORBING[connection.dialect.name]:
+            connection.execute(text(statement))
+        return snapshot(connection)
+
+
+def test_the_migrated_schema_is_the_metadata_on_sqlite(sqlite_url: str, tmp_path: Path) -> None:
+    schema.upgrade(sqlite_url)
+
+    expected = from_metadata(f"sqlite:///{tmp_path / 'metadata.db'}")
+
+    assert read(sqlite_url) == expected
+
+
+def test_the_migrated_schema_is_the_metadata_on_postgresql(
+    postgres_url: str, postgres_server: postgres.Server
+) -> None:
+    schema.upgrade(postgres_url)
+
+    with postgres_server.new_database() as other:
+        assert read(postgres_url) == from_metadata(other)
+
+
+def test_the_hot_tables_are_vacuumed_by_count(migrated_postgres_url: str) -> None:
+    with connected(migrated_postgres_url) as connection:
+        options = connection.execute(
+            text("SELECT reloptions FROM pg_class WHERE relname = 'live_runs'")
+        ).scalar_one()
+    assert {"autovacuum_vacuum_scale_factor=0", "autovacuum_vacuum_threshold=5000"} <= set(options)
+
+
+def test_up_down_and_up_again_leaves_nothing_and_then_the_same(database_url: str) -> None:
     schema.upgrade(database_url)
-    with schema.migrating(database_url) as connection:
-        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-        with pytest.raises(ConfigurationError, match="9999"):
-            schema.check(connection)
+    first = read(database_url)
 
-        say_works_with(connection, f"9999 {schema.head()}")
+    alembic(database_url, command.downgrade, "base")
+    assert all(not rows for rows in read(database_url).values())
+
+    alembic(database_url, command.upgrade, "head")
+    assert read(database_url) == first
+
+
+def test_upgrading_again_changes_nothing(database_url: str) -> None:
+    schema.upgrade(database_url)
+    first = read(database_url)
+
+    schema.upgrade(database_url)
+
+    assert read(database_url) == first
+
+
+def test_the_head_is_what_alembic_says() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(schema.folder()))
+
+    assert schema.head() == ScriptDirectory.from_config(config).get_current_head()
+
+
+def test_an_empty_database_is_refused_with_the_command_that_mends_it(
+    database_url: str, clock: ManualClock
+) -> None:
+    database = Database.open(database_url, clock=clock)
+    with database.autocommit() as connection, pytest.raises(ConfigurationError) as caught:
         schema.check(connection)
+    database.close()
 
-        say_works_with(connection, "9999 9998")
-        with pytest.raises(ConfigurationError, match="9999"):
-            schema.check(connection)
+    assert "no schema yet" in str(caught.value)
+    assert "python -m worker db upgrade" in caught.value.fix
+    assert caught.value.exit_code == 78
+
+
+@pytest.mark.parametrize(("version", "fix"), [("0000", "db upgrade"), ("9999", "newer release")])
+def test_another_version_is_refused(migrated_url: str, clock: ManualClock, version: str, fix: str) -> None:
+    with connected(migrated_url) as connection:
+        connection.execute(text(f"UPDATE alembic_version SET version_num = '{version}'"))
+    database = Database.open(migrated_url, clock=clock)
+    with database.autocommit() as connection, pytest.raises(ConfigurationError, match=version) as caught:
+        schema.check(connection)
+    database.close()
+
+    assert fix in caught.value.fix
+
+
+def test_a_database_of_a_newer_release_is_not_migrated(migrated_url: str) -> None:
+    with connected(migrated_url) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    with pytest.raises(ConfigurationError, match="newer release"):
+        schema.upgrade(migrated_url)
+
+
+def test_the_current_version_passes(migrated_url: str, clock: ManualClock) -> None:
+    database = Database.open(migrated_url, clock=clock)
+    with database.autocommit() as connection:
+        schema.check(connection)
+        assert schema.current(connection) == schema.head()
+    database.close()
