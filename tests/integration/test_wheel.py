@@ -57,6 +57,7 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     names = zipfile.ZipFile(wheel).namelist()
 
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"worker", "jobs"}
+    assert "worker/web/templates/base.html" in names
     assert "worker/py.typed" in names
     assert "worker/providers/kinde.toml" in names
     assert "worker/migrations/env.py" in names

@@ -1,0 +1,46 @@
+"""The documented addresses and roles are those of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from worker.telemetry.alerts import Alert
+from worker.web.answers import STATUS
+from worker.web.api import BASE, Api
+from worker.web.lists import LISTS
+
+REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
+NOTHING: Any = None
+
+
+def test_every_address_of_the_api_is_documented():
+    documented = set(re.findall(r"(?m)^\| `(GET|POST) (/[\w/]+)`", REFERENCE))
+    places = {"run": "ID", "org": "ORG", "name": "NAME"}
+    served = set()
+    for route in Api(NOTHING, NOTHING).routes():
+        path = re.sub(r"\{(\w+)\}", lambda found: places[found[1]], route.path.removeprefix(BASE))
+        served.add(("POST" if "POST" in (route.methods or ()) else "GET", path))
+
+    assert documented == served
+
+
+def test_the_parameters_of_every_list_are_documented():
+    for name, listing in LISTS.items():
+        row = re.search(rf"(?m)^\| `GET /{name}` \| ([^|;]*)", REFERENCE)
+        assert row is not None
+        named = set(row[1].strip().split(", ")) - {""}
+        assert named - {"org"} == set(listing.filters), name
+
+
+def test_the_status_of_every_error_is_documented():
+    documented = {int(status) for status in re.findall(r"\b([45]\d\d)\b", REFERENCE)}
+
+    assert {status for _, status in STATUS} - {500} <= documented
+
+
+def test_every_member_of_an_alert_is_documented():
+    members = set(Alert.__slots__) - {"id", "fields"}
+
+    assert {name for name in members if f"`{name}`" not in REFERENCE} == set()
