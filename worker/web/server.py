@@ -117,4 +117,5 @@ class WebServer:
         host, port = listener.getsockname()[:2]
         emit("web.listening", address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         # A copy: uvicorn closes what it is given, and may have to be started again.
-        await self._server.serve(sockets=[listener.dup()])
+        with listener.dup() as copy:
+            await self._server.serve(sockets=[copy])
