@@ -9,18 +9,28 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from starlette.requests import HTTPConnection
 
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard
+from worker.ids import OrgId
 
 Role = Literal["viewer", "operator", "admin"]
 RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
 
-# The issuer and the state of the org of this code; None where there is no such org.
-FindOrg = Callable[[str], Awaitable[tuple[str, str] | None]]
+
+class KnownOrg(NamedTuple):
+    """An org as the database has it."""
+
+    id: OrgId
+    issuer: str
+    state: str
+
+
+# The org of this code; None where there is none.
+FindOrg = Callable[[str], Awaitable[KnownOrg | None]]
 
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 
@@ -32,6 +42,7 @@ class Caller:
     name: str
     role: Role
     org: str | None = None
+    org_id: OrgId | None = None
     until: datetime | None = None
 
     @property
@@ -136,9 +147,9 @@ class Access:
     async def _admit(self, org: str, issuer: str, until: datetime) -> Caller:
         found = await self._find_org(org)
         # Another issuer may call an org of its own the same.
-        if found is None or found[0] != issuer or found[1] not in ("active", "paused"):
+        if found is None or found.issuer != issuer or found.state not in ("active", "paused"):
             raise AccessDenied(f"org {org} may not use this worker")
-        return Caller(org, self._org_role, org=org, until=until)
+        return Caller(org, self._org_role, org=org, org_id=found.id, until=until)
 
 
 def _is_local(connection: HTTPConnection) -> bool:

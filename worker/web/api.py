@@ -27,6 +27,7 @@ from worker.web.access import Caller
 from worker.web.answers import encode, json_answer
 from worker.web.body import read_body
 from worker.web.lists import LISTS, limit_of, read_list
+from worker.web.reading import read_for
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class Api:
             full = "limit" in LISTS[name].filters and len(rows) == limit_of(given)
             return encode(rows), rows[-1]["id"] if full and rows else None
 
-        body, last = await self._database.call_autocommit(work)
+        body, last = await read_for(self._database, caller, work)
         headers = {}
         if last is not None:
             query = urlencode({**given, "after": last})
@@ -89,7 +90,7 @@ class Api:
             lines = log_listing.lines_for_all_orgs(connection, RunId(run["id"]), after=after, limit=limit)
             return encode(lines)
 
-        return json_answer(await self._database.call_autocommit(work))
+        return json_answer(await read_for(self._database, caller, work))
 
     async def _of_run(self, request: Request, part: Callable[[Connection, Row], Any]) -> bytes:
         caller = caller_of(request)
@@ -97,7 +98,7 @@ class Api:
         def work(connection: Connection) -> bytes:
             return encode(part(connection, shown_run(connection, caller, request.path_params["run"])))
 
-        return await self._database.call_autocommit(work)
+        return await read_for(self._database, caller, work)
 
     async def _cancel(self, request: Request) -> Response:
         await _json_body(request, ())

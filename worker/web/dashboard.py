@@ -25,6 +25,7 @@ from worker.web.api import Api, caller_of, shown_run, single
 from worker.web.body import read_form
 from worker.web.gate import in_api
 from worker.web.pages import page, render
+from worker.web.reading import read_for
 from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
 
 ROWS = 25
@@ -152,7 +153,7 @@ class Dashboard:
             values = work(connection)
             return render(template, caller=caller, session=session, may_act=may_act, **values)
 
-        return page(await self._database.call_autocommit(made))
+        return page(await read_for(self._database, caller, made))
 
 
 def error_page(scope: Scope, status: int, message: str, fix: str) -> Response | None:

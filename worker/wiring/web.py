@@ -17,7 +17,7 @@ from worker.store.database import Database
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
 from worker.tokens.http import open_client
-from worker.web.access import Access, Operator
+from worker.web.access import Access, KnownOrg, Operator
 from worker.web.app import build
 from worker.web.health import Health
 from worker.web.server import WebServer, bind
@@ -81,8 +81,8 @@ class Web:
         }
         operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
 
-        async def find_org(code: str) -> tuple[str, str] | None:
+        async def find_org(code: str) -> KnownOrg | None:
             row = await database.call_autocommit(orgs.find, code)
-            return None if row is None else (row["issuer"], row["state"])
+            return None if row is None else KnownOrg(row["id"], row["issuer"], row["state"])
 
         return Access(operators, guards, find_org, org_role=web.org_role)

@@ -18,7 +18,7 @@ from worker.operations.apply import apply
 from worker.store import catalogue, orgs
 from worker.store.database import Database
 from worker.telemetry.metrics import Metrics
-from worker.web.access import Access, Operator, Role
+from worker.web.access import Access, KnownOrg, Operator, Role
 from worker.web.app import build
 from worker.web.health import Health
 
@@ -77,9 +77,9 @@ class Site:
     def client(self, token: str | None = None, *, address: str = "127.0.0.1") -> httpx.AsyncClient:
         """Asks as whoever has this token."""
 
-        async def find_org(code: str) -> tuple[str, str] | None:
+        async def find_org(code: str) -> KnownOrg | None:
             row = await self.database.call_autocommit(orgs.find, code)
-            return None if row is None else (row["issuer"], row["state"])
+            return None if row is None else KnownOrg(row["id"], row["issuer"], row["state"])
 
         access = Access(self.operators, {"main": self.guard}, find_org, org_role=self.org_role)
         app = build(Health(Metrics(version="1.0")), self.database, access, self.clock)

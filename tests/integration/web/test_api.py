@@ -8,9 +8,11 @@ import pytest
 from tests.integration.web.conftest import TOKENS, Site
 from worker.operations.pause import pause_definition
 from worker.operations.run_now import run_now
-from worker.store import run_listing
+from worker.store import orgs, run_listing
 from worker.store.tables import live_runs, metadata
+from worker.web.access import Caller
 from worker.web.lists import LISTS
+from worker.web.reading import read_for
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -123,6 +125,18 @@ class TestWhatAnOrgSees:
         site.org_role = "viewer"
         assert (await site.post(path, site.token("org_a"))).status_code == 403
         assert (await site.get(f"{API}/runs", site.token("org_a"))).status_code == 200
+
+    @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+    async def test_a_query_that_forgets_its_org_finds_no_other_orgs_rows(self, site: Site):
+        for org in ("org_a", "org_b"):
+            make_run(site, org)
+        with site.database.autocommit() as connection:
+            org_id = orgs.require(connection, "org_a")["id"]
+        caller = Caller("org_a", "viewer", org="org_a", org_id=org_id)
+
+        runs = await read_for(site.database, caller, run_listing.runs_for_all_orgs)
+
+        assert [run["org"] for run in runs] == ["org_a"]
 
     async def test_a_suspended_org_is_let_in_no_more(self, site: Site):
         with site.database.transaction() as connection:
