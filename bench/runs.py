@@ -1,0 +1,195 @@
+"""What one run costs: start and end in a process of its own, memory of many, and thousands inline.
+
+    .venv/bin/python -m bench.runs [starts] [memory] [inline] [--database sqlite|postgresql]
+
+`starts` counts from handing a run to the runner until its handler is called, and until its process
+and all below it are gone. `memory` is the proportional set size: what several share counts once.
+`inline` has a real worker hold sleeping runs; its CPU is that of the whole worker, renewals each
+second, with and without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from sqlalchemy import text
+
+from bench.installation import Installation, installation
+from tests.fakes.plugins import make_plugin
+from tests.fakes.running import RecordingLink, until, work
+from worker.clock import SystemClock
+from worker.execution.children import Children
+from worker.execution.work import Stop
+
+HANDLERS = """\
+import asyncio
+import time
+from worker import job
+
+
+@job("bench.noop")
+async def noop(ctx):
+    return None
+
+
+@job("bench.waits")
+def waits(ctx):
+    time.sleep(3600)
+
+
+@job("bench.inline", isolation="inline")
+async def inline(ctx):
+    await asyncio.sleep(3600)
+"""
+ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "waits", "inline")}
+
+
+class TimedLink(RecordingLink):
+    """Keeps when the handler was called."""
+
+    started_at = 0.0
+
+    def started(self) -> None:
+        self.started_at = time.perf_counter()
+
+
+def spread(name: str, seconds: Sequence[float]) -> str:
+    cuts = statistics.quantiles(seconds, n=20)
+    return f"{name} p50 {cuts[9] * 1000:.1f} ms, p95 {cuts[18] * 1000:.1f} ms"
+
+
+async def measure_starts(children: Children, count: int) -> None:
+    """One after the other, each a fork, a handler that returns at once, and the end of its processes."""
+    started, ended, used_before = [], [], 0.0
+    for number in range(count + 10):
+        if number == 10:
+            used_before = cpu(children)
+        link, began = TimedLink(), time.perf_counter()
+        await children.run(work("noop", entry_point="bench_jobs:noop"), link, Stop())
+        if number >= 10:
+            started.append(link.started_at - began)
+            ended.append(time.perf_counter() - began)
+    used_by_one = (cpu(children) - used_before) / count
+    print(
+        f"{count} runs in children: {spread('called', started)}; {spread('over', ended)}; "
+        f"CPU of all processes {used_by_one * 1000:.1f} ms a run; {load()}"
+    )
+
+
+async def measure_memory(children: Children, count: int) -> None:
+    """So many handlers at once that only wait."""
+    zygote = psutil.Process(children.zygote_pid)
+    alone = zygote.memory_full_info().pss
+    stops = [Stop() for _ in range(count)]
+    given = work("waits", entry_point="bench_jobs:waits")
+    links = [TimedLink() for _ in stops]
+    runs = [
+        asyncio.create_task(children.run(given, link, stop)) for link, stop in zip(links, stops, strict=True)
+    ]
+    await until(lambda: all(link.started_at for link in links), within=120)
+    processes = zygote.children()
+    each = [process.memory_full_info() for process in processes]
+    together = sum(info.pss for info in each) + zygote.memory_full_info().pss
+    print(
+        f"{len(processes)} children at once: {(together - alone) / count / 2**20:.2f} MiB each (PSS), "
+        f"{statistics.mean(info.uss for info in each) / 2**20:.2f} MiB of it theirs alone; "
+        f"zygote alone {alone / 2**20:.1f} MiB"
+    )
+    for stop in stops:
+        stop.request("cancel", 0)
+    await asyncio.gather(*runs)
+
+
+async def measure_children(what: Sequence[str], starts: int, count: int) -> None:
+    children = Children(SystemClock())
+    children.start()
+    children.attach()
+    if "starts" in what:
+        await measure_starts(children, starts)
+    if "memory" in what:
+        await measure_memory(children, count)
+    await children.close()
+
+
+def measure_inline(dialect: str, count: int, *, seconds: float) -> None:
+    """A worker that holds nothing, then so many runs that sleep."""
+    with installation(dialect, orgs=100) as made:
+        made.configure(slots=count, extra='renew = "1s"\ndrain = "1s"')
+        make_plugin(
+            made.folder / "plugins",
+            dist="orgworker-bench",
+            modules={"bench_jobs": HANDLERS},
+            entry_points=ENTRY_POINTS,
+        )
+        made.define("bench.inline", spec={"overlap": "allow"})
+        with made.workers() as working:
+            process = psutil.Process(working.processes[0].pid)
+            time.sleep(5)
+            before, idle = process.memory_full_info().uss, used(process, seconds)
+            made.add_backlog(count, "bench.inline", "inline")
+            while running(made) < count:
+                time.sleep(0.5)
+            time.sleep(3)
+            held, busy = process.memory_full_info().uss, used(process, seconds)
+    print(
+        f"{dialect}: {count} sleeping inline runs: {(held - before) / count / 1024:.1f} KiB each; worker CPU "
+        f"{busy * 100:.1f} % of a processor with them, {idle * 100:.1f} % without; so a renewal of {count} "
+        f"takes about {(busy - idle) * 1000:.0f} ms; {load()}"
+    )
+
+
+def running(made: Installation) -> int:
+    with made.database.autocommit() as connection:
+        return int(
+            connection.execute(text("SELECT count(*) FROM live_runs WHERE state = 'running'")).scalar_one()
+        )
+
+
+def used(process: psutil.Process, seconds: float) -> float:
+    """Which part of a processor a process uses, over so many seconds."""
+    began = process.cpu_times()
+    time.sleep(seconds)
+    ended = process.cpu_times()
+    return float((ended.user + ended.system - began.user - began.system) / seconds)
+
+
+def cpu(children: Children) -> float:
+    """Seconds that this process, the zygote and all runs that have ended have used."""
+    zygote = psutil.Process(children.zygote_pid).cpu_times()
+    return time.process_time() + sum(zygote[:4])
+
+
+def load() -> str:
+    return f"load {os.getloadavg()[0]:.1f}, {datetime.now():%Y-%m-%d}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["starts", "memory", "inline"])
+    parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
+    parser.add_argument("--starts", type=int, default=300)
+    parser.add_argument("--children", type=int, default=200)
+    parser.add_argument("--inline", type=int, default=5000)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    given = parser.parse_args()
+    if {"starts", "memory"} & set(given.what):
+        with tempfile.TemporaryDirectory(prefix="orgworker-bench-") as folder:
+            make_plugin(Path(folder), modules={"bench_jobs": HANDLERS}, entry_points=ENTRY_POINTS)
+            sys.path.append(folder)
+            asyncio.run(measure_children(given.what, given.starts, given.children))
+    if "inline" in given.what:
+        measure_inline(given.database, given.inline, seconds=given.seconds)
+
+
+if __name__ == "__main__":
+    main()
