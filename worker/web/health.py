@@ -27,6 +27,10 @@ class Health:
         self._vitals = vitals
         self.metrics.watch(vitals)
 
+    def starting(self) -> None:
+        """An incarnation begins: until it is put together, no loop of the last one is missed."""
+        self._vitals = None
+
     def draining(self) -> bool:
         """Whether the worker was asked to stop."""
         return self._vitals is not None and self._vitals.draining()

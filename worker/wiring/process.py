@@ -62,6 +62,7 @@ def run(settings: Settings) -> int:
             raise
 
         def incarnate(signals: Signals) -> Incarnation:
+            web.health.starting()
             return Incarnation(
                 settings, database, keyring, children, notifier, signals, clock, web.health.watch
             )

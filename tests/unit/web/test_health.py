@@ -90,6 +90,14 @@ async def test_loops_that_a_drain_has_ended_are_not_missed():
     assert (await get(health, "/livez")).status_code == 200
 
 
+async def test_loops_of_an_incarnation_that_lost_its_lease_are_not_missed_while_the_next_begins():
+    health = watched(stalled=lambda: ["scheduler"])
+    health.starting()
+
+    assert (await get(health, "/livez")).status_code == 200
+    assert (await get(health, "/readyz")).json()["lacking"] == ["starting"]
+
+
 async def test_metrics_are_served_in_the_text_format():
     answer = await get(watched(), "/metrics")
 
