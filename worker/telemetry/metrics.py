@@ -47,8 +47,7 @@ class Metrics:
             if metric.event:
                 self._follow.setdefault(metric.event, []).append(self._follower(metric))
         self._events = Counter(f"{PREFIX}events", _help("events_total"), ["event"], registry=self._registry)
-        for name in EVENTS:
-            self._events.labels(name)
+        self._counts = {name: self._events.labels(name) for name in EVENTS}
         for state in STATES:
             self._made[f"{PREFIX}attempt_states_total"].labels(state)
         self._made[f"{PREFIX}database_up"].set(1)  # type: ignore[union-attr]
@@ -62,7 +61,7 @@ class Metrics:
 
     def take(self, emitted: Emitted) -> None:
         """Count one event; from any thread."""
-        self._events.labels(emitted.event.name).inc()
+        self._counts[emitted.event.name].inc()
         for follow in self._follow.get(emitted.event.name, ()):
             follow(emitted)
         if self._top_orgs and emitted.event.name == "run.ended":
@@ -75,11 +74,17 @@ class Metrics:
     def _follower(self, metric: Metric) -> Follow:
         """What to do with the metric at its event."""
         made = self._made.get(metric.name) or self._make(metric)
+        # The library takes a lock and checks each name to find what is asked for at every end of a run.
+        known: dict[tuple[str, ...], Counter | Gauge | Histogram] = {}
 
         def of(emitted: Emitted) -> Counter | Gauge | Histogram:
             if not metric.labels:
                 return made
-            return made.labels(*(_word(emitted.fields.get(label)) for label in metric.labels))
+            words = tuple([_word(emitted.fields.get(label)) for label in metric.labels])
+            found = known.get(words)
+            if found is None:
+                found = known[words] = made.labels(*words)
+            return found
 
         def follow(emitted: Emitted) -> None:
             value = emitted.fields.get(metric.value) if metric.value.isalpha() else metric.value or 1
