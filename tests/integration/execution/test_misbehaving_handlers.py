@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from pathlib import Path
@@ -220,6 +221,23 @@ async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(chi
     dropped = int(told.split()[0])
     assert dropped + len(link.lines) - 1 == 200_002
     assert CAP * 0.8 < len(link.text()) <= CAP + 200
+
+
+async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_result(
+    children: Children,
+) -> None:
+    async def once(lines: int) -> None:
+        assert await run(children, "prints", count=lines) == Succeeded('"printed"')
+        assert isinstance(await run(children, "result", count=4), Failed)
+
+    await once(20_000)
+    gc.collect()
+    before = linux.resident(os.getpid())
+
+    await once(1_000_000)
+
+    gc.collect()
+    assert linux.resident(os.getpid()) - before < 8 * 1024 * 1024
 
 
 async def test_a_crash_keeps_its_last_words(children: Children) -> None:
