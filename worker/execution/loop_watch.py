@@ -8,6 +8,7 @@ import gc
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -27,6 +28,8 @@ class ThisRun:
     run_id: str
 
 
+_watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
 THIS_RUN: contextvars.ContextVar[ThisRun] = contextvars.ContextVar("THIS_RUN")
 
 
@@ -42,6 +45,9 @@ class LoopWatch:
         if self._loop is not None:
             return
         self._loop = loop = asyncio.get_running_loop()
+        if loop in _watched:  # by an earlier incarnation of this worker
+            return
+        _watched.add(loop)
         self._tick(loop)
         arguments = (loop, threading.get_ident())
         threading.Thread(target=self._watch, args=arguments, name="loop watch", daemon=True).start()

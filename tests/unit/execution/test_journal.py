@@ -1,0 +1,83 @@
+"""Lines and progress are written in batches, a run's last words before its end, and none twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.unit.execution.runs import admitted
+from worker.errors import StoreUnavailable
+from worker.execution.journal import Journal
+from worker.ids import RunId
+from worker.runs.firing import LogLine
+from worker.telemetry.masking import masker
+
+pytestmark = pytest.mark.anyio
+
+
+class Store:
+    def __init__(self) -> None:
+        self.written: list[str] = []
+        self.away = False
+        self.slow: asyncio.Event | None = None
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None:
+        if self.away:
+            raise StoreUnavailable("away")
+        if self.slow is not None:
+            await self.slow.wait()
+        self.written += [row.text for row in rows]
+
+    async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
+        return
+
+
+async def test_last_words_are_written_before_the_end_also_behind_a_flush_that_is_on(
+    clock: ManualClock,
+) -> None:
+    store, run = Store(), admitted("r1")
+    store.slow = asyncio.Event()
+    journal = Journal(store, clock)
+    journal.line(run, "info", "stdout", "first")
+    flushing = asyncio.create_task(journal.flush())
+    await asyncio.sleep(0)
+    journal.line(run, "error", "log", "last")
+
+    words = asyncio.create_task(journal.last_words(run))
+    await asyncio.sleep(0)
+    assert not words.done()
+    store.slow.set()
+    await words
+
+    assert store.written == ["first", "last"]
+    await flushing
+
+
+async def test_a_run_that_said_nothing_waits_for_nobody(clock: ManualClock) -> None:
+    store = Store()
+    store.slow = asyncio.Event()
+    journal = Journal(store, clock)
+    journal.line(admitted("r1"), "info", "stdout", "another's")
+
+    await journal.last_words(admitted("r2"))
+
+    assert store.written == []
+
+
+async def test_lines_wait_while_the_database_is_away_and_keep_their_order(clock: ManualClock) -> None:
+    masker.register("canary-5ecret-value")
+    store, run = Store(), admitted("r1")
+    store.away = True
+    journal = Journal(store, clock)
+    journal.line(run, "info", "stdout", "one canary-5ecret-value")
+    await journal.last_words(run)
+    journal.line(run, "info", "stdout", "two")
+
+    store.away = False
+    await journal.flush()
+
+    assert store.written == ["one [masked]", "two"]
