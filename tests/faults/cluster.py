@@ -80,7 +80,8 @@ class Cluster(Site):
         lines = [f'{name} = "{round(seconds * 1000)}ms"' for name, seconds in times.items()]
         self.configure(execution="\n".join([*lines, self.execution]))
 
-    def _command(self, *arguments: str) -> list[str]:
+    def command(self, *arguments: str) -> list[str]:
+        """As a site's, with another module than `worker` where a launcher is set."""
         return [sys.executable, "-m", self.launcher, "--config", str(self.settings), *arguments]
 
     def define(

@@ -5,21 +5,27 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.checker import judge
-from tests.faults.cluster import Cluster
+from tests.faults.conftest import MakeCluster
 from tests.faults.proxy import Proxy
 from tests.faults.watches import holder
 
-STEPS = 10
+STEPS = 4
+# The whole stop has to be shorter than the ten seconds after which the held statement's own client gives up.
+LEASE, RENEW = 1.6, 0.4
+UNCOMMITTED = """
+SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+AND state = 'idle in transaction' AND query LIKE '%INSERT INTO checkpoints%'
+"""
 # The held statement leaves its transaction idle for longer than a worker's session may be.
 PATIENT = "options=-c%20idle_in_transaction_session_timeout=0"
 
 
 @pytest.mark.parametrize("launcher", ["worker", "tests.faults.launcher"])
 def test_a_late_save_is_refused_and_without_its_fence_objected_to(
-    on_server: Cluster, proxy: Proxy, launcher: str
+    cluster_at: MakeCluster, postgres_url: str, proxy: Proxy, launcher: str
 ) -> None:
     """A save is on its way while its worker loses the run; it arrives when the next owner has saved more."""
-    cluster = on_server
+    cluster = cluster_at(postgres_url, lease=LEASE, renew=RENEW)
     cluster.launcher = launcher
     third, done = cluster.folder / "third", cluster.folder / "done"
     params = {"third": str(third), "until": str(done), "steps": STEPS, "pause": 0.02}
@@ -39,6 +45,8 @@ def test_a_late_save_is_refused_and_without_its_fence_objected_to(
     with cluster.stopped(first, "worker", cluster.processes(first, "worker")[0]):
         cluster.wait_for(lambda: cluster.saved(run, 2) == STEPS, "all steps in the second attempt")
         proxy.let_go()
+        cluster.wait_for(lambda: cluster.query(UNCOMMITTED), "the late save in the database")
+    cluster.wait_for(lambda: not cluster.query(UNCOMMITTED), "its commit")
     cluster.wait_for(lambda: len(cluster.rows_of(first)) == 2, "the next incarnation of the first worker")
     done.touch()
     cluster.wait_for(cluster.all_ended, "the end of the run")
