@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from worker.ids import OrgId
 
@@ -14,8 +14,7 @@ MAX_CONCURRENT_RUNS = 10
 WEIGHT = 1
 
 
-@dataclass(frozen=True, slots=True)
-class OrgRef:
+class OrgRef(NamedTuple):
     """An org by its key in the database and by its code in the issuer's tokens."""
 
     id: OrgId
