@@ -1,0 +1,254 @@
+"""An installation to be measured: a database, orgs with definitions, a backlog, and real workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from sqlalchemy import insert, select, text
+
+from tests.fakes.plugins import make_plugin
+from tests.fakes.postgres import Server
+from worker.clock import SystemClock
+from worker.demo.applications import Application
+from worker.demo.provider import serve_provider
+from worker.ids import RunId, new_id
+from worker.operations.import_orgs import import_orgs
+from worker.runs.run import NewRun
+from worker.store import schema, tables
+from worker.store.database import Database
+from worker.store.sql import statements
+from worker.tokens.sealing import KeyRing
+
+AUDIENCE = "https://api.bench.example"
+HANDLERS = """\
+from worker import job
+
+
+@job("bench.inline", isolation="inline")
+async def inline(ctx):
+    return None
+
+
+@job("bench.child")
+def child(ctx):
+    return None
+"""
+BATCH = 500
+
+
+@dataclass
+class Workers:
+    """Worker processes that run; `cpu` is what all of them have used, in seconds."""
+
+    processes: list[subprocess.Popen[bytes]]
+
+    def cpu(self) -> float:
+        ticks = 0
+        for process in self.processes:
+            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Installation:
+    """One database with `orgs` orgs, each with one definition of the handler."""
+
+    def __init__(self, folder: Path, url: str, provider_url: str) -> None:
+        self.folder = folder
+        self.url = url
+        self._provider_url = provider_url
+        self.database = Database.open(url, clock=SystemClock(), role="bench")
+
+    def configure(self, *, slots: int, children: int = 0, extra: str = "") -> None:
+        """Write worker.toml; `slots` are inline ones."""
+        (self.folder / "worker.toml").write_text(
+            f"""\
+secrets_dir = "{self.folder}"
+[database]
+url = "{self.url}"
+[issuers.main]
+profile = "kinde"
+url = "{self._provider_url}"
+audience = "{AUDIENCE}"
+max_requests_per_second = 1000
+[execution]
+max_children = {children}
+max_inline = {slots}
+inline = ["orgworker-bench"]
+{extra}
+[web]
+listen = ""
+[log]
+level = "warning"
+style = "json"
+"""
+        )
+
+    def add_orgs(self, applications: list[Application], *, limit: int) -> None:
+        """Orgs with a credential and one definition each, whose schedule is never due."""
+        lines = [
+            json.dumps(
+                {"code": app.org_code, "name": app.org_code, "issuer": "main"}
+                | {"client_id": app.client_id, "client_secret": app.client_secret}
+            )
+            for app in applications
+        ]
+        keyring = KeyRing.load_or_generate(self.folder / "keyring")
+        import_orgs(self.database, keyring, lines, actor="bench")
+        with self.database.transaction() as connection:
+            connection.execute(text("UPDATE orgs SET max_concurrent_runs = :limit"), {"limit": limit})
+
+    def define(self, handler: str, *, due_at: list[datetime] | None = None, spec: dict[str, object]) -> None:
+        """A definition for each org, or, with `due_at`, one for each instant, orgs in turn."""
+        with self.database.transaction() as connection:
+            orgs = list(connection.execute(select(tables.orgs.c.id)).scalars())
+            at = self.database.now(connection)
+            count = len(orgs) if due_at is None else len(due_at)
+            ids = [new_id() for _ in range(count)]
+            common = {"revision": 1, "enabled": True, "created_at": at, "updated_at": at}
+            rows = [
+                {"id": id_, "org_id": orgs[n % len(orgs)], "name": f"d{n}"} | common
+                for n, id_ in enumerate(ids)
+            ]
+            whole = {"handler": handler, "schedule": "every 1h", "isolation": "inline"} | spec
+            for part in range(0, count, BATCH):
+                some = rows[part : part + BATCH]
+                connection.execute(insert(tables.definitions), some)
+                connection.execute(
+                    insert(tables.definition_revisions),
+                    [
+                        {"definition_id": row["id"], "revision": 1, "spec": whole, "at": at, "by": "bench"}
+                        for row in some
+                    ],
+                )
+                due = [None] * len(some) if due_at is None else due_at[part : part + BATCH]
+                connection.execute(
+                    insert(tables.schedule),
+                    [
+                        {"definition_id": row["id"], "org_id": row["org_id"]}
+                        | {"next_scheduled_for": instant, "next_fire_at": instant}
+                        for row, instant in zip(some, due, strict=True)
+                    ],
+                )
+
+    def add_backlog(self, count: int, handler: str, isolation: str) -> None:
+        """Runs that wait, in turn over all definitions, as `definitions run` would have made them."""
+        definitions = tables.definitions
+        with self.database.transaction() as connection:
+            found = connection.execute(select(definitions.c.id, definitions.c.org_id)).all()
+            at = self.database.now(connection) - timedelta(seconds=1)
+        for part in range(0, count, BATCH):
+            runs = []
+            for number in range(part, min(part + BATCH, count)):
+                definition_id, org_id = found[number % len(found)]
+                runs.append(
+                    NewRun(
+                        id=RunId(new_id()),
+                        org_id=org_id,
+                        definition_id=definition_id,
+                        revision=1,
+                        handler=handler,
+                        origin="manual",
+                        scheduled_for=at,
+                        available_at=at,
+                        idempotency_key=new_id(),
+                        serial=False,
+                        isolation=isolation,  # type: ignore[arg-type]
+                    )
+                )
+            with self.database.transaction() as connection:
+                statements(connection).fire_write(connection, runs, [], [])
+        if self.database.dialect == "postgresql":
+            with self.database.autocommit() as connection:
+                connection.execute(text("VACUUM ANALYZE"))
+
+    @contextlib.contextmanager
+    def workers(self, count: int = 1, *, profile: Path | None = None) -> Iterator[Workers]:
+        """So many worker processes; they are drained at the end."""
+        command = [sys.executable, "-m", "worker", "--config", str(self.folder / "worker.toml"), "run"]
+        if profile is not None:
+            command = [sys.executable, "-m", "cProfile", "-o", str(profile), *command[1:]]
+        environment = os.environ | {"PYTHONPATH": str(self.folder / "plugins")}
+        log = (self.folder / "worker.log").open("ab")
+        started = [
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.folder)
+            for _ in range(count)
+        ]
+        try:
+            yield Workers(started)
+        finally:
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+            for process in started:
+                process.wait(timeout=60)
+            log.close()
+
+    def ended(self) -> int:
+        """How many runs have succeeded."""
+        with self.database.autocommit() as connection:
+            query = text("SELECT count(*) FROM runs WHERE state = 'succeeded'")
+            return int(connection.execute(query).scalar_one())
+
+    def rate(self, *, leave: float = 0.25) -> float:
+        """Runs a second by the database's clock, the first quarter left out: tokens are fetched in it."""
+        with self.database.autocommit() as connection:
+            query = select(tables.runs.c.finished_at).where(tables.runs.c.state == "succeeded")
+            ends = sorted(connection.execute(query).scalars())
+        first = int(len(ends) * leave)
+        return (len(ends) - first) / (ends[-1] - ends[first]).total_seconds()
+
+    def wait_for_end(self, count: int, *, timeout: float = 600.0) -> None:
+        """Until so many runs have ended; looks seldom, so as not to be measured itself."""
+        until = time.monotonic() + timeout
+        while self.ended() < count:
+            if time.monotonic() > until:
+                raise SystemExit(f"only {self.ended()} of {count} ended; see {self.folder}/worker.log")
+            time.sleep(0.25)
+
+
+@contextlib.contextmanager
+def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[Installation]:
+    """A fresh installation on SQLite, or on a PostgreSQL of its own that syncs to disk."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
+        if dialect == "postgresql":
+            server = Server(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pg", durable=True)
+            server.folder.parent.chmod(0o755)
+            server.start()
+            stack.callback(server.stop, signal.SIGQUIT)
+            url = server.url()
+        else:
+            url = f"sqlite:///{folder / 'worker.db'}"
+        schema.upgrade(url)
+        plugins = folder / "plugins"
+        plugins.mkdir()
+        make_plugin(
+            plugins,
+            dist="orgworker-bench",
+            modules={"orgworker_bench": HANDLERS},
+            entry_points={"bench.inline": "orgworker_bench:inline", "bench.child": "orgworker_bench:child"},
+        )
+        provider, thread = serve_provider()
+        stack.enter_context(thread)
+        made = Installation(folder, url, provider.url)
+        stack.callback(made.database.close)
+        made.configure(slots=1000)
+        applications = [
+            Application(f"org_{n}", f"client-{n}", f"secret-of-{n}", audiences=(AUDIENCE,))
+            for n in range(orgs)
+        ]
+        for app in applications:
+            provider.add(app)
+        made.add_orgs(applications, limit=limit)
+        yield made
