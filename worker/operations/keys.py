@@ -143,9 +143,7 @@ def remove_key(database: Database, ring: Ring, key_id: str, *, actor: str) -> No
     with database.transaction() as connection:
         count = credentials.sealed_for_all_orgs(connection).get(key_id, Counter()).total()
         if count:
-            raise Conflict(
-                f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first"
-            )
+            raise Conflict(f"the key {key_id} still seals {count} secrets", fix="run `keys rekey` first")
         ring.without(key_id)
         entry = audit.Entry(None, "key.remove", key_id)
         audit.record(connection, [entry], at=database.now(connection), actor=actor)

@@ -53,9 +53,7 @@ def mark_no_handler(connection: Connection) -> int:
         column = _live.c.variant_handlers
         same = column.is_(None) if variants is None else column == variants
         reason = case((_live.c.attempt == 0, "due"), else_="retry") if offered else "no_handler"
-        rows = select(_live.c.id).where(
-            due, _live.c.handler == handler, same, marked if offered else ~marked
-        )
+        rows = select(_live.c.id).where(due, _live.c.handler == handler, same, marked if offered else ~marked)
         ids = connection.execute(
             rows.order_by(_live.c.id).limit(BATCH).with_for_update(skip_locked=True)
         ).scalars()

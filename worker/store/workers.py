@@ -46,9 +46,7 @@ def register(
 
 def update_handlers(connection: Connection, worker_id: WorkerId, handlers: Sequence[str]) -> None:
     """Say which handlers the worker offers from now on."""
-    connection.execute(
-        update(_workers).where(_workers.c.id == worker_id).values(handlers=sorted(handlers))
-    )
+    connection.execute(update(_workers).where(_workers.c.id == worker_id).values(handlers=sorted(handlers)))
 
 
 def unregister(connection: Connection, worker_id: WorkerId) -> None:

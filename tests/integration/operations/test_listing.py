@@ -85,10 +85,15 @@ def test_runs_are_narrowed_by_org_definition_state_and_time(connection, runs, ro
     assert run_listing.runs_for_all_orgs(connection, since=now + timedelta(hours=1)) == []
 
 
-@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1001}, {"after": "seven"}, {"state": "held"}])
+@pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1001}, {"state": "held"}])
 def test_what_cannot_be_listed_is_a_usage_error(connection, wrong):
     with pytest.raises(UsageError):
         run_listing.runs_for_all_orgs(connection, **wrong)
+
+
+def test_nothing_follows_what_is_no_id(connection):
+    with pytest.raises(NotFound, match="is no id"):
+        run_listing.runs_for_all_orgs(connection, after="seven")
 
 
 def test_an_unknown_org_is_not_found_in_any_list(connection):
