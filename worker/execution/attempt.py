@@ -32,6 +32,7 @@ from worker.execution.offers import Offers
 from worker.execution.plans import Plan, Plans
 from worker.execution.redact import redacted
 from worker.execution.stopping import stopped
+from worker.execution.telling import tell_admission
 from worker.execution.terms import Terms
 from worker.execution.work import Runner, Work
 from worker.runs.outcome import (
@@ -74,6 +75,7 @@ async def attempt(held: Held, tools: Tools) -> EndedAttempt:
     run, trail, terms = held.run, Trail(held.run.handler), Terms()
     try:
         held.plan = plan = await tools.plans.of(run)
+        tell_admission(run, plan)
         terms = plan.terms(run.handler, tools.offers.get(run.handler))
         outcome = await _carry(held, plan, terms, trail, tools)
     except TokenRefused as refused:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from worker.execution.attempt import Tools, attempt
 from worker.execution.finisher import Finisher, FinishStore
 from worker.execution.holdings import Held, Holdings
+from worker.execution.telling import tell_end
 from worker.execution.work import StopReason
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
@@ -98,22 +99,3 @@ class Carrier:
         else:
             emit("run.fenced_out", run=ended.run_id, fencing_token=ended.fencing_token)
         self._on_free()
-
-
-def tell_end(ended: EndedAttempt, held: Held | None) -> None:
-    """One event for an attempt whose end is written."""
-    plan = None if held is None else held.plan
-    emit(
-        "run.ended",
-        org=plan and plan.org.code,
-        run=ended.run_id,
-        definition=plan and plan.definition.name,
-        handler=ended.trail.handler,
-        attempt=ended.attempt,
-        outcome=ended.outcome,
-        state=ended.state,
-        reason=ended.reason,
-        detail=ended.detail,
-        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
-        error_cause=ended.error_cause,
-    )

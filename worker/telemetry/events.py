@@ -77,7 +77,6 @@ EVENTS: Mapping[str, Event] = _table(
     ),
     # Definition to run.
     ("runs.fired", "info", "count overlapped skips", "due instants became runs, in one transaction"),
-    ("skips.written", "info", "org definition count reason", "instants that will not run, and why"),
     (
         "definition.failed",
         "error",

@@ -69,6 +69,9 @@ class Cataloguing:
                 await self._take(entry)
             for distribution, known in names.items():
                 await self._database.call(catalogue.forget, distribution, but=known)
+                offered = [name for name in known if self._offers.get(name) is not None]
+                version = installed().get(distribution)
+                emit("handlers.loaded", distribution=distribution, version=version, handlers=len(offered))
             self._read = True
         await asyncio.Event().wait()
 

@@ -1,0 +1,42 @@
+"""Telling: the events of a run's admission and of its attempt's end, with what its plan knows."""
+
+from __future__ import annotations
+
+from worker.execution.holdings import Held
+from worker.execution.plans import Plan
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun
+from worker.telemetry.events import emit
+
+
+def tell_admission(run: AdmittedRun, plan: Plan) -> None:
+    """One event for a run that is this worker's now, with its lateness in seconds."""
+    emit(
+        "run.admitted",
+        org=plan.org.code,
+        run=run.id,
+        definition=plan.definition.name,
+        handler=run.handler,
+        attempt=run.attempt,
+        fencing_token=run.fencing_token,
+        lateness=round((run.started_at - run.available_at).total_seconds(), 3),
+    )
+
+
+def tell_end(ended: EndedAttempt, held: Held | None) -> None:
+    """One event for an attempt whose end is written."""
+    plan = None if held is None else held.plan
+    emit(
+        "run.ended",
+        org=plan and plan.org.code,
+        run=ended.run_id,
+        definition=plan and plan.definition.name,
+        handler=ended.trail.handler,
+        attempt=ended.attempt,
+        outcome=ended.outcome,
+        state=ended.state,
+        reason=ended.reason,
+        detail=ended.detail,
+        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        error_cause=ended.error_cause,
+    )
