@@ -9,8 +9,6 @@ import sys
 
 from tests.fakes.site import Site
 
-LEAST = 0.5
-
 
 def test_the_schema_is_upgraded_once_and_checked(bare_site: Site):
     missing = bare_site.cli("runs", "list", "-o", "json", check=False)
@@ -73,7 +71,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(site: Site):
     assert ended.stderr == ""
 
 
-def test_a_list_needs_little_and_is_quick(site: Site):
+def test_a_list_imports_little(site: Site):
     """What only the worker, apply or a migration need costs a list nothing."""
     command = [sys.executable, "-X", "importtime", "-m", "worker", "--config", str(site.settings)]
     ended = subprocess.run(
@@ -84,18 +82,6 @@ def test_a_list_needs_little_and_is_quick(site: Site):
     heavy = {"alembic", "apscheduler", "httpx", "jsonschema", "rich", "uvicorn", "worker.execution.loops"}
     assert "sqlalchemy" in imported
     assert imported & heavy == set()
-    assert min(cpu_seconds(site, "runs", "list") for _ in range(3)) < LEAST
-    assert min(cpu_seconds(site, "--help") for _ in range(3)) < LEAST / 2
-
-
-def cpu_seconds(site: Site, *arguments: str) -> float:
-    """What a command took of a processor, which other work on the machine does not lengthen."""
-    command = [sys.executable, "-m", "worker", "--config", str(site.settings), *arguments]
-    process = subprocess.Popen(command, cwd=site.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return usage.ru_utime + usage.ru_stime
 
 
 def test_settings_are_masked(site: Site):
