@@ -12,15 +12,19 @@ from worker.telemetry.events import emit
 
 
 class RecoveryStore(Protocol):
-    async def recover(self) -> Sequence[Recovered]:
-        """Take the runs of workers whose lease has passed; give what became of them."""
+    async def recover(self, still: Callable[[], bool]) -> Sequence[Recovered]:
+        """Take the runs of workers whose lease has passed; give what became of them.
+
+        `still` is asked once more, in another thread, when the database has answered.
+        """
         ...
 
 
 class Recovery:
     """Recovers every `poll` seconds, once this worker has been in contact for a whole lease.
 
-    After an outage every lease has passed; the wait lets living owners renew first.
+    After an outage every lease has passed; the wait lets living owners renew first. A
+    recovery that the outage itself has held up must not slip through at its end.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class Recovery:
             if not self._may_recover():
                 continue
             try:
-                recovered = await self._store.recover()
+                recovered = await self._store.recover(self._may_recover)
             except Unavailable:
                 continue
             tell(recovered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -88,9 +88,9 @@ class WorkerStore:
         """Append lines to runs' logs."""
         await self._database.call(lambda connection: statements(connection).append_logs(connection, rows))
 
-    async def recover(self, *, max_recoveries: int = 3) -> list[Recovered]:
-        """Take the runs of workers that are gone."""
-        return await self._database.call(runs.recover, max_recoveries=max_recoveries)
+    async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
+        """Take the runs of workers that are gone, if `still` says so once the database has answered."""
+        return await self._database.call(runs.recover, max_recoveries=max_recoveries, still=still)
 
     async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
         """Take the runs of every other worker: at the start of the one worker of a SQLite file."""

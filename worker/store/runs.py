@@ -48,14 +48,18 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     )
 
 
-def recover(connection: Connection, *, max_recoveries: int) -> list[Recovered]:
+def recover(
+    connection: Connection, *, max_recoveries: int, still: Callable[[], bool] = lambda: True
+) -> list[Recovered]:
     """Take the runs of workers whose lease has passed or who were ended.
 
     Their attempts are `lost`; the runs wait again (recovered), or fail (lost) beyond
     their definition's `max_recoveries`, whose default is given. On SQLite no lease
-    passes: only ended workers count.
+    passes: only ended workers count. `still` is asked when the database has answered:
+    this connection may have hung since the caller's own look.
     """
-    return _recover(connection, None, max_recoveries)
+    database_now(connection)
+    return _recover(connection, None, max_recoveries) if still() else []
 
 
 def recover_all_others(

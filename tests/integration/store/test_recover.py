@@ -236,3 +236,16 @@ def test_on_sqlite_no_lease_decides(sqlite_stock: Stock) -> None:
     sqlite_stock.let_lease_pass(worker)
 
     assert recover(sqlite_stock) == []
+
+
+def test_a_recovery_that_was_held_up_is_asked_for_once_more(stock: Stock) -> None:
+    """The caller's contact may have broken while its connection hung: then the owners renew first."""
+    worker = stock.worker()
+    stock.put(stock.run(stock.org()))
+    stock.admit(worker)
+    end(stock, worker)
+
+    with stock.database.transaction() as connection:
+        assert runs.recover(connection, max_recoveries=3, still=lambda: False) == []
+
+    assert [found.worker for found in recover(stock)] == [worker]

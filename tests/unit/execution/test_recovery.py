@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import pytest
@@ -22,7 +22,7 @@ class Store:
     def __init__(self) -> None:
         self.calls = 0
 
-    async def recover(self) -> Sequence[Recovered]:
+    async def recover(self, still: Callable[[], bool]) -> Sequence[Recovered]:
         self.calls += 1
         return []
 
