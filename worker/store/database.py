@@ -39,10 +39,10 @@ class Database:
     the work in the database's own threads: one writer on SQLite, a few on PostgreSQL.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, threads: int) -> None:
+    def __init__(self, engine: Engine, *, clock: Clock, threads: int, contact: Contact) -> None:
         self._engine = engine
         self._clock = clock
-        self._contact = Contact(clock)
+        self._contact = contact
         self._acts_as_web: bool | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = engine.url.render_as_string(hide_password=True)
@@ -74,7 +74,9 @@ class Database:
         engine = open_engine(
             read_url(url), clock=clock, role=role, connections=threads + 2, deadline=deadline
         )
-        return cls(engine, clock=clock, threads=threads)
+        # What else of this process asks the database finds the same, and need not tell it again.
+        contact = Contact(clock, tells=role == "worker")
+        return cls(engine, clock=clock, threads=threads, contact=contact)
 
     def hurried(self, deadline: float) -> Database:
         """The same PostgreSQL over a connection of its own, with this deadline if it is the shorter one.
@@ -88,7 +90,7 @@ class Database:
             engine = open_engine(
                 self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline
             )
-            self._hurried[deadline] = Database(engine, clock=self._clock, threads=1)
+            self._hurried[deadline] = Database(engine, clock=self._clock, threads=1, contact=self._contact)
         return self._hurried[deadline]
 
     @contextmanager
@@ -196,13 +198,14 @@ class Database:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
+        asked_at = self._contact.asked()
         try:
             with translated():
                 yield
         except StoreUnavailable as error:
-            self._contact.failed(error.message)
+            self._contact.failed(error.message, asked_at)
             raise
-        self._contact.answered()
+        self._contact.answered(asked_at)
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
