@@ -88,9 +88,7 @@ class Handlers:
                 fix=f"`handlers show {name}` has the params it takes",
             )
 
-    def as_taken(
-        self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
         """Params read from a command line, those as `typed` that the handler takes only so.
 
         `url=5` was read as a number; where the handler wants a text, it is one.

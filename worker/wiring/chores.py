@@ -21,7 +21,7 @@ from worker.store.database import Database
 from worker.telemetry.events import emit
 
 # Seconds between two looks; an org that is new has what templates make for it within two of them.
-EVERY = 1.0
+EVERY = 2.0
 # Seconds after which another worker's failures are noticed at a success here.
 FORGET = 60.0
 
