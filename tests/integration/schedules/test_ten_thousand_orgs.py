@@ -1,0 +1,59 @@
+"""Ten thousand orgs with one hourly template: carried in batches, spread over the hour, always the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+
+from sqlalchemy import select
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.timeline import Timeline
+from worker.definitions.file import parse_file
+from worker.operations.apply import apply
+from worker.operations.materialise import materialise
+from worker.store import tables, template_listing
+from worker.store.database import Database
+
+ORGS = 10_000
+TEMPLATE = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@hourly"\n'
+
+
+def slots(database: Database) -> dict[str, timedelta]:
+    """How long after its instant each definition fires."""
+    schedule = tables.schedule
+    query = select(schedule.c.definition_id, schedule.c.next_scheduled_for, schedule.c.next_fire_at)
+    with database.autocommit() as connection:
+        return {id_: fires_at - at for id_, at, fires_at in connection.execute(query)}
+
+
+def change(timeline: Timeline, text: str) -> int:
+    """Apply a template and carry every org to it; how many batches that took."""
+    apply(timeline.database, parse_file(text), actor="tester")
+    batches = 1
+    while materialise(timeline.database).orgs:
+        batches += 1
+    with timeline.database.autocommit() as connection:
+        shown = template_listing.template_for_all_orgs(connection, "export")
+    assert shown["orgs_done"] == shown["orgs_total"] == ORGS
+    return batches
+
+
+def test_no_second_is_busy_and_no_slot_ever_moves(timeline: Timeline, clock: ManualClock) -> None:
+    orgs = "".join(f'[[org]]\ncode = "org_{n}"\nissuer = "main"\n' for n in range(ORGS))
+    apply(timeline.database, parse_file(orgs), actor="tester")
+
+    assert change(timeline, TEMPLATE) == ORGS // 200
+    first = slots(timeline.database)
+    seconds = Counter(spread // timedelta(seconds=1) for spread in first.values())
+    assert len(first) == ORGS
+    assert max(seconds.values()) < 5 * ORGS / 3600
+
+    change(timeline, TEMPLATE + "priority = 1\n")
+    url = timeline.database.url_shown
+    timeline.close()
+    again = Database.open(url, clock=clock)
+    try:
+        assert slots(again) == first
+    finally:
+        again.close()
