@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 
 from worker.clock import Clock
+from worker.errors import Unavailable
 from worker.execution.carrier import Carrier
 from worker.execution.heartbeat import Heartbeat
 from worker.execution.housekeeping import Housekeeping
@@ -106,6 +107,9 @@ class Loops:
         while True:
             try:
                 await loop()
+            except Unavailable:
+                # The database is away, which is told where it is asked; the loop begins again.
+                await self._clock.sleep(RESTART)
             except Exception as error:
                 emit("loop.failed", loop=name, error=f"{type(error).__name__}: {error}")
                 await self._clock.sleep(RESTART)
