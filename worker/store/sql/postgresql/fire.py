@@ -42,6 +42,7 @@ FROM unnest(%s::uuid[], %s::integer[]) AS p(definition_id, revision)
 JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision = p.revision
 """
 
+# `LIMIT 1` and no EXISTS: that would be hashed, and so read all runs there ever were, for a few.
 INSERT = """
 WITH new AS (
   SELECT * FROM unnest(
@@ -54,13 +55,15 @@ WITH new AS (
     max_concurrent, priority, serial, available_at, start_by, place)
 ), fresh AS MATERIALIZED (
   SELECT * FROM new n
-  WHERE (n.origin <> 'schedule' OR NOT EXISTS (
-           SELECT 1 FROM runs r WHERE r.definition_id = n.definition_id
-           AND r.scheduled_for = n.scheduled_for AND r.origin = 'schedule'))
-    AND (n.request_key IS NULL OR NOT EXISTS (
-           SELECT 1 FROM runs r WHERE r.definition_id = n.definition_id AND r.request_key = n.request_key))
-    AND (n.backfill_id IS NULL OR NOT EXISTS (
-           SELECT 1 FROM runs r WHERE r.backfill_id = n.backfill_id AND r.scheduled_for = n.scheduled_for))
+  WHERE (n.origin <> 'schedule' OR (
+           SELECT r.id FROM runs r WHERE r.definition_id = n.definition_id
+           AND r.scheduled_for = n.scheduled_for AND r.origin = 'schedule' LIMIT 1) IS NULL)
+    AND (n.request_key IS NULL OR (
+           SELECT r.id FROM runs r
+           WHERE r.definition_id = n.definition_id AND r.request_key = n.request_key LIMIT 1) IS NULL)
+    AND (n.backfill_id IS NULL OR (
+           SELECT r.id FROM runs r
+           WHERE r.backfill_id = n.backfill_id AND r.scheduled_for = n.scheduled_for LIMIT 1) IS NULL)
 ), live AS (
   INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
                          scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
@@ -132,7 +135,8 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
         clock = raw.execute(CLOCK)
         due = rows.fetchall()
         (now,) = clock.fetchone()
-    missing = sorted({(row[0], row[5]) for row in due} - specs.keys())
+    # One look-up each: a difference of sets would walk all that is kept.
+    missing = sorted(pair for row in due if (pair := (row[0], row[5])) not in specs)
     if missing:
         pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
         for id_, revision, spec in raw.execute(SPECS, pairs):
@@ -147,14 +151,9 @@ def fire_write(
     next_fires: Sequence[NextFire],
 ) -> FireReport:
     raw = driver(connection)
-    inserted, overlapped = _insert(raw, runs) if runs else ([], [])
-    if overlapped:
-        placed, overlapped = place_scheduled(connection, overlapped)
-        inserted += placed
-    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
-    if skips:
-        _write_skips(raw, skips)
+    # One round trip: what is due next depends on none of the answers.
     with raw.pipeline():
+        made = raw.execute(INSERT, _columns(runs)) if runs else None
         if next_fires:
             raw.execute(
                 NEXT,
@@ -164,41 +163,42 @@ def fire_write(
                     instants(fire.next_fire_at for fire in next_fires),
                 ),
             )
-        now, first = raw.execute(FIRST).fetchone()
+        clock = raw.execute(FIRST)
+        is_live = dict(made.fetchall()) if made else {}
+        now, first = clock.fetchone()
+    inserted = [run for run in runs if is_live.get(run.id) is True]
+    overlapped = [run for run in runs if is_live.get(run.id) is False]
+    if overlapped:
+        placed, overlapped = place_scheduled(connection, overlapped)
+        inserted += placed
+    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
+    if skips:
+        _write_skips(raw, skips)
     return FireReport(inserted, overlapped, skips, next_fire_at=first, now=now)
 
 
-def _insert(raw: Any, runs: Sequence[NewRun]) -> tuple[list[NewRun], list[NewRun]]:
-    is_live = dict(
-        raw.execute(
-            INSERT,
-            (
-                plain(run.id for run in runs),
-                plain(run.org_id for run in runs),
-                plain(run.definition_id for run in runs),
-                plain(run.revision for run in runs),
-                texts(run.handler for run in runs),
-                plain(run.origin for run in runs),
-                instants(run.scheduled_for for run in runs),
-                texts(run.created_by for run in runs),
-                texts(run.request_key for run in runs),
-                plain(run.backfill_id for run in runs),
-                plain(run.retry_of for run in runs),
-                plain(run.idempotency_key for run in runs),
-                jsons(run.params for run in runs),
-                jsons(run.variant_handlers or None for run in runs),
-                plain(run.isolation for run in runs),
-                plain(run.max_concurrent for run in runs),
-                plain(run.priority for run in runs),
-                flags(run.serial for run in runs),
-                instants(run.available_at for run in runs),
-                instants(run.start_by for run in runs),
-            ),
-        ).fetchall()
-    )
+def _columns(runs: Sequence[NewRun]) -> tuple[Any, ...]:
     return (
-        [run for run in runs if is_live.get(run.id) is True],
-        [run for run in runs if is_live.get(run.id) is False],
+        plain(run.id for run in runs),
+        plain(run.org_id for run in runs),
+        plain(run.definition_id for run in runs),
+        plain(run.revision for run in runs),
+        texts(run.handler for run in runs),
+        plain(run.origin for run in runs),
+        instants(run.scheduled_for for run in runs),
+        texts(run.created_by for run in runs),
+        texts(run.request_key for run in runs),
+        plain(run.backfill_id for run in runs),
+        plain(run.retry_of for run in runs),
+        plain(run.idempotency_key for run in runs),
+        jsons(run.params for run in runs),
+        jsons(run.variant_handlers or None for run in runs),
+        plain(run.isolation for run in runs),
+        plain(run.max_concurrent for run in runs),
+        plain(run.priority for run in runs),
+        flags(run.serial for run in runs),
+        instants(run.available_at for run in runs),
+        instants(run.start_by for run in runs),
     )
 
 
