@@ -45,11 +45,19 @@ class WorkerStore:
         self._lease = lease
         self._admission = Admission(database, worker_id)
         self._contexts = Gathered(self._read_contexts)
+        self._nothing_was_due = False
         self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
 
     async def fire(self, decide: runs.Decide, *, limit: int = 100) -> FireReport:
         """Turn what is due into runs and skips; `decide` is called for each definition and never raises."""
-        return await self._database.call(runs.fire, decide, limit=limit, specs=self._specs)
+        if self._nothing_was_due:
+            # A look without a transaction, again and again while nothing is due.
+            now, first = await self._database.call_autocommit(runs.first_due)
+            if first is None or first > now:
+                return FireReport(next_fire_at=first, now=now)
+        report = await self._database.call(runs.fire, decide, limit=limit, specs=self._specs)
+        self._nothing_was_due = not (report.inserted or report.skips)
+        return report
 
     async def admit(
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]

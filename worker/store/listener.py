@@ -6,6 +6,7 @@ it may be lost, late or for nothing. On SQLite there is one worker, which polls.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ async def listen(arguments: dict[str, Any], clock: Clock, on_hint: Callable[[], 
 
 
 async def _hear(connection: psycopg.AsyncConnection[Any], on_hint: Callable[[], None]) -> None:
-    on_hint()
-    async for _ in connection.notifies():
+    # Not `notifies()`: that looks ten times a second, and this for nothing while nothing comes.
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    socket, session = connection.fileno(), connection.pgconn
+    loop.add_reader(socket, readable.set)
+    try:
         on_hint()
+        while True:
+            await readable.wait()
+            readable.clear()
+            session.consume_input()
+            heard = list(iter(session.notifies, None))
+            if heard:
+                on_hint()
+    finally:
+        loop.remove_reader(socket)

@@ -48,6 +48,11 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     )
 
 
+def first_due(connection: Connection) -> tuple[datetime, datetime | None]:
+    """What time the database has, and when a definition is due first."""
+    return statements(connection).fire_first(connection)
+
+
 def recover(
     connection: Connection, *, max_recoveries: int, still: Callable[[], bool] = lambda: True
 ) -> list[Recovered]:

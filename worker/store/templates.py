@@ -84,8 +84,8 @@ def lock_orgs_behind_for_all_orgs(connection: Connection, change: int, limit: in
 
 def is_any_org_behind(connection: Connection, change: int) -> bool:
     """Whether some org, locked or not, has not taken up this change."""
-    query = select(_orgs.c.id).where(_orgs.c.templates_seen < change).limit(1)
-    return connection.execute(query).first() is not None
+    least = connection.execute(select(func.min(_orgs.c.templates_seen))).scalar()
+    return least is not None and least < change
 
 
 def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from worker.definitions.zone_data import zone_data_version
-from worker.errors import Unavailable
+from worker.errors import Unavailable, WorkerError
 from worker.execution.failures import FailureWatch
 from worker.execution.holdings import Held
 from worker.execution.housekeeping import Housekeeping
-from worker.execution.waiting import woken
 from worker.operations import recompute
 from worker.operations.count_failures import count_failures
 from worker.operations.fill_backfills import fill_backfills
@@ -18,6 +18,7 @@ from worker.operations.materialise import materialise
 from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt
 from worker.store.database import Database
+from worker.store.pending import pending
 from worker.telemetry.events import emit
 
 # Seconds between two looks; an org that is new has what templates make for it within two of them.
@@ -36,25 +37,34 @@ class Chores:
         self._database = database
         self._on_runs = on_runs
         self._failures = FailureWatch()
-        self._backfill_ended = asyncio.Event()
+        self._backfill_waits = asyncio.Event()
         self._zone_data_seen = False
 
     def add_to(self, housekeeping: Housekeeping) -> None:
-        """Let the housekeeping tick those that wait for nothing in particular."""
-        housekeeping.every(EVERY, "tzdata", self.zone_data)
-        housekeeping.every(EVERY, "templates", self.templates)
-        housekeeping.every(EVERY, "failures", self.failures)
+        """Let the housekeeping tick them: one job, since each tick costs more than a look."""
+        housekeeping.every(EVERY, "schedules", self.look)
         housekeeping.every(FORGET, "failures.forget", self._forget)
 
     def ended(self, ended: EndedAttempt, held: Held | None) -> None:
         """Take note of an end that is written."""
         self._failures.ended(ended, held)
         if held is not None and held.run.origin == "backfill":
-            self._backfill_ended.set()
+            self._backfill_waits.set()
 
     def recovered(self, recovered: Sequence[Recovered]) -> None:
         """Take note of runs that were taken from a dead worker."""
         self._failures.recovered(recovered)
+
+    async def look(self) -> None:
+        """See whether there is something to do, and do it."""
+        await self.failures()
+        found = await self._database.call_autocommit(pending)
+        if found.backfills:
+            self._backfill_waits.set()
+        if found.templates:
+            await self.templates()
+        if not self._zone_data_seen:
+            await self.zone_data()
 
     async def templates(self) -> None:
         """Carry orgs to the newest templates until none is behind."""
@@ -64,8 +74,6 @@ class Chores:
 
     async def zone_data(self) -> None:
         """Once, after the start: compute schedules anew where the zone data is another than theirs was."""
-        if self._zone_data_seen:
-            return
         version, run = zone_data_version(), self._database.run
         if await run(recompute.outdated, self._database, version):
             page, moved = await run(recompute.recompute, self._database), 0
@@ -79,27 +87,36 @@ class Chores:
         """Count the failures of the definitions whose runs ended, and pause those that had too many."""
         taken = self._failures.take()
         while taken:
+            org_id, definition_id = key = taken[-1]
             try:
-                failures = await self._database.run(count_failures, self._database, *taken[-1])
+                failures = await self._database.run(count_failures, self._database, org_id, definition_id)
             except Unavailable:
                 self._failures.put_back(taken)
                 raise
-            self._failures.counted(taken.pop(), failures)
+            except WorkerError as error:
+                emit("definition.failed", org=org_id, definition=definition_id, error=error.message)
+            else:
+                self._failures.counted(key, failures)
+            taken.pop()
 
     async def backfills(self) -> None:
-        """Let backfills go on whenever a run of one has ended, and look at each poll; for ever."""
+        """Let backfills go on whenever a run of one has ended, or a look finds one; for ever."""
         while True:
-            self._backfill_ended.clear()
-            try:
-                filled = await self._database.run(fill_backfills, self._database)
-            except Unavailable:
-                filled = None
-            for row in filled.ended if filled else ():
+            await self._backfill_waits.wait()
+            self._backfill_waits.clear()
+            # Without the database, the next look that finds one comes here again.
+            with suppress(Unavailable):
+                await self._fill()
+
+    async def _fill(self) -> None:
+        runs = True
+        while runs:
+            filled = await self._database.run(fill_backfills, self._database)
+            runs = filled.runs > 0
+            for row in filled.ended:
                 emit("backfill.ended", org=row["org"], definition=row["definition"], instants=row["instants"])
-            if filled and filled.runs:
+            if runs:
                 self._on_runs()
-            else:
-                await woken(self._backfill_ended, EVERY)
 
     async def _forget(self) -> None:
         self._failures.forget_sound()

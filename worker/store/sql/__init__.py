@@ -59,6 +59,10 @@ class AbandonedRun:
 class Statements(Protocol):
     """What each dialect offers; the docstrings are here, the text is there."""
 
+    def fire_first(self, connection: Connection) -> tuple[datetime, datetime | None]:
+        """What time the database has, and when a definition is due first; takes no lock."""
+        ...
+
     def fire_lock(
         self, connection: Connection, *, limit: int, specs: Specs
     ) -> tuple[datetime, list[DueDefinition]]:

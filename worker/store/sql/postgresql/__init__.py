@@ -2,7 +2,7 @@
 
 from worker.store.sql.postgresql.admit import admit_choose, admit_ring
 from worker.store.sql.postgresql.finish import add_rollups, finish, promote
-from worker.store.sql.postgresql.fire import fire_lock, fire_write
+from worker.store.sql.postgresql.fire import fire_first, fire_lock, fire_write
 from worker.store.sql.postgresql.recover import recover_lock
 from worker.store.sql.postgresql.renew import renew
 from worker.store.sql.postgresql.save import append_logs, save_checkpoint, write_progress
@@ -13,6 +13,7 @@ __all__ = [
     "admit_ring",
     "append_logs",
     "finish",
+    "fire_first",
     "fire_lock",
     "fire_write",
     "promote",

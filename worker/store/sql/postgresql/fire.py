@@ -124,6 +124,11 @@ SELECT clock_timestamp(),
 """
 
 
+def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
+    now, first = driver(connection).execute(FIRST).fetchone()
+    return now, first
+
+
 def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     raw = driver(connection)
     locked = [id_ for (id_,) in raw.execute(LOCK, (limit,))]

@@ -2,7 +2,7 @@
 
 from worker.store.sql.sqlite.admit import admit_choose, admit_ring
 from worker.store.sql.sqlite.finish import add_rollups, finish, promote
-from worker.store.sql.sqlite.fire import fire_lock, fire_write
+from worker.store.sql.sqlite.fire import fire_first, fire_lock, fire_write
 from worker.store.sql.sqlite.recover import recover_lock
 from worker.store.sql.sqlite.renew import renew
 from worker.store.sql.sqlite.save import append_logs, save_checkpoint, write_progress
@@ -13,6 +13,7 @@ __all__ = [
     "admit_ring",
     "append_logs",
     "finish",
+    "fire_first",
     "fire_lock",
     "fire_write",
     "promote",

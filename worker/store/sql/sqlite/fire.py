@@ -72,6 +72,11 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
 
 
+def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
+    (first,) = driver(connection).cursor().execute(FIRST).fetchone()
+    return file_now(connection), None if first is None else from_text(first)
+
+
 def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
@@ -113,10 +118,8 @@ def fire_write(
             for fire in next_fires
         ],
     )
-    (first,) = cursor.execute(FIRST).fetchone()
-    return FireReport(
-        inserted, overlapped, skips, next_fire_at=None if first is None else from_text(first), now=now
-    )
+    _, first = fire_first(connection)
+    return FireReport(inserted, overlapped, skips, next_fire_at=first, now=now)
 
 
 def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[NewRun], list[NewRun]]:
