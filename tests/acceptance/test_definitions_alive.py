@@ -183,3 +183,29 @@ def test_queue_one_starts_the_one_that_was_held(site_on_either, journal):
     assert len(waiting) <= 1
     skipped = sum(row["count"] for row in site.query('SELECT "count" FROM skips'))
     assert skipped >= 2
+
+
+def test_an_edit_reaches_the_worker_within_two_seconds(site_on_either, journal):
+    site = site_on_either
+    worker = site.start_worker()
+    site.add_orgs(application("org_acme"))
+    site.wait_for_handlers("acme.note")
+    keys = {"spread": "off", "overlap": "allow", "params": {"journal": str(journal)}}
+    site.apply(definition("org_acme", "tick", "acme.note", "every 1h", **keys))
+
+    site.cli("definitions", "edit", "org_acme", "tick", "schedule=every 1s", "--revision", "1")
+    edited_at = time.monotonic()
+    wait_until(lambda: site.runs(), "the first run of the new revision")
+    assert time.monotonic() - edited_at < 2
+
+    refused = site.cli(
+        "definitions", "edit", "org_acme", "tick", "priority=1", "--revision", "1", check=False
+    )
+    assert refused.code == 5
+    site.cli("definitions", "edit", "org_acme", "tick", "schedule=every 1h", "--revision", "2")
+    time.sleep(2)
+    made = len(site.runs())
+    time.sleep(2)
+    assert len(site.runs()) == made
+    assert {run["revision"] for run in site.runs()} == {2}
+    assert site.stop_worker(worker) == 0
