@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 
 from worker.clock import SystemClock
 from worker.execution.giving import given_for
-from worker.execution.messages import outcome_message, work_of
-from worker.execution.run_line import ChannelClosed, RunLine
+from worker.execution.processes.messages import outcome_message, work_of
+from worker.execution.processes.run_line import ChannelClosed, RunLine
 from worker.execution.run_logging import log_to_stderr
 from worker.execution.work import Work
 from worker.handlers.calling import call, call_blocking, outcome_of_error

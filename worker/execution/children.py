@@ -13,13 +13,13 @@ from datetime import timedelta
 from typing import Any
 
 from worker.clock import Clock
-from worker.execution import linux
-from worker.execution.child_run import ChildRun
 from worker.execution.ends import Ended
-from worker.execution.setup import Setup
+from worker.execution.processes import linux
+from worker.execution.processes.child_run import ChildRun
+from worker.execution.processes.setup import Setup
+from worker.execution.processes.zygote_handle import Message, ZygoteHandle
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work
-from worker.execution.zygote_handle import Message, ZygoteHandle
 from worker.handlers.installed import ENVIRONMENT
 from worker.runs.lease import Lease
 from worker.runs.outcome import HandedBack, Lost, Outcome

@@ -20,11 +20,12 @@ from collections import deque
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from worker.execution import child, confine, linux
-from worker.execution.cgroups import RunGroups
-from worker.execution.family import Family, Leader
-from worker.execution.memory_watch import MemoryWatch
-from worker.execution.setup import Setup
+from worker.execution import child
+from worker.execution.processes import confine, linux
+from worker.execution.processes.cgroups import RunGroups
+from worker.execution.processes.family import Family, Leader
+from worker.execution.processes.memory_watch import MemoryWatch
+from worker.execution.processes.setup import Setup
 from worker.handlers.http import tls_context
 from worker.handlers.preloading import preload
 

@@ -16,8 +16,8 @@ import pytest
 from tests.fakes.hosting import Host, all_silent_within, all_up
 from tests.fakes.running import RecordingLink, until, work
 from worker.clock import SystemClock
-from worker.execution import linux
 from worker.execution.children import Children
+from worker.execution.processes import linux
 from worker.execution.work import Stop
 from worker.runs.outcome import HandedBack, Lost, Succeeded
 from worker.telemetry.events import Emitted

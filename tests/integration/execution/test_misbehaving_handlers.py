@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import RecordingLink, until, work
-from worker.execution import linux
 from worker.execution.children import Children
 from worker.execution.output import CAP
+from worker.execution.processes import linux
 from worker.execution.work import Stop
 from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
 

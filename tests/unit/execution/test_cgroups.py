@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.execution.cgroups import RunGroups
+from worker.execution.processes.cgroups import RunGroups
 
 
 @pytest.fixture

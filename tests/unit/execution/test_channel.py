@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import claims, token, work
-from worker.execution.channel import LIMIT, BrokenFrame, Unframer, frame
-from worker.execution.messages import (
+from worker.execution.processes.channel import LIMIT, BrokenFrame, Unframer, frame
+from worker.execution.processes.messages import (
     outcome_message,
     outcome_of_message,
     shown_progress,

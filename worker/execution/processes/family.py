@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from worker.execution import linux
+from worker.execution.processes import linux
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from worker.execution import linux
-from worker.execution.setup import Setup
+from worker.execution.processes import linux
+from worker.execution.processes.setup import Setup
 from worker.handlers.installed import environment
 
 Message = Mapping[str, Any]

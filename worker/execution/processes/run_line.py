@@ -17,8 +17,8 @@ from typing import Any
 from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims
 from worker.errors import LeaseLost, Unavailable, WorkerError
-from worker.execution.channel import BrokenFrame, Message, Unframer, frame
-from worker.execution.messages import granted_of
+from worker.execution.processes.channel import BrokenFrame, Message, Unframer, frame
+from worker.execution.processes.messages import granted_of
 
 # Progress is shown, not counted: more often than this it is not sent. Seconds.
 PROGRESS_EVERY = 0.1

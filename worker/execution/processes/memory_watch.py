@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 
-from worker.execution import linux
+from worker.execution.processes import linux
 
 TICK = 0.1
 

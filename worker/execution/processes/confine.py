@@ -9,7 +9,7 @@ import signal
 import tempfile
 from dataclasses import dataclass
 
-from worker.execution import linux
+from worker.execution.processes import linux
 
 # What a run may hold beyond its cap before malloc itself refuses: thread stacks and the like count here.
 _DATA_SLACK = 64 * 1024 * 1024

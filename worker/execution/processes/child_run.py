@@ -10,11 +10,16 @@ from typing import Any, cast
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
-from worker.execution.channel import BrokenFrame, Message, Unframer, frame
 from worker.execution.ends import Ended, outcome_of_end
-from worker.execution.messages import granted_message, outcome_of_message, shown_progress, work_message
 from worker.execution.output import RunOutput
-from worker.execution.run_line import error_message
+from worker.execution.processes.channel import BrokenFrame, Message, Unframer, frame
+from worker.execution.processes.messages import (
+    granted_message,
+    outcome_of_message,
+    shown_progress,
+    work_message,
+)
+from worker.execution.processes.run_line import error_message
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.runs.outcome import Error, Failed, Outcome
 from worker.telemetry.events import emit

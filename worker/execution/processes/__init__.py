@@ -1,0 +1,1 @@
+"""What zygote, child and children are made of: messages, kernel calls, limits, one run's line."""
