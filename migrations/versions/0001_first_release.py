@@ -109,6 +109,8 @@ def downgrade() -> None:
     op.execute("DROP VIEW run_view")
     for table in (
         "facts",
+        "alert_strikes",
+        "alerts",
         "rollup_hours",
         "rollup_days",
         "catalogue",
@@ -143,6 +145,8 @@ def part_rows_by_org() -> None:
     conditions["definition_revisions"] = (
         f"EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id AND d.org_id = {org})"
     )
+    # They name many orgs at once, and no page for an org shows them.
+    conditions |= {"alerts": "false", "alert_strikes": "false"}
     for table, condition in conditions.items():
         op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
         op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
@@ -616,6 +620,39 @@ def create_records() -> None:
         sa.Column("runs", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("hour", "org_id", "state", name=op.f("pk_rollup_hours")),
         postgresql_with=UPDATED,
+    )
+
+    op.create_table(
+        "alerts",
+        sa.Column("cause", sa.Text(), nullable=False),
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("kind", sa.Text(), nullable=False),
+        sa.Column("summary", sa.Text(), nullable=False),
+        sa.Column("fields", JSON, nullable=False),
+        sa.Column("since", INSTANT, nullable=False),
+        sa.Column("struck_at", INSTANT, nullable=False),
+        sa.Column("count", sa.BigInteger(), nullable=False),
+        sa.Column("over_at", INSTANT),
+        sa.Column("over_how", sa.Text()),
+        sa.Column("told", sa.Text()),
+        sa.Column("tries", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("try_at", INSTANT),
+        sa.PrimaryKeyConstraint("cause", name=op.f("pk_alerts")),
+        sa.CheckConstraint(
+            "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead')",
+            name=op.f("ck_alerts_kind"),
+        ),
+        sa.CheckConstraint("told IS NULL OR told = 'firing'", name=op.f("ck_alerts_told")),
+        sa.CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name=op.f("ck_alerts_over")),
+    )
+
+    op.create_table(
+        "alert_strikes",
+        sa.Column("cause", sa.Text(), nullable=False),
+        sa.Column("subject_id", ID, nullable=False),
+        sa.Column("struck_at", INSTANT, nullable=False),
+        sa.Column("well", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("cause", "subject_id", name=op.f("pk_alert_strikes")),
     )
 
     op.create_table(

@@ -17,10 +17,9 @@ WORKER = "orgworker_worker"
 WEB = "orgworker_web"
 
 # What has rows of orgs; all else is the same for every org, or nobody's.
+_OF_ORGS = ("orgs", "definition_revisions", "alerts", "alert_strikes")
 ORG_DATA = tuple(
-    table.name
-    for table in tables.metadata.sorted_tables
-    if "org_id" in table.c or table.name in ("orgs", "definition_revisions")
+    table.name for table in tables.metadata.sorted_tables if "org_id" in table.c or table.name in _OF_ORGS
 )
 _ALL = ", ".join([*tables.metadata.tables, "run_view", "alembic_version"])
 _GRANTS = {

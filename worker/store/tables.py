@@ -99,6 +99,7 @@ WAITING_REASONS = (
     "no_token",
     "no_handler",
 )
+ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead")
 ATTEMPT_OUTCOMES = (
     "succeeded",
     "failed",
@@ -603,6 +604,39 @@ rollup_hours = Table(
     Column("state", Text, primary_key=True),
     Column("runs", BigInteger, nullable=False, server_default="0"),
     postgresql_with=UPDATED,
+)
+
+# One row a cause of trouble, shared by all workers, until receivers know that it is over.
+# `told` is what they know of; `try_at` is when there is something to tell.
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("cause", Text, primary_key=True),
+    Column("id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("summary", Text, nullable=False),
+    Column("fields", json_type(), nullable=False),
+    Column("since", Instant, nullable=False),
+    Column("struck_at", Instant, nullable=False),
+    Column("count", BigInteger, nullable=False),
+    Column("over_at", Instant),
+    Column("over_how", Text),
+    Column("told", Text),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("try_at", Instant),
+    CheckConstraint(one_of("kind", ALERT_KINDS), name="kind"),
+    CheckConstraint("told IS NULL OR told = 'firing'", name="told"),
+    CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name="over"),
+)
+
+# Whom a cause has struck, a definition or an org, and whether that has done well since.
+alert_strikes = Table(
+    "alert_strikes",
+    metadata,
+    Column("cause", Text, primary_key=True),
+    Column("subject_id", Id, primary_key=True),
+    Column("struck_at", Instant, nullable=False),
+    Column("well", Boolean, nullable=False),
 )
 
 # Facts of the whole database, such as the tzdata version that schedules were computed with.

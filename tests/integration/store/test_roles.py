@@ -141,6 +141,12 @@ def fill(stock: Stock, org_id: str) -> None:
         }.items():
             row = {"id": new_id(), "org_id": org_id} | values
             connection.execute(tables.metadata.tables[table].insert().values(**row))
+        strike = {"cause": org_id, "struck_at": now}
+        alert = {"id": org_id, "kind": "paused", "summary": "x", "fields": {}, "since": now, "count": 1}
+        connection.execute(tables.alerts.insert().values(**strike | alert))
+        connection.execute(
+            tables.alert_strikes.insert().values(**strike, subject_id=definition_id, well=False)
+        )
     stock.finish(worker_id, stock.ended(first))
 
 
