@@ -25,11 +25,20 @@ class Claims:
     """
 
     org_code: str
+    """The org that the token is for; equal to `ctx.org.code`."""
     client_id: str
+    """The machine-to-machine application that the token was made for."""
     scopes: frozenset[str]
+    """What the token allows."""
     properties: Mapping[str, Any]
+    """Each property's plain value by its name."""
     flags: Mapping[str, Flag]
+    """Each feature flag by its name: `type` and `value`. `ctx.flag()` is shorter."""
     issued_at: datetime
+    """When the token was made."""
     expires_at: datetime
+    """When it ends."""
     issuer: str = ""
+    """Who made it."""
     jti: str | None = None
+    """The token's own id, where it has one."""

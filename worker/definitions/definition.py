@@ -52,39 +52,75 @@ class Definition:
     """
 
     org: str
+    """The org's code. A template has `orgs` instead."""
     name: str
+    """Unique within the org; at most 200 characters, no slash."""
     handler: str
+    """What runs: a name as `handlers list` prints it."""
     schedule: str
+    """When: `0 3 * * *`, `@hourly`, `every 15m`, `at 2027-01-01T08:00:00Z`."""
     timezone: str | None = None
+    """The IANA zone of crontab lines and `@…`; else the org's, else UTC."""
     scopes: frozenset[str] | None = None
+    """The scopes that the token is asked for and must have; else the handler's."""
     audience: str | None = None
+    """The audience that the token is asked for and must have; else the issuer's."""
     params: Mapping[str, Any] = field(default_factory=dict)
+    """The handler's params, checked against its schema when the file is applied."""
     requires_flag: FlagCondition | None = None
+    """A flag without which a run is `skipped(flag_off)`: a name, or `{ flag, equals }`."""
     requires_properties: tuple[str, ...] = ()
+    """Properties without which a run is `refused(property_missing)`."""
     variants: tuple[Variant, ...] = ()
+    """`[{ flag, equals, handler }]`: the first whose flag holds runs instead of `handler`."""
     overlap: Overlap = "skip"
+    """`skip`, `queue_one`, `replace` or `allow`: what an instant meets while a run is unfinished."""
     misfire: MisfireMode = "once"
+    """`once`, `skip` or `all`: what runs of the instants that were missed."""
     misfire_grace: timedelta = MISFIRE_GRACE
+    """An instant first seen later than this is missed."""
     misfire_within: timedelta | None = None
+    """Missed instants older than this never run; default one period, at least `1h`."""
     misfire_limit: int = MISFIRE_LIMIT
+    """How many missed instants `all` runs at most: the newest."""
     start_deadline: timedelta | None = None
+    """A scheduled run whose handler has not started by then is `skipped(expired)`; default the distance to
+    the next instant, at least `1h`.
+    """
     timeout: timedelta | None = None
+    """How long an attempt may take; else the handler's, else `1h`."""
     cancel_grace: timedelta = CANCEL_GRACE
+    """How long a handler has, after it was asked to stop, before the kill."""
     max_attempts: int | None = None
+    """Attempts that may fail, time out or ask for a retry; else the handler's, else 3."""
     retry_backoff: timedelta = RETRY_BACKOFF
+    """The longest delay before the second attempt; it doubles with each one after."""
     retry_backoff_max: timedelta = RETRY_BACKOFF_MAX
+    """The most that it doubles to."""
     max_recoveries: int = MAX_RECOVERIES
+    """How often its worker may die without a new checkpoint, before the run is `failed(lost)`."""
     isolation: Literal["child", "inline"] | None = None
+    """`child` or `inline`; else the handler's. `inline` needs the operator's word."""
     memory: int | None = None
+    """The cap on a run's memory, such as `512MiB`; else the handler's, else none."""
     priority: int = 0
+    """Among the waiting runs of its org the higher starts first."""
     max_concurrent: int | None = None
+    """Its runs at once, over all workers."""
     spread: Spread = "auto"
+    """How far the firing is spread: `auto`, `off` or a duration."""
     pause_after_failures: int | None = None
+    """So many runs failed or refused, one after the other, pause the definition."""
     starts_at: datetime | None = None
+    """Nothing is due before this instant."""
     ends_at: datetime | None = None
+    """Nothing is due from this instant on."""
     max_claims_age: timedelta | None = None
+    """A token older than this is renewed before a run; at least `60s`."""
     api_origins: tuple[str, ...] | None = None
+    """Where `ctx.http` sends the token; else the issuer's."""
     enabled: bool = True
+    """While false nothing is due."""
 
     @property
     def serial(self) -> bool:

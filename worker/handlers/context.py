@@ -31,7 +31,9 @@ class Org:
     """The org that a run acts for."""
 
     code: str
+    """As in the token."""
     name: str
+    """For people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,25 @@ class ThisRun:
     """The run that is on: `idempotency_key` is the same on each attempt, `fencing_token` grows with it."""
 
     id: str
+    """The run's id, as `runs list` prints it."""
     scheduled_for: datetime
+    """The instant that the schedule names; aware, in UTC. The same on each attempt."""
     attempt: int
+    """1, then one more with each try, whatever ended the ones before."""
     fencing_token: int
+    """Grows with each attempt; whoever writes elsewhere may compare it."""
     idempotency_key: str
+    """The same on each attempt and on a retry by hand; `ctx.http` sends it as `Idempotency-Key`."""
 
 
 class Cancellation:
     """Whether the run was asked to end, and why; `wait()` returns when it is."""
 
+    reason: str | None
+    """`drain`, `cancel`, `timeout`, `suspended` or `replaced`; None as long as it was not asked to end."""
+
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason = None
         self._event = asyncio.Event()
 
     def note(self, reason: str) -> None:
@@ -62,17 +72,22 @@ class Cancellation:
         self._event.set()
 
     def is_set(self) -> bool:
+        """Whether the run was asked to end."""
         return self.reason is not None
 
     async def wait(self) -> None:
+        """Return when the run is asked to end."""
         await self._event.wait()
 
 
 class BlockingCancellation:
     """Whether the run was asked to end, and why; `wait(timeout)` blocks, in seconds."""
 
+    reason: str | None
+    """As `Cancellation.reason`."""
+
     def __init__(self) -> None:
-        self.reason: str | None = None
+        self.reason = None
         self._event = threading.Event()
 
     def set(self, reason: str) -> None:
@@ -103,6 +118,21 @@ class Given(Generic[P, S]):
 
 class _Shared(Generic[P, S]):
     """The members that do not wait for anything."""
+
+    org: Org
+    """The org that the run acts for."""
+    run: ThisRun
+    """The run that is on."""
+    params: P
+    """The definition's params, as the handler's model, or a plain mapping."""
+    settings: S
+    """The token's properties over the model's defaults, as the handler's model, or a plain mapping."""
+    checkpoint: Any
+    """What the run saved last, in this attempt's predecessors; None where it saved nothing."""
+    deadline: datetime
+    """When the attempt is stopped, if it has not ended; aware, in UTC."""
+    log: logging.Logger
+    """Writes to the run's log, as `logging` and `print` do."""
 
     def __init__(self, given: Given[P, S], line: Line | BlockingLine) -> None:
         self.org = given.org

@@ -14,11 +14,26 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
 class Job:
-    """A handler as its author declared it. Calling it calls the function, as tests want to.
+    """A handler as its author declared it. Calling it calls the function, as tests want to."""
 
-    `timeout` is a duration as text, `memory` a size as text; `max_concurrent` limits
-    the handler's runs over all workers.
-    """
+    name: str
+    """The handler's name, and that of its entry point: letters, digits, `.`, `_` and `-`."""
+    params: type[BaseModel] | None
+    """A pydantic model of the definition's params; without one `ctx.params` is a plain mapping."""
+    settings: type[BaseModel] | None
+    """A pydantic model of the token's properties, over its defaults; without one a plain mapping."""
+    scopes: frozenset[str]
+    """The scopes that its token is asked for and must have, unless the definition names others."""
+    timeout: str | None
+    """How long an attempt may take, as text such as `2h`; else an hour. A definition's comes first."""
+    max_attempts: int | None
+    """Attempts that may fail, time out or ask for a retry; else 3. A definition's comes first."""
+    isolation: Literal["child", "inline"]
+    """`child`: a process of its own; `inline`: a task of the worker, async, where the operator allows it."""
+    memory: str | None
+    """The cap on a run's memory, as text such as `512MiB`; else none. A definition's comes first."""
+    max_concurrent: int | None
+    """The handler's runs at once, over all workers and orgs; else no limit of its own."""
 
     def __init__(
         self,

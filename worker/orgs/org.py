@@ -48,12 +48,19 @@ class OrgEntry:
     """An org as a file for `apply` or a line for `orgs import` names it."""
 
     code: str
+    """As in its tokens (`org_code`); at most 200 characters, no slash."""
     name: str
+    """For people; default the code."""
     issuer: str
+    """A table `[issuers.NAME]` of worker.toml."""
     max_concurrent_runs: int = MAX_CONCURRENT_RUNS
+    """Its runs at once, over all workers."""
     weight: int = WEIGHT
+    """Its share of the slots beside other orgs': with 2 it gets twice as many."""
     tags: frozenset[str] = frozenset()
+    """What templates select by."""
     timezone: str | None = None
+    """The IANA zone of its definitions that name none; else UTC."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+"""The keys of a file for `apply`, from the docstrings of what they become."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+
+from docs.generate.docstrings import attributes
+from docs.generate.tables import code, table
+from worker.definitions.definition import Definition
+from worker.definitions.units import format_duration
+from worker.orgs.org import OrgEntry
+
+
+def org_keys() -> str:
+    return _keys(OrgEntry)
+
+
+def definition_keys() -> str:
+    return _keys(Definition)
+
+
+def _keys(owner: type) -> str:
+    words = attributes(owner)
+    rows = []
+    for field in dataclasses.fields(owner):
+        rows.append((code(field.name), _default(field), words[field.name][1]))
+    return table(("key", "default", "meaning"), rows)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return code("{}")
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return code(str(value).lower())
+    if isinstance(value, timedelta):
+        return code(f'"{format_duration(value)}"')
+    if isinstance(value, tuple | frozenset):
+        return code("[]")
+    return code(f'"{value}"' if isinstance(value, str) else f"{value}")

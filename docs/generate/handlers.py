@@ -1,0 +1,87 @@
+"""What a handler's author meets: `@job`, `ctx`, claims and answers, from their docstrings."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+import worker
+from docs.generate.docstrings import attributes
+from docs.generate.tables import code, sentence, table
+from worker.handlers.context import Cancellation, Context, Org, ThisRun
+from worker.handlers.job import Job, job
+
+# What `from worker import …` gives a handler to answer with.
+ANSWERS = (worker.Retry, worker.Snooze, worker.Cancel, worker.HandBack, worker.PermanentError)
+# By these the worker's side tells a handler to end.
+NOT_FOR_HANDLERS = (Cancellation.note, Cancellation.set)
+
+
+def job_parameters() -> str:
+    words = attributes(Job)
+    rows = []
+    for name, parameter in inspect.signature(job).parameters.items():
+        default = "" if parameter.default is inspect.Parameter.empty else code(repr(parameter.default))
+        rows.append((code(name), default, words[name][1]))
+    return table(("parameter", "default", "meaning"), rows)
+
+
+def context() -> str:
+    """The members of `ctx`: data first, then what can be called, blocking forms beside the others."""
+    rows = [(code(f"ctx.{name}"), words) for name, (_, words) in _data(Context).items()]
+    for name, owner in (("org", Org), ("run", ThisRun), ("cancelled", Cancellation)):
+        rows += [(code(f"ctx.{name}.{each}"), words) for each, (_, words) in attributes(owner).items()]
+    rows += [(code(call), words) for call, words in _calls(Cancellation, "ctx.cancelled")]
+    rows += [(code(call), words) for call, words in _calls(Context, "ctx")]
+    return table(("member", "meaning"), rows)
+
+
+def members(owner: type) -> set[str]:
+    """The public members of a class, those that its `__init__` sets included."""
+    return {name for name in {*_data(owner), *dir(owner)} if not name.startswith("_")}
+
+
+def claims() -> str:
+    rows = [(code(f"ctx.claims.{name}"), words) for name, (_, words) in attributes(worker.Claims).items()]
+    return table(("member", "meaning"), rows)
+
+
+def answers() -> str:
+    rows = []
+    for answer in ANSWERS:
+        name = answer.__name__
+        shown = f"raise {name}(…)" if issubclass(answer, Exception) else _call(name, answer)
+        rows.append((code(shown), " ".join((answer.__doc__ or "").split())))
+    return table(("answer", "what it does"), rows)
+
+
+def _data(owner: type) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for base in reversed(owner.__mro__):
+        if base.__module__ == owner.__module__:
+            found |= attributes(base)
+    return found
+
+
+def _calls(owner: type, above: str) -> list[tuple[str, str]]:
+    found = []
+    for name in dict.fromkeys(name for base in reversed(owner.__mro__) for name in vars(base)):
+        member = inspect.getattr_static(owner, name)
+        if name.startswith("_") or not member.__doc__ or member in NOT_FOR_HANDLERS:
+            continue
+        if isinstance(member, property | cached_property):
+            found.append((f"{above}.{name}", sentence(member.__doc__)))
+        elif inspect.isfunction(member):
+            wait = "await " if inspect.iscoroutinefunction(member) else ""
+            found.append((f"{wait}{above}.{_call(name, member)}", " ".join(member.__doc__.split())))
+    return found
+
+
+def _call(name: str, function: Any) -> str:
+    shown = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name != "self":
+            default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+            shown.append(parameter.name + default)
+    return f"{name}({', '.join(shown)})"

@@ -1,0 +1,37 @@
+"""Pages: what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from the code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from docs.generate import commands, files, handlers, settings, signals
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "answers": handlers.answers,
+    "claims": handlers.claims,
+    "commands": commands.commands,
+    "context": handlers.context,
+    "definition-keys": files.definition_keys,
+    "events": signals.events,
+    "exit-codes": commands.exit_codes,
+    "job": handlers.job_parameters,
+    "metrics": signals.metrics,
+    "org-keys": files.org_keys,
+    "settings": settings.settings,
+}
+_PART = re.compile(r"^<!-- generated: ([\w-]+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
+
+
+def renewed(page: str) -> str:
+    """The page's text with each generated part as the code has it now."""
+    return _PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{PARTS[found[1]]()}<!-- end -->", page)
+
+
+def parts_of(page: str) -> list[str]:
+    """The names of a page's generated parts."""
+    return [found[1] for found in _PART.finditer(page)]

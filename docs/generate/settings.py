@@ -1,0 +1,115 @@
+"""Settings: the words of config/worker.toml, beside type, bounds and variable from the models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from docs.generate.tables import code, table
+from worker.definitions.units import format_duration
+from worker.settings import PREFIX, Settings
+from worker.settings import sections as types
+
+SHIPPED = Path(__file__).parents[2] / "config" / "worker.toml"
+HEAD = ("setting", "meaning", "default", "value", "variable")
+
+# What a field may be, by the annotation that reads it.
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    timedelta: "a duration",
+    tuple[str, ...]: "a list of texts",
+}
+
+
+@dataclass
+class Entry:
+    """One setting as config/worker.toml explains it; `default` is as it stands there."""
+
+    name: str
+    default: str
+    words: str
+
+
+@dataclass
+class Part:
+    """A table of config/worker.toml with what is said of it as a whole."""
+
+    name: str
+    words: str
+    entries: list[Entry] = field(default_factory=list)
+
+
+def settings() -> str:
+    """A table for each section, in the order of the file."""
+    text = ""
+    for part in parts(SHIPPED.read_text(encoding="utf-8")):
+        model, variable = _model(part.name)
+        text += f"## {code(f'[{part.name}]') if part.name else 'Before the first section'}\n\n"
+        text += f"{part.words}\n\n" if part.words else ""
+        rows = [_row(entry, model.model_fields[entry.name], variable) for entry in part.entries]
+        text += table(HEAD, rows) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def parts(text: str) -> Iterator[Part]:
+    """The tables of the file, the issuer that is commented out among them."""
+    # What is commented out is one comment deeper: its comments begin with `# # `.
+    text = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+    # The words above the first setting are of the file as a whole.
+    part, words = Part("", ""), list[str]()
+    for line in text.splitlines():
+        if line.startswith("#"):
+            words.append(line[1:].removeprefix(" "))
+        elif found := re.fullmatch(r"\[([\w.]+)\]", line):
+            yield part
+            part, words = Part(found[1], _joined(words)), []
+        elif found := re.fullmatch(r"(\w+) = (.*)", line):
+            part.entries.append(Entry(found[1], found[2], _joined(words)))
+            words = []
+        elif not part.entries and not part.name:
+            words = []
+    yield part
+
+
+def _joined(lines: list[str]) -> str:
+    """The words on one line; what is indented is an example, and stays in the file."""
+    return " ".join(line for line in lines if line and not line.startswith(" "))
+
+
+def _model(section: str) -> tuple[type[BaseModel], str]:
+    if not section:
+        return Settings, PREFIX
+    if section.startswith("issuers."):
+        return types.IssuerSettings, f"{PREFIX}ISSUERS__MAIN__"
+    return type(Settings.model_fields[section].default), f"{PREFIX}{section.upper()}__"
+
+
+def _row(entry: Entry, info: FieldInfo, variable: str) -> tuple[str, ...]:
+    default = "none" if info.is_required() else code(entry.default)
+    return (code(entry.name), entry.words, default, _value(info), code(variable + entry.name.upper()))
+
+
+def _value(info: FieldInfo) -> str:
+    """What may stand there, with its bounds."""
+    if get_origin(info.annotation) is Literal:
+        return ", ".join(f'`"{choice}"`' for choice in get_args(info.annotation))
+    kind = KINDS.get(info.annotation, "a list of tables")
+    least = [_bound(item.ge) for item in info.metadata if getattr(item, "ge", None) is not None]
+    above = [_bound(item.gt) for item in info.metadata if getattr(item, "gt", None) is not None]
+    most = [_bound(item.le) for item in info.metadata if getattr(item, "le", None) is not None]
+    bounds = [f"at least {bound}" for bound in least] + [f"above {bound}" for bound in above]
+    return ", ".join([kind, *bounds, *(f"at most {bound}" for bound in most)])
+
+
+def _bound(value: Any) -> str:
+    return format_duration(value) if isinstance(value, timedelta) else f"{value:,}"

@@ -1,0 +1,31 @@
+"""Tables in Markdown, and the texts in their cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; a `|` in a cell is escaped, and the blanks of a cell are collapsed."""
+    lines = [_line(head), "|" + "---|" * len(head)]
+    lines += [_line(row) for row in rows]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def codes(texts: Iterable[str]) -> str:
+    return ", ".join(map(code, texts))
+
+
+def sentence(docstring: str | None) -> str:
+    """A docstring's first paragraph on one line."""
+    return re.sub(r"\s+", " ", (docstring or "").strip().partition("\n\n")[0])
+
+
+def _line(cells: Sequence[str]) -> str:
+    texts = (re.sub(r"\s+", " ", cell).strip().replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(texts) + " |"
