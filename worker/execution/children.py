@@ -178,9 +178,13 @@ class Children:
             case "frozen":
                 for run in self._runs.values():
                     run.freeze(message["at"])
+                if self._runs:
+                    emit("children.frozen", runs=len(self._runs))
             case "thawed":
                 for run in self._runs.values():
                     run.thaw(message["at"])
+                if self._runs:
+                    emit("children.thawed", runs=len(self._runs), seconds=round(message["seconds"], 3))
             case "ready":
                 self._up.set()
                 self._pause = RESTART

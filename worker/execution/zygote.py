@@ -184,10 +184,11 @@ class Zygote:
     def _thaw(self) -> None:
         if self._frozen_at is None or time.monotonic() >= self._freeze_at:
             return
-        self._frozen_at = None
+        frozen_at, self._frozen_at = self._frozen_at, None
         for pid in self._family.everyone():
             linux.send(pid, signal.SIGCONT)
-        self._tell({"op": "thawed", "at": time.monotonic()})
+        now = time.monotonic()
+        self._tell({"op": "thawed", "at": now, "seconds": now - frozen_at})
 
     def _watch_memory(self) -> None:
         leaders = self._family.leaders

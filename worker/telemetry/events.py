@@ -155,8 +155,18 @@ EVENTS: Mapping[str, Event] = _table(
     # Processes and plug-ins.
     ("zygote.started", "info", "pid", "the process that forks the runs is up"),
     ("zygote.died", "error", "pid runs", "it is gone; its runs were killed and count as lost"),
-    ("child.frozen", "warning", "run", "a run was stopped for as long as the lease is not renewed"),
-    ("child.thawed", "info", "run seconds", "the lease was renewed in time: the run goes on after so long"),
+    (
+        "children.frozen",
+        "warning",
+        "runs",
+        "so many runs were stopped for as long as the lease is not renewed",
+    ),
+    (
+        "children.thawed",
+        "info",
+        "runs seconds",
+        "the lease was renewed in time: so many runs go on, after so long",
+    ),
     ("child.killed", "warning", "run reason", "a run's processes were killed"),
     ("handlers.loaded", "info", "distribution version handlers", "a distribution offers so many handlers"),
     (

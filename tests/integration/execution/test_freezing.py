@@ -74,7 +74,10 @@ async def test_runs_stand_still_from_four_fifths_of_the_lease_on_and_go_on_when_
     assert stood > 0.3
     await asyncio.sleep(0.1)
     assert run.frozen() == stood
-    assert [event.event.name for event in emitted] == ["child.frozen", "child.thawed"]
+    assert [(event.event.name, event.fields["runs"]) for event in emitted] == [
+        ("children.frozen", 1),
+        ("children.thawed", 1),
+    ]
 
 
 async def test_a_frozen_run_can_be_killed(run: Run) -> None:

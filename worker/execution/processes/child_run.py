@@ -117,12 +117,10 @@ class ChildRun(asyncio.Protocol):
     def freeze(self, at: float) -> None:
         """The zygote has stopped all its processes, at this monotonic instant."""
         self._stop.freeze(at)
-        emit("child.frozen", run=self._work.run_id)
 
     def thaw(self, at: float) -> None:
         """They go on, from this monotonic instant."""
         self._stop.thaw(at)
-        emit("child.thawed", run=self._work.run_id, seconds=round(self._stop.frozen_seconds(at), 3))
 
     # asyncio.Protocol, for the channel
 
