@@ -13,6 +13,7 @@ import typer
 
 from worker.cli import (
     apply,
+    audit,
     checks,
     config,
     credentials,
@@ -27,6 +28,7 @@ from worker.cli import (
     runs,
     skips,
     templates,
+    try_run,
 )
 from worker.cli.output import Format, print_error
 from worker.cli.session import Session
@@ -40,6 +42,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("apply")(apply.apply)
+app.command("try")(try_run.try_)
 app.command("check")(checks.check)
 app.command("doctor")(doctor.doctor)
 orgs.app.command("check")(checks.check_orgs)
@@ -50,6 +53,7 @@ for noun, commands in (
     ("templates", templates),
     ("runs", runs),
     ("skips", skips),
+    ("audit", audit),
     ("handlers", handlers),
     ("db", db),
     ("keys", keys),

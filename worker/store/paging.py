@@ -36,8 +36,7 @@ def page(
         UsageError: the limit is out of range.
         NotFound: `after` is no id.
     """
-    if not 1 <= limit <= MAX_LIMIT:
-        raise UsageError(f"limit {limit} is not between 1 and {MAX_LIMIT}")
+    check_limit(limit)
     if after is not None:
         query = query.where(key < checked_id(after))
     if since is not None and since_column is not None:
@@ -58,6 +57,14 @@ def checked_id(text: str) -> str:
         raise NotFound(
             f"nothing is called {text!r}: it is no id", fix="`-o id` prints the ids of a list"
         ) from None
+
+
+def check_limit(limit: int) -> None:
+    """Raise UsageError where a page cannot have so many rows."""
+    if not 1 <= limit <= MAX_LIMIT:
+        raise UsageError(
+            f"limit {limit} is not between 1 and {MAX_LIMIT}", fix="`--after ID` gives what follows a page"
+        )
 
 
 def check_state(state: str, states: tuple[str, ...]) -> None:

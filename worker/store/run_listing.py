@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, Connection, Integer, Select, Text, column, select, table
 
-from worker.errors import NotFound, UsageError
+from worker.errors import NotFound
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.store import orgs, tables
-from worker.store.paging import DEFAULT_LIMIT, Row, checked_id, page
+from worker.store import orgs, run_search, tables
+from worker.store.paging import Row, checked_id
+from worker.store.run_search import Wanted
 from worker.store.tables import Id, Instant, json_type
-
-RUN_STATES = ("waiting", "running", *tables.FINAL_STATES)
 
 # The documented columns of `runs list`, in their order.
 LISTED = (
@@ -75,37 +74,20 @@ _live = tables.live_runs
 _attempts = tables.attempts
 
 
-def runs(
-    connection: Connection,
-    org: str,
-    *,
-    definition: str | None = None,
-    state: str | None = None,
-    since: datetime | None = None,
-    limit: int = DEFAULT_LIMIT,
-    after: str | None = None,
-) -> list[Row]:
-    """One org's runs, newest first, those made at or after `since`.
+def runs(connection: Connection, org: str, **wanted: Any) -> list[Row]:
+    """A page of one org's runs, newest first; `wanted` are the fields of `run_search.Wanted`.
 
     Raises:
         NotFound: there is no such org.
         UsageError: a state, limit or id that is none.
     """
-    mine = _view.c.org_id == orgs.require(connection, org)["id"]
-    return _runs(connection, [mine], definition, state, since, limit, after)
+    org_id = OrgId(orgs.require(connection, org)["id"])
+    return _rows(connection, run_search.find(connection, org_id, Wanted(**wanted)))
 
 
-def runs_for_all_orgs(
-    connection: Connection,
-    *,
-    definition: str | None = None,
-    state: str | None = None,
-    since: datetime | None = None,
-    limit: int = DEFAULT_LIMIT,
-    after: str | None = None,
-) -> list[Row]:
+def runs_for_all_orgs(connection: Connection, **wanted: Any) -> list[Row]:
     """As `runs`, of every org."""
-    return _runs(connection, [], definition, state, since, limit, after)
+    return _rows(connection, run_search.find_for_all_orgs(connection, Wanted(**wanted)))
 
 
 def run(connection: Connection, org: str, run_id: str) -> Row:
@@ -138,35 +120,10 @@ def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
     return dict(connection.execute(query).mappings().one())
 
 
-def _runs(
-    connection: Connection,
-    where: list[ColumnElement[bool]],
-    definition: str | None,
-    state: str | None,
-    since: datetime | None,
-    limit: int,
-    after: str | None,
-) -> list[Row]:
-    query = select(*(_view.c[name] for name in LISTED)).where(*where)
-    if definition is not None:
-        named = select(tables.definitions.c.id).where(tables.definitions.c.name == definition)
-        query = query.where(_view.c.definition_id.in_(named))
-    if state is not None:
-        query = query.where(*_in_state(state))
-    return page(
-        connection, query, _view.c.id, limit=limit, after=after, since=since, since_column=_view.c.created_at
-    )
-
-
-def _in_state(state: str) -> list[ColumnElement[bool]]:
-    if state not in RUN_STATES:
-        raise UsageError(f"{state!r} is no state of a run", fix=f"one of {', '.join(RUN_STATES)}")
-    conditions: list[ColumnElement[bool]] = [_view.c.state == state]
-    if state not in tables.FINAL_STATES:
-        # Unfinished runs are few: start from their table instead of walking the history.
-        kept = ("running",) if state == "running" else ("waiting", "held")
-        conditions.append(_view.c.id.in_(select(_live.c.id).where(_live.c.state.in_(kept))))
-    return conditions
+def _rows(connection: Connection, ids: Sequence[RunId]) -> list[Row]:
+    """The listed columns of these runs, newest first."""
+    query = select(*(_view.c[name] for name in LISTED)).where(_view.c.id.in_(ids)).order_by(_view.c.id.desc())
+    return [dict(row) for row in connection.execute(query).mappings()] if ids else []
 
 
 def _run(connection: Connection, run_id: str, where: list[ColumnElement[bool]]) -> Row:

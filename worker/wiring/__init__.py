@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
-from worker.operations.keys import check_ring
 from worker.settings import Settings
 from worker.store.database import Database
-from worker.tokens.sealing import KeyRing
+
+if TYPE_CHECKING:
+    # A list is printed without cryptography.
+    from worker.tokens.sealing import KeyRing
 
 
 def open_database(settings: Settings, *, role: str = "cli") -> Database:
@@ -23,6 +27,9 @@ def open_keyring(settings: Settings, *, database: Database | None = None) -> Key
     Raises:
         ConfigurationError: there is none; the message says what to do.
     """
+    from worker.operations.keys import check_ring
+    from worker.tokens.sealing import KeyRing
+
     path = settings.keyring_file
     if database is not None and not path.exists():
         check_ring(database, None, str(path))
@@ -37,6 +44,8 @@ def find_keyring(settings: Settings) -> KeyRing | None:
     Raises:
         ConfigurationError: it is there and cannot be read.
     """
+    from worker.tokens.sealing import KeyRing
+
     try:
         path = settings.keyring_file
     except ConfigurationError:

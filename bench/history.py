@@ -1,0 +1,235 @@
+"""A database with a long history, as after a month of many orgs: filled past the worker, in bulk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from tests.fakes.postgres import Server
+from worker.clock import SystemClock, to_text
+from worker.store import schema
+from worker.store.connection import driver
+from worker.store.database import Database
+
+ORGS = 1_000
+NAMES = 10  # definitions of each org, of the same names in each; one org has a rare one more
+DAYS = 30
+LIVE = 1_000  # the newest runs have not ended, a tenth of them run
+SKIPS = 100_000
+AUDIT = 100_000
+HANDLER = "http.request"
+WORKER = "01900000-0000-7000-8000-00000000000f"
+RARE = "rare"
+
+Values = tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def history(dialect: str, runs: int) -> Iterator[str]:
+    """The URL of a database with so many runs, gone at the end."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
+        if dialect == "postgresql":
+            folder.chmod(0o755)
+            server = Server(folder / "pg")
+            server.start()
+            stack.callback(server.stop, signal.SIGQUIT)
+            url = server.url()
+        else:
+            url = f"sqlite:///{folder / 'worker.db'}"
+        schema.upgrade(url)
+        fill(url, runs)
+        yield url
+
+
+def fill(url: str, runs: int) -> None:
+    """Put orgs, definitions and the history of DAYS days into an empty database."""
+    database = Database.open(url, clock=SystemClock(), role="bench", deadline=600.0)
+    made = _History(runs, datetime.now(UTC))
+    try:
+        with database.transaction() as connection:
+            for table, columns, rows in made.tables():
+                _put(driver(connection), database.dialect, table, columns, rows)
+        with database.autocommit() as connection:
+            if database.dialect == "postgresql":
+                connection.execute(text("VACUUM ANALYZE"))
+            else:
+                connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+    finally:
+        database.close()
+
+
+def _put(raw: Any, dialect: str, table: str, columns: Sequence[str], rows: Iterable[Values]) -> None:
+    names = ", ".join(f'"{name}"' for name in columns)
+    if dialect == "postgresql":
+        with raw.cursor() as cursor, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
+    else:
+        marks = ", ".join("?" * len(columns))
+        raw.executemany(f"INSERT INTO {table} ({names}) VALUES ({marks})", rows)  # noqa: S608
+
+
+class _History:
+    """The rows, oldest first; everything follows from the number of a run."""
+
+    def __init__(self, runs: int, now: datetime) -> None:
+        self._runs = runs
+        self._now = now
+        self._begin = now - timedelta(days=DAYS)
+        self._orgs = [self._id(number, self._begin, 0xA) for number in range(ORGS)]
+        self._definitions = [
+            (self._id(number, self._begin, 0xD), number // NAMES, f"d{number % NAMES}")
+            for number in range(ORGS * NAMES)
+        ] + [(self._id(ORGS * NAMES, self._begin, 0xD), 0, RARE)]
+
+    def tables(self) -> Iterator[tuple[str, Sequence[str], Iterable[Values]]]:
+        begin = to_text(self._begin)
+        yield (
+            "orgs",
+            ("id", "code", "name", "issuer", "tags", "created_at", "updated_at"),
+            ((id_, f"org_{n}", f"Org {n}", "main", "[]", begin, begin) for n, id_ in enumerate(self._orgs)),
+        )
+        yield (
+            "definitions",
+            ("id", "org_id", "name", "revision", "enabled", "created_at", "updated_at"),
+            ((id_, self._orgs[org], name, 1, True, begin, begin) for id_, org, name in self._definitions),
+        )
+        spec = json.dumps({"handler": HANDLER, "schedule": "*/15 * * * *"})
+        yield (
+            "definition_revisions",
+            ("definition_id", "revision", "spec", "at", "by"),
+            ((id_, 1, spec, begin, "bench") for id_, _, _ in self._definitions),
+        )
+        due = to_text(self._now + timedelta(minutes=15))
+        yield (
+            "schedule",
+            ("definition_id", "org_id", "next_scheduled_for", "next_fire_at"),
+            ((id_, self._orgs[org], due, due) for id_, org, _ in self._definitions),
+        )
+        yield "runs", _RUN, map(self._run, range(self._runs))
+        yield "attempts", _ATTEMPT, (self._attempt(n) for n in range(self._runs - LIVE) if _fails(n))
+        yield "live_runs", _LIVE, map(self._live, range(self._runs - LIVE, self._runs))
+        yield "skips", _SKIP, map(self._skip, range(SKIPS))
+        yield "audit", _AUDIT, map(self._audited, range(AUDIT))
+
+    def _run(self, number: int) -> Values:
+        at = self._at(number, self._runs)
+        state, reason = self._end(number)
+        end = to_text(at + timedelta(seconds=2 + number % 30)) if state else None
+        definition, org = self._of(number)
+        id_ = self._id(number, at, 0)
+        started = to_text(at + timedelta(seconds=1)) if state else None
+        attempt = 1 if state else None
+        stamp = to_text(at)
+        return (
+            id_,
+            org,
+            definition,
+            1,
+            HANDLER,
+            "manual",
+            stamp,
+            stamp,
+            id_,
+            state,
+            reason,
+            started,
+            end,
+            attempt,
+        )
+
+    def _attempt(self, number: int) -> Values:
+        at = self._at(number, self._runs)
+        error = json.dumps({"type": "OSError", "message": f"disk {number} is full"})
+        start, end = to_text(at + timedelta(seconds=1)), to_text(at + timedelta(seconds=2 + number % 30))
+        cause = f"OSError: disk <n> is full {number % 7}"
+        run_id, (_, org) = self._id(number, at, 0), self._of(number)
+        return run_id, 1, org, WORKER, number, HANDLER, start, start, end, "failed", error, cause
+
+    def _live(self, number: int) -> Values:
+        at = self._at(number, self._runs)
+        definition, org = self._of(number)
+        id_, stamp = self._id(number, at, 0), to_text(at)
+        runs = number % 10 == 0
+        state, reason, worker = ("running", None, WORKER) if runs else ("waiting", "due", None)
+        started = stamp if runs else None
+        return (
+            id_,
+            org,
+            definition,
+            1,
+            HANDLER,
+            "child",
+            "manual",
+            stamp,
+            id_,
+            False,
+            state,
+            reason,
+            stamp,
+            worker,
+            started,
+        )
+
+    def _skip(self, number: int) -> Values:
+        at = self._at(number, SKIPS)
+        definition, org = self._of(number)
+        return self._id(number, at, 1), org, definition, 1, to_text(at), to_text(at), 1, "missed"
+
+    def _audited(self, number: int) -> Values:
+        at = self._at(number, AUDIT)
+        org = self._orgs[number % ORGS]
+        return self._id(number, at, 2), to_text(at), "bench", "run.cancel", org, f"{number}", "{}"
+
+    def _end(self, number: int) -> tuple[str | None, str | None]:
+        """A state as its run's number says; refused are few, and lie at the far end of the history."""
+        if number >= self._runs - LIVE:
+            return None, None
+        if number < 20:
+            return "refused", "scope_missing"
+        if _fails(number):
+            return "failed", "error"
+        return ("cancelled", "requested") if number % 1000 == 1 else ("succeeded", None)
+
+    def _of(self, number: int) -> tuple[str, str]:
+        """Definition and org of a run; a prime spreads them, and only three are of the rare one."""
+        place = len(self._definitions) - 1 if number in (30, 31, 32) else number * 7919 % (ORGS * NAMES)
+        id_, org, _ = self._definitions[place]
+        return id_, self._orgs[org]
+
+    def _at(self, number: int, of: int) -> datetime:
+        return self._begin + (self._now - self._begin) * ((number + 1) / (of + 1))
+
+    @staticmethod
+    def _id(number: int, at: datetime, kind: int) -> str:
+        head = f"{int(at.timestamp() * 1000):012x}"
+        return f"{head[:8]}-{head[8:]}-7000-8{kind:03x}-{number:012x}"
+
+
+def _fails(number: int) -> bool:
+    return number // 10 % 50 == 0
+
+
+_RUN = (
+    *("id", "org_id", "definition_id", "revision", "handler", "origin", "scheduled_for", "created_at"),
+    *("idempotency_key", "state", "reason", "started_at", "finished_at", "attempt"),
+)
+_ATTEMPT = (
+    *("run_id", "attempt", "org_id", "worker_id", "fencing_token", "handler", "started_at"),
+    *("handler_started_at", "ended_at", "outcome", "error", "error_cause"),
+)
+_LIVE = (
+    *("id", "org_id", "definition_id", "revision", "handler", "isolation", "origin", "scheduled_for"),
+    *("idempotency_key", "serial", "state", "reason", "available_at", "worker_id", "started_at"),
+)
+_SKIP = ("id", "org_id", "definition_id", "revision", "skipped_from", "skipped_until", "count", "reason")
+_AUDIT = ("id", "at", "actor", "action", "org_id", "subject", "detail")
