@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli import retry, why
+from worker.cli import cancel, retry, why
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -29,6 +29,7 @@ POLL = 0.5
 app = typer.Typer(help="Runs: list, show, why, cancel, retry, logs.")
 app.command("why")(why.why)
 app.command("retry")(retry.retry)
+app.command("cancel")(cancel.cancel)
 
 COLUMNS = (
     "id",
@@ -85,17 +86,6 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
 
     with session_of(context).database() as database, database.autocommit() as connection:
         row = listing.run_for_all_orgs(connection, run)
-    print_row(row, output)
-
-
-@app.command("cancel")
-def cancel(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
-    """Cancel a run: one that waits ends at once, one that is on is asked to stop. Returns at once."""
-    from worker.operations.cancel import cancel as cancel_run
-
-    session = session_of(context)
-    with session.database() as database:
-        row = cancel_run(database, run, actor=session.actor)
     print_row(row, output)
 
 

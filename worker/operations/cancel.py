@@ -13,14 +13,16 @@ from worker.store.database import Database
 Row = dict[str, Any]
 
 
-def cancel(database: Database, run_id: str, *, actor: str, org: str | None = None) -> Row:
+def cancel(
+    database: Database, run_id: str, *, actor: str, org: str | None = None, state: str | None = None
+) -> Row:
     """Cancel a run and return its row; a running one ends after the next renewal and its grace.
 
-    With `org`, another org's run does not exist.
+    With `org`, another org's run does not exist; with `state`, only a run in it is cancelled.
 
     Raises:
         NotFound: there is no such run.
-        Conflict: it has ended.
+        Conflict: it has ended, or is not in that state.
     """
     with database.transaction() as connection:
         run = named_run(connection, run_id, org)
@@ -30,6 +32,11 @@ def cancel(database: Database, run_id: str, *, actor: str, org: str | None = Non
             raise Conflict(
                 f"run {wanted} has ended: {run_listing.row(connection, org_id, wanted)['state']}",
                 fix=f"`runs show {wanted}` says how",
+            )
+        found = run_listing.row(connection, org_id, wanted)["state"]
+        if state is not None and found != state:
+            raise Conflict(
+                f"run {wanted} is {found} by now", fix=f"`runs cancel {wanted}` cancels it all the same"
             )
         this = edit_runs.is_run(wanted)
         if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):

@@ -1,0 +1,111 @@
+"""Runs cancelled by what they have in common: which they are, in which order, and what is told of each."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from worker.errors import NotFound, UsageError
+from worker.operations import cancel_many as operation
+from worker.operations.cancel_many import cancel_many, matching
+from worker.operations.run_now import run_now
+from worker.store.cancellable import Which
+
+FILE = """
+[[org]]
+code = "org_{org}"
+issuer = "main"
+
+[[definition]]
+org = "org_{org}"
+name = "{name}"
+handler = "acme.plain"
+schedule = "0 3 1 1 *"
+overlap = "allow"
+"""
+
+
+@pytest.fixture
+def run(apply, database):
+    """Makes a run that waits."""
+
+    def make(org="acme", name="digest"):
+        apply(FILE.format(org=org, name=name))
+        return run_now(database, f"org_{org}", name, actor="tester")["id"]
+
+    return make
+
+
+def found(database, *, org=None, limit=100, **which):
+    return [row["id"] for row in matching(database, Which(**which), org=org, limit=limit)]
+
+
+def done(database, *, org=None, limit=100, **which):
+    return list(cancel_many(database, Which(**which), actor="tester", org=org, limit=limit))
+
+
+def test_each_filter_narrows_what_is_cancelled(run, database, rows):
+    first, other, on, ended = run(), run("other", "export"), run(), run()
+    rows.set_running(on)
+    rows.set_ended(ended)
+
+    assert found(database) == [first, other, on]
+    assert found(database, state="running") == [on]
+    assert found(database, state="waiting") == [first, other]
+    assert found(database, org="org_other") == [other]
+    assert found(database, definition="digest") == [first, on]
+    assert found(database, reason="due") == [first, other]
+    assert found(database, since=rows.now() - timedelta(minutes=1)) == [first, other, on]
+    assert found(database, since=rows.now() + timedelta(minutes=1)) == []
+    assert found(database, limit=2) == [first, other]
+    with pytest.raises(NotFound):
+        found(database, org="org_nobody")
+    with pytest.raises(UsageError, match="'failed'"):
+        Which(state="failed")
+
+
+def test_each_is_cancelled_or_asked_to_stop_with_an_audit_row_of_its_own(run, database, rows):
+    waits, on = run(), run()
+    rows.set_running(on)
+
+    assert [(row["id"], row["state"], row["left"]) for row in done(database)] == [
+        (waits, "cancelled", None),
+        (on, "running", None),
+    ]
+    entries = [row for row in rows.audit if row["action"] == "run.cancel"]
+    assert {(row["subject"], row["actor"]) for row in entries} == {(waits, "tester"), (on, "tester")}
+    assert [row["cancel_reason"] for row in rows.live_runs] == ["requested"]
+    # Given again, it asks nobody twice.
+    assert done(database) == []
+
+
+def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, monkeypatch):
+    monkeypatch.setattr(operation, "PAGE", 2)
+    runs = [run() for _ in range(5)]
+    taken = matching(database, Which(), org=None, limit=100)
+
+    seen = [next(taken)["id"]]
+    run()
+
+    assert seen + [row["id"] for row in taken] == runs
+
+
+def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
+    ends, starts, waits = run(), run(), run()
+    cancelling = cancel_many(database, Which(state="waiting"), actor="tester", limit=10)
+    listed = list(matching(database, Which(), org=None, limit=10))
+    with pytest.MonkeyPatch.context() as patch:
+        # The page was read before the one ended and the other started.
+        patch.setattr(operation.cancellable, "page_for_all_orgs", lambda *_, **__: listed)
+        rows.set_ended(ends)
+        rows.set_running(starts)
+        rows_done = list(cancelling)
+
+    assert [(row["id"], row["state"]) for row in rows_done] == [
+        (ends, None),
+        (starts, None),
+        (waits, "cancelled"),
+    ]
+    assert "has ended: failed" in rows_done[0]["left"]
+    assert "is running by now" in rows_done[1]["left"]
