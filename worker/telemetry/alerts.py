@@ -1,12 +1,12 @@
-"""Alerts: one for each cause of trouble, however often it strikes, and one more when it is over."""
+"""Alerts: what strikes, gathered by its cause from the events of this process; one alert for each cause."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from worker.clock import Clock, to_text
@@ -14,12 +14,7 @@ from worker.telemetry.events import Emitted
 
 Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead"]
 Status = Literal["firing", "resolved"]
-Cause = tuple[str | None, ...]
-# What a cause has struck; once each has done well again, the cause is over.
-Struck = tuple[str | None, ...]
 
-# A cause that strikes no more counts as over after this; longer than the period of a daily job.
-QUIET = timedelta(hours=25)
 # Open at once; beyond that there is one trouble, and it is told already.
 MOST_OPEN = 1000
 
@@ -56,116 +51,118 @@ class Alert:
 
 
 @dataclass(slots=True)
-class _Open:
-    first: Alert
-    last_at: datetime
-    count: int = 0
-    struck: set[Struck] = field(default_factory=set)
-    affected: set[Struck] = field(default_factory=set)
+class Strike:
+    """A cause that struck `count` times, first by the event that has these `fields`.
 
-
-class Alerts:
-    """Listens to the events and calls `send`, from the thread of the event, for each beginning and end.
-
-    What is open is kept in this process only: several workers tell each of what they
-    carried, under the same `cause`, and a restart forgets.
+    `runs` are the newest by whom it struck; `definitions` (org, name) and `orgs` are
+    whom it struck where no run did.
     """
 
-    def __init__(self, clock: Clock, send: Callable[[Alert], None]) -> None:
+    cause: str
+    kind: Kind
+    summary: str
+    fields: Mapping[str, Any]
+    at: datetime
+    count: int = 1
+    runs: dict[tuple[str | None, ...], str] = field(default_factory=dict)
+    definitions: set[tuple[str, str]] = field(default_factory=set)
+    orgs: set[str] = field(default_factory=set)
+
+    def join(self, later: Strike) -> None:
+        """Take in what the same cause did after."""
+        self.at = max(self.at, later.at)
+        self.count += later.count
+        self.runs |= later.runs
+        self.definitions |= later.definitions
+        self.orgs |= later.orgs
+
+
+class Strikes:
+    """Listens to the events and gathers what strikes until it is taken; calls `on_strike` at each.
+
+    Where nobody takes it, as long as the database is away, a bounded number is kept.
+    """
+
+    def __init__(self, clock: Clock, on_strike: Callable[[], None]) -> None:
         self._clock = clock
-        self._send = send
+        self._on_strike = on_strike
         self._lock = threading.Lock()
-        self._open: dict[Cause, _Open] = {}
+        self._gathered: dict[str, Strike] = {}
 
-    def take(self, emitted: Emitted) -> None:
+    def hear(self, emitted: Emitted) -> None:
         """Take note of one event."""
-        for alert in self._of(emitted.event.name, emitted.fields):
-            self._send(alert)
+        wanted = _STATES.get(emitted.event.name)
+        if wanted is None or emitted.fields.get("state") not in wanted:
+            return
+        self._add([self._of(emitted.event.name, emitted.fields)])
+        self._on_strike()
 
-    def tidy(self) -> None:
-        """End what has not struck for long; called every now and then."""
-        now = self._clock.now()
+    def take(self) -> list[Strike]:
+        """What has struck since the last call, one for each cause."""
         with self._lock:
-            old = [cause for cause, one in self._open.items() if now - one.last_at > QUIET]
-            ended = [self._end(cause, "it has not struck again") for cause in old]
-        for alert in ended:
-            self._send(alert)
+            gathered, self._gathered = self._gathered, {}
+        return list(gathered.values())
 
-    def _of(self, event: str, fields: Mapping[str, Any]) -> list[Alert]:
+    def put_back(self, strikes: Sequence[Strike]) -> None:
+        """What could not be written down."""
+        with self._lock:
+            newer, self._gathered = self._gathered, {}
+        self._add([*strikes, *newer.values()])
+
+    def _add(self, strikes: Sequence[Strike]) -> None:
+        with self._lock:
+            for strike in strikes:
+                known = self._gathered.get(strike.cause)
+                if known is not None:
+                    known.join(strike)
+                elif len(self._gathered) < MOST_OPEN:
+                    self._gathered[strike.cause] = strike
+
+    def _of(self, event: str, fields: Mapping[str, Any]) -> Strike:
         org, definition, handler = (fields.get(name) for name in ("org", "definition", "handler"))
         reason, detail = fields.get("reason"), fields.get("detail")
         match event, fields.get("state"):
-            case "run.ended", "failed":
-                why = fields.get("error_cause") or reason
-                summary = f"{handler} fails: {reason}" + (f" ({why})" if why != reason else "")
-                return self._strike("failed", (handler, why), (org, definition), summary, fields)
             case "run.ended", "refused":
                 summary = f"{handler} is refused: {reason} ({detail})"
-                return self._strike("refused", (handler, reason, detail), (org, definition), summary, fields)
-            case "run.ended", "succeeded":
-                return self._well((org, definition), "succeeded", ("failed", "refused", "paused"))
-            case "run.recovered", "failed":
+                strike = self._strike("refused", (handler, reason, detail), summary, fields)
+            case "run.ended", _:
+                why = fields.get("error_cause") or reason
+                summary = f"{handler} fails: {reason}" + (f" ({why})" if why != reason else "")
+                strike = self._strike("failed", (handler, why), summary, fields)
+            case "run.recovered", _:
                 summary = "runs fail since their workers died too often"
-                return self._strike("failed", (None, "lost"), (fields.get("run"),), summary, fields)
+                strike = self._strike("failed", (None, "lost"), summary, fields)
             case "definition.paused", _:
                 summary = f"{definition} of {org} is paused after {fields.get('failures')} failures"
-                return self._strike("paused", (org, definition), (org, definition), summary, fields)
-            case (("org.parked" | "credential.unusable"), _):
-                summary = f"{org} gets no token: {fields.get('error')}"
-                return self._strike("credential_dead", (org,), (org,), summary, fields)
-            case "token.requested", _:
-                return self._well((org,), "got a token", ("credential_dead",))
+                strike = self._strike("paused", (org, definition), summary, fields)
+                strike.definitions.add((str(org), str(definition)))
             case "schedule.overdue", _:
-                summary = (
-                    f"nothing is fired: {definition} of {org} has been due for {fields.get('seconds')} s"
-                )
-                return self._strike("overdue", (), (), summary, fields)
-            case "schedule.caught_up", _:
-                return self._well((), "was fired", ("overdue",))
-        return []
+                seconds = fields.get("seconds")
+                summary = f"nothing is fired: {definition} of {org} has been due for {seconds} s"
+                strike = self._strike("overdue", (), summary, fields)
+            case _:
+                summary = f"{org} gets no token: {fields.get('error')}"
+                strike = self._strike("credential_dead", (org,), summary, fields)
+                strike.orgs.add(str(org))
+        if "run" in fields:
+            struck = (org, definition) if definition else (fields["run"],)
+            strike.runs[struck] = fields["run"]
+        return strike
 
     def _strike(
-        self, kind: Kind, what: Cause, struck: Struck, summary: str, fields: Mapping[str, Any]
-    ) -> list[Alert]:
-        cause, now = (kind, *what), self._clock.now()
-        with self._lock:
-            known = self._open.get(cause)
-            told: list[Alert] = []
-            if known is None:
-                if len(self._open) >= MOST_OPEN:
-                    return []
-                key = hashlib.sha256(repr(cause).encode()).hexdigest()[:32]
-                shown = {name: value for name, value in fields.items() if value is not None}
-                first = Alert(
-                    f"{key}-{int(now.timestamp())}", key, kind, "firing", summary, now, now, 1, 1, shown
-                )
-                known = self._open[cause] = _Open(first, now)
-                told = [first]
-            known.count += 1
-            known.last_at = now
-            known.struck.add(struck)
-            known.affected.add(struck)
-        return told
+        self, kind: Kind, what: tuple[str | None, ...], summary: str, fields: Mapping[str, Any]
+    ) -> Strike:
+        cause = hashlib.sha256(repr((kind, *what)).encode()).hexdigest()[:32]
+        shown = {name: value for name, value in fields.items() if value is not None}
+        return Strike(cause, kind, summary, shown, self._clock.now())
 
-    def _well(self, struck: Struck, how: str, kinds: tuple[Kind, ...]) -> list[Alert]:
-        with self._lock:
-            if not self._open:
-                return []
-            over = []
-            for cause, one in self._open.items():
-                if cause[0] in kinds and struck in one.struck:
-                    one.struck.discard(struck)
-                    if not one.struck:
-                        over.append(cause)
-            return [self._end(cause, f"each that it struck {how} again") for cause in over]
 
-    def _end(self, cause: Cause, how: str) -> Alert:
-        one = self._open.pop(cause)
-        return replace(
-            one.first,
-            status="resolved",
-            summary=f"over, {how}: {one.first.summary}",
-            at=self._clock.now(),
-            count=one.count,
-            affected=len(one.affected),
-        )
+# The events that strike, and in which states; looked up at every event, so a look is all it costs.
+_STATES: Mapping[str, frozenset[str | None]] = {
+    "run.ended": frozenset({"failed", "refused"}),
+    "run.recovered": frozenset({"failed"}),
+    "definition.paused": frozenset({None}),
+    "org.parked": frozenset({None}),
+    "credential.unusable": frozenset({None}),
+    "schedule.overdue": frozenset({None}),
+}

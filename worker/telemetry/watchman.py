@@ -42,7 +42,7 @@ class Watchman:
 
     So it does within twice that time, and a database that comes back, whose instants
     are fired just then, raises no alarm. `resting` says that a drain has ended the
-    loops, `alive` that they tick; `chore` is called at each look.
+    loops, `alive` that they tick.
     """
 
     def __init__(
@@ -53,7 +53,6 @@ class Watchman:
         overdue: float,
         resting: Callable[[], bool],
         alive: Callable[[], bool],
-        chore: Callable[[], None],
         deadman: Deadman | None = None,
         client: httpx.Client | None = None,
     ) -> None:
@@ -62,7 +61,6 @@ class Watchman:
         self._overdue = overdue
         self._resting = resting
         self._alive = alive
-        self._chore = chore
         self._deadman = deadman
         self._client = client or httpx.Client(timeout=5.0)
         self._seen_before = False
@@ -121,7 +119,7 @@ class Watchman:
         if self._deadman is not None:
             pause = min(pause, self._deadman.every)
         while not self._stop.wait(pause):
-            for step in (self.look, self.ping, self._chore):
+            for step in (self.look, self.ping):
                 try:
                     step()
                 except Exception as error:

@@ -1,4 +1,4 @@
-"""One alert for each cause, one more when it is over, however often it strikes in between."""
+"""What strikes is gathered from the events, by its cause; what is no trouble is not."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.telemetry import events
-from worker.telemetry.alerts import MOST_OPEN, QUIET, Alert, Alerts
-from worker.telemetry.events import emit
+from worker.telemetry.alerts import MOST_OPEN, Alert, Strike, Strikes
+from worker.telemetry.events import EVENTS, emit
 
 
-class Told(list[Alert]):
-    """What was sent, and the alerts that sent it."""
+class Heard:
+    """What struck, as it is taken by whoever writes it down."""
 
     def __init__(self, clock: ManualClock) -> None:
-        super().__init__()
-        self.alerts = Alerts(clock, self.append)
-        events.listen(self.alerts.take)
+        self.times = 0
+        self.strikes = Strikes(clock, self._on_strike)
+        events.listen(self.strikes.hear)
 
-    def briefly(self) -> list[tuple[str, str]]:
-        return [(alert.kind, alert.status) for alert in self]
+    def _on_strike(self) -> None:
+        self.times += 1
+
+    def taken(self) -> list[Strike]:
+        return self.strikes.take()
+
+    def kinds(self) -> list[str]:
+        return [strike.kind for strike in self.taken()]
 
 
 @pytest.fixture
-def told(clock: ManualClock) -> Told:
-    return Told(clock)
+def heard(clock: ManualClock) -> Heard:
+    return Heard(clock)
 
 
 def end_run(state: str, org: str = "org_a", definition: str = "digest", **fields: Any) -> None:
@@ -38,126 +44,108 @@ def fail(org: str = "org_a", **fields: Any) -> None:
     end_run("failed", org, **({"reason": "error", "error_cause": "HTTPError: <n>"} | fields))
 
 
-def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(told, clock):
+def test_a_hundred_failures_of_one_cause_are_one_strike_that_knows_whom_it_struck(heard, clock):
+    began = clock.now()
     for number in range(100):
-        fail(f"org_{number % 20}")
+        fail(f"org_{number % 20}", run=f"run-{number}")
         clock.advance(1)
-    for number in range(20):
-        assert told.briefly() == [("failed", "firing")]
-        end_run("succeeded", f"org_{number}")
 
-    assert told.briefly() == [("failed", "firing"), ("failed", "resolved")]
-    first, last = told
-    assert (first.count, first.affected) == (1, 1)
-    assert (last.count, last.affected, last.since) == (100, 20, first.at)
-    assert last.id == first.id
-    assert "acme.digest fails: error (HTTPError: <n>)" in last.summary
+    assert heard.times == 100
+    [strike] = heard.taken()
+    assert (strike.kind, strike.count, len(strike.runs)) == ("failed", 100, 20)
+    assert strike.summary == "acme.digest fails: error (HTTPError: <n>)"
+    assert (strike.fields["run"], strike.runs["org_0", "digest"]) == ("run-0", "run-80")
+    assert (strike.at - began).total_seconds() == 99
+    assert heard.taken() == []
 
 
-def test_another_cause_is_another_alert(told):
+def test_another_cause_is_another_strike(heard):
     fail()
     fail(error_cause="KeyError")
     fail(handler="acme.other")
     fail(error_cause=None, reason="timed_out")
 
-    assert told.briefly() == [("failed", "firing")] * 4
-    assert len({alert.cause for alert in told}) == 4
+    taken = heard.taken()
+    assert [strike.kind for strike in taken] == ["failed"] * 4
+    assert len({strike.cause for strike in taken}) == 4
 
 
-def test_a_run_that_will_be_tried_again_is_no_alert(told):
-    end_run("waiting", reason="retry", error_cause="KeyError")
-    end_run("cancelled", reason="requested")
-    end_run("skipped", reason="flag_off")
-
-    assert told == []
-
-
-def test_a_cause_that_strikes_again_after_it_was_over_is_told_again_under_the_same_cause(told, clock):
-    fail()
-    end_run("succeeded")
-    clock.advance(60)
-    fail()
-
-    assert told.briefly() == [("failed", "firing"), ("failed", "resolved"), ("failed", "firing")]
-    assert told[0].cause == told[2].cause
-    assert told[0].id != told[2].id
-
-
-def test_another_definitions_success_ends_nothing(told):
-    fail()
-    end_run("succeeded", "org_b")
-    end_run("succeeded", "org_a", "other")
-
-    assert told.briefly() == [("failed", "firing")]
-
-
-def test_refusals_are_told_by_reason_and_detail(told):
+def test_refusals_are_parted_by_reason_and_detail(heard):
     end_run("refused", reason="settings_invalid", detail="max_tokens")
     end_run("refused", "org_b", reason="settings_invalid", detail="max_tokens")
     end_run("refused", reason="org_mismatch", detail="org_x")
-    end_run("succeeded", "org_b")
-    end_run("succeeded")
 
-    assert told.briefly() == [
-        ("refused", "firing"),
-        ("refused", "firing"),
-        ("refused", "resolved"),
-        ("refused", "resolved"),
-    ]
+    assert [(strike.kind, strike.count) for strike in heard.taken()] == [("refused", 2), ("refused", 1)]
 
 
-def test_a_credential_is_dead_until_the_org_has_a_token_again(told):
-    for _ in range(3):
-        emit("org.parked", org="org_a", issuer="main", error="invalid_client", seconds=60.0)
-    emit("token.requested", org="org_b", issuer="main", seconds=0.1)
-    assert told.briefly() == [("credential_dead", "firing")]
-
-    emit("token.requested", org="org_a", issuer="main", seconds=0.1)
-
-    assert told.briefly() == [("credential_dead", "firing"), ("credential_dead", "resolved")]
-
-
-def test_a_paused_definition_is_told_and_over_when_it_succeeds(told):
-    emit("definition.paused", org="org_a", definition="digest", failures=5)
-    end_run("succeeded")
-
-    assert told.briefly() == [("paused", "firing"), ("paused", "resolved")]
-
-
-def test_overdue_is_told_once_and_over_when_it_has_caught_up(told):
-    emit("schedule.overdue", org="org_a", definition="digest", seconds=12.0)
-    emit("schedule.overdue", org="org_b", definition="digest", seconds=15.0)
-    emit("schedule.caught_up")
-
-    assert told.briefly() == [("overdue", "firing"), ("overdue", "resolved")]
-
-
-def test_a_cause_that_strikes_no_more_is_over_after_longer_than_a_day(told, clock):
+def test_a_cause_has_one_name_for_all_workers_and_all_times(heard, clock):
     fail()
-    clock.advance(QUIET)
-    told.alerts.tidy()
-    assert len(told) == 1
+    [here] = heard.taken()
+    clock.advance(86_400)
+    other = Heard(clock)
+    fail("org_b", run="s")
 
-    clock.advance(1)
-    told.alerts.tidy()
-
-    assert told.briefly() == [("failed", "firing"), ("failed", "resolved")]
-    assert "not struck again" in told[1].summary
+    [there] = other.taken()
+    assert here.cause == there.cause
 
 
-def test_causes_without_end_do_not_fill_the_memory_or_the_mailbox(told):
+def test_pauses_dead_credentials_and_what_is_overdue_strike_whom_they_name(heard):
+    emit("definition.paused", org="org_a", definition="digest", failures=5)
+    emit("org.parked", org="org_a", issuer="main", error="invalid_client", seconds=60.0)
+    emit("credential.unusable", org="org_b", generation=1, error="no key")
+    emit("schedule.overdue", org="org_a", definition="digest", seconds=12.0)
+    emit("run.recovered", run="r", attempt=4, worker="w", state="failed")
+
+    paused, parked, unusable, overdue, lost = heard.taken()
+    assert (paused.kind, paused.definitions) == ("paused", {("org_a", "digest")})
+    assert (parked.kind, parked.orgs) == ("credential_dead", {"org_a"})
+    assert (unusable.kind, unusable.orgs) == ("credential_dead", {"org_b"})
+    assert (overdue.kind, overdue.definitions, overdue.orgs, overdue.runs) == ("overdue", set(), set(), {})
+    assert (lost.kind, list(lost.runs.values())) == ("failed", ["r"])
+
+
+def test_a_run_that_will_be_tried_again_or_was_not_to_be_is_no_strike(heard):
+    end_run("waiting", reason="retry", error_cause="KeyError")
+    end_run("succeeded")
+    end_run("cancelled", reason="requested")
+    end_run("skipped", reason="flag_off")
+    emit("run.recovered", run="r", attempt=1, worker="w", state="waiting")
+
+    assert (heard.taken(), heard.times) == ([], 0)
+
+
+def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
+    for name, event in EVENTS.items():
+        emit(name, **dict.fromkeys(event.fields))
+        emit(name, **dict.fromkeys(event.fields) | ({"state": "failed"} if "state" in event.fields else {}))
+
+    assert set(heard.kinds()) == {"failed", "paused", "credential_dead", "overdue"}
+
+
+def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(heard):
+    fail("org_a")
+    taken = heard.taken()
+    fail("org_b")
+    heard.strikes.put_back(taken)
+
+    [strike] = heard.taken()
+    assert (strike.count, strike.fields["org"], len(strike.runs)) == (2, "org_a", 2)
+
+
+def test_causes_without_end_do_not_fill_the_memory(heard):
     for number in range(MOST_OPEN + 10):
         fail(error_cause=f"Error {number}")
 
-    assert len(told) == MOST_OPEN
+    assert len(heard.taken()) == MOST_OPEN
 
 
-def test_the_message_names_what_to_look_at_and_no_more(told, clock):
+def test_the_message_names_what_to_look_at_and_no_more(heard, clock):
     fail(detail=None)
+    [strike] = heard.taken()
+    at = clock.now()
+    alert = Alert("1", strike.cause, strike.kind, "firing", strike.summary, at, at, 1, 1, strike.fields)
 
-    body = told[0].as_json()
-    assert body["org"] == "org_a"
-    assert body["definition"] == "digest"
-    assert body["run"] == "r"
+    body = alert.as_json()
+    assert (body["org"], body["definition"], body["run"]) == ("org_a", "digest", "r")
     assert "detail" not in body
     assert body["at"] == "2030-01-01T00:00:00.000000Z"

@@ -29,7 +29,6 @@ class Post:
             overdue=10.0,
             resting=lambda: self.resting,
             alive=lambda: self.alive,
-            chore=lambda: None,
             deadman=Deadman("https://ping.example/x", 60.0) if deadman else None,
             client=httpx.Client(transport=httpx.MockTransport(self._ping)),
         )

@@ -1,0 +1,242 @@
+"""Alerts that are open, shared by all workers: a cause is told once, by whoever is the first to claim it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    and_,
+    case,
+    delete,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from worker.store import tables
+from worker.store.chunks import chunks
+from worker.store.connection import database_now, is_postgresql
+from worker.store.health import oldest_unfired
+from worker.telemetry.alerts import MOST_OPEN, Alert, Kind, Strike
+
+# A cause that strikes no more counts as over after this; longer than the period of a daily job.
+QUIET = timedelta(hours=25)
+# For so long nobody else tells what one worker has claimed; longer than a post takes.
+CLAIM = timedelta(seconds=60)
+# The newest runs of a definition among which a success is looked for.
+LOOKED_AT = 20
+
+_alerts, _strikes = tables.alerts, tables.alert_strikes
+
+_SUCCEEDED = (
+    f"""EXISTS (SELECT 1 FROM (
+        SELECT r.state, r.finished_at FROM runs r WHERE r.definition_id = subject_id
+        ORDER BY r.id DESC LIMIT {LOOKED_AT}
+    ) newest WHERE newest.state = 'succeeded' AND newest.finished_at > alert_strikes.struck_at)
+    OR EXISTS (SELECT 1 FROM definitions d WHERE d.id = subject_id AND d.closed_at IS NOT NULL)""",
+    "each that it struck succeeded again",
+)
+_RESUMED = (
+    """NOT EXISTS (SELECT 1 FROM definitions d
+    WHERE d.id = subject_id AND d.paused_at IS NOT NULL AND d.closed_at IS NULL)""",
+    "it was resumed",
+)
+_HAS_TOKEN = (
+    """EXISTS (SELECT 1 FROM credentials c WHERE c.org_id = subject_id
+        AND c.last_error IS NULL AND c.last_used_at > alert_strikes.struck_at)
+    OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
+    "it got a token again",
+)
+# When a definition or org that was struck does well again, and how the alert says that all do.
+WELL: Mapping[Kind, tuple[str, str]] = {
+    "failed": _SUCCEEDED,
+    "refused": _SUCCEEDED,
+    "paused": _RESUMED,
+    "credential_dead": _HAS_TOKEN,
+}
+MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead")
+
+
+def note(connection: Connection, strikes: Sequence[Strike]) -> None:
+    """Write down what struck: a cause that is not open begins, one whose end is not told goes on."""
+    now = database_now(connection)
+    known = set(connection.execute(select(_alerts.c.cause)).scalars())
+    room = MOST_OPEN - len(known)
+    taken = [strike for strike in strikes if strike.cause in known]
+    taken += [strike for strike in strikes if strike.cause not in known][: max(room, 0)]
+    if not taken:
+        return
+    subjects = _subjects(connection, taken)
+    insert = _insert(connection, _alerts)
+    goes_on = insert.on_conflict_do_update(
+        index_elements=["cause"],
+        set_={
+            "count": _alerts.c.count + insert.excluded["count"],
+            "struck_at": insert.excluded.struck_at,
+            "over_at": None,
+            "over_how": None,
+            # An end that nobody has heard of yet was none.
+            "try_at": case(
+                (and_(_alerts.c.over_at.is_not(None), _alerts.c.told.is_not(None)), None),
+                else_=_alerts.c.try_at,
+            ),
+        },
+    )
+    connection.execute(goes_on, [_row(strike, now) for strike in taken])
+    rows = [
+        {"cause": strike.cause, "subject_id": subject, "struck_at": at, "well": False}
+        for strike in taken
+        for subject, at in subjects(strike).items()
+    ]
+    if rows:
+        struck = _insert(connection, _strikes)
+        again = {"struck_at": struck.excluded.struck_at, "well": False}
+        connection.execute(
+            struck.on_conflict_do_update(index_elements=["cause", "subject_id"], set_=again), rows
+        )
+
+
+def is_any(connection: Connection) -> bool:
+    """Whether there is one that is not over, or not told of."""
+    return connection.execute(select(_alerts.c.cause).limit(1)).first() is not None
+
+
+def settle(connection: Connection, *, overdue: float) -> None:
+    """End what is over; instants are overdue after so many seconds."""
+    now = database_now(connection)
+    for kind, (condition, how) in WELL.items():
+        open_ones = select(_alerts.c.cause).where(_alerts.c.kind == kind, _alerts.c.over_at.is_(None))
+        done_well = update(_strikes).where(
+            _strikes.c.cause.in_(open_ones), ~_strikes.c.well, text(f"({condition})")
+        )
+        connection.execute(done_well.values(well=True))
+        of_cause = _strikes.c.cause == _alerts.c.cause
+        left = select(_strikes.c.cause).where(of_cause, ~_strikes.c.well).exists()
+        any_ = select(_strikes.c.cause).where(of_cause).exists()
+        _end(connection, and_(_alerts.c.kind == kind, any_, ~left), how, now)
+    unfired = oldest_unfired(connection)
+    if unfired is None or unfired[2] < overdue:
+        _end(connection, _alerts.c.kind == "overdue", "what was due was fired", now)
+    quiet = and_(_alerts.c.kind.in_(MAY_GO_QUIET), _alerts.c.struck_at < now - QUIET)
+    _end(connection, quiet, "it has not struck again", now)
+
+
+def claim(connection: Connection) -> tuple[Alert, int] | None:
+    """The next alert to be told, claimed for a while, and how often it was tried before."""
+    now = database_now(connection)
+    due = select(_alerts).where(_alerts.c.try_at <= now).order_by(_alerts.c.since, _alerts.c.cause).limit(1)
+    row = connection.execute(due.with_for_update(skip_locked=True)).mappings().first()
+    if row is None:
+        return None
+    mine = _alerts.c.cause == row["cause"]
+    connection.execute(update(_alerts).where(mine).values(try_at=now + CLAIM))
+    struck = select(func.count()).where(_strikes.c.cause == row["cause"])
+    affected = connection.execute(struck).scalar_one()
+    summary, at = row["summary"], row["since"]
+    if row["told"] is not None:
+        summary, at = f"over, {row['over_how']}: {summary}", row["over_at"]
+    alert = Alert(
+        id=row["id"],
+        cause=row["cause"],
+        kind=row["kind"],
+        status="firing" if row["told"] is None else "resolved",
+        summary=summary,
+        at=at,
+        since=row["since"],
+        count=row["count"],
+        affected=max(affected, 1),
+        fields=row["fields"],
+    )
+    return alert, row["tries"]
+
+
+def told(connection: Connection, alert: Alert) -> None:
+    """Receivers know of it. One that struck again while its end was told begins anew."""
+    now, mine = database_now(connection), _alerts.c.cause == alert.cause
+    if alert.status == "firing":
+        end = case((_alerts.c.over_at.is_not(None), _instant(now)), else_=None)
+        connection.execute(update(_alerts).where(mine).values(told="firing", tries=0, try_at=end))
+        return
+    forgotten = _strikes.c.cause == alert.cause
+    if not connection.execute(delete(_alerts).where(mine, _alerts.c.over_at.is_not(None))).rowcount:
+        forgotten = and_(forgotten, _strikes.c.well)
+        anew = {"id": _id(alert.cause, now), "since": now, "told": None, "tries": 0, "try_at": now}
+        connection.execute(update(_alerts).where(mine).values(**anew))
+    connection.execute(delete(_strikes).where(forgotten))
+
+
+def untold(connection: Connection, alert: Alert, again: float) -> None:
+    """It was not taken; the next try comes after so many seconds."""
+    at = database_now(connection) + timedelta(seconds=again)
+    mine = and_(_alerts.c.cause == alert.cause, _alerts.c.try_at.is_not(None))
+    connection.execute(update(_alerts).where(mine).values(tries=_alerts.c.tries + 1, try_at=at))
+
+
+def _end(connection: Connection, which: ColumnElement[bool], how: str, now: datetime) -> None:
+    # One whose beginning is not told yet is told that first.
+    end = case((_alerts.c.told.is_(None), _alerts.c.try_at), else_=_instant(now))
+    connection.execute(
+        update(_alerts)
+        .where(_alerts.c.over_at.is_(None), which)
+        .values(over_at=now, over_how=how, tries=0, try_at=end)
+    )
+
+
+def _row(strike: Strike, now: datetime) -> dict[str, Any]:
+    return {
+        "cause": strike.cause,
+        "id": _id(strike.cause, now),
+        "kind": strike.kind,
+        "summary": strike.summary,
+        "fields": dict(strike.fields),
+        "since": now,
+        "struck_at": now,
+        "count": strike.count,
+        "try_at": now,
+    }
+
+
+def _id(cause: str, at: datetime) -> str:
+    return f"{cause}-{int(at.timestamp())}"
+
+
+def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[Strike], dict[str, datetime]]:
+    """By strike, the ids of the definitions or orgs that it struck, each with when."""
+    runs, definitions, orgs = tables.runs, tables.definitions, tables.orgs
+    ended: dict[str, tuple[str, datetime]] = {}
+    for part in chunks(sorted({run for strike in strikes for run in strike.runs.values()})):
+        query = select(runs.c.id, runs.c.definition_id, runs.c.finished_at).where(runs.c.id.in_(part))
+        ended |= {id_: (definition, at) for id_, definition, at in connection.execute(query) if at}
+    named: dict[tuple[str, ...], str] = {}
+    codes = {org for strike in strikes for org in strike.orgs}
+    codes |= {org for strike in strikes for org, _ in strike.definitions}
+    for part in chunks(sorted(codes)):
+        by_code = select(orgs.c.code, orgs.c.id).where(orgs.c.code.in_(part))
+        named |= {(code,): org_id for code, org_id in connection.execute(by_code)}
+    for org, name in {one for strike in strikes for one in strike.definitions}:
+        its = and_(definitions.c.org_id == named.get((org,)), definitions.c.name == name)
+        for id_ in connection.execute(select(definitions.c.id).where(its)).scalars():
+            named[org, name] = id_
+
+    def of(strike: Strike) -> dict[str, datetime]:
+        found = dict(ended[run] for run in strike.runs.values() if run in ended)
+        others = [*strike.definitions, *((org,) for org in strike.orgs)]
+        return found | {named[one]: strike.at for one in others if one in named}
+
+    return of
+
+
+def _insert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    return postgresql.insert(table) if is_postgresql(connection) else sqlite.insert(table)
+
+
+def _instant(at: datetime) -> ColumnElement[datetime]:
+    return literal(at, tables.Instant())
