@@ -128,13 +128,18 @@ def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_
     }
     site.start_worker(Path(freezing_worker.__file__))
     port.wait_for("/readyz", 200)
-    assert words(notified, 1.0).count("WATCHDOG=1") >= 2
+    heard = words(notified, 1.0)
+    assert heard.count("WATCHDOG=1") >= 2
+    assert [line for line in heard if line.startswith("STATUS=runs: ") and "; lease: " in line]
 
     freeze.touch()
 
     assert '"scheduler"' in port.wait_for("/livez", 503)
     words(notified, 0.5)
-    assert "WATCHDOG=1" not in words(notified, 1.5)
+    heard = words(notified, 1.5)
+    assert "WATCHDOG=1" not in heard
+    assert all(line.startswith("STATUS=the loop scheduler stands still; runs: ") for line in heard)
+    assert heard
     assert port.get("/readyz")[0] == 503
     wait_until(lambda: [one for one in posts if one["kind"] == "overdue"], "the overdue alarm")
     [alarm] = [one for one in posts if one["kind"] == "overdue"]

@@ -14,7 +14,7 @@ PATIENCE = 15.0
 class Pulse:
     """`ticks` give, by loop, the monotonic instant at which it last came round.
 
-    `resting` says that a drain has ended them on purpose.
+    `resting` says that a drain has ended them on purpose, `status` in one line how the worker is.
     """
 
     def __init__(
@@ -24,10 +24,12 @@ class Pulse:
         clock: Clock,
         *,
         resting: Callable[[], bool],
+        status: Callable[[], str],
     ) -> None:
         self._ticks = ticks
         self._notifier = notifier
         self._clock = clock
+        self._status = status
         self.resting = resting
 
     def ages(self) -> dict[str, float]:
@@ -40,9 +42,13 @@ class Pulse:
         return [name for name, age in self.ages().items() if age > PATIENCE and not self.resting()]
 
     async def run(self) -> None:
-        """Feed the service manager's watchdog as long as every loop ticks; ends by cancellation only."""
+        """Feed the service manager's watchdog as long as every loop ticks, and tell it how things are.
+
+        Ends by cancellation only.
+        """
         interval = self._notifier.watchdog_seconds
         while True:
+            self._notifier.status(self._status())
             if not self.stalled():
                 self._notifier.alive()
             await self._clock.sleep(PATIENCE if interval is None else interval / 3)

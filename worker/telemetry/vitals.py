@@ -22,3 +22,17 @@ class Vitals:
     draining: Callable[[], bool]
     slots: Mapping[str, int]
     used: Callable[[str], int]
+
+    def in_words(self) -> str:
+        """One line for whoever looks at the process: what is amiss, what runs, how long the lease holds."""
+        left = self.lease_remaining()
+        taken = {name: f"{self.used(name)} of {count} {name}" for name, count in self.slots.items() if count}
+        return "; ".join(
+            [
+                *(["draining"] if self.draining() else []),
+                *(f"the loop {name} stands still" for name in self.stalled()),
+                *([] if self.admitting() or self.draining() else ["nothing admitted"]),
+                f"runs: {', '.join(taken.values()) or 'no slots'}",
+                f"lease: {left:.0f} s" if left > 0 else "lease lost",
+            ]
+        )

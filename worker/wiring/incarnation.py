@@ -48,7 +48,7 @@ from worker.wiring.chores import Chores
 from worker.wiring.issuers import issuers_of
 from worker.wiring.secrets import OpenedCredentials
 from worker.wiring.signals import Signals
-from worker.wiring.vitals import pulse_of, vitals_of
+from worker.wiring.vitals import pulse_and_vitals
 
 # Seconds between two looks for runs whose handler no worker offers: that reads all that wait.
 NO_HANDLER_EVERY = 5.0
@@ -213,8 +213,10 @@ class Incarnation:
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
-        pulse = pulse_of(scheduler, admission, self._notifier, self._signals, clock)
-        self._watch(vitals_of(pulse, heartbeat, admission, holdings, slots, clock))
+        pulse, vitals = pulse_and_vitals(
+            scheduler, admission, heartbeat, holdings, slots, self._notifier, self._signals, clock
+        )
+        self._watch(vitals)
         passed = execution.pass_environment
         cataloguing = Cataloguing(self._database, store, self._offers, clock, admission.wake.set, passed)
         loops = Loops(

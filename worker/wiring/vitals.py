@@ -16,24 +16,20 @@ from worker.telemetry.vitals import Vitals
 from worker.wiring.signals import Signals
 
 
-def pulse_of(
-    scheduler: Scheduler, admission: Admission, notifier: Notifier, signals: Signals, clock: Clock
-) -> Pulse:
-    """The pulse of the loops that bring work in; a drain lets them rest."""
-    ticks = {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at}
-    return Pulse(ticks, notifier, clock, resting=lambda: signals.asked > 0)
-
-
-def vitals_of(
-    pulse: Pulse,
-    heartbeat: Heartbeat,
+def pulse_and_vitals(
+    scheduler: Scheduler,
     admission: Admission,
+    heartbeat: Heartbeat,
     holdings: Holdings,
     slots: Mapping[Isolation, int],
+    notifier: Notifier,
+    signals: Signals,
     clock: Clock,
-) -> Vitals:
-    """What health checks and metrics may ask of them."""
-    return Vitals(
+) -> tuple[Pulse, Vitals]:
+    """The pulse of the loops that bring work in, which a drain lets rest; and what may be asked of all."""
+    ticks = {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at}
+    pulse = Pulse(ticks, notifier, clock, resting=lambda: signals.asked > 0, status=lambda: vitals.in_words())
+    vitals = Vitals(
         ages=pulse.ages,
         stalled=pulse.stalled,
         lease_remaining=lambda: heartbeat.lease.expires_at - clock.monotonic(),
@@ -42,3 +38,4 @@ def vitals_of(
         slots={str(isolation): count for isolation, count in slots.items()},
         used=holdings.used,
     )
+    return pulse, vitals

@@ -16,16 +16,21 @@ class Watchdog(Notifier):
     def __init__(self) -> None:
         super().__init__("")
         self.fed = 0
+        self.told: list[str] = []
 
     def alive(self) -> None:
         self.fed += 1
+
+    def status(self, text: str) -> None:
+        self.told.append(text)
 
 
 def make(clock: ManualClock, *, resting: bool = False) -> tuple[Pulse, dict[str, float], Watchdog]:
     ticked = {"scheduler": clock.monotonic(), "admission": clock.monotonic()}
     dog = Watchdog()
     ticks = {"scheduler": lambda: ticked["scheduler"], "admission": lambda: ticked["admission"]}
-    return Pulse(ticks, dog, clock, resting=lambda: resting), ticked, dog
+    pulse = Pulse(ticks, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
+    return pulse, ticked, dog
 
 
 def test_a_loop_is_stalled_once_patience_is_over(clock):
@@ -48,7 +53,7 @@ def test_loops_that_a_drain_has_ended_are_not_stalled(clock):
 
 
 @pytest.mark.anyio
-async def test_the_watchdog_is_fed_only_while_every_loop_ticks(clock):
+async def test_the_watchdog_is_fed_only_while_every_loop_ticks_and_the_status_says_which_does_not(clock):
     pulse, ticked, dog = make(clock)
     task = asyncio.create_task(pulse.run())
     await asyncio.sleep(0)
@@ -58,6 +63,7 @@ async def test_the_watchdog_is_fed_only_while_every_loop_ticks(clock):
     for _ in range(3):
         await asyncio.sleep(0)
     assert dog.fed == 1
+    assert dog.told == ["stalled: []", "stalled: ['scheduler', 'admission']"]
 
     ticked.update(dict.fromkeys(ticked, clock.monotonic() + PATIENCE))
     clock.advance(PATIENCE)
