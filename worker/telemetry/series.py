@@ -1,0 +1,94 @@
+"""The numbers of one metric, by the values of its labels; counted at every end of a run, so kept plain."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as Family
+from prometheus_client.utils import floatToGoString
+
+from worker.telemetry.metric_table import SECONDS, Metric
+
+Labels = tuple[str, ...]
+Fields = Mapping[str, Any]
+
+_BOUNDS: list[str] = [floatToGoString(bound) for bound in (*SECONDS, float("inf"))]  # type: ignore[no-untyped-call]
+
+
+class Series:
+    """What has been counted or measured; the caller sees to it that one thread does so at a time.
+
+    The library's own objects take a lock and check each name at every step, which
+    for the events of each run costs as much as the run's token.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self._sums: dict[Labels, float] = {}
+        self._buckets: dict[Labels, list[int]] = {}
+        if not metric.labels:
+            self.begin()
+
+    def begin(self, *labels: str) -> None:
+        """Show a series before its first rise, or Prometheus does not see that."""
+        self._sums.setdefault(labels, 0.0)
+
+    def set(self, value: float, *labels: str) -> None:
+        self._sums[labels] = value
+
+    def follower(self, by: str) -> Callable[[Fields], None]:
+        """What to do with an event: grow by, observe or become its field `by`, or the number that it is."""
+        names, kind, sums, buckets = self.metric.labels, self.metric.kind, self._sums, self._buckets
+        fixed = None if by.isalpha() else float(by or 1)
+
+        def follow(fields: Fields) -> None:
+            labels = tuple([word(fields.get(name)) for name in names])
+            value = fields.get(by) if fixed is None else fixed
+            if value is None:
+                self.begin(*labels)
+            elif kind == "gauge":
+                sums[labels] = value
+            else:
+                sums[labels] = sums.get(labels, 0.0) + value
+                if kind == "histogram":
+                    counts = buckets.get(labels) or buckets.setdefault(labels, [0] * len(_BOUNDS))
+                    counts[bisect_left(SECONDS, value)] += 1
+
+        return follow
+
+    def family(self) -> Family:
+        """All of it, as the library writes it out."""
+        metric = self.metric
+        name, meaning, labels = metric.name, metric.meaning, metric.labels
+        match metric.kind:
+            case "counter":
+                counter = CounterMetricFamily(name.removesuffix("_total"), meaning, labels=labels)
+                for words, value in self._sums.items():
+                    counter.add_metric(words, value)
+                return counter
+            case "gauge":
+                gauge = GaugeMetricFamily(name, meaning, labels=labels)
+                for words, value in self._sums.items():
+                    gauge.add_metric(words, value)
+                return gauge
+            case "histogram":
+                histogram = HistogramMetricFamily(name, meaning, labels=labels)
+                for words, value in self._sums.items():
+                    histogram.add_metric(words, _cumulated(self._buckets.get(words, [])), value)
+                return histogram
+
+
+def word(value: object) -> str:
+    """A label's value; what does not apply is empty."""
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _cumulated(buckets: list[int]) -> list[tuple[str, int]]:
+    total, bounds = 0, []
+    for bound, count in zip(_BOUNDS, buckets or [0] * len(_BOUNDS), strict=True):
+        total += count
+        bounds.append((bound, total))
+    return bounds
