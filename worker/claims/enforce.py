@@ -40,9 +40,11 @@ def enforce(
             "other_client" if claims.client_id else "client_missing",
             f"the token was issued to another client than {org_code}'s",
         )
-    for scope in sorted(set(scopes) - claims.scopes):
+    if missing := frozenset(scopes) - claims.scopes:
+        scope = min(missing)
         raise TokenRefused("scope_missing", scope, f"the token of {org_code} lacks the scope {scope}")
-    for name in sorted(set(properties) - claims.properties.keys()):
+    if absent := frozenset(properties) - claims.properties.keys():
+        name = min(absent)
         raise TokenRefused("property_missing", name, f"the token of {org_code} lacks the property {name}")
 
 

@@ -7,7 +7,7 @@ only settings and the handler itself are the child's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from random import Random
 
@@ -23,7 +23,7 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.execution.deadline import Deadline
+from worker.execution.deadline import Deadline, Deadlines
 from worker.execution.evidence import note
 from worker.execution.holdings import Held
 from worker.execution.journal import Journal
@@ -68,6 +68,7 @@ class Tools:
     journal: Journal
     clock: Clock
     random: Random
+    deadlines: Deadlines = field(default_factory=Deadlines)
 
 
 async def attempt(held: Held, tools: Tools) -> EndedAttempt:
@@ -108,7 +109,7 @@ async def _carry(held: Held, plan: Plan, terms: Terms, trail: Trail, tools: Tool
             plan.issuer,
             audience=definition.audience,
             scopes=scopes,
-            also_ask=tools.offers.scopes(variant.handler for variant in definition.variants),
+            also_ask=tools.offers.scopes([variant.handler for variant in definition.variants]),
             max_claims_age=definition.max_claims_age,
         )
     )
@@ -159,7 +160,7 @@ async def _carry(held: Held, plan: Plan, terms: Terms, trail: Trail, tools: Tool
         memory=terms.memory,
         isolation=run.isolation,
     )
-    with Deadline(held.stop, terms.timeout, terms.cancel_grace):
+    with Deadline(tools.deadlines, held.stop, terms.timeout, terms.cancel_grace):
         outcome = await tools.runners[run.isolation].run(work, link, held.stop)
     if link.refused is not None:
         raise link.refused

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from worker.execution.attempt import Tools, attempt
+from worker.execution.begin import begin
 from worker.execution.finisher import Finisher, FinishStore
 from worker.execution.holdings import Held, Holdings
 from worker.execution.telling import tell_end
@@ -56,9 +57,10 @@ class Carrier:
     def start(self, run: AdmittedRun) -> None:
         """Begin the attempt of a run that was admitted just now."""
         held = self._holdings.add(run)
-        task = asyncio.create_task(self._carry(held))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = begin(self._carry(held), loop=asyncio.get_running_loop())
+        if not task.done():
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def cancel(self, run_id: RunId, reason: str) -> None:
         """Ask a held run to stop, for the reason that its row gives."""

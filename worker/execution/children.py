@@ -106,7 +106,7 @@ class Children:
         if stop.killed:
             return Lost("the lease on the run is lost")
         if zygote is None:
-            return stopped(stop) if stop.requested.is_set() else HandedBack("the worker is ending")
+            return stopped(stop) if stop.asked else HandedBack("the worker is ending")
         number = next(self._numbers)
         run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
         self._runs[number] = run  # before the next await: a zygote that dies in between ends it

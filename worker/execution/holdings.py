@@ -37,7 +37,7 @@ class Held:
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """What `work` gives, or None as soon as this run is asked to stop."""
-        if self.stop.requested.is_set():
+        if self.stop.asked:
             work.close()
             return None
         task, interrupted = asyncio.current_task(), False

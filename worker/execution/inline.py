@@ -12,6 +12,7 @@ from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims
 from worker.clock import Clock
 from worker.errors import LeaseLost
+from worker.execution.begin import begin
 from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
 from worker.execution.loop_watch import THIS_RUN, LoopWatch, ThisRun
@@ -21,6 +22,7 @@ from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.handlers.calling import call, outcome_of_error
 from worker.handlers.context import Cancellation, Context, close_http
+from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Lost, Outcome
 
@@ -44,6 +46,8 @@ class Inline:
         self._clock = clock
         self._watch = LoopWatch()
         self._given_up: set[asyncio.Task[None]] = set()
+        # To ask Python for a module that it has costs more than the call of its handler.
+        self._jobs: dict[str, Job] = {}
 
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler as a task of this loop."""
@@ -52,8 +56,12 @@ class Inline:
         output = RunOutput(link.log, self._clock)
         line = _InlineLine(link)
         cancelled = Cancellation()
-        body = _body(work, line, cancelled, _RunLogger(work.handler, output, loop), self._clock)
-        task = loop.create_task(body, name=f"{work.handler} {work.run_id}", context=contextvars.Context())
+        body = self._body(work, line, cancelled, _RunLogger(work.handler, output, loop))
+        task = begin(body, loop=loop, name=work.handler, context=contextvars.Context())
+        if task.done():
+            line.cut = True
+            output.close()
+            return self._outcome(task, stop)
         over: asyncio.Future[None] = loop.create_future()
         stopping: list[asyncio.Task[None]] = []
         task.add_done_callback(lambda _: _resolve(over))
@@ -72,6 +80,33 @@ class Inline:
             output.close()
             if not task.done():
                 self._give_up(task)
+        return self._outcome(task, stop)
+
+    async def _body(
+        self, work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger
+    ) -> Outcome:
+        THIS_RUN.set(ThisRun(work.handler, work.run_id))
+        try:
+            job = self._job(work.entry_point)
+            ctx: Context[Any, Any] = Context(given_for(work, job, log, self._clock), line, cancelled)
+            line.started()
+            try:
+                return await call(job, ctx)
+            finally:
+                await close_http(ctx)
+        except SystemExit as end:
+            # Let through, it would end the worker.
+            return exited(end.code if isinstance(end.code, int) else int(end.code is not None))
+        except BaseException as error:
+            return outcome_of_error(error)
+
+    def _job(self, entry_point: str) -> Job:
+        job = self._jobs.get(entry_point)
+        if job is None:
+            job = self._jobs[entry_point] = load(entry_point)
+        return job
+
+    def _outcome(self, task: asyncio.Task[Outcome], stop: Stop) -> Outcome:
         if stop.killed:
             return Lost("the lease on the run is lost")
         if not task.done() or task.cancelled():
@@ -140,25 +175,6 @@ class _RunLogger(logging.Logger):
             _FAULTS.handleError(record)
         for handler in self.handlers:
             handler.handle(record)
-
-
-async def _body(
-    work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger, clock: Clock
-) -> Outcome:
-    THIS_RUN.set(ThisRun(work.handler, work.run_id))
-    try:
-        job = load(work.entry_point)
-        ctx: Context[Any, Any] = Context(given_for(work, job, log, clock), line, cancelled)
-        line.started()
-        try:
-            return await call(job, ctx)
-        finally:
-            await close_http(ctx)
-    except SystemExit as end:
-        # Let through, it would end the worker.
-        return exited(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except BaseException as error:
-        return outcome_of_error(error)
 
 
 def _resolve(over: asyncio.Future[None]) -> None:

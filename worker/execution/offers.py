@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.runs.run import Isolation
+
+NO_SCOPES: frozenset[str] = frozenset()
 
 
 class Offers:
@@ -36,8 +38,10 @@ class Offers:
         entry = self._entries.get(name)
         return "inline" if entry is not None and entry.isolation == "inline" else "child"
 
-    def scopes(self, handlers: Iterable[str]) -> frozenset[str]:
+    def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
         """All scopes that these handlers declare."""
+        if not handlers:
+            return NO_SCOPES
         entries = (self._entries.get(name) for name in handlers)
         return frozenset(scope for entry in entries if entry is not None for scope in entry.scopes)
 

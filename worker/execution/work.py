@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from worker.claims.access_token import AccessToken
@@ -18,9 +19,9 @@ from worker.runs.run import Isolation
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
-    """All that a handler needs for one attempt; nothing of another org.
+    """All that a handler needs for one attempt; nothing of another org. Never changed.
 
     `entry_point` is `module:attribute`, `timeout_at` the instant of the run's
     deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved.
@@ -111,13 +112,23 @@ class Stop:
         self.reason: StopReason | None = None
         self.grace = 0.0
         self.interrupt_at = self.kill_at = float("inf")
-        self.requested = asyncio.Event()
-        self.killed = False
-        self._changed = asyncio.Event()
+        self.asked = self.killed = False
         self._killer: Callable[[], None] | None = None
         self._listener: Callable[[], None] | None = None
         self._frozen_since: float | None = None
         self._frozen = 0.0
+
+    @cached_property
+    def requested(self) -> asyncio.Event:
+        """Set at the first request or kill; made for those who wait, which of most runs nobody does."""
+        event = asyncio.Event()
+        if self.asked:
+            event.set()
+        return event
+
+    @cached_property
+    def _changed(self) -> asyncio.Event:
+        return asyncio.Event()
 
     def request(self, reason: StopReason, grace: float) -> None:
         """Ask the handler to end: told at once, interrupted at half of `grace` seconds, then killed."""
@@ -143,7 +154,7 @@ class Stop:
         One at a time: for what every run goes through, where a task that waits would cost more than the work.
         """
         self._listener = listener
-        if listener is not None and self.requested.is_set():
+        if listener is not None and self.asked:
             listener()
 
     def on_kill(self, killer: Callable[[], None]) -> None:
@@ -153,7 +164,7 @@ class Stop:
             killer()
 
     def _request(self) -> None:
-        first = not self.requested.is_set()
+        first, self.asked = not self.asked, True
         self.requested.set()
         self._changed.set()
         if first and self._listener is not None:

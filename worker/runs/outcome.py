@@ -151,7 +151,8 @@ class Trail:
     peak_memory: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# To freeze one of so many fields takes three times as long as to make it, for every run.
+@dataclass(slots=True)
 class EndedAttempt:
     """One row of `attempts` and what becomes of its run, as the finisher writes it.
 

@@ -40,7 +40,7 @@ class Random(Protocol):
     def uniform(self, a: float, b: float) -> float: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Settled:
     """What becomes of the attempt (`outcome`) and of its run (the rest)."""
 

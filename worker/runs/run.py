@@ -49,9 +49,9 @@ class NewRun:
     params: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AdmittedRun:
-    """A run that this incarnation owns, under one fencing token.
+    """A run that this incarnation owns, under one fencing token. Never changed.
 
     `attempt` counts from 1; `failures` are the earlier attempts that count against
     `max_attempts`; `recoveries` the times its worker was lost since the last

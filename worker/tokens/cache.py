@@ -57,22 +57,19 @@ class _Entry:
     good_until: float
     expires_at: float
     minted: bool
-    clock: Clock
 
-    @property
-    def is_alive(self) -> bool:
+    def is_alive(self, clock: Clock) -> bool:
         """Whether it has not expired; on both clocks, since one stands still while a machine sleeps."""
-        now = self.clock.now()
-        return self.clock.monotonic() < self.expires_at and now < self.enforced.token.expires_at
+        return clock.monotonic() < self.expires_at and clock.now() < self.enforced.token.expires_at
 
-    def serves(self, max_age: timedelta | None, fresh: bool) -> bool:
-        """Whether it has some life left, and is as new as is wanted."""
-        age = self.clock.monotonic() - self.received_at
+    def serves(self, max_age: timedelta | None, fresh: bool, now: float) -> bool:
+        """Whether one that is alive has some life left, and is as new as is wanted."""
+        age = now - self.received_at
         if fresh:
             return self.minted and age < MINTED_SERVES
         if max_age is not None and age >= max(max_age.total_seconds(), MIN_CLAIMS_AGE):
             return False
-        return self.clock.monotonic() < self.good_until and self.is_alive
+        return now < self.good_until
 
 
 class Tokens:
@@ -128,16 +125,15 @@ class Tokens:
         wanted = Wanted(issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes)
         credentials = await self._generations.of(org)
         entry = self._entry(wanted, credentials)
-        if entry is not None and entry.serves(max_claims_age, fresh):
-            if self._clock.monotonic() >= entry.renew_at and self._acquirer.may_ask(
-                channel, wanted, credentials
-            ):
+        now = self._clock.monotonic()
+        if entry is not None and entry.serves(max_claims_age, fresh, now):
+            if now >= entry.renew_at and self._acquirer.may_ask(channel, wanted, credentials):
                 self._refreshing.start(wanted, lambda: self._refresh(channel, wanted))
             return entry.enforced
         try:
             entry = await self._refreshing.join(wanted, lambda: self._refresh(channel, wanted, minted=fresh))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
-            if entry is None or fresh or not entry.is_alive:
+            if entry is None or fresh or not entry.is_alive(self._clock):
                 raise
         return entry.enforced
 
@@ -167,7 +163,7 @@ class Tokens:
         entry = self._entries.get(wanted)
         if entry is None:
             return None
-        if not entry.is_alive or all(entry.credential_id != known.id for known in credentials):
+        if not entry.is_alive(self._clock) or entry.credential_id not in {known.id for known in credentials}:
             # Expired, or its generation was retired: what leaked with that must not be used any longer.
             del self._entries[wanted]
             return None
@@ -205,7 +201,6 @@ class Tokens:
             good_until=received_at + usable,
             expires_at=received_at + lifetime,
             minted=minted,
-            clock=self._clock,
         )
 
 
