@@ -1,0 +1,117 @@
+"""Every page with shell blocks, executed as it stands: tests/fakes/pages.py says how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.installation import installation
+from tests.fakes.pages import PAGES, ROOT, Block, blocks, missing_lines
+from tests.fakes.ports import free_port
+
+RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(page.read_text()))]
+# Addresses that pages name; here each is a free port.
+PORTS = ("8470", "8480")
+
+
+def commands(page: str, tmp_path: Path) -> Path:
+    """A folder with `python`, and where the page has `pip` that of an environment that may be added to."""
+    if "pip install" not in page:
+        return Path(sys.executable).parent
+    folder = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [site] = (folder / "lib").glob("python3*/site-packages")
+    # site.addsitedir, unlike a plain line, also reads the .pth file by which the checkout is installed.
+    (site / "lent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    pip = folder / "bin" / "pip"
+    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {folder}/bin/python "$@"\n')
+    pip.chmod(0o755)
+    return folder / "bin"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
+    text = page.read_text(encoding="utf-8")
+    ports = {port: str(free_port()) for port in PORTS}
+    for port, free in ports.items():
+        text = text.replace(port, free)
+    folder, out = tmp_path / "page", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    environment = {
+        "PATH": f"{commands(text, tmp_path)}:{os.defpath}",
+        "HOME": str(tmp_path),
+        "WORKER_WEB__LISTEN": f"127.0.0.1:{ports['8470']}",
+    }
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop_what_is_left, tmp_path)
+        if "<!-- installation: acme -->" in text:
+            stack.enter_context(installation(folder, environment))
+        code = run(script(blocks(text), folder, out), folder, environment, out / "shell")
+    printed = {int(file.name): file.read_text() for file in out.glob("[0-9]*")}
+
+    last = max(printed)
+    assert code == 0, f"{page.name}:{last} ended with {code}:\n{printed[last]}{log_of(folder)}"
+    for before, block in zip(blocks(text), blocks(text)[1:], strict=False):
+        if block.language == "text" and before.language == "sh":
+            missing = missing_lines(block.text, printed[before.line])
+            assert missing == [], f"{page.name}:{before.line} printed\n{printed[before.line]}"
+    assert "secret-of" not in log_of(folder) + "".join(printed.values())
+
+
+def script(page: list[Block], folder: Path, out: Path) -> str:
+    """One shell script of the blocks; each writes to a file of `out` named by its line."""
+    lines = ["set -euo pipefail", "set -m"]
+    for block in page:
+        if block.file is not None:
+            (folder / block.file).write_text(block.text)
+        elif block.language == "sh":
+            lines.append(f"exec >{out}/{block.line} 2>&1")
+            if block.exit_code:
+                lines.append(f"code=0; (\n{block.text}) || code=$?; [ $code = {block.exit_code} ]")
+            else:
+                lines.append(block.text)
+    return "\n".join(lines)
+
+
+def run(text: str, folder: Path, environment: dict[str, str], shown: Path) -> int:
+    with shown.open("wb") as stream:
+        return subprocess.run(
+            ["bash", "-c", text],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+            timeout=150,
+        ).returncode
+
+
+def log_of(folder: Path) -> str:
+    file = folder / "worker.log"
+    return file.read_text() if file.exists() else ""
+
+
+def stop_what_is_left(folder: Path) -> None:
+    """Kill whatever still works in the folder: pages start things in the background."""
+    for process in _inside(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _inside(folder: Path) -> Iterator[int]:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink().is_relative_to(folder):
+                yield int(process.name)

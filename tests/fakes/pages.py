@@ -1,0 +1,168 @@
+"""Pages of the documentation as tests read them: their fenced blocks, links, headings and commands.
+
+A block `sh` is run by a test, all those of a page in order in one shell; with `exit=N`
+it must end so. A block `text` right after one is what it prints, as far as that is
+stable: each of its lines stands in the output, in order, `…` for anything; ids,
+instants and decimals may differ. `<!-- sh` begins a comment that is run, too: what
+happens meanwhile. A block of another language whose first line is `# NAME.EXT` is
+that file. What cannot run here is in blocks `console`, behind `$ `.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from worker.cli.app import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+) *(?P<argument>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$"
+    r"|^<!-- sh\n(?P<hidden>.*?)^-->$",
+    re.DOTALL | re.MULTILINE,
+)
+_ANY_FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
+_FILE = re.compile(r"# ([\w.-]+\.\w+)\n")
+_CODE = re.compile(r"`([^`\n]+)`")
+_PROGRAM = re.compile(r"(?:^|[\s(/])(?:python3? -m worker|orgworker)(?= )([^\n|;&>)]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or a comment that is run; `line` is that of its first line in the page."""
+
+    language: str
+    argument: str
+    text: str
+    line: int
+    is_hidden: bool = False
+
+    @property
+    def file(self) -> str | None:
+        """The file that the block is, where it says so."""
+        found = None if self.language in ("sh", "text", "console") else _FILE.match(self.text)
+        return found[1] if found else None
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.argument.removeprefix("exit=") or 0)
+
+
+def blocks(page: str) -> list[Block]:
+    """All blocks of a page with a language, in order."""
+    found = []
+    for match in _FENCE.finditer(page):
+        line = page.count("\n", 0, match.start()) + 2
+        if match["hidden"] is not None:
+            found.append(Block("sh", "", match["hidden"], line, is_hidden=True))
+        else:
+            text = textwrap.dedent(match["text"])
+            found.append(Block(match["language"], match["argument"].strip(), text, line))
+    return found
+
+
+def links(page: str) -> list[str]:
+    """What the page links to, but for other sites."""
+    prose = _ANY_FENCE.sub("", page)
+    found = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"(?m)^#+ (.+)$", _ANY_FENCE.sub("", page))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(page: str) -> Iterator[str]:
+    """What stands behind `python -m worker` in blocks and in code, and code such as `runs list --org`."""
+    groups = {name for name, one in typer.main.get_command(app).commands.items() if hasattr(one, "commands")}
+    for block in blocks(page):
+        if block.language in ("sh", "console"):
+            yield from _called(block.text.replace("\\\n", " "))
+    for code in _CODE.findall(_ANY_FENCE.sub("", page)):
+        yield from _called(code)
+        noun, _, rest = code.partition(" ")
+        if noun in groups and re.match(r"[a-z-]+\b", rest):
+            yield code
+
+
+def _called(text: str) -> Iterator[str]:
+    for rest in _PROGRAM.findall(text):
+        # A command in a command is found by itself.
+        yield rest.partition("$(")[0].strip(' "')
+
+
+def unknown_words(command: str) -> list[str]:
+    """The verbs and options of a command that the real command line does not have."""
+    try:
+        words = shlex.split(command.partition(" #")[0])
+    except ValueError:
+        words = command.split()
+    here = typer.main.get_command(app)
+    wrong: list[str] = []
+    skip = False
+    for word in (each.strip("[]") for each in words):
+        takes_value = _options(here).get(word.partition("=")[0])
+        if skip:
+            skip = False
+        elif word.startswith("-") and len(word) > 1 and not word[1:].isdigit():
+            if takes_value is None and word not in ("--help", "--"):
+                wrong.append(word)
+            skip = bool(takes_value) and "=" not in word
+        elif hasattr(here, "commands"):
+            if word in here.commands:
+                here = here.commands[word]
+            elif re.fullmatch(r"[a-z][a-z-]*", word):
+                wrong.append(word)
+                break
+            else:
+                break  # VERB, … and other words that stand for something
+    return wrong
+
+
+def _options(command: object) -> dict[str, bool]:
+    """The names of a command's options, and whether each takes a value."""
+    names = {}
+    for parameter in getattr(command, "params", ()):
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            if name.startswith("-"):
+                names[name] = not parameter.is_flag
+    return names
+
+
+def missing_lines(expected: str, shown: str) -> list[str]:
+    """The lines of a block `text` that the output does not have in this order."""
+    lines = [_stable(line) for line in shown.splitlines()]
+    missing = []
+    at = 0
+    for wanted in expected.splitlines():
+        pattern = ".*".join(re.escape(part.strip()) for part in _stable(wanted).split("…"))
+        place = next((n for n, line in enumerate(lines[at:], at) if re.fullmatch(pattern, line)), None)
+        if place is not None:
+            at = place + 1
+        elif wanted.strip() not in ("", "…"):
+            missing.append(wanted)
+    return missing
+
+
+_VARYING = (
+    (re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"), "ID"),
+    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?"), "INSTANT"),
+    (re.compile(r"\d+\.\d+"), "DECIMAL"),
+    (re.compile(r"\s+"), " "),
+)
+
+
+def _stable(line: str) -> str:
+    for pattern, word in _VARYING:
+        line = pattern.sub(word, line)
+    return line.strip()

@@ -1,0 +1,103 @@
+"""Pages name files, headings, commands and options that exist; tests/acceptance/test_docs.py runs them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
+from worker.handlers.job import Job
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pages
+def test_no_link_is_dead(page: Path):
+    dead = []
+    for link in links(page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            dead.append(link)
+
+    assert dead == []
+
+
+@pages
+def test_every_command_that_is_named_exists(page: Path):
+    named = list(commands(page.read_text(encoding="utf-8")))
+
+    assert {command: wrong for command in named if (wrong := unknown_words(command))} == {}
+
+
+@pages
+def test_each_block_has_a_known_kind(page: Path):
+    """So that no shell block escapes being run by being called `bash`."""
+    found = {block.language for block in blocks(page.read_text(encoding="utf-8"))}
+
+    kinds = {"sh", "console", "text", "toml", "python", "json", "sql", "mermaid", "yaml", "ini", "dockerfile"}
+    assert found <= kinds
+
+
+def test_the_handler_of_the_readme_is_one():
+    [example] = [block.text for block in blocks(PAGES[0].read_text()) if block.language == "python"]
+    module: dict[str, object] = {}
+
+    exec(compile(example, "README.md", "exec"), module)
+
+    declared = module["digest"]
+    assert isinstance(declared, Job)
+    assert (declared.name, declared.scopes, declared.timeout) == ("acme.digest", {"read:kb"}, "2h")
+    assert len(example.splitlines()) <= 15
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    """Links of links: a page that nobody finds is none."""
+    reached = {PAGES[0]}
+    ahead = [PAGES[0]]
+    while ahead:
+        page = ahead.pop()
+        for link in links(page.read_text(encoding="utf-8")):
+            target = (page.parent / link.partition("#")[0]).resolve()
+            if target in PAGES and target not in reached:
+                reached.add(target)
+                ahead.append(target)
+
+    assert sorted(set(PAGES) - reached) == []
+
+
+def test_the_developers_commands_that_pages_name_exist():
+    usage = (ROOT / "dev").read_text()
+
+    for page in PAGES:
+        for verb in re.findall(r"\./dev ([a-z]+)", page.read_text(encoding="utf-8")):
+            assert re.search(rf"(?m)^{verb}\)", usage), f"{page.name}: ./dev {verb}"
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("runs list --org org_acme -o id", []),
+        ("--config FILE runs list --since 2h", []),
+        ("runs lst", ["lst"]),
+        ("runs list --organisation org_acme", ["--organisation"]),
+        ("definitions run org_acme NAME --param k=v --request-key --odd", []),
+        ("VERB --help", []),
+        ("", []),
+    ],
+)
+def test_a_verb_or_option_that_is_not_there_is_found(command: str, wrong: list[str]):
+    assert unknown_words(command) == wrong
+
+
+def test_what_is_printed_may_differ_in_ids_and_instants_only():
+    shown = (
+        "id                                    org       state\n"
+        "01912345-89ab-7cde-8f01-23456789abcd  org_acme  failed  2026-11-25T03:00:00Z  0.25 s\n"
+    )
+
+    assert missing_lines("id org state\n… org_acme failed 2027-01-01T02:00:00Z 1.5 s\n", shown) == []
+    assert missing_lines("… org_acme succeeded …\n", shown) == ["… org_acme succeeded …"]
+    assert missing_lines("… org_acme …\nid org state\n", shown) == ["id org state"]
