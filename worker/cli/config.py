@@ -44,7 +44,8 @@ def masked(value: Any) -> Any:
     """The value with no password in any URL, and no secret of a setting that is one."""
     if isinstance(value, dict):
         return {
-            key: "***" if key.endswith("_secret") and entry else masked(entry) for key, entry in value.items()
+            key: "***" if entry and (key.endswith("_secret") or key == "headers") else masked(entry)
+            for key, entry in value.items()
         }
     if isinstance(value, str):
         return _PASSWORD.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", value)

@@ -50,6 +50,7 @@ from worker.runs.outcome import (
 from worker.runs.retry import settle
 from worker.runs.run import Isolation
 from worker.telemetry.events import emit
+from worker.telemetry.tracing import traceparent
 
 # Seconds that a run without a token waits where the issuer does not say, and at most.
 PAUSE = 5.0
@@ -159,6 +160,7 @@ async def _carry(held: Held, plan: Plan, terms: Terms, trail: Trail, tools: Tool
         checkpoint=checkpoint,
         memory=terms.memory,
         isolation=run.isolation,
+        traceparent=traceparent(run.id, run.fencing_token),
     )
     with Deadline(tools.deadlines, held.stop, terms.timeout, terms.cancel_grace):
         outcome = await tools.runners[run.isolation].run(work, link, held.stop)

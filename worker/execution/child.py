@@ -45,6 +45,9 @@ def main(channel: int) -> NoReturn:
         line = RunLine(socket.socket(fileno=channel))
         os.register_at_fork(after_in_child=line.disown)
         work = work_of(line.receive())
+        if work.traceparent is not None:
+            # As OpenTelemetry's own tools read it, also those that the handler starts.
+            os.environ["TRACEPARENT"] = work.traceparent
         log_to_stderr()
         outcome = _carried_out(work, line)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -29,4 +29,5 @@ def given_for(work: Work, job: Job, log: logging.Logger, clock: Clock) -> Given[
         api_origins=work.api_origins,
         log=log,
         held=Held(work.token, work.claims, clock),
+        traceparent=work.traceparent,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from worker.execution.holdings import Held
 from worker.execution.plans import Plan
+from worker.execution.traced import trace
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
+from worker.telemetry import tracing
 from worker.telemetry.events import emit
 
 
@@ -24,7 +26,7 @@ def tell_admission(run: AdmittedRun, plan: Plan) -> None:
 
 
 def tell_end(ended: EndedAttempt, held: Held | None) -> None:
-    """One event for an attempt whose end is written."""
+    """One event for an attempt whose end is written, and its spans where they are wanted."""
     plan = None if held is None else held.plan
     emit(
         "run.ended",
@@ -40,3 +42,6 @@ def tell_end(ended: EndedAttempt, held: Held | None) -> None:
         seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
         error_cause=ended.error_cause,
     )
+    tracer = tracing.in_use()
+    if tracer is not None:
+        trace(tracer, ended, held)

@@ -24,7 +24,8 @@ class Work:
     """All that a handler needs for one attempt; nothing of another org. Never changed.
 
     `entry_point` is `module:attribute`, `timeout_at` the instant of the run's
-    deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved.
+    deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved,
+    `traceparent` the handler's place in its run's trace, where there is one.
     """
 
     run_id: RunId
@@ -45,6 +46,7 @@ class Work:
     checkpoint: Any = field(default=None, repr=False)
     memory: int | None = None
     isolation: Isolation = "child"
+    traceparent: str | None = None
 
 
 class Link(Protocol):

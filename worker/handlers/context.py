@@ -114,6 +114,7 @@ class Given(Generic[P, S]):
     api_origins: tuple[str, ...]
     log: logging.Logger
     held: Held
+    traceparent: str | None = None
 
 
 class _Shared(Generic[P, S]):
@@ -144,6 +145,7 @@ class _Shared(Generic[P, S]):
         self.log = given.log
         self._held = given.held
         self._origins = given.api_origins
+        self._traceparent = given.traceparent
         self._to_worker = line
 
     @property
@@ -175,7 +177,9 @@ class Context(_Shared[P, S]):
         """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
         from worker.handlers.http import org_client
 
-        return org_client(self._source, self._origins, self.run.idempotency_key)
+        return org_client(
+            self._source, self._origins, self.run.idempotency_key, traceparent=self._traceparent
+        )
 
     async def token(self) -> AccessToken:
         """The org's token with some life left; its text is `.reveal()`."""
@@ -203,7 +207,9 @@ class BlockingContext(_Shared[P, S]):
         """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
         from worker.handlers.http import blocking_org_client
 
-        return blocking_org_client(self._source, self._origins, self.run.idempotency_key)
+        return blocking_org_client(
+            self._source, self._origins, self.run.idempotency_key, traceparent=self._traceparent
+        )
 
     def token(self) -> AccessToken:
         """The org's token with some life left; its text is `.reveal()`."""

@@ -120,13 +120,14 @@ def org_client(
     origins: Iterable[str],
     idempotency_key: str,
     *,
+    traceparent: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> httpx.AsyncClient:
-    """The client of an async handler, bound to its run's token, origins and idempotency key."""
+    """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
     auth = OrgAuth(source, origins)
     return httpx.AsyncClient(
         auth=auth,
-        headers={"Idempotency-Key": idempotency_key},
+        headers=_headers(idempotency_key, traceparent),
         event_hooks={"request": [auth.check]},
         timeout=_TIMEOUT,
         verify=tls_context(),
@@ -139,15 +140,21 @@ def blocking_org_client(
     origins: Iterable[str],
     idempotency_key: str,
     *,
+    traceparent: str | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> httpx.Client:
-    """The client of a handler that blocks, bound to its run's token, origins and idempotency key."""
+    """The client of a handler that blocks, bound to its run's token, origins, idempotency key and trace."""
     auth = BlockingOrgAuth(source, origins)
     return httpx.Client(
         auth=auth,
-        headers={"Idempotency-Key": idempotency_key},
+        headers=_headers(idempotency_key, traceparent),
         event_hooks={"request": [auth.check]},
         timeout=_TIMEOUT,
         verify=tls_context(),
         transport=transport,
     )
+
+
+def _headers(idempotency_key: str, traceparent: str | None) -> dict[str, str]:
+    headers = {"Idempotency-Key": idempotency_key}
+    return headers if traceparent is None else headers | {"traceparent": traceparent}

@@ -22,6 +22,7 @@ from worker.settings.sections import (
     OperatorSettings,
     RetentionSettings,
     Section,
+    TracingSettings,
     WebSettings,
 )
 
@@ -43,6 +44,7 @@ class Settings(Section):
     execution: ExecutionSettings = ExecutionSettings()
     web: WebSettings = WebSettings()
     alerts: AlertSettings = AlertSettings()
+    tracing: TracingSettings = TracingSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 

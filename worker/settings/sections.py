@@ -153,6 +153,15 @@ class AlertSettings(Section):
         return self
 
 
+class TracingSettings(Section):
+    """`[tracing]`: OpenTelemetry traces of the runs; what is empty the standard variables OTEL_* say."""
+
+    enabled: bool = False
+    endpoint: Url = ""
+    headers: Annotated[str, Field(pattern=r"^$|^[^=,]+=[^,]*(,[^=,]+=[^,]*)*$")] = Field("", repr=False)
+    dashboard_url: Url = ""
+
+
 class RetentionSettings(Section):
     """`[retention]`: how long finished runs, skips and logs are kept."""
 

@@ -20,6 +20,7 @@ from worker.wiring import open_keyring
 from worker.wiring.alarms import alarms
 from worker.wiring.incarnation import VERSION, Incarnation
 from worker.wiring.signals import Signals
+from worker.wiring.tracing import tracing_of
 from worker.wiring.web import Web
 
 # Seconds until an incarnation that could not register is tried again.
@@ -30,6 +31,7 @@ def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; gives the process's exit code."""
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
+    traced = tracing_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
     execution = settings.execution
     on_file = settings.database.sqlite_file is not None
@@ -68,7 +70,7 @@ def run(settings: Settings) -> int:
             )
 
         async def served() -> int:
-            with alarms(settings, database, clock, web.health):
+            with traced(), alarms(settings, database, clock, web.health):
                 async with web.serving():
                     return await run_incarnations(incarnate, children, clock)
 

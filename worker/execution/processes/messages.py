@@ -54,6 +54,7 @@ def work_message(work: Work) -> dict[str, Any]:
         "checkpoint": work.checkpoint,
         "memory": work.memory,
         "isolation": work.isolation,
+        "traceparent": work.traceparent,
     }
 
 
