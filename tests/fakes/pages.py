@@ -10,12 +10,14 @@ that file. What cannot run here is in blocks `console`, behind `$ `.
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -84,7 +86,7 @@ def anchors(page: str) -> set[str]:
 
 def commands(page: str) -> Iterator[str]:
     """What stands behind `python -m worker` in blocks and in code, and code such as `runs list --org`."""
-    groups = {name for name, one in typer.main.get_command(app).commands.items() if hasattr(one, "commands")}
+    groups = {name for name, one in _command_line().commands.items() if hasattr(one, "commands")}
     for block in blocks(page):
         if block.language in ("sh", "console"):
             yield from _called(block.text.replace("\\\n", " "))
@@ -107,7 +109,7 @@ def unknown_words(command: str) -> list[str]:
         words = shlex.split(command.partition(" #")[0])
     except ValueError:
         words = command.split()
-    here = typer.main.get_command(app)
+    here = _command_line()
     wrong: list[str] = []
     skip = False
     for word in (each.strip("[]") for each in words):
@@ -127,6 +129,11 @@ def unknown_words(command: str) -> list[str]:
             else:
                 break  # VERB, … and other words that stand for something
     return wrong
+
+
+@functools.cache
+def _command_line() -> Any:
+    return typer.main.get_command(app)
 
 
 def _options(command: object) -> dict[str, bool]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
 from worker.handlers.job import Job
+from worker.runs.why import CAUSES
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -51,6 +52,18 @@ def test_the_handler_of_the_readme_is_one():
     assert isinstance(declared, Job)
     assert (declared.name, declared.scopes, declared.timeout) == ("acme.digest", {"read:kb"}, "2h")
     assert len(example.splitlines()) <= 15
+
+
+def test_every_state_and_reason_of_a_run_is_explained():
+    page = (ROOT / "docs" / "run-states.md").read_text()
+    waiting, ended = (part.partition("\n## ")[0] for part in page.split("## ")[1:3])
+    explained = {("waiting", reason) for reason in re.findall(r"(?m)^\| `(\w+)`", waiting)}
+    state = ""
+    for new, reason in re.findall(r"(?m)^\| (?:`(\w+)`)? *\| (?:`(\w+)`)? *\|", ended):
+        state = new or state
+        explained.add((state, reason or None))
+
+    assert explained == set(CAUSES) - {("running", None)}
 
 
 def test_every_page_can_be_reached_from_the_readme():
