@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import logging
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from worker.claims.access_token import AccessToken
@@ -21,8 +22,9 @@ from worker.execution.run_logging import marked
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.handlers.calling import call, outcome_of_error
-from worker.handlers.context import Cancellation, Context, close_http
+from worker.handlers.context import BlockingCancellation, Cancellation, Context, Given, close_http
 from worker.handlers.job import Job
+from worker.handlers.line import Line
 from worker.handlers.models import load
 from worker.runs.outcome import Lost, Outcome
 
@@ -40,23 +42,36 @@ class Inline:
 
     A task cannot be killed. One that swallows its cancellation past the grace is given
     up: its line to the worker is cut, and it is cancelled again and again.
+
+    What a trial gives in place of the usual: `find` makes an entry point its handler,
+    `context` makes what that is called with; not `watched`, it may block the loop.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        find: Callable[[str], Job] = load,
+        context: Callable[[Given[Any, Any], Line, Cancellation], Context[Any, Any]] = Context,
+        watched: bool = True,
+    ) -> None:
         self._clock = clock
-        self._watch = LoopWatch()
+        self._find = find
+        self._context = context
+        self._watch = LoopWatch() if watched else None
         self._given_up: set[asyncio.Task[None]] = set()
         # To ask Python for a module that it has costs more than the call of its handler.
         self._jobs: dict[str, Job] = {}
 
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler as a task of this loop."""
-        self._watch.start()
+        if self._watch is not None:
+            self._watch.start()
         loop = asyncio.get_running_loop()
         output = RunOutput(link.log, self._clock)
         line = _InlineLine(link)
         cancelled = Cancellation()
-        body = self._body(work, line, cancelled, _RunLogger(work.handler, output, loop))
+        body = self._body(work, line, cancelled, RunLogger(work.handler, output, loop))
         task = begin(body, loop=loop, name=work.handler, context=contextvars.Context())
         if task.done():
             line.cut = True
@@ -64,9 +79,11 @@ class Inline:
             return self._outcome(task, stop)
         over: asyncio.Future[None] = loop.create_future()
         stopping: list[asyncio.Task[None]] = []
-        task.add_done_callback(lambda _: _resolve(over))
+        task.add_done_callback(lambda _: resolve(over))
         # A task that waits for a stop would cost each run more than all the rest of this.
-        stop.on_request(lambda: stopping.append(loop.create_task(_stopping(task, stop, cancelled, over))))
+        stop.on_request(
+            lambda: stopping.append(loop.create_task(end_early(stop, cancelled, task.cancel, over)))
+        )
         try:
             await over
             if not task.done():
@@ -88,7 +105,7 @@ class Inline:
         THIS_RUN.set(ThisRun(work.handler, work.run_id))
         try:
             job = self._job(work.entry_point)
-            ctx: Context[Any, Any] = Context(given_for(work, job, log, self._clock), line, cancelled)
+            ctx = self._context(given_for(work, job, log, self._clock), line, cancelled)
             line.started()
             try:
                 return await call(job, ctx)
@@ -103,7 +120,7 @@ class Inline:
     def _job(self, entry_point: str) -> Job:
         job = self._jobs.get(entry_point)
         if job is None:
-            job = self._jobs[entry_point] = load(entry_point)
+            job = self._jobs[entry_point] = self._find(entry_point)
         return job
 
     def _outcome(self, task: asyncio.Task[Outcome], stop: Stop) -> Outcome:
@@ -151,7 +168,7 @@ class _InlineLine:
             raise LeaseLost("the run has ended")
 
 
-class _RunLogger(logging.Logger):
+class RunLogger(logging.Logger):
     """`ctx.log`: not one of logging's own tree, since what it gets belongs to this run alone.
 
     It takes records itself, from any thread: a handler of its own for each run
@@ -177,13 +194,17 @@ class _RunLogger(logging.Logger):
             handler.handle(record)
 
 
-def _resolve(over: asyncio.Future[None]) -> None:
+def resolve(over: asyncio.Future[None]) -> None:
+    """Say that it is over, unless that has been said."""
     if not over.done():
         over.set_result(None)
 
 
-async def _stopping(
-    task: asyncio.Task[Outcome], stop: Stop, cancelled: Cancellation, over: asyncio.Future[None]
+async def end_early(
+    stop: Stop,
+    cancelled: Cancellation | BlockingCancellation,
+    interrupt: Callable[[], object],
+    over: asyncio.Future[None],
 ) -> None:
     """Tell, interrupt, and say when the grace is over."""
     loop, interrupted = asyncio.get_running_loop(), False
@@ -192,6 +213,6 @@ async def _stopping(
     while (now := loop.time()) < stop.kill_at:
         if now >= stop.interrupt_at and not interrupted:
             interrupted = True
-            task.cancel()
+            interrupt()
         await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
-    _resolve(over)
+    resolve(over)
