@@ -89,24 +89,9 @@ class Handlers:
             )
 
     def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
-        """Params read from a command line, those as `typed` that the handler takes only so.
-
-        `url=5` was read as a number; where the handler wants a text, it is one.
-        """
+        """Params read from a command line, as this handler takes them; see the function `as_taken`."""
         validator = self._validator(name)
-        schema = None if validator is None else validator.schema
-        if not isinstance(schema, Mapping):
-            return dict(params)
-        taken = dict(params)
-        for key, text in typed.items():
-            wanted = {
-                "$defs": schema.get("$defs", {}),
-                "allOf": [schema.get("properties", {}).get(key, True)],
-            }
-            takes = Draft202012Validator(wanted).is_valid
-            if key in params and not takes(params[key]) and takes(text):
-                taken[key] = text
-        return taken
+        return as_taken(None if validator is None else validator.schema, params, typed)
 
     def _usable(self, name: str) -> Row | None:
         return next((row for row in self.named(name) if row["error"] is None), None)
@@ -133,6 +118,22 @@ class Handlers:
             field=field,
             fix="`handlers list` names what there is; --allow-unknown-handlers stores it anyway",
         )
+
+
+def as_taken(schema: object, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
+    """Params read from a command line, those as `typed` that a handler of this schema takes only so.
+
+    `url=5` was read as a number; where the handler wants a text, it is one.
+    """
+    taken = dict(params)
+    if not isinstance(schema, Mapping):
+        return taken
+    for key, text in typed.items():
+        wanted = {"$defs": schema.get("$defs", {}), "allOf": [schema.get("properties", {}).get(key, True)]}
+        takes = Draft202012Validator(wanted).is_valid
+        if key in params and not takes(params[key]) and takes(text):
+            taken[key] = text
+    return taken
 
 
 def _validator(schema: Mapping[str, Any]) -> Draft202012Validator | None:
