@@ -1,0 +1,73 @@
+"""What answers `ctx.http` in a test: a function, an ASGI app or a transport; never the network."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import httpx
+
+Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
+AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+Api = Callable[[httpx.Request], Answer] | AsgiApp | httpx.AsyncBaseTransport
+
+# What a request may do before it reaches the API, such as to be turned down.
+Before = Callable[[httpx.Request], httpx.Response | None]
+
+
+class ApiOfTest(httpx.AsyncBaseTransport):
+    """Passes each request to the test's API, and keeps those that came so far."""
+
+    def __init__(self, api: Api | None, before: Before) -> None:
+        self._inner = _transport(api)
+        self._before = before
+        self.requests: list[httpx.Request] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await request.aread()
+        turned_down = self._before(request)
+        if turned_down is not None:
+            return turned_down
+        self.requests.append(request)
+        return await self._inner.handle_async_request(request)
+
+
+class BlockingApi(httpx.BaseTransport):
+    """The same for a handler that blocks in a thread: the answer comes from the loop."""
+
+    def __init__(self, api: ApiOfTest, loop: asyncio.AbstractEventLoop) -> None:
+        self._api = api
+        self._loop = loop
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        request.read()
+        return asyncio.run_coroutine_threadsafe(self._answer(request), self._loop).result()
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        response = await self._api.handle_async_request(request)
+        content = await response.aread()
+        headers = [(name, value) for name, value in response.headers.multi_items() if name not in _ENCODED]
+        return httpx.Response(response.status_code, headers=headers, content=content)
+
+
+# Of a body that is read they say nothing true.
+_ENCODED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+
+
+def _transport(api: Api | None) -> httpx.AsyncBaseTransport:
+    if api is None:
+        return httpx.MockTransport(_nobody)
+    if isinstance(api, httpx.AsyncBaseTransport):
+        return api
+    if len(inspect.signature(api).parameters) == 3:
+        return httpx.ASGITransport(app=api)  # type: ignore[arg-type]
+    return httpx.MockTransport(api)  # type: ignore[arg-type]
+
+
+def _nobody(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError(
+        f"nothing answers {request.method} {request.url} in this test: give orgworker.run an api=",
+        request=request,
+    )

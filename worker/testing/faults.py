@@ -1,0 +1,69 @@
+"""Faults that a test may order; each happens once, at its place, counted over all attempts of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from worker.execution.work import StopReason
+
+Duration = timedelta | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """When it happens: right after the checkpoint of that number, or so long after the run began."""
+
+    after_save: int | None = None
+    after: Duration | None = None
+
+    def __post_init__(self) -> None:
+        if (self.after_save is None) == (self.after is None):
+            raise ValueError(f"{type(self).__name__} needs after_save=N or after=DURATION, and not both")
+        if self.after_save is not None and self.after_save < 1:
+            raise ValueError("after_save counts from 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Crash(_Timed):
+    """The run's process is killed; the next attempt gets the checkpoint, as after a machine's death."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(_Timed):
+    """The run is asked to end, with the definition's `cancel_grace` to do so.
+
+    A `drain` hands it back, after which another attempt goes on; `timeout` counts as a
+    failure; for `cancel`, `suspended`, `replaced` and `closed` the run ends cancelled.
+    """
+
+    reason: StopReason = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderDown:
+    """The identity provider does not answer `times` requests for a token, after it has answered `after`.
+
+    The run waits with the reason `no_token`, which counts as nothing.
+    """
+
+    after: int = 0
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WrongOrg:
+    """The provider gives a token of another org, after `after` right ones: the run ends refused."""
+
+    org: str = "org_other"
+    after: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SecretRotated:
+    """After `after` requests with a token the API turns that token down, as 401; a new one it takes."""
+
+    after: int = 0
+
+
+Fault = Crash | Stop | ProviderDown | WrongOrg | SecretRotated
