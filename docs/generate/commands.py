@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import typer
 
+import worker
 from docs.generate.tables import code, sentence, table
 from worker.cli.app import app
 from worker.errors import WorkerError
@@ -41,11 +44,19 @@ def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any,
 
 def exit_codes() -> str:
     """Each error by its code, with what the command line and the API end with."""
+    _import_all()
     rows = [
         (code(error.code), str(error.exit_code), _status(error), sentence(error.__doc__))
         for error in sorted(_tree(WorkerError), key=lambda error: (error.exit_code, error.code))
     ]
     return table(("code", "exit code", "HTTP status", "meaning"), rows)
+
+
+def _import_all() -> None:
+    """Every module of the package: an error exists from the import of its module on."""
+    for module in pkgutil.walk_packages(worker.__path__, "worker."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def _tree(error: type[WorkerError]) -> Iterator[type[WorkerError]]:
