@@ -20,7 +20,7 @@ from starlette.routing import Route
 from tests.fakes.clock import utc
 from worker import BlockingContext, Cancel, Context, PermanentError, Retry, Snooze, job
 from worker.errors import DefinitionError, NotFound, UsageError
-from worker.testing import Crash, Orgworker
+from worker.testing import Crash
 
 URL = "https://api.example.com/articles"
 
@@ -61,11 +61,6 @@ def blocking(ctx: BlockingContext[Params, Settings]) -> dict[str, Any]:
 
 def articles(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=[])
-
-
-@pytest.fixture
-def orgworker() -> Orgworker:
-    return Orgworker()
 
 
 @pytest.mark.parametrize("handler", [digest, blocking], ids=["async", "blocking"])

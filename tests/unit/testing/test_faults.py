@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.clock import utc
 from worker import BlockingContext, Context, HandBack, job
-from worker.testing import Crash, Orgworker, ProviderDown, SecretRotated, Stop, WrongOrg
+from worker.testing import Crash, ProviderDown, SecretRotated, Stop, WrongOrg
 
 URL = "https://api.example.com/pages"
 
@@ -45,11 +45,6 @@ both = pytest.mark.parametrize("handler", [pages, blocking_pages], ids=["async",
 
 def ok(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200)
-
-
-@pytest.fixture
-def orgworker() -> Orgworker:
-    return Orgworker()
 
 
 @both
