@@ -113,6 +113,19 @@ def fetch_blocking(ctx: BlockingContext[Any, Any]) -> list[int]:
     return [ctx.http.get(url, follow_redirects=True).status_code for url in ctx.params["urls"]]
 
 
+@job("acme.traced")
+async def traced(ctx: Context[Any, Any]) -> str | None:
+    """Get the URL, and return the place in a trace that the environment names."""
+    await ctx.http.get(ctx.params["url"])
+    return os.environ.get("TRACEPARENT")
+
+
+@job("acme.traced_inline", isolation="inline")
+async def traced_inline(ctx: Context[Any, Any]) -> None:
+    """The same from the worker's own process, whose environment is nobody's."""
+    await ctx.http.get(ctx.params["url"])
+
+
 @job("acme.poll", scopes={"read:kb"})
 async def poll(ctx: Context[Any, Any]) -> list[int]:
     """Get the URL again and again for `params["seconds"]`; the statuses that were not 200."""

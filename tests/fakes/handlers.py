@@ -21,6 +21,8 @@ NAMES = {
     "acme.block": "block",
     "acme.fetch": "fetch",
     "acme.fetch_blocking": "fetch_blocking",
+    "acme.traced": "traced",
+    "acme.traced_inline": "traced_inline",
     "acme.poll": "poll",
     "acme.chatty": "chatty",
     "acme.wants_file": "wants_file",
