@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generate import commands, files, handlers, settings, signals
+from docs.generate import commands, database, files, handlers, settings, signals
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,6 +16,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "claims": handlers.claims,
     "commands": commands.commands,
     "context": handlers.context,
+    "database": database.database,
     "definition-keys": files.definition_keys,
     "events": signals.events,
     "exit-codes": commands.exit_codes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import handlers, pages, settings
+from docs.generate import database, handlers, pages, settings
 from worker.handlers.context import BlockingCancellation, BlockingContext, Cancellation, Context
 
 GENERATED = [page for page in pages.PAGES if pages.parts_of(page.read_text(encoding="utf-8"))]
@@ -54,3 +54,7 @@ def test_every_member_of_a_context_is_documented():
 def test_the_blocking_forms_have_the_same_members():
     assert handlers.members(Context) == handlers.members(BlockingContext)
     assert handlers.members(Cancellation) - {"note"} == handlers.members(BlockingCancellation)
+
+
+def test_every_column_has_its_meaning():
+    assert list(database.unexplained()) == []
