@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +12,12 @@ import typer
 from worker.cli.options import OutputOption, read_pairs, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
+from worker.cli.tried import fix_for, for_people, is_params_invalid, row_of, unknown_properties
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
-    from worker.handlers.catalogue import HandlerEntry
     from worker.runs.firing import LogLine
-    from worker.wiring.trying import Tried
+    from worker.runs.outcome import EndedAttempt
 
 FAILED = 1
 MADE_UP_ORG = "org_example"
@@ -61,6 +60,7 @@ def try_(
     its scopes enforced. Progress and log lines go to stderr as they come. Without
     --real no API takes its token; with it, the effects of the handler are real.
     """
+    from worker.cli.debugger import opened_at
     from worker.operations.handlers import as_taken
     from worker.wiring import trying
 
@@ -83,75 +83,29 @@ def try_(
             flags=flags,
             scopes=scope or None,
             database=open_.enter_context(session.database()) if real else None,
-            on_error=_debug if pdb else None,
+            on_error=opened_at(entry.entry_point) if pdb else None,
             on_line=_say_line,
             on_progress=_say_progress,
         )
         tried = asyncio.run(trying.try_once(session.settings, entry, wish, session.clock))
-    row = _row(tried, entry, wish.org)
+    row = row_of(tried, entry, wish.org, None if real else properties)
     if not pdb:
-        _say_trace(tried)
-    print_row(_for_people(row) if output is Format.TABLE else row, output, key="state")
+        _say_trace(tried.ended)
+    for remark in unknown_properties(entry.settings_schema, properties):
+        say(remark)
+    print_row(for_people(row) if output is Format.TABLE else row, output, key="state")
     if row["state"] == "succeeded":
         return 0
-    if fix := _fix(row, entry, real=real, debugged=pdb):
+    if fix := fix_for(row, entry, real=real, debugged=pdb):
         say(f"fix: {fix}")
     return FAILED
 
 
-def _row(tried: Tried, entry: HandlerEntry, org: str) -> dict[str, Any]:
-    ended = tried.ended
-    return {
-        "handler": entry.name,
-        "distribution": entry.distribution,
-        "version": entry.version,
-        "org": org,
-        "state": ended.state,
-        "reason": ended.reason,
-        "detail": ended.detail,
-        "seconds": round((ended.ended_at - ended.started_at).total_seconds(), 3),
-        "progress": ended.trail.progress,
-        "checkpoint": tried.checkpoint,
-        "result": None if ended.result is None else json.loads(ended.result),
-        "error": None if ended.error is None else {name: ended.error[name] for name in ("type", "message")},
-    }
-
-
-def _fix(row: Mapping[str, Any], entry: HandlerEntry, *, real: bool, debugged: bool) -> str:
-    """What to do next about a run that did not succeed; empty where nobody can say."""
-    detail, org = row["detail"], row["org"]
-    match row["reason"]:
-        case "settings_invalid":
-            how = f"give the org's application a {detail} that fits" if real else f"--property {detail}=VALUE"
-            return f"{how}, or mend the handler's settings; `handlers show {entry.name}` has what they take"
-        case "scope_missing" if not real:
-            return f"--scope {detail}"
-        case "no_token" | "scope_missing" | "org_mismatch" | "client_mismatch" | "token_invalid":
-            return f"`orgs check {org}` says what is wrong with its token"
-        case "error" if row["error"] and _is_params_invalid(row["error"]["type"]):
-            return f"--param NAME=VALUE; `handlers show {entry.name}` has the params it takes"
-        case "error" if not debugged:
-            return "--pdb opens the debugger where it failed"
-        case "timed_out":
-            return "let it save and go on in another attempt, or give @job a longer timeout"
-    return ""
-
-
-def _say_trace(tried: Tried) -> None:
+def _say_trace(ended: EndedAttempt) -> None:
     """The handler's trace as Python prints it, on stderr: no cell could hold it."""
-    error = tried.ended.error or {}
-    if not _is_params_invalid(error.get("type", "")):
-        for line in error.get("trace", "").splitlines():
+    if not is_params_invalid(ended.error):
+        for line in (ended.error or {}).get("trace", "").splitlines():
             say(line)
-
-
-def _is_params_invalid(error_type: str) -> bool:
-    return error_type.endswith("ParamsInvalid")
-
-
-def _for_people(row: Mapping[str, Any]) -> dict[str, Any]:
-    error = row["error"] and f"{row['error']['type']}: {row['error']['message']}"
-    return {**row, "progress": in_words(row["progress"]), "error": error}
 
 
 def _say_line(line: LogLine) -> None:
@@ -160,10 +114,3 @@ def _say_line(line: LogLine) -> None:
 
 def _say_progress(progress: Mapping[str, Any]) -> None:
     say(f"progress {in_words(progress)}")
-
-
-def _debug(error: Exception) -> None:
-    import pdb
-
-    say(f"{type(error).__name__}: {error}")
-    pdb.post_mortem(error.__traceback__)

@@ -1,0 +1,261 @@
+"""`try` runs one handler in front of its author: made-up claims or a real token, and nothing stored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.plugins import make_plugin
+from worker.demo.applications import Application
+from worker.demo.provider import serve_provider
+
+SOURCE = """\
+import sys
+import time
+from pydantic import BaseModel, Field
+from worker import BlockingContext, Context, Retry, Snooze, job
+
+class Params(BaseModel):
+    pages: int
+    title: str = "none"
+
+class Settings(BaseModel):
+    model_version: str = "gpt-4"
+    max_tokens: int = Field(1000, ge=1)
+
+@job("acme.read", params=Params, settings=Settings, scopes={"read:kb"})
+async def read(ctx: Context[Params, Settings]) -> dict:
+    for page in range(1, ctx.params.pages + 1):
+        ctx.log.info("page %d under %s", page, (await ctx.token()).reveal())
+        ctx.progress(page, ctx.params.pages, "pages")
+        await ctx.save({"done": page})
+    return {"org": ctx.org.code, "name": ctx.org.name, "title": ctx.params.title, "loud": ctx.flag("loud"),
+            "max_tokens": ctx.settings.max_tokens, "scopes": sorted(ctx.claims.scopes)}
+
+def deep(secret):
+    return secret["missing"]
+
+@job("acme.fail")
+async def fail(ctx: Context) -> None:
+    print("about to fail")
+    deep({})
+
+@job("acme.fail_blocking")
+def fail_blocking(ctx: BlockingContext) -> None:
+    (lambda: deep({}))()
+
+@job("acme.exit")
+def exit(ctx: BlockingContext) -> None:
+    sys.exit(3)
+
+@job("acme.snooze")
+def snooze(ctx: BlockingContext) -> Snooze:
+    return Snooze("1h", "nothing to do yet")
+
+@job("acme.slow", timeout="200ms")
+def slow(ctx: BlockingContext) -> None:
+    time.sleep(30)
+
+@job("acme.list")
+def lists(ctx: BlockingContext) -> dict:
+    return dict(ctx.settings)
+"""
+HANDLERS = {
+    "acme.read": "read",
+    "acme.fail": "fail",
+    "acme.fail_blocking": "fail_blocking",
+    "acme.exit": "exit",
+    "acme.snooze": "snooze",
+    "acme.slow": "slow",
+    "acme.list": "lists",
+}
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed distribution `acme-jobs`, away from the folder in which the commands are given."""
+    folder = make_plugin(
+        tmp_path / "site",
+        modules={"acme_jobs_of_try": SOURCE},
+        entry_points={name: f"acme_jobs_of_try:{function}" for name, function in HANDLERS.items()},
+    )
+    make_plugin(
+        folder,
+        dist="acme-broken",
+        modules={"acme_broken": "import no_such_module"},
+        entry_points={"acme.broken": "acme_broken:run"},
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "acme_jobs_of_try", raising=False)
+
+
+@pytest.fixture
+def line(plugin: None, tmp_path: Path) -> CommandLine:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    return CommandLine(folder, f"sqlite:///{folder}/worker.db")
+
+
+def test_it_shows_all_that_a_run_does_and_stores_nothing(line):
+    done = line(
+        *("try", "acme.read", "--org", "org_acme", "--param", "pages=2", "--param", "title=7"),
+        *("--property", "max_tokens=500", "--flag", "loud=true", "-o", "json"),
+    )
+
+    row = done.json()
+    assert (done.code, row["state"], row["reason"], row["error"]) == (0, "succeeded", None, None)
+    assert row["result"] == {
+        "org": "org_acme",
+        "name": "org_acme",
+        "title": "7",
+        "loud": True,
+        "max_tokens": 500,
+        "scopes": ["read:kb"],
+    }
+    assert (row["checkpoint"], row["progress"]["done"]) == ({"done": 2}, 2)
+    assert row["settings"] == [
+        {"name": "model_version", "from": "default", "value": "gpt-4"},
+        {"name": "max_tokens", "from": "property", "value": "500"},
+    ]
+    assert [said for said in done.err.splitlines() if said.startswith("info")] == [
+        "info    page 1 under [masked]",
+        "info    page 2 under [masked]",
+    ]
+    assert "progress 2/2 pages" in done.err
+    assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_for_people_it_is_a_line_a_key(line):
+    done = line("try", "acme.read", "--param", "pages=1", "--property", "max_tokens=500")
+
+    words = [text.split() for text in done.out.splitlines()]
+    assert ["state", "succeeded"] in words
+    assert ["progress", "1/1", "pages"] in words
+    assert ["max_tokens", "property", "500"] in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason", "fix"),
+    [
+        (["acme.read"], "error", "the handler takes pages (needed), title"),
+        (["acme.read", "--param", "page=2"], "error", "the handler takes pages (needed), title"),
+        (
+            ["acme.read", "--param", "pages=1", "--property", "max_tokens=many"],
+            "settings_invalid",
+            "--property max_tokens=VALUE, or mend the handler's model; its settings are model_version,",
+        ),
+        (
+            ["acme.read", "--param", "pages=1", "--scope", "write:kb"],
+            "scope_missing",
+            "--scope read:kb as well",
+        ),
+        (["acme.fail"], "error", "--pdb opens the debugger where it failed"),
+        (["acme.exit"], "handler_exited", ""),
+        (["acme.snooze"], "snoozed", "a worker tries it again later"),
+        (["acme.slow"], "timed_out", "give @job a longer timeout"),
+    ],
+)
+def test_what_does_not_succeed_ends_with_1_and_says_what_to_do(line, arguments, reason, fix):
+    done = line("try", *arguments, "-o", "json", check=False)
+
+    assert (done.code, done.json()["reason"]) == (1, reason)
+    assert fix in done.err
+
+
+def test_an_error_is_shown_with_its_trace_from_the_handler_on(line):
+    done = line("try", "acme.fail", check=False)
+
+    assert "about to fail" in done.err
+    trace = done.err[done.err.index("Traceback") :].splitlines()
+    assert "acme_jobs_of_try.py" in trace[1]
+    assert "KeyError: 'missing'" in trace
+    assert "KeyError: 'missing'" in done.out
+
+
+def test_a_property_that_is_no_setting_is_remarked_on(line):
+    done = line(
+        "try", "acme.read", "--param", "pages=1", "--property", "max_token=5", "--property", "zone=eu"
+    )
+
+    assert "property max_token is no setting of the handler; is max_tokens meant?" in done.err
+    assert "property zone is no setting of the handler\n" in done.err
+
+
+def test_without_a_model_all_properties_are_settings(line):
+    done = line("try", "acme.list", "--property", "zone=eu", "-o", "json")
+
+    assert done.json()["result"] == {"zone": "eu"}
+    assert done.json()["settings"] == [{"name": "zone", "from": "property", "value": "eu"}]
+    assert "is no setting" not in done.err
+
+
+@pytest.mark.parametrize("handler", ["acme.fail", "acme.fail_blocking"])
+def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
+    done = line("try", handler, "--pdb", stdin="p sorted(locals())\nquit\n", check=False)
+
+    assert done.code == 1
+    assert "KeyError: 'missing'" in done.err
+    assert 'return secret["missing"]' in done.out
+    assert "['secret']" in done.out
+    assert "fix:" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no.such"], 3, "`new-job no.such` makes one"),
+        (["acme.broken"], 3, "handler acme.broken of acme-broken 1.0 does not load: ModuleNotFoundError"),
+        (["acme.list", "--real"], 2, "--real needs --org"),
+        (
+            ["acme.list", "--org", "org_acme", "--real", "--flag", "a=1"],
+            2,
+            "leave them out, or leave out --real",
+        ),
+        (["acme.list", "--org", "org_acme", "--real"], 78, "`python -m worker db upgrade` makes it"),
+        (["acme.list", "--org", ""], 2, "--org is empty"),
+        (["acme.list", "--param", "x"], 2, "--param 'x' is not NAME=VALUE"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused_with_a_fix(line, arguments, code, message):
+    done = line("try", *arguments, check=False)
+
+    assert done.code == code
+    assert message in done.err
+    assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
+    application = Application(
+        "org_acme",
+        "m2m-acme",
+        "secret-of-acme",
+        ("read:kb",),
+        ("https://api.acme.com",),
+        properties={"max_tokens": "777"},
+    )
+    provider, thread = serve_provider([application])
+    with thread:
+        text = line.settings.read_text().replace("https://acme.kinde.com", provider.url)
+        line.settings.write_text(text.replace("[issuers.main]", '[issuers.main]\nprofile = "kinde"'))
+        org = {"code": "org_acme", "name": "Acme", "issuer": "main", "client_id": "m2m-acme"}
+        line("db", "upgrade")
+        line("orgs", "import", "-", stdin=json.dumps({**org, "client_secret": "secret-of-acme"}))
+        before = line("credentials", "list", "org_acme", "-o", "json").out
+
+        real = ("--org", "org_acme", "--real", "-o", "json")
+        tried = line("try", "acme.read", *real, "--param", "pages=1")
+        lacking = line("try", "acme.read", *real, "--param", "pages=1", "--scope", "write:kb", check=False)
+        nobody = line("try", "acme.read", "--org", "org_nobody", "--real", check=False)
+
+        assert line("credentials", "list", "org_acme", "-o", "json").out == before
+
+    assert (tried.json()["result"]["name"], tried.json()["result"]["max_tokens"]) == ("Acme", 777)
+    assert tried.json()["settings"][1] == {"name": "max_tokens", "from": "property", "value": "(not shown)"}
+    assert line("runs", "list", "-o", "json").json() == []
+    assert lacking.code == 1
+    assert "`orgs check org_acme` says what is wrong with its token" in lacking.err
+    assert nobody.code == 3
