@@ -23,10 +23,15 @@ NOTICED = timedelta(milliseconds=200)
 
 @dataclass(frozen=True)
 class Fault:
-    """SIGKILL, or SIGSTOP until `until`, of a process; `worker` is the incarnation it belonged to."""
+    """What befell one worker, or with no `worker` the database of all; it lasts until `until`.
 
-    kind: Literal["kill", "stop"]
-    target: Literal["worker", "zygote", "child"]
+    kill and stop are SIGKILL and SIGSTOP of a process of that incarnation; terminate ends
+    one of its sessions, partition holds all that it and the database say to each other,
+    outage is the database's own absence.
+    """
+
+    kind: Literal["kill", "stop", "terminate", "partition", "outage"]
+    target: Literal["worker", "zygote", "child", "session", "database"]
     worker: str
     at: datetime
     until: datetime | None = None
@@ -161,7 +166,7 @@ def slow_recoveries(history: History) -> Iterator[str]:
             fault.at
             for fault in history.faults
             if fault.worker == lost["worker_id"]
-            and fault.target != "child"
+            and fault.target in ("worker", "zygote")
             and lost["started_at"] - NOTICED <= (fault.until or fault.at)
             and fault.at <= lost["ended_at"]
         ]
@@ -189,14 +194,17 @@ def earliest_contact(history: History, at: datetime) -> datetime:
     ended = {fault.worker: fault.at for fault in history.faults if is_death(fault)}
     since: list[datetime] = []
     for worker in history.workers:
-        stops = [
-            fault.until
+        breaks = [
+            fault.until or fault.at
             for fault in history.faults
-            if fault.worker == worker["id"] and fault.target == "worker" and fault.until and fault.at < at
+            if fault.worker in (worker["id"], "")
+            and fault.target in ("worker", "session", "database")
+            and not is_death(fault)
+            and fault.at < at
         ]
         alive = worker["started_at"] <= at and ended.get(worker["id"], at) >= at
         if alive and (worker["ended_at"] is None or worker["ended_at"] >= at):
-            since.append(max([worker["started_at"], *stops]))
+            since.append(max([worker["started_at"], *breaks]))
     return min(since, default=at)
 
 

@@ -51,6 +51,7 @@ class Cluster(Site):
         self.journal = folder / "journal"
         self.faults: list[Fault] = []
         self.periods: dict[str, float] = {}
+        self.logs: dict[subprocess.Popen[bytes], Path] = {}
         self.on_file = not database_url.startswith("postgresql")
         self.environment["PYTHONPATH"] = f"{self.plugins}:{ROOT}"
         self.execution = f"max_children = 500\n{execution}"
@@ -96,9 +97,26 @@ class Cluster(Site):
         self.add_orgs(application(org))
         self.apply("\n".join(definitions), "--allow-unknown-handlers")
 
+    def disconnect(self) -> None:
+        """Forget the test's own connection: its server has gone."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     def run_now(self, name: str, org: str = "org_acme") -> dict[str, Any]:
         self.cli("definitions", "run", org, name)
         return self.runs(definition=name)[-1]
+
+    def start_worker(self, *arguments: Any, **keys: Any) -> subprocess.Popen[bytes]:
+        """As a site's, with a log of its own."""
+        self.log = self.folder / f"worker{len(self.logs)}.log"
+        worker = super().start_worker(*arguments, **keys)
+        self.logs[worker] = self.log
+        return worker
+
+    def log_text(self) -> str:
+        """The logs of all workers, one behind the other."""
+        return "".join(path.read_text(errors="replace") for path in self.logs.values())
 
     def up(self) -> subprocess.Popen[bytes]:
         """A worker that has started and offers every handler."""

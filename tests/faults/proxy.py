@@ -105,7 +105,11 @@ class Proxy:
         if self.mode in ("refuse", "reset"):
             self._end(writer)
             return
-        theirs, ours = await asyncio.open_connection("127.0.0.1", self._server_port)
+        try:
+            theirs, ours = await asyncio.open_connection("127.0.0.1", self._server_port)
+        except OSError:  # nobody is there
+            self._end(writer)
+            return
         watch = None if self.watch is None else self.watch()
         connection = self._open[writer] = _Connection(self.cut_after, watch, self._let_go)
         both = [

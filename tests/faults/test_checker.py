@@ -135,6 +135,29 @@ def test_a_line_too_many_in_the_journal_is_objected_to(extra: dict[str, Any], ob
     assert any(objection in words for words in found), found
 
 
+def outage(start: float, end: float) -> Fault:
+    return Fault("outage", "database", "", at(start), at(end))
+
+
+def test_a_database_that_is_away_costs_no_run_and_delays_a_recovery_by_as_long() -> None:
+    killed = history().faults
+    late = [attempt(1, 0, 7.9, "lost"), attempt(2, 8, 9, "succeeded")]
+    told = replace(history(), attempts=late, journal=history().journal[:3], checkpoints=[])
+    told.workers[0]["ended_at"] = at(7.9)
+
+    assert any("nothing had happened" in words for words in judge(replace(told, faults=(outage(1, 4),))))
+    assert any("was found" in words for words in judge(replace(told, faults=killed)))
+    assert judge(replace(told, faults=(*killed, outage(1, 4)))) == []
+
+
+def test_a_partition_may_cost_a_run_and_the_end_of_a_session_may_not() -> None:
+    parted = Fault("partition", "worker", "w1", at(1), at(4))
+    terminated = Fault("terminate", "session", "w1", at(1))
+
+    assert judge(history(faults=(parted,))) == []
+    assert any("nothing had happened" in words for words in judge(history(faults=(terminated,))))
+
+
 def test_an_instant_may_stand_in_a_skip_and_only_there() -> None:
     skip = {"definition": "d1", "skipped_from": at(60), "skipped_until": at(120), "count": 2}
 

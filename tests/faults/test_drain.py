@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.cluster import Cluster, instants
 from tests.faults.conftest import MakeCluster
-from tests.faults.test_kills import end_load, load
+from tests.faults.storm import end_load, load
 
 DRAIN = 'drain = "2s"'
 
