@@ -1,132 +1,81 @@
-"""Limits and fairness proven from what the database kept: the intervals of all attempts, afterwards."""
+"""Limits proven from what the database kept: the intervals of all attempts, afterwards."""
 
 from __future__ import annotations
 
-import random
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterable
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any
 
-import pytest
-
+from tests.fakes.admitting import carry
 from tests.fakes.stock import Stock
-from worker.ids import OrgId, WorkerId
-from worker.runs.run import AdmittedRun
 from worker.store import tables
-from worker.store.admission import Admission
 from worker.store.database import Database
 
-LIMIT, WORKERS, ORGS = 3, 4, 50
+LIMIT, WORKERS, SLOTS, ORGS = 3, 4, 60, 50
 HANDLERS = tuple(f"acme.h{number}" for number in range(10))
-SECONDS = 5.0
+# Handlers with a limit of their own; the others would keep that of orgs and definitions from showing.
+LIMITED = HANDLERS[:5]
+# Orgs with room for any number of runs, and one definition with a limit.
+WIDE = 10
+SECONDS = 4.0
 
+Row = dict[str, Any]
 Interval = tuple[datetime, datetime]
 
 
-def test_no_limit_was_ever_exceeded_by_what_history_says(postgres: Database):
-    most = crowd(postgres)
+def test_no_limit_was_ever_exceeded_by_what_history_says(postgres: Database, migrated_postgres_url: str):
+    most = crowd(postgres, migrated_postgres_url)
 
-    assert most == {"org": LIMIT, "handler": LIMIT}
+    assert most == {"org": LIMIT, "definition": LIMIT, "handler": LIMIT}
 
 
 def test_the_same_history_shows_it_where_nobody_waits_for_the_admission_lock(
-    postgres: Database, monkeypatch: pytest.MonkeyPatch
+    postgres: Database, migrated_postgres_url: str
 ):
-    monkeypatch.setattr("worker.store.sql.postgresql.admit.LOCK", "SELECT %s")
+    most = crowd(postgres, migrated_postgres_url, locked=False)
 
-    assert any(max(crowd(postgres).values()) > LIMIT for _ in range(4))
-
-
-def test_five_runs_behind_ten_thousand_start_within_one_turn_of_the_slots(stock: Stock):
-    slots, worker = 20, stock.worker()
-    flood, few = stock.org(limit=1000), stock.org(limit=1000)
-    for _ in range(20):
-        stock.put(*(stock.run(flood) for _ in range(500)))
-    held = stock.admit(worker, slots)
-    stock.put(*(stock.run(few) for _ in range(5)))
-
-    admissions = 0
-    while not any(run.org_id == few for run in held):
-        stock.finish(worker, stock.ended(held.pop(0)))
-        held += stock.admit(worker, 1)
-        admissions += 1
-
-    assert admissions <= slots + 1
+    assert min(most.values()) >= LIMIT
+    assert max(most.values()) > LIMIT
 
 
-def test_slots_settle_at_the_weights_behind_an_org_that_held_them_all(stock: Stock):
-    slots, worker, chance = 40, stock.worker(), random.Random(1)
-    hog, light, heavy = stock.org(limit=1000), stock.org(limit=1000), stock.org(limit=1000, weight=3)
-    stock.put(*(stock.run(hog) for _ in range(slots)))
-    held = stock.admit(worker, slots)
-    stock.put(*(stock.run(org) for org in (light, heavy) for _ in range(300)))
-
-    shares: Counter[OrgId] = Counter()
-    for turn in range(300):
-        ended = held.pop(chance.randrange(len(held)))
-        stock.finish(worker, stock.ended(ended))
-        held += stock.admit(worker, 1)
-        if turn >= 200:
-            shares.update(run.org_id for run in held)
-
-    assert shares[heavy] / shares[light] == pytest.approx(3, rel=0.1)
-
-
-def crowd(database: Database) -> dict[str, int]:
-    """Workers that admit and end runs at once, again and again; the most that ran of one org and handler."""
+def crowd(database: Database, url: str, *, locked: bool = True) -> dict[str, int]:
+    """Four worker processes on 50 orgs, and the most that ever ran of one org, definition and handler."""
     stock = Stock(database)
-    orgs = [stock.org(limit=LIMIT) for _ in range(ORGS)]
-    stock.put(*(stock.run(org, handler=handler) for org in orgs for handler in HANDLERS))
-    over, failures = threading.Event(), list[BaseException]()
+    narrow = [stock.org(limit=LIMIT) for _ in range(ORGS - WIDE)]
+    stock.put(*(stock.run(org, handler=handler) for org in narrow for handler in HANDLERS))
+    wide = [stock.org(limit=1000) for _ in range(WIDE)]
+    free = [handler for handler in HANDLERS if handler not in LIMITED]
+    for number, org in enumerate(wide):
+        definition = stock.definition(org)
+        keys = {"handler": free[number % len(free)], "max_concurrent": LIMIT}
+        stock.put(*(stock.run(org, definition, **keys) for _ in range(8)))
+    offered = {handler: LIMIT if handler in LIMITED else None for handler in HANDLERS}
 
-    def work(worker: WorkerId, chance: random.Random) -> None:
-        try:
-            admission, held = Admission(database, worker), list[AdmittedRun]()
-            while not over.is_set():
-                free = 12 - len(held)
-                held += admission.admit(dict.fromkeys(HANDLERS, LIMIT), {"child": free})
-                chance.shuffle(held)
-                some = chance.randrange(1, 6)
-                ended, held = held[:some], held[some:]
-                stock.finish(worker, *(end(stock, run, chance) for run in ended))
-        except BaseException as error:
-            failures.append(error)
+    carry(url, workers=WORKERS, slots=SLOTS, offered=offered, seconds=SECONDS, locked=locked)
 
-    threads = [
-        threading.Thread(target=work, args=(stock.worker(handlers=HANDLERS), random.Random(number)))
-        for number in range(WORKERS)
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(SECONDS)
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
     rows = stock.all(tables.attempts)
-    assert len(rows) > 100
-    assert {"retry", "handed_back"} <= {row["outcome"] for row in rows}
+    outcomes = Counter(row["outcome"] for row in rows)
+    assert set(outcomes) == {"retry", "handed_back", "lost"}
+    assert min(outcomes.values()) > 20
+    assert len({row["worker_id"] for row in rows}) >= WORKERS
+    definition_of = {row["id"]: row["definition_id"] for row in stock.all(tables.runs)}
     return {
-        "org": most_at_once(rows, "org_id"),
-        "handler": most_at_once(rows, "handler"),
+        "org": most_at_once((row for row in rows if row["org_id"] in narrow), lambda row: row["org_id"]),
+        "definition": most_at_once(
+            (row for row in rows if row["org_id"] in wide), lambda row: definition_of[row["run_id"]]
+        ),
+        "handler": most_at_once(
+            (row for row in rows if row["handler"] in LIMITED), lambda row: row["handler"]
+        ),
     }
 
 
-def end(stock: Stock, run: AdmittedRun, chance: random.Random) -> Any:
-    """A retry or a hand-back, which ended when the database locked its row."""
-    outcome = chance.choice(("retry", "handed_back"))
-    later = run.started_at + timedelta(days=1)
-    return stock.ended(run, "waiting", outcome=outcome, started_at=run.started_at, ended_at=later)
-
-
-def most_at_once(rows: Iterable[dict[str, Any]], by: str) -> int:
-    """The most attempts with one value of a column whose intervals share an instant."""
+def most_at_once(rows: Iterable[Row], of: Callable[[Row], str]) -> int:
+    """The most attempts of one kind whose intervals share an instant."""
     intervals: dict[str, list[Interval]] = {}
     for row in rows:
-        intervals.setdefault(row[by], []).append((row["started_at"], row["ended_at"]))
+        intervals.setdefault(of(row), []).append((row["started_at"], row["ended_at"]))
     return max(overlapping(of_one) for of_one in intervals.values())
 
 

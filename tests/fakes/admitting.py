@@ -1,0 +1,97 @@
+"""Worker processes that admit and end runs through the real store, as fast as they can, and die at times."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+
+from tests.fakes.stock import Stock
+from worker.clock import SystemClock
+from worker.ids import RunId
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun
+from worker.store import runs
+from worker.store.admission import Admission
+from worker.store.database import Database
+from worker.store.sql.postgresql import admit
+
+NO_LOCK = "SELECT %s"
+ALWAYS = 1_000_000
+
+
+def carry(
+    url: str,
+    *,
+    workers: int,
+    slots: int,
+    offered: Mapping[str, int | None],
+    seconds: float,
+    locked: bool = True,
+) -> None:
+    """Let so many processes carry what waits for some seconds; without `locked` nobody waits for another."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        began = time.time() + 2.0
+        some = [
+            pool.submit(_work, url, number, slots, dict(offered), began, seconds, locked)
+            for number in range(workers)
+        ]
+        for one in some:
+            one.result()
+
+
+def _work(
+    url: str,
+    number: int,
+    slots: int,
+    offered: dict[str, int | None],
+    began: float,
+    seconds: float,
+    locked: bool,
+) -> None:
+    if not locked:
+        admit.LOCK = NO_LOCK
+    chance = random.Random(number)
+    database = Database.open(url, clock=SystemClock())
+    stock = Stock(database)
+    time.sleep(max(0.0, began - time.time()))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        _live(stock, chance, slots, offered, until)
+    database.close()
+
+
+def _live(
+    stock: Stock, chance: random.Random, slots: int, offered: dict[str, int | None], until: float
+) -> None:
+    """One incarnation: it admits and ends, until it dies with what it holds or time is over."""
+    worker = stock.worker(handlers=tuple(offered))
+    admission, held = Admission(stock.database, worker), list[AdmittedRun]()
+    while time.monotonic() < until:
+        held += admission.admit(offered, {"child": slots - len(held)})
+        if chance.random() < 0.02:
+            stock.let_lease_pass(worker)
+            recover(stock)
+            return
+        chance.shuffle(held)
+        some = chance.randrange(1, 20)
+        ended, held = held[:some], held[some:]
+        stock.finish(worker, *(end(stock, run, chance) for run in ended))
+    stock.finish(worker, *(end(stock, run, chance) for run in held))
+
+
+def recover(stock: Stock) -> Sequence[RunId]:
+    """Take the runs of whoever is dead, as any worker does."""
+    with stock.database.transaction() as connection:
+        taken = runs.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
+    return [run.run_id for run in taken]
+
+
+def end(stock: Stock, run: AdmittedRun, chance: random.Random) -> EndedAttempt:
+    """A retry or a hand-back, which ended when the database locked its row."""
+    outcome = chance.choice(("retry", "handed_back"))
+    later = run.started_at + timedelta(days=1)
+    return stock.ended(run, "waiting", outcome=outcome, started_at=run.started_at, ended_at=later)
