@@ -187,7 +187,11 @@ credentials = Table(
     Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
     Column("generation", Integer, nullable=False, doc="1, then one more with each."),
     Column("client_id", Text, nullable=False, doc="The machine-to-machine application."),
-    Column("sealed", LargeBinary, doc="The secret or private key, sealed for this row; or `reference`."),
+    Column(
+        "sealed",
+        LargeBinary,
+        doc="The secret or private key, sealed for this row; null where `reference` is used.",
+    ),
     Column("reference", Text, doc="`file:NAME` in `secrets_dir`."),
     Column("key_id", Text, doc="The key of the key ring that seals it."),
     Column(
@@ -196,7 +200,7 @@ credentials = Table(
     Column("state", Text, nullable=False, server_default="active", doc="`active` or `retired`."),
     Column("created_at", Instant, nullable=False),
     Column("created_by", Text, nullable=False),
-    Column("retired_at", Instant, doc="When it was retired, and `sealed` destroyed."),
+    Column("retired_at", Instant, doc="When it was retired; `retire --now` also destroys the secret."),
     Column("last_used_at", Instant, doc="When a token was last asked for with it."),
     Column(
         "uses", BigInteger, nullable=False, server_default="0", doc="How many tokens were asked for with it."
