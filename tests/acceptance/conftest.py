@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.handlers import install_handlers
+from tests.fakes.hook import Hook
 from tests.fakes.site import Site, opened
 from worker.demo.provider import Provider, serve_provider
 
@@ -50,6 +51,14 @@ def site_on_either(tmp_path: Path, provider: Provider, database_url: str) -> Ite
         install_handlers(made.plugins)
         made.migrate()
         yield made
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    """A receiver of alerts."""
+    made = Hook()
+    yield made
+    made.server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,14 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from tests.fakes import freezing_worker
+from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
-from worker.demo.serving import ServerThread, bind_loopback
 
 
 class Port:
@@ -94,30 +89,11 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     assert worker.wait(timeout=20) == 0
 
 
-@pytest.fixture
-def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A webhook's URL and what was posted there."""
-    posts: list[dict[str, Any]] = []
-
-    async def take(request: Request) -> Response:
-        posts.append(json.loads(await request.body()))
-        return Response()
-
-    listener = bind_loopback()
-    with ServerThread(Starlette(routes=[Route("/hook", take, methods=["POST"])]), listener) as server:
-        yield f"{server.url}/hook", posts
-
-
 def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_alarm(
-    site: Site,
-    port: Port,
-    tmp_path: Path,
-    notified: socket.socket,
-    received: tuple[str, list[dict[str, Any]]],
+    site: Site, port: Port, tmp_path: Path, notified: socket.socket, hook: Hook
 ):
-    url, posts = received
-    hook = f'[alerts]\noverdue = "3s"\nwebhook_url = "{url}"\nwebhook_secret = "{"s" * 20}"'
-    site.configure(web=port.web, extra=hook)
+    ping = f'"{hook.server.url}/ping"'
+    site.configure(web=port.web, extra=hook.settings(overdue='"3s"', deadman_url=ping, deadman_every='"1s"'))
     site.add_orgs(application("org_acme"))
     site.apply(definition("org_acme", "tick", "acme.note", schedule="every 1s"))
     freeze = tmp_path / "freeze"
@@ -131,21 +107,69 @@ def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_
     heard = words(notified, 1.0)
     assert heard.count("WATCHDOG=1") >= 2
     assert [line for line in heard if line.startswith("STATUS=runs: ") and "; lease: " in line]
+    wait_until(lambda: len(hook.pings) >= 2, "signs of life")
+    assert hook.pings[-1] - hook.pings[0] >= len(hook.pings) - 1.1
 
     freeze.touch()
 
     assert '"scheduler"' in port.wait_for("/livez", 503)
     words(notified, 0.5)
+    pings = len(hook.pings)
     heard = words(notified, 1.5)
     assert "WATCHDOG=1" not in heard
     assert all(line.startswith("STATUS=the loop scheduler stands still; runs: ") for line in heard)
     assert heard
     assert port.get("/readyz")[0] == 503
-    wait_until(lambda: [one for one in posts if one["kind"] == "overdue"], "the overdue alarm")
-    [alarm] = [one for one in posts if one["kind"] == "overdue"]
-    assert (alarm["status"], alarm["org"], alarm["definition"]) == ("firing", "org_acme", "tick")
+    alarm = hook.wait_for("overdue", "firing")
+    assert (alarm["org"], alarm["definition"]) == ("org_acme", "tick")
     # Overdue after 3 s, and told within 3 s more; one for a machine that is busy.
     assert 3 <= alarm["seconds"] < 7
+    assert len(hook.pings) == pings
+
+    freeze.unlink()
+
+    port.wait_for("/livez", 200)
+    hook.wait_for("overdue", "resolved")
+    wait_until(lambda: len(hook.pings) > pings, "a sign of life")
+    assert "WATCHDOG=1" in words(notified, 1.0)
+    assert hook.told("overdue") == [("overdue", "firing"), ("overdue", "resolved")]
+
+
+def test_a_handler_that_blocks_the_whole_loop_silences_no_alarm(
+    site: Site, port: Port, tmp_path: Path, notified: socket.socket, hook: Hook
+):
+    """Nothing of the loop answers then; the threads beside it say what is wrong, and name the handler."""
+    ping = f'"{hook.server.url}/ping"'
+    site.configure(
+        web=port.web,
+        execution='inline = ["acme-jobs"]',
+        extra=hook.settings(overdue='"3s"', deadman_url=ping, deadman_every='"1s"'),
+    )
+    site.add_orgs(application("org_acme"))
+    site.apply(
+        definition("org_acme", "tick", "acme.note", schedule="every 1s")
+        + definition("org_acme", "stuck", "acme.stuck_inline", params={"seconds": 12})
+    )
+    site.environment |= {
+        freezing_worker.FILE: str(tmp_path / "never"),
+        "NOTIFY_SOCKET": str(tmp_path / "notify"),
+        "WATCHDOG_USEC": "600000",
+    }
+    site.start_worker(Path(freezing_worker.__file__))
+    port.wait_for("/readyz", 200)
+    site.cli("definitions", "run", "org_acme", "stuck")
+
+    wait_until(lambda: '"loop.blocked"' in site.log_text(), "the blocked loop to be told")
+    words(notified, 0.5)
+    assert words(notified, 1.0) == []
+    with pytest.raises(httpx.TimeoutException):
+        httpx.get(f"http://127.0.0.1:{port.number}/livez", timeout=1)
+    alarm = hook.wait_for("overdue", "firing")
+    assert 3 <= alarm["seconds"] < 7
+    [blocked] = [json.loads(line) for line in site.log_text().splitlines() if '"loop.blocked"' in line]
+    assert blocked["handler"] == "acme.stuck_inline"
+    assert "acme_jobs.py" in blocked["where"]
+    hook.wait_for("overdue", "resolved")
 
 
 def test_a_port_that_another_process_has_ends_a_worker_that_was_told_to_use_it(site: Site, port: Port):

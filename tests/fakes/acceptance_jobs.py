@@ -100,6 +100,12 @@ def block(ctx: BlockingContext[Any, Any]) -> None:
         pass
 
 
+@job("acme.stuck_inline", isolation="inline")
+async def stuck_inline(ctx: Context[Any, Any]) -> None:
+    """Hold up the worker's own loop for `params["seconds"]`."""
+    time.sleep(ctx.params["seconds"])
+
+
 @job("acme.fetch")
 async def fetch(ctx: Context[Any, Any]) -> list[int]:
     """Get every URL of `params["urls"]`, redirects followed."""

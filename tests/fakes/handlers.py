@@ -19,6 +19,7 @@ NAMES = {
     "acme.sys_exit": "sys_exit",
     "acme.segfault": "segfault",
     "acme.block": "block",
+    "acme.stuck_inline": "stuck_inline",
     "acme.fetch": "fetch",
     "acme.fetch_blocking": "fetch_blocking",
     "acme.traced": "traced",

@@ -186,7 +186,18 @@ EVENTS: Mapping[str, Event] = _table(
     ("web.failed", "error", "method path error", "a request met an error that nobody expected"),
     ("web.login", "info", "caller role", "somebody opened the dashboard"),
     ("alert.sent", "info", "kind status alert", "an alert was taken by the webhook"),
-    ("alert.undelivered", "error", "kind status alert error", "an alert was taken by nobody, also later"),
+    (
+        "alert.late",
+        "warning",
+        "kind status alert error",
+        "an alert was not taken for minutes; it is tried every five minutes, for a day",
+    ),
+    (
+        "alert.undelivered",
+        "error",
+        "kind status alert error",
+        "an alert was taken by nobody, also a day later",
+    ),
     ("deadman.failed", "warning", "error", "the service that waits for a sign of life did not take it"),
 )
 

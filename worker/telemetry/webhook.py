@@ -42,7 +42,7 @@ class Webhook:
         self._client.close()
 
     def post(self, alert: Alert) -> str | None:
-        """Post it once; why it was not taken, or None. A fault that will not mend begins with `refused`."""
+        """Post it once; why it was not taken, or None."""
         status = alert.status
         body = masker.mask(json.dumps(alert.as_json(), default=str)).encode()
         timestamp = int(self._clock.now().timestamp())
@@ -57,10 +57,7 @@ class Webhook:
             answer = self._client.post(self._url, content=body, headers=headers)
         except httpx.HTTPError as error:
             return type(error).__name__
-        if answer.is_success:
-            return None
-        mends = answer.status_code >= 500 or answer.status_code in (408, 429)
-        return f"status {answer.status_code}" if mends else f"refused with status {answer.status_code}"
+        return None if answer.is_success else f"status {answer.status_code}"
 
 
 def _key(secret: str) -> bytes:

@@ -90,7 +90,7 @@ def _told(wanted: AlertSettings, database: Database, clock: Clock) -> Iterator[N
         return
     strikes = Strikes(clock, lambda: teller.wake())
     webhook = Webhook(wanted.webhook_url, wanted.webhook_secret, clock)
-    teller = Teller(strikes, SharedLedger(database, wanted.overdue.total_seconds()), webhook)
+    teller = Teller(strikes, SharedLedger(database, wanted.overdue.total_seconds()), webhook, clock)
     unheard = events.listen(strikes.hear)
     teller.start()
     try:

@@ -1,4 +1,4 @@
-"""The teller writes down what strikes, and tries to deliver what there is to tell, a few times."""
+"""The teller writes down what strikes, and tries to deliver what there is to tell, for a day."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
 from worker.telemetry.alerts import Alert, Strike, Strikes
-from worker.telemetry.events import emit, listen
-from worker.telemetry.teller import AGAIN, Teller
+from worker.telemetry.events import Emitted, emit, listen
+from worker.telemetry.teller import AGAIN, LATE, MOST_TRIES, Teller
 
 
 class Book:
     """A ledger in memory, and a receiver whose answers are settable."""
 
     def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
         self.noted: list[Strike] = []
         self.waiting: list[tuple[Alert, int]] = []
         self.later: list[tuple[Alert, float]] = []
@@ -27,7 +28,7 @@ class Book:
         self.fault: str | None = None
         self.strikes = Strikes(clock, lambda: None)
         listen(self.strikes.hear)
-        self.teller = Teller(self.strikes, self, self)
+        self.teller = Teller(self.strikes, self, self, clock)
 
     def note(self, strikes: Sequence[Strike]) -> None:
         if self.away:
@@ -93,20 +94,53 @@ def test_all_that_waits_is_delivered_in_order_and_said(book, alert, emitted):
     ]
 
 
-def test_one_that_is_not_taken_is_tried_again_later_and_later_then_given_up(book, alert, emitted):
-    book.fault = "status 503"
-    for tries in range(len(AGAIN) + 1):
+def names(emitted: Sequence[Emitted]) -> list[str]:
+    return [one.event.name for one in emitted]
+
+
+def test_one_that_is_not_taken_is_tried_later_and_later_and_said_to_be_late_once(book, alert, emitted):
+    book.fault = "status 404"
+    for tries in range(8):
         book.waiting = [(alert, tries)]
         book.teller.round()
+        book.clock.advance(AGAIN[-1])
 
-    assert [again for _, again in book.later] == list(AGAIN)
-    assert book.done == [alert]
-    assert [(one.event.name, one.fields["error"]) for one in emitted] == [("alert.undelivered", "status 503")]
+    assert [again for _, again in book.later] == [*AGAIN, AGAIN[-1], AGAIN[-1], AGAIN[-1]]
+    assert book.done == []
+    assert names(emitted) == ["alert.late"]
+    assert emitted[0].fields["error"] == "status 404"
 
 
-def test_what_a_receiver_refuses_is_not_sent_twice(book, alert, emitted):
-    book.fault, book.waiting = "refused with status 400", [(alert, 0)]
+def test_one_that_nobody_takes_for_a_day_is_given_up(book, alert, emitted):
+    book.fault, book.waiting = "ConnectError", [(alert, MOST_TRIES - 1)]
     book.teller.round()
 
     assert (book.later, book.done) == ([], [alert])
-    assert [one.event.name for one in emitted] == ["alert.undelivered"]
+    assert names(emitted) == ["alert.undelivered"]
+    assert sum(AGAIN) + (MOST_TRIES - len(AGAIN)) * AGAIN[-1] == pytest.approx(24 * 3600, rel=0.01)
+    assert sum(AGAIN[: LATE - 1]) == 156
+
+
+def test_a_receiver_that_takes_nothing_is_not_flooded_with_all_that_waits(book, alert):
+    waiting = [(replace(alert, id=f"c-{number}"), 0) for number in range(100)]
+    book.fault, book.waiting = "status 503", list(waiting)
+    for pause in AGAIN:
+        book.teller.round()
+        book.teller.round()
+        assert len(book.posted) == AGAIN.index(pause) + 1
+        book.clock.advance(pause)
+
+    book.fault = None
+    book.teller.round()
+    assert len(book.done) == 100 - len(AGAIN)
+
+
+def test_one_alert_that_a_receiver_dislikes_holds_up_the_others_for_a_second_only(book, alert):
+    other = replace(alert, id="c-2")
+    book.post = lambda one: "status 400" if one is alert else None
+    for _ in range(3):
+        book.waiting, book.done = [(alert, 0), (other, 0)], []
+        book.teller.round()
+        book.clock.advance(AGAIN[0])
+        book.teller.round()
+        assert book.done == [other]

@@ -1,0 +1,139 @@
+"""Alerts of real workers at a real receiver: one a cause and one when it is over, however the world is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+from tests.fakes import hook as hooks
+from tests.fakes.hook import Hook
+from tests.fakes.ports import free_port
+from tests.fakes.site import application, definition, wait_until
+
+FAILURES = 100
+
+
+def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(site_on_either, hook, tmp_path):
+    """On PostgreSQL two workers meet the cause side by side."""
+    site, mended = site_on_either, tmp_path / "mended"
+    site.configure(execution='max_children = 4\nlease = "4s"\nrenew = "500ms"', extra=hook.settings())
+    site.add_orgs(*(application(f"org_{number}") for number in range(10)))
+    at = (datetime.now(UTC) + timedelta(seconds=20)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    params = {"file": str(mended), "journal": str(tmp_path / "journal")}
+    site.apply(
+        "".join(
+            definition(f"org_{number % 10}", f"job-{number}", "acme.wants_file", f"at {at}", params=params)
+            for number in range(FAILURES)
+        )
+    )
+    workers = [site.start_worker() for _ in range(2 if "postgresql" in site.database_url else 1)]
+
+    def states() -> Counter[str]:
+        return Counter(run["state"] for run in site.runs())
+
+    wait_until(lambda: states()["failed"] == FAILURES, "all to fail", timeout=60)
+    assert len({row["worker"] for row in site.runs()}) == len(workers)
+    firing = hook.wait_for("failed", "firing")
+    mended.touch()
+    site.cli("runs", "retry", "--state", "failed")
+    wait_until(lambda: states()["succeeded"] == FAILURES, "all to succeed", timeout=60)
+    resolved = hook.wait_for("failed", "resolved")
+    for worker in workers:
+        # At its end a worker tells all that there is to tell.
+        assert site.stop_worker(worker) == 0
+
+    assert hook.told() == [("failed", "firing"), ("failed", "resolved")]
+    assert all(post.genuine for post in hook.taken)
+    assert (resolved["count"], resolved["affected"]) == (FAILURES, FAILURES)
+    assert (resolved["cause"], resolved["id"]) == (firing["cause"], firing["id"])
+    assert firing["handler"] == "acme.wants_file"
+
+
+def test_what_strikes_while_the_receiver_is_away_and_the_worker_dies_is_told_once_it_is_back(site, journal):
+    port = free_port()
+    site.configure(extra=hooks.settings(f"http://127.0.0.1:{port}"))
+    site.add_orgs(application("org_acme"))
+    broken = ("acme.os_exit", "acme.segfault", "acme.wants_file")
+    params = {"file": "/nowhere", "journal": str(journal)}
+    site.apply(
+        "".join(
+            definition("org_acme", name[5:], name, params=params, max_attempts=1, retry_backoff="1s")
+            for name in broken
+        )
+    )
+    worker = site.start_worker()
+    for name in broken:
+        site.cli("definitions", "run", "org_acme", name[5:])
+    tries = "SELECT COUNT(*) AS causes, SUM(tries) AS tries FROM alerts"
+    wait_until(lambda: site.query(tries)[0]["causes"] == 3, "three causes")
+    wait_until(lambda: site.query(tries)[0]["tries"] >= 2, "two posts that nobody took")
+    worker.kill()
+    worker.wait()
+
+    hook = Hook(busy=lambda: len(hook.turned_down) < 2, port=port)
+    try:
+        site.start_worker()
+        wait_until(lambda: len(hook.taken) >= 3, "three alerts", timeout=60)
+    finally:
+        hook.server.stop()
+
+    assert hook.told() == [("failed", "firing")] * 3
+    assert {post.alert["handler"] for post in hook.taken} == set(broken)
+    assert len({post.id for post in hook.taken}) == 3
+    assert all(post.genuine for post in hook.taken)
+    # Three waited, and one post at a time found out whether somebody is there.
+    first, second = hook.turned_down
+    assert second.at - first.at >= 1
+
+
+def test_refusals_pauses_and_dead_credentials_arrive_and_so_do_their_ends(site, hook, provider, tmp_path):
+    mended, journal = tmp_path / "mended", str(tmp_path / "journal")
+    site.configure(extra=hook.settings())
+    site.add_orgs(application("org_odd", properties={"max_tokens": "many"}), application("org_weak"))
+    site.add_orgs(application("org_dead"), secret="not-the-secret")
+    site.apply(
+        definition("org_odd", "digest", "acme.configured", params={"journal": journal})
+        + definition(
+            "org_weak",
+            "import",
+            "acme.wants_file",
+            params={"file": str(mended), "journal": journal},
+            pause_after_failures=1,
+        )
+        + definition("org_dead", "note", "acme.note", params={"journal": journal})
+    )
+    worker = site.start_worker()
+    for org, name in (("org_odd", "digest"), ("org_weak", "import"), ("org_dead", "note")):
+        site.cli("definitions", "run", org, name)
+
+    refused = hook.wait_for("refused", "firing")
+    assert (refused["org"], refused["reason"], refused["detail"]) == (
+        "org_odd",
+        "settings_invalid",
+        "max_tokens",
+    )
+    assert hook.wait_for("paused", "firing")["definition"] == "import"
+    assert hook.wait_for("credential_dead", "firing")["org"] == "org_dead"
+    # Another worker takes up where this one was: what is open outlives it.
+    assert site.stop_worker(worker) == 0
+    provider.add(application("org_odd", properties={"max_tokens": "1000"}))
+    mended.touch()
+    site.cli(
+        "credentials",
+        "add",
+        "org_dead",
+        "--client-id",
+        "m2m-org_dead",
+        "--secret-file",
+        "-",
+        stdin="secret-of-org_dead",
+    )
+    site.cli("definitions", "resume", "org_weak", "import")
+    for org, name in (("org_odd", "digest"), ("org_weak", "import")):
+        site.cli("definitions", "run", org, name)
+    site.start_worker()
+
+    for kind in ("refused", "paused", "credential_dead", "failed"):
+        assert hook.wait_for(kind, "resolved")["cause"] == hook.wait_for(kind, "firing")["cause"]
+        assert hook.told(kind) == [(kind, "firing"), (kind, "resolved")]
+    assert all(post.genuine for post in hook.taken)
