@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from worker.errors import NotFound, UsageError
+from worker.errors import NotFound, UsageError, WorkerError
 from worker.execution.made_up import LIFETIME
 from worker.execution.trial import Subject, Trial, definition_of
 from worker.execution.work import Runner
@@ -79,35 +79,36 @@ class Orgworker:
             DefinitionError: a key of `definition` is unknown or does not fit.
             AssertionError: a fault that was ordered never came about.
         """
-        _refuse_a_running_loop()
-        given = {job.name: job for job in (*variants, *([handler] if isinstance(handler, Job) else ()))}
-        name = handler.name if isinstance(handler, Job) else handler
-        keys = {**(definition or {}), **({} if params is None else {"params": dict(params)})}
-        parsed = definition_of(org, name, keys)
-        stage = Stage(faults, self.clock)
-        work = _Work(
-            subject=Subject(
-                OrgRef(OrgId(new_id()), org),
-                org,
-                parsed,
-                api_origins=tuple(api_origins) if parsed.api_origins is None else parsed.api_origins,
-            ),
-            handlers=[_handler(wanted, given.get(wanted)) for wanted in parsed.handlers],
-            tokens=StagedTokens(
-                stage,
-                self.clock,
-                properties=properties,
-                flags=flags,
-                scopes=scopes,
-                lifetime=timedelta(seconds=in_seconds(token_lifetime)),
-            ),
-            api=api,
-            place=place,
-            checkpoint=checkpoint,
-            attempts=attempts,
-        )
-        with asyncio.Runner(loop_factory=lambda: LeapingLoop(self.clock)) as runner:
-            finished = runner.run(work.carry(stage, self.clock))
+        with _fixes_shown():
+            _refuse_a_running_loop()
+            given = {job.name: job for job in (*variants, *([handler] if isinstance(handler, Job) else ()))}
+            name = handler.name if isinstance(handler, Job) else handler
+            keys = {**(definition or {}), **({} if params is None else {"params": dict(params)})}
+            parsed = definition_of(org, name, keys)
+            stage = Stage(faults, self.clock)
+            work = _Work(
+                subject=Subject(
+                    OrgRef(OrgId(new_id()), org),
+                    org,
+                    parsed,
+                    api_origins=tuple(api_origins) if parsed.api_origins is None else parsed.api_origins,
+                ),
+                handlers=[_handler(wanted, given.get(wanted)) for wanted in parsed.handlers],
+                tokens=StagedTokens(
+                    stage,
+                    self.clock,
+                    properties=properties,
+                    flags=flags,
+                    scopes=scopes,
+                    lifetime=timedelta(seconds=in_seconds(token_lifetime)),
+                ),
+                api=api,
+                place=place,
+                checkpoint=checkpoint,
+                attempts=attempts,
+            )
+            with asyncio.Runner(loop_factory=lambda: LeapingLoop(self.clock)) as runner:
+                finished = runner.run(work.carry(stage, self.clock))
         stage.check()
         return finished
 
@@ -187,7 +188,8 @@ def _handler(name: str, job: Job | None) -> _Handler:
                     HandlerEntry(name, found.name, found.version, point.value, **_offer(loaded)), loaded
                 )
     raise NotFound(
-        f"no installed distribution offers a handler {name}", fix="give the handler itself, or install it"
+        f"no installed distribution offers a handler {name}",
+        fix="install its distribution (`pip install -e .`), or give the handler itself",
     )
 
 
@@ -200,6 +202,17 @@ def _show_trace(ended: EndedAttempt) -> None:
     trace = (ended.error or {}).get("trace")
     if trace:
         sys.stderr.write(f"attempt {ended.attempt} of {ended.trail.handler}:\n{trace}")
+
+
+@contextmanager
+def _fixes_shown() -> Iterator[None]:
+    """What is wrong with a test says what to do; pytest prints notes, but knows nothing of a fix."""
+    try:
+        yield
+    except WorkerError as error:
+        if error.fix:
+            error.add_note(f"fix: {error.fix}")
+        raise
 
 
 def _refuse_a_running_loop() -> None:

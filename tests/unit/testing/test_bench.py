@@ -276,8 +276,11 @@ def test_an_installed_handler_is_found_by_its_name(orgworker):
 
 
 def test_what_is_wrong_with_the_test_is_said(orgworker):
-    with pytest.raises(NotFound, match=r"handler no\.such"):
+    with pytest.raises(NotFound, match=r"handler no\.such") as raised:
         orgworker.run("no.such")
+    assert raised.value.__notes__ == [
+        "fix: install its distribution (`pip install -e .`), or give the handler itself"
+    ]
     with pytest.raises(DefinitionError, match="time_out"):
         orgworker.run(digest, definition={"time_out": "5m"})
     with pytest.raises(UsageError, match="child process does not reach"):
