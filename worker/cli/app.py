@@ -23,6 +23,7 @@ from worker.cli import (
     doctor,
     handlers,
     keys,
+    new_job,
     orgs,
     run,
     runs,
@@ -43,6 +44,7 @@ app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("apply")(apply.apply)
 app.command("try")(try_run.try_)
+app.command("new-job")(new_job.new_job)
 app.command("check")(checks.check)
 app.command("doctor")(doctor.doctor)
 orgs.app.command("check")(checks.check_orgs)

@@ -84,7 +84,7 @@ async def find_handler(name: str, pass_environment: Sequence[str] = ()) -> Handl
     if not found:
         raise NotFound(
             f"no installed distribution offers a handler {name}",
-            fix=f"`new-job {name}` makes one, `pip install -e {name}` adds it to what is installed",
+            fix=f"install its distribution here, or `new-job {name}` makes one",
         )
     entry = found[0]
     if entry.error is not None:

@@ -207,7 +207,7 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["no.such"], 3, "`new-job no.such` makes one"),
+        (["no.such"], 3, "install its distribution here, or `new-job no.such` makes one"),
         (["acme.broken"], 3, "handler acme.broken of acme-broken 1.0 does not load: ModuleNotFoundError"),
         (["acme.list", "--real"], 2, "--real needs --org"),
         (
