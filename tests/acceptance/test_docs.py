@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.environments import make_environment
 from tests.fakes.installation import installation
 from tests.fakes.pages import PAGES, ROOT, Block, blocks, missing_lines
 from tests.fakes.ports import free_port
@@ -24,17 +24,7 @@ PORTS = ("8470", "8480")
 
 def commands(page: str, tmp_path: Path) -> Path:
     """A folder with `python`, and where the page has `pip` that of an environment that may be added to."""
-    if "pip install" not in page:
-        return Path(sys.executable).parent
-    folder = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    [site] = (folder / "lib").glob("python3*/site-packages")
-    # site.addsitedir, unlike a plain line, also reads the .pth file by which the checkout is installed.
-    (site / "lent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    pip = folder / "bin" / "pip"
-    pip.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {folder}/bin/python "$@"\n')
-    pip.chmod(0o755)
-    return folder / "bin"
+    return make_environment(tmp_path / "venv") if "pip install" in page else Path(sys.executable).parent
 
 
 @pytest.mark.timeout(180)

@@ -1,0 +1,33 @@
+"""A Python environment of a test's own, to which `pip` adds without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+PIP = """\
+#!/bin/sh
+if [ "$1" = install ]; then
+    shift
+    set -- install --no-index --no-build-isolation --disable-pip-version-check "$@"
+fi
+exec {python} -m pip --python {folder}/bin/python "$@"
+"""
+
+
+def make_environment(folder: Path) -> Path:
+    """Make it in a folder that does not exist yet, and return that of its commands.
+
+    What this environment has, it has as well, orgworker included; what is added to it
+    stays its own.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    [site] = (folder / "lib").glob("python3*/site-packages")
+    # site.addsitedir, unlike a plain line, also reads the .pth file by which the checkout is installed.
+    (site / "lent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    pip = folder / "bin" / "pip"
+    pip.write_text(PIP.format(python=sys.executable, folder=folder))
+    pip.chmod(0o755)
+    return folder / "bin"
