@@ -230,8 +230,10 @@ def who_sees(connection: Connection) -> tuple[str, str | None, int]:
 @contextmanager
 def opened(url: str) -> Iterator[Database]:
     database = Database.open(url, clock=ManualClock())
-    yield database
-    database.close()
+    try:
+        yield database
+    finally:
+        database.close()
 
 
 def said_of(url: str) -> list[str]:
