@@ -11,8 +11,9 @@ from typing import Protocol
 from worker.clock import Clock
 from worker.telemetry.events import emit
 
-# Rows deleted by one transaction.
+# Rows deleted by one transaction: runs or skips; and lines or attempts, which are small and many.
 BATCH = 500
+PARTS = 5_000
 # Seconds between two batches: the database's threads belong to the runs.
 PAUSE = 0.05
 # A worker's row says where and how an attempt ran; it is kept as long as somebody may ask.
@@ -20,8 +21,12 @@ WORKERS = timedelta(days=7)
 
 
 class RetentionStore(Protocol):
-    """Each deletes what is older than an age, at most `limit` rows, and says how many."""
+    """Each deletes what is older than an age, at most `limit` rows of a table, and says how many.
 
+    `forget_parts` deletes lines and attempts of the `runs` that `forget_runs` takes next.
+    """
+
+    async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int: ...
     async def forget_skips(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_logs(self, age: timedelta, *, limit: int) -> int: ...
@@ -59,18 +64,23 @@ class Retention:
         store, ages = self._store, self._ages
         runs = 0
         for state, age in ages.runs.items():
-            runs += await self._all(partial(store.forget_runs, state, age))
-        skips = await self._all(partial(store.forget_skips, ages.skips))
-        lines = await self._all(partial(store.forget_logs, ages.logs))
+            runs += await self._all(partial(self._forget_runs, state, age), BATCH)
+        skips = await self._all(partial(store.forget_skips, ages.skips), BATCH)
+        lines = await self._all(partial(store.forget_logs, ages.logs), PARTS)
         workers = await store.forget_workers(ages.workers)
         if runs or skips or lines or workers:
             emit("history.forgotten", runs=runs, skips=skips, lines=lines, workers=workers)
 
-    async def _all(self, forget: Callable[..., Awaitable[int]]) -> int:
+    async def _forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
+        # What goes with a run goes first where it is much: no transaction is long.
+        await self._all(partial(self._store.forget_parts, state, age, runs=limit), PARTS)
+        return await self._store.forget_runs(state, age, limit=limit)
+
+    async def _all(self, forget: Callable[..., Awaitable[int]], limit: int) -> int:
         total = 0
         while True:
-            batch = await forget(limit=BATCH)
+            batch = await forget(limit=limit)
             total += batch
-            if batch < BATCH:
+            if batch < limit:
                 return total
             await self._clock.sleep(PAUSE)

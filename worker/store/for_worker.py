@@ -126,6 +126,10 @@ class WorkerStore:
         """Delete runs that ended in this state longer than `age` ago, with all that is theirs."""
         return await self._database.call(retention.forget_runs, state, age, limit=limit)
 
+    async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int:
+        """Delete lines and attempts of the runs that `forget_runs` takes next."""
+        return await self._database.call(retention.forget_parts, state, age, runs=runs, limit=limit)
+
     async def forget_skips(self, age: timedelta, *, limit: int) -> int:
         """Delete skips older than `age`."""
         return await self._database.call(retention.forget_skips, age, limit=limit)

@@ -37,6 +37,34 @@ def test_an_old_run_goes_with_all_that_belongs_to_it(stock):
     assert stock.all(tables.rollup_hours)[0]["runs"] == 1
 
 
+def test_the_many_lines_and_attempts_of_a_run_go_before_it_a_few_at_a_time(stock):
+    """A run that snoozed for weeks has thousands of attempts; a newer one keeps its own."""
+    org_id, worker_id, count = stock.org(), stock.worker(), 7
+    runs = [stock.run(org_id) for _ in range(2)]
+    for run in runs:
+        stock.put(run)
+        for number in range(1, count + 1):
+            (admitted,) = stock.admit(worker_id)
+            line = LogLine(run.id, number, 1, org_id, stock.now(), "info", "log", "hello")
+            with stock.database.transaction() as connection:
+                statements(connection).append_logs(connection, [line])
+            last = number == count
+            stock.finish(worker_id, stock.ended(admitted, *([] if last else ["waiting"])))
+            if not last:
+                stock.make_available(run.id)
+
+    def some() -> int:
+        with stock.database.transaction() as connection:
+            return retention.forget_parts(connection, "succeeded", timedelta(seconds=-1), runs=1, limit=3)
+
+    assert [some() for _ in range(4)] == [3, 3, 1, 0]
+
+    for table in (tables.attempts, tables.run_logs):
+        assert {row["run_id"] for row in stock.all(table)} == {runs[1].id}
+        assert len(stock.all(table)) == count
+    assert len(stock.all(tables.runs)) == 2
+
+
 def test_an_unfinished_run_is_never_forgotten(stock):
     org_id = stock.org()
     run = stock.run(org_id)

@@ -8,7 +8,10 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.execution.retention import BATCH, Ages, Retention
+from worker.execution.retention import BATCH, PARTS, Ages, Retention
+from worker.settings.sections import RetentionSettings
+from worker.store.tables import FINAL_STATES
+from worker.wiring.ages import ages_of
 
 DAY = timedelta(days=1)
 AGES = Ages(runs={"succeeded": 30 * DAY, "failed": 90 * DAY}, skips=7 * DAY, logs=14 * DAY)
@@ -20,6 +23,10 @@ class Rows:
     def __init__(self, **rows: int) -> None:
         self.rows = rows
         self.asked: dict[str, timedelta] = {}
+        self.batches: list[tuple[str, int]] = []
+
+    async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int:
+        return self._take(f"parts_of_{state}", age, limit)
 
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         return self._take(state, age, limit)
@@ -34,21 +41,37 @@ class Rows:
         return self._take("workers", age, 100)
 
     def _take(self, kind: str, age: timedelta, limit: int) -> int:
-        self.asked[kind] = age
+        if not kind.startswith("parts_of_"):
+            self.asked[kind] = age
         taken = min(self.rows.get(kind, 0), limit)
+        self.batches.append((kind, taken))
         self.rows[kind] = self.rows.get(kind, 0) - taken
         return taken
 
 
 @pytest.mark.anyio
 async def test_everything_old_enough_goes_in_batches_with_pauses_between(clock, emitted):
-    store = Rows(succeeded=2 * BATCH + 1, failed=1, lines=BATCH)
+    store = Rows(succeeded=2 * BATCH + 1, failed=1, lines=PARTS)
 
     await tidied(store, clock)
 
     assert not any(store.rows.values())
     assert emitted[-1].event.name == "history.forgotten"
-    assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": BATCH, "workers": 0}
+    assert emitted[-1].fields == {"runs": 2 * BATCH + 2, "skips": 0, "lines": PARTS, "workers": 0}
+
+
+@pytest.mark.anyio
+async def test_what_goes_with_runs_goes_before_them_and_a_few_at_a_time(clock):
+    store = Rows(succeeded=BATCH + 1, parts_of_succeeded=2 * PARTS + 1)
+
+    await tidied(store, clock)
+
+    assert store.batches[:5] == [
+        *[("parts_of_succeeded", PARTS)] * 2,
+        ("parts_of_succeeded", 1),
+        ("succeeded", BATCH),
+        ("parts_of_succeeded", 0),
+    ]
 
 
 @pytest.mark.anyio
@@ -65,6 +88,22 @@ async def test_each_kind_is_kept_as_long_as_its_setting_says(clock, emitted):
         "workers": 7 * DAY,
     }
     assert emitted == []
+
+
+def test_every_final_state_has_its_age_in_the_settings():
+    settings = RetentionSettings(succeeded=1 * DAY, failed=2 * DAY, skipped=3 * DAY, logs=4 * DAY)
+
+    ages = ages_of(settings)
+
+    assert set(ages.runs) == set(FINAL_STATES)
+    assert ages.runs == {
+        "succeeded": 1 * DAY,
+        "failed": 2 * DAY,
+        "refused": 2 * DAY,
+        "cancelled": 2 * DAY,
+        "skipped": 3 * DAY,
+    }
+    assert (ages.skips, ages.logs) == (3 * DAY, 4 * DAY)
 
 
 async def tidied(store: Rows, clock: ManualClock) -> None:
