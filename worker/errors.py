@@ -27,11 +27,12 @@ class WorkerError(Exception):
     """Base of all errors of the project.
 
     `code` is the stable word for it in JSON and logs, `exit_code` the process exit
-    code, `fix` one sentence that says what to do, `transient` whether another try
-    may help without anybody's doing.
+    code, `fix` one sentence that says what to do (`usual_fix` where none is given),
+    `transient` whether another try may help without anybody's doing.
     """
 
     code = "error"
+    usual_fix = ""
     exit_code = 1
     transient = False
     # Seconds after which another try may help, where that is known.
@@ -40,7 +41,7 @@ class WorkerError(Exception):
     def __init__(self, message: str, *, fix: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.fix = fix
+        self.fix = fix or self.usual_fix
 
 
 class UsageError(WorkerError):
@@ -82,6 +83,7 @@ class DefinitionError(WorkerError):
 
     code = "definition"
     exit_code = 78
+    usual_fix = "correct it and try again, nothing was changed; docs/reference/files.md has every key"
 
     def __init__(self, message: str, *, entry: str = "", field: str = "", fix: str = "") -> None:
         super().__init__(message, fix=fix)
@@ -124,6 +126,7 @@ class Throttled(TokenError):
     """The issuer asked for fewer requests; `retry_after` is in seconds."""
 
     code = "throttled"
+    usual_fix = "wait; lower max_requests_per_second of the issuer where it happens often"
     transient = True
 
     def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
@@ -172,12 +175,14 @@ class IssuerUnavailable(Unavailable):
     """The issuer gave no answer, a 5xx, or no well-formed one."""
 
     code = "issuer_unavailable"
+    usual_fix = "try again; if it lasts, see that the issuer's url in worker.toml is right and can be reached"
 
 
 class StoreUnavailable(Unavailable):
     """The database did not answer."""
 
     code = "database_unavailable"
+    usual_fix = "see that the database is up and can be reached; `config show` says which one it is"
 
 
 class Busy(Unavailable):

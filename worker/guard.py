@@ -59,7 +59,10 @@ class Guard:
         if isinstance(issuer, str):
             issuer = Issuer(name=issuer, profile=load(profile), url=issuer, audience=audience or None)
         if not (audience or issuer.audience):
-            raise ConfigurationError("a guard needs an audience: without one any API's token would do")
+            raise ConfigurationError(
+                "a guard needs an audience: without one any API's token would do",
+                fix="name your API's audience, as it is registered at the provider",
+            )
         self._issuer = issuer
         self._audience = audience or issuer.audience or ""
         self._scopes = frozenset(scopes)

@@ -93,7 +93,7 @@ def next_(
         str | None,
         typer.Option("--from", metavar="T", help="From this instant on; default from what is due."),
     ] = None,
-    count: Annotated[int, typer.Option("-n", metavar="N", min=1, help="How many instants.")] = 10,
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, max=1000, help="How many instants.")] = 10,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Preview the next instants of a definition, or of --schedule, from the very code that fires."""
@@ -104,7 +104,10 @@ def next_(
     elif schedule is None and timezone is None and org is not None and name is not None:
         rows = _upcoming(session, org, name, at, count)
     else:
-        raise UsageError("name either ORG and NAME, or --schedule (with --timezone)")
+        raise UsageError(
+            "it is not said which schedule",
+            fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)",
+        )
     print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
 
 

@@ -81,7 +81,7 @@ def read_duration(text: str, option: str) -> timedelta:
     try:
         return parse_duration(text)
     except ValueError as error:
-        raise UsageError(f"{option}: {error}") from None
+        raise UsageError(f"{option}: {error}", fix="such as 30s, 15m or 2h") from None
 
 
 def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
@@ -103,7 +103,9 @@ def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals):
-            raise UsageError(f"{option} {pair!r} is not NAME=VALUE")
+            raise UsageError(
+                f"{option} {pair!r} is not NAME=VALUE", fix='such as limit=10 or name="two words"'
+            )
         typed[name] = value
     return typed
 
@@ -132,6 +134,10 @@ def read_text(path: str) -> str:
             return typer.get_binary_stream("stdin").read().decode("utf-8")
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", fix="name a file, or - for standard input"
+        ) from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is no UTF-8 text") from None
+        raise UsageError(
+            f"{path} is no UTF-8 text", fix="is it the right file? Else save it as UTF-8"
+        ) from None

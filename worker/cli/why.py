@@ -38,7 +38,10 @@ def why(
             instant = read_instant(at, session.clock, option="--at")
             found = operation.why_instant(connection, org, definition, instant, now=database.now(connection))
         else:
-            raise UsageError("name either RUN, or --org, --definition and --at")
+            raise UsageError(
+                "it is not said what to explain",
+                fix="name either a RUN, or an instant by --org ORG --definition NAME --at T",
+            )
     if output is Format.TABLE:
         print(textwrap.fill(found.sentence, WIDTH, break_long_words=False, break_on_hyphens=False))
     else:

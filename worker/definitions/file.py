@@ -99,9 +99,14 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
         values = json.loads(text, object_pairs_hook=_unique) if format == "json" else tomllib.loads(text)
     except ValueError as error:
         # The parsers' errors are ValueErrors too, and name line and column.
-        raise DefinitionError(f"the file is no {format.upper()}: {error}") from error
+        raise DefinitionError(
+            f"the file is no {format.upper()}: {error}", fix="correct it there; nothing was changed"
+        ) from error
     if not isinstance(values, dict):
-        raise DefinitionError("the file is no table of org, definition and template")
+        raise DefinitionError(
+            "the file is no table of org, definition and template",
+            fix='as JSON it is one object: {"definition": [...]}',
+        )
     return values
 
 

@@ -42,7 +42,10 @@ def backfill(
     """
     start, until = start.astimezone(UTC), until.astimezone(UTC)
     if not 1 <= limit <= MOST_AT_ONCE:
-        raise UsageError(f"limit {limit} is not between 1 and {MOST_AT_ONCE}")
+        raise UsageError(
+            f"limit {limit} is not between 1 and {MOST_AT_ONCE}",
+            fix="it is how many may be unfinished at once",
+        )
     with database.transaction() as connection:
         org_id = orgs.require(connection, org, lock=True)["id"]
         row = definitions.require(connection, org_id, org, name, lock=True)
@@ -112,7 +115,10 @@ def cancel_backfill(
                 fix=f"`definitions backfills --org {org} --definition {name}` names those it has",
             )
         if there["finished_at"] is not None:
-            raise Conflict(f"that backfill of {org}/{name} has ended")
+            raise Conflict(
+                f"that backfill of {org}/{name} has ended",
+                fix=f"nothing of it is left to stop; `runs list --org {org} --definition {name}` lists its runs",
+            )
         now = database.now(connection)
         backfills.change(connection, org_id, there["id"], {"cancelled_at": now, "finished_at": now})
         ended = backfills.end_waiting(connection, org_id, there["id"])
@@ -131,7 +137,9 @@ def _check(row: Row, start: datetime, until: datetime, now: datetime) -> None:
     if row["closed_at"] is not None:
         raise Conflict(f"definition {named} is closed", fix="`apply` a file that has it")
     if start >= until:
-        raise UsageError("the range is empty: --until is not after --from")
+        raise UsageError(
+            "the range is empty: --until is not after --from", fix="--until is the first instant left out"
+        )
     if until > now:
         raise UsageError(
             "the range has not passed yet: what is still to come runs by its schedule",

@@ -27,7 +27,9 @@ def close_definition(database: Database, org: str, name: str, *, actor: str) -> 
         org_id = orgs.require(connection, org, lock=True)["id"]
         row = definitions.require(connection, org_id, org, name, lock=True)
         if row["closed_at"] is not None:
-            raise Conflict(f"definition {org}/{name} is closed already")
+            raise Conflict(
+                f"definition {org}/{name} is closed already", fix="`apply` a file that has it opens it again"
+            )
         if row["template_id"] is not None:
             raise Conflict(
                 f"definition {org}/{name} is made by a template",

@@ -25,7 +25,9 @@ def close_template(database: Database, name: str, *, actor: str) -> Row:
         if before is None:
             raise NotFound(f"there is no template {name}", fix="`templates list` names the templates")
         if before["closed_at"] is not None:
-            raise Conflict(f"template {name} is closed already")
+            raise Conflict(
+                f"template {name} is closed already", fix="`apply` a file that has it opens it again"
+            )
         now = database.now(connection)
         change = TemplateChange("close", before["id"], name, before, before["selector"], before["spec"])
         write_templates(connection, [change], actor=actor, at=now)

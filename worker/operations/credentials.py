@@ -89,7 +89,10 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
         has_secret = found["sealed"] is not None or found["reference"] is not None
         retired = credentials.retire(connection, row["id"], generation, at=at)
         if not retired and not (now and has_secret):
-            raise Conflict(f"generation {generation} of org {org} is retired already")
+            raise Conflict(
+                f"generation {generation} of org {org} is retired already",
+                fix=f"`credentials list {org} --state active` names those that are not",
+            )
         if now:
             credentials.destroy_one(connection, row["id"], generation)
         entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
@@ -106,9 +109,14 @@ def check_client(client_id: str, secret: str | None, reference: str | None) -> N
         UsageError: no client id, or not exactly one of secret and reference.
     """
     if not client_id or not client_id.isprintable():
-        raise UsageError("a credential needs a client id of printable characters")
+        raise UsageError(
+            "a credential needs a client id of printable characters",
+            fix="copy it from the provider's console",
+        )
     if (secret is None) == (reference is None):
-        raise UsageError("a credential is either a secret or the name of a file that holds it")
+        raise UsageError(
+            "a credential is either a secret or the name of a file that holds it", fix="give one of the two"
+        )
     if secret is not None and not secret.strip():
         raise UsageError("the secret is empty", fix="is the file the right one?")
 

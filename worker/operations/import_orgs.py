@@ -149,7 +149,10 @@ def read_lines(lines: Iterable[str], issuers: Collection[str] | None = None) -> 
             line = _read(number, text)
             org_entry.check(line.org, issuers)
             if line.org.code in seen:
-                raise UsageError(f"org {line.org.code} stands in line {seen[line.org.code]} already")
+                raise UsageError(
+                    f"org {line.org.code} stands in line {seen[line.org.code]} already",
+                    fix="an org has one line; leave one of the two out",
+                )
         except UsageError as error:
             raise UsageError(
                 f"line {number}: {error.message}; nothing was imported", fix=error.fix or _FIX
@@ -164,15 +167,15 @@ def _read(number: int, text: str) -> Line:
         value = json.loads(text)
     except ValueError:
         # Not the parser's own words: they may quote the line, and with it the secret.
-        raise UsageError("not JSON") from None
+        raise UsageError("not JSON", fix=_FIX) from None
     if not isinstance(value, Mapping):
-        raise UsageError("not a JSON object")
+        raise UsageError("not a JSON object", fix=_FIX)
     client_id, secret = value.get("client_id"), value.get("client_secret")
     for key in ("client_id", "client_secret"):
         if value.get(key) is not None and not isinstance(value[key], str):
-            raise UsageError(f"{key} is no text")
+            raise UsageError(f"{key} is no text", fix=_FIX)
     if (client_id is None) != (secret is None):
-        raise UsageError("client_id and client_secret come together or not at all")
+        raise UsageError("client_id and client_secret come together or not at all", fix=_FIX)
     if client_id is not None:
         check_client(client_id, secret, None)
     columns = {key: item for key, item in value.items() if key not in ("client_id", "client_secret")}

@@ -59,7 +59,10 @@ def check(entry: OrgEntry, issuers: Collection[str] | None) -> None:
     if not entry.code or not entry.code.isprintable():
         raise UsageError(f"{entry.code!r} is no code of an org", fix="use the org_code of its tokens")
     if entry.max_concurrent_runs < 1 or entry.weight < 1:
-        raise UsageError(f"{named}: max_concurrent_runs and weight are 1 or more")
+        raise UsageError(
+            f"{named}: max_concurrent_runs and weight are 1 or more",
+            fix=f"to let nothing of it run, `orgs pause {entry.code}`",
+        )
     if entry.timezone is not None:
         try:
             parse_zone(entry.timezone)

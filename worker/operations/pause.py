@@ -41,7 +41,10 @@ def _set(database: Database, org: str, name: str, *, actor: str, pause: bool, no
         if row["closed_at"] is not None:
             raise Conflict(f"definition {org}/{name} is closed", fix="`apply` a file that has it")
         if not pause and row["paused_at"] is None:
-            raise Conflict(f"definition {org}/{name} is not paused")
+            raise Conflict(
+                f"definition {org}/{name} is not paused",
+                fix=f"`definitions next {org} {name}` says when it is due",
+            )
         now = database.now(connection)
         values: Row = {
             "paused_at": now if pause else None,

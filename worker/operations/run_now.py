@@ -38,7 +38,9 @@ def run_now(
         DefinitionError: params that the handler does not take.
     """
     if request_key is not None and not (0 < len(request_key) <= 200 and request_key.isprintable()):
-        raise UsageError("a request key has 1 to 200 printable characters")
+        raise UsageError(
+            "a request key has 1 to 200 printable characters", fix="leave it out to have a random one"
+        )
     key = request_key or new_id()
     with database.transaction() as connection:
         org_id = orgs.require(connection, org)["id"]

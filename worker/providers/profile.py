@@ -99,7 +99,10 @@ def load(name: str) -> Profile:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigurationError(f"the profile {name} cannot be read: {error.strerror}") from error
+            raise ConfigurationError(
+                f"the profile {name} cannot be read: {error.strerror}",
+                fix=f"name a file that can be, or one of {', '.join(shipped())}",
+            ) from error
         return parse(text, source=name)
     if name not in shipped():
         raise ConfigurationError(
@@ -122,11 +125,13 @@ def parse(text: str, *, source: str) -> Profile:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"the profile {source} is no TOML: {error}") from error
+        raise ConfigurationError(
+            f"the profile {source} is no TOML: {error}", fix="correct it there"
+        ) from error
     values = {key: _read(key, value, source) for key, value in data.items()}
     missing = [key for key in ("name", "title", "org_asserted_by", "org", "client") if not values.get(key)]
     if missing:
-        raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}")
+        raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}", fix=_LIKE)
     profile = Profile(**values)
     _check(profile, source)
     return profile
@@ -145,10 +150,11 @@ def _check(profile: Profile, source: str) -> None:
         )
     if not profile.max_lifetime > timedelta() or not timedelta() <= profile.leeway <= timedelta(minutes=5):
         raise ConfigurationError(
-            f"the profile {source} needs a max_lifetime above 0 and a leeway between 0s and 5m"
+            f"the profile {source} needs a max_lifetime above 0 and a leeway between 0s and 5m", fix=_LIKE
         )
 
 
+_LIKE = "docs/providers/rfc9068.md explains each key of a profile"
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "org_asserted_by": get_args(Asserter),
     "client_authentication": get_args(ClientAuthentication),
@@ -168,7 +174,9 @@ def _read(key: str, value: Any, source: str) -> Any:
     if key in _CHOICES:
         if value in _CHOICES[key]:
             return value
-        raise ConfigurationError(f"{source}: {key} must be one of {', '.join(_CHOICES[key])}")
+        raise ConfigurationError(
+            f"{source}: {key} cannot be {value!r}", fix=f"name one of {', '.join(_CHOICES[key])}"
+        )
     if kind == "str" and isinstance(value, str):
         return value
     if kind == "bool" and isinstance(value, bool):
@@ -185,8 +193,8 @@ def _read(key: str, value: Any, source: str) -> Any:
     elif key == "errors" and isinstance(value, dict) and set(value.values()) <= set(get_args(FailureClass)):
         return {**STANDARD_ERRORS, **value}
     if not kind:
-        raise ConfigurationError(f"{source}: a profile has no {key!r}")
-    raise ConfigurationError(f"{source}: {key} cannot be {value!r}")
+        raise ConfigurationError(f"{source}: a profile has no {key!r}", fix=_LIKE)
+    raise ConfigurationError(f"{source}: {key} cannot be {value!r}", fix=_LIKE)
 
 
 def _is_texts(value: Any) -> bool:

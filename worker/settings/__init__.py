@@ -115,7 +115,10 @@ def check(said: Said) -> Settings:
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})
             if not isinstance(branch, dict):
-                raise ConfigurationError(f"{where}: {key} is a section, not a value")
+                raise ConfigurationError(
+                    f"{where}: {key} is a section, not a value",
+                    fix="config/worker.toml explains every setting",
+                )
         if value != {} or keys[-1] not in branch:
             branch[keys[-1]] = value
     try:
@@ -138,7 +141,7 @@ def _from_file(path: str | None) -> Said:
             f"{path} cannot be read: {error.strerror}", fix="name another with --config or WORKER_CONFIG"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is no TOML: {error}") from None
+        raise ConfigurationError(f"{path} is no TOML: {error}", fix="correct it there") from None
 
 
 def _found_config() -> str | None:
@@ -181,7 +184,10 @@ def _from_secrets(directory: str) -> Said:
             if len(keys) > 1 and keys[0] in Settings.model_fields and file.is_file():
                 said[keys] = (file.read_text(encoding="utf-8").rstrip("\r\n"), str(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"a file of secrets_dir {directory} cannot be read: {error}") from None
+        raise ConfigurationError(
+            f"a file of secrets_dir {directory} cannot be read: {error}",
+            fix="let the worker's user read it, or take it out of there",
+        ) from None
     return said
 
 

@@ -48,7 +48,10 @@ def lock_sqlite_file(url: str, *, clock: Clock | None = None) -> FileLock:
         holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
         os.close(fd)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise ConfigurationError(f"{path} cannot be locked: {error.strerror}") from error
+            raise ConfigurationError(
+                f"{path} cannot be locked: {error.strerror}",
+                fix="the file must lie on a local file system that knows flock",
+            ) from error
         raise Busy(
             f"another worker holds {path}: {_described(holder)}",
             fix="stop it first; a SQLite file has one worker, several need PostgreSQL",

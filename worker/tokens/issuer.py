@@ -36,10 +36,14 @@ class Issuer:
     def __post_init__(self) -> None:
         for url in (self.url, self.token_endpoint, self.keys_url):
             if url and (fault := fault_of(url)):
-                raise ConfigurationError(f"issuer {self.name}: {url} {fault}")
+                raise ConfigurationError(
+                    f"issuer {self.name}: {url} {fault}",
+                    fix=f"correct it in [issuers.{self.name}] of worker.toml",
+                )
         if not 0 < self.max_requests_per_second <= 10_000:
             raise ConfigurationError(
-                f"issuer {self.name}: max_requests_per_second must be above 0 and at most 10000"
+                f"issuer {self.name}: max_requests_per_second must be above 0 and at most 10000",
+                fix=f"correct it in [issuers.{self.name}] of worker.toml",
             )
 
     @property

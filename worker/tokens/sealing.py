@@ -21,6 +21,7 @@ from worker.errors import ConfigurationError, Conflict
 NONCE_BYTES = 12
 KEY_BYTES = 32
 FORMAT = b"\x01"
+_PUT_BACK = "put the ring back from its copy; what it sealed opens with no other"
 HEADER = "# Keys that seal the client secrets in the database. The last line seals, all of them open.\n"
 
 
@@ -49,16 +50,19 @@ class KeyRing:
                 fix="make one with `python -m worker keys generate`, or put the old one back",
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"the key ring {path} cannot be read: {error}") from None
+            raise ConfigurationError(
+                f"the key ring {path} cannot be read: {error}",
+                fix="let the user of this command read it, as the worker's user does",
+            ) from None
         lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
         keys: dict[str, AESGCMSIV] = {}
         for number, words in enumerate(lines, 1):
             key = _decode_key(words[1]) if len(words) == 2 else None
             if key is None or words[0] in keys:
-                raise ConfigurationError(f"the key ring {path} is damaged at key {number}")
+                raise ConfigurationError(f"the key ring {path} is damaged at key {number}", fix=_PUT_BACK)
             keys[words[0]] = AESGCMSIV(key)
         if not keys:
-            raise ConfigurationError(f"the key ring {path} has no key in it")
+            raise ConfigurationError(f"the key ring {path} has no key in it", fix=_PUT_BACK)
         return cls(path, keys)
 
     @classmethod
@@ -75,9 +79,12 @@ class KeyRing:
             _write(draft, HEADER + _new_line())
             os.link(draft, path)
         except FileExistsError:
-            raise Conflict(f"there is a key ring at {path} already") from None
+            raise Conflict(
+                f"there is a key ring at {path} already",
+                fix="keep it; `keys rekey` seals everything with a new key",
+            ) from None
         except OSError as error:
-            raise ConfigurationError(f"the key ring {path} cannot be written: {error.strerror}") from None
+            raise _unwritable(path, error) from None
         finally:
             draft.unlink(missing_ok=True)
         _flush_directory(path.parent)
@@ -171,7 +178,14 @@ def _rewriting(path: Path) -> Iterator[list[str]]:
             draft.unlink(missing_ok=True)
             os.close(folder)
     except OSError as error:
-        raise ConfigurationError(f"the key ring {path} cannot be written: {error.strerror}") from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"the key ring {path} cannot be written: {error.strerror}",
+        fix="give the command as the owner of its folder, or name another one as secrets_dir",
+    )
 
 
 def _row(org_id: str, credential_id: str, key_id: str) -> bytes:

@@ -98,8 +98,14 @@ class OpenedCredentials:
 
     def _read(self, name: str) -> str:
         if self._secrets_dir is None or Path(name).name != name:
-            raise ConfigurationError(f"the secret {name} is to be a file of secrets_dir, by its bare name")
+            raise ConfigurationError(
+                f"the secret {name} is to be a file of secrets_dir, by its bare name",
+                fix="put the file there; `config show` says which folder it is",
+            )
         try:
             return (self._secrets_dir / name).read_text(encoding="utf-8").rstrip("\r\n")
         except OSError as error:
-            raise ConfigurationError(f"the secret {name} cannot be read: {error.strerror}") from None
+            raise ConfigurationError(
+                f"the secret {name} cannot be read: {error.strerror}",
+                fix="put the file into secrets_dir, where the worker's user can read it",
+            ) from None
