@@ -11,4 +11,6 @@ def run(context: typer.Context) -> None:
     """Start the worker; SIGTERM or Ctrl-C drains it. This is what happens without a command, too."""
     from worker import wiring
 
-    raise typer.Exit(wiring.run_worker(session_of(context).settings))
+    session = session_of(context)
+    session.require_database()
+    raise typer.Exit(wiring.run_worker(session.settings))

@@ -49,6 +49,16 @@ class Session:
         except KeyError:
             return str(os.getuid())
 
+    def require_database(self) -> None:
+        """Refuse to go on where there is no SQLite file: opening one would make it, perhaps in a wrong place.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        file = self.settings.database.sqlite_file
+        if file is not None and not file.exists():
+            raise ConfigurationError(f"there is no database {file.absolute()}", fix=f"`{UPGRADE}` makes it")
+
     @contextmanager
     def database(self, *, any_schema: bool = False) -> Iterator[Database]:
         """The database of the settings, whose schema is this version's unless `any_schema`.
@@ -59,10 +69,8 @@ class Session:
         """
         from worker import wiring
 
-        file = self.settings.database.sqlite_file
-        if not any_schema and file is not None and not file.exists():
-            # Opening it would make an empty file, perhaps in the wrong working directory.
-            raise ConfigurationError(f"there is no database {file.absolute()}", fix=f"`{UPGRADE}` makes it")
+        if not any_schema:
+            self.require_database()
         database = wiring.open_database(self.settings)
         try:
             if not any_schema:

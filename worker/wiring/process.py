@@ -16,12 +16,13 @@ from worker.store.database import Database
 from worker.store.lock import lock_sqlite_file
 from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
+from worker.web.health import Health
 from worker.wiring import open_keyring
 from worker.wiring.alarms import alarms
 from worker.wiring.incarnation import VERSION, Incarnation
 from worker.wiring.signals import Signals
 from worker.wiring.tracing import tracing_of
-from worker.wiring.web import Web
+from worker.wiring.web import Web, metrics_of
 
 # Seconds until an incarnation that could not register is tried again.
 AGAIN = 1.0
@@ -40,7 +41,7 @@ def run(settings: Settings) -> int:
     try:
         with database.autocommit() as connection:
             schema.check(connection)
-        web = Web(settings, clock, version=VERSION)
+        web = Web(settings, clock, Health(metrics_of(settings, version=VERSION)))
         web.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, str(settings.keyring_file))

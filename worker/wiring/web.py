@@ -24,22 +24,27 @@ from worker.web.server import WebServer, bind
 from worker.wiring.issuers import issuers_of
 
 
+def metrics_of(settings: Settings, *, version: str) -> Metrics:
+    """The metrics of this process; they count every event from now on."""
+    metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
+    events.listen(metrics.take)
+    return metrics
+
+
 class Web:
     """Health, metrics, API and dashboard of one process."""
 
-    def __init__(self, settings: Settings, clock: Clock, *, version: str) -> None:
+    def __init__(self, settings: Settings, clock: Clock, health: Health) -> None:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None
-        metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
-        events.listen(metrics.take)
-        self.health = Health(metrics)
+        self.health = health
 
-    def bind(self) -> None:
+    def bind(self, *, needed: bool = False) -> None:
         """Take the address, before anything else of the worker begins.
 
-        A port that is not free is only waited for where it is the default, which nobody
-        asked for: a second worker of this machine works without it.
+        Unless it is `needed`, a port that is not free is only waited for where it is the
+        default, which nobody asked for: a second worker of this machine works without it.
 
         Raises:
             Busy: another process has the port.
@@ -51,7 +56,7 @@ class Web:
         try:
             self._listener = bind(web.listen)
         except Busy:
-            if "listen" in web.model_fields_set:
+            if needed or "listen" in web.model_fields_set:
                 raise
 
     @contextlib.asynccontextmanager

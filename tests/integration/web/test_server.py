@@ -103,10 +103,14 @@ def test_only_a_port_that_was_asked_for_ends_the_worker(monkeypatch):
         def __init__(self, web: WebSettings) -> None:
             self.web = web
 
+    health = Health(Metrics(version="1.0"))
     with bind("127.0.0.1:0") as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(Busy):
-            Web(Said(WebSettings(listen=taken)), SystemClock(), version="1.0").bind()  # type: ignore[arg-type]
+            Web(Said(WebSettings(listen=taken)), SystemClock(), health).bind()  # type: ignore[arg-type]
         default = WebSettings.model_construct(listen=taken, metrics_top_orgs=0)
         default.model_fields_set.clear()
-        Web(Said(default), SystemClock(), version="1.0").bind()  # type: ignore[arg-type]
+        worker = Web(Said(default), SystemClock(), health)  # type: ignore[arg-type]
+        worker.bind()
+        with pytest.raises(Busy):
+            worker.bind(needed=True)
