@@ -15,6 +15,7 @@ from worker.cli import (
     apply,
     audit,
     checks,
+    completion,
     config,
     credentials,
     db,
@@ -27,6 +28,7 @@ from worker.cli import (
     orgs,
     run,
     runs,
+    serve,
     skips,
     templates,
     try_run,
@@ -41,12 +43,14 @@ INTERRUPTED = 130
 app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110})
 
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("apply")(apply.apply)
 app.command("try")(try_run.try_)
 app.command("new-job")(new_job.new_job)
 app.command("check")(checks.check)
 app.command("doctor")(doctor.doctor)
+app.command("completion")(completion.completion)
 orgs.app.command("check")(checks.check_orgs)
 for noun, commands in (
     ("orgs", orgs),
@@ -116,6 +120,7 @@ def invoke(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = _wanted_output(arguments)
+    completion.prepare()
     try:
         code = typer.main.get_command(app).main(
             args=list(arguments), prog_name=_program(), standalone_mode=False
@@ -127,7 +132,7 @@ def invoke(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
-        fix = f"`{context.command_path} --help` says how" if context else ""
+        fix = f"`{context.command_path if context else _program()} --help` says how"
         print_error(UsageError.code, error.format_message().replace("\n", " "), fix, output)
         return UsageError.exit_code
     except Exception as error:
