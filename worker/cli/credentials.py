@@ -15,8 +15,10 @@ from worker.cli.options import (
     LimitOption,
     OrgOption,
     OutputOption,
+    SinceOption,
     StateOption,
     read_duration,
+    read_since,
     read_text,
 )
 from worker.cli.orgs import OrgArgument
@@ -115,19 +117,27 @@ def list_(
     named: OrgOption = None,
     output: OutputOption = Format.TABLE,
     state: StateOption = None,
+    since: SinceOption = None,
     limit: LimitOption = DEFAULT_LIMIT,
     after: AfterOption = None,
 ) -> None:
     """List credentials, newest first, without anything secret; `uses` counts token requests."""
     from worker.store import listing
 
+    session = session_of(context)
     wanted = org or named
-    with session_of(context).database() as database, database.autocommit() as connection:
+    narrowed: dict[str, Any] = {
+        "state": state,
+        "since": read_since(since, session.clock),
+        "limit": limit,
+        "after": after,
+    }
+    with session.database() as database, database.autocommit() as connection:
         if wanted is None:
-            rows = listing.credentials_for_all_orgs(connection, state=state, limit=limit, after=after)
+            rows = listing.credentials_for_all_orgs(connection, **narrowed)
         else:
-            rows = [row for row in listing.credentials(connection, wanted) if state in (None, row["state"])]
-    print_rows(rows, output, columns=COLUMNS, limit=limit if wanted is None else None)
+            rows = listing.credentials(connection, wanted, **narrowed)
+    print_rows(rows, output, columns=COLUMNS, limit=limit)
 
 
 @app.command("verify")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.options import OutputOption
+from worker.cli.options import DEFAULT_LIMIT, LimitOption, OutputOption
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import session_of
 from worker.errors import NotFound
@@ -17,9 +17,23 @@ COLUMNS = ("name", "distribution", "version", "isolation", "scopes", "error")
 
 
 @app.command("list")
-def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """List all handlers, those that do not load with their error."""
-    print_rows(_entries(context), output, columns=COLUMNS, key="name")
+def list_(
+    context: typer.Context,
+    output: OutputOption = Format.TABLE,
+    limit: LimitOption = DEFAULT_LIMIT,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="NAME", help="What follows this name in the list.")
+    ] = None,
+) -> None:
+    """List handlers by name, those that do not load with their error."""
+    from worker.store.paging import check_limit
+
+    check_limit(limit)
+    rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]
+    # Two distributions may offer one name: a page ends between names, so that --after passes over none.
+    while len(rows) > limit and rows[limit]["name"] == rows[limit - 1]["name"] != rows[0]["name"]:
+        limit -= 1
+    print_rows(rows[:limit], output, columns=COLUMNS, key="name", limit=limit)
 
 
 @app.command("show")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,13 +13,14 @@ from worker.cli.options import (
     FileArgument,
     LimitOption,
     NoteOption,
+    OrgOption,
     OutputOption,
     SinceOption,
     StateOption,
     read_since,
     read_text,
 )
-from worker.cli.output import Format, print_row, print_rows
+from worker.cli.output import Format, confirmed, print_row, print_rows, say
 from worker.cli.session import Session, session_of
 from worker.errors import UsageError
 
@@ -113,6 +115,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
 def list_(
     context: typer.Context,
     output: OutputOption = Format.TABLE,
+    org: OrgOption = None,
     state: StateOption = None,
     since: SinceOption = None,
     limit: LimitOption = DEFAULT_LIMIT,
@@ -124,7 +127,12 @@ def list_(
     session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
         rows = listing.orgs_for_all_orgs(
-            connection, state=state, since=read_since(since, session.clock), limit=limit, after=after
+            connection,
+            org=org,
+            state=state,
+            since=read_since(since, session.clock),
+            limit=limit,
+            after=after,
         )
     print_rows(rows, output, columns=COLUMNS, limit=limit)
 
@@ -165,9 +173,22 @@ def suspend(
 
 @app.command("remove")
 def remove(
-    context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
+    context: typer.Context,
+    code: OrgArgument,
+    note: NoteOption = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Ask nothing, as where standard input is no terminal.")
+    ] = False,
+    output: OutputOption = Format.TABLE,
 ) -> None:
-    """As suspend, and destroy its secrets for good; its history stays until retention."""
+    """As suspend, and destroy its secrets for good; its history stays until retention.
+
+    On a terminal it asks before it does so; exit 1 if the answer is no.
+    """
+    question = f"Cancel what runs for {code} and destroy its secrets for good?"
+    if not yes and sys.stdin.isatty() and not confirmed(question):
+        say("nothing was changed")
+        raise typer.Exit(1)
     _move(context, code, "removed", note, output)
 
 
@@ -185,6 +206,6 @@ def _only_issuer(session: Session) -> str:
     if len(names) != 1:
         raise UsageError(
             f"--issuer is missing; worker.toml has {', '.join(names) or 'none'}",
-            fix="" if names else "add a table [issuers.main] to worker.toml",
+            fix="name one of them" if names else "add a table [issuers.main] to worker.toml",
         )
     return names[0]

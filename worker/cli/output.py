@@ -88,6 +88,12 @@ def say(text: str) -> None:
     print(printable(masker.mask(text)), file=sys.stderr)
 
 
+def confirmed(question: str) -> bool:
+    """What the person at the terminal answers; asked on stderr, as every remark. Anything but yes is no."""
+    print(printable(question), "[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def print_error(code: str, message: str, fix: str, output: Format) -> None:
     """An error on stderr: lines for people, one object for programs."""
     if output in (Format.JSON, Format.JSONL):

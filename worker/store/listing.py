@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from worker.store import orgs as org_rows
 from worker.store import tables
-from worker.store.paging import DEFAULT_LIMIT, Row, check_state, page
+from worker.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Row, check_state, page
 
 _orgs = tables.orgs
 _definitions = tables.definitions
@@ -38,17 +37,21 @@ ORG_COLUMNS = (
 def orgs_for_all_orgs(
     connection: Connection,
     *,
+    org: str | None = None,
     state: str | None = None,
     since: datetime | None = None,
     limit: int = DEFAULT_LIMIT,
     after: str | None = None,
 ) -> list[Row]:
-    """Orgs, newest first.
+    """Orgs, newest first; with `org` only the one of that code.
 
     Raises:
+        NotFound: there is no such org.
         UsageError: a state, limit or id that is none.
     """
     query = select(*(_orgs.c[name] for name in ORG_COLUMNS))
+    if org is not None:
+        query = query.where(_orgs.c.id == org_rows.require(connection, org)["id"])
     if state is not None:
         check_state(state, tables.ORG_STATES)
         query = query.where(_orgs.c.state == state)
@@ -98,27 +101,35 @@ def skips_for_all_orgs(
     return _skip_page(connection, [], definition, since, limit, after)
 
 
-def credentials(connection: Connection, org: str) -> list[Row]:
+def credentials(
+    connection: Connection,
+    org: str,
+    *,
+    state: str | None = None,
+    since: datetime | None = None,
+    limit: int = MAX_LIMIT,
+    after: str | None = None,
+) -> list[Row]:
     """One org's credentials, newest generation first, without anything secret.
 
     Raises:
         NotFound: there is no such org.
+        UsageError: a state, limit or id that is none.
     """
-    org_id = org_rows.require(connection, org)["id"]
-    query = _credential_query().where(_credentials.c.org_id == org_id)
-    rows = connection.execute(query.order_by(_credentials.c.generation.desc())).mappings()
-    return [dict(row) for row in rows]
+    mine = _credentials.c.org_id == org_rows.require(connection, org)["id"]
+    return _credential_page(connection, [mine], state, since, limit, after)
 
 
 def credentials_for_all_orgs(
-    connection: Connection, *, state: str | None = None, limit: int = DEFAULT_LIMIT, after: str | None = None
+    connection: Connection,
+    *,
+    state: str | None = None,
+    since: datetime | None = None,
+    limit: int = DEFAULT_LIMIT,
+    after: str | None = None,
 ) -> list[Row]:
-    """Credentials of every org, newest first, without anything secret."""
-    query = _credential_query()
-    if state is not None:
-        check_state(state, ("active", "retired"))
-        query = query.where(_credentials.c.state == state)
-    return page(connection, query, _credentials.c.id, limit=limit, after=after)
+    """As `credentials`, of every org."""
+    return _credential_page(connection, [], state, since, limit, after)
 
 
 def audit(
@@ -179,12 +190,30 @@ def _skip_page(
     return page(connection, query, _skips.c.id, limit=limit, after=after)
 
 
-def _credential_query() -> Select[Any]:
-    return select(
-        _credentials.c.id,
-        _orgs.c.code.label("org"),
-        *(_credentials.c[name] for name in _CREDENTIAL_COLUMNS),
-    ).join(_orgs, _orgs.c.id == _credentials.c.org_id)
+def _credential_page(
+    connection: Connection,
+    where: list[ColumnElement[bool]],
+    state: str | None,
+    since: datetime | None,
+    limit: int,
+    after: str | None,
+) -> list[Row]:
+    if state is not None:
+        check_state(state, ("active", "retired"))
+        where.append(_credentials.c.state == state)
+    query = (
+        select(
+            _credentials.c.id,
+            _orgs.c.code.label("org"),
+            *(_credentials.c[name] for name in _CREDENTIAL_COLUMNS),
+        )
+        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
+        .where(*where)
+    )
+    created_at = _credentials.c.created_at
+    return page(
+        connection, query, _credentials.c.id, limit=limit, after=after, since=since, since_column=created_at
+    )
 
 
 _CREDENTIAL_COLUMNS = (

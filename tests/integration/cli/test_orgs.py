@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 from tests.fakes.cli import CommandLine
+from tests.fakes.site import Completed
 
 SECRET = "Zq7-canary-secret-48151623"
 
@@ -140,3 +145,38 @@ def test_the_states_of_an_org_and_who_moved_it(cli: CommandLine):
     assert move("remove")["state"] == "removed"
     assert cli("orgs", "resume", "org_state", check=False).code == 5
     assert cli("credentials", "list", "org_state", "--state", "active", "-o", "json").json() == []
+
+
+def on_a_terminal(cli: CommandLine, answer: str, *arguments: str) -> Completed:
+    """The command with a terminal as its standard input, where `answer` is typed."""
+    terminal, given = pty.openpty()
+    try:
+        os.write(terminal, f"{answer}\n".encode())
+        command = [sys.executable, "-m", "worker", "--config", str(cli.settings), *arguments]
+        done = subprocess.run(command, stdin=given, capture_output=True, text=True, timeout=60)
+    finally:
+        os.close(terminal)
+        os.close(given)
+    return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def test_on_a_terminal_the_removal_of_an_org_is_asked_about(cli: CommandLine):
+    cli("orgs", "add", "org_asked")
+
+    refused = on_a_terminal(cli, "n", "orgs", "remove", "org_asked")
+    assert (refused.code, refused.out) == (1, "")
+    assert "destroy its secrets for good? [y/N]" in refused.err
+    assert "nothing was changed" in refused.err
+    assert cli("orgs", "show", "org_asked", "-o", "json").json()["state"] == "active"
+
+    assert on_a_terminal(cli, "y", "orgs", "remove", "org_asked", "-o", "json").json()["state"] == "removed"
+
+
+def test_it_is_not_asked_about_where_the_answer_is_given_or_nobody_is_there(cli: CommandLine):
+    for org in ("org_said", "org_script"):
+        cli("orgs", "add", org)
+
+    said = on_a_terminal(cli, "", "orgs", "remove", "org_said", "--yes", "-o", "json")
+
+    assert said.json()["state"] == "removed"
+    assert cli("orgs", "remove", "org_script", "-o", "json").json()["state"] == "removed"
