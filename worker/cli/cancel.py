@@ -82,8 +82,11 @@ def _cancel_many(
         try:
             # One after the other, so that what was done is printed whatever stops it.
             rows.extend(cancel_many(database, which, actor=session.actor, org=org, limit=limit))
-        finally:
-            print_rows(rows, output, columns=DONE)
+        except BaseException:
+            if rows:
+                print_rows(rows, output, columns=DONE)
+            raise
+        print_rows(rows, output, columns=DONE)
     states = [row["state"] for row in rows]
     say(
         f"{states.count('cancelled')} cancelled, {states.count('running')} asked to stop, "

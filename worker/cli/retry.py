@@ -109,8 +109,11 @@ def _retry_many(
             if canary:
                 _try_first(database, making, canary, rows)
             rows.extend(making)
-        finally:
-            _print_made(rows, output)
+        except BaseException:
+            if rows:
+                _print_made(rows, output)
+            raise
+        _print_made(rows, output)
     if len(rows) == limit:
         say(f"there may be more than {limit}: give the command again")
     left = [row for row in rows if row["id"] is None]

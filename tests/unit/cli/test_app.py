@@ -103,7 +103,9 @@ def test_an_error_of_a_file_names_entry_and_field_once(
 
     assert capsys.readouterr().err.splitlines() == [
         "error: definition a/b: timezone: no time zone is named 'X'",
+        f"fix: {DefinitionError.usual_fix}",
         "error: definition a/b, timezone: no such",
+        f"fix: {DefinitionError.usual_fix}",
     ]
 
 
@@ -145,6 +147,8 @@ def test_an_interrupt_exits_130(failing: Callable[[BaseException], None]):
 def test_no_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr("worker.wiring.run_worker", lambda settings: seen.append(settings) or 75)
+    Path("var").mkdir()
+    Path("var/worker.db").touch()
 
     assert invoke(["--set", "execution.poll=2s", *verb]) == 75
     assert [settings.execution.poll.total_seconds() for settings in seen] == [2.0]

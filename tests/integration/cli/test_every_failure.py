@@ -1,0 +1,357 @@
+"""Each command driven into failure: the exit code that is documented, one error that says what to do next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.site import Completed, definition
+from worker.cli.app import app
+
+RUN = "01999999-9999-7999-8999-999999999999"
+FILE = definition("org_acme", "tick", "acme.note", "@yearly")
+SECRET = "Zq7-canary-secret-23421608"
+LINE = json.dumps({"code": "org_b", "name": "B", "issuer": "main", "client_id": "b", "client_secret": SECRET})
+CREDENTIAL = ("--client-id", "b", "--secret-file", "-")
+
+# Each command as it would be right, and what it reads from standard input.
+RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
+    "run": ((), ""),
+    "serve": ((), ""),
+    "demo": (("--seconds", "1"), ""),
+    "apply": (("-",), FILE),
+    "try": (("acme.note",), ""),
+    "new-job": (("acme.fresh",), ""),
+    "check": ((), ""),
+    "doctor": ((), ""),
+    "completion": (("bash",), ""),
+    "orgs add": (("org_new",), ""),
+    "orgs import": (("-",), LINE),
+    "orgs list": ((), ""),
+    "orgs show": (("org_acme",), ""),
+    "orgs pause": (("org_acme",), ""),
+    "orgs resume": (("org_acme",), ""),
+    "orgs suspend": (("org_acme",), ""),
+    "orgs remove": (("org_acme",), ""),
+    "orgs check": (("org_acme",), ""),
+    "credentials add": (("org_acme", *CREDENTIAL), SECRET),
+    "credentials list": ((), ""),
+    "credentials verify": (("org_acme",), ""),
+    "credentials rotate": (("org_acme", *CREDENTIAL), SECRET),
+    "credentials retire": (("org_acme", "1"), ""),
+    "definitions backfill": (("org_acme", "tick", "--from", "2020-01-01", "--until", "2020-01-02"), ""),
+    "definitions backfills": ((), ""),
+    "definitions list": ((), ""),
+    "definitions show": (("org_acme", "tick"), ""),
+    "definitions next": (("org_acme", "tick"), ""),
+    "definitions run": (("org_acme", "tick"), ""),
+    "definitions edit": (("org_acme", "tick", "priority=1"), ""),
+    "definitions pause": (("org_acme", "tick"), ""),
+    "definitions resume": (("org_acme", "tick"), ""),
+    "templates list": ((), ""),
+    "templates show": (("export",), ""),
+    "templates close": (("export",), ""),
+    "runs why": ((RUN,), ""),
+    "runs retry": ((RUN,), ""),
+    "runs cancel": ((RUN,), ""),
+    "runs list": ((), ""),
+    "runs show": ((RUN,), ""),
+    "runs logs": ((RUN,), ""),
+    "skips list": ((), ""),
+    "audit list": ((), ""),
+    "handlers list": ((), ""),
+    "handlers show": (("acme.note",), ""),
+    "db upgrade": ((), ""),
+    "db check": ((), ""),
+    "keys generate": ((), ""),
+    "keys list": ((), ""),
+    "keys rekey": ((), ""),
+    "keys add": ((), ""),
+    "keys remove": (("k00000000",), ""),
+    "config show": ((), ""),
+}
+# These go on without an output of their own to choose.
+WITHOUT_OUTPUT = {"run", "serve", "demo", "completion", "new-job"}
+# Servers change the process they are in, so they get one of their own.
+SERVERS = {"run", "serve"}
+NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job"}
+NEED_NO_DATABASE = NEED_NO_SETTINGS | {"db upgrade", "keys generate", "config show"}
+# Those that look at a database that is there, of whatever version, or not at all.
+TAKE_ANY_SCHEMA = NEED_NO_SETTINGS | {"config show", "keys generate"}
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name))
+
+
+def in_a_process(cli: CommandLine, *arguments: str) -> Completed:
+    command = [sys.executable, "-m", "worker", "--config", str(cli.settings), *arguments]
+    done = subprocess.run(command, cwd=cli.settings.parent, capture_output=True, text=True, timeout=60)
+    return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def failing(cli: CommandLine, command: str, *more: str, code: int, stdin: str | None = None) -> None:
+    """Give a command that must fail, for people and for programs; what it says must be of use."""
+    arguments, given = RIGHT[command]
+    given = given if stdin is None else stdin
+    line = (*command.split(), *(more or arguments))
+    said = in_a_process(cli, *line) if command in SERVERS else cli(*line, stdin=given, check=False)
+    assert said.code == code, said
+    assert said.out == ""
+    error, fix = [row for row in said.err.splitlines() if row.startswith(("error: ", "fix: "))]
+    assert error.startswith("error: ")
+    assert len(fix) > len("fix: ")
+    assert "Traceback" not in said.err
+    assert "error: unexpected" not in said.err
+    if command not in WITHOUT_OUTPUT:
+        for output in ("json", "jsonl"):
+            again = cli(*line, "-o", output, stdin=given, check=False)
+            assert (again.code, again.out) == (code, "")
+            told = json.loads(again.err)["error"]
+            assert set(told) == {"code", "message", "fix"}
+            assert all(told.values()), told
+    assert SECRET not in said.err
+
+
+@pytest.fixture(scope="module")
+def site(cli: CommandLine) -> CommandLine:
+    """With an org, a definition, a template and a run that has ended."""
+    cli("orgs", "add", "org_acme")
+    cli("apply", "-", stdin=FILE)
+    cli(
+        "apply",
+        "-",
+        stdin='[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n',
+    )
+    return cli
+
+
+@pytest.fixture(scope="module")
+def ended(site: CommandLine) -> str:
+    run = site("definitions", "run", "org_acme", "tick", "-o", "id").out.strip()
+    site("runs", "cancel", run)
+    return run
+
+
+def elsewhere(folder: Path, url: str) -> CommandLine:
+    return CommandLine(folder, url)
+
+
+def test_every_command_has_its_right_line_here():
+    assert set(commands(typer.main.get_command(app))) == set(RIGHT)
+
+
+@pytest.mark.parametrize("command", RIGHT)
+def test_an_option_that_is_not_there_exits_2(cli: CommandLine, command: str):
+    failing(cli, command, *RIGHT[command][0], "--nonsense", code=2)
+
+
+@pytest.mark.parametrize("command", sorted(set(RIGHT) - NEED_NO_SETTINGS))
+def test_settings_that_cannot_be_read_exit_78(tmp_path: Path, command: str):
+    cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
+    cli.settings.write_text("[database]\nurl = 7\nnonsense = true\n")
+    failing(cli, command, code=78)
+    cli.settings.write_text("[database")
+    failing(cli, command, code=78)
+    cli.settings.unlink()
+    failing(cli, command, code=78)
+
+
+@pytest.mark.parametrize("command", sorted(set(RIGHT) - NEED_NO_DATABASE))
+def test_a_database_that_is_not_there_exits_78_and_none_is_made(tmp_path: Path, command: str):
+    cli = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
+    failing(cli, command, code=78)
+    assert not (tmp_path / "worker.db").exists()
+
+
+@pytest.mark.parametrize("command", sorted(set(RIGHT) - TAKE_ANY_SCHEMA))
+def test_a_database_of_a_newer_release_exits_78(site: CommandLine, tmp_path: Path, command: str):
+    shutil.copy(site.settings.parent / "worker.db", tmp_path / "worker.db")
+    with sqlite3.connect(tmp_path / "worker.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("DELETE FROM facts WHERE name = 'schema.works_with'")
+    connection.close()
+    failing(elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}"), command, code=78)
+
+
+@pytest.mark.parametrize("command", sorted(set(RIGHT) - NEED_NO_SETTINGS - {"keys generate", "config show"}))
+def test_a_database_that_cannot_be_reached_exits_69(tmp_path: Path, command: str):
+    with socket.socket() as closed:
+        # Bound and not listening: nobody else gets the port, and no connection is taken.
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+        cli = elsewhere(tmp_path, f"postgresql://nobody:{SECRET}@127.0.0.1:{port}/absent")
+        failing(cli, command, code=69)
+
+
+WRONG: list[tuple[str, tuple[str, ...], int]] = [
+    ("run", ("more",), 2),
+    ("serve", ("more",), 2),
+    ("demo", ("--seconds", "soon"), 2),
+    ("completion", ("tcsh",), 2),
+    ("new-job", ("no name",), 2),
+    ("apply", ("absent.toml",), 2),
+    ("try", ("acme.not-here",), 3),
+    ("orgs add", ("org_acme",), 5),
+    ("orgs add", ("org_c", "--issuer", "absent"), 2),
+    ("orgs add", ("org_c", "--timezone", "Mars/Olympus"), 2),
+    ("orgs add", ("org_c", "--weight", "0"), 2),
+    ("orgs import", ("absent.jsonl",), 2),
+    ("orgs list", ("--state", "lost"), 2),
+    ("orgs list", ("--limit", "0"), 2),
+    ("orgs list", ("--since", "soon"), 2),
+    ("orgs list", ("--after", "x"), 3),
+    ("orgs list", ("--org", "absent"), 3),
+    ("orgs show", ("absent",), 3),
+    ("orgs pause", ("absent",), 3),
+    ("orgs resume", ("absent",), 3),
+    ("orgs suspend", ("absent",), 3),
+    ("orgs remove", ("absent",), 3),
+    ("orgs check", ("org_acme", "--all"), 2),
+    ("orgs check", ("absent",), 3),
+    ("credentials add", ("org_acme", "--client-id", "b"), 2),
+    ("credentials add", ("absent", *CREDENTIAL), 3),
+    ("credentials add", ("org_acme", "--client-id", "b", "--secret-file", "absent"), 2),
+    ("credentials list", ("absent",), 3),
+    ("credentials list", ("--state", "lost"), 2),
+    ("credentials list", ("--limit", "1001"), 2),
+    ("credentials verify", ("absent",), 3),
+    ("credentials verify", ("org_acme", "7"), 3),
+    ("credentials rotate", ("absent", *CREDENTIAL), 3),
+    ("credentials rotate", ("org_acme", *CREDENTIAL, "--quiet", "soon"), 2),
+    ("credentials retire", ("org_acme", "7"), 3),
+    ("credentials retire", ("org_acme", "newest"), 2),
+    ("definitions backfill", ("org_acme", "tick", "--from", "2020-01-02", "--until", "2020-01-01"), 2),
+    ("definitions backfill", ("org_acme", "absent", "--from", "2020-01-01", "--until", "2020-01-02"), 3),
+    ("definitions backfill", ("org_acme", "tick", "--from", "2020-01-01", "--until", "2120-01-01"), 2),
+    (
+        "definitions backfill",
+        ("org_acme", "tick", "--from", "2020-01-01", "--until", "2020-01-02", "--cancel"),
+        3,
+    ),
+    ("definitions backfills", ("--org", "absent"), 3),
+    ("definitions list", ("--state", "lost"), 2),
+    ("definitions list", ("--org", "absent"), 3),
+    ("definitions show", ("org_acme", "absent"), 3),
+    ("definitions next", ("org_acme",), 2),
+    ("definitions next", ("org_acme", "absent"), 3),
+    ("definitions next", ("--schedule", "0 0 31 2 *"), 78),
+    ("definitions next", ("--schedule", "nonsense"), 78),
+    ("definitions next", ("--schedule", "@daily", "--timezone", "Mars/Olympus"), 78),
+    ("definitions next", ("--schedule", "@daily", "-n", "0"), 2),
+    ("definitions run", ("org_acme", "absent"), 3),
+    ("definitions run", ("org_acme", "tick", "--param", "nonsense"), 2),
+    ("definitions run", ("org_acme", "tick", "--request-key", ""), 2),
+    ("definitions edit", ("org_acme", "tick", "nonsense=1"), 78),
+    ("definitions edit", ("org_acme", "tick", "priority=1", "--revision", "99"), 5),
+    ("definitions pause", ("org_acme", "absent"), 3),
+    ("definitions resume", ("org_acme", "tick"), 5),
+    ("templates list", ("--state", "lost"), 2),
+    ("templates show", ("absent",), 3),
+    ("templates close", ("absent",), 3),
+    ("runs why", ("--org", "org_acme"), 2),
+    ("runs why", (RUN,), 3),
+    ("runs why", ("--org", "org_acme", "--definition", "absent", "--at", "2020-01-01"), 3),
+    ("runs why", ("--org", "org_acme", "--definition", "tick", "--at", "noon"), 2),
+    ("runs retry", (RUN, "--canary", "1"), 2),
+    ("runs retry", ("--org", "absent"), 3),
+    ("runs retry", (RUN,), 3),
+    ("runs retry", ("--state", "waiting"), 2),
+    ("runs cancel", (RUN, "--dry-run"), 2),
+    ("runs cancel", (RUN,), 3),
+    ("runs cancel", ("--org", "absent"), 3),
+    ("runs list", ("--state", "lost"), 2),
+    ("runs list", ("--limit", "1001"), 2),
+    ("runs list", ("--org", "absent"), 3),
+    ("runs show", (RUN,), 3),
+    ("runs show", ("not-an-id",), 3),
+    ("runs logs", (RUN,), 3),
+    ("skips list", ("--org", "absent"), 3),
+    ("skips list", ("--limit", "0"), 2),
+    ("audit list", ("--org", "absent"), 3),
+    ("handlers list", ("--limit", "0"), 2),
+    ("handlers show", ("absent",), 3),
+    ("keys generate", (), 5),
+    ("keys rekey", ("--batch", "0"), 2),
+    ("keys remove", ("k00000000",), 3),
+]
+
+
+@pytest.mark.parametrize(("command", "more", "code"), WRONG)
+def test_what_is_wrong_exits_with_its_own_code(
+    site: CommandLine, keyring: None, command: str, more: tuple[str, ...], code: int
+):
+    failing(site, command, *more, code=code)
+
+
+@pytest.fixture(scope="module")
+def keyring(site: CommandLine) -> None:
+    site("keys", "generate", check=False)
+
+
+@pytest.mark.parametrize(
+    "command", ["runs retry", "runs cancel", "definitions next", "runs why", "orgs check"]
+)
+def test_a_command_that_names_nothing_exits_2(site: CommandLine, command: str):
+    done = site(*command.split(), "-o", "json", check=False)
+
+    assert (done.code, done.out) == (2, "")
+    assert json.loads(done.err)["error"]["fix"]
+
+
+def test_an_output_that_is_not_known_exits_2_in_words(site: CommandLine):
+    done = site("runs", "list", "-o", "yaml", check=False)
+
+    assert (done.code, done.out) == (2, "")
+    assert "fix: " in done.err
+
+
+def test_a_run_that_has_ended_is_not_cancelled_again(site: CommandLine, ended: str):
+    failing(site, "runs cancel", ended, code=5)
+
+
+def test_a_file_that_says_nothing_of_use_exits_78(site: CommandLine):
+    for text in (
+        "[[definition",
+        "nonsense = 1",
+        definition("org_absent", "tick", "acme.note"),
+        definition("org_acme", "tick", "acme.absent"),
+        definition("org_acme", "tick", "acme.note", "0 0 31 2 *"),
+        definition("org_acme", "tick", "acme.note", timeout="soon"),
+        definition("org_acme", "tick", "acme.note", retry="1"),
+    ):
+        failing(site, "apply", "-", code=78, stdin=text)
+
+
+def test_a_line_that_cannot_be_imported_exits_2_and_never_shows_the_secret(site: CommandLine):
+    for text in (
+        LINE[:-1],
+        "[]",
+        LINE.replace('"main"', '"absent"'),
+        f"{LINE}\n{LINE}",
+        LINE.replace("b", ""),
+    ):
+        failing(site, "orgs import", "-", code=2, stdin=text)
+
+
+def test_without_the_key_ring_nothing_sealed_is_touched(tmp_path: Path, site: CommandLine):
+    site("orgs", "import", "-", stdin=LINE)
+    shutil.copy(site.settings.parent / "worker.db", tmp_path / "worker.db")
+    lost = elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}")
+    for command in ("keys rekey", "keys add", "keys remove", "keys generate", "run", "credentials add"):
+        failing(lost, command, code=78)
