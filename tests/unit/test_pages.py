@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -40,6 +42,17 @@ def test_each_block_has_a_known_kind(page: Path):
 
     kinds = {"sh", "console", "text", "toml", "python", "json", "sql", "mermaid", "yaml", "ini", "dockerfile"}
     assert found <= kinds
+
+
+@pages
+def test_python_on_a_page_compiles_and_imports_what_there_is(page: Path):
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python":
+            tree = ast.parse(block.text, f"{page.name}:{block.line}")
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    module = importlib.import_module(node.module)
+                    assert [each.name for each in node.names if not hasattr(module, each.name)] == []
 
 
 def test_the_handler_of_the_readme_is_one():
