@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generate import commands, database, files, handlers, settings, signals
+from docs.generate import commands, database, files, handlers, settings, signals, testing
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -24,6 +24,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "metrics": signals.metrics,
     "org-keys": files.org_keys,
     "settings": settings.settings,
+    "testing-faults": testing.testing_faults,
+    "testing-finished": testing.testing_finished,
 }
 _PART = re.compile(r"^<!-- generated: ([\w-]+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
 

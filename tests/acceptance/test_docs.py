@@ -19,7 +19,7 @@ from tests.fakes.ports import free_port
 
 RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(page.read_text()))]
 # Addresses that pages name; here each is a free port.
-PORTS = ("8470", "8480")
+PORTS = ("8470", "8480", "8490")
 
 
 def commands(page: str, tmp_path: Path) -> Path:

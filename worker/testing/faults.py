@@ -12,10 +12,12 @@ Duration = timedelta | float | str
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """When it happens: right after the checkpoint of that number, or so long after the run began."""
+    """When it happens: one of the two must be said."""
 
     after_save: int | None = None
+    """Right after the checkpoint of that number, from 1."""
     after: Duration | None = None
+    """So long after the run began: a timedelta, seconds, or text such as `90s`."""
 
     def __post_init__(self) -> None:
         if (self.after_save is None) == (self.after is None):
@@ -38,32 +40,35 @@ class Stop(_Timed):
     """
 
     reason: StopReason = "cancel"
+    """`cancel`, `drain`, `timeout`, `suspended`, `replaced` or `closed`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderDown:
-    """The identity provider does not answer `times` requests for a token, after it has answered `after`.
-
-    The run waits with the reason `no_token`, which counts as nothing.
-    """
+    """The identity provider does not answer: the run waits, `no_token`, which counts as nothing."""
 
     after: int = 0
+    """How many tokens it gives before."""
     times: int = 1
+    """How many requests for a token it does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class WrongOrg:
-    """The provider gives a token of another org, after `after` right ones: the run ends refused."""
+    """The provider gives a token of another org: the run ends `refused(org_mismatch)`."""
 
     org: str = "org_other"
+    """The code of that org."""
     after: int = 0
+    """How many right tokens it gives before."""
 
 
 @dataclass(frozen=True, slots=True)
 class SecretRotated:
-    """After `after` requests with a token the API turns that token down, as 401; a new one it takes."""
+    """The API turns down the token that the run has, as 401; a new one it takes."""
 
     after: int = 0
+    """How many requests with a token it answers before."""
 
 
 Fault = Crash | Stop | ProviderDown | WrongOrg | SecretRotated

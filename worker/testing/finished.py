@@ -18,23 +18,35 @@ class LogLine:
     """A line of the run's log; secrets in it are masked."""
 
     attempt: int
+    """The attempt that wrote it, from 1."""
     level: str
+    """`debug`, `info`, `warning`, `error` or `critical`; what is printed is `info`."""
     text: str
+    """What it says."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One attempt; `state` and `reason` are the run's after it, `error` has type, message and trace."""
+    """One attempt of the run."""
 
     number: int
+    """From 1."""
     handler: str
+    """The handler that was chosen: the definition's, or a variant's."""
     outcome: str
+    """How it ended, as `runs show` has it: `succeeded`, `failed`, `lost`, `handed_back`, …"""
     state: str
+    """The run's state after it: `waiting`, or the one in which it ended."""
     reason: str | None
+    """The reason for that state."""
     detail: str | None
+    """What the reason is about, such as a property's name."""
     error: Mapping[str, str] | None
+    """What went wrong: `type`, `message` and `trace`."""
     started_at: datetime
+    """When it began, by the test's clock."""
     ended_at: datetime
+    """When it ended, by the test's clock."""
 
     @classmethod
     def of(cls, ended: EndedAttempt) -> Self:
@@ -53,22 +65,28 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run as it stands after its last attempt: words and values as `runs show` has them.
-
-    `state` is `waiting` where the attempts that the test allows were not enough.
-    `progress` has done, total and note; `requests` are those that reached the API.
-    """
+    """A run as it stands after its last attempt, in the words and values of `runs show`."""
 
     state: str
+    """How it ended; `waiting` where the attempts that the test allows were not enough."""
     reason: str | None
+    """Why; None for `succeeded`."""
     detail: str | None
+    """What the reason is about, such as the scope that is missing."""
     result: Any
+    """What the handler returned, as it is after JSON."""
     error: Mapping[str, str] | None
+    """What went wrong: `type`, `message` and `trace`."""
     checkpoint: Any
+    """What the run saved last."""
     progress: Mapping[str, Any] | None
+    """What it showed last: `done`, `total` and `note`."""
     attempts: tuple[Attempt, ...]
+    """All attempts, in order."""
     logs: tuple[LogLine, ...]
+    """What they gave to `ctx.log`; in a child also what they printed, or logged in another way."""
     requests: tuple[httpx.Request, ...] = field(repr=False)
+    """The requests that reached `api`."""
 
     @classmethod
     def of(
