@@ -60,6 +60,8 @@ def test_the_wheel_holds_two_packages_and_what_they_need(wheel):
     assert "worker/web/templates/base.html" in names
     assert "worker/py.typed" in names
     assert "worker/providers/kinde.toml" in names
+    skeleton = {name.removeprefix("worker/cli/skeleton/") for name in names if "/skeleton/" in name}
+    assert skeleton == {"README.md.txt", "job.py.txt", "pyproject.toml.txt", "test_job.py.txt"}
     assert "worker/migrations/env.py" in names
     assert "worker/migrations/script.py.mako" in names
     assert any(name.startswith("worker/migrations/versions/0001_") for name in names)
@@ -81,6 +83,15 @@ def test_nothing_else_can_be_imported(bin_folder, tmp_path, name):
     done = run(tmp_path, bin_folder / "python", "-c", f"import {name}")
 
     assert "ModuleNotFoundError" in done.stderr
+
+
+def test_it_makes_a_plugin_and_its_fixture_is_there_for_the_test_of_it(bin_folder, tmp_path):
+    made = run(tmp_path, bin_folder / "orgworker", "new-job", "acme.digest")
+    fixtures = run(tmp_path, bin_folder / "python", "-m", "pytest", "--fixtures", "acme-digest")
+
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "acme-digest" / "acme_digest.py").exists()
+    assert "orgworker -- " in fixtures.stdout, fixtures.stdout
 
 
 @pytest.mark.parametrize("command", [["python", "-m", "worker"], ["orgworker"]], ids=["module", "script"])
