@@ -117,7 +117,7 @@ def cancel_backfill(
         if there["finished_at"] is not None:
             raise Conflict(
                 f"that backfill of {org}/{name} has ended",
-                fix=f"nothing of it is left to stop; `runs list --org {org} --definition {name}` lists its runs",
+                fix=f"nothing is left to stop; `runs list --org {org} --definition {name}` lists its runs",
             )
         now = database.now(connection)
         backfills.change(connection, org_id, there["id"], {"cancelled_at": now, "finished_at": now})

@@ -11,12 +11,13 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
-from worker.runs.why import Why, why_run
-from worker.store import definitions, instants, orgs, run_listing
+from worker.runs.why import Why, last_error, why_run
+from worker.store import causes, definitions, instants, orgs, run_listing
 
 Row = Mapping[str, Any]
 
 _INSTANT = timedelta(microseconds=1)
+_HALF_HOUR = timedelta(minutes=30)
 _YEAR = timedelta(days=366)
 _STOPS = {
     "definition.pause": "the definition was paused",
@@ -42,8 +43,8 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
         NotFound: there is no such run.
     """
     if org is None:
-        return why_run(run_listing.run_for_all_orgs(connection, run_id))
-    return why_run(run_listing.run(connection, org, run_id))
+        return _why_run(connection, run_listing.run_for_all_orgs(connection, run_id))
+    return _why_run(connection, run_listing.run(connection, org, run_id))
 
 
 def why_instant(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
@@ -56,7 +57,7 @@ def why_instant(connection: Connection, org: str, name: str, at: datetime, *, no
     row = definitions.require(connection, org_id, org, name)
     run_id = instants.run_of(connection, org_id, row["id"], at)
     if run_id is not None:
-        return why_run(run_listing.run(connection, org, run_id))
+        return _why_run(connection, run_listing.run(connection, org, run_id))
     skip = instants.skip_of(connection, org_id, row["id"], at)
     revision = instants.revision_at(connection, row["id"], at)
     definition = from_spec(org, name, revision["spec"] if revision else row["spec"])
@@ -83,6 +84,20 @@ def why_instant(connection: Connection, org: str, name: str, at: datetime, *, no
         return _absent(row, at, "was not due for", made, backfill)
     cause = "no run and no skip of it is left: both are deleted when their retention has passed"
     return _absent(row, at, "left no trace in", cause, backfill)
+
+
+def _why_run(connection: Connection, run: Row) -> Why:
+    """The run's own words, and how many other orgs met the same."""
+    org_id = orgs.require(connection, run["org"])["id"]
+    attempt = last_error(run)
+    if attempt is not None:
+        around = attempt["ended_at"] - _HALF_HOUR, attempt["ended_at"] + _HALF_HOUR
+        found = causes.others_that_failed(connection, org_id, attempt["error_cause"], *around)
+    elif run["reason"] == "no_token":
+        found = causes.others_without_token(connection, org_id)
+    else:
+        return why_run(run)
+    return why_run(run, others=found.orgs, more=found.more)
 
 
 def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:
@@ -118,6 +133,7 @@ def _absent(row: Row, at: datetime, is_what: str, cause: str, command: str) -> W
             "scheduled_for": at,
             "state": None,
             "reason": None,
+            "other_orgs": None,
         },
     )
 

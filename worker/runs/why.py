@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,10 +12,16 @@ from worker.clock import to_text
 
 Row = Mapping[str, Any]
 
+# Characters of a checkpoint that are shown in a sentence.
+SHORT = 80
+
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Clauses without a full stop; `next` is one command. `facts` are the row's own words for it."""
+    """Clauses without a full stop; `next` is one command. `facts` are the row's own words for it.
+
+    `others` says how many other orgs met the same, where that can be told.
+    """
 
     what: str
     cause: str
@@ -22,17 +29,20 @@ class Why:
     retry: str
     next: str
     facts: Mapping[str, Any]
+    others: str | None = None
 
     @property
     def sentence(self) -> str:
         """All of it, to be read by a person."""
-        return f"{self.what}: {self.cause}. {_up(self.kept)}. {_up(self.retry)}. Next: `{self.next}`."
+        clauses = [f"{self.what}: {self.cause}", self.others, self.kept, self.retry]
+        return " ".join(f"{_up(clause)}." for clause in clauses if clause) + f" Next: `{self.next}`."
 
     def as_row(self) -> dict[str, Any]:
         return {
             **self.facts,
             "what": self.what,
             "cause": self.cause,
+            "others": self.others,
             "kept": self.kept,
             "retry": self.retry,
             "next": self.next,
@@ -99,8 +109,11 @@ _NEXT_OF_STATE = {
 }
 
 
-def why_run(run: Row) -> Why:
-    """Of one run, from its row of `runs show`."""
+def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
+    """Of one run, from its row of `runs show`.
+
+    So many `others`, orgs that met the same in the hour around it, and perhaps `more`; None if nobody looked.
+    """
     state, reason = str(run["state"]), run["reason"]
     values = _values(run)
     cause = CAUSES.get((state, reason), "its reason is {reason}").format_map(values)
@@ -124,8 +137,27 @@ def why_run(run: Row) -> Why:
             "scheduled_for": run["scheduled_for"],
             "state": state,
             "reason": reason,
+            "other_orgs": others,
         },
+        others=None if others is None else _others(reason, others, more),
     )
+
+
+def last_error(run: Row) -> Row | None:
+    """The attempt that says why a run is as it is, by an error that others may have met as well; if any."""
+    if run["state"] not in ("failed", "refused") and run["reason"] not in ("retry", "recovered"):
+        return None
+    ended = [attempt for attempt in run.get("attempts") or () if attempt["ended_at"] is not None]
+    return ended[-1] if ended and ended[-1]["error_cause"] is not None else None
+
+
+def _others(reason: str | None, count: int, more: bool) -> str:
+    met = "met the same error in the hour around it"
+    if reason == "no_token":
+        met = "waits for a token now" if count < 2 else "wait for a token now"
+    if not count:
+        return f"no other org {met}"
+    return f"{'at least ' if more else ''}{count} other org{'s' if count > 1 else ''} {met}"
 
 
 def _is(state: str) -> str:
@@ -141,13 +173,17 @@ def _kept(run: Row, state: str) -> str:
     kept = []
     if state == "succeeded":
         kept.append("its result")
-    if run.get("checkpoint") is not None:
-        kept.append("the checkpoint that it saved last")
+    checkpoint = run.get("checkpoint")
+    if checkpoint is not None:
+        text = json.dumps(checkpoint)
+        kept.append("the checkpoint that it saved last" + (f" ({text})" if len(text) <= SHORT else ""))
     if run.get("attempts"):
         kept.append("its attempts and their log")
-    return (
-        f"kept are {', '.join(kept)}" if kept else "nothing of it had begun, so nothing is kept but this row"
-    )
+    if not kept:
+        return "nothing of it had begun, so nothing is kept but this row"
+    if checkpoint is None and state != "succeeded" and _had_started(run):
+        kept[-1] += ", but no checkpoint: it would begin at the start again"
+    return f"kept are {', '.join(kept)}"
 
 
 def _retry(run: Row, state: str) -> str:
@@ -155,11 +191,15 @@ def _retry(run: Row, state: str) -> str:
         return "a retry is possible once it has ended"
     if state == "waiting":
         return "a retry is not needed: it goes on by itself"
-    if not any(attempt["handler_started_at"] for attempt in run.get("attempts") or ()):
+    if not _had_started(run):
         return "a retry is safe: its handler never started"
     if state == "succeeded":
         return "a retry does its work again, under the same idempotency key"
     return "a retry is safe where its handler sends the idempotency key, which stays the same: it had started"
+
+
+def _had_started(run: Row) -> bool:
+    return any(attempt["handler_started_at"] for attempt in run.get("attempts") or ())
 
 
 def _values(run: Row) -> dict[str, str]:

@@ -11,12 +11,14 @@ from sqlalchemy import update
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
 from worker.errors import NotFound
+from worker.ids import new_id
+from worker.operations.close import close_definition
 from worker.operations.org_state import set_org_state
 from worker.operations.pause import pause_definition, resume_definition
 from worker.operations.run_now import run_now
 from worker.operations.why import why, why_instant
 from worker.runs.fire import decide
-from worker.store import runs, tables
+from worker.store import causes, orgs, runs, tables
 
 HOUR = timedelta(hours=1)
 FILE = """
@@ -162,3 +164,121 @@ def test_a_run_by_hand_of_that_very_instant_is_found(ask, database, rows, clock)
     run = run_now(database, "org_acme", "digest", actor="kim")
 
     assert ask(clock.now()).facts["run"] == run["id"]
+
+
+THREE = """
+[[org]]
+code = "{org}"
+issuer = "main"
+
+[[definition]]
+org = "{org}"
+name = "digest"
+handler = "acme.plain"
+schedule = "@yearly"
+"""
+
+
+@pytest.fixture
+def failed(apply, database, rows):
+    """A failed run of each of three orgs, by org; `end` ends an attempt of one as it is told."""
+    for org in ("org_a", "org_b", "org_c"):
+        apply(THREE.format(org=org))
+
+    def end(org: str, cause: str | None, *, ago: timedelta = timedelta(0), error: bool = True) -> str:
+        run = run_now(database, org, "digest", actor="kim")
+        at = rows.now() - ago
+        with database.transaction() as connection:
+            connection.execute(
+                tables.attempts.insert().values(
+                    run_id=run["id"],
+                    attempt=1,
+                    org_id=orgs.require(connection, org)["id"],
+                    worker_id=new_id(),
+                    fencing_token=1,
+                    handler="acme.plain",
+                    started_at=at,
+                    handler_started_at=at,
+                    ended_at=at,
+                    outcome="failed",
+                    error={"type": "KeyError", "message": "'title'"} if error else None,
+                    error_cause=cause,
+                )
+            )
+        rows.set_ended(run["id"])
+        return run["id"]
+
+    return end
+
+
+def why_of(database, run: str):
+    with database.autocommit() as connection:
+        return why(connection, run)
+
+
+def test_it_counts_the_other_orgs_that_met_the_same_error_in_that_hour(database, failed):
+    mine = failed("org_a", "KeyError: <text>")
+    failed("org_a", "KeyError: <text>")
+    assert why_of(database, mine).others == "no other org met the same error in the hour around it"
+
+    failed("org_b", "KeyError: <text>", ago=timedelta(minutes=20))
+    failed("org_b", "KeyError: <text>")
+    failed("org_c", "ValueError: <n>")
+    failed("org_c", "KeyError: <text>", ago=timedelta(hours=2))
+    found = why_of(database, mine)
+    assert found.facts["other_orgs"] == 1
+    assert "1 other org met the same error" in found.sentence
+
+
+def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, failed, rows):
+    waiting = [run_now(database, org, "digest", actor="kim")["id"] for org in ("org_a", "org_b", "org_c")]
+    with database.transaction() as connection:
+        connection.execute(
+            update(tables.live_runs).where(tables.live_runs.c.id.in_(waiting[:2])).values(reason="no_token")
+        )
+
+    assert why_of(database, waiting[0]).others == "1 other org waits for a token now"
+    assert why_of(database, waiting[2]).others is None
+
+
+def test_more_rows_than_are_looked_at_are_at_least_so_many(database, failed, monkeypatch):
+    monkeypatch.setattr(causes, "MOST", 2)
+    mine = failed("org_a", "KeyError: <text>")
+    for org in ("org_b", "org_c", "org_b"):
+        failed(org, "KeyError: <text>")
+
+    assert why_of(database, mine).others.startswith("at least ")
+
+
+def test_a_closed_definition_is_the_cause_of_what_did_not_come(ask, database, rows, clock):
+    if database.dialect == "postgresql":
+        pytest.skip("its clock cannot be moved")
+    close_definition(database, "org_acme", "digest", actor="kim")
+    clock.advance(5 * HOUR)
+
+    found = ask(whole_hour(rows.now()))
+
+    assert found.cause.startswith("the definition was closed by kim at ")
+    assert ask(whole_hour(rows.now()) + HOUR).cause == "and will not be due: the definition is closed"
+
+
+def test_a_definition_that_says_enabled_false_is_the_cause(apply, database, rows, ask):
+    apply(FILE.replace('spread = "off"', 'spread = "off"\nenabled = false'))
+
+    assert ask(whole_hour(rows.now())).cause == "the definition says enabled = false"
+    assert ask(whole_hour(rows.now()) + HOUR).cause == (
+        "and will not be due while the definition says enabled = false"
+    )
+
+
+def test_a_held_run_says_what_it_is_behind(apply, database):
+    apply(FILE.replace('spread = "off"', 'spread = "off"\noverlap = "queue_one"'))
+    on = run_now(database, "org_acme", "digest", actor="kim")
+    held = run_now(database, "org_acme", "digest", actor="kim")
+
+    found = why_of(database, held["id"])
+
+    assert held["reason"] == "held"
+    assert found.cause.startswith("an earlier run of its definition is on")
+    assert found.next == "runs list --org org_acme --definition digest --state running"
+    assert why_of(database, on["id"]).facts["reason"] == "due"

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 
 from worker.cli.app import app
-from worker.runs.why import CAUSES, NEXT, why_run
+from worker.runs.why import CAUSES, NEXT, last_error, why_run
 from worker.store.tables import WAITING_REASONS
 
 AT = datetime(2030, 1, 1, 3, tzinfo=UTC)
@@ -91,7 +91,7 @@ def test_a_failure_names_the_error_and_what_is_kept():
     why = why_run(run("failed", "error", attempts=attempts, checkpoint={"done": 3}))
 
     assert why.cause == "its handler raised KeyError: 'title'"
-    assert why.kept == "kept are the checkpoint that it saved last, its attempts and their log"
+    assert why.kept == 'kept are the checkpoint that it saved last ({"done": 3}), its attempts and their log'
     assert "idempotency key" in why.retry
     assert why.next == f"runs retry {RUN} --from-checkpoint"
 
@@ -110,3 +110,55 @@ def test_a_run_that_is_asked_to_stop_says_so():
 
 def test_an_unknown_reason_of_a_newer_release_is_named():
     assert why_run(run("failed", "eclipse")).cause == "its reason is eclipse"
+
+
+def test_a_long_checkpoint_is_not_quoted():
+    why = why_run(run("failed", "error", checkpoint={"seen": ["article"] * 20}))
+
+    assert why.kept == "kept are the checkpoint that it saved last"
+
+
+def test_without_a_checkpoint_it_says_where_a_retry_begins():
+    why = why_run(run("failed", "error", attempts=[{"handler_started_at": AT}]))
+
+    assert why.kept.endswith(
+        "its attempts and their log, but no checkpoint: it would begin at the start again"
+    )
+    assert why.next == f"runs retry {RUN}"
+
+
+@pytest.mark.parametrize(
+    ("reason", "others", "more", "said"),
+    [
+        ("error", 0, False, "No other org met the same error in the hour around it."),
+        ("error", 1, False, "1 other org met the same error in the hour around it."),
+        ("error", 40, False, "40 other orgs met the same error in the hour around it."),
+        ("error", 40, True, "At least 40 other orgs met the same error in the hour around it."),
+        ("no_token", 0, False, "No other org waits for a token now."),
+        ("no_token", 1, False, "1 other org waits for a token now."),
+        ("no_token", 2, False, "2 other orgs wait for a token now."),
+    ],
+)
+def test_it_says_whether_it_is_this_org_alone(reason: str, others: int, more: bool, said: str):
+    why = why_run(run("waiting" if reason == "no_token" else "failed", reason), others=others, more=more)
+
+    assert said in why.sentence
+    assert why.as_row()["other_orgs"] == others
+
+
+def test_where_nobody_looked_nothing_is_said_of_others():
+    why = why_run(run("succeeded", None))
+
+    assert (why.others, why.facts["other_orgs"]) == (None, None)
+    assert "other org" not in why.sentence
+
+
+def test_only_an_end_that_is_the_runs_reason_is_compared_with_others():
+    ended = {"ended_at": AT, "error_cause": "KeyError: <text>", "handler_started_at": AT}
+
+    assert last_error(run("failed", "error", attempts=[ended])) == ended
+    assert last_error(run("waiting", "retry", attempts=[ended])) == ended
+    assert last_error(run("waiting", "due", attempts=[ended])) is None
+    assert last_error(run("succeeded", None, attempts=[ended])) is None
+    assert last_error(run("failed", "error", attempts=[ended | {"error_cause": None}])) is None
+    assert last_error(run("failed", "error")) is None
