@@ -1,26 +1,36 @@
 """While a release is rolled out, workers of the one before it run on the schema of the new one.
 
-Active from the second migration on: the first has no release before it.
+Tried twice: this tree's worker on the schema of a next release that is made up here, and
+the worker of the git history before the newest migration on this tree's schema. The
+latter from the second migration on: the first has no release before it.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.handlers import install_handlers
-from tests.fakes.site import Site, application, definition, opened, wait_until
+from tests.fakes.releases import ROOT, check_out_the_commit_before, git, make_the_next, start
+from tests.fakes.site import Site, application, definition, opened
 from worker.demo.provider import serve_provider
 from worker.store import schema
 
-ROOT = Path(__file__).parents[2]
 NEWEST = max(schema.folder().glob("versions/[0-9]*_*.py"))
+ADD = 'op.add_column("runs", sa.Column("note", sa.Text(), nullable=True))'
+DROP = 'op.drop_column("runs", "note")'
+
+
+def test_this_worker_runs_on_the_schema_of_a_next_release_that_expands_it(tmp_path: Path, database_url: str):
+    after = tmp_path / "after"
+    migration = make_the_next(after, upgrade=ADD, downgrade=DROP)
+
+    assert_the_older_runs(tmp_path, database_url, older=ROOT, newer=after)
+
+    assert "Expand first" in migration.read_text()
+    assert f"works_with = '{schema.head()}'" in migration.read_text()
 
 
 @pytest.mark.skipif(schema.head() == "0001", reason="there is no migration before this one")
@@ -29,52 +39,60 @@ def test_the_worker_of_the_commit_before_the_newest_migration_runs_on_its_schema
 ):
     before = tmp_path / "before"
     check_out_the_commit_before(NEWEST, before)
+
+    assert_the_older_runs(tmp_path, database_url, older=before, newer=ROOT)
+
+
+def assert_the_older_runs(folder: Path, database_url: str, *, older: Path, newer: Path) -> None:
+    """The older tree's worker, started on the newer one's schema, carries a run to its end and drains."""
     provider, thread = serve_provider()
-    with thread, opened(Site(tmp_path, database_url, provider)) as site:
+    with thread, opened(Site(folder, database_url, provider)) as site:
         site.configure()
         install_handlers(site.plugins)
         site.migrate()
+        assert start(site, newer, "db", "upgrade").wait(timeout=60) == 0, site.log_text()
         site.add_orgs(application("org_acme"))
-        params = {"journal": str(tmp_path / "journal")}
+        params = {"journal": str(folder / "journal")}
         site.apply(definition("org_acme", "tick", "acme.note", "every 1s", params=params))
 
-        old = start_old_worker(site, before)
+        worker = start(site, older, "run")
         try:
-            wait_until(
-                lambda: [run for run in site.runs() if run["state"] == "succeeded"],
-                "a run by the worker of the release before",
-                timeout=60,
-            )
-            assert not [run for run in site.runs() if run["state"] == "failed"]
+            site.wait_for_end(definition="tick", timeout=60)
+            assert {run["state"] for run in site.runs()} <= {"waiting", "running", "succeeded"}
         finally:
-            old.send_signal(signal.SIGTERM)
-            assert old.wait(timeout=60) == 0
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(timeout=60) == 0, site.log_text()
 
 
-def check_out_the_commit_before(migration: Path, folder: Path) -> None:
-    """The tree of the commit before the one that added the migration."""
-    added = git("log", "--diff-filter=A", "--format=%H", "--", str(migration.relative_to(ROOT))).split()[-1]
-    folder.mkdir()
-    archive = folder / "tree.tar"
-    git("archive", "--output", str(archive), f"{added}^")
-    with tarfile.open(archive) as tree:
-        tree.extractall(folder, filter="data")
+def test_the_older_tree_is_that_of_the_commit_before_the_migration(tmp_path: Path):
+    repository = tmp_path / "repository"
+    migration = repository / "versions" / "0002_more.py"
+    commit(repository, "0001_first.py")
+    commit(repository, "0002_more.py")
+    commit(repository, "0003_other.py")
+
+    check_out_the_commit_before(migration, tmp_path / "before", repository)
+
+    assert [path.name for path in (tmp_path / "before" / "versions").iterdir()] == ["0001_first.py"]
 
 
-def start_old_worker(site: Site, code: Path) -> subprocess.Popen[bytes]:
-    """A worker of that tree, on the database of the new one."""
-    environment = os.environ | {"PYTHONPATH": f"{code}:{site.plugins}"}
-    with site.log.open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "worker", "--config", str(site.settings), "run"],
-            cwd=code,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+def test_a_clone_without_its_history_fails_and_says_how_to_get_it(tmp_path: Path):
+    repository, shallow = tmp_path / "repository", tmp_path / "shallow"
+    for name in ("0001_first.py", "0002_more.py"):
+        commit(repository, name)
+    git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{repository}", str(shallow))
+
+    with pytest.raises(RuntimeError, match="git fetch --unshallow"):
+        check_out_the_commit_before(shallow / "versions" / "0002_more.py", tmp_path / "before", shallow)
+    with pytest.raises(RuntimeError, match="no commit adds versions/0003_new.py"):
+        check_out_the_commit_before(repository / "versions" / "0003_new.py", tmp_path / "before", repository)
 
 
-def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout
+def commit(repository: Path, name: str) -> None:
+    """One commit that adds a migration; the first makes the repository."""
+    (repository / "versions").mkdir(parents=True, exist_ok=True)
+    git(repository, "init", "--quiet")
+    (repository / "versions" / name).write_text("")
+    git(repository, "add", "--all")
+    named = ("-c", "user.name=tester", "-c", "user.email=tester@example.com")
+    git(repository, *named, "commit", "--quiet", "--message", f"Add {name}")
