@@ -12,6 +12,9 @@ from worker.definitions.definition import Definition
 from worker.definitions.units import format_duration
 from worker.orgs.org import OrgEntry
 
+# What the reader of the file puts in place of a key that the class itself must have.
+FILLED_IN = {(OrgEntry, "name"): "the code"}
+
 
 def org_keys() -> str:
     return _keys(OrgEntry)
@@ -25,7 +28,8 @@ def _keys(owner: type) -> str:
     words = attributes(owner)
     rows = []
     for field in dataclasses.fields(owner):
-        rows.append((code(field.name), _default(field), words[field.name][1]))
+        default = FILLED_IN.get((owner, field.name)) or _default(field)
+        rows.append((code(field.name), default, words[field.name][1]))
     return table(("key", "default", "meaning"), rows)
 
 

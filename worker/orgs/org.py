@@ -50,7 +50,7 @@ class OrgEntry:
     code: str
     """As in its tokens (`org_code`); at most 200 characters, no slash."""
     name: str
-    """For people; default the code."""
+    """For people."""
     issuer: str
     """A table `[issuers.NAME]` of worker.toml."""
     max_concurrent_runs: int = MAX_CONCURRENT_RUNS
