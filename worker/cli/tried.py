@@ -81,7 +81,7 @@ def fix_for(row: Mapping[str, Any], entry: HandlerEntry, *, real: bool, debugged
             return f"{how}, or mend the handler's model; its settings are {_named(entry.settings_schema)}"
         case "scope_missing" if not real:
             return f"--scope {detail} as well, or leave --scope out: then the token has all that is needed"
-        case "no_token" | "scope_missing" | "org_mismatch" | "client_mismatch" | "token_invalid":
+        case "no_token" | "scope_missing" | "org_mismatch" | "client_mismatch" | "token_invalid" if real:
             return f"`orgs check {org}` says what is wrong with its token"
         case "error" if is_params_invalid(row["error"]):
             return f"--param NAME=VALUE; the handler takes {_named(entry.params_schema)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,7 +73,7 @@ def try_(
     session = session_of(context)
     params = read_pairs(param or (), option="--param")
     properties = split_pairs(property_ or (), option="--property")
-    flags = read_pairs(flag or (), option="--flag")
+    flags = _read_flags(flag or ())
     entry = asyncio.run(trying.find_handler(handler, session.settings.execution.pass_environment))
     with ExitStack() as open_:
         wish = trying.Wish(
@@ -99,6 +99,17 @@ def try_(
     if fix := fix_for(row, entry, real=real, debugged=pdb):
         say(f"fix: {fix}")
     return FAILED
+
+
+def _read_flags(pairs: Iterable[str]) -> dict[str, Any]:
+    flags = read_pairs(pairs, option="--flag")
+    for name, value in flags.items():
+        if not isinstance(value, bool | int | float | str):
+            raise UsageError(
+                f"--flag {name} has a value that no flag of a token can have",
+                fix="true, false, a number or a text",
+            )
+    return flags
 
 
 def _say_trace(ended: EndedAttempt) -> None:

@@ -217,6 +217,7 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
         ),
         (["acme.list", "--org", "org_acme", "--real"], 78, "`python -m worker db upgrade` makes it"),
         (["acme.list", "--org", ""], 2, "--org is empty"),
+        (["acme.list", "--flag", "beta=null"], 2, "fix: true, false, a number or a text"),
         (["acme.list", "--param", "x"], 2, "--param 'x' is not NAME=VALUE"),
     ],
 )
