@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, text
 
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, StoreUnavailable
 from worker.store import roles, schema
 
 TEMPLATE = Path(__file__).parents[2] / "migrations" / "script.py.mako"
@@ -24,6 +26,34 @@ def test_a_migrator_gives_up_on_a_lock_and_on_a_long_statement(postgres_url: str
         ).scalar_one()
 
     assert (shown, held) == (["5s", "10min"], 1)
+
+
+def test_two_migrators_of_one_empty_database_go_one_after_the_other(postgres_url: str):
+    with ThreadPoolExecutor(2) as both:
+        for done in [both.submit(schema.upgrade, postgres_url) for _ in range(2)]:
+            done.result()
+
+    with schema.migrating(postgres_url) as connection:
+        assert schema.current(connection) == schema.head()
+
+
+def test_a_migration_behind_a_long_query_gives_up_and_changes_nothing(
+    migrated_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(schema, "_SETTINGS", ("SET LOCAL lock_timeout = '100ms'",))
+    with psycopg.connect(migrated_postgres_url) as reader:
+        reader.execute("SELECT count(*) FROM runs")
+
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            add_columns(migrated_postgres_url, "orgs", "runs")
+
+    add_columns(migrated_postgres_url, "orgs", "runs")
+
+
+def add_columns(url: str, *names: str) -> None:
+    with schema.migrating(url) as connection:
+        for name in names:
+            connection.execute(text(f"ALTER TABLE {name} ADD COLUMN note text"))
 
 
 def test_all_org_data_is_parted_by_the_migrations_themselves(migrated_postgres_url: str):
