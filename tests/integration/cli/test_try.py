@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +63,12 @@ def snooze(ctx: BlockingContext) -> Snooze:
 def slow(ctx: BlockingContext) -> None:
     time.sleep(30)
 
+@job("acme.wait")
+async def wait(ctx: Context) -> None:
+    print("started", flush=True)
+    await ctx.cancelled.wait()
+    raise RuntimeError(ctx.cancelled.reason)
+
 @job("acme.list")
 def lists(ctx: BlockingContext) -> dict:
     return dict(ctx.settings)
@@ -71,6 +80,7 @@ HANDLERS = {
     "acme.exit": "exit",
     "acme.snooze": "snooze",
     "acme.slow": "slow",
+    "acme.wait": "wait",
     "acme.list": "lists",
 }
 
@@ -174,6 +184,31 @@ def test_an_error_is_shown_with_its_trace_from_the_handler_on(line):
     assert "acme_jobs_of_try.py" in trace[1]
     assert "KeyError: 'missing'" in trace
     assert "KeyError: 'missing'" in done.out
+
+
+def test_ctrl_c_cancels_it(line):
+    command = [
+        sys.executable,
+        "-m",
+        "worker",
+        "--config",
+        str(line.settings),
+        "try",
+        "acme.wait",
+        "-o",
+        "json",
+    ]
+    environment = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as tried:
+        assert tried.stderr is not None
+        assert tried.stderr.readline() == "info    started\n"
+        tried.send_signal(signal.SIGINT)
+        out, _ = tried.communicate(timeout=60)
+
+    assert tried.returncode == 1
+    assert (json.loads(out)["state"], json.loads(out)["reason"]) == ("cancelled", "requested")
 
 
 def test_a_property_that_is_no_setting_is_remarked_on(line):
