@@ -19,6 +19,7 @@ import psutil
 import psycopg
 from psycopg.rows import dict_row
 
+from tests.fakes.log import faults_of
 from worker.demo.applications import Application
 from worker.demo.provider import Provider
 
@@ -308,7 +309,9 @@ def toml_value(value: Any) -> str:
 
 @contextlib.contextmanager
 def opened(site: Site) -> Iterator[Site]:
+    """Close it at the end; what its workers have logged must be as documented."""
     try:
         yield site
     finally:
         site.close()
+    assert faults_of(site.log_text()) == []

@@ -32,7 +32,7 @@ from worker.execution.offers import Offers
 from worker.execution.plans import Plan, Plans
 from worker.execution.redact import redacted
 from worker.execution.stopping import stopped
-from worker.execution.telling import tell_admission
+from worker.execution.telling import tell_admission, tell_fault
 from worker.execution.terms import Terms
 from worker.execution.work import Runner, Work
 from worker.runs.outcome import (
@@ -49,7 +49,6 @@ from worker.runs.outcome import (
 )
 from worker.runs.retry import settle
 from worker.runs.run import Isolation
-from worker.telemetry.events import emit
 from worker.telemetry.tracing import traceparent
 
 # Seconds that a run without a token waits where the issuer does not say, and at most.
@@ -89,7 +88,7 @@ async def attempt(held: Held, tools: Tools) -> EndedAttempt:
     except WorkerError as error:
         outcome = Failed(Error(type(error).__name__, error.message), permanent=True)
     except Exception as error:
-        emit("loop.failed", loop="attempt", error=f"{type(error).__name__}: {error}")
+        tell_fault(held, error)
         outcome = Failed(Error(type(error).__name__, "the worker itself failed at this run"))
     if held.moved:
         # Being lost is counted from the last checkpoint that moved.

@@ -10,12 +10,11 @@ from worker.execution.attempt import Tools, attempt
 from worker.execution.begin import begin
 from worker.execution.finisher import Finisher, FinishStore
 from worker.execution.holdings import Held, Holdings
-from worker.execution.telling import tell_end
+from worker.execution.telling import tell_end, tell_fenced_out, tell_unstorable
 from worker.execution.work import StopReason
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
-from worker.telemetry.events import emit
 
 # The reason a run ends cancelled for, in its row -> what its handler is told.
 STOP_REASONS: dict[str, StopReason] = {
@@ -47,7 +46,7 @@ class Carrier:
         self._on_free = on_free
         self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()
-        self.finisher = Finisher(store, tools.clock, on_written=self._written)
+        self.finisher = Finisher(store, tools.clock, on_written=self._written, on_unstorable=self._unstorable)
 
     @property
     def running(self) -> int:
@@ -99,5 +98,8 @@ class Carrier:
             tell_end(ended, held)
             self._on_end(ended, held)
         else:
-            emit("run.fenced_out", run=ended.run_id, fencing_token=ended.fencing_token)
+            tell_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, held)
         self._on_free()
+
+    def _unstorable(self, ended: EndedAttempt, error: Exception) -> None:
+        tell_unstorable(ended, error, self._holdings.get(ended.run_id))

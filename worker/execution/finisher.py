@@ -30,7 +30,8 @@ class Finisher:
     """Flushes all that ended since its last flush in one statement.
 
     `on_written` hears of every end once it is settled: written, or found to be
-    another incarnation's by now (`accepted` false).
+    another incarnation's by now (`accepted` false); `on_unstorable` of one that the
+    database does not take as it is, with why.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Finisher:
         clock: Clock,
         *,
         on_written: Callable[[EndedAttempt, bool], None],
+        on_unstorable: Callable[[EndedAttempt, Exception], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._on_written = on_written
+        self._on_unstorable = on_unstorable
         self._ended: list[EndedAttempt] = []
         self._some = asyncio.Event()
         self._idle = asyncio.Event()
@@ -85,6 +88,7 @@ class Finisher:
                 if batch[0].reason == "result_unstorable":
                     emit("loop.failed", loop="finisher", error=type(error).__name__)
                     await self._clock.sleep(RETRY)
+                self._on_unstorable(batch[0], error)
                 batch = [unstorable(batch[0], error)]
                 continue
             for ended in batch:
@@ -94,7 +98,6 @@ class Finisher:
 
 def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
     """The same end as failed(result_unstorable), without what the database did not take."""
-    emit("result.unstorable", run=ended.run_id, attempt=ended.attempt, error=type(error).__name__)
     return replace(
         ended,
         outcome="failed",

@@ -102,7 +102,7 @@ class Inline:
     async def _body(
         self, work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger
     ) -> Outcome:
-        THIS_RUN.set(ThisRun(work.handler, work.run_id))
+        THIS_RUN.set(ThisRun(work.org_code, work.run_id, work.attempt, work.handler))
         try:
             job = self._job(work.entry_point)
             ctx = self._context(given_for(work, job, log, self._clock), line, cancelled)

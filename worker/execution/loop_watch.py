@@ -9,9 +9,8 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from worker.telemetry.events import emit
 
@@ -20,12 +19,13 @@ PATIENCE = 1.0
 TICK = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class ThisRun:
+class ThisRun(NamedTuple):
     """Whose code a context belongs to; also that of tasks which the handler has started."""
 
+    org: str
+    run: str
+    attempt: int
     handler: str
-    run_id: str
 
 
 _watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
@@ -70,8 +70,7 @@ class LoopWatch:
                 run = _run_of(asyncio.current_task(loop))
                 emit(
                     "loop.blocked",
-                    handler=None if run is None else run.handler,
-                    run=None if run is None else run.run_id,
+                    **({} if run is None else run._asdict()),
                     where=None if frame is None else _place(frame),
                     seconds=round(now - ticked_at, 1),
                 )

@@ -10,10 +10,10 @@ from typing import Protocol
 
 from worker.errors import Unavailable
 from worker.execution.holdings import Holdings
+from worker.execution.telling import tell_fenced_out
 from worker.ids import RunId
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
-from worker.telemetry.events import emit
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Reconciler:
             if held is None or held.run.fencing_token != fencing_token:
                 continue
             if owned.get(run_id) != fencing_token:
-                emit("run.fenced_out", run=run_id, fencing_token=fencing_token)
+                tell_fenced_out(run_id, held.run.attempt, fencing_token, held)
                 held.stop.kill()
         if not renewal.registered:
             self._on_lost()

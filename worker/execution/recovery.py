@@ -60,4 +60,12 @@ class Recovery:
 def tell(recovered: Sequence[Recovered]) -> None:
     """One event for each run that was taken from a dead worker."""
     for run in recovered:
-        emit("run.recovered", run=run.run_id, attempt=run.attempt, worker=run.worker, state=run.state)
+        emit(
+            "run.recovered",
+            org=run.org,
+            run=run.run_id,
+            definition=run.definition,
+            attempt=run.attempt,
+            worker=run.worker,
+            state=run.state,
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.errors import Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
 from worker.store import audit, definitions, run_ends
@@ -16,12 +17,13 @@ from worker.telemetry.events import emit
 ACTOR = "worker"
 
 
-def count_failures(database: Database, org_id: OrgId, definition_id: DefinitionId) -> int:
+def count_failures(database: Database, org_id: OrgId, definition_id: DefinitionId) -> int | None:
     """How many of the definition's newest runs failed or were refused, one after the other.
 
     Backfills, cancelled and skipped runs do not count; a success, an edit, a pause and a
     resume begin the count anew. At `pause_after_failures` the definition is paused,
-    with a note that names the last run, an audit row and an event.
+    with a note that names the last run, an audit row and an event. None where it must
+    be and cannot, for example since its schedule does not compute; an event tells of that, too.
     """
     with database.autocommit() as connection:
         row = definitions.find_by_id(connection, org_id, definition_id)
@@ -30,13 +32,19 @@ def count_failures(database: Database, org_id: OrgId, definition_id: DefinitionI
         failed = _failed(connection, row)
         if failed == row["consecutive_failures"] and not _must_pause(row, failed):
             return failed
-    with database.transaction() as connection:
-        row = definitions.require_by_id(connection, org_id, definition_id)
-        failed = _failed(connection, row)
-        definitions.set_failures(connection, org_id, definition_id, failed)
-        pauses = _must_pause(row, failed)
-        if pauses:
-            _pause(connection, row, failed, database)
+    try:
+        with database.transaction() as connection:
+            row = definitions.require_by_id(connection, org_id, definition_id)
+            failed = _failed(connection, row)
+            definitions.set_failures(connection, org_id, definition_id, failed)
+            pauses = _must_pause(row, failed)
+            if pauses:
+                _pause(connection, row, failed, database)
+    except Unavailable:
+        raise
+    except WorkerError as error:
+        emit("definition.failed", org=row["org"], definition=row["name"], error=error.message)
+        return None
     if pauses:
         emit("definition.paused", org=row["org"], definition=row["name"], failures=failed)
     return failed

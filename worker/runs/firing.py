@@ -72,11 +72,16 @@ class FireReport:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A run taken from a dead worker: `state` is waiting, or failed past `max_recoveries`."""
+    """A run taken from a dead worker: `state` is waiting, or failed past `max_recoveries`.
+
+    `org` is the org's code, `definition` the definition's name; None where that row is gone.
+    """
 
     run_id: RunId
     org_id: OrgId
     definition_id: DefinitionId
+    org: str | None
+    definition: str | None
     attempt: int
     worker: str
     state: str

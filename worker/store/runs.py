@@ -14,6 +14,7 @@ from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import RunContext
 from worker.store import tables
 from worker.store.connection import database_now
+from worker.store.names import names_for_all_orgs
 from worker.store.sql import AbandonedRun, Specs, statements
 
 Decide = Callable[[DueDefinition, datetime], Decision]
@@ -80,6 +81,7 @@ def _recover(connection: Connection, others_than: WorkerId | None, default: int)
     if not abandoned:
         return []
     most = _max_recoveries(connection, abandoned, default)
+    names = names_for_all_orgs(connection, (run.definition_id for run in abandoned))
     now = database_now(connection)
     recovered: list[Recovered] = []
     for worker_id in sorted({run.worker_id for run in abandoned}):
@@ -94,6 +96,7 @@ def _recover(connection: Connection, others_than: WorkerId | None, default: int)
                 attempt.run_id,
                 attempt.org_id,
                 attempt.definition_id,
+                *names[attempt.definition_id],
                 attempt.attempt,
                 worker_id,
                 attempt.state,

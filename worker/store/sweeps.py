@@ -12,6 +12,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.chunks import chunks
 from worker.store.connection import database_now
+from worker.store.names import Names, names_for_all_orgs
 from worker.store.sql import statements
 from worker.store.sql.ending import Rollups
 
@@ -25,11 +26,13 @@ _workers = tables.workers
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """A waiting run that a sweep changed."""
+    """A waiting run that a sweep changed; `names` are those of its org and definition."""
 
     run_id: RunId
     org_id: OrgId
     definition_id: DefinitionId
+    names: Names
+    attempt: int
     state: str
     reason: str
 
@@ -103,6 +106,7 @@ def end_waiting(
         ).all()
         if not rows:
             continue
+        names = names_for_all_orgs(connection, (row.definition_id for row in rows))
         now = database_now(connection)
         connection.execute(delete(_live).where(_live.c.id.in_([row.id for row in rows])))
         for row in rows:
@@ -120,7 +124,8 @@ def end_waiting(
                     progress=row.progress,
                 )
             )
-            ended.append(Swept(row.id, row.org_id, row.definition_id, state, reason))
+            called = names[row.definition_id]
+            ended.append(Swept(row.id, row.org_id, row.definition_id, called, row.attempt, state, reason))
     if ended:
         hot = statements(connection)
         now = database_now(connection)

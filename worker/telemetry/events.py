@@ -55,10 +55,15 @@ EVENTS: Mapping[str, Event] = _table(
     (
         "loop.blocked",
         "warning",
-        "handler run where seconds",
+        "org run attempt handler where seconds",
         "the worker's loop has stood still for so long, because of an inline handler where one is named",
     ),
-    ("loop.failed", "error", "loop error", "a loop met an error it did not expect and goes on"),
+    (
+        "loop.failed",
+        "error",
+        "loop error org run attempt",
+        "a loop met an error it did not expect and goes on",
+    ),
     (
         "clock.went_back",
         "warning",
@@ -116,16 +121,36 @@ EVENTS: Mapping[str, Event] = _table(
         "org run definition handler attempt fencing_token lateness",
         "a run is this worker's; it starts so many seconds after it was available",
     ),
-    ("run.changed", "debug", "org run definition state reason detail", "the state of a run is another"),
+    (
+        "run.changed",
+        "debug",
+        "org run definition attempt state reason detail",
+        "the state of a run is another",
+    ),
     (
         "run.ended",
         "info",
         "org run definition handler attempt outcome state reason detail seconds error_cause",
         "an attempt ended, and this is what became of its run",
     ),
-    ("run.fenced_out", "warning", "run fencing_token", "a run held here is another's now; it is killed"),
-    ("run.recovered", "warning", "run attempt worker state", "a run of a worker that is gone was taken up"),
-    ("result.unstorable", "error", "run attempt error", "the database refuses a result; the run is failed"),
+    (
+        "run.fenced_out",
+        "warning",
+        "org run attempt fencing_token",
+        "a run held here is another's now; it is killed",
+    ),
+    (
+        "run.recovered",
+        "warning",
+        "org run definition attempt worker state",
+        "a run of a worker that is gone was taken up",
+    ),
+    (
+        "result.unstorable",
+        "error",
+        "org run attempt error",
+        "the database refuses a result; the run is failed",
+    ),
     (
         "logs.dropped",
         "warning",
@@ -167,7 +192,7 @@ EVENTS: Mapping[str, Event] = _table(
         "runs seconds",
         "the lease was renewed in time: so many runs go on, after so long",
     ),
-    ("child.killed", "warning", "run reason", "a run's processes were killed"),
+    ("child.killed", "warning", "org run attempt reason", "a run's processes were killed"),
     ("handlers.loaded", "info", "distribution version handlers", "a distribution offers so many handlers"),
     (
         "handler.broken",

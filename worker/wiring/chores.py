@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from worker.definitions.zone_data import zone_data_version
-from worker.errors import Unavailable, WorkerError
+from worker.errors import Unavailable
 from worker.execution.failures import FailureWatch
 from worker.execution.holdings import Held
 from worker.execution.housekeeping import Housekeeping
@@ -93,9 +93,7 @@ class Chores:
             except Unavailable:
                 self._failures.put_back(taken)
                 raise
-            except WorkerError as error:
-                emit("definition.failed", org=org_id, definition=definition_id, error=error.message)
-            else:
+            if failures is not None:
                 self._failures.counted(key, failures)
             taken.pop()
 

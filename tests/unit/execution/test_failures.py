@@ -82,8 +82,8 @@ def test_a_success_after_a_success_is_left_until_it_is_forgotten(watch: FailureW
 
 def test_a_run_lost_too_often_is_counted(watch: FailureWatch) -> None:
     run = held().run
-    lost = Recovered(run.id, OrgId("o"), DefinitionId("d"), 4, "w", "failed")
-    again = Recovered(run.id, OrgId("o"), DefinitionId("e"), 2, "w", "waiting")
+    lost = Recovered(run.id, OrgId("o"), DefinitionId("d"), "org_a", "d", 4, "w", "failed")
+    again = Recovered(run.id, OrgId("o"), DefinitionId("e"), "org_a", "e", 2, "w", "waiting")
 
     watch.recovered([lost, again])
 

@@ -25,6 +25,7 @@ class Store:
         self.batches: list[list[EndedAttempt]] = []
         self.away = False
         self.fenced: set[RunId] = set()
+        self.unstorable: list[tuple[RunId, type[Exception]]] = []
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         if self.away:
@@ -40,7 +41,12 @@ async def running(
     store: Store, clock: ManualClock
 ) -> AsyncIterator[tuple[Finisher, list[tuple[EndedAttempt, bool]]]]:
     written: list[tuple[EndedAttempt, bool]] = []
-    finisher = Finisher(store, clock, on_written=lambda one, accepted: written.append((one, accepted)))
+    finisher = Finisher(
+        store,
+        clock,
+        on_written=lambda one, accepted: written.append((one, accepted)),
+        on_unstorable=lambda one, error: store.unstorable.append((one.run_id, type(error))),
+    )
     task = asyncio.create_task(finisher.run())
     try:
         yield finisher, written
@@ -84,6 +90,7 @@ async def test_one_unstorable_result_fails_alone(clock: ManualClock) -> None:
         "good": ("succeeded", None),
         "bad": ("failed", "result_unstorable"),
     }
+    assert store.unstorable == [("bad", ValueError)]
 
 
 async def test_an_end_that_was_fenced_out_is_told_as_such(clock: ManualClock) -> None:

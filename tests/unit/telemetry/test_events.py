@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.log import documented
 from worker.telemetry import events
 from worker.telemetry.events import EVENTS, Emitted, emit, listen
 
@@ -83,3 +84,24 @@ def test_every_call_in_the_package_names_an_event_and_fields_of_the_table():
     ]
 
     assert unknown == []
+
+
+def test_an_event_of_a_run_says_whose_it_is_and_which_attempt():
+    fields_of = {name: set(event.fields) for name, event in EVENTS.items()}
+    whose = {
+        name for name, fields in fields_of.items() if "run" in fields and not {"org", "attempt"} <= fields
+    }
+    whose |= {name for name, fields in fields_of.items() if "definition" in fields and "org" not in fields}
+    assert whose == set()
+    silent = [
+        (place, name)
+        for place, name, fields in calls_of_emit()
+        if ("run" in fields or name.startswith("run.")) and not {"org", "run", "attempt"} <= fields
+    ]
+    assert silent == []
+
+
+def test_the_page_has_exactly_these_events_and_fields():
+    page = {name: fields for name, fields in documented().items() if name != "log"}
+
+    assert page == {name: set(event.fields) for name, event in EVENTS.items()}

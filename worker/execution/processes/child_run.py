@@ -88,7 +88,7 @@ class ChildRun(asyncio.Protocol):
             self.close()
         self._output.close()
         if ended.why in ("out_of_memory", "frozen"):
-            emit("child.killed", run=self._work.run_id, reason=ended.why)
+            self._tell_kill(ended.why)
         if ended.memory:
             self._link.used(ended.memory)
         outcome = outcome_of_end(self._said, ended, self._stop, memory=self._work.memory)
@@ -203,8 +203,12 @@ class ChildRun(asyncio.Protocol):
                 interrupted = True
                 self._signal("interrupt")
             await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
-        emit("child.killed", run=self._work.run_id, reason=stop.reason or "lease lost")
+        self._tell_kill(stop.reason or "lease lost")
         self._signal("kill")
+
+    def _tell_kill(self, reason: str) -> None:
+        work = self._work
+        emit("child.killed", org=work.org_code, run=work.run_id, attempt=work.attempt, reason=reason)
 
     # output
 
