@@ -94,6 +94,8 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("failed", "result_unstorable"): "runs logs {id}",
     ("failed", "lost"): "runs logs {id}",
     ("refused", "settings_invalid"): "handlers show {handler}",
+    # A retry would end the same: what counts is what the org's newest token says.
+    ("skipped", "flag_off"): "orgs check {org}",
     ("waiting", "due"): "orgs show {org}",
     ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
     ("waiting", "no_token"): "orgs check {org}",

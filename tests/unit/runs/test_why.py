@@ -104,6 +104,10 @@ def test_what_never_started_is_safe_to_retry():
     assert why.next == "orgs check org_acme"
 
 
+def test_a_retry_is_not_named_where_a_flag_that_is_off_would_end_it_the_same():
+    assert why_run(run("skipped", "flag_off")).next == "orgs check org_acme"
+
+
 def test_a_run_that_is_asked_to_stop_says_so():
     assert why_run(run("running", None, cancel_requested_at=AT)).cause.endswith("and was asked to stop")
 
