@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.fakes.handlers import install_handlers
 from tests.fakes.hook import Hook
+from tests.fakes.image import Image, built, why_not
 from tests.fakes.site import Site, opened
 from worker.demo.provider import Provider, serve_provider
 
@@ -80,3 +82,14 @@ def shared_site(
     yield make
     for site in made:
         site.close()
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    """The image of config/Containerfile; where nobody may make one the test fails, or says so to a user."""
+    reason = why_not()
+    if reason is not None and os.getuid() != 0 and "CI" not in os.environ:
+        pytest.skip(f"what is deployed is NOT tested: {reason}")
+    assert reason is None, f"what is deployed cannot be tested here: {reason}"
+    with built(tmp_path_factory.mktemp("image")) as made:
+        yield made

@@ -1,52 +1,98 @@
-"""A worker as a container runs it: as process 1 of its own table, on a root that cannot be written."""
+"""The image of config/Containerfile in a container: its user, a read-only root, one volume, process 1."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.fakes.handlers import read_journal
-from tests.fakes.site import application, definition, wait_until
-
-# The folder of the database stays writable, and /var/tmp, as a container's volume and its tmpfs would.
-ENTRY = """
-mount --bind "$1" "$1" && mount -t tmpfs tmpfs /var/tmp && mount -o remount,ro,bind / || exit 99
-cd "$1" && shift && exec "$@"
-"""
-UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+from tests.fakes.handlers import install_handlers, read_journal
+from tests.fakes.image import Image
+from tests.fakes.site import Site, application, definition, opened, wait_until
+from worker.demo.provider import Provider
 
 
-def can_unshare() -> bool:
-    if os.getuid() != 0 or shutil.which("unshare") is None:
-        return False
-    return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+class Container(Site):
+    """An installation whose every command is a container of its own; they share the volume."""
+
+    def __init__(self, image: Image, folder: Path, provider: Provider) -> None:
+        self.image = image
+        self.volume = folder / "volume"
+        self.etc = folder / "etc"
+        self.volume.mkdir()
+        self.etc.mkdir()
+        super().__init__(self.volume, f"sqlite:///{self.volume}/worker.db", provider)
+        install_handlers(self.plugins)
+        self.configure(execution='drain = "2s"')
+        (self.etc / "worker.toml").write_text(self.inside(self.settings.read_text()))
+        self.settings.unlink()
+        for path in (self.volume, *self.volume.rglob("*")):
+            os.chown(path, *map(int, image.user.split(":")))
+
+    def inside(self, text: str) -> str:
+        """The text with paths of the volume as they are in a container."""
+        return text.replace(str(self.volume), self.image.volume)
+
+    def command(self, *arguments: str) -> list[str]:
+        given = map(self.inside, arguments or self.image.command)
+        plugins = self.inside(str(self.plugins))
+        return self.image.run(self.volume, self.etc, *self.image.entrypoint, *given, PYTHONPATH=plugins)
+
+    def shell(self, script: str) -> str:
+        """What a script prints that runs in a container in place of the image's command."""
+        command = self.image.run(self.volume, self.etc, "sh", "-c", script)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return done.stdout + done.stderr
 
 
-pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs root and namespaces")
+@pytest.fixture
+def container(image: Image, tmp_path: Path, provider: Provider) -> Iterator[Container]:
+    with opened(Container(image, tmp_path, provider)) as made:
+        yield made
 
 
-def test_a_worker_runs_as_process_1_on_a_read_only_root(site, journal):
-    site.configure(execution='drain = "2s"')
-    site.add_orgs(application("org_a"))
-    params = {"journal": str(journal), "steps": 300, "pause": 0.2}
-    site.apply(
+def test_nothing_but_the_volume_can_be_written_and_the_user_has_no_rights(container: Container):
+    tried = ["/", "/etc/orgworker", "/opt/orgworker", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "$PWD"]
+
+    shown = container.shell(f"for at in {' '.join(tried)}; do touch $at/x 2>/dev/null && echo $at; done")
+    assert shown.split() == [container.image.volume]
+    shown = container.shell("id -u; id -g; id -G; echo $$; grep -E '^(Cap|NoNew)' /proc/self/status")
+    uid, gid, groups, pid, *status = shown.splitlines()
+    assert (uid, gid, groups, pid) == ("10001", "10001", "10001", "1")
+    assert all(set(line.split()[1]) == {"0"} for line in status if line.startswith("Cap"))
+    assert "NoNewPrivs:\t1" in status
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(container: Container):
+    journal = container.volume / "journal"
+    container.migrate()
+    container.add_orgs(application("org_a"))
+    params = {"journal": container.inside(str(journal)), "steps": 300, "pause": 0.2}
+    container.apply(
         definition("org_a", "steps", "acme.steps", params=params)
+        + definition("org_a", "note", "acme.note", params=params)
         + definition("org_a", "crash", "acme.segfault", max_attempts=1)
     )
-    outer = site.start_worker(before=[*UNSHARE, "sh", "-c", ENTRY, "sh", str(site.folder)])
-    site.wait_for_handlers("acme.steps")
+    outer = container.start_worker()
+    container.wait_for_handlers("acme.steps")
     [worker] = psutil.Process(outer.pid).children()
-    site.cli("definitions", "run", "org_a", "crash")
-    assert site.wait_for_end(definition="crash")["detail"] == "signal SIGSEGV"
+    assert (Path("/proc") / str(worker.pid) / "status").read_text().split("NSpid:")[1].split()[1] == "1"
+
+    container.cli("definitions", "run", "org_a", "note")
+    assert container.wait_for_end(definition="note")["state"] == "succeeded"
+    container.cli("definitions", "run", "org_a", "crash")
+    assert container.wait_for_end(definition="crash")["detail"] == "signal SIGSEGV"
 
     # The zygote's death leaves the run, its grandchild and their zombies to process 1.
-    site.cli("definitions", "run", "org_a", "steps")
+    container.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: read_journal(journal, "grandchild"), "the grandchild")
+    assert {child.uids().real for child in worker.children(recursive=True)} == {10001}
     [zygote] = [child for child in worker.children() if "worker.execution.zygote" in child.cmdline()]
     zygote.kill()
     wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
@@ -56,5 +102,14 @@ def test_a_worker_runs_as_process_1_on_a_read_only_root(site, journal):
 
     worker.send_signal(signal.SIGTERM)
     assert outer.wait(20) == 0
-    [run] = site.runs(definition="steps")
+    [run] = container.runs(definition="steps")
     assert (run["state"], run["reason"]) == ("waiting", "handed_back")
+    assert [path.name for path in container.volume.glob("orgworker-*")] == []
+
+
+def test_a_second_container_on_the_same_file_names_the_first_and_is_to_be_tried_later(container: Container):
+    container.migrate()
+    container.start_worker()
+    container.wait_for_handlers("acme.note")
+
+    assert container.cli("run", check=False).code == 75
