@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fakes.plugins import make_plugin
+from worker.testing import Crash
+
 UNUSED = """\
 import sys
 
@@ -27,6 +30,22 @@ async def greet(ctx: Context) -> str:
 
 def test_it_greets(orgworker):
     assert orgworker.run(greet, org="org_acme").result == "Hello, org_acme"
+"""
+
+IN_A_CHILD = """\
+import os
+import time
+from worker import BlockingContext, job
+
+
+@job("acme.pids", memory="512MiB")
+def pids(ctx: BlockingContext) -> list[int]:
+    seen = [*(ctx.checkpoint or []), os.getpid()]
+    print("attempt", ctx.run.attempt)
+    ctx.save(seen)
+    if ctx.run.attempt == 1:
+        time.sleep(60)  # it is killed in here
+    return seen
 """
 
 
@@ -58,3 +77,17 @@ def test_it_can_be_left_out(tmp_path):
 
     assert done.returncode == 1
     assert "fixture 'orgworker' not found" in done.stdout
+
+
+def test_in_a_child_a_crash_kills_its_process(orgworker, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(
+        make_plugin(tmp_path, modules={"acme_pids": IN_A_CHILD}, entry_points={"acme.pids": "acme_pids:pids"})
+    )
+    monkeypatch.delitem(sys.modules, "acme_pids", raising=False)
+
+    finished = orgworker.run("acme.pids", place="child", faults=[Crash(after_save=1)])
+
+    assert [attempt.outcome for attempt in finished.attempts] == ["lost", "succeeded"]
+    assert len({os.getpid(), *finished.result}) == 3
+    assert not Path(f"/proc/{finished.result[0]}").exists()
+    assert [(line.attempt, line.text) for line in finished.logs] == [(1, "attempt 1"), (2, "attempt 2")]
