@@ -1,0 +1,93 @@
+"""The names of the metrics follow Prometheus' conventions, as `promtool check metrics` has them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from tests.fakes.log import PAGE
+from worker.telemetry.events import EVENTS
+from worker.telemetry.metric_table import METRICS, SECONDS, Metric
+
+DOCUMENTED = [metric for metric in METRICS if metric.meaning]
+UNITS = {"seconds", "bytes"}
+# No part of a name: units other than the base ones, abbreviations, and types.
+BANNED = {"s", "ms", "us", "ns", "sec", "milliseconds", "microseconds", "minutes", "hours", "days"}
+BANNED |= {"kb", "mb", "kib", "mib", "kilobytes", "megabytes", "bits", "percent"}
+BANNED |= {"counter", "gauge", "histogram", "summary", "metric"}
+
+metrics = pytest.mark.parametrize("metric", DOCUMENTED, ids=lambda metric: metric.name)
+
+
+@metrics
+def test_a_name_is_plain_and_says_its_kind_and_unit_at_its_end(metric: Metric):
+    words = metric.name.split("_")
+
+    assert re.fullmatch(r"(orgworker|process)(_[a-z]+)+", metric.name)
+    assert not BANNED & set(words)
+    assert (words[-1] == "total") == (metric.kind == "counter")
+    assert words[-1] not in {"bucket", "sum", "count"}
+    stem = words[:-1] if metric.kind == "counter" else words
+    units = [word for word in stem if word in UNITS]
+    assert units in ([], stem[-1:])
+    assert metric.kind != "histogram" or units == ["seconds"]
+
+
+@metrics
+def test_a_meaning_is_one_line_of_words(metric: Metric):
+    assert re.fullmatch(r"[a-z0-9][^\n|]+[^.\n|]", metric.meaning)
+
+
+def test_no_two_series_have_one_name():
+    names = [
+        metric.name + suffix
+        for metric in DOCUMENTED
+        for suffix in (("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",))
+    ]
+
+    assert len(set(names)) == len(names)
+
+
+def test_rows_of_one_metric_agree():
+    for _, rows in itertools.groupby(METRICS, lambda metric: metric.name):
+        assert len({(row.kind, row.labels) for row in rows}) == 1
+
+
+def test_seconds_are_measured_by_what_events_give_in_seconds():
+    measured = [metric for metric in METRICS if metric.event and "_seconds" in metric.name]
+
+    assert measured
+    assert {metric.value for metric in measured} == {"seconds", "lateness"}
+    assert list(SECONDS) == sorted(set(SECONDS))
+
+
+def test_no_label_takes_a_value_for_each_org_run_or_error():
+    labels = {
+        label
+        for metric in METRICS
+        for label in metric.labels
+        if metric.name != "orgworker_org_attempts_total"
+    }
+
+    of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop"}
+    assert labels == of_what_is_installed | {"event", "outcome", "state", "reason", "kind", "status"}
+
+
+def test_the_page_has_exactly_these_metrics_and_labels():
+    rows = re.findall(
+        r"(?m)^\| `(\w+)` \| (\w+) \| (.*?) \| (.*) \|$", (PAGE.parent / "metrics.md").read_text()
+    )
+
+    assert [
+        (name, kind, tuple(re.findall(r"\w+", labels)), meaning) for name, kind, labels, meaning in rows
+    ] == [(metric.name, metric.kind, metric.labels, metric.meaning) for metric in DOCUMENTED]
+
+
+def test_every_event_has_a_metric():
+    """`orgworker_events_total` counts them all; these have one that says more."""
+    told = {metric.event for metric in METRICS if metric.event}
+
+    assert told <= set(EVENTS)
+    assert {"clock.went_back", "run.ended", "token.requested", "lease.lost", "loop.failed"} <= told
