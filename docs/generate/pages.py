@@ -23,6 +23,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "job": handlers.job_parameters,
     "metrics": signals.metrics,
     "org-keys": files.org_keys,
+    "rules": signals.rules,
     "settings": settings.settings,
     "testing-faults": testing.testing_faults,
     "testing-finished": testing.testing_finished,

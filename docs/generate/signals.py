@@ -1,10 +1,17 @@
-"""Events and metrics, each from its one table."""
+"""Events and metrics, each from its one table, and the alert rules from their file."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
 
 from docs.generate.tables import code, codes, table
 from worker.telemetry.events import EVENTS
 from worker.telemetry.metric_table import METRICS
+
+RULES = Path(__file__).parents[2] / "config/alerts.yml"
 
 
 def events() -> str:
@@ -19,3 +26,23 @@ def metrics() -> str:
         if metric.meaning
     ]
     return table(("metric", "kind", "labels", "meaning"), rows)
+
+
+def rules() -> str:
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    rows = [
+        (
+            code(rule["alert"]),
+            rule["labels"]["severity"],
+            _in_words(rule["annotations"]["summary"]),
+            _in_words(rule["annotations"]["description"]),
+        )
+        for group in groups
+        for rule in group["rules"]
+    ]
+    return table(("rule", "severity", "says", "then"), rows)
+
+
+def _in_words(template: str) -> str:
+    """A template of an annotation, its labels as what they stand for."""
+    return re.sub(r"\{\{ *\$labels\.(\w+) *\}\}", lambda found: found[1].upper(), template)
