@@ -39,7 +39,9 @@ class SystemClock:
 
 def to_text(instant: datetime) -> str:
     """An instant as RFC 3339 UTC with microseconds and `Z`: 27 characters that sort as text."""
-    return instant.astimezone(UTC).isoformat(timespec="microseconds")[:-6] + "Z"
+    if instant.tzinfo is not UTC:
+        instant = instant.astimezone(UTC)
+    return instant.isoformat(timespec="microseconds")[:-6] + "Z"
 
 
 def from_text(text: str) -> datetime:
@@ -51,4 +53,4 @@ def from_text(text: str) -> datetime:
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:
         raise ValueError(f"{text!r} has no offset; write it with Z, such as 2027-01-01T08:00:00Z")
-    return instant.astimezone(UTC)
+    return instant if instant.tzinfo is UTC else instant.astimezone(UTC)

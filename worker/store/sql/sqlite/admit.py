@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
-import heapq
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
 from worker.clock import from_text, to_text
-from worker.ids import OrgId, RunId, WorkerId
+from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.connection import driver, file_now
 from worker.store.sql import RingStep
-from worker.store.sql.sqlite.values import json_list, json_value
+from worker.store.sql.level import Line, reach
+from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value
 
-# id, available_at, handler, isolation, definition_id, max_concurrent
-_Candidate = tuple[RunId, str, str, Isolation, str, int | None]
+# A waiting run, as `LINES` gives its columns.
+_Candidate = Sequence[Any]
+# Its rank, since when it is due, its id; then itself.
+_Ranked = tuple[float, str, str, _Candidate]
+_ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST = 0, 2, 4, 5, 8, 16
 
+# Each of these answers in one row, whatever it has found: see `values`.
 RING = """
 WITH RECURSIVE hop(org_id, n) AS (
   SELECT (SELECT org_id FROM live_runs WHERE state = 'waiting' AND org_id > ? ORDER BY org_id LIMIT 1), 1
@@ -29,44 +35,48 @@ WITH RECURSIVE hop(org_id, n) AS (
           WHERE l.state = 'waiting' AND l.org_id > hop.org_id ORDER BY l.org_id LIMIT 1), hop.n + 1
   FROM hop WHERE hop.org_id IS NOT NULL AND hop.n < ?
 )
-SELECT org_id FROM hop WHERE org_id IS NOT NULL
+SELECT json_group_array(org_id) FROM hop WHERE org_id IS NOT NULL
 """
 
-ORGS = """
-SELECT o.id, o.weight, o.max_concurrent_runs,
-       (SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running')
-FROM json_each(?) e CROSS JOIN orgs o ON o.id = e.value AND o.state = 'active'
+COUNTS = """
+SELECT EXISTS (SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL),
+       (SELECT json_group_object(h.value, (SELECT count(*) FROM live_runs l
+                                           WHERE l.handler = h.value AND l.reason IS NULL))
+        FROM json_each(?) h),
+       (SELECT json_group_array(json_array(o.id, (SELECT count(*) FROM live_runs l
+                                                  WHERE l.org_id = o.id AND l.state = 'running'),
+                                           o.max_concurrent_runs, o.weight))
+        FROM json_each(?) e CROSS JOIN orgs o ON o.id = e.value AND o.state = 'active')
 """
 
-# `{names}` stands for as many parameters as there are handlers.
-LINE = """
-SELECT l.id, l.available_at, l.handler, l.isolation, l.definition_id, l.max_concurrent
-FROM live_runs l INDEXED BY ix_live_runs_waiting
-WHERE l.org_id = ? AND l.state = 'waiting' AND l.available_at <= ? AND l.isolation IN (?, ?)
-  AND l.handler IN ({names})
-  AND (l.variant_handlers IS NULL OR NOT EXISTS (
-       SELECT 1 FROM json_each(l.variant_handlers) v
-       WHERE v.value NOT IN (SELECT value FROM json_each(?))))
-  AND (l.max_concurrent IS NULL OR l.max_concurrent > (
-       SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
-ORDER BY l.priority DESC, l.available_at, l.id LIMIT ? OFFSET ?
+# The same portion of the line of each org. `{names}` stands for as many parameters as there are handlers.
+LINES = """
+SELECT json_group_array(json(line)) FROM (
+  SELECT (
+    SELECT json_group_array(json_array(
+      c.id, c.org_id, c.definition_id, c.revision, c.handler, c.isolation, c.origin, c.scheduled_for,
+      c.available_at, c.start_by, c.attempt, c.failures, c.recoveries, c.fencing_token,
+      c.idempotency_key, c.params, c.max_concurrent))
+    FROM (
+      SELECT * FROM live_runs l INDEXED BY ix_live_runs_waiting
+      WHERE l.org_id = e.value AND l.state = 'waiting' AND l.available_at <= ? AND l.isolation IN (?, ?)
+        AND l.handler IN ({names})
+        AND (l.variant_handlers IS NULL OR NOT EXISTS (
+             SELECT 1 FROM json_each(l.variant_handlers) v
+             WHERE v.value NOT IN (SELECT value FROM json_each(?))))
+        AND (l.max_concurrent IS NULL OR l.max_concurrent > (
+             SELECT count(*) FROM live_runs d
+             WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
+      ORDER BY l.priority DESC, l.available_at, l.id LIMIT ? OFFSET ?) c) AS line
+  FROM json_each(?) e)
 """
 
-RUNNING_OF_HANDLER = "SELECT count(*) FROM live_runs WHERE handler = ? AND reason IS NULL"
 RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? AND started_at IS NOT NULL"
-REGISTERED = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL"
-
-PICKED = """
-SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.isolation, l.origin, l.scheduled_for,
-       l.available_at, l.start_by, l.attempt, l.failures, l.recoveries, l.fencing_token,
-       l.idempotency_key, l.params
-FROM json_each(?) e CROSS JOIN live_runs l ON l.id = e.value
-"""
 
 ADMIT = """
 UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = ?, started_at = ?,
                      attempt = attempt + 1, fencing_token = fencing_token + 1
-WHERE id = ? AND state = 'waiting'
+WHERE id IN {rows} AND state = 'waiting'
 """
 
 
@@ -83,11 +93,11 @@ def admit_ring(
     # costs less than a second look, and there is no other admitter to be kept waiting.
     rows = driver(connection).cursor()
     most = min(want, hops)
-    orgs = [org_id for (org_id,) in rows.execute(RING, (cursor, most))]
+    orgs = in_one_answer(rows, RING, (cursor, most))
     complete = False
     if len(orgs) < most:
-        round_ = rows.execute(RING, ("", most - len(orgs))).fetchall()
-        before = [org_id for (org_id,) in round_ if org_id <= cursor]
+        round_ = in_one_answer(rows, RING, ("", most - len(orgs)))
+        before = [org_id for org_id in round_ if org_id <= cursor]
         complete = len(before) < len(round_) or len(orgs) + len(before) < most
         orgs += before
     return RingStep(
@@ -108,29 +118,36 @@ def admit_choose(
     free: Mapping[Isolation, int],
 ) -> list[AdmittedRun]:
     cursor = driver(connection).cursor()
-    if cursor.execute(REGISTERED, (worker_id,)).fetchone() is None:
+    limited = [name for name, most in offered.items() if most is not None]
+    registered, of_handlers, of_orgs = cursor.execute(
+        COUNTS, (worker_id, json_list(limited), json_list(orgs))
+    ).fetchone()
+    if not registered:
         return []
     now = file_now(connection)
-    limits = _Limits(cursor, offered, free)
-    picked = _best(cursor, list(orgs), limits, list(offered), to_text(now))
-    if not picked:
+    limits = _Limits(cursor, offered, json.loads(of_handlers), free)
+    if not limits.handlers:
         return []
-    rows = {row[0]: row for row in cursor.execute(PICKED, (json_list(picked),))}
-    cursor.executemany(ADMIT, [(worker_id, to_text(now), run_id) for run_id in picked])
-    return [_admitted(rows[run_id], now) for run_id in picked]
+    lines = _Lines(cursor, limits, offered, to_text(now))
+    counted = [(org_id, Line(*counts)) for org_id, *counts in json.loads(of_orgs)]
+    picked = _best(lines, counted, limits)
+    in_one_step(cursor, ADMIT, [(run[_ID],) for run in picked], first=(worker_id, to_text(now)))
+    return [_admitted(run, now) for run in picked]
 
 
 class _Limits:
     """What may still start in this transaction: by isolation, by handler, by definition."""
 
-    def __init__(self, cursor: Any, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> None:
+    def __init__(
+        self,
+        cursor: Any,
+        offered: Mapping[str, int | None],
+        running: Mapping[str, int],
+        free: Mapping[Isolation, int],
+    ) -> None:
         self._cursor = cursor
-        self._free = {isolation: slots for isolation, slots in free.items() if slots > 0}
-        self._handlers = {
-            name: limit - self._count(RUNNING_OF_HANDLER, name)
-            for name, limit in offered.items()
-            if limit is not None
-        }
+        self._free: dict[str, int] = {isolation: slots for isolation, slots in free.items() if slots > 0}
+        self._handlers = {name: limit - running[name] for name, limit in offered.items() if limit is not None}
         self._definitions: dict[str, int] = {}
         self.handlers = [name for name in offered if self._handlers.get(name, 1) > 0]
         self.free = sum(self._free.values())
@@ -141,14 +158,15 @@ class _Limits:
 
     def take(self, run: _Candidate) -> bool:
         """Count the run against every limit, if all allow it."""
-        _, _, handler, isolation, definition_id, max_concurrent = run
+        handler, isolation, most = run[_HANDLER], run[_ISOLATION], run[_MOST]
         if self._free.get(isolation, 0) <= 0 or self._handlers.get(handler, 1) <= 0:
             return False
-        if max_concurrent is not None:
+        if most is not None:
+            definition_id = run[_DEFINITION]
             running = self._definitions.get(definition_id)
             if running is None:
-                running = self._count(RUNNING_OF_DEFINITION, definition_id)
-            if running >= max_concurrent:
+                (running,) = self._cursor.execute(RUNNING_OF_DEFINITION, (definition_id,)).fetchone()
+            if running >= most:
                 return False
             self._definitions[definition_id] = running + 1
         self._free[isolation] -= 1
@@ -157,59 +175,99 @@ class _Limits:
             self._handlers[handler] -= 1
         return True
 
-    def _count(self, statement: str, value: str) -> int:
-        (count,) = self._cursor.execute(statement, (value,)).fetchone()
-        return int(count)
+
+@dataclass(slots=True)
+class _Queue:
+    """An org's line, how many of it may start, and where what was not read yet begins."""
+
+    org_id: OrgId
+    line: Line
+    most: int
+    portion: int
+    offset: int = 0
+
+    def ranked(self, runs: Sequence[_Candidate]) -> list[_Ranked]:
+        """The next portion, read just now, with the rank of each."""
+        places = range(self.offset + 1, self.most + 1)
+        self.offset = self.offset + len(runs) if len(runs) == self.portion else self.most
+        rank = self.line.rank
+        return [
+            (rank(place), run[_AVAILABLE_AT], run[_ID], run) for place, run in zip(places, runs, strict=False)
+        ]
+
+    @property
+    def next_rank(self) -> float:
+        """The rank of the first that was not read."""
+        return self.line.rank(self.offset + 1) if self.offset < self.most else math.inf
 
 
-def _best(
-    cursor: Any, orgs: Sequence[OrgId], limits: _Limits, offered: Sequence[str], now: str
-) -> list[RunId]:
-    """The runs to start, best first: the least (running of its org + its place in line) / weight."""
-    if not limits.handlers:
-        return []
-    portion, all_offered = max(2, 2 * limits.free // len(orgs)), json_list(offered)
-    heap: list[tuple[float, str, RunId, _Candidate, int, int, Iterator[_Candidate]]] = []
-    for org_id, weight, most, running in cursor.execute(ORGS, (json_list(orgs),)).fetchall():
-        values = (org_id, now, *limits.isolations, *limits.handlers, all_offered)
-        length = max(0, min(most - running, limits.free))
-        line: Iterator[_Candidate] = itertools.islice(_line(cursor, values, portion), length)
-        for run in line:
-            heap.append(((running + 1) / weight, run[1], run[0], run, running + 1, weight, line))
-            break
-    heapq.heapify(heap)
-    picked: list[RunId] = []
-    while heap and limits.free > 0:
-        _, _, _, run, place, weight, line = heap[0]
-        if limits.take(run):
-            picked.append(run[0])
-        behind = next(line, None)
-        if behind is None:
-            heapq.heappop(heap)
-        else:
-            rank = (place + 1) / weight
-            heapq.heapreplace(heap, (rank, behind[1], behind[0], behind, place + 1, weight, line))
-    return picked
+class _Lines:
+    """Reads lines in portions: at first as far as the free slots reach if all are long."""
 
+    def __init__(self, cursor: Any, limits: _Limits, offered: Iterable[str], now: str) -> None:
+        self._cursor = cursor
+        self._statement = _with_names(len(limits.handlers))
+        self._values = (now, *limits.isolations, *limits.handlers, json_list(offered))
 
-def _line(cursor: Any, values: tuple[Any, ...], portion: int) -> Iterator[_Candidate]:
-    """An org's waiting runs in their order, read in portions as they are asked for."""
-    statement = _line_statement(len(values) - 5)
-    offset = 0
-    while True:
-        rows = cursor.execute(statement, (*values, portion, offset)).fetchall()
-        yield from rows
-        if len(rows) < portion:
-            return
-        offset += portion
+    def begin(self, lines: Sequence[tuple[OrgId, Line]], free: int) -> tuple[list[_Queue], list[_Ranked]]:
+        """The lines that may start something, and the first portion of each."""
+        portions: dict[int, list[_Queue]] = {}
+        reaches = reach([line for _, line in lines], free)
+        for (org_id, line), places in zip(lines, reaches, strict=True):
+            if line.room > 0:
+                # Few lengths, so that the lines of many orgs are read at once.
+                portion = 1 << max(0, places - 1).bit_length()
+                queue = _Queue(org_id, line, min(line.room, free), portion)
+                portions.setdefault(portion, []).append(queue)
+        ranked: list[_Ranked] = []
+        for portion, queues in portions.items():
+            read = self._read([queue.org_id for queue in queues], portion, 0)
+            for queue, runs in zip(queues, read, strict=True):
+                ranked += queue.ranked(runs)
+        return [queue for queues in portions.values() for queue in queues], ranked
+
+    def go_on(self, queue: _Queue) -> list[_Ranked]:
+        """The next portion of a line, twice as long as the last."""
+        queue.portion *= 2
+        (runs,) = self._read([queue.org_id], queue.portion, queue.offset)
+        return queue.ranked(runs)
+
+    def _read(self, orgs: Sequence[OrgId], portion: int, offset: int) -> list[list[_Candidate]]:
+        values = (*self._values, portion, offset, json_list(orgs))
+        read: list[list[_Candidate]] = in_one_answer(self._cursor, self._statement, values)
+        return read
 
 
 @functools.cache
-def _line_statement(handlers: int) -> str:
-    return LINE.format(names=", ".join("?" * handlers))
+def _with_names(handlers: int) -> str:
+    return LINES.format(names=", ".join("?" * handlers))
 
 
-def _admitted(row: tuple[Any, ...], now: datetime) -> AdmittedRun:
+def _best(lines: _Lines, counted: Sequence[tuple[OrgId, Line]], limits: _Limits) -> list[_Candidate]:
+    """The runs to start, best first: the least (running of its org + its place in its line) / weight."""
+    queues, ranked = lines.begin(counted, limits.free)
+    picked: list[_Candidate] = []
+    while limits.free > 0:
+        ranked.sort()
+        # What was not read may come before what was: it is read then.
+        bound = min((queue.next_rank for queue in queues), default=math.inf)
+        looked_at = 0
+        for rank, _, _, run in ranked:
+            if rank >= bound or limits.free <= 0:
+                break
+            looked_at += 1
+            if limits.take(run):
+                picked.append(run)
+        if bound == math.inf or limits.free <= 0:
+            break
+        del ranked[:looked_at]
+        for queue in queues:
+            if queue.next_rank <= bound:
+                ranked += lines.go_on(queue)
+    return picked
+
+
+def _admitted(run: _Candidate, now: datetime) -> AdmittedRun:
     (
         id_,
         org_id,
@@ -227,7 +285,8 @@ def _admitted(row: tuple[Any, ...], now: datetime) -> AdmittedRun:
         fencing_token,
         idempotency_key,
         params,
-    ) = row
+        _,
+    ) = run
     return AdmittedRun(
         id_,
         org_id,

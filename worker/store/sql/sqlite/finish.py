@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -14,11 +15,13 @@ from worker.runs.outcome import EndedAttempt
 from worker.store.connection import driver, file_now
 from worker.store.engine import shared_json
 from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
-from worker.store.sql.sqlite.values import instant, json_list, json_text
+from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
 
+# One row, whatever the batch: see `values`.
 OWNED = """
-SELECT l.id, l.fencing_token, l.available_at, l.started_at, l.progress, l.cancel_requested_at IS NOT NULL,
-       l.cancel_reason
+SELECT json_group_array(json_array(l.id, l.fencing_token, l.available_at, l.started_at, l.progress,
+                                   l.cancel_requested_at IS NOT NULL, l.cancel_reason)),
+       EXISTS (SELECT 1 FROM live_runs WHERE state = 'held')
 FROM json_each(?) e CROSS JOIN live_runs l ON l.id = e.value
 WHERE l.state = 'running' AND l.worker_id = ?
 """
@@ -28,36 +31,40 @@ SELECT 1 FROM attempts
 WHERE run_id = ? AND attempt = ? AND worker_id = ? AND fencing_token = ? AND outcome = ?
 """
 
-DELETE = "DELETE FROM live_runs WHERE id = ?"
+DELETE = "DELETE FROM live_runs WHERE id IN {rows}"
 
 END = """
-UPDATE runs SET state = ?, reason = ?, detail = ?, available_at = ?, started_at = ?, finished_at = ?,
-                attempt = ?, result_fencing_token = ?, worker_id = ?, progress = ?, result = ?, error = ?
-WHERE id = ? AND state IS NULL
+UPDATE runs SET finished_at = ?, worker_id = ?, state = column2, reason = column3, detail = column4,
+                available_at = column5, started_at = column6, attempt = column7,
+                result_fencing_token = column8, progress = column9, result = column10, error = column11
+FROM {rows} WHERE runs.id = column1 AND runs.state IS NULL
 """
 
 WAIT = """
-UPDATE live_runs SET state = 'waiting', reason = ?, detail = ?, available_at = ?, failures = ?,
-                     recoveries = ?, start_by = CASE WHEN ? THEN start_by END,
-                     progress = COALESCE(?, progress), worker_id = NULL, started_at = NULL
-WHERE id = ?
+UPDATE live_runs SET state = 'waiting', reason = column2, detail = column3, available_at = column4,
+                     failures = column5, recoveries = column6,
+                     start_by = CASE WHEN column7 THEN start_by END,
+                     progress = COALESCE(column8, progress), worker_id = NULL, started_at = NULL
+FROM {rows} WHERE live_runs.id = column1
 """
 
-ATTEMPT = """
-INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at,
+ATTEMPTS = """
+INSERT INTO attempts (worker_id, run_id, attempt, org_id, fencing_token, handler, started_at,
                       token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
                       flags, jti, claims_hash, peak_memory)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+SELECT ?, * FROM {rows} WHERE column1 IS NOT NULL
 """
 
-DAY = """
-INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds) VALUES (?, ?, ?, ?, ?)
+DAYS = """
+INSERT INTO rollup_days (day, org_id, runs, attempts, handler_seconds)
+SELECT * FROM {rows} WHERE column1 IS NOT NULL
 ON CONFLICT (day, org_id) DO UPDATE SET runs = runs + excluded.runs,
    attempts = attempts + excluded.attempts, handler_seconds = handler_seconds + excluded.handler_seconds
 """
 
-HOUR = """
-INSERT INTO rollup_hours (hour, org_id, state, runs) VALUES (?, ?, ?, ?)
+HOURS = """
+INSERT INTO rollup_hours (hour, org_id, state, runs)
+SELECT * FROM {rows} WHERE column1 IS NOT NULL
 ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = runs + excluded.runs
 """
 
@@ -78,29 +85,32 @@ UPDATE live_runs SET state = 'waiting', reason = 'due', available_at = ?, start_
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
-    rows = {
-        row[0]: row
-        for row in cursor.execute(OWNED, (json_list(attempt.run_id for attempt in ended), worker_id))
-    }
+    owned, any_held = cursor.execute(
+        OWNED, (json_list(attempt.run_id for attempt in ended), worker_id)
+    ).fetchone()
+    rows = {row[0]: row for row in json.loads(owned)}
     held = {id_: Held(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
     endings, fenced = settle(ended, held, now)
     final = [ending for ending in endings if ending.final]
-    cursor.executemany(DELETE, [(ending.attempt.run_id,) for ending in final])
-    cursor.executemany(
-        END, [_end_row(ending, rows[ending.attempt.run_id], worker_id, now) for ending in final]
+    in_one_step(cursor, DELETE, [(ending.attempt.run_id,) for ending in final])
+    in_one_step(
+        cursor,
+        END,
+        [_end_row(ending, rows[ending.attempt.run_id]) for ending in final],
+        first=(instant(now), worker_id),
     )
-    cursor.executemany(WAIT, [_wait_row(ending, now) for ending in endings if not ending.final])
-    cursor.executemany(ATTEMPT, [_attempt_row(ending, worker_id) for ending in endings])
+    in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in endings if not ending.final])
+    in_one_step(cursor, ATTEMPTS, [_attempt_row(ending) for ending in endings], first=(worker_id,))
     add_rollups(connection, sum_up(endings, now))
-    if final:
+    if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
     return {ending.attempt.run_id for ending in endings} | _written(cursor, worker_id, fenced)
 
 
 def add_rollups(connection: Connection, rollups: Rollups) -> None:
     cursor = driver(connection).cursor()
-    cursor.executemany(DAY, [(day.isoformat(), *sums) for day, *sums in rollups.days])
-    cursor.executemany(HOUR, [(instant(hour), *sums) for hour, *sums in rollups.hours])
+    in_one_step(cursor, DAYS, [(day.isoformat(), *sums) for day, *sums in rollups.days])
+    in_one_step(cursor, HOURS, [(instant(hour), *sums) for hour, *sums in rollups.hours])
 
 
 def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
@@ -121,29 +131,28 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     return len(rows)
 
 
-def _end_row(ending: Ending, row: tuple[Any, ...], worker_id: WorkerId, now: datetime) -> tuple[Any, ...]:
+def _end_row(ending: Ending, row: Sequence[Any]) -> tuple[Any, ...]:
     attempt = ending.attempt
     _, fencing_token, available_at, started_at, progress, _, _ = row
     return (
+        attempt.run_id,
         ending.state,
         ending.reason,
         attempt.detail,
         available_at,
         started_at,
-        instant(now),
         attempt.attempt,
         fencing_token,
-        worker_id,
         json_text(attempt.trail.progress) or progress,
         attempt.result,
         json_text(attempt.error),
-        attempt.run_id,
     )
 
 
 def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
     attempt = ending.attempt
     return (
+        attempt.run_id,
         ending.reason,
         attempt.detail,
         instant(now + (attempt.available_after or timedelta())),
@@ -151,17 +160,15 @@ def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
         attempt.recoveries,
         attempt.keep_start_by,
         json_text(attempt.trail.progress),
-        attempt.run_id,
     )
 
 
-def _attempt_row(ending: Ending, worker_id: WorkerId) -> tuple[Any, ...]:
+def _attempt_row(ending: Ending) -> tuple[Any, ...]:
     attempt, trail = ending.attempt, ending.attempt.trail
     return (
         attempt.run_id,
         attempt.attempt,
         attempt.org_id,
-        worker_id,
         attempt.fencing_token,
         trail.handler,
         instant(attempt.started_at),
