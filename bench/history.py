@@ -57,7 +57,7 @@ def fill(url: str, runs: int) -> None:
     try:
         with database.transaction() as connection:
             for table, columns, rows in made.tables():
-                _put(driver(connection), database.dialect, table, columns, rows)
+                put(driver(connection), database.dialect, table, columns, rows)
         with database.autocommit() as connection:
             if database.dialect == "postgresql":
                 connection.execute(text("VACUUM ANALYZE"))
@@ -67,7 +67,7 @@ def fill(url: str, runs: int) -> None:
         database.close()
 
 
-def _put(raw: Any, dialect: str, table: str, columns: Sequence[str], rows: Iterable[Values]) -> None:
+def put(raw: Any, dialect: str, table: str, columns: Sequence[str], rows: Iterable[Values]) -> None:
     names = ", ".join(f'"{name}"' for name in columns)
     if dialect == "postgresql":
         with raw.cursor() as cursor, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as copy:
