@@ -1,0 +1,37 @@
+"""docs/operating/postgresql.md, executed on an empty server: its roles are all that a worker needs."""
+
+from __future__ import annotations
+
+import psycopg
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.pages import ROOT, blocks
+from tests.fakes.postgres import Server
+
+PAGE = ROOT / "docs" / "operating" / "postgresql.md"
+
+
+def test_the_roles_of_the_page_migrate_and_carry_a_worker(own_postgres: Server, tmp_path):
+    made, granted = (block.text for block in blocks(PAGE.read_text()) if block.language == "sql")
+    url = {
+        login: own_postgres.url("orgworker").replace("postgres@", f"{login}@")
+        for login in ("owner", "worker")
+    }
+    for statement in made.split(";\n"):
+        if statement.strip():
+            own_postgres.execute(statement)
+    line = CommandLine(tmp_path, url["worker"])
+    text = line.settings.read_text()
+    line.settings.write_text(text.replace("[issuers", f'owner_url = "{url["owner"]}"\n[issuers'))
+
+    line("db", "upgrade")
+    with psycopg.connect(url["owner"], autocommit=True) as owner:
+        owner.execute(granted.encode())
+
+    assert "warnings  -" in line("db", "check").out
+    line("keys", "generate")
+    line("orgs", "add", "org_acme", "--issuer", "main")
+    assert line("orgs", "list", "-o", "id").out.split()
+    with psycopg.connect(url["worker"], autocommit=True) as worker:
+        owned = worker.execute("SELECT count(*) FROM pg_tables WHERE tableowner = 'worker'").fetchone()
+    assert owned == (0,)
