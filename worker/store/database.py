@@ -71,9 +71,10 @@ class Database:
         Raises:
             ConfigurationError: the URL names no database that is supported here.
         """
-        engine = open_engine(
-            read_url(url), clock=clock, role=role, connections=threads + 2, deadline=deadline
-        )
+        parsed = read_url(url)
+        # A server has so many sessions for all its clients: none stays that no thread is for.
+        kept = threads + 2 if parsed.get_backend_name() == "sqlite" else threads
+        engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
         # What else of this process asks the database finds the same, and need not tell it again.
         contact = Contact(clock, tells=role == "worker")
         return cls(engine, clock=clock, threads=threads, contact=contact)
@@ -84,8 +85,9 @@ class Database:
         For work that must know soon that nobody answers; closed with this database.
         SQLite is itself: its writers stand in one line.
         """
-        if self.dialect == "sqlite" or deadline >= STATEMENT_DEADLINE:
+        if self.dialect == "sqlite":
             return self
+        deadline = min(deadline, STATEMENT_DEADLINE)
         if deadline not in self._hurried:
             engine = open_engine(
                 self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline

@@ -29,18 +29,22 @@ SPECS_KEPT = 20_000
 PATIENCE = 0.3
 
 
+def beside_the_work(database: Database, lease: timedelta) -> Database:
+    """The database over the heartbeat's connection, which no loop ever keeps waiting."""
+    # A connection that has fallen silent is given up while there is time for another.
+    return database.hurried(PATIENCE * lease.total_seconds())
+
+
 class WorkerStore:
     """One incarnation's view of the database.
 
     The async methods run in the database's threads. `register`, `renew` and
-    `unregister` serve the calling thread on a connection of their own: they are the
-    heartbeat's.
+    `unregister` serve the calling thread, `renew` on a connection beside the work's.
     """
 
     def __init__(self, database: Database, worker_id: WorkerId, lease: timedelta) -> None:
         self._database = database
-        # A connection that has fallen silent is given up while there is time for another.
-        self._renewing = database.hurried(PATIENCE * lease.total_seconds())
+        self._renewing = beside_the_work(database, lease)
         self._worker_id = worker_id
         self._lease = lease
         self._admission = Admission(database, worker_id)

@@ -13,6 +13,7 @@ from worker.operations.keys import check_ring
 from worker.settings import Settings
 from worker.store import schema
 from worker.store.database import Database
+from worker.store.for_worker import beside_the_work
 from worker.store.lock import lock_sqlite_file
 from worker.telemetry import logs
 from worker.telemetry.notify import Notifier
@@ -71,7 +72,8 @@ def run(settings: Settings) -> int:
             )
 
         async def served() -> int:
-            with traced(), alarms(settings, database, clock, web.health):
+            aside = beside_the_work(database, execution.lease)
+            with traced(), alarms(settings, aside, clock, web.health):
                 async with web.serving():
                     return await run_incarnations(incarnate, children, clock)
 

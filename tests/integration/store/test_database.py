@@ -17,6 +17,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import LEASE, Stock
 from worker.errors import ConfigurationError, StoreUnavailable
 from worker.store import tables
+from worker.store.connection import driver
 from worker.store.database import Database
 from worker.store.sql import statements
 
@@ -188,6 +189,30 @@ def test_a_hot_statement_on_a_session_that_was_ended_is_unavailable_too(postgres
         statements(connection).renew(connection, worker, LEASE)
 
     assert stock.admit(worker) == []
+
+
+def test_a_session_notices_a_peer_that_vanished_and_keeps_no_transaction_open(postgres: Database) -> None:
+    with postgres.autocommit() as connection:
+        used = driver(connection).info.get_parameters()
+        shown = {
+            name: connection.execute(text(f"SHOW {name}")).scalar_one()
+            for name in ("idle_in_transaction_session_timeout", "statement_timeout", "application_name")
+        }
+
+    assert {name: used[name] for name in used if "keepalive" in name or "timeout" in name} == {
+        "connect_timeout": "3",
+        "keepalives": "1",
+        "keepalives_idle": "3",
+        "keepalives_interval": "1",
+        "keepalives_count": "3",
+        "tcp_user_timeout": "5000",
+    }
+    assert shown == {
+        "idle_in_transaction_session_timeout": "5s",
+        # Longer than this side's own deadline: what that gave up must not keep its locks over there.
+        "statement_timeout": "15s",
+        "application_name": "orgworker worker",
+    }
 
 
 @contextmanager

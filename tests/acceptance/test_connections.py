@@ -1,0 +1,59 @@
+"""What a worker costs its PostgreSQL server: the sessions it opens, and keeps, under load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.handlers import install_handlers
+from tests.fakes.site import Site, application, definition, opened, wait_until
+
+SESSIONS = """
+SELECT application_name AS name, pid FROM pg_stat_activity
+WHERE datname = current_database() AND application_name LIKE 'orgworker %' AND pid <> pg_backend_pid()
+"""
+ORGS, RUNS = 8, 120
+# Whatever was there as often as this is no passer-by.
+LOOKS = 10
+
+
+@pytest.fixture
+def busy(tmp_path: Path, provider, postgres_url: str) -> Iterator[Site]:
+    """Children and inline runs are due all the time."""
+    with opened(Site(tmp_path, postgres_url, provider)) as site:
+        # As most services write such a URL.
+        site.environment["WORKER_DATABASE__URL"] = postgres_url.replace("postgresql://", "postgres://")
+        # The heartbeat and the watchman, whose threads ask for themselves, come often.
+        site.configure(execution='inline = ["acme-jobs"]\nrenew = "500ms"', extra='[alerts]\noverdue = "2s"')
+        install_handlers(site.plugins)
+        site.migrate()
+        params = {"journal": str(tmp_path / "journal")}
+        orgs = [f"org_{number}" for number in range(ORGS)]
+        site.add_orgs(*map(application, orgs))
+        site.apply(
+            "".join(
+                definition(org, name, name, "every 1s", params=params, overlap="allow", spread="off")
+                for org in orgs
+                for name in ("acme.note", "acme.inline")
+            )
+        )
+        yield site
+
+
+def test_two_for_work_one_for_the_lease_and_one_that_listens(busy: Site):
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def carried() -> bool:
+        seen.update((row["name"], row["pid"]) for row in busy.query(SESSIONS))
+        return busy.query("SELECT count(*) AS n FROM runs WHERE state = 'succeeded'")[0]["n"] >= RUNS
+
+    worker = busy.start_worker()
+    wait_until(carried, f"{RUNS} runs", timeout=60)
+
+    # One more is there for a moment where heartbeat and watchman meet.
+    stayed = [name for (name, _), looks in seen.items() if looks > LOOKS]
+    assert Counter(stayed) == {"orgworker worker": 3, "orgworker listener": 1}, seen
+    assert busy.stop_worker(worker) == 0
