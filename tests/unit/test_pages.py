@@ -6,12 +6,16 @@ import ast
 import importlib
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
+from worker import settings
+from worker.definitions.file import parse_file
 from worker.handlers.job import Job
+from worker.providers.profile import parse as parse_profile
 from worker.runs.why import CAUSES
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -54,6 +58,21 @@ def test_python_on_a_page_compiles_and_imports_what_there_is(page: Path):
                 if isinstance(node, ast.ImportFrom) and node.module:
                     there = [is_there(node.module, each.name) for each in node.names]
                     assert all(there), ast.unparse(node)
+
+
+@pages
+def test_toml_on_a_page_is_what_its_reader_takes(page: Path, tmp_path: Path):
+    """Files for `apply`, profiles and settings; what another program reads is left out."""
+    for block in blocks(page.read_text(encoding="utf-8")):
+        keys = set(tomllib.loads(block.text)) if block.language == "toml" else set()
+        if "org_asserted_by" in keys:
+            parse_profile(block.text, source=page.name)
+        elif keys & {"org", "definition", "template"}:
+            parse_file(block.text)
+        elif keys and keys != {"project"}:
+            file = tmp_path / "worker.toml"
+            file.write_text(block.text)
+            settings.load(str(file), environ={})
 
 
 def is_there(module: str, name: str) -> bool:
