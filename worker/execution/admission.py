@@ -25,7 +25,8 @@ class AdmitStore(Protocol):
 class Admission:
     """Fills this worker's free slots; woken by fire, by an end written, and by each poll.
 
-    `start` is called for each admitted run, in the order they were ranked.
+    `start` is called for each admitted run, in the order they were ranked; `on_admitting`
+    when the database has let this worker admit, the first time and after each outage.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Admission:
         slots: Mapping[Isolation, int],
         poll: float,
         start: Callable[[AdmittedRun], None],
+        on_admitting: Callable[[], None],
     ) -> None:
         self._store = store
         self._holdings = holdings
@@ -46,6 +48,7 @@ class Admission:
         self._slots = slots
         self._poll = poll
         self._start = start
+        self._on_admitting = on_admitting
         self.wake = asyncio.Event()
         self.admitting = False
         self.ticked_at = clock.monotonic()
@@ -76,7 +79,9 @@ class Admission:
         except Unavailable:
             self.admitting = False
             return False
-        self.admitting = True
+        if not self.admitting:
+            self.admitting = True
+            self._on_admitting()
         return bool(runs)
 
     async def _store_admit(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:

@@ -41,7 +41,6 @@ class Loops:
         housekeeping: Housekeeping,
         clock: Clock,
         drain: timedelta,
-        on_started: Callable[[], None],
         on_draining: Callable[[int], None],
     ) -> None:
         self._intake = intake
@@ -52,7 +51,6 @@ class Loops:
         self._housekeeping = housekeeping
         self._clock = clock
         self._drain = drain
-        self._on_started = on_started
         self._on_draining = on_draining
         self._stop = asyncio.Event()
         self._asked = 0
@@ -76,7 +74,6 @@ class Loops:
         intake = [self._start(name, loop) for name, loop in self._intake.items()]
         self._housekeeping.start()
         self._heartbeat.start(asyncio.get_running_loop())
-        self._on_started()
         try:
             await self._stop.wait()
             self._housekeeping.stop()

@@ -82,6 +82,7 @@ class Incarnation:
         self._clock = clock
         self._watch = watch
         self._started_at = clock.monotonic()
+        self._is_ready = False
         self._store = WorkerStore(database, self.id, settings.execution.lease)
         self._offers = Offers(frozenset(settings.execution.inline))
         self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
@@ -154,6 +155,7 @@ class Incarnation:
             slots=slots,
             poll=poll,
             start=carrier.start,
+            on_admitting=lambda: self._ready(vitals.in_words()),
         )
         hints = Hints(self._database.hint, clock)
 
@@ -241,13 +243,15 @@ class Incarnation:
             housekeeping=housekeeping,
             clock=clock,
             drain=execution.drain,
-            on_started=self._ready,
             on_draining=self._draining,
         )
         return loops
 
-    def _ready(self) -> None:
-        self._notifier.ready("running")
+    def _ready(self, status: str) -> None:
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self._notifier.ready(status)
         emit("worker.ready", worker=self.id, seconds=round(self._clock.monotonic() - self._started_at, 3))
 
     def _draining(self, running: int) -> None:
