@@ -91,7 +91,9 @@ def commands(page: str) -> Iterator[str]:
         if block.language in ("sh", "console"):
             yield from _called(block.text.replace("\\\n", " "))
     for code in _CODE.findall(_ANY_FENCE.sub("", page)):
-        yield from _called(code)
+        # `orgworker worker` in a sentence is the name of a session, as PostgreSQL lists it.
+        if not code.startswith("orgworker "):
+            yield from _called(code)
         noun, _, rest = code.partition(" ")
         if noun in groups and re.match(r"[a-z-]+\b", rest):
             yield code
