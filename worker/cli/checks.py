@@ -28,6 +28,7 @@ DEMAND_COLUMNS = (
     "max_requests_per_second",
     "cold_start",
 )
+CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "ok")
 # Orgs between two remarks on how far it is.
 EVERY = 100
 
@@ -99,25 +100,51 @@ def _tell(done: int, total: int) -> None:
         say(f"{done} of {total}")
 
 
-def check(context: typer.Context, output: OutputOption = Format.TABLE) -> int:
-    """Count the token requests a day that definitions imply, per issuer; exit 1 if the rate is too low.
+def check(
+    context: typer.Context,
+    only_capacity: Annotated[
+        bool,
+        typer.Option("--capacity", help="Only starts, slots, memory and limits; `-o json` prints these."),
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> int:
+    """Say what the definitions imply for a day, and whether it can be had; exit 1 if it cannot.
 
-    From schedules, the life of the tokens that came last (an hour where none did),
-    max_claims_age, and the workers that are up. `cold_start` is how long it takes to
-    get every org's token at the configured rate. Asks no provider; `orgs check` does.
+    Token requests, per issuer: from schedules, the life of the tokens that came last (an
+    hour where none did), max_claims_age, and the workers that are up. `cold_start` is how
+    long it takes to get every org's token at the configured rate. Asks no provider;
+    `orgs check` does.
+
+    Capacity: starts a second, runs at once and their memory at the worst time of the day
+    (`needs`) and in the mean, beside what workers and machine can (`has`); orgs and
+    handlers whose limit is too low, and definitions that are due again before they have
+    ended. From the newest runs of each handler; with what is to be changed.
     """
+    from worker.operations.capacity import capacity
     from worker.operations.demand import demand
+    from worker.operations.machine import Machine
     from worker.wiring.issuers import issuers_of
 
     session = session_of(context)
     issuers = issuers_of(session.settings)
     with session.database() as database:
-        found = demand(database, issuers)
+        found = [] if only_capacity else demand(database, issuers)
+        room = capacity(database, session.settings.execution, Machine.here())
     rows = [one.as_row(issuers.get(one.issuer)) for one in found]
-    print_rows(rows, output, columns=DEMAND_COLUMNS, key="issuer")
+    measured = [measure.as_row() for measure in room.measures]
+    if not only_capacity:
+        print_rows(rows, output, columns=DEMAND_COLUMNS, key="issuer")
+    if only_capacity or output is Format.TABLE:
+        print_rows(measured, output, columns=CAPACITY_COLUMNS, key="what")
     for row in rows:
         if row["lifetime_is_assumed"]:
             say(f"{row['issuer']}: has given no token yet; a life of an hour is assumed")
         if row["problem"]:
             say(f"{row['issuer']}: {row['problem']}")
-    return FAILED if any(row["problem"] for row in rows) else 0
+    for assumption in room.assumed:
+        say(assumption)
+    for measure in room.measures:
+        if measure.change:
+            say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")
+    failed = any(row["problem"] for row in rows) or any(not row["ok"] for row in measured)
+    return FAILED if failed else 0

@@ -23,7 +23,7 @@ class Shell(StrEnum):
 
 def completion(
     context: typer.Context,
-    shell: Annotated[Shell, typer.Argument(metavar="bash|zsh|fish", help="For which shell.")],
+    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="For which shell.")],
 ) -> None:
     """Print what completes the command orgworker in a shell.
 

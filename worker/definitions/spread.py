@@ -21,14 +21,17 @@ def spread_of(
     `auto` spreads `every` and `@…` over their period, at most an hour, and leaves
     crontab lines and `at` alone; a duration spreads any schedule over that long.
     """
-    window = _window(schedule, trigger) if setting == "auto" else _NONE if setting == "off" else setting
+    window = window_of(schedule, trigger, setting)
     if not window:
         return _NONE
     digest = blake2b(f"{org_code}\0{name}".encode(), digest_size=8).digest()
     return timedelta(milliseconds=window // timedelta(milliseconds=1) * int.from_bytes(digest) >> 64)
 
 
-def _window(schedule: str, trigger: Trigger) -> timedelta:
+def window_of(schedule: str, trigger: Trigger, setting: Spread = "auto") -> timedelta:
+    """Over how long the orgs' delays are spread; zero where all fire at the instant itself."""
+    if setting != "auto":
+        return _NONE if setting == "off" else setting
     if isinstance(trigger, EveryTrigger):
         return min(trigger.interval, WIDEST)
     return WIDEST if schedule.strip().startswith("@") else _NONE

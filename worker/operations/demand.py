@@ -76,7 +76,7 @@ def demand(database: Database, issuers: Mapping[str, Issuer]) -> list[Demand]:
     found = {name: Demand(name) for name in issuers}
     with database.autocommit() as connection:
         now = database.now(connection)
-        workers = max(1, needs.live_workers(connection))
+        workers = max(1, len(needs.live_workers(connection)))
         handlers = Handlers(connection)
         orgs = list(of_all_orgs(connection))
         for org in orgs:

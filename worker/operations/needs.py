@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition, from_spec
 from worker.errors import DefinitionError
+from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.orgs.org import OrgRef
 from worker.store import needs, orgs
@@ -27,6 +28,16 @@ class OrgNeeds:
     timezone: str | None
     definitions: tuple[Definition, ...]
     paused: frozenset[str] = frozenset()
+    max_concurrent_runs: int = 1
+    ids: Mapping[str, DefinitionId] = field(default_factory=dict)
+    """Of each definition, by its name."""
+
+    @property
+    def due(self) -> tuple[Definition, ...]:
+        """The definitions of which anything is due now: none while the org is paused."""
+        return tuple(
+            each for each in self.definitions if self.state == "active" and each.name not in self.paused
+        )
 
 
 def of_org(connection: Connection, code: str) -> OrgNeeds:
@@ -56,6 +67,7 @@ def scopes_of(definition: Definition, handlers: Handlers) -> tuple[frozenset[str
 def _needs(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgNeeds]:
     found: dict[str, list[Definition]] = {row["id"]: [] for row in rows}
     paused: dict[str, set[str]] = {row["id"]: set() for row in rows}
+    ids: dict[str, dict[str, DefinitionId]] = {row["id"]: {} for row in rows}
     codes = {row["id"]: row["code"] for row in rows}
     for stored in needs.definitions_for_all_orgs(connection, list(codes)):
         org_id = stored["org_id"]
@@ -64,6 +76,7 @@ def _needs(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgNeeds]
         except DefinitionError:
             # Written by another release; its worker knows what it means.
             continue
+        ids[org_id][stored["name"]] = DefinitionId(stored["id"])
         if stored["paused_at"] is not None:
             paused[org_id].add(stored["name"])
     return [
@@ -74,6 +87,8 @@ def _needs(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgNeeds]
             row["timezone"],
             tuple(found[row["id"]]),
             frozenset(paused[row["id"]]),
+            row["max_concurrent_runs"],
+            ids[row["id"]],
         )
         for row in rows
     ]

@@ -1,0 +1,194 @@
+"""What definitions imply, against the slots of workers, the machine and the limits that are set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+from worker.ids import new_id
+from worker.operations.capacity import Capacity, Measure, capacity
+from worker.operations.histories import MEMORY, SECONDS
+from worker.operations.machine import Machine
+from worker.operations.pause import pause_definition
+from worker.operations.run_now import run_now
+from worker.settings.sections import ExecutionSettings
+from worker.store import orgs, tables
+
+MIB = 2**20
+SMALL = Machine(processors=2.0, memory=1024 * MIB)
+ORG = '[[org]]\ncode = "{org}"\nissuer = "main"\nmax_concurrent_runs = {most}\n'
+DEFINITION = """
+[[definition]]
+org = "{org}"
+name = "{name}"
+handler = "acme.plain"
+schedule = "{schedule}"
+overlap = "{overlap}"
+"""
+
+
+@pytest.fixture
+def ask(database) -> Callable[..., Capacity]:
+    def ask_capacity(machine: Machine = SMALL, **execution: int) -> Capacity:
+        return capacity(database, ExecutionSettings(**execution), machine)
+
+    return ask_capacity
+
+
+@pytest.fixture
+def nightly(apply):
+    """Ten orgs, each with one definition at the same instant."""
+    apply(
+        "".join(
+            ORG.format(org=f"org_{n}", most=10)
+            + DEFINITION.format(org=f"org_{n}", name="night", schedule="0 3 * * *", overlap="skip")
+            for n in range(10)
+        )
+    )
+
+
+@pytest.fixture
+def ran(database, rows):
+    """As if a definition had run once, for so long and with so much memory."""
+
+    def run(org: str, name: str, *, seconds: float, memory: int | None = None) -> None:
+        made = run_now(database, org, name, actor="kim")
+        at = rows.now()
+        with database.transaction() as connection:
+            connection.execute(
+                tables.attempts.insert().values(
+                    run_id=made["id"],
+                    attempt=1,
+                    org_id=orgs.require(connection, org)["id"],
+                    worker_id=new_id(),
+                    fencing_token=1,
+                    handler="acme.plain",
+                    started_at=at - timedelta(seconds=seconds),
+                    ended_at=at,
+                    outcome="succeeded",
+                    peak_memory=memory,
+                )
+            )
+        rows.set_ended(made["id"], "succeeded", None)
+
+    return run
+
+
+@pytest.fixture
+def worker_up(database, rows):
+    def start(host: str, children: int, *, ago: timedelta = timedelta()) -> None:
+        now = rows.now() - ago
+        with database.transaction() as connection:
+            connection.execute(
+                tables.workers.insert().values(
+                    id=new_id(),
+                    host=host,
+                    pid=1,
+                    version="1",
+                    started_at=now,
+                    renewed_at=now,
+                    lease_until=now + timedelta(seconds=30),
+                    handlers=[],
+                    capacity={"children": children, "inline": 100},
+                )
+            )
+
+    return start
+
+
+def of(found: Capacity, what: str) -> Measure:
+    [measure] = [each for each in found.measures if each.what == what]
+    return measure
+
+
+def test_without_a_history_it_says_what_is_assumed(nightly, ask):
+    found = ask(max_children=50)
+
+    assert of(found, "children").needs == 10
+    assert of(found, "children").mean == pytest.approx(10 * SECONDS / 86_400)
+    assert of(found, "memory").needs == 10 * MEMORY / MIB
+    assert of(found, "starts").needs == pytest.approx(10 / 60)
+    assert of(found, "starts").has == pytest.approx(2 / 0.011)
+    assert of(found, "children").at.strftime("%H:%M") == "03:00"
+    assert all(measure.ok and measure.change is None for measure in found.measures)
+    assert [line for line in found.assumed if line.startswith("acme.plain: no run is known yet")]
+    assert [line for line in found.assumed if line.startswith("no worker is up")]
+
+
+def test_more_at_once_than_there_are_slots_wait_and_it_says_what_to_change(nightly, ran, ask):
+    ran("org_0", "night", seconds=600.0, memory=100 * MIB)
+    found = ask(max_children=4)
+
+    children, memory = of(found, "children"), of(found, "memory")
+    assert (children.needs, children.has, children.ok) == (10, 4, True)
+    assert "runs wait for a while at " in children.change
+    assert "the memory here has room for 10" in children.change
+    assert "acme.plain" not in " ".join(found.assumed)
+    # No more are on than there are slots.
+    assert (memory.needs, memory.ok) == (400.0, True)
+
+
+def test_memory_that_does_not_suffice_fails_and_names_how_many_children_fit(nightly, ran, ask):
+    ran("org_0", "night", seconds=600.0, memory=300 * MIB)
+    memory = of(ask(max_children=10), "memory")
+
+    assert (memory.needs, memory.has, memory.ok) == (pytest.approx(3000.0), 1024.0, False)
+    assert "lower execution.max_children to 3 in all" in memory.change
+
+
+def test_what_is_never_enough_fails(apply, ran, ask):
+    apply(
+        ORG.format(org="org_0", most=1)
+        + DEFINITION.format(org="org_0", name="busy", schedule="*/5 * * * *", overlap="allow")
+    )
+    ran("org_0", "busy", seconds=1500.0)
+    found = ask(max_children=3)
+
+    assert of(found, "children").mean == pytest.approx(5.0)
+    assert not of(found, "children").ok
+    assert "never enough" in of(found, "children").change
+    limited = of(found, "org org_0")
+    assert (limited.needs, limited.has, limited.ok) == (pytest.approx(5.0), 1, False)
+    assert "max_concurrent_runs" in limited.change
+
+
+def test_a_definition_that_is_due_again_before_it_has_ended_is_named(apply, ran, ask):
+    apply(
+        ORG.format(org="org_0", most=10)
+        + DEFINITION.format(org="org_0", name="slow", schedule="*/10 * * * *", overlap="skip")
+    )
+    ran("org_0", "slow", seconds=1200.0)
+    slow = of(ask(), "definition org_0 slow")
+
+    assert slow.needs == pytest.approx(2.0)
+    assert "a run takes 20m and is due every 10m" in slow.change
+    assert of(ask(), "children").needs == 1
+
+
+def test_the_workers_that_are_up_are_what_there_is(nightly, ask, worker_up):
+    worker_up("a", 3)
+    worker_up("a", 3)
+    worker_up("b", 3)
+    worker_up("gone", 90, ago=timedelta(hours=1))
+    found = ask(max_children=50)
+
+    assert of(found, "children").has == 9
+    assert of(found, "memory").has == 2048
+    assert of(found, "starts").has == pytest.approx(4 / 0.011)
+    assert [line for line in found.assumed if "2 machines" in line]
+
+
+def test_what_is_paused_implies_nothing(nightly, database, ask):
+    for n in range(9):
+        pause_definition(database, f"org_{n}", "night", actor="kim")
+
+    assert of(ask(), "children").needs == 1
+
+
+def test_this_machine_has_processors_and_memory():
+    here = Machine.here()
+
+    assert here.processors > 0
+    assert here.memory > 64 * MIB
