@@ -88,7 +88,8 @@ def test_what_strikes_while_the_receiver_is_away_and_the_worker_dies_is_told_onc
 
 def test_refusals_pauses_and_dead_credentials_arrive_and_so_do_their_ends(site, hook, provider, tmp_path):
     mended, journal = tmp_path / "mended", str(tmp_path / "journal")
-    site.configure(extra=hook.settings())
+    # All that is said is held against the page of events when the site is closed.
+    site.configure(extra=f'{hook.settings()}[log]\nlevel = "debug"')
     site.add_orgs(application("org_odd", properties={"max_tokens": "many"}), application("org_weak"))
     site.add_orgs(application("org_dead"), secret="not-the-secret")
     site.apply(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fakes import freezing_worker
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 class Port:
@@ -81,6 +85,9 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     assert port.get("/livez")[0] == port.get("/readyz")[0] == 200
     metrics = port.get("/metrics")[1]
     assert 'orgworker_slots_used{isolation="child"} 1.0' in metrics
+    families = text_string_to_metric_families(metrics)
+    served = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    assert served <= set(re.findall(r"(?m)^\| `(\w+)`", (ROOT / "docs/reference/metrics.md").read_text()))
     assert "org_bad" not in metrics
 
     worker.terminate()

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.semconv._incubating.attributes import (
+    cicd_attributes,
+    error_attributes,
+    feature_flag_attributes,
+)
 from opentelemetry.trace import SpanKind, StatusCode
 
 from tests.fakes.clock import START, ManualClock
@@ -115,6 +120,25 @@ def test_spans_are_named_as_the_conventions_have_it(collected):
     }
     resource = spans["token"].resource.attributes
     assert (resource["service.name"], resource["service.version"]) == ("orgworker", "1.2.3")
+
+
+def test_every_attribute_is_one_of_the_conventions_or_our_own(clock):
+    """As the library that comes with the SDK has them."""
+    known = {
+        value
+        for module in (cicd_attributes, feature_flag_attributes, error_attributes)
+        for name, value in vars(module).items()
+        if name.isupper()
+    }
+    collected = Collected(clock, dashboard_url="https://jobs.acme.test")
+    collected.carry(replace(TRACED, outcome="failed", state="failed", reason="error", error_type="KeyError"))
+
+    spans = collected.spans().values()
+    used = {name for span in spans for name in span.attributes}
+    used |= {name for span in spans for event in span.events for name in event.attributes}
+    assert {name for name in used if not name.startswith("orgworker.")} <= known
+    assert {one.split(".")[0] for one in used} == {"cicd", "feature_flag", "error", "orgworker"}
+    assert set(RESULTS.values()) == {one.value for one in cicd_attributes.CicdPipelineResultValues}
 
 
 def test_each_flag_that_was_evaluated_is_an_event_without_its_value(collected):
