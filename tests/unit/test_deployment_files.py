@@ -1,27 +1,80 @@
-"""What is deployed fits the code and the files it names."""
+"""What is deployed fits the code, the settings' defaults and the files it names."""
 
 from __future__ import annotations
 
-import configparser
 import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from tests.fakes.pages import unknown_words
+from worker import settings as places
 from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
+from worker.execution.loops import LAST_FLUSH
 from worker.execution.pulse import PATIENCE
 from worker.settings import Settings
+from worker.web.health import PATHS
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config"
+KUBERNETES = CONFIG / "kubernetes"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+DEFAULTS = Settings()
+PORT = int(DEFAULTS.web.listen.rpartition(":")[2])
+# What a stop takes at most: the drain, and what has ended in it written down.
+DRAINED = DEFAULTS.execution.drain.total_seconds() + LAST_FLUSH
+
+# ---- systemd
+
+# Of these systemd-analyze makes up the exposure of a unit. What is not here and why, the unit itself says.
+HARDENING = {
+    "User": "orgworker",
+    "UMask": "0077",
+    "NoNewPrivileges": "yes",
+    "CapabilityBoundingSet": "",
+    "ProtectSystem": "strict",
+    "ProtectHome": "yes",
+    "PrivateTmp": "yes",
+    "PrivateDevices": "yes",
+    "PrivateUsers": "yes",
+    "ProtectClock": "yes",
+    "ProtectControlGroups": "yes",
+    "ProtectHostname": "yes",
+    "ProtectKernelLogs": "yes",
+    "ProtectKernelModules": "yes",
+    "ProtectKernelTunables": "yes",
+    "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX",
+    "RestrictNamespaces": "yes",
+    "RestrictRealtime": "yes",
+    "RestrictSUIDSGID": "yes",
+    "LockPersonality": "yes",
+    "MemoryDenyWriteExecute": "yes",
+    "SystemCallArchitectures": "native",
+}
+UNITS = ("worker.service", "worker-upgrade.service")
+ANALYZE = shutil.which("systemd-analyze")
+
+
+def unit(name: str) -> dict[str, str]:
+    """The directives of a unit; one that is given again stands on a line of its own."""
+    found: dict[str, str] = {}
+    for line in (CONFIG / name).read_text().splitlines():
+        if line and line[0] not in "#[":
+            key, _, value = line.partition("=")
+            found[key] = f"{found[key]}\n{value}" if key in found else value
+    return found
 
 
 @pytest.fixture
-def service() -> configparser.SectionProxy:
-    unit = configparser.RawConfigParser(strict=False, comment_prefixes="#")
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(ROOT / "config" / "worker.service")
-    return unit["Service"]
+def service() -> dict[str, str]:
+    return unit("worker.service")
 
 
 def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
@@ -30,7 +83,7 @@ def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
 
 
 def test_the_service_lets_a_drain_end(service):
-    assert parse_duration(service["TimeoutStopSec"]) > Settings().execution.drain
+    assert parse_duration(service["TimeoutStopSec"]).total_seconds() > DRAINED
 
 
 def test_the_watchdog_bites_only_after_a_loop_has_stalled(service):
@@ -42,13 +95,278 @@ def test_the_service_does_not_restart_what_a_restart_cannot_mend(service):
     assert service["RestartPreventExitStatus"] == str(ConfigurationError.exit_code)
 
 
-def test_the_image_is_made_from_files_that_exist_and_does_not_run_as_root():
-    text = (ROOT / "config" / "Containerfile").read_text()
+def test_the_schema_is_upgraded_once_and_by_the_owner_alone(service):
+    upgrade = unit("worker-upgrade.service")
+
+    assert (upgrade["Type"], upgrade["ExecStart"]) == ("oneshot", service["ExecStart"][:-3] + "db upgrade")
+    assert "database__owner_url" in upgrade["LoadCredential"]
+    assert "database__owner_url" not in service["LoadCredential"]
+
+
+@pytest.mark.parametrize("name", [*UNITS, "orgworker"])
+def test_a_credential_is_a_setting_or_the_key_ring_and_may_be_missing(name: str):
+    text = (CONFIG / name).read_text()
+    credentials = re.findall(r"LoadCredential=(\w+):(\S+)", text)
+
+    assert ("database__url", "orgworker.database__url") in credentials
+    for credential, path in credentials:
+        # Without a / it is looked up in the credential stores; the start does not fail if it is in none.
+        assert path == f"orgworker.{credential}"
+        assert credential == "keyring" or is_setting(credential)
+    assert "#LoadCredential" not in text
+
+
+def test_the_command_runs_what_the_service_runs_with_the_same_credentials(service):
+    text = (CONFIG / "orgworker").read_text()
+
+    assert service["ExecStart"].removesuffix("run") + '"$@"' in text
+    assert re.findall(r"LoadCredential=(\S+)", text) == service["LoadCredential"].splitlines()
+    for key in ("User", "Group", "UMask", "StateDirectory", "StateDirectoryMode"):
+        assert f"--property={key}={service[key]} " in text
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_exposure_is_at_most_1_5(name: str):
+    """Measured where systemd is; elsewhere only what it was measured of is compared."""
+    directives = unit(name)
+    assert {key: directives.get(key) for key in HARDENING} == HARDENING
+    assert directives["SystemCallFilter"].split("\n")[0] == "@system-service"
+    assert "~@privileged" in directives["SystemCallFilter"]
+    if ANALYZE is None:
+        return
+
+    command = [ANALYZE, "security", "--offline=true", "--no-pager", "--threshold=15", CONFIG / name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"exposure level for \S+: (0\.\d|1\.[0-5]) ", done.stdout)
+
+
+@pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed: no unit is verified")
+@pytest.mark.parametrize("name", UNITS)
+def test_systemd_finds_no_fault_in_the_unit(name: str, tmp_path: Path):
+    copy = tmp_path / name
+    # It wants the program to be there.
+    copy.write_text((CONFIG / name).read_text().replace("/opt/orgworker/bin/python", "/bin/true"))
+
+    command = [str(ANALYZE), "verify", "--man=no", copy]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- container
+
+
+@pytest.fixture(scope="module")
+def containerfile() -> dict[str, str]:
+    """The last stage's steps that stand alone."""
+    last = (CONFIG / "Containerfile").read_text().rpartition("\nFROM ")[2]
+    return dict(re.findall(r"(?m)^(USER|WORKDIR|VOLUME|EXPOSE|STOPSIGNAL) (.+)$", last))
+
+
+def test_the_image_is_made_from_files_that_exist_and_does_not_run_as_root(containerfile):
+    text = (CONFIG / "Containerfile").read_text()
 
     for lock in re.findall(r"-r (\S+)", text):
         assert (ROOT / lock).is_file()
-    assert re.search(r"^USER 10001:10001$", text, re.MULTILINE)
+    assert containerfile["USER"] == "10001:10001"
+    assert containerfile["VOLUME"] == containerfile["WORKDIR"]
+    assert containerfile["EXPOSE"] == str(PORT)
     assert text.count("--require-hashes") == 2
+    [stop] = re.findall(r"--stop-timeout (\d+)", text)
+    assert int(stop) > DRAINED
+
+
+def test_no_secret_gets_into_the_image_or_the_repository():
+    folders = {Path(secret["file"]).parent for secret in compose()["secrets"].values()}
+
+    assert folders == {Path("secrets")}
+    assert "**/secrets" in (ROOT / ".containerignore").read_text().splitlines()
+    assert "config/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+# ---- compose
+
+
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CONFIG / "compose.yaml").read_text())
+    return loaded
+
+
+def test_compose_upgrades_the_schema_before_two_workers_begin():
+    services = compose()["services"]
+
+    assert services["worker"]["deploy"]["replicas"] == 2
+    assert services["worker"]["depends_on"] == {"upgrade": {"condition": "service_completed_successfully"}}
+    assert services["upgrade"]["depends_on"] == {"postgresql": {"condition": "service_healthy"}}
+    assert unknown_words(" ".join(services["upgrade"]["command"])) == []
+    assert services["upgrade"]["command"] == ["db", "upgrade"]
+
+
+@pytest.mark.parametrize("name", ["upgrade", "worker"])
+def test_a_container_of_compose_can_write_its_volume_only(name: str, containerfile):
+    service = compose()["services"][name]
+    uid, gid = containerfile["USER"].split(":")
+
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["tmpfs"] == f"{containerfile['VOLUME']}:uid={uid},gid={gid},mode=0700"
+    [mounted] = service["volumes"]
+    source, target, mode = mounted.split(":")
+    assert (CONFIG / source).is_file()
+    assert (target in places.CONFIG_PLACES, mode) == (True, "ro")
+
+
+def test_compose_lets_a_drain_end_and_replaces_only_what_stands_still():
+    worker = compose()["services"]["worker"]
+
+    assert parse_duration(worker["stop_grace_period"]).total_seconds() > DRAINED
+    assert f"http://127.0.0.1:{PORT}/livez" in worker["healthcheck"]["test"][-1]
+    assert worker["environment"] == {"WORKER_WEB__LISTEN": f"0.0.0.0:{PORT}"}
+    [published] = worker["ports"]
+    assert published.startswith("127.0.0.1:")
+    assert published.endswith(f":{PORT}")
+
+
+def test_each_service_of_compose_is_shown_the_secrets_it_needs_and_no_other():
+    loaded = compose()
+    shown = {name: set(service["secrets"]) for name, service in loaded["services"].items()}
+
+    assert shown["worker"] == {"keyring", "database__url"}
+    assert shown["upgrade"] == {"database__url", "database__owner_url"}
+    assert set.union(*shown.values()) == set(loaded["secrets"])
+    for name in loaded["secrets"]:
+        assert name in ("keyring", "superuser") or is_setting(name)
+
+
+# ---- Kubernetes
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    for path in sorted(KUBERNETES.glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def manifest(kind: str) -> dict[str, Any]:
+    [found] = [one for one in manifests() if one["kind"] == kind]
+    return found
+
+
+def pod(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest(kind)["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "Job"])
+def test_a_pod_has_no_rights_and_can_write_its_volume_only(kind: str, containerfile):
+    spec = pod(kind)
+    uid, gid = map(int, containerfile["USER"].split(":"))
+
+    assert spec["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": uid,
+        "runAsGroup": gid,
+        "fsGroup": gid,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert spec["automountServiceAccountToken"] is False
+    [container] = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert {"requests", "limits"} == set(container["resources"])
+    assert unknown_words(" ".join(container["args"])) == []
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "Job"])
+def test_what_is_mounted_lies_where_the_worker_looks(kind: str, containerfile):
+    spec = pod(kind)
+    [container] = spec["containers"]
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+
+    assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
+    assert mounts["secrets"]["mountPath"] == places.MOUNTED_SECRETS
+    assert mounts["work"]["mountPath"] == containerfile["VOLUME"]
+    assert [name for name, mount in mounts.items() if not mount.get("readOnly")] == ["work"]
+    if kind == "Deployment":
+        assert f"{mounts['config']['mountPath']}/worker.toml" in places.CONFIG_PLACES
+
+
+def test_the_owners_url_is_shown_to_the_upgrade_only():
+    [workers] = [volume["secret"] for volume in pod("Deployment")["volumes"] if "secret" in volume]
+    [upgrade] = [volume["projected"] for volume in pod("Job")["volumes"] if "projected" in volume]
+
+    assert workers["secretName"] == "orgworker"
+    assert [one["secret"]["name"] for one in upgrade["sources"]] == ["orgworker", "orgworker-owner"]
+
+
+def test_probes_ask_what_the_worker_answers_at_its_port():
+    [container] = pod("Deployment")["containers"]
+    [port] = container["ports"]
+
+    asked = {name: container[name]["httpGet"] for name in container if name.endswith("Probe")}
+    assert {name: get["path"] for name, get in asked.items()} == {
+        "startupProbe": "/livez",
+        "livenessProbe": "/livez",
+        "readinessProbe": "/readyz",
+    }
+    assert {get["path"] for get in asked.values()} < PATHS
+    assert {get["port"] for get in asked.values()} == {port["name"]}
+    assert port["containerPort"] == PORT
+    assert container["env"] == [{"name": "WORKER_WEB__LISTEN", "value": f"0.0.0.0:{PORT}"}]
+    [endpoint] = manifest("PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, port["name"])
+    [served] = manifest("Service")["spec"]["ports"]
+    assert (served["port"], served["targetPort"]) == (PORT, port["name"])
+
+
+def test_a_pod_may_drain_and_a_deploy_or_an_emptied_node_takes_one_at_a_time():
+    deployment = manifest("Deployment")["spec"]
+
+    assert pod("Deployment")["terminationGracePeriodSeconds"] > DRAINED
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert manifest("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1 < deployment["replicas"]
+
+
+def test_all_mean_the_same_pods():
+    labels = manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
+
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
+        assert manifest(kind)["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("Service")["spec"]["selector"] == labels
+    assert manifest("Job")["spec"]["template"]["metadata"]["labels"] != labels
+
+
+def test_what_kustomize_puts_together_is_there_and_of_this_release():
+    kustomization = manifest("Kustomization")
+    [image] = kustomization["images"]
+    [generated] = kustomization["configMapGenerator"]
+    [config] = [volume["configMap"] for volume in pod("Deployment")["volumes"] if "configMap" in volume]
+
+    assert all((KUBERNETES / name).is_file() for name in (*kustomization["resources"], *generated["files"]))
+    assert generated["name"] == config["name"]
+    assert pod("Deployment")["containers"][0]["image"] == image["name"]
+    assert pod("Job")["containers"][0]["image"] == f"{image['newName']}:{image['newTag']}"
+    assert image["newTag"] == VERSION
+    assert {manifest(kind)["metadata"]["namespace"] for kind in ("Job", "PodMonitor")} == {
+        kustomization["namespace"]
+    }
+
+
+def test_the_settings_of_the_cluster_are_ones():
+    assert places.load(str(KUBERNETES / "worker.toml"), environ={}).issuers["main"].profile == "kinde"
+
+
+# ---- both
+
+
+def is_setting(name: str) -> bool:
+    """Whether a file or variable of this name sets something, as `database__url` does."""
+    section, _, key = name.partition("__")
+    return key in type(getattr(DEFAULTS, section, None)).model_fields
 
 
 @pytest.mark.parametrize("name", ["run.lock", "dev.lock"])

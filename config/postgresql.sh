@@ -1,0 +1,24 @@
+#!/bin/sh
+# Makes the roles and the database of docs/operating/postgresql.md in a new PostgreSQL; its image runs this once, as
+# the superuser. The passwords are those of the secrets' URLs; so they may consist of letters and digits only.
+set -eu
+
+password() {
+    url=$(cat "${SECRETS:-/run/secrets}/$1")
+    rest=${url#*://*:}
+    echo "${rest%%@*}"
+}
+
+# By variables, since arguments can be seen by everybody.
+OWNER=$(password database__owner_url) WORKER=$(password database__url) \
+    psql --no-psqlrc --set ON_ERROR_STOP=1 --username "${POSTGRES_USER:-postgres}" postgres <<'SQL'
+\getenv owner OWNER
+\getenv worker WORKER
+CREATE ROLE owner LOGIN PASSWORD :'owner';
+CREATE ROLE worker LOGIN PASSWORD :'worker';
+-- The owner may not make roles; `db upgrade` gives these their rights.
+CREATE ROLE orgworker_worker NOLOGIN;
+CREATE ROLE orgworker_web NOLOGIN;
+GRANT orgworker_worker, orgworker_web TO worker;
+CREATE DATABASE orgworker OWNER owner;
+SQL
