@@ -22,6 +22,8 @@ CHANNEL = "orgworker"
 # Seconds before the next try to connect: the first, and at most.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 0.5
+# Seconds that it waits for an answer.
+DEADLINE = 10.0
 
 
 def hint(connection: Connection) -> None:
@@ -39,11 +41,13 @@ async def listen(arguments: dict[str, Any], clock: Clock, on_hint: Callable[[], 
     while True:
         try:
             connection = await psycopg.AsyncConnection.connect(**arguments, autocommit=True)
-            async with connection:
-                await connection.execute(f"LISTEN {CHANNEL}")
+            try:
+                await asyncio.wait_for(connection.execute(f"LISTEN {CHANNEL}"), DEADLINE)
                 pause = FIRST_PAUSE
                 await _hear(connection, on_hint)
-        except psycopg.Error:
+            finally:
+                await connection.close()
+        except (psycopg.Error, TimeoutError):
             # The loops that ask the database report that it is lost; here nobody waits for it.
             await clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

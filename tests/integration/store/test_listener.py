@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 
 from tests.fakes.stock import Stock
+from tests.faults.proxy import Proxy, Verdict
 from worker.clock import SystemClock
 from worker.store import definitions
 from worker.store.database import Database
@@ -49,6 +51,37 @@ async def test_a_listener_that_was_cut_off_listens_again(migrated_postgres_url):
     await asyncio.wait_for(heard.get(), 10)
     await ended(listening)
     database.close()
+
+
+async def test_a_listener_whose_question_is_never_answered_asks_on_another_connection(
+    migrated_postgres_url, monkeypatch
+):
+    monkeypatch.setattr("worker.store.listener.DEADLINE", 0.3)
+    heard: asyncio.Queue[None] = asyncio.Queue()
+    with Proxy(urlsplit(migrated_postgres_url).port) as proxy:
+        proxy.watch = NeverAnswered
+        url = urlsplit(migrated_postgres_url)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
+        database = Database.open(url, clock=SystemClock())
+        listening = asyncio.create_task(database.listen(lambda: heard.put_nowait(None)))
+
+        await asyncio.wait_for(heard.get(), 10)
+
+        assert NeverAnswered.left == 0
+        await ended(listening)
+        database.close()
+        proxy.let_go()
+
+
+class NeverAnswered:
+    """Holds the first LISTEN that any client sends."""
+
+    left = 1
+
+    def sees(self, data: bytes) -> Verdict:
+        if b"LISTEN" not in data or not self.left:
+            return "pass"
+        type(self).left -= 1
+        return "hold"
 
 
 def test_sessions_that_ended_while_they_rested_are_never_handed_out(postgres, migrated_postgres_url):
