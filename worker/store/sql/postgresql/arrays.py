@@ -10,14 +10,25 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from worker.clock import to_text
 from worker.store.engine import compact_json
+
+# Of a text that is at most so long, the quoted form is kept: it comes again and again.
+SHORT = 1024
+
+
+def words(values: Iterable[str]) -> str:
+    """Identifiers and words of ours, never None: nothing that needs quotes."""
+    return "{" + ",".join(values) + "}"
+
+
+def numbers(values: Iterable[int]) -> str:
+    """Whole numbers, never None."""
+    return "{" + ",".join(map(str, values)) + "}"
 
 
 def plain(values: Iterable[Any]) -> str:
-    """Identifiers, numbers and words of ours: nothing that needs quotes."""
-    items = ["NULL" if value is None else str(value) for value in values]
-    return _literal(items)
+    """Identifiers, numbers and words of ours, or None: nothing that needs quotes."""
+    return _literal(["NULL" if value is None else str(value) for value in values])
 
 
 def flags(values: Iterable[bool]) -> str:
@@ -25,7 +36,7 @@ def flags(values: Iterable[bool]) -> str:
 
 
 def instants(values: Iterable[datetime | None]) -> str:
-    return _literal([_instant(value) for value in values])
+    return _literal(["NULL" if value is None else value.isoformat() for value in values])
 
 
 def texts(values: Iterable[str | None]) -> str:
@@ -35,17 +46,18 @@ def texts(values: Iterable[str | None]) -> str:
 
 def jsons(values: Iterable[Any]) -> str:
     """Values to be written as JSON text; None stays null."""
-    return _literal(["NULL" if value is None else _quoted(compact_json(value)) for value in values])
-
-
-# A batch names the same few instants again and again.
-@functools.lru_cache(maxsize=4096)
-def _instant(value: datetime | None) -> str:
-    return "NULL" if value is None else to_text(value)
+    return _literal(["NULL" if value is None else _quote(compact_json(value)) for value in values])
 
 
 def _quoted(text: str) -> str:
+    return _remembered(text) if len(text) <= SHORT else _quote(text)
+
+
+def _quote(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_quote)
 
 
 def _literal(items: list[str]) -> str:

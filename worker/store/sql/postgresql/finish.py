@@ -9,11 +9,11 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt
+from worker.runs.outcome import EndedAttempt, Trail
 from worker.store.connection import driver
 from worker.store.engine import shared_json
 from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
-from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
+from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
 
 # Always in the order of ids, and a statement of its own: two batches never wait in a circle.
 # `state NOT IN` is running by words that fit no partial index: the primary key is meant.
@@ -54,18 +54,21 @@ FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::float8[], %s::integer[], %s:
 WHERE l.id = e.id
 """
 
+# What a token has said is the same for many attempts: it comes, and is parsed, once.
 ATTEMPTS = """
 INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
                       handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
                       claims_hash, peak_memory)
-SELECT run_id, attempt, org_id, %s, fencing_token, handler, started_at, token_ready_at,
-       handler_started_at, ended_at, outcome, error::jsonb, error_cause, claims::jsonb, flags::jsonb, jti,
-       claims_hash, peak_memory
+SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, a.started_at, a.token_ready_at,
+       a.handler_started_at, a.ended_at, a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
+       s.claims_hash, a.peak_memory
 FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[],
             %s::timestamptz[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::text[], %s::text[],
-            %s::text[], %s::text[], %s::text[], %s::text[], %s::bigint[])
+            %s::bigint[], %s::integer[])
   AS a(run_id, attempt, org_id, fencing_token, handler, started_at, token_ready_at, handler_started_at,
-       ended_at, outcome, error, error_cause, claims, flags, jti, claims_hash, peak_memory)
+       ended_at, outcome, error, error_cause, peak_memory, said)
+JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
+  AS s(said, claims, flags, jti, claims_hash) ON s.said = a.said
 """
 
 WRITTEN = """
@@ -102,7 +105,7 @@ WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uu
 
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     raw = driver(connection)
-    rows = raw.execute(LOCK, (plain(attempt.run_id for attempt in ended), worker_id)).fetchall()
+    rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
     held = {id_: Held(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
     if not rows:
         return _written(raw, worker_id, ended)
@@ -141,8 +144,8 @@ def _end(raw: Any, endings: Sequence[Ending]) -> None:
     raw.execute(
         END,
         (
-            plain(attempt.run_id for attempt in attempts),
-            plain(ending.state for ending in endings),
+            words(attempt.run_id for attempt in attempts),
+            words(ending.state for ending in endings),
             texts(ending.reason for ending in endings),
             texts(attempt.detail for attempt in attempts),
             jsons(attempt.trail.progress for attempt in attempts),
@@ -172,28 +175,38 @@ def _wait(raw: Any, endings: Sequence[Ending]) -> None:
 def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
     attempts = [ending.attempt for ending in endings]
     trails = [attempt.trail for attempt in attempts]
+    said: dict[tuple[str | None, ...], int] = {}
+    places = [said.setdefault(_said(trail), len(said) + 1) for trail in trails]
     raw.execute(
         ATTEMPTS,
         (
             worker_id,
-            plain(attempt.run_id for attempt in attempts),
-            plain(attempt.attempt for attempt in attempts),
-            plain(attempt.org_id for attempt in attempts),
-            plain(attempt.fencing_token for attempt in attempts),
+            words(attempt.run_id for attempt in attempts),
+            numbers(attempt.attempt for attempt in attempts),
+            words(attempt.org_id for attempt in attempts),
+            numbers(attempt.fencing_token for attempt in attempts),
             texts(trail.handler for trail in trails),
             instants(attempt.started_at for attempt in attempts),
             instants(trail.token_ready_at for trail in trails),
             instants(trail.handler_started_at for trail in trails),
             instants(ending.ended_at for ending in endings),
-            plain(attempt.outcome for attempt in attempts),
+            words(attempt.outcome for attempt in attempts),
             jsons(attempt.error for attempt in attempts),
             texts(attempt.error_cause for attempt in attempts),
-            texts(None if trail.claims is None else shared_json(trail.claims) for trail in trails),
-            texts(None if trail.flags is None else shared_json(trail.flags) for trail in trails),
-            texts(trail.jti for trail in trails),
-            texts(trail.claims_hash for trail in trails),
             plain(trail.peak_memory for trail in trails),
+            numbers(places),
+            numbers(said.values()),
+            *(texts(column) for column in zip(*said, strict=True)),
         ),
+    )
+
+
+def _said(trail: Trail) -> tuple[str | None, ...]:
+    return (
+        None if trail.claims is None else shared_json(trail.claims),
+        None if trail.flags is None else shared_json(trail.flags),
+        trail.jti,
+        trail.claims_hash,
     )
 
 
