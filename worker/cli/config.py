@@ -15,6 +15,8 @@ from worker.cli.session import session_of
 app = typer.Typer(help="The settings in force, from flags, variables, secret files and worker.toml.")
 
 DEFAULT = "default"
+# Settings that are a secret by another name: whoever knows a dead man's URL can keep it quiet.
+_SECRET = ("headers", "deadman_url")
 # The password of a URL's authority, and those that libpq takes in its query.
 _PASSWORD = re.compile(r"(//[^/?#@]*?:)[^/?#]*(@)|([?&](?:ssl)?password=)[^&#]*")
 
@@ -44,7 +46,7 @@ def masked(value: Any) -> Any:
     """The value with no password in any URL, and no secret of a setting that is one."""
     if isinstance(value, dict):
         return {
-            key: "***" if entry and (key.endswith("_secret") or key == "headers") else masked(entry)
+            key: "***" if entry and (key.endswith("_secret") or key in _SECRET) else masked(entry)
             for key, entry in value.items()
         }
     if isinstance(value, str):

@@ -1,25 +1,68 @@
-"""`doctor`: looks for what goes wrong slowly or silently."""
+"""`doctor`: looks for what goes wrong slowly or silently, and gathers what to send with a question."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.output import Format, as_json, print_rows, say
+from worker.cli.session import Session, session_of
+from worker.errors import Conflict, UsageError
+
+if TYPE_CHECKING:
+    from worker.store.database import Database
 
 FAILED = 1
 
 
-def doctor(context: typer.Context, output: OutputOption = Format.TABLE) -> int:
-    """Look for what goes wrong slowly or silently; exit 1 if any check fails. Changes nothing."""
+def doctor(
+    context: typer.Context,
+    bundle: Annotated[
+        str | None,
+        typer.Option("--bundle", metavar="FILE", help="Also write all that a supporter needs, redacted."),
+    ] = None,
+    output: OutputOption = Format.TABLE,
+) -> int:
+    """Look for what goes wrong slowly or silently; exit 1 if any check fails. Changes nothing.
+
+    The bundle is one JSON file that can be read before it is sent: versions, settings
+    without secrets, sizes, workers, what failed last. Orgs, definitions and machines are
+    numbers in it; there is no secret, token, param, result, log or error message.
+    """
     from worker.operations.doctor import examine
 
-    with session_of(context).database() as database:
+    session = session_of(context)
+    with session.database() as database:
         findings = examine(database)
+        if bundle is not None:
+            _write(bundle, session, database)
     rows = [finding.as_row() for finding in findings]
     print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     failed = [finding for finding in findings if not finding.ok]
     for finding in failed:
         say(f"fix: {finding.check}: {finding.fix}")
+    if bundle is not None:
+        say(f"{bundle} is written; read it before you send it")
     return FAILED if failed else 0
+
+
+def _write(path: str, session: Session, database: Database) -> None:
+    """Write the bundle to a new file that only its owner can read."""
+    from worker.operations.bundle import gather
+    from worker.wiring.issuers import issuers_of
+
+    text = as_json(gather(database, session.settings, issuers_of(session.settings)))
+    try:
+        file = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise Conflict(f"there is a file {path} already", fix="name another one") from None
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}", fix="name a file in a folder that is yours"
+        ) from None
+    with os.fdopen(file, "w", encoding="utf-8") as bundle:
+        bundle.write(text + "\n")

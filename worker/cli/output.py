@@ -54,6 +54,11 @@ def print_rows(
             say(f"there may be more: --after {rows[-1][key]}")
 
 
+def as_json(value: Any) -> str:
+    """JSON as every command prints it, masked."""
+    return masker.mask(json.dumps(value, default=_plain, indent=2))
+
+
 def print_row(row: Row, output: Format, *, key: str = "id") -> None:
     """Print one thing: an object in JSON; for people a line a key, what is nested indented below."""
     if output is Format.JSON:

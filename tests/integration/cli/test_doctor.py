@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
+from pathlib import Path
+
+import pytest
+from sqlalchemy import insert, update
 
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import definition
+from worker.clock import SystemClock
+from worker.ids import new_id
+from worker.store import orgs, tables
+from worker.store.database import Database
 
 
 def test_doctor_exits_0_where_all_is_well(cli_on_either: CommandLine):
@@ -30,3 +40,139 @@ def test_doctor_exits_1_and_says_what_to_do_where_a_check_fails(cli: CommandLine
     assert run["id"] in cli("doctor", "-o", "json", check=False).out
     assert "live_rows" in done.out
     assert "fix: live_rows: " in done.err
+
+
+CANARY = re.compile("canary[-_]?[a-z]+", re.IGNORECASE)
+
+
+@pytest.fixture
+def planted(cli_on_either: CommandLine, database_url: str) -> CommandLine:
+    """An installation with a canary in whatever may hold a secret or say something of a customer."""
+    cli = cli_on_either
+    cli.settings.write_text(
+        cli.settings.read_text()
+        + '[alerts]\nwebhook_url = "https://canary-user:canary-pass@hooks.acme.com/canary-hook"\n'
+        + 'webhook_secret = "canary-webhook-secret"\ndeadman_url = "https://ping.acme.com/canary-ping"\n'
+        + '[tracing]\nendpoint = "https://traces.acme.com/?key=canary-trace"\nheaders = "key=canary-header"\n'
+        + f'[[web.operators]]\nname = "canary-operator"\ntoken_sha256 = "{"ca" * 32}"\n'
+    )
+    secret = "canary-client-secret"
+    line = {"code": "org_canary", "name": "Canary Inc", "issuer": "main", "client_id": "canary-client"}
+    cli("orgs", "import", "-", stdin=json.dumps(line | {"client_secret": secret, "tags": ["canary-tag"]}))
+    cli("orgs", "pause", "org_canary", "--note", "canary-note")
+    cli("orgs", "resume", "org_canary")
+    text = definition("org_canary", "canary-job", "acme.note", "@yearly", params={"text": "canary-param"})
+    cli("apply", "-", stdin=text)
+    run = cli("definitions", "run", "org_canary", "canary-job", "-o", "id").out.strip()
+    database = Database.open(database_url, clock=SystemClock())
+    with database.transaction() as connection:
+        now = database.now(connection)
+        org_id = orgs.require(connection, "org_canary")["id"]
+        error = {"type": "KeyError", "message": "canary-message", "trace": "canary-trace"}
+        connection.execute(tables.live_runs.delete())
+        connection.execute(
+            update(tables.runs).values(
+                state="failed",
+                reason="error",
+                detail="canary-detail",
+                error=error,
+                result={"text": "canary-result"},
+                progress={"done": 1, "note": "canary-progress"},
+                attempt=1,
+                finished_at=now,
+            )
+        )
+        connection.execute(
+            insert(tables.attempts).values(
+                run_id=run,
+                attempt=1,
+                org_id=org_id,
+                worker_id=new_id(),
+                fencing_token=1,
+                handler="acme.note",
+                started_at=now,
+                ended_at=now,
+                outcome="failed",
+                error=error,
+                error_cause="KeyError: canary-cause",
+                claims={"properties": {"key": "canary-claim"}},
+                flags={"canary-flag": True},
+            )
+        )
+        connection.execute(
+            insert(tables.checkpoints).values(
+                run_id=run,
+                org_id=org_id,
+                attempt=1,
+                fencing_token=1,
+                saved_at=now,
+                data={"at": "canary-checkpoint"},
+            )
+        )
+        connection.execute(
+            insert(tables.workers).values(
+                id=new_id(),
+                host="canary-host",
+                pid=1,
+                version="1",
+                started_at=now,
+                renewed_at=now,
+                lease_until=now,
+                handlers=[],
+                capacity={"children": 1, "inline": 1},
+            )
+        )
+        connection.execute(
+            update(tables.catalogue)
+            .where(tables.catalogue.c.name == "acme.chatty")
+            .values(error="ImportError: canary-import")
+        )
+    database.close()
+    return cli
+
+
+def test_the_bundle_says_nothing_of_anybody(planted: CommandLine, tmp_path: Path):
+    file = tmp_path / "bundle.json"
+
+    done = planted("doctor", "--bundle", str(file), "-o", "json", check=False)
+
+    assert file.exists(), done
+    text = file.read_text()
+    assert CANARY.findall(text) == []
+    assert "acme.kinde.com" in text
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert CANARY.findall(done.out + done.err) == []
+
+
+def test_the_bundle_has_what_a_supporter_asks_first(planted: CommandLine, tmp_path: Path):
+    file = tmp_path / "bundle.json"
+    planted("doctor", "--bundle", str(file), check=False)
+
+    bundle = json.loads(file.read_text())
+
+    assert bundle["versions"]["orgworker"]
+    assert bundle["database"]["schema"] == bundle["database"]["needs_schema"]
+    assert bundle["settings"]["execution"]["lease"] == "30s"
+    assert bundle["settings"]["alerts"]["webhook_secret"] == "***"
+    assert bundle["settings"]["alerts"]["webhook_url"] == "https://hooks.acme.com"
+    [failure] = bundle["failures"]
+    assert (failure["org"], failure["definition"], failure["error_type"]) == (
+        "org-1",
+        "definition-1",
+        "KeyError",
+    )
+    assert failure["id"] == planted("runs", "list", "-o", "id").out.strip()
+    assert [worker["host"] for worker in bundle["workers"]] == ["machine-1"]
+    assert {row["name"]: row["error"] for row in bundle["handlers"]}["acme.chatty"] == "ImportError"
+    assert "org.pause" in {change["action"] for change in bundle["changes"]}
+    assert bundle["sizes"][0]["bytes"] > 0
+    assert {row["what"] for row in bundle["capacity"]} == {"starts", "children", "memory"}
+
+
+def test_a_bundle_is_never_written_over_a_file(planted: CommandLine, tmp_path: Path):
+    file = tmp_path / "bundle.json"
+    file.write_text("mine")
+
+    assert planted("doctor", "--bundle", str(file), check=False).code == 5
+    assert file.read_text() == "mine"
+    assert planted("doctor", "--bundle", str(tmp_path / "absent" / "b.json"), check=False).code == 2

@@ -33,9 +33,14 @@ def test_a_password_in_a_url_is_masked(url: str, shown: str):
 
 
 def test_a_setting_that_is_a_secret_is_masked():
-    shown = masked({"alerts": {"webhook_secret": "hunter2", "webhook_url": "https://a"}})
+    alerts = {"webhook_secret": "hunter2", "webhook_url": "https://a", "deadman_url": "https://a/hunter2"}
 
-    assert shown == {"alerts": {"webhook_secret": "***", "webhook_url": "https://a"}}
+    shown = masked({"alerts": alerts, "tracing": {"headers": "key=hunter2"}})
+
+    assert shown == {
+        "alerts": {"webhook_secret": "***", "webhook_url": "https://a", "deadman_url": "***"},
+        "tracing": {"headers": "***"},
+    }
 
 
 def test_every_setting_is_shown_with_who_said_it(
