@@ -12,8 +12,8 @@ from worker.store.connection import driver
 
 RENEW = """
 WITH me AS (
-  UPDATE workers SET renewed_at = clock_timestamp(),
-                     lease_until = clock_timestamp() + make_interval(secs => %s)
+  UPDATE workers SET renewed_at = c.now, lease_until = c.now + make_interval(secs => %s)
+  FROM (SELECT clock_timestamp() AS now) c
   WHERE id = %s AND ended_at IS NULL RETURNING id)
 SELECT l.id, l.fencing_token,
        COALESCE(l.cancel_reason, CASE WHEN o.state IN ('suspended', 'removed') THEN 'suspended' END)
