@@ -1,0 +1,222 @@
+"""What an inline no-op run costs the worker's loop, without a database: the loop's own share.
+
+    .venv/bin/python -m bench.attempts [--runs N] [--profile FILE]
+
+From the answer of an admission to the end that would be written: the token from the cache,
+enforced, gates, the handler in a task of its own, events counted as Prometheus metrics. Prints
+the least processor time of several rounds, and what the same machine takes for a dictionary of
+twenty entries, since the time alone says little on a shared machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import statistics
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
+from worker.clock import SystemClock
+from worker.execution.attempt import Tools
+from worker.execution.carrier import Carrier
+from worker.execution.holdings import Holdings
+from worker.execution.inline import Inline
+from worker.execution.journal import Journal
+from worker.execution.offers import Offers
+from worker.execution.plans import Plans
+from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.context import Context
+from worker.handlers.job import job
+from worker.ids import DefinitionId, OrgId, RunId, new_id
+from worker.orgs.org import OrgRef
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, RunContext
+from worker.telemetry import events, logs
+from worker.telemetry.metrics import Metrics
+from worker.tokens.cache import Tokens
+
+ORGS = 100
+ROUNDS = 8
+BATCH = 500
+SPEC = {"handler": "bench.inline", "schedule": "every 1h", "isolation": "inline"}
+
+
+@job("bench.inline", isolation="inline")
+async def inline(ctx: Context[Any, Any]) -> None:
+    """The least that a handler can do."""
+
+
+class Store:
+    """Answers at once, and keeps nothing."""
+
+    def __init__(self, orgs: Sequence[OrgRef]) -> None:
+        self._contexts = {
+            DefinitionId(f"definition of {org.code}"): RunContext(
+                org.id, org.code, org.code, None, "main", "noop", SPEC
+            )
+            for org in orgs
+        }
+
+    async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        return {attempt.run_id for attempt in ended}
+
+    async def org_and_definition(self, run: AdmittedRun) -> RunContext:
+        return self._contexts[run.definition_id]
+
+
+class Ended:
+    """Counts the ends that were written, which must be successes."""
+
+    def __init__(self) -> None:
+        self._count = self._wanted = 0
+        self._there = asyncio.Event()
+
+    def take(self, attempt: EndedAttempt) -> None:
+        if attempt.state != "succeeded":
+            raise SystemExit(f"a run did not succeed: {attempt}")
+        self._count += 1
+        if self._count == self._wanted:
+            self._there.set()
+
+    async def are(self, more: int) -> None:
+        """Wait until so many more have ended than at the last call."""
+        self._wanted += more
+        if self._count < self._wanted:
+            self._there.clear()
+            await self._there.wait()
+
+
+def admitted(org: OrgRef, clock: SystemClock) -> AdmittedRun:
+    """A run as the database's answer to an admission gives it."""
+    at = clock.now()
+    return AdmittedRun(
+        id=RunId(new_id()),
+        org_id=org.id,
+        definition_id=DefinitionId(f"definition of {org.code}"),
+        revision=1,
+        handler="bench.inline",
+        isolation="inline",
+        origin="schedule",
+        scheduled_for=at,
+        available_at=at,
+        start_by=None,
+        started_at=at,
+        attempt=1,
+        failures=0,
+        recoveries=0,
+        fencing_token=1,
+        idempotency_key="key",
+        params=None,
+    )
+
+
+async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
+    """Seconds of processor time of each round, by run."""
+    clock, loop = SystemClock(), asyncio.get_running_loop()
+    orgs = [OrgRef(OrgId(new_id()), f"org_{number}") for number in range(ORGS)]
+    issuer, credentials = FakeIssuer(clock), FakeCredentials()  # type: ignore[arg-type]
+    for org in orgs:
+        issuer.add(App(org.code, f"client of {org.code}", "secret"))
+        credentials.add(org, f"client of {org.code}", "secret")
+    offers = Offers(frozenset({"bench"}))
+    entry_point = f"{__name__}_handlers:inline"
+    offers.add(HandlerEntry("bench.inline", "bench", "1", entry_point, isolation="inline"))
+    store = Store(orgs)
+    async with issuer.client() as client:
+        tokens = Tokens(
+            {"main": kinde_issuer(max_requests_per_second=1e4)}, credentials, client=client, clock=clock
+        )
+        tools = Tools(
+            plans=Plans(store, clock, api_origins={"main": ()}),
+            tokens=tokens,
+            offers=offers,
+            runners={"inline": Inline(clock)},
+            checkpoints=store,  # type: ignore[arg-type]
+            journal=Journal(store, clock),  # type: ignore[arg-type]
+            clock=clock,
+            random=Random(1),  # noqa: S311
+        )
+        ended = Ended()
+        carrier = Carrier(
+            tools,
+            Holdings(),
+            store,
+            on_free=lambda: None,
+            on_end=lambda attempt, held: ended.take(attempt),
+        )
+        writing = loop.create_task(carrier.finisher.run())
+        try:
+            carrier.start([admitted(org, clock) for org in orgs])  # fetches the tokens
+            await ended.are(len(orgs))
+            rounds = [await _round(carrier, orgs, clock, ended, runs, profile) for _ in range(ROUNDS)]
+        finally:
+            writing.cancel()
+            await tokens.close()
+    return rounds
+
+
+async def _round(
+    carrier: Carrier,
+    orgs: Sequence[OrgRef],
+    clock: SystemClock,
+    ended: Ended,
+    runs: int,
+    profile: cProfile.Profile | None,
+) -> float:
+    used = 0.0
+    for _ in range(runs // BATCH):
+        batch = [admitted(orgs[number % ORGS], clock) for number in range(BATCH)]
+        if profile is not None:
+            profile.enable()
+        before = time.thread_time()
+        carrier.start(batch)
+        await ended.are(BATCH)
+        used += time.thread_time() - before
+        if profile is not None:
+            profile.disable()
+    return used / (runs // BATCH * BATCH)
+
+
+def yardstick() -> float:
+    """Seconds of processor time for a dictionary of twenty entries, the least of many."""
+    keys = [f"key {number}" for number in range(20)]
+    least = []
+    for _ in range(50):
+        before = time.thread_time()
+        for _ in range(1000):
+            dict(zip(keys, keys, strict=True))
+        least.append((time.thread_time() - before) / 1000)
+    return min(least)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5_000, help="in each round")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="cProfile's output of all rounds")
+    given = parser.parse_args()
+    logs.configure("json", level="warning")
+    events.listen(Metrics(version="bench").take)
+    module = types.ModuleType(f"{__name__}_handlers")
+    module.__dict__["inline"] = inline
+    sys.modules[module.__name__] = module
+    profile = None if given.profile is None else cProfile.Profile()
+    rounds = asyncio.run(measure(given.runs, profile))
+    if profile is not None:
+        profile.dump_stats(given.profile)
+    unit = yardstick()
+    print(
+        f"Python {sys.version.split()[0]}: {1e6 * min(rounds):.1f} us a run"
+        f" (median {1e6 * statistics.median(rounds):.1f}), {min(rounds) / unit:.0f} dictionaries of"
+        f" {1e6 * unit:.2f} us"
+    )
+
+
+if __name__ == "__main__":
+    main()
