@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -135,6 +136,7 @@ def test_no_secret_and_no_token_travels_in_a_span(traced_site, collector, provid
 
 
 def test_a_collector_that_is_not_there_costs_no_run_and_no_drain(site, journal):
+    site.environment |= {"OTEL_BSP_SCHEDULE_DELAY": "200", "OTEL_EXPORTER_OTLP_TIMEOUT": "3"}
     endpoint = f"http://127.0.0.1:{free_port()}/v1/traces"
     site.configure(extra=f'[tracing]\nenabled = true\nendpoint = "{endpoint}"')
     site.add_orgs(application("org_acme"))
@@ -143,7 +145,10 @@ def test_a_collector_that_is_not_there_costs_no_run_and_no_drain(site, journal):
     site.cli("definitions", "run", "org_acme", "note")
 
     assert site.wait_for_end(definition="note")["state"] == "succeeded"
+    wait_until(lambda: "traces.lost" in site.log_text(), "the lost collector to be told")
     assert site.stop_worker(worker) == 0
+    [told] = [line for line in map(json.loads, site.log_text().splitlines()) if "refused" in str(line)]
+    assert told["event"] == "traces.lost"
 
 
 def test_traces_without_the_extra_are_a_fault_of_the_settings_that_names_it(site):

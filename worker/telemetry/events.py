@@ -201,6 +201,8 @@ EVENTS: Mapping[str, Event] = _table(
         "a handler does not load; all else runs",
     ),
     # Who asks and who is told.
+    ("traces.lost", "warning", "error", "the collector takes no spans; they are dropped until it does"),
+    ("traces.back", "info", "spans", "the collector takes spans again; so many were dropped"),
     ("web.listening", "info", "address", "health, metrics, API and dashboard are served there"),
     (
         "web.unavailable",

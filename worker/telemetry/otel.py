@@ -1,4 +1,4 @@
-"""OpenTelemetry: the spans of an attempt, by the semantic conventions, sent by OTLP.
+"""OpenTelemetry: the spans of an attempt, by the semantic conventions.
 
 Only imported where traces are asked for: it needs the extra `orgworker[otel]`.
 """
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from datetime import datetime
 from hashlib import blake2b
 
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
@@ -182,12 +181,6 @@ class _ChosenIds(RandomIdGenerator):
     def generate_span_id(self) -> int:
         chosen, self.span_id = self.span_id, 0
         return chosen or super().generate_span_id()
-
-
-def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
-    """An exporter to this URL with these headers, `name=value,…`; what is empty the OTEL_* variables say."""
-    given = dict(part.split("=", 1) for part in headers.split(",")) if headers else None
-    return OTLPSpanExporter(endpoint=endpoint or None, headers=given)
 
 
 def _resource(version: str) -> Resource:

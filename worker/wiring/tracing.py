@@ -33,7 +33,7 @@ def tracing_of(
     if not settings.enabled or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return contextlib.nullcontext
     try:
-        from worker.telemetry import otel
+        from worker.telemetry import otel, span_export
     except ImportError as error:
         raise ConfigurationError(
             f"tracing.enabled asks for traces, and OpenTelemetry is not installed ({error.name} is missing)",
@@ -44,7 +44,7 @@ def tracing_of(
             masker.register(part.partition("=")[2])
 
     def made() -> OtelTracer:
-        exporter = otel.otlp_exporter(settings.endpoint, settings.headers)
+        exporter = span_export.ToldExporter(span_export.otlp_exporter(settings.endpoint, settings.headers))
         return otel.OtelTracer(exporter, clock, version=version, dashboard_url=settings.dashboard_url)
 
     return partial(_traced, made)

@@ -246,14 +246,3 @@ def test_what_is_remembered_of_attempts_ends_with_them_and_is_bounded(collected,
     emit("run.fenced_out", run="r4", fencing_token=1)
 
     assert [key for key, _ in collected.tracer._marks] == ["r2", "r3"]
-
-
-def test_an_exporters_address_and_headers_are_those_of_the_settings_else_of_the_variables(monkeypatch):
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.test:4318")
-    given = otel.otlp_exporter("http://other.test/v1/traces", "authorization=Bearer x=,a=b")
-    standard = otel.otlp_exporter("", "")
-
-    assert given._endpoint == "http://other.test/v1/traces"
-    assert standard._endpoint == "http://collector.test:4318/v1/traces"
-    given.shutdown()
-    standard.shutdown()
