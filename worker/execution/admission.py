@@ -13,6 +13,11 @@ from worker.execution.offers import Offers
 from worker.execution.waiting import woken
 from worker.runs.run import AdmittedRun, Isolation
 
+# Fewer free slots than this while more waits are not worth a transaction: more are free in a moment.
+FEW = 100
+# Seconds of that moment.
+MOMENT = 0.002
+
 
 class AdmitStore(Protocol):
     async def admit(
@@ -25,7 +30,7 @@ class AdmitStore(Protocol):
 class Admission:
     """Fills this worker's free slots; woken by fire, by an end written, and by each poll.
 
-    `start` is called for each admitted run, in the order they were ranked; `on_admitting`
+    `start` gets the admitted runs, in the order they were ranked; `on_admitting` is called
     when the database has let this worker admit, the first time and after each outage.
     """
 
@@ -38,7 +43,7 @@ class Admission:
         *,
         slots: Mapping[Isolation, int],
         poll: float,
-        start: Callable[[AdmittedRun], None],
+        start: Callable[[Sequence[AdmittedRun]], None],
         on_admitting: Callable[[], None],
     ) -> None:
         self._store = store
@@ -52,6 +57,7 @@ class Admission:
         self.wake = asyncio.Event()
         self.admitting = False
         self.ticked_at = clock.monotonic()
+        self._more_wait = False
 
     async def run(self) -> None:
         """Admit for ever; ends by cancellation, never between the answer and its runs' start."""
@@ -63,10 +69,10 @@ class Admission:
                 await woken(self.wake, self._poll)
 
     async def _admit(self) -> bool:
-        free: dict[Isolation, int] = {
-            isolation: slots - self._holdings.used(isolation) for isolation, slots in self._slots.items()
-        }
-        if not any(count > 0 for count in free.values()):
+        if self._more_wait and 0 < sum(self._free().values()) < FEW:
+            await self._clock.sleep(MOMENT)
+        free = self._free()
+        if not any(free.values()):
             return False
         asked = asyncio.create_task(self._store_admit(free))
         try:
@@ -79,13 +85,19 @@ class Admission:
         except Unavailable:
             self.admitting = False
             return False
+        self._more_wait = len(runs) == sum(free.values())
         if not self.admitting:
             self.admitting = True
             self._on_admitting()
         return bool(runs)
 
+    def _free(self) -> dict[Isolation, int]:
+        return {
+            isolation: max(0, slots - self._holdings.used(isolation))
+            for isolation, slots in self._slots.items()
+        }
+
     async def _store_admit(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
         runs = await self._store.admit(self._offers.limits(), free)
-        for run in runs:
-            self._start(run)
+        self._start(runs)
         return runs

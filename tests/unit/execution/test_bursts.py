@@ -1,0 +1,150 @@
+"""Free slots are filled in batches worth a transaction, and what begins keeps nothing that ends waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from tests.fakes.clock import ManualClock, settle
+from tests.unit.execution.runs import admitted, ended
+from worker.execution import carrier as carrying
+from worker.execution.admission import FEW, MOMENT, Admission
+from worker.execution.attempt import Tools
+from worker.execution.carrier import BURST, Carrier
+from worker.execution.holdings import Held, Holdings
+from worker.execution.journal import Journal
+from worker.execution.offers import Offers
+from worker.ids import RunId
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, Isolation
+
+pytestmark = pytest.mark.anyio
+
+
+class Backlog:
+    """Gives so many of the waiting runs as are asked for; keeps what was asked."""
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        self.asked: list[int] = []
+        self.batches: list[int] = []
+
+    async def admit(
+        self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
+    ) -> Sequence[AdmittedRun]:
+        self.asked.append(free["inline"])
+        given = min(self.waiting, free["inline"])
+        self.waiting -= given
+        return [admitted(f"r{self.waiting + n}", isolation="inline") for n in range(given)]
+
+    async def finish(self, attempts: Sequence[EndedAttempt]) -> set[RunId]:
+        self.batches.append(len(attempts))
+        await asyncio.sleep(0)
+        return {attempt.run_id for attempt in attempts}
+
+
+def admission(store: Backlog, holdings: Holdings, clock: ManualClock, slots: int) -> Admission:
+    def start(runs: Sequence[AdmittedRun]) -> None:
+        for run in runs:
+            holdings.add(run)
+
+    offers = Offers()
+    return Admission(
+        store,
+        holdings,
+        offers,
+        clock,
+        slots={"inline": slots},
+        poll=1.0,
+        start=start,
+        on_admitting=lambda: None,
+    )
+
+
+async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clock: ManualClock) -> None:
+    store, holdings = Backlog(10_000), Holdings()
+    admitting = admission(store, holdings, clock, slots=FEW)
+    task = asyncio.create_task(admitting.run())
+    await settle()
+
+    held = list(holdings)
+    holdings.release(held[0])
+    admitting.wake.set()
+    await settle()
+    assert store.asked == [FEW]
+
+    holdings.release(held[1])
+    await clock.pass_time(MOMENT)
+    task.cancel()
+    assert store.asked == [FEW, 2]
+
+
+async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: ManualClock) -> None:
+    store, holdings = Backlog(FEW - 1), Holdings()
+    admitting = admission(store, holdings, clock, slots=FEW)
+    task = asyncio.create_task(admitting.run())
+    await settle()
+
+    store.waiting = 1
+    admitting.wake.set()
+    await settle()
+    task.cancel()
+
+    assert store.waiting == 0
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attempt succeeds in its first step."""
+
+    async def attempt(held: Held, tools: Any) -> EndedAttempt:
+        if held.stop.asked:
+            return ended(held.run.id, state="waiting", outcome="handed_back")
+        return ended(held.run.id)
+
+    monkeypatch.setattr(carrying, "attempt", attempt)
+
+
+def carrier(store: Backlog, holdings: Holdings, clock: ManualClock, ends: list[EndedAttempt]) -> Carrier:
+    tools = cast(Tools, SimpleNamespace(clock=clock, journal=Journal(cast(Any, store), clock)))
+    return Carrier(
+        tools, holdings, store, on_free=lambda: None, on_end=lambda attempt, held: ends.append(attempt)
+    )
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: ManualClock) -> None:
+    store, holdings, ends = Backlog(0), Holdings(), []
+    carrying_on = carrier(store, holdings, clock, ends)
+    writing = asyncio.create_task(carrying_on.finisher.run())
+    await settle()
+
+    carrying_on.start([admitted(f"r{n}") for n in range(4 * BURST)])
+    assert len(holdings) == 4 * BURST  # every one is held before the first begins
+    await settle(50)
+    writing.cancel()
+
+    assert [attempt.run_id for attempt in ends] == [f"r{n}" for n in range(4 * BURST)]
+    assert len(store.batches) > 1
+    assert carrying_on.running == 0
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: ManualClock) -> None:
+    store, holdings, ends = Backlog(0), Holdings(), []
+    carrying_on = carrier(store, holdings, clock, ends)
+    writing = asyncio.create_task(carrying_on.finisher.run())
+
+    carrying_on.start([admitted(f"r{n}") for n in range(2 * BURST)])
+    assert carrying_on.running > 0
+    await carrying_on.drain(timedelta(seconds=10))
+    writing.cancel()
+
+    assert len(ends) == 2 * BURST
+    assert {attempt.state for attempt in ends[-BURST:]} == {"waiting"}
+    assert carrying_on.running == 0
