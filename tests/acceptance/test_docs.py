@@ -27,7 +27,7 @@ def commands(page: str, tmp_path: Path) -> Path:
     return make_environment(tmp_path / "venv") if "pip install" in page else Path(sys.executable).parent
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
     text = page.read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def run(text: str, folder: Path, environment: dict[str, str], shown: Path) -> in
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            timeout=150,
+            timeout=570,
         ).returncode
 
 
