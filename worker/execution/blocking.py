@@ -20,7 +20,6 @@ from worker.execution.child import Interrupted
 from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
 from worker.execution.inline import LAST_STEPS, RunLogger, end_early, resolve
-from worker.execution.output import RunOutput
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.handlers.calling import call_blocking, outcome_of_error
@@ -53,9 +52,8 @@ class Blocking:
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler in a thread, its questions answered on this loop."""
         loop = asyncio.get_running_loop()
-        output = RunOutput(link.log, self._clock)
         line, cancelled, thread = _ThreadLine(link, loop), BlockingCancellation(), _OneThread()
-        log = RunLogger(work.handler, output, loop)
+        log = RunLogger(work.handler, link.log, self._clock, loop)
         ended = loop.run_in_executor(thread, self._body, work, line, cancelled, log)
         over: asyncio.Future[None] = loop.create_future()
         stopping: list[asyncio.Task[None]] = []
@@ -74,7 +72,7 @@ class Blocking:
             for waiting in stopping:
                 waiting.cancel()
             line.cut()
-            output.close()
+            log.close()
         if stop.killed:
             return Lost("the lease on the run is lost")
         return after_stop(ended.result(), stop) if ended.done() else stopped(stop)

@@ -17,7 +17,7 @@ from worker.execution.begin import begin
 from worker.execution.ends import after_stop, exited
 from worker.execution.giving import given_for
 from worker.execution.loop_watch import THIS_RUN, LoopWatch, ThisRun
-from worker.execution.output import RunOutput
+from worker.execution.output import RunOutput, Sink
 from worker.execution.run_logging import marked
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
@@ -68,14 +68,14 @@ class Inline:
         if self._watch is not None:
             self._watch.start()
         loop = asyncio.get_running_loop()
-        output = RunOutput(link.log, self._clock)
         line = _InlineLine(link)
         cancelled = Cancellation()
-        body = self._body(work, line, cancelled, RunLogger(work.handler, output, loop))
+        log = RunLogger(work.handler, link.log, self._clock, loop)
+        body = self._body(work, line, cancelled, log)
         task = begin(body, loop=loop, name=work.handler, context=contextvars.Context())
         if task.done():
             line.cut = True
-            output.close()
+            log.close()
             return self._outcome(task, stop)
         over: asyncio.Future[None] = loop.create_future()
         stopping: list[asyncio.Task[None]] = []
@@ -94,7 +94,7 @@ class Inline:
             for waiting in stopping:
                 waiting.cancel()
             line.cut = True
-            output.close()
+            log.close()
             if not task.done():
                 self._give_up(task)
         return self._outcome(task, stop)
@@ -172,26 +172,42 @@ class RunLogger(logging.Logger):
     """`ctx.log`: not one of logging's own tree, since what it gets belongs to this run alone.
 
     It takes records itself, from any thread: a handler of its own for each run
-    would cost more than the run.
+    would cost more than the run. `sink` is what the lines go to.
     """
 
-    def __init__(self, name: str, output: RunOutput, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(name, logging.INFO)
-        self._output = output
+        self._sink = sink
+        self._clock = clock
         self._loop = loop
         self._home = threading.get_ident()
+        self._output: RunOutput | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """The run has ended: what it said last goes out too, and what it says from now on does not."""
+        self._closed = True
+        if self._output is not None:
+            self._output.close()
 
     def callHandlers(self, record: logging.LogRecord) -> None:
         try:
             line = marked(record.levelname.lower(), _FAULTS.format(record))
             if threading.get_ident() == self._home:
-                self._output.feed("stderr", line)
+                self._feed(line)
             else:
-                self._loop.call_soon_threadsafe(self._output.feed, "stderr", line)
+                self._loop.call_soon_threadsafe(self._feed, line)
         except Exception:
             _FAULTS.handleError(record)
         for handler in self.handlers:
             handler.handle(record)
+
+    def _feed(self, line: bytes) -> None:
+        if self._closed:
+            return
+        if self._output is None:
+            self._output = RunOutput(self._sink, self._clock)
+        self._output.feed("stderr", line)
 
 
 def resolve(over: asyncio.Future[None]) -> None:

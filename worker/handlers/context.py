@@ -101,9 +101,9 @@ class BlockingCancellation:
         return self._event.wait(timeout)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Given(Generic[P, S]):
-    """What a context is made of: the attempt, and where its token may go."""
+    """What a context is made of: the attempt, and where its token may go. Never changed."""
 
     org: Org
     run: ThisRun

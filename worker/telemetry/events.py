@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -28,8 +28,7 @@ class Event:
         object.__setattr__(self, "names", frozenset(self.fields))
 
 
-@dataclass(frozen=True, slots=True)
-class Emitted:
+class Emitted(NamedTuple):
     """One event that happened; a field that does not apply is left out or None."""
 
     event: Event
@@ -253,9 +252,10 @@ def emit(name: str, **fields: Any) -> None:
         raise TypeError(f"no event is called {name!r}; add it to the table in telemetry/events.py")
     if not event.names.issuperset(fields):
         raise TypeError(f"{name} has the fields {', '.join(event.fields)}, not {', '.join(fields)}")
+    emitted = Emitted(event, fields)
     for listener in tuple(listeners):
         try:
-            listener(Emitted(event, fields))
+            listener(emitted)
         except Exception:
             # Whoever watches must never stop what is watched.
             logging.getLogger(__name__).exception("a listener failed at %s", name)

@@ -10,12 +10,18 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 from worker.clock import to_text
-from worker.telemetry.events import Emitted, listen, listeners
+from worker.telemetry.events import Emitted, Level, listen, listeners
 from worker.telemetry.masking import masker
 
 Style = Literal["json", "console"]
 
 _events = logging.getLogger("worker.events")
+_LEVELS: Mapping[Level, int] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 # httpx logs each URL with its query at INFO, alembic each step of a migration, and so on.
 QUIET = ("httpx", "httpcore", "apscheduler", "alembic", "sqlalchemy", "uvicorn", "asyncio")
@@ -42,7 +48,7 @@ def configure(style: Style | None = None, *, level: str = "info", stream: TextIO
 
 
 def _log(emitted: Emitted) -> None:
-    level = getattr(logging, emitted.event.level.upper())
+    level = _LEVELS[emitted.event.level]
     if _events.isEnabledFor(level):
         _events.log(level, emitted.event.name, extra={"fields": emitted.fields})
 

@@ -12,7 +12,7 @@ from prometheus_client.utils import floatToGoString
 
 from worker.telemetry.metric_table import SECONDS, Metric
 
-Labels = tuple[str, ...]
+Words = tuple[str, ...]
 Fields = Mapping[str, Any]
 
 _BOUNDS: list[str] = [floatToGoString(bound) for bound in (*SECONDS, float("inf"))]  # type: ignore[no-untyped-call]
@@ -27,12 +27,13 @@ class Series:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self._sums: dict[Labels, float] = {}
-        self._buckets: dict[Labels, list[int]] = {}
+        # By the labels' values as the events have them: words are made of them when asked.
+        self._sums: dict[tuple[Any, ...], float] = {}
+        self._buckets: dict[tuple[Any, ...], list[int]] = {}
         if not metric.labels:
             self.begin()
 
-    def begin(self, *labels: str) -> None:
+    def begin(self, *labels: Any) -> None:
         """Show a series before its first rise, or Prometheus does not see that."""
         self._sums.setdefault(labels, 0.0)
 
@@ -45,7 +46,7 @@ class Series:
         fixed = None if by.isalpha() else float(by or 1)
 
         def follow(fields: Fields) -> None:
-            labels = tuple([word(fields.get(name)) for name in names])
+            labels = tuple(map(fields.get, names))
             value = fields.get(by) if fixed is None else fixed
             if value is None:
                 self.begin(*labels)
@@ -66,19 +67,30 @@ class Series:
         match metric.kind:
             case "counter":
                 counter = CounterMetricFamily(name.removesuffix("_total"), meaning, labels=labels)
-                for words, value in self._sums.items():
+                for words, value in self._by_words().items():
                     counter.add_metric(words, value)
                 return counter
             case "gauge":
                 gauge = GaugeMetricFamily(name, meaning, labels=labels)
-                for words, value in self._sums.items():
+                for words, value in self._by_words().items():
                     gauge.add_metric(words, value)
                 return gauge
             case "histogram":
                 histogram = HistogramMetricFamily(name, meaning, labels=labels)
-                for words, value in self._sums.items():
-                    histogram.add_metric(words, _cumulated(self._buckets.get(words, [])), value)
+                for words, value in self._by_words().items():
+                    histogram.add_metric(words, _cumulated(self._buckets_of(words)), value)
                 return histogram
+
+    def _by_words(self) -> dict[Words, float]:
+        sums: dict[Words, float] = {}
+        for labels, value in self._sums.items():
+            words = tuple(map(word, labels))
+            sums[words] = sums.get(words, 0.0) + value
+        return sums
+
+    def _buckets_of(self, words: Words) -> list[int]:
+        found = [counts for labels, counts in self._buckets.items() if tuple(map(word, labels)) == words]
+        return [sum(counts) for counts in zip(*found, strict=True)]
 
 
 def word(value: object) -> str:

@@ -163,7 +163,8 @@ class Tokens:
         entry = self._entries.get(wanted)
         if entry is None:
             return None
-        if not entry.is_alive(self._clock) or entry.credential_id not in {known.id for known in credentials}:
+        known = any(credential.id == entry.credential_id for credential in credentials)
+        if not known or not entry.is_alive(self._clock):
             # Expired, or its generation was retired: what leaked with that must not be used any longer.
             del self._entries[wanted]
             return None
