@@ -18,7 +18,13 @@ def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(site_on_
     site, mended = site_on_either, tmp_path / "mended"
     site.configure(execution='max_children = 4\nlease = "4s"\nrenew = "500ms"', extra=hook.settings())
     site.add_orgs(*(application(f"org_{number}") for number in range(10)))
-    at = (datetime.now(UTC) + timedelta(seconds=20)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    workers = [site.start_worker() for _ in range(2 if "postgresql" in site.database_url else 1)]
+    offers = "SELECT handlers FROM workers WHERE ended_at IS NULL"
+    wait_until(
+        lambda: sum("acme.wants_file" in row["handlers"] for row in site.query(offers)) == len(workers),
+        "each worker to offer the handler",
+    )
+    at = (datetime.now(UTC) + timedelta(seconds=15)).strftime("%Y-%m-%dT%H:%M:%SZ")
     params = {"file": str(mended), "journal": str(tmp_path / "journal")}
     site.apply(
         "".join(
@@ -26,7 +32,6 @@ def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(site_on_
             for number in range(FAILURES)
         )
     )
-    workers = [site.start_worker() for _ in range(2 if "postgresql" in site.database_url else 1)]
 
     def states() -> Counter[str]:
         return Counter(run["state"] for run in site.runs())
