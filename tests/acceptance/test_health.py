@@ -96,6 +96,44 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     assert worker.wait(timeout=20) == 0
 
 
+def test_the_service_manager_hears_when_it_is_ready_how_it_is_and_that_it_drains(
+    site: Site, port: Port, tmp_path: Path, notified: socket.socket
+):
+    site.configure(web=port.web, execution='drain = "3s"')
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "block", "acme.block", params={"journal": str(tmp_path / "journal")}))
+    site.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
+
+    def hear(word: str) -> list[str]:
+        """What it says up to the message with that word, which is the last."""
+        heard: list[str] = []
+
+        def found() -> bool:
+            heard.extend(words(notified, 0.1))
+            return word in heard
+
+        wait_until(found, f"the worker to say {word}; it said {heard}")
+        return heard
+
+    worker = site.start_worker()
+    hear("READY=1")
+    # Whoever waits for READY goes on to the next worker: this one has to take work by now.
+    assert port.get("/readyz")[0] == 200
+    site.cli("definitions", "run", "org_acme", "block")
+    site.wait_for_state("block", "running")
+
+    worker.terminate()
+    heard = hear("STOPPING=1")
+    assert "EXTEND_TIMEOUT_USEC=13000000" in heard
+    # A worker that drains is alive: its manager must not kill it for the loops that have ended.
+    heard = words(notified, 1.0)
+    assert heard.count("WATCHDOG=1") >= 2
+    assert any(line.startswith("STATUS=draining; runs: 1 of") for line in heard)
+    assert port.get("/livez")[0] == 200
+    assert worker.wait(timeout=20) == 0
+    assert "READY=1" not in words(notified, 0.2)
+
+
 def test_a_frozen_scheduler_fails_the_check_starves_the_watchdog_and_raises_the_alarm(
     site: Site, port: Port, tmp_path: Path, notified: socket.socket, hook: Hook
 ):
