@@ -22,22 +22,31 @@ API_KEY_VARIABLE = "ASSISTANT_API_KEY"
 
 
 class Params(BaseModel):
-    """Where the knowledge base and the chat endpoint are; both are base URLs."""
+    """Where the knowledge base and the chat endpoint are."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     knowledge_base: str
+    """The base URL of the knowledge base, which is read with the org's token."""
     chat: str
+    """The base URL of an OpenAI-compatible chat endpoint, which never sees that token."""
     collection: str = "faq"
+    """Which of the org's collections is read."""
     page_size: int = Field(3, ge=1, le=100)
+    """Articles a page; after each page there is a checkpoint."""
 
 
 class Settings(BaseModel):
     """The org's own configuration, from the properties in its token."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     model_version: str = "gpt-4"
+    """The model that the chat endpoint is asked for."""
     max_tokens: int = Field(1000, ge=1)
+    """The most that it may answer at a time."""
     language: str = "en"
+    """The language of the digest."""
 
 
 class Page(BaseModel):

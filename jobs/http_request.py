@@ -18,16 +18,22 @@ MAX_BODY = 64 * 1024
 
 
 class Params(BaseModel):
-    """What to call. `{org_code}` and `{scheduled_for}` in `url` are filled in; `timeout` is in seconds."""
+    """What to call."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     url: str = Field(pattern=r"^https?://")
+    """The address; `{org_code}` and `{scheduled_for}` in it are filled in."""
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"] = "GET"
+    """How it is called."""
     headers: dict[str, str] = Field(default_factory=dict)
+    """Headers to send; the token and the idempotency key are sent by themselves."""
     body: Any = None
+    """What is sent as JSON."""
     expect: list[int] = Field(default_factory=list)
+    """The statuses that are a success; without any all 2xx are."""
     timeout: float = Field(30.0, gt=0, le=3600)
+    """Seconds until an answer."""
 
     @field_validator("headers")
     @classmethod

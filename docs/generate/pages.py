@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generate import commands, database, files, handlers, settings, signals, testing
+from docs.generate import builtin, commands, database, files, handlers, settings, signals, testing
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PARTS: Mapping[str, Callable[[], str]] = {
     "answers": handlers.answers,
+    "assistant-params": builtin.assistant_params,
+    "assistant-settings": builtin.assistant_settings,
     "claims": handlers.claims,
     "commands": commands.commands,
     "context": handlers.context,
@@ -20,6 +22,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "definition-keys": files.definition_keys,
     "events": signals.events,
     "exit-codes": commands.exit_codes,
+    "http-request-params": builtin.http_request_params,
     "job": handlers.job_parameters,
     "metrics": signals.metrics,
     "org-keys": files.org_keys,
