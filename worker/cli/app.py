@@ -126,8 +126,7 @@ def invoke(arguments: Sequence[str]) -> int:
             args=list(arguments), prog_name=_program(), standalone_mode=False
         )
     except WorkerError as error:
-        print_error(error.code, _words(error), error.fix, output)
-        return error.exit_code
+        return _failed(error, output)
     except typer.Abort:
         return INTERRUPTED
     except typer.TyperException as error:
@@ -136,8 +135,16 @@ def invoke(arguments: Sequence[str]) -> int:
         print_error(UsageError.code, error.format_message().replace("\n", " "), fix, output)
         return UsageError.exit_code
     except Exception as error:
-        return _unexpected(error, arguments, output)
+        from worker.cli.refused import in_our_words
+
+        known = in_our_words(error)
+        return _unexpected(error, arguments, output) if known is None else _failed(known, output)
     return code if isinstance(code, int) else 0
+
+
+def _failed(error: WorkerError, output: Format) -> int:
+    print_error(error.code, _words(error), error.fix, output)
+    return error.exit_code
 
 
 def _words(error: WorkerError) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from worker.definitions.definition import from_spec
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import new_id
+from worker.operations.by_hand import refuse_what_is_not_active
 from worker.operations.fill_backfills import fill
 from worker.store import audit, backfills, definitions, orgs
 from worker.store.database import Database
@@ -128,14 +129,7 @@ def cancel_backfill(
 
 
 def _check(row: Row, start: datetime, until: datetime, now: datetime) -> None:
-    named = f"{row['org']}/{row['name']}"
-    if row["org_state"] != "active":
-        raise Conflict(
-            f"org {row['org']} is {row['org_state']}: nothing of it starts",
-            fix=f"`orgs resume {row['org']}` lets it",
-        )
-    if row["closed_at"] is not None:
-        raise Conflict(f"definition {named} is closed", fix="`apply` a file that has it")
+    refuse_what_is_not_active(row)
     if start >= until:
         raise UsageError(
             "the range is empty: --until is not after --from", fix="--until is the first instant left out"

@@ -18,6 +18,22 @@ from worker.runs.run import NewRun
 Row = Mapping[str, Any]
 
 
+def refuse_what_is_not_active(row: Row) -> None:
+    """Refuse a definition of which nothing starts.
+
+    Raises:
+        Conflict: it is closed, or its org is not active.
+    """
+    if row["org_state"] != "active":
+        back = "add" if row["org_state"] == "removed" else "resume"
+        raise Conflict(
+            f"org {row['org']} is {row['org_state']}: nothing of it starts",
+            fix=f"`orgs {back} {row['org']}` lets it",
+        )
+    if row["closed_at"] is not None:
+        raise Conflict(f"definition {row['org']}/{row['name']} is closed", fix="`apply` a file that has it")
+
+
 def make_run(
     connection: Connection,
     row: Row,
@@ -40,14 +56,8 @@ def make_run(
         Conflict: the definition is closed, or its org is not active.
         DefinitionError: params that the handler does not take.
     """
+    refuse_what_is_not_active(row)
     named = f"{row['org']}/{row['name']}"
-    if row["org_state"] != "active":
-        raise Conflict(
-            f"org {row['org']} is {row['org_state']}: nothing of it starts",
-            fix=f"`orgs resume {row['org']}` lets it",
-        )
-    if row["closed_at"] is not None:
-        raise Conflict(f"definition {named} is closed", fix="`apply` a file that has it")
     definition = from_spec(row["org"], row["name"], row["spec"])
     handlers = Handlers(connection)
     if params is not None:

@@ -72,7 +72,7 @@ class Capacity:
 def capacity(database: Database, execution: ExecutionSettings, machine: Machine) -> Capacity:
     """What the definitions of all orgs imply for a day as from now; paused ones are left out."""
     with database.autocommit() as connection:
-        now = database.now(connection).replace(microsecond=0)
+        now = database.now(connection).replace(second=0, microsecond=0)
         workers = needs.live_workers(connection)
         handlers = Handlers(connection)
         orgs = list(of_all_orgs(connection))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,12 +13,15 @@ from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
 from worker.runs.why import Why, last_error, why_run
-from worker.store import causes, definitions, instants, orgs, run_listing
+from worker.store import causes, definitions, instants, needs, orgs, run_listing
+from worker.store.connection import database_now
 
 Row = Mapping[str, Any]
 
 _INSTANT = timedelta(microseconds=1)
 _HALF_HOUR = timedelta(minutes=30)
+# Reasons of a run that starts as soon as there is room for it.
+_READY = ("due", "handed_back", "recovered")
 _YEAR = timedelta(days=366)
 _STOPS = {
     "definition.pause": "the definition was paused",
@@ -88,7 +92,8 @@ def why_instant(connection: Connection, org: str, name: str, at: datetime, *, no
 
 def _why_run(connection: Connection, run: Row) -> Why:
     """The run's own words, and how many other orgs met the same."""
-    org_id = orgs.require(connection, run["org"])["id"]
+    org = orgs.require(connection, run["org"])
+    org_id = org["id"]
     attempt = last_error(run)
     if attempt is not None:
         around = attempt["ended_at"] - _HALF_HOUR, attempt["ended_at"] + _HALF_HOUR
@@ -96,8 +101,33 @@ def _why_run(connection: Connection, run: Row) -> Why:
     elif run["reason"] == "no_token":
         found = causes.others_without_token(connection, org_id)
     else:
-        return why_run(run)
-    return why_run(run, others=found.orgs, more=found.more)
+        return _standing(connection, run, org, why_run(run))
+    return _standing(connection, run, org, why_run(run, others=found.orgs, more=found.more))
+
+
+def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
+    """The same, with what stands in the way of a run that waits, where it is not what its reason says."""
+    if run["state"] != "waiting":
+        return said
+    if org["state"] == "paused":
+        cause = (
+            f"its org is paused by {org['state_by']} since {to_text(org['state_at'])}: nothing of it starts"
+        )
+        return replace(said, cause=cause, next=f"orgs resume {run['org']}")
+    if run["reason"] not in _READY:
+        return said
+    if run["available_at"] is not None and run["available_at"] > database_now(connection):
+        return replace(said, cause=f"{said.cause}; it may start at {to_text(run['available_at'])}")
+    if not needs.live_workers(connection):
+        return replace(said, cause="no worker is up to run it", next="doctor")
+    limit = org["max_concurrent_runs"]
+    if instants.running(connection, org["id"], limit=limit) >= limit:
+        return replace(
+            said,
+            cause=f"its org has as many runs on as its max_concurrent_runs lets, {limit}",
+            next=f"runs list --org {run['org']} --state running",
+        )
+    return said
 
 
 def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:

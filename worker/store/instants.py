@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from worker.definitions.policies import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
@@ -15,6 +15,7 @@ from worker.store import tables
 Row = dict[str, Any]
 
 _runs = tables.runs
+_live = tables.live_runs
 _skips = tables.skips
 _revisions = tables.definition_revisions
 _audit = tables.audit
@@ -71,6 +72,14 @@ def run_that_was_on(
         .limit(_NEAR)
     )
     return min(connection.execute(query).scalars(), default=None)
+
+
+def running(connection: Connection, org_id: OrgId, *, limit: int) -> int:
+    """How many runs of this org are on; counted up to `limit`."""
+    some = (
+        select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == "running").limit(limit).subquery()
+    )
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
 def last_change(

@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
-from worker.errors import NotFound
+from worker.errors import Conflict, NotFound
 from worker.ids import new_id
 from worker.operations.close import close_definition
 from worker.operations.org_state import set_org_state
@@ -282,3 +282,71 @@ def test_a_held_run_says_what_it_is_behind(apply, database):
     assert found.cause.startswith("an earlier run of its definition is on")
     assert found.next == "runs list --org org_acme --definition digest --state running"
     assert why_of(database, on["id"]).facts["reason"] == "due"
+
+
+@pytest.fixture
+def worker_up(database, rows):
+    now = rows.now()
+    with database.transaction() as connection:
+        connection.execute(
+            tables.workers.insert().values(
+                id=new_id(),
+                host="a",
+                pid=1,
+                version="1",
+                started_at=now,
+                renewed_at=now,
+                lease_until=now + HOUR,
+                handlers=[],
+                capacity={"children": 1, "inline": 1},
+            )
+        )
+
+
+def test_a_run_that_waits_says_what_stands_in_its_way(apply, database, rows):
+    apply(FILE.replace('spread = "off"', 'spread = "off"\noverlap = "allow"'))
+    run = run_now(database, "org_acme", "digest", actor="kim")["id"]
+
+    alone = why_of(database, run)
+    assert (alone.cause, alone.next) == ("no worker is up to run it", "doctor")
+    set_org_state(database, "org_acme", "paused", actor="kim")
+    paused = why_of(database, run)
+    assert paused.cause.startswith("its org is paused by kim since ")
+    assert paused.next == "orgs resume org_acme"
+
+
+def test_a_run_that_waits_behind_its_orgs_limit_says_so(apply, database, rows, worker_up):
+    apply(
+        FILE.replace('issuer = "main"', 'issuer = "main"\nmax_concurrent_runs = 1').replace(
+            'spread = "off"', 'spread = "off"\noverlap = "allow"'
+        )
+    )
+    on = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    waiting = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    assert why_of(database, waiting).cause == "no worker had a free slot for it yet"
+
+    rows.set_running(on)
+
+    full = why_of(database, waiting)
+    assert full.cause == "its org has as many runs on as its max_concurrent_runs lets, 1"
+    assert full.next == "runs list --org org_acme --state running"
+    assert why_of(database, on).facts["state"] == "running"
+
+
+def test_a_run_that_may_not_start_yet_says_when(apply, database, rows, worker_up):
+    apply(FILE)
+    run = run_now(database, "org_acme", "digest", actor="kim")["id"]
+    later = rows.now() + HOUR
+    with database.transaction() as connection:
+        connection.execute(update(tables.live_runs).values(available_at=later))
+
+    assert why_of(database, run).cause.endswith(f"; it may start at {to_text(later)}")
+
+
+def test_what_is_to_be_run_of_an_org_that_was_removed_is_told_how_it_comes_back(apply, database):
+    apply(FILE)
+    set_org_state(database, "org_acme", "removed", actor="kim")
+
+    with pytest.raises(Conflict) as caught:
+        run_now(database, "org_acme", "digest", actor="kim")
+    assert caught.value.fix == "`orgs add org_acme` lets it"

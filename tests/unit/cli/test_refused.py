@@ -1,0 +1,51 @@
+"""What a database refuses, in our own words."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from psycopg.errors import InsufficientPrivilege, UndefinedColumn
+from sqlalchemy.exc import DBAPIError
+
+from worker.cli.app import invoke
+from worker.cli.refused import in_our_words
+from worker.errors import AccessDenied, ConfigurationError
+
+
+def test_a_login_that_may_not_do_this_is_denied():
+    error = DBAPIError("SELECT 1", None, InsufficientPrivilege("permission denied for table orgs\nLINE 1"))
+
+    known = in_our_words(error)
+
+    assert isinstance(known, AccessDenied)
+    assert known.exit_code == 4
+    assert known.message.endswith("permission denied for table orgs")
+    assert "postgresql.md" in known.fix
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT])
+def test_a_file_that_is_none_or_damaged_is_configuration(code: int):
+    error = sqlite3.DatabaseError("malformed")
+    error.sqlite_errorcode = code
+
+    known = in_our_words(error)
+
+    assert isinstance(known, ConfigurationError)
+    assert "backup" in known.fix
+
+
+@pytest.mark.parametrize(
+    "error", [UndefinedColumn("no such column"), sqlite3.DatabaseError(), ValueError("x")]
+)
+def test_what_nobody_expected_stays_so(error: Exception):
+    assert in_our_words(error) is None
+
+
+def test_a_command_says_that_the_file_is_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "worker.db"
+    file.write_text("no database at all, but some text that is long enough to be looked at" * 10)
+
+    assert invoke(["--set", f"database.url=sqlite:///{file}", "runs", "list"]) == 78
+    assert "is no SQLite database" in capsys.readouterr().err
