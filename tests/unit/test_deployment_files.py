@@ -299,8 +299,8 @@ def test_the_owners_url_is_shown_to_the_upgrade_only():
     [workers] = [volume["secret"] for volume in pod("Deployment")["volumes"] if "secret" in volume]
     [upgrade] = [volume["projected"] for volume in pod("Job")["volumes"] if "projected" in volume]
 
-    assert workers["secretName"] == "orgworker"
-    assert [one["secret"]["name"] for one in upgrade["sources"]] == ["orgworker", "orgworker-owner"]
+    assert workers["secretName"] == "worker-secrets"
+    assert [one["secret"]["name"] for one in upgrade["sources"]] == ["worker-secrets", "owner-secrets"]
 
 
 def test_probes_ask_what_the_worker_answers_at_its_port():
