@@ -7,6 +7,7 @@ When the worker is gone it kills every run with all its descendants, then ends.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -237,7 +238,8 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # the collector's marks would copy every page that runs share
     control.setblocking(False)
-    control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
+    with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read says
+        control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
     zygote = Zygote(control, setup)
     zygote.serve()
     zygote.end_all()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -235,3 +238,21 @@ async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path)
         assert await children.run(work("ok"), RecordingLink(), stop) == HandedBack()
     finally:
         await children.close()
+
+
+def test_a_worker_that_dies_before_its_zygote_is_ready_leaves_no_folder_and_no_traceback(tmp_path: Path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    setup = {"folder": str(folder), "parent": os.getpid(), "lock": None, "environment": ["PATH"]}
+    setup |= {"preload": [], "max_freeze": 60.0}
+    command = [sys.executable, "-P", "-m", "worker.execution.zygote", str(theirs.fileno()), json.dumps(setup)]
+
+    with theirs:
+        done = subprocess.run(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not folder.exists()
