@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 from sqlalchemy import insert, select, text
 
 from tests.fakes.plugins import make_plugin
@@ -64,9 +65,11 @@ class Workers:
 class Installation:
     """One database with `orgs` orgs, each with one definition of the handler."""
 
-    def __init__(self, folder: Path, url: str, provider_url: str) -> None:
+    def __init__(self, folder: Path, url: str, provider_url: str, server: Server | None) -> None:
         self.folder = folder
         self.url = url
+        self._server = server
+        self._started: list[subprocess.Popen[bytes]] = []
         self._provider_url = provider_url
         self.database = Database.open(url, clock=SystemClock(), role="bench")
 
@@ -181,13 +184,14 @@ style = "json"
             command = [sys.executable, "-m", "cProfile", "-o", str(profile), *command[1:]]
         environment = os.environ | {"PYTHONPATH": str(self.folder / "plugins")}
         log = (self.folder / "worker.log").open("ab")
-        started = [
+        self._started = started = [
             subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.folder)
             for _ in range(count)
         ]
         try:
             yield Workers(started)
         finally:
+            self._started = []
             for process in started:
                 process.send_signal(signal.SIGTERM)
             for process in started:
@@ -199,6 +203,13 @@ style = "json"
         with self.database.autocommit() as connection:
             query = text("SELECT count(*) FROM runs WHERE state = 'succeeded'")
             return int(connection.execute(query).scalar_one())
+
+    def server_cpu(self) -> float:
+        """What PostgreSQL's processes that live now have used, in seconds; 0 on SQLite."""
+        if self._server is None or self._server.pid is None:
+            return 0.0
+        processes = psutil.Process(self._server.pid).children()
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     def rate(self, *, leave: float = 0.25) -> float:
         """Runs a second by the database's clock, the first quarter left out: tokens are fetched in it."""
@@ -212,6 +223,9 @@ style = "json"
         """Until so many runs have ended; looks seldom, so as not to be measured itself."""
         until = time.monotonic() + timeout
         while self.ended() < count:
+            if any(process.poll() is not None for process in self._started):
+                last = (self.folder / "worker.log").read_text().splitlines()[-1:]
+                raise SystemExit(f"a worker has ended: {''.join(last)}")
             if time.monotonic() > until:
                 raise SystemExit(f"only {self.ended()} of {count} ended; see {self.folder}/worker.log")
             time.sleep(0.25)
@@ -221,6 +235,7 @@ style = "json"
 def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[Installation]:
     """A fresh installation on SQLite, or on a PostgreSQL of its own that syncs to disk."""
     with contextlib.ExitStack() as stack:
+        server = None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
         if dialect == "postgresql":
             server = Server(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pg", durable=True)
@@ -241,7 +256,7 @@ def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[In
         )
         provider, thread = serve_provider()
         stack.enter_context(thread)
-        made = Installation(folder, url, provider.url)
+        made = Installation(folder, url, provider.url, server)
         stack.callback(made.database.close)
         made.configure(slots=1000)
         applications = [

@@ -35,12 +35,14 @@ def backlog(dialect: str, runs: int, *, workers: int, slots: int, profile: Path 
         made.add_backlog(runs, "bench.inline", "inline")
         with made.workers(workers, profile=profile) as working:
             made.wait_for_end(runs // 4)
-            cpu, began = working.cpu(), made.ended()
+            cpu, server, began = working.cpu(), made.server_cpu(), made.ended()
             made.wait_for_end(runs)
-            used = working.cpu() - cpu
+            per_run = 1e6 / max(1, runs - began)
+            note = f"worker CPU {per_run * (working.cpu() - cpu):.0f} us a run"
+            if dialect == "postgresql":
+                note += f", server {per_run * (made.server_cpu() - server):.0f} us"
         rate = made.rate()
-    per_run = 1e6 * used / max(1, runs - began)
-    say(f"worker, {dialect}, {workers} x {slots} slots", rate, f"worker CPU {per_run:.0f} us a run")
+    say(f"worker, {dialect}, {workers} x {slots} slots", rate, note)
     return rate
 
 

@@ -62,6 +62,11 @@ class Server:
         server.port = port
         return server
 
+    @property
+    def pid(self) -> int | None:
+        """The process that started it, whose children are its sessions; None where another process did."""
+        return None if self._process is None else self._process.pid
+
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
