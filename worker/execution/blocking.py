@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Executor, Future
 from typing import Any, ParamSpec, TypeVar
@@ -52,7 +53,7 @@ class Blocking:
     async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
         """Run the handler in a thread, its questions answered on this loop."""
         loop = asyncio.get_running_loop()
-        line, cancelled, thread = _ThreadLine(link, loop), BlockingCancellation(), _OneThread()
+        line, cancelled, thread = _ThreadLine(link, loop), BlockingCancellation(), OneThread()
         log = RunLogger(work.handler, link.log, self._clock, loop)
         ended = loop.run_in_executor(thread, self._body, work, line, cancelled, log)
         over: asyncio.Future[None] = loop.create_future()
@@ -145,19 +146,34 @@ class _ThreadLine:
             raise Interrupted("the run has ended")
 
 
-class _OneThread(Executor):
+class OneThread(Executor):
     """Runs one call in a daemon thread, so that one which does not end keeps no interpreter from its exit."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._over = self._interrupting = False
 
     def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
 
         def work() -> None:
+            result: list[T] = []
+            error: BaseException | None = None
             try:
-                future.set_result(call(*args, **kwargs))
-            except BaseException as error:
+                try:
+                    result.append(call(*args, **kwargs))
+                finally:
+                    self._end()
+            except BaseException as raised:
+                error = raised
+            # It may have been raised in `_end` itself, and a second one may follow the first.
+            try:
+                self._end()
+            except Interrupted:
+                self._end()
+            if error is None or result:
+                future.set_result(result[0])
+            else:
                 future.set_exception(error)
 
         self._thread = threading.Thread(target=work, name="blocking handler", daemon=True)
@@ -166,7 +182,24 @@ class _OneThread(Executor):
 
     def interrupt(self) -> None:
         """Raise Interrupted in the thread at its next step of Python; what sleeps is not woken."""
-        if self._thread is not None and self._thread.ident is not None and self._thread.is_alive():
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._thread.ident), ctypes.py_object(Interrupted)
-            )
+        self._interrupting = True
+        if not self._over and self._thread is not None and self._thread.ident is not None:
+            _raise_in(self._thread.ident, Interrupted)
+        self._interrupting = False
+
+    def _end(self) -> None:
+        """From here on nothing is raised in this thread; what is on its way is taken back.
+
+        Raised in the steps that tell of the result, it would leave whoever waits for that
+        waiting. A lock would not do: an exception may come right after it is taken.
+        """
+        self._over = True
+        while self._interrupting:
+            time.sleep(0.001)
+        _raise_in(threading.get_ident(), None)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have an exception raised in a thread; None takes back one that is not raised yet."""
+    wanted = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), wanted)
