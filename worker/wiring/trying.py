@@ -14,7 +14,7 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.definitions.policies import CANCEL_GRACE
-from worker.errors import NotFound
+from worker.errors import Conflict, NotFound
 from worker.execution.blocking import Blocking
 from worker.execution.children import Children
 from worker.execution.inline import Inline
@@ -102,6 +102,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, wish: Wish, clock: C
 
     Raises:
         NotFound: there is no such org.
+        Conflict: the org is suspended or removed.
         ConfigurationError: an issuer, or the key ring, is not usable.
         DefinitionError: the handler's own scopes or timeout are none.
     """
@@ -134,6 +135,13 @@ def _subject(settings: Settings, entry: HandlerEntry, wish: Wish) -> Subject:
         keys["scopes"] = list(wish.scopes)
     with wish.database.autocommit() as connection:
         row = orgs.require(connection, wish.org)
+    if row["state"] in ("suspended", "removed"):
+        raise Conflict(
+            f"org {wish.org} is {row['state']}: nothing acts for it",
+            fix=f"`orgs resume {wish.org}` lifts a suspension"
+            if row["state"] == "suspended"
+            else "try another",
+        )
     issuer = settings.issuers.get(row["issuer"])
     return Subject(
         OrgRef(row["id"], row["code"]),

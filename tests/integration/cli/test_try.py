@@ -286,6 +286,8 @@ def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
         tried = line("try", "acme.read", *real, "--param", "pages=1")
         lacking = line("try", "acme.read", *real, "--param", "pages=1", "--scope", "write:kb", check=False)
         nobody = line("try", "acme.read", "--org", "org_nobody", "--real", check=False)
+        line("orgs", "suspend", "org_acme")
+        suspended = line("try", "acme.read", *real, "--param", "pages=1", check=False)
 
         assert line("credentials", "list", "org_acme", "-o", "json").out == before
 
@@ -294,4 +296,5 @@ def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
     assert line("runs", "list", "-o", "json").json() == []
     assert lacking.code == 1
     assert "`orgs check org_acme` says what is wrong with its token" in lacking.err
-    assert nobody.code == 3
+    assert (nobody.code, suspended.code, suspended.out) == (3, 5, "")
+    assert "org org_acme is suspended: nothing acts for it" in suspended.err
