@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.testing.bench import Orgworker
     from worker.testing.clock import SettableClock
     from worker.testing.faults import Crash, ProviderDown, SecretRotated, Stop, WrongOrg
     from worker.testing.finished import Attempt, Finished, LogLine
+    from worker.testing.orgworker import Orgworker
 
 _HOMES = {
     "Attempt": "finished",
     "Crash": "faults",
     "Finished": "finished",
     "LogLine": "finished",
-    "Orgworker": "bench",
+    "Orgworker": "orgworker",
     "ProviderDown": "faults",
     "SecretRotated": "faults",
     "SettableClock": "clock",

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from worker.testing.bench import Orgworker
+    from worker.testing.orgworker import Orgworker
 
 
 @pytest.fixture
 def orgworker() -> Orgworker:
     """Runs a handler as a worker would: the real attempt, on a clock of the test's own, nothing stored."""
-    from worker.testing.bench import Orgworker
+    from worker.testing.orgworker import Orgworker
 
     return Orgworker()
