@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,15 @@ RECOVERABLE: dict[str, Any] = {
 Target = Literal["worker", "zygote", "child"]
 
 
+@dataclass(frozen=True)
+class Load:
+    """A definition that is due again and again, in an org of its own with room for any number of runs."""
+
+    handler: str
+    period: float
+    params: dict[str, Any] = field(default_factory=dict)
+
+
 class Cluster(Site):
     """A site whose workers are many; keeps what befell them. `launcher` starts the next ones."""
 
@@ -51,6 +61,7 @@ class Cluster(Site):
         self.journal = folder / "journal"
         self.faults: list[Fault] = []
         self.periods: dict[str, float] = {}
+        self.loads: Sequence[Load] = ()
         self.logs: dict[subprocess.Popen[bytes], Path] = {}
         self.on_file = not database_url.startswith("postgresql")
         self.environment["PYTHONPATH"] = f"{self.plugins}:{ROOT}"

@@ -7,13 +7,12 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 
 from tests.fakes.site import application
-from tests.faults.cluster import Cluster, Target
+from tests.faults.cluster import Cluster, Load, Target
 
 PERIOD = 2.0  # of the load's schedules, in seconds
 
@@ -32,36 +31,34 @@ class Amount:
         ]
 
 
-@dataclass(frozen=True)
-class Load:
-    """A definition that is due again and again, in an org of its own with room for any number of runs."""
-
-    handler: str
-    period: float
-    params: dict[str, Any] = field(default_factory=dict)
-
-
 # For workers that are up: what is lost has to find a free slot at once.
 STEPS = tuple(Load("fault.steps", PERIOD, {"steps": 8 + 2 * number}) for number in range(4))
 
 
 def load(cluster: Cluster, loads: Sequence[Load] = STEPS) -> None:
     """Begin the loads: `load0` in `org_0`, and so on; those of STEPS take a second or more of every two."""
-    orgs = [f"org_{number}" for number in range(len(loads))]
-    cluster.add_orgs(*map(application, orgs))
+    cluster.add_orgs(*(application(f"org_{number}") for number in range(len(loads))))
+    cluster.periods |= {f"load{number}": one.period for number, one in enumerate(loads)}
+    cluster.loads = loads
+    cluster.apply(definitions(cluster, enabled=True))
+
+
+def definitions(cluster: Cluster, *, enabled: bool) -> str:
+    """The cluster's loads as a file for `apply`."""
     text = ""
-    for number, (org, one) in enumerate(zip(orgs, loads, strict=True)):
-        keys = {"misfire": "all", "overlap": "allow", "spread": "off", "params": one.params}
+    keys = {"misfire": "all", "overlap": "allow", "spread": "off", "enabled": enabled}
+    for number, one in enumerate(cluster.loads):
+        org = f"org_{number}"
         text += f'[[org]]\ncode = "{org}"\nname = "{org}"\nissuer = "main"\nmax_concurrent_runs = 1000\n'
-        text += cluster.define(org, f"load{number}", one.handler, f"every {one.period:g}s", **keys)
-        cluster.periods[f"load{number}"] = one.period
-    cluster.apply(text)
+        text += cluster.define(
+            org, f"load{number}", one.handler, f"every {one.period:g}s", params=one.params, **keys
+        )
+    return text
 
 
 def end_load(cluster: Cluster) -> None:
     """Nothing fires any more; what is there comes to its end."""
-    for name in cluster.periods:
-        cluster.cli("definitions", "pause", f"org_{name[-1]}", name)
+    cluster.apply(definitions(cluster, enabled=False))
 
 
 class Storm:

@@ -17,10 +17,10 @@ import pytest
 
 from tests.fakes.postgres import Server
 from tests.faults.checker import Fault
-from tests.faults.cluster import Cluster
+from tests.faults.cluster import Cluster, Load
 from tests.faults.conftest import MakeCluster
 from tests.faults.proxy import Proxy
-from tests.faults.storm import STEPS, Amount, Load, Storm, load, seed, wait_for_the_end
+from tests.faults.storm import STEPS, Amount, Storm, load, seed, wait_for_the_end
 
 WORKERS = 4
 # The worker behind the proxy.
