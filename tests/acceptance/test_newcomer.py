@@ -91,6 +91,7 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
     made.close()
 
 
+@pytest.mark.timeout(180)
 def test_from_an_empty_folder_to_a_failed_run_that_is_explained_and_mended(
     newcomer: Newcomer, provider: Provider, tmp_path: Path
 ):
