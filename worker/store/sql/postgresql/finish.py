@@ -25,20 +25,23 @@ WHERE id = ANY(%s::uuid[]) AND state NOT IN ('waiting', 'held') AND worker_id IS
 ORDER BY id FOR UPDATE
 """
 
+# `(SELECT …)` around an array hides its length: what comes is planned as a few rows, each looked up.
+# A join with an array of a known length was planned as a merge with the whole index.
 END = """
-WITH e AS (
-  SELECT * FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+WITH e AS MATERIALIZED (
+  SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]),
+                       (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]))
     AS e(id, state, reason, detail, progress, result, error)
 ), gone AS (
   DELETE FROM live_runs l USING e WHERE l.id = e.id
-  RETURNING l.id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id, l.progress
+  RETURNING l.id, e.state, e.reason, e.detail, l.available_at, l.started_at, l.attempt, l.fencing_token,
+            l.worker_id, COALESCE(e.progress::jsonb, l.progress) AS progress, e.result, e.error
 )
-UPDATE runs r SET state = e.state, reason = e.reason, detail = e.detail, available_at = g.available_at,
+UPDATE runs r SET state = g.state, reason = g.reason, detail = g.detail, available_at = g.available_at,
                   started_at = g.started_at, finished_at = clock_timestamp(), attempt = g.attempt,
-                  result_fencing_token = g.fencing_token, worker_id = g.worker_id,
-                  progress = COALESCE(e.progress::jsonb, g.progress), result = e.result::jsonb,
-                  error = e.error::jsonb
-FROM gone g JOIN e ON e.id = g.id
+                  result_fencing_token = g.fencing_token, worker_id = g.worker_id, progress = g.progress,
+                  result = g.result::jsonb, error = g.error::jsonb
+FROM gone g
 WHERE r.id = g.id AND r.state IS NULL
 """
 
@@ -49,8 +52,9 @@ UPDATE live_runs l SET state = 'waiting', reason = e.reason, detail = e.detail,
                        start_by = CASE WHEN e.keep_start_by THEN l.start_by END,
                        progress = COALESCE(e.progress::jsonb, l.progress),
                        worker_id = NULL, started_at = NULL
-FROM unnest(%s::uuid[], %s::text[], %s::text[], %s::float8[], %s::integer[], %s::integer[], %s::boolean[],
-            %s::text[]) AS e(id, reason, detail, after, failures, recoveries, keep_start_by, progress)
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::float8[]),
+            (SELECT %s::integer[]), (SELECT %s::integer[]), (SELECT %s::boolean[]), (SELECT %s::text[]))
+  AS e(id, reason, detail, after, failures, recoveries, keep_start_by, progress)
 WHERE l.id = e.id
 """
 
@@ -120,9 +124,10 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
             if waiting:
                 _wait(raw, waiting)
             _write_attempts(raw, worker_id, endings)
-            _add(raw, sum_up(endings, now))
             if final:
                 promote(connection, [ending.attempt.definition_id for ending in final])
+            # Last: other workers' sums of the same orgs wait from here to the commit.
+            _add(raw, sum_up(endings, now))
     accepted = {ending.attempt.run_id for ending in endings}
     return accepted | _written(raw, worker_id, fenced) if fenced else accepted
 

@@ -15,7 +15,7 @@ from worker.store.connection import driver
 from worker.store.overlaps import place_scheduled
 from worker.store.skips import StoredSkip, fold
 from worker.store.sql import Specs
-from worker.store.sql.postgresql.arrays import flags, instants, jsons, plain, texts
+from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
 
 # The clock stands in a sub-query: called once, it can be compared with an index.
 LOCK = """
@@ -43,6 +43,7 @@ JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision 
 """
 
 # `LIMIT 1` and no EXISTS: that would be hashed, and so read all runs there ever were, for a few.
+# `IS TRUE` has what lives hashed; a join of the two was planned as a loop within a loop.
 INSERT = """
 WITH new AS (
   SELECT * FROM unnest(
@@ -78,9 +79,9 @@ WITH new AS (
                     created_by, request_key, backfill_id, retry_of, idempotency_key, params)
   SELECT id, org_id, definition_id, revision, handler, origin, scheduled_for, clock_timestamp(),
          created_by, request_key, backfill_id, retry_of, idempotency_key, params::jsonb
-  FROM fresh WHERE id IN (SELECT id FROM live) ORDER BY place
+  FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
-SELECT f.id, l.id IS NOT NULL FROM fresh f LEFT JOIN live l ON l.id = f.id
+SELECT id, id IN (SELECT id FROM live) FROM fresh
 """
 
 LAST_SKIPS = """
@@ -111,9 +112,10 @@ SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::time
 ON CONFLICT DO NOTHING
 """
 
+# `(SELECT …)` hides the length of an array, so that each row is looked up; see `finish`.
 NEXT = """
 UPDATE schedule s SET next_scheduled_for = n.next_scheduled_for, next_fire_at = n.next_fire_at
-FROM unnest(%s::uuid[], %s::timestamptz[], %s::timestamptz[]) AS n(
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[])) AS n(
        definition_id, next_scheduled_for, next_fire_at)
 WHERE s.definition_id = n.definition_id
 """
@@ -163,7 +165,7 @@ def fire_write(
             raw.execute(
                 NEXT,
                 (
-                    plain(fire.definition_id for fire in next_fires),
+                    words(fire.definition_id for fire in next_fires),
                     instants(fire.next_scheduled_for for fire in next_fires),
                     instants(fire.next_fire_at for fire in next_fires),
                 ),
@@ -184,23 +186,23 @@ def fire_write(
 
 def _columns(runs: Sequence[NewRun]) -> tuple[Any, ...]:
     return (
-        plain(run.id for run in runs),
-        plain(run.org_id for run in runs),
-        plain(run.definition_id for run in runs),
-        plain(run.revision for run in runs),
+        words(run.id for run in runs),
+        words(run.org_id for run in runs),
+        words(run.definition_id for run in runs),
+        numbers(run.revision for run in runs),
         texts(run.handler for run in runs),
-        plain(run.origin for run in runs),
+        words(run.origin for run in runs),
         instants(run.scheduled_for for run in runs),
         texts(run.created_by for run in runs),
         texts(run.request_key for run in runs),
         plain(run.backfill_id for run in runs),
         plain(run.retry_of for run in runs),
-        plain(run.idempotency_key for run in runs),
+        words(run.idempotency_key for run in runs),
         jsons(run.params for run in runs),
         jsons(run.variant_handlers or None for run in runs),
-        plain(run.isolation for run in runs),
+        words(run.isolation for run in runs),
         plain(run.max_concurrent for run in runs),
-        plain(run.priority for run in runs),
+        numbers(run.priority for run in runs),
         flags(run.serial for run in runs),
         instants(run.available_at for run in runs),
         instants(run.start_by for run in runs),
