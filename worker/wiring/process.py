@@ -21,7 +21,7 @@ from worker.telemetry.notify import Notifier
 from worker.web.health import Health
 from worker.wiring import open_keyring
 from worker.wiring.alarms import alarms
-from worker.wiring.incarnation import VERSION, Incarnation
+from worker.wiring.incarnation import EXIT_OK, VERSION, Incarnation
 from worker.wiring.signals import Signals
 from worker.wiring.tracing import tracing_of
 from worker.wiring.web import Web, metrics_of
@@ -80,7 +80,7 @@ def run(settings: Settings) -> int:
             aside = beside_the_work(database, execution.lease)
             with traced(), alarms(settings, aside, clock, web.health):
                 async with web.serving():
-                    return await run_incarnations(incarnate, children, clock)
+                    return await run_incarnations(incarnate, children, notifier, clock)
 
         return asyncio.run(served())
     finally:
@@ -97,7 +97,7 @@ def _look_for_garbage_seldom() -> None:
 
 
 async def run_incarnations(
-    incarnate: Callable[[Signals], Incarnation], children: Children, clock: Clock
+    incarnate: Callable[[Signals], Incarnation], children: Children, notifier: Notifier, clock: Clock
 ) -> int:
     """One incarnation after the other, each made when the one before has lost its lease."""
     signals = Signals()
@@ -110,6 +110,10 @@ async def run_incarnations(
                 exit_code = await incarnate(signals).run()
             except Unavailable:
                 # It can only have failed to register: the loops bear an absent database.
+                if signals.asked:
+                    return EXIT_OK  # nothing is held, and nothing unwritten
+                notifier.status("waiting for the database")
+                notifier.alive()
                 await clock.sleep(AGAIN)
         return exit_code
     finally:
