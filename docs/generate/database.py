@@ -29,7 +29,7 @@ _SHORT = {"TIMESTAMP WITH TIME ZONE": "timestamptz"}
 def database() -> str:
     """A heading for each table, with its meaning and its columns."""
     text = ""
-    for one in tables.metadata.tables.values():
+    for _, one in sorted(tables.metadata.tables.items()):
         rows = [(code(column.name), _type(column), column.doc or "") for column in one.columns]
         text += (
             f"## {code(one.name)}\n\n{one.info['meaning']}\n\n{table(('column', 'type', 'meaning'), rows)}\n"
