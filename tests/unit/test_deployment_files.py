@@ -357,7 +357,11 @@ def test_what_kustomize_puts_together_is_there_and_of_this_release():
 
 
 def test_the_settings_of_the_cluster_are_ones():
-    assert places.load(str(KUBERNETES / "worker.toml"), environ={}).issuers["main"].profile == "kinde"
+    settings = places.load(str(KUBERNETES / "worker.toml"), environ={})
+
+    assert settings.issuers["main"].profile == "kinde"
+    # Else a worker without its secret would begin on a SQLite file.
+    assert settings.database.url == "postgresql://worker@postgresql:5432/orgworker"
 
 
 # ---- both
