@@ -1,7 +1,7 @@
 """How many durable no-op runs a second the real worker carries, beside what else is to be had.
 
     .venv/bin/python -m bench.throughput [--database sqlite|postgresql|both] [--runs N]
-        [--peer VENV]       also PgQueuer, installed in a virtual environment of its own
+        [--peer VENV]       also PgQueuer and Procrastinate, installed in a virtual environment of their own
         [--scheduled]       the whole path from a schedule, 4 workers on PostgreSQL, instead
         [--profile FILE]    cProfile's output of the worker's main thread
 
@@ -25,6 +25,15 @@ from bench import ceiling
 from bench.installation import installation
 
 ORGS = 100
+# The script of each, and what it does and leaves out.
+PEERS = {
+    "PgQueuer": ("peer_pgqueuer.py", "one process, batch 100, log rows, no fencing"),
+    "Procrastinate": (
+        "peer_procrastinate.py",
+        "one process, each job by itself, event rows, no fencing",
+    ),
+}
+PEER_JOBS = {"Procrastinate": 5_000}
 
 
 def backlog(dialect: str, runs: int, *, workers: int, slots: int, profile: Path | None = None) -> float:
@@ -72,15 +81,16 @@ def least(dialect: str, runs: int) -> float:
     return rate
 
 
-def peer(venv: Path, runs: int) -> float:
-    """PgQueuer on a PostgreSQL like the worker's."""
+def peer(name: str, venv: Path, runs: int) -> float:
+    """Another queue on a PostgreSQL like the worker's, by its script here; jobs a second."""
+    script, note = PEERS[name]
     with installation("postgresql", orgs=1) as made:
-        command = [str(venv / "bin" / "python"), str(Path(__file__).with_name("peer_pgqueuer.py"))]
+        command = [str(venv / "bin" / "python"), str(Path(__file__).with_name(script))]
         done = subprocess.run([*command, made.url, str(runs)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"PgQueuer: {done.stderr}")
+        raise SystemExit(f"{name}: {done.stderr}")
     rate = float(done.stdout.split()[-1])
-    say("PgQueuer, postgresql, batch 100", rate, "one process, log rows, no fencing, no limits by org")
+    say(f"{name}, postgresql", rate, note)
     return rate
 
 
@@ -108,7 +118,10 @@ def main() -> None:
         ours = backlog(dialect, given.runs, workers=workers, slots=given.slots, profile=given.profile)
         print(f"{'':42} {ours / least(dialect, given.runs):8.2f} of the ceiling")
         if dialect == "postgresql" and given.peer is not None:
-            print(f"{'':42} {ours / peer(given.peer, given.runs):8.2f} of PgQueuer")
+            for name in PEERS:
+                # One that is slow need not take minutes over it.
+                jobs = min(given.runs, PEER_JOBS.get(name, given.runs))
+                print(f"{'':42} {ours / peer(name, given.peer, jobs):8.2f} of {name}")
 
 
 if __name__ == "__main__":
