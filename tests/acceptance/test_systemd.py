@@ -1,0 +1,158 @@
+"""The units of config/ under systemd itself: credentials, hardening, readiness, watchdog, drain."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.handlers import install_handlers, read_journal
+from tests.fakes.image import ROOT, Image
+from tests.fakes.pages import blocks
+from tests.fakes.ports import free_port
+from tests.fakes.service_manager import STATE, SYSTEMD, ServiceManager, booted
+from tests.fakes.site import Site, application, definition, opened, wait_until
+from worker.demo.provider import Provider
+
+pytestmark = [
+    pytest.mark.skipif(
+        not SYSTEMD.exists(),
+        reason="systemd is not installed: tests/unit/test_deployment_files.py alone looks at the units",
+    ),
+    pytest.mark.timeout(600),
+]
+
+
+class Machine(Site):
+    """An installation on a machine with systemd, as docs/operating/systemd.md makes it."""
+
+    def __init__(self, image: Image, folder: Path, provider: Provider) -> None:
+        self.state = folder / "state"
+        self.state.mkdir()
+        super().__init__(self.state, f"sqlite:///{self.state}/worker.db", provider)
+        install_handlers(self.plugins)
+        for path in (self.state, *self.state.rglob("*")):
+            os.chown(path, *map(int, image.user.split(":")))
+
+    def use(self, manager: ServiceManager) -> None:
+        self.manager = manager
+        self.configure(execution='drain = "2s"')
+        settings = self.settings.read_text().replace('secrets_dir = ""\n', "")
+        manager.write("/etc/orgworker/worker.toml", self.inside(settings))
+        manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins")
+
+    def inside(self, text: str) -> str:
+        return text.replace(str(self.state), STATE)
+
+    def command(self, *arguments: str) -> list[str]:
+        return self.manager.inside("/usr/local/bin/orgworker", *map(self.inside, arguments))
+
+    def restarts(self) -> int:
+        return int(self.manager.show("worker", "NRestarts"))
+
+
+@pytest.fixture
+def machine(image: Image, tmp_path: Path, provider: Provider) -> Iterator[Machine]:
+    with (
+        opened(Machine(image, tmp_path, provider)) as made,
+        booted(image, tmp_path, made.state) as manager,
+    ):
+        made.use(manager)
+        yield made
+
+
+def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine):
+    manager, journal = machine.manager, machine.state / "journal"
+    manager.must("systemctl", "start", "worker-upgrade")
+    machine.add_orgs(application("org_a"))
+    params = {"journal": machine.inside(str(journal)), "steps": 300, "pause": 0.2}
+    machine.apply(
+        definition("org_a", "note", "acme.note", "every 5s", params=params)
+        + definition("org_a", "steps", "acme.steps", params=params),
+        "--allow-unknown-handlers",
+    )
+    # Shorter than the unit's 30 s, so that nobody has to wait.
+    manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins\nWatchdogSec=3s")
+
+    # It comes back once READY=1 has come, and that only once runs are admitted.
+    manager.must("systemctl", "start", "worker")
+    assert manager.show("worker", "StatusText").startswith("runs: 0 of 50 child")
+    machine.wait_for_handlers("acme.steps", timeout=60)
+    assert machine.wait_for_end(definition="note", timeout=60)["state"] == "succeeded"
+
+    machine.cli("definitions", "run", "org_a", "steps")
+    wait_until(lambda: len(read_journal(journal, "step")) > 1, "the first steps")
+    manager.must("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "worker")
+    wait_until(lambda: machine.restarts() == 1, "the watchdog to bite", timeout=60)
+    wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt", timeout=60)
+    assert read_journal(journal, "start")[-1]["first"] > 0
+
+    manager.must("systemctl", "stop", "worker")
+    assert (manager.show("worker", "Result"), manager.show("worker", "ExecMainStatus")) == ("success", "0")
+    [run] = machine.runs(definition="steps")
+    assert (run["state"], run["reason"]) == ("waiting", "handed_back")
+
+
+# Of the page's commands those that fetch packages; what they would make is in the image.
+FETCHED = (
+    "python3 -m venv /opt/orgworker",
+    "/opt/orgworker/bin/pip install 'orgworker[postgresql]' acme-jobs",
+)
+
+
+def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: str):
+    """All its commands in order, on a machine that has only the image's virtual environment."""
+    port = str(free_port())
+    page = blocks((ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8470", port))
+    lines = [line[2:] for block in page if block.language == "console" for line in block.text.splitlines()]
+    script = "\n".join(line.removeprefix("sudo ") for line in lines)
+    for command in FETCHED:
+        assert command in script
+        script = script.replace(command, "true")
+    state = tmp_path / "state"
+    state.mkdir()
+
+    with booted(image, tmp_path, state, installed=False) as manager:
+        folder = state / "page"
+        (folder / "secrets").mkdir(parents=True)
+        for name in ("config", "docs"):
+            (folder / name).symlink_to(ROOT / name)
+        for name in ("database__url", "database__owner_url"):
+            (folder / "secrets" / name).write_text(postgres_url)
+        for block in page:
+            if block.file is not None:
+                (folder / block.file).write_text(block.text)
+        org = {"code": "org_a", "issuer": "main", "client_id": "a", "client_secret": "secret-of-a"}
+        (folder / "orgs.jsonl").write_text(json.dumps(org))
+        (folder / "definitions.toml").write_text(
+            definition("org_a", "ask", "http.request", params={"url": "https://api.acme.com/x"})
+        )
+        manager.must("userdel", "orgworker")
+        manager.drop_in("worker.service", f"Environment=WORKER_WEB__LISTEN=127.0.0.1:{port}")
+
+        shown = manager.must("sh", "-euxc", f"cd {STATE}/page\n{script}")
+
+        assert "http.request" in shown
+        assert re.search(r"database +postgresql\S*://", shown)
+        status = next(block.text for block in page if block.language == "text").partition(";")[0]
+        assert status in manager.must("systemctl", "status", "--no-pager", "worker")
+        given = manager.must("ls", "/run/credentials/worker.service").split()
+        assert given == ["database__url", "keyring"]
+        assert not (state / "keyring").exists()
+        environment = manager.must("sh", "-c", "cat /proc/$(systemctl show -P MainPID worker)/environ")
+        assert postgres_url not in environment
+        manager.must("systemctl", "stop", "worker")
+
+
+def test_a_database_without_its_schema_is_told_and_no_restart_is_tried(machine: Machine):
+    manager = machine.manager
+
+    assert manager.call("systemctl", "start", "worker").returncode != 0
+
+    assert (manager.show("worker", "ExecMainStatus"), machine.restarts()) == ("78", 0)
+    told = manager.must("journalctl", "--no-pager", "--unit=worker")
+    assert "db upgrade" in told
