@@ -103,6 +103,23 @@ class _History:
             ("id", "org_id", "name", "revision", "enabled", "created_at", "updated_at"),
             ((id_, self._orgs[org], name, 1, True, begin, begin) for id_, org, name in self._definitions),
         )
+        yield (
+            "credentials",
+            ("id", "org_id", "generation", "client_id", "reference", "created_at", "created_by"),
+            (
+                (
+                    self._id(2 * n + g, self._begin, 0xC),
+                    id_,
+                    g + 1,
+                    f"client-{n}",
+                    f"file:{n}",
+                    begin,
+                    "bench",
+                )
+                for n, id_ in enumerate(self._orgs)
+                for g in range(2)
+            ),
+        )
         spec = json.dumps({"handler": HANDLER, "schedule": "*/15 * * * *"})
         yield (
             "definition_revisions",
