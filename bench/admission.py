@@ -20,6 +20,7 @@ import os
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -36,6 +37,7 @@ from worker.runs.run import AdmittedRun, Isolation
 from worker.store.admission import Admission
 from worker.store.database import Database
 from worker.store.sql import statements
+from worker.wiring.process import SWITCH
 
 CLAIMS = {
     "org_code": "org_1",
@@ -125,6 +127,7 @@ def spin(stop: threading.Event) -> None:
 def in_a_process(
     url: str, worker_id: WorkerId, given: argparse.Namespace, busy: bool, start: Any, answer: Any
 ) -> None:
+    sys.setswitchinterval(SWITCH)
     database = Database.open(url, clock=SystemClock(), role="worker")
     carry(database, worker_id, batch=given.batch, runs=WARM * given.batch)
     stop = threading.Event()

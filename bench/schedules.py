@@ -1,6 +1,7 @@
 """What schedules cost, beside APScheduler's SQLAlchemyJobStore in the same run.
 
     .venv/bin/python -m bench.schedules [--database sqlite|postgresql] [--stored N] [--due N] [--seconds S]
+        [--at-once]     instead: N due at one instant each second, of ten times as many stored
 
 With 1,000 and with N stored definitions: how soon a worker is ready, what it uses while nothing is
 due, and what one firing costs. Then so many due each second, spread, inline no-ops: how late they
@@ -120,12 +121,18 @@ def cost_of_a_fire(made: Installation, rounds: int = 7) -> float:
     return min(costs)
 
 
-def lateness(made: Installation, due: int, seconds: float) -> tuple[list[float], float]:
-    """Milliseconds from available to started, of runs after the first period; and the share of a core."""
-    store(made, due * PERIOD, f"every {PERIOD}s", due=True)
+def lateness(
+    made: Installation, due: int, schedules: Sequence[str], *, seconds: float, period: int
+) -> tuple[list[float], float]:
+    """Milliseconds from available to started, of runs after the first period; and the share of a core.
+
+    Each schedule is due once in `period` seconds, all together `due` times a second.
+    """
+    for schedule in schedules:
+        store(made, due * period // len(schedules), schedule, due=True)
     with made.workers() as working:
         # Ten seconds ahead, one period for tokens, plans and caches.
-        time.sleep(10 + PERIOD)
+        time.sleep(10 + period)
         since, cpu = datetime.now(UTC), working.cpu()
         time.sleep(seconds)
         core = (working.cpu() - cpu) / seconds
@@ -135,7 +142,10 @@ def lateness(made: Installation, due: int, seconds: float) -> tuple[list[float],
     )
     with made.database.autocommit() as connection:
         found = connection.execute(query).all()
-    return sorted((started - available).total_seconds() * 1000 for available, started in found), core
+    late = [started - available for available, started in found if started is not None]
+    if len(late) < len(found):
+        print(f"  {len(found) - len(late)} of {len(found)} had not ended two seconds later", flush=True)
+    return sorted(each.total_seconds() * 1000 for each in late), core
 
 
 def peer(made: Installation, what: str, stored: int, seconds: float) -> dict[str, Any]:
@@ -174,13 +184,22 @@ def stored_definitions(dialect: str, stored: int) -> None:
 
 def due_each_second(dialect: str, due: int, seconds: float) -> None:
     with installation(dialect, orgs=ORGS) as made:
-        late, core = lateness(made, due, seconds)
+        late, core = lateness(made, due, [f"every {PERIOD}s"], seconds=seconds, period=PERIOD)
         theirs = peer(made, "busy", due * PERIOD, seconds)
     print(f"{due} due each second, spread:", flush=True)
     print(f"  orgworker    {line(late, seconds, core)}, load {os.getloadavg()[0]:.1f}", flush=True)
     print(f"  APScheduler  {line(theirs['late'], seconds, theirs['core'], theirs['runs'])}", flush=True)
     ratio = share_below(theirs["late"], 0.99) / share_below(late, 0.99)
     print(f"  p99 of APScheduler / of orgworker: {ratio:.0f}", flush=True)
+
+
+def due_at_once(dialect: str, due: int, seconds: float) -> None:
+    """Each second's thousand by a crontab line of its own; nothing is spread."""
+    schedules = [f"{second}-59/10 * * * * *" for second in range(10)]
+    with installation(dialect, orgs=ORGS) as made:
+        late, core = lateness(made, due, schedules, seconds=seconds, period=10)
+    print(f"{due} of {due * 10} due at one instant each second, {dialect}:", flush=True)
+    print(f"  orgworker    {line(late, seconds, core)}, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
 def line(late: list[float], seconds: float, core: float, count: int | None = None) -> str:
@@ -195,7 +214,12 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=1_000_000)
     parser.add_argument("--due", type=int, default=1_000)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--at-once", action="store_true")
     given = parser.parse_args()
+    if given.at_once:
+        os.environ["WORKER_LOG__LEVEL"] = "warning"
+        due_at_once(given.database, given.due, given.seconds)
+        return
     # The one line that says when a worker is ready.
     os.environ["WORKER_LOG__LEVEL"] = "info"
     if given.stored:
