@@ -73,6 +73,7 @@ def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
             wait_until(
                 lambda: len(line("runs", "list", "--state", "failed", "-o", "id").out.split()) == len(ORGS),
                 f"the exports to fail; the worker's log is {folder}/worker.log",
+                timeout=180,
             )
             yield
 
