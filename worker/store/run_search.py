@@ -1,7 +1,7 @@
 """Which runs a list means, newest first, without walking the history.
 
-One condition goes by its index. Of several, the newest runs that meet each one alone
-are looked at, so many at most, until they hold a page or are all that there are.
+An org, or a definition of one, goes by its index. Else the newest runs that meet each condition
+alone are looked at, so many at most, until they hold a page or are all that there are.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _find(connection: Connection, org_id: OrgId | None, wanted: Wanted) -> list[
     bounds = _bounds(_runs, wanted)
     if wanted.since is not None:
         bounds.append(_runs.c.created_at >= wanted.since)
-    # The runs of one org, definition or state are in order in an index; those of a name are not.
-    if len(met) > 1 or (wanted.definition is not None and org_id is None):
+    # The runs of one org or definition are in order in an index; those of a state or of a name are not.
+    if len(met) > 1 or wanted.state is not None or (wanted.definition is not None and org_id is None):
         for alone in ((), ("state",), ("org_id",), ("definition_id",)):
             if met.keys() >= set(alone):
                 found = _in_window(connection, alone, met, bounds, wanted.limit)
