@@ -39,6 +39,7 @@ from worker.errors import DefinitionError, UsageError, WorkerError
 from worker.telemetry.masking import masker
 
 INTERRUPTED = 130
+BEFORE_THE_VERB = ("--config", "--set", "--debug", "--version")
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110})
 
@@ -130,9 +131,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return INTERRUPTED
     except typer.TyperException as error:
-        context = getattr(error, "ctx", None)
-        fix = f"`{context.command_path if context else _program()} --help` says how"
-        print_error(UsageError.code, error.format_message().replace("\n", " "), fix, output)
+        print_error(UsageError.code, error.format_message().replace("\n", " "), _way_out(error), output)
         return UsageError.exit_code
     except Exception as error:
         from worker.cli.refused import in_our_words
@@ -140,6 +139,15 @@ def invoke(arguments: Sequence[str]) -> int:
         known = in_our_words(error)
         return _unexpected(error, arguments, output) if known is None else _failed(known, output)
     return code if isinstance(code, int) else 0
+
+
+def _way_out(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if option in BEFORE_THE_VERB and context is not None and context.parent is not None:
+        verb = context.command_path.removeprefix(context.find_root().command_path).strip()
+        return f"{option} stands before the verb: `{_program()} {option} … {verb}`"
+    return f"`{context.command_path if context else _program()} --help` says how"
 
 
 def _failed(error: WorkerError, output: Format) -> int:
