@@ -26,7 +26,7 @@ MEANT = {
     "WITH offer": {
         "ix_live_runs_waiting",
         "ix_live_runs_running_org_id",
-        "ix_live_runs_running_definition_id",
+        "ix_live_runs_definition_id_started_at",
         "ix_live_runs_running_handler",
         "pk_live_runs",
     },
@@ -37,7 +37,7 @@ MEANT = {
     "UPDATE live_runs h SET": {
         "uq_live_runs_held",
         "uq_live_runs_serial",
-        "ix_live_runs_definition_id",
+        "ix_live_runs_definition_id_started_at",
     },
     "WITH ours": {"pk_live_runs"},
     "WITH me": {"ix_live_runs_running_worker_id"},

@@ -18,27 +18,35 @@ from worker.store.sql.postgresql.arrays import plain, texts
 ADMISSION_LOCK = 6_070_312
 
 # Walks from org to org along the index, once round at most. Orgs that cannot start
-# anything are left out here, so that they do not take the lock.
+# anything are left out here, so that they do not take the lock. The first run of a
+# line, by which its org is found, mostly says by itself that the org can.
 RING = """
-WITH RECURSIVE hop(org_id, n, wrapped) AS (
-  SELECT %(cursor)s::uuid, 0, false
+WITH RECURSIVE hop(org_id, available_at, handler, isolation, n, wrapped) AS (
+  SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, 0, false
   UNION ALL
-  SELECT COALESCE(later.org_id, first.org_id), hop.n + 1, hop.wrapped OR later.org_id IS NULL
+  SELECT COALESCE(later.org_id, first.org_id), COALESCE(later.available_at, first.available_at),
+         COALESCE(later.handler, first.handler), COALESCE(later.isolation, first.isolation),
+         hop.n + 1, hop.wrapped OR later.org_id IS NULL
   FROM hop
   LEFT JOIN LATERAL (
-    SELECT l.org_id FROM live_runs l WHERE l.state = 'waiting' AND l.org_id > hop.org_id
+    SELECT l.org_id, l.available_at, l.handler, l.isolation
+    FROM live_runs l WHERE l.state = 'waiting' AND l.org_id > hop.org_id
     ORDER BY l.org_id LIMIT 1) later ON true
   LEFT JOIN LATERAL (
-    SELECT l.org_id FROM live_runs l WHERE l.state = 'waiting' AND later.org_id IS NULL AND NOT hop.wrapped
+    SELECT l.org_id, l.available_at, l.handler, l.isolation
+    FROM live_runs l WHERE l.state = 'waiting' AND later.org_id IS NULL AND NOT hop.wrapped
     ORDER BY l.org_id LIMIT 1) first ON true
   WHERE hop.n < %(hops)s
     AND CASE WHEN hop.wrapped OR later.org_id IS NULL
              THEN COALESCE(later.org_id, first.org_id) <= %(cursor)s::uuid ELSE true END
 ), looked AS (
-  SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND EXISTS (
-    SELECT 1 FROM live_runs l
-    WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
-      AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])) AS ready
+  SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND (
+    (hop.available_at <= (SELECT clock_timestamp())
+     AND hop.handler = ANY(%(handlers)s::text[]) AND hop.isolation = ANY(%(isolations)s::text[]))
+    OR EXISTS (
+      SELECT 1 FROM live_runs l
+      WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+        AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[]))) AS ready
   FROM hop LEFT JOIN LATERAL (
     SELECT o.weight, o.max_concurrent_runs AS most, (
       SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
