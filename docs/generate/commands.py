@@ -12,7 +12,7 @@ import typer
 
 import worker
 from docs.generate.tables import code, sentence, table
-from worker.cli.app import app
+from worker.cli.app import build
 from worker.errors import WorkerError
 from worker.web.answers import STATUS
 
@@ -21,7 +21,7 @@ PROGRAM = "python -m worker"
 
 def commands() -> str:
     """A heading for each verb, with its help and a table of what it takes."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(build())
     context = root.context_class(root, info_name=PROGRAM)
     text = f"## Before the verb\n\n{_options(root, context)}\n"
     for verb, command, inside in verbs(root, context):

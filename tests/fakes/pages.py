@@ -21,7 +21,7 @@ from typing import Any
 
 import typer
 
-from worker.cli.app import app
+from worker.cli.app import build
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -135,7 +135,7 @@ def unknown_words(command: str) -> list[str]:
 
 @functools.cache
 def _command_line() -> Any:
-    return typer.main.get_command(app)
+    return typer.main.get_command(build())
 
 
 def _options(command: object) -> dict[str, bool]:

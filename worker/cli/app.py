@@ -11,28 +11,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli import (
-    apply,
-    audit,
-    checks,
-    completion,
-    config,
-    credentials,
-    db,
-    definitions,
-    demo,
-    doctor,
-    handlers,
-    keys,
-    new_job,
-    orgs,
-    run,
-    runs,
-    serve,
-    skips,
-    templates,
-    try_run,
-)
+from worker.cli import completion, verbs
 from worker.cli.output import Format, print_error
 from worker.cli.session import Session
 from worker.errors import DefinitionError, UsageError, WorkerError
@@ -41,35 +20,7 @@ from worker.telemetry.masking import masker
 INTERRUPTED = 130
 BEFORE_THE_VERB = ("--config", "--set", "--debug", "--version")
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110})
 
-app.command("run")(run.run)
-app.command("serve")(serve.serve)
-app.command("demo")(demo.demo)
-app.command("apply")(apply.apply)
-app.command("try")(try_run.try_)
-app.command("new-job")(new_job.new_job)
-app.command("check")(checks.check)
-app.command("doctor")(doctor.doctor)
-app.command("completion")(completion.completion)
-orgs.app.command("check")(checks.check_orgs)
-for noun, commands in (
-    ("orgs", orgs),
-    ("credentials", credentials),
-    ("definitions", definitions),
-    ("templates", templates),
-    ("runs", runs),
-    ("skips", skips),
-    ("audit", audit),
-    ("handlers", handlers),
-    ("db", db),
-    ("keys", keys),
-    ("config", config),
-):
-    app.add_typer(commands.app, name=noun)
-
-
-@app.callback(invoke_without_command=True)
 def before_the_verb(
     context: typer.Context,
     config: Annotated[
@@ -100,7 +51,19 @@ def before_the_verb(
         raise typer.Exit
     context.obj = Session(config, _settings(setting or ()))
     if context.invoked_subcommand is None:
-        run.run(context)
+        from worker.cli.run import run
+
+        run(context)
+
+
+def build(only: str | None = None) -> typer.Typer:
+    """The command line with this verb or noun alone, or with all of them."""
+    app = typer.Typer(
+        rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110}
+    )
+    app.callback(invoke_without_command=True)(before_the_verb)
+    verbs.add(app, only)
+    return app
 
 
 def main() -> None:
@@ -121,8 +84,10 @@ def invoke(arguments: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = _wanted_output(arguments)
-    completion.prepare()
+    asked = completion.prepare()
     try:
+        # A shell that asks what could come next is told of everything.
+        app = build(None if asked else verbs.first(arguments))
         code = typer.main.get_command(app).main(
             args=list(arguments), prog_name=_program(), standalone_mode=False
         )

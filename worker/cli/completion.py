@@ -37,10 +37,12 @@ def completion(
     )
 
 
-def prepare() -> None:
-    """Let a shell's question be understood, where this process was started to answer one."""
-    if VARIABLE in os.environ:
+def prepare() -> bool:
+    """Let a shell's question be understood; whether this process was started to answer one."""
+    asked = VARIABLE in os.environ
+    if asked:
         _know_shells()
+    return asked
 
 
 def _know_shells() -> None:

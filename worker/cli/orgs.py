@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from worker.cli.checks import check_orgs
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -27,7 +28,7 @@ from worker.errors import UsageError
 if TYPE_CHECKING:
     from worker.orgs.org import OrgState
 
-app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove.")
+app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
 
 COLUMNS = (
     "code",
@@ -190,6 +191,9 @@ def remove(
         say("nothing was changed")
         raise typer.Exit(1)
     _move(context, code, "removed", note, output)
+
+
+app.command("check")(check_orgs)
 
 
 def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:

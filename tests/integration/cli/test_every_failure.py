@@ -17,7 +17,7 @@ import typer.main
 
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import Completed, definition
-from worker.cli.app import app
+from worker.cli.app import build
 
 RUN = "01999999-9999-7999-8999-999999999999"
 FILE = definition("org_acme", "tick", "acme.note", "@yearly")
@@ -153,7 +153,7 @@ def elsewhere(folder: Path, url: str) -> CommandLine:
 
 
 def test_every_command_has_its_right_line_here():
-    assert set(commands(typer.main.get_command(app))) == set(RIGHT)
+    assert set(commands(typer.main.get_command(build()))) == set(RIGHT)
 
 
 @pytest.mark.parametrize("command", RIGHT)
