@@ -111,8 +111,8 @@ class Statements(Protocol):
     ) -> list[AdmittedRun]:
         """Become the only admitter, then count, rank and mark runs of these orgs as running.
 
-        Of each org's line as much is looked at as `orgs` says. Must be the first
-        statement of its transaction.
+        Of each org's line as much is looked at as `orgs` says. Must be all that its
+        transaction does: on PostgreSQL it is committed with the answer on its way.
         """
         ...
 

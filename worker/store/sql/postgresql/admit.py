@@ -57,6 +57,7 @@ SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(
 """
 
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
+COMMIT = "COMMIT"
 
 # A later statement than the lock, so with a snapshot in which everything that was
 # admitted before it can be counted. How each count says "running", and the UPDATE
@@ -187,7 +188,9 @@ def admit_choose(
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }
+    # With its COMMIT at once: a worker that falls silent must not keep the lock from all others.
     with raw.pipeline():
         raw.execute(LOCK, (ADMISSION_LOCK,))
         rows = raw.execute(CHOOSE, values)
-        return [AdmittedRun(*row) for row in rows]
+        raw.execute(COMMIT, prepare=False)
+    return [AdmittedRun(*row) for row in rows]

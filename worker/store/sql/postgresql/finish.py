@@ -180,8 +180,8 @@ def _wait(raw: Any, endings: Sequence[Ending]) -> None:
 def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
     attempts = [ending.attempt for ending in endings]
     trails = [attempt.trail for attempt in attempts]
-    said: dict[tuple[str | None, ...], int] = {}
-    places = [said.setdefault(_said(trail), len(said) + 1) for trail in trails]
+    said = {_token(trail): trail for trail in trails}
+    place_of = {token: place for place, token in enumerate(said, 1)}
     raw.execute(
         ATTEMPTS,
         (
@@ -199,20 +199,19 @@ def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) ->
             jsons(attempt.error for attempt in attempts),
             texts(attempt.error_cause for attempt in attempts),
             plain(trail.peak_memory for trail in trails),
-            numbers(places),
-            numbers(said.values()),
-            *(texts(column) for column in zip(*said, strict=True)),
+            numbers(place_of[_token(trail)] for trail in trails),
+            numbers(place_of.values()),
+            texts(None if trail.claims is None else shared_json(trail.claims) for trail in said.values()),
+            texts(None if trail.flags is None else shared_json(trail.flags) for trail in said.values()),
+            texts(trail.jti for trail in said.values()),
+            texts(trail.claims_hash for trail in said.values()),
         ),
     )
 
 
-def _said(trail: Trail) -> tuple[str | None, ...]:
-    return (
-        None if trail.claims is None else shared_json(trail.claims),
-        None if trail.flags is None else shared_json(trail.flags),
-        trail.jti,
-        trail.claims_hash,
-    )
+def _token(trail: Trail) -> tuple[int, int, str | None, str | None]:
+    """What tells one token's words from another's: they are the same objects in each of its attempts."""
+    return id(trail.claims), id(trail.flags), trail.jti, trail.claims_hash
 
 
 def _add(raw: Any, rollups: Rollups) -> None:
