@@ -181,15 +181,17 @@ def flat(given: argparse.Namespace) -> None:
             worker_id = made.add_worker()
             try:
                 carry(database, worker_id, batch=given.batch, runs=WARM * given.batch, again=True)
+                cpu = made.server_cpu()
                 figures = carry(
                     database, worker_id, batch=given.batch, runs=FLAT_CALLS * given.batch, again=True
                 )
+                cpu = 1e3 * (made.server_cpu() - cpu + figures.cpu) / len(figures.admit)
             finally:
                 database.close()
         times[rows] = statistics.median(figures.admit)
         print(
             f"{rows:>9} rows, {rows // 5} of them wait: admit of {given.batch} {spread(figures.admit)}, "
-            f"hand back {spread(figures.finish)}; {load()}",
+            f"hand back {spread(figures.finish)}; processor time of both {cpu:.1f} ms; {load()}",
             flush=True,
         )
     print(f"p50 at {ROWS[-1]} rows / at {ROWS[0]}: {times[ROWS[-1]] / times[ROWS[0]]:.2f}")
