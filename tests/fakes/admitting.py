@@ -19,7 +19,7 @@ from worker.store.admission import Admission
 from worker.store.database import Database
 from worker.store.sql.postgresql import admit
 
-NO_LOCK = "SELECT %s"
+NO_LOCK, LATE_COMMIT = "SELECT %s", "SELECT pg_sleep(0.005)"
 ALWAYS = 1_000_000
 
 
@@ -53,7 +53,7 @@ def _work(
     locked: bool,
 ) -> None:
     if not locked:
-        admit.LOCK = NO_LOCK
+        admit.LOCK, admit.COMMIT = NO_LOCK, LATE_COMMIT
     chance = random.Random(number)
     database = Database.open(url, clock=SystemClock())
     stock = Stock(database)

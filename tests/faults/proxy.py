@@ -11,14 +11,15 @@ from types import TracebackType
 from typing import ClassVar, Literal, Protocol
 
 Mode = Literal["pass", "delay", "hang", "refuse", "reset"]
-Verdict = Literal["pass", "cut", "hold"]
+Verdict = Literal["pass", "cut", "hold", "mute"]
 DELAY = 0.2
 
 
 class Watch(Protocol):
     """Sees what one connection's client sends, and says what becomes of it.
 
-    `cut` means that it arrives and its answer does not; `hold` that it waits for `let_go`.
+    `cut` means that it arrives and its answer does not; `hold` that it waits for `let_go`;
+    `mute` that it arrives, as all that follows, and every answer waits for `let_go`.
     """
 
     left: ClassVar[int]
@@ -158,12 +159,14 @@ class _Connection:
         self._watch = watch
         self._let_go = let_go
         self._cut = False
+        self._mute = False
         self.going = asyncio.Event()
         self.going.set()
 
     async def asked(self, data: bytes) -> tuple[bytes, bool]:
         verdict = "pass" if self._watch is None else self._watch.sees(data)
         self._cut = self._cut or verdict == "cut"
+        self._mute = self._mute or verdict == "mute"
         if verdict == "hold":
             await self._let_go.wait()
         return data, False
@@ -171,6 +174,8 @@ class _Connection:
     async def answered(self, data: bytes) -> tuple[bytes, bool]:
         if self._cut:
             return b"", True
+        if self._mute:
+            await self._let_go.wait()
         if self._left is not None:
             data, self._left = data[: self._left], self._left - len(data)
             return data, self._left <= 0

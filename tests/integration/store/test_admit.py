@@ -6,16 +6,21 @@ import random
 import threading
 from collections import Counter
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from tests.faults.proxy import Proxy, Verdict
 from worker.ids import DefinitionId, RunId, WorkerId, new_id
 from worker.runs.ranking import Running, Share, Waiting, rank
+from worker.runs.run import AdmittedRun
 from worker.store import tables
 from worker.store.admission import Admission
+from worker.store.connection import driver
 from worker.store.database import Database
-from worker.store.sql import statements
+from worker.store.sql.postgresql import admit
 
 
 def by_org(stock: Stock, worker: WorkerId, free: int) -> Counter[str]:
@@ -315,8 +320,9 @@ def test_workers_that_admit_at_once_never_go_beyond_a_limit(postgres: Database) 
 def test_without_the_admission_lock_the_same_crowd_goes_beyond_it(
     postgres: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proof that the check above can see what it looks for."""
-    monkeypatch.setattr("worker.store.sql.postgresql.admit.LOCK", "SELECT %s")
+    """The proof that the check above can see what it looks for: no lock, and time until the commit."""
+    monkeypatch.setattr(admit, "LOCK", "SELECT %s")
+    monkeypatch.setattr(admit, "COMMIT", "SELECT pg_sleep(0.005)")
 
     assert max(_crowd(postgres, seconds=20, until=4).values()) > 3
 
@@ -387,5 +393,44 @@ def test_a_full_round_that_finds_nothing_takes_no_lock(postgres: Database) -> No
     assert len(stock.admit(worker)) == 1
 
     with postgres.transaction() as other:
-        statements(other).admit_choose(other, worker, {org: 1}, offered={HANDLER: None}, free={"child": 1})
+        driver(other).execute(admit.LOCK, (admit.ADMISSION_LOCK,))
         assert stock.admit(worker) == []
+
+
+class Muted:
+    """From the choice of runs on a client hears nothing more."""
+
+    seen = threading.Event()
+
+    def sees(self, data: bytes) -> Verdict:
+        if b"offer AS MATERIALIZED" not in data:
+            return "pass"
+        type(self).seen.set()
+        return "mute"
+
+
+def test_a_worker_that_falls_silent_while_it_admits_keeps_no_other_waiting(
+    postgres: Database, migrated_postgres_url: str, clock: ManualClock
+) -> None:
+    stock, admitted = Stock(postgres), list[AdmittedRun]()
+    org, worker, silent_worker = stock.org(), stock.worker(), stock.worker()
+    stock.put(stock.run(org), stock.run(org))
+    with Proxy(urlsplit(migrated_postgres_url).port or 5432) as proxy:
+        proxy.watch = Muted
+        url = urlsplit(migrated_postgres_url)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
+        silent = Database.open(url, clock=clock)
+
+        def admit_in_silence() -> None:
+            admitted.extend(Admission(silent, silent_worker).admit({HANDLER: None}, {"child": 1}))
+
+        waiting = threading.Thread(target=admit_in_silence)
+        waiting.start()
+        Muted.seen.wait()
+
+        (run,) = stock.admit(worker, free=1)
+
+        assert waiting.is_alive()
+        proxy.let_go()
+        waiting.join()
+        silent.close()
+    assert len({run.id, *(other.id for other in admitted)}) == 2
