@@ -26,9 +26,8 @@ from worker.demo.provider import serve_provider
 from worker.ids import RunId, new_id
 from worker.operations.import_orgs import import_orgs
 from worker.runs.run import NewRun
-from worker.store import schema, tables
+from worker.store import firing, schema, tables
 from worker.store.database import Database
-from worker.store.sql import statements
 from worker.tokens.sealing import KeyRing
 
 AUDIENCE = "https://api.bench.example"
@@ -171,7 +170,7 @@ style = "json"
                     )
                 )
             with self.database.transaction() as connection:
-                statements(connection).fire_write(connection, runs, [], [])
+                firing.write(connection, runs)
         if self.database.dialect == "postgresql":
             with self.database.autocommit() as connection:
                 connection.execute(text("VACUUM ANALYZE"))

@@ -30,7 +30,7 @@ from worker.definitions.triggers import parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.ids import new_id
 from worker.runs.fire import decide
-from worker.store import runs, tables
+from worker.store import firing, tables
 
 ORGS = 100
 BATCH = 5_000
@@ -110,7 +110,7 @@ def cost_of_a_fire(made: Installation, rounds: int = 7) -> float:
         fired, began = 0, time.perf_counter()
         while fired < FIRED:
             with made.database.transaction() as connection:
-                report = runs.fire(
+                report = firing.fire(
                     connection, lambda due, now: decide(due, now, lambda _: "inline"), limit=100, specs=specs
                 )
             fired += len(report.inserted) + len(report.overlapped)

@@ -14,7 +14,7 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.runs.firing import FireReport
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, Isolation, NewRun
-from worker.store import tables, workers
+from worker.store import firing, tables, workers
 from worker.store.admission import Admission
 from worker.store.database import Database
 from worker.store.sql import statements
@@ -120,7 +120,7 @@ class Stock:
 
     def put(self, *runs: NewRun) -> FireReport:
         with self.database.transaction() as connection:
-            return statements(connection).fire_write(connection, runs, [], [])
+            return firing.write(connection, runs)
 
     def hold(self, run: NewRun) -> None:
         """Insert a run as one that is held back behind an unfinished one."""

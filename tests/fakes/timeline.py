@@ -15,7 +15,7 @@ from worker.ids import RunId
 from worker.operations.apply import apply
 from worker.runs.fire import decide
 from worker.runs.run import AdmittedRun
-from worker.store import catalogue, runs, tables
+from worker.store import catalogue, firing, tables
 from worker.store.database import Database
 
 HANDLER = "acme.note"
@@ -53,7 +53,7 @@ class Timeline:
         """Fire everything that is due, as a worker does that is up."""
         while True:
             with self.database.transaction() as connection:
-                report = runs.fire(
+                report = firing.fire(
                     connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={}
                 )
             now = self.clock.now()

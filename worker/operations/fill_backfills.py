@@ -15,9 +15,8 @@ from worker.errors import WorkerError
 from worker.ids import RunId, new_id
 from worker.operations.handlers import Handlers
 from worker.runs.run import NewRun
-from worker.store import backfills
+from worker.store import backfills, firing
 from worker.store.database import Database
-from worker.store.sql import statements
 from worker.telemetry.events import emit
 
 Row = dict[str, Any]
@@ -63,7 +62,7 @@ def fill(connection: Connection, *, at: datetime) -> Filled:
             ended.append(row)
         backfills.change(connection, row["org_id"], row["id"], values)
     if runs:
-        statements(connection).fire_write(connection, runs, [], [])
+        firing.write(connection, runs)
     return Filled(len(runs), ended)
 
 

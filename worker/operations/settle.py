@@ -16,9 +16,8 @@ from worker.operations.handlers import Handlers
 from worker.runs.fire import decide
 from worker.runs.firing import DueDefinition, NewSkip, NextFire
 from worker.runs.run import NewRun
-from worker.store import definitions
+from worker.store import definitions, firing
 from worker.store.chunks import chunks
-from worker.store.sql import statements
 
 Row = Mapping[str, Any]
 
@@ -61,7 +60,7 @@ def settle(connection: Connection, rows: Sequence[Row], *, at: datetime) -> None
         nexts: list[NextFire] = []
         for row in part:
             nexts.append(_settle(row, at, handlers, runs, skips))
-        statements(connection).fire_write(connection, runs, skips, nexts)
+        firing.write(connection, runs, skips, nexts)
 
 
 def _settle(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skips: list[NewSkip]) -> NextFire:

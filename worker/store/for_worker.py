@@ -14,7 +14,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.firing import FireReport, LogLine, Recovered
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun, RunContext
-from worker.store import retention, runs, sweeps, workers
+from worker.store import firing, retention, runs, sweeps, workers
 from worker.store.admission import Admission
 from worker.store.database import Database
 from worker.store.gathered import Gathered
@@ -52,14 +52,14 @@ class WorkerStore:
         self._nothing_was_due = False
         self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
 
-    async def fire(self, decide: runs.Decide, *, limit: int = 100) -> FireReport:
+    async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
         """Turn what is due into runs and skips; `decide` is called for each definition and never raises."""
         if self._nothing_was_due:
             # A look without a transaction, again and again while nothing is due.
-            now, first = await self._database.call_autocommit(runs.first_due)
+            now, first = await self._database.call_autocommit(firing.first_due)
             if first is None or first > now:
                 return FireReport(next_fire_at=first, now=now)
-        report = await self._database.call(runs.fire, decide, limit=limit, specs=self._specs)
+        report = await self._database.call(firing.fire, decide, limit=limit, specs=self._specs)
         self._nothing_was_due = not (report.inserted or report.skips)
         return report
 

@@ -1,4 +1,4 @@
-"""The runs' way through the database: fire, recover, checkpoints, and what an attempt must know."""
+"""The runs' way through the database: recover, checkpoints, and what an attempt must know."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from typing import Any
 from sqlalchemy import Connection, select, tuple_
 
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.firing import Decision, DueDefinition, FireReport, Recovered
+from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import RunContext
 from worker.store import tables
 from worker.store.connection import database_now
 from worker.store.names import names_for_all_orgs
-from worker.store.sql import AbandonedRun, Specs, statements
-
-Decide = Callable[[DueDefinition, datetime], Decision]
+from worker.store.sql import AbandonedRun, statements
 
 # Runs recovered by one transaction.
 RECOVERED_AT_ONCE = 500
@@ -26,32 +24,6 @@ _orgs = tables.orgs
 _definitions = tables.definitions
 _revisions = tables.definition_revisions
 _checkpoints = tables.checkpoints
-
-
-def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) -> FireReport:
-    """Lock what is due, let `decide` say what it makes, and write that: one transaction's work."""
-    hot = statements(connection)
-    now, due = hot.fire_lock(connection, limit=limit, specs=specs)
-    decisions = [decide(definition, now) for definition in due]
-    report = hot.fire_write(
-        connection,
-        [run for decision in decisions for run in decision.runs],
-        [skip for decision in decisions for skip in decision.skips],
-        [decision.next for decision in decisions],
-    )
-    return FireReport(
-        report.inserted,
-        report.overlapped,
-        report.skips,
-        next_fire_at=report.next_fire_at,
-        now=now,
-        more=len(due) == limit,
-    )
-
-
-def first_due(connection: Connection) -> tuple[datetime, datetime | None]:
-    """What time the database has, and when a definition is due first."""
-    return statements(connection).fire_first(connection)
 
 
 def recover(

@@ -14,7 +14,7 @@ from worker.operations.apply import apply as apply_file
 from worker.operations.org_state import set_org_state
 from worker.operations.run_now import run_now
 from worker.runs.fire import decide
-from worker.store import runs
+from worker.store import firing
 from worker.store.database import Database
 
 TICK = timedelta(minutes=10)
@@ -62,7 +62,7 @@ def test_an_edit_waits_for_a_firing_under_way_and_settles_only_what_is_left(appl
 
     with ThreadPoolExecutor(1) as editing:
         with database.transaction() as connection:
-            fired.append(runs.fire(connection, decide_slowly, limit=10, specs={}))
+            fired.append(firing.fire(connection, decide_slowly, limit=10, specs={}))
         assert edited.wait(10)
 
     assert len(fired[0].inserted) == 1
@@ -124,7 +124,7 @@ def test_a_firing_after_a_suspension_finds_nothing_due(apply, database, rows):
     set_org_state(database, "org_acme", "suspended", actor="ops")
 
     with database.transaction() as connection:
-        report = runs.fire(
+        report = firing.fire(
             connection, lambda due, now: decide(due, now, lambda _: "child"), limit=10, specs={}
         )
 

@@ -18,7 +18,7 @@ from worker.operations.pause import pause_definition, resume_definition
 from worker.operations.run_now import run_now
 from worker.operations.why import why, why_instant
 from worker.runs.fire import decide
-from worker.store import causes, orgs, runs, tables
+from worker.store import causes, firing, orgs, tables
 
 HOUR = timedelta(hours=1)
 FILE = """
@@ -49,7 +49,7 @@ def ask(apply, database):
 
 def fire(database):
     with database.transaction() as connection:
-        runs.fire(connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={})
+        firing.fire(connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={})
 
 
 def test_an_instant_with_a_run_is_that_runs(ask, database, rows):

@@ -12,16 +12,16 @@ from tests.fakes.stock import Stock
 from worker.ids import DefinitionId, OrgId
 from worker.runs.firing import Decision, DueDefinition, FireReport, NewSkip, NextFire
 from worker.runs.run import NewRun
-from worker.store import runs, tables
+from worker.store import firing, tables
 from worker.store.database import Database
 from worker.store.sql import statements
 
 HOUR = timedelta(hours=1)
 
 
-def fire(stock: Stock, decide: runs.Decide, *, limit: int = 100) -> FireReport:
+def fire(stock: Stock, decide: firing.Decide, *, limit: int = 100) -> FireReport:
     with stock.database.transaction() as connection:
-        return runs.fire(connection, decide, limit=limit, specs={})
+        return firing.fire(connection, decide, limit=limit, specs={})
 
 
 def scheduled(stock: Stock, due: DueDefinition, *instants: datetime, serial: bool = True) -> list[NewRun]:
@@ -38,7 +38,7 @@ def scheduled(stock: Stock, due: DueDefinition, *instants: datetime, serial: boo
     ]
 
 
-def once(stock: Stock) -> runs.Decide:
+def once(stock: Stock) -> firing.Decide:
     """Each due definition runs for its instant and is due again an hour later."""
 
     def decide(due: DueDefinition, now: datetime) -> Decision:
@@ -50,7 +50,7 @@ def once(stock: Stock) -> runs.Decide:
 
 def skip(stock: Stock, org: OrgId, definition: DefinitionId, *skips: NewSkip) -> None:
     with stock.database.transaction() as connection:
-        statements(connection).fire_write(connection, [], skips, [])
+        firing.write(connection, [], skips)
 
 
 def missed(

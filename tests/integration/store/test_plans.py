@@ -14,7 +14,7 @@ from tests.fakes.stock import LEASE, Stock
 from worker.runs.firing import NewSkip, NextFire
 from worker.runs.run import AdmittedRun
 from worker.store import connection as driver_module
-from worker.store import runs
+from worker.store import firing, runs
 from worker.store.database import Database
 from worker.store.sql import statements
 
@@ -134,7 +134,7 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
         hot = statements(connection)
         hot.fire_lock(connection, limit=100, specs={})
         run = admitted[0]
-        hot.fire_write(
+        firing.write(
             connection,
             [stock.run(run.org_id)],
             [NewSkip(run.org_id, run.definition_id, 1, stock.now(), stock.now(), 1, "missed")],

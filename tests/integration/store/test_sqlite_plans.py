@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.stock import LEASE, Stock
 from worker.runs.firing import NewSkip, NextFire
 from worker.store import connection as driver_module
-from worker.store import runs
+from worker.store import firing, runs
 from worker.store.connection import driver
 from worker.store.sql import statements
 
@@ -85,7 +85,7 @@ def test_each_hot_statement_goes_by_an_index(
         hot = statements(connection)
         hot.fire_lock(connection, limit=100, specs={})
         run = held[0]
-        hot.fire_write(
+        firing.write(
             connection,
             [stock.run(run.org_id)],
             [NewSkip(run.org_id, run.definition_id, 1, stock.now(), stock.now(), 1, "missed")],

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.firing import DueDefinition, FireReport, LogLine, NewSkip, NextFire
+from worker.runs.firing import DueDefinition, LogLine, NewSkip, NextFire
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation, NewRun, OwnedRun
 from worker.store.sql.ending import Rollups
@@ -56,6 +56,16 @@ class AbandonedRun:
     started_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """Which runs were inserted, which met another of their definition, and what is due next of all."""
+
+    inserted: Sequence[NewRun]
+    overlapped: Sequence[NewRun]
+    next_fire_at: datetime | None
+    now: datetime
+
+
 class Statements(Protocol):
     """What each dialect offers; the docstrings are here, the text is there."""
 
@@ -76,15 +86,17 @@ class Statements(Protocol):
         self,
         connection: Connection,
         runs: Sequence[NewRun],
-        skips: Sequence[NewSkip],
         next_fires: Sequence[NextFire],
-    ) -> FireReport:
-        """Insert runs and skips and set what is due next, under the definitions' locks.
+    ) -> Fired:
+        """Insert runs and set what is due next, under the definitions' locks.
 
-        A serial run that finds another unfinished one of its definition gets the place
-        that its overlap rule gives it, else becomes a skip (overlap); one that exists
-        already is ignored.
+        A serial run that finds another unfinished one of its definition is not inserted
+        but given back; one that exists already is ignored.
         """
+        ...
+
+    def fire_skips(self, connection: Connection, skips: Sequence[NewSkip]) -> None:
+        """Write skips, each in its definition's last row as far as that may grow."""
         ...
 
     def admit_ring(

@@ -2,7 +2,7 @@
 
 from worker.store.sql.postgresql.admit import admit_choose, admit_ring
 from worker.store.sql.postgresql.finish import add_rollups, finish, promote
-from worker.store.sql.postgresql.fire import fire_first, fire_lock, fire_write
+from worker.store.sql.postgresql.fire import fire_first, fire_lock, fire_skips, fire_write
 from worker.store.sql.postgresql.recover import recover_lock
 from worker.store.sql.postgresql.renew import renew
 from worker.store.sql.postgresql.save import append_logs, save_checkpoint, write_progress
@@ -15,6 +15,7 @@ __all__ = [
     "finish",
     "fire_first",
     "fire_lock",
+    "fire_skips",
     "fire_write",
     "promote",
     "recover_lock",

@@ -9,12 +9,11 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, new_id
-from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
+from worker.runs.firing import DueDefinition, NewSkip, NextFire
 from worker.runs.run import NewRun
 from worker.store.connection import driver
-from worker.store.overlaps import place_scheduled
 from worker.store.skips import StoredSkip, fold
-from worker.store.sql import Specs
+from worker.store.sql import Fired, Specs
 from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
 
 # The clock stands in a sub-query: called once, it can be compared with an index.
@@ -154,9 +153,8 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
 def fire_write(
     connection: Connection,
     runs: Sequence[NewRun],
-    skips: Sequence[NewSkip],
     next_fires: Sequence[NextFire],
-) -> FireReport:
+) -> Fired:
     raw = driver(connection)
     # One round trip: what is due next depends on none of the answers.
     with raw.pipeline():
@@ -175,13 +173,7 @@ def fire_write(
         now, first = clock.fetchone()
     inserted = [run for run in runs if is_live.get(run.id) is True]
     overlapped = [run for run in runs if is_live.get(run.id) is False]
-    if overlapped:
-        placed, overlapped = place_scheduled(connection, overlapped)
-        inserted += placed
-    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
-    if skips:
-        _write_skips(raw, skips)
-    return FireReport(inserted, overlapped, skips, next_fire_at=first, now=now)
+    return Fired(inserted, overlapped, next_fire_at=first, now=now)
 
 
 def _columns(runs: Sequence[NewRun]) -> tuple[Any, ...]:
@@ -209,13 +201,8 @@ def _columns(runs: Sequence[NewRun]) -> tuple[Any, ...]:
     )
 
 
-def _overlap(run: NewRun) -> NewSkip:
-    return NewSkip(
-        run.org_id, run.definition_id, run.revision, run.scheduled_for, run.scheduled_for, 1, "overlap"
-    )
-
-
-def _write_skips(raw: Any, skips: Sequence[NewSkip]) -> None:
+def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
+    raw = driver(connection)
     with raw.pipeline():
         rows = raw.execute(LAST_SKIPS, (plain({skip.definition_id for skip in skips}),))
         ran = raw.execute(

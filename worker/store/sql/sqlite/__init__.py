@@ -2,7 +2,7 @@
 
 from worker.store.sql.sqlite.admit import admit_choose, admit_ring
 from worker.store.sql.sqlite.finish import add_rollups, finish, promote
-from worker.store.sql.sqlite.fire import fire_first, fire_lock, fire_write
+from worker.store.sql.sqlite.fire import fire_first, fire_lock, fire_skips, fire_write
 from worker.store.sql.sqlite.recover import recover_lock
 from worker.store.sql.sqlite.renew import renew
 from worker.store.sql.sqlite.save import append_logs, save_checkpoint, write_progress
@@ -15,6 +15,7 @@ __all__ = [
     "finish",
     "fire_first",
     "fire_lock",
+    "fire_skips",
     "fire_write",
     "promote",
     "recover_lock",

@@ -10,12 +10,11 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
-from worker.runs.firing import DueDefinition, FireReport, NewSkip, NextFire
+from worker.runs.firing import DueDefinition, NewSkip, NextFire
 from worker.runs.run import NewRun
 from worker.store.connection import driver, file_now
-from worker.store.overlaps import place_scheduled
 from worker.store.skips import StoredSkip, fold
-from worker.store.sql import Specs
+from worker.store.sql import Fired, Specs
 from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value
 
 DUE = """
@@ -99,18 +98,11 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
 def fire_write(
     connection: Connection,
     runs: Sequence[NewRun],
-    skips: Sequence[NewSkip],
     next_fires: Sequence[NextFire],
-) -> FireReport:
+) -> Fired:
     cursor = driver(connection).cursor()
     now = file_now(connection)
     inserted, overlapped = _insert(cursor, runs, now)
-    if overlapped:
-        placed, overlapped = place_scheduled(connection, overlapped)
-        inserted += placed
-    skips = [*skips, *(_overlap(run) for run in overlapped if run.origin == "schedule")]
-    if skips:
-        _write_skips(cursor, skips)
     cursor.executemany(
         NEXT,
         [
@@ -119,7 +111,7 @@ def fire_write(
         ],
     )
     _, first = fire_first(connection)
-    return FireReport(inserted, overlapped, skips, next_fire_at=first, now=now)
+    return Fired(inserted, overlapped, next_fire_at=first, now=now)
 
 
 def _insert(cursor: Any, runs: Sequence[NewRun], now: datetime) -> tuple[list[NewRun], list[NewRun]]:
@@ -182,13 +174,8 @@ def _live_row(run: NewRun) -> tuple[Any, ...]:
     )
 
 
-def _overlap(run: NewRun) -> NewSkip:
-    return NewSkip(
-        run.org_id, run.definition_id, run.revision, run.scheduled_for, run.scheduled_for, 1, "overlap"
-    )
-
-
-def _write_skips(cursor: Any, skips: Sequence[NewSkip]) -> None:
+def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
+    cursor = driver(connection).cursor()
     last: dict[DefinitionId, StoredSkip] = {}
     for definition_id in {skip.definition_id for skip in skips}:
         row = cursor.execute(LAST_SKIP, (definition_id,)).fetchone()
