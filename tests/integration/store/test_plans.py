@@ -58,9 +58,9 @@ class Recorder:
     def __init__(self, raw: Any, seen: dict[str, Any]) -> None:
         self._raw, self._seen = raw, seen
 
-    def execute(self, statement: str, values: Any = ()) -> Any:
+    def execute(self, statement: str, values: Any = (), **options: Any) -> Any:
         self._seen[statement] = values
-        return self._raw.execute(statement, values)
+        return self._raw.execute(statement, values, **options)
 
     def pipeline(self) -> Any:
         return self._raw.pipeline()
