@@ -118,7 +118,8 @@ def check(
     Capacity: starts a second, runs at once and their memory at the worst time of the day
     (`needs`) and in the mean, beside what workers and machine can (`has`); orgs and
     handlers whose limit is too low, and definitions that are due again before they have
-    ended. From the newest runs of each handler; with what is to be changed.
+    ended. From the newest runs of each handler; what is assumed of one that has not run
+    fails nothing.
     """
     from worker.operations.capacity import capacity
     from worker.operations.demand import demand

@@ -88,9 +88,7 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
     measures += _over_limit(counted, orgs, handlers)
     assumed = histories.assumed()
     if not has.up:
-        assumed.append(
-            "no worker is up: one with the settings of this worker.toml is assumed, on this machine"
-        )
+        assumed.append("no worker is up: one with these settings is assumed, on this machine")
     elif has.machines > 1:
         assumed.append(f"the {has.machines} machines of the workers are taken to be like this one")
     return Capacity(measures, assumed)
@@ -105,6 +103,8 @@ class _Counted:
         # Runs at once in the mean, of what has run before: nobody is told to change something on a guess.
         self.by_org: dict[str, float] = defaultdict(float)
         self.by_handler: dict[str, float] = defaultdict(float)
+        self.by_isolation: dict[str, float] = defaultdict(float)
+        self.guessed = False
         # Definitions whose run lasts longer than their period: how many periods it takes, and both.
         self.slow: list[tuple[float, str, float, float]] = []
         self._handlers = handlers
@@ -117,7 +117,8 @@ class _Counted:
         isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
         window = window_of(definition.schedule, trigger, definition.spread)
         self._streams[(trigger, window, history, definition.serial, isolation)] += 1
-        count = trigger.count(self.start, self.start + timedelta(days=1))
+        count = trigger.count(self.start, self.children.end)
+        self.guessed |= not history.known
         if not (count and history.known):
             return
         lasting = history.seconds
@@ -127,6 +128,7 @@ class _Counted:
             self.slow.append((history.seconds / lasting, place, history.seconds, lasting))
         self.by_org[org.org.code] += count * lasting / DAY
         self.by_handler[definition.handler] += count * lasting / DAY
+        self.by_isolation[isolation] += count * lasting / DAY
 
     def add_up(self) -> None:
         for (trigger, window, history, serial, isolation), count in self._streams.items():
@@ -143,12 +145,12 @@ def _of_machine(counted: _Counted, has: Has, machine: Machine) -> Iterator[Measu
     processors = machine.processors * has.machines
     total = children.starts + inline.starts
     cost = (children.starts * CHILD_COST + inline.starts * INLINE_COST) / total if total else CHILD_COST
+    starts = (children.starts_a_second(), inline.starts_a_second())
+    busiest = max(starts, key=lambda peak: peak.amount).second
     yield _measure(
         "starts",
-        Peak(
-            children.starts_a_second().amount + inline.starts_a_second().amount,
-            max(children.starts_a_second(), inline.starts_a_second(), key=lambda peak: peak.amount).second,
-        ),
+        Peak(sum(peak.amount for peak in starts), busiest),
+        total / DAY,
         total / DAY,
         processors / cost,
         "a second",
@@ -162,6 +164,7 @@ def _of_machine(counted: _Counted, has: Has, machine: Machine) -> Iterator[Measu
         "children",
         children.at_once(),
         children.mean,
+        counted.by_isolation["child"],
         has.children,
         "runs at once",
         start,
@@ -172,6 +175,7 @@ def _of_machine(counted: _Counted, has: Has, machine: Machine) -> Iterator[Measu
             "inline",
             inline.at_once(),
             inline.mean,
+            counted.by_isolation["inline"],
             has.inline,
             "runs at once",
             start,
@@ -187,7 +191,7 @@ def _of_machine(counted: _Counted, has: Has, machine: Machine) -> Iterator[Measu
         counted.memory.mean / MIB,
         here / MIB,
         "MiB",
-        needed <= here,
+        needed <= here or counted.guessed,
         at=_at(start, peak) if needed else None,
         change=None
         if needed <= here
@@ -201,9 +205,10 @@ def _memory_of(counted: _Counted) -> float:
 
 
 def _measure(
-    what: str, peak: Peak, mean: float, has: float, unit: str, start: datetime, change: str
+    what: str, peak: Peak, mean: float, sure: float, has: float, unit: str, start: datetime, change: str
 ) -> Measure:
-    ok = mean <= has
+    """Of the `mean` so much is `sure`, and not assumed: only that can be too much."""
+    ok = sure <= has
     if peak.amount <= has:
         change_now = None
     elif ok:

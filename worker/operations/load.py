@@ -54,7 +54,7 @@ class Load:
 
     def add(self, stream: Stream, weight: float = 1.0) -> None:
         """Count a stream in, each of its runs as `weight`."""
-        count = stream.trigger.count(self.start, self._end)
+        count = stream.trigger.count(self.start, self.end)
         if not count:
             return
         self.starts += count * stream.definitions
@@ -64,7 +64,7 @@ class Load:
             self._even += weight * stream.definitions * count / DAY * lasting
             self.mean += weight * stream.definitions * count / DAY * lasting
             return
-        for second, gap in _with_gaps(_seconds(stream.trigger, self.start, self._end)):
+        for second, gap in _with_gaps(_seconds(stream.trigger, self.start, self.end)):
             lasting = min(stream.seconds, gap) if stream.serial else stream.seconds
             self.mean += weight * stream.definitions * lasting / DAY
             self._put(second, stream.definitions, stream.window.total_seconds(), lasting, weight)
@@ -85,7 +85,8 @@ class Load:
         return Peak(minutes[minute] + self._even_rate, minute * 60)
 
     @property
-    def _end(self) -> datetime:
+    def end(self) -> datetime:
+        """The last instant of the day, which counts still."""
         return self.start + timedelta(days=1) - timedelta(microseconds=1)
 
     def _put(self, second: int, count: int, window: float, lasting: float, weight: float) -> None:

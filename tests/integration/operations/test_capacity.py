@@ -117,6 +117,17 @@ def test_without_a_history_it_says_what_is_assumed(nightly, ask):
     assert [line for line in found.assumed if line.startswith("no worker is up")]
 
 
+def test_nothing_fails_for_what_is_assumed(nightly, apply, ask):
+    apply(DEFINITION.format(org="org_0", name="busy", schedule="every 2s", overlap="allow"))
+    found = ask(Machine(processors=2.0, memory=16 * MIB), max_children=1)
+
+    assert of(found, "children").mean > 1
+    assert of(found, "memory").needs > of(found, "memory").has
+    assert all(measure.ok for measure in found.measures)
+    assert "raise execution.max_children" in of(found, "children").change
+    assert of(found, "memory").change
+
+
 def test_more_at_once_than_there_are_slots_wait_and_it_says_what_to_change(nightly, ran, ask):
     ran("org_0", "night", seconds=600.0, memory=100 * MIB)
     found = ask(max_children=4)
