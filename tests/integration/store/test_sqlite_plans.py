@@ -17,6 +17,7 @@ from worker.store import connection as driver_module
 from worker.store import firing, runs
 from worker.store.connection import driver
 from worker.store.sql import statements
+from worker.store.sql.sqlite.values import MOST
 
 MODULES = ("admit", "finish", "fire", "recover", "renew", "save")
 # What comes and goes, or grows: none of it is read from end to end.
@@ -131,3 +132,18 @@ def test_a_batch_of_ends_or_of_admissions_is_as_many_steps_as_one(
         return sum(count.values())
 
     assert steps(100) <= steps(10) + 1
+
+
+def test_more_ends_than_one_statement_takes_are_all_written(sqlite_stock: Stock) -> None:
+    worker, org = sqlite_stock.worker(), sqlite_stock.org(limit=2 * MOST)
+    sqlite_stock.put(*(sqlite_stock.run(org) for _ in range(MOST + 3)))
+    admitted = sqlite_stock.admit(worker, MOST + 3)
+
+    accepted = sqlite_stock.finish(worker, *(sqlite_stock.ended(run) for run in admitted))
+
+    assert accepted == {run.id for run in admitted}
+    assert len(accepted) == MOST + 3
+    for run in (admitted[0], admitted[-1]):
+        assert sqlite_stock.stored(run.id)["state"] == "succeeded"
+        assert sqlite_stock.live(run.id) is None
+        assert len(sqlite_stock.attempts(run.id)) == 1
