@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from typing import ClassVar
 
 from tests.faults.proxy import Verdict, Watch
@@ -82,3 +83,27 @@ def holder(mark: str) -> type[Watch]:
 
 def _watch(mark: str, count: int, *, at_commit: bool) -> type[Watch]:
     return type("Watching", (StatementWatch,), {"mark": mark.encode(), "left": count, "at_commit": at_commit})
+
+
+def muter(mark: bytes) -> type[Muter]:
+    """A watch for one test: once a client has sent the mark it hears nothing more, until `let_go`."""
+
+    class Watch(Muter):
+        sent = threading.Event()
+
+    Watch.mark = mark
+    return Watch
+
+
+class Muter:
+    """One connection's client; `sent` is set once any of them has sent the mark."""
+
+    mark: ClassVar[bytes]
+    sent: ClassVar[threading.Event]
+    left: ClassVar[int] = 0
+
+    def sees(self, data: bytes) -> Verdict:
+        if self.mark not in data:
+            return "pass"
+        type(self).sent.set()
+        return "mute"

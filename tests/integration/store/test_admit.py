@@ -12,7 +12,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from tests.faults.proxy import Proxy, Verdict
+from tests.faults.proxy import Proxy
+from tests.faults.watches import muter
 from worker.ids import DefinitionId, RunId, WorkerId, new_id
 from worker.runs.ranking import Running, Share, Waiting, rank
 from worker.runs.run import AdmittedRun
@@ -397,18 +398,6 @@ def test_a_full_round_that_finds_nothing_takes_no_lock(postgres: Database) -> No
         assert stock.admit(worker) == []
 
 
-class Muted:
-    """From the choice of runs on a client hears nothing more."""
-
-    seen = threading.Event()
-
-    def sees(self, data: bytes) -> Verdict:
-        if b"offer AS MATERIALIZED" not in data:
-            return "pass"
-        type(self).seen.set()
-        return "mute"
-
-
 def test_a_worker_that_falls_silent_while_it_admits_keeps_no_other_waiting(
     postgres: Database, migrated_postgres_url: str, clock: ManualClock
 ) -> None:
@@ -416,7 +405,7 @@ def test_a_worker_that_falls_silent_while_it_admits_keeps_no_other_waiting(
     org, worker, silent_worker = stock.org(), stock.worker(), stock.worker()
     stock.put(stock.run(org), stock.run(org))
     with Proxy(urlsplit(migrated_postgres_url).port or 5432) as proxy:
-        proxy.watch = Muted
+        proxy.watch = muted = muter(b"offer AS MATERIALIZED")
         url = urlsplit(migrated_postgres_url)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
         silent = Database.open(url, clock=clock)
 
@@ -425,7 +414,7 @@ def test_a_worker_that_falls_silent_while_it_admits_keeps_no_other_waiting(
 
         waiting = threading.Thread(target=admit_in_silence)
         waiting.start()
-        Muted.seen.wait()
+        muted.sent.wait()
 
         (run,) = stock.admit(worker, free=1)
 

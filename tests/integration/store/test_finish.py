@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from threading import Thread
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import update
 from sqlalchemy.exc import DBAPIError
 
+from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
+from tests.faults.proxy import Proxy
+from tests.faults.watches import muter
 from worker.ids import OrgId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun
@@ -309,3 +314,29 @@ def test_the_fence_is_seen_to_matter(stock: Stock) -> None:
 
     assert stock.finish(worker, stock.ended(run)) == set()
     assert stock.finish(worker, stock.ended(run, "waiting", trail=Trail(HANDLER))) == set()
+
+
+def test_a_worker_that_falls_silent_while_it_finishes_keeps_no_other_waiting(
+    postgres: Database, migrated_postgres_url: str, clock: ManualClock
+) -> None:
+    """The sums of an org are one row that all workers add to."""
+    stock = Stock(postgres)
+    org, worker, silent_worker = stock.org(), stock.worker(), stock.worker()
+    stock.put(stock.run(org), stock.run(org))
+    (one,), (other,) = stock.admit(silent_worker, free=1), stock.admit(worker, free=1)
+    with Proxy(urlsplit(migrated_postgres_url).port or 5432) as proxy:
+        proxy.watch = muted = muter(b"INSERT INTO rollup_")
+        url = urlsplit(migrated_postgres_url)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
+        silent = Database.open(url, clock=clock)
+        waiting = Thread(target=lambda: Stock(silent).finish(silent_worker, stock.ended(one)))
+        waiting.start()
+        muted.sent.wait()
+
+        assert stock.finish(worker, stock.ended(other)) == {other.id}
+
+        assert waiting.is_alive()
+        proxy.let_go()
+        waiting.join()
+        silent.close()
+    assert {stock.stored(run.id)["state"] for run in (one, other)} == {"succeeded"}
+    assert stock.all(tables.rollup_days)[0]["runs"] == 2

@@ -126,8 +126,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
             _write_attempts(raw, worker_id, endings)
             if final:
                 promote(connection, [ending.attempt.definition_id for ending in final])
-            # Last: other workers' sums of the same orgs wait from here to the commit.
+            # Last, and its COMMIT at once: other workers' sums of the same orgs wait in between.
             _add(raw, sum_up(endings, now))
+            raw.execute("COMMIT", prepare=False)
     accepted = {ending.attempt.run_id for ending in endings}
     return accepted | _written(raw, worker_id, fenced) if fenced else accepted
 
