@@ -88,6 +88,16 @@ async def effects(ctx: Context[Any, Any]) -> None:
     write(ctx, "end")
 
 
+@job("fault.acts")
+async def acts(ctx: Context[Any, Any]) -> None:
+    """Write every 50 ms for `params["seconds"]`, without a word to the worker."""
+    write(ctx, "start", first=0)
+    for _ in range(20 * ctx.params["seconds"]):
+        write(ctx, "effect")
+        await asyncio.sleep(0.05)
+    write(ctx, "end")
+
+
 @job("fault.polite")
 async def polite(ctx: Context[Any, Any]) -> Any:
     """Save step by step, and hand the run back as soon as it is asked to end."""

@@ -29,6 +29,10 @@ SESSIONS = """
 SELECT pid, client_port FROM pg_stat_activity
 WHERE datname = current_database() AND application_name LIKE 'orgworker %'
 """
+BEGUN = """
+SELECT id FROM live_runs WHERE worker_id = ? AND state = 'running' AND handler = 'fault.acts'
+AND started_at > clock_timestamp() - interval '1 second'
+"""
 STARTS = """
 SELECT min(started_at) AS first FROM (
   SELECT started_at FROM attempts UNION ALL SELECT started_at FROM live_runs WHERE state = 'running') s
@@ -146,12 +150,17 @@ class Chaos(Storm):
         self.first_starts.append((first - back).total_seconds())
 
     def part(self) -> None:
-        """Nothing passes between one worker and the database, and nobody says so, until it is given up."""
+        """Nothing passes between one worker and the database, without a word, until another has its run."""
         worker = self.workers[BEHIND]
-        identity, at = self.cluster.id_of(worker), datetime.now(UTC)
+        identity = self.cluster.id_of(worker)
+        # What it has just begun would still act then, if nothing froze it.
+        begun = self.cluster.wait_for(lambda: self.cluster.query(BEGUN, identity), "a run to be parted")
+        run, at = str(begun[0]["id"]), datetime.now(UTC)
         self.proxy.become("hang")
-        ended = "SELECT 1 FROM workers WHERE id = ? AND ended_at IS NOT NULL"
-        self.cluster.wait_for(lambda: self.cluster.query(ended, identity), "the end of the silent worker")
+        self.cluster.wait_for(
+            lambda: [line for line in self.cluster.lines("start", run) if line["attempt"] > 1],
+            "another attempt at the silent worker's run",
+        )
         self.proxy.become("pass")
         self.cluster.faults.append(Fault("partition", "worker", identity, at, datetime.now(UTC)))
         self.cluster.wait_for(
@@ -166,8 +175,8 @@ def test_four_workers_lose_and_double_nothing_whatever_befalls_them(
     # With the default poll: the two seconds below are promised for it.
     cluster, plan = cluster_at(own_postgres.url(), poll=1.0), FULL if full else SHORT
     chaos = Chaos(cluster, own_postgres, proxy, seed())
-    # The last, so that there is always something to start within the second.
-    load(cluster, [*STEPS, Load("fault.note", 1.0)])
+    # Something to start within each second; and what acts for longer than a lease and asks nobody.
+    load(cluster, [*STEPS, Load("fault.note", 1.0), Load("fault.acts", 1.0, {"seconds": 6})])
 
     chaos.come(plan)
 
