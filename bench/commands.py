@@ -1,6 +1,6 @@
 """What a command of the console costs; a list is meant to stay under 0.5 s, whatever lies behind it.
 
-    .venv/bin/python -m bench.commands [--database sqlite|postgresql|both] [--runs N]
+    .venv/bin/python -m bench.commands [--database sqlite|postgresql|both] [--runs N] [--nice N]
 
 Lists are asked of a database with N runs (1,000,000), 1,000 orgs, 10,001 definitions, 100,000
 skips and as many rows of audit. Each time is that of a process from its start to its end,
@@ -22,7 +22,7 @@ from bench.history import history
 
 ROUNDS = 5
 # On a machine that others use as well, one that is late is timed again, until it once had its turn.
-MOST_ROUNDS = 25
+MOST_ROUNDS = 12
 MOST = 0.5
 # How a check ends that found something: the machine has no room for a million runs a month.
 FAILED = 1
@@ -104,6 +104,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--database", choices=["sqlite", "postgresql", "both"], default="both")
     options.add_argument("--runs", type=int, default=1_000_000)
+    options.add_argument("--nice", type=int, default=0, help="of the commands; below 0 needs root")
     given = options.parse_args()
     late = 0
     with tempfile.TemporaryDirectory() as name:
@@ -113,9 +114,11 @@ def main() -> None:
             with history(dialect, given.runs) as url:
                 (folder / "worker.toml").write_text(f'[database]\nurl = "{url}"\n')
                 print(f"{dialect}, {given.runs} runs, load {os.getloadavg()[0]:.0f}", flush=True)
+                os.setpriority(os.PRIO_PROCESS, 0, given.nice)
                 late += report(folder, LISTS)
                 run = failed_run(folder)
                 report(folder, (command.replace("RUN", run) for command in OTHERS), most=float("inf"))
+                os.setpriority(os.PRIO_PROCESS, 0, max(given.nice, 0))
                 print(f"load {os.getloadavg()[0]:.0f}", flush=True)
     raise SystemExit(f"{late} took more than {MOST} s" if late else 0)
 
