@@ -30,7 +30,7 @@ SELECT pid, client_port FROM pg_stat_activity
 WHERE datname = current_database() AND application_name LIKE 'orgworker %'
 """
 BEGUN = """
-SELECT id FROM live_runs WHERE worker_id = ? AND state = 'running' AND handler = 'fault.acts'
+SELECT id, attempt FROM live_runs WHERE worker_id = ? AND state = 'running' AND handler = 'fault.acts'
 AND started_at > clock_timestamp() - interval '1 second'
 """
 STARTS = """
@@ -155,10 +155,10 @@ class Chaos(Storm):
         identity = self.cluster.id_of(worker)
         # What it has just begun would still act then, if nothing froze it.
         begun = self.cluster.wait_for(lambda: self.cluster.query(BEGUN, identity), "a run to be parted")
-        run, at = str(begun[0]["id"]), datetime.now(UTC)
+        run, attempt, at = str(begun[0]["id"]), begun[0]["attempt"], datetime.now(UTC)
         self.proxy.become("hang")
         self.cluster.wait_for(
-            lambda: [line for line in self.cluster.lines("start", run) if line["attempt"] > 1],
+            lambda: [line for line in self.cluster.lines("start", run) if line["attempt"] > attempt],
             "another attempt at the silent worker's run",
         )
         self.proxy.become("pass")
