@@ -50,6 +50,7 @@ class WorkerStore:
         self._admission = Admission(database, worker_id)
         self._contexts = Gathered(self._read_contexts)
         self._nothing_was_due = False
+        self._marked_until: RunId | None = None
         self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
 
     async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
@@ -123,8 +124,8 @@ class WorkerStore:
         return await self._database.call(sweeps.expire_overdue)
 
     async def mark_no_handler(self) -> None:
-        """Say of waiting runs that no worker offers their handler, or does again; reads all that are due."""
-        await self._database.call(sweeps.mark_no_handler)
+        """Say of waiting runs that no worker offers their handler, or does again; some at each call."""
+        _, self._marked_until = await self._database.call(sweeps.mark_no_handler, self._marked_until)
 
     async def forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         """Delete runs that ended in this state longer than `age` ago, with all that is theirs."""

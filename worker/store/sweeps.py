@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 
-from sqlalchemy import Connection, and_, case, delete, select, update
+from sqlalchemy import Connection, delete, select, update
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
@@ -18,6 +18,8 @@ from worker.store.sql.ending import Rollups
 
 # Rows changed by one transaction.
 BATCH = 500
+# Unfinished runs that one look goes through for those whose handler nobody offers.
+LOOK = 5_000
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -37,34 +39,44 @@ class Swept:
     reason: str
 
 
-def mark_no_handler(connection: Connection) -> int:
+def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
     """Give waiting runs that are due the reason `no_handler` while no worker offers theirs, and take it back.
 
-    Returns how many rows changed. Admission does not read the reason: this is for people.
+    Looks at the `LOOK` runs that follow `after`, or at the first: of a long backlog a
+    part at each call. Returns how many rows changed, and after which run to go on, None
+    where all have been seen. Admission does not read the reason: this is for people.
     """
     now = database_now(connection)
     live = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
     offers = [set(names) for names in connection.execute(select(_workers.c.handlers).where(*live)).scalars()]
-    due = and_(_live.c.state == "waiting", _live.c.available_at <= now)
-    marked = _live.c.reason == "no_handler"
-    needed = select(_live.c.handler, _live.c.variant_handlers, marked).where(due).distinct()
+    columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.reason, _live.c.attempt)
+    # `state NOT IN` is waiting by words that fit no partial index: the order of ids is meant.
+    query = select(*columns).where(_live.c.state.not_in(("running", "held")), _live.c.available_at <= now)
+    if after is not None:
+        query = query.where(_live.c.id > after)
+    rows = connection.execute(query.order_by(_live.c.id).limit(LOOK)).all()
+    known: dict[tuple[str, ...], bool] = {}
+    wrong: dict[str, list[RunId]] = {}
+    for row in rows:
+        needed = (row.handler, *(row.variant_handlers or ()))
+        if needed not in known:
+            known[needed] = any(names.issuperset(needed) for names in offers)
+        if known[needed] == (row.reason == "no_handler"):
+            reason = "no_handler" if not known[needed] else "due" if row.attempt == 0 else "retry"
+            wrong.setdefault(reason, []).append(row.id)
     changed = 0
-    for handler, variants, is_marked in connection.execute(needed).all():
-        offered = any({handler, *(variants or ())} <= names for names in offers)
-        if offered != bool(is_marked):
-            continue
-        column = _live.c.variant_handlers
-        same = column.is_(None) if variants is None else column == variants
-        reason = case((_live.c.attempt == 0, "due"), else_="retry") if offered else "no_handler"
-        rows = select(_live.c.id).where(due, _live.c.handler == handler, same, marked if offered else ~marked)
-        ids = connection.execute(
-            rows.order_by(_live.c.id).limit(BATCH).with_for_update(skip_locked=True)
-        ).scalars()
-        result = connection.execute(
-            update(_live).where(_live.c.id.in_(ids.all()), _live.c.state == "waiting").values(reason=reason)
-        )
-        changed += result.rowcount
-    return changed
+    for reason, ids in wrong.items():
+        for part in chunks(ids):
+            changed += _mark(connection, part, reason)
+    return changed, rows[-1].id if len(rows) == LOOK else None
+
+
+def _mark(connection: Connection, ids: Sequence[RunId], reason: str) -> int:
+    """Give these runs a reason, those that still wait and that nobody is about to change."""
+    waiting = (_live.c.id.in_(ids), _live.c.state == "waiting")
+    rows = select(_live.c.id).where(*waiting).order_by(_live.c.id).with_for_update(skip_locked=True)
+    locked = connection.execute(rows).scalars().all()
+    return connection.execute(update(_live).where(_live.c.id.in_(locked)).values(reason=reason)).rowcount
 
 
 def expire_overdue(connection: Connection) -> list[Swept]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import pytest
+
 from tests.fakes.stock import HANDLER, Stock
 from worker.runs.run import NewRun
 from worker.store import sweeps, tables, workers
@@ -18,7 +20,7 @@ def reason(stock: Stock, run: NewRun) -> str:
 
 def mark(stock: Stock) -> int:
     with stock.database.transaction() as connection:
-        return sweeps.mark_no_handler(connection)
+        return sweeps.mark_no_handler(connection)[0]
 
 
 def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: Stock) -> None:
@@ -41,6 +43,22 @@ def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: St
         workers.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
     assert mark(stock) == 2
     assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
+
+
+def test_a_long_backlog_is_looked_at_in_parts(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "LOOK", 2)
+    org = stock.org()
+    runs = sorted((stock.run(org) for _ in range(5)), key=lambda run: run.id)
+    stock.put(*runs)
+
+    after, marked = None, []
+    for _ in range(3):
+        with stock.database.transaction() as connection:
+            changed, after = sweeps.mark_no_handler(connection, after)
+        marked.append((changed, after))
+
+    assert marked == [(2, runs[1].id), (2, runs[3].id), (1, None)]
+    assert {reason(stock, run) for run in runs} == {"no_handler"}
 
 
 def test_the_offer_of_a_worker_that_is_gone_counts_for_nothing(stock: Stock) -> None:
