@@ -120,7 +120,8 @@ def test_the_service_manager_hears_when_it_is_ready_how_it_is_and_that_it_drains
     # Whoever waits for READY goes on to the next worker: this one has to take work by now.
     assert port.get("/readyz")[0] == 200
     site.cli("definitions", "run", "org_acme", "block")
-    site.wait_for_state("block", "running")
+    # A run whose handler was not called yet would be handed back at once, and nothing be left to wait for.
+    wait_until((tmp_path / "journal").exists, "the handler to begin")
 
     worker.terminate()
     heard = hear("STOPPING=1")

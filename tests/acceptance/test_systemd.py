@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,8 @@ def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: 
         folder = state / "page"
         (folder / "secrets").mkdir(parents=True)
         for name in ("config", "docs"):
-            (folder / name).symlink_to(ROOT / name)
+            # Not a link: that machine's /tmp is its own, and the checkout may lie in ours.
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("database__url", "database__owner_url"):
             (folder / "secrets" / name).write_text(postgres_url)
         for block in page:
