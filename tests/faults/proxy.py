@@ -99,6 +99,7 @@ class Proxy:
         async with server:
             await self._ended.wait()
             self._become("reset")
+            self._let_go.set()
             while self._open:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
