@@ -31,7 +31,7 @@ class Proxy:
     """Stands before a server on loopback; `mode` holds for new connections and for those that are open.
 
     `cut_after` ends each new connection once the server has sent that many bytes on it;
-    `watch` makes one for each new connection.
+    `watch` makes one for each new connection. `ports` are those that the server sees.
     """
 
     def __init__(self, port: int) -> None:
@@ -46,6 +46,7 @@ class Proxy:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._serving = threading.Event()
         self._open: dict[asyncio.StreamWriter, _Connection] = {}
+        self.ports: set[int] = set()
         self._passing = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -112,6 +113,8 @@ class Proxy:
         except OSError:  # nobody is there
             self._end(writer)
             return
+        port = ours.get_extra_info("sockname")[1]
+        self.ports.add(port)
         watch = None if self.watch is None else self.watch()
         connection = self._open[writer] = _Connection(self.cut_after, watch, self._let_go)
         both = [
@@ -124,6 +127,7 @@ class Proxy:
         await asyncio.wait(both)
         self._end(writer)
         ours.close()
+        self.ports.discard(port)
         del self._open[writer]
 
     async def _pump(

@@ -8,11 +8,11 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.fakes.postgres import Server
@@ -23,14 +23,12 @@ from tests.faults.proxy import Proxy
 from tests.faults.storm import STEPS, Amount, Storm, load, seed, wait_for_the_end
 
 WORKERS = 4
-# The worker behind the proxy.
-BEHIND = 0
 SESSIONS = """
 SELECT pid, client_port FROM pg_stat_activity
 WHERE datname = current_database() AND application_name LIKE 'orgworker %'
 """
 BEGUN = """
-SELECT id, attempt FROM live_runs WHERE worker_id = ? AND state = 'running' AND handler = 'fault.acts'
+SELECT id, attempt, worker_id FROM live_runs WHERE state = 'running' AND handler = 'fault.acts'
 AND started_at > clock_timestamp() - interval '1 second'
 """
 STARTS = """
@@ -62,19 +60,19 @@ SHORT = Plan(
 
 
 @pytest.fixture
-def proxy(own_postgres: Server) -> Iterator[Proxy]:
-    """Between one worker and PostgreSQL."""
-    with Proxy(own_postgres.port) as made:
-        yield made
+def proxies(own_postgres: Server) -> Iterator[list[Proxy]]:
+    """Between each worker and PostgreSQL."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Proxy(own_postgres.port)) for _ in range(WORKERS)]
 
 
 class Chaos(Storm):
     """A storm that also comes over the database and the way to it."""
 
-    def __init__(self, cluster: Cluster, server: Server, proxy: Proxy, seed: int) -> None:
+    def __init__(self, cluster: Cluster, server: Server, proxies: list[Proxy], seed: int) -> None:
         super().__init__(cluster, [], seed)
         self.server = server
-        self.proxy = proxy
+        self.proxies = proxies
         self.outages: list[tuple[datetime, datetime]] = []
         self.first_starts: list[float] = []
         for number in range(WORKERS):
@@ -83,9 +81,7 @@ class Chaos(Storm):
 
     def start(self, number: int) -> subprocess.Popen[bytes]:
         environment = self.cluster.environment
-        if number != BEHIND:
-            return self.cluster.start_worker()
-        through = self.server.url().replace(f":{self.server.port}/", f":{self.proxy.port}/")
+        through = self.server.url().replace(f":{self.server.port}/", f":{self.proxies[number].port}/")
         environment["WORKER_DATABASE__URL"] = through
         try:
             return self.cluster.start_worker()
@@ -121,18 +117,12 @@ class Chaos(Storm):
 
     def terminate(self, count: int) -> None:
         """End sessions of workers, whatever they are doing."""
-        sessions = self.cluster.query(SESSIONS)
+        owners = {port: number for number, proxy in enumerate(self.proxies) for port in list(proxy.ports)}
+        sessions = [row for row in self.cluster.query(SESSIONS) if row["client_port"] in owners]
         for session in self.random.sample(sessions, min(count, len(sessions))):
-            worker = self.cluster.id_of(self.worker_at(session["client_port"]))
+            worker = self.cluster.id_of(self.workers[owners[session["client_port"]]])
             self.cluster.query("SELECT pg_terminate_backend(?)", session["pid"])
             self.cluster.faults.append(Fault("terminate", "session", worker, datetime.now(UTC)))
-
-    def worker_at(self, port: int) -> subprocess.Popen[bytes]:
-        """Whose end of a connection that port is; if nobody's, the proxy's."""
-        for worker in self.workers:
-            if port in {end.laddr.port for end in psutil.Process(worker.pid).net_connections("tcp")}:
-                return worker
-        return self.workers[BEHIND]
 
     def away(self, how: signal.Signals, seconds: float) -> None:
         """Stop PostgreSQL and start it again after so many seconds; then something starts soon."""
@@ -151,30 +141,37 @@ class Chaos(Storm):
 
     def part(self) -> None:
         """Nothing passes between one worker and the database, without a word, until another has its run."""
-        worker = self.workers[BEHIND]
-        identity = self.cluster.id_of(worker)
         # What it has just begun would still act then, if nothing froze it.
-        begun = self.cluster.wait_for(lambda: self.cluster.query(BEGUN, identity), "a run to be parted")
-        run, attempt, at = str(begun[0]["id"]), begun[0]["attempt"], datetime.now(UTC)
-        self.proxy.become("hang")
+        number, begun = self.cluster.wait_for(self.begun, "a run to be parted")
+        worker, proxy = self.workers[number], self.proxies[number]
+        run, identity, at = str(begun["id"]), str(begun["worker_id"]), datetime.now(UTC)
+        proxy.become("hang")
         self.cluster.wait_for(
-            lambda: [line for line in self.cluster.lines("start", run) if line["attempt"] > attempt],
+            lambda: [line for line in self.cluster.lines("start", run) if line["attempt"] > begun["attempt"]],
             "another attempt at the silent worker's run",
         )
-        self.proxy.become("pass")
+        proxy.become("pass")
         self.cluster.faults.append(Fault("partition", "worker", identity, at, datetime.now(UTC)))
         self.cluster.wait_for(
             lambda: worker.poll() is None and self.cluster.id_of(worker) != identity, "its next incarnation"
         )
 
+    def begun(self) -> tuple[int, dict[str, Any]] | None:
+        """A run that was begun just now, and the number of its worker."""
+        numbers = {self.cluster.id_of(worker): number for number, worker in enumerate(self.workers)}
+        for row in self.cluster.query(BEGUN):
+            if str(row["worker_id"]) in numbers:
+                return numbers[str(row["worker_id"])], row
+        return None
+
 
 @pytest.mark.timeout(1200)
 def test_four_workers_lose_and_double_nothing_whatever_befalls_them(
-    cluster_at: MakeCluster, own_postgres: Server, proxy: Proxy, full: bool
+    cluster_at: MakeCluster, own_postgres: Server, proxies: list[Proxy], full: bool
 ) -> None:
     # With the default poll: the two seconds below are promised for it.
     cluster, plan = cluster_at(own_postgres.url(), poll=1.0), FULL if full else SHORT
-    chaos = Chaos(cluster, own_postgres, proxy, seed())
+    chaos = Chaos(cluster, own_postgres, proxies, seed())
     # Something to start within each second; and what acts for longer than a lease and asks nobody.
     load(cluster, [*STEPS, Load("fault.note", 1.0), Load("fault.acts", 1.0, {"seconds": 6})])
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from tests.faults.checker import judge
+from tests.faults.cluster import Cluster
 from tests.faults.conftest import MakeCluster
 from tests.faults.proxy import Proxy
 from tests.faults.watches import holder
@@ -17,7 +22,12 @@ SELECT pid FROM pg_stat_activity WHERE datname = current_database()
 AND state = 'idle in transaction' AND query LIKE '%INSERT INTO checkpoints%'
 """
 # The held statement leaves its transaction idle for longer than a worker's session may be.
-PATIENT = "options=-c%20idle_in_transaction_session_timeout=0"
+PATIENT = "application_name=patient&options=-c%20idle_in_transaction_session_timeout=0"
+# Sessions of the first worker that are within a transaction.
+BUSY = """
+SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+AND application_name = 'patient' AND state <> 'idle'
+"""
 
 
 @pytest.mark.parametrize("launcher", ["worker", "tests.faults.launcher"])
@@ -42,7 +52,7 @@ def test_a_late_save_is_refused_and_without_its_fence_objected_to(
     held.left = 1
     third.touch()
     cluster.wait_for(lambda: held.left == 0, "the third save, on its way")
-    with cluster.stopped(first, "worker", cluster.processes(first, "worker")[0]):
+    with stopped(cluster, first):
         cluster.wait_for(lambda: cluster.saved(run, 2) == STEPS, "all steps in the second attempt")
         proxy.let_go()
         cluster.wait_for(lambda: cluster.query(UNCOMMITTED), "the late save in the database")
@@ -57,3 +67,16 @@ def test_a_late_save_is_refused_and_without_its_fence_objected_to(
     else:
         assert any("overwritten late" in found for found in objections), objections
     assert second.poll() is None
+
+
+@contextmanager
+def stopped(cluster: Cluster, worker: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Stopped while the save is all that it has under way.
+
+    A renewal that is cut off in the middle would keep its locks for as long as the save is held.
+    """
+    while True:
+        with cluster.stopped(worker, "worker", cluster.processes(worker, "worker")[0]):
+            if len(cluster.query(BUSY)) == 1:
+                yield
+                return
