@@ -86,9 +86,10 @@ def alembic(url: str, step: Callable[..., None], revision: str) -> None:
 
 def from_metadata(url: str) -> Snapshot:
     with connected(url) as connection:
-        tables.metadata.create_all(connection)
-        connection.execute(text(tables.RUN_VIEW[connection.dialect.name]))
-        for statement in tables.ABSORBING[connection.dialect.name]:
+        dialect = connection.dialect.name
+        made = [table for table in tables.metadata.sorted_tables if table.name != "run_ends"]
+        tables.metadata.create_all(connection, made if dialect == "sqlite" else None)
+        for statement in (tables.RUN_VIEW[dialect], *tables.ABSORBING[dialect], *tables.RUN_ENDS[dialect]):
             connection.execute(text(statement))
         return snapshot(connection)
 

@@ -12,6 +12,7 @@ from worker.store import tables
 from worker.store.connection import database_now, is_postgresql
 
 _runs = tables.runs
+_ends = tables.run_ends
 
 # What belongs to a run and goes with it.
 _OF_A_RUN = (tables.run_logs, tables.checkpoints, tables.attempts)
@@ -69,9 +70,9 @@ def forget_runs(connection: Connection, state: str, age: timedelta, *, limit: in
 def _old_runs(connection: Connection, state: str, age: timedelta, limit: int) -> Sequence[Any]:
     """The oldest of them, kept from other workers until this transaction ends."""
     old = (
-        select(_runs.c.id)
-        .where(_runs.c.state == state, _runs.c.finished_at < database_now(connection) - age)
-        .order_by(_runs.c.finished_at)
+        select(_ends.c.run_id)
+        .where(_ends.c.state == state, _ends.c.finished_at < database_now(connection) - age)
+        .order_by(_ends.c.finished_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )

@@ -13,6 +13,7 @@ from worker.store import tables
 from worker.store.paging import Row
 
 _runs = tables.runs
+_ends = tables.run_ends
 _orgs = tables.orgs
 _definitions = tables.definitions
 _attempts = tables.attempts
@@ -47,7 +48,7 @@ def page(
     connection: Connection, org_id: OrgId, which: Which, *, until: datetime, after: Key | None, limit: int
 ) -> list[Row]:
     """The first `limit` of one org's such runs that ended at or before `until` and follow `after`."""
-    return _page(connection, [_runs.c.org_id == org_id], which, until, after, limit)
+    return _page(connection, [_ends.c.org_id == org_id], which, until, after, limit)
 
 
 def page_for_all_orgs(
@@ -71,15 +72,11 @@ def _page(
     limit: int,
 ) -> list[Row]:
     newer = _runs.alias("newer")
-    ended_at = _runs.c.finished_at
-    where += [
-        _runs.c.state == which.state,
-        ended_at <= until,
-        ~exists().where(newer.c.retry_of == _runs.c.id),
-    ]
+    ended_at, id_ = _ends.c.finished_at, _ends.c.run_id
+    where += [_ends.c.state == which.state, ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
     if after is not None:
         at, run_id = after
-        where += [ended_at >= at, or_(ended_at > at, and_(ended_at == at, _runs.c.id > run_id))]
+        where += [ended_at >= at, or_(ended_at > at, and_(ended_at == at, id_ > run_id))]
     if which.since is not None:
         where.append(ended_at >= which.since)
     if which.definition is not None:
@@ -96,19 +93,21 @@ def _page(
         where.append(last.scalar_subquery() == which.cause)
     query = (
         select(
-            _runs.c.id,
+            id_.label("id"),
             _orgs.c.code.label("org"),
             _definitions.c.name.label("definition"),
             _runs.c.scheduled_for,
-            _runs.c.state,
+            _ends.c.state,
             _runs.c.reason,
             _runs.c.detail,
-            _runs.c.finished_at,
+            ended_at,
         )
+        .select_from(_ends)
+        .join(_runs, _runs.c.id == id_)
         .join(_orgs, _orgs.c.id == _runs.c.org_id)
         .join(_definitions, _definitions.c.id == _runs.c.definition_id)
         .where(*where)
-        .order_by(ended_at, _runs.c.id)
+        .order_by(ended_at, id_)
         .limit(limit)
     )
     return [dict(row) for row in connection.execute(query).mappings()]

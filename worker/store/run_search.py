@@ -23,6 +23,7 @@ RUN_STATES = ("waiting", "running", *tables.FINAL_STATES)
 WINDOW = 20_000
 
 _runs = tables.runs
+_ends = tables.run_ends
 _live = tables.live_runs
 _definitions = tables.definitions
 
@@ -129,6 +130,8 @@ def _in_window(
     """The page, from the newest runs that meet `alone`; None where those do not settle it."""
     within = {name: met[name] for name in alone}
     some = select(*_LOOKED_AT).where(*_that_meet(_runs, within), *bounds).limit(WINDOW)
+    if "state" in within:
+        some = some.join(_ends, (_ends.c.run_id == _runs.c.id) & (_ends.c.state == within["state"]))
     in_order = not isinstance(within.get("definition_id"), Select)
     window = (some.order_by(_runs.c.id.desc()) if in_order else some).subquery("some")
     rest = _that_meet(window, {name: value for name, value in met.items() if name not in alone})

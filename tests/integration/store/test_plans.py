@@ -23,11 +23,11 @@ MODULES = ("admit", "finish", "fire", "recover", "renew", "save")
 # For each statement, by what it begins with or is known by: the indexes it may use.
 MEANT = {
     "RECURSIVE hop": {"ix_live_runs_waiting", "ix_live_runs_running_org_id"},
-    "WITH offer": {
+    "offer AS": {
         "ix_live_runs_waiting",
         "ix_live_runs_running_org_id",
         "ix_live_runs_definition_id_started_at",
-        "ix_live_runs_running_handler",
+        "ix_live_runs_running_worker_id_handler",
         "pk_live_runs",
     },
     "FOR UPDATE\n": {"pk_live_runs"},
@@ -40,8 +40,8 @@ MEANT = {
         "ix_live_runs_definition_id_started_at",
     },
     "WITH ours": {"pk_live_runs"},
-    "WITH me": {"ix_live_runs_running_worker_id"},
-    "RECURSIVE owner": {"ix_live_runs_running_worker_id"},
+    "WITH me": {"ix_live_runs_running_worker_id_handler"},
+    "FROM owner o LEFT JOIN workers": {"ix_live_runs_running_worker_id_handler"},
     "FOR UPDATE SKIP LOCKED\n": {"ix_schedule_next_fire_at"},
     "WITH new AS": {
         "uq_runs_definition_id_scheduled_for",

@@ -3,8 +3,9 @@
 `runs` holds identity and outcome and is written twice, at fire and at finish: its
 `state` is null until the run has ended and never changes after. `live_runs` holds
 the unfinished runs only, narrow and hot. The view `run_view` joins both for
-screens. Hot tables carry no foreign keys: one module writes them, and `doctor`
-checks that a live row exists exactly for each run without a final state.
+screens; `run_ends` finds those that have ended, by how and when. Hot tables carry no
+foreign keys: one module writes them, and `doctor` checks that a live row exists
+exactly for each run without a final state.
 """
 
 from worker.store.tables.attempts import ATTEMPT_OUTCOMES, attempts, checkpoints, run_logs, skips
@@ -13,7 +14,16 @@ from worker.store.tables.definitions import backfills, definition_revisions, def
 from worker.store.tables.history import ALERT_KINDS, alert_strikes, alerts, audit, rollup_days, rollup_hours
 from worker.store.tables.live_runs import LIVE_STATES, RUNNING, WAITING_REASONS, live_runs
 from worker.store.tables.orgs import ORG_STATES, credentials, orgs
-from worker.store.tables.runs import ABSORBING, FINAL_STATES, ORIGINS, RUN_QUERY, RUN_VIEW, runs
+from worker.store.tables.runs import (
+    ABSORBING,
+    FINAL_STATES,
+    ORIGINS,
+    RUN_ENDS,
+    RUN_QUERY,
+    RUN_VIEW,
+    run_ends,
+    runs,
+)
 from worker.store.tables.workers import catalogue, facts, workers
 
 __all__ = [
@@ -26,6 +36,7 @@ __all__ = [
     "ORG_STATES",
     "ORIGINS",
     "RUNNING",
+    "RUN_ENDS",
     "RUN_QUERY",
     "RUN_VIEW",
     "UPDATED",
@@ -50,6 +61,7 @@ __all__ = [
     "orgs",
     "rollup_days",
     "rollup_hours",
+    "run_ends",
     "run_logs",
     "runs",
     "schedule",

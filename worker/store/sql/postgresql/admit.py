@@ -63,9 +63,16 @@ COMMIT = "COMMIT"
 # admitted before it can be counted. How each count says "running", and the UPDATE
 # "waiting", decides which index can serve it: see `tables.RUNNING`.
 CHOOSE = """
-WITH offer AS MATERIALIZED (
+WITH RECURSIVE owner(id) AS (
+  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
+          ORDER BY l.worker_id LIMIT 1)
+  FROM owner WHERE owner.id IS NOT NULL
+), offer AS MATERIALIZED (
   SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
-    SELECT count(*) FROM live_runs l WHERE l.handler = h.handler AND l.reason IS NULL) END AS room
+    SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
+    WHERE l.handler = h.handler) END AS room
   FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,

@@ -39,6 +39,11 @@ def instants(values: Iterable[datetime | None]) -> str:
     return _literal(["NULL" if value is None else value.isoformat() for value in values])
 
 
+def microseconds(values: Iterable[datetime | None]) -> str:
+    """For `to_timestamp` of their millionth: written and read in half the time of an instant's text."""
+    return _literal(["NULL" if at is None else f"{at.timestamp() * 1e6:.0f}" for at in values])
+
+
 def texts(values: Iterable[str | None]) -> str:
     """Any text."""
     return _literal(["NULL" if value is None else _quoted(value) for value in values])

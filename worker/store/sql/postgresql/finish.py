@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -13,11 +14,19 @@ from worker.runs.outcome import EndedAttempt, Trail
 from worker.store.connection import driver
 from worker.store.engine import shared_json
 from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
-from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
+from worker.store.sql.postgresql.arrays import (
+    flags,
+    instants,
+    jsons,
+    microseconds,
+    numbers,
+    plain,
+    texts,
+    words,
+)
 
 # Always in the order of ids, and a statement of its own: two batches never wait in a circle.
 # `state NOT IN` is running by words that fit no partial index: the primary key is meant.
-# What follows names the rows by id alone, since they are locked and were looked at.
 LOCK = """
 SELECT id, fencing_token, cancel_requested_at IS NOT NULL, cancel_reason, clock_timestamp()
 FROM live_runs
@@ -25,15 +34,18 @@ WHERE id = ANY(%s::uuid[]) AND state NOT IN ('waiting', 'held') AND worker_id IS
 ORDER BY id FOR UPDATE
 """
 
-# `(SELECT …)` around an array hides its length: what comes is planned as a few rows, each looked up.
-# A join with an array of a known length was planned as a merge with the whole index.
+# `(SELECT …)` around an array hides its length: what comes is planned as a few rows, each looked up
+# in the order in which it comes. A join with an array of a known length was planned as a merge with
+# the whole index. Answers as LOCK does.
 END = """
 WITH e AS MATERIALIZED (
-  SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]),
-                       (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]))
-    AS e(id, state, reason, detail, progress, result, error)
+  SELECT * FROM unnest((SELECT %s::uuid[]), (SELECT %s::bigint[]), (SELECT %s::text[]), (SELECT %s::text[]),
+                       (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::text[]))
+    AS e(id, fencing_token, state, reason, detail, progress, result, error)
 ), gone AS (
-  DELETE FROM live_runs l USING e WHERE l.id = e.id
+  DELETE FROM live_runs l USING e
+  WHERE l.id = e.id AND l.fencing_token = e.fencing_token AND l.state NOT IN ('waiting', 'held')
+    AND l.worker_id IS NOT DISTINCT FROM %s::uuid
   RETURNING l.id, e.state, e.reason, e.detail, l.available_at, l.started_at, l.attempt, l.fencing_token,
             l.worker_id, COALESCE(e.progress::jsonb, l.progress) AS progress, e.result, e.error
 )
@@ -43,6 +55,7 @@ UPDATE runs r SET state = g.state, reason = g.reason, detail = g.detail, availab
                   result = g.result::jsonb, error = g.error::jsonb
 FROM gone g
 WHERE r.id = g.id AND r.state IS NULL
+RETURNING r.id, r.result_fencing_token, false, NULL::text, r.finished_at
 """
 
 WAIT = """
@@ -63,12 +76,12 @@ ATTEMPTS = """
 INSERT INTO attempts (run_id, attempt, org_id, worker_id, fencing_token, handler, started_at, token_ready_at,
                       handler_started_at, ended_at, outcome, error, error_cause, claims, flags, jti,
                       claims_hash, peak_memory)
-SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, a.started_at, a.token_ready_at,
-       a.handler_started_at, a.ended_at, a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
+SELECT a.run_id, a.attempt, a.org_id, %s, a.fencing_token, a.handler, to_timestamp(a.started_at / 1e6),
+       to_timestamp(a.token_ready_at / 1e6), to_timestamp(a.handler_started_at / 1e6),
+       to_timestamp(a.ended_at / 1e6), a.outcome, a.error::jsonb, a.error_cause, s.claims, s.flags, s.jti,
        s.claims_hash, a.peak_memory
-FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::timestamptz[],
-            %s::timestamptz[], %s::timestamptz[], %s::timestamptz[], %s::text[], %s::text[], %s::text[],
-            %s::bigint[], %s::integer[])
+FROM unnest(%s::uuid[], %s::integer[], %s::uuid[], %s::bigint[], %s::text[], %s::float8[], %s::float8[],
+            %s::float8[], %s::float8[], %s::text[], %s::text[], %s::text[], %s::bigint[], %s::integer[])
   AS a(run_id, attempt, org_id, fencing_token, handler, started_at, token_ready_at, handler_started_at,
        ended_at, outcome, error, error_cause, peak_memory, said)
 JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
@@ -109,7 +122,14 @@ WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uu
 
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     raw = driver(connection)
-    rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
+    ended = sorted(ended, key=attrgetter("run_id"))
+    waits = any(attempt.state == "waiting" for attempt in ended)
+    if waits:
+        # A run that would wait again may have been cancelled: its row says so.
+        rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
+    else:
+        states = [attempt.state for attempt in ended]
+        rows = _end(raw, worker_id, ended, states, [attempt.reason for attempt in ended]).fetchall()
     held = {id_: Held(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
     if not rows:
         return _written(raw, worker_id, ended)
@@ -117,12 +137,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     endings, fenced = settle(ended, held, now)
     if endings:
         final = [ending for ending in endings if ending.final]
-        waiting = [ending for ending in endings if not ending.final]
         with raw.pipeline():
-            if final:
-                _end(raw, final)
-            if waiting:
-                _wait(raw, waiting)
+            if waits:
+                _end_or_wait(raw, worker_id, endings)
             _write_attempts(raw, worker_id, endings)
             if final:
                 promote(connection, [ending.attempt.definition_id for ending in final])
@@ -145,20 +162,37 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     return promoted
 
 
-def _end(raw: Any, endings: Sequence[Ending]) -> None:
-    attempts = [ending.attempt for ending in endings]
-    raw.execute(
+def _end(
+    raw: Any,
+    worker_id: WorkerId,
+    attempts: Sequence[EndedAttempt],
+    states: Sequence[str],
+    reasons: Sequence[str | None],
+) -> Any:
+    return raw.execute(
         END,
         (
             words(attempt.run_id for attempt in attempts),
-            words(ending.state for ending in endings),
-            texts(ending.reason for ending in endings),
+            numbers(attempt.fencing_token for attempt in attempts),
+            words(states),
+            texts(reasons),
             texts(attempt.detail for attempt in attempts),
             jsons(attempt.trail.progress for attempt in attempts),
             texts(attempt.result for attempt in attempts),
             jsons(attempt.error for attempt in attempts),
+            worker_id,
         ),
     )
+
+
+def _end_or_wait(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
+    final = [ending for ending in endings if ending.final]
+    if final:
+        states = [ending.state for ending in final]
+        _end(raw, worker_id, [e.attempt for e in final], states, [ending.reason for ending in final])
+    waiting = [ending for ending in endings if not ending.final]
+    if waiting:
+        _wait(raw, waiting)
 
 
 def _wait(raw: Any, endings: Sequence[Ending]) -> None:
@@ -192,10 +226,10 @@ def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) ->
             words(attempt.org_id for attempt in attempts),
             numbers(attempt.fencing_token for attempt in attempts),
             texts(trail.handler for trail in trails),
-            instants(attempt.started_at for attempt in attempts),
-            instants(trail.token_ready_at for trail in trails),
-            instants(trail.handler_started_at for trail in trails),
-            instants(ending.ended_at for ending in endings),
+            microseconds(attempt.started_at for attempt in attempts),
+            microseconds(trail.token_ready_at for trail in trails),
+            microseconds(trail.handler_started_at for trail in trails),
+            microseconds(ending.ended_at for ending in endings),
             words(attempt.outcome for attempt in attempts),
             jsons(attempt.error for attempt in attempts),
             texts(attempt.error_cause for attempt in attempts),
