@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from datetime import timedelta
 from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from tests.fakes.clock import ManualClock
@@ -21,6 +22,7 @@ from worker.runs.run import AdmittedRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.sql import statements
+from worker.store.sql.postgresql.finish import END
 
 
 def admitted(stock: Stock, worker: WorkerId, org: OrgId | None = None) -> AdmittedRun:
@@ -42,6 +44,35 @@ def test_a_run_that_ended_has_its_outcome_and_no_live_row(stock: Stock) -> None:
     assert row["result"] == {"articles": 3}
     assert (row["available_at"], row["started_at"]) == (run.available_at, run.started_at)
     assert row["finished_at"] >= run.started_at
+
+
+def test_an_end_is_found_by_how_and_when_until_the_run_is_forgotten(stock: Stock) -> None:
+    worker, org = stock.worker(), stock.org()
+    run, other = admitted(stock, worker, org), admitted(stock, worker, org)
+
+    stock.finish(worker, stock.ended(run), stock.ended(other, "failed", reason="error"))
+
+    ended = {run.id: stock.stored(run.id), other.id: stock.stored(other.id)}
+    assert {row["run_id"]: row for row in stock.all(tables.run_ends)} == {
+        id_: {"state": row["state"], "finished_at": row["finished_at"], "run_id": id_, "org_id": org}
+        for id_, row in ended.items()
+    }
+    with stock.database.transaction() as connection:
+        connection.execute(delete(tables.runs).where(tables.runs.c.id == run.id))
+    assert [row["run_id"] for row in stock.all(tables.run_ends)] == [other.id]
+
+
+def test_no_end_leaves_its_page_for_the_sake_of_an_index(postgres: Database) -> None:
+    """PostgreSQL rewrites a row in every index as soon as one of them mentions a column that changed."""
+    with postgres.autocommit() as connection:
+        indexes = connection.execute(text("SELECT indexdef FROM pg_indexes WHERE tablename = 'runs'"))
+        mentioned = set(re.findall(r"\w+", " ".join(indexes.scalars())))
+
+    written = set(
+        re.findall(r"(\w+) = ", END[END.index("UPDATE runs r SET") : END.index("FROM gone g\nWHERE")])
+    )
+    assert {"state", "finished_at", "attempt", "error"} <= written
+    assert not written & mentioned
 
 
 def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
@@ -217,6 +248,27 @@ def test_an_end_lets_the_run_held_behind_it_wait(stock: Stock) -> None:
     assert live["start_by"] - live["available_at"] == held.start_by - held.available_at
     assert live["available_at"] > held.available_at
     assert [run.id for run in stock.admit(worker)] == [held.id]
+
+
+def test_an_end_waits_for_nobody_who_has_the_held_run_locked(postgres: Database) -> None:
+    """The sums of orgs are locked by then, which whoever ends a held run locks after it."""
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org()
+    definition = stock.definition(org)
+    stock.put(stock.run(org, definition, serial=True))
+    (run,) = stock.admit(worker)
+    held = stock.run(org, definition)
+    stock.hold(held)
+
+    with postgres.transaction() as other:
+        other.execute(select(tables.live_runs).where(tables.live_runs.c.id == held.id).with_for_update())
+        assert stock.finish(worker, stock.ended(run)) == {run.id}
+        stays = stock.live(held.id)
+    with postgres.transaction() as connection:
+        assert statements(connection).promote(connection, None) == 1
+
+    assert stays is not None
+    assert stays["state"] == "held"
 
 
 def test_a_retry_keeps_the_run_behind_it_held(stock: Stock) -> None:
