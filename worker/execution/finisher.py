@@ -14,8 +14,9 @@ from worker.runs.outcome import EndedAttempt
 from worker.telemetry.events import emit
 
 # Rows in one statement, at most: what ended while the last were written. On a quiet disk
-# a hundred do; on a slow one each commit is dear, and more of them share it.
-BATCH = 500
+# a hundred do; on a slow one each commit is dear, and more of them share it, as do those
+# that SQLite's one writer has waiting.
+BATCH = 2000
 # Seconds between tries while the database is away.
 RETRY = 0.5
 

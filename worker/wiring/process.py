@@ -28,7 +28,7 @@ from worker.wiring.web import Web, metrics_of
 
 # Seconds for which a thread keeps the interpreter while another asks for it. The database's threads
 # ask at each of their steps: with Python's own 5 ms a busy loop leaves them a tenth of their speed.
-SWITCH = 0.0005
+SWITCH = 0.0001
 # Seconds until an incarnation that could not register is tried again.
 AGAIN = 1.0
 

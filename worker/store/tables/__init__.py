@@ -12,7 +12,7 @@ from worker.store.tables.attempts import ATTEMPT_OUTCOMES, attempts, checkpoints
 from worker.store.tables.columns import HOT, UPDATED, Id, Instant, json_type, metadata, one_of
 from worker.store.tables.definitions import backfills, definition_revisions, definitions, schedule, templates
 from worker.store.tables.history import ALERT_KINDS, alert_strikes, alerts, audit, rollup_days, rollup_hours
-from worker.store.tables.live_runs import LIVE_STATES, RUNNING, WAITING_REASONS, live_runs
+from worker.store.tables.live_runs import LIVE_STATES, WAITING_REASONS, live_runs
 from worker.store.tables.orgs import ORG_STATES, credentials, orgs
 from worker.store.tables.runs import (
     ABSORBING,
@@ -35,7 +35,6 @@ __all__ = [
     "LIVE_STATES",
     "ORG_STATES",
     "ORIGINS",
-    "RUNNING",
     "RUN_ENDS",
     "RUN_QUERY",
     "RUN_VIEW",

@@ -61,7 +61,7 @@ COMMIT = "COMMIT"
 
 # A later statement than the lock, so with a snapshot in which everything that was
 # admitted before it can be counted. How each count says "running", and the UPDATE
-# "waiting", decides which index can serve it: see `tables.RUNNING`.
+# "waiting", decides which index can serve it: see `tables.live_runs`.
 CHOOSE = """
 WITH RECURSIVE owner(id) AS (
   (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)

@@ -1,4 +1,4 @@
-"""Finish: attempts that ended are written, and their runs end; those that wait again are in `wait`."""
+"""Finish: attempts that ended are written, and their runs end; those that wait again are in `waiting`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.store.sql.postgresql.arrays import (
     words,
 )
 from worker.store.sql.postgresql.said import Said
-from worker.store.sql.postgresql.wait import NOBODY, Sums, wait_again
+from worker.store.sql.postgresql.waiting import NOBODY, Sums, wait_again
 
 # All that an end writes, in one statement: each row that the DELETE finds is still the caller's, and
 # nothing is written of another. `(SELECT …)` around an array hides its length: what comes is planned

@@ -19,9 +19,9 @@ END_OTHERS = "UPDATE workers SET ended_at = ? WHERE id <> ? AND ended_at IS NULL
 ABANDONED = """
 SELECT l.id, l.org_id, l.definition_id, l.revision, l.handler, l.worker_id, l.fencing_token, l.attempt,
        l.failures, l.recoveries, l.started_at
-FROM live_runs l INDEXED BY ix_live_runs_running_worker_id_handler
+FROM live_runs l INDEXED BY ix_live_runs_running_org_id
 LEFT JOIN workers w ON w.id = l.worker_id
-WHERE l.worker_id IS NOT NULL AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
+WHERE l.state = 'running' AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND l.worker_id <> ?
 LIMIT ?
 """
 

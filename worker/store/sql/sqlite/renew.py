@@ -17,7 +17,7 @@ OWNED = """
 SELECT l.id, l.fencing_token,
        COALESCE(l.cancel_reason, CASE WHEN o.state IN ('suspended', 'removed') THEN 'suspended' END)
 FROM live_runs l CROSS JOIN orgs o ON o.id = l.org_id
-WHERE l.worker_id = ?
+WHERE l.state = 'running' AND l.worker_id = ?
 """
 
 

@@ -21,8 +21,6 @@ from worker.store.engine import compact_json
 MOST = 512
 
 
-# A batch names the same few instants again and again.
-@functools.lru_cache(maxsize=4096)
 def instant(value: datetime | None) -> str | None:
     return None if value is None else to_text(value)
 

@@ -1,4 +1,4 @@
-"""Wait: the runs of attempts that ended wait again, for another try or until they are taken up."""
+"""Waiting: the runs of attempts that ended wait again, for another try or until they are taken up."""
 
 from __future__ import annotations
 
