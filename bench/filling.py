@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import psutil
 from sqlalchemy import text
 
 from bench.history import put
+from bench.server import own_server
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.ids import WorkerId, new_id
@@ -139,15 +139,10 @@ class Filled:
 
 @contextlib.contextmanager
 def filled(dialect: str) -> Iterator[Filled]:
-    """An empty schema: a SQLite file, or a server that syncs to disk with PostgreSQL's own defaults else."""
+    """An empty schema: a SQLite file, or a database on a server of its own."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
-        server = None
-        if dialect == "postgresql":
-            server = Server(folder / "pg", durable=True)
-            folder.chmod(0o755)
-            server.start()
-            stack.callback(server.stop, signal.SIGQUIT)
+        server = stack.enter_context(own_server()) if dialect == "postgresql" else None
         url = server.url() if server else f"sqlite:///{folder / 'worker.db'}"
         schema.upgrade(url)
         # No deadline on what fills the tables.

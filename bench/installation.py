@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 from sqlalchemy import insert, select, text
 
+from bench.server import own_server
 from tests.fakes.plugins import make_plugin
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock
@@ -234,16 +235,9 @@ style = "json"
 def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[Installation]:
     """A fresh installation on SQLite, or on a PostgreSQL of its own that syncs to disk."""
     with contextlib.ExitStack() as stack:
-        server = None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
-        if dialect == "postgresql":
-            server = Server(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pg", durable=True)
-            server.folder.parent.chmod(0o755)
-            server.start()
-            stack.callback(server.stop, signal.SIGQUIT)
-            url = server.url()
-        else:
-            url = f"sqlite:///{folder / 'worker.db'}"
+        server = stack.enter_context(own_server()) if dialect == "postgresql" else None
+        url = server.url() if server else f"sqlite:///{folder / 'worker.db'}"
         schema.upgrade(url)
         plugins = folder / "plugins"
         plugins.mkdir()

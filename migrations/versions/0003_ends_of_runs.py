@@ -4,7 +4,8 @@ On PostgreSQL an update stays on its page only while no column changes that any 
 mentions, and each other update costs an entry in every index of its table. So no index of
 `runs` mentions how a run ended: `run_ends` does, which triggers keep. On SQLite, where an
 update costs the entries that change, it is a view. What runs of a handler is counted along
-the workers that run it; on SQLite one worker runs all, and one index finds it.
+the workers that run it; on SQLite one worker runs all, and one index finds it (the other,
+which the workers of the release before name, stays until the next).
 
 Expand first: the workers of the release before run on this schema. Their retention, and
 their count for a handler with a limit of its own, are slower on it.
@@ -76,14 +77,10 @@ SINCE = "AND finished_at > transaction_timestamp() - interval '1 hour'"
 
 
 def upgrade() -> None:
-    op.drop_index("ix_live_runs_running_worker_id", "live_runs")
-    op.drop_index("ix_live_runs_running_handler", "live_runs")
     if op.get_bind().dialect.name == "sqlite":
         op.execute(VIEW)
+        op.drop_index("ix_live_runs_running_handler", "live_runs")
         return
-    op.create_index(
-        "ix_live_runs_running_worker_id_handler", "live_runs", ["worker_id", "handler"], **where(RUNS)
-    )
     op.create_table(
         "run_ends",
         sa.Column("state", sa.Text(), nullable=False),
@@ -93,21 +90,27 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("state", "finished_at", "run_id", name="pk_run_ends"),
     )
     part_rows_by_org()
+    # Of all that is done here only this takes long, and it keeps no worker waiting.
     op.execute(FILL.format(states=STATES, since=""))
     for statement in TRIGGERS:
         op.execute(statement)
     op.execute(FILL.format(states=STATES, since=SINCE))
     op.drop_index("ix_runs_state_finished_at", "runs")
     op.execute("ALTER TABLE runs SET (fillfactor = 50)")
+    op.create_index(
+        "ix_live_runs_running_worker_id_handler", "live_runs", ["worker_id", "handler"], **where(RUNS)
+    )
+    op.drop_index("ix_live_runs_running_worker_id", "live_runs")
+    op.drop_index("ix_live_runs_running_handler", "live_runs")
 
 
 def downgrade() -> None:
     op.create_index("ix_live_runs_running_handler", "live_runs", ["handler"], **where("reason IS NULL"))
-    op.create_index("ix_live_runs_running_worker_id", "live_runs", ["worker_id"], **where(RUNS))
     if op.get_bind().dialect.name == "sqlite":
         op.execute("DROP VIEW run_ends")
         return
     op.drop_index("ix_live_runs_running_worker_id_handler", "live_runs")
+    op.create_index("ix_live_runs_running_worker_id", "live_runs", ["worker_id"], **where(RUNS))
     op.execute("ALTER TABLE runs RESET (fillfactor)")
     op.create_index(
         "ix_runs_state_finished_at", "runs", ["state", "finished_at"], **where("state IS NOT NULL")

@@ -35,7 +35,6 @@ SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": "200",
-    "shared_buffers": "64MB",
     # Not the tests' and not UTC, so that code which trusts the session's zone is found out.
     "timezone": "America/New_York",
     "log_timezone": "UTC",
@@ -47,10 +46,10 @@ FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 class Server:
     """A PostgreSQL server in a folder of its own; also for tests that stop and restart one."""
 
-    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+    def __init__(self, folder: Path, *, durable: bool = False, shared_buffers: str = "64MB") -> None:
         self.folder = folder
         self.port = 0
-        self._settings = SETTINGS | ({} if durable else FAST)
+        self._settings = SETTINGS | {"shared_buffers": shared_buffers} | ({} if durable else FAST)
         self._user = unprivileged_user()
         self._process: subprocess.Popen[bytes] | None = None
         self._names = (f"test_{os.getpid()}_{number}" for number in itertools.count(1))

@@ -25,6 +25,7 @@ WAITING_REASONS = (
 # running mean the same, as the constraints say; they differ so that PostgreSQL's planner, whose idea
 # of this table is always old, cannot take one index for another. There are as few as can be: each
 # admission costs an entry in each.
+
 live_runs = Table(
     "live_runs",
     metadata,
@@ -114,6 +115,10 @@ live_runs = Table(
         "handler",
         postgresql_where=text("worker_id IS NOT NULL"),
     ).ddl_if(dialect="postgresql"),
+    # Only the workers of schema version 0002 still name it.
+    Index("ix_live_runs_running_worker_id", "worker_id", sqlite_where=text("worker_id IS NOT NULL")).ddl_if(
+        dialect="sqlite"
+    ),
     Index(
         "ix_live_runs_start_by",
         "start_by",

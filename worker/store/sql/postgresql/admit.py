@@ -200,4 +200,4 @@ def admit_choose(
         raw.execute(LOCK, (ADMISSION_LOCK,))
         rows = raw.execute(CHOOSE, values)
         raw.execute(COMMIT, prepare=False)
-    return [AdmittedRun(*row) for row in rows]
+    return [AdmittedRun(*row) for row in rows.fetchall()]

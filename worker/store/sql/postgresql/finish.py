@@ -138,7 +138,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         if final:
             promote(connection, [attempt.definition_id for attempt in final])
         raw.execute("COMMIT", prepare=False)
-    accepted = waiting.union(id_ for (id_,) in rows)
+    accepted = waiting.union(id_ for (id_,) in rows.fetchall())
     fenced = [attempt for attempt in ended if attempt.run_id not in accepted]
     return accepted | _written(raw, worker_id, fenced) if fenced else accepted
 
