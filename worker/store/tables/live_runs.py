@@ -19,12 +19,25 @@ WAITING_REASONS = (
     "no_handler",
 )
 
-# How running rows are counted: those of an org, and on PostgreSQL those of a worker and along the
-# workers those of a handler; on SQLite, where all are the one worker's, the first finds them all.
-# Those of a definition are counted by `started_at`, in the index that finds them all. The words for
+# How running rows are counted: those of an org, those of a definition, and on PostgreSQL those of a
+# worker and along the workers those of a handler; on SQLite all are the one worker's. The words for
 # running mean the same, as the constraints say; they differ so that PostgreSQL's planner, whose idea
-# of this table is always old, cannot take one index for another. There are as few as can be: each
-# admission costs an entry in each.
+# of this table is always old, cannot take one index for another.
+# An admission costs an entry in each index on PostgreSQL, so there are as few as can be. On SQLite it
+# costs those that change: what runs of a definition is parted from what does not.
+ON_POSTGRESQL = (
+    Index(
+        "ix_live_runs_running_worker_id_handler",
+        "worker_id",
+        "handler",
+        postgresql_where=text("worker_id IS NOT NULL"),
+    ),
+    Index("ix_live_runs_definition_id_started_at", "definition_id", "started_at"),
+)
+ON_SQLITE = (
+    Index("ix_live_runs_definition_id", "definition_id"),
+    Index("ix_live_runs_running_definition_id", "definition_id", sqlite_where=text("started_at IS NOT NULL")),
+)
 
 live_runs = Table(
     "live_runs",
@@ -109,23 +122,14 @@ live_runs = Table(
         postgresql_where=text("state = 'running'"),
         sqlite_where=text("state = 'running'"),
     ),
-    Index(
-        "ix_live_runs_running_worker_id_handler",
-        "worker_id",
-        "handler",
-        postgresql_where=text("worker_id IS NOT NULL"),
-    ).ddl_if(dialect="postgresql"),
-    # Only the workers of schema version 0002 still name it.
-    Index("ix_live_runs_running_worker_id", "worker_id", sqlite_where=text("worker_id IS NOT NULL")).ddl_if(
-        dialect="sqlite"
-    ),
+    *(index.ddl_if(dialect="postgresql") for index in ON_POSTGRESQL),
+    *(index.ddl_if(dialect="sqlite") for index in ON_SQLITE),
     Index(
         "ix_live_runs_start_by",
         "start_by",
         postgresql_where=text("state = 'waiting' AND start_by IS NOT NULL"),
         sqlite_where=text("state = 'waiting' AND start_by IS NOT NULL"),
     ),
-    Index("ix_live_runs_definition_id_started_at", "definition_id", "started_at"),
     Index(
         "ix_live_runs_backfill_id",
         "backfill_id",
