@@ -21,8 +21,9 @@ _Ranked = tuple[float, str, str, Candidate]
 ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST = 0, 2, 4, 5, 8, 16
 
 # The same portion of the line of each org. `{names}` stands for as many parameters as there are handlers.
+# What is JSON already is put together as text: `json_group_array(json(line))` would read it once more.
 LINES = """
-SELECT json_group_array(json(line)) FROM (
+SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
   SELECT (
     SELECT json_group_array(json_array(
       c.id, c.org_id, c.definition_id, c.revision, c.handler, c.isolation, c.origin, c.scheduled_for,
