@@ -35,6 +35,7 @@ MEANT = {
     "UPDATE live_runs l SET state = 'waiting'": {"pk_live_runs"},
     "UPDATE live_runs l SET progress": {"pk_live_runs"},
     "UPDATE live_runs h SET": {
+        "pk_live_runs",
         "uq_live_runs_held",
         "uq_live_runs_serial",
         "ix_live_runs_definition_id_started_at",

@@ -117,7 +117,7 @@ PROMOTE = """
 UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = n.now,
                        start_by = n.now + (h.start_by - h.available_at)
 FROM (SELECT clock_timestamp() AS now) n
-WHERE h.state = 'held' AND h.id = ANY(ARRAY(
+WHERE h.id = ANY(ARRAY(
   SELECT h.id FROM live_runs h
   WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uuid[]))
     AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
