@@ -33,7 +33,7 @@ from worker.execution.plans import Plan, Plans
 from worker.execution.redact import redacted
 from worker.execution.stopping import stopped
 from worker.execution.telling import tell_admission, tell_fault
-from worker.execution.terms import Terms
+from worker.execution.terms import UNKNOWN, Terms
 from worker.execution.work import Runner, Work
 from worker.runs.outcome import (
     EndedAttempt,
@@ -73,7 +73,7 @@ class Tools:
 
 async def attempt(held: Held, tools: Tools) -> EndedAttempt:
     """Carry one admitted run to an outcome: whatever happens is an outcome, never an exception."""
-    run, trail, terms = held.run, Trail(held.run.handler), Terms()
+    run, trail, terms = held.run, Trail(held.run.handler), UNKNOWN
     try:
         held.plan = plan = await tools.plans.of(run)
         tell_admission(run, plan)

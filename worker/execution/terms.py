@@ -38,3 +38,7 @@ class Terms:
             scopes=scopes if definition.scopes is None else definition.scopes,
             retry=definition.retry_policy(attempts),
         )
+
+
+# Of an attempt that came to know no definition: one for all, since it never changes.
+UNKNOWN = Terms()

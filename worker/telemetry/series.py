@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -42,11 +43,12 @@ class Series:
 
     def follower(self, by: str) -> Callable[[Fields], None]:
         """What to do with an event: grow by, observe or become its field `by`, or the number that it is."""
-        names, kind, sums, buckets = self.metric.labels, self.metric.kind, self._sums, self._buckets
+        kind, sums, buckets = self.metric.kind, self._sums, self._buckets
+        labels_of = _picker(self.metric.labels)
         fixed = None if by.isalpha() else float(by or 1)
 
         def follow(fields: Fields) -> None:
-            labels = tuple(map(fields.get, names))
+            labels = labels_of(fields)
             value = fields.get(by) if fixed is None else fixed
             if value is None:
                 self.begin(*labels)
@@ -91,6 +93,23 @@ class Series:
     def _buckets_of(self, words: Words) -> list[int]:
         found = [counts for labels, counts in self._buckets.items() if tuple(map(word, labels)) == words]
         return [sum(counts) for counts in zip(*found, strict=True)]
+
+
+def _picker(names: Words) -> Callable[[Fields], tuple[Any, ...]]:
+    """Gives these fields; what an event does not have is None."""
+    if len(names) < 2:
+        return lambda fields: tuple(map(fields.get, names))
+    # Nearly every event has all of them.
+    pick = itemgetter(*names)
+
+    def picked(fields: Fields) -> tuple[Any, ...]:
+        try:
+            labels: tuple[Any, ...] = pick(fields)
+        except KeyError:
+            return tuple(map(fields.get, names))
+        return labels
+
+    return picked
 
 
 def word(value: object) -> str:
