@@ -30,13 +30,13 @@ depends_on = None
 RUNS = "worker_id IS NOT NULL"
 VIEW = """
 CREATE VIEW run_ends AS
-SELECT state, finished_at, id AS run_id, org_id FROM runs WHERE state IS NOT NULL
+SELECT state, finished_at, id AS run_id, org_id, definition_id FROM runs WHERE state IS NOT NULL
 """
 TRIGGERS = (
     """
     CREATE FUNCTION runs_ended() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-      INSERT INTO run_ends (state, finished_at, run_id, org_id)
-      SELECT state, finished_at, id, org_id FROM changed WHERE state IS NOT NULL;
+      INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
+      SELECT state, finished_at, id, org_id, definition_id FROM changed WHERE state IS NOT NULL;
       RETURN NULL;
     END $$
     """,
@@ -46,8 +46,8 @@ TRIGGERS = (
     """,
     """
     CREATE FUNCTION runs_put() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-      INSERT INTO run_ends (state, finished_at, run_id, org_id)
-      VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id) ON CONFLICT DO NOTHING;
+      INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
+      VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id, NEW.definition_id) ON CONFLICT DO NOTHING;
       RETURN NULL;
     END $$
     """,
@@ -69,8 +69,9 @@ TRIGGERS = (
 )
 # What ended before, and then, with the triggers there, what ended meanwhile.
 FILL = """
-INSERT INTO run_ends (state, finished_at, run_id, org_id)
-SELECT state, finished_at, id, org_id FROM runs WHERE state IN ({states}) {since} ON CONFLICT DO NOTHING
+INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
+SELECT state, finished_at, id, org_id, definition_id FROM runs
+WHERE state IN ({states}) {since} ON CONFLICT DO NOTHING
 """
 STATES = "'succeeded', 'failed', 'cancelled', 'refused', 'skipped'"
 SINCE = "AND finished_at > transaction_timestamp() - interval '1 hour'"
@@ -87,6 +88,7 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("run_id", postgresql.UUID(as_uuid=False), nullable=False),
         sa.Column("org_id", postgresql.UUID(as_uuid=False), nullable=False),
+        sa.Column("definition_id", postgresql.UUID(as_uuid=False), nullable=False),
         sa.PrimaryKeyConstraint("state", "finished_at", "run_id", name="pk_run_ends"),
     )
     part_rows_by_org()

@@ -33,6 +33,8 @@ def test_what_ended_before_is_found_and_what_has_not_is_none_of_it(database_url:
     with connected(database_url) as connection:
         ends = connection.execute(select(tables.run_ends)).mappings().all()
     assert {tuple(row.values()) for row in ends} == {
-        (row["state"], row["finished_at"], row["id"], row["org_id"]) for row in runs if row["state"]
+        (row["state"], row["finished_at"], row["id"], row["org_id"], row["definition_id"])
+        for row in runs
+        if row["state"]
     }
     assert len(ends) == 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, FromClause, Select, Table, func, select
+from sqlalchemy import ColumnElement, Connection, FromClause, Select, func, select
 
 from worker.errors import UsageError
 from worker.ids import OrgId, RunId, lowest_id
@@ -28,6 +28,7 @@ _live = tables.live_runs
 _definitions = tables.definitions
 
 _LOOKED_AT = (_runs.c.id, _runs.c.org_id, _runs.c.definition_id, _runs.c.state)
+_ENDED = (_ends.c.run_id.label("id"), _ends.c.org_id, _ends.c.definition_id, _ends.c.state)
 
 Condition = ColumnElement[bool]
 Met = dict[str, str | Select[Any]]
@@ -72,28 +73,28 @@ def _find(connection: Connection, org_id: OrgId | None, wanted: Wanted) -> list[
         return _unfinished(connection, met, wanted)
     if wanted.state is not None:
         met["state"] = wanted.state
-    bounds = _bounds(_runs, wanted)
-    if wanted.since is not None:
-        bounds.append(_runs.c.created_at >= wanted.since)
     # The runs of one org or definition are in order in an index; those of a state or of a name are not.
     if len(met) > 1 or wanted.state is not None or (wanted.definition is not None and org_id is None):
         for alone in ((), ("state",), ("org_id",), ("definition_id",)):
             if met.keys() >= set(alone):
-                found = _in_window(connection, alone, met, bounds, wanted.limit)
+                found = _in_window(connection, alone, met, wanted)
                 if found is not None:
                     return found
-    return _ids(connection, select(_runs.c.id).where(*_that_meet(_runs, met), *bounds), _runs, wanted.limit)
+    query = select(_runs.c.id).where(*_that_meet(_runs, met), *_bounds(_runs.c.id, wanted))
+    if wanted.since is not None:
+        query = query.where(_runs.c.created_at >= wanted.since)
+    return _ids(connection, query, _runs.c.id, wanted.limit)
 
 
 def _unfinished(connection: Connection, met: Met, wanted: Wanted) -> list[RunId]:
     """Unfinished runs are few, and in a table of their own."""
     kept = ("running",) if wanted.state == "running" else ("waiting", "held")
     query = select(_live.c.id).where(
-        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live, wanted)
+        _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, wanted)
     )
     if wanted.since is not None:
         query = query.join(_runs, _runs.c.id == _live.c.id).where(_runs.c.created_at >= wanted.since)
-    return _ids(connection, query, _live, wanted.limit)
+    return _ids(connection, query, _live.c.id, wanted.limit)
 
 
 def _met(org_id: OrgId | None, definition: str | None) -> Met:
@@ -115,34 +116,36 @@ def _that_meet(rows: FromClause, met: Met) -> list[Condition]:
     ]
 
 
-def _bounds(table: Table, wanted: Wanted) -> list[Condition]:
+def _bounds(id_: ColumnElement[Any], wanted: Wanted) -> list[Condition]:
+    """Of ids, which are in order of when their runs were created, by the clock of whoever did so."""
     bounds: list[Condition] = []
     if wanted.after is not None:
-        bounds.append(table.c.id < checked_id(wanted.after))
+        bounds.append(id_ < checked_id(wanted.after))
     if wanted.since is not None:
-        bounds.append(table.c.id >= lowest_id(wanted.since))
+        bounds.append(id_ >= lowest_id(wanted.since))
     return bounds
 
 
-def _in_window(
-    connection: Connection, alone: Sequence[str], met: Met, bounds: list[Condition], limit: int
-) -> list[RunId] | None:
+def _in_window(connection: Connection, alone: Sequence[str], met: Met, wanted: Wanted) -> list[RunId] | None:
     """The page, from the newest runs that meet `alone`; None where those do not settle it."""
     within = {name: met[name] for name in alone}
-    some = select(*_LOOKED_AT).where(*_that_meet(_runs, within), *bounds).limit(WINDOW)
-    if "state" in within:
-        some = some.join(_ends, (_ends.c.run_id == _runs.c.id) & (_ends.c.state == within["state"]))
+    # By state from the narrow table alone: a join with all runs reads all of them.
+    rows, columns = (_ends, _ENDED) if "state" in within else (_runs, _LOOKED_AT)
+    some = select(*columns).where(*_that_meet(rows, within), *_bounds(columns[0], wanted)).limit(WINDOW)
+    if wanted.since is not None and rows is _runs:
+        some = some.where(_runs.c.created_at >= wanted.since)
     in_order = not isinstance(within.get("definition_id"), Select)
-    window = (some.order_by(_runs.c.id.desc()) if in_order else some).subquery("some")
+    window = (some.order_by(columns[0].desc()) if in_order else some).subquery("some")
     rest = _that_meet(window, {name: value for name, value in met.items() if name not in alone})
-    query = select(window.c.id).where(*rest).order_by(window.c.id.desc()).limit(limit)
+    query = select(window.c.id).where(*rest).order_by(window.c.id.desc()).limit(wanted.limit)
+    if wanted.since is not None and rows is _ends:
+        query = query.join(_runs, _runs.c.id == window.c.id).where(_runs.c.created_at >= wanted.since)
     found = [RunId(id_) for id_ in connection.execute(query).scalars()]
-    if len(found) == limit and in_order:
+    if len(found) == wanted.limit and in_order:
         return found
     size = connection.execute(select(func.count()).select_from(window)).scalar_one()
     return found if size < WINDOW else None
 
 
-def _ids(connection: Connection, query: Select[Any], table: Table, limit: int) -> list[RunId]:
-    ordered = query.order_by(table.c.id.desc()).limit(limit)
-    return [RunId(id_) for id_ in connection.execute(ordered).scalars()]
+def _ids(connection: Connection, query: Select[Any], id_: ColumnElement[Any], limit: int) -> list[RunId]:
+    return [RunId(found) for found in connection.execute(query.order_by(id_.desc()).limit(limit)).scalars()]

@@ -54,7 +54,8 @@ def test_an_end_is_found_by_how_and_when_until_the_run_is_forgotten(stock: Stock
 
     ended = {run.id: stock.stored(run.id), other.id: stock.stored(other.id)}
     assert {row["run_id"]: row for row in stock.all(tables.run_ends)} == {
-        id_: {"state": row["state"], "finished_at": row["finished_at"], "run_id": id_, "org_id": org}
+        id_: {"run_id": id_}
+        | {name: row[name] for name in ("state", "finished_at", "org_id", "definition_id")}
         for id_, row in ended.items()
     }
     with stock.database.transaction() as connection:

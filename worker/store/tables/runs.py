@@ -95,19 +95,20 @@ run_ends = Table(
     Column("finished_at", Instant, primary_key=True, doc="As in `runs`."),
     Column("run_id", Id, primary_key=True),
     Column("org_id", Id, nullable=False),
+    Column("definition_id", Id, nullable=False),
     info={"meaning": "The runs that have ended, by how and when: triggers keep it; a view on SQLite."},
 )
 
 RUN_ENDS = {
     "sqlite": (
         "CREATE VIEW run_ends AS "
-        "SELECT state, finished_at, id AS run_id, org_id FROM runs WHERE state IS NOT NULL",
+        "SELECT state, finished_at, id AS run_id, org_id, definition_id FROM runs WHERE state IS NOT NULL",
     ),
     "postgresql": (
         """
         CREATE FUNCTION runs_ended() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-          INSERT INTO run_ends (state, finished_at, run_id, org_id)
-          SELECT state, finished_at, id, org_id FROM changed WHERE state IS NOT NULL;
+          INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
+          SELECT state, finished_at, id, org_id, definition_id FROM changed WHERE state IS NOT NULL;
           RETURN NULL;
         END $$
         """,
@@ -117,8 +118,8 @@ RUN_ENDS = {
         """,
         """
         CREATE FUNCTION runs_put() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-          INSERT INTO run_ends (state, finished_at, run_id, org_id)
-          VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id) ON CONFLICT DO NOTHING;
+          INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
+          VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id, NEW.definition_id) ON CONFLICT DO NOTHING;
           RETURN NULL;
         END $$
         """,
