@@ -57,7 +57,10 @@ class Caller:
             AccessDenied: the caller has less.
         """
         if RANK[self.role] < RANK[role]:
-            raise AccessDenied(f"this needs the role {role}; {self.actor} has {self.role}")
+            raise AccessDenied(
+                f"this needs the role {role}; {self.actor} has {self.role}",
+                fix="ask as another, or give that role: [[web.operators]] or web.org_role of worker.toml",
+            )
 
     def org_asked_for(self, org: str | None) -> str | None:
         """The org to look at: the caller's own, or for operators the one asked for; None is all.
@@ -67,7 +70,7 @@ class Caller:
         """
         if self.org is None or org is None or org == self.org:
             return self.org or org
-        raise NotFound(f"there is no org {org}")
+        raise NotFound(f"there is no org {org}", fix=f"leave org out, or ask for your own: {self.org}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,10 @@ class Access:
             return None
         match = _BEARER.fullmatch(headers[0].strip())
         if match is None or len(headers) > 1:
-            raise TokenError("one header Authorization with a bearer token is needed")
+            raise TokenError(
+                "one header Authorization with a bearer token is needed",
+                fix="send Authorization: Bearer TOKEN",
+            )
         return await self.caller_with(match[1], connection)
 
     async def caller_with(self, token: str, connection: HTTPConnection) -> Caller:
@@ -142,13 +148,19 @@ class Access:
                 return await self._admit(claims.org_code, issuer, claims.expires_at)
         if isinstance(fault, Unavailable):
             raise fault
-        raise TokenError("the token does not hold")
+        raise TokenError(
+            "the token does not hold",
+            fix="send an operator's, or one that a configured issuer has just issued for its audience",
+        )
 
     async def _admit(self, org: str, issuer: str, until: datetime) -> Caller:
         found = await self._find_org(org)
         # Another issuer may call an org of its own the same.
         if found is None or found.issuer != issuer or found.state not in ("active", "paused"):
-            raise AccessDenied(f"org {org} may not use this worker")
+            raise AccessDenied(
+                f"org {org} may not use this worker",
+                fix="`orgs list` shows those that are known, their issuers and states",
+            )
         return Caller(org, self._org_role, org=org, org_id=found.id, until=until)
 
 

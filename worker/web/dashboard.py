@@ -116,7 +116,10 @@ class Dashboard:
     async def _login(self, request: Request) -> Response:
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            raise AccessDenied("this form is not of a page that you opened here")
+            raise AccessDenied(
+                "this form is not of a page that you opened here",
+                fix="open the page again and send it from there",
+            )
         token = (await read_form(request)).get("token", "").strip()
         caller = await self._access.caller_with(token, request)
         session = self._sessions.begin(caller)
@@ -137,7 +140,7 @@ class Dashboard:
         """The session whose page sent this form."""
         session: Session | None = request.scope.get("session")
         if session is None:
-            raise TokenError("log in first")
+            raise TokenError("log in first", fix="open / and log in, or send Authorization: Bearer TOKEN")
         form = await read_form(request)
         session.check(form.get("csrf", ""), request.headers.get("origin"), request.headers.get("host", ""))
         return session

@@ -128,7 +128,10 @@ def _page(rows: list[Row], values: Mapping[str, Any]) -> list[Row]:
 def _value(key: str, text: str, clock: Clock) -> Any:
     if key == "limit":
         if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= MAX_LIMIT:
-            raise UsageError(f"limit {text!r} is not between 1 and {MAX_LIMIT}")
+            raise UsageError(
+                f"limit {text!r} is not between 1 and {MAX_LIMIT}",
+                fix="limit=50, and `after` for the next page",
+            )
         return int(text)
     return _instant(text, clock) if key == "since" else text
 
