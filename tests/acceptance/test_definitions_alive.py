@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 from tests.fakes.handlers import read_journal
-from tests.fakes.site import application, definition, toml_value, wait_until
+from tests.fakes.site import NEVER, application, definition, toml_value, wait_until
 
 
 def template(name: str, handler: str, schedule: str, orgs: str, **keys: object) -> str:
@@ -94,7 +94,9 @@ def test_a_backfill_runs_every_instant_of_the_past_once(site_on_either, journal)
     runs = [run for run in site.runs() if run["origin"] == "backfill"]
     assert Counter(run["state"] for run in runs) == {"succeeded": 24}
     assert len({run["scheduled_for"] for run in runs}) == 24
-    assert len({entry["run"] for entry in read_journal(journal)}) == 24
+    # An hour that begins meanwhile makes a run of the schedule.
+    written = {entry["run"] for entry in read_journal(journal)}
+    assert {str(run["id"]) for run in runs} <= written
     starts = sorted((run["started_at"], 1) for run in runs)
     moves = sorted(starts + [(run["finished_at"], -1) for run in runs])
     on = most = 0
@@ -191,7 +193,7 @@ def test_an_edit_reaches_the_worker_within_two_seconds(site_on_either, journal):
     site.add_orgs(application("org_acme"))
     site.wait_for_handlers("acme.note")
     keys = {"spread": "off", "overlap": "allow", "params": {"journal": str(journal)}}
-    site.apply(definition("org_acme", "tick", "acme.note", "every 1h", **keys))
+    site.apply(definition("org_acme", "tick", "acme.note", **keys))
 
     site.cli("definitions", "edit", "org_acme", "tick", "schedule=every 1s", "--revision", "1")
     edited_at = time.monotonic()
@@ -202,7 +204,7 @@ def test_an_edit_reaches_the_worker_within_two_seconds(site_on_either, journal):
         "definitions", "edit", "org_acme", "tick", "priority=1", "--revision", "1", check=False
     )
     assert refused.code == 5
-    site.cli("definitions", "edit", "org_acme", "tick", "schedule=every 1h", "--revision", "2")
+    site.cli("definitions", "edit", "org_acme", "tick", f"schedule={NEVER}", "--revision", "2")
     time.sleep(2)
     made = len(site.runs())
     time.sleep(2)

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 AUDIENCE = "https://api.test.example"
 FINAL = {"succeeded", "failed", "cancelled", "refused", "skipped"}
+# A schedule that fires nothing of itself while a test lasts, however the clock stands.
+NEVER = "at 2099-01-01T00:00:00Z"
 
 
 def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T:
@@ -291,7 +293,7 @@ def application(org_code: str, **changes: Any) -> Application:
     return Application(**values | changes)
 
 
-def definition(org: str, name: str, handler: str, schedule: str = "every 1h", **keys: Any) -> str:
+def definition(org: str, name: str, handler: str, schedule: str = NEVER, **keys: Any) -> str:
     """One [[definition]] of a file for `apply`; further keys as they stand in TOML."""
     lines = [f"{key} = {toml_value(value)}" for key, value in keys.items()]
     head = [f"org = {json.dumps(org)}", f"name = {json.dumps(name)}", f"handler = {json.dumps(handler)}"]

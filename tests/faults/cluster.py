@@ -16,7 +16,7 @@ import psutil
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.plugins import make_plugin
-from tests.fakes.site import FINAL, Site, application, definition
+from tests.fakes.site import FINAL, NEVER, Site, application, definition
 from tests.faults.checker import Fault, History, judge
 from worker.demo.provider import Provider
 
@@ -96,9 +96,7 @@ class Cluster(Site):
         """As a site's, with another module than `worker` where a launcher is set."""
         return [sys.executable, "-m", self.launcher, "--config", str(self.settings), *arguments]
 
-    def define(
-        self, org: str, name: str, handler: str, schedule: str = "at 2099-01-01T00:00:00Z", **keys: Any
-    ) -> str:
+    def define(self, org: str, name: str, handler: str, schedule: str = NEVER, **keys: Any) -> str:
         """A definition that survives any number of faults, its handler given the journal."""
         params = {"journal": str(self.journal)} | keys.pop("params", {})
         return definition(org, name, handler, schedule, params=params, **(RECOVERABLE | keys))
