@@ -22,9 +22,8 @@ def filled(cli: CommandLine) -> CommandLine:
             secret = f"secret-{org}-{generation}"
             cli("credentials", "add", org, "--client-id", org, "--secret-file", "-", stdin=secret)
     names = [f"job-{n}" for n in range(3)]
-    cli(
-        "apply", "-", stdin="".join(definition("org_a", name, "acme.note", overlap="allow") for name in names)
-    )
+    hourly = [definition("org_a", name, "acme.note", "@hourly", overlap="allow") for name in names]
+    cli("apply", "-", stdin="".join(hourly))
     head = '[[template]]\nname = "{}"\norgs = {{ tags = ["none"] }}'
     template = head + '\nhandler = "acme.note"\nschedule = "@daily"\n'
     cli("apply", "-", stdin="".join(template.format(name) for name in names))
