@@ -18,13 +18,12 @@ from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.date import DateTrigger
 from apscheduler.triggers.interval import IntervalTrigger
 
-from worker.clock import from_text
+from worker.clock import EPOCH, from_text
 from worker.definitions.crontab import Crontab
 from worker.definitions.units import parse_duration
 from worker.definitions.zones import Stretch, stretches
 from worker.errors import InvalidTrigger
 
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NICKNAMES = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",

@@ -13,6 +13,7 @@ from worker.store.engine import compact_json
 from worker.store.sql import RingStep
 from worker.store.sql.level import Line, reach
 from worker.store.sql.postgresql.arrays import plain, texts
+from worker.store.sql.postgresql.owners import OWNER
 
 # One key for all: whoever holds it is the only admitter of this database.
 ADMISSION_LOCK = 6_070_312
@@ -62,14 +63,8 @@ COMMIT = "COMMIT"
 # A later statement than the lock, so with a snapshot in which everything that was
 # admitted before it can be counted. How each count says "running", and the UPDATE
 # "waiting", decides which index can serve it: see `tables.live_runs`.
-CHOOSE = """
-WITH RECURSIVE owner(id) AS (
-  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
-  UNION ALL
-  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
-          ORDER BY l.worker_id LIMIT 1)
-  FROM owner WHERE owner.id IS NOT NULL
-), offer AS MATERIALIZED (
+CHOOSE = f"""
+WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
     WHERE l.handler = h.handler) END AS room

@@ -8,6 +8,7 @@ from worker.ids import WorkerId
 from worker.store.connection import driver
 from worker.store.sql import AbandonedRun
 from worker.store.sql.postgresql.arrays import plain
+from worker.store.sql.postgresql.owners import OWNER
 
 # A renewal that comes at the same moment waits for this lock, or is passed over by it.
 END = """
@@ -19,13 +20,8 @@ WITH gone AS (
 UPDATE workers SET ended_at = clock_timestamp() WHERE id = ANY(ARRAY(SELECT id FROM gone))
 """
 
-OWNERS = """
-WITH RECURSIVE owner(id) AS (
-  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
-  UNION ALL
-  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
-          ORDER BY l.worker_id LIMIT 1)
-  FROM owner WHERE owner.id IS NOT NULL)
+OWNERS = f"""
+WITH RECURSIVE {OWNER}
 SELECT o.id FROM owner o LEFT JOIN workers w ON w.id = o.id
 WHERE o.id IS NOT NULL AND (w.id IS NULL OR w.ended_at IS NOT NULL) AND o.id IS DISTINCT FROM %s::uuid
 """
