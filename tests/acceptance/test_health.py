@@ -231,7 +231,7 @@ def test_an_orgs_own_token_and_an_operators_open_the_api_of_a_real_worker(site: 
     token = "an-operators-token"
     digest = hashlib.sha256(token.encode()).hexdigest()
     operator = f'[[web.operators]]\nname = "ada"\nrole = "viewer"\ntoken_sha256 = "{digest}"'
-    site.configure(web=port.web, extra=operator)
+    site.configure(web=f'{port.web}\norg_role = "operator"', extra=operator)
     app = application("org_acme")
     site.add_orgs(app, application("org_other"))
     site.apply(definition("org_acme", "note", "acme.note") + definition("org_other", "note", "acme.note"))

@@ -133,7 +133,8 @@ class WebSettings(Section):
 
     listen: Listen = "127.0.0.1:8470"
     operators: Operators = ()
-    org_role: Literal["viewer", "operator"] = "operator"
+    org_role: Literal["viewer", "operator"] = "viewer"
+    org_scope: Annotated[str, Field(pattern=r"^[!#-\[\]-~]*$")] = ""
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, exists, insert, select, update
 
 from worker.errors import NotFound
 from worker.ids import OrgId
@@ -16,6 +16,7 @@ from worker.store.chunks import chunks
 Row = dict[str, Any]
 
 _orgs = tables.orgs
+_credentials = tables.credentials
 
 
 def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None:
@@ -23,6 +24,32 @@ def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None
     query = select(_orgs).where(_orgs.c.code == code)
     row = connection.execute(query.with_for_update() if lock else query).mappings().first()
     return None if row is None else dict(row)
+
+
+class OrgCaller(NamedTuple):
+    """An org whose token a caller of the web side showed, as the database has it."""
+
+    id: OrgId
+    issuer: str
+    state: str
+    is_credential: bool
+    """Whether the token's client is one of the org's active credentials."""
+
+
+def find_caller(connection: Connection, code: str, client_id: str) -> OrgCaller | None:
+    """The org of that code, and whether the client is one of its active credentials; None if unknown.
+
+    The only lookup of orgs and credentials on the path of a request before its caller is known.
+    """
+    is_credential = exists().where(
+        _credentials.c.org_id == _orgs.c.id,
+        _credentials.c.client_id == client_id,
+        _credentials.c.client_id != "",
+        _credentials.c.state == "active",
+    )
+    query = select(_orgs.c.id, _orgs.c.issuer, _orgs.c.state, is_credential).where(_orgs.c.code == code)
+    row = connection.execute(query).first()
+    return None if row is None else OrgCaller(row[0], row[1], row[2], bool(row[3]))
 
 
 def require(connection: Connection, code: str, *, lock: bool = False) -> Row:

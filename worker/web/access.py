@@ -7,30 +7,23 @@ import hmac
 import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from starlette.requests import HTTPConnection
 
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard
 from worker.ids import OrgId
+from worker.store.orgs import OrgCaller
 
 Role = Literal["viewer", "operator", "admin"]
 RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
 
 
-class KnownOrg(NamedTuple):
-    """An org as the database has it."""
-
-    id: OrgId
-    issuer: str
-    state: str
-
-
-# The org of this code; None where there is none.
-FindOrg = Callable[[str], Awaitable[KnownOrg | None]]
+# `orgs.find_caller` by the org's code and the token's client id.
+FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
 
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 
@@ -44,6 +37,10 @@ class Caller:
     org: str | None = None
     org_id: OrgId | None = None
     until: datetime | None = None
+    # Of an org: what its token said, so that each later request of its session is checked by it again.
+    issuer: str = ""
+    client_id: str = ""
+    has_org_scope: bool = False
 
     @property
     def actor(self) -> str:
@@ -89,14 +86,16 @@ class Access:
         self,
         operators: Sequence[Operator],
         guards: Mapping[str, Guard],
-        find_org: FindOrg,
+        find_caller: FindCaller,
         *,
         org_role: Role,
+        org_scope: str = "",
     ) -> None:
         self._operators = operators
         self._guards = guards
-        self._find_org = find_org
+        self._find_caller = find_caller
         self._org_role = org_role
+        self._org_scope = org_scope
 
     async def caller_of(self, connection: HTTPConnection) -> Caller | None:
         """Who asks, by the header Authorization; None without one.
@@ -145,7 +144,18 @@ class Access:
             except TokenRefused as refused:
                 fault = fault or refused
             else:
-                return await self._admit(claims.org_code, issuer, claims.expires_at)
+                code = claims.org_code
+                return await self.confirm(
+                    Caller(
+                        code,
+                        self._org_role,
+                        org=code,
+                        until=claims.expires_at,
+                        issuer=issuer,
+                        client_id=claims.client_id,
+                        has_org_scope=bool(self._org_scope) and self._org_scope in claims.scopes,
+                    )
+                )
         if isinstance(fault, Unavailable):
             raise fault
         raise TokenError(
@@ -153,15 +163,29 @@ class Access:
             fix="send an operator's, or one that a configured issuer has just issued for its audience",
         )
 
-    async def _admit(self, org: str, issuer: str, until: datetime) -> Caller:
-        found = await self._find_org(org)
+    async def confirm(self, caller: Caller) -> Caller:
+        """This caller, if the database still lets it in; its token's signature is not looked at again.
+
+        Raises:
+            AccessDenied: its org is not known, suspended or removed.
+            TokenError: its token's client is no active credential of the org, and it lacks `[web] org_scope`.
+        """
+        if caller.org is None:
+            return caller
+        found = await self._find_caller(caller.org, caller.client_id)
         # Another issuer may call an org of its own the same.
-        if found is None or found.issuer != issuer or found.state not in ("active", "paused"):
+        if found is None or found.issuer != caller.issuer or found.state not in ("active", "paused"):
             raise AccessDenied(
-                f"org {org} may not use this worker",
+                f"org {caller.org} may not use this worker",
                 fix="`orgs list` shows those that are known, their issuers and states",
             )
-        return Caller(org, self._org_role, org=org, org_id=found.id, until=until)
+        if not (found.is_credential or caller.has_org_scope):
+            raise TokenError(
+                f"the token's client is not an active credential of org {caller.org}",
+                fix=f"ask for the token with a client of `credentials list {caller.org} --state active`, "
+                "or set web.org_scope in worker.toml to a scope that the token has",
+            )
+        return replace(caller, org_id=found.id)
 
 
 def _is_local(connection: HTTPConnection) -> bool:

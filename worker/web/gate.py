@@ -5,11 +5,11 @@ from __future__ import annotations
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from worker.errors import TokenError
+from worker.errors import AccessDenied, TokenError
 from worker.web.access import Access, Caller
 from worker.web.api import BASE
 from worker.web.health import PATHS
-from worker.web.sessions import COOKIE, LOGIN, Sessions
+from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
 
 
 class Gate:
@@ -37,9 +37,18 @@ class Gate:
         if not in_api(connection.scope):
             session = self._sessions.find(connection.cookies.get(COOKIE))
             if session is not None:
+                caller = await self._confirmed(session)
                 connection.scope["session"] = session
-                return session.caller
+                return caller
         raise TokenError("a bearer token is needed", fix="send the header Authorization: Bearer TOKEN")
+
+    async def _confirmed(self, session: Session) -> Caller:
+        """The session's caller, if its org and credential are still good; else the session ends."""
+        try:
+            return await self._access.confirm(session.caller)
+        except (AccessDenied, TokenError):
+            self._sessions.end(session)
+            raise
 
 
 def in_api(scope: Scope) -> bool:

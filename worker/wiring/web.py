@@ -14,10 +14,11 @@ from worker.guard import Guard
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
+from worker.store.orgs import OrgCaller
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
 from worker.tokens.http import open_client
-from worker.web.access import Access, KnownOrg, Operator
+from worker.web.access import Access, Operator
 from worker.web.app import build
 from worker.web.health import Health
 from worker.web.server import WebServer, bind
@@ -86,8 +87,7 @@ class Web:
         }
         operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
 
-        async def find_org(code: str) -> KnownOrg | None:
-            row = await database.call_autocommit(orgs.find, code)
-            return None if row is None else KnownOrg(row["id"], row["issuer"], row["state"])
+        async def find_caller(code: str, client_id: str) -> OrgCaller | None:
+            return await database.call_autocommit(orgs.find_caller, code, client_id)
 
-        return Access(operators, guards, find_org, org_role=web.org_role)
+        return Access(operators, guards, find_caller, org_role=web.org_role, org_scope=web.org_scope)

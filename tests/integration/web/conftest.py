@@ -15,10 +15,12 @@ from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply
+from worker.operations.credentials import add_credential
 from worker.store import catalogue, orgs
 from worker.store.database import Database
+from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import Access, KnownOrg, Operator, Role
+from worker.web.access import Access, Operator, Role
 from worker.web.app import build
 from worker.web.health import Health
 
@@ -69,6 +71,7 @@ class Site:
         }
         self.operators: list[Operator] = []
         self.org_role: Role = "operator"
+        self.org_scope = ""
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
 
     def token(self, code: str, **claims: Any) -> str:
@@ -77,11 +80,16 @@ class Site:
     def client(self, token: str | None = None, *, address: str = "127.0.0.1") -> httpx.AsyncClient:
         """Asks as whoever has this token."""
 
-        async def find_org(code: str) -> KnownOrg | None:
-            row = await self.database.call_autocommit(orgs.find, code)
-            return None if row is None else KnownOrg(row["id"], row["issuer"], row["state"])
+        async def find_caller(code: str, client_id: str) -> OrgCaller | None:
+            return await self.database.call_autocommit(orgs.find_caller, code, client_id)
 
-        access = Access(self.operators, {"main": self.guard}, find_org, org_role=self.org_role)
+        access = Access(
+            self.operators,
+            {"main": self.guard},
+            find_caller,
+            org_role=self.org_role,
+            org_scope=self.org_scope,
+        )
         app = build(Health(Metrics(version="1.0")), self.database, access, self.clock)
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)
@@ -106,6 +114,9 @@ def database(request: pytest.FixtureRequest, clock: ManualClock) -> Iterator[Dat
     with opened.transaction() as connection:
         catalogue.put(connection, entries, at=opened.now(connection))
     apply(opened, parse_file(DEFINITIONS + TEMPLATE), actor="tester")
+    for code in ("org_a", "org_b", "org_c"):
+        client_id = f"m2m-{code}"
+        add_credential(opened, None, code, client_id=client_id, actor="tester", reference="absent-secret")
     yield opened
     opened.close()
 
