@@ -16,13 +16,19 @@ FAMILY = {"leader", "child", "session", "orphan"}
 
 
 class Host:
-    """A process that stands in for the worker, with one run of the handler `family`."""
+    """A process that stands in for the worker, with one run of a handler."""
 
     def __init__(
-        self, plugin: Path, folder: Path, *, lock: int | None = None, lease: float | None = None
+        self,
+        plugin: Path,
+        folder: Path,
+        *,
+        handler: str = "family",
+        lock: int | None = None,
+        lease: float | None = None,
     ) -> None:
         arguments = [
-            *(str(plugin), "family", json.dumps({"folder": str(folder)})),
+            *(str(plugin), handler, json.dumps({"folder": str(folder)})),
             *("-" if number is None else str(number) for number in (lock, lease)),
         ]
         self.process = subprocess.Popen(

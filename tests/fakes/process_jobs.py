@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
+import fcntl
 import logging
 import multiprocessing
 import os
 import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -223,6 +225,39 @@ async def family(ctx: Context[Params, Any]) -> None:
         if ctx.params.count and all((folder / name).exists() for name in ("child", "session", "orphan")):
             return
         await asyncio.sleep(0.02)
+
+
+@job("drops_locks", params=Params)
+async def drops_locks(ctx: Context[Params, Any]) -> None:
+    """Give up every lock that any descriptor of the process reaches, close those of lock files, and stay."""
+    seen = []
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        try:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            fcntl.lockf(descriptor, fcntl.LOCK_UN)
+            unlock = struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, unlock)
+        except OSError:  # the listing's own, or nothing that can be locked
+            continue
+        if target.endswith("lock"):
+            seen.append(Path(target).name)
+            os.close(descriptor)
+    await ctx.save({"dropped": seen})
+    await asyncio.sleep(600)
+
+
+@job("forks_a_holder", params=Params)
+async def forks_a_holder(ctx: Context[Params, Any]) -> None:
+    """Fork a process into a session of its own that outlives worker and zygote when both are killed."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        time.sleep(600)
+        os._exit(0)
+    await ctx.save({"holder": child})
+    await asyncio.sleep(600)
 
 
 @job("forks_fifty", params=Params)

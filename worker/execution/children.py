@@ -36,9 +36,10 @@ REAP_EVERY = 30.0
 class Children:
     """Start it from the main thread before any key is read.
 
-    Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor
-    that zygote and runs are to hold as long as one of them lives; `preload` modules or
-    distributions that the operator has the zygote import.
+    Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor of
+    the SQLite file's lock, which the zygote holds as long as it lives; each run adds a
+    read lock of its own. `preload` modules or distributions that the operator has the
+    zygote import.
     """
 
     def __init__(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import select
 import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,11 @@ def read_url(url: str) -> URL:
     return parsed.set(drivername="sqlite")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for database and state, open to its owner only; one that is there keeps its mode."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
 def open_engine(url: URL, *, clock: Clock, role: str, connections: int, deadline: float) -> Engine:
     """The engine of a URL from `read_url`, with room for so many connections at once."""
     if url.get_backend_name() == "sqlite":
@@ -99,9 +106,10 @@ def open_engine(url: URL, *, clock: Clock, role: str, connections: int, deadline
 
 
 def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
-    folder = Path(url.database or "").parent
+    file = Path(url.database or "")
+    folder = file.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ConfigurationError(
             f"{folder}, the folder of the database, cannot be made: {error.strerror}",
@@ -123,6 +131,13 @@ def _open_sqlite(url: URL, *, clock: Clock, connections: int) -> Engine:
             "isolation_level": None,
         },
     )
+
+    @event.listens_for(engine, "do_connect")
+    def create(*_: Any) -> None:
+        # SQLite would make it as the umask has it; -wal, -shm and -journal take the mode of this file.
+        # One that is there is not opened here: to close it again would drop the locks of this process.
+        with suppress(OSError):
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 
     @event.listens_for(engine, "connect")
     def prepare(connection: sqlite3.Connection, record: Any) -> None:

@@ -72,7 +72,7 @@ class KeyRing:
         Raises:
             Conflict: the file is there already; a new one in its place would lose the secrets it seals.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Linked into place when it is whole: of two processes that need it first, one wins.
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:

@@ -19,10 +19,12 @@ import pytest
 from tests.fakes.hosting import Host, all_silent_within, all_up
 from tests.fakes.running import RecordingLink, until, work
 from worker.clock import SystemClock
+from worker.errors import Busy
 from worker.execution.children import Children
 from worker.execution.processes import linux
 from worker.execution.work import Stop
 from worker.runs.outcome import HandedBack, Lost, Succeeded
+from worker.store.lock import lock_sqlite_file
 from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
@@ -154,6 +156,67 @@ def locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        return False
+    return True
+
+
+async def test_a_run_cannot_release_the_lock_of_the_database(
+    plugin_folder: Path, tmp_path: Path, hosts: list[Host]
+) -> None:
+    """The run gives up and closes all it has; a second worker is refused while the first one lives."""
+    url = f"sqlite:///{tmp_path}/worker.db"
+    lock = lock_sqlite_file(url)
+    host = Host(plugin_folder, tmp_path, handler="drops_locks", lock=lock.fd)
+    hosts.append(host)
+    lock.release()
+
+    assert host.heard() == {"saved": {"dropped": ["worker.db.lock"]}}
+
+    with pytest.raises(Busy, match="another worker"):
+        lock_sqlite_file(url)
+    host.process.kill()
+    await until(lambda: lockable(url), within=2)
+
+
+def test_whoever_inherits_the_descriptor_of_the_lock_can_release_it(tmp_path: Path) -> None:
+    """The control: what a run did while it still had the worker's own descriptor."""
+    url = f"sqlite:///{tmp_path}/worker.db"
+    lock = lock_sqlite_file(url)
+    release = f"import fcntl; fcntl.flock({lock.fd}, fcntl.LOCK_UN)"
+    subprocess.run([sys.executable, "-c", release], pass_fds=[lock.fd], check=True)
+
+    lock_sqlite_file(url).release()
+
+    lock.release()
+
+
+async def test_what_outlives_worker_and_zygote_keeps_the_next_worker_out(
+    plugin_folder: Path, tmp_path: Path, hosts: list[Host]
+) -> None:
+    url = f"sqlite:///{tmp_path}/worker.db"
+    lock = lock_sqlite_file(url)
+    host = Host(plugin_folder, tmp_path, handler="forks_a_holder", lock=lock.fd)
+    hosts.append(host)
+    lock.release()
+    holder = host.heard()["saved"]["holder"]
+    try:
+        # The zygote cannot sweep up: it stands still until it is killed.
+        os.kill(host.zygote, signal.SIGSTOP)
+        host.process.kill()
+        os.kill(host.zygote, signal.SIGKILL)
+        await until(lambda: gone(host.zygote), within=2)
+
+        with pytest.raises(Busy, match="runs of a worker that died"):
+            lock_sqlite_file(url)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+    await until(lambda: lockable(url), within=2)
+
+
+def lockable(url: str) -> bool:
+    try:
+        lock_sqlite_file(url).release()
+    except Busy:
         return False
     return True
 

@@ -60,11 +60,12 @@ def _default_signals() -> None:
 
 
 def _keep_only(place: Place, lock: int | None) -> None:
+    own_lock = None if lock is None else linux.hold_shared(lock)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(place.stdout, 1)
     os.dup2(place.stderr, 2)
-    kept = {0, 1, 2, place.channel, lock}
+    kept = {0, 1, 2, place.channel, own_lock}
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             # One of them was the listing's own, and is closed by now.

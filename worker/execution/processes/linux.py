@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import signal
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -48,6 +50,19 @@ def die_with_parent() -> None:
 def hide_memory() -> None:
     """Keep others of the same user from reading this process's memory; exec undoes it (PR_SET_DUMPABLE)."""
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def hold_shared(descriptor: int) -> int:
+    """Open the file of a descriptor again and lock it for reading; returns the new descriptor.
+
+    The lock belongs to the new open file (F_OFD_SETLK). A process that gives it up gives up no
+    lock of those who hold `descriptor`, which flock(2) would do through an inherited one.
+    Raises OSError where the file is locked for writing.
+    """
+    own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+    # struct flock: type, whence, start, length (0: the whole file), pid.
+    fcntl.fcntl(own, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
+    return own
 
 
 def processes() -> dict[int, Process]:

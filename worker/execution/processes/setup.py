@@ -9,7 +9,11 @@ from worker.handlers.installed import ENVIRONMENT
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """`max_freeze` is in seconds, `lock` the descriptor that all processes hold, `folder` the runs' home."""
+    """`max_freeze` is in seconds, `folder` the runs' home.
+
+    `lock` is the descriptor of the SQLite file's lock. The zygote holds it; each run holds
+    a read lock of its own on the same file.
+    """
 
     folder: str
     parent: int = 0
