@@ -67,6 +67,8 @@ class Definition:
     """The audience that the token is asked for and must have; else the issuer's."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """The handler's params, checked against its schema when the file is applied."""
+    params_by_hand: tuple[str, ...] = ()
+    """Params that an org may give when it runs the definition by hand; operators may give any."""
     requires_flag: FlagCondition | None = None
     """A flag without which a run is `skipped(flag_off)`: a name, or `{ flag, equals }`."""
     requires_properties: tuple[str, ...] = ()
@@ -231,6 +233,7 @@ _KEYS: dict[str, _Form] = {
     "scopes": _Form(lambda value: frozenset(fields.texts(value)), sorted),
     "audience": _Form(fields.text),
     "params": _Form(fields.json_table, dict),
+    "params_by_hand": _Form(fields.texts, list),
     "requires_flag": _Form(read_flag, write_flag),
     "requires_properties": _Form(fields.texts, list),
     "variants": _Form(read_variants, write_variants),

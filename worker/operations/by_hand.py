@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import Connection
 
 from worker.definitions import fields
-from worker.definitions.definition import from_spec
-from worker.errors import Conflict
+from worker.definitions.definition import Definition, from_spec
+from worker.errors import AccessDenied, Conflict
 from worker.ids import RunId, new_id
 from worker.operations.handlers import Handlers
 from worker.runs.run import NewRun
@@ -32,6 +32,21 @@ def refuse_what_is_not_active(row: Row) -> None:
         )
     if row["closed_at"] is not None:
         raise Conflict(f"definition {row['org']}/{row['name']} is closed", fix="`apply` a file that has it")
+
+
+def refuse_params_of_an_org(definition: Definition, given: Collection[str]) -> None:
+    """Refuse params that the definition does not let its org give by hand; an operator may give any.
+
+    Raises:
+        AccessDenied: names the first one that is not among `params_by_hand`.
+    """
+    barred = sorted(set(given) - set(definition.params_by_hand))
+    if barred:
+        allowed = ", ".join(definition.params_by_hand) or "no params"
+        raise AccessDenied(
+            f"definition {definition.org}/{definition.name}: an org may not give the param {barred[0]!r}",
+            fix=f"leave it out: the definition's params_by_hand names {allowed}; an operator may give any",
+        )
 
 
 def make_run(

@@ -70,6 +70,7 @@ class Handlers:
                     'else set isolation = "child"',
                 )
             self.check_params(name, definition.params, entry)
+            self._check_params_by_hand(name, definition.params_by_hand, entry)
 
     def check_params(self, name: str, params: Mapping[str, Any], entry: str) -> None:
         """Refuse params that do not fit the handler's schema; without a schema everything does.
@@ -87,6 +88,22 @@ class Handlers:
                 field=field,
                 fix=f"`handlers show {name}` has the params it takes",
             )
+
+    def _check_params_by_hand(self, name: str, params: Collection[str], entry: str) -> None:
+        """Refuse a name that the handler's schema does not know, such as a misspelt one."""
+        validator = self._validator(name)
+        schema = None if validator is None else validator.schema
+        if not isinstance(schema, Mapping) or schema.get("additionalProperties") is not False:
+            return
+        known = schema.get("properties", {})
+        for param in params:
+            if param not in known:
+                raise DefinitionError(
+                    f"{entry}, params_by_hand: {name} takes no param {param}",
+                    entry=entry,
+                    field="params_by_hand",
+                    fix=f"remove it; `handlers show {name}` has the params it takes",
+                )
 
     def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
         """Params read from a command line, as this handler takes them; see the function `as_taken`."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from worker.definitions.definition import from_spec
 from worker.errors import UsageError
 from worker.ids import new_id
-from worker.operations.by_hand import make_run
+from worker.operations.by_hand import make_run, refuse_params_of_an_org
 from worker.operations.place import place
 from worker.store import audit, definitions, edit_runs, orgs, run_listing
 from worker.store.database import Database
@@ -24,16 +25,19 @@ def run_now(
     request_key: str | None = None,
     params: Mapping[str, Any] | None = None,
     typed: Mapping[str, str] | None = None,
+    by_org: bool = False,
 ) -> Row:
     """Make a run that may start at once, and return its row of `runs list`.
 
     `params` are laid over the definition's; of those `typed` on a command line, one that
-    was read as JSON and that its handler takes only as text is taken as text. A request
-    key that made a run already returns that run, whatever became of it. A paused
+    was read as JSON and that its handler takes only as text is taken as text. `by_org`:
+    the org itself asks, and may give no params but the definition's `params_by_hand`. A
+    request key that made a run already returns that run, whatever became of it. A paused
     definition may be run by hand.
 
     Raises:
         NotFound: there is no such org or definition.
+        AccessDenied: a param that the org may not give.
         Conflict: it is closed, its org is not active, or an unfinished run stands in the way.
         DefinitionError: params that the handler does not take.
     """
@@ -45,6 +49,8 @@ def run_now(
     with database.transaction() as connection:
         org_id = orgs.require(connection, org)["id"]
         row = definitions.require(connection, org_id, org, name, lock=True)
+        if by_org and params:
+            refuse_params_of_an_org(from_spec(org, name, row["spec"]), params)
         made = edit_runs.find_by_request_key(connection, org_id, row["id"], key)
         if made is not None:
             return run_listing.row(connection, org_id, made)

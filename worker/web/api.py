@@ -129,7 +129,14 @@ class Api:
     async def retry(self, caller: Caller, run: str, from_checkpoint: bool) -> Row:
         """As `operations.retry`, for whoever may."""
         caller.require("operator")
-        return await self._do(retry, run, actor=caller.actor, org=caller.org, from_checkpoint=from_checkpoint)
+        return await self._do(
+            retry,
+            run,
+            actor=caller.actor,
+            org=caller.org,
+            from_checkpoint=from_checkpoint,
+            by_org=caller.org is not None,
+        )
 
     async def run_now(
         self, caller: Caller, org: str, name: str, key: str | None, params: Mapping[str, Any] | None
@@ -137,7 +144,15 @@ class Api:
         """As `operations.run_now`, for whoever may."""
         caller.org_asked_for(org)
         caller.require("operator")
-        return await self._do(run_now, org, name, actor=caller.actor, request_key=key, params=params)
+        return await self._do(
+            run_now,
+            org,
+            name,
+            actor=caller.actor,
+            request_key=key,
+            params=params,
+            by_org=caller.org is not None,
+        )
 
     async def _do(self, operation: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return await self._database.run(operation, self._database, *args, **kwargs)

@@ -206,8 +206,8 @@ class TestActing:
         assert (await site.get(first.headers["location"], token)).json()["request_key"] == "order-7"
         assert len((await site.get(f"{API}/runs", token)).json()) == 1
 
-    async def test_params_of_a_run_are_laid_over_the_definitions(self, site: Site):
-        token = site.token("org_a")
+    async def test_params_of_a_run_are_laid_over_the_definitions(self, staffed: Site):
+        site, token = staffed, TOKENS["operator"]
         made = await site.post(
             f"{API}/definitions/org_a/digest/run", token, json={"params": {"collection": "faq"}}
         )

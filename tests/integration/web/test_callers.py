@@ -8,10 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.web.conftest import BASE, Site
+from tests.integration.web.conftest import BASE, TOKENS, Site
+from tests.integration.web.test_dashboard import csrf_of
 from worker.operations.credentials import add_credential, retire_credential
+from worker.operations.edit import edit_definition
 from worker.operations.org_state import set_org_state
-from worker.store import orgs
+from worker.store import orgs, run_listing
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -148,3 +150,92 @@ async def test_one_query_says_org_issuer_state_and_credential(site: Site):
             assert other is not None
             assert not other.is_credential, client_id
         assert orgs.find_caller(connection, "org_z", "m2m-org_a") is None
+
+
+class TestParamsByHand:
+    """An org that acts gives only the params that the operator lets it give."""
+
+    @pytest.fixture
+    def chosen(self, staffed: Site) -> Site:
+        """A definition with a param of its own and one that its org may give."""
+        changes = {"params": {"url": "https://api.acme.com/x"}, "params_by_hand": ["collection"]}
+        edit_definition(staffed.database, "org_a", "digest", changes, actor="tester")
+        return staffed
+
+    async def run(self, site: Site, token: str, **params: Any) -> httpx.Response:
+        return await site.post(RUN, token, json={"params": params})
+
+    async def params_of(self, site: Site, run: str) -> Any:
+        return (await site.get(f"/api/v1/runs/{run}", TOKENS["admin"])).json()["params"]
+
+    def count(self, site: Site) -> int:
+        with site.database.autocommit() as connection:
+            return len(run_listing.runs_for_all_orgs(connection))
+
+    @on_either
+    async def test_what_is_listed_may_be_given_and_nothing_else(self, chosen: Site):
+        token = chosen.token("org_a")
+
+        made = await self.run(chosen, token, collection="faq")
+        refused = [
+            await self.run(chosen, token, url="http://127.0.0.1:19555/internal"),
+            await self.run(chosen, token, collection="faq", url="https://api.acme.com/x"),
+            await self.run(chosen, token, Collection="faq"),
+        ]
+
+        assert made.status_code == 201
+        given = await self.params_of(chosen, made.json()["id"])
+        assert given == {"url": "https://api.acme.com/x", "collection": "faq"}
+        for answer, name in zip(refused, ("url", "url", "Collection"), strict=True):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (403, "denied")
+            assert repr(name) in error["message"]
+            assert "collection" in error["fix"]
+        assert self.count(chosen) == 1
+
+    async def test_nothing_is_listed_by_default_and_no_params_need_no_list(self, site: Site):
+        token = site.token("org_a")
+
+        assert (await self.run(site, token, collection="faq")).status_code == 403
+        assert (await self.run(site, token)).status_code == 201
+        assert (await site.post(RUN, token)).status_code == 201
+
+    async def test_an_operator_may_give_any(self, chosen: Site):
+        made = await self.run(chosen, TOKENS["operator"], url="https://api.acme.com/y")
+
+        assert (await self.params_of(chosen, made.json()["id"]))["url"] == "https://api.acme.com/y"
+
+    async def test_a_key_that_made_a_run_does_not_open_the_way(self, chosen: Site):
+        token, headers = chosen.token("org_a"), {"idempotency-key": "k"}
+        assert (await chosen.post(RUN, token, headers=headers)).status_code == 201
+
+        answer = await chosen.post(RUN, token, headers=headers, json={"params": {"url": "x"}})
+
+        assert answer.status_code == 403
+
+    @on_either
+    async def test_a_retry_repeats_no_params_that_the_org_may_not_give(self, chosen: Site):
+        """Such as those of a run that an org made before `params_by_hand` was there."""
+        token = chosen.token("org_a")
+        url = (await self.run(chosen, TOKENS["operator"], url="http://127.0.0.1/")).json()["id"]
+        own = (await self.run(chosen, token, collection="faq")).json()["id"]
+        for run in (url, own):
+            assert (await chosen.post(f"/api/v1/runs/{run}/cancel", token)).status_code == 200
+
+        refused = await chosen.post(f"/api/v1/runs/{url}/retry", token)
+        retried = await chosen.post(f"/api/v1/runs/{own}/retry", token)
+        by_operator = await chosen.post(f"/api/v1/runs/{url}/retry", TOKENS["operator"])
+
+        assert (refused.status_code, "'url'" in refused.json()["error"]["message"]) == (403, True)
+        assert (retried.status_code, by_operator.status_code) == (201, 201)
+
+    async def test_the_dashboard_goes_through_the_same_check(self, chosen: Site):
+        url = (await self.run(chosen, TOKENS["operator"], url="http://127.0.0.1/")).json()["id"]
+        await chosen.post(f"/api/v1/runs/{url}/cancel", TOKENS["operator"])
+        async with chosen.client() as client:
+            await client.post("/login", data={"token": chosen.token("org_a")}, headers={"origin": BASE})
+            page = await client.get(f"/runs/{url}")
+            form = {"csrf": csrf_of(page)}
+            answer = await client.post(f"/runs/{url}/retry", data=form, headers={"origin": BASE})
+
+        assert (answer.status_code, "url" in answer.text) == (403, True)

@@ -25,6 +25,7 @@ FULL: dict[str, Any] = LEAST | {
     "scopes": ["read:kb", "read:kb"],
     "audience": "https://api.acme.com",
     "params": {"collection": "faq", "deep": {"list": [1, 2.5, None, True]}},
+    "params_by_hand": ["collection"],
     "requires_flag": {"flag": "model", "equals": "new"},
     "requires_properties": ["region"],
     "variants": [{"flag": "agent-v2", "handler": "acme.digest_v2"}],
