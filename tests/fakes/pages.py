@@ -34,7 +34,9 @@ _FENCE = re.compile(
 _ANY_FENCE = re.compile(r"^ *```.*?^ *```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w.-]+\.\w+)\n")
 _CODE = re.compile(r"`([^`\n]+)`")
-_PROGRAM = re.compile(r"(?:^|[\s(]|/bin/)(?:python3? -m worker|orgworker)(?= )([^\n|;&>)]*)", re.MULTILINE)
+_PROGRAM = re.compile(
+    r"(?:^|[\s(]|/bin/)(?:python3?(?: -P)? -m worker|orgworker)(?= )([^\n|;&>)]*)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +81,7 @@ def service() -> dict[str, str]:
 
 def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
     assert (service["Type"], service["NotifyAccess"], service["KillMode"]) == ("notify", "main", "mixed")
-    assert service["ExecStart"].endswith("-m worker --config /etc/orgworker/worker.toml run")
+    assert service["ExecStart"].endswith("python -P -m worker --config /etc/orgworker/worker.toml run")
 
 
 def test_the_service_lets_a_drain_end(service):
@@ -162,7 +164,7 @@ def test_systemd_finds_no_fault_in_the_unit(name: str, tmp_path: Path):
 def containerfile() -> dict[str, str]:
     """The last stage's steps that stand alone."""
     last = (CONFIG / "Containerfile").read_text().rpartition("\nFROM ")[2]
-    return dict(re.findall(r"(?m)^(USER|WORKDIR|VOLUME|EXPOSE|STOPSIGNAL) (.+)$", last))
+    return dict(re.findall(r"(?m)^(USER|WORKDIR|VOLUME|EXPOSE|STOPSIGNAL|ENTRYPOINT) (.+)$", last))
 
 
 def test_the_image_is_made_from_files_that_exist_and_does_not_run_as_root(containerfile):
@@ -381,3 +383,41 @@ def test_every_locked_package_has_a_hash_and_no_host_or_path_is_named(name):
     assert packages
     assert all("--hash=sha256:" in package for package in packages if "==" in package)
     assert not re.search(r"https?:|file:|--index|--find-links|\s/", text)
+
+
+# What starts Python on a module of ours, as an argument list or in a line for a shell.
+_STARTS = re.compile(r'"-m", "worker|bin/python (?:-P )?-m worker')
+_SAFELY = re.compile(r'"-P", "-m", "worker|bin/python -P -m worker')
+
+
+def test_nothing_that_is_shipped_imports_from_its_working_directory():
+    """A handler may have left a worker/__main__.py there, which `python -m worker` would run."""
+    files = [path for path in CONFIG.rglob("*") if path.is_file() and path.suffix != ".json"]
+    files += [*(ROOT / "worker").rglob("*.py"), ROOT / "dev"]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    starts = {name: len(_STARTS.findall(text)) for name, text in texts.items() if _STARTS.search(text)}
+
+    assert {Path(name).name for name in starts} >= {
+        *("worker.service", "worker-upgrade.service", "orgworker", "Containerfile", "dev"),
+        *("run.py", "zygote_handle.py", "catalogue.py"),
+    }
+    assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}
+
+
+def test_the_image_names_its_settings_and_imports_nothing_from_the_volume(containerfile):
+    entrypoint = json.loads(containerfile["ENTRYPOINT"])
+
+    assert entrypoint[1:] == ["-P", "-m", "worker", "--config", places.CONFIG_PLACES[0]]
+    assert "PYTHONSAFEPATH=1" in (CONFIG / "Containerfile").read_text()
+
+
+@pytest.mark.parametrize("how", [["-m"], ["-P", "-m"]], ids=["the control", "as it is started"])
+def test_a_planted_module_is_run_without_P_only(tmp_path: Path, how: list[str]):
+    (tmp_path / "worker").mkdir()
+    (tmp_path / "worker" / "__init__.py").touch()
+    (tmp_path / "worker" / "__main__.py").write_text("print('planted')")
+
+    command = [sys.executable, *how, "worker", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    assert ("planted" in done.stdout) == (how == ["-m"])

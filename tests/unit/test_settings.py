@@ -14,6 +14,7 @@ from worker import settings as settings_module
 from worker.errors import ConfigurationError
 from worker.settings import IssuerSettings, Settings, gather, load
 
+SHIPPED_PLACES = settings_module.CONFIG_PLACES
 SHIPPED = Path(__file__).parents[2] / "config" / "worker.toml"
 
 
@@ -53,6 +54,41 @@ def test_the_issuer_explained_in_the_shipped_file_is_one_of_defaults():
     issuer = load(written(uncommented), environ={}).issuers["main"]
 
     assert issuer == IssuerSettings(url="https://acme.kinde.com")
+
+
+def test_a_file_in_the_working_folder_gives_way_to_the_administrators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A handler may have written ./worker.toml; that is said on stderr, once."""
+    etc = tmp_path / "etc" / "worker.toml"
+    etc.parent.mkdir()
+    monkeypatch.setattr(settings_module, "CONFIG_PLACES", (str(etc), "worker.toml"))
+    written('[log]\nlevel = "debug"\n')
+    assert load(environ={}).log.level == "debug"
+    assert capsys.readouterr().err == ""
+
+    etc.write_text('[log]\nlevel = "error"\n')
+
+    assert load(environ={}).log.level == load(environ={}).log.level == "error"
+    said = f"{tmp_path}/worker.toml is ignored, since {etc} exists; --config chooses another\n"
+    assert capsys.readouterr().err == said
+    assert load("worker.toml", environ={}).log.level == "debug"
+    assert load(environ={"WORKER_CONFIG": "worker.toml"}).log.level == "debug"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_administrators_place_comes_first():
+    assert SHIPPED_PLACES == ("/etc/orgworker/worker.toml", "worker.toml")
+
+
+def test_a_command_given_where_the_administrators_file_lies_ignores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(settings_module, "CONFIG_PLACES", (str(tmp_path / "worker.toml"), "worker.toml"))
+    written('[log]\nlevel = "debug"\n')
+
+    assert load(environ={}).log.level == "debug"
+    assert capsys.readouterr().err == ""
 
 
 def test_the_first_that_names_a_setting_wins(tmp_path: Path):

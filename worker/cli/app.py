@@ -28,7 +28,7 @@ def before_the_verb(
         typer.Option(
             "--config",
             metavar="FILE",
-            help="The settings; default WORKER_CONFIG, ./worker.toml, /etc/orgworker/worker.toml.",
+            help="The settings; default WORKER_CONFIG, /etc/orgworker/worker.toml, ./worker.toml.",
         ),
     ] = None,
     setting: Annotated[

@@ -84,5 +84,9 @@ class Session:
 
 
 def session_of(context: typer.Context) -> Session:
-    """The session that the options before the verb have made."""
+    """The session that the options before the verb have made; no secret is read before it."""
+    from worker.execution.processes.linux import hide_memory
+
+    # Again, for a command that has `--help` as the value of an option.
+    hide_memory()
     return cast(Session, context.obj)

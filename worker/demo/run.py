@@ -47,7 +47,7 @@ class Stage:
         self._environment = environment
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "worker", "--config", str(self.settings), *arguments]
+        return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
 
     def run(self, *arguments: str) -> None:
         """Run one command as an operator would; its failure ends the demo."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from worker.settings.sections import (
 )
 
 PREFIX = "WORKER_"
-CONFIG_PLACES = ("worker.toml", "/etc/orgworker/worker.toml")
+# Where worker.toml is looked for, the administrator's place first: in a worker's working directory
+# a handler may have left one.
+CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
 
 Keys = tuple[str, ...]
@@ -93,7 +96,7 @@ def gather(
         ConfigurationError: as in `load`, for files.
     """
     environ = os.environ if environ is None else environ
-    said = _from_file(config_path or environ.get(f"{PREFIX}CONFIG") or _found_config())
+    said = _from_file(config_path or environ.get(f"{PREFIX}CONFIG") or _found_config(CONFIG_PLACES))
     variables = _from_variables(environ)
     flags = {tuple(name.split(".")): (value, f"--set {name}") for name, value in (overrides or {}).items()}
     named = [source[keys] for source in (flags, variables, said) if (keys := ("secrets_dir",)) in source]
@@ -144,8 +147,28 @@ def _from_file(path: str | None) -> Said:
         raise ConfigurationError(f"{path} is no TOML: {error}", fix="correct it there") from None
 
 
-def _found_config() -> str | None:
-    return next((place for place in CONFIG_PLACES if Path(place).is_file()), None)
+def _found_config(places: Sequence[str]) -> str | None:
+    there = [place for place in places if _is_there(place)]
+    for ignored in there[1:]:
+        if ignored not in _told and not Path(ignored).samefile(there[0]):
+            _told.add(ignored)
+            print(
+                f"{Path(ignored).absolute()} is ignored, since {there[0]} exists; --config chooses another",
+                file=sys.stderr,
+            )
+    return there[0] if there else None
+
+
+# Files that were reported as ignored: once per process.
+_told: set[str] = set()
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return Path(place).is_file()
+    except PermissionError:
+        # One that this user may not look at is not passed over for another: reading it fails, and says so.
+        return True
 
 
 def _flat(table: Mapping[str, Any], where: str, above: Keys = ()) -> Said:
