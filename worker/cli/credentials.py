@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,6 +105,7 @@ def add(
             client_id=client_id,
             secret=secret,
             reference=reference,
+            secrets_dir=Path(folder) if (folder := session.settings.secrets_dir) else None,
             kind=kind.value,
             actor=session.actor,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from worker.errors import Conflict, NotFound, UsageError
@@ -9,6 +10,7 @@ from worker.ids import OrgId, new_id
 from worker.store import audit, credentials, listing, orgs
 from worker.store.database import Database
 from worker.telemetry.masking import masker
+from worker.tokens.credentials import REFERENCE_FIX, fault_of_reference
 
 Row = dict[str, Any]
 
@@ -30,20 +32,23 @@ def add_credential(
     actor: str,
     secret: str | None = None,
     reference: str | None = None,
+    secrets_dir: Path | None = None,
     kind: str = "client_secret",
 ) -> Row:
     """Add a generation, which is tried first from now on; the ones before stay until they are retired.
 
     Either `secret` (a client secret, or a private key in PEM with `kind` private_key),
-    which `sealer` seals, or `reference`, the name of a file in `secrets_dir`.
+    which `sealer` seals, or `reference`, the name of a file in `secrets_dir`. Where that
+    folder is given, the file is looked at too: it may be no link to another secret.
     Returns the row of `credentials list`.
 
     Raises:
         NotFound: there is no such org.
         Conflict: the org was removed.
-        UsageError: no client id, or not exactly one of secret and reference.
+        UsageError: no client id, not exactly one of secret and reference, or a reference to
+            the key ring, to a setting's secret or out of `secrets_dir`.
     """
-    check_client(client_id, secret, reference)
+    check_client(client_id, secret, reference, secrets_dir)
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
         if row["state"] == "removed":
@@ -102,11 +107,14 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
         )
 
 
-def check_client(client_id: str, secret: str | None, reference: str | None) -> None:
-    """Refuse what can never work, before anything is written.
+def check_client(
+    client_id: str, secret: str | None, reference: str | None, secrets_dir: Path | None = None
+) -> None:
+    """Refuse what can never work or must not, before anything is written.
 
     Raises:
-        UsageError: no client id, or not exactly one of secret and reference.
+        UsageError: no client id, not exactly one of secret and reference, or a reference that
+            `fault_of_reference` finds fault with.
     """
     if not client_id or not client_id.isprintable():
         raise UsageError(
@@ -117,6 +125,8 @@ def check_client(client_id: str, secret: str | None, reference: str | None) -> N
         raise UsageError(
             "a credential is either a secret or the name of a file that holds it", fix="give one of the two"
         )
+    if reference is not None and (fault := fault_of_reference(reference, secrets_dir)) is not None:
+        raise UsageError(f"reference: {reference!r} {fault}", fix=REFERENCE_FIX)
     if secret is not None and not secret.strip():
         raise UsageError("the secret is empty", fix="is the file the right one?")
 

@@ -6,6 +6,7 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 from worker.clock import Clock
@@ -18,6 +19,11 @@ CredentialKind = Literal["client_secret", "private_key"]
 READ_AGAIN = 2.0  # seconds
 UNUSABLE_PAUSE = 60.0
 MAX_ORGS = 50_000
+KEYRING = "keyring"
+REFERENCE_FIX = (
+    "put the client secret alone into a file of secrets_dir, under a name of its own without __ in it; "
+    "`config show` says which folder it is"
+)
 
 
 class Secret:
@@ -62,6 +68,61 @@ class Credential:
     kind: CredentialKind = "client_secret"
     # The `kid` that the issuer knows a private key by, where it wants one.
     signing_key_id: str | None = None
+
+
+def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
+    """Why a reference `file:NAME` may not hold a client secret, or None; asked where it is added and read.
+
+    The file must lie in `secrets_dir` itself, and hold neither the key ring nor a setting: its content
+    is sent to the issuer, whose address may be another's choice. Without `secrets_dir` only the name is
+    judged. A file that is not there yet has no fault.
+    """
+    name = reference.removeprefix("file:")
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
+        return "is no bare name of a file of secrets_dir"
+    if (fault := _fault_of_name(name)) is not None or secrets_dir is None:
+        return fault
+    try:
+        folder = secrets_dir.resolve()
+        # Also a mount of Kubernetes, whose names are links to files of a folder in it.
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder):
+            return "is a link out of secrets_dir"
+        if (fault := _fault_of_name(target.name)) is not None:
+            return fault
+        if target.exists() and target.stat().st_nlink > 1:
+            others = [path for path in target.parent.iterdir() if path.samefile(target)]
+            return next((fault for path in others if (fault := _fault_of_name(path.name))), None)
+    except (OSError, RuntimeError):  # links in a circle, or a folder that is closed: reading says which
+        return None
+    return None
+
+
+def read_reference(reference: str, secrets_dir: Path | None) -> str:
+    """The secret that a reference `file:NAME` names.
+
+    Raises:
+        ConfigurationError: it may not be named, it is not there or it cannot be read.
+    """
+    name = reference.removeprefix("file:")
+    fault = "names a file, and secrets_dir is not set" if secrets_dir is None else None
+    fault = fault_of_reference(reference, secrets_dir) or fault
+    if secrets_dir is None or fault is not None:
+        raise ConfigurationError(f"the reference {reference!r} {fault}", fix=REFERENCE_FIX)
+    try:
+        return (secrets_dir / name).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(
+            f"the secret {name} cannot be read: {why}",
+            fix="put the file into secrets_dir, where the worker's user can read it",
+        ) from None
+
+
+def _fault_of_name(name: str) -> str | None:
+    if name == KEYRING:
+        return "names the key ring"
+    return "names the secret of a setting" if "__" in name else None
 
 
 class CredentialSource(Protocol):

@@ -13,7 +13,7 @@ from worker.store import credentials
 from worker.store.database import Database
 from worker.store.gathered import Gathered
 from worker.telemetry.events import emit
-from worker.tokens.credentials import Credential, Secret
+from worker.tokens.credentials import Credential, Secret, read_reference
 from worker.tokens.sealing import KeyRing
 
 
@@ -84,7 +84,7 @@ class OpenedCredentials:
 
     def _secret(self, row: Mapping[str, Any]) -> str:
         if row["reference"] is not None:
-            return self._read(row["reference"].removeprefix("file:"))
+            return read_reference(row["reference"], self._secrets_dir)
         if self._keyring is None:
             raise ConfigurationError(
                 "no key ring opens the secrets in the database",
@@ -95,17 +95,3 @@ class OpenedCredentials:
         return self._keyring.unseal(
             row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"]
         )
-
-    def _read(self, name: str) -> str:
-        if self._secrets_dir is None or Path(name).name != name:
-            raise ConfigurationError(
-                f"the secret {name} is to be a file of secrets_dir, by its bare name",
-                fix="put the file there; `config show` says which folder it is",
-            )
-        try:
-            return (self._secrets_dir / name).read_text(encoding="utf-8").rstrip("\r\n")
-        except OSError as error:
-            raise ConfigurationError(
-                f"the secret {name} cannot be read: {error.strerror}",
-                fix="put the file into secrets_dir, where the worker's user can read it",
-            ) from None

@@ -83,6 +83,30 @@ def test_a_credential_may_be_a_file_in_the_secrets_folder(database, rows):
     assert rows.credentials[0]["sealed"] is None
 
 
+@pytest.mark.parametrize("reference", ["file:keyring", "file:database__url", "file:../keyring", "file:link"])
+def test_a_credential_names_no_file_but_a_secret_of_its_own(database, rows, tmp_path, reference):
+    add_org(database, ACME, actor="ops")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside").touch()
+
+    with pytest.raises(UsageError, match="reference: ") as caught:
+        add_credential(
+            *(database, None, "org_acme"),
+            **{"client_id": "c1", "actor": "ops", "reference": reference},
+            secrets_dir=tmp_path / "secrets",
+        )
+
+    assert "name of its own" in caught.value.fix
+    assert rows.credentials == []
+
+
+def test_an_import_takes_no_reference(database, keyring, rows):
+    with pytest.raises(UsageError, match="reference"):
+        import_orgs(database, keyring, [line("org_a", reference="file:keyring")], actor="ops")
+    assert rows.credentials == []
+
+
 @pytest.mark.parametrize(
     "wrong", [{"client_id": ""}, {"secret": " \n"}, {"secret": None}, {"reference": "file:x"}]
 )

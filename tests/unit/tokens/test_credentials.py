@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, FakeCredentials
-from worker.errors import CredentialsRejected, StoreUnavailable
-from worker.tokens.credentials import Generations, Secret
+from worker.errors import ConfigurationError, CredentialsRejected, StoreUnavailable
+from worker.tokens.credentials import Generations, Secret, fault_of_reference, read_reference
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +27,80 @@ def test_a_secret_is_not_shown_pickled_or_copied() -> None:
     for copying in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError):
             copying(secret)
+
+
+@pytest.fixture
+def secrets_dir(tmp_path: Path) -> Path:
+    """A folder of secrets as Kubernetes mounts it: names are links through `..data`."""
+    folder = tmp_path / "secrets"
+    (folder / "..2030_01_01").mkdir(parents=True)
+    (folder / "..data").symlink_to("..2030_01_01")
+    for name in ("acme", "keyring", "database__url"):
+        (folder / "..2030_01_01" / name).write_text(f"content of {name}\n")
+        (folder / name).symlink_to(f"..data/{name}")
+    (tmp_path / "outside").write_text("content of outside")
+    return folder
+
+
+HOSTILE = {
+    "file:keyring": "key ring",
+    "keyring": "key ring",
+    "file:database__url": "setting",
+    "file:alerts__webhook_secret": "setting",
+    "file:../outside": "bare name",
+    "file:/etc/passwd": "bare name",
+    "file:..data/keyring": "bare name",
+    "file:..": "bare name",
+    "file:.": "bare name",
+    "file:": "bare name",
+    "file:.keyring.0123456789abcdef": "bare name",
+    "file:acme\n": "bare name",
+}
+LINKS = {
+    "to_outside": "../outside",
+    "to_passwd": "/etc/passwd",
+    "to_keyring": "keyring",
+    "to_link": "to_setting",
+    "to_setting": "..data/database__url",
+}
+
+
+@pytest.mark.parametrize("reference", HOSTILE)
+def test_a_reference_to_what_is_no_orgs_secret_has_a_fault(reference: str, secrets_dir: Path) -> None:
+    for folder in (None, secrets_dir):
+        assert HOSTILE[reference] in (fault_of_reference(reference, folder) or "")
+    with pytest.raises(ConfigurationError, match=HOSTILE[reference]) as caught:
+        read_reference(reference, secrets_dir)
+    assert "content of" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_to_what_is_no_orgs_secret_has_a_fault(name: str, secrets_dir: Path) -> None:
+    for link, target in LINKS.items():
+        (secrets_dir / link).symlink_to(target)
+    assert (secrets_dir / name).read_text(), "the control: without the check its content is read"
+
+    assert fault_of_reference(f"file:{name}", secrets_dir)
+    with pytest.raises(ConfigurationError, match=name):
+        read_reference(f"file:{name}", secrets_dir)
+
+
+def test_a_second_name_of_the_key_ring_has_a_fault(secrets_dir: Path) -> None:
+    (secrets_dir / "plain").mkdir()
+    for name in ("keyring", "acme"):
+        (secrets_dir / "plain" / name).write_text("content")
+    os.link(secrets_dir / "plain" / "keyring", secrets_dir / "plain" / "second")
+    os.link(secrets_dir / "plain" / "acme", secrets_dir / "plain" / "third")
+
+    assert fault_of_reference("file:second", secrets_dir / "plain") == "names the key ring"
+    assert fault_of_reference("file:third", secrets_dir / "plain") is None
+
+
+def test_a_file_of_an_org_is_read_through_the_links_of_a_mount(secrets_dir: Path) -> None:
+    assert read_reference("file:acme", secrets_dir) == "content of acme"
+    assert fault_of_reference("file:not_yet_there", secrets_dir) is None
+    with pytest.raises(ConfigurationError, match="not_yet_there cannot be read: No such file"):
+        read_reference("file:not_yet_there", secrets_dir)
 
 
 def test_secrets_are_equal_by_their_text() -> None:
