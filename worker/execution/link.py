@@ -129,7 +129,8 @@ class RunLink:
         except TokenRefused as refused:
             self.refused = refused
             self._stop.kill()
-            raise
+            # The org reads what its handler logs: this must not name the other org.
+            raise TokenRefused(refused.reason, refused.detail) from None
         return enforced.token, enforced.claims
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:

@@ -25,6 +25,7 @@ from worker.errors import (
 )
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
+from worker.web.redaction import redacted_error
 
 # The first class that an error is of gives the status.
 STATUS: tuple[tuple[type[WorkerError], int], ...] = (
@@ -118,7 +119,8 @@ class Answering:
         retry_after: float | None = None
         match error:
             case WorkerError():
-                status, code, message, fix = status_of(error), error.code, error.message, error.fix
+                status, code = status_of(error), error.code
+                message, fix = redacted_error(error, scope.get("caller"))
                 retry_after = error.retry_after
             case HTTPException():
                 status, fix = error.status_code, ""

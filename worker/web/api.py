@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
 from sqlalchemy import Connection
@@ -28,8 +28,7 @@ from worker.web.answers import encode, json_answer
 from worker.web.body import read_body
 from worker.web.lists import LISTS, limit_of, read_list
 from worker.web.reading import read_for
-
-T = TypeVar("T")
+from worker.web.redaction import Noun, redacted, redacted_row
 
 BASE = "/api/v1"
 LOG_LINES = 1000
@@ -56,7 +55,7 @@ class Api:
             Route(f"{BASE}/definitions/{{org}}/{{name}}/run", self._run_now, methods=["POST"]),
         )
 
-    async def _list(self, name: str, request: Request) -> Response:
+    async def _list(self, name: Noun, request: Request) -> Response:
         given = single(request.query_params.multi_items())
         caller = caller_of(request)
 
@@ -87,8 +86,7 @@ class Api:
 
         def work(connection: Connection) -> bytes:
             run = named_run(connection, request.path_params["run"], caller.org)
-            lines = log_listing.lines_for_all_orgs(connection, RunId(run["id"]), after=after, limit=limit)
-            return encode(lines)
+            return encode(shown_lines(connection, caller, run["id"], after=after, limit=limit))
 
         return json_answer(await read_for(self._database, caller, work))
 
@@ -124,12 +122,13 @@ class Api:
     async def cancel(self, caller: Caller, run: str) -> Row:
         """As `operations.cancel`, for whoever may."""
         caller.require("operator")
-        return await self._do(cancel, run, actor=caller.actor, org=caller.org)
+        return await self._do(caller, cancel, run, actor=caller.actor, org=caller.org)
 
     async def retry(self, caller: Caller, run: str, from_checkpoint: bool) -> Row:
         """As `operations.retry`, for whoever may."""
         caller.require("operator")
         return await self._do(
+            caller,
             retry,
             run,
             actor=caller.actor,
@@ -145,6 +144,7 @@ class Api:
         caller.org_asked_for(org)
         caller.require("operator")
         return await self._do(
+            caller,
             run_now,
             org,
             name,
@@ -154,8 +154,10 @@ class Api:
             by_org=caller.org is not None,
         )
 
-    async def _do(self, operation: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        return await self._database.run(operation, self._database, *args, **kwargs)
+    async def _do(self, caller: Caller, operation: Callable[..., Row], *args: Any, **kwargs: Any) -> Row:
+        """Change something; the row of the run that came of it, as this caller may see it."""
+        row = await self._database.run(operation, self._database, *args, **kwargs)
+        return redacted_row("runs", row, caller)
 
 
 def caller_of(request: Request) -> Caller:
@@ -165,14 +167,27 @@ def caller_of(request: Request) -> Caller:
 
 
 def shown_run(connection: Connection, caller: Caller, run_id: str) -> Row:
-    """One run with all that is known of it.
+    """One run with all that this caller may see of it.
 
     Raises:
         NotFound: there is none, or it is another org's.
     """
     if caller.org is None:
         return run_listing.run_for_all_orgs(connection, run_id)
-    return run_listing.run(connection, caller.org, run_id)
+    return redacted_row("runs", run_listing.run(connection, caller.org, run_id), caller)
+
+
+def shown_lines(
+    connection: Connection,
+    caller: Caller,
+    run_id: str,
+    *,
+    after: tuple[int, int] = log_listing.START,
+    limit: int = LOG_LINES,
+) -> list[Row]:
+    """Lines of the log of a run that this caller may see."""
+    lines = log_listing.lines_for_all_orgs(connection, RunId(run_id), after=after, limit=limit)
+    return redacted("logs", lines, caller)
 
 
 def single(items: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -15,17 +15,17 @@ from starlette.types import Scope
 
 from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError
-from worker.ids import RunId
-from worker.store import definition_listing, listing, log_listing, run_listing
+from worker.store import definition_listing, listing, run_listing
 from worker.store.database import Database
 from worker.store.paging import Row
 from worker.telemetry.events import emit
 from worker.web.access import RANK, Access
-from worker.web.api import Api, caller_of, shown_run, single
+from worker.web.api import Api, caller_of, shown_lines, shown_run, single
 from worker.web.body import read_form
 from worker.web.gate import in_api
 from worker.web.pages import page, render
 from worker.web.reading import read_for
+from worker.web.redaction import redacted, redacted_row
 from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
 
 ROWS = 25
@@ -76,15 +76,18 @@ class Dashboard:
         return await self._show(request, "overview.html", work)
 
     async def _org(self, request: Request) -> Response:
-        org = caller_of(request).org_asked_for(request.path_params["org"]) or ""
+        caller = caller_of(request)
+        org = caller.org_asked_for(request.path_params["org"]) or ""
         after = single(request.query_params.multi_items()).get("after")
 
         def work(connection: Connection) -> dict[str, Any]:
             runs = run_listing.runs(connection, org, limit=ROWS, after=after)
             return {
-                "org": listing.org(connection, org),
-                "definitions": definition_listing.definitions(connection, org),
-                "runs": runs,
+                "org": redacted_row("orgs", listing.org(connection, org), caller),
+                "definitions": redacted(
+                    "definitions", definition_listing.definitions(connection, org), caller
+                ),
+                "runs": redacted("runs", runs, caller),
                 "next": _next(runs),
             }
 
@@ -95,8 +98,7 @@ class Dashboard:
 
         def work(connection: Connection) -> dict[str, Any]:
             run = shown_run(connection, caller, request.path_params["run"])
-            lines = log_listing.lines_for_all_orgs(connection, RunId(run["id"]), limit=LINES)
-            return {"run": run, "lines": lines}
+            return {"run": run, "lines": shown_lines(connection, caller, run["id"], limit=LINES)}
 
         return await self._show(request, "run.html", work)
 

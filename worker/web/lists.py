@@ -15,6 +15,7 @@ from worker.errors import UsageError
 from worker.store import catalogue, definition_listing, listing, run_listing, template_listing
 from worker.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Row
 from worker.web.access import Caller, Role
+from worker.web.redaction import Noun, redacted
 
 PAGE = {"limit", "after"}
 
@@ -48,9 +49,7 @@ def _own_definitions(connection: Connection, org: str) -> list[Row]:
 def _own_templates(connection: Connection, org: str) -> list[Row]:
     """Those that made a definition of this org; which orgs a template is for is not this org's business."""
     names = sorted({row["template"] for row in _own_definitions(connection, org)} - {None})
-    rows = [template_listing.template_for_all_orgs(connection, name) for name in names]
-    hidden = ("orgs", "orgs_done", "orgs_total", "updated_by", "spec")
-    return [{name: value for name, value in row.items() if name not in hidden} for row in rows]
+    return [template_listing.template_for_all_orgs(connection, name) for name in names]
 
 
 def _own_handlers(connection: Connection, org: str) -> list[Row]:
@@ -63,7 +62,7 @@ def _listing(of_org: Read, of_all: Read, filters: str = "", role: Role = "viewer
     return Listing(of_org, of_all, frozenset(filters.split()), role)
 
 
-LISTS: Mapping[str, Listing] = {
+LISTS: Mapping[Noun, Listing] = {
     "orgs": _listing(_own_org, listing.orgs_for_all_orgs, "state since limit after"),
     "definitions": _listing(
         definition_listing.definitions,
@@ -84,15 +83,21 @@ SHORT = {_own_org, _own_templates, _own_handlers, listing.credentials}
 
 
 def read_list(
-    connection: Connection, name: str, caller: Caller, given: Mapping[str, str], clock: Clock
+    connection: Connection, name: Noun, caller: Caller, given: Mapping[str, str], clock: Clock
 ) -> list[Row]:
-    """The rows of one list that this caller may see, newest first.
+    """The rows of one list that this caller may see, as it may see them, newest first.
 
     Raises:
         AccessDenied: the caller's role does not reach so far.
         NotFound: an org that does not exist, for this caller at least, or no such row to go on after.
         UsageError: a parameter that the list does not have, or a value that it cannot be.
     """
+    return redacted(name, _rows(connection, name, caller, given, clock), caller)
+
+
+def _rows(
+    connection: Connection, name: Noun, caller: Caller, given: Mapping[str, str], clock: Clock
+) -> list[Row]:
     wanted = LISTS[name]
     # An org's own credentials and audit are its own business.
     if caller.org is None:

@@ -1,0 +1,288 @@
+"""What an org's own token sees names no other org, person, worker or path, wherever it looks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import insert, select, update
+
+from tests.integration.web.conftest import BASE, TOKENS, Site
+from worker.errors import StoreUnavailable
+from worker.ids import new_id
+from worker.operations.pause import pause_definition
+from worker.operations.run_now import run_now
+from worker.store import definition_listing, listing, log_listing, run_listing, tables, template_listing
+from worker.store.database import Database
+from worker.web.access import Caller
+from worker.web.lists import LISTS
+from worker.web.redaction import NOT_LOADED, OTHER_ORG, RULES, redacted_row, without_paths
+
+pytestmark = pytest.mark.anyio
+on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+
+API = "/api/v1"
+WORKER_ID = "01900000-0000-7000-8000-00000000cafe"
+FOREIGN = "the token is for the org 'org_canary', not for org_a"
+# Each stands in some column of org_a's own rows, and only operators may see it.
+CANARIES = {
+    "another org": "org_canary",
+    "a path": "/srv/canary",
+    "a person": "mallory",
+    "a worker": WORKER_ID,
+    "an operator's words": "words-of-mallory",
+    "a key": "canary-key",
+    "a secret's file": "canary-secret",
+    "a trace": "canary-trace",
+    "which orgs a template is for": "canary-tag",
+}
+
+
+@pytest.fixture
+def planted(staffed: Site) -> tuple[Site, dict[str, str]]:
+    """Org a with canaries in every row of its own; its runs by the name of what became of them."""
+    database, at = staffed.database, staffed.clock.now()
+    run = {
+        name: run_now(database, "org_a", "digest", actor="mallory")["id"]
+        for name in ("refused", "failed", "no_token", "handed_back")
+    }
+    pause_definition(database, "org_a", "digest", actor="mallory", note="words-of-mallory")
+    traced = {"type": "OSError", "message": "no /srv/canary/x here", "trace": "canary-trace"}
+    refused = {"type": "Refused", "message": FOREIGN}
+    with database.transaction() as connection:
+        org_id = connection.execute(
+            select(tables.orgs.c.id).where(tables.orgs.c.code == "org_a")
+        ).scalar_one()
+        _end(connection, run["refused"], at, "refused", "org_mismatch", "other_org", refused)
+        _end(connection, run["failed"], at, "failed", "error", "see /srv/canary/y", traced)
+        for name, outcome, error in (("refused", "refused", refused), ("failed", "failed", traced)):
+            row = {
+                "run_id": run[name],
+                "attempt": 1,
+                "org_id": org_id,
+                "worker_id": WORKER_ID,
+                "fencing_token": 1,
+                "handler": "acme.digest",
+                "started_at": at,
+                "ended_at": at,
+                "outcome": outcome,
+                "error": error,
+                "error_cause": f"{error['type']}: {error['message']}",
+                "claims": {"org_code": "org_canary" if name == "refused" else "org_a"},
+            }
+            connection.execute(insert(tables.attempts).values(row))
+        live = tables.live_runs
+        for reason, detail in (
+            ("no_token", "configuration: the secret /srv/canary/s of org_canary is not a file"),
+            ("handed_back", "no process could be started on mallory: /srv/canary"),
+        ):
+            connection.execute(
+                update(live).where(live.c.id == run[reason]).values(reason=reason, detail=detail)
+            )
+        for seq, text in enumerate(('File "/srv/canary/jobs.py", line 3', "opened /srv/canary/x: no")):
+            line = {"run_id": run["failed"], "attempt": 1, "seq": seq, "org_id": org_id, "at": at}
+            line |= {"level": "info", "source": "stderr", "text": text}
+            connection.execute(insert(tables.run_logs).values(line))
+        org = {"state_by": "mallory", "state_note": "words-of-mallory", "state_at": at}
+        connection.execute(update(tables.orgs).where(tables.orgs.c.id == org_id).values(org))
+        credential = {"reference": "file:canary-secret", "key_id": "canary-key", "created_by": "mallory"}
+        credential |= {"last_error": "cannot read /srv/canary/s"}
+        credentials = tables.credentials
+        connection.execute(update(credentials).where(credentials.c.org_id == org_id).values(credential))
+        connection.execute(
+            update(tables.catalogue)
+            .where(tables.catalogue.c.name == "acme.digest")
+            .values(error="OSError: /srv/canary/jobs.py")
+        )
+        template = {
+            "id": new_id(),
+            "name": "nightly",
+            "revision": 1,
+            "selector": {"tags": ["canary-tag"]},
+            "spec": {"handler": "acme.digest", "schedule": "@daily"},
+            "change": 99,
+            "created_at": at,
+            "updated_at": at,
+            "updated_by": "mallory",
+        }
+        connection.execute(insert(tables.templates).values(template))
+        definitions = tables.definitions
+        connection.execute(
+            update(definitions).where(definitions.c.org_id == org_id).values(template_id=template["id"])
+        )
+        skip = {"id": new_id(), "org_id": org_id, "revision": 1, "skipped_from": at, "skipped_until": at}
+        skip["definition_id"] = connection.execute(
+            select(definitions.c.id).where(definitions.c.org_id == org_id)
+        ).scalar_one()
+        connection.execute(insert(tables.skips).values(skip | {"count": 1, "reason": "missed"}))
+    return staffed, run
+
+
+def _end(connection: Any, run: str, at: Any, state: str, reason: str, detail: str, error: Any) -> None:
+    live, runs = tables.live_runs, tables.runs
+    connection.execute(live.delete().where(live.c.id == run))
+    ended = {"state": state, "reason": reason, "detail": detail, "error": error, "worker_id": WORKER_ID}
+    connection.execute(
+        update(runs).where(runs.c.id == run).values(finished_at=at, started_at=at, attempt=1, **ended)
+    )
+
+
+async def answers(site: Site, token: str, run: dict[str, str]) -> dict[str, httpx.Response]:
+    """Every list, every run with its parts, and what comes of acting."""
+    paths = [f"{API}/{name}" for name in LISTS]
+    paths += [f"{API}/runs/{one}{part}" for one in run.values() for part in ("", "/attempts", "/logs")]
+    seen = {path: await site.get(path, token) for path in paths}
+    for path in (f"{API}/runs/{run['failed']}/retry", f"{API}/runs/{run['no_token']}/cancel"):
+        seen[path] = await site.post(path, token)
+    seen["run"] = await site.post(f"{API}/definitions/org_a/digest/run", token)
+    return seen
+
+
+async def pages(site: Site, token: str, run: dict[str, str]) -> dict[str, httpx.Response]:
+    async with site.client() as client:
+        await client.post("/login", data={"token": token}, headers={"origin": BASE})
+        paths = ["/orgs/org_a", *(f"/runs/{one}" for one in run.values())]
+        return {path: await client.get(path) for path in paths}
+
+
+@on_either
+async def test_an_org_finds_no_canary_in_any_answer(planted: tuple[Site, dict[str, str]]):
+    site, run = planted
+    seen = await answers(site, site.token("org_a"), run) | await pages(site, site.token("org_a"), run)
+
+    for path, answer in seen.items():
+        assert answer.is_success, (path, answer.text)
+        assert [what for what, canary in CANARIES.items() if canary in answer.text] == [], path
+        assert WORKER_ID[-12:] not in answer.text, path
+
+
+async def test_an_operator_finds_every_one_of_them(planted: tuple[Site, dict[str, str]]):
+    """The control: the canaries are where the org looked."""
+    site, run = planted
+    seen = await answers(site, TOKENS["admin"], run)
+
+    text = "".join(answer.text for answer in seen.values())
+    assert [what for what, canary in CANARIES.items() if canary not in text] == []
+    assert "org_canary" in seen[f"{API}/runs/{run['refused']}"].text
+    page = (await pages(site, TOKENS["admin"], run))[f"/runs/{run['refused']}"]
+    assert "org_canary" in page.text
+
+
+async def test_what_the_org_sees_instead(planted: tuple[Site, dict[str, str]]):
+    site, run = planted
+    token = site.token("org_a")
+
+    async def get(path: str) -> Any:
+        return (await site.get(f"{API}/{path}", token)).json()
+
+    refused = await get(f"runs/{run['refused']}")
+    assert (refused["state"], refused["reason"], refused["detail"]) == (
+        "refused",
+        "org_mismatch",
+        "other_org",
+    )
+    assert refused["error"] == {"type": "Refused", "message": OTHER_ORG}
+    assert refused["attempts"][0]["error"] == refused["error"]
+    failed = await get(f"runs/{run['failed']}")
+    assert failed["error"] == {"type": "OSError", "message": "no <path> here"}
+    assert failed["detail"] == "see <path>"
+    assert (await get(f"runs/{run['no_token']}"))["detail"] == "configuration"
+    assert (await get(f"runs/{run['handed_back']}"))["detail"] is None
+    assert [line["text"] for line in await get(f"runs/{run['failed']}/logs")] == [
+        'File "<path>", line 3',
+        "opened <path>: no",
+    ]
+    assert (await get("handlers"))[0]["error"] == NOT_LOADED
+    assert (await get("credentials"))[0]["reference"] == "file"
+    [definition] = await get("definitions")
+    assert (definition["paused_by"], definition["pause_note"]) == ("operator", None)
+    assert {row["actor"] for row in await get("audit")} == {"operator"}
+    await site.post(f"{API}/definitions/org_a/digest/run", token)
+    assert (await get("audit"))[0]["actor"] == "org:org_a"
+
+
+async def test_what_a_worker_notes_of_itself_is_shown(planted: tuple[Site, dict[str, str]]):
+    site, _ = planted
+    pause_definition(site.database, "org_a", "digest", actor="worker", note="7 failures")
+
+    [definition] = (await site.get(f"{API}/definitions", site.token("org_a"))).json()
+
+    assert (definition["paused_by"], definition["pause_note"]) == ("worker", "7 failures")
+
+
+async def test_every_column_has_a_rule(planted: tuple[Site, dict[str, str]]):
+    """A new column is not shown to orgs until somebody has decided about it; here it is missed."""
+    site, run = planted
+    rows = _rows(site.database, run["failed"])
+
+    assert rows.keys() == RULES.keys()
+    left_out = {"templates": {"orgs", "orgs_done", "orgs_total", "updated_by", "spec"}}
+    for noun, row in rows.items():
+        assert set(row) - left_out.get(noun, set()) == RULES[noun].keys(), noun
+
+
+def _rows(database: Database, run: str) -> dict[str, Any]:
+    with database.autocommit() as connection:
+        shown = run_listing.run(connection, "org_a", run)
+        handlers = connection.execute(select(tables.catalogue)).mappings().first()
+        return {
+            "orgs": listing.org(connection, "org_a"),
+            "definitions": definition_listing.definitions(connection, "org_a")[0],
+            "templates": template_listing.template_for_all_orgs(connection, "nightly"),
+            "runs": shown,
+            "attempts": shown["attempts"][0],
+            "logs": log_listing.lines_for_all_orgs(connection, shown["id"])[0],
+            "skips": listing.skips(connection, "org_a")[0],
+            "handlers": dict(handlers or {}),
+            "credentials": listing.credentials(connection, "org_a")[0],
+            "audit": listing.audit(connection, "org_a")[0],
+        }
+
+
+def test_a_column_without_a_rule_is_left_out():
+    org = Caller("org_a", "viewer", org="org_a")
+
+    assert redacted_row("skips", {"id": 1, "host": "db1"}, org) == {"id": 1}
+    assert redacted_row("skips", {"id": 1, "host": "db1"}, Caller("ada", "viewer")) == {
+        "id": 1,
+        "host": "db1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("open /opt/app/x.py: no such file", "open <path>: no such file"),
+        ('File "/usr/lib/python3.11/json/decoder.py", line 1', 'File "<path>", line 1'),
+        ("sqlite:////var/lib/orgworker/worker.db is locked", "sqlite:<path> is locked"),
+        ("(/home/ada/.ssh/id)", "(<path>)"),
+        ("404 of https://api.acme.com/home/articles", "404 of https://api.acme.com/home/articles"),
+        ("GET /v1/articles?page=2", "GET /v1/articles?page=2"),
+        ("either/or, 3/4 and /", "either/or, 3/4 and /"),
+    ],
+)
+def test_paths_of_files_are_hidden_and_those_of_urls_are_not(text: str, shown: str):
+    assert without_paths(text) == shown
+
+
+@pytest.mark.parametrize("text", ["/" * 100_000, "/opt" * 50_000, "/opt/" + "a" * 100_000 + "'"])
+def test_hiding_paths_takes_linear_time(text: str):
+    assert len(re.sub("<path>", "", without_paths(text))) <= len(text)
+
+
+async def test_an_unavailable_database_tells_nobody_but_operators_where_it_is(
+    staffed: Site, monkeypatch: pytest.MonkeyPatch
+):
+    def gone(*_: object) -> None:
+        raise StoreUnavailable("the database did not answer: connection to server at 10.0.0.3 failed")
+
+    monkeypatch.setattr("worker.web.api.read_list", gone)
+
+    org = await staffed.get(f"{API}/runs", staffed.token("org_a"))
+    operator = await staffed.get(f"{API}/runs", TOKENS["viewer"])
+
+    assert (org.status_code, org.json()["error"]["code"]) == (503, "database_unavailable")
+    assert "10.0.0.3" not in org.text
+    assert "10.0.0.3" in operator.text
