@@ -30,7 +30,7 @@ class Params(BaseModel):
     """The base URL of the knowledge base, which is read with the org's token."""
     chat: str
     """The base URL of an OpenAI-compatible chat endpoint, which never sees that token."""
-    collection: str = "faq"
+    collection: str = Field("faq", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
     """Which of the org's collections is read."""
     page_size: int = Field(3, ge=1, le=100)
     """Articles a page; after each page there is a checkpoint."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from worker import Context, PermanentError, Retry, job
 
-# Params are stored in the clear; the org's token is added by `ctx.http` itself.
+# Params are stored in the clear; the org's token is added by `ctx.public_http` itself.
 FORBIDDEN_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie"})
 MAX_BODY = 64 * 1024
 
@@ -51,11 +51,15 @@ class UnexpectedAnswer(Exception):
 async def http_request(ctx: Context[Params, Any]) -> dict[str, Any] | Retry:
     """Send the request and return the status and the body, the first 64 KiB of it.
 
+    It reaches public addresses, and the origins that the operator lists. Redirects are not followed.
+
     Without `expect` any 2xx is success. 429 and 503 wait as long as they ask for;
     other 4xx are not tried again; 5xx and lost connections are.
     """
     url = fill_in(ctx.params.url, ctx.org.code, ctx.run.scheduled_for.isoformat())
-    async with ctx.http.stream(
+    if not is_url(url):
+        raise PermanentError(f"{url} is not a URL")
+    async with ctx.public_http.stream(
         ctx.params.method,
         url,
         headers=ctx.params.headers,
@@ -80,6 +84,14 @@ def fill_in(url: str, org_code: str, scheduled_for: str) -> str:
     return url.replace("{org_code}", quote(org_code, safe="")).replace(
         "{scheduled_for}", quote(scheduled_for, safe="")
     )
+
+
+def is_url(text: str) -> bool:
+    """Whether a request can be sent there: it can be read as a URL, and has a host."""
+    try:
+        return bool(httpx.URL(text).host)
+    except httpx.InvalidURL:
+        return False
 
 
 async def read_capped(response: httpx.Response) -> bytes:

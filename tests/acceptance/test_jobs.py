@@ -62,6 +62,26 @@ def test_http_request_calls_the_api_with_the_orgs_token(ready, api):
     assert run["result"]["body"]["org"] == "org_acme"
 
 
+def test_http_request_reaches_a_private_address_only_where_its_origin_is_listed(site, api):
+    site.configure(execution=f'private_origins = ["{api.url}"]')
+    site.add_orgs(application("org_acme"))
+    other_name = api.articles.replace("127.0.0.1", "localhost")
+    site.apply(
+        definition("org_acme", "listed", "http.request", params={"url": api.articles})
+        + definition("org_acme", "other", "http.request", params={"url": other_name})
+    )
+    site.start_worker()
+    site.cli("definitions", "run", "org_acme", "listed")
+    site.cli("definitions", "run", "org_acme", "other")
+
+    reached, refused = site.wait_for_end(definition="listed"), site.wait_for_end(definition="other")
+
+    # It is reached, and without the token: that goes to api_origins only.
+    assert reached["error"]["message"].endswith("answered 401")
+    assert (refused["state"], refused["attempt"]) == ("failed", 1)
+    assert "localhost has a loopback address" in refused["error"]["message"]
+
+
 def test_the_digest_reads_every_page_as_the_orgs_properties_say(ready, api):
     params = {"knowledge_base": api.url, "chat": api.url, "page_size": 3}
     variants = [{"flag": "agent-v2", "handler": "assistant.digest_v2"}]

@@ -34,7 +34,7 @@ class FakeContext:
             fencing_token=1,
             idempotency_key="01234567-89ab-7def-8123-456789abcdef",
         )
-        self.http = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
+        self.http = self.public_http = httpx.AsyncClient(transport=httpx.MockTransport(self.answer))
         self.log = logging.getLogger("tests.context")
 
     async def save(self, data: Any) -> None:

@@ -184,7 +184,19 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("[issuers.main]\nprofile = 'kinde'", "worker.toml: issuers.main.url: Field required"),
         (
             "[issuers.main]\nurl = 'https://a'\napi_origins = ['https://b/path']",
-            "issuers.main.api_origins: 'https://b/path' is no origin",
+            "issuers.main.api_origins: 'https://b/path' is not an origin",
+        ),
+        (
+            "[issuers.main]\nurl = 'https://a'\napi_origins = ['http://api.acme.com']",
+            "worker.toml: issuers.main.api_origins: http://api.acme.com would carry each org's token",
+        ),
+        (
+            "[issuers.main]\nurl = 'https://a'\napi_origins = ['https://ada:pass@word@b']",
+            "issuers.main.api_origins: 'https://***@b' is not an origin",
+        ),
+        (
+            "[execution]\nprivate_origins = ['10.0.0.5:8080']",
+            "execution.private_origins: '10.0.0.5:8080' is not an origin",
         ),
         ("[issuers.Main]\nurl = 'https://a'", "issuers.Main: String should match pattern"),
         ("database = 'x'", "worker.toml: database: Input should be a valid dictionary"),
@@ -262,3 +274,18 @@ class TestKeyring:
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load(environ={}).execution.lease = timedelta(seconds=1)  # type: ignore[misc]
+
+
+def test_an_api_origin_may_be_unencrypted_on_this_machine_or_where_that_is_listed():
+    issuer = (
+        "[issuers.main]\nurl = 'https://a'\napi_origins = ['http://127.0.0.1:8490', 'http://api.acme.com']\n"
+    )
+
+    settings = load(
+        written(issuer + "[execution]\ninsecure_origins = ['http://api.acme.com:80']"), environ={}
+    )
+
+    assert settings.issuers["main"].api_origins == ("http://127.0.0.1:8490", "http://api.acme.com")
+    with pytest.raises(ConfigurationError, match="http://api.acme.com would carry") as refused:
+        load(written(issuer), environ={"WORKER_EXECUTION__INSECURE_ORIGINS": "http://api.acme.com:8080"})
+    assert "[execution] insecure_origins" in refused.value.fix

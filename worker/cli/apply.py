@@ -54,6 +54,7 @@ def apply(
             prune=prune,
             allow_unknown_handlers=allow_unknown_handlers,
             inline=session.settings.execution.inline,
+            insecure_origins=session.settings.execution.insecure_origins,
             issuers=session.settings.issuers,
         )
     rows = [change.as_row() for change in changes]

@@ -181,6 +181,7 @@ def edit(
             actor=session.actor,
             revision=revision,
             inline=session.settings.execution.inline,
+            insecure_origins=session.settings.execution.insecure_origins,
         )
     print_row(row, output)
 

@@ -37,17 +37,19 @@ def doctor(
 
     session = session_of(context)
     with session.database() as database:
-        findings = examine(database)
+        findings = examine(database, session.settings.execution)
         if bundle is not None:
             _write(bundle, session, database)
     rows = [finding.as_row() for finding in findings]
     print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
-    failed = [finding for finding in findings if not finding.ok]
-    for finding in failed:
-        say(f"fix: {finding.check}: {finding.fix}")
+    for finding in findings:
+        if not finding.ok:
+            say(f"fix: {finding.check}: {finding.fix}")
+        elif finding.fix:
+            say(f"warning: {finding.check}: {finding.detail}; {finding.fix}")
     if bundle is not None:
         say(f"{bundle} is written; read it before you send it")
-    return FAILED if failed else 0
+    return 0 if all(finding.ok for finding in findings) else FAILED
 
 
 def _write(path: str, session: Session, database: Database) -> None:

@@ -120,7 +120,9 @@ class Definition:
     max_claims_age: timedelta | None = None
     """A token older than this is renewed before a run; at least `60s`."""
     api_origins: tuple[str, ...] | None = None
-    """Where `ctx.http` sends the token; else the issuer's."""
+    """Where `ctx.http` sends the token; else the issuer's. `http://` only for loopback addresses and for
+    `[execution] insecure_origins`.
+    """
     enabled: bool = True
     """While false nothing is due."""
 

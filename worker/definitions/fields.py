@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from worker.clock import from_text
+from worker.definitions.origins import parse_origin
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import DefinitionError
 
@@ -139,12 +139,10 @@ def texts(value: Any) -> tuple[str, ...]:
 
 def origins(value: Any) -> tuple[str, ...]:
     """Origins as RFC 6454 writes them: scheme, host and port, and nothing else."""
-    for item in texts(value):
-        parts = urlsplit(item)
-        bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username is not None)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not bare:
-            raise ValueError(f"{item!r} is no origin; write scheme and host, such as https://api.acme.com")
-    return texts(value)
+    listed = texts(value)
+    for item in listed:
+        parse_origin(item)
+    return listed
 
 
 def json_table(value: Any) -> Mapping[str, Any]:

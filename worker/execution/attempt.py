@@ -160,6 +160,8 @@ async def _carry(held: Held, plan: Plan, terms: Terms, trail: Trail, tools: Tool
         memory=terms.memory,
         isolation=run.isolation,
         traceparent=traceparent(run.id, run.fencing_token),
+        private_origins=tools.plans.private_origins,
+        insecure_origins=tools.plans.insecure_origins,
     )
     with Deadline(tools.deadlines, held.stop, terms.timeout, terms.cancel_grace):
         outcome = await tools.runners[run.isolation].run(work, link, held.stop)

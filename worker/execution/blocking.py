@@ -24,7 +24,7 @@ from worker.execution.inline import LAST_STEPS, RunLogger, end_early, resolve
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work, save_for_sure
 from worker.handlers.calling import call_blocking, outcome_of_error
-from worker.handlers.context import BlockingCancellation, BlockingContext, Given
+from worker.handlers.context import BlockingCancellation, BlockingContext, Given, close_blocking_http
 from worker.handlers.job import Job
 from worker.handlers.line import BlockingLine
 from worker.handlers.models import load
@@ -88,8 +88,7 @@ class Blocking:
             try:
                 return call_blocking(job, ctx)
             finally:
-                if "http" in ctx.__dict__:
-                    ctx.http.close()
+                close_blocking_http(ctx)
         except SystemExit as end:
             return exited(end.code if isinstance(end.code, int) else int(end.code is not None))
         except BaseException as error:

@@ -30,4 +30,6 @@ def given_for(work: Work, job: Job, log: logging.Logger, clock: Clock) -> Given[
         log=log,
         held=Held(work.token, work.claims, clock),
         traceparent=work.traceparent,
+        private_origins=work.private_origins,
+        insecure_origins=work.insecure_origins,
     )

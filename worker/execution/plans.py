@@ -9,6 +9,8 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.definitions.definition import Definition, from_spec
+from worker.definitions.origins import check_encrypted
+from worker.errors import ConfigurationError, DefinitionError
 from worker.execution.terms import Terms
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
@@ -48,12 +50,23 @@ class PlanStore(Protocol):
 class Plans:
     """Plans by definition and revision, the least recently used dropped first.
 
-    `api_origins` are those of each issuer; a definition's replace them.
+    `api_origins` are those of each issuer; a definition's replace them. The others are
+    `[execution] private_origins` and `insecure_origins`, the same for every run.
     """
 
-    def __init__(self, store: PlanStore, clock: Clock, *, api_origins: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        store: PlanStore,
+        clock: Clock,
+        *,
+        api_origins: Mapping[str, tuple[str, ...]],
+        private_origins: tuple[str, ...] = (),
+        insecure_origins: tuple[str, ...] = (),
+    ) -> None:
         self._store = store
         self._api_origins = api_origins
+        self.private_origins = private_origins
+        self.insecure_origins = insecure_origins
         self._clock = clock
         self._plans: OrderedDict[tuple[DefinitionId, int], tuple[float, Plan]] = OrderedDict()
 
@@ -62,6 +75,7 @@ class Plans:
 
         Raises:
             DefinitionError: the stored spec is not understood by this version.
+            ConfigurationError: its token would go unencrypted to an origin that the operator did not allow.
             Unavailable: the database did not answer.
         """
         key = (run.definition_id, run.revision)
@@ -72,13 +86,21 @@ class Plans:
             return kept[1]
         context = await self._store.org_and_definition(run)
         definition = from_spec(context.org_code, context.definition_name, context.spec)
-        origins = definition.api_origins
+        named = definition.api_origins
+        origins = self._api_origins.get(context.issuer, ()) if named is None else named
+        try:
+            check_encrypted(
+                origins, self.insecure_origins, entry=f"definition {definition.org}/{definition.name}"
+            )
+        except DefinitionError as error:
+            # Stored before the rule, or since allowed no longer: the run waits for the operator.
+            raise ConfigurationError(f"{error.message}; {error.fix}") from error
         plan = Plan(
             definition=definition,
             org=OrgRef(context.org_id, context.org_code),
             org_name=context.org_name,
             issuer=context.issuer,
-            api_origins=self._api_origins.get(context.issuer, ()) if origins is None else origins,
+            api_origins=origins,
         )
         self._plans[key] = (now, plan)
         self._plans.move_to_end(key)

@@ -50,6 +50,8 @@ class Subject:
     definition: Definition
     issuer: str = "made-up"
     api_origins: tuple[str, ...] = ()
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
 
 
 class Trial:
@@ -89,7 +91,13 @@ class Trial:
         for entry in offered:
             offers.add(entry)
         self._tools = Tools(
-            plans=Plans(self, clock, api_origins={subject.issuer: subject.api_origins}),
+            plans=Plans(
+                self,
+                clock,
+                api_origins={subject.issuer: subject.api_origins},
+                private_origins=subject.private_origins,
+                insecure_origins=subject.insecure_origins,
+            ),
             tokens=tokens,
             offers=offers,
             runners={isolation: runner},

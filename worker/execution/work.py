@@ -25,7 +25,8 @@ class Work:
 
     `entry_point` is `module:attribute`, `timeout_at` the instant of the run's
     deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved,
-    `traceparent` the handler's place in its run's trace, where there is one.
+    `traceparent` the handler's place in its run's trace, where there is one. The
+    origins are those of the settings of the same names.
     """
 
     run_id: RunId
@@ -47,6 +48,8 @@ class Work:
     memory: int | None = None
     isolation: Isolation = "child"
     traceparent: str | None = None
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
 
 
 class Link(Protocol):

@@ -24,6 +24,8 @@ P = TypeVar("P")
 S = TypeVar("S")
 
 NOTE_LIMIT = 500
+# The members that are HTTP clients, each made at its first use.
+CLIENTS = frozenset({"http", "public_http"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ class Given(Generic[P, S]):
     log: logging.Logger
     held: Held
     traceparent: str | None = None
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
 
 
 class _Shared(Generic[P, S]):
@@ -145,6 +149,9 @@ class _Shared(Generic[P, S]):
         self.log = given.log
         self._held = given.held
         self._origins = given.api_origins
+        # Where `public_http` connects to any address.
+        self._trusted = (*given.api_origins, *given.private_origins)
+        self._insecure_origins = given.insecure_origins
         self._traceparent = given.traceparent
         self._to_worker = line
 
@@ -175,10 +182,25 @@ class Context(_Shared[P, S]):
     @cached_property
     def http(self) -> httpx.AsyncClient:
         """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
+        return self._client(None)
+
+    @cached_property
+    def public_http(self) -> httpx.AsyncClient:
+        """As `ctx.http`, for a URL from params: it reaches public addresses and listed origins only."""
+        from worker.handlers.public_http import PublicTransport
+
+        return self._client(PublicTransport(self._trusted))
+
+    def _client(self, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
         from worker.handlers.http import org_client
 
         return org_client(
-            self._source, self._origins, self.run.idempotency_key, traceparent=self._traceparent
+            self._source,
+            self._origins,
+            self.run.idempotency_key,
+            insecure_origins=self._insecure_origins,
+            traceparent=self._traceparent,
+            transport=transport,
         )
 
     async def token(self) -> AccessToken:
@@ -205,10 +227,25 @@ class BlockingContext(_Shared[P, S]):
     @cached_property
     def http(self) -> httpx.Client:
         """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
+        return self._client(None)
+
+    @cached_property
+    def public_http(self) -> httpx.Client:
+        """As `ctx.http`, for a URL from params: it reaches public addresses and listed origins only."""
+        from worker.handlers.public_http import BlockingPublicTransport
+
+        return self._client(BlockingPublicTransport(self._trusted))
+
+    def _client(self, transport: httpx.BaseTransport | None) -> httpx.Client:
         from worker.handlers.http import blocking_org_client
 
         return blocking_org_client(
-            self._source, self._origins, self.run.idempotency_key, traceparent=self._traceparent
+            self._source,
+            self._origins,
+            self.run.idempotency_key,
+            insecure_origins=self._insecure_origins,
+            traceparent=self._traceparent,
+            transport=transport,
         )
 
     def token(self) -> AccessToken:
@@ -224,9 +261,15 @@ class BlockingContext(_Shared[P, S]):
 
 
 async def close_http(ctx: Context[Any, Any]) -> None:
-    """Close the client of a handler that has ended, if it has used one."""
-    if "http" in ctx.__dict__:
-        await ctx.http.aclose()
+    """Close the clients of a handler that has ended, those that it has used."""
+    for name in CLIENTS & ctx.__dict__.keys():
+        await getattr(ctx, name).aclose()
+
+
+def close_blocking_http(ctx: BlockingContext[Any, Any]) -> None:
+    """The same for a handler that blocks."""
+    for name in CLIENTS & ctx.__dict__.keys():
+        getattr(ctx, name).close()
 
 
 def check_progress(done: Any, total: Any) -> None:

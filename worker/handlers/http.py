@@ -8,6 +8,7 @@ from functools import cache
 
 import httpx
 
+from worker.definitions.origins import is_loopback
 from worker.handlers.line import BlockingTokenSource, TokenSource
 
 Origin = tuple[str, str, int | None]
@@ -36,8 +37,14 @@ def repeatable(request: httpx.Request) -> bool:
 class _OrgAuth(httpx.Auth):
     """Adds the token where the origin is listed and the handler set no Authorization of its own."""
 
-    def __init__(self, origins: Iterable[str]) -> None:
-        self._origins = frozenset(origin_of(origin) for origin in origins)
+    def __init__(self, origins: Iterable[str], insecure: Iterable[str]) -> None:
+        allowed = frozenset(origin_of(origin) for origin in insecure)
+        # An unencrypted origin was refused where it was configured; here the token stays behind in any case.
+        self._origins = frozenset(
+            origin
+            for origin in map(origin_of, origins)
+            if origin[0] == "https" or is_loopback(origin[1]) or origin in allowed
+        )
         self._sent: set[str] = set()
 
     def wanted(self, request: httpx.Request) -> bool:
@@ -68,8 +75,8 @@ class _OrgAuth(httpx.Auth):
 class OrgAuth(_OrgAuth):
     """The token for an `AsyncClient`; a 401 mints a fresh one, once a request."""
 
-    def __init__(self, source: TokenSource, origins: Iterable[str]) -> None:
-        super().__init__(origins)
+    def __init__(self, source: TokenSource, origins: Iterable[str], insecure: Iterable[str] = ()) -> None:
+        super().__init__(origins, insecure)
         self._source = source
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
@@ -93,8 +100,10 @@ class OrgAuth(_OrgAuth):
 class BlockingOrgAuth(_OrgAuth):
     """The token for a `Client`; a 401 mints a fresh one, once a request."""
 
-    def __init__(self, source: BlockingTokenSource, origins: Iterable[str]) -> None:
-        super().__init__(origins)
+    def __init__(
+        self, source: BlockingTokenSource, origins: Iterable[str], insecure: Iterable[str] = ()
+    ) -> None:
+        super().__init__(origins, insecure)
         self._source = source
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
@@ -120,11 +129,12 @@ def org_client(
     origins: Iterable[str],
     idempotency_key: str,
     *,
+    insecure_origins: Iterable[str] = (),
     traceparent: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
-    auth = OrgAuth(source, origins)
+    auth = OrgAuth(source, origins, insecure_origins)
     return httpx.AsyncClient(
         auth=auth,
         headers=_headers(idempotency_key, traceparent),
@@ -140,11 +150,12 @@ def blocking_org_client(
     origins: Iterable[str],
     idempotency_key: str,
     *,
+    insecure_origins: Iterable[str] = (),
     traceparent: str | None = None,
     transport: httpx.BaseTransport | None = None,
 ) -> httpx.Client:
     """The client of a handler that blocks, bound to its run's token, origins, idempotency key and trace."""
-    auth = BlockingOrgAuth(source, origins)
+    auth = BlockingOrgAuth(source, origins, insecure_origins)
     return httpx.Client(
         auth=auth,
         headers=_headers(idempotency_key, traceparent),

@@ -30,6 +30,7 @@ def apply(
     prune: bool = False,
     allow_unknown_handlers: bool = False,
     inline: Collection[str] = (),
+    insecure_origins: Collection[str] = (),
     issuers: Collection[str] | None = None,
 ) -> list[Change]:
     """Make the database say what the file says, in one transaction; returns what that changed.
@@ -38,8 +39,8 @@ def apply(
     in the file that it no longer has, but none that a template made. A pause and
     the state of an org are never lifted. What templates make follows in the same
     transaction for the first orgs, and in the workers' for all others. `inline` are the distributions whose
-    handlers the operator lets run inline, `issuers` those of `worker.toml`. With
-    `dry_run` everything is checked and nothing written.
+    handlers the operator lets run inline, `insecure_origins` the http origins that may be `api_origins`,
+    `issuers` those of `worker.toml`. With `dry_run` everything is checked and nothing written.
 
     Raises:
         DefinitionError: names the entry and field that cannot be accepted; nothing was changed.
@@ -51,6 +52,7 @@ def apply(
             prune=prune,
             allow_unknown=allow_unknown_handlers,
             inline=inline,
+            insecure_origins=insecure_origins,
             issuers=issuers,
         )
         if not dry_run:

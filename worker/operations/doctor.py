@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from worker.settings.sections import ExecutionSettings
 from worker.store import health
 from worker.store.database import Database
 
@@ -16,7 +17,7 @@ SNAPSHOT_TRANSACTIONS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found; `fix` is empty where all is well."""
+    """What one check found; `fix` is empty where all is well. With a `fix`, one that is `ok` is a warning."""
 
     check: str
     ok: bool
@@ -27,13 +28,13 @@ class Finding:
         return {"check": self.check, "ok": self.ok, "detail": self.detail, "fix": self.fix}
 
 
-def examine(database: Database) -> list[Finding]:
+def examine(database: Database, execution: ExecutionSettings) -> list[Finding]:
     """Every check, in the order in which to read them.
 
     Raises:
         StoreUnavailable: the database did not answer.
     """
-    return [check(database) for check in CHECKS]
+    return [check(database) for check in CHECKS] + [check(execution) for check in SETTINGS_CHECKS]
 
 
 def held_snapshots(database: Database) -> Finding:
@@ -74,6 +75,20 @@ def live_rows(database: Database) -> Finding:
     )
 
 
+def insecure_origins(execution: ExecutionSettings) -> Finding:
+    """Whoever is on the way to such an origin can read each org's token and act as that org."""
+    name = "insecure_origins"
+    listed = ", ".join(execution.insecure_origins)
+    if not listed:
+        return Finding(name, True, "tokens leave this machine encrypted only")
+    return Finding(
+        name,
+        True,
+        f"tokens may go unencrypted to {listed}",
+        "serve it by https and take it out of [execution] insecure_origins",
+    )
+
+
 def too_old(holder: health.Holder) -> bool:
     """Whether vacuum has waited for it too long: by time where it has a transaction, else by distance."""
     if holder.seconds is not None and holder.kind == "session":
@@ -88,3 +103,4 @@ _FIXES = {
 }
 
 CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows)
+SETTINGS_CHECKS: Sequence[Callable[[ExecutionSettings], Finding]] = (insecure_origins,)

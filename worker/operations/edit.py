@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from worker.definitions.definition import parse_definition, to_spec
+from worker.definitions.origins import check_encrypted
 from worker.errors import Conflict
 from worker.operations.changes import differing
 from worker.operations.handlers import Handlers
@@ -27,6 +28,7 @@ def edit_definition(
     revision: int | None = None,
     allow_unknown_handlers: bool = False,
     inline: Collection[str] = (),
+    insecure_origins: Collection[str] = (),
 ) -> Row:
     """Change keys of a definition as a file would write them, None for the default; returns it.
 
@@ -48,6 +50,7 @@ def edit_definition(
         spec = to_spec(wanted)
         if differing(row["spec"], spec) or row["enabled"] != wanted.enabled:
             Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=allow_unknown_handlers)
+            check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
             now = database.now(connection)
             change = DefinitionChange("change", org_id, org, name, row, spec, wanted.enabled)
             settled = settle_touched(connection, [change], at=now)

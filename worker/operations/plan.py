@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition, to_spec
 from worker.definitions.file import DefinitionsFile
+from worker.definitions.origins import check_encrypted
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import org_entry
@@ -95,6 +96,7 @@ def make_plan(
     prune: bool,
     allow_unknown: bool,
     inline: Collection[str],
+    insecure_origins: Collection[str],
     issuers: Collection[str] | None,
 ) -> Plan:
     """Check the whole file and compare it with what is stored, which stays locked.
@@ -126,6 +128,7 @@ def make_plan(
                 fix=f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`',
             )
         handlers.check(each, entry_name, inline=inline, allow_unknown=allow_unknown)
+        check_encrypted(each.api_origins, insecure_origins, entry=entry_name)
         change_of = _definition_change(each, entry_name, ids[each.org], stored.get((each.org, each.name)))
         if change_of is not None:
             plan.definitions.append(change_of)
@@ -133,6 +136,7 @@ def make_plan(
         change_of_template = plan_template(
             connection, template, handlers, inline=inline, allow_unknown=allow_unknown, issuers=issuers
         )
+        check_encrypted(template.definition.api_origins, insecure_origins, entry=f"template {template.name}")
         if change_of_template is not None:
             plan.templates.append(change_of_template)
     if prune:

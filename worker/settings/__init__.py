@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from worker.definitions.origins import unencrypted
 from worker.errors import ConfigurationError
 from worker.settings.sections import (
     AlertSettings,
@@ -125,12 +126,25 @@ def check(said: Said) -> Settings:
         if value != {} or keys[-1] not in branch:
             branch[keys[-1]] = value
     try:
-        return Settings.model_validate(tree)
+        settings = Settings.model_validate(tree)
     except ValidationError as error:
         faults = [_fault(said, fault) for fault in error.errors(include_url=False, include_input=False)]
         raise ConfigurationError(
             "; ".join(faults), fix="config/worker.toml explains every setting with its unit and default"
         ) from None
+    _refuse_unencrypted(settings, said)
+    return settings
+
+
+def _refuse_unencrypted(settings: Settings, said: Said) -> None:
+    for name, issuer in settings.issuers.items():
+        for origin in unencrypted(issuer.api_origins, settings.execution.insecure_origins):
+            setting = ("issuers", name, "api_origins")
+            where = f"{said[setting][1]}: " if setting in said else ""
+            raise ConfigurationError(
+                f"{where}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
+                fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
+            )
 
 
 def _from_file(path: str | None) -> Said:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from worker.definitions.origins import parse_origin
 from worker.definitions.units import parse_duration
 
 
@@ -30,8 +31,7 @@ def _listed(value: Any) -> Any:
 def _origins(value: Any) -> Any:
     origins = _listed(value)
     for origin in origins if isinstance(origins, list) else ():
-        if re.fullmatch(r"https?://[^\s/?#@]+", str(origin)) is None:
-            raise ValueError(f"{origin!r} is no origin; write scheme, host and port: https://api.acme.com")
+        parse_origin(str(origin))
     return origins
 
 
@@ -101,6 +101,8 @@ class ExecutionSettings(Section):
     inline: Texts = ()
     preload: Texts = ()
     pass_environment: Texts = ()
+    private_origins: Origins = ()
+    insecure_origins: Origins = ()
     lease: Duration = Field(timedelta(seconds=30), ge=timedelta(seconds=1))
     renew: Duration = Field(timedelta(seconds=5), ge=timedelta(milliseconds=50))
     poll: Duration = Field(timedelta(seconds=1), ge=timedelta(milliseconds=10), le=timedelta(minutes=1))

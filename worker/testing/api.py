@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 import httpx
+
+from worker.handlers.http import origin_of
+from worker.handlers.public_http import check_addresses
 
 Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -34,10 +38,35 @@ class ApiOfTest(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
 
+class PublicApi(httpx.AsyncBaseTransport):
+    """Answers `ctx.public_http` by the test's API, if the host has a public address or its origin is listed.
+
+    Nothing is resolved: a host is an address itself, has the one that the test gives, or else a public one.
+    """
+
+    def __init__(self, api: ApiOfTest, trusted: Iterable[str], hosts: Mapping[str, str]) -> None:
+        self._api = api
+        self._trusted = frozenset(origin_of(origin) for origin in trusted)
+        self._hosts = {"localhost": "127.0.0.1", **hosts}
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if origin_of(request.url) not in self._trusted:
+            check_addresses(request.url, self._addresses(request.url.host))
+        return await self._api.handle_async_request(request)
+
+    def _addresses(self, host: str) -> list[str]:
+        if host in self._hosts:
+            return [self._hosts[host]]
+        try:
+            return [str(entry[4][0]) for entry in socket.getaddrinfo(host, 0, flags=socket.AI_NUMERICHOST)]
+        except OSError:
+            return []
+
+
 class BlockingApi(httpx.BaseTransport):
     """The same for a handler that blocks in a thread: the answer comes from the loop."""
 
-    def __init__(self, api: ApiOfTest, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, api: httpx.AsyncBaseTransport, loop: asyncio.AbstractEventLoop) -> None:
         self._api = api
         self._loop = loop
 

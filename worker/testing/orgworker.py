@@ -55,6 +55,8 @@ class Orgworker:
         scopes: Sequence[str] | None = None,
         api: Api | None = None,
         api_origins: Sequence[str] = (API_ORIGIN,),
+        private_origins: Sequence[str] = (),
+        hosts: Mapping[str, str] | None = None,
         definition: Mapping[str, Any] | None = None,
         variants: Iterable[Job] = (),
         checkpoint: Any = None,
@@ -68,6 +70,8 @@ class Orgworker:
         The token says `org`, `properties` and `flags`, and has `scopes`, by default
         all that the handler needs. `api` answers `ctx.http`: a function of the request,
         an ASGI app, or an httpx transport; the token goes to `api_origins` only.
+        For `ctx.public_http` the address of each host is checked before: the one that
+        `hosts` gives it, and a public one for all others; `private_origins` are exempt.
         `definition` has further keys as in a file for `apply`; `variants` are handlers
         that it names and that are not installed. `checkpoint` is what an earlier run
         saved. Where the run waits, the clock is moved on and it is tried again, in all
@@ -86,12 +90,15 @@ class Orgworker:
             keys = {**(definition or {}), **({} if params is None else {"params": dict(params)})}
             parsed = definition_of(org, name, keys)
             stage = Stage(faults, self.clock)
+            origins = tuple(api_origins) if parsed.api_origins is None else parsed.api_origins
             work = _Work(
                 subject=Subject(
                     OrgRef(OrgId(new_id()), org),
                     org,
                     parsed,
-                    api_origins=tuple(api_origins) if parsed.api_origins is None else parsed.api_origins,
+                    api_origins=origins,
+                    private_origins=tuple(private_origins),
+                    insecure_origins=origins,
                 ),
                 handlers=[_handler(wanted, given.get(wanted)) for wanted in parsed.handlers],
                 tokens=StagedTokens(
@@ -103,6 +110,7 @@ class Orgworker:
                     lifetime=timedelta(seconds=in_seconds(token_lifetime)),
                 ),
                 api=api,
+                hosts=hosts or {},
                 place=place,
                 checkpoint=checkpoint,
                 attempts=attempts,
@@ -127,6 +135,7 @@ class _Work:
     handlers: Sequence[_Handler]
     tokens: StagedTokens
     api: Api | None
+    hosts: Mapping[str, str]
     place: Literal["here", "child"]
     checkpoint: Any
     attempts: int
@@ -165,7 +174,7 @@ class _Work:
     async def _runner(self, api: ApiOfTest, clock: SettableClock) -> AsyncIterator[Runner]:
         jobs = {handler.entry.entry_point: handler.job for handler in self.handlers}
         if self.place == "here":
-            yield InProcess(jobs, api, clock)
+            yield InProcess(jobs, api, clock, self.hosts)
             return
         if self.api is not None:
             raise UsageError(

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
+
 from worker.clock import Clock
 from worker.errors import UsageError
 from worker.execution.blocking import Blocking
@@ -19,15 +21,18 @@ from worker.handlers.job import Job
 from worker.handlers.line import BlockingLine, BlockingTokenSource, Line, TokenSource
 from worker.handlers.models import HandlerMissing, load
 from worker.runs.outcome import Outcome
-from worker.testing.api import ApiOfTest, BlockingApi
+from worker.testing.api import ApiOfTest, BlockingApi, PublicApi
 
 
 class InProcess:
     """Async handlers as tasks of the loop, those that block in a thread each."""
 
-    def __init__(self, jobs: Mapping[str, Job], api: ApiOfTest, clock: Clock) -> None:
+    def __init__(
+        self, jobs: Mapping[str, Job], api: ApiOfTest, clock: Clock, hosts: Mapping[str, str]
+    ) -> None:
         self._jobs = jobs
         self._api = api
+        self._hosts = hosts
         self._loop = asyncio.get_running_loop()
         self._inline = Inline(clock, find=jobs.__getitem__, context=self._context, watched=False)
         self._blocking = Blocking(clock, find=jobs.__getitem__, context=self._blocking_context)
@@ -39,7 +44,11 @@ class InProcess:
     def _context(self, given: Given[Any, Any], line: Line, cancelled: Cancellation) -> Context[Any, Any]:
         context: Context[Any, Any] = Context(given, line, cancelled)
         source, key = TokenSource(given.held, line), given.run.idempotency_key
-        vars(context)["http"] = org_client(source, given.api_origins, key, transport=self._api)
+        origins, insecure = given.api_origins, given.insecure_origins
+        for name, transport in self._transports(given).items():
+            vars(context)[name] = org_client(
+                source, origins, key, insecure_origins=insecure, transport=transport
+            )
         return context
 
     def _blocking_context(
@@ -47,9 +56,17 @@ class InProcess:
     ) -> BlockingContext[Any, Any]:
         context: BlockingContext[Any, Any] = BlockingContext(given, line, cancelled)
         source, key = BlockingTokenSource(given.held, line), given.run.idempotency_key
-        transport = BlockingApi(self._api, self._loop)
-        vars(context)["http"] = blocking_org_client(source, given.api_origins, key, transport=transport)
+        origins, insecure = given.api_origins, given.insecure_origins
+        for name, answering in self._transports(given).items():
+            transport = BlockingApi(answering, self._loop)
+            vars(context)[name] = blocking_org_client(
+                source, origins, key, insecure_origins=insecure, transport=transport
+            )
         return context
+
+    def _transports(self, given: Given[Any, Any]) -> dict[str, httpx.AsyncBaseTransport]:
+        trusted = (*given.api_origins, *given.private_origins)
+        return {"http": self._api, "public_http": PublicApi(self._api, trusted, self._hosts)}
 
 
 @asynccontextmanager

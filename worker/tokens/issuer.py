@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
+from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.errors import ConfigurationError
 from worker.providers.profile import Profile
-
-DEFAULT_PORTS = {"https": 443, "http": 80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +69,6 @@ def fault_of(url: str) -> str | None:
     if parts.scheme == "http" and not is_loopback(host):
         return "must be https; http is for loopback addresses only"
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its very name: localhost, 127.0.0.0/8 or ::1."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def origin_of(url: str) -> tuple[str, str, int]:

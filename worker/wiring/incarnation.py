@@ -136,7 +136,13 @@ class Incarnation:
         journal = Journal(store, clock)
         origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
         tools = Tools(
-            plans=Plans(store, clock, api_origins=origins),
+            plans=Plans(
+                store,
+                clock,
+                api_origins=origins,
+                private_origins=execution.private_origins,
+                insecure_origins=execution.insecure_origins,
+            ),
             tokens=tokens,
             offers=self._offers,
             runners={"child": self._children, "inline": Inline(clock)},

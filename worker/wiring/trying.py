@@ -128,9 +128,11 @@ def _subject(settings: Settings, entry: HandlerEntry, wish: Wish) -> Subject:
     keys: dict[str, Any] = {"params": dict(wish.params), "max_attempts": 1, "max_recoveries": 0}
     if wish.on_error is not None:
         keys["timeout"] = NO_TIMEOUT
+    execution = settings.execution
     if wish.database is None:
         org = OrgRef(OrgId(new_id()), wish.org)
-        return Subject(org, wish.org, definition_of(wish.org, entry.name, keys))
+        definition = definition_of(wish.org, entry.name, keys)
+        return Subject(org, wish.org, definition, private_origins=execution.private_origins)
     if wish.scopes is not None:
         keys["scopes"] = list(wish.scopes)
     with wish.database.autocommit() as connection:
@@ -149,6 +151,8 @@ def _subject(settings: Settings, entry: HandlerEntry, wish: Wish) -> Subject:
         definition_of(wish.org, entry.name, keys),
         issuer=row["issuer"],
         api_origins=issuer.api_origins if issuer else (),
+        private_origins=execution.private_origins,
+        insecure_origins=execution.insecure_origins,
     )
 
 

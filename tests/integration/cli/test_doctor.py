@@ -22,8 +22,17 @@ def test_doctor_exits_0_where_all_is_well(cli_on_either: CommandLine):
     done = cli_on_either("doctor", "-o", "json")
 
     assert done.code == 0
-    assert [row["check"] for row in done.json()] == ["held_snapshots", "live_rows"]
+    assert [row["check"] for row in done.json()] == ["held_snapshots", "live_rows", "insecure_origins"]
     assert all(row["ok"] for row in done.json())
+
+
+def test_doctor_warns_of_origins_that_get_a_token_unencrypted(cli: CommandLine, monkeypatch):
+    monkeypatch.setenv("WORKER_EXECUTION__INSECURE_ORIGINS", "http://api.acme.com")
+
+    done = cli("doctor")
+
+    assert done.code == 0
+    assert "warning: insecure_origins: tokens may go unencrypted to http://api.acme.com" in done.err
 
 
 def test_doctor_exits_1_and_says_what_to_do_where_a_check_fails(cli: CommandLine):

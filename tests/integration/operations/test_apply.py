@@ -116,6 +116,7 @@ def test_an_org_is_changed_in_place(apply, rows):
         (DIGEST.replace("every 10m", "61 * * * *"), InvalidTrigger, "schedule"),
         (DIGEST.replace("acme.note", "acme.inline"), DefinitionError, "isolation"),
         (DIGEST + 'isolation = "inline"', DefinitionError, "isolation"),
+        (DIGEST + 'api_origins = ["http://api.acme.com"]', DefinitionError, "api_origins"),
         (DIGEST + 'variants = [{ flag = "v2", handler = "acme.nothing" }]', UnknownHandler, "variants"),
         (DIGEST.replace("org_acme", "org_none"), DefinitionError, "org"),
     ],
@@ -137,6 +138,41 @@ def test_what_could_not_run_is_refused_and_nothing_else_is_changed(apply, rows, 
 def test_an_unknown_issuer_is_refused_where_the_issuers_are_known(apply):
     with pytest.raises(DefinitionError, match=r"there is no issuer 'main'; worker\.toml has other"):
         apply(ORG, issuers=["other"])
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://127.0.0.1:8080", ()),
+        ("http://api.acme.com", ("http://API.acme.com:80",)),
+        ("https://a.b", ()),
+    ],
+)
+def test_an_origin_may_be_unencrypted_on_this_machine_or_where_the_operator_allows_it(
+    apply, rows, origin, allowed
+):
+    apply(ORG + DIGEST + f'api_origins = ["{origin}"]', insecure_origins=allowed)
+
+    [revision] = rows.definition_revisions
+    assert revision["spec"]["api_origins"] == [origin]
+
+
+def test_a_template_with_an_unencrypted_origin_is_refused(apply, rows):
+    template = """
+[[template]]
+name = "digests"
+orgs = { tags = ["pro"] }
+handler = "acme.note"
+schedule = "@daily"
+params = { text = "hello" }
+api_origins = ["http://api.acme.com"]
+"""
+
+    with pytest.raises(DefinitionError, match="template digests, api_origins: http://api.acme.com would"):
+        apply(ORG + template)
+
+    assert rows.definition_revisions == []
+    assert apply(ORG + template, insecure_origins=["http://api.acme.com"])
 
 
 def test_the_operator_may_allow_inline_and_unknown_handlers(apply, rows):

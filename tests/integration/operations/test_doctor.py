@@ -10,6 +10,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.operations import doctor
 from worker.operations.doctor import examine, held_snapshots, live_rows, too_old
+from worker.settings.sections import ExecutionSettings
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.health import Holder
@@ -27,9 +28,10 @@ def test_a_healthy_database_passes_every_check(stock):
     stock.put(*(stock.run(org_id) for _ in range(3)))
     stock.finish(worker_id, stock.ended(stock.admit(worker_id, free=1)[0]))
 
-    assert [(finding.check, finding.ok) for finding in examine(stock.database)] == [
+    assert [(finding.check, finding.ok) for finding in examine(stock.database, ExecutionSettings())] == [
         ("held_snapshots", True),
         ("live_rows", True),
+        ("insecure_origins", True),
     ]
 
 

@@ -64,6 +64,16 @@ def test_what_was_due_before_is_settled_by_the_old_revision(edit, rows):
     assert {skip["revision"] for skip in rows.skips} == {1}
 
 
+def test_an_unencrypted_origin_is_refused_unless_the_operator_allows_it(edit, rows):
+    with pytest.raises(DefinitionError, match="api_origins: http://api.acme.com would carry") as refused:
+        edit({"api_origins": ["http://api.acme.com"]})
+    assert "[execution] insecure_origins" in refused.value.fix
+
+    row = edit({"api_origins": ["http://api.acme.com"]}, insecure_origins=["http://api.acme.com"])
+
+    assert row["spec"]["api_origins"] == ["http://api.acme.com"]
+
+
 def test_whoever_read_an_older_revision_is_refused(edit, rows):
     edit({"priority": 1}, revision=1)
 

@@ -59,6 +59,7 @@ class Site:
         self.checkpoint: Any = None
         self.still_ours = True
         self.works: list[Work] = []
+        self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[dict[str, Any]] = []
         self.during: Any = None
         self.offers = Offers()
@@ -95,7 +96,7 @@ class Site:
 
     async def attempt(self, **changes: Any) -> EndedAttempt:
         tools = Tools(
-            plans=Plans(self, self.clock, api_origins={"main": ("https://api.acme.test",)}),
+            plans=Plans(self, self.clock, api_origins={"main": ("https://api.acme.test",)}, **self.origins),
             tokens=self,
             offers=self.offers,
             runners={"child": self, "inline": self},
@@ -121,6 +122,32 @@ async def test_a_run_goes_the_whole_path_and_succeeds(site: Site) -> None:
     assert (work.org_code, work.handler, work.entry_point) == ("org_acme", "acme.digest", "acme:digest")
     assert work.api_origins == ("https://api.acme.test",)
     assert ended.trail.handler_started_at is not None
+
+
+async def test_a_run_waits_while_its_token_would_go_unencrypted_to_an_origin(site: Site) -> None:
+    """Such a definition may have been stored before that was refused."""
+    site.spec = site.spec | {"api_origins": ["http://api.acme.test"]}
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == ("waiting", "no_token")
+    assert "definition org_acme/nightly, api_origins: http://api.acme.test would carry" in str(ended.detail)
+    assert "[execution] insecure_origins" in str(ended.detail)
+    assert site.asked == site.works == []
+
+
+async def test_an_unencrypted_origin_that_the_operator_allows_goes_to_the_handler(site: Site) -> None:
+    site.spec = site.spec | {"api_origins": ["http://api.acme.test"]}
+    site.origins = {
+        "private_origins": ("http://10.0.0.5:8080",),
+        "insecure_origins": ("http://api.acme.test",),
+    }
+
+    await site.attempt()
+
+    [work] = site.works
+    assert work.api_origins == work.insecure_origins == ("http://api.acme.test",)
+    assert work.private_origins == ("http://10.0.0.5:8080",)
 
 
 async def test_the_handlers_scopes_are_asked_for_where_the_definition_names_none(site: Site) -> None:

@@ -61,7 +61,16 @@ def test_a_lone_surrogate_does_not_break_a_frame() -> None:
 
 
 def test_work_arrives_as_it_was_sent() -> None:
-    sent = work("ok", claims=claims(max_tokens="5"), token=token("text"), checkpoint={"n": 1}, memory=7)
+    sent = work(
+        "ok",
+        claims=claims(max_tokens="5"),
+        token=token("text"),
+        checkpoint={"n": 1},
+        memory=7,
+        api_origins=("https://api.acme.test",),
+        private_origins=("http://10.0.0.5:8080",),
+        insecure_origins=("http://api.acme.test",),
+    )
 
     (message,) = Unframer().feed(frame(work_message(sent)))
     got = work_of(message)
@@ -69,7 +78,9 @@ def test_work_arrives_as_it_was_sent() -> None:
     assert got.token.reveal() == "text"
     assert got.token.expires_at == sent.token.expires_at
     assert got.claims == sent.claims
-    for name in ("run_id", "params", "scheduled_for", "timeout_at", "checkpoint", "api_origins", "memory"):
+    for name in ("run_id", "params", "scheduled_for", "timeout_at", "checkpoint", "memory"):
+        assert getattr(got, name) == getattr(sent, name)
+    for name in ("api_origins", "private_origins", "insecure_origins"):
         assert getattr(got, name) == getattr(sent, name)
 
 

@@ -33,6 +33,7 @@ MEMBERS = {
     "claims",
     "flag",
     "http",
+    "public_http",
     "token",
     "checkpoint",
     "save",

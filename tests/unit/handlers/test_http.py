@@ -16,6 +16,9 @@ from worker.handlers.http import blocking_org_client, org_client, origin_of
 from worker.handlers.line import BlockingTokenSource, Held, TokenSource
 
 API = "https://api.acme.com"
+# Unencrypted: where the operator allows it, and on this machine.
+PLAIN = ["http://plain.acme.com"]
+LOOPBACK = ["http://127.0.0.1:8000", "http://[::1]:8000", "http://localhost:8000"]
 Answer = Callable[[httpx.Request], httpx.Response]
 
 
@@ -69,17 +72,19 @@ class Caller:
             return answer(request)
 
         transport = httpx.MockTransport(handle)
-        origins = [API, "http://plain.acme.com"]
+        origins = [API, *PLAIN, *LOOPBACK, "http://unlisted.acme.com"]
         self._client: Any
         self.line: Minting
         if kind == "async":
             self.line = line = Async(clock)
             source = TokenSource(line.held, line)
-            self._client = org_client(source, origins, "key-1", transport=transport)
+            self._client = org_client(source, origins, "key-1", insecure_origins=PLAIN, transport=transport)
         else:
             self.line = blocking = Blocking(clock)
             blocking_source = BlockingTokenSource(blocking.held, blocking)
-            self._client = blocking_org_client(blocking_source, origins, "key-1", transport=transport)
+            self._client = blocking_org_client(
+                blocking_source, origins, "key-1", insecure_origins=PLAIN, transport=transport
+            )
 
     async def send(self, method: str, url: str, **options: Any) -> httpx.Response:
         response = self._client.request(method, url, **options)
@@ -145,6 +150,24 @@ async def test_an_origin_is_compared_by_scheme_host_and_port(make: Make, url: st
     await caller.send("GET", url)
 
     assert caller.authorizations == ["Bearer token-0"]
+
+
+@pytest.mark.parametrize("origin", [*PLAIN, *LOOPBACK])
+async def test_an_unencrypted_origin_gets_the_token_where_that_is_allowed(make: Make, origin: str) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", f"{origin}/x")
+
+    assert caller.authorizations == ["Bearer token-0"]
+
+
+@pytest.mark.parametrize("url", ["http://unlisted.acme.com/x", "http://plain.acme.com:8080/x"])
+async def test_no_other_unencrypted_origin_gets_it_though_it_is_listed(make: Make, url: str) -> None:
+    caller = make(ok)
+
+    await caller.send("GET", url)
+
+    assert caller.authorizations == [None]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

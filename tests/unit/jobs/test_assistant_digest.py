@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from jobs import assistant_digest
 from jobs.assistant_digest import Params, Settings, digest, digest_v2
@@ -17,6 +18,9 @@ from tests.fakes.context import FakeContext
 from worker import PermanentError, Retry
 
 pytestmark = pytest.mark.anyio
+
+# An org may choose the collection where its definition says so; the rest of the path is not its choice.
+OUTSIDE = ["..", ".", "", "../../admin", "a/b", "a%2fb", "faq?x=1", "faq#", "a b", "é"]
 
 PARAMS = Params(knowledge_base="https://kb.example", chat="https://chat.example", page_size=2)
 SETTINGS = Settings(model_version="gpt-4o", max_tokens=50)
@@ -162,3 +166,9 @@ async def test_a_failing_knowledge_base_is_tried_again(model):
 
 def test_a_number_as_text_is_a_setting():
     assert Settings.model_validate({"max_tokens": "1000"}).max_tokens == 1000
+
+
+@pytest.mark.parametrize("collection", OUTSIDE)
+def test_a_collection_is_one_segment_of_the_path(collection):
+    with pytest.raises(ValidationError, match="collection"):
+        Params(knowledge_base="https://kb.example", chat="https://chat.example", collection=collection)

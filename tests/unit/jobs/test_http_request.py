@@ -66,6 +66,19 @@ async def test_an_answer_that_only_says_it_is_json_stays_text():
     assert await call(answer) == {"status": 200, "body": "{"}
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+async def test_a_redirect_is_not_followed(status):
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(str(request.url))
+        return httpx.Response(status, headers={"Location": "https://elsewhere.example/"})
+
+    with pytest.raises(UnexpectedAnswer, match=str(status)):
+        await call(answer)
+    assert len(seen) == 1
+
+
 async def test_a_long_body_is_cut():
     result = await call(answering(200, text="x" * (MAX_BODY + 10)))
 
@@ -107,6 +120,12 @@ def test_a_secret_has_no_place_in_params(name):
 def test_only_http_urls_are_taken(url):
     with pytest.raises(ValidationError, match="pattern"):
         Params(url=url)
+
+
+@pytest.mark.parametrize("url", ["http://0177.0.0.1/", "http:///path", "http://[::1/"])
+async def test_what_cannot_be_read_as_a_url_is_not_tried_again(url):
+    with pytest.raises(PermanentError, match="is not a URL"):
+        await call(answering(200), url=url)
 
 
 def test_an_unknown_param_is_named():

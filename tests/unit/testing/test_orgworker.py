@@ -273,6 +273,35 @@ def test_an_installed_handler_is_found_by_its_name(orgworker):
     assert finished.state == "succeeded"
 
 
+@job("t.fetch")
+async def fetch(ctx: Context) -> int:
+    return (await ctx.public_http.get(ctx.params["url"])).status_code
+
+
+@job("t.fetch_blocking")
+def fetch_blocking(ctx: BlockingContext) -> int:
+    return ctx.public_http.get(ctx.params["url"]).status_code
+
+
+@pytest.mark.parametrize("handler", [fetch, fetch_blocking], ids=["async", "blocking"])
+def test_the_address_of_a_url_from_params_is_checked_before_the_api_answers(orgworker, handler):
+    def fetched(url, **options):
+        return orgworker.run(handler, params={"url": url}, api=articles, attempts=1, **options)
+
+    assert fetched("https://anywhere.example/x").state == "succeeded"
+    for url in ("http://169.254.169.254/", "http://0x7f.1/", "http://[::1]/", "http://localhost/"):
+        refused = fetched(url)
+        assert (refused.state, refused.requests) == ("failed", ())
+        assert "[execution] private_origins" in refused.error["message"]
+
+    hosts = {"reports.internal": "10.0.0.5"}
+    assert fetched("http://reports.internal/", hosts=hosts).state == "failed"
+    listed = fetched("http://reports.internal/", hosts=hosts, private_origins=["http://reports.internal"])
+    assert (listed.state, "Authorization" in listed.requests[0].headers) == ("succeeded", False)
+    ours = fetched("http://reports.internal/", hosts=hosts, api_origins=["http://reports.internal"])
+    assert (ours.state, "Authorization" in ours.requests[0].headers) == ("succeeded", True)
+
+
 def test_what_is_wrong_with_the_test_is_said(orgworker):
     with pytest.raises(NotFound, match=r"handler no\.such") as raised:
         orgworker.run("no.such")

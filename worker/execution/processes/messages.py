@@ -55,6 +55,8 @@ def work_message(work: Work) -> dict[str, Any]:
         "memory": work.memory,
         "isolation": work.isolation,
         "traceparent": work.traceparent,
+        "private_origins": list(work.private_origins),
+        "insecure_origins": list(work.insecure_origins),
     }
 
 
@@ -69,6 +71,8 @@ def work_of(message: Mapping[str, Any]) -> Work:
             "scheduled_for": from_text(given["scheduled_for"]),
             "timeout_at": from_text(given["timeout_at"]),
             "api_origins": tuple(given["api_origins"]),
+            "private_origins": tuple(given["private_origins"]),
+            "insecure_origins": tuple(given["insecure_origins"]),
             "token": token,
             "claims": claims,
         }

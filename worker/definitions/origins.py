@@ -1,0 +1,85 @@
+"""Origins (RFC 6454): where an org's token may go, and which of them would carry it unencrypted. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from worker.errors import DefinitionError
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Origin(NamedTuple):
+    """What must be equal for two URLs to have the same origin (RFC 6454, section 4)."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+def parse_origin(text: str) -> Origin:
+    """The origin that a text names.
+
+    Raises:
+        ValueError: it is not an origin, or names more than one, such as a path.
+    """
+    # What stands before an @ may be a password.
+    shown = re.sub(r"//.*@", "//***@", text, flags=re.DOTALL)
+    problem = f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com"
+    if re.fullmatch(r"https?://[^\s/?#@\\]+/?", text, re.IGNORECASE) is None:
+        raise ValueError(problem)
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(problem) from None
+    if not host or port == 0:
+        raise ValueError(problem)
+    return Origin(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine by its very name: localhost, 127.0.0.0/8 or ::1."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def unencrypted(origins: Iterable[str], allowed: Iterable[str]) -> list[str]:
+    """The origins that would carry a token unencrypted over a network, without those that are `allowed`.
+
+    Loopback addresses are fine: nothing leaves the machine.
+
+    Raises:
+        ValueError: one of them is not an origin.
+    """
+    exempt = {parse_origin(origin) for origin in allowed}
+    return [
+        text
+        for text in origins
+        if (origin := parse_origin(text)).scheme == "http"
+        and not is_loopback(origin.host)
+        and origin not in exempt
+    ]
+
+
+def check_encrypted(origins: Iterable[str] | None, allowed: Iterable[str], *, entry: str) -> None:
+    """Refuse `api_origins` of a definition that would carry the token unencrypted.
+
+    Raises:
+        DefinitionError: names the first of them and the setting that allows it.
+    """
+    for origin in unencrypted(origins or (), allowed):
+        raise DefinitionError(
+            f"{entry}, api_origins: {origin} would carry the org's token unencrypted",
+            entry=entry,
+            field="api_origins",
+            fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
+        )
