@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes the roles and the database of docs/operating/postgresql.md in a new PostgreSQL; its image runs this once, as
 # the superuser. The passwords are those of the secrets' URLs; so they may consist of letters and digits only.
+# With a secret `serve_database__url` it also makes the login of `serve`.
 set -eu
 
 password() {
@@ -19,6 +20,16 @@ CREATE ROLE worker LOGIN PASSWORD :'worker';
 -- The owner may not make roles; `db upgrade` gives these their rights.
 CREATE ROLE orgworker_worker NOLOGIN;
 CREATE ROLE orgworker_web NOLOGIN;
-GRANT orgworker_worker, orgworker_web TO worker;
+CREATE ROLE orgworker_operator NOLOGIN;
+GRANT orgworker_worker, orgworker_web, orgworker_operator TO worker;
 CREATE DATABASE orgworker OWNER owner;
+SQL
+
+[ -e "${SECRETS:-/run/secrets}/serve_database__url" ] || exit 0
+SERVE=$(password serve_database__url) \
+    psql --no-psqlrc --set ON_ERROR_STOP=1 --username "${POSTGRES_USER:-postgres}" postgres <<'SQL'
+\getenv serve SERVE
+-- Of itself it may do nothing; it takes one of its two roles for each transaction.
+CREATE ROLE serve LOGIN NOINHERIT PASSWORD :'serve';
+GRANT orgworker_web, orgworker_operator TO serve;
 SQL

@@ -5,7 +5,7 @@ WorkerError
 ├── NotFound                   the thing named does not exist
 ├── Conflict                   the state of the thing forbids the change
 ├── CanaryFailed               the first few did not all succeed, so the rest was left alone
-├── ConfigurationError         worker.toml, the key ring or the schema version
+├── ConfigurationError         worker.toml, the key ring or the schema version; RolesMissing
 ├── DefinitionError            InvalidTrigger, UnknownHandler
 ├── TokenError
 │   ├── CredentialsRejected    the issuer answered that it does not know this client or secret
@@ -76,6 +76,16 @@ class ConfigurationError(WorkerError):
 
     code = "configuration"
     exit_code = 78
+
+
+class RolesMissing(ConfigurationError):
+    """The database's login may not take a role that the web side acts in."""
+
+    code = "roles_missing"
+    usual_fix = (
+        "GRANT orgworker_web, orgworker_operator TO this process's login; "
+        "`python -m worker db check` names it (docs/operating/postgresql.md)"
+    )
 
 
 class DefinitionError(WorkerError):

@@ -12,10 +12,10 @@ PAGE = ROOT / "docs" / "operating" / "postgresql.md"
 
 
 def test_the_roles_of_the_page_migrate_and_carry_a_worker(own_postgres: Server, tmp_path):
-    made, granted = (block.text for block in blocks(PAGE.read_text()) if block.language == "sql")
+    made, granted, serving = (block.text for block in blocks(PAGE.read_text()) if block.language == "sql")
     url = {
         login: own_postgres.url("orgworker").replace("postgres@", f"{login}@")
-        for login in ("owner", "worker")
+        for login in ("owner", "worker", "serve")
     }
     for statement in made.split(";\n"):
         if statement.strip():
@@ -27,11 +27,15 @@ def test_the_roles_of_the_page_migrate_and_carry_a_worker(own_postgres: Server, 
     line("db", "upgrade")
     with psycopg.connect(url["owner"], autocommit=True) as owner:
         owner.execute(granted.encode())
+        owner.execute(serving.encode())
 
     assert "warnings  -" in line("db", "check").out
     line("keys", "generate")
     line("orgs", "add", "org_acme", "--issuer", "main")
     assert line("orgs", "list", "-o", "id").out.split()
+    line.settings.write_text(text.replace(url["worker"], url["serve"]))
+    assert "warnings  -" in line("db", "check").out
+    assert "permission denied" in line("orgs", "list", check=False).err
     with psycopg.connect(url["worker"], autocommit=True) as worker:
         owned = worker.execute("SELECT count(*) FROM pg_tables WHERE tableowner = 'worker'").fetchone()
     assert owned == (0,)

@@ -15,16 +15,17 @@ from worker.store import roles, schema
 from worker.store.database import Database
 
 SCRIPT = Path(__file__).parents[2] / "config" / "postgresql.sh"
-PASSWORDS = {"owner": "0wnerSecret", "worker": "w0rkerSecret"}
+PASSWORDS = {"owner": "0wnerSecret", "worker": "w0rkerSecret", "serve": "s3rveSecret"}
 
 
 @pytest.fixture
 def urls(own_postgres: postgres.Server, tmp_path: Path) -> dict[str, str]:
-    """The URLs of both logins, after the script has run as PostgreSQL's image runs it."""
+    """The URLs of all logins, after the script has run as PostgreSQL's image runs it."""
     at = f"127.0.0.1:{own_postgres.port}/orgworker"
     urls = {role: f"postgresql://{role}:{password}@{at}" for role, password in PASSWORDS.items()}
     (tmp_path / "database__owner_url").write_text(urls["owner"])
     (tmp_path / "database__url").write_text(f"{urls['worker']}\n")
+    (tmp_path / "serve_database__url").write_text(urls["serve"])
     folder = postgres.binaries(own_postgres.folder / "binaries", postgres.unprivileged_user())
     environment = {
         "PATH": f"{folder}:{os.defpath}",
@@ -37,7 +38,7 @@ def urls(own_postgres: postgres.Server, tmp_path: Path) -> dict[str, str]:
     assert not [word for word in PASSWORDS.values() if word in done.stdout + done.stderr]
     # From here on a password is asked for, where the server of the tests trusts everybody.
     rules = own_postgres.folder / "data" / "pg_hba.conf"
-    rules.write_text(f"host all owner,worker 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+    rules.write_text(f"host all owner,worker,serve 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
     own_postgres.execute("SELECT pg_reload_conf()")
     return urls
 
@@ -54,6 +55,20 @@ def test_the_owner_migrates_and_the_worker_has_no_more_rights_than_it_needs(urls
         database.close()
     with psycopg.connect(urls["worker"]) as worker, pytest.raises(psycopg.errors.InsufficientPrivilege):
         worker.execute("CREATE TABLE intruder (id int)")
+
+
+def test_the_login_of_serve_acts_for_callers_and_reads_nothing_by_itself(urls: dict[str, str]):
+    schema.upgrade(urls["worker"], urls["owner"])
+
+    database = Database.open(urls["serve"], clock=ManualClock())
+    try:
+        schema.check_for_web(database)
+        with database.autocommit() as connection:
+            assert roles.serve_warnings(connection) == []
+    finally:
+        database.close()
+    with psycopg.connect(urls["serve"]) as serve, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        serve.execute("SELECT code FROM orgs")
 
 
 def test_a_login_has_the_password_of_its_url_and_no_other(urls: dict[str, str]):

@@ -33,7 +33,8 @@ POSTGRES_FACTS = {
     "AND relkind = 'r' ORDER BY 1",
     "views": "SELECT viewname, definition FROM pg_views WHERE schemaname = 'public' ORDER BY 1",
     "triggers": "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1",
-    "functions": "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
+    "functions": "SELECT proname, prosrc, prosecdef, proconfig::text FROM pg_proc "
+    "WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
 }
 SQLITE_FACTS = {
     "everything": "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2",
@@ -89,7 +90,13 @@ def from_metadata(url: str) -> Snapshot:
         dialect = connection.dialect.name
         made = [table for table in tables.metadata.sorted_tables if table.name != "run_ends"]
         tables.metadata.create_all(connection, made if dialect == "sqlite" else None)
-        for statement in (tables.RUN_VIEW[dialect], *tables.ABSORBING[dialect], *tables.RUN_ENDS[dialect]):
+        for statement in (
+            tables.RUN_VIEW[dialect],
+            *tables.ABSORBING[dialect],
+            *tables.RUN_ENDS[dialect],
+            *tables.APPEND_ONLY[dialect],
+            *tables.FIND_CALLER[dialect],
+        ):
             connection.execute(text(statement))
         return snapshot(connection)
 

@@ -17,7 +17,7 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
 
     On PostgreSQL it connects as the role of database.owner_url, where that is set.
     """
-    from worker.store import schema
+    from worker.store import roles, schema
 
     session = session_of(context)
     settings = session.settings.database
@@ -25,22 +25,32 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
         with database.autocommit() as connection:
             before = schema.current(connection)
         schema.upgrade(settings.url, settings.owner_url)
+        missing = ""
+        if database.dialect == "postgresql":
+            with database.autocommit() as connection:
+                missing = roles.missing(connection)
         print_row(
             {"database": database.url_shown, "before": before, "version": schema.head()},
             output,
             key="version",
         )
+    if missing:
+        say(f"warning: {missing}")
 
 
 @app.command("check")
 def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     """Say whether the database has this release's schema; exit 78 if not, with the command that mends it.
 
-    On PostgreSQL it warns of a login with more rights than the worker needs.
+    On PostgreSQL it warns of a login that has more rights than it needs, or that may not act for
+    callers of the web side. It works with the login of a worker and with that of `serve`.
     """
     from worker.store import roles, schema
 
-    with session_of(context).database() as database:
+    session = session_of(context)
+    session.require_database()
+    with session.database(any_schema=True) as database:
+        schema.check_as_login(database)
         warnings: list[str] = []
         if database.dialect == "postgresql":
             with database.autocommit() as connection:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from worker.settings.sections import ExecutionSettings
-from worker.store import health
+from worker.store import health, roles
 from worker.store.database import Database
 
 # Seconds after which a held snapshot makes the hot tables grow: transactions of ours last milliseconds.
@@ -89,6 +89,18 @@ def insecure_origins(execution: ExecutionSettings) -> Finding:
     )
 
 
+def web_roles(database: Database) -> Finding:
+    """The web side acts in two roles of its own; a login that may not take them answers 503."""
+    name = "web_roles"
+    if database.dialect == "sqlite":
+        return Finding(name, True, "SQLite: there are no roles")
+    with database.autocommit() as connection:
+        missing = roles.missing(connection)
+    if not missing:
+        return Finding(name, True, f"the login may act as {roles.WEB} and {roles.OPERATOR}")
+    return Finding(name, False, *missing.split(": ", 1))
+
+
 def too_old(holder: health.Holder) -> bool:
     """Whether vacuum has waited for it too long: by time where it has a transaction, else by distance."""
     if holder.seconds is not None and holder.kind == "session":
@@ -102,5 +114,5 @@ _FIXES = {
     "slot": "drop the replication slot if nobody reads it any more",
 }
 
-CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows)
+CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows, web_roles)
 SETTINGS_CHECKS: Sequence[Callable[[ExecutionSettings], Finding]] = (insecure_origins,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import sqlite3
 import threading
@@ -17,7 +18,6 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from worker.clock import Clock
 from worker.errors import StoreUnavailable
-from worker.ids import OrgId
 from worker.store import listener, roles
 from worker.store.connection import database_now, driver
 from worker.store.contact import Contact
@@ -43,7 +43,7 @@ class Database:
         self._engine = engine
         self._clock = clock
         self._contact = contact
-        self._acts_as_web: bool | None = None
+        self._scope: roles.Scope | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = engine.url.render_as_string(hide_password=True)
         self._threads = ThreadPoolExecutor(
@@ -93,7 +93,18 @@ class Database:
                 self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline
             )
             self._hurried[deadline] = Database(engine, clock=self._clock, threads=1, contact=self._contact)
-        return self._hurried[deadline]
+        hurried = self._hurried[deadline]
+        return hurried if self._scope is None else hurried.acting(self._scope)
+
+    def acting(self, scope: roles.Scope) -> Database:
+        """This database for a caller: on PostgreSQL every statement runs in the scope's role, for its org.
+
+        It shares connections and threads with this one, which also closes them. SQLite has no
+        roles: there the store's functions are given the org.
+        """
+        view = copy.copy(self)
+        view._scope = scope
+        return view
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -101,36 +112,30 @@ class Database:
 
         Raises:
             StoreUnavailable: the database did not answer, or did not let us in.
+            RolesMissing: the login may not take the role of this scope.
         """
         with self._turn(), self._watched(), self._connection() as connection, connection.begin():
+            self._enter(connection)
             yield connection
 
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
-        """For reads and single statements, each its own transaction.
+        """For reads and single statements, each its own transaction; one for all where roles are taken.
 
         Raises:
-            StoreUnavailable: as in `transaction`.
+            StoreUnavailable, RolesMissing: as in `transaction`.
         """
+        if self._scope is not None and self.dialect == "postgresql":
+            # A role is taken for a transaction: without one it would last as long as the session.
+            with self.transaction() as connection:
+                yield connection
+            return
         with self._watched(), self._connection() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
-    @contextmanager
-    def as_org(self, org_id: OrgId) -> Iterator[Connection]:
-        """A transaction that on PostgreSQL sees this org's rows only, by row-level security.
-
-        A login that is no member of the web role sees what it sees; `db check` says so.
-
-        Raises:
-            StoreUnavailable: as in `transaction`.
-        """
-        with self.transaction() as connection:
-            if self.dialect == "postgresql":
-                if self._acts_as_web is None:
-                    self._acts_as_web = roles.may_act_as_web(connection)
-                if self._acts_as_web:
-                    roles.act_as_web(connection, org_id)
-            yield connection
+    def _enter(self, connection: Connection) -> None:
+        if self._scope is not None and self.dialect == "postgresql":
+            roles.act(connection, self._scope)
 
     def now(self, connection: Connection) -> datetime:
         """The instant that rows are compared with: PostgreSQL's clock, or the injected one."""

@@ -1,68 +1,193 @@
-"""Roles on PostgreSQL: who may do what, and which rows the web side may see.
+"""Roles on PostgreSQL: what each may do, and which rows it sees.
 
-Row-level security is in force on every table with org data (migration 0001): a session
-sees the rows of the org in `app.org`, and none where that is not set. Only the owner and
-members of `orgworker_worker` see all. The web side acts as `orgworker_web`, also where
-its login is the worker's: a query that forgets its org then finds nothing.
+Row-level security is in force on every table with org data (migrations 0001 and 0005): a
+session sees the rows of the org in `app.org`, and none where that is not set. Only the
+owner and members of `orgworker_worker` and `orgworker_operator` see all.
+
+The web side runs every statement in one of two roles, whatever its login is:
+`orgworker_web` for an org, with `app.org` set, and `orgworker_operator` for an operator.
+Neither reads a secret, changes the schema or alters an audit row. Each may write only what
+the API and the dashboard write; a new operation of theirs extends `_WRITES`.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, text
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from sqlalchemy import Connection, Row, text
+from sqlalchemy.exc import DBAPIError
+
+from worker.errors import RolesMissing
 from worker.ids import OrgId
 from worker.store import tables
 
 WORKER = "orgworker_worker"
 WEB = "orgworker_web"
+OPERATOR = "orgworker_operator"
 
-# What has rows of orgs; all else is the same for every org, or nobody's.
-_OF_ORGS = ("orgs", "definition_revisions", "alerts", "alert_strikes")
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The role that statements run in, and the org whose rows they see, for `orgworker_web`."""
+
+    role: str
+    org_id: OrgId | None = None
+
+    @classmethod
+    def of_org(cls, org_id: OrgId) -> Scope:
+        """The rows of one org."""
+        return cls(WEB, org_id)
+
+
+# Sees no row of any org: for the schema's version, and to look up who is calling.
+NOBODY = Scope(WEB)
+# Sees the rows of all orgs, but no secret.
+ALL_ORGS = Scope(OPERATOR)
+
+# Tables with rows of orgs that have no column `org_id`; all others are the same for every org.
+_OF_ORGS = ("orgs", "definition_revisions", "alerts", "alert_strikes", "templates")
 ORG_DATA = tuple(
     table.name for table in tables.metadata.sorted_tables if "org_id" in table.c or table.name in _OF_ORGS
 )
-_ALL = ", ".join([*tables.metadata.tables, "run_view", "alembic_version"])
-_GRANTS = {
-    WORKER: (f"GRANT SELECT, INSERT, UPDATE, DELETE ON {_ALL} TO {WORKER}",),
-    WEB: (
-        f"GRANT SELECT ON {_ALL} TO {WEB}",
-        f"GRANT INSERT, UPDATE, DELETE ON {', '.join(ORG_DATA)} TO {WEB}",
+_ALL = (*tables.metadata.tables, "run_view", "alembic_version")
+
+# What the web side never reads.
+SECRETS: Mapping[str, frozenset[str]] = {"credentials": frozenset({"sealed"})}
+# What no org reads: they name machines, or many orgs at once.
+_NOT_FOR_ORGS = frozenset({"workers", "alerts", "alert_strikes"})
+# Nobody changes or deletes these rows; triggers keep the owner from it too.
+APPEND_ONLY = frozenset({"audit"})
+
+# What API and dashboard write: they make, cancel and retry runs.
+_WRITES: Mapping[str, Sequence[str]] = {
+    "runs": (
+        "INSERT",
+        "UPDATE (state, reason, detail, available_at, finished_at, attempt, result_fencing_token, progress)",
     ),
+    "live_runs": (
+        "INSERT",
+        "DELETE",
+        "UPDATE (state, reason, available_at, start_by, cancel_requested_at, cancel_reason)",
+    ),
+    "run_ends": ("INSERT",),
+    "checkpoints": ("INSERT",),
+    "audit": ("INSERT",),
+    "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
+    "rollup_hours": ("INSERT", "UPDATE (runs)"),
+    # One column each, for SELECT FOR UPDATE. An org's own row may have no other org in it.
+    "definitions": ("UPDATE (updated_at)",),
+    "schedule": ("UPDATE (org_id)",),
 }
 
-# A role may exist already: made by hand, or by a migration of another database.
+# A new row of an org must belong to a definition and a run of that org too.
+_SAME_ORG: Mapping[str, str] = {
+    "runs": "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id)",
+    "live_runs": (
+        "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id)"
+        " AND EXISTS (SELECT 1 FROM runs r WHERE r.id = live_runs.id)"
+    ),
+    "checkpoints": "EXISTS (SELECT 1 FROM runs r WHERE r.id = run_id)",
+}
+
+# A role may exist already: created by hand, or by a migration of another database.
 _CREATE = """
 DO $$ BEGIN CREATE ROLE {role} NOLOGIN;
 EXCEPTION WHEN duplicate_object OR unique_violation OR insufficient_privilege THEN NULL; END $$
 """
-_JOIN = """
-DO $$ BEGIN IF NOT pg_has_role('{role}', 'MEMBER') THEN GRANT {role} TO CURRENT_USER; END IF;
+# Membership alone is not enough from PostgreSQL 16 on: whoever creates a role may administer it only.
+_MAY_SET = """
+pg_has_role({who}, {role},
+            CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)
+"""
+_JOIN = f"""
+DO $$ BEGIN IF NOT {_MAY_SET.format(who="current_user", role="'{role}'")} THEN
+  GRANT {{role}} TO CURRENT_USER;
+END IF;
+EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation THEN NULL; END $$
+"""
+# Workers serve pages too. A member of the worker's role can do all that this role can.
+_JOIN_WORKERS = f"""
+DO $$ DECLARE login name; BEGIN
+  FOR login IN
+    SELECT r.rolname FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.member
+    WHERE m.roleid = '{WORKER}'::regrole AND r.rolname <> current_user
+      AND NOT {_MAY_SET.format(who="r.oid", role="'{role}'::regrole")}
+  LOOP
+    EXECUTE format('GRANT {{role}} TO %I', login);
+  END LOOP;
 EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation THEN NULL; END $$
 """
 _EXISTS = text("SELECT 1 FROM pg_roles WHERE rolname = :role")
 _POLICIES = text("SELECT tablename FROM pg_policies WHERE schemaname = current_schema AND policyname = :name")
 
-_MAY_ACT = text(
-    "SELECT COALESCE((SELECT pg_has_role(oid, 'MEMBER') FROM pg_roles WHERE rolname = :web), false)"
-)
-_WHO = text("""
-SELECT current_user, r.rolsuper OR r.rolbypassrls,
-       EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = to_regclass('runs') AND c.relowner = r.oid)
+# One question to the server: as SET LOCAL ROLE and SET LOCAL, both end with the transaction.
+_ACT = text("SELECT set_config('role', :role, true), set_config('app.org', :org, true)")
+_LACKING = text(f"""
+SELECT wanted FROM unnest(CAST(:roles AS text[])) AS wanted
+WHERE NOT COALESCE((SELECT {_MAY_SET.format(who="current_user", role="oid")} FROM pg_roles
+                    WHERE rolname = wanted), false)
+ORDER BY wanted
+""")
+# The server's words for a role that is not there, and for one that the login may not take.
+_NO_ROLE = ("22023", "42501")
+
+_WHO = text(f"""
+SELECT current_user AS login, r.rolsuper OR r.rolbypassrls AS is_above, r.rolinherit AS inherits,
+       EXISTS (SELECT 1 FROM pg_class c WHERE c.oid = to_regclass('runs') AND c.relowner = r.oid) AS is_owner,
+       COALESCE((SELECT pg_has_role(oid, 'MEMBER') FROM pg_roles WHERE rolname = '{WORKER}'), false)
+         AS is_worker,
+       ARRAY(SELECT g.rolname::text FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid
+             WHERE m.member = r.oid AND g.rolname NOT IN ('{WEB}', '{OPERATOR}') ORDER BY 1) AS others
 FROM pg_roles r WHERE r.rolname = current_user
 """)
 
 
 def grant(connection: Connection) -> None:
-    """Make the roles where this login may, and let them do what they are for; again, it changes nothing."""
-    for role in (WORKER, WEB):
+    """Create the roles where this login may, and give them their rights; can be repeated.
+
+    Rights that an earlier release gave, and that are not among them any more, are taken back.
+    """
+    for role in (WORKER, WEB, OPERATOR):
         connection.execute(text(_CREATE.format(role=role)))
         if connection.execute(_EXISTS, {"role": role}).first() is None:
             continue
         connection.execute(text(_JOIN.format(role=role)))
-        for statement in _GRANTS[role]:
+        for statement in _grants(role):
             connection.execute(text(statement))
-        if role == WORKER:
+        if role == WEB:
+            _keep_in_org(connection)
+        else:
             _let_see_all(connection, role)
+        if role != WORKER and connection.execute(_EXISTS, {"role": WORKER}).first() is not None:
+            connection.execute(text(_JOIN_WORKERS.format(role=role)))
+
+
+def _grants(role: str) -> list[str]:
+    """The statements that leave the role with its rights and no others."""
+    statements = [f"REVOKE ALL ON {', '.join(_ALL)} FROM {role}"]
+    if role == WORKER:
+        kept = APPEND_ONLY | {"run_view", "alembic_version"}
+        changed = ", ".join(name for name in _ALL if name not in kept)
+        statements += [
+            f"GRANT SELECT ON {', '.join(_ALL)} TO {role}",
+            f"GRANT INSERT, UPDATE, DELETE ON {changed} TO {role}",
+            f"GRANT INSERT ON {', '.join(sorted(APPEND_ONLY))} TO {role}",
+        ]
+        return statements
+    hidden = _NOT_FOR_ORGS if role == WEB else frozenset[str]()
+    whole = ", ".join(name for name in _ALL if name not in hidden | SECRETS.keys())
+    statements.append(f"GRANT SELECT ON {whole} TO {role}")
+    for name, secret in SECRETS.items():
+        shown = ", ".join(
+            column.name for column in tables.metadata.tables[name].c if column.name not in secret
+        )
+        statements.append(f"GRANT SELECT ({shown}) ON {name} TO {role}")
+    statements += [f"GRANT {', '.join(rights)} ON {name} TO {role}" for name, rights in _WRITES.items()]
+    if role == WEB:
+        statements.append(f"GRANT EXECUTE ON FUNCTION find_caller(text, text) TO {role}")
+    return statements
 
 
 def _let_see_all(connection: Connection, role: str) -> None:
@@ -72,28 +197,99 @@ def _let_see_all(connection: Connection, role: str) -> None:
             connection.execute(text(f"CREATE POLICY {role} ON {table} TO {role} USING (true)"))
 
 
-def may_act_as_web(connection: Connection) -> bool:
-    """Whether this login can take the web role."""
-    return bool(connection.execute(_MAY_ACT, {"web": WEB}).scalar_one())
+def _keep_in_org(connection: Connection) -> None:
+    """Beside its own org, a row that an org inserts names only definitions and runs of that org."""
+    done = set(connection.execute(_POLICIES, {"name": "same_org"}).scalars())
+    for table, condition in _SAME_ORG.items():
+        if table not in done:
+            connection.execute(
+                text(
+                    f"CREATE POLICY same_org ON {table} AS RESTRICTIVE FOR INSERT TO {WEB} "
+                    f"WITH CHECK ({condition})"
+                )
+            )
 
 
-def act_as_web(connection: Connection, org_id: OrgId) -> None:
-    """For the rest of this transaction: the web role, and this org's rows only."""
-    connection.execute(text(f"SET LOCAL ROLE {WEB}"))
-    connection.execute(text("SELECT set_config('app.org', :org, true)"), {"org": org_id})
+def act(connection: Connection, scope: Scope) -> None:
+    """Take the scope's role and org for the rest of this transaction.
+
+    Raises:
+        RolesMissing: the login may not take that role, or there is none.
+    """
+    try:
+        connection.execute(_ACT, {"role": scope.role, "org": scope.org_id or ""})
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) in _NO_ROLE:
+            raise RolesMissing(f"this process may not act as {scope.role} in the database") from error
+        raise
+
+
+def lacking(connection: Connection) -> list[str]:
+    """Those of the web side's roles that this login cannot take."""
+    return list(connection.execute(_LACKING, {"roles": [WEB, OPERATOR]}).scalars())
+
+
+def require(connection: Connection) -> None:
+    """Make sure that the login can take both roles of the web side.
+
+    Raises:
+        RolesMissing: names the login, the roles and the statement that helps.
+    """
+    if names := lacking(connection):
+        login = _who(connection).login
+        raise RolesMissing(
+            f"the login {login} may not act as {' and '.join(names)} in the database", fix=_fix(login)
+        )
+
+
+def missing(connection: Connection) -> str:
+    """Which roles of the web side this login lacks, and the statement that helps; empty if none."""
+    names = lacking(connection)
+    if not names:
+        return ""
+    login = _who(connection).login
+    return f"the login {login} is not a member of {' and '.join(names)}: {_fix(login)}"
 
 
 def warnings(connection: Connection) -> list[str]:
-    """What about this login leaves the web side with more rights than it needs."""
-    user, is_above, is_owner = connection.execute(_WHO).one()
+    """What about this login leaves the web side with more rights than it needs, or with too few."""
+    who = _who(connection)
     said = []
-    if is_above:
-        said.append(f"the login {user} is a superuser or bypasses row-level security: use an ordinary one")
-    if is_owner:
-        said.append(f"the login {user} owns the tables: name the owner in database.owner_url only")
-    if not may_act_as_web(connection):
+    if who.is_above:
         said.append(
-            f"the login {user} is no member of {WEB}: GRANT {WORKER}, {WEB} TO {user}, after `db upgrade` "
-            "by a role that may create roles"
+            f"the login {who.login} is a superuser or bypasses row-level security: use an ordinary one"
+        )
+    if who.is_owner:
+        said.append(f"the login {who.login} owns the tables: name the owner in database.owner_url only")
+    if lack := missing(connection):
+        said.append(lack)
+    if not (who.is_above or who.is_owner or who.is_worker):
+        # A login of `serve`.
+        if who.inherits:
+            said.append(f"the login {who.login} inherits its roles: ALTER ROLE {who.login} NOINHERIT")
+        if who.others:
+            said.append(
+                f"the login {who.login} is also a member of {', '.join(who.others)}: "
+                f"{WEB} and {OPERATOR} are all that `serve` needs"
+            )
+    return said
+
+
+def serve_warnings(connection: Connection) -> list[str]:
+    """As `warnings`, for `serve`, which needs no right of a worker."""
+    who = _who(connection)
+    said = warnings(connection)
+    if who.is_worker and not (who.is_above or who.is_owner):
+        said.append(
+            f"the login {who.login} is a member of {WORKER}, which `serve` does not need: "
+            "give it a login of its own (docs/operating/postgresql.md)"
         )
     return said
+
+
+def _who(connection: Connection) -> Row[Any]:
+    return connection.execute(_WHO).one()
+
+
+def _fix(login: str) -> str:
+    return f"GRANT {WEB}, {OPERATOR} TO {login}, after `db upgrade` by a role that may create roles"

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, inspect, text
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.store import roles
-from worker.store.database import translated
+from worker.store.connection import is_postgresql
+from worker.store.database import Database, translated
 from worker.store.engine import open_engine, read_url
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _MIGRATION_LOCK = 6_070_311
 _SETTINGS = ("SET LOCAL lock_timeout = '5s'", "SET LOCAL statement_timeout = '10min'")
 _DEADLINE = 660.0
+# True where there is no such table yet, which `check` says by itself.
+_MAY_READ = text("SELECT COALESCE(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), true)")
 _WORKS_WITH = text("SELECT value FROM facts WHERE name = 'schema.works_with'")
 
 
@@ -65,6 +68,39 @@ def check(connection: Connection) -> None:
     else:
         fix = "run `python -m worker db upgrade`"
     raise ConfigurationError(f"the database {state}, this release needs {needs}", fix=fix)
+
+
+def check_as_login(database: Database) -> None:
+    """As `check`, whatever the login: a worker's reads by itself, that of `serve` in the web side's role.
+
+    Raises:
+        ConfigurationError: as in `check`.
+        RolesMissing: the login may not read the version in any role.
+    """
+    with database.autocommit() as connection:
+        if not is_postgresql(connection) or connection.execute(_MAY_READ).scalar_one():
+            check(connection)
+            return
+    check_for_web(database)
+
+
+def check_for_web(database: Database) -> None:
+    """As `check`, for a process that acts for callers only: in their roles, which its login must have.
+
+    Raises:
+        ConfigurationError: as in `check`.
+        RolesMissing: the login may not take both roles of the web side.
+    """
+    with database.autocommit() as connection:
+        if not is_postgresql(connection) or not inspect(connection).has_table("alembic_version"):
+            check(connection)
+            return
+        if roles.WEB in roles.lacking(connection):
+            roles.require(connection)
+    with database.acting(roles.NOBODY).autocommit() as connection:
+        check(connection)
+    with database.autocommit() as connection:
+        roles.require(connection)
 
 
 def upgrade(url: str, owner_url: str = "") -> None:

@@ -210,6 +210,12 @@ EVENTS: Mapping[str, Event] = _table(
         "nothing is served there; it is tried again, and the worker works",
     ),
     ("web.failed", "error", "method path error", "a request met an error that nobody expected"),
+    (
+        "web.rights",
+        "warning",
+        "detail",
+        "the database login of `serve` may do more than it needs, or bypasses row-level security",
+    ),
     ("web.login", "info", "caller role", "somebody opened the dashboard"),
     ("alert.sent", "info", "kind status alert", "an alert was taken by the webhook"),
     (

@@ -18,6 +18,7 @@ from worker.errors import (
     Conflict,
     DefinitionError,
     NotFound,
+    RolesMissing,
     TokenError,
     Unavailable,
     UsageError,
@@ -36,6 +37,7 @@ STATUS: tuple[tuple[type[WorkerError], int], ...] = (
     (Conflict, 409),
     (DefinitionError, 422),
     (Unavailable, 503),
+    (RolesMissing, 503),
     (WorkerError, 500),
 )
 HEADERS = {

@@ -21,13 +21,12 @@ from worker.operations.named_run import named_run
 from worker.operations.retry import retry
 from worker.operations.run_now import run_now
 from worker.store import log_listing, run_listing
-from worker.store.database import Database
 from worker.store.paging import Row
 from worker.web.access import Caller
+from worker.web.acting import Acting
 from worker.web.answers import encode, json_answer
 from worker.web.body import read_body
 from worker.web.lists import LISTS, limit_of, read_list
-from worker.web.reading import read_for
 from worker.web.redaction import Noun, redacted, redacted_row
 
 BASE = "/api/v1"
@@ -37,8 +36,8 @@ LOG_LINES = 1000
 class Api:
     """Every answer is made in a thread of the web's own database connections, down to its last byte."""
 
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._database = database
+    def __init__(self, acting: Acting, clock: Clock) -> None:
+        self._acting = acting
         self._clock = clock
 
     def routes(self) -> Sequence[Route]:
@@ -64,7 +63,7 @@ class Api:
             full = "limit" in LISTS[name].filters and len(rows) == limit_of(given)
             return encode(rows), rows[-1]["id"] if full and rows else None
 
-        body, last = await read_for(self._database, caller, work)
+        body, last = await self._acting.read(caller, work)
         headers = {}
         if last is not None:
             query = urlencode({**given, "after": last})
@@ -88,7 +87,7 @@ class Api:
             run = named_run(connection, request.path_params["run"], caller.org)
             return encode(shown_lines(connection, caller, run["id"], after=after, limit=limit))
 
-        return json_answer(await read_for(self._database, caller, work))
+        return json_answer(await self._acting.read(caller, work))
 
     async def _of_run(self, request: Request, part: Callable[[Connection, Row], Any]) -> bytes:
         caller = caller_of(request)
@@ -96,7 +95,7 @@ class Api:
         def work(connection: Connection) -> bytes:
             return encode(part(connection, shown_run(connection, caller, request.path_params["run"])))
 
-        return await read_for(self._database, caller, work)
+        return await self._acting.read(caller, work)
 
     async def _cancel(self, request: Request) -> Response:
         await _json_body(request, ())
@@ -156,7 +155,7 @@ class Api:
 
     async def _do(self, caller: Caller, operation: Callable[..., Row], *args: Any, **kwargs: Any) -> Row:
         """Change something; the row of the run that came of it, as this caller may see it."""
-        row = await self._database.run(operation, self._database, *args, **kwargs)
+        row = await self._acting.do(caller, operation, *args, **kwargs)
         return redacted_row("runs", row, caller)
 
 

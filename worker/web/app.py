@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 from worker.clock import Clock
 from worker.store.database import Database
 from worker.web.access import Access
+from worker.web.acting import Acting
 from worker.web.answers import Answering
 from worker.web.api import Api
 from worker.web.dashboard import Dashboard, error_page
@@ -19,7 +20,8 @@ from worker.web.sessions import Sessions
 def build(health: Health, database: Database, access: Access, clock: Clock) -> ASGIApp:
     """Everything that is served on the worker's HTTP port."""
     sessions = Sessions(clock)
-    api = Api(database, clock)
-    dashboard = Dashboard(database, clock, api, access, sessions)
+    acting = Acting(database)
+    api = Api(acting, clock)
+    dashboard = Dashboard(acting, clock, api, access, sessions)
     router = Router(routes=[*health.routes(), *api.routes(), *dashboard.routes()], redirect_slashes=False)
     return Answering(Gate(router, access, sessions), error_page)

@@ -16,15 +16,14 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError
 from worker.store import definition_listing, listing, run_listing
-from worker.store.database import Database
 from worker.store.paging import Row
 from worker.telemetry.events import emit
 from worker.web.access import RANK, Access
+from worker.web.acting import Acting
 from worker.web.api import Api, caller_of, shown_lines, shown_run, single
 from worker.web.body import read_form
 from worker.web.gate import in_api
 from worker.web.pages import page, render
-from worker.web.reading import read_for
 from worker.web.redaction import redacted, redacted_row
 from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
 
@@ -36,10 +35,8 @@ RECENT = timedelta(days=1)
 class Dashboard:
     """Pages for a session, or for a bearer token, which then only looks."""
 
-    def __init__(
-        self, database: Database, clock: Clock, api: Api, access: Access, sessions: Sessions
-    ) -> None:
-        self._database = database
+    def __init__(self, acting: Acting, clock: Clock, api: Api, access: Access, sessions: Sessions) -> None:
+        self._acting = acting
         self._clock = clock
         self._api = api
         self._access = access
@@ -158,7 +155,7 @@ class Dashboard:
             values = work(connection)
             return render(template, caller=caller, session=session, may_act=may_act, **values)
 
-        return page(await read_for(self._database, caller, made))
+        return page(await self._acting.read(caller, made))
 
 
 def error_page(scope: Scope, status: int, message: str, fix: str) -> Response | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from worker.errors import IssuerUnavailable, StoreUnavailable, WorkerError
+from worker.errors import IssuerUnavailable, RolesMissing, StoreUnavailable, WorkerError
 from worker.store.paging import Row
 from worker.web.access import Caller
 
@@ -67,6 +67,8 @@ def redacted_error(error: WorkerError, caller: Caller | None) -> tuple[str, str]
         return error.message, error.fix
     if isinstance(error, StoreUnavailable):
         return "the database does not answer", "try again later"
+    if isinstance(error, RolesMissing):
+        return "the server may not act for its callers in the database", "an operator can see why"
     if isinstance(error, IssuerUnavailable):
         return "the token's issuer does not answer, so the token cannot be verified", "try again later"
     return without_paths(error.message), without_paths(error.fix)

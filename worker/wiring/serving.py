@@ -7,11 +7,12 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from worker.clock import SystemClock
-from worker.errors import ConfigurationError, Unavailable
+from worker.errors import ConfigurationError, RolesMissing, Unavailable
 from worker.settings import Settings
-from worker.store import schema
+from worker.store import roles, schema
 from worker.store.database import Database
 from worker.telemetry import logs
+from worker.telemetry.events import emit
 from worker.telemetry.notify import Notifier
 from worker.web.health import Health
 from worker.wiring.signals import Signals
@@ -33,9 +34,11 @@ class WebHealth(Health):
         """Ask the database once."""
         try:
             async with asyncio.timeout(LOOK_EVERY):
-                await database.call_autocommit(schema.check)
+                await database.run(schema.check_for_web, database)
         except (Unavailable, TimeoutError):
             self._lacking = ("database",)
+        except RolesMissing:
+            self._lacking = ("roles",)
         except ConfigurationError:
             self._lacking = ("schema",)
         else:
@@ -51,6 +54,7 @@ def serve(settings: Settings) -> int:
     Raises:
         Busy: another process has the port.
         ConfigurationError: `web.listen` is empty or no address of this machine, or the schema is another's.
+        RolesMissing: the database's login may not act for callers.
         StoreUnavailable: the database does not answer at the start.
     """
     if not settings.web.listen:
@@ -62,14 +66,22 @@ def serve(settings: Settings) -> int:
     health = WebHealth(metrics_of(settings, version=version("orgworker")))
     database = Database.open(settings.database.url, clock=clock, role="web")
     try:
-        with database.autocommit() as connection:
-            schema.check(connection)
+        schema.check_for_web(database)
+        _say_what_is_too_much(database)
         web = Web(settings, clock, health)
         web.bind(needed=True)
         asyncio.run(_serve(web, health, database))
     finally:
         database.close()
     return 0
+
+
+def _say_what_is_too_much(database: Database) -> None:
+    """Log what the login may do beyond acting for callers, which a fault of the web side would use."""
+    if database.dialect == "postgresql":
+        with database.autocommit() as connection:
+            for warning in roles.serve_warnings(connection):
+                emit("web.rights", detail=warning)
 
 
 async def _serve(web: Web, health: WebHealth, database: Database) -> None:

@@ -12,7 +12,7 @@ from worker.clock import Clock
 from worker.errors import Busy
 from worker.guard import Guard
 from worker.settings import Settings
-from worker.store import orgs
+from worker.store import orgs, roles
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry import events
@@ -87,7 +87,10 @@ class Web:
         }
         operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
 
+        # Who asks is not known yet: in a role that sees no org.
+        unknown = database.acting(roles.NOBODY)
+
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
-            return await database.call_autocommit(orgs.find_caller, code, client_id)
+            return await unknown.call_autocommit(orgs.find_caller, code, client_id)
 
         return Access(operators, guards, find_caller, org_role=web.org_role, org_scope=web.org_scope)

@@ -23,7 +23,7 @@ def test_db_check_warns_of_a_superuser_that_owns_the_tables(tmp_path: Path, migr
 def test_db_check_says_nothing_of_an_ordinary_login(tmp_path: Path, migrated_postgres_url: str):
     name = f"worker_{new_id()[-12:]}"
     with psycopg.connect(migrated_postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE ROLE {name} LOGIN IN ROLE {roles.WORKER}, {roles.WEB}")
+        connection.execute(f"CREATE ROLE {name} LOGIN IN ROLE {roles.WORKER}, {roles.WEB}, {roles.OPERATOR}")
         try:
             url = migrated_postgres_url.replace("postgres@", f"{name}@")
             done = CommandLine(tmp_path, url)("db", "check", "-o", "json")

@@ -1,4 +1,4 @@
-"""Row-level security: the web role sees one org or nothing, the worker's role and the owner see all.
+"""Row-level security and rights: an org sees and writes its rows only, operators all but no secret.
 
 Which tables there are, and what stands in them, is read from the metadata: a table that
 is new with an org's rows is tried here without a change.
@@ -6,25 +6,47 @@ is new with an org's rows is tried here without a change.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
 import pytest
 from psycopg import sql
-from sqlalchemy import Connection, Executable, Table, select, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy import Connection, Table, select, text
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.one_row_each import Owner, fill, row
+from worker.errors import RolesMissing
 from worker.ids import OrgId, new_id
-from worker.store import roles, schema, tables
+from worker.store import orgs, roles, schema, tables
 from worker.store.connection import database_now
 from worker.store.database import Database
+from worker.store.roles import Scope
 
-NOT_OF_ORGS = {"templates", "workers", "catalogue", "facts"}
-# Rows that name many orgs at once; nobody who acts for one org sees them.
-OF_MANY_ORGS = {"alerts", "alert_strikes"}
+NOT_OF_ORGS = {"workers", "catalogue", "facts"}
+# Rows that name machines or many orgs at once; nobody who acts for one org may read them.
+NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes"}
+# All that API and dashboard write, and no right more: by table, the columns of its UPDATE.
+WRITES = {
+    "runs": (
+        "INSERT",
+        "UPDATE attempt available_at detail finished_at progress reason result_fencing_token state",
+    ),
+    "live_runs": (
+        "DELETE",
+        "INSERT",
+        "UPDATE available_at cancel_reason cancel_requested_at reason start_by state",
+    ),
+    "run_ends": ("INSERT",),
+    "checkpoints": ("INSERT",),
+    "audit": ("INSERT",),
+    "rollup_days": ("INSERT", "UPDATE attempts handler_seconds runs"),
+    "rollup_hours": ("INSERT", "UPDATE runs"),
+    "definitions": ("UPDATE updated_at",),
+    "schedule": ("UPDATE org_id",),
+}
 ORG_COLUMNS = """
 SELECT c.relname, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (
   SELECT 1 FROM pg_policy WHERE polrelid = c.oid AND polname = 'one_org') AS parted
@@ -32,15 +54,16 @@ FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
 WHERE c.relkind IN ('r', 'p') AND c.relnamespace = current_schema::regnamespace
   AND a.attname = 'org_id' AND NOT a.attisdropped
 """
+DENIED = psycopg.errors.InsufficientPrivilege
 
 
 @pytest.fixture
 def logins(postgres_server, postgres_url: str) -> Iterator[dict[str, str]]:
-    """URLs of an empty database by login: its owner, a worker, a web server; none a superuser."""
-    names = {role: f"{role}_{new_id()[-12:]}" for role in ("owner", "worker", "web")}
+    """URLs of an empty database by login: its owner, a worker, that of `serve`; none a superuser."""
+    names = {role: f"{role}_{new_id()[-12:]}" for role in ("owner", "worker", "serve")}
     name = postgres_url.rpartition("/")[2]
-    for role in names.values():
-        postgres_server.execute(f"CREATE ROLE {role} LOGIN")
+    for role, login in names.items():
+        postgres_server.execute(f"CREATE ROLE {login} LOGIN {'NOINHERIT' if role == 'serve' else ''}")
     postgres_server.execute(f"ALTER DATABASE {name} OWNER TO {names['owner']}")
     yield {role: postgres_url.replace("postgres@", f"{login}@") for role, login in names.items()}
     with psycopg.connect(postgres_url, autocommit=True) as connection:
@@ -54,9 +77,14 @@ def logins(postgres_server, postgres_url: str) -> Iterator[dict[str, str]]:
 @pytest.fixture
 def migrated(logins: dict[str, str], postgres_server) -> None:
     """The schema, made by the owner, and the logins as the documentation has them."""
+    for role in (roles.WORKER, roles.WEB, roles.OPERATOR):
+        postgres_server.execute(
+            f"DO $$ BEGIN CREATE ROLE {role} NOLOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+        )
     schema.upgrade(logins["worker"], logins["owner"])
-    for role, login in ((roles.WORKER, "worker"), (roles.WEB, "web"), (roles.WEB, "worker")):
-        postgres_server.execute(f"GRANT {role} TO {login_of(logins[login])}")
+    worker, serve = login_of(logins["worker"]), login_of(logins["serve"])
+    postgres_server.execute(f"GRANT {roles.WORKER}, {roles.WEB}, {roles.OPERATOR} TO {worker}")
+    postgres_server.execute(f"GRANT {roles.WEB}, {roles.OPERATOR} TO {serve}")
 
 
 @pytest.fixture
@@ -65,8 +93,19 @@ def owners(logins: dict[str, str], migrated: None) -> tuple[Owner, Owner]:
     both = Owner(), Owner()
     with acting(logins["owner"]) as connection:
         fill(connection, both)
+        for owner in both:
+            # Each org's template is the one that made its definition.
+            connection.execute(
+                text("UPDATE definitions SET template_id = :template WHERE id = :id"),
+                {"template": template_of(connection, owner), "id": owner.definition},
+            )
         connection.commit()
     return both
+
+
+def template_of(connection: Connection, owner: Owner) -> str:
+    named = tables.templates.c.name == f"of {owner.org}"
+    return connection.execute(select(tables.templates.c.id).where(named)).scalar_one()
 
 
 def test_every_table_with_org_data_is_parted(postgres: Database):
@@ -80,85 +119,329 @@ def test_every_table_with_org_data_is_parted(postgres: Database):
         assert unparted(connection) == ["newcomers"]
 
 
-@pytest.mark.parametrize("org", [None, ""])
 @pytest.mark.usefixtures("owners")
-def test_with_no_org_set_the_web_role_sees_no_row_of_any(logins, org: str | None):
-    with acting(logins["worker"]) as worker, acting(logins["web"], org) as web:
-        for name in (*roles.ORG_DATA, "run_view"):
+def test_with_no_org_set_the_web_role_sees_no_row_of_any(logins):
+    with acting(logins["worker"]) as worker, acting(logins["serve"], roles.NOBODY) as web:
+        for name in (*sorted(set(roles.ORG_DATA) - NOT_FOR_ORGS), "run_view"):
             assert count(worker, name) == 2, name
             assert count(web, name) == 0, name
 
 
 def test_with_no_org_set_the_web_role_writes_nothing(logins, owners):
-    with acting(logins["web"]) as web:
-        for table in org_tables():
-            assert updated(web, table) == deleted(web, table) == 0, table.name
-            for owner in (*owners, Owner()):
-                with pytest.raises(ProgrammingError, match="violates row-level security"):
-                    insert(web, table, owner)
+    with acting(logins["serve"], roles.NOBODY) as web:
+        for table, rights in written():
+            assert lockable(web, table, rights) == 0, table.name
+            assert deleted(web, table, rights) == 0, table.name
+            if "INSERT" in rights:
+                for owner in (*owners, Owner()):
+                    with pytest.raises(ProgrammingError, match="violates row-level security"):
+                        insert(web, table, owner)
 
 
 def test_with_an_org_set_the_web_role_sees_its_rows_only(logins, owners):
     mine, _ = owners
-    with acting(logins["web"], mine.org) as web:
+    with acting(logins["serve"], of(mine)) as web:
         for table in org_tables():
-            assert count(web, table.name) == (0 if table.name in OF_MANY_ORGS else 1), table.name
+            if table.name in NOT_FOR_ORGS:
+                assert refused(web, f"SELECT count(*) FROM {table.name}"), table.name
+                continue
+            assert count(web, table.name) == 1, table.name
             whose = table.c.get("id" if table.name == "orgs" else "org_id")
             if whose is not None:
                 assert set(web.execute(select(whose)).scalars()) <= {mine.org}, table.name
         assert web.execute(text("SELECT org_id::text FROM run_view")).scalars().all() == [mine.org]
         (revision,) = web.execute(select(tables.definition_revisions)).mappings()
         assert revision["definition_id"] == mine.definition
+        assert web.execute(text("SELECT name FROM templates")).scalars().all() == [f"of {mine.org}"]
 
 
 def test_with_an_org_set_the_web_role_writes_its_rows_only(logins, owners):
     mine, other = owners
-    with acting(logins["web"], mine.org) as web:
-        for table in org_tables():
-            whose = 0 if table.name in OF_MANY_ORGS else 1
-            assert updated(web, table) == deleted(web, table) == whose, table.name
-            with pytest.raises(ProgrammingError, match="violates row-level security"):
-                insert(web, table, other)
+    with acting(logins["serve"], of(mine)) as web:
+        for table, rights in written():
+            assert lockable(web, table, rights) == (1 if has_update(rights) else 0), table.name
+            assert deleted(web, table, rights) == (1 if "DELETE" in rights else 0), table.name
+            if "INSERT" in rights:
+                with pytest.raises(ProgrammingError, match="violates row-level security"):
+                    insert(web, table, other)
 
 
-def test_what_is_no_orgs_the_web_role_may_only_read(logins, owners):
+@pytest.mark.parametrize("name", ["runs", "live_runs"])
+def test_an_org_makes_no_run_of_anothers_definition(logins, owners, name: str):
+    mine, other = owners
+    table = tables.metadata.tables[name]
+    with acting(logins["serve"], of(mine)) as web:
+        for thing in ("definition",) if name == "runs" else ("definition", "run"):
+            mixed = Owner(
+                **{"org": mine.org, "definition": mine.definition, "run": mine.run}
+                | {thing: getattr(other, thing)}
+            )
+            with pytest.raises(ProgrammingError, match='"same_org" for table'):
+                insert(web, table, mixed)
+        # With nothing of another's in it, it is only there already.
+        with pytest.raises(DBAPIError, match="duplicate key"):
+            insert(web, table, mine)
+
+
+def test_an_org_moves_no_row_to_another(logins, owners):
+    mine, other = owners
+    with acting(logins["serve"], of(mine)) as web:
+        statement = "UPDATE schedule SET org_id = '{}'"
+        assert web.execute(text(statement.format(mine.org))).rowcount == 1
+        assert refused(web, statement.format(other.org), "violates row-level security")
+
+
+@pytest.mark.parametrize("role", [roles.WEB, roles.OPERATOR])
+def test_the_web_side_may_write_what_its_pages_write_and_no_more(logins, migrated, role: str):
+    with acting(logins["owner"]) as connection:
+        assert rights_of(connection, role) == {name: set(rights) for name, rights in WRITES.items()}
+
+
+@pytest.mark.parametrize("scope", [roles.NOBODY, roles.ALL_ORGS])
+@pytest.mark.usefixtures("owners")
+def test_the_web_side_reads_no_secret_and_changes_no_schema(logins, scope: Scope):
+    with acting(logins["serve"], scope) as web:
+        for statement in (
+            "SELECT sealed FROM credentials",
+            "SELECT * FROM credentials",
+            "CREATE TABLE intruders (id int)",
+            "ALTER TABLE runs ADD COLUMN note text",
+            "DROP POLICY one_org ON runs",
+            "ALTER TABLE runs DISABLE ROW LEVEL SECURITY",
+            "UPDATE alembic_version SET version_num = '0'",
+            "UPDATE facts SET value = ''",
+            "TRUNCATE runs",
+        ):
+            assert refused(web, statement), statement
+        web.execute(text("SELECT client_id, state FROM credentials"))
+
+
+@pytest.mark.usefixtures("owners")
+def test_an_operator_sees_the_rows_of_all_orgs(logins):
+    with acting(logins["serve"], roles.ALL_ORGS) as operator:
+        for name in (*tables.metadata.tables, "run_view"):
+            assert count(operator, name) == 2 if name != "facts" else count(operator, name) > 0, name
+
+
+@pytest.mark.parametrize("login", ["worker", "web", "operator", "owner"])
+def test_nobody_changes_or_deletes_an_audit_row(logins, owners, login: str):
     mine, _ = owners
-    for name in NOT_OF_ORGS:
-        table = tables.metadata.tables[name]
-        with acting(logins["web"], mine.org) as web:
-            assert count(web, name) > 0
-            for write in (updated, deleted, lambda web, table: insert(web, table, mine)):
-                with pytest.raises(ProgrammingError, match=f"permission denied for table {name}"):
-                    write(web, table)
+    scope = {"web": of(mine), "operator": roles.ALL_ORGS}.get(login)
+    with acting(logins["owner"]) as owner:
+        before = owner.execute(select(tables.audit).order_by(tables.audit.c.id)).all()
 
-
-def test_the_rights_of_an_org_end_with_their_transaction(logins, owners):
-    mine, _ = owners
-    with opened(logins["worker"]) as database:
-        with database.as_org(OrgId(mine.org)) as connection:
-            assert who_sees(connection) == (roles.WEB, mine.org, 1)
-
-        with database.autocommit() as connection:
-            user, org, rows = who_sees(connection)
-            assert user != roles.WEB
-            assert (org or "", rows) == ("", 2)
-
-
-def test_an_owner_who_may_not_create_roles_migrates_all_the_same(logins):
-    schema.upgrade(logins["owner"])
-    schema.upgrade(logins["owner"])
+    with acting(logins[{"web": "serve", "operator": "serve"}.get(login, login)], scope) as connection:
+        why = "never changed or deleted" if login == "owner" else "permission denied"
+        for statement in ("UPDATE audit SET actor = 'nobody'", "DELETE FROM audit", "TRUNCATE audit"):
+            assert refused(connection, statement, why), statement
+        at = database_now(connection)
+        connection.execute(tables.audit.insert().values(row(tables.audit, mine, at) | {"id": new_id()}))
 
     with acting(logins["owner"]) as owner:
-        assert count(owner, "runs") == 0
+        assert owner.execute(select(tables.audit).order_by(tables.audit.c.id)).all() == before
 
 
-@pytest.mark.usefixtures("migrated")
-def test_check_warns_of_a_superuser_an_owner_and_a_login_without_the_web_role(logins, postgres):
-    assert said_of(logins["worker"]) == []
-    (owned, *_) = said_of(logins["owner"])
-    assert "owns the tables" in owned
-    with postgres.autocommit() as connection:
-        assert "superuser" in roles.warnings(connection)[0]
+def test_without_the_trigger_an_owner_would_change_the_audit(logins, owners):
+    with acting(logins["owner"]) as owner:
+        owner.execute(text("DROP TRIGGER audit_append_only ON audit"))
+
+        assert owner.execute(text("UPDATE audit SET actor = 'nobody'")).rowcount == 2
+
+
+class TestTheLoginOfServe:
+    """It is a NOINHERIT member of two roles: by itself it reads nothing, and no other role can be reached."""
+
+    @pytest.mark.usefixtures("owners")
+    def test_it_reads_nothing_by_itself(self, logins):
+        with acting(logins["serve"]) as login:
+            for name in (*tables.metadata.tables, "run_view", "alembic_version"):
+                assert refused(login, f"SELECT count(*) FROM {name}"), name
+            assert refused(login, "SELECT * FROM find_caller('a', 'b')", "permission denied for function")
+
+    @pytest.mark.usefixtures("owners")
+    def test_no_other_role_can_be_reached_from_it(self, logins):
+        others = [roles.WORKER, "postgres", login_of(logins["owner"]), login_of(logins["worker"])]
+        for scope in (None, roles.NOBODY, roles.ALL_ORGS):
+            with acting(logins["serve"], scope) as login:
+                for role in others:
+                    for statement in (f"SET ROLE {role}", f"SET SESSION AUTHORIZATION {role}"):
+                        assert refused(login, statement, "permission denied to set"), (scope, statement)
+                for back in ("RESET ROLE", "SET ROLE NONE"):
+                    nested = login.begin_nested()
+                    login.execute(text(back))
+                    assert refused(login, "SELECT count(*) FROM runs"), (scope, back)
+                    nested.rollback()
+
+    def test_it_looks_up_a_caller_and_no_more(self, logins, owners):
+        mine, _ = owners
+        with acting(logins["owner"]) as owner:
+            owner.execute(text("UPDATE credentials SET state = 'active'"))
+            owner.execute(text("UPDATE orgs SET state = 'paused'"))
+            owner.commit()
+        with acting(logins["serve"], roles.NOBODY) as web:
+            code, client = f"of {mine.org}", f"of {mine.org}"
+            assert orgs.find_caller(web, code, client) == (mine.org, code, "paused", True)
+            assert orgs.find_caller(web, code, "another") == (mine.org, code, "paused", False)
+            assert orgs.find_caller(web, "nobody", client) is None
+            assert count(web, "orgs") == count(web, "credentials") == 0
+
+    @pytest.mark.usefixtures("owners")
+    def test_the_lookup_trusts_no_table_of_whoever_asks(self, logins):
+        with acting(logins["serve"], roles.NOBODY) as web:
+            web.execute(text("CREATE TEMP TABLE orgs (id uuid, code text, issuer text, state text)"))
+            web.execute(
+                text("INSERT INTO pg_temp.orgs VALUES (gen_random_uuid(), 'forged', 'main', 'active')")
+            )
+            web.execute(text("CREATE TEMP TABLE credentials (org_id uuid, client_id text, state text)"))
+
+            assert orgs.find_caller(web, "forged", "any") is None
+
+    @pytest.mark.usefixtures("migrated")
+    def test_it_finds_the_schemas_version(self, logins):
+        with opened(logins["serve"]) as database:
+            schema.check_for_web(database)
+            schema.check_as_login(database)
+
+            with (
+                database.autocommit() as connection,
+                pytest.raises(ProgrammingError, match="permission denied"),
+            ):
+                schema.check(connection)
+
+    def test_without_its_roles_it_serves_nobody(self, logins, migrated, postgres_server):
+        login = login_of(logins["serve"])
+        postgres_server.execute(f"REVOKE {roles.OPERATOR} FROM {login}")
+        with opened(logins["serve"]) as database:
+            with pytest.raises(RolesMissing, match=f"{login} may not act as {roles.OPERATOR}") as caught:
+                schema.check_for_web(database)
+            assert f"GRANT {roles.WEB}, {roles.OPERATOR} TO {login}" in caught.value.fix
+            with (
+                pytest.raises(RolesMissing, match=roles.OPERATOR),
+                database.acting(roles.ALL_ORGS).transaction(),
+            ):
+                pass
+            with database.acting(roles.NOBODY).transaction():
+                pass
+
+    @pytest.mark.usefixtures("migrated")
+    def test_check_warns_of_what_else_it_has(self, logins, postgres_server):
+        login = login_of(logins["serve"])
+        assert said_of(logins["serve"]) == []
+
+        postgres_server.execute(f"ALTER ROLE {login} INHERIT")
+        postgres_server.execute(f"GRANT pg_read_all_stats TO {login}")
+
+        inherits, others = said_of(logins["serve"])
+        assert f"ALTER ROLE {login} NOINHERIT" in inherits
+        assert "pg_read_all_stats" in others
+
+
+class TestScopes:
+    def test_the_rights_of_an_org_end_with_their_transaction(self, logins, owners):
+        mine, _ = owners
+        with opened(logins["worker"]) as database:
+            as_org = database.acting(of(mine))
+            for begin in (as_org.transaction, as_org.autocommit):
+                with begin() as connection:
+                    assert who_sees(connection) == (roles.WEB, mine.org, 1)
+
+                with database.autocommit() as connection:
+                    user, org, rows = who_sees(connection)
+                    assert user != roles.WEB
+                    assert (org or "", rows) == ("", 2)
+
+    def test_every_way_into_a_scoped_database_takes_its_role(self, logins, owners):
+        mine, _ = owners
+
+        async def ask(database: Database) -> list[tuple[str, str | None, int]]:
+            as_org = database.acting(of(mine))
+
+            def in_its_own() -> tuple[str, str | None, int]:
+                with as_org.transaction() as connection:
+                    return who_sees(connection)
+
+            return [
+                await as_org.call(who_sees),
+                await as_org.call_autocommit(who_sees),
+                await as_org.run(in_its_own),
+                await as_org.hurried(1.0).call(who_sees),
+            ]
+
+        with opened(logins["worker"]) as database:
+            assert asyncio.run(ask(database)) == [(roles.WEB, mine.org, 1)] * 4
+
+    @pytest.mark.usefixtures("migrated")
+    def test_a_login_without_the_roles_acts_for_nobody(self, logins, postgres_server):
+        postgres_server.execute(f"REVOKE {roles.WEB}, {roles.OPERATOR} FROM {login_of(logins['worker'])}")
+        with opened(logins["worker"]) as database:
+            for scope in (roles.NOBODY, of(Owner()), roles.ALL_ORGS):
+                with pytest.raises(RolesMissing, match=scope.role), database.acting(scope).transaction():
+                    pass
+
+
+class TestGrants:
+    def test_an_owner_who_may_not_create_roles_migrates_all_the_same(self, logins):
+        schema.upgrade(logins["owner"])
+        schema.upgrade(logins["owner"])
+
+        with acting(logins["owner"]) as owner:
+            assert count(owner, "runs") == 0
+
+    def test_one_login_that_may_create_roles_acts_in_them(self, own_postgres):
+        """On a server of its own: the roles of a server are there once for all its databases."""
+        own_postgres.execute("CREATE ROLE owner LOGIN CREATEROLE")
+        own_postgres.execute("CREATE DATABASE small OWNER owner")
+        url = own_postgres.url("small").replace("postgres@", "owner@")
+
+        schema.upgrade(url)
+
+        with opened(url) as database:
+            for scope in (roles.NOBODY, roles.ALL_ORGS):
+                with database.acting(scope).transaction() as connection:
+                    assert who_sees(connection) == (scope.role, "", 0)
+        (warning,) = said_of(url)
+        assert "owns the tables" in warning
+
+    def test_a_worker_of_the_release_before_gets_the_new_role_by_the_upgrade(self, own_postgres):
+        for statement in (
+            "CREATE ROLE owner LOGIN CREATEROLE",
+            "CREATE ROLE worker LOGIN",
+            "CREATE DATABASE older OWNER owner",
+        ):
+            own_postgres.execute(statement)
+        owner, worker = (
+            own_postgres.url("older").replace("postgres@", f"{name}@") for name in ("owner", "worker")
+        )
+        schema.upgrade(worker, owner)
+        own_postgres.execute(f"GRANT {roles.WORKER} TO worker")
+        assert "is not a member" in said_of(worker)[0]
+
+        schema.upgrade(worker, owner)
+
+        assert said_of(worker) == []
+
+    @pytest.mark.usefixtures("migrated")
+    def test_rights_that_a_release_before_gave_are_taken_back(self, logins):
+        with acting(logins["owner"]) as owner:
+            owner.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON audit, credentials TO {roles.WEB}"))
+            assert rights_of(owner, roles.WEB).keys() > WRITES.keys()
+
+            roles.grant(owner)
+
+            assert rights_of(owner, roles.WEB).keys() == WRITES.keys()
+
+    @pytest.mark.usefixtures("migrated")
+    def test_check_warns_of_a_superuser_an_owner_and_a_login_without_the_web_roles(
+        self, logins, postgres, postgres_server
+    ):
+        assert said_of(logins["worker"]) == []
+        (owned, *_) = said_of(logins["owner"])
+        assert "owns the tables" in owned
+        with postgres.autocommit() as connection:
+            assert "superuser" in roles.warnings(connection)[0]
+        postgres_server.execute(f"REVOKE {roles.OPERATOR} FROM {login_of(logins['worker'])}")
+        (missing,) = said_of(logins["worker"])
+        assert f"is not a member of {roles.OPERATOR}" in missing
 
 
 def parted(connection: Connection) -> set[str]:
@@ -173,22 +456,69 @@ def unparted(connection: Connection) -> list[str]:
 
 
 @contextmanager
-def acting(url: str, org: str | None = None) -> Iterator[Connection]:
-    """A transaction of a login, for an org if one is given, rolled back at the end."""
-    with opened(url) as database, database.transaction() as connection:
-        if org is not None:
-            connection.execute(text("SELECT set_config('app.org', :org, true)"), {"org": org})
-        yield connection
-        if connection.in_transaction():
-            connection.rollback()
+def acting(url: str, scope: Scope | None = None) -> Iterator[Connection]:
+    """A transaction of a login, in a scope if one is given, rolled back at the end."""
+    with opened(url) as database:
+        scoped = database if scope is None else database.acting(scope)
+        with scoped.transaction() as connection:
+            yield connection
+            if connection.in_transaction():
+                connection.rollback()
+
+
+def of(owner: Owner) -> Scope:
+    return Scope.of_org(OrgId(owner.org))
 
 
 def org_tables() -> list[Table]:
     return [tables.metadata.tables[name] for name in roles.ORG_DATA]
 
 
+def written() -> list[tuple[Table, tuple[str, ...]]]:
+    """The tables that the web side writes, with its rights."""
+    return [(tables.metadata.tables[name], rights) for name, rights in WRITES.items()]
+
+
+def has_update(rights: tuple[str, ...]) -> bool:
+    return any(right.startswith("UPDATE") for right in rights)
+
+
+def rights_of(connection: Connection, role: str) -> dict[str, set[str]]:
+    """What a role may write, by table."""
+    found: dict[str, set[str]] = {}
+    for name, table in tables.metadata.tables.items():
+        for right in ("INSERT", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER"):
+            if asked(connection, f"has_table_privilege('{role}', '{name}', '{right}')"):
+                found.setdefault(name, set()).add(right)
+        columns = sorted(
+            column.name
+            for column in table.c
+            if asked(connection, f"has_column_privilege('{role}', '{name}', '{column.name}', 'UPDATE')")
+        )
+        if columns:
+            found.setdefault(name, set()).add(f"UPDATE {' '.join(columns)}")
+    return found
+
+
+def asked(connection: Connection, question: str) -> bool:
+    return bool(connection.execute(text(f"SELECT {question}")).scalar_one())
+
+
 def count(connection: Connection, table: str) -> int:
     return connection.execute(text(f"SELECT count(*) FROM {table}")).scalar_one()
+
+
+def refused(connection: Connection, statement: str, why: str = "") -> bool:
+    """Whether the server refuses it for a lack of rights, or for the reason given; it is undone."""
+    nested = connection.begin_nested()
+    try:
+        connection.execute(text(statement))
+    except DBAPIError as error:
+        return why in str(error) if why else isinstance(error.orig, DENIED)
+    else:
+        return False
+    finally:
+        nested.rollback()
 
 
 def insert(connection: Connection, table: Table, owner: Owner) -> None:
@@ -197,25 +527,22 @@ def insert(connection: Connection, table: Table, owner: Owner) -> None:
         connection.execute(table.insert().values(row(table, owner, database_now(connection))))
 
 
-def updated(connection: Connection, table: Table) -> int:
-    """How many rows an UPDATE of all of them reaches."""
-    if table is tables.runs:
-        # The trigger that keeps what has ended as it is would answer; the same policy is asked.
-        return connection.execute(select(table).with_for_update()).rowcount
-    (column, *_) = table.primary_key.columns
-    return undone(connection, table.update().values({column: column}))
+def lockable(connection: Connection, table: Table, rights: tuple[str, ...]) -> int:
+    """How many rows an UPDATE may reach: the policies of both are the same."""
+    if not has_update(rights):
+        assert refused(connection, f"SELECT 1 FROM {table.name} FOR UPDATE"), table.name
+        return 0
+    return len(connection.execute(select(*table.primary_key.columns).with_for_update()).all())
 
 
-def deleted(connection: Connection, table: Table) -> int:
-    """How many rows a DELETE of all of them reaches."""
-    return undone(connection, table.delete())
-
-
-def undone(connection: Connection, statement: Executable) -> int:
-    """How many rows a statement reaches, which is then taken back."""
+def deleted(connection: Connection, table: Table, rights: tuple[str, ...]) -> int:
+    """How many rows a DELETE of all of them reaches, which is then taken back."""
+    if "DELETE" not in rights:
+        assert refused(connection, f"DELETE FROM {table.name}"), table.name
+        return 0
     nested = connection.begin_nested()
     try:
-        return connection.execute(statement).rowcount
+        return connection.execute(table.delete()).rowcount
     finally:
         nested.rollback()
 

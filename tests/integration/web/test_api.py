@@ -11,8 +11,8 @@ from worker.operations.run_now import run_now
 from worker.store import orgs, run_listing
 from worker.store.tables import live_runs, metadata
 from worker.web.access import Caller
+from worker.web.acting import Acting
 from worker.web.lists import LISTS
-from worker.web.reading import read_for
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -134,7 +134,7 @@ class TestWhatAnOrgSees:
             org_id = orgs.require(connection, "org_a")["id"]
         caller = Caller("org_a", "viewer", org="org_a", org_id=org_id)
 
-        runs = await read_for(site.database, caller, run_listing.runs_for_all_orgs)
+        runs = await Acting(site.database).read(caller, run_listing.runs_for_all_orgs)
 
         assert [run["org"] for run in runs] == ["org_a"]
 

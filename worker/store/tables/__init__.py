@@ -11,9 +11,17 @@ exactly for each run without a final state.
 from worker.store.tables.attempts import ATTEMPT_OUTCOMES, attempts, checkpoints, run_logs, skips
 from worker.store.tables.columns import HOT, UPDATED, Id, Instant, json_type, metadata, one_of
 from worker.store.tables.definitions import backfills, definition_revisions, definitions, schedule, templates
-from worker.store.tables.history import ALERT_KINDS, alert_strikes, alerts, audit, rollup_days, rollup_hours
+from worker.store.tables.history import (
+    ALERT_KINDS,
+    APPEND_ONLY,
+    alert_strikes,
+    alerts,
+    audit,
+    rollup_days,
+    rollup_hours,
+)
 from worker.store.tables.live_runs import LIVE_STATES, WAITING_REASONS, live_runs
-from worker.store.tables.orgs import ORG_STATES, credentials, orgs
+from worker.store.tables.orgs import FIND_CALLER, ORG_STATES, credentials, orgs
 from worker.store.tables.runs import (
     ABSORBING,
     FINAL_STATES,
@@ -29,8 +37,10 @@ from worker.store.tables.workers import catalogue, facts, workers
 __all__ = [
     "ABSORBING",
     "ALERT_KINDS",
+    "APPEND_ONLY",
     "ATTEMPT_OUTCOMES",
     "FINAL_STATES",
+    "FIND_CALLER",
     "HOT",
     "LIVE_STATES",
     "ORG_STATES",

@@ -99,3 +99,22 @@ credentials = Table(
     CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
     info={"meaning": "An org's client ids and secrets at its issuer."},
 )
+
+# Whose token a request shows, asked by a role that sees no row of any org yet.
+FIND_CALLER = {
+    "sqlite": (),
+    "postgresql": (
+        """
+        CREATE FUNCTION find_caller(code text, client_id text, OUT id uuid, OUT issuer text, OUT state text,
+                                    OUT is_credential boolean)
+        RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+          SELECT o.id, o.issuer, o.state,
+                 EXISTS (SELECT 1 FROM credentials c
+                         WHERE c.org_id = o.id AND c.client_id = $2 AND c.client_id <> ''
+                           AND c.state = 'active')
+          FROM orgs o WHERE o.code = $1
+        $$
+        """,
+        "REVOKE ALL ON FUNCTION find_caller(text, text) FROM PUBLIC",
+    ),
+}

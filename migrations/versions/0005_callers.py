@@ -1,0 +1,102 @@
+"""What the web side's two roles need: a lookup of callers, and rows that only they may see.
+
+`find_caller` answers whose token a request shows, for a role that sees no row of any org
+yet. Templates get row-level security: an org sees those that made one of its definitions.
+Audit rows are never changed or deleted, on SQLite too. The roles themselves, with their
+grants and policies, are in worker/store/roles.py, which runs after every upgrade.
+
+Expand first: the workers of the release before read and write all that they did.
+
+Revision ID: 0005
+Revises: 0004
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+works_with = "0004"
+branch_labels = None
+depends_on = None
+
+# As the tables' owner, whom row-level security lets see all. Nobody but the web role may call it.
+FIND_CALLER = (
+    """
+    CREATE FUNCTION find_caller(code text, client_id text, OUT id uuid, OUT issuer text, OUT state text,
+                                OUT is_credential boolean)
+    RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = {schema}, pg_temp AS $$
+      SELECT o.id, o.issuer, o.state,
+             EXISTS (SELECT 1 FROM credentials c
+                     WHERE c.org_id = o.id AND c.client_id = $2 AND c.client_id <> ''
+                           AND c.state = 'active')
+      FROM orgs o WHERE o.code = $1
+    $$
+    """,
+    "REVOKE ALL ON FUNCTION find_caller(text, text) FROM PUBLIC",
+    # The migrator may be a member of the role that owns the tables.
+    """
+    DO $$ DECLARE owner name := (SELECT tableowner FROM pg_tables
+                                 WHERE schemaname = current_schema AND tablename = 'orgs'); BEGIN
+      IF owner <> current_user THEN
+        EXECUTE format('ALTER FUNCTION find_caller(text, text) OWNER TO %I', owner);
+      END IF;
+    END $$
+    """,
+)
+
+APPEND_ONLY = {
+    "sqlite": (
+        "CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
+        "CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row is never deleted'); END",
+        "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
+        "WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id) "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION audit_append_only() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'an audit row is never changed or deleted'; END $$",
+        "CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_append_only()",
+    ),
+}
+
+
+def upgrade() -> None:
+    dialect = op.get_bind().dialect.name
+    for statement in APPEND_ONLY[dialect]:
+        op.execute(statement)
+    if dialect == "postgresql":
+        schema = op.get_bind().execute(sa.text("SELECT quote_ident(current_schema())")).scalar_one()
+        for statement in FIND_CALLER:
+            op.execute(statement.format(schema=schema))
+        part_templates_by_org()
+
+
+def downgrade() -> None:
+    if op.get_bind().dialect.name == "sqlite":
+        for trigger in ("audit_no_update", "audit_no_delete", "audit_no_replace"):
+            op.execute(f"DROP TRIGGER {trigger}")
+        return
+    op.execute("DROP TRIGGER audit_append_only ON audit")
+    op.execute("DROP FUNCTION audit_append_only()")
+    op.execute("DROP FUNCTION find_caller(text, text)")
+    op.execute("ALTER TABLE templates DISABLE ROW LEVEL SECURITY")
+    op.execute("ALTER TABLE templates NO FORCE ROW LEVEL SECURITY")
+    for policy in ("one_org", "owner", "orgworker_worker", "orgworker_operator"):
+        op.execute(f"DROP POLICY IF EXISTS {policy} ON templates")
+
+
+def part_templates_by_org() -> None:
+    """Row-level security as in 0001: the templates that made a definition of the org in `app.org`."""
+    org = "NULLIF(current_setting('app.org', true), '')::uuid"
+    made = f"EXISTS (SELECT 1 FROM definitions d WHERE d.template_id = templates.id AND d.org_id = {org})"
+    op.execute("ALTER TABLE templates ENABLE ROW LEVEL SECURITY")
+    op.execute("ALTER TABLE templates FORCE ROW LEVEL SECURITY")
+    op.execute(f"CREATE POLICY one_org ON templates USING ({made})")
+    op.execute("CREATE POLICY owner ON templates TO CURRENT_USER USING (true)")
