@@ -99,13 +99,8 @@ class Acquirer:
         return False
 
     def may_ask(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> bool:
-        """Whether nothing stands against a request now: parking, a pause, an open breaker."""
-        try:
-            self._check_parking(wanted, credentials)
-            channel.check()
-        except WorkerError:
-            return False
-        return True
+        """Whether nothing stands against a request that can wait: parking, a pause, an open breaker."""
+        return channel.is_free and not self.is_parked(wanted, credentials)
 
     async def acquire(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> Enforced:
         """A new token of the org, verified and enforced; raises as `Tokens.ensure` does."""

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from worker.clock import Clock
 from worker.errors import Throttled
 from worker.telemetry.events import emit
 from worker.tokens.issuer import Issuer
 
-# With one for the keys and one for the discovery document: 8 connections at most.
+# With one for the keys and one for the discovery document: 8 connections, while the issuer answers promptly.
 TOKEN_CONNECTIONS = 6
+# A request without an answer for this long gives its place to the next, and sooner once as many
+# hang: an application that hangs holds up no other org. Seconds, and connections at most.
+PLACE_SECONDS, PLACE_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
+# An org whose last request failed lets this many requests of others pass.
+LET_PASS = 50
 # Requests bunch up on their way; so much slack keeps the rate at the issuer's end.
 SLACK = 1.05
 PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 10.0, 300.0, 3600.0
+FOREVER = float("inf")
 
 
 class BudgetPaused(Throttled):
     """Nothing was sent: the issuer asked for a pause, and it is not over."""
+
+
+@dataclass(order=True, slots=True)
+class _Waiter:
+    order: int
+    woken: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
 
 
 class Budget:
@@ -29,14 +44,21 @@ class Budget:
     def __init__(self, issuer: Issuer, *, clock: Clock) -> None:
         self._name = issuer.name
         self._clock = clock
-        self._places = asyncio.Semaphore(TOKEN_CONNECTIONS)
-        self._turn = asyncio.Lock()
+        self._line: list[_Waiter] = []
+        self._numbers = itertools.count()
+        self._places = TOKEN_CONNECTIONS
+        self._connections = MAX_CONNECTIONS
         rate = issuer.max_requests_per_second
         self._count = max(1, int(rate))
         self._window = self._count / rate * SLACK
         self._sent: deque[float] = deque(maxlen=self._count)
         self._paused_until = 0.0
         self._throttles = 0
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the issuer is paused."""
+        return self._clock.monotonic() < self._paused_until
 
     def check(self) -> None:
         """Raise BudgetPaused while the issuer is paused."""
@@ -45,17 +67,26 @@ class Budget:
             raise BudgetPaused(f"issuer {self._name} asked for fewer requests", retry_after=left)
 
     @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
+    async def request(self, *, doubtful: bool = False) -> AsyncIterator[None]:
         """Wait for a connection and for the rate, in the order of asking; then one request may be made.
+
+        A `doubtful` one, of an org whose last request failed, lets others pass first.
 
         Raises:
             BudgetPaused: the issuer is paused, or became so while this one waited.
         """
         self.check()
-        # The connection first: requests that had paid and then waited for one would all go out at once.
-        async with self._places:
-            await self._wait_for_turn()
+        await self._wait_for_turn(next(self._numbers) + (LET_PASS if doubtful else 0))
+        hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._places)
+        seconds = PLACE_SECONDS if hung < TOKEN_CONNECTIONS else PLACE_SECONDS_HUNG
+        place = asyncio.ensure_future(self._clock.sleep(seconds))
+        place.add_done_callback(self._give_place)
+        try:
             yield
+        finally:
+            place.cancel()
+            self._connections += 1
+            self._wake_next()
 
     def pause(self, asked: float) -> float:
         """Stop asking for as long as the issuer asked, or for a time that doubles; the seconds it will be."""
@@ -72,13 +103,38 @@ class Budget:
         """The issuer gave a token: the next pause begins small again."""
         self._throttles = 0
 
-    async def _wait_for_turn(self) -> None:
-        async with self._turn:
-            self.check()
-            while len(self._sent) == self._count:
-                wait = self._sent[0] + self._window - self._clock.monotonic()
-                if wait <= 0:
-                    break
-                await self._clock.sleep(wait)
+    async def _wait_for_turn(self, order: int) -> None:
+        waiter = _Waiter(order)
+        heapq.heappush(self._line, waiter)
+        try:
+            while wait := self._wait_of(waiter):
+                if wait == FOREVER:
+                    await waiter.woken.wait()
+                    waiter.woken.clear()
+                else:
+                    await self._clock.sleep(wait)
                 self.check()
+            # The connection first: requests that had paid and then waited for one would all go out at once.
+            self._places -= 1
+            self._connections -= 1
             self._sent.append(self._clock.monotonic())
+        finally:
+            self._line.remove(waiter)
+            heapq.heapify(self._line)
+            self._wake_next()
+
+    def _wait_of(self, waiter: _Waiter) -> float:
+        """Seconds until the first in the line may go; FOREVER for others, and without a connection."""
+        if self._line[0] is not waiter or self._places <= 0 or self._connections <= 0:
+            return FOREVER
+        if len(self._sent) < self._count:
+            return 0.0
+        return max(self._sent[0] + self._window - self._clock.monotonic(), 0.0)
+
+    def _give_place(self, _: object) -> None:
+        self._places += 1
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._line:
+            self._line[0].woken.set()

@@ -35,25 +35,28 @@ class Channel:
         self._budget = Budget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 
-    def check(self) -> None:
-        """Raise BudgetPaused or IssuerPaused where a request would not be sent now."""
-        self._budget.check()
-        self._breaker.check()
+    @property
+    def is_free(self) -> bool:
+        """Whether a request that can wait may be sent now: no pause is on, and the breaker is closed."""
+        return not (self._budget.is_paused or self._breaker.is_open)
 
     async def grant(
         self, credential: Credential, *, audience: str, scopes: frozenset[str], tries: int
     ) -> GrantedToken:
-        """Ask for a token, up to so many times while the issuer fails; raises as `request_token` does.
+        """Ask for a token, up to so many times while the issuer fails for this org alone.
 
-        Raises:
-            IssuerPaused: nothing was sent, since the breaker is open.
+        Raises as `request_token` does, and:
+
+            IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
         masker.register(credential.secret.reveal())
         retrying = AsyncRetrying(
             sleep=self._clock.sleep,
             stop=stop_after_attempt(tries),
             wait=wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST),
-            retry=retry_if_exception(_may_pass),
+            retry=retry_if_exception(
+                lambda error: _may_pass(error) and self._breaker.fails_alone(credential.org_code)
+            ),
             reraise=True,
         )
         granted: GrantedToken = await retrying(self._request, credential, audience, scopes)
@@ -69,10 +72,12 @@ class Channel:
         await self._keys.close()
 
     async def _request(self, credential: Credential, audience: str, scopes: frozenset[str]) -> GrantedToken:
-        self._breaker.check()
+        org = credential.org_code
+        doubtful = self._breaker.doubts(org)
         try:
-            async with self._budget.request():
-                with self._breaker.watch(credential.org_code):
+            # The breaker first: a turn of the budget that it then refused would be lost.
+            with self._breaker.watch(org):
+                async with self._budget.request(doubtful=doubtful):
                     granted = await request_token(
                         self._client,
                         self.issuer,

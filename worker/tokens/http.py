@@ -37,7 +37,8 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Asyn
         mounts=direct,
         verify=context,
         timeout=httpx.Timeout(EXCHANGE_SECONDS, connect=CONNECT_SECONDS),
-        limits=httpx.Limits(max_connections=200, max_keepalive_connections=50),
+        # Each issuer bounds its own connections; a common bound would let one that hangs stop the others.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=50),
         follow_redirects=False,
         # A cookie of one org's answer must not travel with another's request.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

@@ -199,21 +199,23 @@ async def test_a_throttle_pauses_the_issuer_for_as_long_as_it_asks(
     await world.ensure(other)
 
 
-async def test_an_outage_of_five_minutes_costs_at_most_twenty_requests(world: World, emitted: list) -> None:
+async def test_an_outage_of_five_minutes_costs_a_request_an_org_and_a_few(
+    world: World, emitted: list
+) -> None:
     """The breaker opens for the issuer; afterwards all are served."""
     orgs = [ORG, *(world.add_org(number) for number in range(20))]
     world.issuer.answer = lambda form: httpx.Response(503)
 
     assert await poll(world, orgs, 300) == []
-    assert world.issuer.count() <= 20
-    assert "issuer.paused" in [seen.event.name for seen in emitted]
+    assert world.issuer.count() <= len(orgs) + 30
+    assert [seen.event.name for seen in emitted].count("issuer.paused") == 1
 
     world.issuer.answer = None
     assert len(await poll(world, orgs, 65)) >= len(orgs)
     assert "issuer.resumed" in [seen.event.name for seen in emitted]
 
 
-async def test_an_outage_with_all_orgs_at_once_costs_at_most_twenty_requests(world: World) -> None:
+async def test_an_outage_with_all_orgs_at_once_costs_a_request_an_org_and_a_few(world: World) -> None:
     """Those that were under way when it began are counted as well."""
     orgs = [ORG, *(world.add_org(number) for number in range(50))]
     world.issuer.answer = lambda form: httpx.Response(503)
@@ -225,7 +227,7 @@ async def test_an_outage_with_all_orgs_at_once_costs_at_most_twenty_requests(wor
         assert all(isinstance(answer, IssuerUnavailable) for answer in asking.result())
         await world.clock.pass_time(5)
 
-    assert world.issuer.count() <= 20
+    assert world.issuer.count() <= len(orgs) + 30
 
 
 async def test_one_org_with_a_broken_application_does_not_stop_the_others(world: World) -> None:
