@@ -172,7 +172,12 @@ EVENTS: Mapping[str, Event] = _table(
     ("token.requested", "info", "org issuer seconds", "the issuer gave a token, and it was enforced"),
     ("token.refused", "error", "org issuer reason detail", "a token failed verification or enforcement"),
     ("org.parked", "error", "org issuer error seconds", "no token is asked for this org until then"),
-    ("issuer.paused", "warning", "issuer error seconds", "no token is asked of this issuer until then"),
+    (
+        "issuer.paused",
+        "warning",
+        "issuer error seconds",
+        "it throttles, or gives no answer to several orgs: they wait",
+    ),
     ("issuer.resumed", "info", "issuer", "the issuer gives tokens again"),
     ("keys.fetched", "info", "issuer keys", "the issuer's keys were read: so many"),
     ("keys.failed", "warning", "issuer error", "the issuer's keys cannot be read; the last good set is kept"),

@@ -139,7 +139,12 @@ METRICS: tuple[Metric, ...] = (
     ),
     _metric("credentials_unusable_total", "counter", "", "secrets that did not open", "credential.unusable"),
     _metric(
-        "issuer_paused", "gauge", "issuer", "1 while no token is asked of an issuer", "issuer.paused", "1"
+        "issuer_paused",
+        "gauge",
+        "issuer",
+        "1 while an issuer throttles or gives several orgs no answer",
+        "issuer.paused",
+        "1",
     ),
     _metric("issuer_paused", "gauge", "issuer", "", "issuer.resumed", "0"),
     _metric("keys_failed_total", "counter", "issuer", "reads of an issuer's keys that failed", "keys.failed"),
