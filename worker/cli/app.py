@@ -141,7 +141,9 @@ def _settings(texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            raise UsageError(f"--set {text!r} is not NAME=VALUE", fix="such as --set execution.poll=2s")
+            # Without a name it may be the value alone, and that a URL with a password.
+            said_so = "--set" if "://" in text or "@" in text else f"--set {text!r}"
+            raise UsageError(f"{said_so} is not NAME=VALUE", fix="such as --set execution.poll=2s")
         said[name] = value
     return said
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +10,15 @@ import typer
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import session_of
+from worker.telemetry.secret_forms import shown_url
 
 app = typer.Typer(help="The settings in force, from flags, variables, secret files and worker.toml.")
 
 DEFAULT = "default"
 # Settings that are a secret by another name: whoever knows a dead man's URL can keep it quiet.
 _SECRET = ("headers", "deadman_url")
-# The password of a URL's authority, and those that libpq takes in its query.
-_PASSWORD = re.compile(r"(//[^/?#@]*?:)[^/?#]*(@)|([?&](?:ssl)?password=)[^&#]*")
+# URLs whose path may be a secret.
+_SECRET_PATH = ("webhook_url", "endpoint")
 
 
 @app.command("show")
@@ -42,15 +42,17 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
     print_rows(rows, output, columns=("setting", "value", "said_by"), key="setting")
 
 
-def masked(value: Any) -> Any:
+def masked(value: Any, key: str = "") -> Any:
     """The value with no password in any URL, and no secret of a setting that is one."""
     if isinstance(value, dict):
-        return {
-            key: "***" if entry and (key.endswith("_secret") or key in _SECRET) else masked(entry)
-            for key, entry in value.items()
-        }
-    if isinstance(value, str):
-        return _PASSWORD.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", value)
+        return {name: masked(entry, name) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(masked(entry) for entry in value)
+    if value and (key.endswith("_secret") or key in _SECRET):
+        return "***"
+    # What should be a URL is masked as one, also where it is none.
+    if isinstance(value, str) and value and ("://" in value or key.endswith(("url", "endpoint"))):
+        return shown_url(value, path=key not in _SECRET_PATH)
     return value
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from worker.errors import DefinitionError
+from worker.telemetry.secret_forms import shown_url
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -27,8 +28,8 @@ def parse_origin(text: str) -> Origin:
     Raises:
         ValueError: it is not an origin, or names more than one, such as a path.
     """
-    # What stands before an @ may be a password.
-    shown = re.sub(r"//.*@", "//***@", text, flags=re.DOTALL)
+    # A host alone has no password; in anything else that is malformed there may be one.
+    shown = text if re.fullmatch(r"[\w.-]+(?::\d{1,5})?", text) else shown_url(text)
     problem = f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com"
     if re.fullmatch(r"https?://[^\s/?#@\\]+/?", text, re.IGNORECASE) is None:
         raise ValueError(problem)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
@@ -24,6 +23,7 @@ from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, listing, overview, run_listing, schema
 from worker.store.database import Database
+from worker.telemetry.secret_forms import shown_url
 from worker.tokens.issuer import Issuer
 
 Row = dict[str, Any]
@@ -111,8 +111,7 @@ def _place(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_place(entry) for entry in value]
     if isinstance(value, str) and "://" in value:
-        parts = urlsplit(value)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        return shown_url(value, path=False)
     return value
 
 

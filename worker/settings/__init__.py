@@ -27,12 +27,17 @@ from worker.settings.sections import (
     TracingSettings,
     WebSettings,
 )
+from worker.telemetry.masking import masker
+from worker.telemetry.secret_forms import secrets_of_url
 
 PREFIX = "WORKER_"
 # Where worker.toml is looked for, the administrator's place first: in a worker's working directory
 # a handler may have left one.
 CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
+
+# URLs whose path may be all that keeps others out.
+_SECRET_PATHS = ("webhook_url", "deadman_url", "endpoint")
 
 Keys = tuple[str, ...]
 # For each setting that is not at its default: its value and where it was said.
@@ -113,6 +118,7 @@ def check(said: Said) -> Settings:
     Raises:
         ConfigurationError: an unknown setting or a bad value, named with where it was said.
     """
+    _register_secrets(said)
     tree: dict[str, Any] = {}
     for keys, (value, where) in said.items():
         branch = tree
@@ -145,6 +151,24 @@ def _refuse_unencrypted(settings: Settings, said: Said) -> None:
                 f"{where}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
                 fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
             )
+
+
+def _register_secrets(said: Said) -> None:
+    """Let the masker know what is secret in settings, before anything can go wrong with them.
+
+    What the settings themselves show leaves secrets out already; this is for the words of libraries.
+    """
+    for keys, (value, _) in said.items():
+        if not isinstance(value, str):
+            continue
+        if keys[-1].endswith("_secret"):
+            masker.register(value)
+        elif keys[-1] == "headers":
+            for part in value.split(","):
+                masker.register(part.partition("=")[2])
+        elif keys[-1].endswith(("url", "endpoint")):
+            for piece in secrets_of_url(value, path=keys[-1] in _SECRET_PATHS):
+                masker.register(piece)
 
 
 def _from_file(path: str | None) -> Said:

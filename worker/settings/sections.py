@@ -37,8 +37,12 @@ def _origins(value: Any) -> Any:
 
 def _url(value: Any) -> Any:
     if isinstance(value, str) and value:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(value)
+            known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # its own words may quote the password
+            known = False
+        if not known:
             raise ValueError("it is no URL; write https://host/path")
     return value
 

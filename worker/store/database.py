@@ -22,6 +22,7 @@ from worker.store import listener, roles
 from worker.store.connection import database_now, driver
 from worker.store.contact import Contact
 from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
+from worker.telemetry.secret_forms import shown_url
 
 Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")
@@ -45,7 +46,7 @@ class Database:
         self._contact = contact
         self._scope: roles.Scope | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
-        self.url_shown = engine.url.render_as_string(hide_password=True)
+        self.url_shown = shown_url(engine.url.render_as_string(hide_password=False))
         self._threads = ThreadPoolExecutor(
             1 if self.dialect == "sqlite" else threads, thread_name_prefix="database"
         )

@@ -67,29 +67,38 @@ def shared_json(value: Any) -> str:
     return known[1]
 
 
-def read_url(url: str) -> URL:
+def read_url(url: str, *, setting: str = "database.url") -> URL:
     """The URL of a SQLite file or of a PostgreSQL database, with the driver named.
 
+    `setting` is where it comes from, for errors; they never quote it, since it may hold a password.
+
     Raises:
-        ConfigurationError: it names neither, or PostgreSQL without the extra installed.
+        ConfigurationError: it names neither, has an @ that may belong to the password, or names
+            PostgreSQL without the extra installed.
     """
-    fix = "database.url is sqlite:///FILE or postgresql://USER@HOST/NAME"
+    fix = f"{setting} is sqlite:///FILE or postgresql://USER@HOST/NAME"
+    if not url.startswith("sqlite") and url.partition("?")[0].count("@") > 1:
+        # The driver would take what follows the first @ for the host, and name it in errors.
+        raise ConfigurationError(
+            f"{setting} has more than one @ before its parameters",
+            fix="write @ as %40 in user, password and name of the database, and / as %2F, : as %3A, % as %25",
+        )
     try:
         parsed = make_url(url)
-    except ArgumentError:
-        raise ConfigurationError("database.url cannot be read", fix=fix) from None
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(f"{setting} cannot be read", fix=fix) from None
     kind = parsed.drivername.partition("+")[0]
     if kind in ("postgres", "postgresql"):
         if importlib.util.find_spec("psycopg") is None:
             raise ConfigurationError(
-                "database.url names PostgreSQL, and its driver is not installed",
+                f"{setting} names PostgreSQL, and its driver is not installed",
                 fix="pip install 'orgworker[postgresql]'",
             )
         return parsed.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
-        raise ConfigurationError(f"database.url names {kind}, which is not supported", fix=fix)
-    if not parsed.database or parsed.database == ":memory:":
-        raise ConfigurationError("database.url names no SQLite file", fix=fix)
+        raise ConfigurationError(f"{setting} names {kind}, which is not supported", fix=fix)
+    if not parsed.database or parsed.database == ":memory:" or parsed.host or parsed.username:
+        raise ConfigurationError(f"{setting} names no SQLite file", fix=fix)
     return parsed.set(drivername="sqlite")
 
 

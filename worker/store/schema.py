@@ -122,7 +122,8 @@ def upgrade(url: str, owner_url: str = "") -> None:
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
     try:
-        with migrating(owner_url or url) as connection:
+        setting = "database.owner_url" if owner_url else "database.url"
+        with migrating(owner_url or url, setting=setting) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             _write_works_with(connection, ScriptDirectory.from_config(config))
@@ -148,11 +149,10 @@ def _write_works_with(connection: Connection, scripts: ScriptDirectory) -> None:
 
 
 @contextmanager
-def migrating(url: str) -> Iterator[Connection]:
+def migrating(url: str, *, setting: str = "database.url") -> Iterator[Connection]:
     """A transaction in which this process is the only migrator."""
-    engine = open_engine(
-        read_url(url), clock=SystemClock(), role="migration", connections=1, deadline=_DEADLINE
-    )
+    parsed = read_url(url, setting=setting)
+    engine = open_engine(parsed, clock=SystemClock(), role="migration", connections=1, deadline=_DEADLINE)
     try:
         with translated(), engine.connect() as connection, connection.begin():
             if connection.dialect.name == "postgresql":

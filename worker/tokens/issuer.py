@@ -8,6 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.errors import ConfigurationError
 from worker.providers.profile import Profile
+from worker.telemetry.secret_forms import shown_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Issuer:
         for url in (self.url, self.token_endpoint, self.keys_url):
             if url and (fault := fault_of(url)):
                 raise ConfigurationError(
-                    f"issuer {self.name}: {url} {fault}",
+                    f"issuer {self.name}: {shown_url(url)} {fault}",
                     fix=f"correct it in [issuers.{self.name}] of worker.toml",
                 )
         if not 0 < self.max_requests_per_second <= 10_000:

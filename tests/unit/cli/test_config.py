@@ -23,7 +23,7 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("postgresql://worker:hun:ter2@db:5432/x", "postgresql://worker:***@db:5432/x"),
         ("postgresql://worker@db/x", "postgresql://worker@db/x"),
         ("postgresql://db/x?user=worker&password=hunter2", "postgresql://db/x?user=worker&password=***"),
-        ("postgresql://db/x?sslpassword=hunter2&a=b", "postgresql://db/x?sslpassword=***&a=b"),
+        ("postgresql://db/x?sslpassword=hunter2&a=b", "postgresql://db/x?sslpassword=***&***"),
         ("sqlite:////srv/worker.db", "sqlite:////srv/worker.db"),
         ("https://acme.kinde.com:8443", "https://acme.kinde.com:8443"),
     ],
@@ -33,12 +33,16 @@ def test_a_password_in_a_url_is_masked(url: str, shown: str):
 
 
 def test_a_setting_that_is_a_secret_is_masked():
-    alerts = {"webhook_secret": "hunter2", "webhook_url": "https://a", "deadman_url": "https://a/hunter2"}
+    alerts = {
+        "webhook_secret": "hunter2",
+        "webhook_url": "https://a/hunter2",
+        "deadman_url": "https://a/hunter2",
+    }
 
     shown = masked({"alerts": alerts, "tracing": {"headers": "key=hunter2"}})
 
     assert shown == {
-        "alerts": {"webhook_secret": "***", "webhook_url": "https://a", "deadman_url": "***"},
+        "alerts": {"webhook_secret": "***", "webhook_url": "https://a/***", "deadman_url": "***"},
         "tracing": {"headers": "***"},
     }
 
