@@ -11,17 +11,21 @@ from worker.web.access import Access
 from worker.web.acting import Acting
 from worker.web.answers import Answering
 from worker.web.api import Api
-from worker.web.dashboard import Dashboard, error_page
+from worker.web.dashboard import Dashboard
+from worker.web.forms import Forms
 from worker.web.gate import Gate
 from worker.web.health import Health
 from worker.web.sessions import Sessions
 
 
-def build(health: Health, database: Database, access: Access, clock: Clock) -> ASGIApp:
-    """Everything that is served on the worker's HTTP port."""
-    sessions = Sessions(clock)
+def build(
+    health: Health, database: Database, access: Access, clock: Clock, *, public_url: str = ""
+) -> ASGIApp:
+    """Everything that is served on the worker's HTTP port; browsers reach it at `public_url`."""
+    health.protect(access)
+    sessions, forms = Sessions(clock), Forms(public_url, access.addresses)
     acting = Acting(database)
     api = Api(acting, clock)
-    dashboard = Dashboard(acting, clock, api, access, sessions)
+    dashboard = Dashboard(acting, clock, api, access, sessions, forms)
     router = Router(routes=[*health.routes(), *api.routes(), *dashboard.routes()], redirect_slashes=False)
-    return Answering(Gate(router, access, sessions), error_page)
+    return Answering(Gate(router, access, sessions, forms), dashboard.error_page)

@@ -114,6 +114,8 @@ class WebServer:
             log_config=None,
             access_log=False,
             server_header=False,
+            # `web.addresses` reads what proxies say, of those that the operator trusts.
+            proxy_headers=False,
             limit_concurrency=MOST_CONNECTIONS,
             timeout_graceful_shutdown=LAST_ANSWERS,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import httpx
 
@@ -18,9 +18,11 @@ from worker.store.orgs import OrgCaller
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
 from worker.tokens.http import open_client
-from worker.web.access import Access, Operator
+from worker.web.access import Access, FindCaller, Operator
+from worker.web.addresses import Addresses
 from worker.web.app import build
 from worker.web.health import Health
+from worker.web.limits import Limits
 from worker.web.server import WebServer, bind
 from worker.wiring.issuers import issuers_of
 
@@ -63,34 +65,52 @@ class Web:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve as long as the block lasts."""
+        self.health.protect(self._access({}, _no_org))
         if not self._settings.web.listen:
             yield
             return
         # Connections of its own: no page takes one from the loops.
         database = Database.open(self._settings.database.url, clock=self._clock, role="web")
-        try:
-            async with open_client() as client:
-                access = self._access(database, client)
-                app = build(self.health, database, access, self._clock)
-                server = WebServer(app, self._settings.web.listen, self._listener, self._clock)
-                async with server.serving():
-                    yield
-        finally:
-            database.close()
-
-    def _access(self, database: Database, client: httpx.AsyncClient) -> Access:
-        web = self._settings.web
-        guards = {
-            name: Guard(issuer, client=client, clock=self._clock)
-            for name, issuer in issuers_of(self._settings).items()
-            if issuer.audience
-        }
-        operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
-
         # Who asks is not known yet: in a role that sees no org.
         unknown = database.acting(roles.NOBODY)
 
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
             return await unknown.call_autocommit(orgs.find_caller, code, client_id)
 
-        return Access(operators, guards, find_caller, org_role=web.org_role, org_scope=web.org_scope)
+        try:
+            async with open_client() as client:
+                access = self._access(self._guards(client), find_caller)
+                public_url = self._settings.web.public_url
+                app = build(self.health, database, access, self._clock, public_url=public_url)
+                server = WebServer(app, self._settings.web.listen, self._listener, self._clock)
+                async with server.serving():
+                    yield
+        finally:
+            database.close()
+
+    def _guards(self, client: httpx.AsyncClient) -> dict[str, Guard]:
+        return {
+            name: Guard(issuer, client=client, clock=self._clock)
+            for name, issuer in issuers_of(self._settings).items()
+            if issuer.audience
+        }
+
+    def _access(self, guards: Mapping[str, Guard], find_caller: FindCaller) -> Access:
+        web = self._settings.web
+        return Access(
+            [Operator(one.name, one.role, one.token_sha256) for one in web.operators],
+            guards,
+            find_caller,
+            org_role=web.org_role,
+            org_scope=web.org_scope,
+            addresses=Addresses(web.trusted_proxies),
+            limits=Limits(
+                self._clock,
+                logins_per_minute=web.logins_per_minute,
+                calls_per_second=web.calls_per_second,
+            ),
+        )
+
+
+async def _no_org(code: str, client_id: str) -> None:
+    """Finds no org: where no API is served, operators alone are known."""
