@@ -213,7 +213,7 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("[web]\ntrusted_proxies = ['proxy']", "web.trusted_proxies: 'proxy' does not appear to be an IP"),
         ("[web]\npublic_url = 'jobs.acme.com'", "web.public_url: it is no URL"),
         ("[web]\npublic_url = 'https://a/jobs'", "web.public_url: write scheme, host and port only"),
-        ("[web]\npublic_url = 'https://a:99999'", "web.public_url: write scheme, host and port only"),
+        ("[web]\npublic_url = 'https://a:99999'", "web.public_url: it is no URL"),
         ("[web]\norg_scope = 'two words'", "web.org_scope: String should match pattern"),
         ("[web]\nlogins_per_minute = 0", "web.logins_per_minute: Input should be greater than or equal to 1"),
         ("[web]\ncalls_per_second = 0", "web.calls_per_second: Input should be greater than or equal to 1"),

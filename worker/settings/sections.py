@@ -60,11 +60,7 @@ def _public_url(value: Any) -> Any:
     if isinstance(value, str) and value:
         parts = urlsplit(_url(value))
         is_bare = parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in parts.netloc)
-        try:
-            port = parts.port
-        except ValueError:
-            port = 0
-        if not is_bare or port == 0:
+        if not is_bare:
             raise ValueError("write scheme, host and port only: https://jobs.acme.com")
     return value
 
