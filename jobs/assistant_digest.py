@@ -1,6 +1,6 @@
 """`assistant.digest`: a support assistant for each org, which reads its knowledge base into a digest.
 
-The knowledge base is read with the org's token over `ctx.http`; the model is asked
+The knowledge base is read with the org's token over `ctx.public_http`; the model is asked
 over another client with a credential of its own from the environment, so that the
 org's token never reaches it.
 """
@@ -31,7 +31,7 @@ class Params(BaseModel):
     chat: str
     """The base URL of an OpenAI-compatible chat endpoint, which never sees that token."""
     collection: str = Field("faq", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
-    """Which of the org's collections is read."""
+    """Which of the org's collections is read: letters, digits, `.`, `_` and `-`."""
     page_size: int = Field(3, ge=1, le=100)
     """Articles a page; after each page there is a checkpoint."""
 
@@ -172,7 +172,7 @@ async def read_knowledge_base(
 
 async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:
     """One page of the org's knowledge base, read with the org's token."""
-    answer = await ctx.http.get(
+    answer = await ctx.public_http.get(
         f"{ctx.params.knowledge_base}/v1/collections/{ctx.params.collection}/articles",
         params={"after": after, "limit": ctx.params.page_size},
     )

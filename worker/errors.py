@@ -13,6 +13,7 @@ WorkerError
 │   ├── Throttled              the issuer asked for fewer requests (transient)
 │   └── TokenRefused           a token that fails verification or enforcement
 ├── AccessDenied               a caller of ours may not see or do this
+├── TooManyRequests            a caller or an address asks too often (transient)
 ├── LeaseLost                  this process no longer owns the run
 └── Unavailable                IssuerUnavailable, StoreUnavailable, Busy (transient)
 
@@ -165,6 +166,21 @@ class AccessDenied(WorkerError):
 
     code = "denied"
     exit_code = 4
+
+
+class TooManyRequests(WorkerError):
+    """A caller or an address asks too often; `retry_after` is in seconds."""
+
+    code = "too_many_requests"
+    usual_fix = (
+        "wait as long as Retry-After says; web.logins_per_minute and web.calls_per_second set the limits"
+    )
+    exit_code = 75
+    transient = True
+
+    def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.retry_after = retry_after
 
 
 class LeaseLost(WorkerError):

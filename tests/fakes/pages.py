@@ -24,7 +24,7 @@ import typer
 from worker.cli.app import build
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w+) *(?P<argument>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -55,6 +56,25 @@ def _listen(value: Any) -> Any:
     return value
 
 
+def _public_url(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        parts = urlsplit(_url(value))
+        is_bare = parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in parts.netloc)
+        if not is_bare:
+            raise ValueError("write scheme, host and port only: https://jobs.acme.com")
+    return value
+
+
+def _networks(value: Any) -> Any:
+    networks = _listed(value)
+    for network in networks if isinstance(networks, list | tuple) else ():
+        try:
+            ip_network(str(network))
+        except ValueError as error:
+            raise ValueError(f"{error}; write networks as CIDR: 10.0.0.0/8 or 192.0.2.7/32") from None
+    return networks
+
+
 def _operators(value: Any) -> Any:
     """A variable or secret file holds a JSON array of objects."""
     return json.loads(value) if isinstance(value, str) else value
@@ -65,6 +85,8 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Origins = Annotated[tuple[str, ...], BeforeValidator(_origins)]
 Url = Annotated[str, BeforeValidator(_url)]
 Listen = Annotated[str, BeforeValidator(_listen)]
+PublicUrl = Annotated[str, BeforeValidator(_public_url)]
+Networks = Annotated[tuple[str, ...], BeforeValidator(_networks)]
 IssuerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -138,20 +160,14 @@ class WebSettings(Section):
     """`[web]`: where health, metrics, API and dashboard are served; an empty text turns it off."""
 
     listen: Listen = "127.0.0.1:8470"
-    health_listen: Listen = ""
-    connections_per_address: int = Field(100, ge=0, le=10_000)
     operators: Operators = ()
     org_role: Literal["viewer", "operator"] = "viewer"
     org_scope: Annotated[str, Field(pattern=r"^[!#-\[\]-~]*$")] = ""
+    public_url: PublicUrl = ""
+    trusted_proxies: Networks = ()
+    logins_per_minute: int = Field(10, ge=1, le=100_000)
+    calls_per_second: int = Field(50, ge=1, le=100_000)
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
-
-    @model_validator(mode="after")
-    def _two_addresses(self) -> WebSettings:
-        if self.health_listen and self.health_listen == self.listen:
-            raise ValueError(
-                'health_listen is the address of listen; give it a port of its own, or leave it ""'
-            )
-        return self
 
 
 class AlertSettings(Section):

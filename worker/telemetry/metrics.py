@@ -53,6 +53,11 @@ class Metrics:
         ProcessCollector(registry=self._registry)
         self._registry.register(_WhenAsked(self._families))
 
+    @property
+    def name_orgs(self) -> bool:
+        """Whether some metric has an org for a label."""
+        return self._top_orgs > 0
+
     def watch(self, vitals: Vitals) -> None:
         """Ask these from now on, in place of those of an incarnation that has ended."""
         self._vitals = vitals

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unav
 from worker.guard import Guard
 from worker.ids import OrgId
 from worker.store.orgs import OrgCaller
+from worker.web.addresses import Addresses
+from worker.web.limits import Limits
 
 Role = Literal["viewer", "operator", "admin"]
 RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
@@ -46,6 +47,11 @@ class Caller:
     def actor(self) -> str:
         """The name in audit rows and as the maker of runs."""
         return f"operator:{self.name}" if self.org is None else f"org:{self.org}"
+
+    @property
+    def key(self) -> str:
+        """Tells callers apart where calls and sessions are counted: an operator, or one client of an org."""
+        return f"{self.actor} {self.client_id}"
 
     def require(self, role: Role) -> None:
         """Let through who has at least this role.
@@ -90,19 +96,24 @@ class Access:
         *,
         org_role: Role,
         org_scope: str = "",
+        addresses: Addresses | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._operators = operators
         self._guards = guards
         self._find_caller = find_caller
         self._org_role = org_role
         self._org_scope = org_scope
+        self.addresses = addresses or Addresses()
+        self._limits = limits
 
     async def caller_of(self, connection: HTTPConnection) -> Caller | None:
         """Who asks, by the header Authorization; None without one.
 
         Raises:
-            TokenError: the token does not hold.
-            AccessDenied: it holds, but lets nobody in here.
+            TokenError: the token is invalid, or its client is not an active credential of its org.
+            AccessDenied: it is good, but lets nobody in here.
+            TooManyRequests: too many bad tokens came from this address.
             IssuerUnavailable: nobody can say, since the issuer's keys cannot be read.
         """
         headers = connection.headers.getlist("authorization")
@@ -110,66 +121,56 @@ class Access:
             return None
         match = _BEARER.fullmatch(headers[0].strip())
         if match is None or len(headers) > 1:
+            self.count_stranger(connection)
             raise TokenError(
                 "one header Authorization with a bearer token is needed",
                 fix="send Authorization: Bearer TOKEN",
             )
-        return await self.caller_with(match[1], connection)
+        return await self._caller_with(match[1], connection)
 
-    async def caller_with(self, token: str, connection: HTTPConnection) -> Caller:
-        """Who this token is of; raises as `caller_of` does."""
-        if not self._operators and not _is_local(connection):
+    async def log_in(self, token: str, connection: HTTPConnection) -> Caller:
+        """Who this token of a login form is of, once `count_login` has counted it; raises as `caller_of`."""
+        return await self._caller_with(token, connection, is_counted=True)
+
+    async def _caller_with(
+        self, token: str, connection: HTTPConnection, *, is_counted: bool = False
+    ) -> Caller:
+        client = self.addresses.client_of(connection)
+        if not self._operators and not client.is_local:
+            self.count_stranger(connection)
             raise AccessDenied(
                 "only this machine is served as long as there is no operator",
                 fix="add one to [[web.operators]] of worker.toml",
             )
-        return self._operator(token) or await self._org(token)
-
-    def _operator(self, token: str) -> Caller | None:
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        found = None
-        # All are compared, so that the time taken tells nothing of where one matched.
-        for operator in self._operators:
-            if hmac.compare_digest(operator.token_sha256, digest):
-                found = Caller(operator.name, operator.role)
-        return found
-
-    async def _org(self, token: str) -> Caller:
-        fault: TokenRefused | Unavailable | None = None
-        for issuer, guard in self._guards.items():
-            try:
-                claims = await guard.check(token)
-            except Unavailable as unavailable:
-                fault = unavailable
-            except TokenRefused as refused:
-                fault = fault or refused
-            else:
-                code = claims.org_code
-                return await self.confirm(
-                    Caller(
-                        code,
-                        self._org_role,
-                        org=code,
-                        until=claims.expires_at,
-                        issuer=issuer,
-                        client_id=claims.client_id,
-                        has_org_scope=bool(self._org_scope) and self._org_scope in claims.scopes,
-                    )
-                )
-        if isinstance(fault, Unavailable):
-            raise fault
-        raise TokenError(
-            "the token does not hold",
-            fix="send an operator's, or one that a configured issuer has just issued for its audience",
-        )
+        limits = None if is_counted else self._limits
+        if limits is not None:
+            limits.token(token, client)
+        try:
+            caller = self._operator(token) or await self._org(token)
+        except TokenError:
+            if limits is not None:
+                limits.was_bad(token)
+            raise
+        except Unavailable:
+            # No verdict, so it counts as any request of a stranger does.
+            if limits is not None:
+                limits.was_no_guess(token, client)
+            self.count_stranger(connection)
+            raise
+        if limits is not None:
+            limits.was_good(token, client)
+        return await self.confirm(caller)
 
     async def confirm(self, caller: Caller) -> Caller:
-        """This caller, if the database still lets it in; its token's signature is not looked at again.
+        """Count a call of this caller, and see that the database still lets it in.
 
         Raises:
             AccessDenied: its org is not known, suspended or removed.
             TokenError: its token's client is no active credential of the org, and it lacks `[web] org_scope`.
+            TooManyRequests: it calls too often.
         """
+        if self._limits is not None:
+            self._limits.caller(caller.key, caller.actor)
         if caller.org is None:
             return caller
         found = await self._find_caller(caller.org, caller.client_id)
@@ -187,11 +188,53 @@ class Access:
             )
         return replace(caller, org_id=found.id)
 
+    def count_login(self, connection: HTTPConnection) -> None:
+        """Count a try to log in.
 
-def _is_local(connection: HTTPConnection) -> bool:
-    try:
-        address = ipaddress.ip_address(connection.client.host if connection.client else "")
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
+        Raises:
+            TooManyRequests: too many came from this address.
+        """
+        if self._limits is not None:
+            self._limits.login(self.addresses.client_of(connection))
+
+    def count_stranger(self, connection: HTTPConnection) -> None:
+        """Count a request of somebody without a token or a session; raises as `count_login` does."""
+        if self._limits is not None:
+            self._limits.stranger(self.addresses.client_of(connection))
+
+    def _operator(self, token: str) -> Caller | None:
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        # All are compared, so that the time taken tells nothing of where one matched.
+        for operator in self._operators:
+            if hmac.compare_digest(operator.token_sha256, digest):
+                found = Caller(operator.name, operator.role)
+        return found
+
+    async def _org(self, token: str) -> Caller:
+        """The org that a verified token is of; whether it may ask is another matter."""
+        fault: TokenRefused | Unavailable | None = None
+        for issuer, guard in self._guards.items():
+            try:
+                claims = await guard.check(token)
+            except Unavailable as unavailable:
+                fault = unavailable
+            except TokenRefused as refused:
+                fault = fault or refused
+            else:
+                code = claims.org_code
+                return Caller(
+                    code,
+                    self._org_role,
+                    org=code,
+                    until=claims.expires_at,
+                    issuer=issuer,
+                    client_id=claims.client_id,
+                    has_org_scope=bool(self._org_scope) and self._org_scope in claims.scopes,
+                )
+        if isinstance(fault, Unavailable):
+            raise fault
+        raise TokenError(
+            "the token does not hold",
+            fix="send an operator's, or one that a configured issuer has just issued for its audience",
+        )

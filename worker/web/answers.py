@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, timedelta
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,7 @@ from worker.errors import (
     NotFound,
     RolesMissing,
     TokenError,
+    TooManyRequests,
     Unavailable,
     UsageError,
     WorkerError,
@@ -36,6 +37,7 @@ STATUS: tuple[tuple[type[WorkerError], int], ...] = (
     (AccessDenied, 403),
     (NotFound, 404),
     (Conflict, 409),
+    (TooManyRequests, 429),
     (DefinitionError, 422),
     (Unavailable, 503),
     (RolesMissing, 503),
@@ -73,22 +75,31 @@ def error_answer(
     status: int, code: str, message: str, fix: str, retry_after: float | None = None
 ) -> Response:
     """`{"error": {code, message, fix}}`, as everywhere."""
-    headers = {}
+    headers = wait_headers(status, retry_after)
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="orgworker"'
-    if status == 503:
-        headers["retry-after"] = f"{retry_after or 5:.0f}"
     body = encode({"error": {"code": code, "message": masker.mask(message), "fix": masker.mask(fix)}})
     return json_answer(body, status, headers)
+
+
+def wait_headers(status: int, retry_after: float | None) -> dict[str, str]:
+    """When to ask again, where another try may help."""
+    return {"retry-after": str(math.ceil(retry_after or 5))} if status in (429, 503) else {}
+
+
+def _no_page(scope: Scope, status: int, message: str, fix: str) -> None:
+    return None
 
 
 class Answering:
     """ASGI middleware, the outermost: adds the headers, and turns what is raised into an answer.
 
-    `page` may answer an error for people instead; it gives None to leave it.
+    `page` may answer an error for people instead; it returns None to leave it.
     """
 
-    def __init__(self, app: ASGIApp, page: Callable[[Scope, int, str, str], Response | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, page: Callable[[Scope, int, str, str], Response | None] = _no_page
+    ) -> None:
         self._app = app
         self._page = page
 
@@ -112,9 +123,6 @@ class Answering:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            # In the middle of its request: there is nobody to answer, and nothing failed here.
-            return
         except Exception as error:
             answer = self._answer(scope, error)
             if started:
@@ -137,7 +145,10 @@ class Answering:
                 message = f"unexpected {type(error).__name__}"
                 emit("web.failed", method=scope["method"], path=scope["path"], error=type(error).__name__)
         page = self._page(scope, status, message, fix)
-        return page or error_answer(status, code, message, fix, retry_after)
+        if page is None:
+            return error_answer(status, code, message, fix, retry_after)
+        page.headers.update(wait_headers(status, retry_after))
+        return page
 
 
 def _plain(value: Any) -> Any:

@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 from starlette.routing import Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from worker.clock import Clock
-from worker.errors import Busy
 from worker.store.database import Database
 from worker.web.access import Access
 from worker.web.acting import Acting
 from worker.web.answers import Answering
 from worker.web.api import Api
-from worker.web.dashboard import Dashboard, error_page
+from worker.web.dashboard import Dashboard
+from worker.web.forms import Forms
 from worker.web.gate import Gate
-from worker.web.health import PATHS, Health
+from worker.web.health import Health
 from worker.web.sessions import Sessions
-
-# Requests at once, of API and dashboard; fewer than the connections of a listener.
-MOST_REQUESTS = 500
-
-
-class _Limit:
-    """ASGI middleware: answers 503 beyond MOST_REQUESTS, but never to who asks for health."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._serving = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in PATHS:
-            await self._app(scope, receive, send)
-            return
-        if self._serving >= MOST_REQUESTS:
-            raise Busy(f"{MOST_REQUESTS} requests are being served", fix="try again in a moment")
-        self._serving += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._serving -= 1
 
 
 def build(
-    health: Health, database: Database, access: Access, clock: Clock, *, with_health: bool = True
+    health: Health, database: Database, access: Access, clock: Clock, *, public_url: str = ""
 ) -> ASGIApp:
-    """Everything that is served on the worker's HTTP port; without health where that has its own."""
-    sessions = Sessions(clock)
+    """Everything that is served on the worker's HTTP port; browsers reach it at `public_url`."""
+    health.protect(access)
+    sessions, forms = Sessions(clock), Forms(public_url, access.addresses)
     acting = Acting(database)
     api = Api(acting, clock)
-    dashboard = Dashboard(acting, clock, api, access, sessions)
-    routes = [*(health.routes() if with_health else ()), *api.routes(), *dashboard.routes()]
-    router = Router(routes=routes, redirect_slashes=False)
-    return Answering(_Limit(Gate(router, access, sessions)), error_page)
-
-
-def build_health(health: Health) -> ASGIApp:
-    """Health and metrics alone, for a listener of their own; every other path is 404."""
-    return Answering(Router(routes=health.routes(), redirect_slashes=False), error_page)
+    dashboard = Dashboard(acting, clock, api, access, sessions, forms)
+    router = Router(routes=[*health.routes(), *api.routes(), *dashboard.routes()], redirect_slashes=False)
+    return Answering(Gate(router, access, sessions, forms), dashboard.error_page)

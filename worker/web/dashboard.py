@@ -8,24 +8,25 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
 from worker.clock import Clock
-from worker.errors import AccessDenied, TokenError
+from worker.errors import TokenError
 from worker.store import definition_listing, listing, run_listing
 from worker.store.paging import Row
 from worker.telemetry.events import emit
 from worker.web.access import RANK, Access
 from worker.web.acting import Acting
 from worker.web.api import Api, caller_of, shown_lines, shown_run, single
-from worker.web.body import read_form
+from worker.web.forms import LOGIN as LOGIN_COOKIE
+from worker.web.forms import SESSION, Forms
 from worker.web.gate import in_api
 from worker.web.pages import page, render
 from worker.web.redaction import redacted, redacted_row
-from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
+from worker.web.sessions import LOGIN, Session, Sessions
 
 ROWS = 25
 LINES = 500
@@ -35,12 +36,15 @@ RECENT = timedelta(days=1)
 class Dashboard:
     """Pages for a session, or for a bearer token, which then only looks."""
 
-    def __init__(self, acting: Acting, clock: Clock, api: Api, access: Access, sessions: Sessions) -> None:
+    def __init__(
+        self, acting: Acting, clock: Clock, api: Api, access: Access, sessions: Sessions, forms: Forms
+    ) -> None:
         self._acting = acting
         self._clock = clock
         self._api = api
         self._access = access
         self._sessions = sessions
+        self._forms = forms
 
     def routes(self) -> Sequence[Route]:
         return (
@@ -113,26 +117,22 @@ class Dashboard:
         return _to_run(await self._api.run_now(caller_of(request), org, name, None, None))
 
     async def _login(self, request: Request) -> Response:
-        origin = request.headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != request.headers.get("host"):
-            raise AccessDenied(
-                "this form is not of a page that you opened here",
-                fix="open the page again and send it from there",
-            )
-        token = (await read_form(request)).get("token", "").strip()
-        caller = await self._access.caller_with(token, request)
+        # A page elsewhere that sends forms uses up no logins of its visitor's address.
+        self._forms.check_origin(request)
+        self._access.count_login(request)
+        token = (await self._forms.read_login(request)).get("token", "").strip()
+        caller = await self._access.log_in(token, request)
         session = self._sessions.begin(caller)
         emit("web.login", caller=caller.actor, role=caller.role)
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(
-            COOKIE, session.key, httponly=True, samesite="lax", secure=request.url.scheme == "https"
-        )
+        self._forms.set_cookie(request, answer, SESSION, session.key)
+        self._forms.delete_cookie(request, answer, LOGIN_COOKIE)
         return answer
 
     async def _logout(self, request: Request) -> Response:
         self._sessions.end(await self._checked_form(request))
         answer = RedirectResponse("/", 303)
-        answer.delete_cookie(COOKIE)
+        self._forms.delete_cookie(request, answer, SESSION)
         return answer
 
     async def _checked_form(self, request: Request) -> Session:
@@ -140,9 +140,21 @@ class Dashboard:
         session: Session | None = request.scope.get("session")
         if session is None:
             raise TokenError("log in first", fix="open / and log in, or send Authorization: Bearer TOKEN")
-        form = await read_form(request)
-        session.check(form.get("csrf", ""), request.headers.get("origin"), request.headers.get("host", ""))
+        await self._forms.read(request, session.csrf)
         return session
+
+    def error_page(self, scope: Scope, status: int, message: str, fix: str) -> Response | None:
+        """An error for a person: the login page where a token is lacking; None where a program asked."""
+        if in_api(scope):
+            return None
+        if status != 401:
+            return page(render("error.html", status=status, message=message, fix=fix), status)
+        connection = HTTPConnection(scope)
+        nonce = self._forms.login_nonce(connection)
+        tried, csrf = scope["path"] == LOGIN, self._forms.login_csrf(nonce)
+        answer = page(render("login.html", message=message, tried=tried, csrf=csrf), status)
+        self._forms.set_cookie(connection, answer, LOGIN_COOKIE, nonce)
+        return answer
 
     async def _show(
         self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
@@ -156,15 +168,6 @@ class Dashboard:
             return render(template, caller=caller, session=session, may_act=may_act, **values)
 
         return page(await self._acting.read(caller, made))
-
-
-def error_page(scope: Scope, status: int, message: str, fix: str) -> Response | None:
-    """An error for a person: the login page where a token is lacking; None where a program asked."""
-    if in_api(scope):
-        return None
-    if status == 401:
-        return page(render("login.html", message=message, tried=scope["path"] == LOGIN), status)
-    return page(render("error.html", status=status, message=message, fix=fix), status)
 
 
 def _next(rows: Sequence[Row]) -> str | None:

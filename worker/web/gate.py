@@ -8,8 +8,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from worker.errors import AccessDenied, TokenError
 from worker.web.access import Access, Caller
 from worker.web.api import BASE
+from worker.web.forms import SESSION, Forms
 from worker.web.health import PATHS
-from worker.web.sessions import COOKIE, LOGIN, Session, Sessions
+from worker.web.sessions import LOGIN, Session, Sessions
 
 
 class Gate:
@@ -19,15 +20,18 @@ class Gate:
     send it gets nothing out of the API.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, sessions: Sessions) -> None:
+    def __init__(self, app: ASGIApp, access: Access, sessions: Sessions, forms: Forms) -> None:
         self._app = app
         self._access = access
         self._sessions = sessions
+        self._forms = forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if path not in PATHS and not (path == LOGIN and scope["method"] == "POST"):
-            scope["caller"] = await self._caller(HTTPConnection(scope))
+        path, connection = scope["path"], HTTPConnection(scope)
+        if path == LOGIN and scope["method"] == "POST":
+            self._access.count_stranger(connection)
+        elif path not in PATHS:
+            scope["caller"] = await self._caller(connection)
         await self._app(scope, receive, send)
 
     async def _caller(self, connection: HTTPConnection) -> Caller:
@@ -35,11 +39,12 @@ class Gate:
         if caller is not None:
             return caller
         if not in_api(connection.scope):
-            session = self._sessions.find(connection.cookies.get(COOKIE))
+            session = self._sessions.find(self._forms.cookie(connection, SESSION))
             if session is not None:
                 caller = await self._confirmed(session)
                 connection.scope["session"] = session
                 return caller
+        self._access.count_stranger(connection)
         raise TokenError("a bearer token is needed", fix="send the header Authorization: Bearer TOKEN")
 
     async def _confirmed(self, session: Session) -> Caller:

@@ -8,10 +8,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from worker.errors import AccessDenied, TokenError
 from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 from worker.telemetry.vitals import Vitals
+from worker.web.access import Access
 
-# These need no token: they say nothing of any org.
+# These need no token, unless the metrics name orgs.
 PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 
 
@@ -21,6 +23,11 @@ class Health:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._vitals: Vitals | None = None
+        self._access: Access | None = None
+
+    def protect(self, access: Access) -> None:
+        """Let `access` say who is an operator, for metrics that name orgs; nobody reads those before."""
+        self._access = access
 
     def watch(self, vitals: Vitals) -> None:
         """Answer for this incarnation from now on."""
@@ -72,7 +79,28 @@ class Health:
         return _answer("lacking", self.lacking())
 
     async def _metrics(self, request: Request) -> Response:
+        if self.metrics.name_orgs:
+            await self._require_operator(request)
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+    async def _require_operator(self, request: Request) -> None:
+        """Let through an operator of any role, on whichever listener it asks.
+
+        Raises:
+            TokenError: no token, or a bad one.
+            AccessDenied: an org's token.
+            TooManyRequests: too many such requests from this address.
+        """
+        caller = None if self._access is None else await self._access.caller_of(request)
+        if caller is None:
+            if self._access is not None:
+                self._access.count_stranger(request)
+            raise TokenError(
+                "these metrics name orgs: a bearer token of an operator is needed",
+                fix="send the header Authorization: Bearer TOKEN, or set web.metrics_top_orgs to 0",
+            )
+        if caller.org is not None:
+            raise AccessDenied("metrics of all orgs are for operators", fix="ask with an operator's token")
 
 
 def _answer(word: str, faults: list[str]) -> Response:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from worker.clock import Clock
-from worker.errors import AccessDenied
 from worker.web.access import Caller
 
-COOKIE = "orgworker_session"
 LOGIN = "/login"
 LASTS = timedelta(hours=12)
-MOST = 1000
+# Of one caller; the one that is a session more ends its oldest.
+MOST = 50
+# Seconds between two looks for sessions that are over.
+_SWEEP = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +26,27 @@ class Session:
     caller: Caller
     until: datetime
 
-    def check(self, csrf: str, origin: str | None, host: str) -> None:
-        """Let through what a page of ours sent.
-
-        Raises:
-            AccessDenied: it came from elsewhere.
-        """
-        elsewhere = origin is not None and origin.partition("://")[2] != host
-        if elsewhere or not hmac.compare_digest(csrf.encode(), self.csrf.encode()):
-            raise AccessDenied("this form is not of a page that you opened here", fix="open the page anew")
-
 
 class Sessions:
-    """In memory and bounded; a restart ends them all."""
+    """In memory, and so many of each caller at most; a restart ends them all."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._open: dict[str, Session] = {}
+        # By the caller's key, oldest first.
+        self._of: dict[str, list[Session]] = {}
+        self._sweep_at = 0.0
 
     def begin(self, caller: Caller) -> Session:
         """A session of this caller, which ends with the token it was begun by, or after 12 hours."""
         now = self._clock.now()
-        self._open = {key: one for key, one in self._open.items() if one.until > now}
-        if len(self._open) >= MOST:
-            del self._open[next(iter(self._open))]
+        self._sweep(now)
         until = min(now + LASTS, caller.until or now + LASTS)
         session = Session(secrets.token_urlsafe(32), secrets.token_urlsafe(32), caller, until)
+        mine = self._of.setdefault(caller.key, [])
+        while len(mine) >= MOST:
+            del self._open[mine.pop(0).key]
+        mine.append(session)
         self._open[session.key] = session
         return session
 
@@ -61,4 +56,15 @@ class Sessions:
         return session if session is not None and session.until > self._clock.now() else None
 
     def end(self, session: Session) -> None:
-        self._open.pop(session.key, None)
+        if self._open.pop(session.key, None) is None:
+            return
+        mine = self._of[session.caller.key]
+        mine.remove(session)
+        if not mine:
+            del self._of[session.caller.key]
+
+    def _sweep(self, now: datetime) -> None:
+        if self._clock.monotonic() >= self._sweep_at:
+            self._sweep_at = self._clock.monotonic() + _SWEEP
+            for session in [session for session in self._open.values() if session.until <= now]:
+                self.end(session)

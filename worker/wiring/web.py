@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
 
 import httpx
-from starlette.types import ASGIApp
 
 from worker.clock import Clock
 from worker.errors import Busy
@@ -20,10 +18,11 @@ from worker.store.orgs import OrgCaller
 from worker.telemetry import events
 from worker.telemetry.metrics import Metrics
 from worker.tokens.http import open_client
-from worker.web.access import Access, Operator
-from worker.web.app import build, build_health
-from worker.web.connections import Connections
+from worker.web.access import Access, FindCaller, Operator
+from worker.web.addresses import Addresses
+from worker.web.app import build
 from worker.web.health import Health
+from worker.web.limits import Limits
 from worker.web.server import WebServer, bind
 from worker.wiring.issuers import issuers_of
 
@@ -42,11 +41,10 @@ class Web:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None
-        self._health_listener: socket.socket | None = None
         self.health = health
 
     def bind(self, *, needed: bool = False) -> None:
-        """Take the addresses, before anything else of the worker begins.
+        """Take the address, before anything else of the worker begins.
 
         Unless it is `needed`, a port that is not free is only waited for where it is the
         default, which nobody asked for: a second worker of this machine works without it.
@@ -56,8 +54,6 @@ class Web:
             ConfigurationError: the address is not one of this machine, or not allowed.
         """
         web = self._settings.web
-        if web.health_listen:
-            self._health_listener = bind(web.health_listen, "health_listen")
         if not web.listen:
             return
         try:
@@ -69,40 +65,52 @@ class Web:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve as long as the block lasts."""
-        web = self._settings.web
-        async with contextlib.AsyncExitStack() as stack:
-            if web.health_listen:
-                app = build_health(self.health)
-                await stack.enter_async_context(self._server(app, web.health_listen, self._health_listener))
-            if web.listen:
-                # Connections of its own: no page takes one from the loops.
-                database = Database.open(self._settings.database.url, clock=self._clock, role="web")
-                stack.callback(database.close)
-                client = await stack.enter_async_context(open_client())
-                access = self._access(database, client)
-                app = build(self.health, database, access, self._clock, with_health=not web.health_listen)
-                await stack.enter_async_context(self._server(app, web.listen, self._listener))
+        self.health.protect(self._access({}, _no_org))
+        if not self._settings.web.listen:
             yield
-
-    def _server(
-        self, app: ASGIApp, listen: str, listener: socket.socket | None
-    ) -> AbstractAsyncContextManager[None]:
-        connections = Connections(per_address=self._settings.web.connections_per_address)
-        return WebServer(app, listen, listener, self._clock, connections=connections).serving()
-
-    def _access(self, database: Database, client: httpx.AsyncClient) -> Access:
-        web = self._settings.web
-        guards = {
-            name: Guard(issuer, client=client, clock=self._clock)
-            for name, issuer in issuers_of(self._settings).items()
-            if issuer.audience
-        }
-        operators = [Operator(one.name, one.role, one.token_sha256) for one in web.operators]
-
+            return
+        # Connections of its own: no page takes one from the loops.
+        database = Database.open(self._settings.database.url, clock=self._clock, role="web")
         # Who asks is not known yet: in a role that sees no org.
         unknown = database.acting(roles.NOBODY)
 
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
             return await unknown.call_autocommit(orgs.find_caller, code, client_id)
 
-        return Access(operators, guards, find_caller, org_role=web.org_role, org_scope=web.org_scope)
+        try:
+            async with open_client() as client:
+                access = self._access(self._guards(client), find_caller)
+                public_url = self._settings.web.public_url
+                app = build(self.health, database, access, self._clock, public_url=public_url)
+                server = WebServer(app, self._settings.web.listen, self._listener, self._clock)
+                async with server.serving():
+                    yield
+        finally:
+            database.close()
+
+    def _guards(self, client: httpx.AsyncClient) -> dict[str, Guard]:
+        return {
+            name: Guard(issuer, client=client, clock=self._clock)
+            for name, issuer in issuers_of(self._settings).items()
+            if issuer.audience
+        }
+
+    def _access(self, guards: Mapping[str, Guard], find_caller: FindCaller) -> Access:
+        web = self._settings.web
+        return Access(
+            [Operator(one.name, one.role, one.token_sha256) for one in web.operators],
+            guards,
+            find_caller,
+            org_role=web.org_role,
+            org_scope=web.org_scope,
+            addresses=Addresses(web.trusted_proxies),
+            limits=Limits(
+                self._clock,
+                logins_per_minute=web.logins_per_minute,
+                calls_per_second=web.calls_per_second,
+            ),
+        )
+
+
+async def _no_org(code: str, client_id: str) -> None:
+    """Finds no org: where no API is served, operators alone are known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -21,8 +22,10 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator, Role
+from worker.web.addresses import Addresses
 from worker.web.app import build
 from worker.web.health import Health
+from worker.web.limits import Limits
 
 BASE = "http://127.0.0.1:8470"
 TOKENS: dict[Role, str] = {role: f"token-of-the-{role}" for role in ("viewer", "operator", "admin")}
@@ -72,12 +75,18 @@ class Site:
         self.operators: list[Operator] = []
         self.org_role: Role = "operator"
         self.org_scope = ""
+        self.public_url = ""
+        self.trusted_proxies: tuple[str, ...] = ()
+        self.limits: Limits | None = None
+        self.top_orgs = 0
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
 
     def token(self, code: str, **claims: Any) -> str:
         return self.issuer.token(self.apps[code], **claims)
 
-    def client(self, token: str | None = None, *, address: str = "127.0.0.1") -> httpx.AsyncClient:
+    def client(
+        self, token: str | None = None, *, address: str = "127.0.0.1", base: str = BASE
+    ) -> httpx.AsyncClient:
         """Asks as whoever has this token."""
 
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
@@ -89,11 +98,14 @@ class Site:
             find_caller,
             org_role=self.org_role,
             org_scope=self.org_scope,
+            addresses=Addresses(self.trusted_proxies),
+            limits=self.limits,
         )
-        app = build(Health(Metrics(version="1.0")), self.database, access, self.clock)
+        health = Health(Metrics(version="1.0", top_orgs=self.top_orgs))
+        app = build(health, self.database, access, self.clock, public_url=self.public_url)
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url=BASE, headers=headers)
+        return httpx.AsyncClient(transport=transport, base_url=base, headers=headers)
 
     async def get(self, path: str, token: str | None = None, **options: Any) -> httpx.Response:
         async with self.client(token, **options) as client:
@@ -102,6 +114,20 @@ class Site:
     async def post(self, path: str, token: str | None = None, **request: Any) -> httpx.Response:
         async with self.client(token) as client:
             return await client.post(path, **request)
+
+
+def csrf_of(page: httpx.Response) -> str:
+    """The CSRF token of the first form of a page."""
+    found = re.search(r'name="csrf" value="([^"]+)"', page.text)
+    assert found is not None
+    return found[1]
+
+
+async def log_in(client: httpx.AsyncClient, token: str, **headers: str) -> httpx.Response:
+    """Send the login form as a browser does; `headers` in place of its own."""
+    page = await client.get("/")
+    form = {"token": token, "csrf": csrf_of(page)}
+    return await client.post("/login", data=form, headers=headers or {"origin": str(client.base_url)})
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.web.conftest import BASE, TOKENS, Site
-from tests.integration.web.test_dashboard import csrf_of
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.edit import edit_definition
 from worker.operations.org_state import set_org_state
 from worker.store import orgs, run_listing
+from worker.web.forms import SESSION
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -55,8 +55,8 @@ async def test_a_good_token_that_no_active_credential_got_is_401_with_the_reason
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "token")
     assert "web.org_scope" in answer.json()["error"]["fix"]
     async with site.client() as client:
-        opened = await client.post("/login", data={"token": token}, headers={"origin": BASE})
-        assert (opened.status_code, "set-cookie" in opened.headers) == (401, False)
+        opened = await log_in(client, token)
+        assert (opened.status_code, SESSION in opened.headers["set-cookie"]) == (401, False)
 
 
 async def test_the_same_org_is_let_in_by_its_own_credential_with_any_scope(site: Site):
@@ -97,9 +97,7 @@ class TestSessions:
 
     async def opened(self, site: Site, **claims: Any) -> httpx.AsyncClient:
         client = site.client()
-        answer = await client.post(
-            "/login", data={"token": site.token("org_a", **claims)}, headers={"origin": BASE}
-        )
+        answer = await log_in(client, site.token("org_a", **claims))
         assert answer.status_code == 303
         assert (await client.get("/orgs/org_a")).status_code == 200
         return client
@@ -233,7 +231,7 @@ class TestParamsByHand:
         url = (await self.run(chosen, TOKENS["operator"], url="http://127.0.0.1/")).json()["id"]
         await chosen.post(f"/api/v1/runs/{url}/cancel", TOKENS["operator"])
         async with chosen.client() as client:
-            await client.post("/login", data={"token": chosen.token("org_a")}, headers={"origin": BASE})
+            await log_in(client, chosen.token("org_a"))
             page = await client.get(f"/runs/{url}")
             form = {"csrf": csrf_of(page)}
             answer = await client.post(f"/runs/{url}/retry", data=form, headers={"origin": BASE})

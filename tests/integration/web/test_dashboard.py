@@ -5,31 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import update
 
-from tests.integration.web.conftest import BASE, TOKENS, Site
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.run_now import run_now
 from worker.store import tables
-from worker.web.sessions import COOKIE
+from worker.web.dashboard import Dashboard
+from worker.web.forms import SESSION as COOKIE
 
 pytestmark = pytest.mark.anyio
+OURS = {"origin": BASE}
 
 
 @asynccontextmanager
 async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
     async with site.client() as client:
-        answer = await client.post("/login", data={"token": token}, headers={"origin": BASE})
+        answer = await log_in(client, token)
         assert (answer.status_code, answer.headers["location"]) == (303, "/")
         yield client
-
-
-def csrf_of(page: httpx.Response) -> str:
-    found = re.search(r'name="csrf" value="([^"]+)"', page.text)
-    assert found is not None
-    return found[1]
 
 
 def fail(site: Site, run_id: str) -> None:
@@ -51,8 +48,8 @@ def make_run(site: Site, org: str) -> str:
 
 async def test_a_good_token_opens_a_session_and_a_bad_one_says_so(staffed: Site):
     async with staffed.client() as client:
-        refused = await client.post("/login", data={"token": "wrong"})
-        opened = await client.post("/login", data={"token": TOKENS["viewer"]})
+        refused = await log_in(client, "wrong")
+        opened = await log_in(client, TOKENS["viewer"])
         page = await client.get("/")
 
     assert (refused.status_code, "does not hold" in refused.text) == (401, True)
@@ -90,7 +87,7 @@ async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed:
         new = retried.headers["location"]
         page = await client.get(new)
         assert f"{new}/cancel" in page.text
-        cancelled = await client.post(f"{new}/cancel", data={"csrf": csrf_of(page)})
+        cancelled = await client.post(f"{new}/cancel", data={"csrf": csrf_of(page)}, headers=OURS)
 
         assert (retried.status_code, cancelled.status_code) == (303, 303)
         assert "cancelled: requested" in (await client.get(new)).text
@@ -99,8 +96,12 @@ async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed:
 @pytest.mark.parametrize(
     ("form", "headers"),
     [
-        ({}, {}),
-        ({"csrf": "guessed"}, {}),
+        ({}, OURS),
+        ({"csrf": "guessed"}, OURS),
+        ({"csrf": "theirs"}, {}),
+        ({"csrf": "theirs"}, OURS | {"sec-fetch-site": "cross-site"}),
+        ({"csrf": "theirs"}, {"sec-fetch-site": "same-site"}),
+        ({"csrf": "theirs"}, {"sec-fetch-site": "none"}),
         ({"csrf": ""}, {"origin": BASE}),
         ({"csrf": "theirs"}, {"origin": "https://evil.example"}),
         ({"csrf": "theirs"}, {"origin": "null"}),
@@ -119,10 +120,126 @@ async def test_a_form_of_another_page_does_nothing(staffed: Site, form: dict, he
 
 async def test_a_login_sent_by_another_page_is_refused(staffed: Site):
     async with staffed.client() as client:
-        headers = {"origin": "https://evil.example"}
-        answer = await client.post("/login", data={"token": TOKENS["admin"]}, headers=headers)
+        answer = await log_in(client, TOKENS["admin"], origin="https://evil.example")
 
     assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+
+
+@pytest.mark.parametrize("csrf", [None, "", "guessed"])
+async def test_a_login_needs_the_token_of_the_form_in_this_browser(staffed: Site, csrf: str | None):
+    """Else another page could log its visitor in as somebody else."""
+    async with staffed.client() as attacker, staffed.client() as victim:
+        form = {"token": TOKENS["admin"], "csrf": csrf_of(await attacker.get("/")) if csrf is None else csrf}
+        await victim.get("/")
+        answer = await victim.post("/login", data=form, headers=OURS)
+        without_cookie = await staffed.client().post("/login", data=form, headers=OURS)
+
+    assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+    assert (without_cookie.status_code, "set-cookie" in without_cookie.headers) == (403, False)
+
+
+async def test_two_open_login_forms_both_work(staffed: Site):
+    async with staffed.client() as client:
+        first = await client.get("/")
+        await client.get("/runs/x")
+        form = {"token": TOKENS["viewer"], "csrf": csrf_of(first)}
+
+        assert (await client.post("/login", data=form, headers=OURS)).status_code == 303
+
+
+async def test_a_form_without_an_origin_is_taken_where_the_browser_says_that_it_is_ours(staffed: Site):
+    run = make_run(staffed, "org_a")
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        form = {"csrf": csrf_of(await client.get("/"))}
+        headers = {"sec-fetch-site": "same-origin"}
+        answer = await client.post(f"/runs/{run}/cancel", data=form, headers=headers)
+
+    assert answer.status_code == 303
+
+
+async def test_every_unsafe_route_refuses_what_no_page_of_ours_sent(staffed: Site):
+    """From the router, so that a new route without the check fails here."""
+    nothing: Any = None
+    routes = [
+        route
+        for route in Dashboard(nothing, nothing, nothing, nothing, nothing, nothing).routes()
+        if set(route.methods or ()) - {"GET", "HEAD", "OPTIONS"}
+    ]
+    assert len(routes) >= 5
+    run = make_run(staffed, "org_a")
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        csrf = csrf_of(await client.get("/"))
+        for route in routes:
+            path = route.path.format(run=run, org="org_a", name="digest")
+            for form, headers in (
+                ({}, OURS),
+                ({"csrf": csrf}, {}),
+                ({"csrf": csrf}, {"origin": "https://evil.example"}),
+            ):
+                answer = await client.post(path, data=form | {"token": TOKENS["admin"]}, headers=headers)
+                assert answer.status_code == 403, (path, form, headers)
+        assert (await client.get(f"/runs/{run}")).status_code == 200
+
+
+class TestBehindHttps:
+    """Where browsers reach it over https, by `web.public_url`."""
+
+    @pytest.fixture
+    def public(self, staffed: Site) -> Site:
+        staffed.public_url = "https://Jobs.acme.com:443/"
+        return staffed
+
+    async def test_cookies_are_of_this_host_alone_and_secure(self, public: Site):
+        async with public.client(base="https://jobs.acme.com") as client:
+            page = await client.get("/")
+            answer = await log_in(client, TOKENS["operator"], origin="https://jobs.acme.com")
+            assert answer.status_code == 303
+            assert (await client.get("/")).status_code == 200
+            csrf = csrf_of(await client.get("/"))
+            out = await client.post(
+                "/logout", data={"csrf": csrf}, headers={"origin": "https://jobs.acme.com"}
+            )
+
+        for one in (page, answer, out):
+            for cookie in one.headers.get_list("set-cookie"):
+                name, _, attributes = cookie.lower().partition(";")
+                assert name.startswith("__host-orgworker_")
+                assert {"secure", "httponly", "path=/", "samesite=lax"} <= set(attributes.split("; ")) | {
+                    part.strip() for part in attributes.split(";")
+                }
+                assert "domain" not in attributes
+        assert COOKIE in answer.headers["set-cookie"]
+
+    async def test_a_cookie_without_the_prefix_opens_nothing(self, public: Site):
+        """Such a cookie may have been set by a page of another host of the same domain."""
+        async with public.client(base="https://jobs.acme.com") as client:
+            await log_in(client, TOKENS["operator"], origin="https://jobs.acme.com")
+            key = client.cookies[f"__Host-{COOKIE}"]
+            client.cookies.clear()
+
+            assert (await client.get("/", headers={"cookie": f"{COOKIE}={key}"})).status_code == 401
+            assert (await client.get("/", headers={"cookie": f"__Host-{COOKIE}={key}"})).status_code == 200
+
+    @pytest.mark.parametrize(
+        "origin", ["http://jobs.acme.com", "https://jobs.acme.com:8443", "https://jobs.acme.com.evil.example"]
+    )
+    async def test_the_origin_is_compared_with_its_scheme_and_port(self, public: Site, origin: str):
+        async with public.client(base="https://jobs.acme.com") as client:
+            answer = await log_in(client, TOKENS["operator"], origin=origin)
+
+        assert answer.status_code == 403
+
+    async def test_without_a_public_url_a_trusted_proxy_says_that_it_is_https(self, staffed: Site):
+        staffed.trusted_proxies = ("127.0.0.1/32",)
+        async with staffed.client(base="https://jobs.acme.com") as client:
+            client.headers["x-forwarded-proto"] = "https"
+            answer = await log_in(client, TOKENS["viewer"])
+            assert answer.headers["set-cookie"].startswith(f"__Host-{COOKIE}")
+        staffed.trusted_proxies = ()
+        async with staffed.client() as client:
+            client.headers["x-forwarded-proto"] = "https"
+            answer = await log_in(client, TOKENS["viewer"])
+            assert answer.headers["set-cookie"].startswith(COOKIE)
 
 
 async def test_a_session_opens_nothing_of_the_api(staffed: Site):
@@ -135,7 +252,7 @@ async def test_a_viewer_is_shown_no_button_and_may_press_none(staffed: Site):
     run = make_run(staffed, "org_a")
     async with logged_in(staffed, TOKENS["viewer"]) as client:
         page = await client.get(f"/runs/{run}")
-        answer = await client.post(f"/runs/{run}/cancel", data={"csrf": csrf_of(page)})
+        answer = await client.post(f"/runs/{run}/cancel", data={"csrf": csrf_of(page)}, headers=OURS)
 
     assert ">Cancel<" not in page.text
     assert answer.status_code == 403
@@ -174,7 +291,7 @@ async def test_a_session_ends_with_its_token_by_time_or_by_logout(site: Site):
     async with logged_in(site, site.token("org_a")) as client:
         page = await client.get("/orgs/org_a")
         key = client.cookies[COOKIE]
-        await client.post("/logout", data={"csrf": csrf_of(page)})
+        await client.post("/logout", data={"csrf": csrf_of(page)}, headers=OURS)
         answer = await client.get("/orgs/org_a", headers={"cookie": f"{COOKIE}={key}"})
         assert answer.status_code == 401
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from sqlalchemy import insert, select, update
 
-from tests.integration.web.conftest import BASE, TOKENS, Site
+from tests.integration.web.conftest import TOKENS, Site, log_in
 from worker.errors import StoreUnavailable
 from worker.ids import new_id
 from worker.operations.pause import pause_definition
@@ -142,7 +142,7 @@ async def answers(site: Site, token: str, run: dict[str, str]) -> dict[str, http
 
 async def pages(site: Site, token: str, run: dict[str, str]) -> dict[str, httpx.Response]:
     async with site.client() as client:
-        await client.post("/login", data={"token": token}, headers={"origin": BASE})
+        await log_in(client, token)
         paths = ["/orgs/org_a", *(f"/runs/{one}" for one in run.values())]
         return {path: await client.get(path) for path in paths}
 

@@ -14,6 +14,7 @@ from tests.fakes.running import NOW
 from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims, Flag
 from worker.handlers.context import (
+    CLIENTS,
     BlockingCancellation,
     BlockingContext,
     Cancellation,
@@ -21,6 +22,8 @@ from worker.handlers.context import (
     Given,
     Org,
     ThisRun,
+    close_blocking_http,
+    close_http,
 )
 from worker.handlers.json_text import NotStorable
 from worker.handlers.line import Held
@@ -99,6 +102,29 @@ async def test_both_contexts_have_the_documented_members_with_the_same_parameter
     for name in ("token", "save"):
         assert inspect.iscoroutinefunction(getattr(Context, name))
         assert not inspect.iscoroutinefunction(getattr(BlockingContext, name))
+
+
+@pytest.mark.anyio
+async def test_the_clients_that_were_used_are_closed_at_the_end(clock: ManualClock) -> None:
+    line: Any = Line()
+    waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
+    blocks = blocking(clock, line)
+    clients = [waiting.http, waiting.public_http, blocks.http, blocks.public_http]
+
+    await close_http(waiting)
+    close_blocking_http(blocks)
+
+    assert all(client.is_closed for client in clients)
+
+
+@pytest.mark.anyio
+async def test_no_client_is_made_to_be_closed(clock: ManualClock) -> None:
+    line: Any = Line()
+    waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
+
+    await close_http(waiting)
+
+    assert not CLIENTS & vars(waiting).keys()
 
 
 def test_both_say_alike_whether_to_stop() -> None:

@@ -1,0 +1,162 @@
+"""Limits: so many at once and then at a rate, in bounded memory, and none at another's cost."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.errors import TooManyRequests
+from worker.web.access import Caller
+from worker.web.addresses import Client
+from worker.web.limits import Buckets, Limits
+from worker.web.sessions import LASTS, MOST, Sessions
+
+ALICE, BOB = (Client(ip_address(address)) for address in ("198.51.100.1", "198.51.100.2"))
+
+
+def limits(clock: ManualClock) -> Limits:
+    return Limits(clock, logins_per_minute=10, calls_per_second=50)
+
+
+def wait_of(clock: ManualClock, count: int, made: Limits, client: Client = ALICE) -> float:
+    """After `count` logins: how long the next one has to wait."""
+    for _ in range(count):
+        made.login(client)
+    with pytest.raises(TooManyRequests) as refused:
+        made.login(client)
+    assert refused.value.retry_after is not None
+    return refused.value.retry_after
+
+
+def test_ten_logins_at_once_and_then_one_each_six_seconds(clock: ManualClock):
+    made = limits(clock)
+
+    assert wait_of(clock, 10, made) == 6
+    clock.advance(5.9)
+    assert wait_of(clock, 0, made) == 1
+    clock.advance(0.1)
+    assert wait_of(clock, 1, made) == 6
+    clock.advance(3600)
+    assert wait_of(clock, 10, made) == 6
+
+
+def test_whoever_is_refused_does_not_wait_longer_for_it(clock: ManualClock):
+    made = limits(clock)
+    wait_of(clock, 10, made)
+
+    assert [wait_of(clock, 0, made) for _ in range(100)] == [6] * 100
+
+
+def test_an_address_or_caller_that_is_limited_limits_no_other(clock: ManualClock):
+    made = limits(clock)
+    wait_of(clock, 10, made, ALICE)
+    for _ in range(50):
+        made.caller("org:org_a m2m", "org:org_a")
+    with pytest.raises(TooManyRequests):
+        made.caller("org:org_a m2m", "org:org_a")
+
+    made.login(BOB)
+    made.caller("org:org_b m2m", "org:org_b")
+    made.stranger(ALICE)
+
+
+def test_a_trusted_proxy_itself_is_not_limited(clock: ManualClock):
+    made, proxy = limits(clock), Client(ip_address("10.0.0.1"), is_proxy=True)
+
+    for _ in range(200):
+        made.login(proxy)
+        made.stranger(proxy)
+        made.token("guess", proxy)
+
+
+def test_bad_tokens_count_as_logins_and_good_ones_do_not(clock: ManualClock):
+    made = limits(clock)
+    for number in range(50):
+        made.token(f"good {number}", ALICE)
+        made.was_good(f"good {number}", ALICE)
+    for number in range(10):
+        made.token(f"guess {number}", ALICE)
+        made.was_bad(f"guess {number}")
+
+    with pytest.raises(TooManyRequests):
+        made.token("guess 10", ALICE)
+    # Who was let in before stays, whatever others of the address try.
+    made.token("good 7", ALICE)
+    made.was_good("good 7", ALICE)
+    with pytest.raises(TooManyRequests):
+        made.token("guess 10", ALICE)
+
+
+def test_a_good_token_that_turns_bad_counts_from_then_on(clock: ManualClock):
+    made = limits(clock)
+    made.token("token", ALICE)
+    made.was_good("token", ALICE)
+    made.token("token", ALICE)
+    made.was_bad("token")
+    for _ in range(10):
+        made.token("token", ALICE)
+
+    with pytest.raises(TooManyRequests):
+        made.token("token", ALICE)
+
+
+def test_a_flood_of_keys_is_bounded_and_forgives_only_itself(clock: ManualClock):
+    buckets = Buckets(clock, size=10, rate=1, most=100)
+    for _ in range(10):
+        buckets.take("limited")
+    assert buckets.take("limited") > 0
+
+    for number in range(10_000):
+        assert buckets.take(f"flood {number}") == 0
+        assert len(buckets._full_at) <= 100
+
+    assert buckets.take("limited") > 0
+    clock.advance(1)
+    assert buckets.take("limited") == 0
+
+
+def test_full_buckets_are_forgotten_first(clock: ManualClock):
+    buckets = Buckets(clock, size=10, rate=1, most=100)
+    for number in range(100):
+        buckets.take(f"old {number}")
+    clock.advance(60)
+
+    buckets.take("new")
+
+    assert list(buckets._full_at) == ["new"]
+
+
+class TestSessions:
+    ADA, BEN = Caller("ada", "admin"), Caller("ben", "viewer")
+
+    def test_a_caller_ends_its_own_oldest_session_and_no_other_callers(self, clock: ManualClock):
+        sessions = Sessions(clock)
+        theirs = sessions.begin(self.BEN)
+        mine = [sessions.begin(self.ADA) for _ in range(5000)]
+
+        assert sessions.find(theirs.key) is theirs
+        assert [sessions.find(one.key) for one in mine[-MOST:]] == mine[-MOST:]
+        assert all(sessions.find(one.key) is None for one in mine[:-MOST])
+        assert len(sessions._open) == MOST + 1
+
+    def test_two_clients_of_an_org_are_two_callers(self, clock: ManualClock):
+        sessions = Sessions(clock)
+        one = sessions.begin(Caller("org_a", "viewer", org="org_a", client_id="m2m-1"))
+        for _ in range(MOST + 1):
+            sessions.begin(Caller("org_a", "viewer", org="org_a", client_id="m2m-2"))
+
+        assert sessions.find(one.key) is one
+
+    def test_sessions_that_are_over_are_forgotten(self, clock: ManualClock):
+        sessions = Sessions(clock)
+        for _ in range(5):
+            sessions.begin(self.ADA)
+        ended = sessions.begin(self.ADA)
+        sessions.end(ended)
+        sessions.end(ended)
+        clock.advance(LASTS.total_seconds())
+
+        assert sessions.find(sessions.begin(self.BEN).key) is not None
+        assert (len(sessions._open), list(sessions._of)) == (1, [self.BEN.key])

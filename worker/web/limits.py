@@ -1,0 +1,120 @@
+"""Limits: how many logins an address and how many calls a caller may make, in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+
+from worker.clock import Clock
+from worker.errors import TooManyRequests
+from worker.web.addresses import Client
+
+# Keys that are remembered at once. To forget one is to forgive it what it has used up.
+MOST_KEYS = 20_000
+# Tokens that are known to have been good.
+MOST_TOKENS = 10_000
+
+
+class Buckets:
+    """A token bucket a key: `size` at once, and `rate` a second from then on.
+
+    Full buckets are not kept. Where too many are not full, those that are nearest to it
+    are forgotten, so that a flood of keys forgives others as little as may be and itself nothing.
+    """
+
+    def __init__(self, clock: Clock, *, size: float, rate: float, most: int = MOST_KEYS) -> None:
+        self._clock = clock
+        self._rate = rate
+        self._longest = size / rate
+        self._most = most
+        # When each bucket is full again, in seconds of the monotonic clock.
+        self._full_at: dict[str, float] = {}
+
+    def take(self, key: str) -> float:
+        """Take one; 0.0, or in how many seconds there will be one."""
+        now = self._clock.monotonic()
+        full_at = max(self._full_at.get(key, now), now) + 1 / self._rate
+        missing = full_at - now - self._longest
+        if missing > 1e-9:
+            return missing
+        if key not in self._full_at and len(self._full_at) >= self._most:
+            self._forget(now)
+        self._full_at[key] = full_at
+        return 0.0
+
+    def give_back(self, key: str) -> None:
+        """Undo one `take`."""
+        if key in self._full_at:
+            self._full_at[key] -= 1 / self._rate
+
+    def _forget(self, now: float) -> None:
+        """Make room for a tenth of all, so that a flood seldom pays for it."""
+        self._full_at = {key: at for key, at in self._full_at.items() if at > now}
+        room = max(1, self._most // 10)
+        if len(self._full_at) > self._most - room:
+            ordered = sorted(self._full_at.items(), key=lambda entry: entry[1])
+            self._full_at = dict(ordered[len(ordered) - self._most + room :])
+
+
+class Limits:
+    """Counts by address until the caller is known, and by caller from then on.
+
+    A trusted proxy that asks for itself is not counted by its address. Each method raises
+    TooManyRequests where there were too many.
+    """
+
+    def __init__(self, clock: Clock, *, logins_per_minute: int, calls_per_second: int) -> None:
+        self._logins = Buckets(clock, size=logins_per_minute, rate=logins_per_minute / 60)
+        self._strangers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
+        self._callers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
+        self._good: OrderedDict[bytes, None] = OrderedDict()
+
+    def login(self, client: Client) -> None:
+        """Count a try to log in."""
+        if not client.is_proxy:
+            _require(self._logins.take(client.key), f"too many logins from {client.key}")
+
+    def stranger(self, client: Client) -> None:
+        """Count a request of whom nobody knows."""
+        if not client.is_proxy:
+            _require(self._strangers.take(client.key), f"too many requests without a token from {client.key}")
+
+    def caller(self, key: str, name: str) -> None:
+        """Count a call of a known caller."""
+        _require(self._callers.take(key), f"too many calls by {name}")
+
+    def token(self, token: str, client: Client) -> None:
+        """Count a token as a login, unless it was good before: it may be a guess.
+
+        One that was good before is never refused for what others of its address have tried.
+        """
+        if _digest(token) not in self._good:
+            self.login(client)
+
+    def was_good(self, token: str, client: Client) -> None:
+        """The token that was counted just now holds: it was no guess."""
+        self.was_no_guess(token, client)
+        digest = _digest(token)
+        self._good[digest] = None
+        self._good.move_to_end(digest)
+        if len(self._good) > MOST_TOKENS:
+            self._good.popitem(last=False)
+
+    def was_no_guess(self, token: str, client: Client) -> None:
+        """Undo `token`, where it counted."""
+        if _digest(token) not in self._good and not client.is_proxy:
+            self._logins.give_back(client.key)
+
+    def was_bad(self, token: str) -> None:
+        """It is not, or no more."""
+        self._good.pop(_digest(token), None)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _require(seconds: float, message: str) -> None:
+    if seconds > 0:
+        raise TooManyRequests(message, retry_after=math.ceil(seconds))
