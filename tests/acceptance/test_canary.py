@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 from urllib.parse import quote
 
-from tests.fakes.site import Site, application, definition
+from tests.fakes.ports import free_port
+from tests.fakes.site import Site, application, definition, wait_until
 
 SECRET = "canary+secret/of=acme"
 DEAD = "canary-dead-secret-of-acme"
@@ -81,3 +82,27 @@ def test_a_secret_given_on_standard_input_is_not_echoed(site):
 
     assert SECRET not in done.out + done.err
     assert all(SECRET.encode() not in path.read_bytes() for path in site.folder.glob("worker.db*"))
+
+
+def test_no_secret_of_the_workers_own_addresses_is_logged(site):
+    """Receivers that are away or say no: what the worker and its libraries write of them names no path."""
+    gone = f"http://ada:canary-password@127.0.0.1:{free_port()}/services/canary-path-of-the-hook"
+    site.environment["OTEL_BSP_SCHEDULE_DELAY"] = "200"
+    site.configure(
+        extra=f'[alerts]\nwebhook_url = "{gone}"\nwebhook_secret = "canary-secret-of-the-hook"\n'
+        f'deadman_url = "{gone}?canary-query"\ndeadman_every = "1s"\n'
+        f'[tracing]\nenabled = true\nendpoint = "{gone}"\nheaders = "key=canary-key-of-the-collector"\n'
+        '[log]\nlevel = "debug"\n'
+    )
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "crash", "acme.segfault", max_attempts=1))
+    worker = site.start_worker()
+    site.wait_for_handlers("acme.segfault")
+    site.cli("definitions", "run", "org_acme", "crash")
+    site.wait_for_end(definition="crash")
+    for event in ("deadman.failed", "traces.lost"):
+        wait_until(lambda event=event: event in site.log_text(), f"{event}")
+    shown = site.cli("config", "show")
+    site.stop_worker(worker)
+
+    assert "canary" not in site.log_text() + shown.out + shown.err

@@ -111,7 +111,8 @@ def _place(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_place(entry) for entry in value]
     if isinstance(value, str) and "://" in value:
-        return shown_url(value, path=False)
+        scheme, parted, place = shown_url(value, path=False).partition("://")
+        return f"{scheme}{parted}{place.rpartition('@')[2].removesuffix('/***')}"
     return value
 
 
