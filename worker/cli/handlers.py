@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from worker.cli.options import DEFAULT_LIMIT, LimitOption, OutputOption
-from worker.cli.output import Format, print_row, print_rows
+from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import NotFound
 
@@ -44,12 +44,19 @@ def show(
 ) -> None:
     """Show one handler with the schemas of its params and settings.
 
-    Where several distributions offer the name, the one that loads is shown.
+    Where several distributions offer the name, the one that loads is shown. Rules that
+    are not checked when params are stored are named on stderr.
     """
+    from worker.operations.handlers import schema_of
+
     entries = _entries(context, name)
     if not entries:
         raise NotFound(f"no installed distribution offers a handler {name}", fix="`handlers list` names them")
-    print_row(min(entries, key=lambda entry: entry["error"] is not None), output, key="name")
+    entry = min(entries, key=lambda entry: entry["error"] is not None)
+    print_row(entry, output, key="name")
+    schema = schema_of(entry["params_schema"])
+    for left in () if schema is None else schema.unchecked():
+        say(f"params: {left.place} is checked by the run's own process only: {left.reason}")
 
 
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:

@@ -88,9 +88,9 @@ def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
     """`k=v` texts as a mapping; a value that is JSON is taken as such, any other as text.
 
     Raises:
-        UsageError: one has no `=`, or no name before it.
+        UsageError: one has no `=`, no name before it, or a value that nests too deeply.
     """
-    return {name: _value(value) for name, value in split_pairs(pairs, option=option).items()}
+    return {name: _value(value, option, name) for name, value in split_pairs(pairs, option=option).items()}
 
 
 def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
@@ -110,10 +110,14 @@ def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
     return typed
 
 
-def _value(text: str) -> Any:
+def _value(text: str, option: str, name: str) -> Any:
     if text in ("true", "false", "null") or text.startswith(_JSON_STARTS):
         try:
             return json.loads(text, parse_constant=_refuse)
+        except RecursionError:
+            raise UsageError(
+                f"{option} {name} nests too deeply to be read", fix="let lists and objects nest less"
+            ) from None
         except ValueError:
             return text
     return text

@@ -61,7 +61,7 @@ def try_(
     --real no API takes its token; with it, the effects of the handler are real.
     """
     from worker.cli.debugger import opened_at
-    from worker.operations.handlers import as_taken
+    from worker.operations.handlers import as_taken, schema_of
     from worker.wiring import trying
 
     if real and (flag or property_):
@@ -78,7 +78,9 @@ def try_(
     with ExitStack() as open_:
         wish = trying.Wish(
             org or MADE_UP_ORG,
-            params=as_taken(entry.params_schema, params, split_pairs(param or (), option="--param")),
+            params=as_taken(
+                schema_of(entry.params_schema), params, split_pairs(param or (), option="--param")
+            ),
             properties=properties,
             flags=flags,
             scopes=scope or None,

@@ -16,6 +16,10 @@ from worker.errors import DefinitionError
 T = TypeVar("T")
 _MISSING: Any = object()
 
+MAX_DEPTH = 64
+"""Levels that a table of JSON, such as params, nests at most, itself included."""
+TOO_DEEP = f"it nests more than {MAX_DEPTH} levels"
+
 
 class Fields:
     """The values of one entry. A reader is a function that raises ValueError with what is wrong."""
@@ -146,11 +150,28 @@ def origins(value: Any) -> tuple[str, ...]:
 
 
 def json_table(value: Any) -> Mapping[str, Any]:
-    """A table of what JSON can say and a database keep: no date or infinity of TOML, no NUL in a text."""
+    """A table of what JSON can say and a database keep: no date or infinity of TOML, no NUL in a text.
+
+    It nests at most `MAX_DEPTH` levels.
+    """
     if not isinstance(value, Mapping):
         raise ValueError(f"a table is expected, not {_shown(value)}")
+    if depth_of(value) > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
     _check_json(value, "")
     return dict(value)
+
+
+def depth_of(value: Any) -> int:
+    """Levels of tables and lists within each other: 0 for a text, 1 for a table of texts.
+
+    It does not recurse, so that no depth is too much for it.
+    """
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, Mapping | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, Mapping) else item)]
+    return depth
 
 
 def _check_json(value: Any, path: str) -> None:
@@ -178,5 +199,7 @@ def _check_text(value: str, what: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    if depth_of(value) > MAX_DEPTH:
+        return "what nests so deeply"
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -20,6 +20,8 @@ from worker.orgs.org import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry
 Format = Literal["toml", "json"]
 T = TypeVar("T")
 
+_NESTED = f"let tables and lists nest at most {fields.MAX_DEPTH} levels; nothing was changed"
+
 _KINDS = ("org", "definition", "template")
 _ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone")
 
@@ -97,6 +99,8 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
     try:
         text = content.decode() if isinstance(content, bytes) else content
         values = json.loads(text, object_pairs_hook=_unique) if format == "json" else tomllib.loads(text)
+    except RecursionError:
+        raise DefinitionError("the file nests too deeply to be read", fix=_NESTED) from None
     except ValueError as error:
         # The parsers' errors are ValueErrors too, and name line and column.
         raise DefinitionError(

@@ -16,12 +16,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
 from worker.handlers.installed import Distribution, distributions, environment
 from worker.handlers.json_text import clean
+from worker.handlers.schema import check_schema
 
 # Children at a time; one that hangs must not keep the others waiting.
 SIDE_BY_SIDE = 8
@@ -162,19 +163,59 @@ async def _next_line(child: asyncio.subprocess.Process, timeout: float) -> Mappi
         return {"fatal": f"its import ended the process: {how}"}
     try:
         told = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     return told if isinstance(told, dict) else {"fatal": "its import wrote into the catalogue's pipe"}
 
 
 def _entry(distribution: Distribution, point: EntryPoint, told: Mapping[str, Any]) -> HandlerEntry:
-    error = told.get("fatal") or told.get("error")
-    offer = {} if error else dict(told) | {"scopes": tuple(told["scopes"])}
-    return HandlerEntry(
+    entry = HandlerEntry(
         name=point.name,
         distribution=distribution.name,
         version=distribution.version,
         entry_point=point.value,
-        **offer,
-        error=None if error is None else clean(str(error), ERROR_LIMIT),
     )
+    error = told.get("fatal") or told.get("error")
+    try:
+        return replace(entry, **_offer(told)) if error is None else _broken(entry, str(error))
+    except ValueError as refused:
+        return _broken(entry, str(refused))
+
+
+def _broken(entry: HandlerEntry, error: str) -> HandlerEntry:
+    return replace(entry, error=clean(error, ERROR_LIMIT))
+
+
+def _offer(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a child says that its handler offers; it ran the plug-in's code, so it may say anything.
+
+    Raises:
+        ValueError: it is not what `describe` prints, or a schema is too large or too deep.
+    """
+    if told.keys() != _OFFERED.keys():
+        raise ValueError("its import wrote into the catalogue's pipe")
+    for name, kinds in _OFFERED.items():
+        value = told[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{name} is a {type(value).__name__}")
+    for name in ("params_schema", "settings_schema"):
+        if told[name] is not None:
+            check_schema(told[name], name)
+    if told["isolation"] not in ("child", "inline") or not all(
+        isinstance(scope, str) for scope in told["scopes"]
+    ):
+        raise ValueError("its isolation or scopes are not those of a handler")
+    return {**told, "scopes": tuple(told["scopes"])}
+
+
+_TEXT, _COUNT, _SCHEMA = (str, type(None)), (int, type(None)), (dict, type(None))
+_OFFERED: Mapping[str, tuple[type, ...]] = {
+    "isolation": (str,),
+    "scopes": (list,),
+    "params_schema": _SCHEMA,
+    "settings_schema": _SCHEMA,
+    "timeout": _TEXT,
+    "max_attempts": _COUNT,
+    "memory": _TEXT,
+    "max_concurrent": _COUNT,
+}

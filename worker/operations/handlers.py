@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError, ValidationError, best_match
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition
 from worker.errors import DefinitionError, UnknownHandler
+from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Isolation
 from worker.store import catalogue
 
@@ -23,7 +22,7 @@ class Handlers:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._rows: dict[str, list[Row]] | None = None
-        self._validators: dict[str, Draft202012Validator | None] = {}
+        self._schemas: dict[str, Schema | None] = {}
 
     def named(self, name: str) -> list[Row]:
         """Every distribution's row of that name, the broken ones too."""
@@ -75,15 +74,17 @@ class Handlers:
     def check_params(self, name: str, params: Mapping[str, Any], entry: str) -> None:
         """Refuse params that do not fit the handler's schema; without a schema everything does.
 
+        What the schema leaves open, the run's own process refuses before it calls the handler.
+
         Raises:
             DefinitionError: names the param.
         """
-        validator = self._validator(name)
-        problem = None if validator is None else best_match(validator.iter_errors(dict(params)))
+        schema = self._schema(name)
+        problem = None if schema is None else schema.problem(dict(params))
         if problem is not None:
-            field = ".".join(["params", *_place(problem)])
+            field = ".".join(["params", *problem.path])
             raise DefinitionError(
-                f"{entry}, {field}: {_words(problem)}",
+                f"{entry}, {field}: {problem.message}",
                 entry=entry,
                 field=field,
                 fix=f"`handlers show {name}` has the params it takes",
@@ -91,13 +92,9 @@ class Handlers:
 
     def _check_params_by_hand(self, name: str, params: Collection[str], entry: str) -> None:
         """Refuse a name that the handler's schema does not know, such as a misspelt one."""
-        validator = self._validator(name)
-        schema = None if validator is None else validator.schema
-        if not isinstance(schema, Mapping) or schema.get("additionalProperties") is not False:
-            return
-        known = schema.get("properties", {})
+        schema = self._schema(name)
         for param in params:
-            if param not in known:
+            if schema is not None and not schema.knows(param):
                 raise DefinitionError(
                     f"{entry}, params_by_hand: {name} takes no param {param}",
                     entry=entry,
@@ -107,18 +104,16 @@ class Handlers:
 
     def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
         """Params read from a command line, as this handler takes them; see the function `as_taken`."""
-        validator = self._validator(name)
-        return as_taken(None if validator is None else validator.schema, params, typed)
+        return as_taken(self._schema(name), params, typed)
 
     def _usable(self, name: str) -> Row | None:
         return next((row for row in self.named(name) if row["error"] is None), None)
 
-    def _validator(self, name: str) -> Draft202012Validator | None:
-        if name not in self._validators:
+    def _schema(self, name: str) -> Schema | None:
+        if name not in self._schemas:
             row = self._usable(name)
-            schema = None if row is None else row["params_schema"]
-            self._validators[name] = None if schema is None else _validator(schema)
-        return self._validators[name]
+            self._schemas[name] = None if row is None else schema_of(row["params_schema"])
+        return self._schemas[name]
 
     def _unknown(self, name: str, entry: str, field: str) -> UnknownHandler:
         broken = self.named(name)
@@ -137,47 +132,27 @@ class Handlers:
         )
 
 
-def as_taken(schema: object, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
+def schema_of(stored: object) -> Schema | None:
+    """The schema of a handler's params, or None where it has none that can be used.
+
+    A plug-in's mistake must not keep its definitions out; the run's own process checks with the model.
+    """
+    try:
+        check_schema(stored, "schema")
+    except ValueError:
+        return None
+    return Schema(stored) if isinstance(stored, Mapping) else None
+
+
+def as_taken(schema: Schema | None, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
     """Params read from a command line, those as `typed` that a handler of this schema takes only so.
 
     `url=5` was read as a number; where the handler wants a text, it is one.
     """
     taken = dict(params)
-    if not isinstance(schema, Mapping):
+    if schema is None:
         return taken
     for key, text in typed.items():
-        wanted = {"$defs": schema.get("$defs", {}), "allOf": [schema.get("properties", {}).get(key, True)]}
-        takes = Draft202012Validator(wanted).is_valid
-        if key in params and not takes(params[key]) and takes(text):
+        if key in params and not schema.may_take(key, params[key]) and schema.may_take(key, text):
             taken[key] = text
     return taken
-
-
-def _validator(schema: Mapping[str, Any]) -> Draft202012Validator | None:
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError:
-        # A plug-in's mistake must not keep its definitions out; the child validates with the model.
-        return None
-    return Draft202012Validator(schema)
-
-
-def _place(problem: ValidationError) -> list[str]:
-    path = [str(part) for part in problem.absolute_path]
-    if problem.validator == "required":
-        missing = [name for name in problem.validator_value if name not in problem.instance]
-        path.extend(missing[:1])
-    elif problem.validator == "additionalProperties":
-        known = problem.schema.get("properties", {})
-        path.extend(sorted(name for name in problem.instance if name not in known)[:1])
-    return path
-
-
-def _words(problem: ValidationError) -> str:
-    if problem.validator == "required":
-        return "is missing"
-    if problem.validator == "additionalProperties":
-        return "the handler takes no such param"
-    if problem.validator == "type":
-        return f"{problem.instance!r} is not of type {problem.validator_value}"
-    return str(problem.message)

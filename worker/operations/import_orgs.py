@@ -165,7 +165,7 @@ def read_lines(lines: Iterable[str], issuers: Collection[str] | None = None) -> 
 def _read(number: int, text: str) -> Line:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Not the parser's own words: they may quote the line, and with it the secret.
         raise UsageError("not JSON", fix=_FIX) from None
     if not isinstance(value, Mapping):

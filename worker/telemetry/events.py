@@ -199,6 +199,12 @@ EVENTS: Mapping[str, Event] = _table(
     ("child.killed", "warning", "org run attempt reason", "a run's processes were killed"),
     ("handlers.loaded", "info", "distribution version handlers", "a distribution offers so many handlers"),
     (
+        "handler.unchecked",
+        "info",
+        "handler distribution place reason",
+        "a rule of the params' schema is checked by the run's own process only, before the handler is called",
+    ),
+    (
         "handler.broken",
         "error",
         "handler distribution version error",

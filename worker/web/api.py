@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker.clock import Clock
+from worker.definitions import fields
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
 from worker.operations.cancel import cancel
@@ -208,7 +209,10 @@ async def _json_body(request: Request, names: Sequence[str]) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(text)
-    except (ValueError, RecursionError):
+    except RecursionError:
+        # Which member it was cannot be told; only params may nest.
+        raise fields.refusal(fields.TOO_DEEP, "the body", "params") from None
+    except ValueError:
         raise UsageError("the body is no JSON") from None
     if not isinstance(body, dict) or set(body) - set(names):
         allowed = ", ".join(names) or "no members"

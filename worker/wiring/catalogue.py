@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from worker.clock import Clock
 from worker.execution.offers import Offers
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
 from worker.handlers.installed import distributions
+from worker.handlers.schema import Schema
 from worker.store import catalogue
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
+
+# Unchecked rules of one handler that are named.
+MOST_TOLD = 10
 
 
 def store_unknown(database: Database, clock: Clock, *, pass_environment: Sequence[str] = ()) -> None:
@@ -38,6 +43,19 @@ async def _store(
     entries: list[HandlerEntry] = [entry async for entry in reading]
     with database.transaction() as connection:
         catalogue.put(connection, entries, at=clock.now())
+
+
+def _tell_unchecked(entry: HandlerEntry) -> None:
+    """Say once which rules of the params' schema only the run's own process checks."""
+    if entry.params_schema is not None:
+        for left in islice(Schema(entry.params_schema).unchecked(), MOST_TOLD):
+            emit(
+                "handler.unchecked",
+                handler=entry.name,
+                distribution=entry.distribution,
+                place=left.place,
+                reason=left.reason,
+            )
 
 
 class Cataloguing:
@@ -86,5 +104,6 @@ class Cataloguing:
                 error=entry.error,
             )
         elif self._offers.add(entry):
+            _tell_unchecked(entry)
             await self._store.handlers_changed(self._offers.names())
             self._on_offered()

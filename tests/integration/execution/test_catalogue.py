@@ -141,6 +141,74 @@ async def test_a_broken_plug_in_is_listed_with_its_error_and_the_rest_is_read(fo
     assert found["zz.last"].error is None
 
 
+# Prints as the child would, past it: `describe` writes to a copy of its standard output.
+FORGED = """
+import json, os
+from worker import job
+offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
+         "max_attempts": None, "memory": None, "max_concurrent": None}}
+def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
+line = {line}
+for descriptor in map(int, os.listdir("/proc/self/fd")):
+    try:
+        if descriptor > 2 and os.readlink(f"/proc/self/fd/{{descriptor}}").startswith("pipe:"):
+            os.write(descriptor, line.encode() + b"\\n")
+    except OSError:
+        pass
+os._exit(0)
+"""
+
+FORGERIES = {
+    "scopes": ("json.dumps(offer | {'scopes': 5})", "scopes is a int"),
+    "more": ("json.dumps(offer | {'trusted': True})", "its import wrote into the catalogue's pipe"),
+    "less": ("json.dumps({'isolation': 'child'})", "its import wrote into the catalogue's pipe"),
+    "count": ("json.dumps(offer | {'max_attempts': True})", "max_attempts is a bool"),
+    "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are not those"),
+    "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
+    "deep_schema": (
+        "json.dumps(offer | {'params_schema': nested(64)})",
+        "the params_schema nests more than 64",
+    ),
+    "large_schema": (
+        "json.dumps(offer | {'settings_schema': {'title': 'x' * 300_000}})",
+        "the settings_schema is larger",
+    ),
+    "nul": ("json.dumps(offer | {'params_schema': {'title': chr(0)}})", "the params_schema contains a NUL"),
+    "deep": ("'[' * 500_000", "its import wrote into the catalogue's pipe"),
+}
+
+
+async def test_an_import_that_writes_its_own_offer_is_held_to_what_an_offer_is(folder: Path) -> None:
+    for name, (line, _) in FORGERIES.items():
+        module = f"acme_{name}"
+        make_plugin(
+            folder,
+            dist=module,
+            modules={module: FORGED.format(line=line)},
+            entry_points={f"z.{name}": f"{module}:f"},
+        )
+
+    found = await read(*(f"acme-{name.replace('_', '-')}" for name in FORGERIES), timeout=30)
+
+    for name, (_, error) in FORGERIES.items():
+        assert error in str(found[f"z.{name}"].error)
+
+
+async def test_a_model_with_too_large_a_schema_is_named(folder: Path) -> None:
+    source = (
+        "from typing import Literal\nfrom pydantic import BaseModel\nfrom worker import job\n"
+        "class Params(BaseModel):\n    which: Literal[tuple(str(n) * 10 for n in range(10_000))]\n"
+        "@job('acme.large', params=Params)\ndef f(ctx): ...\n"
+    )
+    make_plugin(
+        folder, dist="acme-large", modules={"acme_large": source}, entry_points={"acme.large": "acme_large:f"}
+    )
+
+    [entry] = (await read("acme-large")).values()
+
+    assert entry.error == "the params_schema is larger than 256 KiB: shorten its enums and texts"
+
+
 async def test_one_that_hangs_keeps_no_other_distribution_waiting(folder: Path) -> None:
     hang = "import time; time.sleep(60)"
     ok = "from worker import job\n@job('b.ok')\ndef f(ctx): ..."

@@ -227,6 +227,24 @@ class TestActing:
         assert (again.status_code, again.json()["error"]["code"]) == (409, "conflict")
         assert (retried.status_code, retried.json()["retry_of"]) == (201, run)
 
+    @pytest.mark.parametrize("levels", [63, 64, 1_500, 40_000])
+    @pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+    async def test_params_nest_at_most_64_levels(self, staffed: Site, start: str, end: str, levels: int):
+        """A body too deep for the parser itself is refused with the same words."""
+        body = '{"params": {"deep": ' + start * levels + "1" + end * levels + "}}"
+
+        answer = await staffed.post(
+            f"{API}/definitions/org_a/digest/run", TOKENS["operator"], content=body.encode()
+        )
+
+        if levels == 63:
+            assert answer.status_code == 201
+        else:
+            assert answer.status_code == 422
+            error = answer.json()["error"]
+            assert error["code"] == "definition"
+            assert error["message"].endswith("params: it nests more than 64 levels")
+
     @pytest.mark.parametrize(
         ("path", "request_", "status"),
         [
@@ -235,6 +253,7 @@ class TestActing:
             ("definitions/org_a/digest/run", {"json": {"params": 3}}, 400),
             ("definitions/org_a/digest/run", {"headers": {"idempotency-key": "k" * 201}}, 400),
             ("definitions/org_a/digest/run", {"content": b" " * 300_000}, 413),
+            ("definitions/org_a/digest/run", {"content": b"[" * 300_000}, 413),
             ("definitions/org_a/absent/run", {}, 404),
             ("runs/no-id/cancel", {}, 404),
             ("runs", {}, 405),

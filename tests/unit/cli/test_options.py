@@ -56,6 +56,11 @@ def test_a_param_that_only_looks_like_json_is_text(text: str):
     assert read_pairs([f"p={text}"], option="--param") == {"p": text}
 
 
+def test_a_param_that_nests_too_deeply_to_be_read_is_refused():
+    with pytest.raises(UsageError, match="--param deep nests too deeply to be read"):
+        read_pairs(["deep=" + "[" * 100_000], option="--param")
+
+
 @pytest.mark.parametrize("pair", ["collection", "=faq"])
 def test_a_param_without_name_or_equals_is_refused(pair: str):
     with pytest.raises(UsageError, match="is not NAME=VALUE"):

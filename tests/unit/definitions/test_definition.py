@@ -158,6 +158,31 @@ def test_what_does_not_fit_is_refused_naming_entry_and_field(changes, field):
     assert refused.value.message.startswith(f"definition org_acme/nightly-digest, {field}: ")
 
 
+@pytest.mark.parametrize("kind", ["table", "list"])
+def test_params_nest_at_most_64_levels(kind):
+    def nested(levels):
+        value = "text"
+        for _ in range(levels):
+            value = {"a": value} if kind == "table" else [value]
+        return value
+
+    assert parse(params={"deep": nested(63)}).params == {"deep": nested(63)}
+    for levels in (64, 200_000):
+        with pytest.raises(DefinitionError) as refused:
+            parse(params={"deep": nested(levels)})
+        assert refused.value.field == "params"
+        assert refused.value.message.endswith("params: it nests more than 64 levels")
+
+
+def test_a_refusal_of_what_nests_deeply_does_not_show_it():
+    value = []
+    for _ in range(200_000):
+        value = [value]
+
+    with pytest.raises(DefinitionError, match="handler: a text is expected, not what nests so deeply"):
+        parse(handler=value)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [

@@ -124,6 +124,19 @@ def test_what_is_neither_toml_nor_json_is_refused(content, format):
         parse_file(content, format)
 
 
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        ("a = " + "[" * 100_000, "toml"),
+        ('{"a": ' + "[" * 100_000, "json"),
+        ('{"a": ' + '{"a":' * 100_000, "json"),
+    ],
+)
+def test_what_nests_too_deeply_to_be_read_is_refused(content, format):
+    with pytest.raises(DefinitionError, match="the file nests too deeply to be read"):
+        parse_file(content, format)
+
+
 def test_a_refusal_does_not_repeat_a_secret_that_stands_beside_the_mistake():
     with pytest.raises(DefinitionError) as refused:
         parse_file("[[org]]\ncode = 'a'\nissuer = 'main'\nclient_secret = 'hush-hush'")

@@ -17,6 +17,7 @@ from worker.handlers.models import (
     read_params,
     read_settings,
 )
+from worker.handlers.schema import Schema
 
 
 def refuse(value: str) -> str:
@@ -110,6 +111,24 @@ def test_params_are_strict_as_json_is() -> None:
 def test_params_that_do_not_fit_are_named(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ParamsInvalid, match=message):
         read_params(declared(params=Params), params)
+
+
+class Backtracking(BaseModel):
+    model_config = ConfigDict(regex_engine="python-re")
+
+    mail: str = Field(pattern="^(?!root@)[a-z]+@acme$")
+
+
+def test_a_pattern_that_the_worker_leaves_open_is_refused_before_the_handler_is_called() -> None:
+    handler = declared(params=Backtracking, settings=Backtracking)
+    schema = handler.params_schema()
+    assert schema is not None
+
+    assert Schema(schema).problem({"mail": "root@acme"}) is None
+    with pytest.raises(ParamsInvalid, match="param mail: String should match pattern"):
+        read_params(handler, {"mail": "root@acme"})
+    with pytest.raises(SettingsInvalid, match="property mail: String should match pattern"):
+        read_settings(handler, {"mail": "root@acme"})
 
 
 def test_a_handler_is_found_by_module_and_attribute() -> None:
