@@ -101,6 +101,24 @@ def web_roles(database: Database) -> Finding:
     return Finding(name, False, *missing.split(": ", 1))
 
 
+def file_modes(database: Database) -> Finding:
+    """New files are their owner's only; those of an older release may be open to others on the machine."""
+    name = "file_modes"
+    if database.dialect != "sqlite":
+        return Finding(name, True, "PostgreSQL: no file of the database is here")
+    with database.autocommit() as connection:
+        file = health.sqlite_file(connection)
+    folder = file.parent
+    searched = folder.stat().st_mode
+    found = [path for path in (*sorted(folder.glob(f"{file.name}*")), folder / "keyring") if path.is_file()]
+    # A file is as open as its folder lets others come to it: r of the file, x of the folder.
+    open_to = [path for path in found if path.stat().st_mode >> 2 & searched & 0o011]
+    if not open_to:
+        return Finding(name, True, f"only their owner reads the files in {folder}")
+    names = " ".join(path.name for path in open_to)
+    return Finding(name, True, f"others may read in {folder}: {names}", f"there: chmod go= {names}")
+
+
 def too_old(holder: health.Holder) -> bool:
     """Whether vacuum has waited for it too long: by time where it has a transaction, else by distance."""
     if holder.seconds is not None and holder.kind == "session":
@@ -114,5 +132,5 @@ _FIXES = {
     "slot": "drop the replication slot if nobody reads it any more",
 }
 
-CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows, web_roles)
+CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows, web_roles, file_modes)
 SETTINGS_CHECKS: Sequence[Callable[[ExecutionSettings], Finding]] = (insecure_origins,)

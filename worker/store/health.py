@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import Connection, select, text
 
@@ -55,6 +56,11 @@ class Holder:
     state: str
     seconds: float | None
     transactions: int
+
+
+def sqlite_file(connection: Connection) -> Path:
+    """The file of a SQLite database."""
+    return Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
 
 
 def snapshot_holders(connection: Connection) -> list[Holder]:

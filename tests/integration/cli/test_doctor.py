@@ -22,7 +22,7 @@ def test_doctor_exits_0_where_all_is_well(cli_on_either: CommandLine):
     done = cli_on_either("doctor", "-o", "json")
 
     assert done.code == 0
-    checks = ["held_snapshots", "live_rows", "web_roles", "insecure_origins"]
+    checks = ["held_snapshots", "live_rows", "web_roles", "file_modes", "insecure_origins"]
     assert [row["check"] for row in done.json()] == checks
     assert all(row["ok"] for row in done.json())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psycopg
 import pytest
 from sqlalchemy import delete
@@ -11,7 +13,7 @@ from tests.fakes.stock import Stock
 from worker.operations import doctor
 from worker.operations.doctor import examine, held_snapshots, live_rows, too_old
 from worker.settings.sections import ExecutionSettings
-from worker.store import tables
+from worker.store import schema, tables
 from worker.store.database import Database
 from worker.store.health import Holder
 
@@ -32,8 +34,34 @@ def test_a_healthy_database_passes_every_check(stock):
         ("held_snapshots", True),
         ("live_rows", True),
         ("web_roles", True),
+        ("file_modes", True),
         ("insecure_origins", True),
     ]
+
+
+def test_files_that_others_may_read_are_named(sqlite_url: str, clock: ManualClock):
+    schema.upgrade(sqlite_url)
+    database = Database.open(sqlite_url, clock=clock)
+    file = Path(sqlite_url.removeprefix("sqlite:///"))
+    keyring = file.with_name("keyring")
+    keyring.touch(0o644)
+
+    def found() -> tuple[bool, bool]:
+        [finding] = [one for one in examine(database, ExecutionSettings()) if one.check == "file_modes"]
+        return "keyring" in finding.fix, f"{file.name} " in f"{finding.fix} "
+
+    file.parent.chmod(0o700)
+    assert found() == (False, False), "nobody else comes to them"
+    file.parent.chmod(0o755)
+    assert found() == (True, False)
+    file.chmod(0o640)
+    assert found() == (True, True)
+    file.parent.chmod(0o705)
+    assert found() == (True, False), "the group may not enter the folder"
+    for path in (file, keyring):
+        path.chmod(0o600)
+    assert found() == (False, False)
+    database.close()
 
 
 def test_an_unfinished_run_without_a_live_row_is_found(stock):
