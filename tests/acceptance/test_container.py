@@ -41,7 +41,9 @@ class Container(Site):
     def command(self, *arguments: str) -> list[str]:
         given = map(self.inside, arguments or self.image.command)
         plugins = self.inside(str(self.plugins))
-        return self.image.run(self.volume, self.etc, *self.image.entrypoint, *given, PYTHONPATH=plugins)
+        # Its network is this machine's, where others may have the image's port.
+        environment = {"PYTHONPATH": plugins, "WORKER_WEB__HEALTH_LISTEN": ""}
+        return self.image.run(self.volume, self.etc, *self.image.entrypoint, *given, **environment)
 
     def shell(self, script: str) -> str:
         """What a script prints that runs in a container in place of the image's command."""

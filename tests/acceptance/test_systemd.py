@@ -27,6 +27,9 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
+# The unit's own port is this machine's too; tests run beside each other.
+HEALTH = "WORKER_WEB__HEALTH_LISTEN"
+
 
 class Machine(Site):
     """An installation on a machine with systemd, as docs/operating/systemd.md makes it."""
@@ -77,7 +80,7 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
         "--allow-unknown-handlers",
     )
     # Shorter than the unit's 30 s, so that nobody has to wait.
-    manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins\nWatchdogSec=3s")
+    manager.drop_in("worker.service", f"Environment=PYTHONPATH={STATE}/plugins {HEALTH}=\nWatchdogSec=3s")
 
     # It comes back once READY=1 has come, and that only once runs are admitted.
     manager.must("systemctl", "start", "worker")
@@ -107,8 +110,8 @@ FETCHED = (
 
 def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: str):
     """All its commands in order, on a machine that has only the image's virtual environment."""
-    port = str(free_port())
-    page = blocks((ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8470", port))
+    port, health_port = str(free_port()), str(free_port())
+    page = blocks((ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8471", health_port))
     lines = [line[2:] for block in page if block.language == "console" for line in block.text.splitlines()]
     script = "\n".join(line.removeprefix("sudo ") for line in lines)
     for command in FETCHED:
@@ -134,7 +137,8 @@ def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: 
             definition("org_a", "ask", "http.request", params={"url": "https://api.acme.com/x"})
         )
         manager.must("userdel", "orgworker")
-        manager.drop_in("worker.service", f"Environment=WORKER_WEB__LISTEN=127.0.0.1:{port}")
+        addresses = f"WORKER_WEB__LISTEN=127.0.0.1:{port} {HEALTH}=127.0.0.1:{health_port}"
+        manager.drop_in("worker.service", f"Environment={addresses}")
 
         shown = manager.must("sh", "-euxc", f"cd {STATE}/page\n{script}")
 

@@ -30,6 +30,7 @@ KUBERNETES = CONFIG / "kubernetes"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 DEFAULTS = Settings()
 PORT = int(DEFAULTS.web.listen.rpartition(":")[2])
+HEALTH_PORT = PORT + 1
 # What a stop takes at most: the drain, and what has ended in it written down.
 DRAINED = DEFAULTS.execution.drain.total_seconds() + LAST_FLUSH
 
@@ -82,6 +83,12 @@ def service() -> dict[str, str]:
 def test_the_service_waits_for_readiness_and_signals_the_worker_alone(service):
     assert (service["Type"], service["NotifyAccess"], service["KillMode"]) == ("notify", "main", "mixed")
     assert service["ExecStart"].endswith("python -P -m worker --config /etc/orgworker/worker.toml run")
+
+
+def test_the_service_answers_health_on_a_listener_of_its_own_for_this_machine(service):
+    assert service["Environment"] == f"WORKER_WEB__HEALTH_LISTEN=127.0.0.1:{HEALTH_PORT}"
+    # The manual asks there.
+    assert f"http://127.0.0.1:{HEALTH_PORT}/readyz" in (ROOT / "docs/operating/systemd.md").read_text()
 
 
 def test_the_service_lets_a_drain_end(service):
@@ -174,7 +181,8 @@ def test_the_image_is_made_from_files_that_exist_and_does_not_run_as_root(contai
         assert (ROOT / lock).is_file()
     assert containerfile["USER"] == "10001:10001"
     assert containerfile["VOLUME"] == containerfile["WORKDIR"]
-    assert containerfile["EXPOSE"] == str(PORT)
+    assert containerfile["EXPOSE"] == f"{PORT} {HEALTH_PORT}"
+    assert f"ENV WORKER_WEB__HEALTH_LISTEN=127.0.0.1:{HEALTH_PORT}\n" in text
     assert text.count("--require-hashes") == 2
     [stop] = re.findall(r"--stop-timeout (\d+)", text)
     assert int(stop) > DRAINED
@@ -224,8 +232,12 @@ def test_compose_lets_a_drain_end_and_replaces_only_what_stands_still():
     worker = compose()["services"]["worker"]
 
     assert parse_duration(worker["stop_grace_period"]).total_seconds() > DRAINED
-    assert f"http://127.0.0.1:{PORT}/livez" in worker["healthcheck"]["test"][-1]
-    assert worker["environment"] == {"WORKER_WEB__LISTEN": f"0.0.0.0:{PORT}"}
+    assert f"http://127.0.0.1:{HEALTH_PORT}/livez" in worker["healthcheck"]["test"][-1]
+    assert worker["environment"] == {
+        "WORKER_WEB__LISTEN": f"0.0.0.0:{PORT}",
+        "WORKER_WEB__HEALTH_LISTEN": f"0.0.0.0:{HEALTH_PORT}",
+    }
+    # Health and metrics are not published beyond the containers' network.
     [published] = worker["ports"]
     assert published.startswith("127.0.0.1:")
     assert published.endswith(f":{PORT}")
@@ -305,9 +317,9 @@ def test_the_owners_url_is_shown_to_the_upgrade_only():
     assert [one["secret"]["name"] for one in upgrade["sources"]] == ["worker-secrets", "owner-secrets"]
 
 
-def test_probes_ask_what_the_worker_answers_at_its_port():
+def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
     [container] = pod("Deployment")["containers"]
-    [port] = container["ports"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
 
     asked = {name: container[name]["httpGet"] for name in container if name.endswith("Probe")}
     assert {name: get["path"] for name, get in asked.items()} == {
@@ -316,13 +328,38 @@ def test_probes_ask_what_the_worker_answers_at_its_port():
         "readinessProbe": "/readyz",
     }
     assert {get["path"] for get in asked.values()} < PATHS
-    assert {get["port"] for get in asked.values()} == {port["name"]}
-    assert port["containerPort"] == PORT
-    assert container["env"] == [{"name": "WORKER_WEB__LISTEN", "value": f"0.0.0.0:{PORT}"}]
+    assert ports == {"http": PORT, "health": HEALTH_PORT}
+    assert {get["port"] for get in asked.values()} == {"health"}
+    assert container["env"] == [
+        {"name": "WORKER_WEB__LISTEN", "value": f"0.0.0.0:{PORT}"},
+        {"name": "WORKER_WEB__HEALTH_LISTEN", "value": f"0.0.0.0:{HEALTH_PORT}"},
+    ]
     [endpoint] = manifest("PodMonitor")["spec"]["podMetricsEndpoints"]
-    assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, port["name"])
+    assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, "health")
+    # The Service leads to API and dashboard only.
     [served] = manifest("Service")["spec"]["ports"]
-    assert (served["port"], served["targetPort"]) == (PORT, port["name"])
+    assert (served["port"], served["targetPort"]) == (PORT, "http")
+
+
+def test_only_the_proxy_reaches_http_and_only_the_monitor_reaches_health():
+    policy = manifest("NetworkPolicy")["spec"]
+    kustomization = manifest("Kustomization")
+
+    assert policy["policyTypes"] == ["Ingress"]
+    allowed = {}
+    for rule in policy["ingress"]:
+        [port] = rule["ports"]
+        # One peer each, by namespace and pod at once: two list entries would be either of them.
+        [peer] = rule["from"]
+        assert set(peer) == {"namespaceSelector", "podSelector"}
+        assert all(selector["matchLabels"] for selector in peer.values())
+        assert port["protocol"] == "TCP"
+        allowed[port["port"]] = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert allowed == {"http": "ingress-nginx", "health": "monitoring"}
+    assert "networkpolicy.yaml" in kustomization["resources"]
+    # The page says which two names to edit.
+    page = (ROOT / "docs/operating/kubernetes.md").read_text()
+    assert all(f"`{name}`" in page for name in allowed.values())
 
 
 def test_a_pod_may_drain_and_a_deploy_or_an_emptied_node_takes_one_at_a_time():
@@ -338,6 +375,7 @@ def test_all_mean_the_same_pods():
 
     for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
         assert manifest(kind)["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == labels
     assert manifest("Service")["spec"]["selector"] == labels
     assert manifest("Job")["spec"]["template"]["metadata"]["labels"] != labels
 

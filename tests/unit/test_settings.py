@@ -203,6 +203,11 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("[log]\nlevel = 'loud'", "log.level: Input should be 'debug', 'info', 'warning' or 'error'"),
         ("[log\n", "worker.toml is no TOML"),
         ("[web]\nlisten = '8470'", "web.listen: '8470' is no address; write host and port"),
+        (
+            "[web]\nlisten = '127.0.0.1:1'\nhealth_listen = '127.0.0.1:1'",
+            "web: health_listen is the address of listen; give it a port of its own",
+        ),
+        ("[web]\nconnections_per_address = -1", "web.connections_per_address: "),
         ("[web]\nlisten = 'localhost:99999'", "web.listen: 'localhost:99999' is no address"),
         ("[[web.operators]]\nname = 'ada'", "worker.toml: web.operators.token_sha256: Field required"),
         ("[[web.operators]]\nnam = 'ada'", "unknown setting web.operators.nam; did you mean name?"),

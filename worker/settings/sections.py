@@ -160,6 +160,8 @@ class WebSettings(Section):
     """`[web]`: where health, metrics, API and dashboard are served; an empty text turns it off."""
 
     listen: Listen = "127.0.0.1:8470"
+    health_listen: Listen = ""
+    connections_per_address: int = Field(100, ge=0, le=10_000)
     operators: Operators = ()
     org_role: Literal["viewer", "operator"] = "viewer"
     org_scope: Annotated[str, Field(pattern=r"^[!#-\[\]-~]*$")] = ""
@@ -168,6 +170,14 @@ class WebSettings(Section):
     logins_per_minute: int = Field(10, ge=1, le=100_000)
     calls_per_second: int = Field(50, ge=1, le=100_000)
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _two_addresses(self) -> WebSettings:
+        if self.health_listen and self.health_listen == self.listen:
+            raise ValueError(
+                'health_listen is the address of listen; give it a port of its own, or leave it ""'
+            )
+        return self
 
 
 class AlertSettings(Section):

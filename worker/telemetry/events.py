@@ -213,7 +213,7 @@ EVENTS: Mapping[str, Event] = _table(
     # Who asks and who is told.
     ("traces.lost", "warning", "error", "the collector takes no spans; they are dropped until it does"),
     ("traces.back", "info", "spans", "the collector takes spans again; so many were dropped"),
-    ("web.listening", "info", "address", "health, metrics, API and dashboard are served there"),
+    ("web.listening", "info", "address", "a listener of the web side is open at this address"),
     (
         "web.unavailable",
         "warning",
@@ -226,6 +226,13 @@ EVENTS: Mapping[str, Event] = _table(
         "warning",
         "detail",
         "the database login of `serve` may do more than it needs, or bypasses row-level security",
+    ),
+    (
+        "web.connection_closed",
+        "debug",
+        "reason",
+        "a connection passed the deadline for its headers, its body or being idle, or made room for others "
+        "(crowded, address)",
     ),
     ("web.login", "info", "caller role", "somebody opened the dashboard"),
     ("alert.sent", "info", "kind status alert", "an alert was taken by the webhook"),

@@ -183,6 +183,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     _metric("children_killed_total", "counter", "", "runs whose processes were killed", "child.killed"),
     _metric("handlers_broken_total", "counter", "", "handlers that did not load", "handler.broken"),
+    _metric(
+        "web_connections_closed_total",
+        "counter",
+        "reason",
+        "connections that passed a deadline or made room for others",
+        "web.connection_closed",
+    ),
     _metric("alerts_total", "counter", "kind status", "alerts sent", "alert.sent"),
     _metric("alerts_undelivered_total", "counter", "", "alerts that nobody took", "alert.undelivered"),
     # Only where `[web] metrics_top_orgs` asks for them.

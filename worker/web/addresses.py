@@ -76,6 +76,11 @@ class Addresses:
         return any(address in network for network in self._trusted)
 
 
+def counted_as(host: str) -> str:
+    """What limits count a peer of this address by."""
+    return Client(_address(host)).key
+
+
 def _address(text: str) -> Address | None:
     """An address as proxies write it: perhaps with a port, perhaps an IPv4 address mapped into IPv6."""
     with_port = _WITH_PORT.fullmatch(text)

@@ -9,6 +9,7 @@ from datetime import date, datetime, timedelta
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -123,6 +124,9 @@ class Answering:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            # In the middle of its request: there is nobody to answer, and nothing failed here.
+            return
         except Exception as error:
             answer = self._answer(scope, error)
             if started:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import socket
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -14,17 +16,24 @@ from starlette.types import ASGIApp
 from worker.clock import Clock
 from worker.errors import Busy, ConfigurationError
 from worker.telemetry.events import emit
+from worker.web.connections import Connection, Connections, Deadlines
 
 # Seconds before an address that is not free, or a server that failed, is tried again.
 AGAIN = 5.0
 # Seconds that requests under way are given at the end.
 LAST_ANSWERS = 1
-# Connections at once; the rest is answered 503.
-MOST_CONNECTIONS = 500
+# Connections that the kernel keeps until they are accepted, and how many are accepted in one turn of the
+# loop: a flood of them must not hold up what else the loop has to do.
+BACKLOG = 1024
+ACCEPTED = 16
+# Milliseconds that a client may leave a response in its way untaken; the kernel then ends the connection.
+UNTAKEN = 30_000
 
 
-def bind(listen: str) -> socket.socket:
+def bind(listen: str, setting: str = "listen") -> socket.socket:
     """A listening socket on `host:port`; of a name with several addresses, the first.
+
+    `setting` is the key of [web] that names the address, for errors.
 
     Raises:
         Busy: another process has the port.
@@ -36,24 +45,31 @@ def bind(listen: str) -> socket.socket:
             host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=128)
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
         # asyncio sets it only where a socket names its protocol, which a listener's connections do not:
         # each answer would wait 40 ms for an acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN)
         return listener
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Busy(
-                f"[web] listen: another process has {listen}",
+                f"[web] {setting}: another process has {listen}",
                 fix='end it, or set another port, or "" for none',
             ) from None
         raise ConfigurationError(
-            f"[web] listen: {listen} cannot be listened on: {error.strerror}",
+            f"[web] {setting}: {listen} cannot be listened on: {error.strerror}",
             fix="name an address of this machine and a port above 1023",
         ) from None
 
 
 class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as usual; then lengthen the kernel's queue again, which asyncio cut to ACCEPTED."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leave them to the worker, which drains; this server ends when the worker has ended."""
@@ -66,8 +82,19 @@ class WebServer:
     With `listener` None the address is tried until it is free.
     """
 
-    def __init__(self, app: ASGIApp, listen: str, listener: socket.socket | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        listen: str,
+        listener: socket.socket | None,
+        clock: Clock,
+        *,
+        connections: Connections | None = None,
+        deadlines: Deadlines | None = None,
+    ) -> None:
         self._app = app
+        self._connections = Connections() if connections is None else connections
+        self._deadlines = deadlines or Deadlines()
         self._listen = listen
         self._listener = listener
         self._clock = clock
@@ -85,6 +112,7 @@ class WebServer:
                 await asyncio.wait({task}, timeout=LAST_ANSWERS + 1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._connections.close()
             if self._listener is not None:
                 self._listener.close()
 
@@ -106,9 +134,12 @@ class WebServer:
             await self._clock.sleep(AGAIN)
 
     async def _serve(self, listener: socket.socket) -> None:
+        protocol: Any = functools.partial(
+            Connection, connections=self._connections, deadlines=self._deadlines
+        )
         config = uvicorn.Config(
             self._app,
-            http="h11",
+            http=protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -116,7 +147,7 @@ class WebServer:
             server_header=False,
             # `web.addresses` reads what proxies say, of those that the operator trusts.
             proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            backlog=ACCEPTED,
             timeout_graceful_shutdown=LAST_ANSWERS,
         )
         self._server = _Server(config)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError, RolesMissing, Unavailable
+from worker.execution.processes.linux import allow_many_descriptors
 from worker.settings import Settings
 from worker.store import roles, schema
 from worker.store.database import Database
@@ -63,6 +64,7 @@ def serve(settings: Settings) -> int:
         )
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
+    allow_many_descriptors()
     health = WebHealth(metrics_of(settings, version=version("orgworker")))
     database = Database.open(settings.database.url, clock=clock, role="web")
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
 
 import httpx
+from starlette.types import ASGIApp
 
 from worker.clock import Clock
 from worker.errors import Busy
@@ -20,7 +22,8 @@ from worker.telemetry.metrics import Metrics
 from worker.tokens.http import open_client
 from worker.web.access import Access, FindCaller, Operator
 from worker.web.addresses import Addresses
-from worker.web.app import build
+from worker.web.app import build, build_health
+from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.limits import Limits
 from worker.web.server import WebServer, bind
@@ -41,10 +44,11 @@ class Web:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None
+        self._health_listener: socket.socket | None = None
         self.health = health
 
     def bind(self, *, needed: bool = False) -> None:
-        """Take the address, before anything else of the worker begins.
+        """Take the addresses, before anything else of the worker begins.
 
         Unless it is `needed`, a port that is not free is only waited for where it is the
         default, which nobody asked for: a second worker of this machine works without it.
@@ -54,6 +58,8 @@ class Web:
             ConfigurationError: the address is not one of this machine, or not allowed.
         """
         web = self._settings.web
+        if web.health_listen:
+            self._health_listener = bind(web.health_listen, "health_listen")
         if not web.listen:
             return
         try:
@@ -65,28 +71,45 @@ class Web:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve as long as the block lasts."""
+        web = self._settings.web
         self.health.protect(self._access({}, _no_org))
-        if not self._settings.web.listen:
+        async with contextlib.AsyncExitStack() as stack:
+            if web.health_listen:
+                app = build_health(self.health)
+                await stack.enter_async_context(self._server(app, web.health_listen, self._health_listener))
+            if web.listen:
+                app = await self._application(stack)
+                await stack.enter_async_context(self._server(app, web.listen, self._listener))
             yield
-            return
+
+    async def _application(self, stack: contextlib.AsyncExitStack) -> ASGIApp:
+        """What `listen` serves; what it needs is closed with `stack`."""
+        web = self._settings.web
         # Connections of its own: no page takes one from the loops.
         database = Database.open(self._settings.database.url, clock=self._clock, role="web")
+        stack.callback(database.close)
         # Who asks is not known yet: in a role that sees no org.
         unknown = database.acting(roles.NOBODY)
 
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
             return await unknown.call_autocommit(orgs.find_caller, code, client_id)
 
-        try:
-            async with open_client() as client:
-                access = self._access(self._guards(client), find_caller)
-                public_url = self._settings.web.public_url
-                app = build(self.health, database, access, self._clock, public_url=public_url)
-                server = WebServer(app, self._settings.web.listen, self._listener, self._clock)
-                async with server.serving():
-                    yield
-        finally:
-            database.close()
+        client = await stack.enter_async_context(open_client())
+        return build(
+            self.health,
+            database,
+            self._access(self._guards(client), find_caller),
+            self._clock,
+            public_url=web.public_url,
+            with_health=not web.health_listen,
+        )
+
+    def _server(
+        self, app: ASGIApp, listen: str, listener: socket.socket | None
+    ) -> AbstractAsyncContextManager[None]:
+        web = self._settings.web
+        connections = Connections(web.connections_per_address, Addresses(web.trusted_proxies))
+        return WebServer(app, listen, listener, self._clock, connections=connections).serving()
 
     def _guards(self, client: httpx.AsyncClient) -> dict[str, Guard]:
         return {

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.fakes.ports import free_port
 from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
+from worker.settings import load
 from worker.settings.sections import WebSettings
 from worker.telemetry.metrics import Metrics
 from worker.web import server as module
 from worker.web.access import Access
 from worker.web.app import build
-from worker.web.health import Health
+from worker.web.connections import Connections, Deadlines
+from worker.web.health import PATHS, Health
 from worker.web.server import WebServer, bind
 from worker.wiring.web import Web
 
 NOTHING: Any = None
 
 
-def serve(listen: str, listener: socket.socket | None) -> WebServer:
+def application() -> ASGIApp:
     access = Access([], {}, NOTHING, org_role="viewer")
-    app = build(Health(Metrics(version="1.0")), NOTHING, access, SystemClock())
-    return WebServer(app, listen, listener, SystemClock())
+    return build(Health(Metrics(version="1.0")), NOTHING, access, SystemClock())
+
+
+def serve(listen: str, listener: socket.socket | None) -> WebServer:
+    return WebServer(application(), listen, listener, SystemClock())
 
 
 async def wait_for(url: str) -> int:
@@ -82,6 +92,115 @@ async def test_a_server_that_cannot_start_or_dies_is_started_again(monkeypatch, 
         assert await wait_for(f"http://{listen}/livez") == 200
 
     assert [one.fields["loop"] for one in emitted if one.event.name == "loop.failed"] == ["web"] * 3
+
+
+# As many as took health down before: 20 more than uvicorn's limit, and more than a listener's connections.
+MANY = 520, 700
+
+
+@contextlib.asynccontextmanager
+async def as_it_was(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
+    """uvicorn with its own limit of 500 connections."""
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, limit_concurrency=500)
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    yield
+    server.should_exit = server.force_exit = True
+    await task
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", MANY)
+@pytest.mark.parametrize("control", [True, False], ids=["control", "limits"])
+async def test_idle_connections_do_not_keep_health_or_api_out(count: int, control: bool):
+    app = application()
+    listen = f"127.0.0.1:{free_port()}"
+    listener = bind(listen)
+    running = as_it_was(app, listener) if control else serve(listen, listener).serving()
+    async with running, httpx.AsyncClient(base_url=f"http://{listen}") as client:
+        idle = [await asyncio.open_connection(*listen.split(":")) for _ in range(count)]
+
+        health = [(await client.get(path)).status_code for path in ("/livez", "/metrics")]
+        api = (await client.get("/api/v1/runs")).status_code
+
+        assert (health, api) == (([503, 503], 503) if control else ([200, 200], 401))
+        for _, writer in idle:
+            writer.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "head", [b"GET /livez HTTP/1.1\r\n", b"POST /login HTTP/1.1\r\norigin: http://x\r\ncontent-length: 9\r\n"]
+)
+async def test_a_slow_client_is_told_that_it_was_too_slow_and_is_closed(head: bytes):
+    listen = f"127.0.0.1:{free_port()}"
+    deadlines = Deadlines(headers=0.2, body=0.2)
+    server = WebServer(application(), listen, bind(listen), SystemClock(), deadlines=deadlines)
+    async with asyncio.timeout(10), server.serving():
+        reader, writer = await asyncio.open_connection(*listen.split(":"))
+        writer.write(head + b"host: x\r\n" + (b"\r\n" if head.startswith(b"POST") else b""))
+
+        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("untaken", [0, 300], ids=["control", "deadline"])
+async def test_a_client_that_takes_nothing_of_its_response_is_closed_by_the_kernel(monkeypatch, untaken: int):
+    monkeypatch.setattr(module, "UNTAKEN", untaken)
+    gone = asyncio.Event()
+
+    class Watched(Connections):
+        def remove(self, connection: Any) -> None:
+            super().remove(connection)
+            gone.set()
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"x" * 50_000_000)(scope, receive, send)
+
+    listen = f"127.0.0.1:{free_port()}"
+    connections = Watched()
+    server = WebServer(large, listen, bind(listen), SystemClock(), connections=connections)
+    async with server.serving():
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", int(listen.rpartition(":")[2])))
+            client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+
+            # The control is given long enough for the deadline, were there one.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(gone.wait(), 20 if untaken else 3)
+            assert len(connections) == (0 if untaken else 1)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("listening", [True, False], ids=["both", "health-only"])
+async def test_health_has_a_listener_of_its_own(sqlite_url: str, listening: bool):
+    """A worker may also serve health alone."""
+    health_listen = f"127.0.0.1:{free_port()}"
+    listen = f"127.0.0.1:{free_port()}" if listening else ""
+    settings = load(
+        None, {"database.url": sqlite_url, "web.listen": listen, "web.health_listen": health_listen}, {}
+    )
+    web = Web(settings, SystemClock(), Health(Metrics(version="1.0")))
+    web.bind()
+    async with web.serving(), httpx.AsyncClient() as client:
+        for path in PATHS:
+            assert (await client.get(f"http://{health_listen}{path}")).status_code in (200, 503)
+            if listening:
+                assert (await client.get(f"http://{listen}{path}")).status_code == 404
+        assert (await client.get(f"http://{health_listen}/api/v1/runs")).status_code == 404
+        if listening:
+            assert (await client.get(f"http://{listen}/api/v1/runs")).status_code == 401
+
+
+def test_a_port_for_health_that_is_taken_ends_the_worker(sqlite_url: str):
+    with bind("127.0.0.1:0") as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        settings = load(None, {"database.url": sqlite_url, "web.health_listen": taken}, {})
+        with pytest.raises(Busy, match=rf"\[web\] health_listen: another process has {taken}"):
+            Web(settings, SystemClock(), Health(Metrics(version="1.0"))).bind()
 
 
 def test_an_address_is_bound_or_refused_with_what_to_do():

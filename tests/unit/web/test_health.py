@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
 from worker.web.access import Access
-from worker.web.app import build
-from worker.web.health import Health
+from worker.web.app import MOST_REQUESTS, build, build_health
+from worker.web.connections import MOST_CONNECTIONS
+from worker.web.health import PATHS, Health
 
 pytestmark = pytest.mark.anyio
 
@@ -31,12 +34,19 @@ def watched(**changes: Any) -> Health:
     return health
 
 
-async def get(health: Health, path: str, **headers: str) -> httpx.Response:
+def whole(health: Health, **given: Any) -> ASGIApp:
+    """Everything that `listen` serves."""
     # Health is answered from memory: there is no database behind it here.
     nothing: Any = None
-    transport = httpx.ASGITransport(
-        build(health, nothing, Access([], {}, nothing, org_role="viewer"), nothing)
-    )
+    return build(health, nothing, Access([], {}, nothing, org_role="viewer"), nothing, **given)
+
+
+async def get(health: Health, path: str, **headers: str) -> httpx.Response:
+    return await ask(whole(health), path, **headers)
+
+
+async def ask(app: ASGIApp, path: str, **headers: str) -> httpx.Response:
+    transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8470") as client:
         return await client.get(path, headers=headers)
 
@@ -111,3 +121,48 @@ async def test_every_answer_has_the_security_headers():
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["cache-control"] == "no-store"
         assert "default-src 'none'" in headers["content-security-policy"]
+
+
+# ---- a listener of its own, and many requests
+
+
+async def test_health_with_a_listener_of_its_own_is_answered_there_and_nowhere_else():
+    health = watched()
+
+    for path in PATHS:
+        assert (await ask(build_health(health), path)).status_code == 200
+        assert (await ask(whole(health), path)).status_code == 200
+        assert (await ask(whole(health, with_health=False), path)).status_code == 404
+    for path in ("/", "/login", "/api/v1/runs"):
+        answer = await ask(build_health(health), path, authorization="Bearer x")
+        assert answer.status_code == 404
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_while_as_many_requests_as_may_be_are_served_health_is_answered_and_others_get_503():
+    asked: list[Any] = []
+    full, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Access):
+        async def caller_of(self, connection: Any) -> Any:
+            asked.append(connection)
+            if len(asked) == MOST_REQUESTS:
+                full.set()
+            await go_on.wait()
+            return None
+
+    nothing: Any = None
+    app = build(watched(), nothing, Slow([], {}, nothing, org_role="viewer"), nothing)
+    served = [asyncio.create_task(ask(app, "/api/v1/runs")) for _ in range(MOST_REQUESTS)]
+    await full.wait()
+
+    refused = await ask(app, "/api/v1/runs")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
+    assert refused.headers["retry-after"] == "5"
+    for path in PATHS:
+        assert (await ask(app, path)).status_code == 200
+    go_on.set()
+    assert {answer.status_code for answer in await asyncio.gather(*served)} == {401}
+    assert (await ask(app, "/api/v1/runs")).status_code == 401
+    # What is over lets health in.
+    assert MOST_CONNECTIONS - MOST_REQUESTS >= 100
