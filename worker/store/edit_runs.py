@@ -32,8 +32,9 @@ def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionI
 
 def find(connection: Connection, org_id: OrgId, run_id: RunId) -> StoredRow | None:
     """The row of `runs` of one run of this org."""
-    row = find_for_all_orgs(connection, run_id)
-    return row if row is not None and row["org_id"] == org_id else None
+    query = select(_runs).where(_runs.c.id == run_id, _runs.c.org_id == org_id)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
 
 
 def find_for_all_orgs(connection: Connection, run_id: RunId) -> StoredRow | None:
@@ -126,7 +127,7 @@ def end_waiting(
     """Cancel those runs of one org that have not started, held ones too; which they were."""
     unstarted = (_live.c.org_id == org_id, _live.c.state.in_(("waiting", "held")))
     ids = connection.execute(select(_live.c.id).where(*unstarted, *which)).scalars().all()
-    ended = sweeps.end_waiting(connection, ids, state="cancelled", reason=reason)
+    ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason)
     return [run.run_id for run in ended]
 
 

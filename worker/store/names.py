@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, select
 
-from worker.ids import DefinitionId
+from worker.ids import DefinitionId, OrgId
 from worker.store import tables
 from worker.store.chunks import chunks
 
@@ -19,10 +19,23 @@ class Names(NamedTuple):
     definition: str | None = None
 
 
+def names_of(
+    connection: Connection, org_id: OrgId, definition_ids: Iterable[DefinitionId]
+) -> dict[DefinitionId, Names]:
+    """The names of each of these definitions of one org."""
+    return _names(connection, definition_ids, org_id)
+
+
 def names_for_all_orgs(
     connection: Connection, definition_ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, Names]:
-    """The names of each of the definitions."""
+    """As `names_of`, of every org."""
+    return _names(connection, definition_ids, None)
+
+
+def _names(
+    connection: Connection, definition_ids: Iterable[DefinitionId], org_id: OrgId | None
+) -> dict[DefinitionId, Names]:
     orgs, definitions = tables.orgs, tables.definitions
     wanted = sorted(set(definition_ids))
     found = dict.fromkeys(wanted, Names())
@@ -32,5 +45,7 @@ def names_for_all_orgs(
             .join(orgs, orgs.c.id == definitions.c.org_id)
             .where(definitions.c.id.in_(part))
         )
+        if org_id is not None:
+            query = query.where(definitions.c.org_id == org_id)
         found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
     return found

@@ -82,12 +82,13 @@ def runs(connection: Connection, org: str, **wanted: Any) -> list[Row]:
         UsageError: a state, limit or id that is none.
     """
     org_id = OrgId(orgs.require(connection, org)["id"])
-    return _rows(connection, run_search.find(connection, org_id, Wanted(**wanted)))
+    ids = run_search.find(connection, org_id, Wanted(**wanted))
+    return _rows(connection, ids, [_view.c.org_id == org_id])
 
 
 def runs_for_all_orgs(connection: Connection, **wanted: Any) -> list[Row]:
     """As `runs`, of every org."""
-    return _rows(connection, run_search.find_for_all_orgs(connection, Wanted(**wanted)))
+    return _rows(connection, run_search.find_for_all_orgs(connection, Wanted(**wanted)), [])
 
 
 def run(connection: Connection, org: str, run_id: str) -> Row:
@@ -120,9 +121,10 @@ def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Row:
     return dict(connection.execute(query).mappings().one())
 
 
-def _rows(connection: Connection, ids: Sequence[RunId]) -> list[Row]:
+def _rows(connection: Connection, ids: Sequence[RunId], where: list[ColumnElement[bool]]) -> list[Row]:
     """The listed columns of these runs, newest first."""
-    query = select(*(_view.c[name] for name in LISTED)).where(_view.c.id.in_(ids)).order_by(_view.c.id.desc())
+    listed = (_view.c[name] for name in LISTED)
+    query = select(*listed).where(_view.c.id.in_(ids), *where).order_by(_view.c.id.desc())
     return [dict(row) for row in connection.execute(query).mappings()] if ids else []
 
 
@@ -136,7 +138,10 @@ def _run(connection: Connection, run_id: str, where: list[ColumnElement[bool]]) 
     shown = {name: row[name] for name in LISTED}
     for name in ("created_at", "request_key", "idempotency_key", "params", "cancel_requested_at"):
         shown[name] = row[name]
-    ended = [dict(entry) for entry in connection.execute(_ended_attempts(RunId(row["id"]))).mappings()]
+    ended = [
+        dict(entry)
+        for entry in connection.execute(_ended_attempts(OrgId(row["org_id"]), RunId(row["id"]))).mappings()
+    ]
     shown["claims"] = next(
         (entry["claims"] for entry in reversed(ended) if entry["claims"] is not None), None
     )
@@ -144,18 +149,24 @@ def _run(connection: Connection, run_id: str, where: list[ColumnElement[bool]]) 
         {name: value for name, value in entry.items() if name != "claims"} for entry in ended
     ] + ([_attempt_that_is_on(row)] if row["state"] == "running" else [])
     shown["checkpoint"] = connection.execute(
-        select(tables.checkpoints.c.data).where(tables.checkpoints.c.run_id == row["id"])
+        select(tables.checkpoints.c.data).where(
+            tables.checkpoints.c.run_id == row["id"], tables.checkpoints.c.org_id == row["org_id"]
+        )
     ).scalar_one_or_none()
     revisions = tables.definition_revisions
     shown["spec"] = connection.execute(
-        select(revisions.c.spec).where(
-            revisions.c.definition_id == row["definition_id"], revisions.c.revision == row["revision"]
+        select(revisions.c.spec)
+        .join(tables.definitions, tables.definitions.c.id == revisions.c.definition_id)
+        .where(
+            revisions.c.definition_id == row["definition_id"],
+            revisions.c.revision == row["revision"],
+            tables.definitions.c.org_id == row["org_id"],
         )
     ).scalar_one_or_none()
     return shown
 
 
-def _ended_attempts(run_id: RunId) -> Select[Any]:
+def _ended_attempts(org_id: OrgId, run_id: RunId) -> Select[Any]:
     return (
         select(
             _attempts.c.attempt,
@@ -171,7 +182,7 @@ def _ended_attempts(run_id: RunId) -> Select[Any]:
             _attempts.c.error_cause,
             _attempts.c.claims,
         )
-        .where(_attempts.c.run_id == run_id)
+        .where(_attempts.c.run_id == run_id, _attempts.c.org_id == org_id)
         .order_by(_attempts.c.attempt)
     )
 

@@ -12,7 +12,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.chunks import chunks
 from worker.store.connection import database_now
-from worker.store.names import Names, names_for_all_orgs
+from worker.store.names import Names, names_for_all_orgs, names_of
 from worker.store.sql import statements
 from worker.store.sql.ending import Rollups
 
@@ -91,7 +91,7 @@ def expire_overdue(connection: Connection) -> list[Swept]:
         .limit(BATCH)
     )
     overdue = connection.execute(query).scalars().all()
-    return end_waiting(connection, overdue, state="skipped", reason="expired")
+    return end_waiting_for_all_orgs(connection, overdue, state="skipped", reason="expired")
 
 
 def promote_held(connection: Connection) -> int:
@@ -100,35 +100,48 @@ def promote_held(connection: Connection) -> int:
 
 
 def end_waiting(
+    connection: Connection, org_id: OrgId, run_ids: Sequence[RunId], *, state: str, reason: str
+) -> list[Swept]:
+    """End those of one org's runs that wait or are held, without another attempt; the others stay."""
+    return _end_waiting(connection, run_ids, org_id, state, reason)
+
+
+def end_waiting_for_all_orgs(
+    connection: Connection, run_ids: Sequence[RunId], *, state: str, reason: str
+) -> list[Swept]:
+    """As `end_waiting`, of every org."""
+    return _end_waiting(connection, run_ids, None, state, reason)
+
+
+def _end_waiting(
     connection: Connection,
     run_ids: Sequence[RunId],
-    *,
+    org_id: OrgId | None,
     state: str,
     reason: str,
-    detail: str | None = None,
 ) -> list[Swept]:
-    """End those of the runs that wait or are held, without another attempt; the others stay as they are."""
+    mine = () if org_id is None else (_live.c.org_id == org_id,)
     ended: list[Swept] = []
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
             select(_live)
-            .where(_live.c.id.in_(part), _live.c.state.in_(("waiting", "held")))
+            .where(*mine, _live.c.id.in_(part), _live.c.state.in_(("waiting", "held")))
             .order_by(_live.c.id)
             .with_for_update()
         ).all()
         if not rows:
             continue
-        names = names_for_all_orgs(connection, (row.definition_id for row in rows))
+        ids = {row.definition_id for row in rows}
+        names = names_for_all_orgs(connection, ids) if org_id is None else names_of(connection, org_id, ids)
         now = database_now(connection)
-        connection.execute(delete(_live).where(_live.c.id.in_([row.id for row in rows])))
+        connection.execute(delete(_live).where(*mine, _live.c.id.in_([row.id for row in rows])))
         for row in rows:
             connection.execute(
                 update(_runs)
-                .where(_runs.c.id == row.id, _runs.c.state.is_(None))
+                .where(_runs.c.id == row.id, _runs.c.org_id == row.org_id, _runs.c.state.is_(None))
                 .values(
                     state=state,
                     reason=reason,
-                    detail=detail,
                     available_at=row.available_at,
                     finished_at=now,
                     attempt=row.attempt,

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from worker.errors import NotFound
-from worker.store import tables
+from worker.store import orgs, tables
 from worker.store.paging import DEFAULT_LIMIT, Row, check_state, page
 
 TEMPLATE_STATES = ("open", "closed")
@@ -42,6 +42,20 @@ def templates_for_all_orgs(
         since_column=_templates.c.created_at,
     )
     return [_shown(row) for row in rows]
+
+
+def templates(connection: Connection, org: str) -> list[Row]:
+    """The templates that made a definition of this org, closed ones too, newest first.
+
+    Raises:
+        NotFound: there is no such org.
+    """
+    made = tables.definitions
+    mine = select(made.c.template_id).where(
+        made.c.org_id == orgs.require(connection, org)["id"], made.c.closed_at.is_(None)
+    )
+    query = select(_templates).where(_templates.c.id.in_(mine)).order_by(_templates.c.id.desc())
+    return [_shown(dict(row)) for row in connection.execute(query).mappings()]
 
 
 def template_for_all_orgs(connection: Connection, name: str) -> Row:

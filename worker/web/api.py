@@ -186,7 +186,11 @@ def shown_lines(
     limit: int = LOG_LINES,
 ) -> list[Row]:
     """Lines of the log of a run that this caller may see."""
-    lines = log_listing.lines_for_all_orgs(connection, RunId(run_id), after=after, limit=limit)
+    run = RunId(run_id)
+    if caller.org_id is None:
+        lines = log_listing.lines_for_all_orgs(connection, run, after=after, limit=limit)
+    else:
+        lines = log_listing.lines(connection, caller.org_id, run, after=after, limit=limit)
     return redacted("logs", lines, caller)
 
 

@@ -46,12 +46,6 @@ def _own_definitions(connection: Connection, org: str) -> list[Row]:
     return rows
 
 
-def _own_templates(connection: Connection, org: str) -> list[Row]:
-    """Those that made a definition of this org; which orgs a template is for is not this org's business."""
-    names = sorted({row["template"] for row in _own_definitions(connection, org)} - {None})
-    return [template_listing.template_for_all_orgs(connection, name) for name in names]
-
-
 def _own_handlers(connection: Connection, org: str) -> list[Row]:
     """Those that the org's definitions name."""
     names = {row["handler"] for row in _own_definitions(connection, org)}
@@ -69,7 +63,9 @@ LISTS: Mapping[Noun, Listing] = {
         definition_listing.definitions_for_all_orgs,
         "definition state since limit after",
     ),
-    "templates": _listing(_own_templates, template_listing.templates_for_all_orgs, "state since limit after"),
+    "templates": _listing(
+        template_listing.templates, template_listing.templates_for_all_orgs, "state since limit after"
+    ),
     "runs": _listing(run_listing.runs, run_listing.runs_for_all_orgs, "definition state since limit after"),
     "skips": _listing(listing.skips, listing.skips_for_all_orgs, "definition since limit after"),
     "handlers": _listing(_own_handlers, catalogue.entries),
@@ -79,7 +75,7 @@ LISTS: Mapping[Noun, Listing] = {
     "audit": _listing(listing.audit, listing.audit_for_all_orgs, "since limit after", "admin"),
 }
 # These have no pages where they are one org's: there are few.
-SHORT = {_own_org, _own_templates, _own_handlers, listing.credentials}
+SHORT = {_own_org, template_listing.templates, _own_handlers, listing.credentials}
 
 
 def read_list(

@@ -105,7 +105,7 @@ def test_runs_that_wait_are_ended_by_name_and_running_ones_are_not(stock: Stock)
 
     with stock.database.transaction() as connection:
         ended = sweeps.end_waiting(
-            connection, [running.id, waiting.id, ahead.id], state="cancelled", reason="requested"
+            connection, org, [running.id, waiting.id, ahead.id], state="cancelled", reason="requested"
         )
 
     assert {run.run_id for run in ended} == {waiting.id, ahead.id}

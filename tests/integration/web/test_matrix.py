@@ -1,0 +1,543 @@
+"""Who may do what: every caller at every route of the router, for things of its org and of another.
+
+Each route has a rule in RULES; a new route without one fails here. The same matrix runs on
+SQLite, on PostgreSQL with the worker's login, and with the login of `serve`. An answer is
+wrong if its status is not the rule's, if it names another org's things to a caller that is
+not an operator, or if the database has changed other than it says.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import psycopg
+import pytest
+from psycopg import sql
+from sqlalchemy import Connection, Engine, event, insert, select
+
+import worker.operations.cancel
+from tests.fakes import postgres
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from tests.integration.web.conftest import BASE, OPERATORS, TOKENS, csrf_of, log_in
+from tests.integration.web.test_callers import PERSON, with_scopes
+from worker.definitions.file import parse_file
+from worker.guard import Guard
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId, new_id
+from worker.operations.apply import apply
+from worker.operations.credentials import add_credential
+from worker.operations.materialise import materialise
+from worker.operations.org_state import set_org_state
+from worker.operations.run_now import run_now
+from worker.store import catalogue, edit_runs, orgs, roles, tables
+from worker.store.database import Database
+from worker.store.orgs import OrgCaller
+from worker.telemetry.metrics import Metrics
+from worker.web.access import RANK, Access, Role
+from worker.web.app import build
+from worker.web.health import Health
+
+pytestmark = pytest.mark.anyio
+
+ORGS = ("org_a", "org_b", "org_z")
+FILE = "".join(
+    f"""
+[[org]]
+code = "{org}"
+name = "canary-{org} Inc"
+issuer = "main"
+tags = ["{org}"]
+
+[[definition]]
+org = "{org}"
+name = "digest"
+handler = "acme.canary-{org}"
+schedule = "0 3 * * *"
+overlap = "allow"
+
+[[template]]
+name = "canary-{org}-template"
+orgs = {{ tags = ["{org}"] }}
+handler = "acme.canary-{org}"
+schedule = "@hourly"
+"""
+    for org in ORGS
+)
+# What a request may change.
+CHANGED = ("runs", "live_runs", "checkpoints", "audit", "definitions", "schedule", "rollup_days", "run_logs")
+
+
+@dataclass(frozen=True)
+class Who:
+    """A caller: an org by a token, an operator, or nobody; `refused` is the status of one not let in."""
+
+    name: str
+    role: Role = "viewer"
+    org: str | None = None
+    token: str | None = None
+    org_role: Role = "viewer"
+    refused: int | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        return self.org is None and self.refused is None
+
+
+Kind = Literal[
+    "open", "metrics", "list", "own_run", "own_org", "front", "write", "run_now", "login", "logout"
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a route answers; `role` is what operators need for it, `status` that of success."""
+
+    kind: Kind
+    role: Role = "viewer"
+    status: int = 200
+
+
+API = "/api/v1"
+RULES: Mapping[tuple[str, str], Rule] = {
+    ("GET", "/livez"): Rule("open"),
+    ("GET", "/readyz"): Rule("open", status=503),
+    ("GET", "/metrics"): Rule("metrics"),
+    **{
+        ("GET", f"{API}/{noun}"): Rule("list")
+        for noun in ("orgs", "definitions", "templates", "runs", "skips", "handlers")
+    },
+    ("GET", f"{API}/credentials"): Rule("list", role="admin"),
+    ("GET", f"{API}/audit"): Rule("list", role="admin"),
+    ("GET", f"{API}/runs/{{run}}"): Rule("own_run"),
+    ("GET", f"{API}/runs/{{run}}/attempts"): Rule("own_run"),
+    ("GET", f"{API}/runs/{{run}}/logs"): Rule("own_run"),
+    ("POST", f"{API}/runs/{{run}}/cancel"): Rule("write", role="operator"),
+    ("POST", f"{API}/runs/{{run}}/retry"): Rule("write", role="operator", status=201),
+    ("POST", f"{API}/definitions/{{org}}/{{name}}/run"): Rule("run_now", role="operator", status=201),
+    ("GET", "/"): Rule("front"),
+    ("GET", "/orgs/{org}"): Rule("own_org"),
+    ("GET", "/runs/{run}"): Rule("own_run"),
+    ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
+    ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
+    ("POST", "/orgs/{org}/definitions/{name}/run"): Rule("run_now", role="operator", status=303),
+    ("POST", "/login"): Rule("login", status=303),
+    ("POST", "/logout"): Rule("logout", status=303),
+}
+
+
+def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool) -> int:
+    """The status that this caller has to get for a thing of the org `target`."""
+    if rule.kind == "open":
+        return rule.status
+    if who.refused is not None:
+        return who.refused
+    if rule.kind == "metrics":
+        # They name orgs here.
+        return 200 if who.org is None else 403
+    if rule.kind == "login":
+        return rule.status
+    if page and not session and rule.kind in ("write", "run_now", "logout"):
+        # A form is taken from a page of ours only.
+        return 401
+    if rule.kind == "logout":
+        return rule.status
+    own = who.org in (None, target)
+    if rule.kind == "front":
+        return 200 if who.org is None else 303
+    if rule.kind == "run_now" and not own:
+        return 404
+    if RANK[who.role] < RANK[rule.role] and (who.org is None or rule.kind in ("write", "run_now")):
+        return 403
+    return rule.status if own else 404
+
+
+@dataclass
+class Installation:
+    """Two orgs that are active and one that is suspended, each with one of everything."""
+
+    admin: Database
+    served: Database
+    served_url: str
+    clock: ManualClock
+    issuer: FakeIssuer
+    guard: Guard
+    ids: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    names: dict[str, set[str]] = field(default_factory=dict)
+
+    def token(self, org: str, **claims: Any) -> str:
+        return self.issuer.token(App(org, f"m2m-{org}", "s3cret"), **claims)
+
+    def app(self, org_role: Role) -> Any:
+        unknown = self.served.acting(roles.NOBODY)
+
+        async def find_caller(code: str, client_id: str) -> OrgCaller | None:
+            return await unknown.call_autocommit(orgs.find_caller, code, client_id)
+
+        access = Access(
+            OPERATORS, {"main": self.guard}, find_caller, org_role=org_role, org_scope="jobs:read"
+        )
+        return build(Health(Metrics(version="1.0", top_orgs=5)), self.served, access, self.clock)
+
+    def waiting(self, org: str) -> str:
+        """A new run that waits."""
+        return str(run_now(self.admin, org, "digest", actor="tester")["id"])
+
+    def callers(self) -> list[Who]:
+        org = {role: f"of org_a as {role}" for role in ("viewer", "operator")}
+        return [
+            Who("nobody", refused=401),
+            Who("with a forged token", token=f"{self.token('org_a')[:-8]}AAAAAAAA", refused=401),
+            Who("with no bearer token", token="", refused=401),
+            Who("a person of org_a", token=self.token("org_a", **PERSON), refused=401),
+            Who("another scope", token=self.token("org_a", **with_scopes("jobs")), refused=401),
+            Who("another org's client", token=self.token("org_a", azp="m2m-org_b"), refused=401),
+            Who("of a suspended org", token=self.token("org_z"), refused=403),
+            Who("of no org known", token=self.token("org_q"), refused=403),
+            Who(org["viewer"], "viewer", "org_a", self.token("org_a")),
+            Who(org["operator"], "operator", "org_a", self.token("org_a"), org_role="operator"),
+            Who("by scope", "viewer", "org_a", self.token("org_a", **with_scopes("jobs:read"))),
+            Who("of org_b as operator", "operator", "org_b", self.token("org_b"), org_role="operator"),
+            *(Who(f"an operator as {role}", role, token=token) for role, token in TOKENS.items()),
+        ]
+
+    def state(self) -> dict[str, dict[str, list[tuple[Any, ...]]]]:
+        """All that a request may change, by org."""
+        found: dict[str, dict[str, list[tuple[Any, ...]]]] = {org: {} for org in (*ORGS, "")}
+        code = {id_: org for org, id_ in self.ids.items()}
+        with self.admin.autocommit() as connection:
+            for name in CHANGED:
+                table = tables.metadata.tables[name]
+                for row in connection.execute(select(table).order_by(*table.primary_key.columns)):
+                    found[code.get(row.org_id, "")].setdefault(name, []).append(tuple(map(repr, row)))
+        return found
+
+
+def fill(made: Installation) -> None:
+    """An ended run with an attempt, a log and a checkpoint for each org, and the markers of each."""
+    with made.admin.transaction() as connection:
+        now = made.admin.now(connection)
+        for code in ORGS:
+            org_id = made.ids[code] = orgs.require(connection, code)["id"]
+            definition = connection.execute(
+                select(tables.definitions.c.id).where(
+                    tables.definitions.c.org_id == org_id, tables.definitions.c.name == "digest"
+                )
+            ).scalar_one()
+            run, mark, worker_id = new_id(), f"canary-{code}", new_id()
+            common = {"org_id": org_id, "definition_id": definition, "revision": 1, "origin": "manual"}
+            ends = {
+                "state": "failed",
+                "reason": "error",
+                "finished_at": now,
+                "error": {"type": "KeyError", "message": mark},
+            }
+            connection.execute(
+                insert(tables.runs).values(
+                    id=run, handler=mark, scheduled_for=now, created_at=now, idempotency_key=run, attempt=1,
+                    result={"said": mark}, result_fencing_token=1, worker_id=worker_id, **common, **ends,
+                )
+            )  # fmt: skip
+            connection.execute(
+                insert(tables.attempts).values(
+                    run_id=run, attempt=1, org_id=org_id, worker_id=worker_id, fencing_token=1, handler=mark,
+                    started_at=now, ended_at=now, outcome="failed", claims={"org_code": code},
+                )
+            )  # fmt: skip
+            connection.execute(
+                insert(tables.run_logs).values(
+                    run_id=run, attempt=1, seq=1, org_id=org_id, at=now, level="info", source="log", text=mark
+                )
+            )
+            connection.execute(
+                insert(tables.checkpoints).values(
+                    run_id=run, org_id=org_id, attempt=1, fencing_token=1, saved_at=now, data={"at": mark}
+                )
+            )
+            connection.execute(
+                insert(tables.skips).values(
+                    id=new_id(), org_id=org_id, definition_id=definition, revision=1, skipped_from=now,
+                    skipped_until=now, count=1, reason="missed",
+                )
+            )  # fmt: skip
+            made.ended[code] = run
+            made.names[code] = {code, mark, run, org_id, definition}
+
+
+@contextmanager
+def login_of_serve(server: postgres.Server, url: str) -> Iterator[str]:
+    """The URL of a login as docs/operating/postgresql.md makes it for `serve`."""
+    login = f"serve_{new_id()[-12:]}"
+    server.execute(f"CREATE ROLE {login} LOGIN NOINHERIT")
+    server.execute(f"GRANT {roles.WEB}, {roles.OPERATOR} TO {login}")
+    try:
+        yield url.replace("postgres@", f"{login}@")
+    finally:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP OWNED BY {}").format(sql.Identifier(login)))
+        server.execute(f"DROP ROLE {login}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "serve"])
+async def made(
+    request: pytest.FixtureRequest, clock: ManualClock, tmp_path: Path
+) -> AsyncIterator[Installation]:
+    async with AsyncExitStack() as stack:
+        kind = "sqlite" if request.param == "sqlite" else "postgres"
+        url = served_url = request.getfixturevalue(f"migrated_{kind}_url")
+        if request.param == "serve":
+            server = request.getfixturevalue("postgres_server")
+            served_url = stack.enter_context(login_of_serve(server, url))
+        admin = Database.open(url, clock=clock)
+        stack.callback(admin.close)
+        served = Database.open(served_url, clock=clock, role="web")
+        stack.callback(served.close)
+        with admin.transaction() as connection:
+            entries = [HandlerEntry(f"acme.canary-{org}", "acme", "1.0", "acme:x") for org in ORGS]
+            catalogue.put(connection, entries, at=admin.now(connection))
+        apply(admin, parse_file(FILE), actor="tester")
+        materialise(admin)
+        for org in ORGS:
+            add_credential(admin, None, org, client_id=f"m2m-{org}", actor="tester", reference="absent")
+        issuer = FakeIssuer(clock)
+        guard = Guard(kinde_issuer(), client=issuer.client(), clock=clock)
+        stack.push_async_callback(guard.close)
+        installation = Installation(admin, served, served_url, clock, issuer, guard)
+        fill(installation)
+        set_org_state(admin, "org_z", "suspended", actor="tester")
+        yield installation
+
+
+class Client:
+    """One caller at one application: by its bearer token, and by a session that the token opened."""
+
+    def __init__(self, app: Any, who: Who) -> None:
+        headers = {} if who.token is None else {"authorization": f"Bearer {who.token}"}
+        self.bearer = self._client(app, headers)
+        self.session = self._client(app, {"origin": BASE})
+        self.who = who
+        self.csrf = ""
+
+    @staticmethod
+    def _client(app: Any, headers: Mapping[str, str]) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 40000), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url=BASE, headers=headers)
+
+    async def open(self, run: str) -> int:
+        """Log in; the status of that."""
+        self.session.cookies.clear()
+        answer = await log_in(self.session, self.who.token or "")
+        if answer.status_code == 303:
+            self.csrf = csrf_of(await self.session.get(f"/runs/{run}"))
+        return answer.status_code
+
+    async def ask(self, method: str, path: str, *, session: bool) -> httpx.Response:
+        client = self.session if session else self.bearer
+        form = {"data": {"csrf": self.csrf}} if session and method == "POST" else {}
+        return await client.request(method, path, **form)
+
+
+def routes_of(app: Any) -> dict[tuple[str, str], Any]:
+    """Every method and path of the router, however many layers lie around it."""
+    while not hasattr(app, "routes"):
+        app = app._app
+    return {(method, route.path): route for route in app.routes for method in route.methods}
+
+
+class Matrix:
+    """Asks, judges, and keeps what was wrong."""
+
+    def __init__(self, made: Installation) -> None:
+        self.made = made
+        self.apps = {role: made.app(role) for role in ("viewer", "operator")}
+        self.asked = 0
+        self.wrong: list[str] = []
+
+    async def run(self, rules: Mapping[tuple[str, str], Rule] = RULES) -> None:
+        for who in self.made.callers():
+            client = Client(self.apps[who.org_role], who)
+            own = self.made.ended[who.org or "org_a"]
+            status = await client.open(own)
+            self.judge(who, "POST /login", status, who.refused or 303)
+            for (method, path), rule in rules.items():
+                for target in ("org_a", "org_b"):
+                    for session in (False, True):
+                        if rule.kind != "login":
+                            await self.cell(client, method, path, rule, target, session=session)
+
+    async def cell(
+        self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
+    ) -> None:
+        who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
+        writes = rule.kind in ("write", "run_now")
+        run = self.made.ended[target]
+        if path.endswith("/cancel"):
+            run = self.made.waiting(target)
+        url = path.format(run=run, org=target, name="digest")
+        if rule.kind == "list":
+            url += f"?org={target}"
+        wanted = expected(rule, who, target, session=session, page=page)
+        if session and who.refused is not None and rule.kind != "open":
+            wanted = 401
+        if session and not page and rule.kind != "open":
+            # A cookie opens pages, never the API.
+            wanted = 401
+        before = self.made.state() if writes else None
+        answer = await client.ask(method, url, session=session)
+        called = f"{method} {path} of {target}{' in a session' if session else ''}"
+        self.judge(who, called, answer.status_code, wanted)
+        self.judge_text(who, called, answer, url)
+        if before is not None:
+            self.judge_effect(who, called, target, before, done=wanted == rule.status)
+        if method == "GET":
+            head = await client.ask("HEAD", url, session=session)
+            self.judge(who, f"HEAD for {called}", head.status_code, wanted)
+        if rule.kind == "logout" and session:
+            await client.open(self.made.ended[who.org or "org_a"])
+
+    def judge(self, who: Who, called: str, status: int, wanted: int) -> None:
+        self.asked += 1
+        if status != wanted:
+            self.wrong.append(f"{who.name}: {called}: {status}, not {wanted}")
+
+    def judge_text(self, who: Who, called: str, answer: httpx.Response, url: str) -> None:
+        """Nothing of another org is in it, but what the caller itself has asked for."""
+        if who.is_operator:
+            return
+        hidden = set().union(*(names for org, names in self.made.names.items() if org != who.org))
+        hidden = {name for name in hidden if name not in url and name not in (who.token or "")}
+        said = f"{answer.text} {answer.headers.get('location', '')}"
+        if who.refused is not None:
+            # A refusal may name the org of the token that it refuses.
+            hidden -= {"org_a", "org_z"}
+        if leaked := sorted(name for name in hidden if name in said):
+            self.wrong.append(f"{who.name}: {called}: names {', '.join(leaked)}")
+
+    def judge_effect(
+        self, who: Who, called: str, target: str, before: Mapping[str, Any], *, done: bool
+    ) -> None:
+        after = self.made.state()
+        changed = {org for org in after if after[org] != before[org]}
+        if changed != ({target} if done else set()):
+            self.wrong.append(f"{who.name}: {called}: changed {sorted(changed) or 'nothing'}")
+        elif done:
+            actor = f"operator:{who.role}" if who.org is None else f"org:{who.org}"
+            rows = [row for row in after[target]["audit"] if row not in before[target]["audit"]]
+            if len(rows) != 1 or repr(actor) not in rows[0]:
+                self.wrong.append(f"{who.name}: {called}: audit rows {rows}")
+
+
+def test_every_route_of_the_router_has_a_rule(clock: ManualClock):
+    access = Access((), {}, lambda code, client_id: None, org_role="viewer")  # type: ignore[arg-type,return-value]
+    database = Database.open("sqlite:///unused.db", clock=clock)
+    app = build(Health(Metrics(version="1.0")), database, access, clock)
+    database.close()
+
+    assert {(method, path) for method, path in routes_of(app) if method != "HEAD"} == set(RULES)
+    heads = {path for method, path in routes_of(app) if method == "HEAD"}
+    assert heads == {path for method, path in RULES if method == "GET"}
+
+
+async def test_no_answer_is_wrong(made: Installation):
+    matrix = Matrix(made)
+
+    await matrix.run()
+
+    assert matrix.wrong == []
+    assert matrix.asked > 1500
+
+
+# Of the whole file: whether any run is held at all; and, by their ids, those of the org's own definition.
+UNSCOPED = ("SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1",)
+
+
+@pytest.mark.parametrize("made", ["sqlite"], indirect=True)
+async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
+    made: Installation, monkeypatch: pytest.MonkeyPatch
+):
+    """SQLite has no row-level security: there each statement on rows of orgs has to say whose it means."""
+    refuse_what_is_for_all_orgs(monkeypatch)
+    (who,) = (who for who in made.callers() if who.org == "org_a" and who.role == "operator")
+    runs = {org: [made.waiting(org) for _ in range(4)] for org in ("org_a", "org_b")}
+    with traced() as statements:
+        made.served = Database.open(made.served_url, clock=made.clock, role="web")
+        client = Client(made.app(who.org_role), who)
+        assert await client.open(made.ended["org_a"]) == 303
+        done = 0
+        for method, path in RULES:
+            for target in ("org_a", "org_b"):
+                for session in (False, True):
+                    run = runs[target].pop() if path.endswith("/cancel") else made.ended[target]
+                    if path not in ("/login", "/logout"):
+                        answer = await client.ask(
+                            method, path.format(run=run, org=target, name="digest"), session=session
+                        )
+                        done += answer.status_code in (200, 201, 303)
+        made.served.close()
+
+    named = re.compile(rf"\b(?:FROM|JOIN|INTO|UPDATE)\s+(?:{'|'.join(roles.ORG_DATA)}|run_view|run_ends)\b")
+    on_orgs = [statement for statement in statements if named.search(statement)]
+    unscoped = {
+        statement
+        for statement in on_orgs
+        if "org_a" not in statement and made.ids["org_a"] not in statement and statement not in UNSCOPED
+    }
+    assert unscoped == set()
+    assert (len(on_orgs) > 100, done > 30) == (True, True)
+
+
+def refuse_what_is_for_all_orgs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every function of the store that works for all orgs fail, wherever it was imported."""
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("an org's request has reached what is for all orgs")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("worker."):
+            for attribute in [one for one in vars(module) if one.endswith("_for_all_orgs")]:
+                monkeypatch.setattr(module, attribute, refused)
+
+
+@contextmanager
+def traced() -> Iterator[list[str]]:
+    """Every statement, with its values, of the SQLite connections that are opened meanwhile."""
+    statements: list[str] = []
+
+    def trace(connection: sqlite3.Connection, record: Any) -> None:
+        connection.set_trace_callback(statements.append)
+
+    event.listen(Engine, "connect", trace)
+    try:
+        yield statements
+    finally:
+        event.remove(Engine, "connect", trace)
+
+
+async def test_a_write_that_forgets_its_org_is_seen_here_and_kept_in_by_row_level_security(
+    made: Installation, monkeypatch: pytest.MonkeyPatch
+):
+    """The control: with an operation that looks a run up in all orgs, SQLite's matrix is wrong."""
+
+    def forgetful(connection: Connection, run_id: str, org: str | None) -> Any:
+        row = edit_runs.find_for_all_orgs(connection, RunId(run_id))
+        return row or named_run(connection, run_id, org)
+
+    named_run = worker.operations.cancel.named_run
+    monkeypatch.setattr(worker.operations.cancel, "named_run", forgetful)
+    matrix = Matrix(made)
+
+    await matrix.run({key: rule for key, rule in RULES.items() if key[1].endswith("/cancel")})
+
+    if made.admin.dialect == "sqlite":
+        assert any("org_a as operator" in wrong and "changed ['org_b']" in wrong for wrong in matrix.wrong)
+    else:
+        assert matrix.wrong == []
