@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import signal
 import socket
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -18,12 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tests.fakes.ports import free_port
 from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
-from worker.settings import load
+from worker.settings import Settings, load
 from worker.settings.sections import WebSettings
 from worker.telemetry.metrics import Metrics
 from worker.web import server as module
 from worker.web.access import Access
-from worker.web.app import build
+from worker.web.app import build, build_health
 from worker.web.connections import Connections, Deadlines
 from worker.web.health import PATHS, Health
 from worker.web.server import WebServer, bind
@@ -233,3 +234,77 @@ def test_only_a_port_that_was_asked_for_ends_the_worker(monkeypatch):
         worker.bind()
         with pytest.raises(Busy):
             worker.bind(needed=True)
+
+
+class TestAsConfigured:
+    """Over a real socket, put together from worker.toml as a worker does it."""
+
+    OPERATOR: ClassVar = {
+        "name": "ada",
+        "role": "viewer",
+        "token_sha256": hashlib.sha256(b"adas-token").hexdigest(),
+    }
+
+    @contextlib.asynccontextmanager
+    async def serving(self, database_url: str, **web: Any) -> AsyncIterator[httpx.AsyncClient]:
+        listen = f"127.0.0.1:{free_port()}"
+        settings = Settings.model_validate(
+            {"database": {"url": database_url}, "web": {"listen": listen, "operators": [self.OPERATOR]} | web}
+        )
+        health = Health(Metrics(version="1.0", top_orgs=settings.web.metrics_top_orgs))
+        made = Web(settings, SystemClock(), health)
+        made.bind(needed=True)
+        async with asyncio.timeout(30), made.serving():
+            await wait_for(f"http://{listen}/livez")
+            async with httpx.AsyncClient(base_url=f"http://{listen}") as client:
+                yield client
+
+    async def guess(self, client: httpx.AsyncClient, count: int, forwarded: str = "") -> list[int]:
+        seen = []
+        for number in range(count):
+            headers = {"authorization": f"Bearer guess-{number}"}
+            headers |= {"x-forwarded-for": forwarded} if forwarded else {}
+            seen.append((await client.get("/api/v1/runs", headers=headers)).status_code)
+        return seen
+
+    @pytest.mark.anyio
+    async def test_guesses_are_limited_whatever_header_they_carry(self, migrated_sqlite_url: str):
+        async with self.serving(migrated_sqlite_url, logins_per_minute=3) as client:
+            seen = [(await self.guess(client, 1, f"192.0.2.{n}"))[0] for n in range(5)]
+
+            assert seen == [401] * 3 + [429] * 2
+            headers = {"authorization": "Bearer adas-token"}
+            refused = await client.get("/api/v1/runs", headers=headers)
+            assert (refused.status_code, int(refused.headers["retry-after"]) > 0) == (429, True)
+
+    @pytest.mark.anyio
+    async def test_behind_a_trusted_proxy_each_client_counts_for_itself(self, migrated_sqlite_url: str):
+        trusted = ["127.0.0.1/32"]
+        async with self.serving(migrated_sqlite_url, logins_per_minute=3, trusted_proxies=trusted) as client:
+            assert await self.guess(client, 5, "192.0.2.1") == [401] * 3 + [429] * 2
+            assert await self.guess(client, 5, "192.0.2.2") == [401] * 3 + [429] * 2
+            assert await self.guess(client, 5) == [401] * 5
+
+    @pytest.mark.anyio
+    async def test_public_url_and_the_token_of_metrics_are_in_force(self, migrated_sqlite_url: str):
+        async with self.serving(
+            migrated_sqlite_url, public_url="https://jobs.acme.com", metrics_top_orgs=3
+        ) as client:
+            page = await client.get("/")
+            assert page.headers["set-cookie"].startswith("__Host-orgworker_login=")
+            assert (await client.get("/metrics")).status_code == 401
+            headers = {"authorization": "Bearer adas-token"}
+            assert (await client.get("/metrics", headers=headers)).status_code == 200
+
+    @pytest.mark.anyio
+    async def test_where_no_api_is_served_the_metrics_know_operators(self):
+        settings = Settings.model_validate({"web": {"listen": "", "operators": [self.OPERATOR]}})
+        health = Health(Metrics(version="1.0", top_orgs=3))
+        alone = httpx.ASGITransport(build_health(health))
+        async with (
+            Web(settings, SystemClock(), health).serving(),
+            httpx.AsyncClient(transport=alone, base_url="http://127.0.0.1:8471") as client,
+        ):
+            headers = {"authorization": "Bearer adas-token"}
+            assert (await client.get("/metrics", headers=headers)).status_code == 200
+            assert (await client.get("/metrics")).status_code == 401

@@ -270,15 +270,19 @@ async def test_params_of_the_run_stand_over_those_of_the_definition(site: Site) 
 async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:
     async def renew(work: Work, link: Link, stop: Stop) -> None:
         site.claims = replace(CLAIMS, org_code="org_other")
-        with pytest.raises(TokenRefused):
+        with pytest.raises(TokenRefused) as refused:
             await link.token(fresh=True)
         assert stop.killed
+        # The handler may log it, and the org reads that log.
+        assert "org_other" not in str(refused.value)
+        assert refused.value.__suppress_context__
 
     site.during = renew
 
     ended = await site.attempt()
 
     assert (ended.state, ended.reason) == ("refused", "org_mismatch")
+    assert "org_other" in (ended.error or {})["message"]
 
 
 async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: Site) -> None:

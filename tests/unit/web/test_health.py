@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp
 
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
-from worker.web.access import Access
+from worker.web.access import Access, Operator
 from worker.web.app import MOST_REQUESTS, build, build_health
 from worker.web.connections import MOST_CONNECTIONS
 from worker.web.health import PATHS, Health
@@ -113,6 +114,24 @@ async def test_metrics_are_served_in_the_text_format():
 
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert "orgworker_admitting 1.0" in answer.text
+
+
+async def test_metrics_that_name_orgs_need_an_operator_on_any_listener():
+    """Also where nothing but health is served, and before anything says who is one."""
+    health = Health(Metrics(version="1.0", top_orgs=3))
+    health_alone = httpx.ASGITransport(build_health(health))
+
+    async with httpx.AsyncClient(transport=health_alone, base_url="http://127.0.0.1:8471") as client:
+        ada = {"authorization": "Bearer adas-token"}
+        assert (await client.get("/metrics", headers=ada)).status_code == 401
+        digest = hashlib.sha256(b"adas-token").hexdigest()
+        nothing: Any = None
+        health.protect(Access([Operator("ada", "viewer", digest)], {}, nothing, org_role="viewer"))
+        assert (await client.get("/metrics", headers=ada)).status_code == 200
+        assert (await client.get("/metrics", headers={"authorization": "Bearer guess"})).status_code == 401
+        answer = await client.get("/metrics")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "token")
+        assert (await client.get("/livez")).status_code == 200
 
 
 async def test_every_answer_has_the_security_headers():
