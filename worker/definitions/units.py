@@ -28,6 +28,8 @@ _BYTES = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+# No duration within a hundred years is longer.
+_MOST_LETTERS = 100
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]i?B|B)")
 
 
@@ -37,8 +39,9 @@ def parse_duration(text: str) -> timedelta:
     Raises:
         ValueError: the text is none, or longer than a hundred years.
     """
-    if not isinstance(text, str) or _DURATION.fullmatch(text) is None:
-        raise ValueError(f"{text!r} is no duration; write it as text, such as 30s, 15m, 2h or 1d")
+    if not isinstance(text, str) or len(text) > _MOST_LETTERS or _DURATION.fullmatch(text) is None:
+        shown = text[:_MOST_LETTERS] if isinstance(text, str) else text
+        raise ValueError(f"{shown!r} is no duration; write it as text, such as 30s, 15m, 2h or 1d")
     total = 0
     for whole, fraction, unit in _PART.findall(text):
         size = _MICROSECONDS[unit]

@@ -114,7 +114,8 @@ _VARIABLE = (
     (re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\""), "<text>"),
     (re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"), "<id>"),
     (re.compile(r"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"), "<id>"),
-    (re.compile(r"\b\w+_\w*\d\w*\b"), "<id>"),
+    # An underscore within a word, and a digit after it; each part ends where the next begins.
+    (re.compile(r"\b\w[^\W_]*_[^\W\d]*\d\w*\b"), "<id>"),
     (re.compile(r"\d+(?:\.\d+)?"), "<n>"),
 )
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 MAX_DEPTH = 12
 MAX_MEMBERS = 2_000
 MAX_DIGITS = 20
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# A string, or all that follows a quote that none closes: it matches at every quote, so the scan is linear.
+_STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 class Malformed(Exception):

@@ -213,6 +213,28 @@ def test_errors_that_differ_in_values_only_have_one_cause(one, other):
     assert fingerprint(Error("E", one)) == fingerprint(Error("E", other))
 
 
+@pytest.mark.parametrize("piece", ["_", "a_", "0x", "'", '"', "f", "1.", "https://"])
+def test_the_cause_of_a_long_message_is_found_in_linear_time(piece):
+    """It took a second for 4,000 underscores, and four times as long for twice as many."""
+    assert len(fingerprint(Error("E", piece * 1_000_000))) <= 200
+
+
+@pytest.mark.parametrize(
+    ("word", "is_id"),
+    [
+        ("org_1", True),
+        ("_a_1b", True),
+        ("__1", True),
+        ("_1", False),
+        ("a1_b", False),
+        ("a1_b2_", True),
+        ("a_b", False),
+    ],
+)
+def test_a_word_with_an_underscore_and_a_digit_after_it_is_an_id(word, is_id):
+    assert ("<id>" in fingerprint(Error("E", f"no {word} here"))) == is_id
+
+
 def test_errors_of_other_kinds_have_other_causes():
     causes = {
         fingerprint(Error("E", "it broke")),
