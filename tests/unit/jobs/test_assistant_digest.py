@@ -20,7 +20,7 @@ from worker import PermanentError, Retry
 pytestmark = pytest.mark.anyio
 
 # An org may choose the collection where its definition says so; the rest of the path is not its choice.
-OUTSIDE = ["..", ".", "", "../../admin", "a/b", "a%2fb", "faq?x=1", "faq#", "a b", "é"]
+OUTSIDE = ["..", ".", "", "../../admin", "a/b", "a%2fb", "faq?x=1", "faq#", "faq\n", "a b", "é"]
 
 PARAMS = Params(knowledge_base="https://kb.example", chat="https://chat.example", page_size=2)
 SETTINGS = Settings(model_version="gpt-4o", max_tokens=50)
