@@ -3,7 +3,8 @@
     .venv/bin/python -m bench.runs [starts] [memory] [inline] [--database sqlite|postgresql]
 
 `starts` counts from handing a run to the runner until its handler is called, and until its process
-and all below it are gone. `memory` is the proportional set size: what several share counts once.
+and all below it are gone; with the sandbox and without it in turn, and prints the ratio. `memory` is
+the proportional set size: what several share counts once.
 `inline` has a real worker hold sleeping runs; its CPU is that of the whole worker, renewals each
 second, with and without them.
 """
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.running import RecordingLink, until, work
 from worker.clock import SystemClock
 from worker.execution.children import Children
+from worker.execution.processes.sandbox import Planner
 from worker.execution.work import Stop
 
 HANDLERS = """\
@@ -68,22 +70,45 @@ def spread(name: str, seconds: Sequence[float]) -> str:
     return f"{name} p50 {cuts[9] * 1000:.1f} ms, p95 {cuts[18] * 1000:.1f} ms"
 
 
-async def measure_starts(children: Children, count: int) -> None:
-    """One after the other, each a fork, a handler that returns at once, and the end of its processes."""
-    started, ended, used_before = [], [], 0.0
+async def measure_starts(count: int) -> None:
+    """One after the other, each a fork, a handler that returns at once, and the end of its processes.
+
+    With the sandbox and without it in turn, each by a zygote of its own, so that whatever
+    else the machine does meanwhile strikes both alike.
+    """
+    rules = Planner([]).rules([], [])
+    kinds = {"sandboxed": Children(SystemClock(), sandbox=rules), "without": Children(SystemClock())}
+    started: dict[str, list[float]] = {name: [] for name in kinds}
+    ended: dict[str, list[float]] = {name: [] for name in kinds}
+    used: dict[str, float] = dict.fromkeys(kinds, 0.0)
+    for children in kinds.values():
+        children.start()
+        children.attach()
+        await children.run(work("noop", entry_point="bench_jobs:noop"), TimedLink(), Stop())
     for number in range(count + 10):
-        if number == 10:
-            used_before = cpu(children)
-        link, began = TimedLink(), time.perf_counter()
-        await children.run(work("noop", entry_point="bench_jobs:noop"), link, Stop())
-        if number >= 10:
-            started.append(link.started_at - began)
-            ended.append(time.perf_counter() - began)
-    used_by_one = (cpu(children) - used_before) / count
-    print(
-        f"{count} runs in children: {spread('called', started)}; {spread('over', ended)}; "
-        f"CPU of all processes {used_by_one * 1000:.1f} ms a run; {load()}"
-    )
+        # Whoever comes second finds warmer caches.
+        for name, children in sorted(kinds.items(), reverse=bool(number % 2)):
+            before, link, began = cpu(children), TimedLink(), time.perf_counter()
+            await children.run(work("noop", entry_point="bench_jobs:noop"), link, Stop())
+            if number >= 10:
+                started[name].append(link.started_at - began)
+                ended[name].append(time.perf_counter() - began)
+                used[name] += cpu(children) - before
+    for name, children in reversed(kinds.items()):  # the younger zygote first: it would be taken for adopted
+        print(
+            f"{count} runs in children, {name}: {spread('called', started[name])}; "
+            f"{spread('over', ended[name])}; CPU of all processes {used[name] / count * 1000:.1f} ms a run"
+        )
+        await children.close()
+    print(f"sandbox / without: called {ratio(started)}; over {ratio(ended)}; {load()}")
+
+
+def ratio(seconds: Mapping[str, Sequence[float]]) -> str:
+    """How much longer it takes with the sandbox than without."""
+    sandboxed, without = seconds["sandboxed"], seconds["without"]
+    # Each pair ran within a few milliseconds, so a slow moment of the machine falls out of the median.
+    pairs = statistics.median(a / b for a, b in zip(sandboxed, without, strict=True))
+    return f"p50 {statistics.median(sandboxed) / statistics.median(without):.3f} (of pairs {pairs:.3f})"
 
 
 async def measure_memory(children: Children, count: int) -> None:
@@ -111,14 +136,14 @@ async def measure_memory(children: Children, count: int) -> None:
 
 
 async def measure_children(what: Sequence[str], starts: int, count: int) -> None:
-    children = Children(SystemClock())
-    children.start()
-    children.attach()
     if "starts" in what:
-        await measure_starts(children, starts)
+        await measure_starts(starts)
     if "memory" in what:
+        children = Children(SystemClock(), sandbox=Planner([]).rules([], []))
+        children.start()
+        children.attach()
         await measure_memory(children, count)
-    await children.close()
+        await children.close()
 
 
 def measure_inline(dialect: str, count: int, *, seconds: float) -> None:

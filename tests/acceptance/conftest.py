@@ -26,7 +26,7 @@ def provider() -> Iterator[Provider]:
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
     """The file that the test handlers write to."""
-    return tmp_path / "journal"
+    return tmp_path / "out" / "journal"
 
 
 @pytest.fixture

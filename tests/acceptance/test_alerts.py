@@ -25,7 +25,7 @@ def test_a_hundred_failures_of_one_cause_are_one_alert_and_one_resolved(site_on_
         "each worker to offer the handler",
     )
     at = (datetime.now(UTC) + timedelta(seconds=15)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    params = {"file": str(mended), "journal": str(tmp_path / "journal")}
+    params = {"file": str(mended), "journal": str(tmp_path / "out" / "journal")}
     site.apply(
         "".join(
             definition(f"org_{number % 10}", f"job-{number}", "acme.wants_file", f"at {at}", params=params)
@@ -92,7 +92,7 @@ def test_what_strikes_while_the_receiver_is_away_and_the_worker_dies_is_told_onc
 
 
 def test_refusals_pauses_and_dead_credentials_arrive_and_so_do_their_ends(site, hook, provider, tmp_path):
-    mended, journal = tmp_path / "mended", str(tmp_path / "journal")
+    mended, journal = tmp_path / "mended", str(tmp_path / "out" / "journal")
     # All that is said is held against the page of events when the site is closed.
     site.configure(extra=f'{hook.settings()}[log]\nlevel = "debug"')
     site.add_orgs(application("org_odd", properties={"max_tokens": "many"}), application("org_weak"))

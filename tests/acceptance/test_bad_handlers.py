@@ -18,7 +18,7 @@ CASES = {
 def site(shared_site):
     """All bad handlers have been started at once, beside a long run and before a new one."""
     site = shared_site('drain = "5s"')
-    journal = str(site.folder / "journal")
+    journal = str(site.out / "journal")
     site.add_orgs(application("org_bad"), application("org_good"))
     text = definition("org_good", "long", "acme.steps", params={"journal": journal, "steps": 60})
     text += definition("org_good", "after", "acme.note", params={"journal": journal})

@@ -125,9 +125,7 @@ def test_a_profile_of_the_users_own_is_a_file(site: Site, provider: Provider):
     layout = {"tenant": {"id": "org_ours"}, "settings": {"max_tokens": 7}}
     provider.misbehave(Fault(replace=layout, drop=("org_code", "scope")), "m2m-org_ours")
     site.apply(
-        definition(
-            "org_ours", "once", "acme.configured", "@yearly", params={"journal": str(site.folder / "j")}
-        )
+        definition("org_ours", "once", "acme.configured", "@yearly", params={"journal": str(site.out / "j")})
     )
 
     [row] = site.cli("orgs", "check", "--all", "-o", "json").json()
@@ -184,7 +182,7 @@ def test_keys_are_listed_renewed_and_removed(site: Site):
     [left] = site.cli("keys", "list", "-o", "json").json()
     assert (left["id"], left["seals"], left["active"]) == (new["key_id"], True, 1)
     # The worker that was up reads the ring again.
-    params = {"journal": str(site.folder / "j")}
+    params = {"journal": str(site.out / "j")}
     site.apply(definition("org_rekeyed", "once", "acme.note", "@yearly", params=params))
     site.cli("definitions", "run", "org_rekeyed", "once")
     assert site.wait_for_end("org_rekeyed")["state"] == "succeeded"
@@ -211,7 +209,7 @@ def test_a_secret_in_a_file_is_read_again_by_a_worker_that_is_up(provider: Provi
         "-o",
         "json",
     )
-    params = {"journal": str(site.folder / "j")}
+    params = {"journal": str(site.out / "j")}
     site.apply(definition("org_file", "once", "acme.note", "@yearly", params=params))
     site.start_worker()
     site.cli("definitions", "run", "org_file", "once")

@@ -30,7 +30,7 @@ def busy(tmp_path: Path, provider, postgres_url: str) -> Iterator[Site]:
         site.configure(execution='inline = ["acme-jobs"]\nrenew = "500ms"', extra='[alerts]\noverdue = "2s"')
         install_handlers(site.plugins)
         site.migrate()
-        params = {"journal": str(tmp_path / "journal")}
+        params = {"journal": str(tmp_path / "out" / "journal")}
         orgs = [f"org_{number}" for number in range(ORGS)]
         site.add_orgs(*map(application, orgs))
         site.apply(

@@ -72,7 +72,7 @@ def test_nothing_but_the_volume_can_be_written_and_the_user_has_no_rights(contai
 
 @pytest.mark.timeout(180)
 def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(container: Container):
-    journal = container.volume / "journal"
+    journal = container.out / "journal"
     container.migrate()
     container.add_orgs(application("org_a"))
     params = {"journal": container.inside(str(journal)), "steps": 300, "pause": 0.2}

@@ -73,7 +73,7 @@ def test_a_worker_is_ready_then_drains_and_one_bad_org_changes_nothing(
     site.add_orgs(application("org_good"))
     site.apply(
         definition("org_bad", "note", "acme.note")
-        + definition("org_good", "block", "acme.block", params={"journal": str(tmp_path / "journal")})
+        + definition("org_good", "block", "acme.block", params={"journal": str(tmp_path / "out" / "journal")})
     )
     worker = site.start_worker()
     port.wait_for("/readyz", 200)
@@ -101,7 +101,9 @@ def test_the_service_manager_hears_when_it_is_ready_how_it_is_and_that_it_drains
 ):
     site.configure(web=port.web, execution='drain = "3s"')
     site.add_orgs(application("org_acme"))
-    site.apply(definition("org_acme", "block", "acme.block", params={"journal": str(tmp_path / "journal")}))
+    site.apply(
+        definition("org_acme", "block", "acme.block", params={"journal": str(tmp_path / "out" / "journal")})
+    )
     site.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
 
     def hear(word: str) -> list[str]:
@@ -121,7 +123,7 @@ def test_the_service_manager_hears_when_it_is_ready_how_it_is_and_that_it_drains
     assert port.get("/readyz")[0] == 200
     site.cli("definitions", "run", "org_acme", "block")
     # A run whose handler was not called yet would be handed back at once, and nothing be left to wait for.
-    wait_until((tmp_path / "journal").exists, "the handler to begin")
+    wait_until((tmp_path / "out" / "journal").exists, "the handler to begin")
 
     worker.terminate()
     heard = hear("STOPPING=1")

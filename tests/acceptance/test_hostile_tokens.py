@@ -45,7 +45,7 @@ def site(shared_site, provider):
                 "acme.configured",
                 "every 2s",
                 spread="off",
-                params={"journal": str(site.folder / "journal")},
+                params={"journal": str(site.out / "journal")},
                 **(flagged if name in ("good", "off", "absent") else {}),
             )
             for name, app in orgs.items()
@@ -56,7 +56,7 @@ def site(shared_site, provider):
 
 
 def started_handlers(site: Any, run: dict[str, Any]) -> list[Any]:
-    entries = read_journal(site.folder / "journal")
+    entries = read_journal(site.out / "journal")
     started = [row["handler_started_at"] for row in site.attempts(run["id"]) if row["handler_started_at"]]
     return [entry for entry in entries if entry["run"] == str(run["id"])] + started
 

@@ -171,7 +171,7 @@ def test_what_leaked_is_dropped_with_its_tokens_at_once(site: Site, provider: Pr
 def test_a_new_secret_releases_at_once_what_waits_for_a_token(site: Site):
     site.add_orgs(application("org_parked"), secret="not-the-secret")
     site.apply(
-        definition("org_parked", "note", "acme.note", "@yearly", params={"journal": str(site.folder / "j")})
+        definition("org_parked", "note", "acme.note", "@yearly", params={"journal": str(site.out / "j")})
     )
     site.start_worker()
     site.cli("definitions", "run", "org_parked", "note")

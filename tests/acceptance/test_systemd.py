@@ -70,7 +70,7 @@ def machine(image: Image, tmp_path: Path, provider: Provider) -> Iterator[Machin
 
 
 def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine):
-    manager, journal = machine.manager, machine.state / "journal"
+    manager, journal = machine.manager, machine.out / "journal"
     manager.must("systemctl", "start", "worker-upgrade")
     machine.add_orgs(application("org_a"))
     params = {"journal": machine.inside(str(journal)), "steps": 300, "pause": 0.2}

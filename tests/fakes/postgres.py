@@ -31,6 +31,7 @@ import psycopg
 
 INITDB = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
 START_TIMEOUT = 90.0
+WITH_PASSWORD = "with_password"
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -106,6 +107,13 @@ class Server:
         finally:
             self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
+    def url_with_password(self, url: str) -> str:
+        """The URL with a login of all rights that needs its password, as none of the others does."""
+        with locked(self.folder / "role.lock", fcntl.LOCK_EX):
+            if not self.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", WITH_PASSWORD):
+                self.execute(f"CREATE ROLE {WITH_PASSWORD} SUPERUSER LOGIN PASSWORD 'of-the-tests'")
+        return url.replace("postgres@", f"{WITH_PASSWORD}:of-the-tests@")
+
     def template(self, name: str, fill: Callable[[str], object]) -> str:
         """The name of a template database that `fill` has filled once for all test processes."""
         with locked(self.folder / "template.lock", fcntl.LOCK_EX):
@@ -134,6 +142,8 @@ class Server:
         )
         if made.returncode:
             raise RuntimeError(f"initdb failed:\n{made.stdout}{made.stderr}")
+        rules = self.folder / "data" / "pg_hba.conf"
+        rules.write_text(f"host all {WITH_PASSWORD} all scram-sha-256\n{rules.read_text()}")
 
     @property
     def _bin(self) -> Path:

@@ -71,6 +71,9 @@ class Site:
         self.log = folder / "worker.log"
         self.environment: dict[str, str] = {}
         self.secrets = folder / "secrets"
+        # The only place besides its own folder where a handler may write.
+        self.out = folder / "out"
+        self.out.mkdir(exist_ok=True)
         self.plugins.mkdir(exist_ok=True)
         self.secrets.mkdir(exist_ok=True)
         self._workers: list[subprocess.Popen[bytes]] = []
@@ -93,6 +96,7 @@ audience = "{AUDIENCE}"
 max_requests_per_second = 100
 {issuer}
 [execution]
+write_paths = ["{self.out}"]
 {execution}
 [web]
 {web}

@@ -58,7 +58,7 @@ class Cluster(Site):
         super().__init__(folder, database_url, provider)
         self.lease, self.renew, self.poll = lease, renew, poll
         self.launcher = "worker"
-        self.journal = folder / "journal"
+        self.journal = self.out / "journal"
         self.faults: list[Fault] = []
         self.periods: dict[str, float] = {}
         self.loads: Sequence[Load] = ()

@@ -305,3 +305,11 @@ def test_an_api_origin_may_be_unencrypted_on_this_machine_or_where_that_is_liste
     with pytest.raises(ConfigurationError, match="http://api.acme.com would carry") as refused:
         load(written(issuer), environ={"WORKER_EXECUTION__INSECURE_ORIGINS": "http://api.acme.com:8080"})
     assert "[execution] insecure_origins" in refused.value.fix
+
+
+def test_settings_know_the_file_they_come_from():
+    file = written("", "other.toml")
+
+    assert load(file, environ={}).config_file == file
+    assert load(environ={"WORKER_CONFIG": file}).config_file == file
+    assert Settings().config_file == ""

@@ -37,7 +37,7 @@ def doctor(
 
     session = session_of(context)
     with session.database() as database:
-        findings = examine(database, session.settings.execution)
+        findings = examine(database, session.settings)
         if bundle is not None:
             _write(bundle, session, database)
     rows = [finding.as_row() for finding in findings]

@@ -74,7 +74,7 @@ def try_(
     params = read_pairs(param or (), option="--param")
     properties = split_pairs(property_ or (), option="--property")
     flags = _read_flags(flag or ())
-    entry = asyncio.run(trying.find_handler(handler, session.settings.execution.pass_environment))
+    entry = asyncio.run(trying.find_handler(handler, session.settings))
     with ExitStack() as open_:
         wish = trying.Wish(
             org or MADE_UP_ORG,

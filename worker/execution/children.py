@@ -16,11 +16,12 @@ from worker.clock import Clock
 from worker.execution.ends import Ended
 from worker.execution.processes import linux
 from worker.execution.processes.child_run import ChildRun
+from worker.execution.processes.sandbox import Rules
 from worker.execution.processes.setup import Setup
 from worker.execution.processes.zygote_handle import Message, ZygoteHandle
 from worker.execution.stopping import stopped
 from worker.execution.work import Link, Stop, Work
-from worker.handlers.installed import ENVIRONMENT
+from worker.handlers.installed import ENVIRONMENT, FOLDERS
 from worker.runs.lease import Lease
 from worker.runs.outcome import HandedBack, Lost, Outcome
 from worker.telemetry.events import emit
@@ -39,7 +40,7 @@ class Children:
     Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor of
     the SQLite file's lock, which the zygote holds as long as it lives; each run adds a
     read lock of its own. `preload` modules or distributions that the operator has the
-    zygote import.
+    zygote import. Without `sandbox` nothing is denied to the runs.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Children:
         preload: Sequence[str] = (),
         pass_environment: Sequence[str] = (),
         lock_fd: int | None = None,
+        sandbox: Rules | None = None,
     ) -> None:
         self._clock = clock
         self._freezing = freezing
@@ -60,6 +62,7 @@ class Children:
             environment=(*ENVIRONMENT, *pass_environment),
             preload=tuple(preload),
             max_freeze=max_freeze.total_seconds(),
+            sandbox=sandbox,
         )
         self._zygote: ZygoteHandle | None = None
         self._attached = False
@@ -77,7 +80,7 @@ class Children:
         linux.hide_memory()  # the key ring and every org's tokens are in it
         linux.become_subreaper()
         linux.allow_many_descriptors()
-        self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix="orgworker-"))
+        self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
         self._zygote = self._exec()
 
     def attach(self) -> None:

@@ -25,7 +25,9 @@ from worker.execution import child
 from worker.execution.processes import confine, linux
 from worker.execution.processes.cgroups import RunGroups
 from worker.execution.processes.family import Family, Leader
+from worker.execution.processes.landlock import Ruleset
 from worker.execution.processes.memory_watch import MemoryWatch
+from worker.execution.processes.sandbox import Sandbox
 from worker.execution.processes.setup import Setup
 from worker.handlers.http import tls_context
 from worker.handlers.preloading import preload
@@ -45,6 +47,7 @@ class Zygote:
         self._control = control
         self._setup = setup
         self._pid = os.getpid()
+        self._sandbox = None if setup.sandbox is None else Sandbox(setup.sandbox)
         self._memory = MemoryWatch()
         self._groups = RunGroups.find()
         self._family = Family()
@@ -126,16 +129,20 @@ class Zygote:
             group = self._groups.make(run, memory)
         channel, stdout, stderr = descriptors
         place = confine.Place(channel, stdout, stderr, message["folder"], memory, message["seconds"], group)
+        ruleset = None
         try:
+            ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
             pid = os.fork()
         except OSError as error:
             end = {"op": "ended", "run": run, "status": 0, "memory": 0}
             self._tell(end | {"why": "no_process", "detail": error.strerror})
             pid = None
         if pid == 0:
-            _become(place, zygote=self._pid, lock=self._setup.lock)
+            _become(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset)
         for descriptor in descriptors:
             os.close(descriptor)
+        if self._sandbox is not None:
+            self._sandbox.prepare()
         if pid is None:
             return
         self._family.leaders[pid] = Leader(run, pid, memory)
@@ -211,9 +218,9 @@ class Zygote:
             return
 
 
-def _become(place: confine.Place, *, zygote: int, lock: int | None) -> NoReturn:
+def _become(place: confine.Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
     try:
-        confine.enter(place, zygote=zygote, lock=lock)
+        confine.enter(place, zygote=zygote, lock=lock, ruleset=ruleset)
         child.main(place.channel)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
@@ -224,7 +231,7 @@ def _become(place: confine.Place, *, zygote: int, lock: int | None) -> NoReturn:
 def main() -> None:
     """`python -m worker.execution.zygote DESCRIPTOR SETUP`, started by the worker only."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    setup = Setup(**json.loads(sys.argv[2]))
+    setup = Setup.from_json(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the worker says when runs end
     for name in set(os.environ) - set(setup.environment):

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
+from worker.handlers import denials
 from worker.handlers.answers import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.job import Job
@@ -109,6 +110,8 @@ def error_of(error: BaseException) -> Error:
         message = str(error)
     except Exception:
         message = "(its message cannot be written)"
+    if (why := denials.hint(error)) is not None:
+        message = f"{message[: MESSAGE_LIMIT // 2]}; {why}"
     try:
         lines = traceback.TracebackException(
             kind, error, _from_the_handler_on(error.__traceback__), limit=-50, compact=True

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
-from worker.handlers.installed import Distribution, distributions, environment
+from worker.handlers.installed import FOLDERS, Distribution, distributions, environment
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 
+DESCRIBE = (sys.executable, "-P", "-m", "worker.handlers.describe")
 # Children at a time; one that hangs must not keep the others waiting.
 SIDE_BY_SIDE = 8
 ERROR_LIMIT = 1_000
@@ -63,10 +64,12 @@ async def read_catalogue(
     *,
     timeout: float = 30.0,
     pass_environment: Sequence[str] = (),
+    command: Sequence[str] = DESCRIBE,
 ) -> AsyncIterator[HandlerEntry]:
     """Every handler of the distributions installed here, or of those named, as soon as it is known.
 
-    Each entry point has `timeout` seconds to load. Broken ones are among them.
+    Each entry point has `timeout` seconds to load. Broken ones are among them. `command`
+    starts `worker.handlers.describe`, confined if the caller wants it to be.
     """
     everyone = distributions()
     offered = Counter(point.name for found in everyone for point in found.points)
@@ -76,7 +79,8 @@ async def read_catalogue(
 
     async def read(distribution: Distribution) -> None:
         async with places:
-            await _read_distribution(distribution, offered, timeout, environment(pass_environment), queue)
+            env = environment(pass_environment)
+            await _read_distribution(distribution, offered, timeout, command, env, queue)
 
     async def read_all() -> None:
         try:
@@ -98,6 +102,7 @@ async def _read_distribution(
     distribution: Distribution,
     offered: Mapping[str, int],
     timeout: float,
+    command: Sequence[str],
     env: Mapping[str, str],
     queue: asyncio.Queue[HandlerEntry | None],
 ) -> None:
@@ -109,22 +114,23 @@ async def _read_distribution(
         else:
             left.append(point)
     while left:
-        left = left[await _read_some(distribution, left, timeout, env, queue) :]
+        left = left[await _read_some(distribution, left, timeout, command, env, queue) :]
 
 
 async def _read_some(
     distribution: Distribution,
     points: Sequence[EntryPoint],
     timeout: float,
+    command: Sequence[str],
     env: Mapping[str, str],
     queue: asyncio.Queue[HandlerEntry | None],
 ) -> int:
     """Read as many entry points as one child manages; the last may be the one that ended it."""
-    with tempfile.TemporaryDirectory(prefix="orgworker-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True) as folder:
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "worker.handlers.describe"),
+            *command,
             *(distribution.name, str(timeout), *(point.name for point in points)),
-            env=env,
+            env={**env, "HOME": folder, "TMPDIR": folder},
             cwd=folder,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

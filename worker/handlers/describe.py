@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from worker.definitions.units import parse_duration, parse_memory
+from worker.handlers import denials
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 
@@ -51,7 +52,8 @@ def described(load: Any, name: str, target: str) -> dict[str, Any]:
     except SystemExit as end:
         return {"error": f"SystemExit: its import calls sys.exit({end.code!r})"}
     except BaseException as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        why = denials.hint(error)
+        return {"error": f"{type(error).__name__}: {error}" + (f"; {why}" if why else "")}
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ GROUP = "worker.jobs"
 
 # What a process with a plug-in's code sees of the worker's environment, besides what the operator passes on.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
+# The folders of such processes, which are also their HOME and TMPDIR, are called so.
+FOLDERS = "orgworker-runs-"
 
 
 @dataclass(frozen=True, slots=True)

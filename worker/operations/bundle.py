@@ -77,7 +77,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "database": overview.server(connection)
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": overview.sizes(connection),
-            "doctor": [finding.as_row() for finding in examine(database, settings.execution)],
+            "doctor": [finding.as_row() for finding in examine(database, settings)],
             "issuers": [one.as_row(issuers.get(one.issuer)) for one in demand(database, issuers)],
             "capacity": [measure.as_row() for measure in room.measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts.of(row["host"])} for row in overview.workers(connection)],

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from worker.settings.sections import ExecutionSettings
+from worker.errors import ConfigurationError
+from worker.operations.confinement import OFF, confinement_of, in_words
+from worker.settings import Settings
 from worker.store import health, roles
 from worker.store.database import Database
 
@@ -28,13 +30,13 @@ class Finding:
         return {"check": self.check, "ok": self.ok, "detail": self.detail, "fix": self.fix}
 
 
-def examine(database: Database, execution: ExecutionSettings) -> list[Finding]:
+def examine(database: Database, settings: Settings) -> list[Finding]:
     """Every check, in the order in which to read them.
 
     Raises:
         StoreUnavailable: the database did not answer.
     """
-    return [check(database) for check in CHECKS] + [check(execution) for check in SETTINGS_CHECKS]
+    return [check(database) for check in CHECKS] + [check(settings) for check in SETTINGS_CHECKS]
 
 
 def held_snapshots(database: Database) -> Finding:
@@ -75,10 +77,10 @@ def live_rows(database: Database) -> Finding:
     )
 
 
-def insecure_origins(execution: ExecutionSettings) -> Finding:
+def insecure_origins(settings: Settings) -> Finding:
     """Whoever is on the way to such an origin can read each org's token and act as that org."""
     name = "insecure_origins"
-    listed = ", ".join(execution.insecure_origins)
+    listed = ", ".join(settings.execution.insecure_origins)
     if not listed:
         return Finding(name, True, "tokens leave this machine encrypted only")
     return Finding(
@@ -119,6 +121,49 @@ def file_modes(database: Database) -> Finding:
     return Finding(name, True, f"others may read in {folder}: {names}", f"there: chmod go= {names}")
 
 
+def sandbox(settings: Settings) -> Finding:
+    """How far handlers are confined, as a worker that starts here and now would confine them."""
+    name = "sandbox"
+    try:
+        confinement = confinement_of(settings)
+    except ConfigurationError as error:
+        return Finding(name, False, error.message, error.fix)
+    if confinement.narrowed:
+        detail = f"{confinement.level}; {in_words(confinement.narrowed[0])}"
+        return Finding(name, False, detail, "move it elsewhere, or let handlers use a smaller folder")
+    if confinement.level == OFF:
+        return Finding(name, True, OFF, "every handler can read what the worker's user can; set it to auto")
+    if confinement.rules is None:
+        return Finding(name, False, confinement.level, "use Linux 6.12 or newer with Landlock turned on")
+    return Finding(name, True, confinement.level)
+
+
+def trusted_code(settings: Settings) -> Finding:
+    """Code of plug-ins that no sandbox confines: inline handlers, and what the zygote imports."""
+    execution = settings.execution
+    trusted = {"preload": execution.preload, "inline": execution.inline}
+    named = [f"{setting}: {', '.join(names)}" for setting, names in trusted.items() if names]
+    return Finding("trusted_code", True, "; ".join(named) or "none: each handler has a process of its own")
+
+
+def database_password(settings: Settings) -> Finding:
+    """No sandbox keeps a handler from the network: the database has to ask for a password."""
+    name = "database_password"
+    database = settings.database
+    if database.sqlite_file is not None:
+        return Finding(name, True, "SQLite: a file, not a server")
+    urls = [url for url in (database.url, database.owner_url) if url]
+    open_to = [user for url in urls for user in health.users_without_password(url)]
+    if not open_to:
+        return Finding(name, True, "the database asks for a password")
+    return Finding(
+        name,
+        False,
+        f"the database lets in without a password: {', '.join(dict.fromkeys(open_to))}",
+        "in pg_hba.conf use scram-sha-256 for this user, not trust, peer or ident",
+    )
+
+
 def too_old(holder: health.Holder) -> bool:
     """Whether vacuum has waited for it too long: by time where it has a transaction, else by distance."""
     if holder.seconds is not None and holder.kind == "session":
@@ -133,4 +178,9 @@ _FIXES = {
 }
 
 CHECKS: Sequence[Callable[[Database], Finding]] = (held_snapshots, live_rows, web_roles, file_modes)
-SETTINGS_CHECKS: Sequence[Callable[[ExecutionSettings], Finding]] = (insecure_origins,)
+SETTINGS_CHECKS: Sequence[Callable[[Settings], Finding]] = (
+    insecure_origins,
+    sandbox,
+    trusted_code,
+    database_password,
+)

@@ -7,6 +7,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class Settings(Section):
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 
+    @cached_property
+    def config_file(self) -> str:
+        """The file that `load` has read, as it was named; "" where none was. It is no setting."""
+        return ""
+
     @property
     def keyring_file(self) -> Path:
         """Where the key ring is, or would be made: in `secrets_dir`, on SQLite else beside the database.
@@ -88,7 +94,10 @@ def load(
     Raises:
         ConfigurationError: a file that cannot be read, an unknown setting or a bad value, named.
     """
-    return check(gather(config_path, overrides, environ))
+    settings = check(gather(config_path, overrides, environ))
+    file = _config_of(config_path, os.environ if environ is None else environ)
+    vars(settings)["config_file"] = file or ""
+    return settings
 
 
 def gather(
@@ -102,7 +111,7 @@ def gather(
         ConfigurationError: as in `load`, for files.
     """
     environ = os.environ if environ is None else environ
-    said = _from_file(config_path or environ.get(f"{PREFIX}CONFIG") or _found_config(CONFIG_PLACES))
+    said = _from_file(_config_of(config_path, environ))
     variables = _from_variables(environ)
     flags = {tuple(name.split(".")): (value, f"--set {name}") for name, value in (overrides or {}).items()}
     named = [source[keys] for source in (flags, variables, said) if (keys := ("secrets_dir",)) in source]
@@ -183,6 +192,10 @@ def _from_file(path: str | None) -> Said:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is no TOML: {error}", fix="correct it there") from None
+
+
+def _config_of(named: str | None, environ: Mapping[str, str]) -> str | None:
+    return named or environ.get(f"{PREFIX}CONFIG") or _found_config(CONFIG_PLACES)
 
 
 def _found_config(places: Sequence[str]) -> str | None:

@@ -36,6 +36,14 @@ def _origins(value: Any) -> Any:
     return origins
 
 
+def _paths(value: Any) -> Any:
+    paths = _listed(value)
+    for path in paths if isinstance(paths, list) else ():
+        if not str(path).startswith("/"):
+            raise ValueError(f"{path!r} is not absolute; write the whole path, such as /srv/models")
+    return paths
+
+
 def _url(value: Any) -> Any:
     if isinstance(value, str) and value:
         try:
@@ -82,6 +90,7 @@ def _operators(value: Any) -> Any:
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 Origins = Annotated[tuple[str, ...], BeforeValidator(_origins)]
 Url = Annotated[str, BeforeValidator(_url)]
 Listen = Annotated[str, BeforeValidator(_listen)]
@@ -129,6 +138,9 @@ class ExecutionSettings(Section):
     pass_environment: Texts = ()
     private_origins: Origins = ()
     insecure_origins: Origins = ()
+    sandbox: Literal["auto", "require", "off"] = "auto"
+    read_paths: Paths = ()
+    write_paths: Paths = ()
     lease: Duration = Field(timedelta(seconds=30), ge=timedelta(seconds=1))
     renew: Duration = Field(timedelta(seconds=5), ge=timedelta(milliseconds=50))
     poll: Duration = Field(timedelta(seconds=1), ge=timedelta(milliseconds=10), le=timedelta(minutes=1))

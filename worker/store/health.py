@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,11 @@ from sqlalchemy import Connection, select, text
 from worker.ids import RunId
 from worker.store import tables
 from worker.store.connection import database_now, is_postgresql
+from worker.store.engine import libpq_arguments, read_url
+
+# Where servers have their sockets.
+SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - PostgreSQL's own default
+NOWHERE = "/nonexistent"
 
 # Sessions other than this one that vacuum or a lock has to wait for (a replica's feedback is one
 # without a transaction of its own), prepared transactions and replication slots.
@@ -61,6 +68,29 @@ class Holder:
 def sqlite_file(connection: Connection) -> Path:
     """The file of a SQLite database."""
     return Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
+
+
+def users_without_password(url: str) -> list[str]:
+    """The ways in which the server of a PostgreSQL URL lets its user in without the password.
+
+    Besides the place of the URL, a server on this machine may be reached by its socket.
+    """
+    import psycopg
+    from psycopg.conninfo import make_conninfo
+
+    arguments = libpq_arguments(read_url(url), role="doctor")
+    # Empty or not there: what libpq would take from the environment and from the home does not count.
+    nothing = {"password": "", "passfile": NOWHERE, "sslcert": NOWHERE, "connect_timeout": "3"}
+    named, port = arguments.get("host", ""), arguments.get("port", "5432")
+    sockets = (place for place in SOCKETS if os.path.exists(f"{place}/.s.PGSQL.{port}"))
+    ways = []
+    for place in dict.fromkeys((named, *sockets)):
+        with suppress(psycopg.OperationalError):
+            asked = arguments | nothing | ({"host": place} if place else {})
+            psycopg.connect(make_conninfo(**asked)).close()
+            how = "a Unix socket" if not place or place.startswith("/") else "TCP"
+            ways.append(f"{arguments.get('user', 'the user of this process')} over {how}")
+    return ways
 
 
 def snapshot_holders(connection: Connection) -> list[Holder]:

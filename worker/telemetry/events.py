@@ -185,6 +185,18 @@ EVENTS: Mapping[str, Event] = _table(
     ("zygote.started", "info", "pid", "the process that forks the runs is up"),
     ("zygote.died", "error", "pid runs", "it is gone; its runs were killed and count as lost"),
     (
+        "sandbox.incomplete",
+        "warning",
+        "sandbox",
+        "handlers are not confined, or not in everything; `sandbox` says in what",
+    ),
+    (
+        "sandbox.narrowed",
+        "warning",
+        "path error",
+        "a path that handlers may use contains a secret, which is kept from them",
+    ),
+    (
         "children.frozen",
         "warning",
         "runs",

@@ -18,10 +18,14 @@ PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class Health:
-    """Answers from memory, without the database; `watch` hands in each incarnation's vitals."""
+    """Answers from memory, without the database; `watch` hands in each incarnation's vitals.
 
-    def __init__(self, metrics: Metrics) -> None:
+    `sandbox` says how far handlers are confined; "" where none runs.
+    """
+
+    def __init__(self, metrics: Metrics, *, sandbox: str = "") -> None:
         self.metrics = metrics
+        self._sandbox = sandbox
         self._vitals: Vitals | None = None
         self._access: Access | None = None
 
@@ -76,7 +80,7 @@ class Health:
         return _answer("stalled", self.stalled())
 
     async def _readyz(self, request: Request) -> Response:
-        return _answer("lacking", self.lacking())
+        return _answer("lacking", self.lacking(), **({"sandbox": self._sandbox} if self._sandbox else {}))
 
     async def _metrics(self, request: Request) -> Response:
         if self.metrics.name_orgs:
@@ -103,6 +107,6 @@ class Health:
             raise AccessDenied("metrics of all orgs are for operators", fix="ask with an operator's token")
 
 
-def _answer(word: str, faults: list[str]) -> Response:
-    body = {"status": "failing" if faults else "ok", word: faults}
+def _answer(word: str, faults: list[str], **details: str) -> Response:
+    body = {"status": "failing" if faults else "ok", word: faults, **details}
     return JSONResponse(body, status_code=503 if faults else 200)

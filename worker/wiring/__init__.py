@@ -55,9 +55,12 @@ def find_keyring(settings: Settings) -> KeyRing | None:
 
 def read_catalogue_now(settings: Settings, database: Database) -> None:
     """Ask the installed distributions what they offer, where the database has not heard of them yet."""
+    from worker.operations.confinement import confinement_of
     from worker.wiring.catalogue import store_unknown
 
-    store_unknown(database, SystemClock(), pass_environment=settings.execution.pass_environment)
+    command = confinement_of(settings).describe
+    passed = settings.execution.pass_environment
+    store_unknown(database, SystemClock(), pass_environment=passed, command=command)
 
 
 def run_worker(settings: Settings) -> int:

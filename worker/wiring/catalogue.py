@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 
 from worker.clock import Clock
@@ -20,7 +20,9 @@ from worker.telemetry.events import emit
 MOST_TOLD = 10
 
 
-def store_unknown(database: Database, clock: Clock, *, pass_environment: Sequence[str] = ()) -> None:
+def store_unknown(
+    database: Database, clock: Clock, *, command: Sequence[str], pass_environment: Sequence[str] = ()
+) -> None:
     """Read what distributions installed here offer, of those the database has not, or in another version.
 
     One that a worker is still reading, name by name, is read here as well.
@@ -33,14 +35,12 @@ def store_unknown(database: Database, clock: Clock, *, pass_environment: Sequenc
         if not known.issuperset((found.name, found.version, point.name) for point in found.points)
     ]
     if unknown:
-        asyncio.run(_store(database, unknown, clock, pass_environment))
+        reading = read_catalogue(unknown, pass_environment=pass_environment, command=command)
+        asyncio.run(_store(database, reading, clock))
 
 
-async def _store(
-    database: Database, distributions: Sequence[str], clock: Clock, pass_environment: Sequence[str]
-) -> None:
-    reading = read_catalogue(distributions, pass_environment=pass_environment)
-    entries: list[HandlerEntry] = [entry async for entry in reading]
+async def _store(database: Database, reading: AsyncIterator[HandlerEntry], clock: Clock) -> None:
+    entries = [entry async for entry in reading]
     with database.transaction() as connection:
         catalogue.put(connection, entries, at=clock.now())
 
@@ -69,6 +69,7 @@ class Cataloguing:
         clock: Clock,
         on_offered: Callable[[], None],
         pass_environment: Sequence[str],
+        command: Sequence[str],
     ) -> None:
         self._database = database
         self._store = store
@@ -76,13 +77,15 @@ class Cataloguing:
         self._clock = clock
         self._on_offered = on_offered
         self._pass_environment = pass_environment
+        self._command = command
         self._read = False
 
     async def run(self) -> None:
         """Read it once, tell of each distribution, then wait to be cancelled."""
         if not self._read:
             names: dict[str, set[str]] = {name: set() for name in installed()}
-            async for entry in read_catalogue(pass_environment=self._pass_environment):
+            reading = read_catalogue(pass_environment=self._pass_environment, command=self._command)
+            async for entry in reading:
                 names.setdefault(entry.distribution, set()).add(entry.name)
                 await self._take(entry)
             for distribution, known in names.items():

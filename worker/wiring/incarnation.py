@@ -31,6 +31,7 @@ from worker.execution.retention import Retention
 from worker.execution.scheduler import Scheduler
 from worker.execution.sweep import sweep
 from worker.ids import RunId, WorkerId, new_id
+from worker.operations.confinement import Confinement
 from worker.runs.firing import Recovered
 from worker.runs.run import Isolation
 from worker.settings import Settings
@@ -72,6 +73,7 @@ class Incarnation:
         signals: Signals,
         clock: Clock,
         watch: Callable[[Vitals], None],
+        confinement: Confinement,
     ) -> None:
         self.id = WorkerId(new_id())
         self._settings = settings
@@ -81,6 +83,7 @@ class Incarnation:
         self._signals = signals
         self._clock = clock
         self._watch = watch
+        self._confinement = confinement
         self._started_at = clock.monotonic()
         self._is_ready = False
         self._store = WorkerStore(database, self.id, settings.execution.lease)
@@ -226,7 +229,10 @@ class Incarnation:
         )
         self._watch(vitals)
         passed = execution.pass_environment
-        cataloguing = Cataloguing(self._database, store, self._offers, clock, admission.wake.set, passed)
+        command = self._confinement.describe
+        cataloguing = Cataloguing(
+            self._database, store, self._offers, clock, admission.wake.set, passed, command
+        )
         loops = Loops(
             intake={
                 "scheduler": scheduler.run,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
 from worker.execution.children import Children
+from worker.operations.confinement import confinement_of
 from worker.operations.keys import check_ring
 from worker.settings import Settings
 from worker.store import schema
@@ -40,13 +41,16 @@ def run(settings: Settings) -> int:
     traced = tracing_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
     execution = settings.execution
+    confinement = confinement_of(settings)
+    confinement.warn()
     on_file = settings.database.sqlite_file is not None
     lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
     database = Database.open(settings.database.url, clock=clock)
     try:
         with database.autocommit() as connection:
             schema.check(connection)
-        web = Web(settings, clock, Health(metrics_of(settings, version=VERSION)))
+        health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
+        web = Web(settings, clock, health)
         web.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, str(settings.keyring_file))
@@ -58,6 +62,7 @@ def run(settings: Settings) -> int:
             preload=execution.preload,
             pass_environment=execution.pass_environment,
             lock_fd=None if lock is None else lock.fd,
+            sandbox=confinement.rules,
         )
         children.start()
         _look_for_garbage_seldom()
@@ -73,7 +78,15 @@ def run(settings: Settings) -> int:
         def incarnate(signals: Signals) -> Incarnation:
             web.health.starting()
             return Incarnation(
-                settings, database, keyring, children, notifier, signals, clock, web.health.watch
+                settings,
+                database,
+                keyring,
+                children,
+                notifier,
+                signals,
+                clock,
+                web.health.watch,
+                confinement,
             )
 
         async def served() -> int:

@@ -27,6 +27,7 @@ from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
+from worker.operations.confinement import confinement_of
 from worker.orgs.org import OrgRef
 from worker.runs.firing import LogLine
 from worker.runs.outcome import EndedAttempt
@@ -72,14 +73,15 @@ class Tried:
     checkpoint: Any
 
 
-async def find_handler(name: str, pass_environment: Sequence[str] = ()) -> HandlerEntry:
+async def find_handler(name: str, settings: Settings) -> HandlerEntry:
     """The handler of that name as its distribution offers it, read in a process of its own.
 
     Raises:
         NotFound: no installed distribution offers it, or it does not load.
     """
     homes = [found.name for found in distributions() if any(point.name == name for point in found.points)]
-    reading = read_catalogue(homes, pass_environment=pass_environment)
+    command = confinement_of(settings).describe
+    reading = read_catalogue(homes, pass_environment=settings.execution.pass_environment, command=command)
     found = [entry async for entry in reading if entry.name == name]
     if not found:
         raise NotFound(
@@ -164,7 +166,12 @@ async def _runner(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Cl
         yield Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
         return
     # Also a handler that asks to be inline: it gets along in a process, and one run gains nothing.
-    children = Children(clock, freezing=False, pass_environment=settings.execution.pass_environment)
+    children = Children(
+        clock,
+        freezing=False,
+        pass_environment=settings.execution.pass_environment,
+        sandbox=confinement_of(settings).rules,
+    )
     children.start()
     try:
         yield children

@@ -11,20 +11,81 @@ import pytest
 from sqlalchemy import insert, update
 
 from tests.fakes.cli import CommandLine
+from tests.fakes.postgres import Server
 from tests.fakes.site import definition
 from worker.clock import SystemClock
+from worker.execution.processes import landlock
+from worker.execution.processes.sandbox import level
 from worker.ids import new_id
-from worker.store import orgs, tables
+from worker.store import health, orgs, tables
 from worker.store.database import Database
 
 
-def test_doctor_exits_0_where_all_is_well(cli_on_either: CommandLine):
-    done = cli_on_either("doctor", "-o", "json")
+@pytest.fixture
+def asked_for_password(
+    cli_on_either: CommandLine, database_url: str, request: pytest.FixtureRequest
+) -> CommandLine:
+    """An installation whose database, where it is a server, lets nobody in without a password."""
+    if database_url.startswith("postgresql"):
+        url = request.getfixturevalue("postgres_server").url_with_password(database_url)
+        text = cli_on_either.settings.read_text()
+        cli_on_either.settings.write_text(text.replace(database_url, url))
+    return cli_on_either
+
+
+def test_doctor_exits_0_where_all_is_well(asked_for_password: CommandLine):
+    done = asked_for_password("doctor", "-o", "json")
 
     assert done.code == 0
-    checks = ["held_snapshots", "live_rows", "web_roles", "file_modes", "insecure_origins"]
-    assert [row["check"] for row in done.json()] == checks
+    assert [row["check"] for row in done.json()] == [
+        *("held_snapshots", "live_rows", "web_roles", "file_modes"),
+        *("insecure_origins", "sandbox", "trusted_code", "database_password"),
+    ]
     assert all(row["ok"] for row in done.json())
+
+
+def test_doctor_fails_where_the_database_needs_no_password(
+    cli: CommandLine, postgres_url: str, tmp_path: Path
+):
+    cli = CommandLine(tmp_path, postgres_url.replace("postgres@", "postgres:never-asked-for@"))
+    cli("db", "upgrade")
+
+    done = cli("doctor", check=False)
+
+    assert done.code == 1
+    assert "the database lets in without a password: postgres over TCP" in done.out
+    assert "scram-sha-256" in done.err
+
+
+def test_a_password_of_the_environment_is_not_taken_for_none(
+    postgres_url: str, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    url = postgres_server.url_with_password(postgres_url)
+    monkeypatch.setenv("PGPASSWORD", "of-the-tests")
+
+    assert health.users_without_password(url) == []
+    assert health.users_without_password(postgres_url) == ["postgres over TCP"]
+
+
+def test_doctor_says_how_far_handlers_are_confined_and_what_is_trusted(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+):
+    folder = str(cli.settings.parent)
+    monkeypatch.setenv("WORKER_EXECUTION__PRELOAD", "acme-models")
+    monkeypatch.setenv("WORKER_EXECUTION__INLINE", "acme-jobs")
+
+    rows = {row["check"]: row for row in cli("doctor", "-o", "json").json()}
+    assert rows["sandbox"]["detail"] == level(landlock.abi())
+    assert rows["trusted_code"]["detail"] == "preload: acme-models; inline: acme-jobs"
+
+    monkeypatch.setenv("WORKER_EXECUTION__READ_PATHS", folder)
+    done = cli("doctor", check=False)
+    assert done.code == 1
+    assert f"{folder} is open to handlers, and " in done.out
+
+    monkeypatch.setenv("WORKER_EXECUTION__SANDBOX", "off")
+    done = cli("doctor")
+    assert "warning: sandbox: off" in done.err
 
 
 def test_doctor_warns_of_origins_that_get_a_token_unencrypted(cli: CommandLine, monkeypatch):

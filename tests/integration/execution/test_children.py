@@ -86,7 +86,8 @@ async def test_what_is_printed_and_logged_reaches_the_runs_log(children: Childre
 async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
     seen = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
 
-    assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ"}
+    assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ", "TMPDIR"}
+    assert seen["environment"]["HOME"] == seen["environment"]["TMPDIR"] == seen["cwd"]
     # Besides the standard streams: its channel, its loop's epoll and pair of sockets, the reader of /proc.
     kinds = sorted(kind for number, kind in seen["descriptors"].items() if int(number) > 2)
     assert kinds == ["anon_inode", "socket", "socket", "socket"]

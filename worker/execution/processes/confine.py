@@ -10,6 +10,9 @@ import tempfile
 from dataclasses import dataclass
 
 from worker.execution.processes import linux
+from worker.execution.processes.landlock import Ruleset
+from worker.execution.processes.sandbox import confine
+from worker.handlers import denials
 
 # What a run may hold beyond its cap before malloc itself refuses: thread stacks and the like count here.
 _DATA_SLACK = 64 * 1024 * 1024
@@ -36,7 +39,7 @@ class Place:
     group: str | None = None
 
 
-def enter(place: Place, *, zygote: int, lock: int | None) -> None:
+def enter(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> None:
     """Make this process that run's own; raises OSError where the kernel refuses."""
     os.setsid()
     linux.die_with_parent()
@@ -46,10 +49,14 @@ def enter(place: Place, *, zygote: int, lock: int | None) -> None:
     if place.group is not None:
         _join(place.group)
     _default_signals()
-    _keep_only(place, lock)
+    confined = () if ruleset is None else (ruleset.descriptor, confine(ruleset))
+    _keep_only(place, lock, *confined)
     _limit(place)
     os.chdir(place.folder)
-    tempfile.tempdir = place.folder
+    tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
+    if ruleset is not None:
+        ruleset.restrict()
+        denials.sandboxed()
 
 
 def _default_signals() -> None:
@@ -59,13 +66,13 @@ def _default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _keep_only(place: Place, lock: int | None) -> None:
+def _keep_only(place: Place, lock: int | None, *others: int) -> None:
     own_lock = None if lock is None else linux.hold_shared(lock)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(place.stdout, 1)
     os.dup2(place.stderr, 2)
-    kept = {0, 1, 2, place.channel, own_lock}
+    kept = {0, 1, 2, place.channel, own_lock, *others}
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             # One of them was the listing's own, and is closed by now.

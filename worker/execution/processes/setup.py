@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 
+from worker.execution.processes.sandbox import Rules
 from worker.handlers.installed import ENVIRONMENT
 
 
@@ -12,7 +14,7 @@ class Setup:
     """`max_freeze` is in seconds, `folder` the runs' home.
 
     `lock` is the descriptor of the SQLite file's lock. The zygote holds it; each run holds
-    a read lock of its own on the same file.
+    a read lock of its own on the same file. Without `sandbox` nothing is denied to the runs.
     """
 
     folder: str
@@ -21,3 +23,15 @@ class Setup:
     environment: tuple[str, ...] = ENVIRONMENT
     preload: tuple[str, ...] = ()
     max_freeze: float = 600.0
+    sandbox: Rules | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Setup:
+        """What `as_json` has written."""
+        given = json.loads(text)
+        rules = given.pop("sandbox", None)
+        return cls(**given, sandbox=None if rules is None else Rules.of(rules))
+
+    def as_json(self) -> str:
+        """For the command line of the zygote."""
+        return json.dumps(asdict(self))

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from worker.execution.processes import linux
@@ -35,7 +35,7 @@ class ZygoteHandle:
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "worker.execution.zygote"),
-                    *(str(theirs.fileno()), json.dumps(asdict(replace(setup, parent=os.getpid())))),
+                    *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
                 ],
                 env=environment(setup.environment),
                 pass_fds=[theirs.fileno(), *lock],

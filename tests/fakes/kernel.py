@@ -1,0 +1,22 @@
+"""Whether this kernel has what the tests of the sandbox need."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from worker.execution.processes import landlock
+from worker.execution.processes.sandbox import level
+
+WITHOUT = "ORGWORKER_TESTS_WITHOUT_LANDLOCK"
+
+
+def require_landlock() -> None:
+    """Fail on a kernel that cannot confine everything; skip only if the variable WITHOUT is set."""
+    if landlock.abi() >= landlock.SCOPES:
+        return
+    reason = f"the sandbox is NOT tested: {level(landlock.abi())}"
+    if WITHOUT in os.environ:
+        pytest.skip(reason)
+    pytest.fail(f"{reason}; run the tests on Linux 6.12 or newer, or set {WITHOUT}=1 to skip them")

@@ -1,0 +1,119 @@
+"""Landlock: what a process and all it starts may reach of files, signals and abstract sockets.
+
+Three system calls by ctypes, numbered alike on every architecture that has them; see
+landlock(7) and the kernel's Documentation/userspace-api/landlock.rst. A restriction can
+never be lifted, and every process that is started under it inherits it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+_CREATE_RULESET = 444
+_ADD_RULE = 445
+_RESTRICT_SELF = 446
+_VERSION = 1 << 0
+_PATH_BENEATH = 1
+_PR_SET_NO_NEW_PRIVS = 38
+
+_EXECUTE = 1 << 0
+_WRITE_FILE = 1 << 1
+_READ_FILE = 1 << 2
+_READ_DIR = 1 << 3
+_REMOVE_DIR = 1 << 4
+_REMOVE_FILE = 1 << 5
+_MAKE_CHAR = 1 << 6
+_MAKE_DIR = 1 << 7
+_MAKE_REG = 1 << 8
+_MAKE_SOCK = 1 << 9
+_MAKE_FIFO = 1 << 10
+_MAKE_BLOCK = 1 << 11
+_MAKE_SYM = 1 << 12
+_REFER = 1 << 13
+_TRUNCATE = 1 << 14
+_IOCTL_DEV = 1 << 15
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+
+READ = _READ_FILE | _READ_DIR
+READ_AND_EXECUTE = READ | _EXECUTE
+# A device node could be any disk of the machine, so nobody makes one.
+WRITE = (_MAKE_SYM << 1) - 1 & ~(_MAKE_CHAR | _MAKE_BLOCK) | _REFER | _TRUNCATE | _IOCTL_DEV
+
+# The kernel's interface from which on signals and abstract sockets are confined, too (Linux 6.12).
+SCOPES = 6
+# What is not confined by an interface older than the number.
+LATER = {3: "truncating files by path", 5: "ioctl on devices", SCOPES: "signals and abstract sockets"}
+_SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
+_SCOPE_SIGNAL = 1 << 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+# One function object for each call, so that each has its own types.
+_create_ruleset, _add_rule, _restrict_self = _libc["syscall"], _libc["syscall"], _libc["syscall"]
+for _call in (_create_ruleset, _add_rule, _restrict_self):
+    _call.restype = ctypes.c_long
+_create_ruleset.argtypes = (ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint32)
+_add_rule.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+_restrict_self.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_uint32)
+
+
+def abi() -> int:
+    """The version of the kernel's interface; 0 where it has none, or it is turned off or filtered."""
+    return max(int(_create_ruleset(_CREATE_RULESET, None, 0, _VERSION)), 0)
+
+
+def rule(descriptor: int, access: int, version: int, *, is_folder: bool) -> bytes | None:
+    """The rule for a path that is open, good for every ruleset of this version; None if it allows nothing."""
+    access &= handled(version) if is_folder else handled(version) & _OF_FILES
+    return struct.pack("=Qi", access, descriptor) if access else None
+
+
+class Ruleset:
+    """What is allowed, to be put in force once; everything else that `version` handles is denied.
+
+    Its calls raise OSError.
+    """
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+        scoped = _SCOPE_ABSTRACT_UNIX_SOCKET | _SCOPE_SIGNAL if version >= SCOPES else 0
+        # Files, network and scopes, each a word that came with a later version.
+        size = 24 if version >= SCOPES else 16 if version >= 4 else 8
+        attributes = struct.pack("=QQQ", handled(version), 0, scoped)
+        self.descriptor = _checked(_create_ruleset(_CREATE_RULESET, attributes, size, 0), "create_ruleset")
+
+    def add(self, rule: bytes) -> None:
+        """Allow what the rule says, as long as its descriptor is still open."""
+        _checked(_add_rule(_ADD_RULE, self.descriptor, _PATH_BENEATH, rule, 0), "add_rule")
+
+    def allow(self, descriptor: int, access: int, *, is_folder: bool) -> None:
+        """Allow this of a path that is open."""
+        if (allowed := rule(descriptor, access, self._version, is_folder=is_folder)) is not None:
+            self.add(allowed)
+
+    def restrict(self) -> None:
+        """Confine this thread for ever, with all it starts; close the ruleset."""
+        if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+            _checked(-1, "no_new_privs")
+        _checked(_restrict_self(_RESTRICT_SELF, self.descriptor, 0), "restrict_self")
+        self.close()
+
+    def close(self) -> None:
+        """Forget it."""
+        os.close(self.descriptor)
+
+
+def handled(version: int) -> int:
+    """All that the version of the interface can deny of files."""
+    access = (_MAKE_SYM << 1) - 1
+    for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV)):
+        access |= right if version >= since else 0
+    return access
+
+
+def _checked(result: int, call: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"landlock: {call}: {os.strerror(number)}")
+    return int(result)

@@ -1,0 +1,68 @@
+"""Says of an error whether the sandbox has caused it, so that its reader knows which setting to change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+_HINT = "the sandbox denies {paths}: add it to [execution] read_paths or write_paths"
+_MULTIPROCESSING = "the sandbox may have denied it; multiprocessing needs /dev/shm in [execution] write_paths"
+_in_force = False
+
+
+def sandboxed() -> None:
+    """From now on the sandbox may be what denies something in this process."""
+    global _in_force
+    _in_force = True
+
+
+def hint(error: BaseException) -> str | None:
+    """What to do where the sandbox denied a path to the handler; None if it did not.
+
+    It did where the file's own permissions would have allowed it.
+    """
+    if not _in_force:
+        return None
+    denied = [cause for cause in _causes(error) if isinstance(cause, PermissionError)]
+    paths = [
+        path
+        for cause in denied
+        for path in (cause.filename, cause.filename2)
+        if isinstance(path, (str, bytes)) and _permitted(path)
+    ]
+    if paths:
+        names = dict.fromkeys(repr(os.path.abspath(os.fsdecode(path))) for path in paths)
+        return _HINT.format(paths=" and ".join(names))
+    if any(cause.filename is None and _in_multiprocessing(cause) for cause in denied):
+        return _MULTIPROCESSING
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    line: list[BaseException | None] = [error]
+    while line:
+        cause = line.pop(0)
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        line += [cause.__cause__, cause.__context__]
+        if isinstance(cause, BaseExceptionGroup):
+            line += cause.exceptions
+
+
+def _permitted(path: str | bytes) -> bool:
+    """Whether the permissions of the file, or of the folder it would be made in, allow its use."""
+    if os.path.exists(path):
+        return any(os.access(path, mode) for mode in (os.R_OK, os.W_OK, os.X_OK))
+    return os.access(os.path.dirname(path) or os.curdir, os.W_OK | os.X_OK)
+
+
+def _in_multiprocessing(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").startswith("multiprocessing."):
+            return True
+        trace = trace.tb_next
+    return False
