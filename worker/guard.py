@@ -69,8 +69,8 @@ class Guard:
         self._clock = clock or SystemClock()
         self._owns_client = client is None
         self._client = client or open_client()
-        endpoints = Endpoints(issuer, self._client, clock=self._clock)
-        self._keys = open_key_set(issuer, endpoints, clock=self._clock)
+        self._endpoints = Endpoints(issuer, self._client, clock=self._clock)
+        self._keys = open_key_set(issuer, self._endpoints, clock=self._clock)
 
     async def check(
         self, token_text: str, *, org_code: str | None = None, scopes: Iterable[str] = ()
@@ -104,6 +104,7 @@ class Guard:
     async def close(self) -> None:
         """End what is under way, and close the HTTP client if it is the guard's own."""
         await self._keys.close()
+        await self._endpoints.close()
         if self._owns_client:
             await self._client.aclose()
 

@@ -9,10 +9,10 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from worker.clock import Clock
-from worker.errors import IssuerUnavailable, Throttled
+from worker.errors import IssuerUnavailable
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, IssuerPaused
-from worker.tokens.budget import Budget, BudgetPaused
+from worker.tokens.budget import Budget
 from worker.tokens.credentials import Credential
 from worker.tokens.endpoints import Endpoints, open_key_set
 from worker.tokens.grant import GrantedToken, request_token
@@ -70,30 +70,23 @@ class Channel:
     async def close(self) -> None:
         """End what is under way beside the requests."""
         await self._keys.close()
+        await self._endpoints.close()
 
     async def _request(self, credential: Credential, audience: str, scopes: frozenset[str]) -> GrantedToken:
         org = credential.org_code
         doubtful = self._breaker.doubts(org)
-        try:
-            # The breaker first: a turn of the budget that it then refused would be lost.
-            with self._breaker.watch(org):
-                async with self._budget.request(doubtful=doubtful):
-                    granted = await request_token(
-                        self._client,
-                        self.issuer,
-                        credential,
-                        endpoint=await self._endpoints.token(),
-                        audience=audience,
-                        scopes=scopes,
-                        clock=self._clock,
-                    )
-        except BudgetPaused:
-            raise
-        except Throttled as throttled:
-            throttled.retry_after = self._budget.pause(throttled.retry_after or 0.0)
-            raise
-        self._budget.answered()
-        return granted
+        # The breaker first: a turn of the budget that it then refused would be lost.
+        with self._breaker.watch(org):
+            async with self._budget.request(org, doubtful=doubtful):
+                return await request_token(
+                    self._client,
+                    self.issuer,
+                    credential,
+                    endpoint=await self._endpoints.token(),
+                    audience=audience,
+                    scopes=scopes,
+                    clock=self._clock,
+                )
 
 
 def _may_pass(error: BaseException) -> bool:

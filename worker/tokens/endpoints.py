@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import httpx
@@ -12,6 +11,7 @@ from worker.errors import IssuerUnavailable
 from worker.tokens.http import KEYS_LIMIT, TOKEN_LIMIT, NoReply, Reply, exchange
 from worker.tokens.issuer import Issuer, fault_of, origin_of
 from worker.tokens.jwks import KeySet
+from worker.tokens.single_flight import SingleFlight
 from worker.tokens.strict_json import Malformed, loads
 
 MAX_AGE = 3600.0
@@ -36,7 +36,8 @@ class Endpoints:
         self._discovered: Discovered | None = None
         self._read_at = 0.0
         self._next_try = 0.0
-        self._reading = asyncio.Lock()
+        self._fault = ""
+        self._reading: SingleFlight[str, Discovered | None] = SingleFlight()
 
     async def token(self) -> str:
         """The URL that tokens are asked at.
@@ -64,29 +65,37 @@ class Endpoints:
         return self._issuer.base + path if path else ""
 
     async def discovered(self) -> Discovered:
-        """What the issuer's discovery document says, read anew once an hour.
+        """What the issuer's discovery document says, read again once an hour beside its use.
 
         Raises:
             IssuerUnavailable: it cannot be read, or is not this issuer's.
         """
-        async with self._reading:
-            now = self._clock.monotonic()
-            found = self._discovered
-            if found is not None and now - self._read_at < MAX_AGE:
-                return found
-            if now >= self._next_try:
-                read = await self._read_document()
-                now = self._clock.monotonic()
-                if isinstance(read, Discovered):
-                    self._discovered, self._read_at = read, now
-                    return read
-                self._next_try = now + FAILED_PAUSE
-                if found is None:
-                    raise self._unavailable(f"its discovery document cannot be used: {read}")
-            if found is None:
-                raise self._unavailable("its discovery document cannot be read")
-            # The last good one is kept while the endpoint fails.
-            return found
+        now = self._clock.monotonic()
+        may_read = now >= self._next_try
+        if self._discovered is not None:
+            # The last good one is kept while the endpoint fails, and nobody waits for a newer one.
+            if may_read and now - self._read_at >= MAX_AGE:
+                self._reading.start(self._issuer.name, self._refresh)
+            return self._discovered
+        read = None
+        if may_read or self._issuer.name in self._reading:
+            read = await self._reading.join(self._issuer.name, self._refresh)
+        if read is None:
+            raise self._unavailable(f"its discovery document cannot be used: {self._fault}")
+        return read
+
+    async def close(self) -> None:
+        """End a read that is under way."""
+        await self._reading.close()
+
+    async def _refresh(self) -> Discovered | None:
+        read = await self._read_document()
+        now = self._clock.monotonic()
+        if isinstance(read, Discovered):
+            self._discovered, self._read_at = read, now
+            return read
+        self._fault, self._next_try = read, now + FAILED_PAUSE
+        return None
 
     def _unavailable(self, why: str) -> IssuerUnavailable:
         error = IssuerUnavailable(f"issuer {self._issuer.name}: {why}")

@@ -97,6 +97,7 @@ class Examiner:
     async def close(self) -> None:
         """End what is under way."""
         await self._channel.close()
+        await self._endpoints.close()
 
     async def _look(self, credential: Credential, need: Need, scopes: frozenset[str]) -> Found:
         answers: list[httpx.Headers] = []

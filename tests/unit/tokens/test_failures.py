@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import timedelta
 from email.utils import format_datetime
 
@@ -197,6 +198,112 @@ async def test_a_throttle_pauses_the_issuer_for_as_long_as_it_asks(
     world.issuer.answer = None
     world.clock.advance(throttled.value.retry_after)
     await world.ensure(other)
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+async def test_an_org_that_used_up_its_quota_pauses_the_others_once(
+    world: World, emitted: list, recovers: bool
+) -> None:
+    """Its second throttle, with others answered in between, is its own, even if it is answered at times."""
+    other = world.add_org(1)
+    asked = 0
+
+    def quota(form: dict[str, str]) -> httpx.Response | None:
+        nonlocal asked
+        if form["client_id"] != "client-a":
+            return None
+        asked += 1
+        if recovers and asked % 2 == 0:
+            return None
+        return httpx.Response(429, headers={"Retry-After": "3600" if not recovers else "600"})
+
+    world.issuer.answer = quota
+    with pytest.raises(Throttled) as throttled:
+        await world.ensure()
+    assert throttled.value.retry_after == (600 if recovers else 3600)
+    with pytest.raises(Throttled) as waits:
+        await world.ensure(other, fresh=True)
+    assert waits.value.retry_after == 60
+
+    for _ in range(9):
+        world.clock.advance(800)
+        await world.ensure(other, fresh=True)
+        with contextlib.suppress(Throttled):
+            await world.ensure(fresh=True)
+        await world.ensure(other, scopes=frozenset({"read:kb"}), fresh=True)
+    names = [seen.event.name for seen in emitted]
+    assert asked >= 2
+    assert names.count("issuer.paused") == names.count("issuer.resumed") == 1
+    assert names.count("org.parked") == (asked + 1) // 2 - 1 if recovers else asked - 1
+
+
+async def test_a_throttle_of_all_orgs_is_asked_again_less_and_less(world: World, emitted: list) -> None:
+    """For an hour, as the issuer asks; a few requests see whether it is meant for all."""
+    orgs = [ORG, *(world.add_org(number) for number in range(40))]
+    until = world.clock.monotonic() + 3600
+    world.issuer.answer = lambda form: (
+        httpx.Response(429, headers={"Retry-After": str(int(until - world.clock.monotonic()))})
+        if world.clock.monotonic() < until
+        else None
+    )
+    served = await poll(world, orgs, 3700, every=20)
+
+    throttled = world.issuer.count() - len(served)
+    assert throttled <= 12
+    assert min(served) <= until + 60
+    names = [seen.event.name for seen in emitted]
+    assert names[-1] != "issuer.paused" and names.count("issuer.resumed") == 1
+    assert "org.parked" not in names
+
+
+async def test_throttles_of_requests_that_were_under_way_together_count_once(world: World) -> None:
+    """Six at once, without a word of how long: the pause is twenty seconds, not five minutes."""
+    orgs = [world.add_org(number) for number in range(6)]
+    world.issuer.answer = lambda form: httpx.Response(429)
+    await asyncio.gather(*(world.ensure(of) for of in orgs), return_exceptions=True)
+
+    with pytest.raises(Throttled) as throttled:
+        await world.ensure()
+    assert throttled.value.retry_after <= 20
+
+
+async def test_the_issuer_is_reported_as_resumed_after_a_throttle(world: World, emitted: list) -> None:
+    """The gauge of paused issuers goes back to 0 with the next token."""
+    world.issuer.answer = lambda form: httpx.Response(429)
+    with pytest.raises(Throttled):
+        await world.ensure()
+    world.issuer.answer = None
+    world.clock.advance(10)
+    await world.ensure()
+
+    names = [seen.event.name for seen in emitted if seen.event.name.startswith("issuer.")]
+    assert names == ["issuer.paused", "issuer.resumed"]
+
+
+async def test_applications_that_hang_leave_connections_to_the_others(world: World) -> None:
+    """Sixty of them, before anybody knows; and a request that hangs is given up after ten seconds."""
+    hanging = {f"client-{number}" for number in range(60)}
+    orgs = [world.add_org(number) for number in range(60)]
+
+    async def hang(form: dict[str, str]) -> httpx.Response:
+        if form["client_id"] in hanging:
+            await asyncio.Event().wait()
+        return world.issuer.grant(form)
+
+    world.issuer.answer = hang
+    asking = [asyncio.ensure_future(world.ensure(of)) for of in orgs]
+    await settle(30)
+    started = world.clock.monotonic()
+    waiting = asyncio.ensure_future(world.ensure())
+    while not waiting.done():
+        await world.clock.pass_time(0.1)
+
+    # Ten requests a second is all that the issuer is asked.
+    assert world.clock.monotonic() - started <= 60 / 10 * 1.1 + 1.5
+    assert (await waiting).claims.org_code == "org_a"
+    for each in asking:
+        each.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_an_outage_of_five_minutes_costs_a_request_an_org_and_a_few(

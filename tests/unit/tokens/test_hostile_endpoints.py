@@ -289,8 +289,35 @@ async def test_a_discovered_endpoint_is_kept_while_the_document_cannot_be_read(c
     clock.advance(4000)
     for _ in range(5):
         assert await endpoints.keys() == f"{URL}/.well-known/jwks"
+        await settle()
 
     assert len(asked) == 2
+    await endpoints.close()
+
+
+async def test_nobody_waits_for_a_newer_discovery_document(clock: ManualClock) -> None:
+    """It is read beside the use of the old one, once for all, also where it hangs."""
+    answers = [httpx.Response(200, json=document())]
+    asked: list[httpx.Request] = []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return answers.pop() if answers else await hang()
+
+    endpoints = Endpoints(
+        kinde_issuer(profile=profile(token="", keys="")),
+        open_client(httpx.MockTransport(answer)),
+        clock=clock,
+    )
+    await endpoints.token()
+    clock.advance(4000)
+    for _ in range(5):
+        asking = asyncio.ensure_future(endpoints.token())
+        await settle()
+        assert asking.done()
+
+    assert len(asked) == 2
+    await endpoints.close()
 
 
 async def test_hostile_orgs_do_not_delay_the_others(clock: ManualClock) -> None:
