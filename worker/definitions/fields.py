@@ -9,16 +9,13 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from worker.clock import from_text
+from worker.definitions.nesting import MAX_DEPTH, TOO_DEEP, depth_of
 from worker.definitions.origins import parse_origin
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import DefinitionError
 
 T = TypeVar("T")
 _MISSING: Any = object()
-
-MAX_DEPTH = 64
-"""Levels that a table of JSON, such as params, nests at most, itself included."""
-TOO_DEEP = f"it nests more than {MAX_DEPTH} levels"
 
 
 class Fields:
@@ -160,18 +157,6 @@ def json_table(value: Any) -> Mapping[str, Any]:
         raise ValueError(TOO_DEEP)
     _check_json(value, "")
     return dict(value)
-
-
-def depth_of(value: Any) -> int:
-    """Levels of tables and lists within each other: 0 for a text, 1 for a table of texts.
-
-    It does not recurse, so that no depth is too much for it.
-    """
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, Mapping | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, Mapping) else item)]
-    return depth
 
 
 def _check_json(value: Any, path: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from worker.definitions import fields
 from worker.definitions.definition import Definition, parse_definition
 from worker.definitions.fields import Fields, refusal
+from worker.definitions.nesting import MAX_DEPTH
 from worker.definitions.templates import TemplateEntry, parse_template
 from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError, InvalidTrigger
@@ -20,7 +21,7 @@ from worker.orgs.org import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry
 Format = Literal["toml", "json"]
 T = TypeVar("T")
 
-_NESTED = f"let tables and lists nest at most {fields.MAX_DEPTH} levels; nothing was changed"
+_NESTED = f"let tables and lists nest at most {MAX_DEPTH} levels; nothing was changed"
 
 _KINDS = ("org", "definition", "template")
 _ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone")

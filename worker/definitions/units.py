@@ -16,7 +16,8 @@ _MICROSECONDS = {
 }
 _PART = re.compile(r"(\d+)(?:\.(\d{1,6}))?(ms|us|[wdhms])")
 _DURATION = re.compile(rf"(?:{_PART.pattern})+")
-_LONGEST = 36_500 * _MICROSECONDS["d"]
+LONGEST = timedelta(days=36_500)
+_LONGEST = LONGEST // timedelta(microseconds=1)
 
 _BYTES = {
     "B": 1,

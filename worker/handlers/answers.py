@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from worker.definitions.units import parse_duration
+from worker.definitions.units import LONGEST, parse_duration
 
 Duration = timedelta | float | str
 
@@ -49,7 +49,7 @@ def as_timedelta(duration: Duration) -> timedelta:
     """A duration as a handler may give it: a timedelta, seconds, or text such as `5m`.
 
     Raises:
-        ValueError: it is negative, or no duration.
+        ValueError: it is negative, longer than a hundred years, or no duration.
     """
     if isinstance(duration, str):
         span = parse_duration(duration)
@@ -59,4 +59,6 @@ def as_timedelta(duration: Duration) -> timedelta:
         span = timedelta(seconds=duration)
     if span < timedelta(0):
         raise ValueError(f"{duration!r} lies in the past")
+    if span > LONGEST:
+        raise ValueError(f"{duration!r} is longer than a hundred years")
     return span

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, NoReturn
+
+from worker.definitions.nesting import depth_of
 
 LIMIT = 1024 * 1024
+# Every reader of it recurses: parsers, encoders, databases.
+DEEPEST = 200
 # An escaped NUL whose backslash is not itself escaped.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -19,22 +23,65 @@ def to_json_text(value: Any, what: str) -> str:
     """The value as compact JSON text of at most 1 MiB; pydantic models are dumped. `what` names it.
 
     Raises:
-        NotStorable: not JSON, NaN or infinite, a lone surrogate, a NUL, or too large.
+        NotStorable: not JSON, NaN or infinite, a lone surrogate, a NUL, too large or nested too deeply.
     """
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_dumped)
-        size = len(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         raise NotStorable(f"the {what} contains a lone surrogate, which is no text") from None
     except RecursionError:
-        raise NotStorable(f"the {what} is nested too deeply, or contains itself") from None
+        raise NotStorable(_too_deep(what)) from None
     except (TypeError, ValueError) as error:
         raise NotStorable(f"the {what} is not JSON: {_reason(error)}") from None
+    _check_size(text, what)
+    if text.count("[") + text.count("{") > DEEPEST:
+        _value(text, what)
+    return text
+
+
+def check_json_text(text: str, what: str) -> None:
+    """Refuse text that `to_json_text` would not have written: a run's process may send anything.
+
+    Raises:
+        NotStorable: it is too large, not JSON, nested too deeply, or holds a NUL or a lone surrogate.
+    """
+    _check_size(text, what)
+    value = _value(text, what)
+    try:
+        # A surrogate may be written as an escape.
+        (json.dumps(value, ensure_ascii=False) if "\\u" in text else text).encode()
+    except UnicodeEncodeError:
+        raise NotStorable(f"the {what} contains a lone surrogate, which is no text") from None
+
+
+def _check_size(text: str, what: str) -> None:
+    size = len(text.encode("utf-8", "surrogatepass"))
     if size > LIMIT:
         raise NotStorable(f"the {what} is {size / LIMIT:.1f} MiB of JSON; at most 1 MiB is kept")
     if _NUL.search(text):
         raise NotStorable(f"the {what} contains a NUL character, which no database keeps")
-    return text
+
+
+def _value(text: str, what: str) -> Any:
+    """The value of a text, if it is JSON and does not nest too deeply."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise NotStorable(_too_deep(what)) from None
+    except ValueError:
+        raise NotStorable(f"the {what} is not JSON") from None
+    if depth_of(value) > DEEPEST:
+        raise NotStorable(_too_deep(what))
+    return value
+
+
+def _too_deep(what: str) -> str:
+    return f"the {what} nests more than {DEEPEST} levels, or contains itself"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} has no form in JSON")
 
 
 def clean(text: str, limit: int) -> str:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.definitions import fields
+from worker.definitions.nesting import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
 from worker.operations.cancel import cancel
@@ -215,7 +216,7 @@ async def _json_body(request: Request, names: Sequence[str]) -> dict[str, Any]:
         body = json.loads(text)
     except RecursionError:
         # Which member it was cannot be told; only params may nest.
-        raise fields.refusal(fields.TOO_DEEP, "the body", "params") from None
+        raise fields.refusal(TOO_DEEP, "the body", "params") from None
     except ValueError:
         raise UsageError("the body is no JSON") from None
     if not isinstance(body, dict) or set(body) - set(names):

@@ -118,6 +118,45 @@ def test_what_is_no_outcome_is_refused(message: dict[str, Any]) -> None:
         outcome_of_message(message)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"kind": "Succeeded", "result": 5},
+        {"kind": "Succeeded", "result": "{"},
+        {"kind": "Succeeded", "result": "[NaN]"},
+        {"kind": "Succeeded", "result": '"\\u0000"'},
+        {"kind": "Succeeded", "result": '"\\ud800"'},
+        {"kind": "Succeeded", "result": f'"{"x" * 1024 * 1024}"'},
+        {"kind": "Succeeded", "result": "[" * 201 + "]" * 201},
+        {"kind": "Succeeded", "result": "[" * 500_000},
+        {"kind": "Succeeded", "result": "[" * 500_000 + "]" * 500_000},
+        {"kind": "Failed", "error": {"type": "E", "message": 5, "trace": ""}},
+        {"kind": "Failed", "error": {"type": "E", "message": [], "trace": ""}},
+        {"kind": "Cancelled", "reason": None},
+        {"kind": "Snoozed", "after": None},
+        {"kind": "Snoozed", "after": -1},
+        {"kind": "Snoozed", "after": 4e9},
+        {"kind": "Snoozed", "after": float("nan")},
+        {"kind": "NoToken", "retry_after": None},
+    ],
+)
+def test_a_hostile_process_cannot_send_what_nobody_can_read(message: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        outcome_of_message(message)
+
+
+def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
+    error = {"type": "E" * 9_000, "message": "_" * 8_000_000, "trace": "t\0" * 1_000_000}
+
+    outcome = outcome_of_message({"kind": "Failed", "error": error, "permanent": "yes"})
+
+    assert isinstance(outcome, Failed)
+    assert (len(outcome.error.type), len(outcome.error.message)) == (500, 4_000)
+    assert len(outcome.error.trace) == 16_002
+    assert "\0" not in outcome.error.trace
+    assert outcome.permanent is False
+
+
 @pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])
 def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
     with pytest.raises(ValueError, match="finite number"):

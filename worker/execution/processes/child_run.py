@@ -21,6 +21,7 @@ from worker.execution.processes.messages import (
 )
 from worker.execution.processes.run_line import error_message
 from worker.execution.work import Link, Stop, Work, save_for_sure
+from worker.handlers.json_text import NotStorable, check_json_text
 from worker.runs.outcome import Error, Failed, Outcome
 from worker.telemetry.events import emit
 
@@ -180,6 +181,10 @@ class ChildRun(asyncio.Protocol):
     async def _save(self, data: Any) -> Message:
         if not isinstance(data, str):
             raise Unavailable("a checkpoint is JSON text")
+        try:
+            check_json_text(data, "checkpoint")
+        except NotStorable as error:
+            raise Unavailable(str(error)) from None
         async with self._saving:  # in the order they were sent
             await save_for_sure(self._link, data)
         return {}

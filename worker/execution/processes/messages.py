@@ -11,8 +11,10 @@ from worker.claims.access_token import AccessToken
 from worker.claims.claims import Claims, Flag
 from worker.clock import from_text, to_text
 from worker.execution.work import Work
+from worker.handlers.answers import as_timedelta
+from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
 from worker.handlers.context import NOTE_LIMIT, check_progress
-from worker.handlers.json_text import clean
+from worker.handlers.json_text import check_json_text, clean
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
@@ -123,16 +125,39 @@ def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
     """
     try:
         kind = _OUTCOMES[message["kind"]]
-        given = {field.name: message[field.name] for field in fields(kind) if field.name in message}
-        if "error" in given:
-            given["error"] = Error(**given["error"])
-        for name in ("after", "retry_after"):
-            if given.get(name) is not None:
-                given[name] = timedelta(seconds=given[name])
-        outcome: Outcome = kind(**given)
-    except (KeyError, TypeError, OverflowError) as error:
+        names = [field.name for field in fields(kind) if field.name in message]
+        outcome: Outcome = kind(**{name: _part(name, message[name]) for name in names})
+        if isinstance(outcome, outcomes.Snoozed) and outcome.after is None:
+            raise ValueError("not an outcome")
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("not an outcome") from error
     return outcome
+
+
+def _part(name: str, value: Any) -> Any:
+    """A field of an outcome, within the limits that the run's process keeps if it is what we started."""
+    match name:
+        case "error":
+            return Error(
+                clean(value["type"], DETAIL_LIMIT),
+                clean(value["message"], MESSAGE_LIMIT),
+                clean(value["trace"], TRACE_LIMIT + 2),
+            )
+        case "permanent":
+            return value is True
+        case "reason" | "message":
+            return clean(value, MESSAGE_LIMIT)
+        case "retry_after":
+            return as_timedelta(float(value))
+        case _ if value is None:
+            return None
+        case "after":
+            return as_timedelta(float(value))
+        case "result":
+            check_json_text(value, "result")
+            return value
+        case _:
+            return clean(value, MESSAGE_LIMIT)
 
 
 def shown_progress(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
