@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.cli import CommandLine
+from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Completed, definition
 
 RUN_COLUMNS = {
@@ -207,6 +209,25 @@ def test_handlers_are_listed_with_the_documented_columns(cli: CommandLine):
     assert rows["http.request"]["distribution"] == "orgworker"
     shown = cli("handlers", "show", "http.request", "-o", "json").json()
     assert shown["params_schema"]["properties"]["url"]
+
+
+def test_rules_that_only_the_run_checks_are_named_on_stderr(cli: CommandLine, plugins: Path):
+    source = (
+        "from pydantic import BaseModel, ConfigDict, Field\nfrom worker import job\n"
+        "class Params(BaseModel):\n    model_config = ConfigDict(regex_engine='python-re')\n"
+        "    mail: str = Field(pattern='^(?!root@)')\n"
+        "@job('acme.open', params=Params)\ndef f(ctx): ...\n"
+    )
+    make_plugin(
+        plugins, dist="acme-open", modules={"acme_open": source}, entry_points={"acme.open": "acme_open:f"}
+    )
+
+    shown = cli("handlers", "show", "acme.open", "-o", "json")
+
+    assert shown.json()["params_schema"]["properties"]["mail"]["pattern"] == "^(?!root@)"
+    assert shown.err.startswith(
+        "params: /properties/mail/pattern is checked by the run's own process only: '^(?!root@)': look-around"
+    )
 
 
 def test_skips_are_an_empty_array_where_there_are_none(cli: CommandLine):

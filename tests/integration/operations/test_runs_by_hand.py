@@ -7,6 +7,7 @@ import json
 import pytest
 
 from worker.errors import Conflict, DefinitionError, NotFound
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
 from worker.operations.cancel import cancel
 from worker.operations.close import close_definition
@@ -14,7 +15,7 @@ from worker.operations.org_state import set_org_state
 from worker.operations.pause import pause_definition
 from worker.operations.retry import retry
 from worker.operations.run_now import run_now
-from worker.store import run_listing, tables
+from worker.store import catalogue, run_listing, tables
 
 FILE = """
 [[org]]
@@ -99,6 +100,27 @@ def test_a_param_from_the_command_line_is_what_the_handler_takes(site, rows, typ
 def test_a_param_that_fits_in_neither_form_is_refused_as_it_was_read(site):
     with pytest.raises(DefinitionError, match=r"params\.times: 'many' is not of type integer"):
         site.having("allow").run(params={"times": "many"}, typed={"times": "many"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "refused"),
+    [(r"^([a-zA-Z0-9_.-]+)+@acme\.com$", True), (r"^(?!root)([a-z]+)+@acme\.com$", False)],
+)
+def test_a_pattern_that_backtracks_holds_nobody(site, rows, database, pattern, refused):
+    """With Python's `re` the interpreter would stand still for years; what needs it is left to the run."""
+    schema = {"type": "object", "properties": {"text": {"type": "string", "pattern": pattern}}}
+    site.having("allow")
+    entry = HandlerEntry("acme.note", "acme-jobs", "1.0", "acme_jobs:note", params_schema=schema)
+    with database.transaction() as connection:
+        catalogue.put(connection, [entry], at=database.now(connection))
+
+    if refused:
+        with pytest.raises(DefinitionError, match=r"params\.text: 'a+\.\.\. does not match"):
+            site.run(params={"text": "a" * 100})
+        assert rows.live_runs == []
+    else:
+        site.run(params={"text": "a" * 100})
+        assert len(rows.live_runs) == 1
 
 
 def test_a_param_that_no_database_keeps_is_refused(site, rows):

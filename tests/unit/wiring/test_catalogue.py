@@ -1,0 +1,72 @@
+"""The worker offers each handler as its child reports it, and says what it cannot check itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.execution.offers import Offers
+from worker.handlers.catalogue import HandlerEntry
+from worker.store.database import Database
+from worker.store.for_worker import WorkerStore
+from worker.telemetry.events import Emitted
+from worker.wiring import catalogue
+from worker.wiring.catalogue import MOST_TOLD, Cataloguing
+
+pytestmark = pytest.mark.anyio
+
+
+class Stored:
+    """A database and a store that keep nothing."""
+
+    async def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> None: ...
+
+    async def handlers_changed(self, names: Any) -> None: ...
+
+
+async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock: ManualClock) -> Offers:
+    """What is offered once a worker has read one handler whose params have this schema."""
+    entry = HandlerEntry("acme.x", "acme-jobs", "1.0", "acme:x", params_schema=schema)
+
+    async def read(**_: Any) -> Any:
+        yield entry
+
+    monkeypatch.setattr(catalogue, "read_catalogue", read)
+    monkeypatch.setattr(catalogue, "installed", lambda: {"acme-jobs": "1.0"})
+    offers, stored, taken = Offers(), Stored(), asyncio.Event()
+    cataloguing = Cataloguing(
+        cast(Database, stored), cast(WorkerStore, stored), offers, clock, taken.set, pass_environment=()
+    )
+    reading = asyncio.create_task(cataloguing.run())
+    await taken.wait()
+    reading.cancel()
+    return offers
+
+
+async def test_rules_that_only_the_run_checks_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, clock: ManualClock, emitted: list[Emitted]
+) -> None:
+    schema = {"properties": {"a": {"pattern": "^(?!b)"}, "c": {"pattern": "^c"}}}
+
+    offers = await offered(schema, monkeypatch, clock)
+
+    assert offers.get("acme.x") is not None
+    [said] = [each.fields for each in emitted if each.event.name == "handler.unchecked"]
+    assert (said["handler"], said["distribution"], said["place"]) == (
+        "acme.x",
+        "acme-jobs",
+        "/properties/a/pattern",
+    )
+    assert said["reason"].startswith("'^(?!b)': look-around")
+
+
+async def test_a_plug_in_cannot_flood_the_log(
+    monkeypatch: pytest.MonkeyPatch, clock: ManualClock, emitted: list[Emitted]
+) -> None:
+    await offered({"allOf": [{"pattern": "("}] * 1_000}, monkeypatch, clock)
+
+    assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MOST_TOLD
