@@ -39,7 +39,13 @@ async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock
     monkeypatch.setattr(catalogue, "installed", lambda: {"acme-jobs": "1.0"})
     offers, stored, taken = Offers(), Stored(), asyncio.Event()
     cataloguing = Cataloguing(
-        cast(Database, stored), cast(WorkerStore, stored), offers, clock, taken.set, pass_environment=()
+        cast(Database, stored),
+        cast(WorkerStore, stored),
+        offers,
+        clock,
+        taken.set,
+        pass_environment=(),
+        command=(),
     )
     reading = asyncio.create_task(cataloguing.run())
     await taken.wait()
