@@ -1,38 +1,53 @@
-"""The command line: every verb with its arguments and options, and what each error ends it with."""
+"""The command line: every verb with its arguments and options, and the exit code of each error."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import typer
 
 import worker
-from docs.generate.tables import code, sentence, table
+from docs.generate.tables import code, codes, sentence, table
 from worker.cli.app import build
 from worker.errors import WorkerError
 from worker.web.answers import STATUS
 
 PROGRAM = "python -m worker"
+# Options of many verbs, described once above the first. A verb names them where it has them with the same
+# words; otherwise its own table describes them.
+COMMON = ("-o", "--org", "--definition", "--state", "--since", "--limit", "--after", "--note")
+HELP = ("--help", "Print the help of a verb, or of all, and exit.")
+
+# An argument or option as the help shows it, and its help text.
+Record = tuple[str, str]
 
 
 def commands() -> str:
-    """A heading for each verb, with its help and a table of what it takes."""
+    """The options before a verb and of many verbs, then each verb with its help and its own options."""
     root = typer.main.get_command(build())
     context = root.context_class(root, info_name=PROGRAM)
-    text = f"## Before the verb\n\n{_options(root, context)}\n"
+    records = {verb: list(_records(command, inside)) for verb, command, inside in verbs(root, context)}
+    common = _common(records.values())
+    text = f"## Options before the verb\n\n{_options(_records(root, context))}\n"
+    text += f"## Common options\n\n{_options([*common, HELP])}\n"
     for verb, command, inside in verbs(root, context):
         usage = command.get_usage(inside).removeprefix("Usage: ")
         text += f"## {verb}\n\n```console\n$ {' '.join(usage.split())}\n```\n\n{_help(command.help)}\n"
-        text += f"\n{_options(command, inside)}\n" if command.params else "\n"
+        own = [record for record in records[verb] if record not in common]
+        text += f"\n{_options(own)}" if own else ""
+        named = [_name(record) for record in records[verb] if record in common]
+        text += f"\n[Common](#common-options): {codes(named)}.\n" if named else ""
+        text += "\n"
     return text.rstrip("\n") + "\n"
 
 
 def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every command with its words and its context, in the order of the help."""
+    """Yield every command with its full name and context, in the order of the help."""
     for name, command in group.commands.items():
         words = f"{above} {name}".strip()
         inside = command.context_class(command, info_name=name, parent=context)
@@ -43,7 +58,7 @@ def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any,
 
 
 def exit_codes() -> str:
-    """Each error by its code, with what the command line and the API end with."""
+    """Every error code with its exit code and HTTP status."""
     _import_all()
     rows = [
         (code(error.code), str(error.exit_code), _status(error), sentence(error.__doc__))
@@ -53,14 +68,14 @@ def exit_codes() -> str:
 
 
 def _import_all() -> None:
-    """Every module of the package: an error exists from the import of its module on."""
+    """Import every module of the package, so that every error class is defined."""
     for module in pkgutil.walk_packages(worker.__path__, "worker."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
 
 
 def _tree(error: type[WorkerError]) -> Iterator[type[WorkerError]]:
-    """The classes below one that have a code of their own."""
+    """Yield the subclasses, at any depth, that define their own code."""
     for below in error.__subclasses__():
         if "code" in vars(below):
             yield below
@@ -71,26 +86,39 @@ def _status(error: type[WorkerError]) -> str:
     return str(next(status for kind, status in STATUS if issubclass(error, kind)))
 
 
-def _options(command: Any, context: Any) -> str:
-    rows = []
+def _records(command: Any, context: Any) -> Iterator[Record]:
+    """The arguments and options of a command, each with its help."""
     for parameter in command.params:
         record = parameter.get_help_record(context)
         if record is None:
             continue
         names, words = record
-        # Which type reads an argument is in its words.
+        # The help text already says what kind of value an argument takes.
         names = re.sub(r" <[a-z\[\] ]+>$", "", names)
-        words = re.sub(r"\[(.*)]$", lambda found: f"({_bounds(found[1])})", words)
-        rows.append((code(names), words))
-    return table(("", ""), rows)
+        yield names, re.sub(r"\[(.*)]$", lambda found: f"({_bounds(found[1])})", words)
+
+
+def _common(verbs: Iterable[list[Record]]) -> list[Record]:
+    """The most frequent record of each common option, in their order."""
+    counts = Counter(record for records in verbs for record in records)
+    return [max((each for each in counts if _name(each) == name), key=counts.__getitem__) for name in COMMON]
+
+
+def _name(record: Record) -> str:
+    """The first name of an option, without its value."""
+    return re.split(r"[ ,]", record[0])[0]
+
+
+def _options(records: Iterable[Record]) -> str:
+    return table(("option", "meaning"), [(code(names), words) for names, words in records])
 
 
 def _bounds(text: str) -> str:
-    """What typer adds to a help text, in words: `default: 0; x>=0`, `1<=x<=64`."""
+    """Rewrite the bounds that typer appends to a help text, such as `x>=0` or `1<=x<=64`, in words."""
     text = re.sub(r"(\d+)<=x<=(\d+)", r"\1 to \2", text)
     return re.sub(r"x>=(\d+)", r"at least \1", text)
 
 
 def _help(text: str | None) -> str:
-    """The help's paragraphs, each on one line."""
+    """Put each paragraph of a help text on one line."""
     return "\n\n".join(" ".join(each.split()) for each in (text or "").split("\n\n"))
