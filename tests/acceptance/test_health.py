@@ -18,6 +18,7 @@ from tests.fakes import freezing_worker
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
+from worker.demo.applications import Fault
 
 ROOT = Path(__file__).parents[2]
 
@@ -245,7 +246,14 @@ def test_an_orgs_own_token_and_an_operators_open_the_api_of_a_real_worker(site: 
         "client_secret": app.client_secret,
         "audience": AUDIENCE,
     }
-    granted = httpx.post(f"{site.provider.url}/oauth2/token", data=form).json()["access_token"]
+
+    def grant(**claims: str) -> str:
+        site.provider.misbehave(Fault(replace=claims))
+        token: str = httpx.post(f"{site.provider.url}/oauth2/token", data=form).json()["access_token"]
+        site.provider.misbehave(None)
+        return token
+
+    granted = grant()
     api = f"http://127.0.0.1:{port.number}/api/v1"
 
     def ask(path: str, bearer: str, method: str = "GET") -> httpx.Response:
@@ -260,4 +268,10 @@ def test_an_orgs_own_token_and_an_operators_open_the_api_of_a_real_worker(site: 
     assert ask("definitions/org_other/note/run", granted, "POST").status_code == 404
     assert ask("definitions/org_other/note/run", token, "POST").status_code == 403
     assert httpx.get(f"{api}/runs").status_code == 401
+    # The same org, but a person's token, and one of another org's client.
+    for strange in ({"azp": "spa", "sub": "kp_7"}, {"azp": "m2m-org_other"}, {"azp": ""}):
+        refused = ask("runs", grant(**strange))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "token")
+    site.cli("orgs", "suspend", "org_acme")
+    assert ask("runs", granted).status_code == 403
     assert granted not in site.log_text()

@@ -14,7 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from worker.errors import IssuerUnavailable, RolesMissing, StoreUnavailable, WorkerError
+from worker.errors import (
+    AccessDenied,
+    Busy,
+    Conflict,
+    DefinitionError,
+    IssuerUnavailable,
+    NotFound,
+    RolesMissing,
+    StoreUnavailable,
+    TokenError,
+    TooManyRequests,
+    UsageError,
+    WorkerError,
+)
 from worker.store.paging import Row
 from worker.web.access import Caller
 
@@ -38,6 +51,11 @@ NOT_LOADED = "it does not load; an operator can see why"
 # Who acted: the org itself, a worker of itself, or a person, whose name is not the org's business.
 WORKER, OPERATOR = "worker", "operator"
 
+# Errors that say what is wrong with a request. The words of others are about the server.
+_OF_THE_REQUEST = (
+    *(UsageError, NotFound, Conflict, DefinitionError),
+    *(TokenError, AccessDenied, TooManyRequests),
+)
 # Reasons whose detail is a code, or in words of the handler. Others hold the words of the worker.
 _DETAILED = {
     *("error", "retry", "snoozed", "by_handler", "handler_exited", "result_invalid", "flag_off", "expired"),
@@ -71,6 +89,10 @@ def redacted_error(error: WorkerError, caller: Caller | None) -> tuple[str, str]
         return "the server may not act for its callers in the database", "an operator can see why"
     if isinstance(error, IssuerUnavailable):
         return "the token's issuer does not answer, so the token cannot be verified", "try again later"
+    if isinstance(error, Busy):
+        return "the server is busy", "try again in a moment"
+    if not isinstance(error, _OF_THE_REQUEST):
+        return "the server cannot answer this", "an operator can see why"
     return without_paths(error.message), without_paths(error.fix)
 
 

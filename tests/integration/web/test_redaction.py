@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.integration.web.conftest import TOKENS, Site, log_in
-from worker.errors import StoreUnavailable
+from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
 from worker.ids import new_id
 from worker.operations.pause import pause_definition
 from worker.operations.run_now import run_now
@@ -272,17 +272,27 @@ def test_hiding_paths_takes_linear_time(text: str):
     assert len(re.sub("<path>", "", without_paths(text))) <= len(text)
 
 
-async def test_an_unavailable_database_tells_nobody_but_operators_where_it_is(
-    staffed: Site, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (StoreUnavailable("the database did not answer: connection to server at 10.0.0.3 failed"), 503),
+        (ConfigurationError("/srv/canary on 10.0.0.3 is no key ring"), 500),
+        (Unavailable("10.0.0.3 does not answer"), 503),
+        (Busy("host 10.0.0.3 has the lock"), 503),
+        (WorkerError("10.0.0.3"), 500),
+    ],
+)
+async def test_an_error_of_the_server_tells_only_operators_what_it_is(
+    staffed: Site, monkeypatch: pytest.MonkeyPatch, error: WorkerError, status: int
 ):
-    def gone(*_: object) -> None:
-        raise StoreUnavailable("the database did not answer: connection to server at 10.0.0.3 failed")
+    def broken(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr("worker.web.api.read_list", gone)
+    monkeypatch.setattr("worker.web.api.read_list", broken)
 
     org = await staffed.get(f"{API}/runs", staffed.token("org_a"))
     operator = await staffed.get(f"{API}/runs", TOKENS["viewer"])
 
-    assert (org.status_code, org.json()["error"]["code"]) == (503, "database_unavailable")
+    assert (org.status_code, org.json()["error"]["code"]) == (status, error.code)
     assert "10.0.0.3" not in org.text
     assert "10.0.0.3" in operator.text
