@@ -149,13 +149,7 @@ class Access:
             caller = self._operator(token) or await self._org(token)
         except TokenError:
             if limits is not None:
-                limits.was_bad(token)
-            raise
-        except Unavailable:
-            # No verdict, so it counts as any request of a stranger does.
-            if limits is not None:
-                limits.was_no_guess(token, client)
-            self.count_stranger(connection)
+                limits.was_bad(token, client)
             raise
         if limits is not None:
             limits.was_good(token, client)

@@ -33,15 +33,23 @@ class Buckets:
 
     def take(self, key: str) -> float:
         """Take one; 0.0, or in how many seconds there will be one."""
+        seconds = self.wait(key)
+        if seconds == 0.0:
+            self.charge(key)
+        return seconds
+
+    def wait(self, key: str) -> float:
+        """In how many seconds there will be one to take; 0.0 where there is one."""
         now = self._clock.monotonic()
-        full_at = max(self._full_at.get(key, now), now) + 1 / self._rate
-        missing = full_at - now - self._longest
-        if missing > 1e-9:
-            return missing
+        missing = max(self._full_at.get(key, now), now) + 1 / self._rate - now - self._longest
+        return missing if missing > 1e-9 else 0.0
+
+    def charge(self, key: str) -> None:
+        """Take one, also where there is none: then the next one comes that much later."""
+        now = self._clock.monotonic()
         if key not in self._full_at and len(self._full_at) >= self._most:
             self._forget(now)
-        self._full_at[key] = full_at
-        return 0.0
+        self._full_at[key] = max(self._full_at.get(key, now), now) + 1 / self._rate
 
     def give_back(self, key: str) -> None:
         """Undo one `take`."""
@@ -67,6 +75,8 @@ class Limits:
     def __init__(self, clock: Clock, *, logins_per_minute: int, calls_per_second: int) -> None:
         self._logins = Buckets(clock, size=logins_per_minute, rate=logins_per_minute / 60)
         self._strangers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
+        # Tokens that nobody has looked at yet.
+        self._new = Buckets(clock, size=calls_per_second, rate=calls_per_second)
         self._callers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
@@ -85,30 +95,33 @@ class Limits:
         _require(self._callers.take(key), f"too many calls by {name}")
 
     def token(self, token: str, client: Client) -> None:
-        """Count a token as a login, unless it was good before: it may be a guess.
+        """Let a token be looked at that may be a guess; say afterwards what it was.
 
-        One that was good before is never refused for what others of its address have tried.
+        Guesses count as logins. One that was good before is never refused for what others of
+        its address have tried, and many new ones that come at once do not stand in each other's way.
         """
-        if _digest(token) not in self._good:
-            self.login(client)
+        if client.is_proxy or _digest(token) in self._good:
+            return
+        _require(self._logins.wait(client.key), f"too many bad tokens from {client.key}")
+        _require(self._new.take(client.key), f"too many new tokens from {client.key}")
 
     def was_good(self, token: str, client: Client) -> None:
-        """The token that was counted just now holds: it was no guess."""
-        self.was_no_guess(token, client)
+        """The token is good."""
         digest = _digest(token)
+        if digest not in self._good and not client.is_proxy:
+            self._new.give_back(client.key)
         self._good[digest] = None
         self._good.move_to_end(digest)
         if len(self._good) > MOST_TOKENS:
             self._good.popitem(last=False)
 
-    def was_no_guess(self, token: str, client: Client) -> None:
-        """Undo `token`, where it counted."""
-        if _digest(token) not in self._good and not client.is_proxy:
-            self._logins.give_back(client.key)
-
-    def was_bad(self, token: str) -> None:
-        """It is not, or no more."""
-        self._good.pop(_digest(token), None)
+    def was_bad(self, token: str, client: Client) -> None:
+        """The token is not good; one that was good until now is no guess."""
+        digest = _digest(token)
+        if digest in self._good:
+            del self._good[digest]
+        elif not client.is_proxy:
+            self._logins.charge(client.key)
 
 
 def _digest(token: str) -> bytes:
