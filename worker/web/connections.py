@@ -8,6 +8,7 @@ so idle and slow clients never keep anybody out.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,10 @@ from worker.web.answers import HEADERS, error_answer
 # Connections of one listener. MOST_REQUESTS in app.py is lower: the difference keeps health reachable
 # while so many requests are being served.
 MOST_CONNECTIONS = 600
+
+# Errors alone: anyone could fill the log with uvicorn's warnings of invalid requests.
+_log = logging.getLogger("uvicorn.error.requests")
+_log.setLevel(logging.ERROR)
 
 # What a connection waits for: the head of a request, the rest of its body, or the next request.
 Phase = Literal["headers", "body", "idle"]
@@ -141,6 +146,7 @@ class Connection(H11Protocol):
         deadlines: Deadlines,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.logger = _log
         self._open = connections
         self._deadlines = deadlines
         self._timer: asyncio.TimerHandle | None = None

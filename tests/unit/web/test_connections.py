@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -366,6 +368,60 @@ async def test_an_invalid_body_after_a_response_closes_the_connection_quietly(pl
         raised = True
 
     assert (raised, wire.closed) == (plain, not plain)
+
+
+# What a client may send next, sound or not, in pieces of any size.
+PIECES = (
+    GET,
+    POST,
+    POST.replace(b"content-length: 10", b"transfer-encoding: chunked"),
+    POST.replace(b"10", b"100000"),
+    GET.replace(b"host: x", b"host: x\r\nconnection: close"),
+    GET.replace(b"host: x", b"host: x\r\nconnection: upgrade\r\nupgrade: websocket"),
+    POST.replace(b"host: x", b"host: x\r\nexpect: 100-continue"),
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n",
+    b"1234567890",
+    b"5\r\n12345\r\n",
+    b"0\r\n\r\n",
+    b"\r\n",
+    b"\x00\xff",
+    b"x" * 70_000,
+)
+pieces = st.sampled_from(PIECES).flatmap(
+    lambda piece: st.integers(1, len(piece)).map(lambda size: piece[:size]) | st.just(piece)
+)
+steps = st.lists(pieces | st.floats(0.0, 9.0), max_size=12)
+
+
+@pytest.mark.parametrize("app", [answer, echo], ids=["answers-at-once", "reads-the-body"])
+@given(steps=steps)
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_client_sends_nothing_is_raised_and_the_connection_ends(app: ASGIApp, steps: list[Any]):
+    async def sent() -> None:
+        listener = Listener(Answering(app), most=2)
+        wire = listener.open()
+        for step in steps:
+            if isinstance(step, float):
+                await listener.loop.pass_time(step)
+            elif not wire.closed and wire.reading:
+                await listener.send(wire, step)
+        # Then it sends nothing more: the longest deadline is that of an idle connection.
+        await listener.loop.pass_time(DEADLINES.idle)
+        assert wire.closed
+        assert len(listener.connections) == 0
+        assert listener.connections._all.waiting == {}
+
+    asyncio.run(sent())
+
+
+async def test_what_strangers_send_is_not_logged(caplog):
+    listener = Listener(answer)
+
+    await listener.send(listener.open(), b"no HTTP\r\n\r\n")
+    await listener.send(listener.open(), PIECES[5])
+
+    assert caplog.records == []
 
 
 async def test_a_closed_connection_is_counted_by_its_reason(emitted):
