@@ -92,12 +92,22 @@ class Ruleset:
         if (allowed := rule(descriptor, access, self._version, is_folder=is_folder)) is not None:
             self.add(allowed)
 
+    # What is called in a process just forked is written flat: each function that runs there for the first
+    # time costs pages that are copied.
+
+    def allow_reading(self, folder: int) -> None:
+        """Allow to read a folder that is open."""
+        rule = struct.pack("=Qi", READ, folder)
+        if _add_rule(_ADD_RULE, self.descriptor, _PATH_BENEATH, rule, 0) != 0:
+            _checked(-1, "add_rule")
+
     def restrict(self) -> None:
         """Confine this thread for ever, with all it starts; close the ruleset."""
         if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
             _checked(-1, "no_new_privs")
-        _checked(_restrict_self(_RESTRICT_SELF, self.descriptor, 0), "restrict_self")
-        self.close()
+        if _restrict_self(_RESTRICT_SELF, self.descriptor, 0) != 0:
+            _checked(-1, "restrict_self")
+        os.close(self.descriptor)
 
     def close(self) -> None:
         """Forget it."""
