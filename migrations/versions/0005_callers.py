@@ -2,6 +2,7 @@
 
 `find_caller` answers whose token a request shows, for a role that sees no row of any org
 yet. Templates get row-level security: an org sees those that made one of its definitions.
+A row that an org writes names definitions and runs of that org only.
 Audit rows are never changed or deleted, on SQLite too. The roles themselves, with their
 grants and policies, are in worker/store/roles.py, which runs after every upgrade.
 
@@ -48,6 +49,18 @@ FIND_CALLER = (
     """,
 )
 
+ORG = "NULLIF(current_setting('app.org', true), '')::uuid"
+# Within the policy that lets all roles in, not beside it: for a worker, whose own policy is `true`, the
+# planner then drops all of it. A restrictive one would be asked for each run that is fired.
+WRITTEN = {
+    "runs": "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id AND d.org_id = {org})",
+    "live_runs": """
+      EXISTS (SELECT 1 FROM runs r WHERE r.id = live_runs.id AND r.org_id = {org}
+              AND r.definition_id = live_runs.definition_id)
+    """,
+    "checkpoints": "EXISTS (SELECT 1 FROM runs r WHERE r.id = run_id AND r.org_id = {org})",
+}
+
 APPEND_ONLY = {
     "sqlite": (
         "CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit "
@@ -76,6 +89,9 @@ def upgrade() -> None:
         for statement in FIND_CALLER:
             op.execute(statement.format(schema=schema))
         part_templates_by_org()
+        for table, condition in WRITTEN.items():
+            check = condition.format(org=ORG)
+            op.execute(f"ALTER POLICY one_org ON {table} WITH CHECK (org_id = {ORG} AND {check})")
 
 
 def downgrade() -> None:
@@ -86,6 +102,8 @@ def downgrade() -> None:
     op.execute("DROP TRIGGER audit_append_only ON audit")
     op.execute("DROP FUNCTION audit_append_only()")
     op.execute("DROP FUNCTION find_caller(text, text)")
+    for table in WRITTEN:
+        op.execute(f"ALTER POLICY one_org ON {table} WITH CHECK (org_id = {ORG})")
     op.execute("ALTER TABLE templates DISABLE ROW LEVEL SECURITY")
     op.execute("ALTER TABLE templates NO FORCE ROW LEVEL SECURITY")
     for policy in ("one_org", "owner", "orgworker_worker", "orgworker_operator"):
@@ -94,8 +112,7 @@ def downgrade() -> None:
 
 def part_templates_by_org() -> None:
     """Row-level security as in 0001: the templates that made a definition of the org in `app.org`."""
-    org = "NULLIF(current_setting('app.org', true), '')::uuid"
-    made = f"EXISTS (SELECT 1 FROM definitions d WHERE d.template_id = templates.id AND d.org_id = {org})"
+    made = f"EXISTS (SELECT 1 FROM definitions d WHERE d.template_id = templates.id AND d.org_id = {ORG})"
     op.execute("ALTER TABLE templates ENABLE ROW LEVEL SECURITY")
     op.execute("ALTER TABLE templates FORCE ROW LEVEL SECURITY")
     op.execute(f"CREATE POLICY one_org ON templates USING ({made})")

@@ -81,16 +81,6 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "schedule": ("UPDATE (org_id)",),
 }
 
-# A new row of an org must belong to a definition and a run of that org too.
-_SAME_ORG: Mapping[str, str] = {
-    "runs": "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id)",
-    "live_runs": (
-        "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id)"
-        " AND EXISTS (SELECT 1 FROM runs r WHERE r.id = live_runs.id)"
-    ),
-    "checkpoints": "EXISTS (SELECT 1 FROM runs r WHERE r.id = run_id)",
-}
-
 # A role may exist already: created by hand, or by a migration of another database.
 _CREATE = """
 DO $$ BEGIN CREATE ROLE {role} NOLOGIN;
@@ -156,9 +146,7 @@ def grant(connection: Connection) -> None:
         connection.execute(text(_JOIN.format(role=role)))
         for statement in _grants(role):
             connection.execute(text(statement))
-        if role == WEB:
-            _keep_in_org(connection)
-        else:
+        if role != WEB:
             _let_see_all(connection, role)
         if role != WORKER and connection.execute(_EXISTS, {"role": WORKER}).first() is not None:
             connection.execute(text(_JOIN_WORKERS.format(role=role)))
@@ -195,19 +183,6 @@ def _let_see_all(connection: Connection, role: str) -> None:
     for table in ORG_DATA:
         if table not in done:
             connection.execute(text(f"CREATE POLICY {role} ON {table} TO {role} USING (true)"))
-
-
-def _keep_in_org(connection: Connection) -> None:
-    """Beside its own org, a row that an org inserts names only definitions and runs of that org."""
-    done = set(connection.execute(_POLICIES, {"name": "same_org"}).scalars())
-    for table, condition in _SAME_ORG.items():
-        if table not in done:
-            connection.execute(
-                text(
-                    f"CREATE POLICY same_org ON {table} AS RESTRICTIVE FOR INSERT TO {WEB} "
-                    f"WITH CHECK ({condition})"
-                )
-            )
 
 
 def act(connection: Connection, scope: Scope) -> None:
