@@ -43,7 +43,7 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import RANK, Access, Role
-from worker.web.app import build
+from worker.web.app import build, build_health
 from worker.web.health import Health
 
 pytestmark = pytest.mark.anyio
@@ -443,6 +443,8 @@ def test_every_route_of_the_router_has_a_rule(clock: ManualClock):
     database.close()
 
     assert {(method, path) for method, path in routes_of(app) if method != "HEAD"} == set(RULES)
+    own = routes_of(build_health(Health(Metrics(version="1.0"))))
+    assert {(method, path) for method, path in own if method != "HEAD"} <= set(RULES)
     heads = {path for method, path in routes_of(app) if method == "HEAD"}
     assert heads == {path for method, path in RULES if method == "GET"}
 
