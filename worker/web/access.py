@@ -192,7 +192,7 @@ class Access:
             self._limits.login(self.addresses.client_of(connection))
 
     def count_stranger(self, connection: HTTPConnection) -> None:
-        """Count a request of somebody without a token or a session; raises as `count_login` does."""
+        """Count a request without a token or session; raises as `count_login` does."""
         if self._limits is not None:
             self._limits.stranger(self.addresses.client_of(connection))
 
@@ -206,7 +206,7 @@ class Access:
         return found
 
     async def _org(self, token: str) -> Caller:
-        """The org that a verified token is of; whether it may ask is another matter."""
+        """The org that the token was issued for. Whether it may call is checked by `confirm`."""
         fault: TokenRefused | Unavailable | None = None
         for issuer, guard in self._guards.items():
             try:
@@ -229,6 +229,6 @@ class Access:
         if isinstance(fault, Unavailable):
             raise fault
         raise TokenError(
-            "the token does not hold",
+            "the token is invalid",
             fix="send an operator's, or one that a configured issuer has just issued for its audience",
         )

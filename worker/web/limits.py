@@ -17,10 +17,10 @@ MOST_TOKENS = 10_000
 
 
 class Buckets:
-    """A token bucket a key: `size` at once, and `rate` a second from then on.
+    """One token bucket for each key: `size` at once, then `rate` a second.
 
-    Full buckets are not kept. Where too many are not full, those that are nearest to it
-    are forgotten, so that a flood of keys forgives others as little as may be and itself nothing.
+    Full buckets are not kept. If there are too many others, the fullest are dropped: a flood
+    of keys drops its own buckets before that of a key that has reached its limit.
     """
 
     def __init__(self, clock: Clock, *, size: float, rate: float, most: int = MOST_KEYS) -> None:
@@ -75,7 +75,7 @@ class Limits:
     def __init__(self, clock: Clock, *, logins_per_minute: int, calls_per_second: int) -> None:
         self._logins = Buckets(clock, size=logins_per_minute, rate=logins_per_minute / 60)
         self._strangers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
-        # Tokens that nobody has looked at yet.
+        # Tokens that are being checked.
         self._new = Buckets(clock, size=calls_per_second, rate=calls_per_second)
         self._callers = Buckets(clock, size=calls_per_second, rate=calls_per_second)
         self._good: OrderedDict[bytes, None] = OrderedDict()
@@ -86,7 +86,7 @@ class Limits:
             _require(self._logins.take(client.key), f"too many logins from {client.key}")
 
     def stranger(self, client: Client) -> None:
-        """Count a request of whom nobody knows."""
+        """Count a request without a token or session."""
         if not client.is_proxy:
             _require(self._strangers.take(client.key), f"too many requests without a token from {client.key}")
 
@@ -95,10 +95,10 @@ class Limits:
         _require(self._callers.take(key), f"too many calls by {name}")
 
     def token(self, token: str, client: Client) -> None:
-        """Let a token be looked at that may be a guess; say afterwards what it was.
+        """Ask whether a token may be checked; `was_good` or `was_bad` follows.
 
-        Guesses count as logins. One that was good before is never refused for what others of
-        its address have tried, and many new ones that come at once do not stand in each other's way.
+        A bad token counts as a login. A token that was good before passes whatever others at its
+        address have tried, and new tokens that arrive together do not block each other.
         """
         if client.is_proxy or _digest(token) in self._good:
             return
@@ -106,7 +106,7 @@ class Limits:
         _require(self._new.take(client.key), f"too many new tokens from {client.key}")
 
     def was_good(self, token: str, client: Client) -> None:
-        """The token is good."""
+        """Remember a good token."""
         digest = _digest(token)
         if digest not in self._good and not client.is_proxy:
             self._new.give_back(client.key)
@@ -116,7 +116,7 @@ class Limits:
             self._good.popitem(last=False)
 
     def was_bad(self, token: str, client: Client) -> None:
-        """The token is not good; one that was good until now is no guess."""
+        """Count a bad token as a login, unless it was good before, such as one that has expired."""
         digest = _digest(token)
         if digest in self._good:
             del self._good[digest]

@@ -51,18 +51,18 @@ NOT_LOADED = "it does not load; an operator can see why"
 # Who acted: the org itself, a worker of itself, or a person, whose name is not the org's business.
 WORKER, OPERATOR = "worker", "operator"
 
-# Errors that say what is wrong with a request. The words of others are about the server.
+# Errors about the request. The messages of all others are about the server.
 _OF_THE_REQUEST = (
     *(UsageError, NotFound, Conflict, DefinitionError),
     *(TokenError, AccessDenied, TooManyRequests),
 )
-# Reasons whose detail is a code, or in words of the handler. Others hold the words of the worker.
+# Reasons whose detail is a code or the handler's own text. With others it is the worker's text.
 _DETAILED = {
     *("error", "retry", "snoozed", "by_handler", "handler_exited", "result_invalid", "flag_off", "expired"),
     *("org_mismatch", "client_mismatch", "scope_missing", "property_missing", "settings_invalid"),
     "token_invalid",
 }
-# Where files of a server are. What this process itself is made of may lie elsewhere.
+# Top-level folders of a server; those of this process are added below.
 _TOPS = {
     *("bin", "boot", "dev", "etc", "home", "lib", "lib32", "lib64", "media", "mnt", "nix", "opt", "private"),
     *("proc", "root", "run", "sbin", "snap", "srv", "sys", "tmp", "usr", "var"),
