@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.cli import CommandLine
+from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from worker.demo.applications import Application
 from worker.demo.provider import serve_provider
@@ -69,6 +70,11 @@ async def wait(ctx: Context) -> None:
     await ctx.cancelled.wait()
     raise RuntimeError(ctx.cancelled.reason)
 
+@job("acme.open")
+def opens(ctx: BlockingContext) -> str:
+    with open(ctx.params["file"]) as file:
+        return file.read()
+
 @job("acme.list")
 def lists(ctx: BlockingContext) -> dict:
     return dict(ctx.settings)
@@ -82,6 +88,7 @@ HANDLERS = {
     "acme.slow": "slow",
     "acme.wait": "wait",
     "acme.list": "lists",
+    "acme.open": "opens",
 }
 
 
@@ -137,6 +144,23 @@ def test_it_shows_all_that_a_run_does_and_stores_nothing(line):
     ]
     assert "progress 2/2 pages" in done.err
     assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_it_confines_the_handler_as_a_worker_does(line, tmp_path):
+    """So its author sees what the operator has to allow; the control reads the file without the sandbox."""
+    require_landlock()
+    file = tmp_path / "report"
+    file.write_text("numbers")
+    command = ("try", "acme.open", "--param", f"file={file}", "-o", "json")
+
+    refused = line(*command, check=False)
+    allowed = line("--set", f"execution.read_paths={tmp_path}/report", *command)
+    unconfined = line("--set", "execution.sandbox=off", *command)
+
+    assert refused.code == 1
+    hint = f"the sandbox denies '{file}': add it to [execution] read_paths or write_paths"
+    assert refused.json()["error"]["message"].endswith(hint)
+    assert allowed.json()["result"] == unconfined.json()["result"] == "numbers"
 
 
 def test_for_people_it_is_a_line_a_key(line):
