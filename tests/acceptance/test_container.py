@@ -15,6 +15,7 @@ from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.image import Image
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
+from worker.execution.processes import landlock
 
 
 class Container(Site):
@@ -83,6 +84,7 @@ def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(contain
     )
     outer = container.start_worker()
     container.wait_for_handlers("acme.steps")
+    assert ("sandbox.incomplete" in container.log_text()) == (landlock.abi() < landlock.SCOPES)
     [worker] = psutil.Process(outer.pid).children()
     assert (Path("/proc") / str(worker.pid) / "status").read_text().split("NSpid:")[1].split()[1] == "1"
 

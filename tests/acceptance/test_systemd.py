@@ -18,6 +18,7 @@ from tests.fakes.ports import free_port
 from tests.fakes.service_manager import STATE, SYSTEMD, ServiceManager, booted
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
+from worker.execution.processes import landlock
 
 pytestmark = [
     pytest.mark.skipif(
@@ -87,6 +88,10 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
     assert manager.show("worker", "StatusText").startswith("runs: 0 of 50 child")
     machine.wait_for_handlers("acme.steps", timeout=60)
     assert machine.wait_for_end(definition="note", timeout=60)["state"] == "succeeded"
+    # The unit's filter of system calls lets the worker confine its runs as far as the kernel can.
+    said = manager.must("journalctl", "--no-pager", "--unit=worker")
+    assert "worker.started" in said
+    assert ("sandbox.incomplete" in said) == (landlock.abi() < landlock.SCOPES), said
 
     machine.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: len(read_journal(journal, "step")) > 1, "the first steps")

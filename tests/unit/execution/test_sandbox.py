@@ -153,7 +153,7 @@ def test_auto_takes_what_there_is_and_says_what_is_missing(tmp_path: Path, emitt
 
     assert none.rules is None
     assert files.rules == full.rules is not None
-    assert none.level == "none: this kernel has no Landlock, or it is turned off"
+    assert none.level == "none: the kernel has no Landlock, or it is turned off or filtered"
     assert files.level == (
         "partial: Landlock 4, which does not confine ioctl on devices, signals and abstract sockets"
     )

@@ -257,7 +257,7 @@ def main() -> None:
 def level(version: int) -> str:
     """What the kernel's interface of this version confines, in words."""
     if version == 0:
-        return "none: this kernel has no Landlock, or it is turned off"
+        return "none: the kernel has no Landlock, or it is turned off or filtered"
     lacks = [what for since, what in landlock.LATER.items() if version < since]
     if lacks:
         return f"partial: Landlock {version}, which does not confine {', '.join(lacks)}"
