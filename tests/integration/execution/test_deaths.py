@@ -163,7 +163,8 @@ def locked(descriptor: int) -> bool:
 async def test_a_run_cannot_release_the_lock_of_the_database(
     plugin_folder: Path, tmp_path: Path, hosts: list[Host]
 ) -> None:
-    """The run gives up and closes all it has; a second worker is refused while the first one lives."""
+    """The run gives up and closes all it has. A second worker is refused while the first one lives,
+    and while the run of a dead one does."""
     url = f"sqlite:///{tmp_path}/worker.db"
     lock = lock_sqlite_file(url)
     host = Host(plugin_folder, tmp_path, handler="drops_locks", lock=lock.fd)
@@ -174,8 +175,16 @@ async def test_a_run_cannot_release_the_lock_of_the_database(
 
     with pytest.raises(Busy, match="another worker"):
         lock_sqlite_file(url)
+    [run] = linux.descendants(linux.processes(), [host.zygote])
+    os.kill(host.zygote, signal.SIGSTOP)
     host.process.kill()
+    host.process.wait()
+    with pytest.raises(Busy, match="another worker"):
+        lock_sqlite_file(url)
+    assert not gone(run)
+    os.kill(host.zygote, signal.SIGCONT)
     await until(lambda: lockable(url), within=2)
+    assert gone(run)
 
 
 def test_whoever_inherits_the_descriptor_of_the_lock_can_release_it(tmp_path: Path) -> None:
