@@ -29,7 +29,7 @@ PHRASES: tuple[tuple[str, str], ...] = (
     (r"whoever|(those|they|he) who|those find out", "name the actor ('the operator', 'the caller')"),
     (r"of (itself|themselves)", "automatically, on its own"),
     (r"all the same", "still, anyway"),
-    (r"anew|once more", "again"),
+    (r"(?<!--)anew|once more", "again"),
     (r"mend(s|ed|ing)?", "fix, fixed"),
     (r"(tell|tells|telling|told) of", "reports, describes"),
     (r"(is|are|was|were|be|been|being) told", "is notified, receives; is logged, is emitted"),
