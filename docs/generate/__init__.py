@@ -1,1 +1,1 @@
-"""What the reference takes from the code: `./dev docs` writes it into the pages between markers."""
+"""Generates parts of the reference from the code; `./dev docs` writes them into the pages."""

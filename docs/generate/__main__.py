@@ -1,4 +1,4 @@
-"""`python -m docs.generate`: bring the generated parts up to date, and name the pages that changed."""
+"""`python -m docs.generate`: update the generated parts and print the pages that changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in handlers: their params and settings, from the fields of their models."""
+"""Params and settings of the built-in handlers, from the fields of their models."""
 
 from __future__ import annotations
 

@@ -18,17 +18,17 @@ from worker.errors import WorkerError
 from worker.web.answers import STATUS
 
 PROGRAM = "python -m worker"
-# Options of many verbs, described once above the first. A verb names them where it has them with the same
-# words; otherwise its own table describes them.
+# Options of many verbs, described once above the first verb. A verb only names those whose help text is the
+# common one; its own table describes the others.
 COMMON = ("-o", "--org", "--definition", "--state", "--since", "--limit", "--after", "--note")
 HELP = ("--help", "Print the help of a verb, or of all, and exit.")
 
-# An argument or option as the help shows it, and its help text.
+# An argument or option as the help shows it, with its help text.
 Record = tuple[str, str]
 
 
 def commands() -> str:
-    """The options before a verb and of many verbs, then each verb with its help and its own options."""
+    """Return the general and the common options, then each verb with its help and its own options."""
     root = typer.main.get_command(build())
     context = root.context_class(root, info_name=PROGRAM)
     records = {verb: list(_records(command, inside)) for verb, command, inside in verbs(root, context)}
@@ -58,7 +58,7 @@ def verbs(group: Any, context: Any, above: str = "") -> Iterator[tuple[str, Any,
 
 
 def exit_codes() -> str:
-    """Every error code with its exit code and HTTP status."""
+    """Return a table of all error codes with their exit codes and HTTP statuses."""
     _import_all()
     rows = [
         (code(error.code), str(error.exit_code), _status(error), sentence(error.__doc__))
@@ -87,7 +87,7 @@ def _status(error: type[WorkerError]) -> str:
 
 
 def _records(command: Any, context: Any) -> Iterator[Record]:
-    """The arguments and options of a command, each with its help."""
+    """Yield the arguments and options of a command with their help texts."""
     for parameter in command.params:
         record = parameter.get_help_record(context)
         if record is None:
@@ -99,13 +99,13 @@ def _records(command: Any, context: Any) -> Iterator[Record]:
 
 
 def _common(verbs: Iterable[list[Record]]) -> list[Record]:
-    """The most frequent record of each common option, in their order."""
+    """Return the most frequent record of each common option, in the order of COMMON."""
     counts = Counter(record for records in verbs for record in records)
     return [max((each for each in counts if _name(each) == name), key=counts.__getitem__) for name in COMMON]
 
 
 def _name(record: Record) -> str:
-    """The first name of an option, without its value."""
+    """Return the first name of an option, without its value."""
     return re.split(r"[ ,]", record[0])[0]
 
 

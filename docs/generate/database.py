@@ -1,4 +1,4 @@
-"""The tables of the database, from their metadata: column, type on PostgreSQL, and meaning."""
+"""The database tables, from their metadata: columns with their PostgreSQL types and meanings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql
 from docs.generate.tables import code, table
 from worker.store import tables
 
-# What these mean in every table is said once, above the first.
+# Columns with the same meaning in every table; the page explains them once.
 COMMON = {
     "id",
     "org_id",
@@ -27,7 +27,7 @@ _SHORT = {"TIMESTAMP WITH TIME ZONE": "timestamptz"}
 
 
 def database() -> str:
-    """A heading for each table, with its meaning and its columns."""
+    """Return a section for each table, with its meaning and its columns."""
     text = ""
     for _, one in sorted(tables.metadata.tables.items()):
         rows = [(code(column.name), _type(column), column.doc or "") for column in one.columns]
@@ -38,7 +38,7 @@ def database() -> str:
 
 
 def unexplained() -> Iterator[str]:
-    """Columns without a meaning of their own that is not said of all."""
+    """Yield the columns that have no meaning and are not common."""
     for one in tables.metadata.tables.values():
         for column in one.columns:
             if not column.doc and column.name not in COMMON:

@@ -1,4 +1,4 @@
-"""The docstrings of a class's attributes: the text below each annotated one, as editors show it too."""
+"""Attribute docstrings: the string below an annotated attribute, as editors show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 
 def attributes(owner: type) -> Mapping[str, tuple[str, str]]:
-    """Each annotated attribute that has a docstring: its annotation and that docstring on one line."""
+    """Map each documented attribute to its annotation and its docstring on one line."""
     [tree] = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     found = {}
     for before, after in pairwise(getattr(tree, "body", ())):

@@ -1,4 +1,4 @@
-"""The keys of a file for `apply`, from the docstrings of what they become."""
+"""The keys of a file for `apply`, from the attribute docstrings of the classes that they fill."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.definitions.definition import Definition
 from worker.definitions.units import format_duration
 from worker.orgs.org import OrgEntry
 
-# What the reader of the file puts in place of a key that the class itself must have.
+# Defaults that the file reader supplies for required attributes.
 FILLED_IN = {(OrgEntry, "name"): "the code"}
 
 

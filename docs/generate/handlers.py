@@ -1,4 +1,4 @@
-"""What a handler's author meets: `@job`, `ctx`, claims and answers, from their docstrings."""
+"""The handler API: `@job`, `ctx`, claims and results, from their docstrings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from docs.generate.tables import code, sentence, table
 from worker.handlers.context import Cancellation, Context, Org, ThisRun
 from worker.handlers.job import Job, job
 
-# What `from worker import …` gives a handler to answer with.
-ANSWERS = (worker.Retry, worker.Snooze, worker.Cancel, worker.HandBack, worker.PermanentError)
-# By these the worker's side tells a handler to end.
+# What a handler may return or raise, importable from `worker`.
+RESULTS = (worker.Retry, worker.Snooze, worker.Cancel, worker.HandBack, worker.PermanentError)
+# Called by the worker to stop a handler.
 NOT_FOR_HANDLERS = (Cancellation.note, Cancellation.set)
 
 
@@ -28,7 +28,7 @@ def job_parameters() -> str:
 
 
 def context() -> str:
-    """The members of `ctx`: data first, then what can be called, blocking forms beside the others."""
+    """Return a table of the members of `ctx`, data before methods."""
     rows = [(code(f"ctx.{name}"), words) for name, (_, words) in _data(Context).items()]
     for name, owner in (("org", Org), ("run", ThisRun), ("cancelled", Cancellation)):
         rows += [(code(f"ctx.{name}.{each}"), words) for each, (_, words) in attributes(owner).items()]
@@ -38,7 +38,7 @@ def context() -> str:
 
 
 def members(owner: type) -> set[str]:
-    """The public members of a class, those that its `__init__` sets included."""
+    """Return the public members of a class, including those set in `__init__`."""
     return {name for name in {*_data(owner), *dir(owner)} if not name.startswith("_")}
 
 
@@ -47,13 +47,13 @@ def claims() -> str:
     return table(("member", "meaning"), rows)
 
 
-def answers() -> str:
+def results() -> str:
     rows = []
-    for answer in ANSWERS:
-        name = answer.__name__
-        shown = f"raise {name}(…)" if issubclass(answer, Exception) else _call(name, answer)
-        rows.append((code(shown), " ".join((answer.__doc__ or "").split())))
-    return table(("answer", "what it does"), rows)
+    for result in RESULTS:
+        name = result.__name__
+        shown = f"raise {name}(…)" if issubclass(result, Exception) else _call(name, result)
+        rows.append((code(shown), " ".join((result.__doc__ or "").split())))
+    return table(("result", "meaning"), rows)
 
 
 def _data(owner: type) -> dict[str, tuple[str, str]]:

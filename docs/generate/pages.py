@@ -1,4 +1,4 @@
-"""Pages: what stands between `<!-- generated: NAME -->` and `<!-- end -->` is made from the code."""
+"""Pages with generated parts, between `<!-- generated: NAME -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PARTS: Mapping[str, Callable[[], str]] = {
-    "answers": handlers.answers,
     "assistant-params": builtin.assistant_params,
     "assistant-settings": builtin.assistant_settings,
     "claims": handlers.claims,
@@ -26,6 +25,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "job": handlers.job_parameters,
     "metrics": signals.metrics,
     "org-keys": files.org_keys,
+    "results": handlers.results,
     "rules": signals.rules,
     "settings": settings.settings,
     "testing-faults": testing.testing_faults,
@@ -35,10 +35,10 @@ _PART = re.compile(r"^<!-- generated: ([\w-]+) -->\n.*?^<!-- end -->$", re.DOTAL
 
 
 def renewed(page: str) -> str:
-    """The page's text with each generated part as the code has it now."""
+    """Return the page's text with its generated parts updated."""
     return _PART.sub(lambda found: f"<!-- generated: {found[1]} -->\n{PARTS[found[1]]()}<!-- end -->", page)
 
 
 def parts_of(page: str) -> list[str]:
-    """The names of a page's generated parts."""
+    """Return the names of a page's generated parts."""
     return [found[1] for found in _PART.finditer(page)]

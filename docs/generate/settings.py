@@ -1,4 +1,4 @@
-"""Settings: the words of config/worker.toml, beside type, bounds and variable from the models."""
+"""Settings: texts from config/worker.toml; types, bounds and variables from the models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worker.settings import sections as types
 SHIPPED = Path(__file__).parents[2] / "config" / "worker.toml"
 HEAD = ("setting", "meaning", "default", "value", "variable")
 
-# What a field may be, by the annotation that reads it.
+# The kind of value, by annotation.
 KINDS: dict[Any, str] = {
     bool: "true or false",
     float: "a number",
@@ -33,7 +33,7 @@ KINDS: dict[Any, str] = {
 
 @dataclass
 class Entry:
-    """One setting as config/worker.toml explains it; `default` is as it stands there."""
+    """One setting with its text and its default, both as in config/worker.toml."""
 
     name: str
     default: str
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass
 class Part:
-    """A table of config/worker.toml with what is said of it as a whole."""
+    """A section of config/worker.toml with its introduction."""
 
     name: str
     words: str
@@ -50,7 +50,7 @@ class Part:
 
 
 def settings() -> str:
-    """A table for each section, in the order of the file."""
+    """Return a table for each section, in the order of the file."""
     text = ""
     for part in parts(SHIPPED.read_text(encoding="utf-8")):
         model, variable = _model(part.name)
@@ -62,10 +62,10 @@ def settings() -> str:
 
 
 def parts(text: str) -> Iterator[Part]:
-    """The tables of the file, the issuer that is commented out among them."""
-    # What is commented out is one comment deeper: its comments begin with `# # `.
+    """Yield the sections of the file, including the commented-out issuer."""
+    # The commented-out section is nested: its comments begin with `# # `.
     text = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
-    # The words above the first setting are of the file as a whole.
+    # The text above the first setting introduces the whole file.
     part, words = Part("", ""), list[str]()
     for line in text.splitlines():
         if line.startswith("#"):
@@ -82,7 +82,7 @@ def parts(text: str) -> Iterator[Part]:
 
 
 def _joined(lines: list[str]) -> str:
-    """The words on one line; what is indented is an example, and stays in the file."""
+    """Join the text to one line, without examples, which are indented."""
     return " ".join(line for line in lines if line and not line.startswith(" "))
 
 
@@ -100,7 +100,7 @@ def _row(entry: Entry, info: FieldInfo, variable: str) -> tuple[str, ...]:
 
 
 def _value(info: FieldInfo) -> str:
-    """What may stand there, with its bounds."""
+    """Return the kind of value with its bounds."""
     if get_origin(info.annotation) is Literal:
         return ", ".join(f'`"{choice}"`' for choice in get_args(info.annotation))
     kind = KINDS.get(info.annotation, "a list of tables")

@@ -1,4 +1,4 @@
-"""Events and metrics, each from its one table, and the alert rules from their file."""
+"""Events and metrics from their tables in the code, alert rules from config/alerts.yml."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def rules() -> str:
 
 
 def _in_words(template: str) -> str:
-    """A template of an annotation, its labels as what they stand for."""
+    """Replace `{{ $labels.NAME }}` in an annotation by NAME in capitals."""
     return re.sub(r"\{\{ *\$labels\.(\w+) *\}\}", lambda found: found[1].upper(), template)

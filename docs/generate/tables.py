@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the texts in their cells."""
+"""Markdown tables and the texts of their cells."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; a `|` in a cell is escaped, and the blanks of a cell are collapsed."""
+    """Return a table. In cells, `|` is escaped and whitespace is collapsed."""
     lines = [_line(head), "|" + "---|" * len(head)]
     lines += [_line(row) for row in rows]
     return "".join(f"{line}\n" for line in lines)
@@ -22,7 +22,7 @@ def codes(texts: Iterable[str]) -> str:
 
 
 def sentence(docstring: str | None) -> str:
-    """A docstring's first paragraph on one line."""
+    """Return a docstring's first paragraph on one line."""
     return re.sub(r"\s+", " ", (docstring or "").strip().partition("\n\n")[0])
 
 

@@ -1,4 +1,4 @@
-"""What a test of a handler orders and learns: faults and what has finished, from their docstrings."""
+"""The testing API: faults and the finished run, from their docstrings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.testing import Attempt, Finished, LogLine, faults
 
 
 def testing_faults() -> str:
-    """Each fault with what it does; below it, what may be said of it."""
+    """Return a table of the faults, each followed by its parameters."""
     rows = []
     for fault in get_args(faults.Fault):
         rows.append((code(f"{fault.__name__}(…)"), "", " ".join((fault.__doc__ or "").split())))
@@ -21,7 +21,7 @@ def testing_faults() -> str:
 
 
 def testing_finished() -> str:
-    """What `run` returns, then what its attempts and log lines have."""
+    """Return a table of the attributes of a finished run, its attempts and its log lines."""
     rows = []
     for owner, above in (
         (Finished, "finished"),
