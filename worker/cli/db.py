@@ -22,9 +22,7 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
     session = session_of(context)
     settings = session.settings.database
     with session.database(any_schema=True) as database:
-        with database.autocommit() as connection:
-            before = schema.current(connection)
-        schema.upgrade(settings.url, settings.owner_url)
+        before = schema.upgrade(settings.url, settings.owner_url)
         missing = ""
         if database.dialect == "postgresql":
             with database.autocommit() as connection:

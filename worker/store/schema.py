@@ -103,8 +103,8 @@ def check_for_web(database: Database) -> None:
         roles.require(connection)
 
 
-def upgrade(url: str, owner_url: str = "") -> None:
-    """Bring the database to this release's version, whatever it has; run again, it changes nothing.
+def upgrade(url: str, owner_url: str = "") -> str | None:
+    """Bring the database to this release's version and return the one it had; can be repeated.
 
     On PostgreSQL `owner_url` names the role that owns the tables, where it is not the
     worker's. One migrator runs at a time, in one transaction.
@@ -124,11 +124,13 @@ def upgrade(url: str, owner_url: str = "") -> None:
     try:
         setting = "database.owner_url" if owner_url else "database.url"
         with migrating(owner_url or url, setting=setting) as connection:
+            before = current(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
             _write_works_with(connection, ScriptDirectory.from_config(config))
             if connection.dialect.name == "postgresql":
                 roles.grant(connection)
+            return before
     except CommandError as error:
         if isinstance(error.__cause__, ResolutionError):
             raise ConfigurationError(

@@ -543,3 +543,28 @@ async def test_a_write_that_forgets_its_org_is_seen_here_and_kept_in_by_row_leve
         assert any("org_a as operator" in wrong and "changed ['org_b']" in wrong for wrong in matrix.wrong)
     else:
         assert matrix.wrong == []
+
+
+@pytest.mark.parametrize("made", ["serve"], indirect=True)
+async def test_without_its_roles_the_web_side_serves_nobody_and_tells_operators_the_grant(
+    made: Installation, postgres_server: postgres.Server
+):
+    """It never falls back to the rights of its login."""
+    login = made.served_url.split("//")[1].split("@")[0]
+    postgres_server.execute(f"REVOKE {roles.WEB}, {roles.OPERATOR} FROM {login}")
+    app = made.app("operator")
+    for who in made.callers():
+        client = Client(app, who)
+        if who.is_operator or who.org is not None:
+            for method, path in ((m, p) for m, p in RULES if p.startswith(API)):
+                url = path.format(run=made.ended["org_a"], org="org_a", name="digest")
+                answer = await client.ask(method, url, session=False)
+                if RANK[who.role] < RANK[RULES[method, path].role]:
+                    assert answer.status_code in (403, 503), (who.name, path)
+                    continue
+                assert answer.status_code == 503, (who.name, path, answer.text)
+                error = answer.json()["error"]
+                assert error["code"] == "roles_missing"
+                assert (f"GRANT {roles.WEB}, {roles.OPERATOR}" in error["fix"]) == who.is_operator, who.name
+                assert login not in answer.text
+        assert (await client.ask("GET", "/livez", session=False)).status_code == 200
