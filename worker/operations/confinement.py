@@ -66,17 +66,22 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
     rules = planner.rules(execution.read_paths, execution.write_paths)
     if required and planner.narrowed:
         raise ConfigurationError(
-            f'[execution] sandbox = "require": {in_words(planner.narrowed[0])}',
+            f'[execution] sandbox = "require": {found_in(planner.narrowed[0])}',
             fix="move it elsewhere, or let handlers use a smaller folder",
         )
     return Confinement(level(version), version, rules, tuple(planner.narrowed))
 
 
+def found_in(narrowed: Narrowed) -> str:
+    """What a path that handlers may use leads to."""
+    secret = narrowed.secret
+    return f"{narrowed.root} is open to handlers, and leads to {secret.name} ({secret.path})"
+
+
 def in_words(narrowed: Narrowed) -> str:
     """What was found in a path that handlers may use, and what becomes of it."""
-    secret = narrowed.secret
-    rest = "it is left out" if narrowed.left_out else "only its other parts are allowed, as they are now"
-    return f"{narrowed.root} is open to handlers, and {secret.name} ({secret.path}) lies there: {rest}"
+    rest = "it is not allowed" if narrowed.left_out else "its other parts are allowed, as they are now"
+    return f"{found_in(narrowed)}: {rest}"
 
 
 def _secrets(settings: Settings) -> Iterator[Secret]:

@@ -67,6 +67,13 @@ async def test_a_worker_that_takes_work_is_alive_and_ready():
     assert (await get(health, "/readyz")).json() == {"status": "ok", "lacking": []}
 
 
+async def test_readiness_says_how_far_handlers_are_confined():
+    health = Health(Metrics(version="1.0"), sandbox="full: Landlock 7")
+
+    assert (await get(health, "/readyz")).json()["sandbox"] == "full: Landlock 7"
+    assert "sandbox" not in (await get(health, "/livez")).json()
+
+
 async def test_a_loop_that_does_not_tick_is_named():
     health = watched(stalled=lambda: ["scheduler"])
 
