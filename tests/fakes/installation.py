@@ -58,6 +58,7 @@ def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
         line.settings.write_text(
             f'[database]\nurl = "sqlite:///{folder}/worker.db"\n\n[issuers.main]\nprofile = "kinde"\n'
             f'url = "{provider.url}"\naudience = "{AUDIENCE}"\nmax_requests_per_second = 100\n'
+            f'\n[execution]\nprivate_origins = ["{url_of(listener)}"]\n'
         )
         (folder / "outage").touch()
         (folder / "new-secret").write_text(NEW)
