@@ -23,7 +23,7 @@ EXEMPTION = "prose: ok"
 # A pattern and what to write instead. A blank in a pattern also matches a line break within a paragraph, a
 # comment or a docstring, and the seam of two adjacent strings. Case is ignored.
 PHRASES: tuple[tuple[str, str], ...] = (
-    (r"is none|are none|none stays", "say what it is: 'not a database file'"),
+    (r"(?<!there\s)(?-i:(is|are) none)|(?-i:none stays)", "say what it is: 'not a database file'"),
     (r"(?<!there\s)(is|are|was) no (?!longer|more|less|different|better|worse|such|good)\w+", "is not a ..."),
     (r"nobody", "name the actor ('no client', 'no worker'), or use the passive"),
     (r"whoever|(those|they|he) who|those find out", "name the actor ('the operator', 'the caller')"),
@@ -58,7 +58,7 @@ PHRASES: tuple[tuple[str, str], ...] = (
     (r"the \w+'s word\b(?! for)", "must be enabled by the operator"),
     (r"shall", "must, should; 'desired state'"),
     (r"(?<![.'\"`])instants?(?![`'\"=])", "scheduled time, time"),
-    (r"findings?", "problem, check result, diagnostics"),
+    (r"(?<![.'\"`])findings?(?![`'\"=])", "problem, check result, diagnostics"),
     (r"befell|befalls?|befallen", "happened to"),
     (r"for ever", "indefinitely, forever"),
     (r"parted by", "separated by"),

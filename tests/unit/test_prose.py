@@ -67,6 +67,7 @@ def test_a_rejected_sentence_is_found(sentence: str):
         "There is no network, and the run is no longer waiting.",
         "Returns the next fire time, or None if the schedule has ended.",
         "The instantaneous rate of `instants` and `told` columns.",
+        "`id` is None where there is none.",
     ],
 )
 def test_plain_english_is_not(sentence: str):
