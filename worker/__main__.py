@@ -1,5 +1,13 @@
 """`python -m worker`."""
 
+import os
+import sys
+
+# Without -P, Python puts the working directory first on its path. Handlers may be allowed to write
+# there, and a run's process is given this path: keep the directory only if this code lies in it.
+if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()] != [os.path.dirname(os.path.dirname(__file__))]:
+    del sys.path[0]
+
 from worker.cli import main
 
 main()

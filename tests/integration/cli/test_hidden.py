@@ -161,6 +161,28 @@ def test_a_hidden_command_reads_and_writes_what_it_is_given(folder: Path) -> Non
     assert called(folder, *given, "doctor", "--bundle", "bundle.json").returncode == 0
 
 
+# The path that a run's process is given, once the command has begun.
+PATH_OF = """
+import runpy, sys, worker.cli
+worker.cli.main = lambda: print("\\n".join(sys.path))
+runpy.run_module("worker", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_worker_started_without_safe_path_drops_its_working_folder(folder: Path) -> None:
+    """A handler that may write there would otherwise plant modules, and read the database in it."""
+
+    def path(script: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    begun = "import os, sys; sys.path[0] = os.getcwd()\n"  # as `-m` leaves it
+    assert str(folder) in path(begun + "print(sys.path[0])")
+    assert str(folder) not in path(begun + PATH_OF)
+
+
 def test_help_imports_nothing_to_hide(folder: Path) -> None:
     command = [sys.executable, "-X", "importtime", *WORKER[1:], "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
