@@ -36,6 +36,8 @@ SWEEP_TICK = 0.005
 # A process the kernel cannot kill, stuck in a device, must not hold up the others' ends.
 SWEEP_PATIENCE = 2.0
 DATAGRAM = 65_536
+# Seconds after a start in which its process calls its handler, as a rule.
+AFTER_START = 0.01
 # What nearly every handler needs, so that no run pays for its import; httpx comes with `tls_context`.
 WARM = ("pydantic.main", "worker.handlers.answers", "worker.handlers.context")
 
@@ -56,6 +58,7 @@ class Zygote:
         self._freeze_at = float("inf")
         self._frozen_at: float | None = None
         self._unsent: deque[bytes] = deque()
+        self._prepare_at = float("inf")
 
     def serve(self) -> None:
         """Do what the worker says until it is gone."""
@@ -81,6 +84,7 @@ class Zygote:
             self._watch_lease()
             self._watch_memory()
             self._flush()
+            self._prepare()
 
     def end_all(self) -> None:
         """Kill every descendant, and come back when none is left."""
@@ -90,8 +94,14 @@ class Zygote:
             self._reap()
             time.sleep(0.002)
 
+    def _prepare(self) -> None:
+        """Make the rules of the next run, but not while the last one starts: it would be slowed down."""
+        if self._sandbox is not None and time.monotonic() >= self._prepare_at:
+            self._prepare_at = float("inf")
+            self._sandbox.prepare()
+
     def _pause(self) -> float | None:
-        due = [self._memory.due_at]
+        due = [self._memory.due_at, self._prepare_at]
         if self._ending:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
@@ -142,7 +152,8 @@ class Zygote:
         for descriptor in descriptors:
             os.close(descriptor)
         if self._sandbox is not None:
-            self._sandbox.prepare()
+            self._sandbox.used()
+            self._prepare_at = time.monotonic() + AFTER_START
         if pid is None:
             return
         self._family.leaders[pid] = Leader(run, pid, memory)

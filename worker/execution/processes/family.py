@@ -62,7 +62,7 @@ class Family:
                 yield leader
 
     def orphans(self) -> set[int]:
-        """What dead runs have left behind, alive."""
+        """What dead runs have left behind, alive or not reaped yet."""
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:  # not one child: the table need not be read
@@ -75,7 +75,8 @@ class Family:
             if process.parent == self._pid and process.pid not in self.leaders
         }
         found = adopted | linux.descendants(table, adopted)
-        return {pid for pid in found if table[pid].state not in "ZX"}
+        # A dead one that is still to be reaped counts: a run is over once none of its processes is left.
+        return {pid for pid in found if table[pid].state != "X"}
 
     def everyone(self) -> set[int]:
         """All processes below this one."""

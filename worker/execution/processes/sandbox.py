@@ -173,8 +173,10 @@ class Sandbox:
     def ruleset(self, folder: str) -> landlock.Ruleset:
         """The rules for one process that is about to be forked, and that has a folder of its own.
 
-        Call `prepare` once it is forked. Raises OSError.
+        Call `used` once it is forked. Raises OSError.
         """
+        if self._look():
+            self.used()  # they allow a file that is no longer there, and not the one in its place
         if self._next is None:
             self._next = self._filled()
         descriptor = os.open(folder, os.O_PATH | os.O_CLOEXEC)
@@ -184,14 +186,16 @@ class Sandbox:
             os.close(descriptor)
         return self._next
 
-    def prepare(self) -> None:
-        """Make the rules of the next process while nobody waits for it."""
+    def used(self) -> None:
+        """The rules were for a process that is forked, or that could not be: they serve no other."""
         if self._next is not None:
             self._next.close()
             self._next = None
+
+    def prepare(self) -> None:
+        """Make the rules of the next process while nobody waits for it."""
+        self.used()
         with suppress(OSError):  # no descriptors or memory now: it is tried again when it is needed
-            if time.monotonic() >= self._looked_at + LOOK_EVERY:
-                self._look()
             self._next = self._filled()
 
     def _filled(self) -> landlock.Ruleset:
@@ -200,14 +204,19 @@ class Sandbox:
             ruleset.add(rule)
         return ruleset
 
-    def _look(self) -> None:
-        """Open again what was replaced, such as resolv.conf by a change of the network."""
+    def _look(self) -> bool:
+        """Open again what was replaced, such as resolv.conf by a change of the network; True if it was."""
+        now = time.monotonic()
+        if now < self._looked_at + LOOK_EVERY:
+            return False
+        self._looked_at, found = now, False
         for path, file in list(self._files.items()):
             if _identity(path) != file.identity:
                 os.close(file.descriptor)
                 del self._files[path], self._rules[path]
                 self._take(path, file.access)
-        self._looked_at = time.monotonic()
+                found = True
+        return found
 
     def _take(self, path: str, access: int) -> None:
         try:
