@@ -50,7 +50,7 @@ def masked(value: Any, key: str = "") -> Any:
         return type(value)(masked(entry) for entry in value)
     if value and (key.endswith("_secret") or key in _SECRET):
         return "***"
-    # What should be a URL is masked as one, also where it is none.
+    # A setting that should be a URL is masked as one, even if it is malformed.
     if isinstance(value, str) and value and ("://" in value or key.endswith(("url", "endpoint"))):
         return shown_url(value, path=key not in _SECRET_PATH)
     return value

@@ -1,4 +1,4 @@
-"""The lock beside a SQLite file: one worker per file. A second worker is told which process holds it.
+"""The lock beside a SQLite file: one worker per file. A second worker names its holder.
 
 Two kinds of lock on one file. The worker and its zygote share one flock(2): it is released when
 both are gone, and the zygote ends only after every run is dead. Each run holds a read lock of its

@@ -86,7 +86,7 @@ _CREATE = """
 DO $$ BEGIN CREATE ROLE {role} NOLOGIN;
 EXCEPTION WHEN duplicate_object OR unique_violation OR insufficient_privilege THEN NULL; END $$
 """
-# Membership alone is not enough from PostgreSQL 16 on: whoever creates a role may administer it only.
+# From PostgreSQL 16 on, membership is not enough: the creator of a role may only administer it.
 _MAY_SET = """
 pg_has_role({who}, {role},
             CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)
@@ -189,7 +189,7 @@ def act(connection: Connection, scope: Scope) -> None:
     """Take the scope's role and org for the rest of this transaction.
 
     Raises:
-        RolesMissing: the login may not take that role, or there is none.
+        RolesMissing: the login may not take that role, or the role does not exist.
     """
     try:
         connection.execute(_ACT, {"role": scope.role, "org": scope.org_id or ""})

@@ -46,7 +46,7 @@ class Addresses:
         return address is not None and self._is_trusted(address)
 
     def client_of(self, connection: HTTPConnection) -> Client:
-        """The client: the peer, or behind trusted proxies the rightmost address that is not one of them."""
+        """The client: the peer, or the rightmost forwarded address that is not a trusted proxy."""
         peer = _address(connection.client.host if connection.client else "")
         forwarded = [
             entry.strip()

@@ -263,6 +263,6 @@ class Connection(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         if phase == "body":
-            # The application must not answer as well; it is told that the client has gone.
+            # The application must not answer as well: it sees a disconnected client.
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -1,8 +1,8 @@
 """The sandbox of a handler's process: which paths it may use, made once, put in force after each fork.
 
-The worker decides on the rules, since it knows where the secrets are; whoever starts a
-handler gets finished paths and opens them. Folders are opened once: whatever is
-later put in the place of one is not allowed. Files of the system, which are replaced
+The worker plans the rules, since it knows where the secrets are. The process that starts
+a handler receives the paths and opens them. Folders are opened once: a folder that later
+replaces one of them is not allowed. Files of the system, which are replaced
 when they change, are opened for each start.
 """
 
@@ -148,8 +148,8 @@ class Planner:
 class Sandbox:
     """Rules as a process that starts handlers holds them, with all their paths open.
 
-    They stay open: the kernel knows a path by its inode, which some file systems make anew
-    once nobody holds it. A file of the system that was replaced is opened again, a folder
+    They stay open: the kernel identifies a path by its inode, and some file systems create a
+    new one once no process holds it. A file of the system that was replaced is opened again, a folder
     is not: what is put in its place is denied.
     """
 
