@@ -34,8 +34,8 @@ from worker.clock import SystemClock
 from worker.ids import WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, Isolation
-from worker.store.admission import Admission
 from worker.store.database import Database
+from worker.store.for_worker import RingWalk
 from worker.store.sql import statements
 from worker.wiring.process import SWITCH
 
@@ -65,7 +65,7 @@ class Figures:
 
 def carry(database: Database, worker_id: WorkerId, *, batch: int, runs: int, again: bool = False) -> Figures:
     """Admit and finish until nothing waits, or so many runs have ended; `again` hands them back."""
-    admission, figures = Admission(database, worker_id), Figures()
+    admission, figures = RingWalk(database, worker_id), Figures()
     free: dict[Isolation, int] = {"child": 0, "inline": batch}
     began, used = time.perf_counter(), processor()
     while figures.runs < runs:

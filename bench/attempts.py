@@ -24,18 +24,18 @@ from typing import Any
 
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
-from worker.execution.attempt import Tools
-from worker.execution.carrier import Carrier
-from worker.execution.holdings import Holdings
-from worker.execution.inline import Inline
-from worker.execution.journal import Journal
-from worker.execution.offers import Offers
-from worker.execution.plans import Plans
+from worker.execution.attempts.attempt import Tools
+from worker.execution.attempts.dispatcher import Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.plan import Plans
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.context import Context
 from worker.handlers.job import job
 from worker.ids import DefinitionId, OrgId, RunId, new_id
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, RunContext
 from worker.telemetry import events, logs
@@ -125,7 +125,7 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
     for org in orgs:
         issuer.add(App(org.code, f"client of {org.code}", "secret"))
         credentials.add(org, f"client of {org.code}", "secret")
-    offers = Offers(frozenset({"bench"}))
+    offers = HandlerRegistry(frozenset({"bench"}))
     entry_point = f"{__name__}_handlers:inline"
     offers.add(HandlerEntry("bench.inline", "bench", "1", entry_point, isolation="inline"))
     store = Store(orgs)
@@ -139,14 +139,14 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
             offers=offers,
             runners={"inline": Inline(clock)},
             checkpoints=store,  # type: ignore[arg-type]
-            journal=Journal(store, clock),  # type: ignore[arg-type]
+            journal=RunLogWriter(store, clock),  # type: ignore[arg-type]
             clock=clock,
             random=Random(1),  # noqa: S311
         )
         ended = Ended()
-        carrier = Carrier(
+        carrier = Dispatcher(
             tools,
-            Holdings(),
+            Inflight(),
             store,
             on_free=lambda: None,
             on_end=lambda attempt, held: ended.take(attempt),
@@ -163,7 +163,7 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
 
 
 async def _round(
-    carrier: Carrier,
+    carrier: Dispatcher,
     orgs: Sequence[OrgRef],
     clock: SystemClock,
     ended: Ended,

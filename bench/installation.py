@@ -25,7 +25,7 @@ from worker.clock import SystemClock
 from worker.demo.applications import Application
 from worker.demo.provider import serve_provider
 from worker.ids import RunId, new_id
-from worker.operations.import_orgs import import_orgs
+from worker.operations.orgs import import_orgs
 from worker.runs.run import NewRun
 from worker.store import firing, schema, tables
 from worker.store.database import Database

@@ -29,9 +29,9 @@ from bench.installation import Installation, installation
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import RecordingLink, until, work
 from worker.clock import SystemClock
-from worker.execution.children import Children
-from worker.execution.processes.sandbox import Planner
-from worker.execution.work import Stop
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.child.sandbox import Planner
+from worker.execution.runners.contract import StopSignal
 
 HANDLERS = """\
 import asyncio
@@ -77,19 +77,19 @@ async def measure_starts(count: int) -> None:
     else the machine does meanwhile strikes both alike.
     """
     rules = Planner([]).rules([], [])
-    kinds = {"sandboxed": Children(SystemClock(), sandbox=rules), "without": Children(SystemClock())}
+    kinds = {"sandboxed": ChildPool(SystemClock(), sandbox=rules), "without": ChildPool(SystemClock())}
     started: dict[str, list[float]] = {name: [] for name in kinds}
     ended: dict[str, list[float]] = {name: [] for name in kinds}
     used: dict[str, float] = dict.fromkeys(kinds, 0.0)
     for children in kinds.values():
         children.start()
         children.attach()
-        await children.run(work("noop", entry_point="bench_jobs:noop"), TimedLink(), Stop())
+        await children.run(work("noop", entry_point="bench_jobs:noop"), TimedLink(), StopSignal())
     for number in range(count + 10):
         # Whoever comes second finds warmer caches.
         for name, children in sorted(kinds.items(), reverse=bool(number % 2)):
             before, link, began = cpu(children), TimedLink(), time.perf_counter()
-            await children.run(work("noop", entry_point="bench_jobs:noop"), link, Stop())
+            await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
             if number >= 10:
                 started[name].append(link.started_at - began)
                 ended[name].append(time.perf_counter() - began)
@@ -111,11 +111,11 @@ def ratio(seconds: Mapping[str, Sequence[float]]) -> str:
     return f"p50 {statistics.median(sandboxed) / statistics.median(without):.3f} (of pairs {pairs:.3f})"
 
 
-async def measure_memory(children: Children, count: int) -> None:
+async def measure_memory(children: ChildPool, count: int) -> None:
     """So many handlers at once that only wait."""
     zygote = psutil.Process(children.zygote_pid)
     alone = zygote.memory_full_info().pss
-    stops = [Stop() for _ in range(count)]
+    stops = [StopSignal() for _ in range(count)]
     given = work("waits", entry_point="bench_jobs:waits")
     links = [TimedLink() for _ in stops]
     runs = [
@@ -139,7 +139,7 @@ async def measure_children(what: Sequence[str], starts: int, count: int) -> None
     if "starts" in what:
         await measure_starts(starts)
     if "memory" in what:
-        children = Children(SystemClock(), sandbox=Planner([]).rules([], []))
+        children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []))
         children.start()
         children.attach()
         await measure_memory(children, count)
@@ -188,7 +188,7 @@ def used(process: psutil.Process, seconds: float) -> float:
     return float((ended.user + ended.system - began.user - began.system) / seconds)
 
 
-def cpu(children: Children) -> float:
+def cpu(children: ChildPool) -> float:
     """Seconds that this process, the zygote and all runs that have ended have used."""
     zygote = psutil.Process(children.zygote_pid).cpu_times()
     return time.process_time() + sum(zygote[:4])

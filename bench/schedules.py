@@ -25,11 +25,10 @@ from typing import Any
 from sqlalchemy import insert, select, text, update
 
 from bench.installation import Installation, installation
-from worker.definitions.spread import spread_of
 from worker.definitions.triggers import parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.ids import new_id
-from worker.runs.fire import decide
+from worker.runs.fire import decide, spread_of
 from worker.store import firing, tables
 
 ORGS = 100

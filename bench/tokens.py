@@ -26,7 +26,7 @@ from typing import Any
 
 from worker.clock import SystemClock
 from worker.ids import OrgId
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.providers.profile import load
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential, Secret

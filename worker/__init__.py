@@ -6,22 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.claims.access_token import AccessToken
-    from worker.claims.claims import Claims
-    from worker.handlers.answers import Cancel, HandBack, PermanentError, Retry, Snooze
+    from worker.claims.claims import AccessToken, Claims
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.job import job
+    from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
 
 _HOMES = {
-    "AccessToken": "worker.claims.access_token",
+    "AccessToken": "worker.claims.claims",
     "BlockingContext": "worker.handlers.context",
-    "Cancel": "worker.handlers.answers",
+    "Cancel": "worker.handlers.results",
     "Claims": "worker.claims.claims",
     "Context": "worker.handlers.context",
-    "HandBack": "worker.handlers.answers",
-    "PermanentError": "worker.handlers.answers",
-    "Retry": "worker.handlers.answers",
-    "Snooze": "worker.handlers.answers",
+    "HandBack": "worker.handlers.results",
+    "PermanentError": "worker.handlers.results",
+    "Retry": "worker.handlers.results",
+    "Snooze": "worker.handlers.results",
     "job": "worker.handlers.job",
 }
 

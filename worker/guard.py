@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 
 from worker.claims.claims import Claims
-from worker.claims.decode import decode
-from worker.claims.enforce import enforce
+from worker.claims.decode import decode, enforce
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, TokenRefused, Unavailable
 from worker.providers.profile import load

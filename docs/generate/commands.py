@@ -15,7 +15,7 @@ import worker
 from docs.generate.tables import code, codes, sentence, table
 from worker.cli.app import build
 from worker.errors import WorkerError
-from worker.web.answers import STATUS
+from worker.web.responses import STATUS
 
 PROGRAM = "python -m worker"
 # Options of many verbs, described once above the first verb. A verb only names those whose help text is the

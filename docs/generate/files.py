@@ -10,7 +10,7 @@ from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
 from worker.definitions.definition import Definition
 from worker.definitions.units import format_duration
-from worker.orgs.org import OrgEntry
+from worker.orgs import OrgEntry
 
 # Defaults that the file reader supplies for required attributes.
 FILLED_IN = {(OrgEntry, "name"): "the code"}

@@ -15,7 +15,7 @@ from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.image import Image
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
-from worker.execution.processes import landlock
+from worker.execution.runners.child import landlock
 
 
 class Container(Site):
@@ -97,7 +97,9 @@ def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(contain
     container.cli("definitions", "run", "org_a", "steps")
     wait_until(lambda: read_journal(journal, "grandchild"), "the grandchild")
     assert {child.uids().real for child in worker.children(recursive=True)} == {10001}
-    [zygote] = [child for child in worker.children() if "worker.execution.zygote" in child.cmdline()]
+    [zygote] = [
+        child for child in worker.children() if "worker.execution.runners.child.zygote" in child.cmdline()
+    ]
     zygote.kill()
     wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
     zombies = [child.pid for child in worker.children(recursive=True) if child.status() == "zombie"]

@@ -18,7 +18,7 @@ from tests.fakes.ports import free_port
 from tests.fakes.service_manager import STATE, SYSTEMD, ServiceManager, booted
 from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
-from worker.execution.processes import landlock
+from worker.execution.runners.child import landlock
 
 pytestmark = [
     pytest.mark.skipif(

@@ -15,8 +15,8 @@ from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
 from worker.store import runs
-from worker.store.admission import Admission
 from worker.store.database import Database
+from worker.store.for_worker import RingWalk
 from worker.store.sql.postgresql import admit
 
 NO_LOCK, LATE_COMMIT = "SELECT %s", "SELECT pg_sleep(0.005)"
@@ -69,7 +69,7 @@ def _live(
 ) -> None:
     """One incarnation: it admits and ends, until it dies with what it holds or time is over."""
     worker = stock.worker(handlers=tuple(offered))
-    admission, held = Admission(stock.database, worker), list[AdmittedRun]()
+    admission, held = RingWalk(stock.database, worker), list[AdmittedRun]()
     while time.monotonic() < until:
         held += admission.admit(offered, {"child": slots - len(held)})
         if chance.random() < 0.02:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from worker.cli import main
-from worker.execution import pulse
-from worker.execution.scheduler import Scheduler
+from worker.execution.loops.scheduler import Scheduler
+from worker.execution.loops.supervisor import supervisor
 from worker.runs.firing import FireReport
 
 FILE = "FREEZE_WHEN"
@@ -25,6 +25,6 @@ async def fire_or_hang(scheduler: Scheduler) -> FireReport:
 
 
 if __name__ == "__main__":
-    pulse.PATIENCE = PATIENCE
+    supervisor.PATIENCE = PATIENCE
     Scheduler._fire = fire_or_hang  # type: ignore[method-assign]
     main()

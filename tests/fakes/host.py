@@ -16,8 +16,8 @@ from typing import Any
 
 from tests.fakes.running import RecordingLink, work
 from worker.clock import SystemClock
-from worker.execution.children import Children
-from worker.execution.work import Stop
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopSignal
 from worker.runs.lease import Lease
 
 
@@ -25,7 +25,7 @@ def tell(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def renew(children: Children, lease: timedelta) -> None:
+def renew(children: ChildPool, lease: timedelta) -> None:
     while True:
         children.renewed(Lease.begun(lease, time.monotonic()))
         time.sleep(lease.total_seconds() / 10)
@@ -35,13 +35,13 @@ async def main() -> None:
     folder, handler, params, lock, seconds = sys.argv[1:]
     sys.path.append(folder)
     lease = None if seconds == "-" else timedelta(seconds=float(seconds))
-    children = Children(SystemClock(), lock_fd=None if lock == "-" else int(lock))
+    children = ChildPool(SystemClock(), lock_fd=None if lock == "-" else int(lock))
     children.start()
     if lease is not None:
         threading.Thread(target=renew, args=(children, lease), daemon=True).start()
     tell(zygote=children.zygote_pid)
     link = RecordingLink(on_save=lambda data: tell(saved=json.loads(data)))
-    outcome = await children.run(work(handler, params=json.loads(params)), link, Stop())
+    outcome = await children.run(work(handler, params=json.loads(params)), link, StopSignal())
     tell(outcome=type(outcome).__name__)
     await children.close()
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from tests.fakes.clock import ManualClock
 from worker.ids import OrgId
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.providers.profile import Profile, load
 from worker.tokens.credentials import Credential, Secret
 from worker.tokens.http import open_client

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from worker.execution.processes import landlock
-from worker.execution.processes.sandbox import level
+from worker.execution.runners.child import landlock
+from worker.execution.runners.child.sandbox import level
 
 WITHOUT = "ORGWORKER_TESTS_WITHOUT_LANDLOCK"
 

@@ -11,10 +11,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims, Flag
+from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import WorkerError
-from worker.execution.work import Work
+from worker.execution.runners.contract import Work
 from worker.ids import RunId
 
 MODULE = "process_jobs"

@@ -13,7 +13,7 @@ import psutil
 
 from tests.fakes.image import ROOT, Image
 from tests.fakes.site import wait_until
-from worker.execution.processes import linux
+from worker.execution.runners.child import linux
 
 SYSTEMD = Path("/lib/systemd/systemd")
 STATE = "/var/lib/orgworker"

@@ -14,9 +14,9 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.runs.firing import FireReport
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, Isolation, NewRun
-from worker.store import firing, tables, workers
-from worker.store.admission import Admission
+from worker.store import firing, for_worker, tables
 from worker.store.database import Database
+from worker.store.for_worker import RingWalk
 from worker.store.sql import statements
 
 HANDLER = "acme.note"
@@ -31,7 +31,7 @@ class Stock:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._numbers = itertools.count(1)
-        self._admissions: dict[WorkerId, Admission] = {}
+        self._admissions: dict[WorkerId, RingWalk] = {}
 
     def now(self) -> datetime:
         with self.database.autocommit() as connection:
@@ -89,7 +89,7 @@ class Stock:
     def worker(self, *, lease: timedelta = LEASE, handlers: Sequence[str] = (HANDLER,)) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
-            workers.register(
+            for_worker.register(
                 connection,
                 worker_id,
                 host="here",
@@ -135,7 +135,7 @@ class Stock:
         inline: int = 0,
         offered: Mapping[str, int | None] | None = None,
     ) -> list[AdmittedRun]:
-        admission = self._admissions.setdefault(worker_id, Admission(self.database, worker_id))
+        admission = self._admissions.setdefault(worker_id, RingWalk(self.database, worker_id))
         slots: dict[Isolation, int] = {"child": free, "inline": inline}
         return admission.admit({HANDLER: None} if offered is None else offered, slots)
 

@@ -172,7 +172,8 @@ class Cluster(Site):
             zygotes = [
                 child
                 for child in psutil.Process(worker.pid).children()
-                if "worker.execution.zygote" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
+                if "worker.execution.runners.child.zygote" in child.cmdline()
+                and child.status() != psutil.STATUS_ZOMBIE
             ]
             if target == "zygote":
                 return zygotes

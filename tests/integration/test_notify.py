@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.telemetry.notify import Notifier
+from worker.telemetry.vitals import Notifier
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from tests.fakes.pages import unknown_words
 from worker import settings as places
 from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
-from worker.execution.loops import LAST_FLUSH
-from worker.execution.pulse import PATIENCE
+from worker.execution.loops.supervisor import LAST_FLUSH, PATIENCE
 from worker.settings import Settings
 from worker.web.health import PATHS
 
@@ -440,7 +439,7 @@ def test_nothing_that_is_shipped_imports_from_its_working_directory():
 
     assert {Path(name).name for name in starts} >= {
         *("worker.service", "worker-upgrade.service", "orgworker", "Containerfile", "dev"),
-        *("run.py", "zygote_handle.py", "catalogue.py"),
+        *("run.py", "pool.py", "catalogue.py"),
     }
     assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}
 

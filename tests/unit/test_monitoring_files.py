@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.fakes.promql import SERIES, Wrong, labels_in, result_of, selectors
-from worker.execution.pulse import PATIENCE
+from worker.execution.loops.supervisor import PATIENCE
 from worker.telemetry.events import EVENTS
 from worker.telemetry.metrics import PREFIX, STATES
 

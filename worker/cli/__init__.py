@@ -17,7 +17,7 @@ def main() -> None:
     processes of the same user. `--help` reads no secret, and imports nothing for this.
     """
     if "--help" not in sys.argv:
-        from worker.execution.processes.linux import hide_memory
+        from worker.execution.runners.child.linux import hide_memory
 
         hide_memory()
     from worker.cli.app import main as run

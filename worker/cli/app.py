@@ -1,4 +1,7 @@
-"""The command line as a whole: its verbs, the options before them, and how it ends."""
+"""What stands first in a command, and the module that has it, imported when it is needed.
+
+A list pays for the modules of one noun, not for those of all: they are a tenth of it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,59 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from worker.cli import completion, verbs
+from worker.cli import completion
 from worker.cli.output import Format, print_error
-from worker.cli.session import Session
+from worker.cli.session import Invocation
 from worker.errors import DefinitionError, UsageError, WorkerError
 from worker.telemetry.masking import masker
+
+# Module and function of each verb.
+VERBS = {
+    "run": ("run", "run"),
+    "serve": ("run", "serve"),
+    "demo": ("demo", "demo"),
+    "apply": ("apply", "apply"),
+    "try": ("try_run", "try_"),
+    "new-job": ("new_job", "new_job"),
+    "check": ("checks", "check"),
+    "doctor": ("doctor", "doctor"),
+    "completion": ("completion", "completion"),
+}
+# Each is a module, with its verbs in its `app`.
+NOUNS = (
+    *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
+    *("db", "keys", "config"),
+)
+# Options before the verb that take a value.
+WITH_VALUE = ("--config", "--set")
+
+
+def add(app: typer.Typer, only: str | None) -> None:
+    """Give `app` this verb or noun, or all of them."""
+    for verb, (module, function) in VERBS.items():
+        if only in (None, verb):
+            app.command(verb)(getattr(import_module(f"worker.cli.{module}"), function))
+    for noun in NOUNS:
+        if only in (None, noun):
+            app.add_typer(import_module(f"worker.cli.{noun}").app, name=noun)
+
+
+def first(arguments: Sequence[str]) -> str | None:
+    """The verb or noun that a command begins with; None where it has none that is known."""
+    words = iter(arguments)
+    for word in words:
+        if word in WITH_VALUE:
+            next(words, None)
+        elif not word.startswith("-"):
+            return word if word in VERBS or word in NOUNS else None
+    return None
+
 
 INTERRUPTED = 130
 BEFORE_THE_VERB = ("--config", "--set", "--debug", "--version")
@@ -49,7 +95,7 @@ def before_the_verb(
 
         print(version_of("orgworker"))
         raise typer.Exit
-    context.obj = Session(config, _settings(setting or ()))
+    context.obj = Invocation(config, _settings(setting or ()))
     if context.invoked_subcommand is None:
         from worker.cli.run import run
 
@@ -62,7 +108,7 @@ def build(only: str | None = None) -> typer.Typer:
         rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110}
     )
     app.callback(invoke_without_command=True)(before_the_verb)
-    verbs.add(app, only)
+    add(app, only)
     return app
 
 
@@ -87,7 +133,7 @@ def invoke(arguments: Sequence[str]) -> int:
     asked = completion.prepare()
     try:
         # A shell that asks what could come next is told of everything.
-        app = build(None if asked else verbs.first(arguments))
+        app = build(None if asked else first(arguments))
         code = typer.main.get_command(app).main(
             args=list(arguments), prog_name=_program(), standalone_mode=False
         )
@@ -99,7 +145,7 @@ def invoke(arguments: Sequence[str]) -> int:
         print_error(UsageError.code, error.format_message().replace("\n", " "), _way_out(error), output)
         return UsageError.exit_code
     except Exception as error:
-        from worker.cli.refused import in_our_words
+        from worker.cli.driver_errors import in_our_words
 
         known = in_our_words(error)
         return _unexpected(error, arguments, output) if known is None else _failed(known, output)

@@ -33,13 +33,13 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List changes, newest first."""
-    from worker.store import listing
+    from worker.store.lists import orgs as org_lists
 
     session = session_of(context)
     narrowed: dict[str, Any] = {"since": read_since(since, session.clock), "limit": limit, "after": after}
     with session.database() as database, database.autocommit() as connection:
         if org is None:
-            rows = listing.audit_for_all_orgs(connection, **narrowed)
+            rows = org_lists.audit_for_all_orgs(connection, **narrowed)
         else:
-            rows = listing.audit(connection, org, **narrowed)
+            rows = org_lists.audit(connection, org, **narrowed)
     print_rows(rows, output, columns=COLUMNS, limit=limit)

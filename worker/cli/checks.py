@@ -48,7 +48,7 @@ def check_orgs(
     Looks at discovery, key, org, client, scopes against those that the definitions
     need, properties and flags by name and type, lifetime, clock and rate headers.
     """
-    from worker.wiring.checking import open_checks
+    from worker.wiring.secrets import open_checks
 
     if (org is None) != all_:
         raise UsageError("name one org, or --all", fix="`orgs check ORG`, or `orgs check --all`")
@@ -121,10 +121,9 @@ def check(
     ended. From the newest runs of each handler; what is assumed of one that has not run
     fails nothing.
     """
-    from worker.operations.capacity import capacity
-    from worker.operations.demand import demand
-    from worker.operations.machine import Machine
-    from worker.wiring.issuers import issuers_of
+    from worker.operations.capacity import Machine, capacity
+    from worker.operations.token_forecast import demand
+    from worker.wiring.secrets import issuers_of
 
     session = session_of(context)
     issuers = issuers_of(session.settings)

@@ -10,7 +10,7 @@ import typer
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import session_of
-from worker.telemetry.secret_forms import shown_url
+from worker.telemetry.masking import shown_url
 
 app = typer.Typer(help="The settings in force, from flags, variables, secret files and worker.toml.")
 

@@ -124,7 +124,7 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List credentials, newest first, without anything secret; `uses` counts token requests."""
-    from worker.store import listing
+    from worker.store.lists import orgs as org_lists
 
     session = session_of(context)
     wanted = org or named
@@ -136,9 +136,9 @@ def list_(
     }
     with session.database() as database, database.autocommit() as connection:
         if wanted is None:
-            rows = listing.credentials_for_all_orgs(connection, **narrowed)
+            rows = org_lists.credentials_for_all_orgs(connection, **narrowed)
         else:
-            rows = listing.credentials(connection, wanted, **narrowed)
+            rows = org_lists.credentials(connection, wanted, **narrowed)
     print_rows(rows, output, columns=COLUMNS, limit=limit)
 
 
@@ -155,7 +155,7 @@ def verify(
 
     Exit 69 if the provider cannot be reached.
     """
-    from worker.wiring.checking import open_checks
+    from worker.wiring.secrets import open_checks
 
     session = session_of(context)
 
@@ -194,8 +194,8 @@ def rotate(
     this was interrupted.
     """
     from worker import wiring
-    from worker.operations.rotate import Rotation
-    from worker.wiring.checking import open_checks
+    from worker.operations.credentials import Rotation
+    from worker.wiring.secrets import open_checks
 
     session = session_of(context)
     secret = read_text(secret_file).rstrip("\r\n")

@@ -1,13 +1,15 @@
-"""`definitions`: what orgs asked for, when each is due, and running one now."""
+"""The next instants of a schedule, from the very code that fires, and what is particular about each."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import islice
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 
 import typer
 
-from worker.cli import backfill, upcoming
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -25,14 +27,148 @@ from worker.cli.options import (
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import Session, session_of
+from worker.cli.session import Invocation, session_of
+from worker.definitions.units import format_duration
 from worker.errors import UsageError
+
+Row = dict[str, Any]
+
+_NONE = timedelta(0)
+
+
+def of_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
+    """The first `count` instants of a schedule's text at or after `start`.
+
+    Raises:
+        InvalidTrigger: the text or the zone cannot be read, or it never fires.
+    """
+    from worker.definitions.triggers import parse_schedule
+    from worker.definitions.zones import parse_zone
+
+    zone = parse_zone(zone_name)
+    return [_row(instant, zone) for instant in islice(parse_schedule(schedule, zone).instants(start), count)]
+
+
+def of_definition(
+    row: Mapping[str, Any],
+    unfinished: Sequence[Mapping[str, Any]],
+    start: datetime | None,
+    count: int,
+    *,
+    now: datetime,
+) -> list[Row]:
+    """As `of_schedule`, of a row of `definitions show`; what would be skipped or is not due says so.
+
+    Without `start` it begins with what is due and has not fired yet.
+    """
+    from worker.definitions.zones import parse_zone
+    from worker.runs.fire import Preview
+
+    zone = parse_zone(row["timezone"])
+    upcoming = Preview(row, unfinished, now).instants(start, count)
+    return [_row(each.scheduled_for, zone, each.note) for each in upcoming]
+
+
+def _row(instant: datetime, zone: ZoneInfo, note: str = "") -> Row:
+    notes = "; ".join(filter(None, (note, _change(instant, zone))))
+    return {
+        "scheduled_for": instant,
+        "local": instant.astimezone(zone).isoformat(),
+        "note": notes or None,
+    }
+
+
+def _change(instant: datetime, zone: ZoneInfo) -> str:
+    """Whether clocks change at this instant, or make its wall time come twice."""
+    local = instant.astimezone(zone)
+    ahead = _offset(local) - _offset((instant - timedelta(seconds=1)).astimezone(zone))
+    if ahead > _NONE:
+        return f"clocks go forward {format_duration(ahead)} here"
+    if ahead < _NONE:
+        return f"clocks go back {format_duration(-ahead)} here"
+    if _offset(local.replace(fold=1 - local.fold)) != _offset(local):
+        return f"{'second' if local.fold else 'first'} pass of this wall time"
+    return ""
+
+
+def _offset(instant: datetime) -> timedelta:
+    return instant.utcoffset() or _NONE
+
+
+BACKFILL_COLUMNS = (
+    "id",
+    "org",
+    "definition",
+    "range_from",
+    "range_until",
+    "state",
+    "ended",
+    "made",
+    "instants",
+)
+
+
+def backfill(
+    context: typer.Context,
+    org: OrgArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")],
+    start: Annotated[
+        str, typer.Option("--from", metavar="T", help="From this instant on: 2027-01-01T08:00:00Z, 2d (ago).")
+    ],
+    until: Annotated[
+        str, typer.Option("--until", metavar="T", help="Until before this instant, which has passed.")
+    ],
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="At most so many unfinished at once.")
+    ] = 1,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Stop the backfill of this range; what runs of it goes on.")
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Let every instant of a range run once more, and print the backfill.
+
+    The same range again adds nothing; one that was cancelled goes on where it was.
+    """
+    from worker.operations import backfill as operation
+
+    session = session_of(context)
+    first = read_instant(start, session.clock, option="--from")
+    end = read_instant(until, session.clock, option="--until")
+    with session.database() as database:
+        if cancel:
+            row = operation.cancel_backfill(database, org, name, start=first, until=end, actor=session.actor)
+        else:
+            row = operation.backfill(
+                database, org, name, start=first, until=end, limit=limit, actor=session.actor
+            )
+    print_row(row, output)
+
+
+def backfills(
+    context: typer.Context,
+    output: OutputOption = Format.TABLE,
+    org: OrgOption = None,
+    definition: DefinitionOption = None,
+    limit: LimitOption = DEFAULT_LIMIT,
+    after: AfterOption = None,
+) -> None:
+    """List backfills, newest first, with how many of their instants have run."""
+    from worker.store import backfills as listing
+
+    with session_of(context).database() as database, database.autocommit() as connection:
+        if org is None:
+            rows = listing.backfills_for_all_orgs(connection, definition=definition, limit=limit, after=after)
+        else:
+            rows = listing.backfills(connection, org, definition=definition, limit=limit, after=after)
+    print_rows(rows, output, columns=BACKFILL_COLUMNS, limit=limit)
+
 
 app = typer.Typer(
     help="Definitions: list, show, preview, run now, backfill, edit, pause, resume. `apply` makes them."
 )
-app.command("backfill")(backfill.backfill)
-app.command("backfills")(backfill.backfills)
+app.command("backfill")(backfill)
+app.command("backfills")(backfills)
 
 COLUMNS = ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision")
 NameArgument = Annotated[
@@ -52,7 +188,7 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List definitions, newest first; closed ones only with --state closed."""
-    from worker.store import definition_listing as listing
+    from worker.store.lists import definitions as listing
 
     session = session_of(context)
     narrowed: dict[str, Any] = {
@@ -100,7 +236,7 @@ def next_(
     session = session_of(context)
     at = None if start is None else read_instant(start, session.clock, option="--from")
     if schedule is not None and org is None:
-        rows = upcoming.of_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
+        rows = of_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
     elif schedule is None and timezone is None and org is not None and name is not None:
         rows = _upcoming(session, org, name, at, count)
     else:
@@ -133,7 +269,7 @@ def run(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a definition now, and print the new run."""
-    from worker.operations.run_now import run_now
+    from worker.operations.manual_run import run_now
 
     session = session_of(context)
     params = read_pairs(param or (), option="--param")
@@ -195,7 +331,7 @@ def pause(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Nothing of it is due until it is resumed; a run that is on goes on."""
-    from worker.operations.pause import pause_definition
+    from worker.operations.edit import pause_definition
 
     session = session_of(context)
     with session.database() as database:
@@ -208,7 +344,7 @@ def resume(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
     """Let it be due again, from now: what was not due meanwhile is not replayed."""
-    from worker.operations.pause import resume_definition
+    from worker.operations.edit import resume_definition
 
     session = session_of(context)
     with session.database() as database:
@@ -217,19 +353,20 @@ def resume(
 
 
 def _upcoming(
-    session: Session, org: str, name: str, start: datetime | None, count: int
+    session: Invocation, org: str, name: str, start: datetime | None, count: int
 ) -> list[dict[str, Any]]:
-    from worker.store import definition_listing, run_listing
+    from worker.store.lists import definitions as definition_lists
+    from worker.store.lists import runs as run_lists
 
     with session.database() as database, database.autocommit() as connection:
-        row = definition_listing.definition(connection, org, name)
-        unfinished = run_listing.unfinished(connection, org, row["id"])
+        row = definition_lists.definition(connection, org, name)
+        unfinished = run_lists.unfinished(connection, org, row["id"])
         now = database.now(connection)
-    return upcoming.of_definition(row, unfinished, start, count, now=now)
+    return of_definition(row, unfinished, start, count, now=now)
 
 
-def _definition(session: Session, org: str, name: str) -> dict[str, Any]:
-    from worker.store import definition_listing
+def _definition(session: Invocation, org: str, name: str) -> dict[str, Any]:
+    from worker.store.lists import definitions as definition_lists
 
     with session.database() as database, database.autocommit() as connection:
-        return definition_listing.definition(connection, org, name)
+        return definition_lists.definition(connection, org, name)

@@ -10,7 +10,7 @@ import typer
 
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, as_json, print_rows, say
-from worker.cli.session import Session, session_of
+from worker.cli.session import Invocation, session_of
 from worker.errors import Conflict, UsageError
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def doctor(
     return 0 if all(finding.ok for finding in findings) else FAILED
 
 
-def _write(path: str, session: Session, database: Database) -> None:
+def _write(path: str, session: Invocation, database: Database) -> None:
     """Write the bundle to a new file that only its owner can read."""
-    from worker.operations.bundle import gather
-    from worker.wiring.issuers import issuers_of
+    from worker.operations.doctor import gather
+    from worker.wiring.secrets import issuers_of
 
     text = as_json(gather(database, session.settings, issuers_of(session.settings)))
     try:

@@ -26,7 +26,7 @@ def list_(
     ] = None,
 ) -> None:
     """List handlers by name, those that do not load with their error."""
-    from worker.store.paging import check_limit
+    from worker.store.lists.paging import check_limit
 
     check_limit(limit)
     rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]

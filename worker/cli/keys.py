@@ -9,7 +9,7 @@ import typer
 
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import Session, session_of
+from worker.cli.session import Invocation, session_of
 from worker.errors import Unavailable
 
 app = typer.Typer(
@@ -127,7 +127,7 @@ def remove(
     print_row({"key_id": key_id, "removed": True}, output, key="key_id")
 
 
-def _refuse_if_lost(session: Session, path: str) -> None:
+def _refuse_if_lost(session: Invocation, path: str) -> None:
     """Refuse to put a new ring in the place of one that still seals secrets."""
     from worker.operations.keys import check_ring
     from worker.store import schema

@@ -22,11 +22,11 @@ from worker.cli.options import (
     read_text,
 )
 from worker.cli.output import Format, confirmed, print_row, print_rows, say
-from worker.cli.session import Session, session_of
+from worker.cli.session import Invocation, session_of
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
-    from worker.orgs.org import OrgState
+    from worker.orgs import OrgState
 
 app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
 
@@ -69,8 +69,8 @@ def add(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Add one org; `credentials add` gives it a secret. One that was removed comes back."""
-    from worker.operations.add_org import add_org
-    from worker.orgs.org import OrgEntry
+    from worker.operations.orgs import add_org
+    from worker.orgs import OrgEntry
 
     session = session_of(context)
     entry = OrgEntry(
@@ -97,7 +97,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     from dataclasses import asdict
 
     from worker import wiring
-    from worker.operations.import_orgs import import_orgs
+    from worker.operations.orgs import import_orgs
 
     session = session_of(context)
     lines = read_text(file).splitlines()
@@ -123,11 +123,11 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List orgs, newest first."""
-    from worker.store import listing
+    from worker.store.lists import orgs as org_lists
 
     session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
-        rows = listing.orgs_for_all_orgs(
+        rows = org_lists.orgs_for_all_orgs(
             connection,
             org=org,
             state=state,
@@ -141,10 +141,10 @@ def list_(
 @app.command("show")
 def show(context: typer.Context, code: OrgArgument, output: OutputOption = Format.TABLE) -> None:
     """Show one org with its credentials (never their secrets)."""
-    from worker.store import listing
+    from worker.store.lists import orgs as org_lists
 
     with session_of(context).database() as database, database.autocommit() as connection:
-        row = listing.org(connection, code)
+        row = org_lists.org(connection, code)
     print_row(row, output)
 
 
@@ -197,7 +197,7 @@ app.command("check")(check_orgs)
 
 
 def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:
-    from worker.operations.org_state import set_org_state
+    from worker.operations.orgs import set_org_state
 
     session = session_of(context)
     with session.database() as database:
@@ -205,7 +205,7 @@ def _move(context: typer.Context, code: str, state: OrgState, note: str | None, 
     print_row(row, output)
 
 
-def _only_issuer(session: Session) -> str:
+def _only_issuer(session: Invocation) -> str:
     names = sorted(session.settings.issuers)
     if len(names) != 1:
         raise UsageError(

@@ -23,7 +23,7 @@ UPGRADE = "python -m worker db upgrade"
 
 
 @dataclass
-class Session:
+class Invocation:
     """One call of the command line; settings and database are opened at first need."""
 
     config: str | None = None
@@ -83,10 +83,10 @@ class Session:
             database.close()
 
 
-def session_of(context: typer.Context) -> Session:
+def session_of(context: typer.Context) -> Invocation:
     """The session that the options before the verb have made; no secret is read before it."""
-    from worker.execution.processes.linux import hide_memory
+    from worker.execution.runners.child.linux import hide_memory
 
     # Again, for a command that has `--help` as the value of an option.
     hide_memory()
-    return cast(Session, context.obj)
+    return cast(Invocation, context.obj)

@@ -35,7 +35,7 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List skips, newest first; a row stands for consecutive instants, both ends included."""
-    from worker.store import listing
+    from worker.store.lists import orgs as org_lists
 
     session = session_of(context)
     narrowed: dict[str, Any] = {
@@ -46,7 +46,7 @@ def list_(
     }
     with session.database() as database, database.autocommit() as connection:
         if org is None:
-            rows = listing.skips_for_all_orgs(connection, **narrowed)
+            rows = org_lists.skips_for_all_orgs(connection, **narrowed)
         else:
-            rows = listing.skips(connection, org, **narrowed)
+            rows = org_lists.skips(connection, org, **narrowed)
     print_rows(rows, output, columns=COLUMNS, limit=limit)

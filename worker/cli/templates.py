@@ -34,7 +34,7 @@ def list_(
     after: AfterOption = None,
 ) -> None:
     """List templates, newest first, with how many orgs the last change has reached."""
-    from worker.store import template_listing as listing
+    from worker.store.lists import definitions as listing
 
     session = session_of(context)
     narrowed: dict[str, Any] = {
@@ -53,7 +53,7 @@ def list_(
 @app.command("show")
 def show(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
     """Show one template with its whole spec."""
-    from worker.store import template_listing as listing
+    from worker.store.lists import definitions as listing
 
     with session_of(context).database() as database, database.autocommit() as connection:
         row = listing.template_for_all_orgs(connection, name)
@@ -63,7 +63,7 @@ def show(context: typer.Context, name: NameArgument, output: OutputOption = Form
 @app.command("close")
 def close(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
     """Close a template and, org by org, the definitions it made; their history stays."""
-    from worker.operations.close_template import close_template
+    from worker.operations.templates import close_template
 
     session = session_of(context)
     with session.database() as database:

@@ -1,10 +1,16 @@
-"""`try`: one run of one handler in front of its author, nothing stored."""
+"""The debugger of `try --pdb`, opened in the handler's own code rather than in what that called."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import json
+import pdb
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,12 +18,150 @@ import typer
 from worker.cli.options import OutputOption, read_pairs, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
-from worker.cli.tried import fix_for, for_people, is_params_invalid, row_of, unknown_properties
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
+    from worker.handlers.catalogue import HandlerEntry
     from worker.runs.firing import LogLine
     from worker.runs.outcome import EndedAttempt
+    from worker.wiring.trying import Tried
+
+
+def opened_at(entry_point: str) -> Callable[[Exception], None]:
+    """What opens the debugger for an error out of the handler that the entry point names."""
+
+    def debug(error: Exception) -> None:
+        say(f"{type(error).__name__}: {error}")
+        debugger = _AtHandler(_home(entry_point.partition(":")[0]))
+        debugger.reset()
+        debugger.interaction(None, error.__traceback__)
+
+    return debug
+
+
+class _AtHandler(pdb.Pdb):
+    """Stands in the innermost frame of the handler's own files; `down` leads to where the error arose."""
+
+    def __init__(self, home: str) -> None:
+        super().__init__()
+        self._home = home
+
+    def get_stack(
+        self, f: FrameType | None, t: TracebackType | None
+    ) -> tuple[list[tuple[FrameType, int]], int]:
+        stack, innermost = super().get_stack(f, t)
+        own = [at for at, (frame, _) in enumerate(stack) if frame.f_code.co_filename.startswith(self._home)]
+        return stack, own[-1] if own else innermost
+
+
+def _home(module: str) -> str:
+    """The folder of the handler's package, or its one file."""
+    top = sys.modules[module.partition(".")[0]]
+    paths = list(getattr(top, "__path__", ()))
+    return f"{Path(paths[0])}/" if paths else str(top.__file__)
+
+
+# A property of a real org may be a secret, so no value is printed.
+HIDDEN = "(not shown)"
+
+
+def row_of(
+    tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The run as JSON has it; `properties` are those that were made up, None for a real org's."""
+    ended, claims = tried.ended, tried.ended.trail.claims or {}
+    values = dict.fromkeys(claims.get("properties", ()), HIDDEN) if properties is None else properties
+    return {
+        "handler": entry.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "org": org,
+        "state": ended.state,
+        "reason": ended.reason,
+        "detail": ended.detail,
+        "seconds": round((ended.ended_at - ended.started_at).total_seconds(), 3),
+        "settings": settings_of(entry.settings_schema, values),
+        "progress": ended.trail.progress,
+        "checkpoint": tried.checkpoint,
+        "result": None if ended.result is None else json.loads(ended.result),
+        "error": None if ended.error is None else {name: ended.error[name] for name in ("type", "message")},
+    }
+
+
+def for_people(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same row with its progress and error in words."""
+    error = row["error"] and f"{row['error']['type']}: {row['error']['message']}"
+    return {**row, "progress": in_words(row["progress"]), "error": error}
+
+
+def settings_of(schema: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each setting of a handler, and whether a property of the token or the model's default says it."""
+    fields: dict[str, Any] = {} if schema is None else dict(schema.get("properties", {}))
+    if schema is None or schema.get("additionalProperties"):
+        fields |= {name: {} for name in properties if name not in fields}
+    rows = []
+    for name, field in fields.items():
+        source = "property" if name in properties else "default" if _is_optional(schema, name) else "missing"
+        value = properties[name] if source == "property" else field.get("default")
+        rows.append({"name": name, "from": source, "value": value})
+    return rows
+
+
+def unknown_properties(schema: Mapping[str, Any] | None, properties: Mapping[str, Any]) -> list[str]:
+    """A remark on each property that is no setting: it may be misspelt, or meant for `ctx.claims`."""
+    known = [row["name"] for row in settings_of(schema, properties)]
+    remarks = []
+    for name in properties:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            remarks.append(
+                f"property {name} is no setting of the handler" + (f"; is {near[0]} meant?" if near else "")
+            )
+    return remarks
+
+
+def fix_for(row: Mapping[str, Any], entry: HandlerEntry, *, real: bool, debugged: bool) -> str:
+    """What to do next about a run that did not succeed; empty where nobody can say."""
+    detail, org = row["detail"], row["org"]
+    match row["reason"]:
+        case "settings_invalid":
+            how = f"give the org's application a {detail} that fits" if real else f"--property {detail}=VALUE"
+            return f"{how}, or mend the handler's model; its settings are {_named(entry.settings_schema)}"
+        case "scope_missing" if not real:
+            return f"--scope {detail} as well, or leave --scope out: then the token has all that is needed"
+        case "no_token" | "scope_missing" | "org_mismatch" | "client_mismatch" | "token_invalid" if real:
+            return f"`orgs check {org}` says what is wrong with its token"
+        case "error" if is_params_invalid(row["error"]):
+            return f"--param NAME=VALUE; the handler takes {_named(entry.params_schema)}"
+        case "error" if not debugged:
+            return "--pdb opens the debugger where it failed"
+        case "timed_out":
+            return "let it save and go on in another attempt, or give @job a longer timeout"
+        case "result_invalid":
+            return "return what JSON can hold, at most 1 MiB, or one of the answers of `worker`"
+        case "out_of_memory":
+            return "let it hold less at once, or give @job more memory"
+        case "retry" | "snoozed" | "handed_back":
+            return "nothing: a worker tries it again later, and gives it the checkpoint"
+    return ""
+
+
+def is_params_invalid(error: Mapping[str, str] | None) -> bool:
+    """Whether the params do not fit the handler's model."""
+    return error is not None and error["type"].endswith("ParamsInvalid")
+
+
+def _named(schema: Mapping[str, Any] | None) -> str:
+    """The fields of a model, those first that have no default."""
+    fields = [] if schema is None else list(schema.get("properties", {}))
+    fields.sort(key=lambda name: _is_optional(schema, name))
+    words = [name if _is_optional(schema, name) else f"{name} (needed)" for name in fields]
+    return ", ".join(words) or "none"
+
+
+def _is_optional(schema: Mapping[str, Any] | None, name: str) -> bool:
+    return schema is None or name not in schema.get("required", ())
+
 
 FAILED = 1
 MADE_UP_ORG = "org_example"
@@ -60,7 +204,7 @@ def try_(
     its scopes enforced. Progress and log lines go to stderr as they come. Without
     --real no API takes its token; with it, the effects of the handler are real.
     """
-    from worker.cli.debugger import opened_at
+    pass
     from worker.operations.handlers import as_taken, schema_of
     from worker.wiring import trying
 

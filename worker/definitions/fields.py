@@ -9,9 +9,8 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from worker.clock import from_text
-from worker.definitions.nesting import MAX_DEPTH, TOO_DEEP, depth_of
 from worker.definitions.origins import parse_origin
-from worker.definitions.units import parse_duration, parse_memory
+from worker.definitions.units import MAX_DEPTH, TOO_DEEP, depth_of, parse_duration, parse_memory
 from worker.errors import DefinitionError
 
 T = TypeVar("T")

@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar
 from worker.definitions import fields
 from worker.definitions.definition import Definition, parse_definition
 from worker.definitions.fields import Fields, refusal
-from worker.definitions.nesting import MAX_DEPTH
 from worker.definitions.templates import TemplateEntry, parse_template
+from worker.definitions.units import MAX_DEPTH
 from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError, InvalidTrigger
-from worker.orgs.org import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry
+from worker.orgs import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry
 
 Format = Literal["toml", "json"]
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from worker.errors import DefinitionError
-from worker.telemetry.secret_forms import shown_url
+from worker.telemetry.masking import shown_url
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 

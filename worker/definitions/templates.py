@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.definitions.fields import Fields, name, refusal
-from worker.orgs.selector import Selector, parse_selector
+from worker.orgs import Selector, parse_selector
 
 # Stands for the org while there is none.
 ANY_ORG = "*"

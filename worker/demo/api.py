@@ -1,11 +1,9 @@
-"""The small customer API of the demo: a knowledge base for each org, and a chat endpoint.
-
-The knowledge base is guarded by `worker.guard`: the org is the token's, never the
-request's. The chat endpoint has a key of its own.
-"""
+"""The knowledge base of the demo: a few help articles for each org, the same at every start."""
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,9 +15,127 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from worker.claims.claims import Claims
-from worker.demo.articles import articles_of
-from worker.demo.chat import ChatEndpoint
 from worker.guard import Guard, RequireToken
+
+TOPICS = (
+    ("Resetting a password", "Open Settings, then Security, and choose Reset. A link arrives by mail."),
+    ("Inviting a colleague", "An admin invites people under Members. An invitation is good for a week."),
+    ("Exporting data", "Exports are made at night. The file can be fetched for seven days."),
+    ("Changing the plan", "Plans change at once and are billed by the day. Nothing is lost on the way."),
+    ("Connecting a calendar", "Calendars connect under Integrations. Only free and busy times are read."),
+    ("Reporting a fault", "Write to support with the page's address. Most faults are mended in a day."),
+    ("Deleting an account", "Deletion takes effect after thirty days. Until then it can be taken back."),
+)
+
+
+def articles_of(org_name: str, topics: Sequence[tuple[str, str]] = TOPICS) -> list[dict[str, str]]:
+    """The articles of one org, with ids counted from 1."""
+    return [
+        {"id": f"kb-{number}", "title": f"{title} at {org_name}", "text": text}
+        for number, (title, text) in enumerate(topics, start=1)
+    ]
+
+
+ARTICLE = re.compile(r"\[(?P<id>[\w-]+)\]\s*(?P<title>.*?)\n(?P<text>.*)")
+
+
+class Refusal(Exception):
+    """An error answer in OpenAI's form."""
+
+    def __init__(self, message: str, *, code: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.status = status
+
+    def as_response(self) -> JSONResponse:
+        error = {"message": self.message, "type": "invalid_request_error", "code": self.code}
+        return JSONResponse({"error": error}, status_code=self.status)
+
+
+class ChatEndpoint:
+    """`POST /v1/chat/completions`, guarded by an API key; `models` counts the requests of each model."""
+
+    def __init__(self, api_key: str) -> None:
+        self._api_key = api_key
+        self.models: Counter[str] = Counter()
+        self.refused = 0
+
+    def routes(self) -> list[Route]:
+        return [Route("/v1/chat/completions", self._complete, methods=["POST"])]
+
+    async def _complete(self, request: Request) -> Response:
+        try:
+            self._check_key(request.headers.get("authorization", ""))
+            return JSONResponse(self._answer(await request.json()))
+        except Refusal as refusal:
+            self.refused += 1
+            return refusal.as_response()
+        except ValueError:
+            return Refusal("the body is not JSON", code="invalid_json").as_response()
+
+    def _check_key(self, authorization: str) -> None:
+        expected = f"Bearer {self._api_key}"
+        if not secrets.compare_digest(authorization.encode(), expected.encode()):
+            raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
+
+    def _answer(self, body: Any) -> dict[str, Any]:
+        model, limit, messages = check_request(body)
+        self.models[model] += 1
+        words = summarise(messages).split(" ")
+        prompt = sum(len(message["content"].split()) for message in messages)
+        return {
+            "id": f"chatcmpl-{secrets.token_hex(8)}",
+            "object": "chat.completion",
+            "model": model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": " ".join(words[:limit])},
+                    "finish_reason": "stop" if len(words) <= limit else "length",
+                }
+            ],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": min(len(words), limit),
+                "total_tokens": prompt + min(len(words), limit),
+            },
+        }
+
+
+def check_request(body: Any) -> tuple[str, int, list[dict[str, str]]]:
+    """Model, limit in words and messages of a request, or the Refusal that names what is wrong."""
+    if not isinstance(body, dict):
+        raise Refusal("the body must be an object", code="invalid_type")
+    model, messages = body.get("model"), body.get("messages")
+    limit = body.get("max_tokens", 1000)
+    if not isinstance(model, str) or not model:
+        raise Refusal("model must be text", code="invalid_model")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise Refusal("max_tokens must be a whole number above 0", code="invalid_max_tokens")
+    if not isinstance(messages, list) or not messages:
+        raise Refusal("messages must be a list that is not empty", code="invalid_messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise Refusal("each message needs role and content", code="invalid_messages")
+    return model, limit, messages
+
+
+def summarise(messages: list[dict[str, str]]) -> str:
+    """What the endpoint answers: the text before the articles, then each article's title and first sentence.
+
+    Articles are cited by their id where the system message asks for it.
+    """
+    system = " ".join(item["content"] for item in messages if item.get("role") == "system")
+    text = messages[-1]["content"]
+    first = ARTICLE.search(text)
+    kept = [text[: first.start()].strip()] if first else [text.strip()]
+    for article in ARTICLE.finditer(text):
+        sentence = article["text"].split(". ")[0].rstrip(".")
+        source = f" [{article['id']}]" if "cite" in system else ""
+        kept.append(f"{article['title']}: {sentence}.{source}")
+    return "\n".join(line for line in kept if line)
+
 
 MAX_PAGE = 100
 

@@ -26,10 +26,9 @@ from worker.demo.cast import (
     prepare,
     settings_file,
 )
-from worker.demo.changes import Journal
 from worker.demo.provider import serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.demo.story import COLUMNS, Narrator, line_of, say
+from worker.demo.story import COLUMNS, Journal, Narrator, line_of, say
 from worker.guard import Guard
 
 POLL = 0.05

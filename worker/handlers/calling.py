@@ -10,11 +10,11 @@ from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers import denials
-from worker.handlers.answers import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
+from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.runs.outcome import (
     Cancelled,
     Error,

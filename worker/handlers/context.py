@@ -11,11 +11,15 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims
-from worker.claims.flags import flag_value
+from worker.claims.claims import AccessToken, Claims, flag_value
 from worker.handlers.json_text import clean, to_json_text
-from worker.handlers.line import BlockingLine, BlockingTokenSource, Held, Line, TokenSource
+from worker.handlers.worker_port import (
+    BlockingTokenSource,
+    BlockingWorkerPort,
+    HeldToken,
+    TokenSource,
+    WorkerPort,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -115,7 +119,7 @@ class Given(Generic[P, S]):
     deadline: datetime
     api_origins: tuple[str, ...]
     log: logging.Logger
-    held: Held
+    held: HeldToken
     traceparent: str | None = None
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
@@ -139,7 +143,7 @@ class _Shared(Generic[P, S]):
     log: logging.Logger
     """Writes to the run's log, as `logging` and `print` do."""
 
-    def __init__(self, given: Given[P, S], line: Line | BlockingLine) -> None:
+    def __init__(self, given: Given[P, S], line: WorkerPort | BlockingWorkerPort) -> None:
         self.org = given.org
         self.run = given.run
         self.params = given.params
@@ -173,7 +177,7 @@ class _Shared(Generic[P, S]):
 class Context(_Shared[P, S]):
     """What an async handler may touch: its org's run, token and API, and nothing of another org."""
 
-    def __init__(self, given: Given[P, S], line: Line, cancelled: Cancellation) -> None:
+    def __init__(self, given: Given[P, S], line: WorkerPort, cancelled: Cancellation) -> None:
         super().__init__(given, line)
         self.cancelled = cancelled
         self._line = line
@@ -218,7 +222,7 @@ class Context(_Shared[P, S]):
 class BlockingContext(_Shared[P, S]):
     """What a handler that blocks may touch: the members of `Context`, without await."""
 
-    def __init__(self, given: Given[P, S], line: BlockingLine, cancelled: BlockingCancellation) -> None:
+    def __init__(self, given: Given[P, S], line: BlockingWorkerPort, cancelled: BlockingCancellation) -> None:
         super().__init__(given, line)
         self.cancelled = cancelled
         self._line = line

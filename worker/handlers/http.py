@@ -9,7 +9,7 @@ from functools import cache
 import httpx
 
 from worker.definitions.origins import is_loopback
-from worker.handlers.line import BlockingTokenSource, TokenSource
+from worker.handlers.worker_port import BlockingTokenSource, TokenSource
 
 Origin = tuple[str, str, int | None]
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from worker.definitions.nesting import depth_of
+from worker.definitions.units import depth_of
 
 LIMIT = 1024 * 1024
 # Every reader of it recurses: parsers, encoders, databases.

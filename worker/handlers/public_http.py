@@ -15,8 +15,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 import httpcore
 import httpx
 
-from worker.handlers.answers import PermanentError
 from worker.handlers.http import Origin, origin_of, tls_context
+from worker.handlers.results import PermanentError
 
 # Seconds that an address has to accept a connection while there is another one to try.
 NEXT_ADDRESS = 3.0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from worker.definitions.nesting import MAX_DEPTH, depth_of
+from worker.definitions.units import MAX_DEPTH, depth_of
 from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.keywords import (
     INNER,

@@ -9,11 +9,10 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.definitions.file import DefinitionsFile
-from worker.operations import plan_templates
-from worker.operations.changes import Change
-from worker.operations.materialise import materialise_first
-from worker.operations.plan import OrgChange, Plan, make_plan
-from worker.operations.plan_templates import write_templates
+from worker.operations import changes
+from worker.operations.changes import Change, write_templates
+from worker.operations.plan import ApplyPlan, OrgChange, make_plan
+from worker.operations.templates import materialise_first
 from worker.operations.write_definitions import audit_entry, settle_touched, write_definitions
 from worker.store import audit, definitions, orgs
 from worker.store.database import Database
@@ -60,7 +59,7 @@ def apply(
         return plan.shown()
 
 
-def _carry_out(connection: Connection, plan: Plan, *, actor: str, at: datetime) -> None:
+def _carry_out(connection: Connection, plan: ApplyPlan, *, actor: str, at: datetime) -> None:
     moved: list[Row] = []
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
@@ -71,7 +70,7 @@ def _carry_out(connection: Connection, plan: Plan, *, actor: str, at: datetime) 
     write_templates(connection, plan.templates, actor=actor, at=at)
     trail = [
         *map(_org_entry, plan.orgs),
-        *map(plan_templates.audit_entry, plan.templates),
+        *map(changes.template_audit_entry, plan.templates),
         *map(audit_entry, plan.definitions),
     ]
     audit.record(connection, trail, at=at, actor=actor)

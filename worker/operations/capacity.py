@@ -1,27 +1,140 @@
-"""Capacity: starts, children and memory that definitions imply, against what workers and machine can."""
+"""Capacity: starts, children and memory that definitions imply, against what workers and machine can do."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from sqlalchemy import Connection
 
 from worker.clock import to_text
 from worker.definitions.definition import Definition
-from worker.definitions.spread import window_of
 from worker.definitions.units import format_duration
+from worker.ids import DefinitionId, OrgId
 from worker.operations.handlers import Handlers
-from worker.operations.histories import Histories
 from worker.operations.load import DAY, Load, Peak, Stream
-from worker.operations.machine import Has, Machine
-from worker.operations.needs import OrgNeeds, of_all_orgs
+from worker.operations.requirements import OrgNeeds, of_all_orgs
+from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
-from worker.store import needs
+from worker.store import requirements
 from worker.store.database import Database
 
+# Definitions of a handler that are looked at, and runs of each.
+DEFINITIONS = 20
+RUNS = 10
+# What is taken of a handler that has not run yet.
+SECONDS = 10.0
+MEMORY = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
+
+    seconds: float
+    memory: int
+    known: bool = True
+
+
+class Histories:
+    """Of the handlers of these orgs' definitions, each read at first need."""
+
+    def __init__(self, connection: Connection, orgs: Iterable[OrgNeeds]) -> None:
+        self._connection = connection
+        self._known: dict[str, History] = {}
+        self._unknown: set[str] = set()
+        self._places: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
+        for org in orgs:
+            for definition in org.definitions:
+                places = self._places[definition.handler]
+                if len(places) < DEFINITIONS:
+                    places.append((org.org.id, org.ids[definition.name]))
+
+    def of(self, handler: str) -> History:
+        if handler not in self._known:
+            self._known[handler] = self._read(handler)
+        return self._known[handler]
+
+    def assumed(self) -> list[str]:
+        """What was taken for granted, in words."""
+        if not self._unknown:
+            return []
+        few = sorted(self._unknown)
+        named = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        return [f"{named}: no run is known yet; {SECONDS:.0f} s and {MEMORY // 2**20} MiB are assumed of one"]
+
+    def _read(self, handler: str) -> History:
+        rows = [
+            row
+            for org_id, definition_id in self._places.get(handler, ())
+            for row in requirements.last_attempts(self._connection, org_id, definition_id, limit=RUNS)
+            if row["handler"] == handler
+        ]
+        if not rows:
+            self._unknown.add(handler)
+        peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
+        # To three digits, so that handlers alike are counted together.
+        seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
+        return History(seconds, max(peaks) if peaks else MEMORY, known=bool(rows))
+
+
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What one machine has: processors, and bytes of memory."""
+
+    processors: float
+    memory: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This one, or the part of it that a container may use."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = _control_group("memory.max")
+        quota, _, period = _control_group("cpu.max").partition(" ")
+        processors = float(len(os.sched_getaffinity(0)))
+        if quota.isdigit() and period.isdigit():
+            processors = min(processors, int(quota) / int(period))
+        return cls(processors, min(memory, int(limit)) if limit.isdigit() else memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """What there is for runs: slots and machines of the workers that are up, else of one that would be."""
+
+    children: int
+    inline: int
+    machines: int
+    up: bool
+
+    @classmethod
+    def of(cls, workers: list[Row], execution: ExecutionSettings) -> Has:
+        if not workers:
+            return cls(execution.max_children, execution.max_inline, 1, up=False)
+        slots = [row["capacity"] or {} for row in workers]
+        return cls(
+            sum(int(each.get("children", 0)) for each in slots),
+            sum(int(each.get("inline", 0)) for each in slots),
+            len({row["host"] for row in workers}),
+            up=True,
+        )
+
+
+def _control_group(name: str) -> str:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
+    except OSError:
+        # Not in a container, or on a system without control groups: the machine itself is the limit.
+        return ""
+
 
 # Processor seconds of a run's start and end, of worker, zygote and child together: docs/benchmarks.md.
 CHILD_COST = 0.011
@@ -73,7 +186,7 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
     """What the definitions of all orgs imply for a day as from now; paused ones are left out."""
     with database.autocommit() as connection:
         now = database.now(connection).replace(second=0, microsecond=0)
-        workers = needs.live_workers(connection)
+        workers = requirements.live_workers(connection)
         handlers = Handlers(connection)
         orgs = list(of_all_orgs(connection))
         histories = Histories(connection, orgs)

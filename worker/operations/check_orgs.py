@@ -10,12 +10,11 @@ from typing import Any
 
 from worker.errors import ConfigurationError, NotFound, Unavailable
 from worker.operations.handlers import Handlers
-from worker.operations.needs import OrgNeeds, of_all_orgs, of_org, scopes_of
+from worker.operations.requirements import OrgNeeds, of_all_orgs, of_org, scopes_of
 from worker.store.database import Database
 from worker.tokens.credentials import Credential, CredentialSource
-from worker.tokens.examine import Examiner, Found
-from worker.tokens.findings import COMMAND, Finding, Need, kind_of
 from worker.tokens.issuer import Issuer
+from worker.tokens.token_probe import COMMAND, Diagnostic, Found, Need, TokenProbe, kind_of
 
 Row = dict[str, Any]
 
@@ -29,10 +28,10 @@ class Report:
     credential: Credential | None
     needs: tuple[Need, ...]
     looks: tuple[Found, ...]
-    general: tuple[Finding, ...] = ()
+    general: tuple[Diagnostic, ...] = ()
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[Diagnostic]:
         return [*self.general, *(finding for look in self.looks for finding in look.findings)]
 
     @property
@@ -44,7 +43,7 @@ class Report:
         """Whether the issuer gave no answer that says anything of the org."""
         return any(look.transient for look in self.looks)
 
-    def problems(self) -> list[Finding]:
+    def problems(self) -> list[Diagnostic]:
         return [finding for finding in self.findings if not finding.ok]
 
     def as_row(self) -> Row:
@@ -78,12 +77,12 @@ class Checks:
     """Checks orgs at their issuers; each request is counted as a use of its credential."""
 
     def __init__(
-        self, database: Database, source: CredentialSource, examiners: Mapping[str, Examiner]
+        self, database: Database, source: CredentialSource, examiners: Mapping[str, TokenProbe]
     ) -> None:
         self._database = database
         self._source = source
         self._examiners = examiners
-        self._discovered: dict[str, asyncio.Task[Finding]] = {}
+        self._discovered: dict[str, asyncio.Task[Diagnostic]] = {}
 
     async def check_all(
         self,
@@ -136,11 +135,11 @@ class Checks:
         examiner = self._examiners.get(org.issuer)
         if examiner is None:
             fix = f"add a table [issuers.{org.issuer}] to worker.toml"
-            missing = Finding("issuer", False, f"worker.toml has no issuer {org.issuer}", fix)
+            missing = Diagnostic("issuer", False, f"worker.toml has no issuer {org.issuer}", fix)
             return Report(org.org.code, org.issuer, credential, (), (), (missing,))
         if not needs:
             fix = f"set audience in [issuers.{org.issuer}] of worker.toml"
-            missing = Finding("audience", False, f"issuer {org.issuer} has no audience", fix)
+            missing = Diagnostic("audience", False, f"issuer {org.issuer} has no audience", fix)
             return Report(org.org.code, org.issuer, credential, (), (), (missing,))
         discovery = await self._discovery(org.issuer, examiner)
         looks = []
@@ -173,16 +172,16 @@ class Checks:
         try:
             credentials = await self._source.active(org.org.id)
         except ConfigurationError as error:
-            finding = Finding("credential", False, error.message, error.fix)
+            finding = Diagnostic("credential", False, error.message, error.fix)
             return Report(org.org.code, org.issuer, None, (), (), (finding,))
         if credentials:
             return await self.look(org, needs, credentials[0])
         code = org.org.code
         fix = f"`{COMMAND} credentials add {code} --client-id ID --secret-file FILE`"
-        finding = Finding("credential", False, f"org {code} has no active credential", fix)
+        finding = Diagnostic("credential", False, f"org {code} has no active credential", fix)
         return Report(code, org.issuer, None, (), (), (finding,))
 
-    async def _discovery(self, issuer: str, examiner: Examiner) -> Finding:
+    async def _discovery(self, issuer: str, examiner: TokenProbe) -> Diagnostic:
         # Once for all orgs; whoever is first does not keep it from the others by being cancelled.
         if issuer not in self._discovered:
             self._discovered[issuer] = asyncio.create_task(examiner.discovery())

@@ -10,15 +10,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from worker.errors import ConfigurationError
-from worker.execution.processes import landlock
-from worker.execution.processes.sandbox import Narrowed, Planner, Rules, Secret, level
+from worker.execution.runners.child import landlock
+from worker.execution.runners.child.sandbox import Narrowed, Planner, Rules, Secret, level
 from worker.handlers.catalogue import DESCRIBE
 from worker.handlers.installed import FOLDERS
 from worker.settings import CONFIG_PLACES, MOUNTED_SECRETS, Settings
 from worker.telemetry.events import emit
 
 OFF = 'off: [execution] sandbox = "off"'
-_CONFINED = (sys.executable, "-P", "-m", "worker.execution.processes.sandbox")
+_CONFINED = (sys.executable, "-P", "-m", "worker.execution.runners.child.sandbox")
 
 
 @dataclass(frozen=True, slots=True)

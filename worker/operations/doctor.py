@@ -1,15 +1,28 @@
-"""Doctor: looks for what goes wrong slowly or silently, and says what to do about it. Changes nothing."""
+"""Doctor: finds slow or silent faults and says how to fix them; writes a support bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import BaseModel
 
 from worker.errors import ConfigurationError
+from worker.operations.capacity import Machine, capacity
 from worker.operations.confinement import OFF, confinement_of, in_words
+from worker.operations.token_forecast import demand
 from worker.settings import Settings
-from worker.store import health, roles
+from worker.settings.sections import OperatorSettings
+from worker.store import catalogue, health, roles, schema
 from worker.store.database import Database
+from worker.store.lists import orgs as org_lists
+from worker.store.lists import runs as run_lists
+from worker.telemetry.masking import shown_url
+from worker.tokens.issuer import Issuer
 
 # Seconds after which a held snapshot makes the hot tables grow: transactions of ours last milliseconds.
 SNAPSHOT_SECONDS = 60.0
@@ -184,3 +197,125 @@ SETTINGS_CHECKS: Sequence[Callable[[Settings], Finding]] = (
     trusted_code,
     database_password,
 )
+
+
+Row = dict[str, Any]
+
+DISTRIBUTIONS = (
+    *("orgworker", "apscheduler", "cronsim", "sqlalchemy", "psycopg", "alembic", "httpx", "pyjwt"),
+    *("cryptography", "pydantic", "typer", "starlette", "uvicorn"),
+)
+# Of these reasons `detail` is a word of ours, not a handler's or a customer's.
+OWN_DETAIL = frozenset({"token_invalid", "handler_exited", "no_token"})
+# Measures of `check` that name neither org nor definition.
+OF_ALL = frozenset({"starts", "children", "inline", "memory"})
+RUN = (
+    *("id", "handler", "revision", "origin", "scheduled_for", "state", "reason", "available_at"),
+    *("attempt", "fencing_token", "started_at", "finished_at"),
+)
+
+
+class Numbers:
+    """A number in the place of each name, the same wherever the name stands in the bundle."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._known: dict[str, str] = {}
+
+    def of(self, name: str) -> str:
+        return self._known.setdefault(name, f"{self._kind}-{len(self._known) + 1}")
+
+
+def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]) -> Row:
+    """The bundle, section by section.
+
+    Raises:
+        StoreUnavailable: the database did not answer.
+    """
+    machine = Machine.here()
+    orgs, definitions, hosts = Numbers("org"), Numbers("definition"), Numbers("machine")
+    room = capacity(database, settings.execution, machine)
+    with database.autocommit() as connection:
+        now = database.now(connection)
+        failures = [
+            row
+            for state in ("failed", "refused")
+            for row in run_lists.runs_for_all_orgs(connection, state=state, limit=health.NEWEST)
+        ]
+        return {
+            "made_at": now,
+            "versions": _versions(),
+            "machine": {"processors": machine.processors, "memory_bytes": machine.memory},
+            "settings": shareable(settings),
+            "database": health.server(connection)
+            | {"schema": schema.current(connection), "needs_schema": schema.head()},
+            "sizes": health.sizes(connection),
+            "doctor": [finding.as_row() for finding in examine(database, settings)],
+            "issuers": [one.as_row(issuers.get(one.issuer)) for one in demand(database, issuers)],
+            "capacity": [measure.as_row() for measure in room.measures if measure.what in OF_ALL],
+            "workers": [row | {"host": hosts.of(row["host"])} for row in health.workers(connection)],
+            "handlers": [_handler(row) for row in catalogue.entries(connection)],
+            "unfinished": health.unfinished_for_all_orgs(connection),
+            "ended_by_hour": health.ended_for_all_orgs(connection, now),
+            "failures": [_run(row, orgs, definitions) for row in failures],
+            "changes": [
+                {"at": row["at"], "action": row["action"]}
+                for row in org_lists.audit_for_all_orgs(connection, limit=health.NEWEST)
+            ],
+        }
+
+
+def shareable(section: BaseModel) -> Row:
+    """Settings without what their own repr keeps back, and of URLs only where they lead to."""
+    shown: Row = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        shown[name] = _place(value) if field.repr is not False else "***" if value else value
+    return shown
+
+
+def _place(value: Any) -> Any:
+    if isinstance(value, OperatorSettings):
+        return {"role": value.role}
+    if isinstance(value, BaseModel):
+        return shareable(value)
+    if isinstance(value, Mapping):
+        return {key: _place(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_place(entry) for entry in value]
+    if isinstance(value, str) and "://" in value:
+        scheme, parted, place = shown_url(value, path=False).partition("://")
+        return f"{scheme}{parted}{place.rpartition('@')[2].removesuffix('/***')}"
+    return value
+
+
+def _versions() -> Row:
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        **{name: found for name, found in _installed(DISTRIBUTIONS)},
+    }
+
+
+def _installed(names: Iterable[str]) -> Iterable[tuple[str, str | None]]:
+    for name in names:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            # An extra that is not installed here.
+            yield name, None
+
+
+def _handler(row: Row) -> Row:
+    # Of the error its kind: its message is whatever the plug-in's import said.
+    error = None if row["error"] is None else str(row["error"]).partition(":")[0][:80]
+    return {name: row[name] for name in ("name", "distribution", "version", "isolation")} | {"error": error}
+
+
+def _run(row: Row, orgs: Numbers, definitions: Numbers) -> Row:
+    kept = {name: row[name] for name in RUN}
+    kept["org"] = orgs.of(row["org"])
+    kept["definition"] = definitions.of(f"{row['org']}/{row['definition']}")
+    kept["detail"] = row["detail"] if row["reason"] in OWN_DETAIL else None
+    kept["error_type"] = (row["error"] or {}).get("type")
+    return kept

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, UsageError
 from worker.operations import settle
-from worker.orgs.org import OrgEntry
+from worker.orgs import OrgEntry
 from worker.store import orgs
 
 Row = dict[str, Any]

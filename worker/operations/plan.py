@@ -14,10 +14,9 @@ from worker.definitions.origins import check_encrypted
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import org_entry
-from worker.operations.changes import Action, Change, differing
+from worker.operations.changes import Action, Change, TemplateChange, differing, plan_template
 from worker.operations.handlers import Handlers
-from worker.operations.plan_templates import TemplateChange, plan_template
-from worker.orgs.org import OrgEntry
+from worker.orgs import OrgEntry
 from worker.store import definitions, orgs
 
 Row = Mapping[str, Any]
@@ -77,7 +76,7 @@ class DefinitionChange:
 
 
 @dataclass(slots=True)
-class Plan:
+class ApplyPlan:
     """The changes in the order in which they are shown."""
 
     orgs: list[OrgChange] = field(default_factory=list)
@@ -98,13 +97,13 @@ def make_plan(
     inline: Collection[str],
     insecure_origins: Collection[str],
     issuers: Collection[str] | None,
-) -> Plan:
+) -> ApplyPlan:
     """Check the whole file and compare it with what is stored, which stays locked.
 
     Raises:
         DefinitionError: names the entry and the field that cannot be accepted.
     """
-    plan = Plan()
+    plan = ApplyPlan()
     named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
     there = orgs.find_for_all_orgs(connection, named, lock=True)
     ids: dict[str, OrgId] = {code: row["id"] for code, row in there.items()}

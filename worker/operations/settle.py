@@ -1,23 +1,26 @@
-"""Before a change of what is due: settle the past under the rules in force; after it: start from now."""
+"""Settle: before a change of what is due, close the past under the old rules; then start from now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
 from worker.definitions.definition import from_spec
-from worker.definitions.spread import spread_of
+from worker.errors import WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations.handlers import Handlers
-from worker.runs.fire import decide
+from worker.runs.fire import decide, spread_of
 from worker.runs.firing import DueDefinition, NewSkip, NextFire
 from worker.runs.run import NewRun
-from worker.store import definitions, firing
-from worker.store.chunks import chunks
+from worker.store import audit, definitions, firing, schema
+from worker.store.connection import chunks
+from worker.store.database import Database
+from worker.telemetry.events import emit
 
 Row = Mapping[str, Any]
 
@@ -126,3 +129,72 @@ def is_active(row: Row) -> bool:
         and row["paused_at"] is None
         and row["closed_at"] is None
     )
+
+
+ACTOR = "worker"
+# Definitions looked at by one step.
+PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One step: where the next goes on, None at the end; and how many definitions it moved."""
+
+    after: DefinitionId | None
+    moved: int
+
+
+def outdated(database: Database, version: str) -> bool:
+    """Whether the schedules were computed with another release than `version`.
+
+    A database that nobody has computed with yet takes this one.
+    """
+    with database.autocommit() as connection:
+        known = schema.read(connection, schema.ZONE_DATA)
+        if known is None:
+            schema.write(connection, schema.ZONE_DATA, version)
+    return known is not None and known != version
+
+
+def recompute(database: Database, *, after: DefinitionId | None = None) -> Page:
+    """Move the next instants of some definitions to where the zone data of this machine has them.
+
+    Those that move are settled first. What has fired does not fire again; what is
+    due already is left to fire.
+    """
+    with database.autocommit() as connection:
+        now = database.now(connection)
+        rows = definitions.page_scheduled_for_all_orgs(connection, after=after, since=now, limit=PAGE)
+    differing = [row["id"] for row in rows if _follows_a_zone(row) and _differs(row, now)]
+    if differing:
+        with database.transaction() as connection:
+            now = database.now(connection)
+            locked = definitions.lock_by_id_for_all_orgs(connection, differing)
+            settle(connection, locked, at=now)
+            start(connection, locked, at=now)
+    return Page(rows[-1]["id"] if len(rows) == PAGE else None, len(differing))
+
+
+def recomputed(database: Database, version: str, *, moved: int) -> None:
+    """Remember that all schedules are computed with this release."""
+    with database.transaction() as connection:
+        known = schema.read(connection, schema.ZONE_DATA)
+        schema.write(connection, schema.ZONE_DATA, version)
+        entry = audit.Entry(None, "tzdata.change", version, {"before": known, "definitions": moved})
+        audit.record(connection, [entry], at=database.now(connection), actor=ACTOR)
+    emit("tzdata.changed", version=version, definitions=moved)
+
+
+def _follows_a_zone(row: Row) -> bool:
+    spec = row["spec"]
+    zone = spec.get("timezone") or row["org_timezone"] or "UTC"
+    return zone != "UTC" and not spec["schedule"].lstrip().startswith(("every ", "at "))
+
+
+def _differs(row: Row, now: datetime) -> bool:
+    try:
+        _, nominal, _ = next_of(row, now)
+    except WorkerError as error:
+        emit("definition.failed", org=row["org"], definition=row["name"], error=error.message)
+        return False
+    return bool(nominal != row["next_scheduled_for"])

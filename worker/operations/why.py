@@ -13,8 +13,9 @@ from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
 from worker.runs.why import Why, last_error, why_run
-from worker.store import causes, definitions, instants, needs, orgs, run_listing
+from worker.store import definitions, history, orgs, requirements
 from worker.store.connection import database_now
+from worker.store.lists import runs as run_lists
 
 Row = Mapping[str, Any]
 
@@ -47,8 +48,8 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
         NotFound: there is no such run.
     """
     if org is None:
-        return _why_run(connection, run_listing.run_for_all_orgs(connection, run_id))
-    return _why_run(connection, run_listing.run(connection, org, run_id))
+        return _why_run(connection, run_lists.run_for_all_orgs(connection, run_id))
+    return _why_run(connection, run_lists.run(connection, org, run_id))
 
 
 def why_instant(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
@@ -59,11 +60,11 @@ def why_instant(connection: Connection, org: str, name: str, at: datetime, *, no
     """
     org_id = orgs.require(connection, org)["id"]
     row = definitions.require(connection, org_id, org, name)
-    run_id = instants.run_of(connection, org_id, row["id"], at)
+    run_id = history.run_of(connection, org_id, row["id"], at)
     if run_id is not None:
-        return _why_run(connection, run_listing.run(connection, org, run_id))
-    skip = instants.skip_of(connection, org_id, row["id"], at)
-    revision = instants.revision_at(connection, row["id"], at)
+        return _why_run(connection, run_lists.run(connection, org, run_id))
+    skip = history.skip_of(connection, org_id, row["id"], at)
+    revision = history.revision_at(connection, row["id"], at)
     definition = from_spec(org, name, revision["spec"] if revision else row["spec"])
     trigger = definition.trigger(row["org_timezone"])
     is_instant = trigger.after(at, inclusive=True) == at
@@ -97,9 +98,9 @@ def _why_run(connection: Connection, run: Row) -> Why:
     attempt = last_error(run)
     if attempt is not None:
         around = attempt["ended_at"] - _HALF_HOUR, attempt["ended_at"] + _HALF_HOUR
-        found = causes.others_that_failed(connection, org_id, attempt["error_cause"], *around)
+        found = history.others_that_failed(connection, org_id, attempt["error_cause"], *around)
     elif run["reason"] == "no_token":
-        found = causes.others_without_token(connection, org_id)
+        found = history.others_without_token(connection, org_id)
     else:
         return _standing(connection, run, org, why_run(run))
     return _standing(connection, run, org, why_run(run, others=found.orgs, more=found.more))
@@ -118,10 +119,10 @@ def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
         return said
     if run["available_at"] is not None and run["available_at"] > database_now(connection):
         return replace(said, cause=f"{said.cause}; it may start at {to_text(run['available_at'])}")
-    if not needs.live_workers(connection):
+    if not requirements.live_workers(connection):
         return replace(said, cause="no worker is up to run it", next="doctor")
     limit = org["max_concurrent_runs"]
-    if instants.running(connection, org["id"], limit=limit) >= limit:
+    if history.running(connection, org["id"], limit=limit) >= limit:
         return replace(
             said,
             cause=f"its org has as many runs on as its max_concurrent_runs lets, {limit}",
@@ -132,7 +133,7 @@ def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
 
 def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:
     if skip["reason"] == "overlap":
-        other = instants.run_that_was_on(connection, row["org_id"], row["id"], at)
+        other = history.run_that_was_on(connection, row["org_id"], row["id"], at)
         cause = f"run {other or 'before it'} had not ended, and overlap = {_overlap(row)} kept it out"
     else:
         misfire = row["spec"].get("misfire", "once")
@@ -170,10 +171,10 @@ def _absent(row: Row, at: datetime, is_what: str, cause: str, command: str) -> W
 
 def _stopped(connection: Connection, row: Row, at: datetime) -> str | None:
     """What kept instants from being due at that time, by the audit; else by the definition as it is."""
-    of_definition = instants.last_change(
+    of_definition = history.last_change(
         connection, row["org_id"], f"{row['org']} {row['name']}", _DEFINITION_MOVES, at
     )
-    of_org = instants.last_change(connection, row["org_id"], row["org"], _ORG_MOVES, at)
+    of_org = history.last_change(connection, row["org_id"], row["org"], _ORG_MOVES, at)
     for change in (of_org, of_definition):
         if change is not None and change["action"] in _STOPS:
             note = (change["detail"] or {}).get("note")

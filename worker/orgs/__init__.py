@@ -1,1 +1,158 @@
-"""A customer organisation, and what its states stop. Pure."""
+"""Orgs: code, state and limits, and selectors by tag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+
+from worker.errors import DefinitionError
+from worker.ids import OrgId
+
+OrgState = Literal["active", "paused", "suspended", "removed"]
+
+MAX_CONCURRENT_RUNS = 10
+WEIGHT = 1
+
+
+class OrgRef(NamedTuple):
+    """An org by its key in the database and by its code in the issuer's tokens."""
+
+    id: OrgId
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Org:
+    """A row of `orgs`. `timezone` is an IANA name, the zone of definitions that name none."""
+
+    id: OrgId
+    code: str
+    name: str
+    issuer: str
+    state: OrgState = "active"
+    max_concurrent_runs: int = MAX_CONCURRENT_RUNS
+    weight: int = WEIGHT
+    tags: frozenset[str] = frozenset()
+    timezone: str | None = None
+    state_by: str | None = None
+    state_at: datetime | None = None
+    state_note: str | None = None
+
+    @property
+    def ref(self) -> OrgRef:
+        return OrgRef(self.id, self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class OrgEntry:
+    """An org as a file for `apply` or a line for `orgs import` names it."""
+
+    code: str
+    """As in its tokens (`org_code`); at most 200 characters, no slash."""
+    name: str
+    """For people."""
+    issuer: str
+    """A table `[issuers.NAME]` of worker.toml."""
+    max_concurrent_runs: int = MAX_CONCURRENT_RUNS
+    """Its runs at once, over all workers."""
+    weight: int = WEIGHT
+    """Its share of the slots beside other orgs': with 2 it gets twice as many."""
+    tags: frozenset[str] = frozenset()
+    """What templates select by."""
+    timezone: str | None = None
+    """The IANA zone of its definitions that name none; else UTC."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """What a state of an org stops.
+
+    `firing`: nothing is due and nothing waiting starts. `waiting`: waiting runs are
+    cancelled at once. `running`: running runs are cancelled within one renewal.
+    `tokens`: its tokens are dropped. `secrets`: its credentials are destroyed.
+    """
+
+    firing: bool = False
+    waiting: bool = False
+    running: bool = False
+    tokens: bool = False
+    secrets: bool = False
+
+
+STOPS: dict[OrgState, Stops] = {
+    "active": Stops(),
+    "paused": Stops(firing=True),
+    "suspended": Stops(firing=True, waiting=True, running=True, tokens=True),
+    "removed": Stops(firing=True, waiting=True, running=True, tokens=True, secrets=True),
+}
+
+# From a state to those an operator may move it to; `removed` is final.
+MOVES: dict[OrgState, frozenset[OrgState]] = {
+    "active": frozenset({"paused", "suspended", "removed"}),
+    "paused": frozenset({"active", "suspended", "removed"}),
+    "suspended": frozenset({"active", "paused", "removed"}),
+    "removed": frozenset(),
+}
+
+
+def may_move(state: OrgState, to: OrgState) -> bool:
+    """Whether an org in `state` may be set to `to`; to stay where it is always may."""
+    return state == to or to in MOVES[state]
+
+
+_FIX = 'write orgs = "all", orgs = { tags = ["pro"] } or orgs = { issuer = "main" }'
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """An org matches when it has every tag of `tags` and, where `issuer` is given, belongs to that issuer.
+
+    With neither, every org matches.
+    """
+
+    tags: frozenset[str] = frozenset()
+    issuer: str | None = None
+
+    def matches(self, *, tags: Iterable[str], issuer: str) -> bool:
+        """Whether an org with these tags and this issuer is meant."""
+        return (self.issuer is None or self.issuer == issuer) and self.tags <= set(tags)
+
+    def as_json(self) -> Any:
+        """The canonical form for the database; `parse_selector` reads it back."""
+        chosen: dict[str, Any] = {}
+        if self.tags:
+            chosen["tags"] = sorted(self.tags)
+        if self.issuer is not None:
+            chosen["issuer"] = self.issuer
+        return chosen or "all"
+
+
+def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selector:
+    """The selector that `orgs` of a template names.
+
+    Raises:
+        DefinitionError: it is neither `"all"` nor a table of `tags` and `issuer`.
+    """
+    if value == "all":
+        return Selector()
+    if not isinstance(value, Mapping) or not value:
+        raise _refusal(f"{value!r} selects no orgs", entry, field)
+    for key in value:
+        if key not in ("tags", "issuer"):
+            raise _refusal(f"unknown key {key!r}", entry, f"{field}.{key}")
+    tags = value.get("tags", [])
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
+        raise _refusal("tags are a list of texts", entry, f"{field}.tags")
+    if "tags" in value and not tags:
+        raise _refusal("an empty list of tags", entry, f"{field}.tags")
+    issuer = value.get("issuer")
+    if "issuer" in value and not (isinstance(issuer, str) and issuer):
+        raise _refusal("an issuer is a text", entry, f"{field}.issuer")
+    return Selector(tags=frozenset(tags), issuer=issuer)
+
+
+def _refusal(problem: str, entry: str, field: str) -> DefinitionError:
+    place = f"{entry}, {field}" if entry else field
+    return DefinitionError(f"{place}: {problem}", entry=entry, field=field, fix=_FIX)

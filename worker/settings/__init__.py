@@ -28,8 +28,7 @@ from worker.settings.sections import (
     TracingSettings,
     WebSettings,
 )
-from worker.telemetry.masking import masker
-from worker.telemetry.secret_forms import secrets_of_url
+from worker.telemetry.masking import masker, secrets_of_url
 
 PREFIX = "WORKER_"
 # Where worker.toml is looked for, the administrator's place first: in a worker's working directory

@@ -22,8 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from worker.store import tables
-from worker.store.chunks import chunks
-from worker.store.connection import database_now, is_postgresql
+from worker.store.connection import chunks, database_now, is_postgresql
 from worker.store.health import oldest_unfired
 from worker.telemetry.alerts import MOST_OPEN, Alert, Kind, Strike
 

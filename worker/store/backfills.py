@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, ScalarSelect, func, insert, se
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, orgs, tables
-from worker.store.paging import DEFAULT_LIMIT, Row, page
+from worker.store.lists.paging import DEFAULT_LIMIT, Row, page
 
 _backfills = tables.backfills
 _definitions = tables.definitions

@@ -1,11 +1,13 @@
-"""What the statements of both dialects ask of a SQLAlchemy connection: its driver, and the time."""
+"""Small helpers for statements: the driver, the time, chunks of parameters, upsert."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Table, text
+from sqlalchemy.dialects import postgresql, sqlite
 
 from worker.clock import Clock
 
@@ -39,3 +41,27 @@ def file_now(connection: Connection) -> datetime:
     """The injected clock of a SQLite connection."""
     clock: Clock = connection.info[CLOCK]
     return clock.now()
+
+
+T = TypeVar("T")
+
+
+def chunks(values: Sequence[T], size: int = 500) -> Iterator[Sequence[T]]:
+    """The values in order, at most `size` at a time."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def upsert(
+    connection: Connection, table: Table, key: Sequence[str], replaced: Sequence[str]
+) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that sets the `replaced` columns of the row that already has this key."""
+    if connection.dialect.name == "postgresql":
+        statement = postgresql.insert(table)
+        return statement.on_conflict_do_update(
+            index_elements=list(key), set_={name: statement.excluded[name] for name in replaced}
+        )
+    other = sqlite.insert(table)
+    return other.on_conflict_do_update(
+        index_elements=list(key), set_={name: other.excluded[name] for name in replaced}
+    )

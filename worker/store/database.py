@@ -1,4 +1,4 @@
-"""Database: connections, transactions and the threads that run them."""
+"""Database: connections, transactions, the threads that run them, and whether the server is reachable."""
 
 from __future__ import annotations
 
@@ -20,9 +20,56 @@ from worker.clock import Clock
 from worker.errors import StoreUnavailable
 from worker.store import listener, roles
 from worker.store.connection import database_now, driver
-from worker.store.contact import Contact
 from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
-from worker.telemetry.secret_forms import shown_url
+from worker.telemetry.events import emit
+from worker.telemetry.masking import shown_url
+
+# Seconds between two losses that are told: one of many sessions may break again and again.
+QUIET = 5.0
+
+
+class Connectivity:
+    """Hears of every question to the database, from any thread; nothing is asked for its sake."""
+
+    def __init__(self, clock: Clock, *, tells: bool = True) -> None:
+        self._clock = clock
+        self._tells = tells
+        self._lock = threading.Lock()
+        self._lost_at: float | None = None
+        self._answered_at = float("-inf")
+        self._told = False
+        self._told_at = float("-inf")
+
+    def asked(self) -> float:
+        """A question begins: what `failed` and `answered` are told of it."""
+        return self._clock.monotonic()
+
+    def failed(self, error: str, asked_at: float) -> None:
+        """The database did not answer a question."""
+        with self._lock:
+            if asked_at < self._answered_at:
+                # Another question, put later, was answered: this one was put to a server that is gone.
+                return
+            now = self._clock.monotonic()
+            if self._lost_at is None:
+                self._lost_at = now
+            tell = self._tells and not self._told and now - self._told_at >= QUIET
+            if tell:
+                self._told, self._told_at = True, now
+        if tell:
+            emit("database.lost", error=error)
+
+    def answered(self, asked_at: float) -> None:
+        """The database did what it was asked."""
+        self._answered_at = max(self._answered_at, asked_at)
+        if self._lost_at is None:
+            return
+        with self._lock:
+            lost_at, told = self._lost_at, self._told
+            self._lost_at, self._told = None, False
+        if told and lost_at is not None:
+            emit("database.back", seconds=round(self._clock.monotonic() - lost_at, 1))
+
 
 Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")
@@ -40,7 +87,7 @@ class Database:
     the work in the database's own threads: one writer on SQLite, a few on PostgreSQL.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, threads: int, contact: Contact) -> None:
+    def __init__(self, engine: Engine, *, clock: Clock, threads: int, contact: Connectivity) -> None:
         self._engine = engine
         self._clock = clock
         self._contact = contact
@@ -77,7 +124,7 @@ class Database:
         kept = threads + 2 if parsed.get_backend_name() == "sqlite" else threads
         engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
         # What else of this process asks the database finds the same, and need not tell it again.
-        contact = Contact(clock, tells=role == "worker")
+        contact = Connectivity(clock, tells=role == "worker")
         return cls(engine, clock=clock, threads=threads, contact=contact)
 
     def hurried(self, deadline: float) -> Database:

@@ -1,19 +1,101 @@
-"""The definitions, their revisions and their place in the schedule, changed by operations."""
+"""Names: what people call the definitions that rows know by their ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, text, update
 
 from worker.errors import Conflict, NotFound
-from worker.ids import DefinitionId, OrgId
+from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.chunks import chunks
+from worker.store.connection import chunks, upsert
 from worker.store.listener import hint
-from worker.store.upsert import upsert
+
+
+class Names(NamedTuple):
+    """An org's code and a definition's name; None where its row is gone."""
+
+    org: str | None = None
+    definition: str | None = None
+
+
+def names_of(
+    connection: Connection, org_id: OrgId, definition_ids: Iterable[DefinitionId]
+) -> dict[DefinitionId, Names]:
+    """The names of each of these definitions of one org."""
+    return _names(connection, definition_ids, org_id)
+
+
+def names_for_all_orgs(
+    connection: Connection, definition_ids: Iterable[DefinitionId]
+) -> dict[DefinitionId, Names]:
+    """As `names_of`, of every org."""
+    return _names(connection, definition_ids, None)
+
+
+def _names(
+    connection: Connection, definition_ids: Iterable[DefinitionId], org_id: OrgId | None
+) -> dict[DefinitionId, Names]:
+    orgs, definitions = tables.orgs, tables.definitions
+    wanted = sorted(set(definition_ids))
+    found = dict.fromkeys(wanted, Names())
+    for part in chunks(wanted):
+        query = (
+            select(definitions.c.id, orgs.c.code, definitions.c.name)
+            .join(orgs, orgs.c.id == definitions.c.org_id)
+            .where(definitions.c.id.in_(part))
+        )
+        if org_id is not None:
+            query = query.where(definitions.c.org_id == org_id)
+        found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
+    return found
+
+
+_runs = tables.runs
+
+FAILED = ("failed", "refused")
+
+
+def failed_in_a_row(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, since: datetime, most: int
+) -> int:
+    """How many of the newest runs that ended after `since` failed or were refused, up to `most`.
+
+    Runs of a backfill, and those that were cancelled or skipped, are left out.
+    """
+    query = (
+        select(_runs.c.state)
+        .where(
+            _runs.c.org_id == org_id,
+            _runs.c.definition_id == definition_id,
+            _runs.c.origin != "backfill",
+            _runs.c.state.in_(("succeeded", *FAILED)),
+            _runs.c.finished_at > since,
+        )
+        .order_by(_runs.c.id.desc())
+        .limit(most)
+    )
+    failed = 0
+    for state in connection.execute(query).scalars():
+        if state not in FAILED:
+            break
+        failed += 1
+    return failed
+
+
+def last_failed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> RunId | None:
+    """The newest run that failed or was refused."""
+    query = (
+        select(_runs.c.id)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.state.in_(FAILED))
+        .order_by(_runs.c.id.desc())
+        .limit(1)
+    )
+    return connection.execute(query).scalar_one_or_none()
+
 
 Row = dict[str, Any]
 
@@ -21,7 +103,6 @@ _definitions = tables.definitions
 _revisions = tables.definition_revisions
 _schedule = tables.schedule
 _orgs = tables.orgs
-_runs = tables.runs
 _skips = tables.skips
 
 

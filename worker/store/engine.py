@@ -1,25 +1,157 @@
-"""Engines: a database's URL made into SQLAlchemy's, with the settings each dialect needs to be safe."""
+"""Engines: safe SQLAlchemy settings for each dialect, and the lock beside a SQLite file."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
 import select
+import socket
 import sqlite3
+import struct
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg.types.string import TextLoader
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, InvalidatePoolError
 
-from worker.clock import Clock
-from worker.errors import ConfigurationError
+from worker.clock import Clock, SystemClock, to_text
+from worker.errors import Busy, ConfigurationError
 from worker.store.connection import CLOCK
+
+T = TypeVar("T")
+
+_NOTHING_READY = 0
+
+
+class DeadlineConnection(psycopg.Connection[Any]):
+    """Every wait on the network, COMMIT's included, ends within `deadline` seconds."""
+
+    deadline: float = 10.0
+
+    def wait(self, gen: Generator[Any, Any, T], *arguments: Any, **options: Any) -> T:
+        try:
+            return super().wait(_bounded(gen, self.deadline), *arguments, **options)
+        except _DeadlinePassed:
+            self.pgconn.finish()
+            raise psycopg.OperationalError(
+                f"the database did not answer within {self.deadline:g} s; the connection is closed"
+            ) from None
+
+
+class _DeadlinePassed(Exception):
+    """The generator of a wait has had its time."""
+
+
+def _bounded(gen: Generator[Any, Any, T], seconds: float) -> Generator[Any, Any, T]:
+    until = time.monotonic() + seconds
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            # An answer that is there is taken, however late: this process may have been stopped.
+            if ready == _NOTHING_READY and time.monotonic() >= until:
+                raise _DeadlinePassed
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+
+
+def connect(arguments: Mapping[str, str], *, deadline: float) -> DeadlineConnection:
+    """A connection with libpq's arguments, on which identifiers come as text."""
+    connection = DeadlineConnection.connect(make_conninfo(**arguments))
+    connection.deadline = deadline
+    connection.adapters.register_loader("uuid", TextLoader)
+    return connection
+
+
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+@dataclass(frozen=True, slots=True)
+class FileLock:
+    """A held lock. The zygote inherits `fd`, so the lock lasts until worker and zygote are gone."""
+
+    path: Path
+    fd: int
+
+    def release(self) -> None:
+        """Give up this process's hold; the lock falls with its last holder."""
+        os.close(self.fd)
+
+
+def lock_sqlite_file(url: str, *, clock: Clock | None = None) -> FileLock:
+    """Take `<file>.lock` beside the SQLite file that `url` names.
+
+    Raises:
+        Busy: another worker holds it, or a run of a dead worker; the message names host, pid and start.
+        ConfigurationError: the lock file cannot be opened.
+    """
+    path = Path(f"{read_url(url).database}.lock")
+    try:
+        make_folder(path.parent)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be opened: {error.strerror}",
+            fix="the worker must be able to write in the folder of the database",
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise _refused(path, fd, error, "another worker holds", "stop it first") from None
+    try:
+        _lock_range(fd, fcntl.F_WRLCK)
+        _lock_range(fd, fcntl.F_UNLCK)
+    except OSError as error:
+        raise _refused(
+            path, fd, error, "runs of a worker that died hold", "end its processes first"
+        ) from None
+    started = to_text((clock or SystemClock()).now())
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{socket.gethostname()} {os.getpid()} {started}\n".encode(), 0)
+    os.set_inheritable(fd, True)
+    return FileLock(path, fd)
+
+
+def _lock_range(fd: int, kind: int) -> None:
+    """Lock or unlock the whole file for this open file alone; raises OSError where a run has locked it."""
+    # struct flock: type, whence, start, length (0: the whole file), pid.
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
+
+
+def _refused(path: Path, fd: int, error: OSError, who: str, first: str) -> Busy | ConfigurationError:
+    holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
+    os.close(fd)
+    if error.errno not in _TAKEN:
+        return ConfigurationError(
+            f"{path} cannot be locked: {error.strerror}",
+            fix="the file must lie on a local file system that supports flock and fcntl locks",
+        )
+    return Busy(
+        f"{who} {path}: {_described(holder)}",
+        fix=f"{first}; a SQLite file has one worker, several need PostgreSQL",
+    )
+
+
+def _described(holder: str) -> str:
+    parts = holder.split()
+    if len(parts) != 3:
+        return "a process that has not written its name yet"
+    return f"process {parts[1]} on {parts[0]}, since {parts[2]}"
+
 
 BUSY_SECONDS = 10.0
 STATEMENT_DEADLINE = 10.0
@@ -195,7 +327,7 @@ def libpq_arguments(url: URL, *, role: str) -> dict[str, str]:
 
 
 def _open_postgresql(url: URL, *, role: str, connections: int, deadline: float) -> Engine:
-    from worker.store.deadline import connect
+    pass
 
     arguments = libpq_arguments(url, role=role)
     engine = create_engine(

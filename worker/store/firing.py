@@ -1,16 +1,68 @@
-"""Firing: what is due becomes runs and skips, each overlap settled by its rule, in one transaction."""
+"""Firing: due times become runs and skips, each overlap settled by its rule, in one transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from worker.runs.firing import Decision, DueDefinition, FireReport, NewSkip, NextFire
 from worker.runs.run import NewRun
-from worker.store import overlaps
+from worker.store import edit_runs, tables
+from worker.store.connection import database_now
 from worker.store.sql import Specs, statements
+
+_live = tables.live_runs
+
+
+def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, Any] | None:
+    """Insert a run whose definition is locked: waiting, held back, or in the place of others.
+
+    Returns the unfinished run that stands in its way where its rule keeps it out, else None.
+    """
+    others = edit_runs.unfinished(connection, run.org_id, run.definition_id) if run.serial else []
+    held = next((other for other in others if other["state"] == "held"), None)
+    if not others:
+        edit_runs.insert_run(connection, run, at=at)
+    elif run.overlap == "queue_one" and held is None:
+        edit_runs.insert_run(connection, run, at=at, held=True)
+    elif run.overlap == "replace":
+        ours = edit_runs.is_of(run.definition_id)
+        edit_runs.end_waiting(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced")
+        edit_runs.ask_to_stop(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced", at=at)
+        # It starts once the one that is on has ended: its end promotes what is held.
+        running = any(other["state"] == "running" for other in others)
+        edit_runs.insert_run(connection, run, at=at, held=running)
+    else:
+        return held if held is not None and run.overlap == "queue_one" else others[0]
+    return None
+
+
+def place_scheduled(
+    connection: Connection, overlapped: Sequence[NewRun]
+) -> tuple[list[NewRun], list[NewRun]]:
+    """Of scheduled runs that met another: those that got a place by their rule, and those that did not.
+
+    Their definitions are locked by the fire that made them.
+    """
+    placed: list[NewRun] = []
+    left = [run for run in overlapped if run.overlap == "skip"]
+    wanting = sorted(
+        (run for run in overlapped if run.overlap != "skip"),
+        key=lambda run: (run.org_id, run.definition_id, run.scheduled_for),
+    )
+    if wanting:
+        # All of them first and in the order of ids, as every batch that locks runs does.
+        definitions = {run.definition_id for run in wanting}
+        rows = select(_live.c.id).where(_live.c.definition_id.in_(definitions), _live.c.serial)
+        connection.execute(rows.order_by(_live.c.id).with_for_update()).all()
+        now = database_now(connection)
+        for run in wanting:
+            (placed if place(connection, run, at=now) is None else left).append(run)
+    return placed, left
+
 
 Decide = Callable[[DueDefinition, datetime], Decision]
 
@@ -51,7 +103,7 @@ def write(
     """
     hot = statements(connection)
     made = hot.fire_write(connection, runs, next_fires)
-    placed, left = overlaps.place_scheduled(connection, made.overlapped)
+    placed, left = place_scheduled(connection, made.overlapped)
     skips = [*skips, *(_overlap(run) for run in left if run.origin == "schedule")]
     if skips:
         hot.fire_skips(connection, skips)

@@ -1,4 +1,4 @@
-"""The store as the worker's loops see it: each method one piece of work in the database's threads."""
+"""The store as the worker's loops use it: each method is one piece of work in the database's threads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,180 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from worker.errors import NotFound
-from worker.ids import DefinitionId, RunId, WorkerId
+from sqlalchemy import Connection, delete, insert, select, update
+
+from worker.errors import NotFound, StoreUnavailable
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.firing import FireReport, LogLine, Recovered
-from worker.runs.outcome import EndedAttempt
+from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun, RunContext
-from worker.store import firing, retention, runs, sweeps, workers
-from worker.store.admission import Admission
+from worker.store import firing, retention, runs, sweeps, tables
+from worker.store.batch_loader import BatchLoader
+from worker.store.connection import database_now
 from worker.store.database import Database
-from worker.store.gathered import Gathered
-from worker.store.hand_back import hand_back
-from worker.store.sql import Progress, statements
+from worker.store.sql import Progress, RingStep, statements
+
+# Orgs looked at by one call; 10,000 orgs at their limit must not make one call slow.
+HOPS = 2048
+# Orgs that one transaction chooses from, where fewer slots than that are free.
+WIDTH = 16
+_BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
+
+
+class RingWalk:
+    """One worker's place in the ring; the next call goes on where the last one stopped."""
+
+    def __init__(self, database: Database, worker_id: WorkerId) -> None:
+        self._database = database
+        self._worker_id = worker_id
+        self._cursor = _BEFORE_ALL
+
+    def admit(self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> list[AdmittedRun]:
+        """Mark waiting runs running, best first, within the limits of org, definition and handler.
+
+        `offered` maps each handler that this worker has to its cluster-wide limit, or
+        None; `free` each isolation to its free slots. Each step is a transaction of
+        its own. Fewer runs than free slots may come back although more could start:
+        call again after a call that gave some.
+
+        Raises:
+            StoreUnavailable: the database did not answer. Runs that were admitted all
+                the same are handed back by the renewal that finds them.
+        """
+        left: dict[Isolation, int] = {isolation: max(0, slots) for isolation, slots in free.items()}
+        admitted: list[AdmittedRun] = []
+        seen: set[OrgId] = set()
+        hops = HOPS
+        try:
+            while offered and any(left.values()) and hops > 0:
+                step = self._walk(offered, left, hops)
+                hops -= step.hops
+                orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
+                seen.update(orgs)
+                if orgs:
+                    admitted += self._fill(orgs, offered, left)
+                if orgs and step.partial and any(left.values()):
+                    # Some lines were shorter than they might have been: the rest of the others.
+                    admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left)
+                if step.complete or not orgs:
+                    break
+        except StoreUnavailable:
+            # What was admitted before is ours, and must start.
+            if not admitted:
+                raise
+        return admitted
+
+    def _walk(self, offered: Mapping[str, int | None], left: Mapping[Isolation, int], hops: int) -> RingStep:
+        want = max(WIDTH, sum(left.values()))
+        with self._database.autocommit() as connection:
+            step = statements(connection).admit_ring(
+                connection, self._cursor, want=want, hops=hops, handlers=list(offered), free=left
+            )
+        self._cursor = step.cursor
+        return step
+
+    def _fill(
+        self, orgs: Mapping[OrgId, int], offered: Mapping[str, int | None], left: dict[Isolation, int]
+    ) -> list[AdmittedRun]:
+        with self._database.transaction() as connection:
+            picked = statements(connection).admit_choose(
+                connection, self._worker_id, orgs, offered=offered, free=left
+            )
+        for run in picked:
+            left[run.isolation] -= 1
+        return picked
+
+
+_live = tables.live_runs
+
+
+def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
+    """End the attempts of these runs, whose admission's answer was lost, as handed back; fenced."""
+    fences = {run.id: run.fencing_token for run in owned}
+    rows = connection.execute(
+        select(_live).where(
+            _live.c.id.in_(sorted(fences)), _live.c.worker_id == worker_id, _live.c.state == "running"
+        )
+    ).all()
+    now = database_now(connection)
+    ended = [
+        EndedAttempt(
+            run_id=row.id,
+            org_id=row.org_id,
+            definition_id=row.definition_id,
+            fencing_token=fences[row.id],
+            attempt=row.attempt,
+            started_at=row.started_at,
+            ended_at=now,
+            outcome="handed_back",
+            state="waiting",
+            reason="handed_back",
+            trail=Trail(row.handler),
+            detail="the answer to its admission was lost",
+            failures=row.failures,
+            recoveries=row.recoveries,
+            keep_start_by=True,
+        )
+        for row in rows
+    ]
+    return statements(connection).finish(connection, worker_id, ended) if ended else set()
+
+
+_workers = tables.workers
+
+
+def register(
+    connection: Connection,
+    worker_id: WorkerId,
+    *,
+    host: str,
+    pid: int,
+    version: str,
+    lease: timedelta,
+    handlers: Sequence[str],
+    capacity: Mapping[str, Any],
+) -> None:
+    """Begin an incarnation; its lease counts from the database's now."""
+    now = database_now(connection)
+    connection.execute(
+        insert(_workers).values(
+            id=worker_id,
+            host=host,
+            pid=pid,
+            version=version,
+            started_at=now,
+            renewed_at=now,
+            lease_until=now + lease,
+            handlers=sorted(handlers),
+            capacity=dict(capacity),
+        )
+    )
+
+
+def update_handlers(connection: Connection, worker_id: WorkerId, handlers: Sequence[str]) -> None:
+    """Say which handlers the worker offers from now on."""
+    connection.execute(update(_workers).where(_workers.c.id == worker_id).values(handlers=sorted(handlers)))
+
+
+def unregister(connection: Connection, worker_id: WorkerId) -> None:
+    """End an incarnation; what it still owns is recovered by whoever looks next."""
+    connection.execute(
+        update(_workers)
+        .where(_workers.c.id == worker_id, _workers.c.ended_at.is_(None))
+        .values(ended_at=database_now(connection))
+    )
+
+
+def forget_ended(connection: Connection, *, older_than: timedelta) -> int:
+    """Delete the rows of workers that ended long ago and own nothing; returns how many."""
+    owned = select(_live.c.worker_id).where(_live.c.state == "running")
+    result = connection.execute(
+        delete(_workers).where(
+            _workers.c.ended_at < database_now(connection) - older_than, _workers.c.id.not_in(owned)
+        )
+    )
+    return result.rowcount
+
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -47,8 +210,8 @@ class WorkerStore:
         self._renewing = beside_the_work(database, lease)
         self._worker_id = worker_id
         self._lease = lease
-        self._admission = Admission(database, worker_id)
-        self._contexts = Gathered(self._read_contexts)
+        self._admission = RingWalk(database, worker_id)
+        self._contexts = BatchLoader(self._read_contexts)
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
@@ -145,11 +308,11 @@ class WorkerStore:
 
     async def forget_workers(self, age: timedelta) -> int:
         """Delete workers that ended longer than `age` ago."""
-        return await self._database.call(workers.forget_ended, older_than=age)
+        return await self._database.call(forget_ended, older_than=age)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:
         """Say which handlers this worker offers from now on."""
-        await self._database.call(workers.update_handlers, self._worker_id, handlers)
+        await self._database.call(update_handlers, self._worker_id, handlers)
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         """What an attempt must know of its run's org and definition.
@@ -170,7 +333,7 @@ class WorkerStore:
     def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:
         """Begin this incarnation."""
         with self._database.transaction() as connection:
-            workers.register(
+            register(
                 connection,
                 self._worker_id,
                 host=socket.gethostname(),
@@ -189,7 +352,7 @@ class WorkerStore:
     def unregister(self) -> None:
         """End this incarnation."""
         with self._database.transaction() as connection:
-            workers.unregister(connection, self._worker_id)
+            unregister(connection, self._worker_id)
 
 
 class _Newest(OrderedDict[K, V]):

@@ -11,8 +11,7 @@ from sqlalchemy import Connection, exists, insert, select, text, update
 from worker.errors import NotFound
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.chunks import chunks
-from worker.store.connection import is_postgresql
+from worker.store.connection import chunks, is_postgresql
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""The runs' way through the database: recover, checkpoints, and what an attempt must know."""
+"""The runs' way through the database: recover, checkpoints, what an attempt must know, retention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import RunContext
 from worker.store import tables
 from worker.store.connection import database_now
-from worker.store.names import names_for_all_orgs
+from worker.store.definitions import names_for_all_orgs
 from worker.store.sql import AbandonedRun, statements
 
 # Runs recovered by one transaction.

@@ -1,4 +1,4 @@
-"""The schema's version: what the database has, what this release needs, and how to get there."""
+"""Facts of the whole database: a name and a text each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, select, text
 
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
-from worker.store import roles
-from worker.store.connection import is_postgresql
+from worker.store import roles, tables
+from worker.store.connection import is_postgresql, upsert
 from worker.store.database import Database, translated
 from worker.store.engine import open_engine, read_url
 
 if TYPE_CHECKING:
     from alembic.script import ScriptDirectory
+
+_facts = tables.facts
+
+# The release of the time zone database that the schedules were computed with.
+ZONE_DATA = "tzdata"
+
+
+def read(connection: Connection, name: str) -> str | None:
+    """The fact, or None where nobody has set it."""
+    return connection.execute(select(_facts.c.value).where(_facts.c.name == name)).scalar_one_or_none()
+
+
+def write(connection: Connection, name: str, value: str) -> None:
+    """Set a fact."""
+    connection.execute(upsert(connection, _facts, ("name",), ("value",)), {"name": name, "value": value})
+
 
 # Two migrators at once, and a migration that waits behind a long query, both make the
 # workers wait: the first queues here, the second gives up and can be tried again.

@@ -1,4 +1,4 @@
-"""Sweeps: waiting runs that nothing else would touch, looked at now and then in small batches."""
+"""Whether anything waits for the chores of schedules; one look, so that to find nothing costs little."""
 
 from __future__ import annotations
 
@@ -6,15 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, select, text, update
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.chunks import chunks
-from worker.store.connection import database_now
-from worker.store.names import Names, names_for_all_orgs, names_of
+from worker.store.connection import chunks, database_now
+from worker.store.definitions import Names, names_for_all_orgs, names_of
 from worker.store.sql import statements
 from worker.store.sql.ending import Rollups
+
+# The least by its index: whether any is less would be looked for in every org.
+_LOOK = """
+SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
+                < CAST((SELECT value FROM facts WHERE name = 'templates_change') AS BIGINT), false)
+       OR EXISTS (SELECT 1 FROM templates WHERE materialised_at IS NULL),
+       EXISTS (SELECT 1 FROM backfills WHERE finished_at IS NULL)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Orgs that are behind the templates; backfills that have not ended."""
+
+    templates: bool
+    backfills: bool
+
+
+def pending(connection: Connection) -> Pending:
+    """What there is to do now."""
+    templates, backfills = connection.execute(text(_LOOK)).one()
+    return Pending(bool(templates), bool(backfills))
+
 
 # Rows changed by one transaction.
 BATCH = 500

@@ -1,26 +1,74 @@
-"""OpenTelemetry: the spans of an attempt, by the semantic conventions.
+"""Span export: spans on their way to a collector by OTLP, whose absence is told once, and its return.
 
 Only imported where traces are asked for: it needs the extra `orgworker[otel]`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from hashlib import blake2b
 
+from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
 from worker.clock import Clock
-from worker.telemetry.events import Emitted
+from worker.telemetry.events import Emitted, emit
 from worker.telemetry.tracing import BAD, RESULTS, Marks, Result, Traced
+
+
+def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
+    """An exporter to this URL with these headers, `name=value,…`; what is empty the OTEL_* variables say."""
+    given = dict(part.split("=", 1) for part in headers.split(",")) if headers else None
+    return trace_exporter.OTLPSpanExporter(endpoint=endpoint or None, headers=given)
+
+
+class ToldExporter(SpanExporter):
+    """Drops what is not taken, as the exporter inside does, and keeps the log short meanwhile.
+
+    By itself that says so every other second, with each of its tries.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._dropped = 0
+        self._words: list[str] = []
+        self._logger = logging.getLogger(trace_exporter.__name__)
+        self._logger.addFilter(self._keep)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Send them, for some seconds; called from a thread that does nothing else."""
+        self._words.clear()
+        result = self._exporter.export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            if not self._dropped:
+                emit("traces.lost", error=next(iter(self._words), result.name))
+            self._dropped += len(spans)
+        elif self._dropped:
+            emit("traces.back", spans=self._dropped)
+            self._dropped = 0
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+        self._logger.removeFilter(self._keep)
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+    def _keep(self, record: logging.LogRecord) -> bool:
+        """Take the library's words for the event; the first says why, the last that it gives up."""
+        self._words.append(record.getMessage())
+        return False
+
 
 Key = tuple[str, int]
 Attributes = Mapping[str, AttributeValue]

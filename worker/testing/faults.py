@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from worker.execution.work import StopReason
+from worker.execution.runners.contract import StopReason
 
 Duration = timedelta | float | str
 

@@ -11,25 +11,23 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from worker.errors import NotFound, UsageError, WorkerError
-from worker.execution.made_up import LIFETIME
-from worker.execution.trial import Subject, Trial, definition_of
-from worker.execution.work import Runner
+from worker.execution.runners.contract import Runner
+from worker.execution.trial.fake_tokens import LIFETIME
+from worker.execution.trial.trial import Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.runs import firing
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Isolation
-from worker.testing.api import Api, ApiOfTest
-from worker.testing.clock import SettableClock, in_seconds
+from worker.testing.clock import LeapingLoop, SettableClock, in_seconds
 from worker.testing.faults import Fault
 from worker.testing.finished import Finished, LogLine
-from worker.testing.loop import LeapingLoop
-from worker.testing.runners import InProcess, in_child
+from worker.testing.runners import Api, ApiOfTest, InProcess, in_child
 from worker.testing.stage import Stage, StagedTokens
 
 ORG = "org_test"

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 
 from worker.errors import IssuerUnavailable
-from worker.execution.made_up import MadeUpToken, MadeUpTokens
-from worker.execution.trial import Trial
-from worker.orgs.org import OrgRef
+from worker.execution.trial.fake_tokens import FakeToken, FakeTokens
+from worker.execution.trial.trial import Trial
+from worker.orgs import OrgRef
 from worker.testing.clock import SettableClock, in_seconds
 from worker.testing.faults import Crash, Fault, ProviderDown, SecretRotated, Stop, WrongOrg
 
@@ -108,7 +108,7 @@ class Stage:
             held.stop.request(fault.reason, held.cancel_grace.total_seconds())
 
 
-class StagedTokens(MadeUpTokens):
+class StagedTokens(FakeTokens):
     """Made-up tokens, from a provider that may be down or give another org's."""
 
     def __init__(
@@ -124,6 +124,6 @@ class StagedTokens(MadeUpTokens):
         super().__init__(clock, properties=properties, flags=flags, scopes=scopes, lifetime=lifetime)
         self._stage = stage
 
-    def mint(self, org: OrgRef, scopes: frozenset[str]) -> MadeUpToken:
+    def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
         wrong = self._stage.asked()
         return super().mint(org if wrong is None else OrgRef(org.id, wrong.org), scopes)

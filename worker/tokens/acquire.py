@@ -1,18 +1,18 @@
-"""From credentials to an enforced token: grant, verify, decode, enforce; failures are parked by class."""
+"""What is not asked for until a time: an org whose credentials or requests failed."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from worker.claims.claims import Claims
-from worker.claims.decode import decode
-from worker.claims.enforce import enforce
+from worker.claims.decode import decode, enforce
 from worker.clock import Clock
 from worker.errors import (
     CredentialsRejected,
@@ -23,13 +23,85 @@ from worker.errors import (
     WorkerError,
 )
 from worker.ids import OrgId
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
-from worker.tokens.channel import Channel
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.grant import GrantedToken
-from worker.tokens.parking import Parking
+from worker.tokens.issuer_client import IssuerClient
+
+K = TypeVar("K", bound=Hashable)
+Parkable = CredentialsRejected | RequestRejected | IssuerUnavailable
+MAX_PARKED = 50_000
+ASKED_LONGEST = 300.0  # what an issuer's Retry-After can make of it
+
+
+@dataclass(slots=True)
+class _Place:
+    error: Parkable
+    until: float
+    failures: int
+    credentials: tuple[Credential, ...]
+
+
+class Parking(Generic[K]):
+    """Keys parked after a failure, for a time that doubles; other credentials release them at once."""
+
+    def __init__(self, first: float, last: float, *, clock: Clock) -> None:
+        self._first = first
+        self._last = last
+        self._clock = clock
+        self._places: OrderedDict[K, _Place] = OrderedDict()
+
+    def check(self, key: K, credentials: Sequence[Credential]) -> None:
+        """Raise the error that the key is parked for, with `retry_after`; nothing is asked meanwhile."""
+        place = self._place(key, credentials)
+        left = place.until - self._clock.monotonic() if place else 0.0
+        if place and left > 0:
+            # A copy: one exception must not be raised to many, each adding to its traceback.
+            error = copy.copy(place.error)
+            error.retry_after = left
+            raise error
+
+    def failures(self, key: K, credentials: Sequence[Credential]) -> int:
+        """How many failures in a row, with these credentials."""
+        place = self._place(key, credentials)
+        return place.failures if place else 0
+
+    def park(
+        self, key: K, error: Parkable, credentials: Sequence[Credential], *, share: float = 1.0
+    ) -> float:
+        """Park the key for `share` of its time; sets the error's `retry_after` and returns the seconds."""
+        failures = self.failures(key, credentials)
+        seconds = min(self._first * 2.0**failures, self._last) * share
+        seconds = max(seconds, min(error.retry_after or 0.0, ASKED_LONGEST))
+        self._places[key] = _Place(
+            error=copy.copy(error),
+            until=self._clock.monotonic() + seconds,
+            failures=min(failures + 1, 20),
+            credentials=tuple(credentials),
+        )
+        while len(self._places) > MAX_PARKED:
+            self._places.popitem(last=False)
+        error.retry_after = seconds
+        return seconds
+
+    def release(self, key: K) -> None:
+        """Forget the key's failures."""
+        self._places.pop(key, None)
+
+    def release_where(self, is_meant: Callable[[K], bool]) -> None:
+        """Forget the failures of every key that is meant."""
+        for key in [key for key in self._places if is_meant(key)]:
+            del self._places[key]
+
+    def _place(self, key: K, credentials: Sequence[Credential]) -> _Place | None:
+        place = self._places.get(key)
+        if place is not None and place.credentials != tuple(credentials):
+            del self._places[key]
+            return None
+        return place
+
 
 CREDENTIAL_PARK = (60.0, 3600.0)
 REQUEST_PARK = (900.0, 900.0)
@@ -40,12 +112,11 @@ NO_VERDICT_KEPT = 120.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
 MAX_REMEMBERED = 10_000
 
-K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 Place = tuple[str, OrgId]  # an org at an issuer
 
 
-class Wanted(NamedTuple):
+class TokenRequest(NamedTuple):
     """What a token is wanted for; `scopes` are enforced, `also_ask` are only asked for.
 
     A key that is looked up for each run: a tuple's hash costs a tenth of a dataclass's.
@@ -85,12 +156,12 @@ class Acquirer:
         self._clock = clock
         self._chance = chance
         self._rejected: Parking[Place] = Parking(*CREDENTIAL_PARK, clock=clock)
-        self._refused: Parking[Wanted] = Parking(*REQUEST_PARK, clock=clock)
+        self._refused: Parking[TokenRequest] = Parking(*REQUEST_PARK, clock=clock)
         self._failing: Parking[Place] = Parking(*TRANSIENT_PARK, clock=clock)
         self._winners: OrderedDict[Place, tuple[str, float]] = OrderedDict()
-        self._no_verdict: OrderedDict[Wanted, _Granted] = OrderedDict()
+        self._no_verdict: OrderedDict[TokenRequest, _Granted] = OrderedDict()
 
-    def is_parked(self, wanted: Wanted, credentials: Sequence[Credential]) -> bool:
+    def is_parked(self, wanted: TokenRequest, credentials: Sequence[Credential]) -> bool:
         """Whether only other credentials, or time, let this be asked for."""
         try:
             self._check_parking(wanted, credentials)
@@ -98,11 +169,13 @@ class Acquirer:
             return True
         return False
 
-    def may_ask(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> bool:
+    def may_ask(self, channel: IssuerClient, wanted: TokenRequest, credentials: Sequence[Credential]) -> bool:
         """Whether nothing stands against a request that can wait: parking, a pause, an open breaker."""
         return channel.is_free and not self.is_parked(wanted, credentials)
 
-    async def acquire(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> Enforced:
+    async def acquire(
+        self, channel: IssuerClient, wanted: TokenRequest, credentials: Sequence[Credential]
+    ) -> Enforced:
         """A new token of the org, verified and enforced; raises as `Tokens.ensure` does."""
         granted = self._no_verdict.pop(wanted, None)
         if granted is None or not self._is_worth_judging(granted, credentials):
@@ -134,7 +207,7 @@ class Acquirer:
         for wanted in [wanted for wanted in self._no_verdict if wanted.org.id == org_id]:
             del self._no_verdict[wanted]
 
-    def _check_parking(self, wanted: Wanted, credentials: Sequence[Credential]) -> None:
+    def _check_parking(self, wanted: TokenRequest, credentials: Sequence[Credential]) -> None:
         self._rejected.check(_place(wanted), credentials)
         self._refused.check(wanted, credentials)
         self._failing.check(_place(wanted), credentials)
@@ -144,7 +217,9 @@ class Acquirer:
         longest = min(NO_VERDICT_KEPT, granted.token.expires_in or NO_VERDICT_KEPT)
         return any(granted.credential.id == known.id for known in credentials) and age < longest
 
-    async def _grant(self, channel: Channel, wanted: Wanted, credentials: Sequence[Credential]) -> _Granted:
+    async def _grant(
+        self, channel: IssuerClient, wanted: TokenRequest, credentials: Sequence[Credential]
+    ) -> _Granted:
         """Ask for a token with at most two requests, not counting those that get no answer."""
         place = _place(wanted)
         candidates = self._in_order(place, credentials)
@@ -200,7 +275,7 @@ class Acquirer:
         return newest
 
     def _note_success(
-        self, wanted: Wanted, credential: Credential, credentials: Sequence[Credential]
+        self, wanted: TokenRequest, credential: Credential, credentials: Sequence[Credential]
     ) -> None:
         place = _place(wanted)
         self._rejected.release(place)
@@ -216,7 +291,7 @@ class Acquirer:
         parking: Parking[K],
         key: K,
         error: CredentialsRejected | RequestRejected,
-        wanted: Wanted,
+        wanted: TokenRequest,
         credentials: Sequence[Credential],
     ) -> None:
         seconds = parking.park(key, error, credentials)
@@ -233,7 +308,7 @@ class Acquirer:
         with suppress(Unavailable):
             await self._source.used(credential.id, error)
 
-    async def _enforce(self, channel: Channel, wanted: Wanted, granted: _Granted) -> Enforced:
+    async def _enforce(self, channel: IssuerClient, wanted: TokenRequest, granted: _Granted) -> Enforced:
         token, credential = granted.token, granted.credential
         payload = await channel.verify(token.text, wanted.audience)
         claims = decode(payload, channel.issuer.profile)
@@ -257,7 +332,7 @@ class Acquirer:
         )
 
 
-def _place(wanted: Wanted) -> Place:
+def _place(wanted: TokenRequest) -> Place:
     return wanted.issuer, wanted.org.id
 
 

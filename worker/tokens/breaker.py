@@ -1,33 +1,210 @@
-"""The breaker of one issuer: it opens when many orgs get no answer, and never holds up a healthy org.
-
-**When it opens.** An org that was answered last time, or never asked, and now gets no
-answer is a sign of an outage. An org whose last request failed as well is not: its own
-application may be broken. Of the newest 20 orgs of the last 10 s, half of at least five
-open the breaker; of fewer than five, all of at least two.
-
-**Who may ask while it is open.** An org whose last request did not fail asks at once, one
-request at a time, so a breaker that opened by mistake costs healthy orgs nothing and an
-outage costs one request for each org that needs a token. Orgs whose last request failed
-take turns: one request every 4 s, later every 15 s. Once 100 orgs in a row have failed
-without one answer, healthy orgs take turns as well, one every 4 s and before the others.
-
-**When it closes.** When an org that failed is answered, or when fewer than a quarter of
-the newest orgs fail. A rejected secret, a refused scope and a throttle are answers too.
-
-The state is a number for each org that failed, and the newest 20 outcomes.
-"""
+"""How often and how widely one issuer is asked: rate, pause, connections."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import heapq
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled
 from worker.telemetry.events import emit
-from worker.tokens.budget import BudgetPaused
+from worker.tokens.issuer import Issuer
+
+# With one for the keys and one for the discovery document: 8 connections, while the issuer answers promptly.
+TOKEN_CONNECTIONS = 6
+# A request without an answer for this long gives its place to the next, and sooner once as many
+# hang: an application that hangs holds up no other org. Seconds, and connections at most.
+PLACE_SECONDS, PLACE_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
+# An org whose last request failed lets this many requests of others pass.
+LET_PASS = 50
+# Requests bunch up on their way; so much slack keeps the rate at the issuer's end.
+SLACK = 1.05
+PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 10.0, 300.0, 3600.0
+# The first pause of all orgs lasts this long at most, and each further one in a row twice as long:
+# a throttle may mean one org's quota.
+PAUSE_OF_ALL = 60.0
+OWN_QUOTA = 3600.0  # for so long after an org's pause another throttle may be taken for its own
+MAX_ORGS = 10_000
+FOREVER = float("inf")
+
+
+class BudgetPaused(Throttled):
+    """Nothing was sent: the issuer asked for a pause, and it is not over."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    order: int
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __lt__(self, other: _Waiter) -> bool:
+        return self.order < other.order
+
+
+@dataclass(slots=True)
+class _Throttled:
+    """An org that was throttled: when, how often in a row, and until when it waits."""
+
+    at: float
+    times: int = 0
+    until: float = 0.0
+
+
+class Budget:
+    """The token requests of one issuer: never above its configured rate, none while it is paused.
+
+    A throttle pauses the org for as long as the issuer asks, and all others for a minute at
+    most, longer if it goes on. An org that is throttled again although others were
+    answered in between has used up its own quota: that pauses no other org.
+    """
+
+    def __init__(self, issuer: Issuer, *, clock: Clock) -> None:
+        self._name = issuer.name
+        self._clock = clock
+        self._line: list[_Waiter] = []
+        self._numbers = itertools.count()
+        self._places = TOKEN_CONNECTIONS
+        self._connections = MAX_CONNECTIONS
+        rate = issuer.max_requests_per_second
+        self._count = max(1, int(rate))
+        self._window = self._count / rate * SLACK
+        self._sent: deque[float] = deque(maxlen=self._count)
+        self._paused_until = 0.0
+        self._pauses = 0
+        self._orgs: OrderedDict[str, _Throttled] = OrderedDict()
+        self._throttled: set[str] = set()  # since the last answer; two are enough to know
+        self._answered_at = 0.0
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the issuer is paused, for all orgs."""
+        return self._clock.monotonic() < self._paused_until
+
+    def check(self, org: str) -> None:
+        """Raise BudgetPaused while the issuer or this org is paused."""
+        throttled = self._orgs.get(org)
+        until = max(self._paused_until, throttled.until if throttled else 0.0)
+        left = until - self._clock.monotonic()
+        if left > 0:
+            raise BudgetPaused(f"issuer {self._name} asked for fewer requests", retry_after=left)
+
+    @asynccontextmanager
+    async def request(self, org: str, *, doubtful: bool = False) -> AsyncIterator[None]:
+        """Wait for a connection and for the rate, in the order of asking; then one request may be made.
+
+        A `doubtful` one, of an org whose last request failed, lets others pass first.
+
+        Raises:
+            BudgetPaused: issuer or org is paused, or became so while this one waited.
+            Throttled: of the request, with the seconds that it will be left alone as `retry_after`.
+        """
+        self.check(org)
+        await self._wait_for_turn(org, next(self._numbers) + (LET_PASS if doubtful else 0))
+        sent_at = self._clock.monotonic()
+        hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._places)
+        seconds = PLACE_SECONDS if hung < TOKEN_CONNECTIONS else PLACE_SECONDS_HUNG
+        place = asyncio.ensure_future(self._clock.sleep(seconds))
+        place.add_done_callback(self._give_place)
+        try:
+            yield
+        except Throttled as throttled:
+            throttled.retry_after = self._pause(org, throttled.retry_after or 0.0)
+            raise
+        else:
+            self._answered(org, sent_at)
+        finally:
+            place.cancel()
+            self._connections += 1
+            self._wake_next()
+
+    def _pause(self, org: str, asked: float) -> float:
+        """Leave the org alone, and the others too unless it is its own quota; the seconds it will be."""
+        now = self._clock.monotonic()
+        known = self._orgs.get(org)
+        own_quota = known is not None and known.at < self._answered_at and now - known.until < OWN_QUOTA
+        own = self._orgs[org] = known or _Throttled(now)
+        self._orgs.move_to_end(org)
+        while len(self._orgs) > MAX_ORGS:
+            self._orgs.popitem(last=False)
+        own.until = max(own.until, now + _seconds(asked, own.times))
+        own.at, own.times = now, min(own.times + 1, 10)
+        alone = not self._throttled - {org}
+        if len(self._throttled) < 2:
+            self._throttled.add(org)
+        if own_quota and alone:
+            seconds = own.until - now
+            emit("org.parked", org=org, issuer=self._name, error="throttled", seconds=round(seconds, 1))
+            return seconds
+        seconds = min(_seconds(asked, self._pauses), PAUSE_OF_ALL * 2**self._pauses)
+        if self._paused_until <= now:
+            # Requests that were under way together count once.
+            self._pauses = min(self._pauses + 1, 10)
+            emit("issuer.paused", issuer=self._name, error="throttled", seconds=round(seconds, 1))
+        self._paused_until = max(self._paused_until, now + seconds)
+        return max(self._paused_until, own.until) - now
+
+    def _answered(self, org: str, sent_at: float) -> None:
+        """The issuer gave a token; if it was asked for after a pause, the next pause begins small again."""
+        if org in self._orgs:
+            self._orgs[org].times = 0
+        if sent_at < self._paused_until:
+            return
+        self._answered_at = self._clock.monotonic()
+        self._throttled.clear()
+        if self._pauses:
+            self._pauses = 0
+            emit("issuer.resumed", issuer=self._name)
+
+    async def _wait_for_turn(self, org: str, order: int) -> None:
+        waiter = _Waiter(order)
+        heapq.heappush(self._line, waiter)
+        try:
+            while wait := self._wait_of(waiter):
+                if wait == FOREVER:
+                    await waiter.woken.wait()
+                    waiter.woken.clear()
+                else:
+                    await self._clock.sleep(wait)
+                self.check(org)
+            # The connection first: requests that had paid and then waited for one would all go out at once.
+            self._places -= 1
+            self._connections -= 1
+            self._sent.append(self._clock.monotonic())
+        finally:
+            if self._line[0] is waiter:
+                heapq.heappop(self._line)
+            else:
+                self._line.remove(waiter)
+                heapq.heapify(self._line)
+            self._wake_next()
+
+    def _wait_of(self, waiter: _Waiter) -> float:
+        """Seconds until the first in the line may go; FOREVER for others, and without a connection."""
+        if self._line[0] is not waiter or self._places <= 0 or self._connections <= 0:
+            return FOREVER
+        if len(self._sent) < self._count:
+            return 0.0
+        return max(self._sent[0] + self._window - self._clock.monotonic(), 0.0)
+
+    def _give_place(self, _: object) -> None:
+        self._places += 1
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        if self._line:
+            self._line[0].woken.set()
+
+
+def _seconds(asked: float, times: int) -> float:
+    """How long to wait after so many throttles in a row: as asked, else doubling."""
+    return min(max(asked, 1.0) if asked else min(PAUSE_FIRST * 2**times, PAUSE_LAST), PAUSE_LONGEST)
+
 
 WINDOW_ORGS, WINDOW_SECONDS = 20, 10.0
 FEW = 5  # with fewer orgs in the window, all must fail, and at least PAIR
@@ -39,7 +216,6 @@ TURN_FIRST, TURN_LAST, TURN_SHARE = 4.0, 15.0, 0.25
 # Orgs that must wait come back this often a second, all together, and each after a minute at most.
 RETURNS, RETURN_LAST = 20.0, 60.0
 RETURN_LATE = 1.5  # a run may come back this much later than it was asked to
-MAX_ORGS = 10_000
 
 V = TypeVar("V")
 

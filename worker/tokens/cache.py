@@ -10,8 +10,7 @@ from datetime import timedelta
 
 import httpx
 
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims
+from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
@@ -22,11 +21,11 @@ from worker.errors import (
     Unavailable,
 )
 from worker.ids import OrgId
-from worker.orgs.org import OrgRef
-from worker.tokens.acquire import Acquirer, Enforced, Wanted
-from worker.tokens.channel import Channel
+from worker.orgs import OrgRef
+from worker.tokens.acquire import Acquirer, Enforced, TokenRequest
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
+from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.single_flight import SingleFlight
 
 MIN_CLAIMS_AGE = 60.0  # a definition cannot ask for newer claims than this
@@ -88,11 +87,11 @@ class Tokens:
         self._clock = clock
         self._chance = chance or random.SystemRandom()
         self._max_tokens = max_tokens
-        self._channels = {name: Channel(issuer, client, clock=clock) for name, issuer in issuers.items()}
+        self._channels = {name: IssuerClient(issuer, client, clock=clock) for name, issuer in issuers.items()}
         self._generations = Generations(credentials, clock=clock)
         self._acquirer = Acquirer(credentials, clock=clock, chance=self._chance)
-        self._entries: OrderedDict[Wanted, _Entry] = OrderedDict()
-        self._refreshing: SingleFlight[Wanted, _Entry] = SingleFlight()
+        self._entries: OrderedDict[TokenRequest, _Entry] = OrderedDict()
+        self._refreshing: SingleFlight[TokenRequest, _Entry] = SingleFlight()
 
     async def ensure(
         self,
@@ -122,7 +121,9 @@ class Tokens:
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
         channel = self._channel(issuer)
-        wanted = Wanted(issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes)
+        wanted = TokenRequest(
+            issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes
+        )
         credentials = await self._generations.of(org)
         entry = self._entry(wanted, credentials)
         now = self._clock.monotonic()
@@ -151,7 +152,7 @@ class Tokens:
         for channel in self._channels.values():
             await channel.close()
 
-    def _channel(self, issuer: str) -> Channel:
+    def _channel(self, issuer: str) -> IssuerClient:
         channel = self._channels.get(issuer)
         if channel is None:
             raise ConfigurationError(
@@ -159,7 +160,7 @@ class Tokens:
             )
         return channel
 
-    def _entry(self, wanted: Wanted, credentials: tuple[Credential, ...]) -> _Entry | None:
+    def _entry(self, wanted: TokenRequest, credentials: tuple[Credential, ...]) -> _Entry | None:
         entry = self._entries.get(wanted)
         if entry is None:
             return None
@@ -171,7 +172,7 @@ class Tokens:
         self._entries.move_to_end(wanted)
         return entry
 
-    async def _refresh(self, channel: Channel, wanted: Wanted, *, minted: bool = False) -> _Entry:
+    async def _refresh(self, channel: IssuerClient, wanted: TokenRequest, *, minted: bool = False) -> _Entry:
         credentials = await self._generations.of(wanted.org)
         if self._acquirer.is_parked(wanted, credentials):
             # A new secret releases it at once.

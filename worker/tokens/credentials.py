@@ -12,7 +12,7 @@ from typing import Literal, NoReturn, Protocol
 from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
 from worker.ids import OrgId
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.tokens.single_flight import SingleFlight
 
 CredentialKind = Literal["client_secret", "private_key"]

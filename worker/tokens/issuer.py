@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.errors import ConfigurationError
 from worker.providers.profile import Profile
-from worker.telemetry.secret_forms import shown_url
+from worker.telemetry.masking import shown_url
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from worker.clock import Clock
 from worker.errors import IssuerUnavailable
 from worker.telemetry.events import emit
 from worker.tokens.http import NoReply, Reply
-from worker.tokens.jws import invalid
-from worker.tokens.keys import MAX_KEYS, Key, read_keys
+from worker.tokens.jws import MAX_KEYS, Key, invalid, read_keys
 from worker.tokens.single_flight import SingleFlight
 from worker.tokens.strict_json import Malformed, loads
 

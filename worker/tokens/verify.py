@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from worker.clock import Clock
 from worker.errors import TokenRefused
 from worker.tokens.issuer import Issuer
-from worker.tokens.jws import Parsed, invalid, parse
-from worker.tokens.keys import MAX_KID, Key
+from worker.tokens.jws import MAX_KID, Key, Parsed, invalid, parse
 
 # Parameters that change what is signed or how, or that bring a key along (RFC 8725, sections 3.1 and 3.10).
 FORBIDDEN = {

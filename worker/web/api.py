@@ -15,21 +15,19 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.definitions import fields
-from worker.definitions.nesting import TOO_DEEP
+from worker.definitions.units import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
 from worker.operations.cancel import cancel
-from worker.operations.named_run import named_run
+from worker.operations.manual_run import named_run, run_now
 from worker.operations.retry import retry
-from worker.operations.run_now import run_now
-from worker.store import log_listing, run_listing
-from worker.store.paging import Row
+from worker.store.lists import runs as run_lists
+from worker.store.lists.paging import Row
 from worker.web.access import Caller
 from worker.web.acting import Acting
-from worker.web.answers import encode, json_answer
-from worker.web.body import read_body
 from worker.web.lists import LISTS, limit_of, read_list
 from worker.web.redaction import Noun, redacted, redacted_row
+from worker.web.responses import encode, json_answer, read_body
 
 BASE = "/api/v1"
 LOG_LINES = 1000
@@ -174,8 +172,8 @@ def shown_run(connection: Connection, caller: Caller, run_id: str) -> Row:
         NotFound: there is none, or it is another org's.
     """
     if caller.org is None:
-        return run_listing.run_for_all_orgs(connection, run_id)
-    return redacted_row("runs", run_listing.run(connection, caller.org, run_id), caller)
+        return run_lists.run_for_all_orgs(connection, run_id)
+    return redacted_row("runs", run_lists.run(connection, caller.org, run_id), caller)
 
 
 def shown_lines(
@@ -183,15 +181,15 @@ def shown_lines(
     caller: Caller,
     run_id: str,
     *,
-    after: tuple[int, int] = log_listing.START,
+    after: tuple[int, int] = run_lists.START,
     limit: int = LOG_LINES,
 ) -> list[Row]:
     """Lines of the log of a run that this caller may see."""
     run = RunId(run_id)
     if caller.org_id is None:
-        lines = log_listing.lines_for_all_orgs(connection, run, after=after, limit=limit)
+        lines = run_lists.lines_for_all_orgs(connection, run, after=after, limit=limit)
     else:
-        lines = log_listing.lines(connection, caller.org_id, run, after=after, limit=limit)
+        lines = run_lists.lines(connection, caller.org_id, run, after=after, limit=limit)
     return redacted("logs", lines, caller)
 
 

@@ -10,13 +10,12 @@ from worker.errors import Busy
 from worker.store.database import Database
 from worker.web.access import Access
 from worker.web.acting import Acting
-from worker.web.answers import Answering
 from worker.web.api import Api
+from worker.web.auth_middleware import AuthMiddleware, Sessions
 from worker.web.dashboard import Dashboard
 from worker.web.forms import Forms
-from worker.web.gate import Gate
 from worker.web.health import PATHS, Health
-from worker.web.sessions import Sessions
+from worker.web.responses import ErrorMiddleware
 
 # Requests at once, of API and dashboard; fewer than the connections of a listener.
 MOST_REQUESTS = 500
@@ -66,9 +65,11 @@ def build(
     dashboard = Dashboard(acting, clock, api, access, sessions, forms)
     routes = [*(health.routes() if with_health else ()), *api.routes(), *dashboard.routes()]
     router = Router(routes=routes, redirect_slashes=False)
-    return Answering(_Limit(Gate(router, access, sessions, forms), health), dashboard.error_page)
+    return ErrorMiddleware(
+        _Limit(AuthMiddleware(router, access, sessions, forms), health), dashboard.error_page
+    )
 
 
 def build_health(health: Health) -> ASGIApp:
     """Health and metrics alone, for a listener of their own; every other path is 404."""
-    return Answering(_Limit(Router(routes=health.routes(), redirect_slashes=False), health))
+    return ErrorMiddleware(_Limit(Router(routes=health.routes(), redirect_slashes=False), health))

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 
 from worker.telemetry.events import emit
 from worker.web.addresses import Addresses, counted_as
-from worker.web.answers import HEADERS, error_answer
+from worker.web.responses import HEADERS, error_answer
 
 # Connections of one listener. MOST_REQUESTS in app.py is lower: the difference keeps health reachable
 # while so many requests are being served.

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from worker.errors import AccessDenied
 from worker.web.addresses import Addresses
-from worker.web.body import read_form
+from worker.web.responses import read_form
 
 SESSION = "orgworker_session"
 # Beside the login form, which has no session yet.

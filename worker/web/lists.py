@@ -12,8 +12,11 @@ from sqlalchemy import Connection
 from worker.clock import Clock, from_text
 from worker.definitions.units import parse_duration
 from worker.errors import UsageError
-from worker.store import catalogue, definition_listing, listing, run_listing, template_listing
-from worker.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Row
+from worker.store import catalogue
+from worker.store.lists import definitions as definition_lists
+from worker.store.lists import orgs as org_lists
+from worker.store.lists import runs as run_lists
+from worker.store.lists.paging import DEFAULT_LIMIT, MAX_LIMIT, Row
 from worker.web.access import Caller, Role
 from worker.web.redaction import Noun, redacted
 
@@ -33,13 +36,13 @@ class Listing:
 
 
 def _own_org(connection: Connection, org: str) -> list[Row]:
-    found = listing.org(connection, org)
-    return [{name: found[name] for name in listing.ORG_COLUMNS}]
+    found = org_lists.org(connection, org)
+    return [{name: found[name] for name in org_lists.ORG_COLUMNS}]
 
 
 def _own_definitions(connection: Connection, org: str) -> list[Row]:
     rows: list[Row] = []
-    while page := definition_listing.definitions(
+    while page := definition_lists.definitions(
         connection, org, limit=MAX_LIMIT, after=rows[-1]["id"] if rows else None
     ):
         rows += page
@@ -57,25 +60,25 @@ def _listing(of_org: Read, of_all: Read, filters: str = "", role: Role = "viewer
 
 
 LISTS: Mapping[Noun, Listing] = {
-    "orgs": _listing(_own_org, listing.orgs_for_all_orgs, "state since limit after"),
+    "orgs": _listing(_own_org, org_lists.orgs_for_all_orgs, "state since limit after"),
     "definitions": _listing(
-        definition_listing.definitions,
-        definition_listing.definitions_for_all_orgs,
+        definition_lists.definitions,
+        definition_lists.definitions_for_all_orgs,
         "definition state since limit after",
     ),
     "templates": _listing(
-        template_listing.templates, template_listing.templates_for_all_orgs, "state since limit after"
+        definition_lists.templates, definition_lists.templates_for_all_orgs, "state since limit after"
     ),
-    "runs": _listing(run_listing.runs, run_listing.runs_for_all_orgs, "definition state since limit after"),
-    "skips": _listing(listing.skips, listing.skips_for_all_orgs, "definition since limit after"),
+    "runs": _listing(run_lists.runs, run_lists.runs_for_all_orgs, "definition state since limit after"),
+    "skips": _listing(org_lists.skips, org_lists.skips_for_all_orgs, "definition since limit after"),
     "handlers": _listing(_own_handlers, catalogue.entries),
     "credentials": _listing(
-        listing.credentials, listing.credentials_for_all_orgs, "state limit after", "admin"
+        org_lists.credentials, org_lists.credentials_for_all_orgs, "state limit after", "admin"
     ),
-    "audit": _listing(listing.audit, listing.audit_for_all_orgs, "since limit after", "admin"),
+    "audit": _listing(org_lists.audit, org_lists.audit_for_all_orgs, "since limit after", "admin"),
 }
 # These have no pages where they are one org's: there are few.
-SHORT = {_own_org, template_listing.templates, _own_handlers, listing.credentials}
+SHORT = {_own_org, definition_lists.templates, _own_handlers, org_lists.credentials}
 
 
 def read_list(

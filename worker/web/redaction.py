@@ -28,7 +28,7 @@ from worker.errors import (
     UsageError,
     WorkerError,
 )
-from worker.store.paging import Row
+from worker.store.lists.paging import Row
 from worker.web.access import Caller
 
 Noun = Literal[

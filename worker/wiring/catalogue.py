@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import islice
 
 from worker.clock import Clock
-from worker.execution.offers import Offers
+from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
 from worker.handlers.installed import distributions
 from worker.handlers.schema import Schema
@@ -65,7 +65,7 @@ class Cataloguing:
         self,
         database: Database,
         store: WorkerStore,
-        offers: Offers,
+        offers: HandlerRegistry,
         clock: Clock,
         on_offered: Callable[[], None],
         pass_environment: Sequence[str],

@@ -1,4 +1,4 @@
-"""The chores of schedules: templates reach their orgs, backfills go on, definitions that fail are paused."""
+"""How long history is kept: `[retention]` as the loop that deletes it needs it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from worker.definitions.zone_data import zone_data_version
+from worker.definitions.zones import zone_data_version
 from worker.errors import Unavailable
-from worker.execution.failures import FailureWatch
-from worker.execution.holdings import Held
-from worker.execution.housekeeping import Housekeeping
-from worker.operations import recompute
-from worker.operations.count_failures import count_failures
-from worker.operations.fill_backfills import fill_backfills
-from worker.operations.materialise import materialise
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.loops.maintenance import Ages, FailureWatch, Housekeeping
+from worker.operations import settle
+from worker.operations.backfill import fill_backfills
+from worker.operations.edit import count_failures
+from worker.operations.templates import materialise
 from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt
+from worker.settings.sections import RetentionSettings
 from worker.store.database import Database
-from worker.store.pending import pending
+from worker.store.sweeps import pending
 from worker.telemetry.events import emit
+
+
+def ages_of(settings: RetentionSettings) -> Ages:
+    """How long each thing is kept, as `[retention]` says."""
+    failed = settings.failed
+    runs = {
+        "succeeded": settings.succeeded,
+        "failed": failed,
+        "refused": failed,
+        "cancelled": failed,
+        "skipped": settings.skipped,
+    }
+    return Ages(runs=runs, skips=settings.skipped, logs=settings.logs)
+
 
 # Seconds between two looks; an org that is new has what templates make for it within two of them.
 EVERY = 2.0
@@ -45,7 +59,7 @@ class Chores:
         housekeeping.every(EVERY, "schedules", self.look)
         housekeeping.every(FORGET, "failures.forget", self._forget)
 
-    def ended(self, ended: EndedAttempt, held: Held | None) -> None:
+    def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
         """Take note of an end that is written."""
         self._failures.ended(ended, held)
         if held is not None and held.run.origin == "backfill":
@@ -75,12 +89,12 @@ class Chores:
     async def zone_data(self) -> None:
         """Once, after the start: compute schedules anew where the zone data is another than theirs was."""
         version, run = zone_data_version(), self._database.run
-        if await run(recompute.outdated, self._database, version):
-            page, moved = await run(recompute.recompute, self._database), 0
+        if await run(settle.outdated, self._database, version):
+            page, moved = await run(settle.recompute, self._database), 0
             while page.after is not None:
                 moved += page.moved
-                page = await run(recompute.recompute, self._database, after=page.after)
-            await run(recompute.recomputed, self._database, version, moved=moved + page.moved)
+                page = await run(settle.recompute, self._database, after=page.after)
+            await run(settle.recomputed, self._database, version, moved=moved + page.moved)
         self._zone_data_seen = True
 
     async def failures(self) -> None:

@@ -1,10 +1,10 @@
-"""One worker incarnation: its parts made once, put together, run and ended."""
+"""The vitals of one incarnation, from the parts that know them."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -12,24 +12,22 @@ from random import SystemRandom
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.admission import Admission
-from worker.execution.attempt import Tools
-from worker.execution.carrier import Carrier
-from worker.execution.children import Children
-from worker.execution.heartbeat import Heartbeat
-from worker.execution.hints import Hints
-from worker.execution.holdings import Holdings
-from worker.execution.housekeeping import Housekeeping
-from worker.execution.inline import Inline
-from worker.execution.journal import Journal
-from worker.execution.loops import LAST_FLUSH, Loops
-from worker.execution.offers import Offers
-from worker.execution.plans import Plans
-from worker.execution.reconcile import Reconciler, Renewal
-from worker.execution.recovery import Recovery, tell
-from worker.execution.retention import Retention
-from worker.execution.scheduler import Scheduler
-from worker.execution.sweep import sweep
+from worker.execution.attempts.attempt import Tools
+from worker.execution.attempts.dispatcher import Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.plan import Plans
+from worker.execution.loops.admission import Admission
+from worker.execution.loops.heartbeat import Heartbeat
+from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
+from worker.execution.loops.reconciler import Reconciler, Renewal
+from worker.execution.loops.recovery import Recovery, tell
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.scheduler import Scheduler
+from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.loops.wakeups import Wakeups
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement
 from worker.runs.firing import Recovered
@@ -38,18 +36,42 @@ from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
 from worker.telemetry.events import emit
-from worker.telemetry.notify import Notifier
-from worker.telemetry.vitals import Vitals
+from worker.telemetry.vitals import Notifier, Vitals
 from worker.tokens.cache import Tokens
 from worker.tokens.http import open_client
 from worker.tokens.sealing import KeyRing
-from worker.wiring.ages import ages_of
 from worker.wiring.catalogue import Cataloguing
-from worker.wiring.chores import Chores
-from worker.wiring.issuers import issuers_of
-from worker.wiring.secrets import OpenedCredentials
+from worker.wiring.chores import Chores, ages_of
+from worker.wiring.secrets import OpenedCredentials, issuers_of
 from worker.wiring.signals import Signals
-from worker.wiring.vitals import pulse_and_vitals
+
+
+def pulse_and_vitals(
+    scheduler: Scheduler,
+    admission: Admission,
+    heartbeat: Heartbeat,
+    holdings: Inflight,
+    slots: Mapping[Isolation, int],
+    notifier: Notifier,
+    signals: Signals,
+    clock: Clock,
+) -> tuple[Liveness, Vitals]:
+    """The pulse of the loops that bring work in, which a drain lets rest; and what may be asked of all."""
+    ticks = {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at}
+    pulse = Liveness(
+        ticks, notifier, clock, resting=lambda: signals.asked > 0, status=lambda: vitals.in_words()
+    )
+    vitals = Vitals(
+        ages=pulse.ages,
+        stalled=pulse.stalled,
+        lease_remaining=lambda: heartbeat.lease.expires_at - clock.monotonic(),
+        admitting=lambda: admission.admitting,
+        draining=pulse.resting,
+        slots={str(isolation): count for isolation, count in slots.items()},
+        used=holdings.used,
+    )
+    return pulse, vitals
+
 
 # Seconds between two looks for runs whose handler no worker offers: that reads all that wait.
 NO_HANDLER_EVERY = 5.0
@@ -68,7 +90,7 @@ class Incarnation:
         settings: Settings,
         database: Database,
         keyring: KeyRing,
-        children: Children,
+        children: ChildPool,
         notifier: Notifier,
         signals: Signals,
         clock: Clock,
@@ -87,7 +109,7 @@ class Incarnation:
         self._started_at = clock.monotonic()
         self._is_ready = False
         self._store = WorkerStore(database, self.id, settings.execution.lease)
-        self._offers = Offers(frozenset(settings.execution.inline))
+        self._offers = HandlerRegistry(frozenset(settings.execution.inline))
         self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
 
     async def run(self) -> int | None:
@@ -131,12 +153,12 @@ class Incarnation:
         emit("worker.stopped", worker=self.id, exit_code=exit_code)
         return exit_code
 
-    def _assemble(self, tokens: Tokens) -> Loops:
+    def _assemble(self, tokens: Tokens) -> Supervisor:
         execution, clock, store = self._settings.execution, self._clock, self._store
         poll = execution.poll.total_seconds()
         slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
-        holdings = Holdings()
-        journal = Journal(store, clock)
+        holdings = Inflight()
+        journal = RunLogWriter(store, clock)
         origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
         tools = Tools(
             plans=Plans(
@@ -155,7 +177,9 @@ class Incarnation:
             random=SystemRandom(),
         )
         chores = Chores(self._database, on_runs=lambda: admission.wake.set())
-        carrier = Carrier(tools, holdings, store, on_free=lambda: admission.wake.set(), on_end=chores.ended)
+        carrier = Dispatcher(
+            tools, holdings, store, on_free=lambda: admission.wake.set(), on_end=chores.ended
+        )
         admission = Admission(
             store,
             holdings,
@@ -166,7 +190,7 @@ class Incarnation:
             start=carrier.start,
             on_admitting=lambda: self._ready(vitals.in_words()),
         )
-        hints = Hints(self._database.hint, clock)
+        hints = Wakeups(self._database.hint, clock)
 
         def fired() -> None:
             admission.wake.set()
@@ -233,7 +257,7 @@ class Incarnation:
         cataloguing = Cataloguing(
             self._database, store, self._offers, clock, admission.wake.set, passed, command
         )
-        loops = Loops(
+        loops = Supervisor(
             intake={
                 "scheduler": scheduler.run,
                 "admission": admission.run,

@@ -1,20 +1,49 @@
-"""Credentials as tokens need them: read from the database, opened with the key ring or a file."""
+"""Issuers, key ring and credentials, as settings and database provide them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.ids import OrgId
+from worker.operations.check_orgs import Checks
+from worker.providers import profile
+from worker.settings import Settings
 from worker.store import credentials
+from worker.store.batch_loader import BatchLoader
 from worker.store.database import Database
-from worker.store.gathered import Gathered
 from worker.telemetry.events import emit
 from worker.tokens.credentials import Credential, Secret, read_reference
+from worker.tokens.http import open_client
+from worker.tokens.issuer import Issuer
 from worker.tokens.sealing import KeyRing
+from worker.tokens.token_probe import TokenProbe, watch
+from worker.wiring import find_keyring
+
+
+def issuers_of(settings: Settings) -> dict[str, Issuer]:
+    """Issuers by their name in `worker.toml`.
+
+    Raises:
+        ConfigurationError: an unknown profile, or a URL that a secret must not be sent to.
+    """
+    return {
+        name: Issuer(
+            name=name,
+            profile=profile.load(issuer.profile),
+            url=issuer.url,
+            audience=issuer.audience or None,
+            api_origins=issuer.api_origins,
+            max_requests_per_second=issuer.max_requests_per_second,
+            token_endpoint=issuer.token_endpoint,
+            keys_url=issuer.keys_url,
+        )
+        for name, issuer in settings.issuers.items()
+    }
 
 
 class OpenedCredentials:
@@ -29,7 +58,7 @@ class OpenedCredentials:
         self._keyring = keyring
         self._secrets_dir = Path(secrets_dir) if secrets_dir else None
         self._clock = clock
-        self._active: Gathered[OrgId, list[dict[str, Any]]] = Gathered(self._read_active)
+        self._active: BatchLoader[OrgId, list[dict[str, Any]]] = BatchLoader(self._read_active)
         self._org_of: dict[str, OrgId] = {}
         self._unopened: set[str] = set()
 
@@ -95,3 +124,23 @@ class OpenedCredentials:
         return self._keyring.unseal(
             row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"]
         )
+
+
+@asynccontextmanager
+async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
+    """Checks at the issuers of `worker.toml`, with the credentials of the database.
+
+    Raises:
+        ConfigurationError: an issuer or the key ring is not usable.
+    """
+    source = OpenedCredentials(database, find_keyring(settings), settings.secrets_dir, clock)
+    async with open_client() as client:
+        watch(client)
+        examiners = {
+            name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
+        }
+        try:
+            yield Checks(database, source, examiners)
+        finally:
+            for examiner in examiners.values():
+                await examiner.close()

@@ -15,20 +15,20 @@ from typing import Any
 from worker.clock import Clock
 from worker.definitions.policies import CANCEL_GRACE
 from worker.errors import Conflict, NotFound
-from worker.execution.blocking import Blocking
-from worker.execution.children import Children
-from worker.execution.inline import Inline
-from worker.execution.link import TokenSource
-from worker.execution.made_up import MadeUpTokens
-from worker.execution.trial import Subject, Trial, definition_of
-from worker.execution.work import Runner
+from worker.execution.attempts.run_services import TokenSource
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import Runner
+from worker.execution.runners.inline import Inline
+from worker.execution.runners.thread import Blocking
+from worker.execution.trial.fake_tokens import FakeTokens
+from worker.execution.trial.trial import Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.operations.confinement import confinement_of
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.runs.firing import LogLine
 from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings
@@ -37,8 +37,7 @@ from worker.store.database import Database
 from worker.tokens.cache import Tokens
 from worker.tokens.http import open_client
 from worker.wiring import find_keyring
-from worker.wiring.issuers import issuers_of
-from worker.wiring.secrets import OpenedCredentials
+from worker.wiring.secrets import OpenedCredentials, issuers_of
 
 # A debugger is not to be cut short by the handler's timeout.
 NO_TIMEOUT = "365d"
@@ -166,7 +165,7 @@ async def _runner(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Cl
         yield Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
         return
     # Also a handler that asks to be inline: it gets along in a process, and one run gains nothing.
-    children = Children(
+    children = ChildPool(
         clock,
         freezing=False,
         pass_environment=settings.execution.pass_environment,
@@ -182,7 +181,7 @@ async def _runner(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Cl
 @asynccontextmanager
 async def _tokens(settings: Settings, wish: Wish, clock: Clock) -> AsyncIterator[TokenSource]:
     if wish.database is None:
-        yield MadeUpTokens(clock, properties=wish.properties, flags=wish.flags, scopes=wish.scopes)
+        yield FakeTokens(clock, properties=wish.properties, flags=wish.flags, scopes=wish.scopes)
         return
     source = _UncountedCredentials(wish.database, find_keyring(settings), settings.secrets_dir, clock)
     async with open_client() as client:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
+from importlib.metadata import version
 
 import httpx
 from starlette.types import ASGIApp
 
-from worker.clock import Clock
-from worker.errors import Busy
+from worker.clock import Clock, SystemClock
+from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
+from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
 from worker.settings import Settings
-from worker.store import orgs, roles
+from worker.store import orgs, roles, schema
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
-from worker.telemetry import events
+from worker.telemetry import events, logs
+from worker.telemetry.events import emit
 from worker.telemetry.metrics import Metrics
+from worker.telemetry.vitals import Notifier
 from worker.tokens.http import open_client
 from worker.web.access import Access, FindCaller, Operator
 from worker.web.addresses import Addresses
@@ -27,7 +32,8 @@ from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.limits import Limits
 from worker.web.server import WebServer, bind
-from worker.wiring.issuers import issuers_of
+from worker.wiring.secrets import issuers_of
+from worker.wiring.signals import Signals
 
 
 def metrics_of(settings: Settings, *, version: str) -> Metrics:
@@ -137,3 +143,85 @@ class Web:
 
 async def _no_org(code: str, client_id: str) -> None:
     """Finds no org: where no API is served, operators alone are known."""
+
+
+# Seconds between two looks whether the database answers, and for how long one may last.
+LOOK_EVERY = 5.0
+
+
+class WebHealth(Health):
+    """Ready while the database answers with this release's schema; there are no loops to look after."""
+
+    _lacking: tuple[str, ...] = ("starting",)
+
+    def lacking(self) -> list[str]:
+        return list(self._lacking)
+
+    async def look(self, database: Database) -> None:
+        """Ask the database once."""
+        try:
+            async with asyncio.timeout(LOOK_EVERY):
+                await database.run(schema.check_for_web, database)
+        except (Unavailable, TimeoutError):
+            self._lacking = ("database",)
+        except RolesMissing:
+            self._lacking = ("roles",)
+        except ConfigurationError:
+            self._lacking = ("schema",)
+        else:
+            self._lacking = ()
+
+    def stopping(self) -> None:
+        self._lacking = ("draining",)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; gives the process's exit code.
+
+    Raises:
+        Busy: another process has the port.
+        ConfigurationError: `web.listen` is empty or no address of this machine, or the schema is another's.
+        RolesMissing: the database's login may not act for callers.
+        StoreUnavailable: the database does not answer at the start.
+    """
+    if not settings.web.listen:
+        raise ConfigurationError(
+            '[web] listen is "", so there is nothing to serve', fix="such as --set web.listen=127.0.0.1:8470"
+        )
+    clock = SystemClock()
+    logs.configure(settings.log.style or None, level=settings.log.level)
+    allow_many_descriptors()
+    health = WebHealth(metrics_of(settings, version=version("orgworker")))
+    database = Database.open(settings.database.url, clock=clock, role="web")
+    try:
+        schema.check_for_web(database)
+        _say_what_is_too_much(database)
+        web = Web(settings, clock, health)
+        web.bind(needed=True)
+        asyncio.run(_serve(web, health, database))
+    finally:
+        database.close()
+    return 0
+
+
+def _say_what_is_too_much(database: Database) -> None:
+    """Log what the login may do beyond acting for callers, which a fault of the web side would use."""
+    if database.dialect == "postgresql":
+        with database.autocommit() as connection:
+            for warning in roles.serve_warnings(connection):
+                emit("web.rights", detail=warning)
+
+
+async def _serve(web: Web, health: WebHealth, database: Database) -> None:
+    notifier = Notifier()
+    stop = asyncio.Event()
+    Signals().pass_to(stop.set)
+    async with web.serving():
+        notifier.ready("serving")
+        while not stop.is_set():
+            await health.look(database)
+            notifier.alive()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LOOK_EVERY)
+        health.stopping()
+        notifier.stopping(LOOK_EVERY)

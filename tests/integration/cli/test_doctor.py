@@ -14,8 +14,8 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.postgres import Server
 from tests.fakes.site import definition
 from worker.clock import SystemClock
-from worker.execution.processes import landlock
-from worker.execution.processes.sandbox import level
+from worker.execution.runners.child import landlock
+from worker.execution.runners.child.sandbox import level
 from worker.ids import new_id
 from worker.store import health, orgs, tables
 from worker.store.database import Database

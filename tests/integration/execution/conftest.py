@@ -12,8 +12,8 @@ import pytest
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import MODULE
 from worker.clock import SystemClock
-from worker.execution.children import Children
-from worker.execution.processes.sandbox import Planner
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.child.sandbox import Planner
 
 SOURCE = Path(__file__).parents[2] / "fakes" / "process_jobs.py"
 
@@ -39,13 +39,13 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-async def children(plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Children]:
+async def children(plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ChildPool]:
     """A runner as on SQLite: without a lease, so nothing is frozen.
 
     Its runs are confined as far as this kernel can, and may write where tests look.
     """
     rules = replace(Planner([]).rules([], []), write=(str(tmp_path_factory.getbasetemp()), "/dev/shm"))
-    runner = Children(SystemClock(), sandbox=rules)
+    runner = ChildPool(SystemClock(), sandbox=rules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_DATABASE__URL", "postgresql://somebody:secret@somewhere")
         runner.start()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import until
-from worker.execution.processes import linux
+from worker.execution.runners.child import linux
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
 
 pytestmark = pytest.mark.anyio

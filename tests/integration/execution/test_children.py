@@ -14,8 +14,8 @@ import pytest
 from tests.fakes.running import NOW, RecordingLink, claims, token, until, work
 from worker.clock import SystemClock
 from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable
-from worker.execution.children import Children
-from worker.execution.work import Stop
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import (
     Cancelled,
     Failed,
@@ -38,11 +38,11 @@ def result(outcome: Outcome) -> Any:
     return None if outcome.result is None else json.loads(outcome.result)
 
 
-async def test_an_async_handler_gets_all_its_context_says(children: Children) -> None:
+async def test_an_async_handler_gets_all_its_context_says(children: ChildPool) -> None:
     link = RecordingLink()
     given = work("ok", claims=claims(max_tokens="5", other="x"), checkpoint={"done": 3})
 
-    outcome = await children.run(given, link, Stop())
+    outcome = await children.run(given, link, StopSignal())
 
     assert result(outcome) == {
         "org": ["org_acme", "Acme"],
@@ -60,20 +60,20 @@ async def test_an_async_handler_gets_all_its_context_says(children: Children) ->
     assert link.peak_memory > 10_000_000
 
 
-async def test_a_handler_that_blocks_has_the_same_methods(children: Children) -> None:
+async def test_a_handler_that_blocks_has_the_same_methods(children: ChildPool) -> None:
     link = RecordingLink()
 
-    outcome = await children.run(work("ok_blocking"), link, Stop())
+    outcome = await children.run(work("ok_blocking"), link, StopSignal())
 
     assert result(outcome) == {"org": "org_acme", "token": "token-one", "max_tokens": 1000}
     assert link.saved == [{"done": 1}]
     assert link.progressed == [(1, None, None)]
 
 
-async def test_what_is_printed_and_logged_reaches_the_runs_log(children: Children) -> None:
+async def test_what_is_printed_and_logged_reaches_the_runs_log(children: ChildPool) -> None:
     link = RecordingLink()
 
-    await children.run(work("ok"), link, Stop())
+    await children.run(work("ok"), link, StopSignal())
 
     assert set(link.lines) == {
         ("info", "stdout", "printed"),
@@ -83,8 +83,8 @@ async def test_what_is_printed_and_logged_reaches_the_runs_log(children: Childre
     }
 
 
-async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
-    seen = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
+async def test_a_run_sees_nothing_of_the_worker(children: ChildPool) -> None:
+    seen = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
 
     assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ", "TMPDIR"}
     assert seen["environment"]["HOME"] == seen["environment"]["TMPDIR"] == seen["cwd"]
@@ -101,12 +101,12 @@ async def test_a_run_sees_nothing_of_the_worker(children: Children) -> None:
     assert folder.parent.name.startswith("orgworker-")
 
 
-async def test_a_run_has_limits_of_its_own(children: Children) -> None:
+async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
     given = work(
         "surroundings", memory=512 * 1024 * 1024, timeout_at=SystemClock().now() + timedelta(seconds=60)
     )
 
-    limits = result(await children.run(given, RecordingLink(), Stop()))["limits"]
+    limits = result(await children.run(given, RecordingLink(), StopSignal()))["limits"]
 
     assert limits["NOFILE"] == [1024, 8192]
     assert limits["CORE"] == [0, 0]
@@ -118,13 +118,13 @@ async def test_a_run_has_limits_of_its_own(children: Children) -> None:
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every process")
-async def test_a_run_can_read_the_memory_of_neither_zygote_nor_worker(children: Children) -> None:
-    assert result(await children.run(work("spies"), RecordingLink(), Stop())) == []
+async def test_a_run_can_read_the_memory_of_neither_zygote_nor_worker(children: ChildPool) -> None:
+    assert result(await children.run(work("spies"), RecordingLink(), StopSignal())) == []
 
 
-async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Children) -> None:
-    first = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
-    second = result(await children.run(work("surroundings"), RecordingLink(), Stop()))
+async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: ChildPool) -> None:
+    first = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
+    second = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
 
     assert first["cwd"] != second["cwd"]
     await until(lambda: not Path(first["cwd"]).exists() and not Path(second["cwd"]).exists())
@@ -143,22 +143,26 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
         (7, Succeeded('{"a":[null]}')),
     ],
 )
-async def test_an_answer_becomes_its_outcome(children: Children, count: int, outcome: Outcome) -> None:
-    assert await children.run(work("answer", params={"count": count}), RecordingLink(), Stop()) == outcome
+async def test_an_answer_becomes_its_outcome(children: ChildPool, count: int, outcome: Outcome) -> None:
+    assert (
+        await children.run(work("answer", params={"count": count}), RecordingLink(), StopSignal()) == outcome
+    )
 
 
-async def test_a_permanent_error_is_told_apart(children: Children) -> None:
-    outcome = await children.run(work("permanent"), RecordingLink(), Stop())
+async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
+    outcome = await children.run(work("permanent"), RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.permanent
     assert outcome.error.message == "no use"
 
 
-async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(children: Children) -> None:
+async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(
+    children: ChildPool,
+) -> None:
     link = RecordingLink()
 
-    outcome = await children.run(work("ok", claims=claims(max_tokens="many-secret")), link, Stop())
+    outcome = await children.run(work("ok", claims=claims(max_tokens="many-secret")), link, StopSignal())
 
     assert isinstance(outcome, Refused)
     assert (outcome.reason, outcome.detail) == ("settings_invalid", "max_tokens")
@@ -168,10 +172,10 @@ async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handle
 
 
 @pytest.mark.parametrize("params", [{"count": "5"}, {"cuont": 5}])
-async def test_params_that_do_not_fit_fail_for_good(children: Children, params: dict[str, Any]) -> None:
+async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params: dict[str, Any]) -> None:
     link = RecordingLink()
 
-    outcome = await children.run(work("ok", params=params), link, Stop())
+    outcome = await children.run(work("ok", params=params), link, StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.permanent
@@ -179,42 +183,42 @@ async def test_params_that_do_not_fit_fail_for_good(children: Children, params: 
     assert not link.has_started
 
 
-async def test_a_handler_that_is_gone_is_no_handler(children: Children) -> None:
+async def test_a_handler_that_is_gone_is_no_handler(children: ChildPool) -> None:
     missing = work("ok", entry_point="no_such_module:ok")
-    outcome = await children.run(missing, RecordingLink(), Stop())
+    outcome = await children.run(missing, RecordingLink(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
     missing = work("ok", entry_point="process_jobs:nothing")
-    outcome = await children.run(missing, RecordingLink(), Stop())
+    outcome = await children.run(missing, RecordingLink(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
 
-async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Children) -> None:
+async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: ChildPool) -> None:
     link = RecordingLink(renewed=(token("token-two"), claims(n="two")))
     old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
 
-    assert result(await children.run(old, link, Stop())) == ["one", "token-two", "two"]
+    assert result(await children.run(old, link, StopSignal())) == ["one", "token-two", "two"]
     assert link.tokens_asked == [False]
 
 
-async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: Children) -> None:
+async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: ChildPool) -> None:
     link = RecordingLink(refuses=IssuerUnavailable("the issuer does not answer"))
     old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
 
-    outcome = await children.run(old, link, Stop())
+    outcome = await children.run(old, link, StopSignal())
 
     assert isinstance(outcome, NoToken)
     assert outcome.detail == "issuer_unavailable"
 
 
-async def test_a_lost_lease_ends_a_run_that_saves(children: Children) -> None:
+async def test_a_lost_lease_ends_a_run_that_saves(children: ChildPool) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
-    assert isinstance(await children.run(work("ok"), RecordingLink(on_save=lost), Stop()), Lost)
+    assert isinstance(await children.run(work("ok"), RecordingLink(on_save=lost), StopSignal()), Lost)
 
 
-async def test_a_save_waits_until_the_database_is_back(children: Children) -> None:
+async def test_a_save_waits_until_the_database_is_back(children: ChildPool) -> None:
     tries = []
 
     def away(data: str) -> None:
@@ -224,28 +228,28 @@ async def test_a_save_waits_until_the_database_is_back(children: Children) -> No
 
     link = RecordingLink(on_save=away)
 
-    assert isinstance(await children.run(work("ok"), link, Stop()), Succeeded)
+    assert isinstance(await children.run(work("ok"), link, StopSignal()), Succeeded)
     assert link.saved == [{"done": 1}]
 
 
-async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: Children) -> None:
-    outcome = await children.run(work("save_badly"), RecordingLink(), Stop())
+async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: ChildPool) -> None:
+    outcome = await children.run(work("save_badly"), RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity have no form in JSON"
 
 
-async def test_progress_is_thinned_out_but_the_last_is_shown(children: Children) -> None:
+async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool) -> None:
     link = RecordingLink()
 
-    await children.run(work("hurries", params={"count": 20_000}), link, Stop())
+    await children.run(work("hurries", params={"count": 20_000}), link, StopSignal())
 
     assert len(link.progressed) < 100
     assert link.progressed[-1] == (19_999, None, None)
 
 
-async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Children) -> None:
-    outcome = await children.run(work("connects"), RecordingLink(), Stop())
+async def test_errors_carry_type_message_and_the_handlers_own_trace(children: ChildPool) -> None:
+    outcome = await children.run(work("connects"), RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.type == "httpx.ConnectError"
@@ -254,12 +258,12 @@ async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Ch
     assert "worker/execution" not in outcome.error.trace
 
 
-async def test_many_runs_at_once_keep_apart(children: Children) -> None:
+async def test_many_runs_at_once_keep_apart(children: ChildPool) -> None:
     runs = [work("ok_blocking", org_code=f"org_{number}") for number in range(30)]
-    outcomes = await asyncio.gather(*(children.run(run, RecordingLink(), Stop()) for run in runs))
+    outcomes = await asyncio.gather(*(children.run(run, RecordingLink(), StopSignal()) for run in runs))
 
     assert [result(outcome)["org"] for outcome in outcomes] == [f"org_{number}" for number in range(30)]
 
 
-async def test_a_handler_may_use_processes_of_its_own(children: Children) -> None:
-    assert result(await children.run(work("pools"), RecordingLink(), Stop())) == [1, 2, 1, 2]
+async def test_a_handler_may_use_processes_of_its_own(children: ChildPool) -> None:
+    assert result(await children.run(work("pools"), RecordingLink(), StopSignal())) == [1, 2, 1, 2]

@@ -20,20 +20,20 @@ from tests.fakes.hosting import Host, all_silent_within, all_up
 from tests.fakes.running import RecordingLink, until, work
 from worker.clock import SystemClock
 from worker.errors import Busy
-from worker.execution.children import Children
-from worker.execution.processes import linux
-from worker.execution.work import Stop
+from worker.execution.runners.child import linux
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import HandedBack, Lost, Succeeded
-from worker.store.lock import lock_sqlite_file
+from worker.store.engine import lock_sqlite_file
 from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-async def own_children(plugin_folder: Path) -> AsyncIterator[Children]:
+async def own_children(plugin_folder: Path) -> AsyncIterator[ChildPool]:
     """A runner for one test alone, which may kill its zygote."""
-    runner = Children(SystemClock())
+    runner = ChildPool(SystemClock())
     runner.start()
     yield runner
     await runner.close()
@@ -84,11 +84,11 @@ async def test_a_stopped_zygote_does_not_keep_the_runs_of_a_dead_worker_alive_fo
 
 
 async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
-    own_children: Children, tmp_path: Path, emitted: list[Emitted]
+    own_children: ChildPool, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
     link = RecordingLink()
     params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(own_children.run(work("family", params=params), link, Stop()))
+    running = asyncio.create_task(own_children.run(work("family", params=params), link, StopSignal()))
     await all_up(tmp_path)
     first = own_children.zygote_pid
     assert first is not None
@@ -100,25 +100,25 @@ async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     assert isinstance(await running, Lost)
     assert time.monotonic() - killed < 1
     assert [pid for pid in below if not gone(pid)] == []
-    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), Stop())
+    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), StopSignal())
     assert isinstance(outcome, Succeeded)
     assert own_children.zygote_pid != first
     assert [event.event.name for event in emitted] == ["zygote.died", "zygote.started"]
 
 
-async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: Children) -> None:
+async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool) -> None:
     own_children.attach()
     first = own_children.zygote_pid
     assert first is not None
     os.kill(first, signal.SIGKILL)
     await until(lambda: own_children.zygote_pid != first)
 
-    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), Stop())
+    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Succeeded)
 
 
-async def test_a_zygotes_death_leaves_the_workers_own_children_alone(own_children: Children) -> None:
+async def test_a_zygotes_death_leaves_the_workers_own_children_alone(own_children: ChildPool) -> None:
     ours = subprocess.Popen(["sleep", "60"])
     try:
         own_children.attach()
@@ -230,9 +230,11 @@ def lockable(url: str) -> bool:
     return True
 
 
-async def test_closing_ends_what_still_runs(own_children: Children, tmp_path: Path) -> None:
+async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(own_children.run(work("family", params=params), RecordingLink(), Stop()))
+    running = asyncio.create_task(
+        own_children.run(work("family", params=params), RecordingLink(), StopSignal())
+    )
     await all_up(tmp_path)
 
     await own_children.close()
@@ -241,9 +243,11 @@ async def test_closing_ends_what_still_runs(own_children: Children, tmp_path: Pa
     await all_silent_within(tmp_path, 0)
 
 
-async def test_cancelling_the_runner_kills_the_run(own_children: Children, tmp_path: Path) -> None:
+async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
-    running = asyncio.create_task(own_children.run(work("family", params=params), RecordingLink(), Stop()))
+    running = asyncio.create_task(
+        own_children.run(work("family", params=params), RecordingLink(), StopSignal())
+    )
     await all_up(tmp_path)
 
     running.cancel()
@@ -252,10 +256,10 @@ async def test_cancelling_the_runner_kills_the_run(own_children: Children, tmp_p
     await all_silent_within(tmp_path, 0.8)
 
 
-async def test_a_run_that_ends_takes_its_family_with_it(own_children: Children, tmp_path: Path) -> None:
+async def test_a_run_that_ends_takes_its_family_with_it(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path), "count": 1}
 
-    outcome = await own_children.run(work("family", params=params), RecordingLink(), Stop())
+    outcome = await own_children.run(work("family", params=params), RecordingLink(), StopSignal())
 
     assert outcome == Succeeded(None)
     await all_silent_within(tmp_path, 0)
@@ -277,10 +281,10 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 ) -> None:
     name = f"breaks_{abs(hash(source))}"
     (plugin_folder / f"{name}.py").write_text(source)
-    children = Children(SystemClock(), preload=[name])
+    children = ChildPool(SystemClock(), preload=[name])
     children.start()
     try:
-        outcome = await children.run(work("ok_blocking"), RecordingLink(), Stop())
+        outcome = await children.run(work("ok_blocking"), RecordingLink(), StopSignal())
     finally:
         await children.close()
 
@@ -291,10 +295,10 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
 
 
 async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: Path) -> None:
-    children = Children(SystemClock(), preload=["acme-jobs"])
+    children = ChildPool(SystemClock(), preload=["acme-jobs"])
     children.start()
     try:
-        outcome = await children.run(work("preloaded"), RecordingLink(), Stop())
+        outcome = await children.run(work("preloaded"), RecordingLink(), StopSignal())
     finally:
         await children.close()
 
@@ -302,9 +306,9 @@ async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: 
 
 
 async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path) -> None:
-    children = Children(SystemClock())
+    children = ChildPool(SystemClock())
     children.start()
-    stop = Stop()
+    stop = StopSignal()
     stop.request("drain", 10)
     try:
         assert await children.run(work("ok"), RecordingLink(), stop) == HandedBack()
@@ -319,7 +323,14 @@ def test_a_worker_that_dies_before_its_zygote_is_ready_leaves_no_folder_and_no_t
     ours.close()
     setup = {"folder": str(folder), "parent": os.getpid(), "lock": None, "environment": ["PATH"]}
     setup |= {"preload": [], "max_freeze": 60.0}
-    command = [sys.executable, "-P", "-m", "worker.execution.zygote", str(theirs.fileno()), json.dumps(setup)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "worker.execution.runners.child.zygote",
+        str(theirs.fileno()),
+        json.dumps(setup),
+    ]
 
     with theirs:
         done = subprocess.run(

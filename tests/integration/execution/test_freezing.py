@@ -15,8 +15,8 @@ import pytest
 from tests.fakes.hosting import FAMILY, Host, all_silent_within, all_up, all_writing
 from tests.fakes.running import RecordingLink, sizes, until, work
 from worker.clock import SystemClock
-from worker.execution.children import Children
-from worker.execution.work import Stop
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopSignal
 from worker.runs.lease import Lease
 from worker.runs.outcome import Cancelled, Lost, Outcome, Succeeded
 from worker.telemetry.events import Emitted
@@ -30,10 +30,10 @@ class Run:
     """A run of the family, under a lease that the test renews by hand."""
 
     def __init__(self, plugin: Path, folder: Path, max_freeze: float) -> None:
-        self.children = Children(SystemClock(), max_freeze=timedelta(seconds=max_freeze))
+        self.children = ChildPool(SystemClock(), max_freeze=timedelta(seconds=max_freeze))
         self.children.start()
         self.folder = folder
-        self.stop = Stop()
+        self.stop = StopSignal()
         self.renew(60)
         given = work("family", params={"folder": str(folder)})
         self.task: asyncio.Task[Outcome] = asyncio.create_task(
@@ -94,7 +94,7 @@ async def test_a_run_that_starts_while_all_are_frozen_waits_as_well(run: Run) ->
     run.renew(0)
     await until(run.frozen)
 
-    late = asyncio.create_task(run.children.run(work("ok_blocking"), RecordingLink(), Stop()))
+    late = asyncio.create_task(run.children.run(work("ok_blocking"), RecordingLink(), StopSignal()))
     await asyncio.sleep(0.3)
     assert not late.done()
     run.renew(60)

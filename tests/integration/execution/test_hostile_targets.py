@@ -29,8 +29,8 @@ from worker.handlers import public_http
 from worker.handlers.calling import call
 from worker.handlers.context import Cancellation, Context, Given, Org, ThisRun
 from worker.handlers.http import org_client
-from worker.handlers.line import Held, TokenSource
 from worker.handlers.public_http import AddressRefused, PublicTransport
+from worker.handlers.worker_port import HeldToken, TokenSource
 from worker.runs.outcome import Failed
 
 pytestmark = pytest.mark.anyio
@@ -203,7 +203,7 @@ class Idle:
 def context(url: str, network: Network) -> Context[Any, Any]:
     """The context of a run whose public client uses this network."""
     now = datetime.now(UTC)
-    held = Held(token(), claims(), SystemClock())
+    held = HeldToken(token(), claims(), SystemClock())
     given: Given[Any, Any] = Given(
         org=Org("org_acme", "Acme"),
         run=ThisRun("run-1", now, 1, 1, "key-1"),

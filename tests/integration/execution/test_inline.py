@@ -15,8 +15,8 @@ import pytest
 from tests.fakes.running import RecordingLink, claims, token, until, work
 from worker.clock import SystemClock
 from worker.errors import IssuerUnavailable, LeaseLost
-from worker.execution.inline import Inline
-from worker.execution.work import Stop
+from worker.execution.runners.contract import StopSignal
+from worker.execution.runners.inline import Inline
 from worker.runs.outcome import (
     Cancelled,
     Failed,
@@ -41,13 +41,13 @@ def inline() -> Inline:
 
 
 async def run(inline: Inline, handler: str, *, link: RecordingLink | None = None, **params: Any) -> Outcome:
-    return await inline.run(work(handler, params=params), link or RecordingLink(), Stop())
+    return await inline.run(work(handler, params=params), link or RecordingLink(), StopSignal())
 
 
 async def test_a_handler_gets_the_same_context_as_in_a_process(inline: Inline) -> None:
     link = RecordingLink()
 
-    outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, Stop())
+    outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, StopSignal())
 
     assert isinstance(outcome, Succeeded)
     result = json.loads(str(outcome.result))
@@ -94,7 +94,7 @@ async def test_what_is_raised_ends_the_run_and_not_the_worker(
 async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
     link = RecordingLink()
 
-    outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, Stop())
+    outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, StopSignal())
 
     assert isinstance(outcome, Refused)
     assert outcome.detail == "max_tokens"
@@ -105,7 +105,7 @@ async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(inline: Inlin
     link = RecordingLink(refuses=IssuerUnavailable("no answer"))
     old = work("renew", token=token("old", timedelta(0)), claims=claims(n="one"))
 
-    assert isinstance(await inline.run(old, link, Stop()), NoToken)
+    assert isinstance(await inline.run(old, link, StopSignal()), NoToken)
 
 
 async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
@@ -116,7 +116,7 @@ async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
 
 
 async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: Path) -> None:
-    stop, link = Stop(), RecordingLink()
+    stop, link = StopSignal(), RecordingLink()
     task = asyncio.create_task(inline.run(work("patient", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -127,7 +127,7 @@ async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: P
 
 
 async def test_half_the_grace_is_left_to_clean_up(inline: Inline, tmp_path: Path) -> None:
-    stop, link = Stop(), RecordingLink()
+    stop, link = StopSignal(), RecordingLink()
     task = asyncio.create_task(inline.run(work("cleaning", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -157,9 +157,9 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
             late.append(type(error).__name__)
 
     monkeypatch.setattr(process_jobs.ok, "function", clings)
-    monkeypatch.setattr("worker.execution.inline.LAST_STEPS", 0.1)
-    monkeypatch.setattr("worker.execution.inline.NAG", 0.05)
-    stop, link = Stop(), RecordingLink()
+    monkeypatch.setattr("worker.execution.runners.inline.LAST_STEPS", 0.1)
+    monkeypatch.setattr("worker.execution.runners.inline.NAG", 0.05)
+    stop, link = StopSignal(), RecordingLink()
     task = asyncio.create_task(inline.run(work("ok"), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -172,7 +172,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
 
 
 async def test_a_run_whose_lease_is_lost_is_cancelled_at_once(inline: Inline, tmp_path: Path) -> None:
-    stop = Stop()
+    stop = StopSignal()
     given = work("patient", params={"folder": str(tmp_path)})
     task = asyncio.create_task(inline.run(given, RecordingLink(), stop))
     await until((tmp_path / "up").exists)

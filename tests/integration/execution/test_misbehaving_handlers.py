@@ -12,35 +12,35 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import RecordingLink, until, work
-from worker.execution.children import Children
-from worker.execution.output import CAP
-from worker.execution.processes import linux
-from worker.execution.work import Stop
+from worker.execution.runners.child import linux
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopSignal
+from worker.execution.runners.output import CAP
 from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(autouse=True)
-async def _neighbour_and_worker_are_unharmed(children: Children) -> Any:
+async def _neighbour_and_worker_are_unharmed(children: ChildPool) -> Any:
     """After each test nothing of its run is left, and another run succeeds in the same zygote."""
     before = os.getpid(), set(os.listdir("/proc/self/fd"))
     yield
     assert left_behind(children) == set()
-    assert isinstance(await children.run(work("ok_blocking"), RecordingLink(), Stop()), Succeeded)
+    assert isinstance(await children.run(work("ok_blocking"), RecordingLink(), StopSignal()), Succeeded)
     assert before == (os.getpid(), set(os.listdir("/proc/self/fd")))
 
 
-def left_behind(children: Children) -> set[int]:
+def left_behind(children: ChildPool) -> set[int]:
     """All processes below the zygote."""
     assert children.zygote_pid is not None
     return linux.descendants(linux.processes(), [children.zygote_pid])
 
 
 async def run(
-    children: Children, handler: str, *, link: RecordingLink | None = None, **params: Any
+    children: ChildPool, handler: str, *, link: RecordingLink | None = None, **params: Any
 ) -> Outcome:
-    return await children.run(work(handler, params=params), link or RecordingLink(), Stop())
+    return await children.run(work(handler, params=params), link or RecordingLink(), StopSignal())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ async def run(
     ],
 )
 async def test_a_process_that_ends_early_is_handler_exited(
-    children: Children, handler: str, params: dict[str, Any], detail: str
+    children: ChildPool, handler: str, params: dict[str, Any], detail: str
 ) -> None:
     outcome = await run(children, handler, **params)
 
@@ -81,7 +81,7 @@ async def test_a_process_that_ends_early_is_handler_exited(
     ],
 )
 async def test_whatever_is_raised_is_an_error_of_the_handler(
-    children: Children, handler: str, kind: str, message: str
+    children: ChildPool, handler: str, kind: str, message: str
 ) -> None:
     outcome = await run(children, handler)
 
@@ -92,7 +92,7 @@ async def test_whatever_is_raised_is_an_error_of_the_handler(
     assert len(outcome.error.trace) < 20_000
 
 
-async def test_recursion_without_a_limit_is_a_crash(children: Children) -> None:
+async def test_recursion_without_a_limit_is_a_crash(children: ChildPool) -> None:
     outcome = await run(children, "recurses_deeper")
 
     assert isinstance(outcome, Failed)
@@ -116,7 +116,7 @@ async def test_recursion_without_a_limit_is_a_crash(children: Children) -> None:
     ],
 )
 async def test_a_result_that_cannot_be_stored_is_result_invalid(
-    children: Children, count: int, message: str
+    children: ChildPool, count: int, message: str
 ) -> None:
     outcome = await run(children, "result", count=count)
 
@@ -126,7 +126,7 @@ async def test_a_result_that_cannot_be_stored_is_result_invalid(
 
 
 @pytest.mark.parametrize(("count", "text"), [(9, '{"at":1}'), (10, '{"text":"a \\\\u0000 that is none"}')])
-async def test_a_result_that_only_looks_bad_is_stored(children: Children, count: int, text: str) -> None:
+async def test_a_result_that_only_looks_bad_is_stored(children: ChildPool, count: int, text: str) -> None:
     assert await run(children, "result", count=count) == Succeeded(text)
 
 
@@ -143,14 +143,14 @@ async def test_a_result_that_only_looks_bad_is_stored(children: Children, count:
     ],
 )
 async def test_what_a_handler_leaves_behind_ends_with_it(
-    children: Children, handler: str, result: str
+    children: ChildPool, handler: str, result: str
 ) -> None:
     assert await run(children, handler) == Succeeded(result)
     assert left_behind(children) == set()
 
 
 async def test_files_that_take_the_channels_number_are_not_written_to(
-    children: Children, tmp_path: Path
+    children: ChildPool, tmp_path: Path
 ) -> None:
     outcome = await run(children, "closes_and_opens", folder=str(tmp_path))
 
@@ -160,9 +160,9 @@ async def test_files_that_take_the_channels_number_are_not_written_to(
 
 @pytest.mark.parametrize("handler", ["deaf", "holds_gil", "sleeps_in_c", "stubborn"])
 async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
-    children: Children, tmp_path: Path, handler: str
+    children: ChildPool, tmp_path: Path, handler: str
 ) -> None:
-    stop = Stop()
+    stop = StopSignal()
     running = work(handler, params={"folder": str(tmp_path)})
 
     task = asyncio.create_task(children.run(running, RecordingLink(), stop))
@@ -174,43 +174,43 @@ async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
     assert 0.2 < time.monotonic() - asked < 3
 
 
-async def test_a_run_over_its_cap_of_memory_is_killed(children: Children) -> None:
+async def test_a_run_over_its_cap_of_memory_is_killed(children: ChildPool) -> None:
     greedy = work("takes_memory", params={"count": 200}, memory=128 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), Stop())
+    outcome = await children.run(greedy, RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
 
 
-async def test_memory_of_a_runs_own_processes_counts(children: Children) -> None:
+async def test_memory_of_a_runs_own_processes_counts(children: ChildPool) -> None:
     greedy = work("children_take_memory", params={"count": 2}, memory=150 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), Stop())
+    outcome = await children.run(greedy, RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
     assert "150 MiB" in outcome.error.message
 
 
-async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel(children: Children) -> None:
+async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel(children: ChildPool) -> None:
     greedy = work("one_big_piece", memory=256 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), Stop())
+    outcome = await children.run(greedy, RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
 
 
-async def test_memory_below_the_cap_is_left_alone(children: Children) -> None:
+async def test_memory_below_the_cap_is_left_alone(children: ChildPool) -> None:
     modest = work("takes_memory", params={"count": 3}, memory=256 * 1024 * 1024)
     link = RecordingLink()
 
-    assert await children.run(modest, link, Stop()) == Succeeded('"3 times 10 MiB"')
+    assert await children.run(modest, link, StopSignal()) == Succeeded('"3 times 10 MiB"')
     assert link.peak_memory > 30 * 1024 * 1024
 
 
-async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(children: Children) -> None:
+async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(children: ChildPool) -> None:
     link = RecordingLink()
 
     assert await run(children, "prints", link=link, count=200_000) == Succeeded('"printed"')
@@ -224,7 +224,7 @@ async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(chi
 
 
 async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_result(
-    children: Children,
+    children: ChildPool,
 ) -> None:
     async def once(lines: int) -> None:
         assert await run(children, "prints", count=lines) == Succeeded('"printed"')
@@ -240,7 +240,7 @@ async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_
     assert linux.resident(os.getpid()) - before < 8 * 1024 * 1024
 
 
-async def test_a_crash_keeps_its_last_words(children: Children) -> None:
+async def test_a_crash_keeps_its_last_words(children: ChildPool) -> None:
     link = RecordingLink()
 
     await run(children, "segfault", link=link)
@@ -250,7 +250,7 @@ async def test_a_crash_keeps_its_last_words(children: Children) -> None:
     assert "process_jobs.py" in link.text()
 
 
-async def test_output_below_python_is_kept_line_by_line(children: Children) -> None:
+async def test_output_below_python_is_kept_line_by_line(children: ChildPool) -> None:
     link = RecordingLink()
 
     outcome = await run(children, "writes_raw", link=link)

@@ -17,10 +17,10 @@ from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from tests.fakes.running import RecordingLink, work
 from worker.clock import SystemClock
-from worker.execution.children import Children
-from worker.execution.processes import landlock
-from worker.execution.processes.sandbox import Planner, Rules, Sandbox
-from worker.execution.work import Stop
+from worker.execution.runners.child import landlock
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.child.sandbox import Planner, Rules, Sandbox
+from worker.execution.runners.contract import StopSignal
 from worker.handlers.catalogue import read_catalogue
 from worker.operations.confinement import Confinement
 from worker.runs.outcome import Failed, Outcome, Succeeded
@@ -61,22 +61,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-async def confined(plugin: Path, data: Path) -> AsyncIterator[Children]:
+async def confined(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
     """A runner in whose sandbox two folders of the test are."""
     rules = Planner([]).rules([str(data / "readable")], [str(data / "writable")])
-    runner = Children(SystemClock(), sandbox=rules)
+    runner = ChildPool(SystemClock(), sandbox=rules)
     runner.start()
     runner.attach()
     yield runner
     await runner.close()
 
 
-async def run(children: Children, code: str, **fields: Any) -> Outcome:
+async def run(children: ChildPool, code: str, **fields: Any) -> Outcome:
     given = work("code", entry_point=f"{MODULE}:code", params={"code": code}, **fields)
-    return await children.run(given, RecordingLink(), Stop())
+    return await children.run(given, RecordingLink(), StopSignal())
 
 
-async def result_of(children: Children, code: str, **fields: Any) -> Any:
+async def result_of(children: ChildPool, code: str, **fields: Any) -> Any:
     outcome = await run(children, code, **fields)
     assert isinstance(outcome, Succeeded), outcome
     return None if outcome.result is None else json.loads(outcome.result)
@@ -103,7 +103,7 @@ ATTEMPTS = {
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-async def test_denied_in_the_sandbox(attempt: str, confined: Children, data: Path) -> None:
+async def test_denied_in_the_sandbox(attempt: str, confined: ChildPool, data: Path) -> None:
     code = ATTEMPTS[attempt].format(data=data, pid=os.getpid())
 
     outcome = await run(confined, code)
@@ -114,9 +114,9 @@ async def test_denied_in_the_sandbox(attempt: str, confined: Children, data: Pat
 
 
 @pytest.fixture(scope="module")
-async def unconfined(plugin: Path) -> AsyncIterator[Children]:
+async def unconfined(plugin: Path) -> AsyncIterator[ChildPool]:
     """A runner without a sandbox, for the controls."""
-    runner = Children(SystemClock())
+    runner = ChildPool(SystemClock())
     runner.start()
     runner.attach()
     yield runner
@@ -124,7 +124,7 @@ async def unconfined(plugin: Path) -> AsyncIterator[Children]:
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
-async def test_the_control_without_a_sandbox(attempt: str, unconfined: Children, tmp_path: Path) -> None:
+async def test_the_control_without_a_sandbox(attempt: str, unconfined: ChildPool, tmp_path: Path) -> None:
     (tmp_path / "readable").mkdir()
     for name in ("secret", "readable/file"):
         (tmp_path / name).write_text("a secret")
@@ -134,7 +134,9 @@ async def test_the_control_without_a_sandbox(attempt: str, unconfined: Children,
     assert isinstance(outcome, Succeeded), outcome
 
 
-async def test_abstract_sockets_of_others_are_out_of_reach(confined: Children, unconfined: Children) -> None:
+async def test_abstract_sockets_of_others_are_out_of_reach(
+    confined: ChildPool, unconfined: ChildPool
+) -> None:
     name = f"orgworker-test-{os.getpid()}"
     connect = f"import socket; socket.socket(socket.AF_UNIX).connect('\\0{name}')"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -145,7 +147,7 @@ async def test_abstract_sockets_of_others_are_out_of_reach(confined: Children, u
         assert isinstance(await run(unconfined, connect), Succeeded)
 
 
-async def test_what_the_operator_allows(confined: Children, data: Path) -> None:
+async def test_what_the_operator_allows(confined: ChildPool, data: Path) -> None:
     assert await result_of(confined, f"result = open('{data}/readable/file').read()") == "readable"
 
     await result_of(
@@ -156,7 +158,7 @@ async def test_what_the_operator_allows(confined: Children, data: Path) -> None:
     assert [path.name for path in (data / "writable").iterdir()] == ["new"]
 
 
-async def test_a_denied_path_is_named_with_the_setting(confined: Children, data: Path) -> None:
+async def test_a_denied_path_is_named_with_the_setting(confined: ChildPool, data: Path) -> None:
     plain = await run(confined, ATTEMPTS["read"].format(data=data))
     wrapped = await run(
         confined,
@@ -173,7 +175,7 @@ async def test_a_denied_path_is_named_with_the_setting(confined: Children, data:
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every file")
-async def test_no_hint_where_the_files_own_permissions_deny(confined: Children, data: Path) -> None:
+async def test_no_hint_where_the_files_own_permissions_deny(confined: ChildPool, data: Path) -> None:
     (data / "readable" / "closed").touch(mode=0o000)
 
     outcome = await run(confined, f"open('{data}/readable/closed')")
@@ -181,14 +183,14 @@ async def test_no_hint_where_the_files_own_permissions_deny(confined: Children, 
     assert isinstance(outcome, Failed) and "sandbox" not in outcome.error.message
 
 
-async def test_multiprocessing_needs_dev_shm_and_says_so(confined: Children) -> None:
+async def test_multiprocessing_needs_dev_shm_and_says_so(confined: ChildPool) -> None:
     outcome = await run(confined, "import multiprocessing; multiprocessing.Lock()")
 
     assert isinstance(outcome, Failed)
     assert outcome.error.message.endswith("multiprocessing needs /dev/shm in [execution] write_paths")
 
 
-async def test_its_own_folder_is_its_home_and_for_temporary_files(confined: Children) -> None:
+async def test_its_own_folder_is_its_home_and_for_temporary_files(confined: ChildPool) -> None:
     code = """
 import os, subprocess, tempfile
 home, made = os.path.expanduser("~"), tempfile.mkdtemp()
@@ -229,11 +231,11 @@ WORKS = {
 
 
 @pytest.mark.parametrize("what", WORKS)
-async def test_works_in_the_sandbox(what: str, confined: Children) -> None:
+async def test_works_in_the_sandbox(what: str, confined: ChildPool) -> None:
     await result_of(confined, WORKS[what])
 
 
-async def test_a_tls_connection_by_name(confined: Children) -> None:
+async def test_a_tls_connection_by_name(confined: ChildPool) -> None:
     """A name is resolved, and a handshake comes as far as a server that speaks no TLS lets it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         code = f"""
@@ -258,14 +260,14 @@ except (ssl.SSLError, ConnectionError, BrokenPipeError, TimeoutError) as error:
         thread.join()
 
 
-async def test_a_memory_cap_holds_in_the_sandbox(confined: Children) -> None:
+async def test_a_memory_cap_holds_in_the_sandbox(confined: ChildPool) -> None:
     outcome = await run(confined, "x = bytearray(900 * 1024 * 1024)", memory=256 * 1024 * 1024)
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
 
 
-async def test_what_a_run_starts_cannot_read_its_own_proc_self(confined: Children) -> None:
+async def test_what_a_run_starts_cannot_read_its_own_proc_self(confined: ChildPool) -> None:
     """As docs/limits.md says: links in it can be read, and what is behind the descriptors of pipes."""
     code = """
 import subprocess
@@ -337,7 +339,7 @@ async def test_the_catalogues_children_are_confined(
 
 async def test_the_own_folder_of_another_run_is_denied(plugin: Path, data: Path) -> None:
     rules = replace(Planner([]).rules([], []), write=())
-    runner = Children(SystemClock(), sandbox=rules)
+    runner = ChildPool(SystemClock(), sandbox=rules)
     runner.start()
     try:
         other = Path(runner._folder(99))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import RecordingLink, until, work
-from worker.execution.children import Children
-from worker.execution.work import Stop, StopReason
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.contract import StopReason, StopSignal
 from worker.runs.outcome import Cancelled, HandedBack, Lost, Outcome, Succeeded, TimedOut
 
 pytestmark = pytest.mark.anyio
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.anyio
 class Running:
     """A run of a handler that says when it is up, and how to stop it."""
 
-    def __init__(self, children: Children, handler: str, folder: Path, link: RecordingLink) -> None:
-        self.stop = Stop()
+    def __init__(self, children: ChildPool, handler: str, folder: Path, link: RecordingLink) -> None:
+        self.stop = StopSignal()
         given = work(handler, params={"folder": str(folder)})
         self._task = asyncio.create_task(children.run(given, link, self.stop))
         self._up = folder / "up"
@@ -43,7 +43,7 @@ def link() -> RecordingLink:
 
 
 @pytest.fixture
-def start(children: Children, tmp_path: Path, link: RecordingLink) -> Any:
+def start(children: ChildPool, tmp_path: Path, link: RecordingLink) -> Any:
     return lambda handler: Running(children, handler, tmp_path, link)
 
 
@@ -105,8 +105,8 @@ async def test_a_run_whose_lease_is_lost_is_killed_without_a_word(start: Any, li
     assert link.saved == []
 
 
-async def test_a_stop_before_the_handler_is_up_ends_it_as_well(children: Children, tmp_path: Path) -> None:
-    stop = Stop()
+async def test_a_stop_before_the_handler_is_up_ends_it_as_well(children: ChildPool, tmp_path: Path) -> None:
+    stop = StopSignal()
     stop.request("cancel", 0.2)
 
     outcome = await children.run(work("deaf", params={"folder": str(tmp_path)}), RecordingLink(), stop)

@@ -7,8 +7,8 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import DefinitionError, InvalidTrigger, UnknownHandler
-from worker.operations.org_state import set_org_state
-from worker.operations.pause import pause_definition
+from worker.operations.edit import pause_definition
+from worker.operations.orgs import set_org_state
 
 ORG = """
 [[org]]

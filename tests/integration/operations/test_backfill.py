@@ -9,11 +9,10 @@ import pytest
 
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
-from worker.operations.backfill import backfill, cancel_backfill
-from worker.operations.close import close_definition
-from worker.operations.fill_backfills import fill_backfills
-from worker.operations.org_state import set_org_state
-from worker.operations.run_now import run_now
+from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import set_org_state
+from worker.operations.write_definitions import close_definition
 from worker.store import backfills
 from worker.store.database import Database
 

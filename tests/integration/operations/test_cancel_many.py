@@ -7,10 +7,10 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import NotFound, UsageError
-from worker.operations import cancel_many as operation
-from worker.operations.cancel_many import cancel_many, matching
-from worker.operations.run_now import run_now
-from worker.store.cancellable import Which
+from worker.operations import cancel as operation
+from worker.operations.cancel import cancel_many, matching
+from worker.operations.manual_run import run_now
+from worker.store.edit_runs import Cancellable
 
 FILE = """
 [[org]]
@@ -38,11 +38,11 @@ def run(apply, database):
 
 
 def found(database, *, org=None, limit=100, **which):
-    return [row["id"] for row in matching(database, Which(**which), org=org, limit=limit)]
+    return [row["id"] for row in matching(database, Cancellable(**which), org=org, limit=limit)]
 
 
 def done(database, *, org=None, limit=100, **which):
-    return list(cancel_many(database, Which(**which), actor="tester", org=org, limit=limit))
+    return list(cancel_many(database, Cancellable(**which), actor="tester", org=org, limit=limit))
 
 
 def test_each_filter_narrows_what_is_cancelled(run, database, rows):
@@ -62,7 +62,7 @@ def test_each_filter_narrows_what_is_cancelled(run, database, rows):
     with pytest.raises(NotFound):
         found(database, org="org_nobody")
     with pytest.raises(UsageError, match="'failed'"):
-        Which(state="failed")
+        Cancellable(state="failed")
 
 
 def test_each_is_cancelled_or_asked_to_stop_with_an_audit_row_of_its_own(run, database, rows):
@@ -83,7 +83,7 @@ def test_each_is_cancelled_or_asked_to_stop_with_an_audit_row_of_its_own(run, da
 def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, monkeypatch):
     monkeypatch.setattr(operation, "PAGE", 2)
     runs = [run() for _ in range(5)]
-    taken = matching(database, Which(), org=None, limit=100)
+    taken = matching(database, Cancellable(), org=None, limit=100)
 
     seen = [next(taken)["id"]]
     run()
@@ -93,8 +93,8 @@ def test_pages_go_on_by_key_and_stop_at_what_is_made_meanwhile(run, database, mo
 
 def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
     ends, starts, waits = run(), run(), run()
-    cancelling = cancel_many(database, Which(state="waiting"), actor="tester", limit=10)
-    listed = list(matching(database, Which(), org=None, limit=10))
+    cancelling = cancel_many(database, Cancellable(state="waiting"), actor="tester", limit=10)
+    listed = list(matching(database, Cancellable(), org=None, limit=10))
     with pytest.MonkeyPatch.context() as patch:
         # The page was read before the one ended and the other started.
         patch.setattr(operation.cancellable, "page_for_all_orgs", lambda *_, **__: listed)

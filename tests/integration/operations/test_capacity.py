@@ -8,11 +8,9 @@ from datetime import timedelta
 import pytest
 
 from worker.ids import new_id
-from worker.operations.capacity import Capacity, Measure, capacity
-from worker.operations.histories import MEMORY, SECONDS
-from worker.operations.machine import Machine
-from worker.operations.pause import pause_definition
-from worker.operations.run_now import run_now
+from worker.operations.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
+from worker.operations.edit import pause_definition
+from worker.operations.manual_run import run_now
 from worker.settings.sections import ExecutionSettings
 from worker.store import orgs, tables
 

@@ -7,10 +7,9 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, NotFound
-from worker.operations.close import close_definition
-from worker.operations.edit import edit_definition
-from worker.operations.pause import pause_definition
-from worker.operations.run_now import run_now
+from worker.operations.edit import edit_definition, pause_definition
+from worker.operations.manual_run import run_now
+from worker.operations.write_definitions import close_definition
 
 FILE = """
 [[org]]

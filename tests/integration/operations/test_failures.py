@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from worker.ids import new_id
-from worker.operations.count_failures import count_failures
-from worker.operations.pause import resume_definition
-from worker.operations.run_now import run_now
+from worker.operations.edit import count_failures, resume_definition
+from worker.operations.manual_run import run_now
 from worker.store import tables
 
 FILE = """

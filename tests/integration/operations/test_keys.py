@@ -10,8 +10,8 @@ from sqlalchemy import update
 
 from worker import wiring
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.operations.import_orgs import import_orgs
 from worker.operations.keys import list_keys, rekey, remove_key
+from worker.operations.orgs import import_orgs
 from worker.settings import load
 from worker.store import tables
 from worker.tokens.sealing import KeyRing

@@ -7,12 +7,11 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import Conflict, NotFound
-from worker.operations.add_org import add_org
 from worker.operations.credentials import add_credential
-from worker.operations.org_state import set_org_state
-from worker.operations.pause import pause_definition, resume_definition
-from worker.operations.run_now import run_now
-from worker.orgs.org import OrgEntry
+from worker.operations.edit import pause_definition, resume_definition
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import add_org, set_org_state
+from worker.orgs import OrgEntry
 
 TICK = timedelta(minutes=10)
 

@@ -9,12 +9,12 @@ import pytest
 from sqlalchemy import update
 
 from worker.errors import Conflict, NotFound, UsageError
-from worker.operations.add_org import add_org
 from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.import_orgs import Imported, import_orgs
-from worker.operations.run_now import run_now
-from worker.orgs.org import OrgEntry
-from worker.store import listing, tables
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import Imported, add_org, import_orgs
+from worker.orgs import OrgEntry
+from worker.store import tables
+from worker.store.lists import orgs as org_lists
 
 DEFINITION = """
 [[definition]]
@@ -64,7 +64,7 @@ def test_credentials_come_in_generations_and_are_listed_without_secrets(database
 
     assert (second["generation"], second["client_id"], second["state"]) == (2, "c2", "active")
     with database.autocommit() as connection:
-        listed = listing.credentials(connection, "org_acme")
+        listed = org_lists.credentials(connection, "org_acme")
     assert [row["generation"] for row in listed] == [2, 1]
     assert "sealed" not in listed[0]
     assert SECRET not in repr(listed) + repr(rows.audit)

@@ -7,10 +7,10 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
-from worker.operations import recompute as module
-from worker.operations.recompute import outdated, recompute, recomputed
+from worker.operations import settle as module
+from worker.operations.settle import outdated, recompute, recomputed
 from worker.runs.fire import decide
-from worker.store import facts, firing, tables
+from worker.store import firing, schema, tables
 
 HOUR = timedelta(hours=1)
 FILE = """
@@ -129,7 +129,7 @@ def test_the_release_is_remembered_and_told(database, rows, emitted):
 
     assert outdated(database, "2030b") is False
     with database.autocommit() as connection:
-        assert facts.read(connection, facts.ZONE_DATA) == "2030b"
+        assert schema.read(connection, schema.ZONE_DATA) == "2030b"
     (event,) = emitted
     assert (event.event.name, event.fields) == ("tzdata.changed", {"version": "2030b", "definitions": 7})
     (entry,) = [entry for entry in rows.audit if entry["action"] == "tzdata.change"]
@@ -141,13 +141,13 @@ def test_the_release_is_remembered_and_told(database, rows, emitted):
     [("tzdata.zi", "# version 2031c\n# more", "2031c"), ("+VERSION", "2031d\n", "2031d")],
 )
 def test_the_release_is_the_one_of_the_files_in_use(tmp_path, monkeypatch, name, content, version):
-    from worker.definitions import zone_data
+    from worker.definitions import zones
 
     (tmp_path / "Europe").mkdir()
     (tmp_path / "Europe" / "Berlin").write_bytes(b"TZif2")
-    monkeypatch.setattr(zone_data.zoneinfo, "TZPATH", (str(tmp_path / "none"), str(tmp_path)))
-    unnamed = zone_data.zone_data_version()
+    monkeypatch.setattr(zones.zoneinfo, "TZPATH", (str(tmp_path / "none"), str(tmp_path)))
+    unnamed = zones.zone_data_version()
     (tmp_path / name).write_text(content)
 
-    assert zone_data.zone_data_version() == version
+    assert zones.zone_data_version() == version
     assert unnamed.startswith("sha256:")

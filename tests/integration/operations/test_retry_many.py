@@ -10,12 +10,12 @@ from sqlalchemy import insert
 
 from worker.errors import NotFound, UsageError
 from worker.ids import new_id
-from worker.operations import retry_many as operation
-from worker.operations.org_state import set_org_state
-from worker.operations.retry_many import matching, retry_many
-from worker.operations.run_now import run_now
+from worker.operations import retry as operation
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import set_org_state
+from worker.operations.retry import matching, retry_many
 from worker.store import tables
-from worker.store.retryable import Which
+from worker.store.edit_runs import Retryable
 
 FILE = """
 [[org]]
@@ -72,12 +72,12 @@ def ended(apply, database, rows, clock):
 
 
 def found(database, *, org=None, limit=100, **which):
-    return [row["id"] for row in matching(database, Which(**which), org=org, limit=limit)]
+    return [row["id"] for row in matching(database, Retryable(**which), org=org, limit=limit)]
 
 
 def made(database, *, org=None, limit=100, from_checkpoint=False, **which):
     options = {"actor": "tester", "org": org, "limit": limit, "from_checkpoint": from_checkpoint}
-    return list(retry_many(database, Which(**which), **options))
+    return list(retry_many(database, Retryable(**which), **options))
 
 
 def test_each_filter_narrows_what_is_retried(ended, database):
@@ -99,7 +99,7 @@ def test_each_filter_narrows_what_is_retried(ended, database):
     with pytest.raises(NotFound):
         found(database, org="org_nobody")
     with pytest.raises(UsageError, match="'running'"):
-        Which(state="running")
+        Retryable(state="running")
 
 
 def test_pages_go_on_by_key_also_where_ends_share_an_instant(ended, database, monkeypatch):
@@ -125,9 +125,9 @@ def test_a_run_is_retried_once_however_often_the_command_is_given(ended, databas
 
 def test_two_commands_at_once_make_one_run(ended, database):
     ended()
-    first = retry_many(database, Which(), actor="a", limit=10)
-    second = retry_many(database, Which(), actor="b", limit=10)
-    old = next(matching(database, Which(), org=None, limit=1))["id"]
+    first = retry_many(database, Retryable(), actor="a", limit=10)
+    second = retry_many(database, Retryable(), actor="b", limit=10)
+    old = next(matching(database, Retryable(), org=None, limit=1))["id"]
 
     def racing():
         # The second has read the page before the first has made its run.
@@ -135,7 +135,7 @@ def test_two_commands_at_once_make_one_run(ended, database):
             patch.setattr(operation.retryable, "page_for_all_orgs", lambda *_, **__: [page[0]])
             return next(second)
 
-    page = list(matching(database, Which(), org=None, limit=1))
+    page = list(matching(database, Retryable(), org=None, limit=1))
     assert next(first)["id"] is not None
     late = racing()
 

@@ -19,13 +19,12 @@ from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
 from worker.errors import Busy, ConfigurationError, Conflict, CredentialsRejected, IssuerUnavailable
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
-from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.import_orgs import import_orgs
+from worker.operations.credentials import Rotation, add_credential, retire_credential
 from worker.operations.keys import rekey
-from worker.operations.rotate import Rotation
+from worker.operations.orgs import import_orgs
 from worker.store import tables
-from worker.tokens.examine import Examiner, watch
 from worker.tokens.sealing import KeyRing
+from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring.secrets import OpenedCredentials
 
 pytestmark = pytest.mark.anyio
@@ -92,7 +91,7 @@ async def place(database: Any, keyring: Any, clock: Passing, tmp_path: Path) -> 
     source = OpenedCredentials(database, keyring, "", clock)
     async with issuer.client() as client:
         watch(client)
-        examiner = Examiner(kinde_issuer(), client, clock=at_the_issuer)
+        examiner = TokenProbe(kinde_issuer(), client, clock=at_the_issuer)
         yield Place(database, keyring, issuer, Checks(database, source, {"main": examiner}), clock)
         await examiner.close()
 

@@ -8,8 +8,9 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import Stock
-from worker.store import run_search, tables
-from worker.store.run_search import Wanted
+from worker.store import tables
+from worker.store.lists import runs as run_lists
+from worker.store.lists.runs import Wanted
 
 NAMES = ("digest", "export", "rare")
 STATES = (None, "succeeded", "failed", "refused")
@@ -47,7 +48,7 @@ def history(database, stock):
 
 @pytest.mark.parametrize("window", [1, 5, 20, 1000])
 def test_a_page_is_the_newest_that_meet_every_condition(database, history, monkeypatch, window):
-    monkeypatch.setattr(run_search, "WINDOW", window)
+    monkeypatch.setattr(run_lists, "WINDOW", window)
     orgs = {org for _, org, _, _ in history}
     after = history[10][0]
     with database.autocommit() as connection:
@@ -56,9 +57,9 @@ def test_a_page_is_the_newest_that_meet_every_condition(database, history, monke
         ):
             wanted = Wanted(definition=name, state=state, after=start, limit=4)
             if org is None:
-                found = run_search.find_for_all_orgs(connection, wanted)
+                found = run_lists.find_for_all_orgs(connection, wanted)
             else:
-                found = run_search.find(connection, org, wanted)
+                found = run_lists.find(connection, org, wanted)
             meets = [
                 id_
                 for id_, of, called, ended in history
@@ -71,6 +72,6 @@ def test_runs_made_before_since_are_left_out(database, history, rows):
     with database.autocommit() as connection:
         for state in ("waiting", "succeeded"):
             soon, long_ago = rows.now() + timedelta(hours=1), rows.now() - timedelta(hours=1)
-            find = run_search.find_for_all_orgs
+            find = run_lists.find_for_all_orgs
             assert find(connection, Wanted(state=state, definition="digest", since=soon)) == []
             assert find(connection, Wanted(state=state, definition="digest", since=long_ago))

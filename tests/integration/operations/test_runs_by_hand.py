@@ -10,12 +10,13 @@ from worker.errors import Conflict, DefinitionError, NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
 from worker.operations.cancel import cancel
-from worker.operations.close import close_definition
-from worker.operations.org_state import set_org_state
-from worker.operations.pause import pause_definition
+from worker.operations.edit import pause_definition
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import set_org_state
 from worker.operations.retry import retry
-from worker.operations.run_now import run_now
-from worker.store import catalogue, run_listing, tables
+from worker.operations.write_definitions import close_definition
+from worker.store import catalogue, tables
+from worker.store.lists import runs as run_lists
 
 FILE = """
 [[org]]
@@ -45,11 +46,11 @@ def site(apply, database):
 
         def runs(self, **narrowed):
             with database.autocommit() as connection:
-                return run_listing.runs(connection, "org_acme", **narrowed)
+                return run_lists.runs(connection, "org_acme", **narrowed)
 
         def show(self, run_id):
             with database.autocommit() as connection:
-                return run_listing.run(connection, "org_acme", run_id)
+                return run_lists.run(connection, "org_acme", run_id)
 
     return Site()
 
@@ -60,7 +61,7 @@ def test_run_now_makes_a_run_that_may_start_at_once(site, rows):
     assert (run["state"], run["reason"], run["origin"]) == ("waiting", "due", "manual")
     assert run["available_at"] == run["scheduled_for"] <= rows.now()
     assert (run["org"], run["definition"], run["handler"]) == ("org_acme", "digest", "acme.note")
-    assert tuple(run) == run_listing.LISTED
+    assert tuple(run) == run_lists.LISTED
     [live] = rows.live_runs
     assert (live["serial"], live["isolation"], live["start_by"]) == (True, "child", None)
     assert rows.runs[0]["created_by"] == "tester"
@@ -244,7 +245,7 @@ def test_another_orgs_run_does_not_exist(site, database, apply):
     with pytest.raises(NotFound):
         cancel(database, run["id"], actor="tester", org="org_other")
     with pytest.raises(NotFound), database.autocommit() as connection:
-        run_listing.run(connection, "org_other", run["id"])
+        run_lists.run(connection, "org_other", run["id"])
 
 
 def test_a_retry_is_a_new_run_of_the_same_instant(site, database, rows):

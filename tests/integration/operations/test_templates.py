@@ -11,18 +11,16 @@ from sqlalchemy import update
 
 from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
-from worker.operations import materialise as module
-from worker.operations.add_org import add_org
+from worker.operations import templates as module
 from worker.operations.apply import apply as apply_file
-from worker.operations.close import close_definition
-from worker.operations.close_template import close_template
-from worker.operations.import_orgs import import_orgs
-from worker.operations.materialise import materialise
-from worker.operations.org_state import set_org_state
-from worker.operations.pause import pause_definition
-from worker.orgs.org import OrgEntry
-from worker.store import audit, definition_listing, tables, template_listing
+from worker.operations.edit import pause_definition
+from worker.operations.orgs import add_org, import_orgs, set_org_state
+from worker.operations.templates import close_template, materialise
+from worker.operations.write_definitions import close_definition
+from worker.orgs import OrgEntry
+from worker.store import audit, tables
 from worker.store.database import Database
+from worker.store.lists import definitions as definition_lists
 
 TEMPLATE = """
 [[template]]
@@ -40,13 +38,13 @@ def org(code: str, *tags: str, issuer: str = "main") -> str:
 def made(database, state: str | None = None) -> dict[str, tuple[str, str, int]]:
     """By org: schedule, template and revision of what it has."""
     with database.autocommit() as connection:
-        rows = definition_listing.definitions_for_all_orgs(connection, state=state, limit=1000)
+        rows = definition_lists.definitions_for_all_orgs(connection, state=state, limit=1000)
     return {row["org"]: (row["schedule"], row["template"], row["revision"]) for row in rows}
 
 
 def template(database, name: str = "export"):
     with database.autocommit() as connection:
-        return template_listing.template_for_all_orgs(connection, name)
+        return definition_lists.template_for_all_orgs(connection, name)
 
 
 def carry_on(database) -> int:

@@ -12,13 +12,13 @@ from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
 from worker.errors import Conflict, NotFound
 from worker.ids import new_id
-from worker.operations.close import close_definition
-from worker.operations.org_state import set_org_state
-from worker.operations.pause import pause_definition, resume_definition
-from worker.operations.run_now import run_now
+from worker.operations.edit import pause_definition, resume_definition
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import set_org_state
 from worker.operations.why import why, why_instant
+from worker.operations.write_definitions import close_definition
 from worker.runs.fire import decide
-from worker.store import causes, firing, orgs, tables
+from worker.store import firing, history, orgs, tables
 
 HOUR = timedelta(hours=1)
 FILE = """
@@ -242,7 +242,7 @@ def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, f
 
 
 def test_more_rows_than_are_looked_at_are_at_least_so_many(database, failed, monkeypatch):
-    monkeypatch.setattr(causes, "MOST", 2)
+    monkeypatch.setattr(history, "MOST", 2)
     mine = failed("org_a", "KeyError: <text>")
     for org in ("org_b", "org_c", "org_b"):
         failed(org, "KeyError: <text>")

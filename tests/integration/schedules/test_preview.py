@@ -9,17 +9,18 @@ import pytest
 
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
-from worker.cli.upcoming import of_definition
-from worker.operations.pause import pause_definition
-from worker.store import definition_listing, run_listing
+from worker.cli.definitions import of_definition
+from worker.operations.edit import pause_definition
+from worker.store.lists import definitions as definition_lists
+from worker.store.lists import runs as run_lists
 
 HOUR = timedelta(hours=1)
 
 
 def preview(timeline: Timeline, count: int, start: datetime | None = None) -> list[dict[str, Any]]:
     with timeline.database.autocommit() as connection:
-        row = definition_listing.definition(connection, ORG, NAME)
-        unfinished = run_listing.unfinished(connection, ORG, row["id"])
+        row = definition_lists.definition(connection, ORG, NAME)
+        unfinished = run_lists.unfinished(connection, ORG, row["id"])
     return of_definition(row, unfinished, start, count, now=timeline.clock.now())
 
 

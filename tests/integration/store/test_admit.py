@@ -11,16 +11,16 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.fakes.clock import ManualClock
+from tests.fakes.ranking import Running, Share, Waiting, rank
 from tests.fakes.stock import HANDLER, Stock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
 from worker.ids import DefinitionId, RunId, WorkerId, new_id
-from worker.runs.ranking import Running, Share, Waiting, rank
 from worker.runs.run import AdmittedRun
 from worker.store import tables
-from worker.store.admission import Admission
 from worker.store.connection import driver
 from worker.store.database import Database
+from worker.store.for_worker import RingWalk
 from worker.store.sql.postgresql import admit
 
 
@@ -343,7 +343,7 @@ def _crowd(database: Database, *, seconds: float = 4, until: int | None = None) 
 
     def work(worker: WorkerId) -> None:
         try:
-            admission = Admission(database, worker)
+            admission = RingWalk(database, worker)
             while not over.is_set():
                 admitted = admission.admit(offered, {"child": 5})
                 most["admitted"] += len(admitted)
@@ -410,7 +410,7 @@ def test_a_worker_that_falls_silent_while_it_admits_keeps_no_other_waiting(
         silent = Database.open(url, clock=clock)
 
         def admit_in_silence() -> None:
-            admitted.extend(Admission(silent, silent_worker).admit({HANDLER: None}, {"child": 1}))
+            admitted.extend(RingWalk(silent, silent_worker).admit({HANDLER: None}, {"child": 1}))
 
         waiting = threading.Thread(target=admit_in_silence)
         waiting.start()

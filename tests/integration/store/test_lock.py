@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import Busy, ConfigurationError
-from worker.store.lock import lock_sqlite_file
+from worker.store.engine import lock_sqlite_file
 
 
 def test_a_second_worker_is_told_who_holds_the_file(sqlite_url: str, clock: ManualClock) -> None:

@@ -15,7 +15,7 @@ import pytest
 from worker.clock import SystemClock
 from worker.store import schema
 from worker.store.database import Database
-from worker.store.lock import lock_sqlite_file
+from worker.store.engine import lock_sqlite_file
 from worker.tokens.sealing import KeyRing
 
 

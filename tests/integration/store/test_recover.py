@@ -8,7 +8,7 @@ from tests.fakes.stock import LEASE, Stock
 from worker.ids import WorkerId
 from worker.runs.firing import Recovered
 from worker.runs.run import OwnedRun
-from worker.store import runs, tables, workers
+from worker.store import for_worker, runs, tables
 from worker.store.database import Database
 from worker.store.sql import statements
 
@@ -25,7 +25,7 @@ def recover(stock: Stock, *, max_recoveries: int = 3) -> list[Recovered]:
 
 def end(stock: Stock, worker: WorkerId) -> None:
     with stock.database.transaction() as connection:
-        workers.unregister(connection, worker)
+        for_worker.unregister(connection, worker)
 
 
 def test_a_renewal_extends_the_lease_and_names_what_is_owned(stock: Stock) -> None:
@@ -178,7 +178,7 @@ def test_old_rows_of_ended_workers_are_forgotten(stock: Stock) -> None:
     end(stock, recent)
 
     with stock.database.transaction() as connection:
-        assert workers.forget_ended(connection, older_than=timedelta(days=30)) == 1
+        assert for_worker.forget_ended(connection, older_than=timedelta(days=30)) == 1
 
     assert {row["id"] for row in stock.all(tables.workers)} == {recent, owner}
 

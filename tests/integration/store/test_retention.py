@@ -9,7 +9,7 @@ from sqlalchemy import insert
 from tests.fakes.stock import Stock
 from worker.ids import new_id
 from worker.runs.firing import LogLine
-from worker.store import retention, tables, workers
+from worker.store import for_worker, retention, tables
 from worker.store.sql import statements
 
 DAY = timedelta(days=1)
@@ -100,11 +100,11 @@ def test_skips_lines_and_workers_go_at_their_own_age(stock):
             statements(connection).append_logs(
                 connection, [LogLine("0" * 8 + new_id()[8:], 1, days, org_id, at, "info", "log", "hello")]
             )
-        workers.unregister(connection, ended)
+        for_worker.unregister(connection, ended)
 
         assert retention.forget_skips(connection, 7 * DAY, limit=10) == 1
         assert retention.forget_logs(connection, 7 * DAY, limit=10) == 1
-        assert workers.forget_ended(connection, older_than=timedelta(seconds=-1)) == 1
+        assert for_worker.forget_ended(connection, older_than=timedelta(seconds=-1)) == 1
 
     assert [row["skipped_from"] for row in stock.all(tables.skips)] == [now - DAY]
     assert [row["seq"] for row in stock.all(tables.run_logs)] == [1]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer, org
 from worker.errors import TokenError, Unavailable
-from worker.execution.attempt import pause_after
-from worker.orgs.org import OrgRef
+from worker.execution.attempts.attempt import pause_after
+from worker.orgs import OrgRef
 from worker.telemetry import events
 from worker.tokens.cache import Tokens
 

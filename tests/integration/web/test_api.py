@@ -6,10 +6,11 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import TOKENS, Site
-from worker.operations.pause import pause_definition
-from worker.operations.run_now import run_now
-from worker.store import orgs, run_listing
-from worker.store.tables import live_runs, metadata
+from worker.operations.edit import pause_definition
+from worker.operations.manual_run import run_now
+from worker.store import orgs
+from worker.store.lists import runs as run_lists
+from worker.store.tables import metadata, runs
 from worker.web.access import Caller
 from worker.web.acting import Acting
 from worker.web.lists import LISTS
@@ -108,8 +109,8 @@ class TestWhatAnOrgSees:
         for path in (f"runs/{theirs}/cancel", f"runs/{theirs}/retry", "definitions/org_b/digest/run"):
             assert (await site.post(f"{API}/{path}", token)).status_code == 404, path
         with site.database.autocommit() as connection:
-            assert [run["id"] for run in run_listing.runs_for_all_orgs(connection)] == [theirs]
-            assert connection.execute(live_runs.select()).one().cancel_requested_at is None
+            assert [run["id"] for run in run_lists.runs_for_all_orgs(connection)] == [theirs]
+            assert connection.execute(runs.select()).one().cancel_requested_at is None
 
     async def test_an_answer_for_anothers_org_is_that_for_one_that_does_not_exist(self, site: Site):
         token = site.token("org_a")
@@ -134,7 +135,7 @@ class TestWhatAnOrgSees:
             org_id = orgs.require(connection, "org_a")["id"]
         caller = Caller("org_a", "viewer", org="org_a", org_id=org_id)
 
-        runs = await Acting(site.database).read(caller, run_listing.runs_for_all_orgs)
+        runs = await Acting(site.database).read(caller, run_lists.runs_for_all_orgs)
 
         assert [run["org"] for run in runs] == ["org_a"]
 
@@ -156,7 +157,7 @@ class TestOperators:
 
         assert [row["org"] for row in every] == ["org_b", "org_a"]
         assert one == every[:1]
-        assert list(one[0]) == list(run_listing.LISTED)
+        assert list(one[0]) == list(run_lists.LISTED)
         assert one[0]["scheduled_for"].endswith("Z")
 
     @on_either

@@ -11,8 +11,9 @@ import pytest
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.edit import edit_definition
-from worker.operations.org_state import set_org_state
-from worker.store import orgs, run_listing
+from worker.operations.orgs import set_org_state
+from worker.store import orgs
+from worker.store.lists import runs as run_lists
 from worker.web.forms import SESSION
 
 pytestmark = pytest.mark.anyio
@@ -168,7 +169,7 @@ class TestParamsByHand:
 
     def count(self, site: Site) -> int:
         with site.database.autocommit() as connection:
-            return len(run_listing.runs_for_all_orgs(connection))
+            return len(run_lists.runs_for_all_orgs(connection))
 
     @on_either
     async def test_what_is_listed_may_be_given_and_nothing_else(self, chosen: Site):

@@ -35,9 +35,9 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
-from worker.operations.materialise import materialise
-from worker.operations.org_state import set_org_state
-from worker.operations.run_now import run_now
+from worker.operations.manual_run import run_now
+from worker.operations.orgs import set_org_state
+from worker.operations.templates import materialise
 from worker.store import catalogue, edit_runs, orgs, roles, tables
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller

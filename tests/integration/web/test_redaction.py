@@ -12,10 +12,13 @@ from sqlalchemy import insert, select, update
 from tests.integration.web.conftest import TOKENS, Site, log_in
 from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
 from worker.ids import new_id
-from worker.operations.pause import pause_definition
-from worker.operations.run_now import run_now
-from worker.store import definition_listing, listing, log_listing, run_listing, tables, template_listing
+from worker.operations.edit import pause_definition
+from worker.operations.manual_run import run_now
+from worker.store import tables
 from worker.store.database import Database
+from worker.store.lists import definitions as definition_lists
+from worker.store.lists import orgs as org_lists
+from worker.store.lists import runs as run_lists
 from worker.web.access import Caller
 from worker.web.lists import LISTS
 from worker.web.redaction import NOT_LOADED, OTHER_ORG, RULES, redacted_row, without_paths
@@ -225,19 +228,19 @@ async def test_every_column_has_a_rule(planted: tuple[Site, dict[str, str]]):
 
 def _rows(database: Database, run: str) -> dict[str, Any]:
     with database.autocommit() as connection:
-        shown = run_listing.run(connection, "org_a", run)
+        shown = run_lists.run(connection, "org_a", run)
         handlers = connection.execute(select(tables.catalogue)).mappings().first()
         return {
-            "orgs": listing.org(connection, "org_a"),
-            "definitions": definition_listing.definitions(connection, "org_a")[0],
-            "templates": template_listing.template_for_all_orgs(connection, "nightly"),
+            "orgs": org_lists.org(connection, "org_a"),
+            "definitions": definition_lists.definitions(connection, "org_a")[0],
+            "templates": definition_lists.template_for_all_orgs(connection, "nightly"),
             "runs": shown,
             "attempts": shown["attempts"][0],
-            "logs": log_listing.lines_for_all_orgs(connection, shown["id"])[0],
-            "skips": listing.skips(connection, "org_a")[0],
+            "logs": run_lists.lines_for_all_orgs(connection, shown["id"])[0],
+            "skips": org_lists.skips(connection, "org_a")[0],
             "handlers": dict(handlers or {}),
-            "credentials": listing.credentials(connection, "org_a")[0],
-            "audit": listing.audit(connection, "org_a")[0],
+            "credentials": org_lists.credentials(connection, "org_a")[0],
+            "audit": org_lists.audit(connection, "org_a")[0],
         }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.clock import START
 from worker.claims.claims import Claims
-from worker.claims.enforce import enforce
+from worker.claims.decode import enforce
 from worker.errors import TokenRefused
 
 CLAIMS = Claims(

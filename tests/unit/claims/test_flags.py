@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import START
-from worker.claims.claims import Claims, Flag
-from worker.claims.flags import choose_variant, flag_value, is_on
+from worker.claims.claims import Claims, Flag, choose_variant, flag_value, is_on
 
 CLAIMS = Claims("org_a", "client", frozenset(), {}, {}, START, START)
 

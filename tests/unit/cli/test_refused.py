@@ -10,7 +10,7 @@ from psycopg.errors import InsufficientPrivilege, UndefinedColumn
 from sqlalchemy.exc import DBAPIError
 
 from worker.cli.app import invoke
-from worker.cli.refused import in_our_words
+from worker.cli.driver_errors import in_our_words
 from worker.errors import AccessDenied, ConfigurationError
 
 

@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import utc
-from worker.definitions.conditions import FlagCondition, Variant
-from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
+from worker.definitions.definition import (
+    Definition,
+    FlagCondition,
+    Variant,
+    from_spec,
+    parse_definition,
+    to_spec,
+)
 from worker.definitions.policies import MisfirePolicy, RetryPolicy
 from worker.errors import DefinitionError, InvalidTrigger
 

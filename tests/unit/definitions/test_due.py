@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions import due as due_module
-from worker.definitions.due import Due, Span, decide_due, start_deadline
 from worker.definitions.policies import MisfirePolicy
 from worker.definitions.triggers import Trigger, parse_schedule
 from worker.definitions.zones import parse_zone
+from worker.runs import fire as due_module
+from worker.runs.fire import Due, Span, decide_due, start_deadline
 
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)

@@ -9,8 +9,7 @@ import pytest
 
 from worker.definitions.file import entry_of, format_of, parse_file
 from worker.errors import DefinitionError, InvalidTrigger
-from worker.orgs.org import OrgEntry
-from worker.orgs.selector import Selector
+from worker.orgs import OrgEntry, Selector
 
 TOML = """
 [[org]]

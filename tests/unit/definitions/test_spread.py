@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from worker.definitions.spread import spread_of
 from worker.definitions.triggers import parse_schedule
 from worker.definitions.zones import parse_zone
+from worker.runs.fire import spread_of
 
 HOUR = timedelta(hours=1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 
-from worker.demo.changes import Journal
+from worker.demo.story import Journal
 from worker.store.tables import metadata
 
 NEW_RUN = """

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from worker.demo.chat import ChatEndpoint
+from worker.demo.api import ChatEndpoint
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from worker.demo.changes import Change
-from worker.demo.story import Narrator
+from worker.demo.story import Change, Narrator
 
 
 class FakeJournal:

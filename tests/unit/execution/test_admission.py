@@ -9,9 +9,9 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
-from worker.execution.admission import Admission
-from worker.execution.holdings import Holdings
-from worker.execution.offers import Offers
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import Inflight
+from worker.execution.loops.admission import Admission
 from worker.runs.run import AdmittedRun, Isolation
 
 pytestmark = pytest.mark.anyio
@@ -36,8 +36,8 @@ async def test_ready_is_what_the_database_answered_and_again_after_each_outage(c
     store, told = Store(away=1), list[bool]()
     admission = Admission(
         store,
-        Holdings(),
-        Offers(),
+        Inflight(),
+        HandlerRegistry(),
         clock,
         slots={"child": 1},
         poll=60.0,

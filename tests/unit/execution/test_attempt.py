@@ -12,15 +12,14 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims, Flag
+from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
-from worker.execution.attempt import Tools, attempt
-from worker.execution.holdings import Held
-from worker.execution.journal import Journal
-from worker.execution.offers import Offers
-from worker.execution.plans import Plans
-from worker.execution.work import Link, Stop, Work
+from worker.execution.attempts.attempt import Tools, attempt
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.plan import Plans
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, RunId
 from worker.runs.firing import LogLine
@@ -62,7 +61,7 @@ class Site:
         self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[dict[str, Any]] = []
         self.during: Any = None
-        self.offers = Offers()
+        self.offers = HandlerRegistry()
         self.offers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.offers.add(
             HandlerEntry("acme.digest_v2", "acme-jobs", "1.0", "acme:v2", scopes=("read:kb", "ask:model"))
@@ -87,7 +86,7 @@ class Site:
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
 
-    async def run(self, work: Work, link: Link, stop: Stop) -> Outcome:
+    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
         self.works.append(work)
         link.started()
         if self.during is not None:
@@ -101,11 +100,11 @@ class Site:
             offers=self.offers,
             runners={"child": self, "inline": self},
             checkpoints=self,
-            journal=Journal(self, self.clock),
+            journal=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),
         )
-        return await attempt(Held(admitted(**changes), Stop()), tools)
+        return await attempt(InflightRun(admitted(**changes), StopSignal()), tools)
 
 
 @pytest.fixture
@@ -268,7 +267,7 @@ async def test_params_of_the_run_stand_over_those_of_the_definition(site: Site) 
 
 
 async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:
-    async def renew(work: Work, link: Link, stop: Stop) -> None:
+    async def renew(work: Work, link: RunServices, stop: StopSignal) -> None:
         site.claims = replace(CLAIMS, org_code="org_other")
         with pytest.raises(TokenRefused) as refused:
             await link.token(fresh=True)
@@ -289,7 +288,7 @@ async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: S
     site.checkpoint = {"done": 1}
 
     async def save(text: str) -> EndedAttempt:
-        async def during(work: Work, link: Link, stop: Stop) -> None:
+        async def during(work: Work, link: RunServices, stop: StopSignal) -> None:
             await link.save(text)
 
         site.during = during

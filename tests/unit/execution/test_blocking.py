@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from worker.execution.blocking import OneThread
-from worker.execution.child import Interrupted
+from worker.execution.runners.child.main import Interrupted
+from worker.execution.runners.thread import OneThread
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
-from worker.execution import carrier as carrying
-from worker.execution.admission import FEW, MOMENT, Admission
-from worker.execution.attempt import Tools
-from worker.execution.carrier import BURST, Carrier
-from worker.execution.holdings import Held, Holdings
-from worker.execution.journal import Journal
-from worker.execution.offers import Offers
+from worker.execution.attempts import dispatcher as carrying
+from worker.execution.attempts.attempt import Tools
+from worker.execution.attempts.dispatcher import BURST, Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import Inflight, InflightRun
+from worker.execution.loops.admission import FEW, MOMENT, Admission
+from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
@@ -48,12 +48,12 @@ class Backlog:
         return {attempt.run_id for attempt in attempts}
 
 
-def admission(store: Backlog, holdings: Holdings, clock: ManualClock, slots: int) -> Admission:
+def admission(store: Backlog, holdings: Inflight, clock: ManualClock, slots: int) -> Admission:
     def start(runs: Sequence[AdmittedRun]) -> None:
         for run in runs:
             holdings.add(run)
 
-    offers = Offers()
+    offers = HandlerRegistry()
     return Admission(
         store,
         holdings,
@@ -67,7 +67,7 @@ def admission(store: Backlog, holdings: Holdings, clock: ManualClock, slots: int
 
 
 async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clock: ManualClock) -> None:
-    store, holdings = Backlog(10_000), Holdings()
+    store, holdings = Backlog(10_000), Inflight()
     admitting = admission(store, holdings, clock, slots=FEW)
     task = asyncio.create_task(admitting.run())
     await settle()
@@ -85,7 +85,7 @@ async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clo
 
 
 async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: ManualClock) -> None:
-    store, holdings = Backlog(FEW - 1), Holdings()
+    store, holdings = Backlog(FEW - 1), Inflight()
     admitting = admission(store, holdings, clock, slots=FEW)
     task = asyncio.create_task(admitting.run())
     await settle()
@@ -102,7 +102,7 @@ async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: M
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attempt succeeds in its first step."""
 
-    async def attempt(held: Held, tools: Any) -> EndedAttempt:
+    async def attempt(held: InflightRun, tools: Any) -> EndedAttempt:
         if held.stop.asked:
             return ended(held.run.id, state="waiting", outcome="handed_back")
         return ended(held.run.id)
@@ -110,16 +110,16 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrying, "attempt", attempt)
 
 
-def carrier(store: Backlog, holdings: Holdings, clock: ManualClock, ends: list[EndedAttempt]) -> Carrier:
-    tools = cast(Tools, SimpleNamespace(clock=clock, journal=Journal(cast(Any, store), clock)))
-    return Carrier(
+def carrier(store: Backlog, holdings: Inflight, clock: ManualClock, ends: list[EndedAttempt]) -> Dispatcher:
+    tools = cast(Tools, SimpleNamespace(clock=clock, journal=RunLogWriter(cast(Any, store), clock)))
+    return Dispatcher(
         tools, holdings, store, on_free=lambda: None, on_end=lambda attempt, held: ends.append(attempt)
     )
 
 
 @pytest.mark.usefixtures("at_once")
 async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: ManualClock) -> None:
-    store, holdings, ends = Backlog(0), Holdings(), []
+    store, holdings, ends = Backlog(0), Inflight(), []
     carrying_on = carrier(store, holdings, clock, ends)
     writing = asyncio.create_task(carrying_on.finisher.run())
     await settle()
@@ -136,7 +136,7 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
 
 @pytest.mark.usefixtures("at_once")
 async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: ManualClock) -> None:
-    store, holdings, ends = Backlog(0), Holdings(), []
+    store, holdings, ends = Backlog(0), Inflight(), []
     carrying_on = carrier(store, holdings, clock, ends)
     writing = asyncio.create_task(carrying_on.finisher.run())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.execution.processes.cgroups import RunGroups
+from worker.execution.runners.child.cgroups import RunGroups
 
 
 @pytest.fixture

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from tests.fakes.running import claims, token, work
-from worker.execution.processes.channel import LIMIT, BrokenFrame, Unframer, frame
-from worker.execution.processes.messages import (
+from worker.execution.runners.child.messages import (
+    LIMIT,
+    BrokenFrame,
+    Unframer,
+    frame,
     outcome_message,
     outcome_of_message,
     shown_progress,

@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.ends import Ended, exit_detail, outcome_of_end
-from worker.execution.work import Stop, StopReason
+from worker.execution.runners.contract import StopReason, StopSignal
+from worker.execution.runners.exit_status import Ended, exit_detail, outcome_of_end
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -29,14 +29,14 @@ FAILED = Failed(Error("ValueError", "x"))
 PERMANENT = Failed(Error("PermanentError", "x"), permanent=True)
 
 
-def stopped(reason: StopReason) -> Stop:
-    stop = Stop()
+def stopped(reason: StopReason) -> StopSignal:
+    stop = StopSignal()
     stop.request(reason, 0)
     return stop
 
 
 async def test_what_the_process_said_counts() -> None:
-    assert outcome_of_end(Succeeded("1"), Ended(), Stop()) == Succeeded("1")
+    assert outcome_of_end(Succeeded("1"), Ended(), StopSignal()) == Succeeded("1")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ async def test_a_run_past_its_timeout_has_timed_out_unless_it_succeeded(said: Ou
 
 
 async def test_a_run_whose_lease_is_lost_is_lost_whatever_it_says() -> None:
-    stop = Stop()
+    stop = StopSignal()
     stop.kill()
 
     assert isinstance(outcome_of_end(Succeeded("1"), Ended(), stop), Lost)
@@ -76,13 +76,13 @@ async def test_a_run_whose_lease_is_lost_is_lost_whatever_it_says() -> None:
 
 async def test_what_the_zygote_killed_says_why() -> None:
     ended = Ended(signal.SIGKILL, why="out_of_memory")
-    failed = outcome_of_end(None, ended, Stop(), memory=64 * 1024 * 1024)
+    failed = outcome_of_end(None, ended, StopSignal(), memory=64 * 1024 * 1024)
     assert isinstance(failed, Failed)
     assert failed.reason == "out_of_memory"
     assert "64 MiB" in failed.error.message
 
-    assert isinstance(outcome_of_end(None, Ended(signal.SIGKILL, why="frozen"), Stop()), Lost)
-    assert isinstance(outcome_of_end(None, Ended(why="lost"), Stop()), Lost)
+    assert isinstance(outcome_of_end(None, Ended(signal.SIGKILL, why="frozen"), StopSignal()), Lost)
+    assert isinstance(outcome_of_end(None, Ended(why="lost"), StopSignal()), Lost)
     assert outcome_of_end(None, Ended(why="lost"), stopped("cancel")) == Cancelled("requested")
 
 
@@ -102,7 +102,7 @@ def test_a_wait_status_is_told_in_words(status: int, detail: str) -> None:
 
 
 async def test_frozen_time_adds_up_and_counts_while_it_lasts() -> None:
-    stop = Stop()
+    stop = StopSignal()
     stop.freeze(10.0)
     stop.freeze(11.0)
     assert stop.frozen_seconds(12.0) == 2.0
@@ -113,7 +113,7 @@ async def test_frozen_time_adds_up_and_counts_while_it_lasts() -> None:
 
 
 async def test_a_later_request_shortens_the_grace_and_never_lengthens_it() -> None:
-    stop, loop = Stop(), asyncio.get_running_loop()
+    stop, loop = StopSignal(), asyncio.get_running_loop()
     stop.request("drain", 100)
     first = stop.kill_at
     assert abs(stop.interrupt_at - loop.time() - 50) < 1
@@ -127,7 +127,7 @@ async def test_a_later_request_shortens_the_grace_and_never_lengthens_it() -> No
 
 
 async def test_whoever_watches_a_stop_wakes_at_each_change() -> None:
-    stop = Stop()
+    stop = StopSignal()
     waiting = asyncio.create_task(stop.changed())
     await asyncio.sleep(0)
     assert not waiting.done()

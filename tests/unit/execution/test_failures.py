@@ -8,19 +8,21 @@ import pytest
 
 from tests.unit.execution.runs import admitted, ended
 from worker.definitions.definition import Definition
-from worker.execution.failures import FailureWatch
-from worker.execution.holdings import Held
-from worker.execution.plans import Plan
-from worker.execution.work import Stop
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.plan import AttemptPlan
+from worker.execution.loops.maintenance import FailureWatch
+from worker.execution.runners.contract import StopSignal
 from worker.ids import DefinitionId, OrgId
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.runs.firing import Recovered
 
 
-def held(pause_after: int | None = 3, **fields: Any) -> Held:
+def held(pause_after: int | None = 3, **fields: Any) -> InflightRun:
     run = admitted(**fields)
     definition = Definition("org_acme", "digest", "acme.digest", "@hourly", pause_after_failures=pause_after)
-    return Held(run, Stop(), Plan(definition, OrgRef(run.org_id, "org_acme"), "Acme", "main", ()))
+    return InflightRun(
+        run, StopSignal(), AttemptPlan(definition, OrgRef(run.org_id, "org_acme"), "Acme", "main", ())
+    )
 
 
 @pytest.fixture

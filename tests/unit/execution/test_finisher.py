@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import ended
 from worker.errors import StoreUnavailable
-from worker.execution.finisher import BATCH, RETRY, Finisher
+from worker.execution.loops.finisher import BATCH, RETRY, Finisher
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 

@@ -10,9 +10,9 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.heartbeat import Heartbeat
-from worker.execution.holdings import Holdings
-from worker.execution.reconcile import Renewal
+from worker.execution.attempts.inflight import Inflight
+from worker.execution.loops.heartbeat import Heartbeat
+from worker.execution.loops.reconciler import Renewal
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
 from worker.telemetry.events import Emitted
@@ -40,7 +40,7 @@ class Bench:
         self.store = Store(clock)
         self.leases: list[Lease] = []
         self.renewals: list[Renewal] = []
-        self.holdings = Holdings()
+        self.holdings = Inflight()
         self.heartbeat = Heartbeat(
             self.store,
             self.holdings,

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from worker.errors import StoreUnavailable
-from worker.execution.hints import PAUSE, Hints
+from worker.execution.loops.wakeups import PAUSE, Wakeups
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ async def test_what_is_said_during_a_pause_is_sent_as_one_hint(clock):
         if sent == 1:
             raise StoreUnavailable("away")
 
-    hints = Hints(send, clock)
+    hints = Wakeups(send, clock)
     task = asyncio.create_task(hints.run())
     for _ in range(3):
         for _ in range(10):

@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.journal import Journal
+from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.firing import LogLine
 from worker.telemetry.masking import masker
@@ -41,7 +41,7 @@ async def test_last_words_are_written_before_the_end_also_behind_a_flush_that_is
 ) -> None:
     store, run = Store(), admitted("r1")
     store.slow = asyncio.Event()
-    journal = Journal(store, clock)
+    journal = RunLogWriter(store, clock)
     journal.line(run, "info", "stdout", "first")
     flushing = asyncio.create_task(journal.flush())
     await asyncio.sleep(0)
@@ -60,7 +60,7 @@ async def test_last_words_are_written_before_the_end_also_behind_a_flush_that_is
 async def test_a_run_that_said_nothing_waits_for_nobody(clock: ManualClock) -> None:
     store = Store()
     store.slow = asyncio.Event()
-    journal = Journal(store, clock)
+    journal = RunLogWriter(store, clock)
     journal.line(admitted("r1"), "info", "stdout", "another's")
 
     await journal.last_words(admitted("r2"))
@@ -72,7 +72,7 @@ async def test_lines_wait_while_the_database_is_away_and_keep_their_order(clock:
     masker.register("canary-5ecret-value")
     store, run = Store(), admitted("r1")
     store.away = True
-    journal = Journal(store, clock)
+    journal = RunLogWriter(store, clock)
     journal.line(run, "info", "stdout", "one canary-5ecret-value")
     await journal.last_words(run)
     journal.line(run, "info", "stdout", "two")

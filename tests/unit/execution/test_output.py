@@ -7,8 +7,7 @@ from datetime import datetime
 import pytest
 
 from tests.fakes.clock import START, ManualClock
-from worker.execution.output import LINE_COST, RunOutput
-from worker.execution.run_logging import LINE_LIMIT, marked, unmarked
+from worker.execution.runners.output import LINE_COST, LINE_LIMIT, RunOutput, marked, unmarked
 
 
 class Log:

@@ -8,8 +8,8 @@ import contextlib
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.execution.pulse import PATIENCE, Pulse
-from worker.telemetry.notify import Notifier
+from worker.execution.loops.supervisor import PATIENCE, Liveness
+from worker.telemetry.vitals import Notifier
 
 
 class Watchdog(Notifier):
@@ -25,11 +25,11 @@ class Watchdog(Notifier):
         self.told.append(text)
 
 
-def make(clock: ManualClock, *, resting: bool = False) -> tuple[Pulse, dict[str, float], Watchdog]:
+def make(clock: ManualClock, *, resting: bool = False) -> tuple[Liveness, dict[str, float], Watchdog]:
     ticked = {"scheduler": clock.monotonic(), "admission": clock.monotonic()}
     dog = Watchdog()
     ticks = {"scheduler": lambda: ticked["scheduler"], "admission": lambda: ticked["admission"]}
-    pulse = Pulse(ticks, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
+    pulse = Liveness(ticks, dog, clock, resting=lambda: resting, status=lambda: f"stalled: {pulse.stalled()}")
     return pulse, ticked, dog
 
 

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 
 from tests.unit.execution.runs import admitted
-from worker.execution.holdings import Holdings
-from worker.execution.reconcile import Reconciler, Renewal
+from worker.execution.attempts.inflight import Inflight
+from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.ids import RunId
 from worker.runs.lease import Lease
 from worker.runs.run import OwnedRun
@@ -23,7 +23,7 @@ class Bench:
     """A reconciler over holdings, and what it asked for."""
 
     def __init__(self) -> None:
-        self.holdings = Holdings()
+        self.holdings = Inflight()
         self.handed_back: list[str] = []
         self.cancelled: list[tuple[str, str]] = []
         self.leases: list[Lease] = []

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from worker.execution.recovery import Recovery
+from worker.execution.loops.recovery import Recovery
 from worker.runs.firing import Recovered
 from worker.runs.lease import Lease
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from worker.execution.redact import redacted
+from worker.execution.attempts.run_services import redacted
 from worker.runs.outcome import (
     Cancelled,
     Error,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.execution.processes import landlock, sandbox
-from worker.execution.processes.sandbox import MOST_PARTS, Planner, Rules, Secret
-from worker.execution.processes.setup import Setup
+from worker.execution.runners.child import landlock, sandbox
+from worker.execution.runners.child.messages import Setup
+from worker.execution.runners.child.sandbox import MOST_PARTS, Planner, Rules, Secret
 from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings

@@ -10,8 +10,8 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from worker.errors import StoreUnavailable
-from worker.execution.offers import Offers
-from worker.execution.scheduler import PUT_OFF, Scheduler
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.loops.scheduler import PUT_OFF, Scheduler
 from worker.ids import DefinitionId, OrgId
 from worker.runs.firing import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
@@ -43,7 +43,7 @@ class Store:
 
 async def fired(store: Store, clock: ManualClock, *, turns: int = 1) -> None:
     """Let the scheduler run until it sleeps; each further turn is a wake-up."""
-    scheduler = Scheduler(store, Offers(), clock, poll=60.0, on_fired=lambda: None)
+    scheduler = Scheduler(store, HandlerRegistry(), clock, poll=60.0, on_fired=lambda: None)
     task = asyncio.create_task(scheduler.run())
     for _ in range(turns):
         await settle()

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, Throttled
-from worker.handlers.answers import Cancel, HandBack, PermanentError, Retry, Snooze
 from worker.handlers.calling import error_of, outcome_of, outcome_of_error
 from worker.handlers.json_text import clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
+from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
 from worker.runs.outcome import (
     Cancelled,
     Failed,
@@ -93,7 +93,7 @@ def test_an_error_is_cut_to_size_and_cleaned() -> None:
 
 
 def test_an_error_says_from_which_module_its_type_comes() -> None:
-    assert error_of(PermanentError("x")).type == "worker.handlers.answers.PermanentError"
+    assert error_of(PermanentError("x")).type == "worker.handlers.results.PermanentError"
 
 
 @pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "a\\\\\\u0000"])

@@ -11,8 +11,7 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims, Flag
+from worker.claims.claims import AccessToken, Claims, Flag
 from worker.handlers.context import (
     CLIENTS,
     BlockingCancellation,
@@ -26,7 +25,7 @@ from worker.handlers.context import (
     close_http,
 )
 from worker.handlers.json_text import NotStorable
-from worker.handlers.line import Held
+from worker.handlers.worker_port import HeldToken
 
 MEMBERS = {
     "org",
@@ -77,7 +76,7 @@ def given(clock: ManualClock, **properties: Any) -> Given[Any, Any]:
         deadline=NOW,
         api_origins=(),
         log=logging.getLogger("test"),
-        held=Held(AccessToken("text", ends), claims, clock),
+        held=HeldToken(AccessToken("text", ends), claims, clock),
     )
 
 

@@ -10,10 +10,9 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.claims.access_token import AccessToken
-from worker.claims.claims import Claims
+from worker.claims.claims import AccessToken, Claims
 from worker.handlers.http import blocking_org_client, org_client, origin_of
-from worker.handlers.line import BlockingTokenSource, Held, TokenSource
+from worker.handlers.worker_port import BlockingTokenSource, HeldToken, TokenSource
 
 API = "https://api.acme.com"
 # Unencrypted: where the operator allows it, and on this machine.
@@ -28,7 +27,7 @@ class Minting:
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
         self.asked: list[bool] = []
-        self.held = Held(*self.granted(), clock)
+        self.held = HeldToken(*self.granted(), clock)
 
     def granted(self) -> tuple[AccessToken, Claims]:
         now = self.clock.now()

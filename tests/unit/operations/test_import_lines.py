@@ -7,7 +7,7 @@ import json
 import pytest
 
 from worker.errors import UsageError
-from worker.operations.import_orgs import read_lines
+from worker.operations.orgs import read_lines
 
 SECRET = "canary-98f6bcd4621d373c"
 

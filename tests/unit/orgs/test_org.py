@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.ids import OrgId
-from worker.orgs.org import MOVES, STOPS, Org, OrgRef, may_move
+from worker.orgs import MOVES, STOPS, Org, OrgRef, may_move
 from worker.store.tables import ORG_STATES
 
 

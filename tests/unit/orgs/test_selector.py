@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from worker.errors import DefinitionError
-from worker.orgs.selector import Selector, parse_selector
+from worker.orgs import Selector, parse_selector
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import utc
-from worker.definitions.spread import spread_of
 from worker.definitions.triggers import parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError
 from worker.ids import DefinitionId, OrgId
-from worker.runs.fire import decide
+from worker.runs.fire import decide, spread_of
 from worker.runs.firing import Decision, DueDefinition, NextFire
 from worker.runs.run import Isolation
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import START
+from tests.fakes.ranking import Running, Share, Waiting, rank
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.ranking import Running, Share, Waiting, rank
 
 
 def waiting(org: str, number: int, **values: Any) -> Waiting:

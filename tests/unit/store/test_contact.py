@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from worker.store.contact import QUIET, Contact
+from worker.store.database import QUIET, Connectivity
 
 
 def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
-    contact = Contact(clock)
+    contact = Connectivity(clock)
 
     contact.failed("refused", contact.asked())
     clock.advance(30)
@@ -20,7 +20,7 @@ def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
 
 
 def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitted):
-    contact = Contact(clock)
+    contact = Connectivity(clock)
 
     for _ in range(20):
         contact.failed("terminated", contact.asked())
@@ -32,7 +32,7 @@ def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitte
 
 def test_a_question_that_fails_late_is_no_new_loss(clock, emitted):
     """Put before the outage, it hangs until after the return."""
-    contact = Contact(clock)
+    contact = Connectivity(clock)
     hanging = contact.asked()
     contact.failed("refused", contact.asked())
     clock.advance(60)

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
 from worker.ids import DefinitionId, OrgId
-from worker.runs.firing import NewSkip
-from worker.store.skips import StoredSkip, fold
+from worker.runs.firing import NewSkip, StoredSkip, fold
 
 DEFINITION = DefinitionId("d")
 MIDNIGHT = utc("2030-01-02T00:00")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.telemetry.masking import Masker
-from worker.telemetry.secret_forms import secrets_of_url, shown_url
+from worker.telemetry.masking import Masker, secrets_of_url, shown_url
 
 SHOWN = {
     "postgresql://worker:hunter2@127.0.0.1/worker": "postgresql://worker:***@127.0.0.1/worker",

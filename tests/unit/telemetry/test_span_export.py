@@ -10,7 +10,7 @@ from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from worker.telemetry.span_export import ToldExporter, otlp_exporter
+from worker.telemetry.otel import ToldExporter, otlp_exporter
 
 SPANS = [ReadableSpan("a"), ReadableSpan("b")]
 

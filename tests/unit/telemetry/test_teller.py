@@ -9,9 +9,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
-from worker.telemetry.alerts import Alert, Strike, Strikes
+from worker.telemetry.alerts import AGAIN, LATE, MOST_TRIES, Alert, AlertDispatcher, Strike, Strikes
 from worker.telemetry.events import Emitted, emit, listen
-from worker.telemetry.teller import AGAIN, LATE, MOST_TRIES, Teller
 
 
 class Book:
@@ -28,7 +27,7 @@ class Book:
         self.fault: str | None = None
         self.strikes = Strikes(clock, lambda: None)
         listen(self.strikes.hear)
-        self.teller = Teller(self.strikes, self, self, clock)
+        self.teller = AlertDispatcher(self.strikes, self, self, clock)
 
     def note(self, strikes: Sequence[Strike]) -> None:
         if self.away:

@@ -9,7 +9,7 @@ import pytest
 
 from worker.settings.sections import TracingSettings
 from worker.telemetry import events, tracing
-from worker.wiring.tracing import tracing_of
+from worker.wiring.process import tracing_of
 
 
 def test_without_a_tracer_an_attempt_has_no_place_in_a_trace():

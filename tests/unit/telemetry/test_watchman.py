@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import StoreUnavailable
-from worker.telemetry.watchman import Deadman, Unfired, Watchman
+from worker.telemetry.overdue_monitor import Deadman, OverdueMonitor, Unfired
 
 LATE = Unfired("org_a", "digest", 10.0)
 
@@ -23,7 +23,7 @@ class Post:
         self.alive = True
         self.answer = 200
         self.pings = 0
-        self.watchman = Watchman(
+        self.watchman = OverdueMonitor(
             self._oldest,
             clock,
             overdue=10.0,

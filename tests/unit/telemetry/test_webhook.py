@@ -12,8 +12,7 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.telemetry.alerts import Alert
-from worker.telemetry.webhook import Webhook
+from worker.telemetry.alerts import Alert, Webhook
 
 SECRET = "a-secret-to-sign-with"
 Answer = Callable[[httpx.Request], httpx.Response]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 from worker.tokens.cache import EnforcedToken, Tokens
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, make_token
-from worker.tokens.examine import Examiner, Found, watch
-from worker.tokens.findings import Finding, Need
+from worker.tokens.token_probe import Diagnostic, Found, Need, TokenProbe, watch
 
 pytestmark = pytest.mark.anyio
 NEED = Need(AUDIENCE, frozenset({"read:kb"}), definitions=("nightly",))
@@ -24,7 +23,7 @@ class Look:
     clock: ManualClock
     issuer: FakeIssuer
     app: App
-    examiner: Examiner
+    examiner: TokenProbe
 
     async def find(self, need: Need = NEED) -> Found:
         credential = FakeCredentials().add(ORG, "client-a", "secret-a")
@@ -37,12 +36,12 @@ async def look(clock: ManualClock) -> AsyncIterator[Look]:
     app = issuer.add(App("org_a", "client-a", "secret-a"))
     async with issuer.client() as client:
         watch(client)
-        examiner = Examiner(kinde_issuer(), client, clock=clock)
+        examiner = TokenProbe(kinde_issuer(), client, clock=clock)
         yield Look(clock, issuer, app, examiner)
         await examiner.close()
 
 
-def named(found: Found, check: str) -> Finding:
+def named(found: Found, check: str) -> Diagnostic:
     return next(finding for finding in found.findings if finding.check == check)
 
 

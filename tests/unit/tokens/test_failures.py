@@ -23,7 +23,7 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
-from worker.orgs.org import OrgRef
+from worker.orgs import OrgRef
 
 pytestmark = pytest.mark.anyio
 

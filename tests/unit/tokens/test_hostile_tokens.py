@@ -30,11 +30,9 @@ from tests.fakes.issuer import (
     sign_text,
 )
 from worker.claims.claims import Claims
-from worker.claims.decode import decode
-from worker.claims.enforce import enforce
+from worker.claims.decode import decode, enforce
 from worker.errors import TokenRefused
-from worker.tokens.jws import invalid
-from worker.tokens.keys import Key, read_keys
+from worker.tokens.jws import Key, invalid, read_keys
 from worker.tokens.verify import verify
 
 pytestmark = pytest.mark.anyio

@@ -19,9 +19,8 @@ from uvicorn.server import ServerState
 
 from tests.fakes.clock import settle
 from worker.web.addresses import Addresses
-from worker.web.answers import Answering
-from worker.web.body import read_body
 from worker.web.connections import Connection, Connections, Deadlines
+from worker.web.responses import ErrorMiddleware, read_body
 
 pytestmark = pytest.mark.anyio
 
@@ -178,7 +177,7 @@ async def test_a_body_that_trickles_in_ends_after_10_s_with_408(plain: bool, emi
     ended: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await Answering(echo, lambda *given: None)(scope, receive, send)
+        await ErrorMiddleware(echo, lambda *given: None)(scope, receive, send)
         ended.append("app")
 
     listener = Listener(app, plain=plain)
@@ -399,7 +398,7 @@ steps = st.lists(pieces | st.floats(0.0, 9.0), max_size=12)
 @settings(max_examples=150, deadline=None)
 def test_whatever_a_client_sends_nothing_is_raised_and_the_connection_ends(app: ASGIApp, steps: list[Any]):
     async def sent() -> None:
-        listener = Listener(Answering(app), most=2)
+        listener = Listener(ErrorMiddleware(app), most=2)
         wire = listener.open()
         for step in steps:
             if isinstance(step, float):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from worker.telemetry.alerts import Alert
-from worker.web.answers import STATUS
 from worker.web.api import BASE, Api
 from worker.web.lists import LISTS
+from worker.web.responses import STATUS
 
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
 NOTHING: Any = None

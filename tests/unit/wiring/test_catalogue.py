@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.execution.offers import Offers
+from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore
@@ -28,7 +28,9 @@ class Stored:
     async def handlers_changed(self, names: Any) -> None: ...
 
 
-async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock: ManualClock) -> Offers:
+async def offered(
+    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock: ManualClock
+) -> HandlerRegistry:
     """What is offered once a worker has read one handler whose params have this schema."""
     entry = HandlerEntry("acme.x", "acme-jobs", "1.0", "acme:x", params_schema=schema)
 
@@ -37,7 +39,7 @@ async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock
 
     monkeypatch.setattr(catalogue, "read_catalogue", read)
     monkeypatch.setattr(catalogue, "installed", lambda: {"acme-jobs": "1.0"})
-    offers, stored, taken = Offers(), Stored(), asyncio.Event()
+    offers, stored, taken = HandlerRegistry(), Stored(), asyncio.Event()
     cataloguing = Cataloguing(
         cast(Database, stored),
         cast(WorkerStore, stored),

@@ -1,18 +1,56 @@
-"""What a batch of ended attempts makes of its runs, once their rows are locked. Pure."""
+"""Pure parts of the hot statements: what ended attempts make of their runs, and queue depths."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from typing import NamedTuple
 
 from worker.ids import OrgId, RunId
 from worker.runs.outcome import EndedAttempt
 
 
+class OrgQueue(NamedTuple):
+    """What ranks an org's waiting runs: how many of it run, how many may, and its weight."""
+
+    running: int
+    most: int
+    weight: int
+
+    @property
+    def room(self) -> int:
+        return self.most - self.running
+
+    def rank(self, place: int) -> float:
+        return (self.running + place) / self.weight
+
+
+def reach(lines: Sequence[OrgQueue], free: int) -> list[int]:
+    """For each line: how many of its runs are among the best `free`, were all lines long.
+
+    Runs of one rank are counted in together. Where lines are short, some slots stay
+    free, and the rest of the others must be looked at.
+    """
+    counts = [0] * len(lines)
+    heap = [(line.rank(1), n) for n, line in enumerate(lines) if line.room > 0]
+    heapq.heapify(heap)
+    taken, level = 0, 0.0
+    while heap and (taken < free or heap[0][0] <= level):
+        level, n = heap[0]
+        counts[n] += 1
+        taken += 1
+        if counts[n] < lines[n].room:
+            heapq.heapreplace(heap, (lines[n].rank(counts[n] + 1), n))
+        else:
+            heapq.heappop(heap)
+    return counts
+
+
 # One of each for every run: to freeze them takes three times as long as to make them.
 @dataclass(slots=True)
-class Held:
+class LockedRun:
     """A running row of this worker, as it was locked."""
 
     fencing_token: int
@@ -43,7 +81,7 @@ class Rollups:
 
 
 def settle(
-    ended: Iterable[EndedAttempt], held: Mapping[RunId, Held], now: datetime
+    ended: Iterable[EndedAttempt], held: Mapping[RunId, LockedRun], now: datetime
 ) -> tuple[list[Ending], list[EndedAttempt]]:
     """Part what is still ours from what was fenced out, each in order of run ids.
 

@@ -8,31 +8,46 @@ foreign keys: one module writes them, and `doctor` checks that a live row exists
 exactly for each run without a final state.
 """
 
-from worker.store.tables.attempts import ATTEMPT_OUTCOMES, attempts, checkpoints, run_logs, skips
 from worker.store.tables.columns import HOT, UPDATED, Id, Instant, json_type, metadata, one_of
-from worker.store.tables.definitions import backfills, definition_revisions, definitions, schedule, templates
-from worker.store.tables.history import (
+from worker.store.tables.orgs import (
     ALERT_KINDS,
     APPEND_ONLY,
+    FIND_CALLER,
+    ORG_STATES,
     alert_strikes,
     alerts,
     audit,
+    backfills,
+    catalogue,
+    credentials,
+    definition_revisions,
+    definitions,
+    facts,
+    orgs,
     rollup_days,
     rollup_hours,
+    schedule,
+    templates,
+    workers,
 )
-from worker.store.tables.live_runs import LIVE_STATES, WAITING_REASONS, live_runs
-from worker.store.tables.orgs import FIND_CALLER, ORG_STATES, credentials, orgs
 from worker.store.tables.runs import (
     ABSORBING,
+    ATTEMPT_OUTCOMES,
     FINAL_STATES,
+    LIVE_STATES,
     ORIGINS,
     RUN_ENDS,
     RUN_QUERY,
     RUN_VIEW,
+    WAITING_REASONS,
+    attempts,
+    checkpoints,
+    live_runs,
     run_ends,
+    run_logs,
     runs,
+    skips,
 )
-from worker.store.tables.workers import catalogue, facts, workers
 
 __all__ = [
     "ABSORBING",

@@ -1,10 +1,21 @@
-"""Identity and outcome of the runs, and the view that shows them with what is live."""
+"""Runs: identity and outcome, live state, attempts, logs and skips, and the view over them."""
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, Index, Integer, Table, Text, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
 
-from worker.store.tables.columns import Id, Instant, json_type, metadata, one_of
+from worker.store.tables.columns import HOT, Id, Instant, json_type, metadata, one_of
 
 ORIGINS = ("schedule", "manual", "backfill", "retry")
 
@@ -183,3 +194,252 @@ ABSORBING = {
         "WHEN (OLD.state IS NOT NULL) EXECUTE FUNCTION runs_absorbing()",
     ),
 }
+
+
+LIVE_STATES = ("waiting", "running", "held")
+
+WAITING_REASONS = (
+    "due",
+    "held",
+    "retry",
+    "snoozed",
+    "handed_back",
+    "recovered",
+    "no_token",
+    "no_handler",
+)
+
+# How running rows are counted: those of an org, those of a definition, and on PostgreSQL those of a
+# worker and along the workers those of a handler; on SQLite all are the one worker's. The words for
+# running mean the same, as the constraints say; they differ so that PostgreSQL's planner, whose idea
+# of this table is always old, cannot take one index for another.
+# An admission costs an entry in each index on PostgreSQL, so there are as few as can be. On SQLite it
+# costs those that change: what runs of a definition is parted from what does not.
+ON_POSTGRESQL = (
+    Index(
+        "ix_live_runs_running_worker_id_handler",
+        "worker_id",
+        "handler",
+        postgresql_where=text("worker_id IS NOT NULL"),
+    ),
+    Index("ix_live_runs_definition_id_started_at", "definition_id", "started_at"),
+)
+ON_SQLITE = (
+    Index("ix_live_runs_definition_id", "definition_id"),
+    Index("ix_live_runs_running_definition_id", "definition_id", sqlite_where=text("started_at IS NOT NULL")),
+)
+
+live_runs = Table(
+    "live_runs",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("org_id", Id, nullable=False),
+    Column("definition_id", Id, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("handler", Text, nullable=False, doc="The definition's."),
+    Column(
+        "variant_handlers",
+        json_type(),
+        doc="All handlers that an attempt may choose, where there are variants.",
+    ),
+    Column("isolation", Text, nullable=False, doc="`child` or `inline`."),
+    Column("origin", Text, nullable=False, doc="As in `runs`."),
+    Column("scheduled_for", Instant, nullable=False, doc="As in `runs`."),
+    Column("idempotency_key", Id, nullable=False, doc="As in `runs`."),
+    Column("params", json_type(), doc="As in `runs`."),
+    Column("backfill_id", Id, doc="As in `runs`."),
+    Column("max_concurrent", Integer, doc="The definition's."),
+    Column("priority", Integer, nullable=False, server_default="0", doc="The definition's."),
+    Column(
+        "serial",
+        Boolean,
+        nullable=False,
+        doc="Whether it is the only unfinished run of its definition beside a held one.",
+    ),
+    Column("state", Text, nullable=False, doc="`waiting`, `held` or `running`."),
+    Column("reason", Text, doc="What it waits for; null while it runs."),
+    Column("detail", Text, doc="And more of that."),
+    Column("available_at", Instant, nullable=False, doc="It may start from then on."),
+    Column(
+        "start_by", Instant, doc="A scheduled run whose handler never started by then is skipped (`expired`)."
+    ),
+    Column(
+        "attempt", Integer, nullable=False, server_default="0", doc="The attempt that is on, or was last."
+    ),
+    Column(
+        "failures",
+        Integer,
+        nullable=False,
+        server_default="0",
+        doc="Attempts that count against `max_attempts`.",
+    ),
+    Column(
+        "recoveries",
+        Integer,
+        nullable=False,
+        server_default="0",
+        doc="Those that count against `max_recoveries`.",
+    ),
+    Column(
+        "fencing_token",
+        BigInteger,
+        nullable=False,
+        server_default="0",
+        doc="Grows with each admission; every write compares it.",
+    ),
+    Column("worker_id", Id, doc="The worker that owns it, while it runs."),
+    Column("started_at", Instant, doc="When it was admitted."),
+    Column("progress", json_type(), doc="As in `runs`."),
+    Column("cancel_requested_at", Instant, doc="It was asked to stop."),
+    Column("cancel_reason", Text, doc="Why: `requested`, `replaced` or `closed`."),
+    CheckConstraint(one_of("state", LIVE_STATES), name="state"),
+    CheckConstraint(one_of("isolation", ("child", "inline")), name="isolation"),
+    CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="owner"),
+    CheckConstraint("(state = 'running') = (started_at IS NOT NULL)", name="started"),
+    CheckConstraint("(state = 'running') = (reason IS NULL)", name="reason"),
+    Index(
+        "ix_live_runs_waiting",
+        "org_id",
+        text("priority DESC"),
+        "available_at",
+        "id",
+        postgresql_where=text("state = 'waiting'"),
+        sqlite_where=text("state = 'waiting'"),
+    ),
+    Index(
+        "ix_live_runs_running_org_id",
+        "org_id",
+        postgresql_where=text("state = 'running'"),
+        sqlite_where=text("state = 'running'"),
+    ),
+    *(index.ddl_if(dialect="postgresql") for index in ON_POSTGRESQL),
+    *(index.ddl_if(dialect="sqlite") for index in ON_SQLITE),
+    Index(
+        "ix_live_runs_start_by",
+        "start_by",
+        postgresql_where=text("state = 'waiting' AND start_by IS NOT NULL"),
+        sqlite_where=text("state = 'waiting' AND start_by IS NOT NULL"),
+    ),
+    Index(
+        "ix_live_runs_backfill_id",
+        "backfill_id",
+        postgresql_where=text("backfill_id IS NOT NULL"),
+        sqlite_where=text("backfill_id IS NOT NULL"),
+    ),
+    Index(
+        "uq_live_runs_serial",
+        "definition_id",
+        unique=True,
+        postgresql_where=text("serial AND state IN ('waiting', 'running')"),
+        sqlite_where=text("serial AND state IN ('waiting', 'running')"),
+    ),
+    Index(
+        "uq_live_runs_held",
+        "definition_id",
+        unique=True,
+        postgresql_where=text("state = 'held'"),
+        sqlite_where=text("state = 'held'"),
+    ),
+    postgresql_with=HOT,
+    info={"meaning": "The unfinished runs only: what admission and running need, narrow and hot."},
+)
+
+
+ATTEMPT_OUTCOMES = (
+    "succeeded",
+    "failed",
+    "retry",
+    "snoozed",
+    "cancelled",
+    "timed_out",
+    "lost",
+    "handed_back",
+    "refused",
+    "no_token",
+    "gated",
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column(
+        "attempt",
+        Integer,
+        primary_key=True,
+        doc="1, then one more with each, whatever ended the ones before.",
+    ),
+    Column("org_id", Id, nullable=False),
+    Column("worker_id", Id, nullable=False, doc="The worker that had it."),
+    Column("fencing_token", BigInteger, nullable=False, doc="Under which it ran."),
+    Column("handler", Text, nullable=False, doc="The one that was chosen."),
+    Column("started_at", Instant, nullable=False, doc="When it was admitted."),
+    Column("token_ready_at", Instant, doc="When it had its token."),
+    Column("handler_started_at", Instant, doc="When its handler was called."),
+    Column("ended_at", Instant, nullable=False, doc="When it ended."),
+    Column("outcome", Text, nullable=False, doc="How: see the states of a run."),
+    Column("error", json_type(), doc="`type` and `message`."),
+    Column(
+        "error_cause", Text, doc="The error without numbers, ids and quoted texts: the same for one cause."
+    ),
+    Column("claims", json_type(), doc="What its token said of the org, redacted."),
+    Column("flags", json_type(), doc="The value of each feature flag in its token."),
+    Column("jti", Text, doc="The token's own id."),
+    Column("claims_hash", Text, doc="Tells equal claims."),
+    Column("peak_memory", BigInteger, doc="The most that one process of it had in RAM, in bytes."),
+    CheckConstraint(one_of("outcome", ATTEMPT_OUTCOMES), name="outcome"),
+    Index(
+        "ix_attempts_error_cause_ended_at",
+        "error_cause",
+        "ended_at",
+        postgresql_where=text("error_cause IS NOT NULL"),
+        sqlite_where=text("error_cause IS NOT NULL"),
+    ),
+    info={"meaning": "A row a try, written when it ends."},
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("org_id", Id, nullable=False),
+    Column("attempt", Integer, nullable=False, doc="The attempt that saved it."),
+    Column("fencing_token", BigInteger, nullable=False, doc="Under which it was saved."),
+    Column("saved_at", Instant, nullable=False, doc="When."),
+    Column("data", json_type(), nullable=False, doc="What `ctx.save` was given."),
+    info={"meaning": "What an unfinished or retried run saved last."},
+)
+
+run_logs = Table(
+    "run_logs",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("attempt", Integer, primary_key=True, doc="The attempt that wrote it."),
+    Column("seq", Integer, primary_key=True, doc="Its place in the attempt's log."),
+    Column("org_id", Id, nullable=False),
+    Column("at", Instant, nullable=False, doc="When it was written."),
+    Column("level", Text, nullable=False, doc="`debug` to `critical`."),
+    Column("source", Text, nullable=False, doc="`log`, `stdout` or `stderr`."),
+    Column("text", Text, nullable=False, doc="Without the secrets that the worker knows."),
+    Index("ix_run_logs_at", "at"),
+    info={"meaning": "The lines of the runs' logs."},
+)
+
+skips = Table(
+    "skips",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("org_id", Id, nullable=False),
+    Column("definition_id", Id, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("skipped_from", Instant, nullable=False, doc="The first of them."),
+    Column("skipped_until", Instant, nullable=False, doc="The last of them."),
+    Column("count", Integer, nullable=False, doc="How many."),
+    Column("reason", Text, nullable=False, doc="`missed` or `overlap`."),
+    CheckConstraint(one_of("reason", ("missed", "overlap")), name="reason"),
+    CheckConstraint("count >= 1", name="count"),
+    UniqueConstraint("definition_id", "skipped_from"),
+    Index("ix_skips_org_id_id", "org_id", "id"),
+    Index("ix_skips_skipped_until", "skipped_until"),
+    info={"meaning": "Consecutive instants that never became a run."},
+)

@@ -1,4 +1,4 @@
-"""Admit: waiting runs become running ones, fair over held slots and within every limit."""
+"""Admit: waiting runs become running, fairly by slots held and within every limit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from worker.runs.run import AdmittedRun, Isolation
 from worker.store.connection import driver
 from worker.store.engine import compact_json
 from worker.store.sql import RingStep
-from worker.store.sql.level import Line, reach
+from worker.store.sql.ending import OrgQueue, reach
 from worker.store.sql.postgresql.arrays import plain, texts
-from worker.store.sql.postgresql.owners import OWNER
+
+OWNER = """
+owner(id) AS (
+  (SELECT worker_id FROM live_runs WHERE worker_id IS NOT NULL ORDER BY worker_id LIMIT 1)
+  UNION ALL
+  SELECT (SELECT l.worker_id FROM live_runs l WHERE l.worker_id > owner.id
+          ORDER BY l.worker_id LIMIT 1)
+  FROM owner WHERE owner.id IS NOT NULL)
+"""
+
 
 # One key for all: whoever holds it is the only admitter of this database.
 ADMISSION_LOCK = 6_070_312
@@ -158,7 +167,7 @@ def admit_ring(
     if not rows:
         return RingStep({}, partial=False, cursor=cursor, hops=0, complete=True)
     ready = [row for row in rows if row[2]]
-    lines = [Line(*row[3:]) for row in ready]
+    lines = [OrgQueue(*row[3:]) for row in ready]
     reaches = reach(lines, sum(free.values()))
     last, passed = rows[-1][:2]
     return RingStep(

@@ -7,8 +7,8 @@ from sqlalchemy import Connection
 from worker.ids import WorkerId
 from worker.store.connection import driver
 from worker.store.sql import AbandonedRun
+from worker.store.sql.postgresql.admit import OWNER
 from worker.store.sql.postgresql.arrays import plain
-from worker.store.sql.postgresql.owners import OWNER
 
 # A renewal that comes at the same moment waits for this lock, or is passed over by it.
 END = """

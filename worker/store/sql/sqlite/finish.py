@@ -14,7 +14,7 @@ from worker.ids import DefinitionId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.store.connection import driver, file_now
 from worker.store.engine import shared_json
-from worker.store.sql.ending import Ending, Held, Rollups, settle, sum_up
+from worker.store.sql.ending import Ending, LockedRun, Rollups, settle, sum_up
 from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
 
 # One row, whatever the batch: see `values`.
@@ -89,7 +89,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         OWNED, (json_list(attempt.run_id for attempt in ended), worker_id)
     ).fetchone()
     rows = {row[0]: row for row in json.loads(owned)}
-    held = {id_: Held(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
+    held = {id_: LockedRun(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
     endings, fenced = settle(ended, held, now)
     final = [ending for ending in endings if ending.final]
     in_one_step(cursor, DELETE, [(ending.attempt.run_id,) for ending in final])

@@ -1,0 +1,1 @@
+"""Attempts: one run from its token to its outcome. Start reading at attempt.py."""

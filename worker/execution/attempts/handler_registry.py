@@ -1,0 +1,53 @@
+"""Handler registry: the handlers that this worker can run, as its catalogue children report them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from worker.handlers.catalogue import HandlerEntry
+from worker.runs.run import Isolation
+
+NO_SCOPES: frozenset[str] = frozenset()
+
+
+class HandlerRegistry:
+    """Handlers by name; broken ones, and inline ones the operator did not allow, are not offered."""
+
+    def __init__(self, inline: frozenset[str] = frozenset()) -> None:
+        self._inline = inline
+        self._entries: dict[str, HandlerEntry] = {}
+
+    def add(self, entry: HandlerEntry) -> bool:
+        """Take one report of the catalogue; whether it is offered from now on."""
+        if entry.error is not None:
+            return False
+        if entry.isolation == "inline" and not self.allows_inline(entry):
+            return False
+        self._entries[entry.name] = entry
+        return True
+
+    def get(self, name: str) -> HandlerEntry | None:
+        return self._entries.get(name)
+
+    def allows_inline(self, entry: HandlerEntry) -> bool:
+        """Whether the operator lets this entry's distribution run in the worker's process."""
+        return entry.distribution in self._inline
+
+    def isolation_of(self, name: str) -> Isolation:
+        """Where a handler wants to run; in a child where it is not known here."""
+        entry = self._entries.get(name)
+        return "inline" if entry is not None and entry.isolation == "inline" else "child"
+
+    def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
+        """All scopes that these handlers declare."""
+        if not handlers:
+            return NO_SCOPES
+        entries = (self._entries.get(name) for name in handlers)
+        return frozenset(scope for entry in entries if entry is not None for scope in entry.scopes)
+
+    def limits(self) -> Mapping[str, int | None]:
+        """Each offered handler with its limit over all workers, or None."""
+        return {name: entry.max_concurrent for name, entry in self._entries.items()}
+
+    def names(self) -> Sequence[str]:
+        return sorted(self._entries)

@@ -1,0 +1,109 @@
+"""Run log writer: writes progress and log lines of running runs in batches, masked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.ids import RunId
+from worker.runs.firing import LogLine
+from worker.runs.run import AdmittedRun
+from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
+
+# Seconds between flushes.
+FLUSH = 0.5
+# Rows in one statement, and lines kept while the database is away.
+BATCH = 500
+KEPT = 50_000
+
+Progress = tuple[RunId, int, Mapping[str, Any]]
+
+
+class RunLogStore(Protocol):
+    async def write_progress(self, rows: Sequence[Progress]) -> None:
+        """Set each live row's progress where the fencing token still holds."""
+        ...
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None:
+        """Append lines; one that is already there is left as it is."""
+        ...
+
+
+class RunLogWriter:
+    """Takes lines and progress at any rate and writes them twice a second.
+
+    Of progress only the newest counts. Lines beyond `KEPT` are dropped oldest
+    first while the database is away, and the dropped are counted in an event.
+    """
+
+    def __init__(self, store: RunLogStore, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._lines: list[LogLine] = []
+        self._progress: dict[RunId, Progress] = {}
+        self._seq: dict[tuple[RunId, int], int] = {}
+        self._writing = asyncio.Lock()
+
+    def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
+        """Take one line of a run's log."""
+        key = (run.id, run.attempt)
+        self._seq[key] = seq = self._seq.get(key, 0) + 1
+        self._lines.append(
+            LogLine(
+                run_id=run.id,
+                attempt=run.attempt,
+                seq=seq,
+                org_id=run.org_id,
+                at=at or self._clock.now(),
+                level=level,
+                source=source,
+                text=masker.mask(text),
+            )
+        )
+
+    def progress(self, run: AdmittedRun, progress: Mapping[str, Any]) -> None:
+        """Take a run's newest progress."""
+        self._progress[run.id] = (run.id, run.fencing_token, progress)
+
+    def ended(self, run: AdmittedRun) -> None:
+        """Forget what only a running attempt needs."""
+        self._seq.pop((run.id, run.attempt), None)
+        self._progress.pop(run.id, None)
+
+    async def run(self) -> None:
+        """Flush for ever; ends by cancellation only."""
+        while True:
+            await self._clock.sleep(FLUSH)
+            await self.flush()
+
+    async def last_words(self, run: AdmittedRun) -> None:
+        """Write what a run has logged before its end is: whoever sees the end finds the log whole."""
+        if (run.id, run.attempt) in self._seq:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what is there; what cannot be written now is kept for the next time."""
+        async with self._writing:
+            await self._write()
+
+    async def _write(self) -> None:
+        progress, self._progress = self._progress, {}
+        lines, self._lines = self._lines, []
+        try:
+            if progress:
+                await self._store.write_progress(list(progress.values()))
+                progress = {}
+            while lines:
+                await self._store.append_logs(lines[:BATCH])
+                lines = lines[BATCH:]
+        except Unavailable:
+            self._progress = progress | self._progress
+            kept = (lines + self._lines)[-KEPT:]
+            if dropped := len(lines) + len(self._lines) - len(kept):
+                emit("logs.dropped", lines=dropped)
+            self._lines = kept

@@ -1,0 +1,102 @@
+"""Scheduler: definition → due → run. Every replica fires; firing twice is harmless."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable, WorkerError
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.loops.wakeups import woken
+from worker.runs.fire import decide
+from worker.runs.firing import Decision, DueDefinition, FireReport, NextFire
+from worker.telemetry.events import emit
+
+# Definitions locked by one transaction: some ten milliseconds' work, of which each round trip
+# and the commit are a part that does not grow with them.
+BATCH = 250
+# Until a definition that this version cannot read is looked at again.
+PUT_OFF = timedelta(minutes=1)
+
+
+class FireStore(Protocol):
+    async def fire(self, decide: Callable[[DueDefinition, datetime], Decision], *, limit: int) -> FireReport:
+        """Lock what is due, decide, write; one short transaction."""
+        ...
+
+
+class Scheduler:
+    """Fires what is due and sleeps until the next instant, at most one poll.
+
+    `on_fired` is called after runs were inserted, so that admission goes on at once.
+    """
+
+    def __init__(
+        self,
+        store: FireStore,
+        offers: HandlerRegistry,
+        clock: Clock,
+        *,
+        poll: float,
+        on_fired: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._offers = offers
+        self._clock = clock
+        self._poll = poll
+        self._on_fired = on_fired
+        self._newest: datetime | None = None
+        self.wake = asyncio.Event()
+        self.ticked_at = clock.monotonic()
+
+    async def run(self) -> None:
+        """Fire for ever; ends by cancellation only."""
+        while True:
+            self.wake.clear()
+            report = await self._fire()
+            self.ticked_at = self._clock.monotonic()
+            if not report.more:
+                await woken(self.wake, self._pause(report))
+
+    async def _fire(self) -> FireReport:
+        try:
+            report = await self._store.fire(self._decide, limit=BATCH)
+        except Unavailable:
+            return FireReport()
+        if report.inserted:
+            self._on_fired()
+        if report.inserted or report.skips or report.overlapped:
+            emit(
+                "runs.fired",
+                count=len(report.inserted),
+                overlapped=len(report.overlapped),
+                skips=sum(skip.count for skip in report.skips),
+            )
+        self._watch_the_clock(report.now)
+        return report
+
+    def _decide(self, due: DueDefinition, now: datetime) -> Decision:
+        """Decide one definition; one that cannot be read is put off, its instants kept, and told."""
+        try:
+            return decide(due, now, self._offers.isolation_of)
+        except WorkerError as error:
+            emit("definition.failed", org=due.org_code, definition=due.name, error=error.message)
+            again = NextFire(due.definition_id, due.next_scheduled_for, now + PUT_OFF)
+            return Decision(runs=(), skips=(), next=again)
+
+    def _pause(self, report: FireReport) -> float:
+        if report.next_fire_at is None or report.now is None:
+            return self._poll
+        return min(self._poll, max(0.0, (report.next_fire_at - report.now).total_seconds()))
+
+    def _watch_the_clock(self, now: datetime | None) -> None:
+        """Say so when the clock went back: what was due before it is not due again, and nothing fires."""
+        if now is None:
+            return
+        if self._newest is not None and (back := (self._newest - now).total_seconds()) > self._poll:
+            emit("clock.went_back", seconds=round(back, 1))
+            self._newest = now
+        self._newest = now if self._newest is None else max(self._newest, now)

@@ -1,1 +1,0 @@
-"""What zygote, child and children are made of: messages, kernel calls, limits, one run's line."""

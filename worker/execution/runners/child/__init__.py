@@ -1,0 +1,1 @@
+"""The side of a run's own process: zygote, sandbox, messages. It imports neither store nor tokens."""

@@ -1,0 +1,390 @@
+"""Pool: the runner that gives each run a process of its own, forked by a zygote."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from worker.clock import Clock
+from worker.execution.runners.child import linux
+from worker.execution.runners.child.child_run import ChildRun
+from worker.execution.runners.child.messages import Setup
+from worker.execution.runners.child.sandbox import Rules
+from worker.execution.runners.contract import RunServices, StopSignal, Work, stopped
+from worker.execution.runners.exit_status import Ended
+from worker.handlers.installed import ENVIRONMENT, FOLDERS, environment
+from worker.runs.lease import Lease
+from worker.runs.outcome import HandedBack, Lost, Outcome
+from worker.telemetry.events import emit
+
+Message = Mapping[str, Any]
+_DATAGRAM = 65_536
+_STEP = 0.002
+
+
+class ZygoteHandle:
+    """One zygote process, alive or not. `send` may be called from any thread."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        lock = [] if setup.lock is None else [setup.lock]
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "worker.execution.runners.child.zygote"),
+                    *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
+                ],
+                env=environment(setup.environment),
+                pass_fds=[theirs.fileno(), *lock],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        born = linux.process_of(self.pid)
+        self._started = 0.0 if born is None else born.started
+        self._pidfd = os.pidfd_open(self.pid)
+        self._sending = threading.Lock()
+        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
+        """Hear it on the running loop; `on_death` is called once, when the process is gone."""
+        self._loop = loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.remove_reader(self._pidfd)
+            self._hear(on_message)  # what it said last
+            loop.remove_reader(self._control)
+            on_death()
+
+        loop.add_reader(self._control, self._hear, on_message)
+        loop.add_reader(self._pidfd, died)
+
+    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """Say something, in order and without waiting; the descriptors are closed here once they are sent."""
+        with self._sending:
+            self._unsent.append((json.dumps(message).encode(), descriptors))
+            if not self._flush() and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._send_later)
+
+    def hang_up(self) -> None:
+        """Close the line: it kills every run and ends."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._control)
+            self._loop.remove_reader(self._pidfd)
+            self._loop.remove_writer(self._control)
+        self._control.close()
+
+    async def gone(self, patience: float) -> None:
+        """Wait until the process has ended; past `patience` seconds kill it, and what it leaves."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        while self._process.poll() is None:
+            if loop.time() >= until:
+                self._process.kill()
+            await asyncio.sleep(_STEP)
+        await self.end_adopted()
+        os.close(self._pidfd)
+
+    async def end_adopted(self) -> None:
+        """Kill what the dead zygote has left: this process, a subreaper, has become their parent.
+
+        Its runs are told from our own other children by their sessions, which are
+        never ours, and by being younger than the zygote.
+        """
+        session, me = os.getsid(0), os.getpid()
+        while True:
+            table = linux.processes()
+            adopted = {
+                process.pid
+                for process in table.values()
+                if process.parent == me and process.session != session and process.started >= self._started
+            }
+            if not adopted:
+                return
+            for pid in adopted | linux.descendants(table, adopted):
+                linux.send(pid, signal.SIGKILL)
+            await asyncio.sleep(_STEP)
+            for pid in adopted:
+                linux.reap(pid)
+
+    def _hear(self, on_message: Callable[[Message], None]) -> None:
+        while True:
+            try:
+                data = self._control.recv(_DATAGRAM)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:  # closed; that the process ends is heard from its pidfd
+                if self._loop is not None:
+                    self._loop.remove_reader(self._control)
+                return
+            on_message(json.loads(data))
+
+    def _flush(self) -> bool:
+        while self._unsent:
+            data, descriptors = self._unsent[0]
+            try:
+                socket.send_fds(self._control, [data], descriptors)
+            except BlockingIOError:
+                return False
+            except OSError:  # it is dead; its runs are about to be told
+                pass
+            self._unsent.popleft()
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _send_later(self) -> None:
+        if self._loop is not None and self._control.fileno() >= 0:
+            self._loop.add_writer(self._control, self._writable)
+
+    def _writable(self) -> None:
+        with self._sending:
+            if self._flush() and self._loop is not None:
+                self._loop.remove_writer(self._control)
+
+
+# Seconds between execs of a zygote that does not come up, at first and at most; until one that was hung
+# up on is killed; and between looks for adopted processes that have ended.
+RESTART = 0.5
+LONGEST_RESTART = 10.0
+CLOSE = 5.0
+REAP_EVERY = 30.0
+
+
+class ChildPool:
+    """Start it from the main thread before any key is read.
+
+    Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor of
+    the SQLite file's lock, which the zygote holds as long as it lives; each run adds a
+    read lock of its own. `preload` modules or distributions that the operator has the
+    zygote import. Without `sandbox` nothing is denied to the runs.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        freezing: bool = True,
+        max_freeze: timedelta = timedelta(minutes=10),
+        preload: Sequence[str] = (),
+        pass_environment: Sequence[str] = (),
+        lock_fd: int | None = None,
+        sandbox: Rules | None = None,
+    ) -> None:
+        self._clock = clock
+        self._freezing = freezing
+        self._setup = Setup(
+            folder="",
+            lock=lock_fd,
+            environment=(*ENVIRONMENT, *pass_environment),
+            preload=tuple(preload),
+            max_freeze=max_freeze.total_seconds(),
+            sandbox=sandbox,
+        )
+        self._zygote: ZygoteHandle | None = None
+        self._attached = False
+        self._closed = False
+        self._lease: Message | None = None
+        self._numbers = itertools.count(1)
+        self._runs: dict[int, ChildRun] = {}
+        self._up = asyncio.Event()
+        self._chores: set[asyncio.Task[None]] = set()
+        self._reaping: asyncio.Task[None] | None = None
+        self._pause = RESTART
+
+    def start(self) -> None:
+        """Exec the zygote. Needs no running loop."""
+        linux.hide_memory()  # the key ring and every org's tokens are in it
+        linux.become_subreaper()
+        linux.allow_many_descriptors()
+        self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
+        self._zygote = self._exec()
+
+    def attach(self) -> None:
+        """Hear the zygote on the running loop from now on; `run` does it where nobody did."""
+        if self._attached or self._zygote is None:
+            return
+        self._attached = True
+        self._hold(self._zygote)
+        self._reaping = asyncio.create_task(self._reap_now_and_then())
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """The zygote that is up, or None."""
+        return None if self._zygote is None else self._zygote.pid
+
+    def renewed(self, lease: Lease) -> None:
+        """The lease holds: runs go on, until its `freeze_at`. From any thread."""
+        if self._freezing:
+            self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
+            if self._zygote is not None:
+                self._zygote.send(self._lease)
+
+    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
+        """Run the handler in a process of its own; when this returns none of its processes is left."""
+        self.attach()
+        zygote = await self._ready(stop)
+        if stop.killed:
+            return Lost("the lease on the run is lost")
+        if zygote is None:
+            return stopped(stop) if stop.asked else HandedBack("the worker is ending")
+        number = next(self._numbers)
+        run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
+        self._runs[number] = run  # before the next await: a zygote that dies in between ends it
+        try:
+            folder = self._folder(number)
+            os.makedirs(folder, 0o700)
+            descriptors = await run.open()
+        except OSError as error:
+            del self._runs[number]
+            run.close()
+            return await self._cannot_start(error.strerror)
+        start = {"op": "start", "run": number, "folder": folder, "memory": work.memory}
+        start["seconds"] = (work.timeout_at - self._clock.now()).total_seconds()
+        zygote.send(start, descriptors)
+        try:
+            outcome = await run.finish()
+        except asyncio.CancelledError:
+            zygote.send({"op": "kill", "run": number})
+            raise
+        if run.unstarted is not None:
+            return await self._cannot_start(run.unstarted)
+        return outcome
+
+    async def close(self) -> None:
+        """Kill what is left and end the zygote."""
+        self._closed = True
+        self._up.set()
+        zygote, self._zygote = self._zygote, None
+        if zygote is not None:
+            zygote.hang_up()
+            await zygote.gone(CLOSE)
+        for number in list(self._runs):
+            self._end(number, Ended(why="lost"))
+        if self._reaping is not None:
+            self._reaping.cancel()
+        if self._chores:
+            await asyncio.wait(self._chores)
+        shutil.rmtree(self._setup.folder, ignore_errors=True)
+
+    async def _ready(self, stop: StopSignal) -> ZygoteHandle | None:
+        """The zygote, once it is up; None if the run or the worker is to end before that."""
+        if not self._up.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self._up, stop.requested)]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+        return self._zygote if self._up.is_set() else None
+
+    def _exec(self) -> ZygoteHandle:
+        zygote = ZygoteHandle(self._setup)
+        emit("zygote.started", pid=zygote.pid)
+        return zygote
+
+    def _hold(self, zygote: ZygoteHandle) -> None:
+        zygote.attach(self._hear, lambda: self._chore(self._replace(zygote)))
+        self._zygote = zygote
+        if self._lease is not None:
+            zygote.send(self._lease)
+
+    def _hear(self, message: Message) -> None:
+        match message["op"]:
+            case "ended":
+                self._end(
+                    message["run"],
+                    Ended(message["status"], message["memory"], message["why"], message.get("detail")),
+                )
+            case "frozen":
+                for run in self._runs.values():
+                    run.freeze(message["at"])
+                if self._runs:
+                    emit("children.frozen", runs=len(self._runs))
+            case "thawed":
+                for run in self._runs.values():
+                    run.thaw(message["at"])
+                if self._runs:
+                    emit("children.thawed", runs=len(self._runs), seconds=round(message["seconds"], 3))
+            case "ready":
+                self._up.set()
+                self._pause = RESTART
+                for name, error in message["preload_failures"]:
+                    emit("handler.broken", distribution=name, error=f"preload: {error}")
+
+    def _end(self, number: int, ended: Ended) -> None:
+        run = self._runs.pop(number, None)
+        if run is not None:
+            run.end(ended)
+        folder = self._folder(number)
+        try:
+            os.rmdir(folder)
+        except OSError:  # the handler has left something in it
+            removal = asyncio.to_thread(shutil.rmtree, folder, True)
+            self._chore(removal)
+
+    async def _replace(self, zygote: ZygoteHandle) -> None:
+        """A zygote is dead: its runs are killed and lost, and another takes its place."""
+        if self._closed or zygote is not self._zygote:
+            return
+        was_up = self._up.is_set()
+        self._up.clear()
+        zygote.hang_up()
+        await zygote.gone(0)
+        lost = list(self._runs)
+        emit("zygote.died", pid=zygote.pid, runs=len(lost))
+        for number in lost:
+            self._end(number, Ended(why="lost"))
+        if not was_up:
+            await self._after_a_bad_start()
+        if not self._closed:
+            self._hold(self._exec())
+
+    async def _after_a_bad_start(self) -> None:
+        # Until one is up the runs wait: to lose them would use up their recoveries.
+        if self._setup.preload:
+            error = "the zygote died while it imported this: it goes on without"
+            emit("handler.broken", distribution=", ".join(self._setup.preload), error=f"preload: {error}")
+            self._setup = replace(self._setup, preload=())
+            return
+        await asyncio.sleep(self._pause)
+        self._pause = min(self._pause * 2, LONGEST_RESTART)
+
+    async def _cannot_start(self, why: str | None) -> Outcome:
+        # Handed back at once, it would be admitted again at once.
+        await asyncio.sleep(1.0)
+        return HandedBack(f"no process could be started: {why}")
+
+    async def _reap_now_and_then(self) -> None:
+        # As PID 1 of a container the worker inherits whatever else dies there.
+        while True:
+            await asyncio.sleep(REAP_EVERY)
+            if self._zygote is not None:
+                linux.reap_adopted(besides=self._zygote.pid)
+
+    def _folder(self, number: int) -> str:
+        return os.path.join(self._setup.folder, str(number))
+
+    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
+        chore = asyncio.create_task(work)
+        self._chores.add(chore)
+        chore.add_done_callback(self._chores.discard)

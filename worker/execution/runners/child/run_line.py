@@ -1,0 +1,193 @@
+"""The run's end of its channel: asks the worker, hears its word to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from worker.claims.claims import AccessToken, Claims
+from worker.errors import LeaseLost, Unavailable, WorkerError
+from worker.execution.runners.child.messages import BrokenFrame, Message, Unframer, frame, granted_of
+
+# Progress is shown, not counted: more often than this it is not sent. Seconds.
+PROGRESS_EVERY = 0.1
+_TICK = 1.0
+_RECEIVE = 65_536
+
+
+class ChannelClosed(Exception):
+    """The worker cannot be reached: it is gone, or the handler has closed the channel's descriptor."""
+
+
+class RunLine:
+    """The channel of one run, shared by the handler's threads; a forked copy of the process has none."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel: socket.socket | None = channel
+        self._inode = os.fstat(channel.fileno()).st_ino
+        self._unframer = Unframer()
+        self._early: list[Message] = []
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, Future[Message]] = {}
+        self._progress: Message | None = None
+        self._progress_at = 0.0
+
+    def receive(self) -> Message:
+        """The first message, before anything listens."""
+        while not self._early:
+            self._early += self._unframer.feed(self._read())
+        return self._early.pop(0)
+
+    def listen(self, on_stop: Callable[[str], None]) -> None:
+        """Hear the worker from now on, in a thread of its own; `on_stop` gets the reason."""
+        thread = threading.Thread(target=self._listen, args=(on_stop,), name="worker", daemon=True)
+        # SIGTERM is to interrupt the handler, so the kernel must not choose this thread for it.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send one message whole; raises ChannelClosed."""
+        data = frame(message)
+        try:
+            with self._lock:
+                self._mine().sendall(data)
+        except OSError as error:
+            raise ChannelClosed(f"the worker cannot be reached: {error.strerror}") from error
+
+    def ask(self, message: Mapping[str, Any]) -> Future[Message]:
+        """Send a message that is answered; the future fails as the worker says."""
+        number = next(self._numbers)
+        answer: Future[Message] = Future()
+        self._waiting[number] = answer
+        self.send({**message, "n": number})
+        return answer
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None:
+        """Pass progress on, the newest of each tenth of a second."""
+        self._progress = {"op": "progress", "done": done, "total": total, "note": note}
+        self._send_progress(time.monotonic() - PROGRESS_EVERY)
+
+    def send_end(self, outcome: Mapping[str, Any]) -> None:
+        """The last message: how it ended."""
+        self._send_progress(float("inf"))
+        self.send({"op": "end", "outcome": outcome})
+
+    def disown(self) -> None:
+        """Close the channel in a process that the handler forked, which must not speak for the run."""
+        channel, self._channel = self._channel, None
+        self._lock = threading.Lock()  # a thread that is not here any more may have held the old one
+        if channel is not None:
+            channel.close()
+
+    def awaited(self) -> AwaitedLine:
+        """The line as a `Context` uses it."""
+        return AwaitedLine(self)
+
+    def blocking(self) -> BlockedLine:
+        """The line as a `BlockingContext` uses it."""
+        return BlockedLine(self)
+
+    def _send_progress(self, sent_before: float) -> None:
+        if self._progress is not None and self._progress_at <= sent_before:
+            progress, self._progress = self._progress, None
+            self._progress_at = time.monotonic()
+            self.send(progress)
+
+    def _listen(self, on_stop: Callable[[str], None]) -> None:
+        try:
+            early, self._early = self._early, []
+            for message in early:
+                self._hear(message, on_stop)
+            poll = select.poll()
+            poll.register(self._mine(), select.POLLIN)
+            while True:
+                if poll.poll(_TICK * 1000):
+                    for message in self._unframer.feed(self._read()):
+                        self._hear(message, on_stop)
+                self._send_progress(time.monotonic() - PROGRESS_EVERY)
+        except (ChannelClosed, BrokenFrame, OSError):
+            for answer in list(self._waiting.values()):
+                answer.set_exception(ChannelClosed("the worker cannot be reached"))
+
+    def _hear(self, message: Message, on_stop: Callable[[str], None]) -> None:
+        if message["op"] == "stop":
+            on_stop(message["reason"])
+            return
+        answer = self._waiting.pop(message["n"], None)
+        if answer is None or not answer.set_running_or_notify_cancel():
+            return
+        if "error" in message:
+            answer.set_exception(_error_of(message["error"]))
+        else:
+            answer.set_result(message)
+
+    def _read(self) -> bytes:
+        data = self._mine().recv(_RECEIVE)
+        if not data:
+            raise ChannelClosed("the worker has closed the channel")
+        return data
+
+    def _mine(self) -> socket.socket:
+        channel = self._channel
+        try:
+            # The handler may have closed every descriptor, and opened a file that got this number.
+            if channel is not None and os.fstat(channel.fileno()).st_ino == self._inode:
+                return channel
+        except OSError as error:
+            raise ChannelClosed("the channel's descriptor is closed") from error
+        raise ChannelClosed("the channel belongs to another process or is closed")
+
+
+class AwaitedLine:
+    """The channel for a handler that awaits."""
+
+    def __init__(self, line: RunLine) -> None:
+        self._line = line
+        self.progress = line.progress
+
+    async def save(self, data_json: str) -> None:
+        await asyncio.wrap_future(self._line.ask({"op": "save", "data": data_json}))
+
+    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        answer = await asyncio.wrap_future(self._line.ask({"op": "token", "fresh": fresh}))
+        return granted_of(answer["granted"])
+
+
+class BlockedLine:
+    """The channel for a handler that blocks."""
+
+    def __init__(self, line: RunLine) -> None:
+        self._line = line
+        self.progress = line.progress
+
+    def save(self, data_json: str) -> None:
+        self._line.ask({"op": "save", "data": data_json}).result()
+
+    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return granted_of(self._line.ask({"op": "token", "fresh": fresh}).result()["granted"])
+
+
+def error_message(error: WorkerError) -> Message:
+    """An error of the worker's, as the other end raises it."""
+    pause = getattr(error, "retry_after", None)
+    return {"code": error.code, "message": error.message, "retry_after": pause}
+
+
+def _error_of(said: Mapping[str, Any]) -> WorkerError:
+    if said["code"] == LeaseLost.code:
+        return LeaseLost(said["message"])
+    error = Unavailable(said["message"])
+    error.code = said["code"]
+    error.retry_after = said["retry_after"]
+    return error

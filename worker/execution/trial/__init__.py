@@ -1,0 +1,1 @@
+"""Trial: one run of one handler through the real attempt, with nothing stored."""

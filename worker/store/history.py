@@ -1,0 +1,149 @@
+"""History of one scheduled time: what was in force, what became of it, who else hit the error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, func, select
+
+from worker.definitions.policies import MISFIRE_GRACE
+from worker.ids import DefinitionId, OrgId, RunId
+from worker.store import tables
+
+# Rows that are looked at before the answer is "at least": a broken release fails a hundred times a second.
+MOST = 10_000
+
+_attempts = tables.attempts
+_live = tables.live_runs
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """So many other orgs; with `more` there may be further ones."""
+
+    orgs: int
+    more: bool = False
+
+
+def others_that_failed(
+    connection: Connection, org_id: OrgId, cause: str, start: datetime, end: datetime
+) -> Others:
+    """Orgs but this one of which an attempt ended with this `error_cause` in [start, end)."""
+    return _others(
+        connection,
+        select(_attempts.c.org_id).where(
+            _attempts.c.error_cause == cause,
+            _attempts.c.ended_at >= start,
+            _attempts.c.ended_at < end,
+            _attempts.c.org_id != org_id,
+        ),
+    )
+
+
+def others_without_token(connection: Connection, org_id: OrgId) -> Others:
+    """Orgs but this one of which a run waits for a token now."""
+    return _others(
+        connection,
+        select(_live.c.org_id).where(
+            _live.c.state == "waiting", _live.c.reason == "no_token", _live.c.org_id != org_id
+        ),
+    )
+
+
+def _others(connection: Connection, query: Select[tuple[str]]) -> Others:
+    found = query.limit(MOST).subquery()
+    orgs, looked_at = connection.execute(
+        select(func.count(found.c.org_id.distinct()), func.count(found.c.org_id))
+    ).one()
+    return Others(orgs, looked_at == MOST)
+
+
+Row = dict[str, Any]
+
+_runs = tables.runs
+_skips = tables.skips
+_revisions = tables.definition_revisions
+_audit = tables.audit
+
+# Runs that may have been made within the grace of one instant, and are looked at.
+_NEAR = 100
+
+
+def revision_at(connection: Connection, definition_id: DefinitionId, at: datetime) -> Row | None:
+    """The revision in force at an instant: the last one made by then, else the first."""
+    made = select(_revisions).where(_revisions.c.definition_id == definition_id)
+    last = made.where(_revisions.c.at <= at).order_by(_revisions.c.revision.desc()).limit(1)
+    first = made.order_by(_revisions.c.revision).limit(1)
+    row = connection.execute(last).mappings().first() or connection.execute(first).mappings().first()
+    return None if row is None else dict(row)
+
+
+def run_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> RunId | None:
+    """The run of this instant: the schedule's, else the newest that was made for it."""
+    mine = select(_runs.c.id).where(
+        _runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.scheduled_for == at
+    )
+    scheduled = mine.where(_runs.c.origin == "schedule")
+    found = connection.execute(scheduled).scalar_one_or_none()
+    return found or connection.execute(mine.order_by(_runs.c.id.desc()).limit(1)).scalar_one_or_none()
+
+
+def skip_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> Row | None:
+    """The row of `skips` that this instant is counted in."""
+    query = select(_skips).where(
+        _skips.c.org_id == org_id,
+        _skips.c.definition_id == definition_id,
+        _skips.c.skipped_from <= at,
+        _skips.c.skipped_until >= at,
+    )
+    row = connection.execute(query.order_by(_skips.c.skipped_from.desc()).limit(1)).mappings().first()
+    return None if row is None else dict(row)
+
+
+def run_that_was_on(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime
+) -> RunId | None:
+    """The run that a scheduled one met at that instant: the oldest that had not ended by then."""
+    query = (
+        select(_runs.c.id)
+        .where(
+            _runs.c.org_id == org_id,
+            _runs.c.definition_id == definition_id,
+            _runs.c.origin != "backfill",
+            _runs.c.created_at <= at + MISFIRE_GRACE,
+            _runs.c.finished_at.is_(None) | (_runs.c.finished_at >= at),
+        )
+        .order_by(_runs.c.id.desc())
+        .limit(_NEAR)
+    )
+    return min(connection.execute(query).scalars(), default=None)
+
+
+def running(connection: Connection, org_id: OrgId, *, limit: int) -> int:
+    """How many runs of this org are on; counted up to `limit`."""
+    some = (
+        select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == "running").limit(limit).subquery()
+    )
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
+
+
+def last_change(
+    connection: Connection, org_id: OrgId, subject: str, actions: Sequence[str], at: datetime
+) -> Row | None:
+    """The last of these actions on a subject by that instant: who, when and which."""
+    query = (
+        select(_audit.c.at, _audit.c.actor, _audit.c.action, _audit.c.detail)
+        .where(
+            _audit.c.org_id == org_id,
+            _audit.c.subject == subject,
+            _audit.c.action.in_(actions),
+            _audit.c.at <= at,
+        )
+        .order_by(_audit.c.id.desc())
+        .limit(1)
+    )
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)

@@ -1,0 +1,1 @@
+"""Lists: rows as people see them, page by page."""
