@@ -9,7 +9,7 @@ import yaml
 
 from docs.generate.tables import code, codes, table
 from worker.telemetry.events import EVENTS
-from worker.telemetry.metric_table import METRICS
+from worker.telemetry.metrics import METRICS
 
 RULES = Path(__file__).parents[2] / "config/alerts.yml"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from worker.cli import main
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.supervisor import supervisor
-from worker.runs.firing import FireReport
+from worker.runs.run import FireReport
 
 FILE = "FREEZE_WHEN"
 # Seconds instead of the worker's own patience, so that nobody has to wait.

@@ -9,7 +9,7 @@ from typing import Any
 
 import promql_parser as promql
 
-from worker.telemetry.metric_table import METRICS, Metric
+from worker.telemetry.metrics import METRICS, Metric
 
 # Each series by the name that a query has for it.
 SERIES: dict[str, Metric] = {

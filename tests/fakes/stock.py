@@ -11,9 +11,8 @@ from typing import Any
 from sqlalchemy import insert, select, update
 
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
-from worker.runs.firing import FireReport
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, Isolation, NewRun
+from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun
 from worker.store import firing, for_worker, tables
 from worker.store.database import Database
 from worker.store.for_worker import RingWalk

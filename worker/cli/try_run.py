@@ -22,8 +22,8 @@ from worker.errors import UsageError
 
 if TYPE_CHECKING:
     from worker.handlers.catalogue import HandlerEntry
-    from worker.runs.firing import LogLine
     from worker.runs.outcome import EndedAttempt
+    from worker.runs.run import LogLine
     from worker.wiring.trying import Tried
 
 

@@ -15,8 +15,7 @@ from worker.errors import WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations.handlers import Handlers
 from worker.runs.fire import decide, spread_of
-from worker.runs.firing import DueDefinition, NewSkip, NextFire
-from worker.runs.run import NewRun
+from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.store import audit, definitions, firing, schema
 from worker.store.connection import chunks
 from worker.store.database import Database

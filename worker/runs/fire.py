@@ -14,8 +14,7 @@ from worker.definitions.policies import LEAST_PATIENCE, MisfirePolicy
 from worker.definitions.triggers import EveryTrigger, Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId, RunId, new_id
-from worker.runs.firing import Decision, DueDefinition, NewSkip, NextFire
-from worker.runs.run import Isolation, NewRun
+from worker.runs.run import Decision, DueDefinition, Isolation, NewRun, NewSkip, NextFire
 
 # More runs than this are left to the next call, which comes at once.
 MOST_RUNS = 1000

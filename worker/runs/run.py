@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from worker.definitions.policies import Overlap
@@ -12,11 +12,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 
 Origin = Literal["schedule", "manual", "backfill", "retry"]
 Isolation = Literal["child", "inline"]
-FinalState = Literal["succeeded", "failed", "cancelled", "refused", "skipped"]
-WaitingReason = Literal[
-    "due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler"
-]
-FINAL_STATES: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "refused", "skipped"})
+SkipReason = Literal["missed", "overlap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,3 +98,148 @@ class RunContext:
     issuer: str
     definition_name: str
     spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DueDefinition:
+    """A definition whose next fire has come, locked by this transaction."""
+
+    definition_id: DefinitionId
+    org_id: OrgId
+    org_code: str
+    org_timezone: str | None
+    name: str
+    revision: int
+    next_scheduled_for: datetime
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NewSkip:
+    """Consecutive instants that do not become runs; both ends inclusive, within one UTC day."""
+
+    org_id: OrgId
+    definition_id: DefinitionId
+    revision: int
+    skipped_from: datetime
+    skipped_until: datetime
+    count: int
+    reason: SkipReason
+
+
+@dataclass(frozen=True, slots=True)
+class NextFire:
+    """When a definition is due next; both None when it never is again."""
+
+    definition_id: DefinitionId
+    next_scheduled_for: datetime | None
+    next_fire_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What fire does with one due definition."""
+
+    runs: Sequence[NewRun]
+    skips: Sequence[NewSkip]
+    next: NextFire
+
+
+@dataclass(frozen=True, slots=True)
+class FireReport:
+    """What one call of fire did; `more` is true where its limit was reached."""
+
+    inserted: Sequence[NewRun] = ()
+    overlapped: Sequence[NewRun] = ()
+    skips: Sequence[NewSkip] = ()
+    next_fire_at: datetime | None = None
+    now: datetime | None = None
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A run taken from a dead worker: `state` is waiting, or failed past `max_recoveries`.
+
+    `org` is the org's code, `definition` the definition's name; None where that row is gone.
+    """
+
+    run_id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    org: str | None
+    definition: str | None
+    attempt: int
+    worker: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of a run's log; `seq` counts from 1 within the attempt, `source` is log, stdout or stderr."""
+
+    run_id: RunId
+    attempt: int
+    seq: int
+    org_id: OrgId
+    at: datetime
+    level: str
+    source: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSkip:
+    """A definition's last row of `skips`."""
+
+    id: str
+    skip: NewSkip
+
+
+@dataclass(frozen=True, slots=True)
+class SkipChanges:
+    """What to write: rows that grow, with their new end and count, and new rows."""
+
+    grown: Sequence[StoredSkip]
+    new: Sequence[NewSkip]
+
+
+def fold(
+    skips: Iterable[NewSkip],
+    last: Mapping[DefinitionId, StoredSkip],
+    ran_before: Mapping[tuple[DefinitionId, datetime], datetime | None],
+) -> SkipChanges:
+    """Grow each definition's last row as far as it may, and begin new ones after that.
+
+    A row grows while reason, revision and UTC day stay and no scheduled run lies
+    between its end and what follows. `ran_before` names, for a definition and the
+    start of a skip, the last scheduled instant before it that became a run.
+    """
+    open_rows: dict[DefinitionId, StoredSkip | NewSkip] = dict(last)
+    grown: dict[DefinitionId, StoredSkip] = {}
+    new: list[NewSkip] = []
+    for skip in sorted(skips, key=lambda skip: (skip.definition_id, skip.skipped_from)):
+        row = open_rows.get(skip.definition_id)
+        so_far = row.skip if isinstance(row, StoredSkip) else row
+        ran_at = ran_before.get((skip.definition_id, skip.skipped_from))
+        if so_far is None or not _continues(so_far, skip, ran_at):
+            open_rows[skip.definition_id] = skip
+            new.append(skip)
+            continue
+        longer = replace(so_far, skipped_until=skip.skipped_until, count=so_far.count + skip.count)
+        if isinstance(row, StoredSkip):
+            open_rows[skip.definition_id] = grown[skip.definition_id] = StoredSkip(row.id, longer)
+        else:
+            open_rows[skip.definition_id] = longer
+            new[new.index(so_far)] = longer
+    return SkipChanges(list(grown.values()), new)
+
+
+def _continues(row: NewSkip, skip: NewSkip, ran_at: datetime | None) -> bool:
+    return (
+        row.reason == skip.reason
+        and row.revision == skip.revision
+        and row.skipped_until < skip.skipped_from
+        and row.skipped_from.astimezone(UTC).date() == skip.skipped_until.astimezone(UTC).date()
+        and (ran_at is None or ran_at <= row.skipped_until)
+    )

@@ -8,8 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from worker.runs.firing import Decision, DueDefinition, FireReport, NewSkip, NextFire
-from worker.runs.run import NewRun
+from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire
 from worker.store import edit_runs, tables
 from worker.store.connection import database_now
 from worker.store.sql import Specs, statements

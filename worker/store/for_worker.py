@@ -13,9 +13,8 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from worker.errors import NotFound, StoreUnavailable
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.firing import FireReport, LogLine, Recovered
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, Isolation, OwnedRun, RunContext
+from worker.runs.run import AdmittedRun, FireReport, Isolation, LogLine, OwnedRun, Recovered, RunContext
 from worker.store import firing, retention, runs, sweeps, tables
 from worker.store.batch_loader import BatchLoader
 from worker.store.connection import database_now

@@ -9,9 +9,8 @@ from typing import Any
 from sqlalchemy import Connection, select, tuple_
 
 from worker.ids import DefinitionId, RunId, WorkerId
-from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import RunContext
+from worker.runs.run import Recovered, RunContext
 from worker.store import tables
 from worker.store.connection import database_now
 from worker.store.definitions import names_for_all_orgs

@@ -1,7 +1,7 @@
-"""Every event the worker can report, in one table; logs and metrics are listeners.
+"""Events: one table of everything that the worker reports; logs and metrics listen to them.
 
-An event is said where it happens, by `emit("run.ended", org=…, …)`. To add one, add
-a line to the table: a test compares it with every call in the package.
+`emit("run.ended", org=…, …)` reports one. A new event needs a row here: a test compares the table with
+every call in the package.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -16,7 +17,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A kind of event: its name, the level it is logged at, its fields, and what it means."""
+    """A kind of event; `level` is its log level."""
 
     name: str
     level: Level
@@ -29,7 +30,7 @@ class Event:
 
 
 class Emitted(NamedTuple):
-    """One event that happened; a field that does not apply is left out or None."""
+    """One event that happened; a field that does not apply is missing or None."""
 
     event: Event
     fields: Mapping[str, Any]
@@ -38,236 +39,148 @@ class Emitted(NamedTuple):
 Listener = Callable[[Emitted], object]
 
 
-def _table(*rows: tuple[str, Level, str, str]) -> dict[str, Event]:
-    return {name: Event(name, level, tuple(fields.split()), meaning) for name, level, fields, meaning in rows}
+def _event(level: Level, name: str, fields: str, meaning: str) -> Event:
+    return Event(name, level, tuple(fields.split()), meaning)
 
 
-# `org` is the org's code, `definition` its name, `run` the run's id, `seconds` a duration,
-# `error` the class of an exception or its stable code, `error_cause` what errors of one
-# cause have in common. No field holds a secret or a claim set.
-EVENTS: Mapping[str, Event] = _table(
-    # The worker's own life.
-    ("worker.started", "info", "worker host pid version database", "a worker incarnation begins"),
-    ("worker.ready", "info", "worker seconds", "registered, schema current, admitting"),
-    ("worker.draining", "info", "worker running seconds", "no run starts any more; it lasts at most so long"),
-    ("worker.stopped", "info", "worker exit_code", "every run ended or handed back, all written"),
-    (
+_debug, _info, _warning, _error = (partial(_event, level) for level in ("debug", "info", "warning", "error"))
+
+# `org` is the org's code, `definition` its name, `run` the run's id, `seconds` a duration, `error` the class
+# of an exception or its stable code, `error_cause` the same for all errors with one cause. No field holds a
+# secret or a claim set.
+_ROWS = (
+    # The worker.
+    _info("worker.started", "worker host pid version database", "a worker incarnation has started"),
+    _info("worker.ready", "worker seconds", "registered, schema current, admitting runs"),
+    _info("worker.draining", "worker running seconds", "no new runs; the drain lasts at most `seconds`"),
+    _info("worker.stopped", "worker exit_code", "every run has ended or was handed back; all is written"),
+    _warning(
         "loop.blocked",
-        "warning",
         "org run attempt handler where seconds",
-        "the worker's loop has stood still for so long, because of an inline handler where one is named",
+        "the event loop was blocked for `seconds`; `handler` is the inline handler that blocked it",
     ),
-    (
-        "loop.failed",
-        "error",
-        "loop error org run attempt",
-        "a loop met an error it did not expect and goes on",
-    ),
-    (
-        "clock.went_back",
-        "warning",
-        "seconds",
-        "the wall clock moved back: nothing is due until it has caught up",
-    ),
+    _error("loop.failed", "loop error org run attempt", "unexpected error in a loop; the loop continues"),
+    _warning("clock.went_back", "seconds", "the wall clock moved back; no run is due until it catches up"),
     # The database and the lease.
-    ("database.lost", "warning", "error", "the database does not answer; it is tried again for ever"),
-    ("database.back", "info", "seconds", "the database answers again, after so long"),
-    ("lease.late", "warning", "error remaining", "a renewal failed; the lease ends in this many seconds"),
-    (
-        "lease.lost",
-        "error",
-        "late",
-        "the lease passed unrenewed, by this many seconds; others may own the runs",
-    ),
+    _warning("database.lost", "error", "the database does not respond; the worker retries indefinitely"),
+    _info("database.back", "seconds", "the database responds again, after `seconds`"),
+    _warning("lease.late", "error remaining", "a renewal failed; the lease expires in `remaining` seconds"),
+    _error("lease.lost", "late", "the lease expired `late` seconds ago; other workers may own the runs"),
     # Definition to run.
-    ("runs.fired", "info", "count overlapped skips", "due instants became runs, in one transaction"),
-    (
-        "definition.failed",
-        "error",
-        "org definition error",
-        "the next instants of a definition cannot be computed",
-    ),
-    (
-        "template.progress",
-        "info",
-        "template done total",
-        "the last change of a template has reached so many of the orgs",
-    ),
-    (
+    _info("runs.fired", "count overlapped skips", "due times became runs, in one transaction"),
+    _error("definition.failed", "org definition error", "the next fire times cannot be computed"),
+    _info("template.progress", "template done total", "`done` of `total` orgs have the latest template"),
+    _info(
         "tzdata.changed",
-        "info",
         "version definitions",
-        "another release of the time zone database: so many definitions are due at other instants",
+        "new time zone data; `definitions` definitions have other fire times",
     ),
-    (
+    _error(
         "definition.paused",
-        "error",
         "org definition failures",
-        "so many runs failed one after the other: nothing of it is due until it is resumed",
+        "paused after `failures` consecutive failures; it does not fire until it is resumed",
     ),
-    ("backfill.ended", "info", "org definition instants", "every instant of a backfill has run to its end"),
-    (
+    _info("backfill.ended", "org definition instants", "every run of a backfill has ended"),
+    _error(
         "schedule.overdue",
-        "error",
         "org definition seconds",
-        "an instant came so many seconds ago and was not fired; this is the oldest",
+        "a scheduled time has been due for `seconds` and was not fired; this one is the oldest",
     ),
-    ("schedule.caught_up", "info", "", "nothing is overdue any more"),
+    _info("schedule.caught_up", "", "no scheduled time is overdue any more"),
     # Run to outcome.
-    (
+    _debug(
         "run.admitted",
-        "debug",
         "org run definition handler attempt fencing_token lateness",
-        "a run is this worker's; it starts so many seconds after it was available",
+        "this worker owns the run and starts it, `lateness` seconds after it became available",
     ),
-    (
-        "run.changed",
-        "debug",
-        "org run definition attempt state reason detail",
-        "the state of a run is another",
-    ),
-    (
+    _debug("run.changed", "org run definition attempt state reason detail", "a run changed state"),
+    _info(
         "run.ended",
-        "info",
         "org run definition handler attempt outcome state reason detail seconds error_cause",
-        "an attempt ended, and this is what became of its run",
+        "an attempt ended with `outcome`; the run is now in `state`",
     ),
-    (
+    _warning(
         "run.fenced_out",
-        "warning",
         "org run attempt fencing_token",
-        "a run held here is another's now; it is killed",
+        "a run that this worker held belongs to another worker; it is killed here",
     ),
-    (
+    _warning(
         "run.recovered",
-        "warning",
         "org run definition attempt worker state",
-        "a run of a worker that is gone was taken up",
+        "took over a run from a dead worker",
     ),
-    (
-        "result.unstorable",
-        "error",
-        "org run attempt error",
-        "the database refuses a result; the run is failed",
-    ),
-    (
-        "logs.dropped",
-        "warning",
-        "lines",
-        "lines of run logs were dropped, since they came faster than written",
-    ),
-    (
-        "history.forgotten",
-        "info",
-        "runs skips lines workers",
-        "what is older than `[retention]` allows was deleted: so many of each",
-    ),
+    _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
+    _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),
+    _info("history.forgotten", "runs skips lines workers", "deleted what `[retention]` no longer keeps"),
     # Tokens.
-    (
+    _error(
         "credential.unusable",
-        "error",
         "org generation error",
-        "a credential's secret does not open; another generation of the org is tried, if there is one",
+        "the secret of a credential cannot be opened; another generation is tried if there is one",
     ),
-    ("token.requested", "info", "org issuer seconds", "the issuer gave a token, and it was enforced"),
-    ("token.refused", "error", "org issuer reason detail", "a token failed verification or enforcement"),
-    ("org.parked", "error", "org issuer error seconds", "no token is asked for this org until then"),
-    (
+    _info("token.requested", "org issuer seconds", "the issuer returned a token that passed all checks"),
+    _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
+    _error("org.parked", "org issuer error seconds", "no token is requested for this org for `seconds`"),
+    _warning(
         "issuer.paused",
-        "warning",
         "issuer error seconds",
-        "it throttles, or gives no answer to several orgs: they wait",
+        "the issuer throttles or does not respond to several orgs; requests pause for `seconds`",
     ),
-    ("issuer.resumed", "info", "issuer", "the issuer gives tokens again"),
-    ("keys.fetched", "info", "issuer keys", "the issuer's keys were read: so many"),
-    ("keys.failed", "warning", "issuer error", "the issuer's keys cannot be read; the last good set is kept"),
+    _info("issuer.resumed", "issuer", "the issuer returns tokens again"),
+    _info("keys.fetched", "issuer keys", "fetched the issuer's keys; `keys` is their number"),
+    _warning("keys.failed", "issuer error", "cannot fetch the issuer's keys; the last good set stays in use"),
     # Processes and plug-ins.
-    ("zygote.started", "info", "pid", "the process that forks the runs is up"),
-    ("zygote.died", "error", "pid runs", "it is gone; its runs were killed and count as lost"),
-    (
-        "sandbox.incomplete",
-        "warning",
-        "sandbox",
-        "handlers are not confined, or not in everything; `sandbox` says in what",
+    _info("zygote.started", "pid", "the process that forks the runs has started"),
+    _error(
+        "zygote.died", "pid runs", "the process that forks the runs died; its runs were killed and are lost"
     ),
-    (
-        "sandbox.narrowed",
-        "warning",
-        "path error",
-        "a path that handlers may use contains a secret, which is kept from them",
+    _warning(
+        "sandbox.incomplete", "sandbox", "handlers are not fully confined; `sandbox` says what is missing"
     ),
-    (
-        "children.frozen",
-        "warning",
-        "runs",
-        "so many runs were stopped for as long as the lease is not renewed",
-    ),
-    (
-        "children.thawed",
-        "info",
-        "runs seconds",
-        "the lease was renewed in time: so many runs go on, after so long",
-    ),
-    ("child.killed", "warning", "org run attempt reason", "a run's processes were killed"),
-    ("handlers.loaded", "info", "distribution version handlers", "a distribution offers so many handlers"),
-    (
+    _warning("sandbox.narrowed", "path error", "a path open to handlers contains a secret, which is hidden"),
+    _warning("children.frozen", "runs", "froze `runs` runs until the lease is renewed"),
+    _info("children.thawed", "runs seconds", "the lease was renewed in time; `runs` runs continue"),
+    _warning("child.killed", "org run attempt reason", "killed the processes of a run"),
+    _info("handlers.loaded", "distribution version handlers", "a distribution offers `handlers` handlers"),
+    _info(
         "handler.unchecked",
-        "info",
         "handler distribution place reason",
-        "a rule of the params' schema is checked by the run's own process only, before the handler is called",
+        "only the run's own process checks a rule of the params schema, before it calls the handler",
     ),
-    (
-        "handler.broken",
-        "error",
-        "handler distribution version error",
-        "a handler does not load; all else runs",
-    ),
-    # Who asks and who is told.
-    ("traces.lost", "warning", "error", "the collector takes no spans; they are dropped until it does"),
-    ("traces.back", "info", "spans", "the collector takes spans again; so many were dropped"),
-    ("web.listening", "info", "address", "a listener of the web side is open at this address"),
-    (
-        "web.unavailable",
-        "warning",
-        "address error",
-        "nothing is served there; it is tried again, and the worker works",
-    ),
-    ("web.failed", "error", "method path error", "a request met an error that nobody expected"),
-    (
+    _error("handler.broken", "handler distribution version error", "a handler failed to load; others run"),
+    # Web, alerts and traces.
+    _warning("traces.lost", "error", "the collector does not accept spans; they are dropped until it does"),
+    _info("traces.back", "spans", "the collector accepts spans again; `spans` were dropped"),
+    _info("web.listening", "address", "the web server listens on this address"),
+    _warning("web.unavailable", "address error", "cannot listen on this address; retrying, the worker runs"),
+    _error("web.failed", "method path error", "unexpected error in a request"),
+    _warning(
         "web.rights",
-        "warning",
         "detail",
-        "the database login of `serve` may do more than it needs, or bypasses row-level security",
+        "the database login of `serve` has more rights than it needs, or bypasses row-level security",
     ),
-    (
+    _debug(
         "web.connection_closed",
-        "debug",
         "reason",
-        "a connection passed the deadline for its headers, its body or being idle, or made room for others "
-        "(crowded, address)",
+        "a connection exceeded its header, body or idle deadline, or made room for others (crowded, address)",
     ),
-    ("web.login", "info", "caller role", "somebody opened the dashboard"),
-    ("alert.sent", "info", "kind status alert", "an alert was taken by the webhook"),
-    (
+    _info("web.login", "caller role", "somebody signed in to the dashboard"),
+    _info("alert.sent", "kind status alert", "the webhook accepted an alert"),
+    _warning(
         "alert.late",
-        "warning",
         "kind status alert error",
-        "an alert was not taken for minutes; it is tried every five minutes, for a day",
+        "an alert could not be delivered for minutes; retrying every five minutes, for a day",
     ),
-    (
-        "alert.undelivered",
-        "error",
-        "kind status alert error",
-        "an alert was taken by nobody, also a day later",
-    ),
-    ("deadman.failed", "warning", "error", "the service that waits for a sign of life did not take it"),
+    _error("alert.undelivered", "kind status alert error", "an alert was given up after a day"),
+    _warning("deadman.failed", "error", "the dead man's switch did not accept the sign of life"),
 )
+EVENTS: Mapping[str, Event] = {event.name: event for event in _ROWS}
 
 listeners: list[Listener] = []
 
 
 def listen(listener: Listener) -> Callable[[], None]:
-    """Call `listener` with every event from now on, in the thread that emits it; returns how to end that."""
+    """Call `listener` with every event, in the thread that emits it. Returns a function that ends this."""
     listeners.append(listener)
 
     def end() -> None:
@@ -278,14 +191,14 @@ def listen(listener: Listener) -> Callable[[], None]:
 
 
 def emit(name: str, **fields: Any) -> None:
-    """Say that something happened.
+    """Report an event.
 
     Raises:
-        TypeError: no such event, or a field that it does not have: a mistake in the calling line.
+        TypeError: the table has no such event or field.
     """
     event = EVENTS.get(name)
     if event is None:
-        raise TypeError(f"no event is called {name!r}; add it to the table in telemetry/events.py")
+        raise TypeError(f"unknown event {name!r}; add it to the table in telemetry/events.py")
     if not event.names.issuperset(fields):
         raise TypeError(f"{name} has the fields {', '.join(event.fields)}, not {', '.join(fields)}")
     emitted = Emitted(event, fields)
@@ -293,5 +206,5 @@ def emit(name: str, **fields: Any) -> None:
         try:
             listener(emitted)
         except Exception:
-            # Whoever watches must never stop what is watched.
+            # A listener must not stop the code that emits.
             logging.getLogger(__name__).exception("a listener failed at %s", name)

@@ -1,4 +1,4 @@
-"""The numbers of one metric, by the values of its labels; counted at every end of a run, so kept plain."""
+"""Metrics: one table of what each metric counts or measures, and their values in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -6,50 +6,155 @@ import threading
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from worker.telemetry.events import EVENTS, Emitted
-from worker.telemetry.metric_table import METRICS, SECONDS, Metric
 from worker.telemetry.vitals import Vitals
 
-Words = tuple[str, ...]
+Kind = Literal["counter", "gauge", "histogram"]
+Labels = tuple[str, ...]
 Fields = Mapping[str, Any]
 
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+PREFIX = "orgworker_"
+# Upper bounds of the histogram buckets, in seconds.
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 _BOUNDS: list[str] = [floatToGoString(bound) for bound in (*SECONDS, float("inf"))]  # type: ignore[no-untyped-call]
+# `metrics_top_orgs` tracks at most this many orgs; later ones are not counted.
+MOST_ORGS = 100_000
+# The run states after an attempt.
+STATES = ("waiting", "succeeded", "failed", "cancelled", "refused", "skipped")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric under its Prometheus name.
+
+    With `event`, that event updates it: a counter grows by the field `value` (default 1), a
+    histogram observes the field, and a gauge is set to the number in `value`. Labels are fields of
+    the event. Without `event`, the metric is read at each scrape.
+    """
+
+    name: str
+    kind: Kind
+    labels: Labels
+    meaning: str
+    event: str = ""
+    value: str = ""
+
+
+def _metric(kind: Kind, name: str, labels: str, meaning: str, event: str = "", value: str = "") -> Metric:
+    return Metric(f"{PREFIX}{name}", kind, tuple(labels.split()), meaning, event, value)
+
+
+_counter, _gauge, _histogram = (partial(_metric, kind) for kind in ("counter", "gauge", "histogram"))
+
+# The number of label values does not depend on the number of orgs: handlers, issuers and loops are what
+# is installed and configured; outcomes, states and reasons are closed sets.
+METRICS: tuple[Metric, ...] = (
+    _counter("events_total", "event", "events of the documented set, by name"),
+    # Definition to run.
+    _counter("runs_fired_total", "", "due times that became runs", "runs.fired", "count"),
+    _counter("runs_overlapped_total", "", "due times with an unfinished run", "runs.fired", "overlapped"),
+    _counter("instants_skipped_total", "", "scheduled times that never become a run", "runs.fired", "skips"),
+    _counter("definitions_failed_total", "", "failures to compute the next fire times", "definition.failed"),
+    _counter(
+        "definitions_paused_total", "", "definitions paused after too many failures", "definition.paused"
+    ),
+    _gauge("overdue", "", "1 while a due time has not been fired", "schedule.overdue", "1"),
+    _gauge("overdue", "", "", "schedule.caught_up", "0"),
+    # Run to outcome.
+    _histogram("lateness_seconds", "", "from run available to run admitted", "run.admitted", "lateness"),
+    _counter("attempts_total", "handler outcome state reason", "ended attempts", "run.ended"),
+    _counter("attempt_states_total", "state", "ended attempts, by the new state of the run", "run.ended"),
+    _histogram("attempt_seconds", "outcome", "from admission to end of attempt", "run.ended", "seconds"),
+    _counter("runs_recovered_total", "state", "runs taken over from a dead worker", "run.recovered"),
+    _counter(
+        "runs_fenced_out_total", "", "runs held here that another worker already owned", "run.fenced_out"
+    ),
+    _counter("run_log_lines_dropped_total", "", "dropped lines of run logs", "logs.dropped", "lines"),
+    # Tokens.
+    _counter("tokens_requested_total", "issuer", "tokens issued and accepted", "token.requested"),
+    _histogram(
+        "token_request_seconds", "issuer", "duration of a token request", "token.requested", "seconds"
+    ),
+    _counter("tokens_refused_total", "issuer reason", "tokens that failed the checks", "token.refused"),
+    _counter("orgs_parked_total", "issuer", "pauses of the token requests for one org", "org.parked"),
+    _counter("credentials_unusable_total", "", "secrets that could not be opened", "credential.unusable"),
+    _gauge("issuer_paused", "issuer", "1 while requests to an issuer are paused", "issuer.paused", "1"),
+    _gauge("issuer_paused", "issuer", "", "issuer.resumed", "0"),
+    _counter("keys_failed_total", "issuer", "failed fetches of an issuer's keys", "keys.failed"),
+    # The worker itself.
+    _gauge("info", "version", "always 1; the version of the worker"),
+    _gauge("admitting", "", "1 while this worker can admit runs"),
+    _gauge("draining", "", "1 after the worker was asked to stop"),
+    _gauge("slots", "isolation", "maximum concurrent runs of this worker"),
+    _gauge("slots_used", "isolation", "concurrent runs of this worker"),
+    _gauge("loop_tick_age_seconds", "loop", "time since the last tick of a loop"),
+    _gauge("lease_remaining_seconds", "", "time until the lease expires unless it is renewed"),
+    _counter("lease_late_total", "", "failed lease renewals", "lease.late"),
+    _counter("leases_lost_total", "", "leases that expired without renewal", "lease.lost"),
+    _gauge("database_up", "", "1 while the database responds", "database.back", "1"),
+    _gauge("database_up", "", "", "database.lost", "0"),
+    _counter("loop_failures_total", "loop", "unexpected errors in a loop", "loop.failed"),
+    _counter("clock_went_back_total", "", "backward moves of the wall clock", "clock.went_back"),
+    _counter("clock_went_back_seconds_total", "", "sum of all backward moves", "clock.went_back", "seconds"),
+    _counter("zygote_deaths_total", "", "deaths of the process that forks the runs", "zygote.died"),
+    _counter(
+        "children_frozen_total", "", "runs frozen because of an unrenewed lease", "children.frozen", "runs"
+    ),
+    _counter("children_killed_total", "", "runs whose processes were killed", "child.killed"),
+    _counter("handlers_broken_total", "", "handlers that failed to load", "handler.broken"),
+    _counter(
+        "web_connections_closed_total", "reason", "connections closed by the server", "web.connection_closed"
+    ),
+    _counter("alerts_total", "kind status", "alerts sent", "alert.sent"),
+    _counter("alerts_undelivered_total", "", "alerts given up after a day", "alert.undelivered"),
+    _counter("org_attempts_total", "org state", "ended attempts by org; only with `metrics_top_orgs`"),
+    # Of the worker's process, from the operating system.
+    Metric("process_cpu_seconds_total", "counter", (), "processor time of the worker process"),
+    Metric("process_max_fds", "gauge", (), "maximum number of open file descriptors"),
+    Metric("process_open_fds", "gauge", (), "number of open file descriptors"),
+    Metric("process_resident_memory_bytes", "gauge", (), "resident memory"),
+    Metric("process_start_time_seconds", "gauge", (), "start time in Unix time"),
+    Metric("process_virtual_memory_bytes", "gauge", (), "virtual memory"),
+)
 
 
 class Series:
-    """What has been counted or measured; the caller sees to it that one thread does so at a time.
+    """The values of one metric by its labels. The caller must hold a lock.
 
-    The library's own objects take a lock and check each name at every step, which
-    for the events of each run costs as much as the run's token.
+    The client library locks and validates at each step; for the events of one run that takes as long
+    as its token.
     """
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        # By the labels' values as the events have them: words are made of them when asked.
+        # By label values as the events have them; converted to text at a scrape.
         self._sums: dict[tuple[Any, ...], float] = {}
         self._buckets: dict[tuple[Any, ...], list[int]] = {}
         if not metric.labels:
             self.begin()
 
     def begin(self, *labels: Any) -> None:
-        """Show a series before its first rise, or Prometheus does not see that."""
+        """Start a series at 0: Prometheus does not see an increase without a first value."""
         self._sums.setdefault(labels, 0.0)
 
     def set(self, value: float, *labels: str) -> None:
         self._sums[labels] = value
 
     def follower(self, by: str) -> Callable[[Fields], None]:
-        """What to do with an event: grow by, observe or become its field `by`, or the number that it is."""
+        """The function that updates this metric from an event; `by` is `Metric.value`."""
         kind, sums, buckets = self.metric.kind, self._sums, self._buckets
         labels_of = _picker(self.metric.labels)
         fixed = None if by.isalpha() else float(by or 1)
@@ -70,40 +175,28 @@ class Series:
         return follow
 
     def family(self) -> Family:
-        """All of it, as the library writes it out."""
-        metric = self.metric
-        name, meaning, labels = metric.name, metric.meaning, metric.labels
-        match metric.kind:
-            case "counter":
-                counter = CounterMetricFamily(name.removesuffix("_total"), meaning, labels=labels)
-                for words, value in self._by_words().items():
-                    counter.add_metric(words, value)
-                return counter
-            case "gauge":
-                gauge = GaugeMetricFamily(name, meaning, labels=labels)
-                for words, value in self._by_words().items():
-                    gauge.add_metric(words, value)
-                return gauge
-            case "histogram":
-                histogram = HistogramMetricFamily(name, meaning, labels=labels)
-                for words, value in self._by_words().items():
-                    histogram.add_metric(words, _cumulated(self._buckets_of(words)), value)
-                return histogram
-
-    def _by_words(self) -> dict[Words, float]:
-        sums: dict[Words, float] = {}
+        sums: dict[Labels, float] = {}
         for labels, value in self._sums.items():
-            words = tuple(map(word, labels))
-            sums[words] = sums.get(words, 0.0) + value
-        return sums
+            texts = tuple(map(_text, labels))
+            sums[texts] = sums.get(texts, 0.0) + value
+        if self.metric.kind != "histogram":
+            return _family(self.metric.name, sums.items())
+        histogram = HistogramMetricFamily(self.metric.name, self.metric.meaning, labels=self.metric.labels)
+        for texts, value in sums.items():
+            histogram.add_metric(texts, self._cumulative(texts), value)
+        return histogram
 
-    def _buckets_of(self, words: Words) -> list[int]:
-        found = [counts for labels, counts in self._buckets.items() if tuple(map(word, labels)) == words]
-        return [sum(counts) for counts in zip(*found, strict=True)]
+    def _cumulative(self, texts: Labels) -> list[tuple[str, int]]:
+        found = [counts for labels, counts in self._buckets.items() if tuple(map(_text, labels)) == texts]
+        total, bounds = 0, []
+        for index, bound in enumerate(_BOUNDS):
+            total += sum(counts[index] for counts in found)
+            bounds.append((bound, total))
+        return bounds
 
 
-def _picker(names: Words) -> Callable[[Fields], tuple[Any, ...]]:
-    """Gives these fields; what an event does not have is None."""
+def _picker(names: Labels) -> Callable[[Fields], tuple[Any, ...]]:
+    """A function that returns these fields of an event, None for a missing one."""
     if len(names) < 2:
         return lambda fields: tuple(map(fields.get, names))
     # Nearly every event has all of them.
@@ -119,38 +212,17 @@ def _picker(names: Words) -> Callable[[Fields], tuple[Any, ...]]:
     return picked
 
 
-def word(value: object) -> str:
-    """A label's value; what does not apply is empty."""
-    return value if isinstance(value, str) else "" if value is None else str(value)
-
-
-def _cumulated(buckets: list[int]) -> list[tuple[str, int]]:
-    total, bounds = 0, []
-    for bound, count in zip(_BOUNDS, buckets or [0] * len(_BOUNDS), strict=True):
-        total += count
-        bounds.append((bound, total))
-    return bounds
-
-
-CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
-PREFIX = "orgworker_"
-# Orgs that are counted one by one, to know which are the busiest; the rest goes uncounted.
-MOST_ORGS = 100_000
-# Those that an attempt may leave its run in.
-STATES = ("waiting", "succeeded", "failed", "cancelled", "refused", "skipped")
-
-
-class Metrics:
+class Metrics(Collector):
     """Counts from the moment it listens: `events.listen(metrics.take)`.
 
-    No metric has an org for a label, but `org_attempts_total`, for the `top_orgs`
-    that had the most attempts, if that is not 0.
+    No metric has a label for the org, except `org_attempts_total`, for the `top_orgs` orgs with the
+    most attempts.
     """
 
     def __init__(self, *, version: str, top_orgs: int = 0) -> None:
-        self._registry = CollectorRegistry()
         # Events come from any thread.
         self._lock = threading.Lock()
+        self._version = version
         self._vitals: Vitals | None = None
         self._top_orgs = top_orgs
         self._attempts: dict[str, Tally[str]] = {}
@@ -164,21 +236,21 @@ class Metrics:
         for state in STATES:
             self._series[f"{PREFIX}attempt_states_total"].begin(state)
         self._series[f"{PREFIX}database_up"].set(1)
-        Gauge(f"{PREFIX}info", _help("info"), ["version"], registry=self._registry).labels(version).set(1)
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
         ProcessCollector(registry=self._registry)
-        self._registry.register(_WhenAsked(self._families))
 
     @property
     def name_orgs(self) -> bool:
-        """Whether some metric has an org for a label."""
+        """Whether a metric has a label for the org."""
         return self._top_orgs > 0
 
     def watch(self, vitals: Vitals) -> None:
-        """Ask these from now on, in place of those of an incarnation that has ended."""
+        """Report the vitals of this incarnation from now on."""
         self._vitals = vitals
 
     def take(self, emitted: Emitted) -> None:
-        """Count one event; from any thread."""
+        """Count one event; may be called from any thread."""
         name, fields = emitted.event.name, emitted.fields
         with self._lock:
             self._counts[name] += 1
@@ -191,69 +263,56 @@ class Metrics:
         """All metrics in Prometheus' text format."""
         return prometheus_client.generate_latest(self._registry)
 
-    def _count_org(self, fields: Fields) -> None:
-        org, state = fields.get("org"), fields.get("state")
-        if org and (org in self._attempts or len(self._attempts) < MOST_ORGS):
-            self._attempts.setdefault(org, Tally())[word(state)] += 1
-
-    def _families(self) -> Iterator[Family]:
-        with self._lock:
-            counted = [self._events(), *(series.family() for series in self._series.values())]
-            if self._top_orgs:
-                counted.append(self._by_org())
-        yield from counted
-        vitals = self._vitals
-        if vitals is not None:
-            yield _gauge("admitting", float(vitals.admitting()))
-            yield _gauge("draining", float(vitals.draining()))
-            yield _gauge("lease_remaining_seconds", vitals.lease_remaining())
-            yield _gauges("slots", "isolation", vitals.slots.items())
-            yield _gauges("slots_used", "isolation", ((name, vitals.used(name)) for name in vitals.slots))
-            # In a drain the loops have ended, and their age says nothing.
-            ages = {} if vitals.draining() else vitals.ages()
-            yield _gauges("loop_tick_age_seconds", "loop", ages.items())
-
-    def _events(self) -> Family:
-        family = CounterMetricFamily(f"{PREFIX}events", _help("events_total"), labels=["event"])
-        for name, count in self._counts.items():
-            family.add_metric([name], count)
-        return family
-
-    def _by_org(self) -> Family:
-        """An org that comes among the busiest comes with its true count since the process began."""
-        family = CounterMetricFamily(
-            f"{PREFIX}org_attempts", _help("org_attempts_total"), labels=["org", "state"]
-        )
-        busiest = sorted(self._attempts.items(), key=lambda entry: (-entry[1].total(), entry[0]))
-        for org, states in busiest[: self._top_orgs]:
-            for state, count in sorted(states.items()):
-                family.add_metric([org, state], count)
-        return family
-
-
-class _WhenAsked(Collector):
-    """Families that are made at each scrape."""
-
-    def __init__(self, families: Callable[[], Iterable[Family]]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Family]:
-        return self._families()
-
     def describe(self) -> Iterable[Family]:
         return ()
 
+    def collect(self) -> Iterator[Family]:
+        with self._lock:
+            events = [((name,), count) for name, count in self._counts.items()]
+            counted = [series.family() for series in self._series.values()]
+            top_orgs = list(self._busiest_orgs())
+        yield _family("info", [((self._version,), 1)])
+        yield _family("events_total", events)
+        yield from counted
+        if self._top_orgs:
+            yield _family("org_attempts_total", top_orgs)
+        vitals = self._vitals
+        if vitals is not None:
+            yield _family("admitting", [((), vitals.admitting())])
+            yield _family("draining", [((), vitals.draining())])
+            yield _family("lease_remaining_seconds", [((), vitals.lease_remaining())])
+            yield _family("slots", [((name,), count) for name, count in vitals.slots.items()])
+            yield _family("slots_used", [((name,), vitals.used(name)) for name in vitals.slots])
+            # A drain has ended the loops on purpose.
+            ages = {} if vitals.draining() else vitals.ages()
+            yield _family("loop_tick_age_seconds", [((name,), age) for name, age in ages.items()])
 
-def _gauge(name: str, value: float) -> Family:
-    return GaugeMetricFamily(f"{PREFIX}{name}", _help(name), value=value)
+    def _count_org(self, fields: Fields) -> None:
+        org, state = fields.get("org"), fields.get("state")
+        if org and (org in self._attempts or len(self._attempts) < MOST_ORGS):
+            self._attempts.setdefault(org, Tally())[_text(state)] += 1
+
+    def _busiest_orgs(self) -> Iterator[tuple[Labels, int]]:
+        """Each count is complete, since the process started."""
+        busiest = sorted(self._attempts.items(), key=lambda entry: (-entry[1].total(), entry[0]))
+        for org, states in busiest[: self._top_orgs]:
+            for state, count in sorted(states.items()):
+                yield (org, state), count
 
 
-def _gauges(name: str, label: str, values: Iterable[tuple[str, float]]) -> Family:
-    family = GaugeMetricFamily(f"{PREFIX}{name}", _help(name), labels=[label])
-    for key, value in values:
-        family.add_metric([key], value)
+def _family(name: str, values: Iterable[tuple[Labels, float]]) -> Family:
+    metric = _BY_NAME[name.removeprefix(PREFIX)]
+    make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = make(metric.name, metric.meaning, labels=metric.labels)
+    for labels, value in values:
+        family.add_metric(labels, float(value))
     return family
 
 
-def _help(name: str) -> str:
-    return next(metric.meaning for metric in METRICS if metric.name == f"{PREFIX}{name}")
+# The first row of a metric has its meaning.
+_BY_NAME = {metric.name.removeprefix(PREFIX): metric for metric in reversed(METRICS)}
+
+
+def _text(value: object) -> str:
+    """A label value; empty for None."""
+    return value if isinstance(value, str) else "" if value is None else str(value)

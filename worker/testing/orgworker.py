@@ -21,9 +21,9 @@ from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.orgs import OrgRef
-from worker.runs import firing
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Isolation
+from worker.runs.run import LogLine as RunLogLine
 from worker.testing.clock import LeapingLoop, SettableClock, in_seconds
 from worker.testing.faults import Fault
 from worker.testing.finished import Finished, LogLine
@@ -142,7 +142,7 @@ class _Work:
         api = ApiOfTest(self.api, stage.before_request)
         logs: list[LogLine] = []
 
-        def hear(line: firing.LogLine) -> None:
+        def hear(line: RunLogLine) -> None:
             logs.append(LogLine(line.attempt, line.level, line.text))
 
         ends: list[EndedAttempt] = []

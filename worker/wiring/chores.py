@@ -14,8 +14,8 @@ from worker.operations import settle
 from worker.operations.backfill import fill_backfills
 from worker.operations.edit import count_failures
 from worker.operations.templates import materialise
-from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt
+from worker.runs.run import Recovered
 from worker.settings.sections import RetentionSettings
 from worker.store.database import Database
 from worker.store.sweeps import pending

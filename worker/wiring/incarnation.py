@@ -30,8 +30,7 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement
-from worker.runs.firing import Recovered
-from worker.runs.run import Isolation
+from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store.database import Database
 from worker.store.for_worker import WorkerStore

@@ -29,8 +29,8 @@ from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.operations.confinement import confinement_of
 from worker.orgs import OrgRef
-from worker.runs.firing import LogLine
 from worker.runs.outcome import EndedAttempt
+from worker.runs.run import LogLine
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database

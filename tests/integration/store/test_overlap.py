@@ -10,9 +10,8 @@ import pytest
 from tests.fakes.stock import Stock
 from worker.definitions.policies import Overlap
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.firing import FireReport
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, NewRun
+from worker.runs.run import AdmittedRun, FireReport, NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.sql import statements

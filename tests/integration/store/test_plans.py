@@ -11,8 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from tests.fakes.stock import LEASE, Stock
-from worker.runs.firing import NewSkip, NextFire
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, NewSkip, NextFire
 from worker.store import connection as driver_module
 from worker.store import firing, runs
 from worker.store.database import Database

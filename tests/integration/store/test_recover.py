@@ -6,8 +6,7 @@ from datetime import timedelta
 
 from tests.fakes.stock import LEASE, Stock
 from worker.ids import WorkerId
-from worker.runs.firing import Recovered
-from worker.runs.run import OwnedRun
+from worker.runs.run import OwnedRun, Recovered
 from worker.store import for_worker, runs, tables
 from worker.store.database import Database
 from worker.store.sql import statements

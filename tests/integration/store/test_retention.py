@@ -8,7 +8,7 @@ from sqlalchemy import insert
 
 from tests.fakes.stock import Stock
 from worker.ids import new_id
-from worker.runs.firing import LogLine
+from worker.runs.run import LogLine
 from worker.store import for_worker, retention, tables
 from worker.store.sql import statements
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.fakes.stock import Stock
-from worker.runs.firing import LogLine
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, LogLine
 from worker.store import runs, tables
 from worker.store.sql import statements
 

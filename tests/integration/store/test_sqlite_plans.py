@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.stock import LEASE, Stock
-from worker.runs.firing import NewSkip, NextFire
+from worker.runs.run import NewSkip, NextFire
 from worker.store import connection as driver_module
 from worker.store import firing, runs
 from worker.store.connection import driver

@@ -22,9 +22,8 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, RunId
-from worker.runs.firing import LogLine
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
-from worker.runs.run import AdmittedRun, RunContext
+from worker.runs.run import AdmittedRun, LogLine, RunContext
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio

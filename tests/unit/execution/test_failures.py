@@ -14,7 +14,7 @@ from worker.execution.loops.maintenance import FailureWatch
 from worker.execution.runners.contract import StopSignal
 from worker.ids import DefinitionId, OrgId
 from worker.orgs import OrgRef
-from worker.runs.firing import Recovered
+from worker.runs.run import Recovered
 
 
 def held(pause_after: int | None = 3, **fields: Any) -> InflightRun:

@@ -13,7 +13,7 @@ from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
-from worker.runs.firing import LogLine
+from worker.runs.run import LogLine
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio

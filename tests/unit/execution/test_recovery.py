@@ -10,8 +10,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.execution.loops.recovery import Recovery
-from worker.runs.firing import Recovered
 from worker.runs.lease import Lease
+from worker.runs.run import Recovered
 
 pytestmark = pytest.mark.anyio
 

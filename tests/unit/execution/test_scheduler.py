@@ -13,7 +13,7 @@ from worker.errors import StoreUnavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.scheduler import PUT_OFF, Scheduler
 from worker.ids import DefinitionId, OrgId
-from worker.runs.firing import Decision, DueDefinition, FireReport
+from worker.runs.run import Decision, DueDefinition, FireReport
 from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio

@@ -13,8 +13,7 @@ from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError
 from worker.ids import DefinitionId, OrgId
 from worker.runs.fire import decide, spread_of
-from worker.runs.firing import Decision, DueDefinition, NextFire
-from worker.runs.run import Isolation
+from worker.runs.run import Decision, DueDefinition, Isolation, NextFire
 
 HOUR = timedelta(hours=1)
 

@@ -51,7 +51,7 @@ def test_a_listener_that_has_ended_hears_nothing():
 
 
 def test_an_unknown_event_is_a_mistake_of_the_caller():
-    with pytest.raises(TypeError, match="no event is called 'lease.vanished'"):
+    with pytest.raises(TypeError, match="unknown event 'lease.vanished'"):
         emit("lease.vanished")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes.log import PAGE
 from worker.telemetry.events import EVENTS
-from worker.telemetry.metric_table import METRICS, SECONDS, Metric
+from worker.telemetry.metrics import METRICS, SECONDS, Metric
 
 DOCUMENTED = [metric for metric in METRICS if metric.meaning]
 UNITS = {"seconds", "bytes"}

@@ -8,8 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from worker.telemetry import events
 from worker.telemetry import metrics as module
 from worker.telemetry.events import EVENTS, emit
-from worker.telemetry.metric_table import METRICS
-from worker.telemetry.metrics import Metrics
+from worker.telemetry.metrics import METRICS, Metrics
 from worker.telemetry.vitals import Vitals
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -42,8 +42,8 @@ from worker.runs.outcome import (
     Outcome,
     Refused,
     Trail,
+    settle,
 )
-from worker.runs.retry import settle
 from worker.runs.run import Isolation
 from worker.telemetry.tracing import traceparent
 

@@ -17,8 +17,8 @@ from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRun
 from worker.ids import DefinitionId, OrgId, RunId
-from worker.runs.firing import Recovered
 from worker.runs.outcome import EndedAttempt
+from worker.runs.run import Recovered
 from worker.telemetry.events import emit
 
 Chore = Callable[[], Awaitable[None]]

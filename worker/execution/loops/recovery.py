@@ -7,7 +7,7 @@ from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.runs.firing import Recovered
+from worker.runs.run import Recovered
 from worker.telemetry.events import emit
 
 

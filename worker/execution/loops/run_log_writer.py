@@ -10,8 +10,7 @@ from typing import Any, Protocol
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.ids import RunId
-from worker.runs.firing import LogLine
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, LogLine
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 

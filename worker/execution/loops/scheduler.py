@@ -12,7 +12,7 @@ from worker.errors import Unavailable, WorkerError
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.wakeups import woken
 from worker.runs.fire import decide
-from worker.runs.firing import Decision, DueDefinition, FireReport, NextFire
+from worker.runs.run import Decision, DueDefinition, FireReport, NextFire
 from worker.telemetry.events import emit
 
 # Definitions locked by one transaction: some ten milliseconds' work, of which each round trip

@@ -22,9 +22,8 @@ from worker.execution.runners.contract import Runner, StopSignal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, RunId, new_id
 from worker.orgs import OrgRef
-from worker.runs.firing import LogLine
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, RunContext
+from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext
 
 NAME = "trial"
 # Its schedule is not looked at: the run is there already.

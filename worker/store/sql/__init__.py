@@ -14,9 +14,17 @@ from typing import Any, Protocol
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.firing import DueDefinition, LogLine, NewSkip, NextFire
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, NewRun, OwnedRun
+from worker.runs.run import (
+    AdmittedRun,
+    DueDefinition,
+    Isolation,
+    LogLine,
+    NewRun,
+    NewSkip,
+    NextFire,
+    OwnedRun,
+)
 from worker.store.sql.ending import Rollups
 
 Progress = tuple[RunId, int, Mapping[str, Any]]

@@ -9,8 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, new_id
-from worker.runs.firing import DueDefinition, NewSkip, NextFire, StoredSkip, fold
-from worker.runs.run import NewRun
+from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.connection import driver
 from worker.store.sql import Fired, Specs
 from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 
 from worker.ids import OrgId, RunId
-from worker.runs.firing import LogLine
+from worker.runs.run import LogLine
 from worker.store.connection import driver
 from worker.store.sql import Progress
 from worker.store.sql.postgresql.arrays import instants, jsons, plain, texts

@@ -10,8 +10,7 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
-from worker.runs.firing import DueDefinition, NewSkip, NextFire, StoredSkip, fold
-from worker.runs.run import NewRun
+from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.connection import driver, file_now
 from worker.store.sql import Fired, Specs
 from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value

@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from worker.clock import to_text
 from worker.ids import OrgId, RunId
-from worker.runs.firing import LogLine
+from worker.runs.run import LogLine
 from worker.store.connection import driver, file_now
 from worker.store.sql import Progress
 from worker.store.sql.sqlite.values import json_text

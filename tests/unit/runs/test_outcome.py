@@ -29,10 +29,12 @@ from worker.runs.outcome import (
     Succeeded,
     TimedOut,
     Trail,
+    backoff,
+    fingerprint,
+    settle,
 )
-from worker.runs.retry import backoff, fingerprint, settle
-from worker.runs.run import FINAL_STATES, AdmittedRun
-from worker.store.tables import ATTEMPT_OUTCOMES, WAITING_REASONS
+from worker.runs.run import AdmittedRun
+from worker.store.tables import ATTEMPT_OUTCOMES, FINAL_STATES, WAITING_REASONS
 
 BOOM = Error("ValueError", "boom", "trace")
 MINUTE = timedelta(minutes=1)
