@@ -10,7 +10,7 @@ from worker.operations.edit import pause_definition
 from worker.operations.manual_run import run_now
 from worker.store import orgs
 from worker.store.lists import runs as run_lists
-from worker.store.tables import metadata, runs
+from worker.store.tables import live_runs, metadata
 from worker.web.access import Caller
 from worker.web.acting import Acting
 from worker.web.lists import LISTS
@@ -110,7 +110,7 @@ class TestWhatAnOrgSees:
             assert (await site.post(f"{API}/{path}", token)).status_code == 404, path
         with site.database.autocommit() as connection:
             assert [run["id"] for run in run_lists.runs_for_all_orgs(connection)] == [theirs]
-            assert connection.execute(runs.select()).one().cancel_requested_at is None
+            assert connection.execute(live_runs.select()).one().cancel_requested_at is None
 
     async def test_an_answer_for_anothers_org_is_that_for_one_that_does_not_exist(self, site: Site):
         token = site.token("org_a")
