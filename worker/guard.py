@@ -33,6 +33,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 
 
+def bearer_token(header: str) -> str | None:
+    """The token of an Authorization header (RFC 6750, section 2.1); None if it has none."""
+    match = _BEARER.fullmatch(header.strip())
+    return match[1] if match else None
+
+
 class Guard:
     """Verifies the tokens of one issuer for one audience.
 
@@ -159,13 +165,13 @@ class RequireToken:
         headers = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
         if len(headers) > 1:
             raise _Answer(400, "invalid_request", "more than one Authorization header")
-        match = _BEARER.fullmatch(headers[0].decode("latin-1").strip()) if headers else None
-        if match is None:
+        token = bearer_token(headers[0].decode("latin-1")) if headers else None
+        if token is None:
             # No error code for a request that did not try (RFC 6750, section 3.1).
             raise _Answer(401, "", "a bearer token is needed")
         try:
             return await self._guard.check(
-                match[1],
+                token,
                 org_code=self._org_of(scope) if self._org_of else None,
                 scopes=self._scopes_of(scope) if self._scopes_of else (),
             )

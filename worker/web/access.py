@@ -1,79 +1,123 @@
-"""Access: who asks, by their bearer token, and what they may see and do."""
+"""Access: who calls, by bearer token, what they may do, and the database in their role."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
+from sqlalchemy import Connection
 from starlette.requests import HTTPConnection
 
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
-from worker.guard import Guard
+from worker.guard import Guard, bearer_token
 from worker.ids import OrgId
+from worker.store import roles
+from worker.store.database import Database
 from worker.store.orgs import OrgCaller
-from worker.web.addresses import Addresses
-from worker.web.limits import Limits
+from worker.web.clients import Addresses, Limits
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Role = Literal["viewer", "operator", "admin"]
 RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
 
-
 # `orgs.find_caller` by the org's code and the token's client id.
 FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
-
-_BEARER = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: an operator, or an org by its own token, which sees that org only."""
+    """Who calls: an operator, or an org with its own token, which sees only its own data."""
 
     name: str
     role: Role
     org: str | None = None
     org_id: OrgId | None = None
     until: datetime | None = None
-    # Of an org: what its token said, so that each later request of its session is checked by it again.
+    # From an org's token, so that each later request of its session is checked again.
     issuer: str = ""
     client_id: str = ""
     has_org_scope: bool = False
 
     @property
     def actor(self) -> str:
-        """The name in audit rows and as the maker of runs."""
+        """The name in audit rows and as the origin of runs."""
         return f"operator:{self.name}" if self.org is None else f"org:{self.org}"
 
     @property
     def key(self) -> str:
-        """Tells callers apart where calls and sessions are counted: an operator, or one client of an org."""
+        """What calls and sessions are counted by: an operator, or one client of an org."""
         return f"{self.actor} {self.client_id}"
 
     def require(self, role: Role) -> None:
-        """Let through who has at least this role.
+        """Check that the caller has at least this role.
 
         Raises:
-            AccessDenied: the caller has less.
+            AccessDenied: it has a lesser role.
         """
         if RANK[self.role] < RANK[role]:
             raise AccessDenied(
                 f"this needs the role {role}; {self.actor} has {self.role}",
-                fix="ask as another, or give that role: [[web.operators]] or web.org_role of worker.toml",
+                fix="use another token, or grant the role: [[web.operators]] or web.org_role in worker.toml",
             )
 
     def org_asked_for(self, org: str | None) -> str | None:
         """The org to look at: the caller's own, or for operators the one asked for; None is all.
 
         Raises:
-            NotFound: it is another org's: to this caller it does not exist.
+            NotFound: it is another org's, which does not exist for this caller.
         """
         if self.org is None or org is None or org == self.org:
             return self.org or org
         raise NotFound(f"there is no org {org}", fix=f"leave org out, or ask for your own: {self.org}")
+
+
+class CallerDatabase:
+    """The database in the role of a caller; the web side has no other access to it.
+
+    On PostgreSQL the server then limits an org to its own rows and hides secrets from
+    operators. SQLite has no roles: there each store function is given the org.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def of(self, caller: Caller) -> Database:
+        """The database in the caller's role.
+
+        Raises:
+            ValueError: the caller is an org that was not confirmed.
+        """
+        if caller.org is None:
+            return self._database.acting(roles.ALL_ORGS)
+        if caller.org_id is None:
+            raise ValueError(f"org {caller.org} has no id here: its caller was not confirmed")
+        return self._database.acting(roles.Scope.of_org(caller.org_id))
+
+    async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
+        return await self.of(caller).call_autocommit(work)
+
+    async def change(
+        self,
+        caller: Caller,
+        operation: Callable[Concatenate[Database, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run an operation in a database thread.
+
+        Raises:
+            AccessDenied: the caller has a lesser role than operator.
+        """
+        caller.require("operator")
+        database = self.of(caller)
+        return await database.run(operation, database, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +130,7 @@ class Operator:
 
 
 class Access:
-    """Knows operators by the hash of their token, and orgs by what their issuer's guard says."""
+    """Authenticates operators by the hash of their token, and orgs by their issuer's guard."""
 
     def __init__(
         self,
@@ -108,28 +152,28 @@ class Access:
         self._limits = limits
 
     async def caller_of(self, connection: HTTPConnection) -> Caller | None:
-        """Who asks, by the header Authorization; None without one.
+        """The caller, by the header Authorization; None without one.
 
         Raises:
             TokenError: the token is invalid, or its client is not an active credential of its org.
-            AccessDenied: it is good, but lets nobody in here.
-            TooManyRequests: too many bad tokens came from this address.
-            IssuerUnavailable: nobody can say, since the issuer's keys cannot be read.
+            AccessDenied: the token is valid, but gives no access.
+            TooManyRequests: too many invalid tokens came from this address.
+            IssuerUnavailable: the issuer's keys cannot be read.
         """
         headers = connection.headers.getlist("authorization")
         if not headers:
             return None
-        match = _BEARER.fullmatch(headers[0].strip())
-        if match is None or len(headers) > 1:
+        token = bearer_token(headers[0])
+        if token is None or len(headers) > 1:
             self.count_stranger(connection)
             raise TokenError(
-                "one header Authorization with a bearer token is needed",
+                "exactly one Authorization header with a bearer token is required",
                 fix="send Authorization: Bearer TOKEN",
             )
-        return await self._caller_with(match[1], connection)
+        return await self._caller_with(token, connection)
 
     async def log_in(self, token: str, connection: HTTPConnection) -> Caller:
-        """Who this token of a login form is of, once `count_login` has counted it; raises as `caller_of`."""
+        """The caller with a login form's token, once `count_login` has counted it; raises as `caller_of`."""
         return await self._caller_with(token, connection, is_counted=True)
 
     async def _caller_with(
@@ -139,8 +183,8 @@ class Access:
         if not self._operators and not client.is_local:
             self.count_stranger(connection)
             raise AccessDenied(
-                "only this machine is served as long as there is no operator",
-                fix="add one to [[web.operators]] of worker.toml",
+                "without an operator only requests from this machine are served",
+                fix="add one to [[web.operators]] in worker.toml",
             )
         limits = None if is_counted else self._limits
         if limits is not None:
@@ -156,11 +200,12 @@ class Access:
         return await self.confirm(caller)
 
     async def confirm(self, caller: Caller) -> Caller:
-        """Count a call of this caller, and see that the database still lets it in.
+        """Count a call, and check in the database that the caller still has access.
 
         Raises:
-            AccessDenied: its org is not known, suspended or removed.
-            TokenError: its token's client is no active credential of the org, and it lacks `[web] org_scope`.
+            AccessDenied: its org is unknown, suspended or removed.
+            TokenError: its token's client is not an active credential of the org, and the token
+                lacks `[web] org_scope`.
             TooManyRequests: it calls too often.
         """
         if self._limits is not None:
@@ -168,22 +213,22 @@ class Access:
         if caller.org is None:
             return caller
         found = await self._find_caller(caller.org, caller.client_id)
-        # Another issuer may call an org of its own the same.
+        # Another issuer may have an org of the same code.
         if found is None or found.issuer != caller.issuer or found.state not in ("active", "paused"):
             raise AccessDenied(
                 f"org {caller.org} may not use this worker",
-                fix="`orgs list` shows those that are known, their issuers and states",
+                fix="`orgs list` shows the known orgs with their issuers and states",
             )
         if not (found.is_credential or caller.has_org_scope):
             raise TokenError(
                 f"the token's client is not an active credential of org {caller.org}",
-                fix=f"ask for the token with a client of `credentials list {caller.org} --state active`, "
+                fix=f"request the token with a client of `credentials list {caller.org} --state active`, "
                 "or set web.org_scope in worker.toml to a scope that the token has",
             )
         return replace(caller, org_id=found.id)
 
     def count_login(self, connection: HTTPConnection) -> None:
-        """Count a try to log in.
+        """Count a login.
 
         Raises:
             TooManyRequests: too many came from this address.
@@ -199,14 +244,14 @@ class Access:
     def _operator(self, token: str) -> Caller | None:
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = None
-        # All are compared, so that the time taken tells nothing of where one matched.
+        # All are compared, so that the time taken does not reveal which one matched.
         for operator in self._operators:
             if hmac.compare_digest(operator.token_sha256, digest):
                 found = Caller(operator.name, operator.role)
         return found
 
     async def _org(self, token: str) -> Caller:
-        """The org that the token was issued for. Whether it may call is checked by `confirm`."""
+        """The org that the token was issued for. `confirm` checks whether it has access."""
         fault: TokenRefused | Unavailable | None = None
         for issuer, guard in self._guards.items():
             try:
@@ -230,5 +275,5 @@ class Access:
             raise fault
         raise TokenError(
             "the token is invalid",
-            fix="send an operator's, or one that a configured issuer has just issued for its audience",
+            fix="send an operator's token, or a current one of a configured issuer and its audience",
         )

@@ -1,10 +1,10 @@
-"""The JSON API under /api/v1: lists, one run, and what may be done with runs; bearer tokens only."""
+"""The JSON API under /api/v1: lists, one run, and changes of runs; bearer tokens only."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,8 +23,7 @@ from worker.operations.manual_run import named_run, run_now
 from worker.operations.retry import retry
 from worker.store.lists import runs as run_lists
 from worker.store.lists.paging import Row
-from worker.web.access import Caller
-from worker.web.acting import Acting
+from worker.web.access import Caller, CallerDatabase
 from worker.web.lists import LISTS, limit_of, read_list
 from worker.web.redaction import Noun, redacted, redacted_row
 from worker.web.responses import encode, json_answer, read_body
@@ -34,10 +33,10 @@ LOG_LINES = 1000
 
 
 class Api:
-    """Every answer is made in a thread of the web's own database connections, down to its last byte."""
+    """The API's routes. Responses are encoded in a database thread: a large one must not delay the loop."""
 
-    def __init__(self, acting: Acting, clock: Clock) -> None:
-        self._acting = acting
+    def __init__(self, database: CallerDatabase, clock: Clock) -> None:
+        self._database = database
         self._clock = clock
 
     def routes(self) -> Sequence[Route]:
@@ -63,7 +62,7 @@ class Api:
             full = "limit" in LISTS[name].filters and len(rows) == limit_of(given)
             return encode(rows), rows[-1]["id"] if full and rows else None
 
-        body, last = await self._acting.read(caller, work)
+        body, last = await self._database.read(caller, work)
         headers = {}
         if last is not None:
             query = urlencode({**given, "after": last})
@@ -87,7 +86,7 @@ class Api:
             run = named_run(connection, request.path_params["run"], caller.org)
             return encode(shown_lines(connection, caller, run["id"], after=after, limit=limit))
 
-        return json_answer(await self._acting.read(caller, work))
+        return json_answer(await self._database.read(caller, work))
 
     async def _of_run(self, request: Request, part: Callable[[Connection, Row], Any]) -> bytes:
         caller = caller_of(request)
@@ -95,72 +94,53 @@ class Api:
         def work(connection: Connection) -> bytes:
             return encode(part(connection, shown_run(connection, caller, request.path_params["run"])))
 
-        return await self._acting.read(caller, work)
+        return await self._database.read(caller, work)
 
     async def _cancel(self, request: Request) -> Response:
         await _json_body(request, ())
-        return json_answer(encode(await self.cancel(caller_of(request), request.path_params["run"])))
+        caller, run = caller_of(request), request.path_params["run"]
+        row = await self._database.change(caller, cancel, run, actor=caller.actor, org=caller.org)
+        return json_answer(encode(redacted_row("runs", row, caller)))
 
     async def _retry(self, request: Request) -> Response:
         body = await _json_body(request, ("from_checkpoint",))
         from_checkpoint = body.get("from_checkpoint", False)
         if not isinstance(from_checkpoint, bool):
-            raise UsageError("from_checkpoint is true or false")
-        row = await self.retry(caller_of(request), request.path_params["run"], from_checkpoint)
-        return _made(row)
-
-    async def _run_now(self, request: Request) -> Response:
-        body = await _json_body(request, ("params",))
-        params = body.get("params")
-        if params is not None and not isinstance(params, dict):
-            raise UsageError("params is an object")
-        caller, org, name = caller_of(request), request.path_params["org"], request.path_params["name"]
-        key = request.headers.get("idempotency-key")
-        return _made(await self.run_now(caller, org, name, key, params))
-
-    async def cancel(self, caller: Caller, run: str) -> Row:
-        """As `operations.cancel`, for whoever may."""
-        caller.require("operator")
-        return await self._do(caller, cancel, run, actor=caller.actor, org=caller.org)
-
-    async def retry(self, caller: Caller, run: str, from_checkpoint: bool) -> Row:
-        """As `operations.retry`, for whoever may."""
-        caller.require("operator")
-        return await self._do(
+            raise UsageError("from_checkpoint must be true or false")
+        caller = caller_of(request)
+        row = await self._database.change(
             caller,
             retry,
-            run,
+            request.path_params["run"],
             actor=caller.actor,
             org=caller.org,
             from_checkpoint=from_checkpoint,
             by_org=caller.org is not None,
         )
+        return _created(row, caller)
 
-    async def run_now(
-        self, caller: Caller, org: str, name: str, key: str | None, params: Mapping[str, Any] | None
-    ) -> Row:
-        """As `operations.run_now`, for whoever may."""
+    async def _run_now(self, request: Request) -> Response:
+        body = await _json_body(request, ("params",))
+        params = body.get("params")
+        if params is not None and not isinstance(params, dict):
+            raise UsageError("params must be an object")
+        caller, org = caller_of(request), request.path_params["org"]
         caller.org_asked_for(org)
-        caller.require("operator")
-        return await self._do(
+        row = await self._database.change(
             caller,
             run_now,
             org,
-            name,
+            request.path_params["name"],
             actor=caller.actor,
-            request_key=key,
+            request_key=request.headers.get("idempotency-key"),
             params=params,
             by_org=caller.org is not None,
         )
-
-    async def _do(self, caller: Caller, operation: Callable[..., Row], *args: Any, **kwargs: Any) -> Row:
-        """Change something; the row of the run that came of it, as this caller may see it."""
-        row = await self._acting.do(caller, operation, *args, **kwargs)
-        return redacted_row("runs", row, caller)
+        return _created(row, caller)
 
 
 def caller_of(request: Request) -> Caller:
-    """Whom the gate let in."""
+    """The caller that AuthMiddleware found."""
     caller: Caller = request.scope["caller"]
     return caller
 
@@ -213,18 +193,19 @@ async def _json_body(request: Request, names: Sequence[str]) -> dict[str, Any]:
     try:
         body = json.loads(text)
     except RecursionError:
-        # Which member it was cannot be told; only params may nest.
+        # The parser does not say which member it was; only params may nest.
         raise fields.refusal(TOO_DEEP, "the body", "params") from None
     except ValueError:
-        raise UsageError("the body is no JSON") from None
+        raise UsageError("the body is not JSON") from None
     if not isinstance(body, dict) or set(body) - set(names):
         allowed = ", ".join(names) or "no members"
-        raise UsageError(f"the body is a JSON object with {allowed}")
+        raise UsageError(f"the body must be a JSON object with {allowed}")
     return body
 
 
-def _made(row: Row) -> Response:
-    return json_answer(encode(row), 201, {"location": f"{BASE}/runs/{row['id']}"})
+def _created(row: Row, caller: Caller) -> Response:
+    body = encode(redacted_row("runs", row, caller))
+    return json_answer(body, 201, {"location": f"{BASE}/runs/{row['id']}"})
 
 
 def _log_place(text: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from worker.telemetry.events import emit
-from worker.web.addresses import Addresses, counted_as
+from worker.web.clients import Addresses, counted_as
 from worker.web.responses import HEADERS, error_answer
 
 # Connections of one listener. MOST_REQUESTS in app.py is lower: the difference keeps health reachable

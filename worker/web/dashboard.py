@@ -21,18 +21,26 @@ from starlette.types import Scope
 
 from worker.clock import Clock, to_text
 from worker.errors import TokenError
+from worker.operations.cancel import cancel
+from worker.operations.manual_run import run_now
+from worker.operations.retry import retry
 from worker.store.lists import definitions as definition_lists
 from worker.store.lists import orgs as org_lists
 from worker.store.lists import runs as run_lists
 from worker.store.lists.paging import Row
 from worker.telemetry.events import emit
-from worker.web.access import RANK, Access
-from worker.web.acting import Acting
-from worker.web.api import Api, caller_of, shown_lines, shown_run, single
-from worker.web.auth_middleware import LOGIN, Session, Sessions, in_api
-from worker.web.forms import LOGIN as LOGIN_COOKIE
-from worker.web.forms import SESSION, Forms
+from worker.web.access import RANK, Access, CallerDatabase
+from worker.web.api import caller_of, shown_lines, shown_run, single
 from worker.web.redaction import redacted, redacted_row
+from worker.web.sessions import (
+    LOGIN,
+    LOGIN_COOKIE,
+    SESSION_COOKIE,
+    Forms,
+    Session,
+    Sessions,
+    in_api,
+)
 
 _FOLDER = Path(__file__).with_name("templates")
 _CSS = (_FOLDER / "style.css").read_text(encoding="utf-8")
@@ -77,14 +85,13 @@ RECENT = timedelta(days=1)
 
 
 class Dashboard:
-    """Pages for a session, or for a bearer token, which then only looks."""
+    """Pages for a session, which can change runs, or for a bearer token, which can only read."""
 
     def __init__(
-        self, acting: Acting, clock: Clock, api: Api, access: Access, sessions: Sessions, forms: Forms
+        self, database: CallerDatabase, clock: Clock, access: Access, sessions: Sessions, forms: Forms
     ) -> None:
-        self._acting = acting
+        self._database = database
         self._clock = clock
-        self._api = api
         self._access = access
         self._sessions = sessions
         self._forms = forms
@@ -146,69 +153,88 @@ class Dashboard:
 
     async def _cancel(self, request: Request) -> Response:
         await self._checked_form(request)
-        return _to_run(await self._api.cancel(caller_of(request), request.path_params["run"]))
+        caller, run = caller_of(request), request.path_params["run"]
+        row = await self._database.change(caller, cancel, run, actor=caller.actor, org=caller.org)
+        return _to_run(row)
 
     async def _retry(self, request: Request) -> Response:
         await self._checked_form(request)
-        return _to_run(await self._api.retry(caller_of(request), request.path_params["run"], False))
+        caller, run = caller_of(request), request.path_params["run"]
+        by_org = caller.org is not None
+        row = await self._database.change(
+            caller, retry, run, actor=caller.actor, org=caller.org, by_org=by_org
+        )
+        return _to_run(row)
 
     async def _run_now(self, request: Request) -> Response:
         await self._checked_form(request)
-        org, name = request.path_params["org"], request.path_params["name"]
-        return _to_run(await self._api.run_now(caller_of(request), org, name, None, None))
+        caller, org, name = caller_of(request), request.path_params["org"], request.path_params["name"]
+        caller.org_asked_for(org)
+        by_org = caller.org is not None
+        row = await self._database.change(caller, run_now, org, name, actor=caller.actor, by_org=by_org)
+        return _to_run(row)
 
     async def _login(self, request: Request) -> Response:
-        # A page elsewhere that sends forms uses up no logins of its visitor's address.
+        # First, so that forms sent by another site's page use up none of its visitor's logins.
         self._forms.check_origin(request)
         self._access.count_login(request)
-        token = (await self._forms.read_login(request)).get("token", "").strip()
+        token = (await self._forms.read(request, LOGIN_COOKIE)).get("token", "").strip()
         caller = await self._access.log_in(token, request)
         session = self._sessions.begin(caller)
         emit("web.login", caller=caller.actor, role=caller.role)
-        answer = RedirectResponse("/", 303)
-        self._forms.set_cookie(request, answer, SESSION, session.key)
-        self._forms.delete_cookie(request, answer, LOGIN_COOKIE)
-        return answer
+        response = RedirectResponse("/", 303)
+        self._forms.set_cookie(request, response, SESSION_COOKIE, session.key)
+        self._forms.set_cookie(request, response, LOGIN_COOKIE, None)
+        return response
 
     async def _logout(self, request: Request) -> Response:
         self._sessions.end(await self._checked_form(request))
-        answer = RedirectResponse("/", 303)
-        self._forms.delete_cookie(request, answer, SESSION)
-        return answer
+        response = RedirectResponse("/", 303)
+        self._forms.set_cookie(request, response, SESSION_COOKIE, None)
+        return response
 
     async def _checked_form(self, request: Request) -> Session:
-        """The session whose page sent this form."""
+        """The session whose page sent this form.
+
+        Raises:
+            TokenError: the request has no session.
+            AccessDenied: another page sent the form.
+        """
         session: Session | None = request.scope.get("session")
         if session is None:
             raise TokenError("log in first", fix="open / and log in, or send Authorization: Bearer TOKEN")
-        await self._forms.read(request, session.csrf)
+        await self._forms.read(request, SESSION_COOKIE)
         return session
 
     def error_page(self, scope: Scope, status: int, message: str, fix: str) -> Response | None:
-        """An error for a person: the login page where a token is lacking; None where a program asked."""
+        """An error page, or the login page for 401; None if a program sent the request."""
         if in_api(scope):
             return None
         if status != 401:
             return page(render("error.html", status=status, message=message, fix=fix), status)
         connection = HTTPConnection(scope)
         nonce = self._forms.login_nonce(connection)
-        tried, csrf = scope["path"] == LOGIN, self._forms.login_csrf(nonce)
-        answer = page(render("login.html", message=message, tried=tried, csrf=csrf), status)
-        self._forms.set_cookie(connection, answer, LOGIN_COOKIE, nonce)
-        return answer
+        tried, csrf = scope["path"] == LOGIN, self._forms.csrf(nonce)
+        response = page(render("login.html", message=message, tried=tried, csrf=csrf), status)
+        self._forms.set_cookie(connection, response, LOGIN_COOKIE, nonce)
+        return response
 
     async def _show(
         self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
     ) -> Response:
-        """Read and render in the database's thread: a large page must not hold up the loop."""
+        """Read and render in a database thread: a large page must not delay the loop."""
         caller, session = caller_of(request), request.scope.get("session")
-        may_act = session is not None and RANK[caller.role] >= RANK["operator"]
+        values = {
+            "caller": caller,
+            "session": session,
+            "csrf": self._forms.csrf(session.key) if session else None,
+            "may_act": session is not None and RANK[caller.role] >= RANK["operator"],
+        }
 
-        def made(connection: Connection) -> bytes:
-            values = work(connection)
-            return render(template, caller=caller, session=session, may_act=may_act, **values)
+        def rendered(connection: Connection) -> bytes:
+            return render(template, **values, **work(connection))
 
-        return page(await self._acting.read(caller, made))
+        return page(await self._database.read(caller, rendered))
 
 
 def _next(rows: Sequence[Row]) -> str | None:

@@ -1,4 +1,4 @@
-"""The HTTP server in the worker's own loop: it leaves signals alone, and its end is not the worker's."""
+"""The HTTP application, and its server in the worker's event loop."""
 
 from __future__ import annotations
 
@@ -11,33 +11,100 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from worker.clock import Clock
 from worker.errors import Busy, ConfigurationError
+from worker.store.database import Database
 from worker.telemetry.events import emit
+from worker.web.access import Access, CallerDatabase
+from worker.web.api import Api
 from worker.web.connections import Connection, Connections, Deadlines
+from worker.web.dashboard import Dashboard
+from worker.web.health import PATHS, Health
+from worker.web.responses import ErrorMiddleware
+from worker.web.sessions import AuthMiddleware, Forms, Sessions
 
-# Seconds before an address that is not free, or a server that failed, is tried again.
+# Concurrent requests of API and dashboard; fewer than the connections of a listener.
+MOST_REQUESTS = 500
+# Seconds before an occupied address, or a server that failed, is tried again.
 AGAIN = 5.0
-# Seconds that requests under way are given at the end.
-LAST_ANSWERS = 1
-# Connections that the kernel keeps until they are accepted, and how many are accepted in one turn of the
-# loop: a flood of them must not hold up what else the loop has to do.
+# Seconds that running requests get at the end.
+LAST_RESPONSES = 1
+# Connections that the kernel queues, and how many are accepted in one turn of the event loop, so that a
+# flood of them does not delay the worker's loops.
 BACKLOG = 1024
 ACCEPTED = 16
-# Milliseconds that a client may leave a response in its way untaken; the kernel then ends the connection.
-UNTAKEN = 30_000
+# Milliseconds without progress after which the kernel ends a connection whose client reads no response.
+UNREAD = 30_000
+
+
+class _RequestLimit:
+    """ASGI middleware: answers 503 beyond MOST_REQUESTS, but always serves health.
+
+    Metrics that name orgs are counted: verifying their token may take a while.
+    """
+
+    def __init__(self, app: ASGIApp, health: Health) -> None:
+        self._app = app
+        self._exempt = PATHS - {"/metrics"} if health.metrics.name_orgs else PATHS
+        self._serving = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in self._exempt:
+            await self._app(scope, receive, send)
+            return
+        if self._serving >= MOST_REQUESTS:
+            raise Busy(f"{MOST_REQUESTS} requests are being served", fix="try again in a moment")
+        self._serving += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._serving -= 1
+
+
+def build(
+    health: Health,
+    database: Database,
+    access: Access,
+    clock: Clock,
+    *,
+    public_url: str = "",
+    with_health: bool = True,
+) -> ASGIApp:
+    """The application; browsers reach it at `public_url`.
+
+    Without `with_health`, health has a listener of its own.
+    """
+    health.protect(access)
+    sessions, forms = Sessions(clock), Forms(public_url, access.addresses)
+    caller_database = CallerDatabase(database)
+    dashboard = Dashboard(caller_database, clock, access, sessions, forms)
+    routes = [
+        *(health.routes() if with_health else ()),
+        *Api(caller_database, clock).routes(),
+        *dashboard.routes(),
+    ]
+    router = Router(routes=routes, redirect_slashes=False)
+    return ErrorMiddleware(
+        _RequestLimit(AuthMiddleware(router, access, sessions, forms), health), dashboard.error_page
+    )
+
+
+def build_health(health: Health) -> ASGIApp:
+    """Health and metrics alone, for a listener of their own; every other path is 404."""
+    return ErrorMiddleware(_RequestLimit(Router(routes=health.routes(), redirect_slashes=False), health))
 
 
 def bind(listen: str, setting: str = "listen") -> socket.socket:
-    """A listening socket on `host:port`; of a name with several addresses, the first.
+    """Open a listening socket on `host:port`; for a name with several addresses, on the first.
 
-    `setting` is the key of [web] that names the address, for errors.
+    `setting` is the key of [web] that names the address, for error messages.
 
     Raises:
         Busy: another process has the port.
-        ConfigurationError: no such address here, or it is not allowed.
+        ConfigurationError: it is not an address of this machine, or not allowed.
     """
     host, _, port = listen.rpartition(":")
     try:
@@ -46,40 +113,40 @@ def bind(listen: str, setting: str = "listen") -> socket.socket:
         )
         family, _, _, _, address = found[0]
         listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        # asyncio sets it only where a socket names its protocol, which a listener's connections do not:
-        # each answer would wait 40 ms for an acknowledgement.
+        # asyncio does not set it for a listener's connections; each response would wait 40 ms for an
+        # acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNTAKEN)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
         return listener
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Busy(
                 f"[web] {setting}: another process has {listen}",
-                fix='end it, or set another port, or "" for none',
+                fix='stop it, or set another port, or "" for none',
             ) from None
         raise ConfigurationError(
-            f"[web] {setting}: {listen} cannot be listened on: {error.strerror}",
-            fix="name an address of this machine and a port above 1023",
+            f"[web] {setting}: cannot listen on {listen}: {error.strerror}",
+            fix="use an address of this machine and a port above 1023",
         ) from None
 
 
 class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as usual; then lengthen the kernel's queue again, which asyncio cut to ACCEPTED."""
+        """Start, then restore the length of the kernel's queue, which asyncio sets to ACCEPTED."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave them to the worker, which drains; this server ends when the worker has ended."""
+        """Leave signals to the worker, which drains."""
         yield
 
 
 class WebServer:
-    """Serves one application for as long as the `async with` lasts, come what may.
+    """Serves one application for as long as the `async with` lasts, and restarts after failures.
 
-    With `listener` None the address is tried until it is free.
+    Without a `listener` it retries until the address is free.
     """
 
     def __init__(
@@ -102,22 +169,22 @@ class WebServer:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Serve until the block ends; what is answered just then gets a second more."""
-        task = asyncio.create_task(self._for_ever(), name="web")
+        """Serve until the block ends; running requests get another second."""
+        task = asyncio.create_task(self._serve_forever(), name="web")
         try:
             yield
         finally:
             if self._server is not None:
                 self._server.should_exit = True
-                await asyncio.wait({task}, timeout=LAST_ANSWERS + 1)
+                await asyncio.wait({task}, timeout=LAST_RESPONSES + 1)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             self._connections.close()
             if self._listener is not None:
                 self._listener.close()
 
-    async def _for_ever(self) -> None:
-        told = False
+    async def _serve_forever(self) -> None:
+        reported = False
         while self._server is None or not self._server.should_exit:
             try:
                 if self._listener is None:
@@ -125,10 +192,10 @@ class WebServer:
                 await self._serve(self._listener)
                 continue
             except (Busy, ConfigurationError) as error:
-                if not told:
+                if not reported:
                     emit("web.unavailable", address=self._listen, error=error.message)
-                told = True
-            # uvicorn says with SystemExit that it could not start; that must not end the worker.
+                reported = True
+            # uvicorn raises SystemExit if it cannot start; that must not end the worker.
             except (Exception, SystemExit) as error:
                 emit("loop.failed", loop="web", error=f"{type(error).__name__}: {error}")
             await self._clock.sleep(AGAIN)
@@ -145,14 +212,14 @@ class WebServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            # `web.addresses` reads what proxies say, of those that the operator trusts.
+            # `web.clients` reads the headers of trusted proxies.
             proxy_headers=False,
             backlog=ACCEPTED,
-            timeout_graceful_shutdown=LAST_ANSWERS,
+            timeout_graceful_shutdown=LAST_RESPONSES,
         )
         self._server = _Server(config)
         host, port = listener.getsockname()[:2]
         emit("web.listening", address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        # A copy: uvicorn closes what it is given, and may have to be started again.
+        # A copy: uvicorn closes its socket, and may have to be started again.
         with listener.dup() as copy:
             await self._server.serve(sockets=[copy])

@@ -26,12 +26,10 @@ from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
 from worker.tokens.http import open_client
 from worker.web.access import Access, FindCaller, Operator
-from worker.web.addresses import Addresses
-from worker.web.app import build, build_health
+from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections
 from worker.web.health import Health
-from worker.web.limits import Limits
-from worker.web.server import WebServer, bind
+from worker.web.server import WebServer, bind, build, build_health
 from worker.wiring.secrets import issuers_of
 from worker.wiring.signals import Signals
 

@@ -22,10 +22,9 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator, Role
-from worker.web.addresses import Addresses
-from worker.web.app import build
+from worker.web.clients import Addresses, Limits
 from worker.web.health import Health
-from worker.web.limits import Limits
+from worker.web.server import build
 
 BASE = "http://127.0.0.1:8470"
 TOKENS: dict[Role, str] = {role: f"token-of-the-{role}" for role in ("viewer", "operator", "admin")}

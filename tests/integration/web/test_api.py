@@ -11,8 +11,7 @@ from worker.operations.manual_run import run_now
 from worker.store import orgs
 from worker.store.lists import runs as run_lists
 from worker.store.tables import live_runs, metadata
-from worker.web.access import Caller
-from worker.web.acting import Acting
+from worker.web.access import Caller, CallerDatabase
 from worker.web.lists import LISTS
 
 pytestmark = pytest.mark.anyio
@@ -135,7 +134,7 @@ class TestWhatAnOrgSees:
             org_id = orgs.require(connection, "org_a")["id"]
         caller = Caller("org_a", "viewer", org="org_a", org_id=org_id)
 
-        runs = await Acting(site.database).read(caller, run_lists.runs_for_all_orgs)
+        runs = await CallerDatabase(site.database).read(caller, run_lists.runs_for_all_orgs)
 
         assert [run["org"] for run in runs] == ["org_a"]
 

@@ -14,7 +14,7 @@ from worker.operations.edit import edit_definition
 from worker.operations.orgs import set_org_state
 from worker.store import orgs
 from worker.store.lists import runs as run_lists
-from worker.web.forms import SESSION
+from worker.web.sessions import SESSION_COOKIE
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -57,7 +57,7 @@ async def test_a_good_token_that_no_active_credential_got_is_401_with_the_reason
     assert "web.org_scope" in answer.json()["error"]["fix"]
     async with site.client() as client:
         opened = await log_in(client, token)
-        assert (opened.status_code, SESSION in opened.headers["set-cookie"]) == (401, False)
+        assert (opened.status_code, SESSION_COOKIE in opened.headers["set-cookie"]) == (401, False)
 
 
 async def test_the_same_org_is_let_in_by_its_own_credential_with_any_scope(site: Site):

@@ -15,7 +15,7 @@ from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.manual_run import run_now
 from worker.store import tables
 from worker.web.dashboard import Dashboard
-from worker.web.forms import SESSION as COOKIE
+from worker.web.sessions import SESSION_COOKIE as COOKIE
 
 pytestmark = pytest.mark.anyio
 OURS = {"origin": BASE}
@@ -162,7 +162,7 @@ async def test_every_unsafe_route_refuses_what_no_page_of_ours_sent(staffed: Sit
     nothing: Any = None
     routes = [
         route
-        for route in Dashboard(nothing, nothing, nothing, nothing, nothing, nothing).routes()
+        for route in Dashboard(nothing, nothing, nothing, nothing, nothing).routes()
         if set(route.methods or ()) - {"GET", "HEAD", "OPTIONS"}
     ]
     assert len(routes) >= 5

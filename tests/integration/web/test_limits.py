@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of, log_in
 from worker.settings.sections import WebSettings
-from worker.web.limits import Limits
+from worker.web.clients import Limits
 
 pytestmark = pytest.mark.anyio
 RUNS = "/api/v1/runs"

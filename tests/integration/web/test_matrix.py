@@ -43,8 +43,8 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import RANK, Access, Role
-from worker.web.app import build, build_health
 from worker.web.health import Health
+from worker.web.server import build, build_health
 
 pytestmark = pytest.mark.anyio
 

@@ -24,10 +24,9 @@ from worker.settings.sections import WebSettings
 from worker.telemetry.metrics import Metrics
 from worker.web import server as module
 from worker.web.access import Access
-from worker.web.app import build, build_health
 from worker.web.connections import Connections, Deadlines
 from worker.web.health import PATHS, Health
-from worker.web.server import WebServer, bind
+from worker.web.server import WebServer, bind, build, build_health
 from worker.wiring.web import Web
 
 NOTHING: Any = None
@@ -149,7 +148,7 @@ async def test_a_slow_client_is_told_that_it_was_too_slow_and_is_closed(head: by
 @pytest.mark.anyio
 @pytest.mark.parametrize("untaken", [0, 300], ids=["control", "deadline"])
 async def test_a_client_that_takes_nothing_of_its_response_is_closed_by_the_kernel(monkeypatch, untaken: int):
-    monkeypatch.setattr(module, "UNTAKEN", untaken)
+    monkeypatch.setattr(module, "UNREAD", untaken)
     gone = asyncio.Event()
 
     class Watched(Connections):
@@ -210,9 +209,9 @@ def test_an_address_is_bound_or_refused_with_what_to_do():
         with pytest.raises(Busy, match=f"another process has 127.0.0.1:{port}") as caught:
             bind(f"127.0.0.1:{port}")
     assert caught.value.exit_code == 75
-    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1:8470 cannot be listened on"):
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1:8470"):
         bind("192.0.2.1:8470")
-    with pytest.raises(ConfigurationError, match="cannot be listened on"):
+    with pytest.raises(ConfigurationError, match="cannot listen on"):
         bind("no-such-host.invalid:8470")
 
 

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from tests.fakes.clock import settle
-from worker.web.addresses import Addresses
+from worker.web.clients import Addresses
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.responses import ErrorMiddleware, read_body
 

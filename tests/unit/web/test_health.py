@@ -13,9 +13,9 @@ from starlette.types import ASGIApp
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
 from worker.web.access import Access, Operator
-from worker.web.app import MOST_REQUESTS, build, build_health
 from worker.web.connections import MOST_CONNECTIONS
 from worker.web.health import PATHS, Health
+from worker.web.server import MOST_REQUESTS, build, build_health
 
 pytestmark = pytest.mark.anyio
 

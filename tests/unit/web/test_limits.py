@@ -9,9 +9,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from worker.errors import TooManyRequests
 from worker.web.access import Caller
-from worker.web.addresses import Client
-from worker.web.auth_middleware import LASTS, MOST, Sessions
-from worker.web.limits import Buckets, Limits
+from worker.web.clients import Buckets, Client, Limits
+from worker.web.sessions import LASTS, MOST, Sessions
 
 ALICE, BOB = (Client(ip_address(address)) for address in ("198.51.100.1", "198.51.100.2"))
 
