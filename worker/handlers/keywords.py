@@ -1,39 +1,23 @@
-"""The keywords of JSON Schema (draft 2020-12) that hold a value against a rule, and how a refusal reads.
+"""The keywords of JSON Schema (draft 2020-12): what each requires of a value.
 
-Each judges one value and hands what lies further in back to the check that called it.
+A keyword returns a verdict, or the parts of the value that must fit further subschemas.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worker.handlers.schema import Check
 
 Verdict = bool | None
-"""Whether a value fits; None where it cannot be told."""
-
-_SHOWN = 60
+"""Whether a value fits; None if that is undecided."""
 
 
-class Judge(Protocol):
-    """What a keyword needs of the check it belongs to. Each method counts its steps."""
-
-    def spend(self, steps: int) -> None: ...
-
-    def fits(self, schema: Any, value: Any) -> Verdict: ...
-
-    def matches(self, pattern: str, text: str) -> bool: ...
-
-    def is_among(self, options: Any, value: Any) -> Verdict: ...
-
-    def target(self, reference: Any) -> Any: ...
-
-
-Keyword = Callable[[Judge, Any, Mapping[str, Any], Any], Verdict]
-"""A rule: the check, the keyword's own value, the subschema it stands in, and the value to judge."""
-
-
-def _all(verdicts: Iterator[Verdict]) -> Verdict:
+def all_of(verdicts: Iterable[Verdict]) -> Verdict:
     found: Verdict = True
     for verdict in verdicts:
         if verdict is False:
@@ -43,12 +27,8 @@ def _all(verdicts: Iterator[Verdict]) -> Verdict:
     return found
 
 
-def _not(verdict: Verdict) -> Verdict:
+def negated(verdict: Verdict) -> Verdict:
     return None if verdict is None else not verdict
-
-
-def _any(verdicts: Iterator[Verdict]) -> Verdict:
-    return _not(_all(_not(verdict) for verdict in verdicts))
 
 
 def _is_number(value: Any) -> bool:
@@ -59,7 +39,7 @@ def _is_integer(value: Any) -> bool:
     return _is_number(value) and (isinstance(value, int) or value.is_integer())
 
 
-_TYPES: Mapping[str, Callable[[Any], bool]] = {
+TYPES: Mapping[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, Mapping),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),
@@ -69,88 +49,129 @@ _TYPES: Mapping[str, Callable[[Any], bool]] = {
     "integer": _is_integer,
 }
 
+# --- Keywords whose verdict is that of subschemas ----------------------------------------------
 
-def _type(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-    if isinstance(wanted, str):
-        return _TYPES[wanted](value)
+# A step down the path (None for the same value), the subschema, and the value that it applies to.
+Part = tuple[str | None, Any, Any]
+# What a keyword gets: the check, its own value, the subschema it is part of, and the value to check.
+_PartsOf = Callable[["Check", Any, Mapping[str, Any], Any], Iterable[Part]]
+
+
+def _pattern_properties(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
+    for pattern, inner in wanted.items():
+        for key, item in value.items():
+            if check.matches(pattern, key):
+                yield key, inner, item
+
+
+def _additional_properties(
+    check: Check, wanted: Any, schema: Mapping[str, Any], value: Any
+) -> Iterator[Part]:
+    known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    for key, item in value.items():
+        if key not in known and not any(check.matches(pattern, key) for pattern in patterns):
+            yield key, wanted, item
+
+
+def _items(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
+    first = len(schema.get("prefixItems", ()))
+    return ((str(place), wanted, item) for place, item in enumerate(value[first:], first))
+
+
+def _dependent_schemas(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Iterator[Part]:
     check.spend(len(wanted))
-    return any([_TYPES[kind](value) for kind in wanted])
+    return ((None, inner, value) for name, inner in wanted.items() if name in value)
 
 
-def _bound(applies: Callable[[Any], bool], holds: Callable[[Any, Any], bool]) -> Keyword:
+def _if(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Iterator[Part]:
+    met = check.fits(wanted, value)
+    if met is None:
+        raise LookupError("the condition is undecided")
+    yield None, schema.get("then" if met else "else", True), value
+
+
+# The type of value that the keyword applies to (None: any), and its parts.
+PARTS: Mapping[str, tuple[str | None, _PartsOf]] = {
+    "properties": (
+        "object",
+        lambda check, wanted, schema, value: (
+            (key, wanted[key], item) for key, item in value.items() if key in wanted
+        ),
+    ),
+    "patternProperties": ("object", _pattern_properties),
+    "additionalProperties": ("object", _additional_properties),
+    "propertyNames": ("object", lambda check, wanted, schema, value: ((key, wanted, key) for key in value)),
+    "dependentSchemas": ("object", _dependent_schemas),
+    "prefixItems": (
+        "array",
+        lambda check, wanted, schema, value: (
+            (str(place), *pair) for place, pair in enumerate(zip(wanted, value, strict=False))
+        ),
+    ),
+    "items": ("array", _items),
+    "$ref": (None, lambda check, wanted, schema, value: [(None, check.schema.target(wanted), value)]),
+    "allOf": (None, lambda check, wanted, schema, value: ((None, inner, value) for inner in wanted)),
+    "if": (None, _if),
+}
+
+# --- All other keywords ------------------------------------------------------------------------
+
+_Rule = Callable[["Check", Any, Mapping[str, Any], Any], Verdict]
+
+
+def _type(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+    if isinstance(wanted, str):
+        return TYPES[wanted](value)
+    check.spend(len(wanted))
+    return any([TYPES[kind](value) for kind in wanted])
+
+
+def _enum(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+    if not isinstance(wanted, list):
+        return None
+    return canonical(value, check.spend) in check.schema.choices(wanted, check.spend)
+
+
+def _limit(kind: str, holds: Callable[[Any, Any], bool], size: Callable[[Any], Any] | None = None) -> _Rule:
     """A keyword that compares a number, or the size of a value, with a number."""
 
-    def rule(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+    def rule(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
         if not _is_number(wanted):
             return None
-        return not applies(value) or holds(value, wanted)
+        return not TYPES[kind](value) or holds(value if size is None else size(value), wanted)
 
     return rule
 
 
-def _multiple(value: Any, of: Any) -> bool:
+def _is_multiple(value: Any, of: Any) -> bool:
     if isinstance(value, int) and isinstance(of, int):
         return value % of == 0
-    # As pydantic tolerates what a float cannot hold: 0.3 is a multiple of 0.1.
+    # With pydantic's tolerance for what a float cannot represent: 0.3 is a multiple of 0.1.
     rest, tolerance = abs(float(value) % float(of)), abs(float(value)) / 1e9
     return rest <= tolerance or abs(rest - of) <= tolerance
 
 
-def _required(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _unique(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
+    if not isinstance(value, list) or wanted is not True:
+        return True
+    return len({canonical(item, check.spend) for item in value}) == len(value)
+
+
+def _required(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(wanted, list):
         return None
     check.spend(len(wanted))
     return not isinstance(value, Mapping) or all(name in value for name in wanted)
 
 
-def _dependent_required(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _dependent_required(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(value, Mapping):
         return True
     check.spend(len(wanted))
-    return _all(_required(check, names, schema, value) for name, names in wanted.items() if name in value)
+    return all_of(_required(check, names, schema, value) for name, names in wanted.items() if name in value)
 
 
-def _pattern(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-    return not isinstance(value, str) or check.matches(wanted, value)
-
-
-def _unique(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-    if not isinstance(value, list) or wanted is not True:
-        return True
-    return len({canonical(item, check.spend) for item in value}) == len(value)
-
-
-def _member_rule(name: str) -> Keyword:
-    def rule(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-        if not isinstance(value, Mapping):
-            return True
-        return _all(check.fits(inner, what) for _, inner, what in members(check, name, schema, value))
-
-    return rule
-
-
-def first_item(name: str, schema: Mapping[str, Any]) -> int:
-    """The place in an array of the first item that the keyword is about."""
-    return len(schema.get("prefixItems", ())) if name == "items" else 0
-
-
-def items_of(name: str, schema: Mapping[str, Any], value: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    if name == "items":
-        return ((schema[name], item) for item in value[first_item(name, schema) :])
-    return zip(schema[name], value, strict=False)
-
-
-def _item_rule(name: str) -> Keyword:
-    def rule(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-        if not isinstance(value, list):
-            return True
-        check.spend(len(value))
-        return _all(check.fits(inner, item) for inner, item in items_of(name, schema, value))
-
-    return rule
-
-
-def _contains(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _contains(check: Check, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
     if not isinstance(value, list):
         return True
     check.spend(len(value))
@@ -162,7 +183,7 @@ def _contains(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) 
     return True if certain >= least and possible <= most else None
 
 
-def _one_of(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
+def _one_of(check: Check, wanted: Any, _: Mapping[str, Any], value: Any) -> Verdict:
     verdicts = [check.fits(branch, value) for branch in wanted]
     certain = verdicts.count(True)
     if certain > 1:
@@ -170,126 +191,42 @@ def _one_of(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) ->
     return None if None in verdicts else certain == 1
 
 
-def _if(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-    met = check.fits(wanted, value)
-    if met is None:
-        return None
-    return check.fits(schema.get("then" if met else "else", True), value)
-
-
-def _dependent_schemas(check: Judge, wanted: Any, schema: Mapping[str, Any], value: Any) -> Verdict:
-    if not isinstance(value, Mapping):
-        return True
-    check.spend(len(wanted))
-    return _all(check.fits(inner, value) for name, inner in wanted.items() if name in value)
-
-
-def members(
-    judge: Judge, name: str, schema: Mapping[str, Any], value: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    """Key, subschema, and the value that a keyword about members holds against it."""
-    judge.spend(len(value))
-    wanted = schema[name]
-    if name == "propertyNames":
-        yield from ((key, wanted, key) for key in value)
-    elif name == "properties":
-        yield from ((key, wanted[key], item) for key, item in value.items() if key in wanted)
-    elif name == "patternProperties":
-        for pattern, inner in wanted.items():
-            for key, item in value.items():
-                if judge.matches(pattern, key):
-                    yield key, inner, item
-    else:
-        known = schema.get("properties", {})
-        patterns = schema.get("patternProperties", {})
-        for key, item in value.items():
-            if key not in known and not any(judge.matches(pattern, key) for pattern in patterns):
-                yield key, wanted, item
-
-
-_is_text, _is_list, _is_object = _TYPES["string"], _TYPES["array"], _TYPES["object"]
-
-RULES: Mapping[str, Keyword] = {
+RULES: Mapping[str, _Rule] = {
     "type": _type,
-    "enum": lambda check, wanted, schema, value: check.is_among(wanted, value),
+    "enum": _enum,
     "const": lambda check, wanted, schema, value: (
         canonical(wanted, check.spend) == canonical(value, check.spend)
     ),
-    "minimum": _bound(_is_number, lambda value, wanted: value >= wanted),
-    "maximum": _bound(_is_number, lambda value, wanted: value <= wanted),
-    "exclusiveMinimum": _bound(_is_number, lambda value, wanted: value > wanted),
-    "exclusiveMaximum": _bound(_is_number, lambda value, wanted: value < wanted),
-    "multipleOf": _bound(_is_number, _multiple),
-    "minLength": _bound(_is_text, lambda value, wanted: len(value) >= wanted),
-    "maxLength": _bound(_is_text, lambda value, wanted: len(value) <= wanted),
-    "minItems": _bound(_is_list, lambda value, wanted: len(value) >= wanted),
-    "maxItems": _bound(_is_list, lambda value, wanted: len(value) <= wanted),
-    "minProperties": _bound(_is_object, lambda value, wanted: len(value) >= wanted),
-    "maxProperties": _bound(_is_object, lambda value, wanted: len(value) <= wanted),
-    "pattern": _pattern,
+    "minimum": _limit("number", operator.ge),
+    "maximum": _limit("number", operator.le),
+    "exclusiveMinimum": _limit("number", operator.gt),
+    "exclusiveMaximum": _limit("number", operator.lt),
+    "multipleOf": _limit("number", _is_multiple),
+    "minLength": _limit("string", operator.ge, len),
+    "maxLength": _limit("string", operator.le, len),
+    "minItems": _limit("array", operator.ge, len),
+    "maxItems": _limit("array", operator.le, len),
+    "minProperties": _limit("object", operator.ge, len),
+    "maxProperties": _limit("object", operator.le, len),
+    "pattern": lambda check, wanted, schema, value: (
+        not isinstance(value, str) or check.matches(wanted, value)
+    ),
     "uniqueItems": _unique,
     "required": _required,
     "dependentRequired": _dependent_required,
     "contains": _contains,
-    "properties": _member_rule("properties"),
-    "patternProperties": _member_rule("patternProperties"),
-    "additionalProperties": _member_rule("additionalProperties"),
-    "propertyNames": _member_rule("propertyNames"),
-    "prefixItems": _item_rule("prefixItems"),
-    "items": _item_rule("items"),
-    "dependentSchemas": _dependent_schemas,
-    "$ref": lambda check, wanted, schema, value: check.fits(check.target(wanted), value),
-    "allOf": lambda check, wanted, schema, value: _all(check.fits(inner, value) for inner in wanted),
-    "anyOf": lambda check, wanted, schema, value: _any(check.fits(inner, value) for inner in wanted),
+    "anyOf": lambda check, wanted, schema, value: negated(
+        all_of(negated(check.fits(inner, value)) for inner in wanted)
+    ),
     "oneOf": _one_of,
-    "not": lambda check, wanted, schema, value: _not(check.fits(wanted, value)),
-    "if": _if,
+    "not": lambda check, wanted, schema, value: negated(check.fits(wanted, value)),
 }
-
-# Reasons that lie further in, told where nothing nearer is wrong.
-INNER = (
-    *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "properties", "patternProperties"),
-    *("propertyNames", "prefixItems", "items", "contains"),
-)
-
-WORDS: Mapping[str, Callable[[Any, Any], str]] = {
-    "type": lambda wanted, value: f"{shown(value)} is not of type {kinds(wanted)}",
-    "enum": lambda wanted, value: f"{shown(value)} is not one of {shown(wanted)}",
-    "const": lambda wanted, value: f"{shown(value)} is not {shown(wanted)}",
-    "minimum": lambda wanted, value: f"{shown(value)} is less than the minimum of {wanted}",
-    "maximum": lambda wanted, value: f"{shown(value)} is greater than the maximum of {wanted}",
-    "exclusiveMinimum": lambda wanted, value: f"{shown(value)} is not greater than {wanted}",
-    "exclusiveMaximum": lambda wanted, value: f"{shown(value)} is not less than {wanted}",
-    "multipleOf": lambda wanted, value: f"{shown(value)} is not a multiple of {wanted}",
-    "minLength": lambda wanted, value: f"{shown(value)} is shorter than {wanted} characters",
-    "maxLength": lambda wanted, value: f"{shown(value)} is longer than {wanted} characters",
-    "minItems": lambda wanted, value: f"{shown(value)} has fewer than {wanted} items",
-    "maxItems": lambda wanted, value: f"{shown(value)} has more than {wanted} items",
-    "minProperties": lambda wanted, value: f"{shown(value)} has fewer than {wanted} members",
-    "maxProperties": lambda wanted, value: f"{shown(value)} has more than {wanted} members",
-    "pattern": lambda wanted, value: f"{shown(value)} does not match {shown(wanted)}",
-    "uniqueItems": lambda wanted, value: f"{shown(value)} has items that are equal",
-}
-
-
-def kinds(wanted: Any) -> str:
-    return wanted if isinstance(wanted, str) else " or ".join(wanted)
-
-
-def shown(value: Any) -> str:
-    """A value, short: its beginning only, and of a container no more than that needs."""
-    if isinstance(value, str):
-        value = value[: _SHOWN + 1]
-    elif isinstance(value, list):
-        value = value[:_SHOWN]
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
 
 
 def canonical(value: Any, spend: Callable[[int], None]) -> str:
-    """Equal for values that JSON Schema holds equal: 1 and 1.0 are, 1 and true are not.
+    """A text that is equal for values that JSON Schema holds equal: 1 and 1.0 are, 1 and true are not.
 
-    A text, since its hash is secret: numbers can be chosen so that all fall into one bucket.
+    A text, because its hash is secret: numbers can be chosen to fall into one bucket.
     """
     spend(1)
     if value is None or isinstance(value, bool | str):

@@ -1,50 +1,41 @@
-"""A handler's JSON Schema, checked in the worker: bounded steps, whatever a plug-in wrote.
+"""A handler's JSON Schema (draft 2020-12), checked in the worker within a fixed number of steps.
 
-A validator of the usual kind follows every path through a schema: a few `$ref`s that
-name each other take it hours, and so does a bad `pattern`. This one judges each pair
-of a subschema and a value once, and counts its steps. What it cannot tell (a pattern
-that needs backtracking, a `$ref` to another document, a rare keyword, too many steps)
-it leaves to the run's own process, where the model checks everything again before the
-handler is called. Nothing is ever fetched.
+The usual validators follow every path through a schema: a few `$ref`s that refer to each
+other take them hours, and so does a bad `pattern`. This one checks each pair of a
+subschema and a value once, and counts its steps. What it cannot decide (a pattern that
+needs backtracking, a `$ref` to another document, a rare keyword, too many steps) it leaves
+to the run's own process, where the model validates everything before the handler is called.
+Nothing is fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 from worker.definitions.units import MAX_DEPTH, depth_of
 from worker.handlers.json_text import NotStorable, to_json_text
-from worker.handlers.keywords import (
-    INNER,
-    RULES,
-    WORDS,
-    Verdict,
-    canonical,
-    first_item,
-    items_of,
-    kinds,
-    members,
-    shown,
-)
+from worker.handlers.keywords import PARTS, RULES, TYPES, Part, Verdict, all_of, canonical
 from worker.handlers.patterns import Pattern, UnusablePattern, cost_of
 
 MAX_BYTES = 256 * 1024
-"""A schema as JSON at most."""
+"""Maximum size of a schema as JSON."""
 STEPS = 50_000
-"""Steps that one check takes at most, each a microsecond or so."""
-# Subschemas that are judged within each other, `$ref`s included: six frames of Python each.
+"""Maximum steps of one check, each a microsecond or so."""
+# Maximum nesting of subschemas, `$ref`s included: six Python frames each.
 _DEEPEST = 100
+# Characters of a value that a message shows.
+_SHOWN = 60
 
-# Keywords that decide and that this validator does not know; all others only annotate.
+# Keywords that decide and that this validator does not support; all others only annotate.
 _UNKNOWN = ("unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What does not fit, by its path in the value."""
+    """What does not fit, and its path in the value."""
 
     path: tuple[str, ...]
     message: str
@@ -63,7 +54,7 @@ class TooCostly(Exception):
 
 
 def check_schema(schema: object, what: str) -> None:
-    """Refuse a schema that no honest model has. `what` names it.
+    """Refuse a schema that no real model has. `what` names it in the message.
 
     Raises:
         ValueError: it is not an object, too large, nested too deeply, or not storable.
@@ -81,7 +72,7 @@ def check_schema(schema: object, what: str) -> None:
 
 
 class Schema:
-    """One handler's schema, as draft 2020-12 reads it; patterns are compiled once, at first need."""
+    """One handler's schema; each pattern is compiled once, on first use."""
 
     def __init__(self, root: Mapping[str, Any], *, steps: int = STEPS) -> None:
         self.root = root
@@ -90,11 +81,11 @@ class Schema:
         self._choices: dict[int, frozenset[str]] = {}
 
     def problem(self, value: Any) -> Problem | None:
-        """What certainly does not fit, nearest to the top; None where all fits or it cannot be told."""
-        check = _Check(self)
+        """The problem nearest to the top, or None if everything fits or that is undecided."""
+        check = Check(self, self._steps)
         if check.verdict(self.root, value) is not False:
             return None
-        # A budget of its own, and most of it is remembered: a refusal always has its reason.
+        # A budget of its own, with most verdicts cached: every refusal gets its reason.
         check.left = self._steps
         try:
             return check.explain(self.root, value, ())
@@ -102,29 +93,28 @@ class Schema:
             return Problem((), "the params do not fit the handler's schema")
 
     def knows(self, name: str) -> bool:
-        """Whether there may be a property of this name; False only where no other than those listed may."""
+        """Whether a property of this name may exist: False if it is not listed and others are not allowed."""
         properties = self.root.get("properties", {})
         return self.root.get("additionalProperties") is not False or name in properties
 
     def may_take(self, name: str, value: Any) -> bool:
-        """Whether the property of this name may have the value; True where it cannot be told."""
+        """Whether the property of this name may have the value; True if that is undecided."""
         properties = self.root.get("properties")
         schema = properties.get(name, True) if isinstance(properties, Mapping) else True
-        return _Check(self).verdict(schema, value) is not False
+        return Check(self, self._steps).verdict(schema, value) is not False
 
     def unchecked(self) -> Iterator[Unchecked]:
-        """The keywords that are left to the run's own process, whatever the value is."""
-        check = _Check(self)
+        """The keywords that are left to the run's own process for every value."""
         try:
-            yield from check.unchecked(self.root, "")
+            yield from Check(self, self._steps).unchecked(self.root, "")
         except (TooCostly, RecursionError):
             yield Unchecked("(the rest)", "there are too many patterns to look at")
 
     def pattern(self, text: str, spend: Callable[[int], None]) -> Pattern:
-        """A pattern, compiled.
+        """Compile a pattern, or return it from the cache.
 
         Raises:
-            UnusablePattern: the engine does not take it.
+            UnusablePattern: the engine does not support it.
         """
         found = self._patterns.get(text)
         if found is None:
@@ -151,10 +141,10 @@ class Schema:
         return found
 
     def target(self, reference: object) -> Any:
-        """The subschema that a local `$ref` names.
+        """The subschema that a local `$ref` refers to.
 
         Raises:
-            LookupError: it names another document, or nothing.
+            LookupError: it refers to another document, or to nothing.
         """
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise LookupError("it names another document, and nothing is fetched")
@@ -175,34 +165,31 @@ class Schema:
         return found
 
 
-class _Check:
-    """One check of one value. A verdict is True, False, or None where it cannot be told."""
+class Check:
+    """One check of one value."""
 
-    def __init__(self, schema: Schema) -> None:
-        self._schema = schema
-        self.left = schema._steps
+    def __init__(self, schema: Schema, steps: int) -> None:
+        self.schema = schema
+        self.left = steps
         self._depth = 0
-        # By identity: schema and value live as long as this does.
+        # By identity: schema and value outlive this check.
         self._known: dict[tuple[int, int], Verdict] = {}
 
     def spend(self, steps: int) -> None:
+        """Count steps; raises TooCostly if none are left."""
         self.left -= steps
         if self.left < 0:
             raise TooCostly
 
     def verdict(self, schema: Any, value: Any) -> Verdict:
-        """Whether the value fits, for a caller from outside."""
+        """Whether the value fits; undecided if the steps are used up."""
         try:
             return self.fits(schema, value)
         except (TooCostly, RecursionError):
             return None
 
     def fits(self, schema: Any, value: Any) -> Verdict:
-        """Whether the value fits a subschema.
-
-        Raises:
-            TooCostly: the steps are used up.
-        """
+        """Whether the value fits a subschema; raises TooCostly."""
         self.spend(1)
         if isinstance(schema, bool):
             return schema
@@ -211,105 +198,85 @@ class _Check:
         key = (id(schema), id(value))
         if key in self._known:
             return self._known[key]
-        # A subschema that needs itself for the same value cannot be told.
+        # A subschema that refers to itself for the same value is undecided.
         self._known[key] = None
         if self._depth == _DEEPEST:
             raise TooCostly
         self.spend(len(schema))
         self._depth += 1
-        found = self._fits(schema, value)
+        found = self._known[key] = all_of(self.keyword(name, schema, value) for name in schema)
         self._depth -= 1
-        self._known[key] = found
-        return found
-
-    def _fits(self, schema: Mapping[str, Any], value: Any) -> Verdict:
-        found: Verdict = True
-        for name in schema:
-            verdict = self.keyword(name, schema, value)
-            if verdict is False:
-                return False
-            if verdict is None:
-                found = None
         return found
 
     def keyword(self, name: str, schema: Mapping[str, Any], value: Any) -> Verdict:
-        """The verdict of one keyword; one that is malformed cannot be told."""
-        if name in _UNKNOWN or (name == "$id" and schema is not self._schema.root):
+        """The verdict of one keyword; a malformed one is undecided."""
+        if name in _UNKNOWN or (name == "$id" and schema is not self.schema.root):
             return None
-        rule = RULES.get(name)
-        if rule is None:
-            return True
         try:
-            return rule(self, schema[name], schema, value)
+            if name in PARTS:
+                return all_of(self.fits(inner, part) for _, inner, part in self._parts(name, schema, value))
+            rule = RULES.get(name)
+            return True if rule is None else rule(self, schema[name], schema, value)
         except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, UnusablePattern):
             return None
 
+    def _parts(self, name: str, schema: Mapping[str, Any], value: Any) -> Iterable[Part]:
+        kind, parts_of = PARTS[name]
+        if kind is not None:
+            if not TYPES[kind](value):
+                return ()
+            self.spend(len(value))
+        return parts_of(self, schema[name], schema, value)
+
+    def matches(self, pattern: str, text: str) -> bool:
+        """Whether a pattern matches anywhere in a text; raises UnusablePattern and TooCostly."""
+        compiled = self.schema.pattern(pattern, self.spend)
+        self.spend(compiled.price(text))
+        return compiled.found_in(text)
+
     def explain(self, schema: Any, value: Any, path: tuple[str, ...]) -> Problem:
-        """Why the value does not fit a schema whose verdict is False: what is wrong here, else further in."""
+        """Why the value does not fit a schema whose verdict is False: the nearest rule that it breaks."""
         self.spend(1)
         if not isinstance(schema, Mapping):
-            return Problem(path, f"{shown(value)} is not allowed")
+            return Problem(path, f"{_shown(value)} is not allowed")
         failed = [name for name in schema if self.keyword(name, schema, value) is False]
-        failed.sort(key=lambda name: name in INNER)
-        name = failed[0]
+        name = min(failed, key=_INNER.__contains__)
         wanted = schema[name]
-        if name in WORDS:
-            return Problem(path, WORDS[name](wanted, value))
-        match name:
-            case "required":
-                missing = next(item for item in wanted if item not in value)
-                return Problem((*path, str(missing)), "is missing")
-            case "additionalProperties" | "patternProperties" | "properties" | "propertyNames":
-                return self._explain_member(name, schema, value, path)
-            case "items" | "prefixItems":
-                for place, (inner, item) in enumerate(
-                    items_of(name, schema, value), first_item(name, schema)
-                ):
-                    if self.fits(inner, item) is False:
-                        return self.explain(inner, item, (*path, str(place)))
-            case "$ref":
-                return self.explain(self.target(wanted), value, path)
-            case "allOf":
-                return self.explain(next(s for s in wanted if self.fits(s, value) is False), value, path)
-            case "if":
-                branch = "then" if self.fits(wanted, value) else "else"
-                return self.explain(schema[branch], value, path)
-            case "dependentSchemas":
-                inner = next(s for n, s in wanted.items() if n in value and self.fits(s, value) is False)
-                return self.explain(inner, value, path)
-            case "anyOf" | "oneOf" if all(self.fits(branch, value) is False for branch in wanted):
-                return self._explain_branches(wanted, value, path)
-        return Problem(path, f"{shown(value)} does not meet {name} of the handler's schema")
-
-    def _explain_member(
-        self, name: str, schema: Mapping[str, Any], value: Mapping[str, Any], path: tuple[str, ...]
-    ) -> Problem:
-        for key, inner, what in members(self, name, schema, value):
-            if self.fits(inner, what) is False:
-                if inner is False and name == "additionalProperties":
-                    return Problem((*path, key), "the handler takes no such param")
-                return self.explain(inner, what, (*path, key))
-        return Problem(path, f"{shown(value)} does not meet {name} of the handler's schema")
+        if name in _MESSAGES:
+            return Problem(path, f"{_shown(value)} {_MESSAGES[name].format(_WRITTEN.get(name, str)(wanted))}")
+        if name == "required":
+            missing = next(item for item in wanted if item not in value)
+            return Problem((*path, str(missing)), "is missing")
+        if name in PARTS:
+            for step, inner, part in self._parts(name, schema, value):
+                if self.fits(inner, part) is False:
+                    further = path if step is None else (*path, step)
+                    if inner is False and name == "additionalProperties":
+                        return Problem(further, "the handler takes no such param")
+                    return self.explain(inner, part, further)
+        if name in ("anyOf", "oneOf") and all(self.fits(branch, value) is False for branch in wanted):
+            return self._explain_branches(wanted, value, path)
+        return Problem(path, f"{_shown(value)} does not meet {name} of the handler's schema")
 
     def _explain_branches(self, branches: Sequence[Any], value: Any, path: tuple[str, ...]) -> Problem:
-        """The one form that was meant, where that can be told: by type, or by a tag."""
+        """The form that was meant, if the type or a tag shows it."""
         forms = [self._resolved(branch) for branch in branches]
         if all(self._fails(form, "type", value) for form in forms):
-            wanted = " or ".join(dict.fromkeys(kinds(form["type"]) for form in forms))
-            return Problem(path, f"{shown(value)} is not of type {wanted}")
-        meant = [form for form in forms if not self._another(form, value)]
+            wanted = " or ".join(dict.fromkeys(_kinds(form["type"]) for form in forms))
+            return Problem(path, f"{_shown(value)} is not of type {wanted}")
+        meant = [form for form in forms if not self._is_other_form(form, value)]
         if len(meant) == 1:
             return self.explain(meant[0], value, path)
-        return Problem(path, f"{shown(value)} fits none of the forms that the handler takes")
+        return Problem(path, f"{_shown(value)} fits none of the forms that the handler takes")
 
     def _resolved(self, schema: Any) -> Any:
         seen = 0
         while isinstance(schema, Mapping) and set(schema) == {"$ref"} and seen < _DEEPEST:
-            schema, seen = self.target(schema["$ref"]), seen + 1
+            schema, seen = self.schema.target(schema["$ref"]), seen + 1
         return schema
 
-    def _another(self, branch: Any, value: Any) -> bool:
-        """Whether a branch is another form than was meant: of another type, or with another constant."""
+    def _is_other_form(self, branch: Any, value: Any) -> bool:
+        """Whether a branch has another type, or another constant in one of its properties."""
         if not isinstance(branch, Mapping):
             return True
         if self._fails(branch, "type", value) or self._fails(branch, "const", value):
@@ -338,38 +305,67 @@ class _Check:
                 yield Unchecked(where, "the keyword is not supported")
             elif name == "$ref" and isinstance(inner, str):
                 try:
-                    self.target(inner)
+                    self.schema.target(inner)
                 except LookupError as error:
                     yield Unchecked(where, str(error.args[0]))
             elif name == "pattern" and isinstance(inner, str):
-                yield from self._unusable(inner, where)
+                yield from self._unusable([inner], where)
             elif name not in ("default", "examples", "enum", "const"):
                 if name == "patternProperties" and isinstance(inner, Mapping):
-                    for text in inner:
-                        yield from self._unusable(text, where)
+                    yield from self._unusable(inner, where)
                 yield from self.unchecked(inner, where)
 
-    def _unusable(self, text: str, where: str) -> Iterator[Unchecked]:
-        try:
-            self._schema.pattern(text, self.spend)
-        except UnusablePattern as error:
-            yield Unchecked(where, f"{shown(text)}: {error}")
+    def _unusable(self, patterns: Iterable[str], where: str) -> Iterator[Unchecked]:
+        for text in patterns:
+            try:
+                self.schema.pattern(text, self.spend)
+            except UnusablePattern as error:
+                yield Unchecked(where, f"{_shown(text)}: {error}")
 
-    def matches(self, pattern: str, text: str) -> bool:
-        """Whether a pattern matches somewhere in a text.
 
-        Raises:
-            UnusablePattern: the engine does not take it.
-            TooCostly: the steps are used up.
-        """
-        compiled = self._schema.pattern(pattern, self.spend)
-        self.spend(compiled.price(text))
-        return compiled.found_in(text)
+# --- Messages ----------------------------------------------------------------------------------
 
-    def target(self, reference: Any) -> Any:
-        return self._schema.target(reference)
+# Keywords that are reported only if nothing nearer is wrong.
+_INNER = {*PARTS, "anyOf", "oneOf", "not", "contains"} - {"additionalProperties"}
 
-    def is_among(self, options: Any, value: Any) -> Verdict:
-        if not isinstance(options, list):
-            return None
-        return canonical(value, self.spend) in self._schema.choices(options, self.spend)
+_MESSAGES = {
+    "type": "is not of type {}",
+    "enum": "is not one of {}",
+    "const": "is not {}",
+    "minimum": "is less than the minimum of {}",
+    "maximum": "is greater than the maximum of {}",
+    "exclusiveMinimum": "is not greater than {}",
+    "exclusiveMaximum": "is not less than {}",
+    "multipleOf": "is not a multiple of {}",
+    "minLength": "is shorter than {} characters",
+    "maxLength": "is longer than {} characters",
+    "minItems": "has fewer than {} items",
+    "maxItems": "has more than {} items",
+    "minProperties": "has fewer than {} members",
+    "maxProperties": "has more than {} members",
+    "pattern": "does not match {}",
+    "uniqueItems": "has items that are equal",
+}
+
+
+def _kinds(wanted: Any) -> str:
+    return wanted if isinstance(wanted, str) else " or ".join(wanted)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value."""
+    if isinstance(value, str):
+        value = value[: _SHOWN + 1]
+    elif isinstance(value, list):
+        value = value[:_SHOWN]
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
+
+
+# How a message writes a keyword's own value, if not as it is.
+_WRITTEN: Mapping[str, Callable[[Any], str]] = {
+    "type": _kinds,
+    "enum": _shown,
+    "const": _shown,
+    "pattern": _shown,
+}
