@@ -1,1 +1,1 @@
-"""The plug-in seam, seen from the handler's side: `@job`, `Context`, the catalogue."""
+"""The plug-in interface as a handler sees it: `@job`, `Context`, the catalogue."""

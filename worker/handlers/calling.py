@@ -1,4 +1,4 @@
-"""Calls a handler and turns what comes out of it, whatever that is, into an outcome."""
+"""Calls a handler and turns its result or exception into an outcome."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OURS = str(Path(__file__).parent.parent)
 
 
 async def call(job: Job, ctx: Context[Any, Any]) -> Outcome:
-    """Await an async handler; SystemExit is let through, everything else becomes an outcome."""
+    """Await an async handler. SystemExit propagates; everything else becomes an outcome."""
     try:
         return outcome_of(await job(ctx))
     except SystemExit:
@@ -49,7 +49,7 @@ async def call(job: Job, ctx: Context[Any, Any]) -> Outcome:
 
 
 def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
-    """Call a handler that blocks; SystemExit is let through, everything else becomes an outcome."""
+    """The same for a handler that blocks."""
     try:
         return outcome_of(job(ctx))
     except SystemExit:
@@ -58,10 +58,10 @@ def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
         return outcome_of_error(error)
 
 
-def outcome_of(answer: Any) -> Outcome:
-    """What a returned value means: a result, or one of the answers."""
+def outcome_of(result: Any) -> Outcome:
+    """The outcome for what a handler returned: a value, or one of the results such as `Retry`."""
     try:
-        match answer:
+        match result:
             case None:
                 return Succeeded(None)
             case Retry(after, reason):
@@ -73,15 +73,15 @@ def outcome_of(answer: Any) -> Outcome:
             case HandBack():
                 return HandedBack()
             case _:
-                return Succeeded(to_json_text(answer, "result"))
+                return Succeeded(to_json_text(result, "result"))
     except NotStorable as error:
         return Failed(Error("NotStorable", str(error)), reason="result_invalid")
-    except Exception as error:  # of a duration, or of a model's own serialiser
+    except Exception as error:  # from a duration, or from a model's own serialiser
         return Failed(error_of(error), reason="result_invalid")
 
 
 def outcome_of_error(error: BaseException) -> Outcome:
-    """What an exception out of a handler means."""
+    """The outcome for an exception that a handler raised."""
     match error:
         case PermanentError():
             return Failed(error_of(error), permanent=True)
@@ -94,7 +94,7 @@ def outcome_of_error(error: BaseException) -> Outcome:
         case LeaseLost():
             return Lost("another worker has taken the run over")
         case TokenError() | Unavailable():
-            # Ours, out of ctx.token() or ctx.http: no token is no failure of the handler.
+            # From ctx.token() or ctx.http: a missing token does not fail the handler.
             pause = getattr(error, "retry_after", None)
             return NoToken(TOKEN_PAUSE if pause is None else timedelta(seconds=pause), error.code)
         case MemoryError():
@@ -104,14 +104,14 @@ def outcome_of_error(error: BaseException) -> Outcome:
 
 
 def error_of(error: BaseException) -> Error:
-    """The exception's type, message and trace, cut to size; from the handler's own frames on."""
+    """The exception's type, message and trace, truncated. The trace begins at the handler's own frames."""
     kind = type(error)
     try:
         message = str(error)
     except Exception:
-        message = "(its message cannot be written)"
-    if (why := denials.hint(error)) is not None:
-        message = f"{message[: MESSAGE_LIMIT // 2]}; {why}"
+        message = "(its message cannot be formatted)"
+    if (denied := denials.hint(error)) is not None:
+        message = f"{message[: MESSAGE_LIMIT // 2]}; {denied}"
     try:
         lines = traceback.TracebackException(
             kind, error, _from_the_handler_on(error.__traceback__), limit=-50, compact=True
@@ -119,17 +119,15 @@ def error_of(error: BaseException) -> Error:
         trace = "".join(lines)
     except Exception:
         trace = ""
-    if len(trace) > TRACE_LIMIT:  # its end says most
+    if len(trace) > TRACE_LIMIT:  # the end is the most useful part
         trace = "…\n" + trace[-TRACE_LIMIT:]
-    home = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
-    name = home + kind.__qualname__
+    prefix = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
+    name = prefix + kind.__qualname__
     return Error(clean(name, DETAIL_LIMIT), clean(message, MESSAGE_LIMIT), clean(trace, TRACE_LIMIT + 2))
 
 
 def _from_the_handler_on(trace: TracebackType | None) -> TracebackType | None:
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS):
-        if trace.tb_next is None:
-            break
+    while trace and trace.tb_next and trace.tb_frame.f_code.co_filename.startswith(_OURS):
         trace = trace.tb_next
     return trace
 

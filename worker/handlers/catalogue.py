@@ -1,8 +1,7 @@
-"""Entry points of group `worker.jobs` -> what each offers, or why it does not load.
+"""Reads what the entry points of group `worker.jobs` declare, or why they do not load.
 
-The worker imports no plug-in. For each distribution a child process loads its entry
-points and prints what they offer; if one hangs or takes the process with it, another
-child goes on with the rest.
+The worker imports no plug-in. A child process for each distribution loads its entry points
+and prints what they declare; if one hangs or ends the process, another child reads the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -25,18 +24,18 @@ from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 
 DESCRIBE = (sys.executable, "-P", "-m", "worker.handlers.describe")
-# Children at a time; one that hangs must not keep the others waiting.
-SIDE_BY_SIDE = 8
+# Concurrent children, so that one that hangs does not delay the others.
+CONCURRENT_CHILDREN = 8
 ERROR_LIMIT = 1_000
 _LINE_LIMIT = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class HandlerEntry:
-    """A handler that a distribution offers, or fails to: then `error` says why.
+    """A handler of a distribution; `error` says why it does not load.
 
-    `entry_point` is `module:attribute`; `timeout` and `memory` are texts such as
-    `2h` and `512MiB`, None where the author left the default.
+    `entry_point` is `module:attribute`; `timeout` and `memory` are text such as `2h` and
+    `512MiB`, or None for the default.
     """
 
     name: str
@@ -55,7 +54,7 @@ class HandlerEntry:
 
 
 def installed() -> dict[str, str]:
-    """The distributions installed here that offer handlers, with their versions."""
+    """The installed distributions with handlers, and their versions."""
     return {found.name: found.version for found in distributions()}
 
 
@@ -66,31 +65,37 @@ async def read_catalogue(
     pass_environment: Sequence[str] = (),
     command: Sequence[str] = DESCRIBE,
 ) -> AsyncIterator[HandlerEntry]:
-    """Every handler of the distributions installed here, or of those named, as soon as it is known.
+    """Yield every handler of the installed distributions, or of those named, as soon as it is known.
 
-    Each entry point has `timeout` seconds to load. Broken ones are among them. `command`
-    starts `worker.handlers.describe`, confined if the caller wants it to be.
+    Each entry point has `timeout` seconds to load; one that fails is yielded with its error. `command`
+    starts `worker.handlers.describe`, in a sandbox if the caller wants one.
     """
     everyone = distributions()
-    offered = Counter(point.name for found in everyone for point in found.points)
-    chosen = everyone if names is None else distributions(names)
-    queue: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
-    places = asyncio.Semaphore(SIDE_BY_SIDE)
+    counts = Counter(point.name for found in everyone for point in found.points)
+    reader = _Reader(timeout, environment(pass_environment), command)
+    slots = asyncio.Semaphore(CONCURRENT_CHILDREN)
 
     async def read(distribution: Distribution) -> None:
-        async with places:
-            env = environment(pass_environment)
-            await _read_distribution(distribution, offered, timeout, command, env, queue)
+        async with slots:
+            left = []
+            for point in distribution.points:
+                if counts[point.name] > 1:
+                    reader.put(distribution, point, {"error": _DUPLICATE})
+                else:
+                    left.append(point)
+            while left:
+                left = left[await reader.read(distribution, left) :]
 
     async def read_all() -> None:
         try:
+            chosen = everyone if names is None else distributions(names)
             await asyncio.gather(*(read(distribution) for distribution in chosen))
         finally:
-            queue.put_nowait(None)
+            reader.entries.put_nowait(None)
 
     reading = asyncio.create_task(read_all())
     try:
-        while (entry := await queue.get()) is not None:
+        while (entry := await reader.entries.get()) is not None:
             yield entry
         await reading
     finally:
@@ -98,124 +103,100 @@ async def read_catalogue(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-async def _read_distribution(
-    distribution: Distribution,
-    offered: Mapping[str, int],
-    timeout: float,
-    command: Sequence[str],
-    env: Mapping[str, str],
-    queue: asyncio.Queue[HandlerEntry | None],
-) -> None:
-    left = []
-    for point in distribution.points:
-        if offered[point.name] > 1:
-            error = "another installed distribution offers a handler of the same name"
-            queue.put_nowait(_entry(distribution, point, {"error": error}))
-        else:
-            left.append(point)
-    while left:
-        left = left[await _read_some(distribution, left, timeout, command, env, queue) :]
+class _Reader:
+    """Starts the children and queues what they print."""
 
+    def __init__(self, timeout: float, env: Mapping[str, str], command: Sequence[str]) -> None:
+        self._timeout = timeout
+        self._env = env
+        self._command = command
+        self.entries: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
 
-async def _read_some(
-    distribution: Distribution,
-    points: Sequence[EntryPoint],
-    timeout: float,
-    command: Sequence[str],
-    env: Mapping[str, str],
-    queue: asyncio.Queue[HandlerEntry | None],
-) -> int:
-    """Read as many entry points as one child manages; the last may be the one that ended it."""
-    with tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True) as folder:
-        child = await asyncio.create_subprocess_exec(
-            *command,
-            *(distribution.name, str(timeout), *(point.name for point in points)),
-            env={**env, "HOME": folder, "TMPDIR": folder},
-            cwd=folder,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=_LINE_LIMIT,
-            # A group of its own to be killed by, in the session by which the worker knows its own.
-            process_group=0,
-        )
+    def put(self, distribution: Distribution, point: EntryPoint, described: Mapping[str, Any]) -> None:
+        error = described.get("fatal") or described.get("error")
+        declared: dict[str, Any] = {}
+        if error is None:
+            try:
+                declared = _declared(described)
+            except ValueError as invalid:
+                error = invalid
+        if error is not None:
+            declared = {"error": clean(str(error), ERROR_LIMIT)}
+        identity = (point.name, distribution.name, distribution.version, point.value)
+        self.entries.put_nowait(HandlerEntry(*identity, **declared))
+
+    async def read(self, distribution: Distribution, points: Sequence[EntryPoint]) -> int:
+        """Read entry points with one child; returns how many, including the one that ended it."""
+        with tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True) as folder:
+            child = await asyncio.create_subprocess_exec(
+                *self._command,
+                *(distribution.name, str(self._timeout), *(point.name for point in points)),
+                env={**self._env, "HOME": folder, "TMPDIR": folder},
+                cwd=folder,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                limit=_LINE_LIMIT,
+                # A process group to kill as a whole, in the session by which the worker finds its children.
+                process_group=0,
+            )
+            try:
+                for done, point in enumerate(points, start=1):
+                    described = await self._next_line(child)
+                    self.put(distribution, point, described)
+                    if "fatal" in described:
+                        return done
+                return len(points)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                await child.wait()
+
+    async def _next_line(self, child: asyncio.subprocess.Process) -> Mapping[str, Any]:
+        if child.stdout is None:
+            raise RuntimeError("the child was started without a pipe")
         try:
-            for done, point in enumerate(points, start=1):
-                told = await _next_line(child, timeout)
-                queue.put_nowait(_entry(distribution, point, told))
-                if "fatal" in told:
-                    return done
-            return len(points)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            await child.wait()
+            async with asyncio.timeout(self._timeout):
+                line = await child.stdout.readline()
+        except TimeoutError:
+            return {"fatal": f"its import took longer than {self._timeout:g} s"}
+        except ValueError:
+            return {"fatal": "its declaration is longer than 4 MiB"}
+        if not line:
+            code = await child.wait()
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            return {"fatal": f"its import ended the process: {how}"}
+        try:
+            described = json.loads(line)
+        except (ValueError, RecursionError):
+            described = None
+        return described if isinstance(described, dict) else {"fatal": _FORGED}
 
 
-async def _next_line(child: asyncio.subprocess.Process, timeout: float) -> Mapping[str, Any]:
-    reader = child.stdout
-    if reader is None:
-        raise RuntimeError("the child was started without a pipe")
-    try:
-        async with asyncio.timeout(timeout):
-            line = await reader.readline()
-    except TimeoutError:
-        return {"fatal": f"its import took longer than {timeout:g} s"}
-    except ValueError:
-        return {"fatal": "what it offers is longer than 4 MiB"}
-    if not line:
-        code = await child.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return {"fatal": f"its import ended the process: {how}"}
-    try:
-        told = json.loads(line)
-    except (ValueError, RecursionError):
-        told = None
-    return told if isinstance(told, dict) else {"fatal": "its import wrote into the catalogue's pipe"}
-
-
-def _entry(distribution: Distribution, point: EntryPoint, told: Mapping[str, Any]) -> HandlerEntry:
-    entry = HandlerEntry(
-        name=point.name,
-        distribution=distribution.name,
-        version=distribution.version,
-        entry_point=point.value,
-    )
-    error = told.get("fatal") or told.get("error")
-    try:
-        return replace(entry, **_offer(told)) if error is None else _broken(entry, str(error))
-    except ValueError as refused:
-        return _broken(entry, str(refused))
-
-
-def _broken(entry: HandlerEntry, error: str) -> HandlerEntry:
-    return replace(entry, error=clean(error, ERROR_LIMIT))
-
-
-def _offer(told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a child says that its handler offers; it ran the plug-in's code, so it may say anything.
+def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The declaration that a child printed, validated: it ran the plug-in's code, so it may print anything.
 
     Raises:
         ValueError: it is not what `describe` prints, or a schema is too large or too deep.
     """
-    if told.keys() != _OFFERED.keys():
-        raise ValueError("its import wrote into the catalogue's pipe")
-    for name, kinds in _OFFERED.items():
-        value = told[name]
+    if described.keys() != _FIELDS.keys():
+        raise ValueError(_FORGED)
+    for name, kinds in _FIELDS.items():
+        value = described[name]
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ValueError(f"{name} is a {type(value).__name__}")
-    for name in ("params_schema", "settings_schema"):
-        if told[name] is not None:
-            check_schema(told[name], name)
-    if told["isolation"] not in ("child", "inline") or not all(
-        isinstance(scope, str) for scope in told["scopes"]
-    ):
-        raise ValueError("its isolation or scopes are not those of a handler")
-    return {**told, "scopes": tuple(told["scopes"])}
+        if kinds is _SCHEMA and value is not None:
+            check_schema(value, name)
+    scopes = described["scopes"]
+    if described["isolation"] not in ("child", "inline") or not all(isinstance(it, str) for it in scopes):
+        raise ValueError("its isolation or scopes are invalid")
+    return {**described, "scopes": tuple(scopes)}
 
 
+_DUPLICATE = "another installed distribution has a handler of the same name"
+_FORGED = "its import wrote into the catalogue's pipe"
 _TEXT, _COUNT, _SCHEMA = (str, type(None)), (int, type(None)), (dict, type(None))
-_OFFERED: Mapping[str, tuple[type, ...]] = {
+_FIELDS: Mapping[str, tuple[type, ...]] = {
     "isolation": (str,),
     "scopes": (list,),
     "params_schema": _SCHEMA,

@@ -1,4 +1,4 @@
-"""Context: what a handler may touch; BlockingContext is the same for a handler that blocks."""
+"""Context: what a handler may use. BlockingContext offers the same to a handler that blocks."""
 
 from __future__ import annotations
 
@@ -6,30 +6,97 @@ import asyncio
 import logging
 import math
 import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from worker.claims.claims import AccessToken, Claims, flag_value
+from worker.clock import Clock
 from worker.handlers.json_text import clean, to_json_text
-from worker.handlers.worker_port import (
-    BlockingTokenSource,
-    BlockingWorkerPort,
-    HeldToken,
-    TokenSource,
-    WorkerPort,
-)
 
 if TYPE_CHECKING:
     import httpx
 
 P = TypeVar("P")
 S = TypeVar("S")
+T = TypeVar("T")
 
 NOTE_LIMIT = 500
-# The members that are HTTP clients, each made at its first use.
+# The members that are HTTP clients, each created on first use.
 CLIENTS = frozenset({"http", "public_http"})
+
+Granted = tuple[AccessToken, Claims]
+
+
+class WorkerPort(Protocol):
+    """How a context reaches the worker from an event loop."""
+
+    async def save(self, data_json: str) -> None: ...
+
+    async def token(self, *, fresh: bool) -> Granted: ...
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+
+class BlockingWorkerPort(Protocol):
+    """The same for a handler that blocks."""
+
+    def save(self, data_json: str) -> None: ...
+
+    def token(self, *, fresh: bool) -> Granted: ...
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+
+def finish(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, without an event loop, so that blocking code can share it.
+
+    Raises:
+        RuntimeError: it suspended.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a coroutine that must not suspend did")
+
+
+class HeldToken:
+    """The newest token and claims of a run, and whether to renew them before use."""
+
+    def __init__(self, token: AccessToken, claims: Claims, clock: Clock) -> None:
+        self.token = token
+        self.claims = claims
+        self._clock = clock
+
+    @property
+    def stale(self) -> bool:
+        """Whether so little of the token's life is left that a call might outlast it."""
+        life = self.token.expires_at - self.claims.issued_at
+        margin = min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
+        return self._clock.now() >= self.token.expires_at - margin
+
+    def take(self, renewed: Granted) -> AccessToken:
+        """Store a renewed token with its claims."""
+        self.token, self.claims = renewed
+        return self.token
+
+
+class TokenSource:
+    """Returns the run's token, renewed before it expires."""
+
+    def __init__(self, held: HeldToken, renew: Callable[[bool], Awaitable[Granted]]) -> None:
+        self._held = held
+        self._renew = renew
+
+    async def token(self, *, fresh: bool = False) -> AccessToken:
+        if fresh or self._held.stale:
+            return self._held.take(await self._renew(fresh))
+        return self._held.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,55 +106,55 @@ class Org:
     code: str
     """As in the token."""
     name: str
-    """For people."""
+    """Display name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ThisRun:
-    """The run that is on: `idempotency_key` is the same on each attempt, `fencing_token` grows with it."""
+    """The current run."""
 
     id: str
     """The run's id, as `runs list` prints it."""
     scheduled_for: datetime
-    """The instant that the schedule names; aware, in UTC. The same on each attempt."""
+    """The scheduled time; aware, in UTC. The same on each attempt."""
     attempt: int
-    """1, then one more with each try, whatever ended the ones before."""
+    """Counts from 1, however earlier attempts ended."""
     fencing_token: int
-    """Grows with each attempt; whoever writes elsewhere may compare it."""
+    """Grows with each attempt, so that another system can reject writes of an older one."""
     idempotency_key: str
-    """The same on each attempt and on a retry by hand; `ctx.http` sends it as `Idempotency-Key`."""
+    """The same on each attempt and on a manual retry; `ctx.http` sends it as `Idempotency-Key`."""
 
 
 class Cancellation:
-    """Whether the run was asked to end, and why; `wait()` returns when it is."""
+    """Whether the run was asked to stop, and why."""
 
     reason: str | None
-    """`drain`, `cancel`, `timeout`, `suspended` or `replaced`; None as long as it was not asked to end."""
+    """`drain`, `cancel`, `timeout`, `suspended` or `replaced`; None until the run is asked to stop."""
 
     def __init__(self) -> None:
         self.reason = None
         self._event = asyncio.Event()
 
     def note(self, reason: str) -> None:
-        """Show the reason; callable from any thread, also while the loop is blocked."""
+        """Set the reason; callable from any thread, also while the loop is blocked."""
         self.reason = self.reason or reason
 
     def set(self, reason: str) -> None:
-        """Wake those who wait; on the loop only."""
+        """Set the reason and wake `wait`; on the loop only."""
         self.note(reason)
         self._event.set()
 
     def is_set(self) -> bool:
-        """Whether the run was asked to end."""
+        """Whether the run was asked to stop."""
         return self.reason is not None
 
     async def wait(self) -> None:
-        """Return when the run is asked to end."""
+        """Return when the run is asked to stop."""
         await self._event.wait()
 
 
 class BlockingCancellation:
-    """Whether the run was asked to end, and why; `wait(timeout)` blocks, in seconds."""
+    """The same for a handler that blocks; `wait` takes a timeout in seconds."""
 
     reason: str | None
     """As `Cancellation.reason`."""
@@ -109,7 +176,7 @@ class BlockingCancellation:
 
 @dataclass(slots=True)
 class Given(Generic[P, S]):
-    """What a context is made of: the attempt, and where its token may go. Never changed."""
+    """The data of one attempt that a context is made of."""
 
     org: Org
     run: ThisRun
@@ -124,6 +191,11 @@ class Given(Generic[P, S]):
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
 
+    @property
+    def trusted_origins(self) -> tuple[str, ...]:
+        """The origins for which `public_http` connects to any address."""
+        return self.api_origins + self.private_origins
+
 
 class _Shared(Generic[P, S]):
     """The members that do not wait for anything."""
@@ -131,19 +203,19 @@ class _Shared(Generic[P, S]):
     org: Org
     """The org that the run acts for."""
     run: ThisRun
-    """The run that is on."""
+    """The current run."""
     params: P
     """The definition's params, as the handler's model, or a plain mapping."""
     settings: S
     """The token's properties over the model's defaults, as the handler's model, or a plain mapping."""
     checkpoint: Any
-    """What the run saved last, in this attempt's predecessors; None where it saved nothing."""
+    """The run's last checkpoint, from an earlier attempt; None if it saved none."""
     deadline: datetime
-    """When the attempt is stopped, if it has not ended; aware, in UTC."""
+    """When the attempt is stopped if it has not ended; aware, in UTC."""
     log: logging.Logger
     """Writes to the run's log, as `logging` and `print` do."""
 
-    def __init__(self, given: Given[P, S], line: WorkerPort | BlockingWorkerPort) -> None:
+    def __init__(self, given: Given[P, S], port: WorkerPort | BlockingWorkerPort) -> None:
         self.org = given.org
         self.run = given.run
         self.params = given.params
@@ -151,121 +223,122 @@ class _Shared(Generic[P, S]):
         self.checkpoint = given.checkpoint
         self.deadline = given.deadline
         self.log = given.log
-        self._held = given.held
-        self._origins = given.api_origins
-        # Where `public_http` connects to any address.
-        self._trusted = (*given.api_origins, *given.private_origins)
-        self._insecure_origins = given.insecure_origins
-        self._traceparent = given.traceparent
-        self._to_worker = line
+        self._given = given
+        self._progress = port.progress
 
     @property
     def claims(self) -> Claims:
-        """What the newest token says of the org."""
-        return self._held.claims
+        """The claims of the newest token."""
+        return self._given.held.claims
 
     def flag(self, name: str, default: Any = False) -> Any:
-        """The value of a feature flag in the newest token; a property of that name stands in for it."""
+        """The value of a feature flag in the newest token, or of a property of that name."""
         return flag_value(self.claims, name, default)
 
     def progress(self, done: float, total: float | None = None, note: str | None = None) -> None:
-        """Show how far the run is; may be called often, the newest counts."""
+        """Report progress. May be called often; only the newest value is kept."""
         check_progress(done, total)
-        self._to_worker.progress(done, total, None if note is None else clean(note, NOTE_LIMIT))
+        self._progress(done, total, None if note is None else clean(note, NOTE_LIMIT))
 
 
 class Context(_Shared[P, S]):
-    """What an async handler may touch: its org's run, token and API, and nothing of another org."""
+    """What an async handler may use: its org's run, token and API, and nothing of another org.
 
-    def __init__(self, given: Given[P, S], line: WorkerPort, cancelled: Cancellation) -> None:
-        super().__init__(given, line)
+    `transports` replace the network of `http` and `public_http`, by name.
+    """
+
+    def __init__(
+        self,
+        given: Given[P, S],
+        port: WorkerPort,
+        cancelled: Cancellation,
+        transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
+    ) -> None:
+        super().__init__(given, port)
         self.cancelled = cancelled
-        self._line = line
-        self._source = TokenSource(given.held, line)
+        self._port = port
+        self._transports = transports or {}
+        self._source = TokenSource(given.held, lambda fresh: port.token(fresh=fresh))
 
     @cached_property
     def http(self) -> httpx.AsyncClient:
-        """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
-        return self._client(None)
+        """An httpx client that sends the org's token only to the issuer's `api_origins`."""
+        from worker.handlers.http import org_client
+
+        return org_client(self._given, self._source, self._transports.get("http"))
 
     @cached_property
     def public_http(self) -> httpx.AsyncClient:
-        """As `ctx.http`, for a URL from params: it reaches public addresses and listed origins only."""
+        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
+        from worker.handlers.http import org_client
         from worker.handlers.public_http import PublicTransport
 
-        return self._client(PublicTransport(self._trusted))
-
-    def _client(self, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
-        from worker.handlers.http import org_client
-
-        return org_client(
-            self._source,
-            self._origins,
-            self.run.idempotency_key,
-            insecure_origins=self._insecure_origins,
-            traceparent=self._traceparent,
-            transport=transport,
-        )
+        transport = self._transports.get("public_http") or PublicTransport(self._given.trusted_origins)
+        return org_client(self._given, self._source, transport)
 
     async def token(self) -> AccessToken:
-        """The org's token with some life left; its text is `.reveal()`."""
+        """The org's token, renewed before it expires; `.reveal()` returns its text."""
         return await self._source.token()
 
     async def save(self, data: Any) -> None:
         """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
 
-        Returns when it is durable. Another worker that has taken the run over since makes it fail.
+        Returns once it is durable. Fails if another worker has taken the run over.
         """
-        await self._line.save(to_json_text(data, "checkpoint"))
+        await self._port.save(to_json_text(data, "checkpoint"))
 
 
 class BlockingContext(_Shared[P, S]):
-    """What a handler that blocks may touch: the members of `Context`, without await."""
+    """The members of `Context` for a handler that blocks, without await."""
 
-    def __init__(self, given: Given[P, S], line: BlockingWorkerPort, cancelled: BlockingCancellation) -> None:
-        super().__init__(given, line)
+    def __init__(
+        self,
+        given: Given[P, S],
+        port: BlockingWorkerPort,
+        cancelled: BlockingCancellation,
+        transports: Mapping[str, httpx.BaseTransport] | None = None,
+    ) -> None:
+        super().__init__(given, port)
         self.cancelled = cancelled
-        self._line = line
-        self._source = BlockingTokenSource(given.held, line)
+        self._port = port
+        self._transports = transports or {}
+
+        async def renew(fresh: bool) -> Granted:
+            return port.token(fresh=fresh)
+
+        self._source = TokenSource(given.held, renew)
 
     @cached_property
     def http(self) -> httpx.Client:
-        """An httpx client that sends the org's token to the issuer's `api_origins` and nowhere else."""
-        return self._client(None)
+        """An httpx client that sends the org's token only to the issuer's `api_origins`."""
+        from worker.handlers.http import blocking_org_client
+
+        return blocking_org_client(self._given, self._source, self._transports.get("http"))
 
     @cached_property
     def public_http(self) -> httpx.Client:
-        """As `ctx.http`, for a URL from params: it reaches public addresses and listed origins only."""
+        """As `ctx.http`, for a URL from params: it reaches only public addresses and listed origins."""
+        from worker.handlers.http import blocking_org_client
         from worker.handlers.public_http import BlockingPublicTransport
 
-        return self._client(BlockingPublicTransport(self._trusted))
-
-    def _client(self, transport: httpx.BaseTransport | None) -> httpx.Client:
-        from worker.handlers.http import blocking_org_client
-
-        return blocking_org_client(
-            self._source,
-            self._origins,
-            self.run.idempotency_key,
-            insecure_origins=self._insecure_origins,
-            traceparent=self._traceparent,
-            transport=transport,
-        )
+        transport = self._transports.get("public_http")
+        transport = transport or BlockingPublicTransport(self._given.trusted_origins)
+        return blocking_org_client(self._given, self._source, transport)
 
     def token(self) -> AccessToken:
-        """The org's token with some life left; its text is `.reveal()`."""
-        return self._source.token()
+        """The org's token, renewed before it expires; `.reveal()` returns its text."""
+        return finish(self._source.token())
 
     def save(self, data: Any) -> None:
         """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
 
-        Returns when it is durable. Another worker that has taken the run over since makes it fail.
+        Returns once it is durable. Fails if another worker has taken the run over.
         """
-        self._line.save(to_json_text(data, "checkpoint"))
+        self._port.save(to_json_text(data, "checkpoint"))
 
 
 async def close_http(ctx: Context[Any, Any]) -> None:
-    """Close the clients of a handler that has ended, those that it has used."""
+    """Close the clients that a handler has used."""
     for name in CLIENTS & ctx.__dict__.keys():
         await getattr(ctx, name).aclose()
 
@@ -277,7 +350,7 @@ def close_blocking_http(ctx: BlockingContext[Any, Any]) -> None:
 
 
 def check_progress(done: Any, total: Any) -> None:
-    """Raise ValueError unless both can be shown: finite numbers, `total` or None."""
+    """Raise ValueError unless `done`, and `total` if given, are finite numbers."""
     for what, number in (("done", done), ("total", total)):
         if number is None and what == "total":
             continue

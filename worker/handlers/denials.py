@@ -1,4 +1,4 @@
-"""Says of an error whether the sandbox has caused it, so that its reader knows which setting to change."""
+"""Detects errors caused by the sandbox and names the setting to change."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 
 _HINT = "the sandbox denies {paths}: add it to [execution] read_paths or write_paths"
 _MULTIPROCESSING = "the sandbox may have denied it; multiprocessing needs /dev/shm in [execution] write_paths"
-_in_force = False
+_sandboxed = False
 
 
 def sandboxed() -> None:
-    """From now on the sandbox may be what denies something in this process."""
-    global _in_force
-    _in_force = True
+    """Record that this process is in the sandbox."""
+    global _sandboxed
+    _sandboxed = True
 
 
 def hint(error: BaseException) -> str | None:
-    """What to do where the sandbox denied a path to the handler; None if it did not.
+    """What to do if the sandbox caused the error, or None if it did not.
 
-    It did where the file's own permissions would have allowed it.
+    It did if the file's own permissions allow the access.
     """
-    if not _in_force:
+    if not _sandboxed:
         return None
     denied = [cause for cause in _causes(error) if isinstance(cause, PermissionError)]
     paths = [
@@ -40,20 +40,20 @@ def hint(error: BaseException) -> str | None:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    line: list[BaseException | None] = [error]
-    while line:
-        cause = line.pop(0)
+    queue: list[BaseException | None] = [error]
+    while queue:
+        cause = queue.pop(0)
         if cause is None or id(cause) in seen:
             continue
         seen.add(id(cause))
         yield cause
-        line += [cause.__cause__, cause.__context__]
+        queue += [cause.__cause__, cause.__context__]
         if isinstance(cause, BaseExceptionGroup):
-            line += cause.exceptions
+            queue += cause.exceptions
 
 
 def _permitted(path: str | bytes) -> bool:
-    """Whether the permissions of the file, or of the folder it would be made in, allow its use."""
+    """Whether the permissions of the file, or of the folder to create it in, allow access."""
     if os.path.exists(path):
         return any(os.access(path, mode) for mode in (os.R_OK, os.W_OK, os.X_OK))
     return os.access(os.path.dirname(path) or os.curdir, os.W_OK | os.X_OK)

@@ -1,7 +1,7 @@
-"""A process of its own that loads one distribution's entry points and prints what each offers.
+"""Loads one distribution's entry points in a process of its own and prints what each declares.
 
-`python -m worker.handlers.describe DISTRIBUTION SECONDS NAME…`: a JSON line for each
-name, in that order. It may hang or die with any of them; the one who reads knows which.
+`python -m worker.handlers.describe DISTRIBUTION SECONDS NAME…` prints a JSON line for each
+name, in that order. Any of them may hang or end the process; the reader sees which.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from worker.handlers.job import Job
 
 
 def offer_of(job: Job) -> dict[str, Any]:
-    """What a handler offers, as fields of its catalogue entry.
+    """A handler's declaration, as fields of its catalogue entry.
 
     Raises:
-        ValueError: its timeout or memory cannot be read, or a model has no JSON Schema.
+        ValueError: its timeout or memory is invalid, or a model has no JSON Schema.
     """
     if job.timeout is not None:
         parse_duration(job.timeout)
@@ -41,33 +41,33 @@ def offer_of(job: Job) -> dict[str, Any]:
 
 
 def described(load: Any, name: str, target: str) -> dict[str, Any]:
-    """An entry point's offer, or `error`: whatever its import raises is caught."""
+    """An entry point's declaration, or `error` with what its import raised."""
     try:
         job = load()
         if not isinstance(job, Job):
-            return {"error": f"{target} is no function declared with @job"}
+            return {"error": f"{target} is not a function declared with @job"}
         if job.name != name:
             return {"error": f"the entry point is called {name}, but its handler {job.name}"}
         return offer_of(job)
     except SystemExit as end:
         return {"error": f"SystemExit: its import calls sys.exit({end.code!r})"}
     except BaseException as error:
-        why = denials.hint(error)
-        return {"error": f"{type(error).__name__}: {error}" + (f"; {why}" if why else "")}
+        denied = denials.hint(error)
+        return {"error": f"{type(error).__name__}: {error}" + (f"; {denied}" if denied else "")}
 
 
 def main() -> None:
-    """Print the lines; a plug-in's own prints go nowhere."""
+    """Print the lines; a plug-in's own output is discarded."""
     distribution, seconds, *names = sys.argv[1:]
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     points = {point.name: point for found in distributions([distribution]) for point in found.points}
     for name in names:
-        # Whoever started this may be gone, and an import may hang.
+        # The parent may be gone, and an import may hang.
         signal.alarm(int(float(seconds)) + 5)
         lines.write(json.dumps(described(points[name].load, name, points[name].value)) + "\n")
         lines.flush()
-    os._exit(0)  # threads that an import has left behind do not matter
+    os._exit(0)  # without waiting for threads that an import started
 
 
 if __name__ == "__main__":

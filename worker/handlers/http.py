@@ -1,15 +1,16 @@
-"""`ctx.http`: an httpx client that sends the org's token to the issuer's API and to nobody else."""
+"""`ctx.http`: an httpx client that sends the org's token only to the issuer's API."""
 
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Generator, Iterable
+from collections.abc import AsyncGenerator, Generator
 from functools import cache
+from typing import Any
 
 import httpx
 
 from worker.definitions.origins import is_loopback
-from worker.handlers.worker_port import BlockingTokenSource, TokenSource
+from worker.handlers.context import Given, TokenSource, finish
 
 Origin = tuple[str, str, int | None]
 
@@ -19,126 +20,85 @@ _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """The one TLS context of this process; building it takes 10 ms, so the zygote does it once."""
+    """The TLS context of this process. Building it takes 10 ms, so the zygote does it once."""
     return httpx.create_ssl_context()
 
 
 def origin_of(url: httpx.URL | str) -> Origin:
-    """Scheme, host and port of a URL: what must be equal for the token to be sent (RFC 6454, section 4)."""
+    """Scheme, host and port of a URL; all must be equal for the token to be sent (RFC 6454, section 4)."""
     url = httpx.URL(url)
     return url.scheme, url.host, url.port or _PORTS.get(url.scheme)
 
 
-def repeatable(request: httpx.Request) -> bool:
-    """Whether its body is still there after it was sent, unlike that of a stream."""
-    return isinstance(request.stream, httpx.ByteStream)
+class OrgAuth(httpx.Auth):
+    """Adds the token if the origin is listed and the handler set no Authorization header.
 
+    A 401 mints a fresh token, once per request.
+    """
 
-class _OrgAuth(httpx.Auth):
-    """Adds the token where the origin is listed and the handler set no Authorization of its own."""
-
-    def __init__(self, origins: Iterable[str], insecure: Iterable[str]) -> None:
-        allowed = frozenset(origin_of(origin) for origin in insecure)
-        # An unencrypted origin was refused where it was configured; here the token stays behind in any case.
+    def __init__(self, given: Given[Any, Any], source: TokenSource) -> None:
+        insecure = frozenset(map(origin_of, given.insecure_origins))
+        # Configuration already refuses an unencrypted origin; this is the second line of defence.
         self._origins = frozenset(
             origin
-            for origin in map(origin_of, origins)
-            if origin[0] == "https" or is_loopback(origin[1]) or origin in allowed
+            for origin in map(origin_of, given.api_origins)
+            if origin[0] == "https" or is_loopback(origin[1]) or origin in insecure
         )
+        self._source = source
         self._sent: set[str] = set()
 
-    def wanted(self, request: httpx.Request) -> bool:
-        return "Authorization" not in request.headers and origin_of(request.url) in self._origins
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        if "Authorization" in request.headers or origin_of(request.url) not in self._origins:
+            yield request
+            return
+        header = await self._authorize(request)
+        # A streamed body is gone after it was sent.
+        repeatable = isinstance(request.stream, httpx.ByteStream)
+        response = yield request
+        refused = response.status_code == httpx.codes.UNAUTHORIZED
+        if repeatable and refused and response.request.headers.get("Authorization") in self._sent:
+            if await self._authorize(request) == header:  # else another call has renewed it already
+                await self._authorize(request, fresh=True)
+            yield request
 
-    def put(self, request: httpx.Request, token: str) -> None:
-        header = f"Bearer {token}"
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        flow = self.async_auth_flow(request)
+        try:
+            step = finish(flow.__anext__())
+            while True:
+                step = finish(flow.asend((yield step)))
+        except StopAsyncIteration:
+            pass
+        finally:
+            finish(flow.aclose())
+
+    async def _authorize(self, request: httpx.Request, *, fresh: bool = False) -> str:
+        header = f"Bearer {(await self._source.token(fresh=fresh)).reveal()}"
         self._sent.add(header)
         request.headers["Authorization"] = header
-
-    def has(self, request: httpx.Request, token: str) -> bool:
-        return bool(request.headers.get("Authorization") == f"Bearer {token}")
-
-    def refused(self, response: httpx.Response) -> bool:
-        """Whether it is our token that was turned down."""
-        turned_down = response.status_code == httpx.codes.UNAUTHORIZED
-        return turned_down and response.request.headers.get("Authorization") in self._sent
+        return header
 
     def strip(self, request: httpx.Request) -> None:
-        """Take our token off a request that a redirect has led to an origin that is not listed.
+        """Remove our token from a request that was redirected to an origin that is not listed.
 
-        httpx drops it on a change of origin, except from http to https of the same host.
+        httpx drops it when the origin changes, except from http to https of the same host.
         """
         if request.headers.get("Authorization") in self._sent and origin_of(request.url) not in self._origins:
             del request.headers["Authorization"]
 
-
-class OrgAuth(_OrgAuth):
-    """The token for an `AsyncClient`; a 401 mints a fresh one, once a request."""
-
-    def __init__(self, source: TokenSource, origins: Iterable[str], insecure: Iterable[str] = ()) -> None:
-        super().__init__(origins, insecure)
-        self._source = source
-
-    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        if not self.wanted(request):
-            yield request
-            return
-        self.put(request, (await self._source.token()).reveal())
-        again = repeatable(request)
-        response = yield request
-        if again and self.refused(response):
-            token = await self._source.token()
-            if self.has(request, token.reveal()):  # else another call has renewed it already
-                token = await self._source.token(fresh=True)
-            self.put(request, token.reveal())
-            yield request
-
-    async def check(self, request: httpx.Request) -> None:
-        self.strip(request)
-
-
-class BlockingOrgAuth(_OrgAuth):
-    """The token for a `Client`; a 401 mints a fresh one, once a request."""
-
-    def __init__(
-        self, source: BlockingTokenSource, origins: Iterable[str], insecure: Iterable[str] = ()
-    ) -> None:
-        super().__init__(origins, insecure)
-        self._source = source
-
-    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if not self.wanted(request):
-            yield request
-            return
-        self.put(request, self._source.token().reveal())
-        again = repeatable(request)
-        response = yield request
-        if again and self.refused(response):
-            token = self._source.token()
-            if self.has(request, token.reveal()):  # else another call has renewed it already
-                token = self._source.token(fresh=True)
-            self.put(request, token.reveal())
-            yield request
-
-    def check(self, request: httpx.Request) -> None:
+    async def async_strip(self, request: httpx.Request) -> None:
         self.strip(request)
 
 
 def org_client(
-    source: TokenSource,
-    origins: Iterable[str],
-    idempotency_key: str,
-    *,
-    insecure_origins: Iterable[str] = (),
-    traceparent: str | None = None,
-    transport: httpx.AsyncBaseTransport | None = None,
+    given: Given[Any, Any], source: TokenSource, transport: httpx.AsyncBaseTransport | None = None
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
-    auth = OrgAuth(source, origins, insecure_origins)
+    auth = OrgAuth(given, source)
     return httpx.AsyncClient(
         auth=auth,
-        headers=_headers(idempotency_key, traceparent),
-        event_hooks={"request": [auth.check]},
+        headers=_headers(given),
+        event_hooks={"request": [auth.async_strip]},
         timeout=_TIMEOUT,
         verify=tls_context(),
         transport=transport,
@@ -146,26 +106,20 @@ def org_client(
 
 
 def blocking_org_client(
-    source: BlockingTokenSource,
-    origins: Iterable[str],
-    idempotency_key: str,
-    *,
-    insecure_origins: Iterable[str] = (),
-    traceparent: str | None = None,
-    transport: httpx.BaseTransport | None = None,
+    given: Given[Any, Any], source: TokenSource, transport: httpx.BaseTransport | None = None
 ) -> httpx.Client:
-    """The client of a handler that blocks, bound to its run's token, origins, idempotency key and trace."""
-    auth = BlockingOrgAuth(source, origins, insecure_origins)
+    """The same for a handler that blocks."""
+    auth = OrgAuth(given, source)
     return httpx.Client(
         auth=auth,
-        headers=_headers(idempotency_key, traceparent),
-        event_hooks={"request": [auth.check]},
+        headers=_headers(given),
+        event_hooks={"request": [auth.strip]},
         timeout=_TIMEOUT,
         verify=tls_context(),
         transport=transport,
     )
 
 
-def _headers(idempotency_key: str, traceparent: str | None) -> dict[str, str]:
-    headers = {"Idempotency-Key": idempotency_key}
-    return headers if traceparent is None else headers | {"traceparent": traceparent}
+def _headers(given: Given[Any, Any]) -> dict[str, str]:
+    headers = {"Idempotency-Key": given.run.idempotency_key}
+    return headers if given.traceparent is None else headers | {"traceparent": given.traceparent}

@@ -1,4 +1,4 @@
-"""Imports what the operator lists in `preload`, so that runs start with it."""
+"""Installed distributions with handlers, and the environment of processes that run their code."""
 
 from __future__ import annotations
 
@@ -10,28 +10,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
-
-def preload(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Import modules, or the handlers' modules of distributions; returns what failed, and why."""
-    failures = []
-    for name in names:
-        try:
-            modules = {point.module for found in distributions([name]) for point in found.points}
-            for module in sorted(modules) or [name]:
-                import_module(module)
-            if len(os.listdir("/proc/self/task")) > 1:
-                # The lock that such a thread holds at a fork is never released in the copy.
-                failures.append((name, "its import leaves a thread behind, which poisons every fork"))
-        except BaseException as error:
-            failures.append((name, f"{type(error).__name__}: {error}"))
-    return failures
-
-
 GROUP = "worker.jobs"
 
-# What a process with a plug-in's code sees of the worker's environment, besides what the operator passes on.
+# Variables of the worker's environment that plug-in code sees, besides those that the operator passes.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
-# The folders of such processes, which are also their HOME and TMPDIR, are called so.
+# Prefix of such processes' folders, which are also their HOME and TMPDIR.
 FOLDERS = "orgworker-runs-"
 
 
@@ -45,7 +28,7 @@ class Distribution:
 
 
 def distributions(names: Iterable[str] | None = None) -> list[Distribution]:
-    """The installed distributions that offer handlers; only those named, where names are given."""
+    """The installed distributions with handlers; only those named, if names are given."""
     wanted = None if names is None else {normalised(name) for name in names}
     found: dict[str, tuple[str, str, list[EntryPoint]]] = {}
     for point in entry_points(group=GROUP):
@@ -60,12 +43,28 @@ def distributions(names: Iterable[str] | None = None) -> list[Distribution]:
 
 
 def normalised(name: str) -> str:
-    """A distribution's name as PyPI compares it."""
+    """A distribution's normalised name, as PyPI compares them."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def environment(pass_environment: Iterable[str] = ()) -> dict[str, str]:
-    """The environment of a process with a plug-in's code; PYTHONPATH finds there what is found here."""
+    """The environment of a process with plug-in code; PYTHONPATH is this process's import path."""
     names = {*ENVIRONMENT, *pass_environment}
     allowed = {name: os.environ[name] for name in names if name in os.environ}
     return allowed | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def preload(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Import modules, or the handlers' modules of distributions; returns what failed and why."""
+    failures = []
+    for name in names:
+        try:
+            modules = {point.module for found in distributions([name]) for point in found.points}
+            for module in sorted(modules) or [name]:
+                import_module(module)
+            if len(os.listdir("/proc/self/task")) > 1:
+                # A lock that the thread holds during a fork is never released in the copy.
+                failures.append((name, "its import leaves a thread running, which makes forks unsafe"))
+        except BaseException as error:
+            failures.append((name, f"{type(error).__name__}: {error}"))
+    return failures

@@ -1,10 +1,11 @@
-"""`@job`: a function becomes a handler, with its models, scopes and defaults."""
+"""`@job`: declares a function as a handler, with its models, scopes and defaults."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -13,59 +14,38 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
+@dataclass(eq=False, repr=False)
 class Job:
-    """A handler as its author declared it. Calling it calls the function, as tests want to."""
+    """A handler as its author declared it. Calling it calls the function, which tests use."""
 
+    function: Callable[[Any], Any]
     name: str
-    """The handler's name, and that of its entry point: letters, digits, `.`, `_` and `-`."""
-    params: type[BaseModel] | None
+    """The name of the handler and of its entry point: letters, digits, `.`, `_` and `-`."""
+    params: type[BaseModel] | None = None
     """A pydantic model of the definition's params; without one `ctx.params` is a plain mapping."""
-    settings: type[BaseModel] | None
+    settings: type[BaseModel] | None = None
     """A pydantic model of the token's properties, over its defaults; without one a plain mapping."""
-    scopes: frozenset[str]
-    """The scopes that its token is asked for and must have, unless the definition names others."""
-    timeout: str | None
-    """How long an attempt may take, as text such as `2h`; else an hour. A definition's comes first."""
-    max_attempts: int | None
-    """Attempts that may fail, time out or ask for a retry; else 3. A definition's comes first."""
-    isolation: Literal["child", "inline"]
-    """`child`: a process of its own; `inline`: a task of the worker, async, where the operator allows it."""
-    memory: str | None
-    """The cap on a run's memory, as text such as `512MiB`; else none. A definition's comes first."""
-    max_concurrent: int | None
-    """The handler's runs at once, over all workers and orgs; else no limit of its own."""
+    scopes: frozenset[str] = frozenset()
+    """The scopes requested for its token, all required, unless the definition names others."""
+    timeout: str | None = None
+    """Maximum duration of an attempt, such as `2h`; default an hour. The definition overrides it."""
+    max_attempts: int | None = None
+    """Attempts that may fail, time out or ask for a retry; default 3. The definition overrides it."""
+    isolation: Literal["child", "inline"] = "child"
+    """`child`: a process of its own; `inline`: an async task of the worker, if the operator allows it."""
+    memory: str | None = None
+    """Memory limit of a run, such as `512MiB`; default unlimited. The definition overrides it."""
+    max_concurrent: int | None = None
+    """Maximum concurrent runs of the handler, over all workers and orgs; default unlimited."""
 
-    def __init__(
-        self,
-        function: Callable[[Any], Any],
-        name: str,
-        *,
-        params: type[BaseModel] | None,
-        settings: type[BaseModel] | None,
-        scopes: frozenset[str],
-        timeout: str | None,
-        max_attempts: int | None,
-        isolation: Literal["child", "inline"],
-        memory: str | None,
-        max_concurrent: int | None,
-    ) -> None:
-        self.function = function
-        self.name = name
-        self.params = params
-        self.settings = settings
-        self.scopes = scopes
-        self.timeout = timeout
-        self.max_attempts = max_attempts
-        self.isolation = isolation
-        self.memory = memory
-        self.max_concurrent = max_concurrent
-        self.__name__ = getattr(function, "__name__", name)
-        self.__doc__ = function.__doc__
-        self.__wrapped__ = function
+    def __post_init__(self) -> None:
+        self.__name__ = getattr(self.function, "__name__", self.name)
+        self.__doc__ = self.function.__doc__
+        self.__wrapped__ = self.function
 
     @property
     def is_async(self) -> bool:
-        """Whether the handler gets a `Context` and is awaited; else it blocks in its own process."""
+        """Whether the handler is awaited with a `Context`; else it gets a `BlockingContext`."""
         return inspect.iscoroutinefunction(self.function)
 
     def __call__(self, ctx: Any) -> Any:
@@ -75,16 +55,16 @@ class Job:
         return f"<Job {self.name}>"
 
     def params_schema(self) -> dict[str, Any] | None:
-        """The JSON Schema that a definition's params must meet, or None where anything goes."""
+        """The JSON Schema of a definition's params, or None if any are valid."""
         if self.params is None:
             return None
         schema = self.params.model_json_schema()
         if self.params.model_config.get("extra") != "allow":
-            schema["additionalProperties"] = False  # a misspelt param is an error when it is saved
+            schema["additionalProperties"] = False  # so a misspelt param is an error on apply
         return schema
 
     def settings_schema(self) -> dict[str, Any] | None:
-        """The JSON Schema of the settings that a token's properties are read into."""
+        """The JSON Schema of the settings that are read from a token's properties."""
         return None if self.settings is None else self.settings.model_json_schema()
 
 
@@ -100,42 +80,42 @@ def job(
     memory: str | None = None,
     max_concurrent: int | None = None,
 ) -> Callable[[Callable[..., Any]], Job]:
-    """Declare a handler, to be registered as an entry point of group `worker.jobs` under `name`.
+    """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
     `params` and `settings` are pydantic models: of the definition's params, and of
     the token's properties over the model's defaults. `timeout` is text such as `2h`,
-    `memory` such as `512MiB`; `max_concurrent` counts over all workers.
+    `memory` such as `512MiB`; `max_concurrent` holds over all workers.
 
     Raises:
-        TypeError: the declaration makes no sense, such as a sync handler that is inline.
+        TypeError: the declaration is invalid, such as an inline handler that is not async.
     """
     if not _NAME.fullmatch(name):
-        raise TypeError(f"{name!r} is no handler name: letters, digits, '.', '_' and '-' only")
+        raise TypeError(f"{name!r} is not a handler name: use letters, digits, '.', '_' and '-'")
     if isolation not in ("child", "inline"):
-        raise TypeError(f"isolation of {name} is 'child' or 'inline', not {isolation!r}")
+        raise TypeError(f"isolation of {name} must be 'child' or 'inline', not {isolation!r}")
     if isinstance(scopes, str):
-        raise TypeError(f"scopes of {name} are a set of texts, not one text")
+        raise TypeError(f"scopes of {name} must be a set of strings, not a string")
     for what, count in (("max_attempts", max_attempts), ("max_concurrent", max_concurrent)):
         if count is not None and count < 1:
-            raise TypeError(f"{what} of {name} is at least 1")
+            raise TypeError(f"{what} of {name} must be at least 1")
 
     def declare(function: Callable[..., Any]) -> Job:
         if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-            raise TypeError(f"{name} is a generator; a handler returns its result")
+            raise TypeError(f"{name} is a generator; a handler must return its result")
         declared = Job(
             function,
             name,
-            params=params,
-            settings=settings,
-            scopes=frozenset(scopes),
-            timeout=timeout,
-            max_attempts=max_attempts,
-            isolation=isolation,
-            memory=memory,
-            max_concurrent=max_concurrent,
+            params,
+            settings,
+            frozenset(scopes),
+            timeout,
+            max_attempts,
+            isolation,
+            memory,
+            max_concurrent,
         )
         if isolation == "inline" and not declared.is_async:
-            raise TypeError(f"{name} is inline, so it must be an async def: it would block the worker")
+            raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")
         return declared
 
     return declare

@@ -1,4 +1,4 @@
-"""A handler's result or checkpoint -> JSON text that every database takes."""
+"""A handler's result or checkpoint as JSON text that every database accepts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 from worker.definitions.units import depth_of
 
 LIMIT = 1024 * 1024
-# Every reader of it recurses: parsers, encoders, databases.
+# Parsers, encoders and databases recurse.
 DEEPEST = 200
 # An escaped NUL whose backslash is not itself escaped.
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
 class NotStorable(ValueError):
-    """A value that no JSON column takes; the message says why, without the value."""
+    """A value that a JSON column cannot store; the message says why, without the value."""
 
 
 def to_json_text(value: Any, what: str) -> str:
@@ -29,7 +29,7 @@ def to_json_text(value: Any, what: str) -> str:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_dumped)
         text.encode()
     except UnicodeEncodeError:
-        raise NotStorable(f"the {what} contains a lone surrogate, which is no text") from None
+        raise NotStorable(f"the {what} contains a lone surrogate, which is not valid text") from None
     except RecursionError:
         raise NotStorable(_too_deep(what)) from None
     except (TypeError, ValueError) as error:
@@ -41,7 +41,7 @@ def to_json_text(value: Any, what: str) -> str:
 
 
 def check_json_text(text: str, what: str) -> None:
-    """Refuse text that `to_json_text` would not have written: a run's process may send anything.
+    """Refuse text that `to_json_text` would not write: a run's process may send anything.
 
     Raises:
         NotStorable: it is too large, not JSON, nested too deeply, or holds a NUL or a lone surrogate.
@@ -49,22 +49,22 @@ def check_json_text(text: str, what: str) -> None:
     _check_size(text, what)
     value = _value(text, what)
     try:
-        # A surrogate may be written as an escape.
+        # A surrogate may be escaped.
         (json.dumps(value, ensure_ascii=False) if "\\u" in text else text).encode()
     except UnicodeEncodeError:
-        raise NotStorable(f"the {what} contains a lone surrogate, which is no text") from None
+        raise NotStorable(f"the {what} contains a lone surrogate, which is not valid text") from None
 
 
 def _check_size(text: str, what: str) -> None:
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > LIMIT:
-        raise NotStorable(f"the {what} is {size / LIMIT:.1f} MiB of JSON; at most 1 MiB is kept")
+        raise NotStorable(f"the {what} is {size / LIMIT:.1f} MiB of JSON; the maximum is 1 MiB")
     if _NUL.search(text):
-        raise NotStorable(f"the {what} contains a NUL character, which no database keeps")
+        raise NotStorable(f"the {what} contains a NUL character, which databases cannot store")
 
 
 def _value(text: str, what: str) -> Any:
-    """The value of a text, if it is JSON and does not nest too deeply."""
+    """The parsed text; raises NotStorable if it is not JSON or nests too deeply."""
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
@@ -81,11 +81,11 @@ def _too_deep(what: str) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} has no form in JSON")
+    raise ValueError(f"{name} cannot be written as JSON")
 
 
 def clean(text: str, limit: int) -> str:
-    """Text for people that every database takes: no NUL, no lone surrogate, at most `limit` characters."""
+    """Text that every database accepts: no NUL, no lone surrogate, at most `limit` characters."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return text.replace("\0", "�").encode("utf-8", "replace").decode()
@@ -100,5 +100,5 @@ def _dumped(value: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    # The encoder's own messages name a type, but for floats they show the value.
-    return "NaN and infinity have no form in JSON" if "float values" in text else text
+    # The encoder's messages name a type, except that for floats they show the value.
+    return "NaN and infinity cannot be written as JSON" if "float values" in text else text

@@ -1,4 +1,4 @@
-"""Params and properties -> the handler's models, or what is wrong with them without their values."""
+"""Validates params and properties with the handler's models; errors never show values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class HandlerMissing(Exception):
-    """The module of an entry point, or what it names, is not there any more."""
+    """The module of an entry point, or the attribute that it names, does not exist."""
 
 
 class ParamsInvalid(Exception):
@@ -33,7 +33,7 @@ def load(entry_point: str) -> Job:
     """Import the handler that `module:attribute` names. Runs the plug-in's own code.
 
     Raises:
-        HandlerMissing: there is no such module or attribute, or it is no `@job`.
+        HandlerMissing: there is no such module or attribute, or it is not a `@job`.
     """
     module, _, attribute = entry_point.partition(":")
     try:
@@ -45,12 +45,12 @@ def load(entry_point: str) -> Job:
     for name in attribute.split("."):
         found = getattr(found, name, None)
     if not isinstance(found, Job):
-        raise HandlerMissing(f"{entry_point} is no function declared with @job")
+        raise HandlerMissing(f"{entry_point} is not a function declared with @job")
     return found
 
 
 def read_params(job: Job, params: Mapping[str, Any]) -> Any:
-    """The params as the handler's model, strictly; a plain mapping where it declares none.
+    """The params as the handler's model, in strict mode; a plain mapping if it declares none.
 
     Raises:
         ParamsInvalid: names the param and the rule.
@@ -63,7 +63,7 @@ def read_params(job: Job, params: Mapping[str, Any]) -> Any:
     if unknown and job.params.model_config.get("extra") != "allow":
         raise ParamsInvalid(f"param {unknown[0]}: the handler has no such param")
     try:
-        # Strict as JSON is: a text stays a text, but a date may be one.
+        # Strict for JSON: text stays text, but a date may be written as text.
         return job.params.model_validate_json(json.dumps(dict(params)), strict=True)
     except ValidationError as error:
         name, rule = _first(error)
@@ -71,7 +71,7 @@ def read_params(job: Job, params: Mapping[str, Any]) -> Any:
 
 
 def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
-    """The token's properties over the model's defaults; text is coerced, since providers know little else.
+    """The token's properties over the model's defaults. Text is coerced, since providers store mostly text.
 
     Raises:
         SettingsInvalid: names the property and the rule, never the value.
@@ -82,7 +82,7 @@ def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
 
     given = dict(properties)
     if job.settings.model_config.get("extra") == "forbid":
-        # The token's properties serve every handler of the org, so others' are no mistake.
+        # A token's properties are for every handler of the org, so those of others are expected.
         for name in _unknown(job.settings, properties):
             del given[name]
     try:
@@ -103,8 +103,8 @@ def _unknown(model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
 
 def _first(error: ValidationError) -> tuple[str, str]:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    # What a validator of the author's own says may contain the value.
-    own = first["type"] in ("value_error", "assertion_error")
-    rule = "refused by the handler's own check" if own else first["msg"]
+    # The message of the author's own validator may contain the value.
+    custom = first["type"] in ("value_error", "assertion_error")
+    rule = "refused by the handler's own check" if custom else first["msg"]
     name = ".".join(str(part) for part in first["loc"]) or "(all together)"
     return name, rule

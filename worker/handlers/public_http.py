@@ -1,4 +1,4 @@
-"""The network of `ctx.public_http`: resolves a host once and connects to an address that it has checked.
+"""The network of `ctx.public_http`: resolves a host once, checks its addresses and connects to one of them.
 
 A URL from params may lead anywhere: to the worker's own ports, to a cloud's metadata
 service, or to a name that resolves differently between check and connection. The check
@@ -10,15 +10,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Generic, TypeVar
 
 import httpcore
 import httpx
 
-from worker.handlers.http import Origin, origin_of, tls_context
+from worker.handlers.context import finish
+from worker.handlers.http import origin_of, tls_context
 from worker.handlers.results import PermanentError
 
-# Seconds that an address has to accept a connection while there is another one to try.
+T = TypeVar("T")
+
+# Seconds to wait for one address to accept a connection before trying the next.
 NEXT_ADDRESS = 3.0
 MOST_ADDRESSES = 4
 
@@ -27,45 +32,22 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 BlockingResolve = Callable[[str, int], list[str]]
 SocketOptions = Iterable[httpcore.SOCKET_OPTION] | None
 
-# What is not public, by IANA's registries of special-purpose addresses (RFC 6890). The first match counts.
-_IPV4 = [
-    (IPv4Network("169.254.169.254"), "metadata"),  # most clouds
-    (IPv4Network("169.254.170.2"), "metadata"),  # AWS: containers
-    (IPv4Network("169.254.170.23"), "metadata"),  # AWS: pods
-    (IPv4Network("100.100.100.200"), "metadata"),  # Alibaba
-    (IPv4Network("192.0.0.192"), "metadata"),  # Oracle
-    (IPv4Network("168.63.129.16"), "metadata"),  # Azure; lies in a public range
-    (IPv4Network("0.0.0.0/8"), "unspecified"),
-    (IPv4Network("10.0.0.0/8"), "private"),
-    (IPv4Network("100.64.0.0/10"), "private"),  # behind a carrier's NAT, and in cloud networks
-    (IPv4Network("127.0.0.0/8"), "loopback"),
-    (IPv4Network("169.254.0.0/16"), "link-local"),
-    (IPv4Network("172.16.0.0/12"), "private"),
-    (IPv4Network("192.0.0.0/24"), "reserved"),
-    (IPv4Network("192.0.2.0/24"), "reserved"),
-    (IPv4Network("192.88.99.0/24"), "reserved"),
-    (IPv4Network("192.168.0.0/16"), "private"),
-    (IPv4Network("198.18.0.0/15"), "private"),
-    (IPv4Network("198.51.100.0/24"), "reserved"),
-    (IPv4Network("203.0.113.0/24"), "reserved"),
-    (IPv4Network("224.0.0.0/4"), "multicast"),
-    (IPv4Network("240.0.0.0/4"), "reserved"),
+# Addresses that are not public, by IANA's registries (RFC 6890), one kind a line. The first match counts.
+_SPECIAL = [
+    ("metadata", "169.254.169.254 168.63.129.16"),  # most clouds; Azure, in a public range
+    ("metadata", "169.254.170.2 169.254.170.23 fd00:ec2::254 fd00:ec2::23"),  # AWS: containers, pods
+    ("metadata", "100.100.100.200 192.0.0.192 fd20:ce::254"),  # Alibaba, Oracle, Google
+    ("unspecified", "0.0.0.0/8 ::"),
+    ("loopback", "127.0.0.0/8 ::1"),
+    ("private", "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 198.18.0.0/15 fc00::/7 fec0::/10"),
+    ("private", "100.64.0.0/10"),  # behind a carrier's NAT, and in cloud networks
+    ("link-local", "169.254.0.0/16 fe80::/10"),
+    ("multicast", "224.0.0.0/4 ff00::/8"),
+    ("reserved", "192.0.0.0/24 192.0.2.0/24 192.88.99.0/24 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4"),
+    ("reserved", "2001:db8::/32 3fff::/20"),
+    ("reserved", "2001::/23 2002::/16"),  # Teredo and 6to4: tunnels to any IPv4 address
 ]
-_IPV6 = [
-    (IPv6Network("fd00:ec2::254"), "metadata"),  # AWS
-    (IPv6Network("fd00:ec2::23"), "metadata"),  # AWS: pods
-    (IPv6Network("fd20:ce::254"), "metadata"),  # Google
-    (IPv6Network("::"), "unspecified"),
-    (IPv6Network("::1"), "loopback"),
-    (IPv6Network("fc00::/7"), "private"),
-    (IPv6Network("fe80::/10"), "link-local"),
-    (IPv6Network("fec0::/10"), "private"),
-    (IPv6Network("ff00::/8"), "multicast"),
-    (IPv6Network("2001::/23"), "reserved"),  # Teredo is in it: a tunnel to any IPv4 address
-    (IPv6Network("2001:db8::/32"), "reserved"),
-    (IPv6Network("2002::/16"), "reserved"),  # 6to4: the same
-    (IPv6Network("3fff::/20"), "reserved"),
-]
+_NETWORKS = [(ip_network(text), kind) for kind, texts in _SPECIAL for text in texts.split()]
 _PUBLIC_IPV6 = IPv6Network("2000::/3")
 # Their last 32 bits are an IPv4 address: mapped, and NAT64, by which an IPv6-only network reaches IPv4.
 _WITH_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
@@ -75,7 +57,8 @@ class AddressRefused(PermanentError):
     """The host of a URL has an address that is not public; no connection was made."""
 
     def __init__(self, url: httpx.URL, kind: str) -> None:
-        origin = _written(origin_of(url))
+        scheme, host, port = origin_of(url)
+        origin = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         super().__init__(
             f"{url.host} has a {kind} address, and this request reaches public addresses only; to allow it, "
             f'add "{origin}" to [execution] private_origins of worker.toml, or to api_origins '
@@ -88,24 +71,22 @@ class _NotPublic(Exception):
 
 
 def kind_of(address: str) -> str | None:
-    """What an address is in one word, such as loopback; None if it is public."""
+    """The kind of an address, such as loopback, or None if it is public."""
     try:
         found = ip_address(address)
     except ValueError:
         return "unreadable"
     if isinstance(found, IPv6Address) and any(found in network for network in _WITH_IPV4):
         found = IPv4Address(int(found) & 0xFFFF_FFFF)
-    if isinstance(found, IPv4Address):
-        return next((kind for network, kind in _IPV4 if found in network), None)
-    otherwise = None if found in _PUBLIC_IPV6 else "reserved"
-    return next((kind for network, kind in _IPV6 if found in network), otherwise)
+    otherwise = None if isinstance(found, IPv4Address) or found in _PUBLIC_IPV6 else "reserved"
+    return next((kind for network, kind in _NETWORKS if found in network), otherwise)
 
 
 def check_addresses(url: httpx.URL, addresses: Iterable[str]) -> None:
-    """Check where a URL leads.
+    """Check the addresses of a URL's host.
 
     Raises:
-        AddressRefused: an address is not public. One is enough, since the next answer may have only that one.
+        AddressRefused: one of them is not public; the next answer may consist of that one.
     """
     try:
         _check(addresses)
@@ -113,8 +94,24 @@ def check_addresses(url: httpx.URL, addresses: Iterable[str]) -> None:
         raise AddressRefused(url, str(error)) from None
 
 
+class _Routes(Generic[T]):
+    """Chooses between a transport to any address, for trusted origins, and one to public addresses."""
+
+    def __init__(self, trusted: Iterable[str], anywhere: T, public: T) -> None:
+        self._trusted = frozenset(map(origin_of, trusted))
+        self.anywhere = anywhere
+        self.public = public
+
+    @contextmanager
+    def of(self, request: httpx.Request) -> Iterator[T]:
+        try:
+            yield self.anywhere if origin_of(request.url) in self._trusted else self.public
+        except _NotPublic as error:
+            raise AddressRefused(request.url, str(error)) from None
+
+
 class PublicTransport(httpx.AsyncBaseTransport):
-    """Connects to public addresses only, but anywhere for `trusted` origins; ignores proxy variables."""
+    """Connects to public addresses, and to any address for `trusted` origins; ignores proxy variables."""
 
     def __init__(
         self,
@@ -124,20 +121,16 @@ class PublicTransport(httpx.AsyncBaseTransport):
         network: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
         network = network or httpcore.AnyIOBackend()
-        self._trusted = frozenset(origin_of(origin) for origin in trusted)
-        self._anywhere = _Transport(network)
-        self._public = _Transport(_PublicNetwork(network, resolve or addresses_of))
+        public = _PublicNetwork(network, resolve or addresses_of)
+        self._routes = _Routes(trusted, _transport(network), _transport(public))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        trusted = origin_of(request.url) in self._trusted
-        try:
-            return await (self._anywhere if trusted else self._public).handle_async_request(request)
-        except _NotPublic as error:
-            raise AddressRefused(request.url, str(error)) from None
+        with self._routes.of(request) as transport:
+            return await transport.handle_async_request(request)
 
     async def aclose(self) -> None:
-        await self._anywhere.aclose()
-        await self._public.aclose()
+        await self._routes.anywhere.aclose()
+        await self._routes.public.aclose()
 
 
 class BlockingPublicTransport(httpx.BaseTransport):
@@ -151,24 +144,20 @@ class BlockingPublicTransport(httpx.BaseTransport):
         network: httpcore.NetworkBackend | None = None,
     ) -> None:
         network = network or httpcore.SyncBackend()
-        self._trusted = frozenset(origin_of(origin) for origin in trusted)
-        self._anywhere = _BlockingTransport(network)
-        self._public = _BlockingTransport(_BlockingPublicNetwork(network, resolve or blocking_addresses_of))
+        public = _BlockingPublicNetwork(network, resolve or blocking_addresses_of)
+        self._routes = _Routes(trusted, _blocking_transport(network), _blocking_transport(public))
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        trusted = origin_of(request.url) in self._trusted
-        try:
-            return (self._anywhere if trusted else self._public).handle_request(request)
-        except _NotPublic as error:
-            raise AddressRefused(request.url, str(error)) from None
+        with self._routes.of(request) as transport:
+            return transport.handle_request(request)
 
     def close(self) -> None:
-        self._anywhere.close()
-        self._public.close()
+        self._routes.anywhere.close()
+        self._routes.public.close()
 
 
 async def addresses_of(host: str, port: int) -> list[str]:
-    """The addresses of a host as the system resolves it, also of such forms as 0x7f.1 and 2130706433."""
+    """The addresses of a host as the system resolves it, including forms such as 0x7f.1 and 2130706433."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
@@ -179,10 +168,7 @@ def blocking_addresses_of(host: str, port: int) -> list[str]:
 
 
 class _PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Resolves a host, checks its addresses and connects to one of them.
-
-    The TLS layer above still knows the host by its name, for SNI and the certificate.
-    """
+    """Connects to a checked address. TLS still gets the host's name, for SNI and the certificate."""
 
     def __init__(self, network: httpcore.AsyncNetworkBackend, resolve: Resolve) -> None:
         self._network = network
@@ -196,25 +182,21 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: SocketOptions = None,
     ) -> httpcore.AsyncNetworkStream:
-        try:
-            async with asyncio.timeout(timeout):
-                addresses = await self._resolve(host, port)
-        except TimeoutError:
-            raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from None
-        except (OSError, ValueError) as error:
-            raise _unresolved(host, error) from None
-        _check(addresses)
-        failure: Exception = _unresolved(host, "it has no address")
-        for address, seconds in _turns(addresses, timeout):
+        async def resolve() -> list[str]:
             try:
-                return await self._network.connect_tcp(address, port, seconds, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
+                async with asyncio.timeout(timeout):
+                    return await self._resolve(host, port)
+            except TimeoutError:
+                raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from None
+
+        async def connect(address: str, seconds: float | None) -> httpcore.AsyncNetworkStream:
+            return await self._network.connect_tcp(address, port, seconds, local_address, socket_options)
+
+        return await _connect(host, timeout, resolve, connect)
 
 
 class _BlockingPublicNetwork(httpcore.NetworkBackend):
-    """The same for a handler that blocks; the system alone limits how long resolving takes."""
+    """The same for a handler that blocks; resolving has no timeout but the system's."""
 
     def __init__(self, network: httpcore.NetworkBackend, resolve: BlockingResolve) -> None:
         self._network = network
@@ -228,38 +210,35 @@ class _BlockingPublicNetwork(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: SocketOptions = None,
     ) -> httpcore.NetworkStream:
+        async def resolve() -> list[str]:
+            return self._resolve(host, port)
+
+        async def connect(address: str, seconds: float | None) -> httpcore.NetworkStream:
+            return self._network.connect_tcp(address, port, seconds, local_address, socket_options)
+
+        return finish(_connect(host, timeout, resolve, connect))
+
+
+async def _connect(
+    host: str,
+    timeout: float | None,
+    resolve: Callable[[], Awaitable[list[str]]],
+    connect: Callable[[str, float | None], Awaitable[T]],
+) -> T:
+    try:
+        addresses = await resolve()
+    except (OSError, ValueError) as error:
+        raise httpcore.ConnectError(f"{host} cannot be resolved: {error}") from None
+    _check(addresses)
+    failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
+    addresses = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
+    soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
+    for number, address in enumerate(addresses, start=1):
         try:
-            addresses = self._resolve(host, port)
-        except (OSError, ValueError) as error:
-            raise _unresolved(host, error) from None
-        _check(addresses)
-        failure: Exception = _unresolved(host, "it has no address")
-        for address, seconds in _turns(addresses, timeout):
-            try:
-                return self._network.connect_tcp(address, port, seconds, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-
-class _Transport(httpx.AsyncHTTPTransport):
-    """httpx's own, over a given network: it takes none, so its pool is replaced."""
-
-    def __init__(self, network: httpcore.AsyncNetworkBackend) -> None:
-        super().__init__(verify=tls_context(), trust_env=False)
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=tls_context(), keepalive_expiry=5.0, network_backend=network
-        )
-
-
-class _BlockingTransport(httpx.HTTPTransport):
-    """The same for a handler that blocks."""
-
-    def __init__(self, network: httpcore.NetworkBackend) -> None:
-        super().__init__(verify=tls_context(), trust_env=False)
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=tls_context(), keepalive_expiry=5.0, network_backend=network
-        )
+            return await connect(address, timeout if number == len(addresses) else soon)
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+            failure = error
+    raise failure
 
 
 def _check(addresses: Iterable[str]) -> None:
@@ -269,18 +248,19 @@ def _check(addresses: Iterable[str]) -> None:
             raise _NotPublic(kind)
 
 
-def _turns(addresses: Iterable[str], timeout: float | None) -> Iterator[tuple[str, float | None]]:
-    """Each address once with the seconds that it has; the last one has the whole timeout."""
-    each = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
-    soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
-    yield from ((address, soon) for address in each[:-1])
-    yield from ((address, timeout) for address in each[-1:])
+def _transport(network: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:
+    """httpx's transport over a given network. It has no parameter for one, so its pool is replaced."""
+    transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False)
+    transport._pool = httpcore.AsyncConnectionPool(
+        ssl_context=tls_context(), keepalive_expiry=5.0, network_backend=network
+    )
+    return transport
 
 
-def _unresolved(host: str, why: object) -> httpcore.ConnectError:
-    return httpcore.ConnectError(f"{host} cannot be resolved: {why}")
-
-
-def _written(origin: Origin) -> str:
-    scheme, host, port = origin
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+def _blocking_transport(network: httpcore.NetworkBackend) -> httpx.HTTPTransport:
+    """The same for a handler that blocks."""
+    transport = httpx.HTTPTransport(verify=tls_context(), trust_env=False)
+    transport._pool = httpcore.ConnectionPool(
+        ssl_context=tls_context(), keepalive_expiry=5.0, network_backend=network
+    )
+    return transport

@@ -1,4 +1,4 @@
-"""Results: what a handler may return besides a value, and the hint for what the sandbox denied."""
+"""Results: what a handler may return besides a value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """Call me again after a while; counts as nothing. `after` as in `Retry`."""
+    """Run again after a while, without counting against `max_attempts`. `after` as in `Retry`."""
 
     after: Duration
     reason: str | None = None
@@ -31,25 +31,25 @@ class Snooze:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """End the run as cancelled, with the reason shown to people."""
+    """End the run as cancelled; the reason is shown to people."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Let the run wait for another worker, after saving: the answer to a drain. Counts as nothing."""
+    """Let the run wait for another worker, after a drain. Does not count against `max_attempts`."""
 
 
 class PermanentError(Exception):
-    """Raised by a handler: the run has failed, and another try would not help."""
+    """Raised by a handler: the run has failed, and a retry would not help."""
 
 
 def as_timedelta(duration: Duration) -> timedelta:
-    """A duration as a handler may give it: a timedelta, seconds, or text such as `5m`.
+    """Convert a timedelta, seconds, or text such as `5m`.
 
     Raises:
-        ValueError: it is negative, longer than a hundred years, or no duration.
+        ValueError: it is negative, longer than a hundred years, or not a duration.
     """
     if isinstance(duration, str):
         span = parse_duration(duration)
@@ -58,7 +58,7 @@ def as_timedelta(duration: Duration) -> timedelta:
     else:
         span = timedelta(seconds=duration)
     if span < timedelta(0):
-        raise ValueError(f"{duration!r} lies in the past")
+        raise ValueError(f"{duration!r} is negative")
     if span > LONGEST:
         raise ValueError(f"{duration!r} is longer than a hundred years")
     return span

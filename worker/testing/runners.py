@@ -17,12 +17,19 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner, RunServices, StopSignal, Work
 from worker.execution.runners.inline import Inline
 from worker.execution.runners.thread import Blocking
-from worker.handlers.context import BlockingCancellation, BlockingContext, Cancellation, Context, Given
-from worker.handlers.http import blocking_org_client, org_client, origin_of
+from worker.handlers.context import (
+    BlockingCancellation,
+    BlockingContext,
+    BlockingWorkerPort,
+    Cancellation,
+    Context,
+    Given,
+    WorkerPort,
+)
+from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
 from worker.handlers.public_http import check_addresses
-from worker.handlers.worker_port import BlockingTokenSource, BlockingWorkerPort, TokenSource, WorkerPort
 from worker.runs.outcome import Outcome
 
 Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
@@ -132,33 +139,19 @@ class InProcess:
         return await runner.run(work, link, stop)
 
     def _context(
-        self, given: Given[Any, Any], line: WorkerPort, cancelled: Cancellation
+        self, given: Given[Any, Any], port: WorkerPort, cancelled: Cancellation
     ) -> Context[Any, Any]:
-        context: Context[Any, Any] = Context(given, line, cancelled)
-        source, key = TokenSource(given.held, line), given.run.idempotency_key
-        origins, insecure = given.api_origins, given.insecure_origins
-        for name, transport in self._transports(given).items():
-            vars(context)[name] = org_client(
-                source, origins, key, insecure_origins=insecure, transport=transport
-            )
-        return context
+        return Context(given, port, cancelled, self._transports(given))
 
     def _blocking_context(
-        self, given: Given[Any, Any], line: BlockingWorkerPort, cancelled: BlockingCancellation
+        self, given: Given[Any, Any], port: BlockingWorkerPort, cancelled: BlockingCancellation
     ) -> BlockingContext[Any, Any]:
-        context: BlockingContext[Any, Any] = BlockingContext(given, line, cancelled)
-        source, key = BlockingTokenSource(given.held, line), given.run.idempotency_key
-        origins, insecure = given.api_origins, given.insecure_origins
-        for name, answering in self._transports(given).items():
-            transport = BlockingApi(answering, self._loop)
-            vars(context)[name] = blocking_org_client(
-                source, origins, key, insecure_origins=insecure, transport=transport
-            )
-        return context
+        transports = {name: BlockingApi(api, self._loop) for name, api in self._transports(given).items()}
+        return BlockingContext(given, port, cancelled, transports)
 
     def _transports(self, given: Given[Any, Any]) -> dict[str, httpx.AsyncBaseTransport]:
-        trusted = (*given.api_origins, *given.private_origins)
-        return {"http": self._api, "public_http": PublicApi(self._api, trusted, self._hosts)}
+        public = PublicApi(self._api, given.trusted_origins, self._hosts)
+        return {"http": self._api, "public_http": public}
 
 
 @asynccontextmanager

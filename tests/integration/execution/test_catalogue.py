@@ -61,7 +61,7 @@ BAD = {
     "syntax": ("def", "SyntaxError: invalid syntax"),
     "sync_inline": (
         "from worker import job\n@job('z.sync_inline', isolation='inline')\ndef f(ctx): ...",
-        "TypeError: z.sync_inline is inline, so it must be an async def",
+        "TypeError: z.sync_inline is inline and must be an async def",
     ),
     "bad_timeout": (
         "from worker import job\n@job('z.bad_timeout', timeout='soon')\ndef f(ctx): ...",
@@ -114,7 +114,7 @@ async def test_a_plug_in_is_described_without_being_imported_here(folder: Path) 
     assert found["acme.inline"].isolation == "inline"
     assert found["acme.inline"].params_schema is None
     assert "acme.misnamed" in str(found["acme.misnamed"].error)
-    assert found["acme.not_a_job"].error == "acme_good:not_a_job is no function declared with @job"
+    assert found["acme.not_a_job"].error == "acme_good:not_a_job is not a function declared with @job"
     assert "AttributeError" in str(found["acme.missing"].error)
     assert "acme_good" not in sys.modules
     # It shows its environment as a timeout, which is refused by name.
@@ -163,7 +163,7 @@ FORGERIES = {
     "more": ("json.dumps(offer | {'trusted': True})", "its import wrote into the catalogue's pipe"),
     "less": ("json.dumps({'isolation': 'child'})", "its import wrote into the catalogue's pipe"),
     "count": ("json.dumps(offer | {'max_attempts': True})", "max_attempts is a bool"),
-    "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are not those"),
+    "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
     "deep_schema": (
         "json.dumps(offer | {'params_schema': nested(64)})",
@@ -228,7 +228,7 @@ async def test_two_distributions_that_offer_one_name_offer_neither(folder: Path)
     found = [entry async for entry in read_catalogue(["one", "two"], timeout=3)]
 
     assert [entry.error for entry in found] == [
-        "another installed distribution offers a handler of the same name"
+        "another installed distribution has a handler of the same name"
     ] * 2
 
 

@@ -236,7 +236,7 @@ async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: Chil
     outcome = await children.run(work("save_badly"), RecordingLink(), StopSignal())
 
     assert isinstance(outcome, Failed)
-    assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity have no form in JSON"
+    assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity cannot be written as JSON"
 
 
 async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool) -> None:

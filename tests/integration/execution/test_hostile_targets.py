@@ -27,10 +27,8 @@ from worker import PermanentError
 from worker.clock import SystemClock
 from worker.handlers import public_http
 from worker.handlers.calling import call
-from worker.handlers.context import Cancellation, Context, Given, Org, ThisRun
-from worker.handlers.http import org_client
+from worker.handlers.context import Cancellation, Context, Given, HeldToken, Org, ThisRun
 from worker.handlers.public_http import AddressRefused, PublicTransport
-from worker.handlers.worker_port import HeldToken, TokenSource
 from worker.runs.outcome import Failed
 
 pytestmark = pytest.mark.anyio
@@ -215,10 +213,8 @@ def context(url: str, network: Network) -> Context[Any, Any]:
         log=logging.getLogger("tests.targets"),
         held=held,
     )
-    ctx: Context[Any, Any] = Context(given, Idle(), Cancellation())
     transport = PublicTransport((), resolve=network.names.resolve, network=network)
-    vars(ctx)["public_http"] = org_client(TokenSource(held, Idle()), (), "key-1", transport=transport)
-    return ctx
+    return Context(given, Idle(), Cancellation(), {"public_http": transport})
 
 
 def network_of(site: Site) -> Network:

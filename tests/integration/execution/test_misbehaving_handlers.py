@@ -75,7 +75,7 @@ async def test_a_process_that_ends_early_is_handler_exited(
     [
         ("keyboard_interrupt", "KeyboardInterrupt", ""),
         ("base_exception", "BaseException", "odd"),
-        ("bad_message", "process_jobs.bad_message.<locals>.Odd", "(its message cannot be written)"),
+        ("bad_message", "process_jobs.bad_message.<locals>.Odd", "(its message cannot be formatted)"),
         ("raises", "ValueError", "a ? surrogate and a � NUL"),
         ("recurses", "RecursionError", "maximum recursion depth exceeded"),
     ],
@@ -103,11 +103,11 @@ async def test_recursion_without_a_limit_is_a_crash(children: ChildPool) -> None
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (0, "the result is not JSON: NaN and infinity have no form in JSON"),
-        (1, "the result is not JSON: NaN and infinity have no form in JSON"),
-        (2, "the result contains a lone surrogate, which is no text"),
-        (3, "the result contains a NUL character, which no database keeps"),
-        (4, "the result is 47.7 MiB of JSON; at most 1 MiB is kept"),
+        (0, "the result is not JSON: NaN and infinity cannot be written as JSON"),
+        (1, "the result is not JSON: NaN and infinity cannot be written as JSON"),
+        (2, "the result contains a lone surrogate, which is not valid text"),
+        (3, "the result contains a NUL character, which databases cannot store"),
+        (4, "the result is 47.7 MiB of JSON; the maximum is 1 MiB"),
         (5, "the result is not JSON: a object cannot be written as JSON"),
         (6, "the result is not JSON: keys must be str, int, float, bool or None, not tuple"),
         (7, "the result is not JSON: Circular reference detected"),

@@ -19,13 +19,13 @@ from worker.handlers.context import (
     Cancellation,
     Context,
     Given,
+    HeldToken,
     Org,
     ThisRun,
     close_blocking_http,
     close_http,
 )
 from worker.handlers.json_text import NotStorable
-from worker.handlers.worker_port import HeldToken
 
 MEMBERS = {
     "org",

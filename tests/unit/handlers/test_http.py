@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,8 +12,17 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.claims.claims import AccessToken, Claims
-from worker.handlers.http import blocking_org_client, org_client, origin_of
-from worker.handlers.worker_port import BlockingTokenSource, HeldToken, TokenSource
+from worker.handlers.context import (
+    BlockingCancellation,
+    BlockingContext,
+    Cancellation,
+    Context,
+    Given,
+    HeldToken,
+    Org,
+    ThisRun,
+)
+from worker.handlers.http import origin_of
 
 API = "https://api.acme.com"
 # Unencrypted: where the operator allows it, and on this machine.
@@ -58,6 +68,22 @@ class Blocking(Minting):
         return self.take(fresh)
 
 
+def given(line: Minting, origins: list[str]) -> Given[Any, Any]:
+    now = line.clock.now()
+    return Given(
+        org=Org("org_acme", "Acme"),
+        run=ThisRun("run-1", now, 1, 7, "key-1"),
+        params={},
+        settings={},
+        checkpoint=None,
+        deadline=now,
+        api_origins=tuple(origins),
+        log=logging.getLogger("test"),
+        held=line.held,
+        insecure_origins=tuple(PLAIN),
+    )
+
+
 class Caller:
     """Sends through the async or the blocking client, and keeps what arrived where."""
 
@@ -74,16 +100,14 @@ class Caller:
         origins = [API, *PLAIN, *LOOPBACK, "http://unlisted.acme.com"]
         self._client: Any
         self.line: Minting
+        transports = {"http": transport}
         if kind == "async":
             self.line = line = Async(clock)
-            source = TokenSource(line.held, line)
-            self._client = org_client(source, origins, "key-1", insecure_origins=PLAIN, transport=transport)
+            self._client = Context(given(line, origins), line, Cancellation(), transports).http
         else:
             self.line = blocking = Blocking(clock)
-            blocking_source = BlockingTokenSource(blocking.held, blocking)
-            self._client = blocking_org_client(
-                blocking_source, origins, "key-1", insecure_origins=PLAIN, transport=transport
-            )
+            cancelled = BlockingCancellation()
+            self._client = BlockingContext(given(blocking, origins), blocking, cancelled, transports).http
 
     async def send(self, method: str, url: str, **options: Any) -> httpx.Response:
         response = self._client.request(method, url, **options)

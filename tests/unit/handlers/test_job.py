@@ -51,10 +51,10 @@ def test_no_model_means_no_schema() -> None:
     ("options", "message"),
     [
         ({"isolation": "inline"}, "must be an async def"),
-        ({"isolation": "thread"}, "isolation of x is"),
-        ({"max_attempts": 0}, "max_attempts of x is at least 1"),
-        ({"max_concurrent": 0}, "max_concurrent of x is at least 1"),
-        ({"scopes": "read:kb"}, "not one text"),
+        ({"isolation": "thread"}, "isolation of x must be"),
+        ({"max_attempts": 0}, "max_attempts of x must be at least 1"),
+        ({"max_concurrent": 0}, "max_concurrent of x must be at least 1"),
+        ({"scopes": "read:kb"}, "not a string"),
     ],
 )
 def test_a_declaration_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
@@ -64,7 +64,7 @@ def test_a_declaration_that_makes_no_sense_is_refused(options: dict[str, Any], m
 
 @pytest.mark.parametrize("name", ["", " x", "a b", "ä", "../x", ".x"])
 def test_a_name_is_plain(name: str) -> None:
-    with pytest.raises(TypeError, match="no handler name"):
+    with pytest.raises(TypeError, match="not a handler name"):
         job(name)
 
 

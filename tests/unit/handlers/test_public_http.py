@@ -295,6 +295,6 @@ async def test_httpx_still_sends_through_the_pool_that_is_replaced() -> None:
     """A release of httpx that renames it would connect without a check."""
     network = ScriptedNetwork()
 
-    assert isinstance(public_http._Transport(network)._pool, httpcore.AsyncConnectionPool)
+    assert isinstance(public_http._transport(network)._pool, httpcore.AsyncConnectionPool)
     assert isinstance(httpx.AsyncHTTPTransport()._pool, httpcore.AsyncConnectionPool)
     assert isinstance(httpx.HTTPTransport()._pool, httpcore.ConnectionPool)

@@ -314,8 +314,8 @@ def test_nothing_is_left_open_of_a_plain_model() -> None:
         ({"enum": ["x" * 1_000] * 300}, "the schema is larger than 256 KiB: shorten its enums and texts"),
         ({"not": _nested(62)}, None),
         ({"not": _nested(63)}, "the schema nests more than 64 levels: name the inner models"),
-        ({"title": "a\0b"}, "the schema contains a NUL character, which no database keeps"),
-        ({"minimum": float("nan")}, "the schema is not JSON: NaN and infinity have no form in JSON"),
+        ({"title": "a\0b"}, "the schema contains a NUL character, which databases cannot store"),
+        ({"minimum": float("nan")}, "the schema is not JSON: NaN and infinity cannot be written as JSON"),
     ],
 )
 def test_a_schema_is_bounded_when_the_catalogue_takes_it(schema: Any, problem: str | None) -> None:

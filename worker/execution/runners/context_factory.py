@@ -7,10 +7,9 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.execution.runners.contract import Work
-from worker.handlers.context import Given, Org, ThisRun
+from worker.handlers.context import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import read_params, read_settings
-from worker.handlers.worker_port import HeldToken
 
 
 def given_for(work: Work, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:

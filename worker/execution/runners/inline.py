@@ -22,10 +22,16 @@ from worker.execution.runners.contract import RunServices, StopSignal, Work, beg
 from worker.execution.runners.exit_status import after_stop, exited
 from worker.execution.runners.output import RunOutput, Sink, marked
 from worker.handlers.calling import call, outcome_of_error
-from worker.handlers.context import BlockingCancellation, Cancellation, Context, Given, close_http
+from worker.handlers.context import (
+    BlockingCancellation,
+    Cancellation,
+    Context,
+    Given,
+    WorkerPort,
+    close_http,
+)
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.handlers.worker_port import WorkerPort
 from worker.runs.outcome import Lost, Outcome
 from worker.telemetry.events import emit
 

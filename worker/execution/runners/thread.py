@@ -22,10 +22,15 @@ from worker.execution.runners.contract import RunServices, StopSignal, Work, sav
 from worker.execution.runners.exit_status import after_stop, exited
 from worker.execution.runners.inline import LAST_STEPS, RunLogger, end_early, resolve
 from worker.handlers.calling import call_blocking, outcome_of_error
-from worker.handlers.context import BlockingCancellation, BlockingContext, Given, close_blocking_http
+from worker.handlers.context import (
+    BlockingCancellation,
+    BlockingContext,
+    BlockingWorkerPort,
+    Given,
+    close_blocking_http,
+)
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.handlers.worker_port import BlockingWorkerPort
 from worker.runs.outcome import Lost, Outcome
 
 P = ParamSpec("P")
