@@ -169,7 +169,7 @@ class Check:
     """One check of one value."""
 
     def __init__(self, schema: Schema, steps: int) -> None:
-        self.schema = schema
+        self.schema: Schema = schema
         self.left = steps
         self._depth = 0
         # By identity: schema and value outlive this check.
