@@ -30,9 +30,9 @@ from worker.orgs import OrgRef
 from worker.providers.profile import load
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential, Secret
-from worker.tokens.endpoints import Endpoints, open_key_set
 from worker.tokens.http import open_client
-from worker.tokens.issuer import Issuer
+from worker.tokens.issuer import Endpoints, Issuer
+from worker.tokens.jwks import KeySet
 from worker.tokens.verify import verify
 
 AUDIENCE = "https://api.bench.example"
@@ -106,7 +106,7 @@ async def ours(url: str, apps: Sequence[dict[str, Any]], lookups: int) -> None:
             warm.append((time.perf_counter() - began) / lookups)
             await tokens.close()
 
-        keys = open_key_set(issuer, Endpoints(issuer, client, clock=clock), clock=clock)
+        keys = KeySet(issuer, Endpoints(issuer, client, clock=clock), clock=clock)
         text = enforced.token.reveal()
         await verify(text, issuer=issuer, audience=AUDIENCE, keys=keys, clock=clock)
         for _ in range(ROUNDS):

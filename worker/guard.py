@@ -1,4 +1,4 @@
-"""For a customer's own backend: a token becomes its Claims, or why not; and the same as ASGI middleware.
+"""Verifies tokens in a customer's own backend, also as ASGI middleware.
 
 It needs no database and no worker: `Guard("https://acme.kinde.com", audience="https://api.acme.com")`.
 """
@@ -13,15 +13,13 @@ from typing import Any
 import httpx
 
 from worker.claims.claims import Claims
-from worker.claims.decode import decode, enforce
+from worker.claims.decode import decode, enforce, invalid
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, TokenRefused, Unavailable
 from worker.providers.profile import load
-from worker.tokens.endpoints import Endpoints, open_key_set
 from worker.tokens.http import open_client
-from worker.tokens.issuer import Issuer
-from worker.tokens.jwks import KeyNotPublished
-from worker.tokens.jws import invalid
+from worker.tokens.issuer import Endpoints, Issuer
+from worker.tokens.jwks import KeyNotPublished, KeySet
 from worker.tokens.verify import verify
 
 Scope = MutableMapping[str, Any]
@@ -42,13 +40,13 @@ def bearer_token(header: str) -> str | None:
 class Guard:
     """Verifies the tokens of one issuer for one audience.
 
-    `profile` names a provider's layout, or is the path of a TOML file of your own.
-    `scopes` are those that every token needs. `{org}` in the audience is the code of
-    the org that a request is about. The keys are fetched at the first
-    token and kept; give `client` to share an HTTP client.
+    `profile` names a provider, or is the path of your own TOML file. `scopes` are
+    required of every token. `{org}` in the audience is the code of the org that a
+    request addresses. The keys are fetched at the first token and cached; pass `client`
+    to share an HTTP client.
 
     Raises:
-        ConfigurationError: the issuer's URL is not https, or there is no such profile.
+        ConfigurationError: the issuer's URL is not https, or the profile is unknown.
     """
 
     def __init__(
@@ -65,8 +63,8 @@ class Guard:
             issuer = Issuer(name=issuer, profile=load(profile), url=issuer, audience=audience or None)
         if not (audience or issuer.audience):
             raise ConfigurationError(
-                "a guard needs an audience: without one any API's token would do",
-                fix="name your API's audience, as it is registered at the provider",
+                "a guard needs an audience: without one it would accept any API's token",
+                fix="name your API's audience as registered at the provider",
             )
         self._issuer = issuer
         self._audience = audience or issuer.audience or ""
@@ -75,16 +73,16 @@ class Guard:
         self._owns_client = client is None
         self._client = client or open_client()
         self._endpoints = Endpoints(issuer, self._client, clock=self._clock)
-        self._keys = open_key_set(issuer, self._endpoints, clock=self._clock)
+        self._keys = KeySet(issuer, self._endpoints, clock=self._clock)
 
     async def check(
         self, token_text: str, *, org_code: str | None = None, scopes: Iterable[str] = ()
     ) -> Claims:
-        """The claims of a token that holds; of this org and with these scopes, where they are given.
+        """The claims of a valid token, of this org and with these scopes if given.
 
         Raises:
-            TokenRefused: token_invalid; or org_mismatch, scope_missing: a good token that may not do this.
-            IssuerUnavailable: the issuer's keys cannot be read, so nobody can say.
+            TokenRefused: token_invalid; or org_mismatch, scope_missing: a valid token without permission.
+            IssuerUnavailable: the issuer's keys cannot be read, so there is no verdict.
         """
         try:
             payload = await verify(
@@ -95,7 +93,7 @@ class Guard:
                 clock=self._clock,
             )
         except KeyNotPublished:
-            # A caller waits for no publication: it can come again, and anyone can make up a kid.
+            # A caller can retry later, and anyone can make up a kid.
             raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish") from None
         claims = decode(payload, self._issuer.profile)
         enforce(
@@ -107,7 +105,7 @@ class Guard:
         return claims
 
     async def close(self) -> None:
-        """End what is under way, and close the HTTP client if it is the guard's own."""
+        """Cancel reads of keys, and close the HTTP client if the guard opened it."""
         await self._keys.close()
         await self._endpoints.close()
         if self._owns_client:
@@ -115,18 +113,17 @@ class Guard:
 
 
 async def check(token_text: str, guard: Guard) -> Claims:
-    """The claims of a token that holds; raises as `Guard.check` does."""
+    """The claims of a valid token; raises as `Guard.check` does."""
     return await guard.check(token_text)
 
 
 class RequireToken:
-    """ASGI middleware: a request with a good bearer token gets its `Claims` in `scope["claims"]`.
+    """ASGI middleware: a request with a valid bearer token gets its `Claims` in `scope["claims"]`.
 
-    Others are answered 401 (no token, or one that does not hold), 403 (a good one
-    that may not do this) or 503 (the issuer's keys cannot be read), as RFC 6750,
-    section 3, has it. `org_of` tells from the scope which org the request is about;
-    `scopes_of` which scopes it needs beyond the guard's; `open_paths` need no token.
-    The claims are in `scope["state"]["claims"]` as well, which Starlette calls
+    Other requests get 401 (missing or invalid token), 403 (valid, without permission) or 503
+    (the issuer's keys cannot be read), per RFC 6750, section 3. `org_of` returns the org that
+    a request addresses, `scopes_of` the scopes it needs beyond the guard's; `open_paths` need
+    no token. The claims are also in `scope["state"]["claims"]`, Starlette's
     `request.state.claims`.
     """
 
@@ -155,8 +152,8 @@ class RequireToken:
             return
         try:
             claims = await self._claims(scope)
-        except _Answer as answer:
-            await answer.send(scope, receive, send)
+        except _Denied as denied:
+            await denied.respond(scope, receive, send)
             return
         state = {**scope.get("state", {}), "claims": claims}
         await self._app({**scope, "claims": claims, "state": state}, receive, send)
@@ -164,11 +161,11 @@ class RequireToken:
     async def _claims(self, scope: Scope) -> Claims:
         headers = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
         if len(headers) > 1:
-            raise _Answer(400, "invalid_request", "more than one Authorization header")
+            raise _Denied(400, "invalid_request", "more than one Authorization header")
         token = bearer_token(headers[0].decode("latin-1")) if headers else None
         if token is None:
-            # No error code for a request that did not try (RFC 6750, section 3.1).
-            raise _Answer(401, "", "a bearer token is needed")
+            # No error code for a request without credentials (RFC 6750, section 3.1).
+            raise _Denied(401, "", "a bearer token is needed")
         try:
             return await self._guard.check(
                 token,
@@ -176,13 +173,13 @@ class RequireToken:
                 scopes=self._scopes_of(scope) if self._scopes_of else (),
             )
         except TokenRefused as refused:
-            raise _answer_to(refused) from None
+            raise _denied(refused) from None
         except Unavailable:
-            raise _Answer(503, "temporarily_unavailable", "tokens cannot be verified now") from None
+            raise _Denied(503, "temporarily_unavailable", "tokens cannot be verified now") from None
 
 
-class _Answer(Exception):
-    """A request that does not get through."""
+class _Denied(Exception):
+    """The response to a request without access."""
 
     def __init__(self, status: int, error: str, description: str, scope: str = "") -> None:
         super().__init__(description)
@@ -191,8 +188,8 @@ class _Answer(Exception):
         self.description = description
         self.scope = scope
 
-    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request; a websocket is closed before it is accepted, which servers answer with 403."""
+    async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response; a websocket is closed before it is accepted, which servers turn into a 403."""
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": self.error or "unauthorized"})
@@ -215,16 +212,11 @@ class _Answer(Exception):
         return "Bearer " + ", ".join(parts)
 
 
-def _answer_to(refused: TokenRefused) -> _Answer:
-    match refused.reason:
-        case "scope_missing":
-            return _Answer(403, "insufficient_scope", "the token lacks a scope", _quotable(refused.detail))
-        case "org_mismatch" if refused.detail == "other_org":
-            return _Answer(403, "insufficient_scope", "the token is for another org")
-        case _:
-            return _Answer(401, "invalid_token", f"the token does not hold: {_quotable(refused.detail)}")
-
-
-def _quotable(text: str) -> str:
-    """Text as a quoted header parameter may hold it."""
-    return re.sub(r"[^ !#-\[\]-~]", "", text)
+def _denied(refused: TokenRefused) -> _Denied:
+    # Without characters that a quoted header parameter may not hold.
+    detail = re.sub(r"[^ !#-\[\]-~]", "", refused.detail)
+    if refused.reason == "scope_missing":
+        return _Denied(403, "insufficient_scope", "the token lacks a scope", detail)
+    if refused.reason == "org_mismatch" and refused.detail == "other_org":
+        return _Denied(403, "insufficient_scope", "the token is for another org")
+    return _Denied(401, "invalid_token", f"the token is invalid: {detail}")

@@ -1,4 +1,4 @@
-"""Claims: what a verified token says, the token itself, and conditions on its feature flags."""
+"""Claims of a verified token, the access token itself, and conditions on feature flags."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AccessToken:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """A feature flag as the token has it: `type` is boolean, string, number, or the unknown code itself."""
+    """A feature flag of a token: `type` is boolean, string, number, or an unknown type code."""
 
     type: str
     value: Any
@@ -42,32 +42,31 @@ class Flag:
 class Claims:
     """The decoded claims of one verified token.
 
-    `properties` map a name to its plain value, `flags` a name to its `Flag`.
-    Instants are aware UTC.
+    Times are aware UTC.
     """
 
     org_code: str
-    """The org that the token is for; equal to `ctx.org.code`."""
+    """The org of the token; equal to `ctx.org.code`."""
     client_id: str
-    """The machine-to-machine application that the token was made for."""
+    """The machine-to-machine application that requested the token."""
     scopes: frozenset[str]
-    """What the token allows."""
+    """The granted scopes."""
     properties: Mapping[str, Any]
-    """Each property's plain value by its name."""
+    """Property values by name."""
     flags: Mapping[str, Flag]
-    """Each feature flag by its name: `type` and `value`. `ctx.flag()` is shorter."""
+    """Feature flags by name, each with `type` and `value`. `ctx.flag()` is shorter."""
     issued_at: datetime
-    """When the token was made."""
+    """When the token was issued."""
     expires_at: datetime
-    """When it ends."""
+    """When it expires."""
     issuer: str = ""
-    """Who made it."""
+    """The issuer identifier."""
     jti: str | None = None
-    """The token's own id, where it has one."""
+    """The token's id, if it has one."""
 
 
 class FlagCondition(Protocol):
-    """A flag and the value that counts as on."""
+    """A flag and the value it must have."""
 
     @property
     def name(self) -> str: ...
@@ -77,7 +76,7 @@ class FlagCondition(Protocol):
 
 
 class Variant(Protocol):
-    """Another handler for the orgs whose flag is on."""
+    """Another handler, for orgs whose flag condition is met."""
 
     @property
     def flag(self) -> FlagCondition: ...
@@ -89,8 +88,8 @@ V = TypeVar("V", bound=Variant)
 def flag_value(claims: Claims, name: str, default: Any = False) -> Any:
     """The value of a flag, else of the property of that name, else the default.
 
-    Kinde's flags in M2M tokens are the same for every org of an environment, so an
-    org of its own is switched by a property; a property `"true"` is true.
+    Kinde's flags in M2M tokens are the same for all orgs of an environment, so properties
+    replace flags for single orgs; a property `"true"` is true.
     """
     if name in claims.flags:
         return claims.flags[name].value
@@ -101,10 +100,9 @@ def flag_value(claims: Claims, name: str, default: Any = False) -> Any:
 
 
 def is_on(claims: Claims, condition: FlagCondition) -> bool:
-    """Whether the flag has exactly the value that the condition names.
+    """Whether the flag has exactly the value of the condition.
 
-    An absent flag is off, so `false` is its value; one of a type that this worker
-    does not know has no value that could be compared.
+    An absent flag is false; a flag of an unknown type never matches.
     """
     flag = claims.flags.get(condition.name)
     if flag is not None and flag.type not in ("boolean", "string", "number"):
@@ -112,19 +110,19 @@ def is_on(claims: Claims, condition: FlagCondition) -> bool:
     value = flag_value(claims, condition.name, False)
     wanted = condition.equals
     if isinstance(value, str) and _is_number(wanted) and flag is None:
-        # Properties hold text only: a number arrives as its digits.
+        # Properties hold text only: a number arrives as digits.
         try:
             value = float(value)
         except ValueError:
             return False
     if isinstance(value, bool) or isinstance(wanted, bool):
-        # 1 == True in Python, and a flag of the number 1 is not on.
+        # 1 == True in Python, but a flag with the number 1 is not true.
         return value is wanted
     return bool(value == wanted)
 
 
 def choose_variant(variants: Sequence[V], claims: Claims) -> V | None:
-    """The first variant whose flag is on, or None for the definition's own handler."""
+    """The first variant whose condition is met, or None for the definition's own handler."""
     return next((variant for variant in variants if is_on(claims, variant.flag)), None)
 
 

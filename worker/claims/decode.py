@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 from worker.claims.claims import Claims, Flag
@@ -24,10 +24,9 @@ FLAG_TYPES = {
 
 
 def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
-    """What the payload says of an org, in the provider's own layout.
+    """The claims of a payload in the provider's layout. Verify the payload first.
 
-    An absent claim is empty; absent instants are 1970, which is long expired. The
-    payload must have been verified: nothing here makes it true.
+    An absent claim is empty; absent times are 1970, which is long expired.
 
     Raises:
         TokenRefused: token_invalid; a claim has another type or shape than the provider gives it.
@@ -38,19 +37,20 @@ def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
         scopes=_scopes(_at(payload, profile.scopes), profile),
         properties=_properties(_at(payload, profile.properties), profile),
         flags=_flags(_at(payload, profile.flags), profile),
-        issued_at=_instant(payload.get("iat")),
-        expires_at=_instant(payload.get("exp")),
+        issued_at=_time(payload.get("iat")),
+        expires_at=_time(payload.get("exp")),
         issuer=_text(payload.get("iss"), "iss_type"),
         jti=_text(payload.get("jti"), "jti_type") or None,
     )
 
 
-def _invalid(code: str, what: str) -> TokenRefused:
+def invalid(code: str, what: str) -> TokenRefused:
+    """The refusal of an invalid token; `code` names the check that failed."""
     return TokenRefused("token_invalid", code, f"token refused: {what} ({code})")
 
 
 def _at(payload: Mapping[str, Any], path: ClaimPath) -> Any:
-    """The value at a path of keys; None where a key is absent, or the provider has no such claim."""
+    """The value at a path of keys; None if a key is absent or the path empty."""
     value: Any = payload if path else None
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -61,7 +61,7 @@ def _text(value: Any, code: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _invalid(code, "a claim that must be text is something else")
+        raise invalid(code, "a claim that must be text has another type")
     return value
 
 
@@ -72,17 +72,17 @@ def _org(payload: Mapping[str, Any], profile: Profile) -> str:
     if profile.org_shape == "text":
         return _text(value, "org_type")
     if profile.org_shape == "keys" and isinstance(value, Mapping):
-        # Keycloak: a list of names, or a map whose keys they are.
+        # Keycloak sends a list of names, or a map with the names as keys.
         value = list(value)
     if not _is_texts(value):
-        raise _invalid("org_type", "its org is not in the provider's shape")
+        raise invalid("org_type", "its org is not in the provider's shape")
     if len(value) > 1:
-        raise _invalid("org_ambiguous", "it names several orgs")
+        raise invalid("org_ambiguous", "it names several orgs")
     return str(value[0]) if value else ""
 
 
 def _org_in_audience(payload: Mapping[str, Any], profile: Profile) -> str:
-    """The org of a token whose audience is the org itself, as Logto has it."""
+    """The org of a token whose audience is the org itself, as at Logto."""
     audience = payload.get("aud")
     if isinstance(audience, list) and len(audience) == 1:
         audience = audience[0]
@@ -98,96 +98,75 @@ def _scopes(value: Any, profile: Profile) -> frozenset[str]:
         return frozenset(value.split(" ")) - {""}
     if profile.scopes_shape == "list" and _is_texts(value):
         return frozenset(value)
-    raise _invalid("scope_type", "its scopes are not in the provider's shape")
+    raise invalid("scope_type", "its scopes are not in the provider's shape")
 
 
 def _properties(value: Any, profile: Profile) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise _invalid("property_shape", "its properties are not in the provider's shape")
+        raise invalid("property_shape", "its properties are not in the provider's shape")
     if profile.properties_shape == "v":
         if not all(isinstance(entry, Mapping) and "v" in entry for entry in value.values()):
-            raise _invalid("property_shape", "a property of it is not in the provider's shape")
+            raise invalid("property_shape", "one of its properties is not in the provider's shape")
         value = {name: entry["v"] for name, entry in value.items()}
-    if not all(_is_plain(item) for item in value.values()):
-        raise _invalid("property_shape", "a property of it is neither text, number nor boolean")
-    # Null is how a provider writes a property that was never set.
+    if not all(item is None or _type_of(item) for item in value.values()):
+        raise invalid("property_shape", "one of its properties is neither text, number nor boolean")
+    # Providers write null for a property that was never set.
     return {name: item for name, item in value.items() if item is not None}
 
 
 def _flags(value: Any, profile: Profile) -> dict[str, Flag]:
     if value is None:
         return {}
-    if profile.flags_shape == "names":
-        if not _is_texts(value):
-            raise _invalid("flag_shape", "its flags are not in the provider's shape")
+    if profile.flags_shape == "names" and _is_texts(value):
         return {name: Flag("boolean", True) for name in value}
-    if not isinstance(value, Mapping):
-        raise _invalid("flag_shape", "its flags are not in the provider's shape")
+    if profile.flags_shape == "names" or not isinstance(value, Mapping):
+        raise invalid("flag_shape", "its flags are not in the provider's shape")
     read = _flag if profile.flags_shape == "t_v" else _plain_flag
     return {name: read(entry) for name, entry in value.items()}
 
 
 def _flag(entry: Any) -> Flag:
-    """A flag as `{t, v}`: of a known type, `v` must be of it; of an unknown one it is kept as it is."""
+    """A flag as `{t, v}`: `v` must have a known type `t`; a flag of an unknown type is kept unchanged."""
     if not isinstance(entry, Mapping) or "v" not in entry or not isinstance(entry.get("t"), str):
-        raise _invalid("flag_shape", "a flag of it is not in the provider's shape")
+        raise invalid("flag_shape", "one of its flags is not in the provider's shape")
     kind, value = FLAG_TYPES.get(entry["t"]), entry["v"]
     if kind is None:
         return Flag(entry["t"], value)
-    if not _TYPED[kind](value):
-        raise _invalid("flag_type", "the value of a flag is not of the flag's type")
+    if kind != _type_of(value):
+        raise invalid("flag_type", "the value of a flag does not have the flag's type")
     return Flag(kind, value)
 
 
 def _plain_flag(value: Any) -> Flag:
-    for kind, fits in _TYPED.items():
-        if fits(value):
-            return Flag(kind, value)
-    raise _invalid("flag_shape", "a flag of it is neither boolean, text nor number")
+    kind = _type_of(value)
+    if not kind:
+        raise invalid("flag_shape", "one of its flags is neither boolean, text nor number")
+    return Flag(kind, value)
 
 
-def _is_boolean(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_TYPED: Mapping[str, Callable[[Any], bool]] = {
-    "boolean": _is_boolean,
-    "string": _is_text,
-    "number": _is_number,
-}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or _is_boolean(value) or _is_text(value) or _is_number(value)
+def _type_of(value: Any) -> str:
+    """boolean, string, number, or an empty text for anything else."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, str):
+        return "string"
+    return "number" if isinstance(value, int | float) and isfinite(value) else ""
 
 
 def _is_texts(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and all(isinstance(item, str) for item in value)
-    )
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _instant(value: Any) -> datetime:
-    if value is None:
-        value = 0
+def _time(value: Any) -> datetime:
+    value = 0 if value is None else value
     try:
-        if _is_number(value):
+        if _type_of(value) == "number":
             return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError):
         pass
-    raise _invalid("time_type", "an instant of it is no number of seconds")
+    raise invalid("time_type", "one of its times is not a number of seconds")
 
 
 def enforce(
@@ -198,23 +177,23 @@ def enforce(
     scopes: Iterable[str] = (),
     properties: Iterable[str] = (),
 ) -> None:
-    """Compare what a verified token says with what the run needs, byte for byte.
+    """Compare a verified token with what the run requires, byte for byte.
 
-    `client_id` is None only where whoever checks cannot know it, as an API behind
-    the guard. Scopes the token has beyond the needed ones do not matter.
+    `client_id` is None only if the caller cannot know it, such as an API behind the
+    guard. Additional scopes of the token are allowed.
 
     Raises:
         TokenRefused: org_mismatch, client_mismatch, scope_missing or property_missing; for the last
-            two, `detail` names the first one that is missing.
+            two, `detail` names the first missing one.
     """
-    # An empty code or client never holds, whatever the other side is.
+    # An empty code or client never matches, whatever the other side is.
     if not claims.org_code:
         raise TokenRefused("org_mismatch", "org_missing", f"the token names no org, not {org_code}")
     if claims.org_code != org_code:
+        # Short, and without anything that a terminal would obey.
+        other = repr(claims.org_code[:64])
         raise TokenRefused(
-            "org_mismatch",
-            "other_org",
-            f"the token is for the org {_shown(claims.org_code)}, not for {org_code}",
+            "org_mismatch", "other_org", f"the token is for the org {other}, not for {org_code}"
         )
     if client_id is not None and (not claims.client_id or claims.client_id != client_id):
         raise TokenRefused(
@@ -228,8 +207,3 @@ def enforce(
     if absent := frozenset(properties) - claims.properties.keys():
         name = min(absent)
         raise TokenRefused("property_missing", name, f"the token of {org_code} lacks the property {name}")
-
-
-def _shown(text: str) -> str:
-    """A claim as a message may show it: short, and nothing that a terminal would obey."""
-    return repr(text[:64])

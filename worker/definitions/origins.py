@@ -22,29 +22,33 @@ class Origin(NamedTuple):
     port: int
 
 
+def origin_of(url: str) -> Origin:
+    """The origin of a URL; raises ValueError if the URL is malformed."""
+    parts = urlsplit(url)
+    return Origin(parts.scheme, parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 0))
+
+
 def parse_origin(text: str) -> Origin:
-    """The origin that a text names.
+    """The origin in a text such as `https://api.acme.com`.
 
     Raises:
-        ValueError: it is not an origin, or names more than one, such as a path.
+        ValueError: it is not an origin, or has more than one, such as a path.
     """
-    # A host alone has no password; in anything else that is malformed there may be one.
+    # A bare host has no password; any other malformed text may contain one.
     shown = text if re.fullmatch(r"[\w.-]+(?::\d{1,5})?", text) else shown_url(text)
     problem = f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com"
     if re.fullmatch(r"https?://[^\s/?#@\\]+/?", text, re.IGNORECASE) is None:
         raise ValueError(problem)
     try:
-        parts = urlsplit(text)
-        host, port = parts.hostname, parts.port
+        if urlsplit(text).port != 0 and (origin := origin_of(text)).host:
+            return origin
     except ValueError:
-        raise ValueError(problem) from None
-    if not host or port == 0:
-        raise ValueError(problem)
-    return Origin(parts.scheme, host, port or DEFAULT_PORTS[parts.scheme])
+        pass
+    raise ValueError(problem)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by its very name: localhost, 127.0.0.0/8 or ::1."""
+    """Whether a host is this machine by name: localhost, 127.0.0.0/8 or ::1."""
     if host == "localhost":
         return True
     try:
@@ -54,9 +58,7 @@ def is_loopback(host: str) -> bool:
 
 
 def unencrypted(origins: Iterable[str], allowed: Iterable[str]) -> list[str]:
-    """The origins that would carry a token unencrypted over a network, without those that are `allowed`.
-
-    Loopback addresses are fine: nothing leaves the machine.
+    """The origins that would carry a token unencrypted off this machine, except those `allowed`.
 
     Raises:
         ValueError: one of them is not an origin.
@@ -72,11 +74,7 @@ def unencrypted(origins: Iterable[str], allowed: Iterable[str]) -> list[str]:
 
 
 def check_encrypted(origins: Iterable[str] | None, allowed: Iterable[str], *, entry: str) -> None:
-    """Refuse `api_origins` of a definition that would carry the token unencrypted.
-
-    Raises:
-        DefinitionError: names the first of them and the setting that allows it.
-    """
+    """Raise DefinitionError for the first of a definition's `api_origins` that is unencrypted."""
     for origin in unencrypted(origins or (), allowed):
         raise DefinitionError(
             f"{entry}, api_origins: {origin} would carry the org's token unencrypted",

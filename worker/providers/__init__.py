@@ -1,1 +1,1 @@
-"""What an identity provider's token endpoint takes and what its tokens look like, as data. Pure."""
+"""Identity providers as data: what a token endpoint takes and what its tokens look like. Pure."""

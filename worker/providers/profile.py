@@ -1,4 +1,4 @@
-"""Profile: how one identity provider is asked for a token, and where its tokens say what."""
+"""Profile: the token requests of one identity provider, and the layout of its tokens."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ STANDARD_ERRORS: Mapping[str, FailureClass] = {
 class Profile:
     """What one provider's token endpoint takes and what its tokens look like.
 
-    Paths of claims are lists of keys; an empty one means that the provider has no
-    such claim. Paths of endpoints are relative to the issuer's URL; an empty one
-    is looked up in the discovery document. `org_prefix` is what precedes the org in
-    `aud` where a token names it nowhere else.
+    A claim's path is a list of keys, empty if the provider has no such claim. An
+    endpoint's path is relative to the issuer's URL; an empty one is discovered.
+    `org_prefix` precedes the org in `aud` if no other claim names the org.
     """
 
     name: str
@@ -90,10 +89,10 @@ class Profile:
 
 @cache
 def load(name: str) -> Profile:
-    """The shipped profile of that name, or the one in a TOML file, where the name is its path.
+    """The built-in profile of that name, or the profile in a TOML file if `name` is a path.
 
     Raises:
-        ConfigurationError: there is none, or it says something a profile cannot say.
+        ConfigurationError: it does not exist, or a key or value is invalid.
     """
     if "/" in name or name.endswith(".toml"):
         try:
@@ -101,13 +100,13 @@ def load(name: str) -> Profile:
         except OSError as error:
             raise ConfigurationError(
                 f"the profile {name} cannot be read: {error.strerror}",
-                fix=f"name a file that can be, or one of {', '.join(shipped())}",
+                fix=f"name a readable file, or one of {', '.join(shipped())}",
             ) from error
         return parse(text, source=name)
     if name not in shipped():
         raise ConfigurationError(
-            f"no profile is called {name!r}",
-            fix=f"name one of {', '.join(shipped())}, or the path of a TOML file of your own",
+            f"unknown profile {name!r}",
+            fix=f"name one of {', '.join(shipped())}, or the path of your own TOML file",
         )
     text = resources.files("worker.providers").joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return parse(text, source=name)
@@ -115,46 +114,43 @@ def load(name: str) -> Profile:
 
 @cache
 def shipped() -> tuple[str, ...]:
-    """The names of the profiles that come with the worker."""
+    """The names of the built-in profiles."""
     names = (entry.name for entry in resources.files("worker.providers").iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
 def parse(text: str, *, source: str) -> Profile:
-    """The profile that a TOML text holds; `source` names it in errors."""
+    """The profile in a TOML text; `source` names it in errors. Raises as `load` does."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(
-            f"the profile {source} is no TOML: {error}", fix="correct it there"
+            f"the profile {source} is not valid TOML: {error}", fix="correct it there"
         ) from error
     values = {key: _read(key, value, source) for key, value in data.items()}
     missing = [key for key in ("name", "title", "org_asserted_by", "org", "client") if not values.get(key)]
     if missing:
-        raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}", fix=_LIKE)
+        raise ConfigurationError(f"the profile {source} lacks {', '.join(missing)}", fix=_SEE)
     profile = Profile(**values)
-    _check(profile, source)
-    return profile
-
-
-def _check(profile: Profile, source: str) -> None:
     if profile.org_asserted_by == "caller":
         raise ConfigurationError(
-            f"the profile {source} is no boundary between orgs: its callers choose the org themselves",
+            f"the profile {source} does not separate orgs: its callers choose the org themselves",
             fix="use a claim that the provider binds to the client or to its grants",
         )
     if not profile.algorithms or not profile.algorithms <= ALGORITHMS:
         raise ConfigurationError(
-            f"the profile {source} names algorithms that cannot be used",
+            f"the profile {source} names unsupported algorithms",
             fix=f"algorithms must be some of {', '.join(sorted(ALGORITHMS))}",
         )
     if not profile.max_lifetime > timedelta() or not timedelta() <= profile.leeway <= timedelta(minutes=5):
         raise ConfigurationError(
-            f"the profile {source} needs a max_lifetime above 0 and a leeway between 0s and 5m", fix=_LIKE
+            f"the profile {source} needs a max_lifetime above 0 and a leeway between 0s and 5m", fix=_SEE
         )
+    return profile
 
 
-_LIKE = "docs/providers/rfc9068.md explains each key of a profile"
+_SEE = "docs/providers/rfc9068.md explains each key of a profile"
+_TYPES = {field.name: str(field.type) for field in fields(Profile)}
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "org_asserted_by": get_args(Asserter),
     "client_authentication": get_args(ClientAuthentication),
@@ -168,33 +164,34 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
 def _read(key: str, value: Any, source: str) -> Any:
-    """One value of the file as its field takes it."""
-    kinds = {item.name: item.type for item in fields(Profile)}
-    kind = str(kinds.get(key, ""))
+    """One value of the file, converted to the type of its field."""
+    if key not in _TYPES:
+        raise ConfigurationError(f"{source}: unknown key {key!r}", fix=_SEE)
     if key in _CHOICES:
-        if value in _CHOICES[key]:
+        read, fix = value if value in _CHOICES[key] else None, f"use one of {', '.join(_CHOICES[key])}"
+    else:
+        read, fix = _converted(key, value), _SEE
+    if read is None:
+        raise ConfigurationError(f"{source}: {key} cannot be {value!r}", fix=fix)
+    return read
+
+
+def _converted(key: str, value: Any) -> Any:
+    """The value as its field's type, or None if it does not fit."""
+    match _TYPES[key], value:
+        case ("str", str()) | ("bool", bool()):
             return value
-        raise ConfigurationError(
-            f"{source}: {key} cannot be {value!r}", fix=f"name one of {', '.join(_CHOICES[key])}"
-        )
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    if kind == "timedelta" and isinstance(value, str):
-        if match := re.fullmatch(r"(\d{1,6})([smhd])", value):
-            return timedelta(**{_UNITS[match[2]]: int(match[1])})
-    elif kind in ("ClaimPath", "tuple[str, ...]") and _is_texts(value):
-        return tuple(value)
-    elif kind == "frozenset[str]" and _is_texts(value):
-        return frozenset(item.lower() if key == "types" else item for item in value)
-    elif key == "parameters" and isinstance(value, dict) and _is_texts(list(value.values())):
-        return value
-    elif key == "errors" and isinstance(value, dict) and set(value.values()) <= set(get_args(FailureClass)):
-        return {**STANDARD_ERRORS, **value}
-    if not kind:
-        raise ConfigurationError(f"{source}: a profile has no {key!r}", fix=_LIKE)
-    raise ConfigurationError(f"{source}: {key} cannot be {value!r}", fix=_LIKE)
+        case "timedelta", str() if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
+            return timedelta(**{_UNITS[found[2]]: int(found[1])})
+        case (("ClaimPath" | "tuple[str, ...]"), _) if _is_texts(value):
+            return tuple(value)
+        case "frozenset[str]", _ if _is_texts(value):
+            return frozenset(item.lower() if key == "types" else item for item in value)
+        case _, dict() if key == "parameters" and _is_texts(list(value.values())):
+            return value
+        case _, dict() if key == "errors" and all(each in get_args(FailureClass) for each in value.values()):
+            return {**STANDARD_ERRORS, **value}
+    return None
 
 
 def _is_texts(value: Any) -> bool:

@@ -118,7 +118,7 @@ _ROWS = (
         "org generation error",
         "the secret of a credential cannot be opened; another generation is tried if there is one",
     ),
-    _info("token.requested", "org issuer seconds", "the issuer returned a token that passed all checks"),
+    _info("token.requested", "org issuer seconds", "the issuer returned a token; it is not verified yet"),
     _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
     _error("org.parked", "org issuer error seconds", "no token is requested for this org for `seconds`"),
     _warning(

@@ -1,35 +1,40 @@
-"""How often and how widely one issuer is asked: rate, pause, connections."""
+"""When an issuer may be asked: its budget (rate, connections, pauses), circuit breaker, and parking."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import heapq
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled
 from worker.telemetry.events import emit
+from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Issuer
 
-# With one for the keys and one for the discovery document: 8 connections, while the issuer answers promptly.
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+# With one for the keys and one for the discovery document: 8 connections, while the issuer responds promptly.
 TOKEN_CONNECTIONS = 6
-# A request without an answer for this long gives its place to the next, and sooner once as many
-# hang: an application that hangs holds up no other org. Seconds, and connections at most.
-PLACE_SECONDS, PLACE_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
+# A request without a response for this many seconds frees its slot, and sooner once TOKEN_CONNECTIONS
+# requests hang, so that one hanging application delays no other org.
+SLOT_SECONDS, SLOT_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
 # An org whose last request failed lets this many requests of others pass.
 LET_PASS = 50
-# Requests bunch up on their way; so much slack keeps the rate at the issuer's end.
+# Requests bunch up on their way; this slack keeps the rate at the issuer's end.
 SLACK = 1.05
+# Seconds: the first pause without a Retry-After, its maximum after doubling, and the maximum with one.
 PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 10.0, 300.0, 3600.0
-# The first pause of all orgs lasts this long at most, and each further one in a row twice as long:
-# a throttle may mean one org's quota.
+# The longest first pause of all orgs, doubling with each in a row: a throttle may mean one org's quota.
 PAUSE_OF_ALL = 60.0
-OWN_QUOTA = 3600.0  # for so long after an org's pause another throttle may be taken for its own
+OWN_QUOTA = 3600.0  # seconds after an org's pause in which a throttle may still count as its own
 MAX_ORGS = 10_000
 FOREVER = float("inf")
 
@@ -38,18 +43,19 @@ class BudgetPaused(Throttled):
     """Nothing was sent: the issuer asked for a pause, and it is not over."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(order=True, slots=True)
 class _Waiter:
-    order: int
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    """A queued request; the lowest order goes first."""
 
-    def __lt__(self, other: _Waiter) -> bool:
-        return self.order < other.order
+    order: int
+    number: int
+    woken: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
+    left: bool = field(default=False, compare=False)
 
 
 @dataclass(slots=True)
-class _Throttled:
-    """An org that was throttled: when, how often in a row, and until when it waits."""
+class _ThrottledOrg:
+    """When an org was throttled (monotonic), how often in a row, and until when it waits."""
 
     at: float
     times: int = 0
@@ -57,19 +63,19 @@ class _Throttled:
 
 
 class Budget:
-    """The token requests of one issuer: never above its configured rate, none while it is paused.
+    """Limits the token requests of one issuer to its configured rate; none is sent during a pause.
 
     A throttle pauses the org for as long as the issuer asks, and all others for a minute at
-    most, longer if it goes on. An org that is throttled again although others were
-    answered in between has used up its own quota: that pauses no other org.
+    most, longer if it goes on. An org that is throttled again although others got
+    tokens in between has used up its own quota: that pauses no other org.
     """
 
     def __init__(self, issuer: Issuer, *, clock: Clock) -> None:
         self._name = issuer.name
         self._clock = clock
-        self._line: list[_Waiter] = []
+        self._queue: list[_Waiter] = []  # a heap
         self._numbers = itertools.count()
-        self._places = TOKEN_CONNECTIONS
+        self._slots = TOKEN_CONNECTIONS
         self._connections = MAX_CONNECTIONS
         rate = issuer.max_requests_per_second
         self._count = max(1, int(rate))
@@ -77,13 +83,13 @@ class Budget:
         self._sent: deque[float] = deque(maxlen=self._count)
         self._paused_until = 0.0
         self._pauses = 0
-        self._orgs: OrderedDict[str, _Throttled] = OrderedDict()
-        self._throttled: set[str] = set()  # since the last answer; two are enough to know
-        self._answered_at = 0.0
+        self._orgs: OrderedDict[str, _ThrottledOrg] = OrderedDict()
+        self._throttled: set[str] = set()  # since the last token; two are enough to know
+        self._granted_at = 0.0
 
     @property
     def is_paused(self) -> bool:
-        """Whether the issuer is paused, for all orgs."""
+        """Whether the issuer is paused for all orgs."""
         return self._clock.monotonic() < self._paused_until
 
     def check(self, org: str) -> None:
@@ -96,43 +102,41 @@ class Budget:
 
     @asynccontextmanager
     async def request(self, org: str, *, doubtful: bool = False) -> AsyncIterator[None]:
-        """Wait for a connection and for the rate, in the order of asking; then one request may be made.
+        """Wait in turn for a connection and the rate; then one request may be sent.
 
         A `doubtful` one, of an org whose last request failed, lets others pass first.
 
         Raises:
             BudgetPaused: issuer or org is paused, or became so while this one waited.
-            Throttled: of the request, with the seconds that it will be left alone as `retry_after`.
+            Throttled: from the request, with the seconds of the pause as `retry_after`.
         """
         self.check(org)
-        await self._wait_for_turn(org, next(self._numbers) + (LET_PASS if doubtful else 0))
+        await self._wait_for_turn(org, doubtful)
         sent_at = self._clock.monotonic()
-        hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._places)
-        seconds = PLACE_SECONDS if hung < TOKEN_CONNECTIONS else PLACE_SECONDS_HUNG
-        place = asyncio.ensure_future(self._clock.sleep(seconds))
-        place.add_done_callback(self._give_place)
+        hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._slots)
+        seconds = SLOT_SECONDS if hung < TOKEN_CONNECTIONS else SLOT_SECONDS_HUNG
+        slot = asyncio.ensure_future(self._clock.sleep(seconds))
+        slot.add_done_callback(self._free_slot)
         try:
             yield
         except Throttled as throttled:
             throttled.retry_after = self._pause(org, throttled.retry_after or 0.0)
             raise
         else:
-            self._answered(org, sent_at)
+            self._note_grant(org, sent_at)
         finally:
-            place.cancel()
+            slot.cancel()
             self._connections += 1
             self._wake_next()
 
     def _pause(self, org: str, asked: float) -> float:
-        """Leave the org alone, and the others too unless it is its own quota; the seconds it will be."""
+        """Pause the org, and all others unless it is its own quota; returns seconds."""
         now = self._clock.monotonic()
         known = self._orgs.get(org)
-        own_quota = known is not None and known.at < self._answered_at and now - known.until < OWN_QUOTA
-        own = self._orgs[org] = known or _Throttled(now)
-        self._orgs.move_to_end(org)
-        while len(self._orgs) > MAX_ORGS:
-            self._orgs.popitem(last=False)
-        own.until = max(own.until, now + _seconds(asked, own.times))
+        own_quota = known is not None and known.at < self._granted_at and now - known.until < OWN_QUOTA
+        own = known or _ThrottledOrg(now)
+        remember(self._orgs, org, own, MAX_ORGS)
+        own.until = max(own.until, now + _pause_seconds(asked, own.times))
         own.at, own.times = now, min(own.times + 1, 10)
         alone = not self._throttled - {org}
         if len(self._throttled) < 2:
@@ -141,29 +145,30 @@ class Budget:
             seconds = own.until - now
             emit("org.parked", org=org, issuer=self._name, error="throttled", seconds=round(seconds, 1))
             return seconds
-        seconds = min(_seconds(asked, self._pauses), PAUSE_OF_ALL * 2**self._pauses)
+        seconds = min(_pause_seconds(asked, self._pauses), PAUSE_OF_ALL * 2**self._pauses)
         if self._paused_until <= now:
-            # Requests that were under way together count once.
+            # Concurrent requests count once.
             self._pauses = min(self._pauses + 1, 10)
             emit("issuer.paused", issuer=self._name, error="throttled", seconds=round(seconds, 1))
         self._paused_until = max(self._paused_until, now + seconds)
         return max(self._paused_until, own.until) - now
 
-    def _answered(self, org: str, sent_at: float) -> None:
-        """The issuer gave a token; if it was asked for after a pause, the next pause begins small again."""
+    def _note_grant(self, org: str, sent_at: float) -> None:
+        """A token arrived; if it was requested after a pause, the next pause starts short again."""
         if org in self._orgs:
             self._orgs[org].times = 0
         if sent_at < self._paused_until:
             return
-        self._answered_at = self._clock.monotonic()
+        self._granted_at = self._clock.monotonic()
         self._throttled.clear()
         if self._pauses:
             self._pauses = 0
             emit("issuer.resumed", issuer=self._name)
 
-    async def _wait_for_turn(self, org: str, order: int) -> None:
-        waiter = _Waiter(order)
-        heapq.heappush(self._line, waiter)
+    async def _wait_for_turn(self, org: str, doubtful: bool) -> None:
+        number = next(self._numbers)
+        waiter = _Waiter(number + (LET_PASS if doubtful else 0), number)
+        heapq.heappush(self._queue, waiter)
         try:
             while wait := self._wait_of(waiter):
                 if wait == FOREVER:
@@ -172,37 +177,35 @@ class Budget:
                 else:
                     await self._clock.sleep(wait)
                 self.check(org)
-            # The connection first: requests that had paid and then waited for one would all go out at once.
-            self._places -= 1
+            # The connection first: requests that were counted and then waited for one would leave in a burst.
+            self._slots -= 1
             self._connections -= 1
             self._sent.append(self._clock.monotonic())
         finally:
-            if self._line[0] is waiter:
-                heapq.heappop(self._line)
-            else:
-                self._line.remove(waiter)
-                heapq.heapify(self._line)
+            waiter.left = True
             self._wake_next()
 
     def _wait_of(self, waiter: _Waiter) -> float:
-        """Seconds until the first in the line may go; FOREVER for others, and without a connection."""
-        if self._line[0] is not waiter or self._places <= 0 or self._connections <= 0:
+        """Seconds until the first in the queue may go; FOREVER for others, and without a connection."""
+        if self._queue[0] is not waiter or self._slots <= 0 or self._connections <= 0:
             return FOREVER
         if len(self._sent) < self._count:
             return 0.0
         return max(self._sent[0] + self._window - self._clock.monotonic(), 0.0)
 
-    def _give_place(self, _: object) -> None:
-        self._places += 1
+    def _free_slot(self, _: object) -> None:
+        self._slots += 1
         self._wake_next()
 
     def _wake_next(self) -> None:
-        if self._line:
-            self._line[0].woken.set()
+        while self._queue and self._queue[0].left:
+            heapq.heappop(self._queue)
+        if self._queue:
+            self._queue[0].woken.set()
 
 
-def _seconds(asked: float, times: int) -> float:
-    """How long to wait after so many throttles in a row: as asked, else doubling."""
+def _pause_seconds(asked: float, times: int) -> float:
+    """The pause after this many throttles in a row: as asked, else doubling."""
     return min(max(asked, 1.0) if asked else min(PAUSE_FIRST * 2**times, PAUSE_LAST), PAUSE_LONGEST)
 
 
@@ -210,18 +213,16 @@ WINDOW_ORGS, WINDOW_SECONDS = 20, 10.0
 FEW = 5  # with fewer orgs in the window, all must fail, and at least PAIR
 PAIR = 2
 OPEN_SHARE, CLOSE_SHARE = 0.5, 0.25  # of the orgs in the window
-CERTAIN = 100  # failures in a row, each of another org: no org can be expected to be healthy
+CERTAIN = 100  # failures in a row of different orgs: no org can be expected to be healthy
 # Seconds between two turns: a share of the time that the breaker has been open, within limits.
 TURN_FIRST, TURN_LAST, TURN_SHARE = 4.0, 15.0, 0.25
-# Orgs that must wait come back this often a second, all together, and each after a minute at most.
+# Waiting orgs return at this rate per second in total, and each after this many seconds at most.
 RETURNS, RETURN_LAST = 20.0, 60.0
-RETURN_LATE = 1.5  # a run may come back this much later than it was asked to
-
-V = TypeVar("V")
+RETURN_LATE = 1.5  # a run may wait longer than requested by this factor
 
 
 class IssuerPaused(IssuerUnavailable):
-    """Nothing was sent: the issuer failed for this org and others, and is left alone for a while."""
+    """Nothing was sent: the issuer failed for this org and others, and the breaker is open."""
 
     code = "issuer_paused"
 
@@ -232,7 +233,7 @@ class _Outcome(NamedTuple):
 
 
 class Breaker:
-    """The outcomes of one issuer's requests by org, and who may ask. Times are monotonic."""
+    """Decides from the outcomes of one issuer's requests by org who may ask. Times are monotonic."""
 
     def __init__(self, issuer: str, *, clock: Clock) -> None:
         self._issuer = issuer
@@ -258,7 +259,7 @@ class Breaker:
         return org in self._failed
 
     def fails_alone(self, org: str) -> bool:
-        """Whether no other org shows an outage, so that trying again at once costs little."""
+        """Whether no other org shows an outage, so that an immediate retry costs little."""
         since = self._clock.monotonic() - WINDOW_SECONDS
         others = (seen for name, seen in self._window.items() if name != org)
         return not self.is_open and not any(seen.failed and seen.at > since for seen in others)
@@ -276,7 +277,7 @@ class Breaker:
                 return
         paused = IssuerPaused(f"issuer {self._issuer} is not responding; this org asks again later")
         if org in self._asking:
-            paused.retry_after = 1.0  # its request under way ends soon
+            paused.retry_after = 1.0  # its current request ends soon
         else:
             paused.retry_after = self._return_in(org, now)
             if healthy:
@@ -285,7 +286,7 @@ class Breaker:
 
     @contextmanager
     def watch(self, org: str) -> Iterator[None]:
-        """Let one request through, and count how it ends.
+        """Let one request through, and record its outcome.
 
         Raises:
             IssuerPaused: the breaker is open, and it is not this org's turn.
@@ -305,22 +306,22 @@ class Breaker:
             self._note_failure(org, asked_at)
             raise
         except (CredentialsRejected, RequestRejected, Throttled):
-            self._note_answer(org)
+            self._note_response(org)
             raise
         else:
-            self._note_answer(org)
+            self._note_response(org)
         finally:
             if probes:
                 self._asking.discard(org)
 
-    def _note_answer(self, org: str) -> None:
+    def _note_response(self, org: str) -> None:
         recovers = self._failed.pop(org, None) is not None
         self._failed_in_row = 0
         self._note(org, failed=False)
         if not self.is_open or not (recovers or self._share() < CLOSE_SHARE):
             return
         if recovers:
-            # What failed until now, the outage explains: each org is as good as new.
+            # The outage explains all failures until now.
             self._recovered_at = self._clock.monotonic()
             self._failed.clear()
             self._window.clear()
@@ -334,7 +335,7 @@ class Breaker:
             return  # sent during an outage that is over
         now = self._clock.monotonic()
         is_sign = org not in self._failed
-        _remember(self._failed, org, now, MAX_ORGS)
+        remember(self._failed, org, now, MAX_ORGS)
         if not is_sign:
             return
         self._failed_in_row += 1
@@ -347,13 +348,14 @@ class Breaker:
             emit("issuer.paused", issuer=self._issuer, error="unavailable", seconds=TURN_FIRST)
 
     def _note(self, org: str, *, failed: bool) -> None:
-        """Make it the newest outcome; while the breaker is open none grows too old."""
+        """Add the newest outcome; old ones leave the window only while the breaker is closed."""
         now = self._clock.monotonic()
-        _remember(self._window, org, _Outcome(now, failed), WINDOW_ORGS)
+        remember(self._window, org, _Outcome(now, failed), WINDOW_ORGS)
         while not self.is_open and next(iter(self._window.values())).at <= now - WINDOW_SECONDS:
             self._window.popitem(last=False)
 
     def _share(self) -> float:
+        """The share of failed orgs in the window."""
         return sum(seen.failed for seen in self._window.values()) / len(self._window)
 
     def _is_outage(self) -> bool:
@@ -369,18 +371,89 @@ class Breaker:
         return min(max(TURN_FIRST, open_for * TURN_SHARE), TURN_LAST)
 
     def _return_in(self, org: str, now: float) -> float:
-        """Seconds after which the org may come back, whichever of its runs asks."""
+        """Seconds after which the org may return; the same for all of its runs."""
         return_at = self._returns.get(org, 0.0)
         if return_at <= now:
             self._last_return = max(self._last_return + 1 / RETURNS, now + TURN_FIRST)
             return_at = min(self._last_return, now + RETURN_LAST)
-            _remember(self._returns, org, return_at, MAX_ORGS)
+            remember(self._returns, org, return_at, MAX_ORGS)
         return max(return_at - now, 1.0)
 
 
-def _remember(memory: OrderedDict[str, V], org: str, value: V, most: int) -> None:
-    """Add to a memory that holds a bounded number of orgs, the newest."""
-    memory[org] = value
-    memory.move_to_end(org)
+Parkable = CredentialsRejected | RequestRejected | IssuerUnavailable
+MAX_PARKED = 50_000
+ASKED_LONGEST = 300.0  # seconds; caps an issuer's Retry-After
+
+
+class _Parked(NamedTuple):
+    error: Parkable
+    until: float
+    failures: int
+    credentials: tuple[Credential, ...]
+
+
+class Parking(Generic[K]):
+    """Keys parked after a failure, for a time that doubles; new credentials release them at once."""
+
+    def __init__(self, first: float, last: float, *, clock: Clock) -> None:
+        self._first = first
+        self._last = last
+        self._clock = clock
+        self._keys: OrderedDict[K, _Parked] = OrderedDict()
+
+    def check(self, key: K, credentials: Sequence[Credential]) -> None:
+        """Raise the error that the key is parked for, with `retry_after`, if it is parked now."""
+        parked = self._parked(key, credentials)
+        left = parked.until - self._clock.monotonic() if parked else 0.0
+        if parked and left > 0:
+            # A copy: each raise of one exception would add to its traceback.
+            error = copy.copy(parked.error)
+            error.retry_after = left
+            raise error
+
+    def failures(self, key: K, credentials: Sequence[Credential]) -> int:
+        """The number of failures in a row with these credentials."""
+        parked = self._parked(key, credentials)
+        return parked.failures if parked else 0
+
+    def park(
+        self, key: K, error: Parkable, credentials: Sequence[Credential], *, share: float = 1.0
+    ) -> float:
+        """Park the key for `share` of its time; sets the error's `retry_after` and returns the seconds."""
+        failures = self.failures(key, credentials)
+        seconds = min(self._first * 2.0**failures, self._last) * share
+        seconds = max(seconds, min(error.retry_after or 0.0, ASKED_LONGEST))
+        until = self._clock.monotonic() + seconds
+        parked = _Parked(copy.copy(error), until, min(failures + 1, 20), tuple(credentials))
+        remember(self._keys, key, parked, MAX_PARKED)
+        error.retry_after = seconds
+        return seconds
+
+    def release(self, key: K) -> None:
+        """Forget the key's failures."""
+        self._keys.pop(key, None)
+
+    def release_where(self, matches: Callable[[K], bool]) -> None:
+        """Forget the failures of all matching keys."""
+        drop_where(self._keys, matches)
+
+    def _parked(self, key: K, credentials: Sequence[Credential]) -> _Parked | None:
+        parked = self._keys.get(key)
+        if parked is not None and parked.credentials != tuple(credentials):
+            del self._keys[key]
+            return None
+        return parked
+
+
+def drop_where(memory: OrderedDict[K, V], matches: Callable[[K], bool]) -> None:
+    """Remove all entries whose key matches."""
+    for key in [key for key in memory if matches(key)]:
+        del memory[key]
+
+
+def remember(memory: OrderedDict[K, V], key: K, value: V, most: int) -> None:
+    """Add an entry as the newest, and drop the oldest beyond `most`."""
+    memory[key] = value
+    memory.move_to_end(key)
     while len(memory) > most:
         memory.popitem(last=False)

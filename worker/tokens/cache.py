@@ -1,74 +1,293 @@
-"""One enforced token per org, audience and scopes: asked for once, renewed early."""
+"""Token cache: one enforced token per org, audience and scopes, requested once and renewed early."""
 
 from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import NamedTuple
 
 import httpx
 
 from worker.claims.claims import AccessToken, Claims
+from worker.claims.decode import decode, enforce
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
     CredentialsRejected,
+    IssuerUnavailable,
     RequestRejected,
     Throttled,
     TokenRefused,
     Unavailable,
+    WorkerError,
 )
 from worker.ids import OrgId
 from worker.orgs import OrgRef
-from worker.tokens.acquire import Acquirer, Enforced, TokenRequest
+from worker.telemetry.events import emit
+from worker.tokens.breaker import IssuerPaused, K, Parking, drop_where, remember
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
-from worker.tokens.issuer_client import IssuerClient
+from worker.tokens.issuer_client import GrantedToken, IssuerClient
 from worker.tokens.single_flight import SingleFlight
 
-MIN_CLAIMS_AGE = 60.0  # a definition cannot ask for newer claims than this
-# The last part of a token's life is not handed out: a share of it, at most so many seconds.
+# All in seconds, unless a share.
+CREDENTIAL_PARK = (60.0, 3600.0)
+REQUEST_PARK = (900.0, 900.0)
+TRANSIENT_PARK = (2.0, 60.0)
+TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
+WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
+NO_VERDICT_KEPT = 120.0
+SCOPE_REFUSED = ("invalid_scope", "access_denied")
+MAX_REMEMBERED = 10_000
+MIN_CLAIMS_AGE = 60.0  # the smallest max_claims_age of a definition
+# The last part of a token's life is not handed out: a share of it, at most MARGIN.
 MARGIN_SHARE, MARGIN = 0.2, 30.0
-RENEW_AGAIN = 60.0  # after a new token was refused while the older one still holds
+RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # renewed in the background at a random share of its usable life
+RENEW_AGAIN = 60.0  # after a new token was refused while the older one is still valid
 # An API that answers every token with 401 must not use up the budget of all orgs.
 MINTED_SERVES = 2.0
-RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # somewhere in this share of its life it is renewed, beside its use
+
+OrgAtIssuer = tuple[str, OrgId]
+
+
+class TokenRequest(NamedTuple):
+    """What a token is requested for; `scopes` are enforced, `also_ask` are only requested.
+
+    The cache key of every run: a tuple's hash costs a tenth of a dataclass's.
+    """
+
+    issuer: str
+    org: OrgRef
+    audience: str
+    scopes: frozenset[str]
+    also_ask: frozenset[str] = frozenset()
+
+    @property
+    def org_at_issuer(self) -> OrgAtIssuer:
+        return self.issuer, self.org.id
 
 
 @dataclass(frozen=True, slots=True)
 class EnforcedToken:
-    """A token that was verified and whose org, client and scopes were enforced."""
+    """A token that was verified and whose org, client and scopes were enforced; its times are monotonic.
+
+    `minted` if a caller insisted on a new one.
+    """
 
     token: AccessToken
     claims: Claims = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A cached token, its times monotonic; `minted` where a caller insisted on a new one."""
-
-    enforced: EnforcedToken
     credential_id: str
     received_at: float
     renew_at: float
-    good_until: float
+    usable_until: float
     expires_at: float
     minted: bool
 
     def is_alive(self, clock: Clock) -> bool:
-        """Whether it has not expired; on both clocks, since one stands still while a machine sleeps."""
-        return clock.monotonic() < self.expires_at and clock.now() < self.enforced.token.expires_at
+        """Whether it has not expired on either clock: the monotonic one stops while a machine sleeps."""
+        return clock.monotonic() < self.expires_at and clock.now() < self.token.expires_at
 
     def serves(self, max_age: timedelta | None, fresh: bool, now: float) -> bool:
-        """Whether one that is alive has some life left, and is as new as is wanted."""
+        """Whether one that is alive is usable for long enough, and as new as required."""
         age = now - self.received_at
         if fresh:
             return self.minted and age < MINTED_SERVES
         if max_age is not None and age >= max(max_age.total_seconds(), MIN_CLAIMS_AGE):
             return False
-        return now < self.good_until
+        return now < self.usable_until
+
+
+class Acquirer:
+    """Requests, verifies and enforces tokens; parks orgs whose credentials or requests fail."""
+
+    def __init__(self, source: CredentialSource, *, clock: Clock, rng: random.Random) -> None:
+        self._source = source
+        self._clock = clock
+        self._rng = rng
+        self._rejected: Parking[OrgAtIssuer] = Parking(*CREDENTIAL_PARK, clock=clock)
+        self._refused: Parking[TokenRequest] = Parking(*REQUEST_PARK, clock=clock)
+        self._failing: Parking[OrgAtIssuer] = Parking(*TRANSIENT_PARK, clock=clock)
+        self._winners: OrderedDict[OrgAtIssuer, tuple[str, float]] = OrderedDict()
+        self._no_verdict: OrderedDict[TokenRequest, GrantedToken] = OrderedDict()
+
+    def is_parked(self, request: TokenRequest, credentials: Sequence[Credential]) -> bool:
+        """Whether only other credentials, or time, allow this request."""
+        try:
+            self._check_parking(request, credentials)
+        except WorkerError:
+            return True
+        return False
+
+    async def acquire(
+        self,
+        client: IssuerClient,
+        request: TokenRequest,
+        credentials: Sequence[Credential],
+        *,
+        minted: bool = False,
+    ) -> EnforcedToken:
+        """A new token of the org, verified and enforced; raises as `Tokens.ensure` does."""
+        granted = self._no_verdict.pop(request, None)
+        if granted is None or not self._is_worth_verifying(granted, credentials):
+            self._check_parking(request, credentials)
+            granted = await self._grant(client, request, credentials)
+        try:
+            return await self._enforce(client, request, granted, minted)
+        except Unavailable:
+            # Keep it: it is verified once its key is there, instead of requesting another.
+            remember(self._no_verdict, request, granted, MAX_REMEMBERED)
+            raise
+        except TokenRefused as refused:
+            emit(
+                "token.refused",
+                org=request.org.code,
+                issuer=request.issuer,
+                reason=refused.reason,
+                detail=refused.detail,
+            )
+            raise
+
+    def forget(self, org_id: OrgId) -> None:
+        """Forget what was remembered of an org."""
+        for parking in (self._rejected, self._failing):
+            parking.release_where(lambda key: key[1] == org_id)
+        drop_where(self._winners, lambda key: key[1] == org_id)
+        self._refused.release_where(lambda request: request.org.id == org_id)
+        drop_where(self._no_verdict, lambda request: request.org.id == org_id)
+
+    def _check_parking(self, request: TokenRequest, credentials: Sequence[Credential]) -> None:
+        self._rejected.check(request.org_at_issuer, credentials)
+        self._refused.check(request, credentials)
+        self._failing.check(request.org_at_issuer, credentials)
+
+    def _is_worth_verifying(self, granted: GrantedToken, credentials: Sequence[Credential]) -> bool:
+        age = self._clock.monotonic() - granted.received_at
+        longest = min(NO_VERDICT_KEPT, granted.expires_in or NO_VERDICT_KEPT)
+        return any(granted.credential.id == known.id for known in credentials) and age < longest
+
+    async def _grant(
+        self, client: IssuerClient, request: TokenRequest, credentials: Sequence[Credential]
+    ) -> GrantedToken:
+        """Request a token; the issuer sees at most two requests, not counting those without a response."""
+        org = request.org_at_issuer
+        candidates = self._in_order(org, credentials)
+        scopes = request.scopes | request.also_ask
+        tries = 1 if self._failing.failures(org, credentials) else TRIES
+        started_at = self._clock.monotonic()
+        for last in (False, True):
+            credential = candidates[0]
+            try:
+                granted = await client.grant(
+                    credential, audience=request.audience, scopes=scopes, tries=tries
+                )
+            except CredentialsRejected as rejected:
+                await self._count_use(credential, rejected.detail)
+                del candidates[0]
+                if last or not candidates:
+                    self._park(self._rejected, org, rejected, request, credentials)
+                    raise
+            except RequestRejected as refused:
+                await self._count_use(credential, refused.detail)
+                if last or refused.detail not in SCOPE_REFUSED or scopes == request.scopes:
+                    self._park(self._refused, request, refused, request, credentials)
+                    raise
+                # A variant's scope that this org lacks must not cost it the definition's own.
+                scopes = request.scopes
+            except IssuerPaused:
+                raise
+            except IssuerUnavailable as unavailable:
+                self._failing.park(org, unavailable, credentials, share=self._rng.uniform(0.5, 1.0))
+                raise
+            else:
+                break
+        emit(
+            "token.requested",
+            org=request.org.code,
+            issuer=request.issuer,
+            seconds=round(granted.received_at - started_at, 3),
+        )
+        self._note_success(request, credential, credentials)
+        await self._count_use(credential, None)
+        return granted
+
+    def _in_order(self, org: OrgAtIssuer, credentials: Sequence[Credential]) -> list[Credential]:
+        """The generations to try: the newest and the previous one; the one that last worked first."""
+        newest = list(credentials[:2])
+        failures = self._rejected.failures(org, credentials)
+        if failures:
+            # Both were rejected: from then on they take turns.
+            return [newest[(failures + 1) % len(newest)]]
+        winner, kept_until = self._winners.get(org, ("", 0.0))
+        if self._clock.monotonic() < kept_until:
+            newest.sort(key=lambda credential: credential.id != winner)
+        return newest
+
+    def _note_success(
+        self, request: TokenRequest, credential: Credential, credentials: Sequence[Credential]
+    ) -> None:
+        org, now = request.org_at_issuer, self._clock.monotonic()
+        self._rejected.release(org)
+        self._failing.release(org)
+        self._refused.release(request)
+        if credential == credentials[0]:
+            self._winners.pop(org, None)
+        elif org not in self._winners or now >= self._winners[org][1]:
+            remember(self._winners, org, (credential.id, now + WINNER_KEPT), MAX_REMEMBERED)
+
+    def _park(
+        self,
+        parking: Parking[K],
+        key: K,
+        error: CredentialsRejected | RequestRejected,
+        request: TokenRequest,
+        credentials: Sequence[Credential],
+    ) -> None:
+        seconds = parking.park(key, error, credentials)
+        emit(
+            "org.parked",
+            org=request.org.code,
+            issuer=request.issuer,
+            error=error.detail or error.code,
+            seconds=round(seconds, 1),
+        )
+
+    async def _count_use(self, credential: Credential, error: str | None) -> None:
+        # The count is informational; it must not cost a token.
+        with suppress(Unavailable):
+            await self._source.used(credential.id, error)
+
+    async def _enforce(
+        self, client: IssuerClient, request: TokenRequest, granted: GrantedToken, minted: bool
+    ) -> EnforcedToken:
+        payload = await client.verify(granted.text, request.audience)
+        claims = decode(payload, client.issuer.profile)
+        enforce(
+            claims,
+            org_code=request.org.code,
+            client_id=granted.credential.client_id,
+            scopes=request.scopes,
+        )
+        received_at, now = granted.received_at, self._clock.now()
+        age = self._clock.monotonic() - received_at
+        left = (claims.expires_at - now).total_seconds()
+        if granted.expires_in is not None:
+            left = min(left, granted.expires_in - age)
+        lifetime = age + left
+        usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
+        return EnforcedToken(
+            token=AccessToken(granted.text, now + timedelta(seconds=left)),
+            claims=claims,
+            credential_id=granted.credential.id,
+            received_at=received_at,
+            renew_at=received_at + usable * self._rng.uniform(RENEW_FROM, RENEW_UNTIL),
+            usable_until=received_at + usable,
+            expires_at=received_at + lifetime,
+            minted=minted,
+        )
 
 
 class Tokens:
@@ -81,17 +300,16 @@ class Tokens:
         *,
         client: httpx.AsyncClient,
         clock: Clock,
-        chance: random.Random | None = None,
+        rng: random.Random | None = None,
         max_tokens: int = 20_000,
     ) -> None:
         self._clock = clock
-        self._chance = chance or random.SystemRandom()
         self._max_tokens = max_tokens
-        self._channels = {name: IssuerClient(issuer, client, clock=clock) for name, issuer in issuers.items()}
+        self._clients = {name: IssuerClient(issuer, client, clock=clock) for name, issuer in issuers.items()}
         self._generations = Generations(credentials, clock=clock)
-        self._acquirer = Acquirer(credentials, clock=clock, chance=self._chance)
-        self._entries: OrderedDict[TokenRequest, _Entry] = OrderedDict()
-        self._refreshing: SingleFlight[TokenRequest, _Entry] = SingleFlight()
+        self._acquirer = Acquirer(credentials, clock=clock, rng=rng or random.SystemRandom())
+        self._tokens: OrderedDict[TokenRequest, EnforcedToken] = OrderedDict()
+        self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight()
 
     async def ensure(
         self,
@@ -104,110 +322,100 @@ class Tokens:
         max_claims_age: timedelta | None = None,
         fresh: bool = False,
     ) -> EnforcedToken:
-        """A token of this org that has some life left, from the cache or asked for now.
+        """A usable token of this org, from the cache or newly requested.
 
-        `scopes` are enforced; `also_ask` are asked for with them and may be missing
-        (those of variants). Many callers at once make one request, and a caller that
-        is cancelled does not end it. With `fresh`, a new one is minted in any case, but
-        for one that was minted so within the last two seconds;
-        with `max_claims_age` (at least 60 s), where the cached one was received longer
-        ago. Where a new one cannot be had, one that is still valid serves, unless
-        `fresh` says that it does not.
+        `scopes` are enforced; `also_ask`, the scopes of variants, are requested too but may
+        be missing. Concurrent callers share one request, which a caller's cancellation does
+        not end. `fresh` requests a new token, unless one was minted so in the last two
+        seconds; so does `max_claims_age` (at least 60 s) if the cached one is older. If
+        that fails, a token that is still valid is returned, except with `fresh`.
 
         Raises:
             TokenRefused: the issuer's token fails verification or enforcement.
-            CredentialsRejected, RequestRejected: no request is made before `.retry_after` seconds
-                have passed, or the org has other credentials.
+            CredentialsRejected, RequestRejected: the request is parked for `.retry_after` seconds,
+                or until the org has other credentials.
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
-        channel = self._channel(issuer)
-        wanted = TokenRequest(
-            issuer, org, _audience(channel.issuer, org, audience), scopes, also_ask - scopes
+        client = self._client(issuer)
+        request = TokenRequest(
+            issuer, org, _audience(client.issuer, org, audience), scopes, also_ask - scopes
         )
         credentials = await self._generations.of(org)
-        entry = self._entry(wanted, credentials)
+        cached = self._cached(request, credentials)
         now = self._clock.monotonic()
-        if entry is not None and entry.serves(max_claims_age, fresh, now):
-            if now >= entry.renew_at and self._acquirer.may_ask(channel, wanted, credentials):
-                self._refreshing.start(wanted, lambda: self._refresh(channel, wanted))
-            return entry.enforced
+        if cached is not None and cached.serves(max_claims_age, fresh, now):
+            if (
+                now >= cached.renew_at
+                and client.is_free
+                and not self._acquirer.is_parked(request, credentials)
+            ):
+                self._refreshing.start(request, lambda: self._refresh(client, request))
+            return cached
         try:
-            entry = await self._refreshing.join(wanted, lambda: self._refresh(channel, wanted, minted=fresh))
+            return await self._refreshing.join(request, lambda: self._refresh(client, request, minted=fresh))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
-            if entry is None or fresh or not entry.is_alive(self._clock):
+            if cached is None or fresh or not cached.is_alive(self._clock):
                 raise
-        return entry.enforced
+            return cached
 
     def drop(self, org_id: OrgId) -> None:
         """Forget all of an org: its tokens, its credentials, its parking."""
-        for wanted in [wanted for wanted in self._entries if wanted.org.id == org_id]:
-            del self._entries[wanted]
+        drop_where(self._tokens, lambda request: request.org.id == org_id)
         self._generations.forget(org_id)
         self._acquirer.forget(org_id)
 
     async def close(self) -> None:
-        """End every refresh that is under way."""
+        """Cancel all refreshes."""
         await self._refreshing.close()
         await self._generations.close()
-        for channel in self._channels.values():
-            await channel.close()
+        for client in self._clients.values():
+            await client.close()
 
-    def _channel(self, issuer: str) -> IssuerClient:
-        channel = self._channels.get(issuer)
-        if channel is None:
+    def _client(self, issuer: str) -> IssuerClient:
+        client = self._clients.get(issuer)
+        if client is None:
             raise ConfigurationError(
-                f"no issuer is called {issuer!r}", fix=f"add a table [issuers.{issuer}] to worker.toml"
+                f"worker.toml has no issuer {issuer!r}", fix=f"add a table [issuers.{issuer}] to worker.toml"
             )
-        return channel
+        return client
 
-    def _entry(self, wanted: TokenRequest, credentials: tuple[Credential, ...]) -> _Entry | None:
-        entry = self._entries.get(wanted)
-        if entry is None:
+    def _cached(self, request: TokenRequest, credentials: tuple[Credential, ...]) -> EnforcedToken | None:
+        cached = self._tokens.get(request)
+        if cached is None:
             return None
-        known = any(credential.id == entry.credential_id for credential in credentials)
-        if not known or not entry.is_alive(self._clock):
-            # Expired, or its generation was retired: what leaked with that must not be used any longer.
-            del self._entries[wanted]
+        known = any(credential.id == cached.credential_id for credential in credentials)
+        if not known or not cached.is_alive(self._clock):
+            # Expired, or its generation was retired, perhaps because its secret leaked.
+            del self._tokens[request]
             return None
-        self._entries.move_to_end(wanted)
-        return entry
+        self._tokens.move_to_end(request)
+        return cached
 
-    async def _refresh(self, channel: IssuerClient, wanted: TokenRequest, *, minted: bool = False) -> _Entry:
-        credentials = await self._generations.of(wanted.org)
-        if self._acquirer.is_parked(wanted, credentials):
+    async def _refresh(
+        self, client: IssuerClient, request: TokenRequest, *, minted: bool = False
+    ) -> EnforcedToken:
+        credentials = await self._generations.of(request.org)
+        if self._acquirer.is_parked(request, credentials):
             # A new secret releases it at once.
-            credentials = await self._generations.of(wanted.org, newest=True)
+            credentials = await self._generations.of(request.org, newest=True)
         try:
-            enforced = await self._acquirer.acquire(channel, wanted, credentials)
+            enforced = await self._acquirer.acquire(client, request, credentials, minted=minted)
         except TokenRefused as refused:
-            older = self._entries.get(wanted)
+            older = self._tokens.get(request)
             if older is not None and refused.reason == "token_invalid":
-                self._entries[wanted] = replace(older, renew_at=self._clock.monotonic() + RENEW_AGAIN)
+                self._tokens[request] = replace(older, renew_at=self._clock.monotonic() + RENEW_AGAIN)
             else:
-                # The issuer says that the org has less now: the older token says too much.
-                self._entries.pop(wanted, None)
+                # The org has fewer rights now, which the older token does not show.
+                self._tokens.pop(request, None)
             raise
-        self._entries[wanted] = entry = self._new_entry(enforced, minted)
-        while len(self._entries) > self._max_tokens:
-            self._entries.popitem(last=False)
-        return entry
-
-    def _new_entry(self, enforced: Enforced, minted: bool) -> _Entry:
-        received_at, lifetime = enforced.received_at, enforced.lifetime
-        usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
-        return _Entry(
-            enforced=EnforcedToken(AccessToken(enforced.text, enforced.expires_at), enforced.claims),
-            credential_id=enforced.credential.id,
-            received_at=received_at,
-            renew_at=received_at + usable * self._chance.uniform(RENEW_FROM, RENEW_UNTIL),
-            good_until=received_at + usable,
-            expires_at=received_at + lifetime,
-            minted=minted,
-        )
+        self._tokens[request] = enforced
+        while len(self._tokens) > self._max_tokens:
+            self._tokens.popitem(last=False)
+        return enforced
 
 
 def _audience(issuer: Issuer, org: OrgRef, asked: str | None) -> str:
-    """The audience to ask for and to insist on; `{org}` in it is the org's code."""
+    """The audience to request and to enforce; `{org}` in it is the org's code."""
     audience = asked or issuer.audience
     if not audience:
         raise RequestRejected(

@@ -1,4 +1,4 @@
-"""An org's credentials: its generations newest first, their secrets without a readable form."""
+"""An org's credentials: its generations newest first; their secrets have no readable repr."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from worker.orgs import OrgRef
 from worker.tokens.single_flight import SingleFlight
 
 CredentialKind = Literal["client_secret", "private_key"]
-READ_AGAIN = 2.0  # seconds
-UNUSABLE_PAUSE = 60.0
+# Seconds: how long credentials are cached, and the pause for an org without usable ones.
+READ_AGAIN, UNUSABLE_PAUSE = 2.0, 60.0
 MAX_ORGS = 50_000
 KEYRING = "keyring"
 REFERENCE_FIX = (
-    "put the client secret alone into a file of secrets_dir, under a name of its own without __ in it; "
-    "`config show` says which folder it is"
+    "put only the client secret into a file of its own in secrets_dir, without __ in its name; "
+    "`config show` prints the folder"
 )
 
 
@@ -35,7 +35,7 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """The text, for the request that needs it and nothing else."""
+        """The text; call it only to build the request that needs it."""
         return self._text
 
     def __eq__(self, other: object) -> bool:
@@ -57,7 +57,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """One generation of an org's credentials; `secret` is a PEM private key where `kind` says so."""
+    """One generation of an org's credentials; `secret` is a PEM key if `kind` is private_key."""
 
     id: str
     org_id: OrgId
@@ -66,25 +66,25 @@ class Credential:
     client_id: str
     secret: Secret
     kind: CredentialKind = "client_secret"
-    # The `kid` that the issuer knows a private key by, where it wants one.
+    # The `kid` under which the issuer knows a private key, if it requires one.
     signing_key_id: str | None = None
 
 
 def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
-    """Why a reference `file:NAME` may not hold a client secret, or None; asked where it is added and read.
+    """Why a reference `file:NAME` may not hold a client secret, or None.
 
-    The file must lie in `secrets_dir` itself, and hold neither the key ring nor a setting: its content
-    is sent to the issuer, whose address may be another's choice. Without `secrets_dir` only the name is
-    judged. A file that is not there yet has no fault.
+    The file must be in `secrets_dir` itself and hold neither the key ring nor a setting: its content
+    is sent to the issuer, whose address someone else may choose. Without `secrets_dir` only the name
+    is checked. A missing file is accepted.
     """
     name = reference.removeprefix("file:")
     if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
-        return "is no bare name of a file of secrets_dir"
+        return "is not the bare name of a file in secrets_dir"
     if (fault := _fault_of_name(name)) is not None or secrets_dir is None:
         return fault
     try:
         folder = secrets_dir.resolve()
-        # Also a mount of Kubernetes, whose names are links to files of a folder in it.
+        # Names in a Kubernetes mount are links to files of a folder in it.
         target = (folder / name).resolve()
         if not target.is_relative_to(folder):
             return "is a link out of secrets_dir"
@@ -93,16 +93,16 @@ def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
         if target.exists() and target.stat().st_nlink > 1:
             others = [path for path in target.parent.iterdir() if path.samefile(target)]
             return next((fault for path in others if (fault := _fault_of_name(path.name))), None)
-    except (OSError, RuntimeError):  # links in a circle, or a folder that is closed: reading says which
+    except (OSError, RuntimeError):  # a loop of links, or an unreadable folder: reading reports it
         return None
     return None
 
 
 def read_reference(reference: str, secrets_dir: Path | None) -> str:
-    """The secret that a reference `file:NAME` names.
+    """The secret in the file that a reference `file:NAME` names.
 
     Raises:
-        ConfigurationError: it may not be named, it is not there or it cannot be read.
+        ConfigurationError: the file is missing, unreadable or not allowed.
     """
     name = reference.removeprefix("file:")
     fault = "names a file, and secrets_dir is not set" if secrets_dir is None else None
@@ -115,7 +115,7 @@ def read_reference(reference: str, secrets_dir: Path | None) -> str:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigurationError(
             f"the secret {name} cannot be read: {why}",
-            fix="put the file into secrets_dir, where the worker's user can read it",
+            fix="put the file into secrets_dir, readable by the worker's user",
         ) from None
 
 
@@ -126,27 +126,24 @@ def _fault_of_name(name: str) -> str | None:
 
 
 class CredentialSource(Protocol):
-    """Where credentials come from; wiring hands in the one that reads and unseals them."""
+    """Reads and unseals credentials."""
 
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
-        """The active generations of one org, newest first; none is an empty sequence.
+        """The active generations of one org, newest first.
 
         Raises:
             Unavailable: they cannot be read now.
-            ConfigurationError: a secret does not open with the keys at hand.
+            ConfigurationError: a secret cannot be unsealed with the available keys.
         """
         ...
 
     async def used(self, credential_id: str, error: str | None) -> None:
-        """Count one use; `error` is the issuer's error code where it did not accept it."""
+        """Count one use; `error` is the issuer's error code if it rejected the credential."""
         ...
 
 
 class Generations:
-    """The active credentials of each org, read at most every two seconds and once for all who ask.
-
-    So an edit, such as a generation that is retired, is seen within two seconds.
-    """
+    """The active credentials of each org, cached for two seconds; concurrent reads share one query."""
 
     def __init__(self, source: CredentialSource, *, clock: Clock) -> None:
         self._source = source
@@ -155,10 +152,10 @@ class Generations:
         self._reading: SingleFlight[OrgId, tuple[Credential, ...]] = SingleFlight()
 
     async def of(self, org: OrgRef, *, newest: bool = False) -> tuple[Credential, ...]:
-        """The org's active generations, newest first; with `newest`, as they are now.
+        """The org's active generations, newest first; `newest` bypasses the cache.
 
         Raises:
-            CredentialsRejected: it has none, or their secrets do not open.
+            CredentialsRejected: it has none, or they cannot be unsealed.
             Unavailable: they were never read, and cannot be now.
         """
         known = self._known.get(org.id)
@@ -172,32 +169,26 @@ class Generations:
             return known[1]
 
     def forget(self, org_id: OrgId) -> None:
-        """Read the org's credentials anew before the next use."""
+        """Remove the org's credentials from the cache."""
         self._known.pop(org_id, None)
 
     async def close(self) -> None:
-        """End what is being read."""
+        """Cancel all reads."""
         await self._reading.close()
 
     async def _read(self, org: OrgRef) -> tuple[Credential, ...]:
+        message = f"org {org.code} has no active credential"
+        fix = f"add one: `python -m worker credentials add {org.code} --client-id ID --secret-file FILE`"
         try:
             credentials = tuple(await self._source.active(org.id))
-        except ConfigurationError as fault:
-            raise _unusable(fault.message, fault.fix) from None
+        except ConfigurationError as error:
+            credentials, message, fix = (), error.message, error.fix
         if not credentials:
-            raise _unusable(
-                f"org {org.code} has no active credential",
-                f"add one: `python -m worker credentials add {org.code} --client-id ID --secret-file FILE`",
-            )
+            rejected = CredentialsRejected(message, fix=fix)
+            rejected.detail, rejected.retry_after = "no_credential", UNUSABLE_PAUSE
+            raise rejected
         self._known[org.id] = (self._clock.monotonic(), credentials)
         self._known.move_to_end(org.id)
         while len(self._known) > MAX_ORGS:
             self._known.popitem(last=False)
         return credentials
-
-
-def _unusable(message: str, fix: str) -> CredentialsRejected:
-    rejected = CredentialsRejected(message, fix=fix)
-    rejected.detail = "no_credential"
-    rejected.retry_after = UNUSABLE_PAUSE
-    return rejected

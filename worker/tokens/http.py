@@ -1,4 +1,4 @@
-"""HTTP as tokens need it: one shared client, one deadline an exchange, a limit to each answer."""
+"""HTTP for tokens: one shared client, a deadline for each exchange, a size limit for each response."""
 
 from __future__ import annotations
 
@@ -8,57 +8,64 @@ import ssl
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
 
 import httpx
 
 from worker.clock import Clock
+from worker.tokens.strict_json import Malformed, loads
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
-TOKEN_LIMIT = 64 * 1024
+TOKEN_LIMIT = 64 * 1024  # bytes
 KEYS_LIMIT = 256 * 1024
 
 
 def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-    """The one client that all issuers share; tests pass a `MockTransport`.
+    """The client that all issuers share; tests pass a `MockTransport`.
 
     It follows no redirect, keeps no cookie and logs no URL.
     """
     for name in ("httpx", "httpcore"):
         # At INFO httpx logs each URL with its query.
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Mozilla's authorities for images that have none, and the system's, which may have a company's own.
+    # Mozilla's authorities for images that have none, and the system's, which may include a private CA.
     context = httpx.create_ssl_context()
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    # http:// is for loopback addresses only, and those are never asked through a proxy.
+    # http:// is for loopback addresses only, which never go through a proxy.
     direct = None if transport else {"http://": httpx.AsyncHTTPTransport(verify=context)}
     return httpx.AsyncClient(
         transport=transport,
         mounts=direct,
         verify=context,
         timeout=httpx.Timeout(EXCHANGE_SECONDS, connect=CONNECT_SECONDS),
-        # Each issuer bounds its own connections; a common bound would let one that hangs stop the others.
+        # Each issuer limits its own connections; with a shared limit one that hangs would stop the others.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=50),
         follow_redirects=False,
-        # A cookie of one org's answer must not travel with another's request.
+        # A cookie set for one org must not travel with another org's request.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        # Compressed answers could grow past any limit while being read.
+        # A compressed response could exceed any limit while it is read.
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer; its body has no readable form, since it may hold a token."""
+    """A complete response; the repr omits its body, which may hold a token."""
 
     status: int
     headers: httpx.Headers = field(repr=False)
     content: bytes = field(repr=False)
 
+    def json_object(self) -> dict[str, Any]:
+        """The body's JSON object, empty if it is another JSON value; raises Malformed."""
+        body = loads(self.content)
+        return body if isinstance(body, dict) else {}
+
 
 @dataclass(frozen=True, slots=True)
 class NoReply:
-    """Why there is no whole answer: unreachable, timeout, too_large, encoded, protocol."""
+    """Why there is no complete response: unreachable, timeout, too_large, encoded, protocol."""
 
     why: str
 
@@ -73,12 +80,33 @@ async def exchange(
     headers: dict[str, str] | None = None,
     form: bytes | None = None,
 ) -> Reply | NoReply:
-    """Send one request and read its whole answer within ten seconds.
+    """Send one request and read the response, of at most `limit` bytes, within ten seconds.
 
     A failure is returned, not raised: httpx's exceptions carry the request, and
     with it the secret in its body.
     """
-    exchanging = asyncio.ensure_future(_exchange(client, method, url, limit, headers or {}, form))
+
+    async def send() -> Reply | NoReply:
+        try:
+            async with client.stream(method, url, headers=headers, content=form) as response:
+                if response.headers.get("content-encoding", "identity").lower() != "identity":
+                    return NoReply("encoded")
+                content = bytearray()
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > limit:
+                        return NoReply("too_large")
+                return Reply(response.status_code, response.headers, bytes(content))
+        except httpx.TimeoutException:
+            return NoReply("timeout")
+        except httpx.ConnectError:
+            return NoReply("unreachable")
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
+            return NoReply("protocol")
+
+    if form is not None:
+        headers = {**(headers or {}), "Content-Type": "application/x-www-form-urlencoded"}
+    exchanging = asyncio.ensure_future(send())
     deadline = asyncio.ensure_future(clock.sleep(EXCHANGE_SECONDS))
     try:
         await asyncio.wait({exchanging, deadline}, return_when=asyncio.FIRST_COMPLETED)
@@ -89,38 +117,25 @@ async def exchange(
         await asyncio.gather(exchanging, deadline, return_exceptions=True)
 
 
-async def _exchange(
-    client: httpx.AsyncClient,
-    method: str,
-    url: str,
-    limit: int,
-    headers: dict[str, str],
-    form: bytes | None,
-) -> Reply | NoReply:
-    if form is not None:
-        headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+async def fetch_json(
+    client: httpx.AsyncClient, url: str, *, clock: Clock, limit: int
+) -> dict[str, Any] | str:
+    """The JSON object at a URL (empty for another JSON value), or a code for what is wrong."""
+    reply = await exchange(client, "GET", url, clock=clock, limit=limit)
+    if isinstance(reply, NoReply):
+        return reply.why
+    if reply.status != 200:
+        return f"status_{reply.status}"
     try:
-        async with client.stream(method, url, headers=headers, content=form) as response:
-            if response.headers.get("content-encoding", "identity").lower() != "identity":
-                return NoReply("encoded")
-            content = bytearray()
-            async for chunk in response.aiter_bytes():
-                content += chunk
-                if len(content) > limit:
-                    return NoReply("too_large")
-            return Reply(response.status_code, response.headers, bytes(content))
-    except httpx.TimeoutException:
-        return NoReply("timeout")
-    except httpx.ConnectError:
-        return NoReply("unreachable")
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
-        return NoReply("protocol")
+        return reply.json_object()
+    except Malformed as malformed:
+        return malformed.code
 
 
-def asked_wait(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:
-    """Seconds that an answer asks us to wait, or None: Retry-After (RFC 9110, 10.2.3), else a reset header.
+def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:
+    """Seconds that a response asks to wait, or None: Retry-After (RFC 9110, 10.2.3), else a reset header.
 
-    `now` is in seconds since 1970. A reset header may hold seconds from now, or the instant itself.
+    `now` is in seconds since 1970. A reset header holds seconds from now or a Unix time.
     """
     text = headers.get("retry-after", "").strip()
     if text:

@@ -1,23 +1,31 @@
-"""Issuer: one `[issuers.NAME]` of worker.toml, with the profile of its provider."""
+"""Issuer: one `[issuers.NAME]` of worker.toml, its provider's profile, and its endpoints (RFC 8414)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
-from worker.definitions.origins import DEFAULT_PORTS, is_loopback
-from worker.errors import ConfigurationError
+import httpx
+
+from worker.clock import Clock
+from worker.definitions.origins import DEFAULT_PORTS, is_loopback, origin_of
+from worker.errors import ConfigurationError, IssuerUnavailable
 from worker.providers.profile import Profile
 from worker.telemetry.masking import shown_url
+from worker.tokens.http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
+from worker.tokens.single_flight import SingleFlight
+
+# Seconds: how often the discovery document is read, and the pause after a failure.
+MAX_AGE, FAILED_PAUSE = 3600.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Issuer:
     """An issuer of tokens (RFC 8414, section 2), as the operator configured it.
 
-    `url` is its base, `iss` the issuer identifier that its tokens carry. `audience`
-    is asked for where a definition names none. `token_endpoint` and `keys_url`, where
-    given, replace what the profile or the discovery document says.
+    `url` is its base URL. `audience` is the default for definitions without one.
+    `token_endpoint` and `keys_url` override the profile and the discovery document.
 
     Raises:
         ConfigurationError: a URL is not https (http for loopback addresses only), or the rate is not above 0.
@@ -33,21 +41,18 @@ class Issuer:
     keys_url: str = ""
 
     def __post_init__(self) -> None:
+        fix = f"correct it in [issuers.{self.name}] of worker.toml"
         for url in (self.url, self.token_endpoint, self.keys_url):
-            if url and (fault := fault_of(url)):
-                raise ConfigurationError(
-                    f"issuer {self.name}: {shown_url(url)} {fault}",
-                    fix=f"correct it in [issuers.{self.name}] of worker.toml",
-                )
+            if url and (fault := _fault_of(url)):
+                raise ConfigurationError(f"issuer {self.name}: {shown_url(url)} {fault}", fix=fix)
         if not 0 < self.max_requests_per_second <= 10_000:
             raise ConfigurationError(
-                f"issuer {self.name}: max_requests_per_second must be above 0 and at most 10000",
-                fix=f"correct it in [issuers.{self.name}] of worker.toml",
+                f"issuer {self.name}: max_requests_per_second must be above 0 and at most 10000", fix=fix
             )
 
     @property
     def base(self) -> str:
-        """The URL without a slash at its end; the profile's paths follow it."""
+        """The URL without a trailing slash; the profile's paths are appended to it."""
         return self.url.rstrip("/")
 
     @property
@@ -56,23 +61,112 @@ class Issuer:
         return self.base + self.profile.issuer_suffix
 
 
-def fault_of(url: str) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """The members of a discovery document that are used."""
+
+    token_endpoint: str
+    keys_url: str
+
+
+class Endpoints:
+    """Token endpoint and key set URL of one issuer: configured, from its profile, or discovered."""
+
+    def __init__(self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock) -> None:
+        self._issuer = issuer
+        self._client = client
+        self._clock = clock
+        self._discovered: Discovered | None = None
+        self._read_at = 0.0
+        self._next_try = 0.0
+        self._fault = ""
+        self._reading: SingleFlight[str, Discovered | None] = SingleFlight()
+
+    async def token(self) -> str:
+        """The URL of the token endpoint; raises as `discovered` does, if it needs the document."""
+        known = self._issuer.token_endpoint or self._from_profile(self._issuer.profile.token)
+        return known or (await self.discovered()).token_endpoint
+
+    async def keys(self) -> str:
+        """The URL of the key set; raises as `token` does."""
+        known = self._issuer.keys_url or self._from_profile(self._issuer.profile.keys)
+        return known or (await self.discovered()).keys_url
+
+    async def read_keys(self) -> dict[str, Any] | str:
+        """The key set as a JSON object, not validated, or a code for what is wrong."""
+        try:
+            url = await self.keys()
+        except IssuerUnavailable as error:
+            return error.code
+        return await fetch_json(self._client, url, clock=self._clock, limit=KEYS_LIMIT)
+
+    def _from_profile(self, path: str) -> str:
+        return self._issuer.base + path if path else ""
+
+    async def discovered(self) -> Discovered:
+        """The issuer's discovery document, refreshed hourly in the background.
+
+        Raises:
+            IssuerUnavailable: it was never read and cannot be now, or it belongs to another issuer.
+        """
+        now = self._clock.monotonic()
+        may_read = now >= self._next_try
+        if self._discovered is not None:
+            # The last good document stays in use while the endpoint fails.
+            if may_read and now - self._read_at >= MAX_AGE:
+                self._reading.start(self._issuer.name, self._refresh)
+            return self._discovered
+        read = None
+        if may_read or self._issuer.name in self._reading:
+            read = await self._reading.join(self._issuer.name, self._refresh)
+        if read is None:
+            error = IssuerUnavailable(
+                f"issuer {self._issuer.name}: its discovery document cannot be used: {self._fault}"
+            )
+            error.retry_after = max(1.0, self._next_try - self._clock.monotonic())
+            raise error
+        return read
+
+    async def close(self) -> None:
+        """Cancel a read in progress."""
+        await self._reading.close()
+
+    async def _refresh(self) -> Discovered | None:
+        read = await self._read_document()
+        now = self._clock.monotonic()
+        if isinstance(read, Discovered):
+            self._discovered, self._read_at = read, now
+            return read
+        self._fault, self._next_try = read, now + FAILED_PAUSE
+        return None
+
+    async def _read_document(self) -> Discovered | str:
+        """The document's content, or what is wrong with it."""
+        url = self._issuer.base + self._issuer.profile.discovery
+        document = await fetch_json(self._client, url, clock=self._clock, limit=TOKEN_LIMIT)
+        if isinstance(document, str):
+            return document
+        if document.get("issuer") != self._issuer.iss:
+            return f"it is not the document of {self._issuer.iss}"
+        endpoint, keys_url = document.get("token_endpoint"), document.get("jwks_uri")
+        for found in (endpoint, keys_url):
+            # The first receives secrets, the second decides which tokens are trusted.
+            if not isinstance(found, str) or _fault_of(found) or origin_of(found) != origin_of(url):
+                return "one of its endpoints is not at the issuer's own origin"
+        return Discovered(str(endpoint), str(keys_url))
+
+
+def _fault_of(url: str) -> str | None:
     """Why a secret must not be sent to this URL, or None: https, or http to a loopback address."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        return "is no URL"
+        return "is not a URL"
     if not host or port == 0 or parts.scheme not in DEFAULT_PORTS:
-        return "is no https URL"
+        return "is not an https URL"
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         return "must have no user, query or fragment"
     if parts.scheme == "http" and not is_loopback(host):
         return "must be https; http is for loopback addresses only"
     return None
-
-
-def origin_of(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port of a URL (RFC 6454, section 4)."""
-    parts: SplitResult = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 0)

@@ -1,25 +1,50 @@
-"""Issuer client: every request to one issuer, within its rate and behind its breaker."""
+"""Issuer client: requests tokens (RFC 6749, section 4.4) within an issuer's rate and behind its breaker."""
 
 from __future__ import annotations
 
+import re
+import secrets
+from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote_plus, urlencode
 
 import httpx
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from worker.clock import Clock
-from worker.errors import IssuerUnavailable
+from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
+from worker.providers.profile import FailureClass
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, Budget, IssuerPaused
 from worker.tokens.credentials import Credential
-from worker.tokens.endpoints import Endpoints, open_key_set
-from worker.tokens.grant import GrantedToken, request_token
-from worker.tokens.issuer import Issuer
-from worker.tokens.verify import verify
+from worker.tokens.http import TOKEN_LIMIT, NoReply, Reply, exchange, retry_delay
+from worker.tokens.issuer import Endpoints, Issuer
+from worker.tokens.jwks import KeySet
+from worker.tokens.strict_json import Malformed
+from worker.tokens.verify import MAX_TOKEN, verify
 
-# Full jitter: anywhere between 0 and these, doubling.
+# Seconds; full jitter: a retry waits between 0 and these, doubling.
 RETRY_FIRST, RETRY_LAST = 0.5, 4.0
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_LIFETIME = 60  # seconds
+_PRINTABLE = re.compile(r"[!-~]+")
+_ERROR_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedToken:
+    """A token as the issuer returned it, not verified; `expires_in` is in seconds from `received_at`."""
+
+    text: str = field(repr=False)
+    credential: Credential
+    received_at: float  # monotonic
+    expires_in: float | None = None
 
 
 class IssuerClient:
@@ -27,22 +52,22 @@ class IssuerClient:
 
     def __init__(self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock) -> None:
         self.issuer = issuer
+        self.endpoints = Endpoints(issuer, client, clock=clock)
         self._client = client
         self._clock = clock
-        self._endpoints = Endpoints(issuer, client, clock=clock)
-        self._keys = open_key_set(issuer, self._endpoints, clock=clock)
+        self._keys = KeySet(issuer, self.endpoints, clock=clock)
         self._budget = Budget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 
     @property
     def is_free(self) -> bool:
-        """Whether a request that can wait may be sent now: no pause is on, and the breaker is closed."""
+        """Whether a request that can wait may be sent now: the issuer is not paused, the breaker closed."""
         return not (self._budget.is_paused or self._breaker.is_open)
 
     async def grant(
         self, credential: Credential, *, audience: str, scopes: frozenset[str], tries: int
     ) -> GrantedToken:
-        """Ask for a token, up to so many times while the issuer fails for this org alone.
+        """Request a token, at most `tries` times while the issuer fails for this org alone.
 
         Raises as `request_token` does, and:
 
@@ -67,21 +92,21 @@ class IssuerClient:
         return await verify(text, issuer=self.issuer, audience=audience, keys=self._keys, clock=self._clock)
 
     async def close(self) -> None:
-        """End what is under way beside the requests."""
+        """Cancel reads of keys and the discovery document."""
         await self._keys.close()
-        await self._endpoints.close()
+        await self.endpoints.close()
 
     async def _request(self, credential: Credential, audience: str, scopes: frozenset[str]) -> GrantedToken:
         org = credential.org_code
         doubtful = self._breaker.doubts(org)
-        # The breaker first: a turn of the budget that it then refused would be lost.
+        # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
             async with self._budget.request(org, doubtful=doubtful):
                 return await request_token(
                     self._client,
                     self.issuer,
                     credential,
-                    endpoint=await self._endpoints.token(),
+                    endpoint=await self.endpoints.token(),
                     audience=audience,
                     scopes=scopes,
                     clock=self._clock,
@@ -89,7 +114,201 @@ class IssuerClient:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether another try at once may help: the issuer failed and did not say for how long."""
+    """Whether an immediate retry may help: the issuer failed and asked for no longer pause."""
     if isinstance(error, IssuerPaused) or not isinstance(error, IssuerUnavailable):
         return False
     return (error.retry_after or 0.0) <= 1.0
+
+
+async def request_token(
+    client: httpx.AsyncClient,
+    issuer: Issuer,
+    credential: Credential,
+    *,
+    endpoint: str,
+    audience: str,
+    scopes: frozenset[str],
+    clock: Clock,
+) -> GrantedToken:
+    """Request a token for one org, once.
+
+    Raises:
+        CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
+        RequestRejected: it refuses the request itself; `detail` is its error code.
+        Throttled: it asks for fewer requests; `retry_after` is 0 by default.
+        IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
+    """
+    reply = await _send(client, issuer, credential, endpoint, audience, scopes, clock)
+    result = _judge(reply, issuer, credential, clock)
+    if isinstance(result, GrantedToken):
+        return result
+    raise result
+
+
+async def _send(
+    client: httpx.AsyncClient,
+    issuer: Issuer,
+    credential: Credential,
+    endpoint: str,
+    audience: str,
+    scopes: frozenset[str],
+    clock: Clock,
+) -> Reply | NoReply:
+    # Separate, like `_judge`, so that the frames of what `request_token` raises hold no secret in a variable.
+    profile = issuer.profile
+    form = {"grant_type": "client_credentials", **profile.parameters}
+    headers: dict[str, str] = {}
+    match profile.client_authentication:
+        case "post":
+            form |= {"client_id": credential.client_id, "client_secret": credential.secret.reveal()}
+        case "basic":
+            # Each half is form-encoded before the two are joined (section 2.3.1).
+            pair = f"{quote_plus(credential.client_id)}:{quote_plus(credential.secret.reveal())}"
+            headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
+        case "private_key_jwt":
+            form |= {
+                "client_id": credential.client_id,
+                "client_assertion_type": ASSERTION_TYPE,
+                "client_assertion": _client_assertion(credential, issuer, endpoint, clock),
+            }
+    is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
+    if profile.audience_parameter and not is_org:
+        form[profile.audience_parameter] = audience
+    if profile.org_parameter:
+        form[profile.org_parameter] = credential.org_code
+    if profile.ask_scopes and scopes:
+        form["scope"] = " ".join(sorted(scopes))
+    body = urlencode(form).encode()
+    return await exchange(
+        client, "POST", endpoint, clock=clock, limit=TOKEN_LIMIT, headers=headers, form=body
+    )
+
+
+def _client_assertion(credential: Credential, issuer: Issuer, endpoint: str, clock: Clock) -> str:
+    """A signed statement that we are this client, for one request (RFC 7523, section 2.2).
+
+    Raises:
+        CredentialsRejected: the private key cannot be used.
+    """
+    key, algorithm = _read_private_key(credential)
+    if key is None:
+        rejected = CredentialsRejected(
+            f"the private key of org {credential.org_code} (generation {credential.generation}) is unusable",
+            fix="add an RSA, P-256 or Ed25519 private key in PEM, without a passphrase",
+        )
+        rejected.detail = "private_key"
+        raise rejected
+    issued_at = int(clock.now().timestamp())
+    headers = {"typ": issuer.profile.assertion_type}
+    if credential.signing_key_id:
+        headers["kid"] = credential.signing_key_id
+    claims = {
+        "iss": credential.client_id,
+        "sub": credential.client_id,
+        "aud": endpoint if issuer.profile.assertion_audience == "token_endpoint" else issuer.iss,
+        "iat": issued_at,
+        "exp": issued_at + ASSERTION_LIFETIME,
+        "jti": secrets.token_hex(16),
+    }
+    return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
+
+
+def _read_private_key(credential: Credential) -> tuple[PrivateKey | None, str]:
+    """The key and its algorithm; None if it cannot be used."""
+    try:
+        key = load_pem_private_key(credential.secret.reveal().encode(), password=None)
+    except (ValueError, TypeError):
+        return None, ""
+    match key:
+        case rsa.RSAPrivateKey():
+            return key, "RS256"
+        case ec.EllipticCurvePrivateKey() if isinstance(key.curve, ec.SECP256R1):
+            return key, "ES256"
+        case ed25519.Ed25519PrivateKey():
+            return key, "EdDSA"
+    return None, ""
+
+
+def _judge(
+    reply: Reply | NoReply, issuer: Issuer, credential: Credential, clock: Clock
+) -> GrantedToken | TokenError | IssuerUnavailable:
+    """The token of a response, or what to raise."""
+    if isinstance(reply, NoReply):
+        return IssuerUnavailable(f"issuer {issuer.name} did not respond: {reply.why}")
+    try:
+        body = reply.json_object()
+    except Malformed:
+        body = {}
+    if reply.status != 200:
+        return _failure(reply, body, issuer, credential, clock.now().timestamp())
+    fault = _fault_of(body, issuer)
+    if fault:
+        return IssuerUnavailable(f"issuer {issuer.name} sent a malformed token response: {fault}")
+    expires_in = body.get("expires_in")
+    return GrantedToken(
+        body["access_token"],
+        credential,
+        clock.monotonic(),
+        None if expires_in is None else float(expires_in),
+    )
+
+
+def _fault_of(body: dict[str, Any], issuer: Issuer) -> str:
+    """The malformed member of a successful response (section 5.1), or an empty text."""
+    text, kind, expires_in = body.get("access_token"), body.get("token_type"), body.get("expires_in")
+    if not isinstance(text, str) or len(text) > MAX_TOKEN or not _PRINTABLE.fullmatch(text):
+        return "access_token"
+    if not isinstance(kind, str) or kind.lower() != "bearer":
+        return "token_type"
+    if expires_in is None:
+        return ""
+    if isinstance(expires_in, bool) or not isinstance(expires_in, int | float):
+        return "expires_in"
+    return "" if 0 < expires_in <= issuer.profile.max_lifetime.total_seconds() else "expires_in"
+
+
+def _failure(
+    reply: Reply, body: dict[str, Any], issuer: Issuer, credential: Credential, now: float
+) -> TokenError | IssuerUnavailable:
+    """What a response without a token means (section 5.2). The issuer's own prose is never repeated."""
+    error = body.get("error")
+    code = error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else ""
+    wait = retry_delay(reply.headers, issuer.profile.reset_headers, now)
+    org, name, client_id = credential.org_code, issuer.name, credential.client_id
+    match _classify(reply.status, code, issuer):
+        case "throttle":
+            return Throttled(f"issuer {name} asks for fewer requests", retry_after=wait or 0.0)
+        case "credential":
+            rejected = CredentialsRejected(
+                f"issuer {name} rejects the credentials of org {org} (generation {credential.generation})",
+                fix=f"add the org's current secret: `python -m worker credentials add {org}"
+                f" --client-id {client_id} --secret-file FILE`",
+            )
+            rejected.detail = code or "invalid_client"
+            return rejected
+        case "configuration":
+            refused = RequestRejected(
+                f"issuer {name} refuses to give org {org} such a token: {code}",
+                fix=f"compare the audience and scopes with what {issuer.profile.title} grants"
+                f" to the client {client_id}",
+            )
+            refused.detail = code
+            return refused
+        case "transient":
+            unavailable = IssuerUnavailable(f"issuer {name} responded with status {reply.status}")
+            unavailable.retry_after = wait
+            return unavailable
+
+
+def _classify(status: int, code: str, issuer: Issuer) -> FailureClass:
+    if status == 429:
+        return "throttle"
+    if not 400 <= status < 500 or status in (408, 425):
+        return "transient"
+    if status == 401:
+        # Whatever the code: access_denied at Auth0, unauthorized_client at Keycloak.
+        return "credential"
+    if code in issuer.profile.errors:
+        return issuer.profile.errors[code]
+    # No token endpoint answers without an error code: it is a proxy's page, or a wrong address.
+    return "configuration" if code else "transient"

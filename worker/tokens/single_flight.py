@@ -1,4 +1,4 @@
-"""Single flight: what many ask for at once is fetched once, and no waiter's cancellation ends it."""
+"""Single flight: concurrent callers share one task, which a caller's cancellation does not end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ V = TypeVar("V")
 
 
 class SingleFlight(Generic[K, V]):
-    """Work under way, one task a key; each runs to its end whoever waits for it."""
+    """At most one running task per key."""
 
     def __init__(self) -> None:
         self._tasks: dict[K, asyncio.Task[V]] = {}
@@ -24,21 +24,21 @@ class SingleFlight(Generic[K, V]):
         return key in self._tasks
 
     def start(self, key: K, work: Callable[[], Coroutine[Any, Any, V]]) -> asyncio.Task[V]:
-        """The task that is under way for this key, or a new one."""
+        """The running task of this key, or a new one."""
         task = self._tasks.get(key)
         if task is None:
-            # Work for many is not done in the context of whoever happened to ask first.
+            # The task serves all callers, so it does not inherit the first one's context.
             loop = asyncio.get_running_loop()
             task = self._tasks[key] = loop.create_task(work(), context=contextvars.Context())
             task.add_done_callback(lambda done: self._ended(key, done))
         return task
 
     async def join(self, key: K, work: Callable[[], Coroutine[Any, Any, V]]) -> V:
-        """What the work yields, shared with everyone who asks before it has ended."""
+        """The result of the key's task, which starts if none is running."""
         return await asyncio.shield(self.start(key, work))
 
     async def close(self) -> None:
-        """Cancel all that is under way."""
+        """Cancel all running tasks."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -47,7 +47,7 @@ class SingleFlight(Generic[K, V]):
     def _ended(self, key: K, task: asyncio.Task[V]) -> None:
         if self._tasks.get(key) is task:
             del self._tasks[key]
-        # Asking for the exception says that it was seen: perhaps nobody waits for it any more.
+        # Retrieving the exception silences asyncio's warning when no caller is left.
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, WorkerError):
             emit("loop.failed", loop="tokens", error=type(error).__name__)

@@ -1,4 +1,4 @@
-"""JSON from strangers: no duplicate members (RFC 8725, section 2.4), nothing deep, huge or unstorable."""
+"""Strict JSON from untrusted peers: no duplicate members (RFC 8725, section 2.4), bounded depth and size."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 MAX_DEPTH = 12
 MAX_MEMBERS = 2_000
 MAX_DIGITS = 20
-# A string, or all that follows a quote that none closes: it matches at every quote, so the scan is linear.
+# A string, or all that follows an unclosed quote: it matches at every quote, so the scan is linear.
 _STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 class Malformed(Exception):
-    """A text that is not read; `code` is one of json, duplicate_member, depth, members, number, text."""
+    """Rejected JSON; `code` is one of json, duplicate_member, depth, members, number, text."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -26,14 +26,11 @@ def loads(raw: bytes) -> Any:
     """The value of a JSON text in UTF-8 (RFC 8259).
 
     Raises:
-        Malformed: it is none, or it holds what no honest issuer writes.
+        Malformed: it is not JSON, or exceeds a limit.
     """
     try:
         text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Malformed("text") from None
-    _check_size(text)
-    try:
+        _check_size(text)
         value = json.loads(
             text,
             object_pairs_hook=_members,
@@ -47,7 +44,7 @@ def loads(raw: bytes) -> Any:
             if "\\u0000" in shown:
                 raise Malformed("text")
             shown.encode("utf-8")
-    except UnicodeEncodeError:
+    except UnicodeError:
         raise Malformed("text") from None
     except (ValueError, RecursionError):
         raise Malformed("json") from None

@@ -1,17 +1,26 @@
-"""Signature, issuer, audience, lifetime and form of an access token: RFC 7519, 8725 and 9068."""
+"""Verify an access token: form (RFC 7515), signature, issuer, audience, lifetime (RFC 7519, 8725, 9068)."""
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from worker.clock import Clock
-from worker.errors import TokenRefused
-from worker.tokens.issuer import Issuer
-from worker.tokens.jws import MAX_KID, Key, Parsed, invalid, parse
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from jwt.algorithms import get_default_algorithms
 
-# Parameters that change what is signed or how, or that bring a key along (RFC 8725, sections 3.1 and 3.10).
+from worker.claims.decode import invalid
+from worker.clock import Clock
+from worker.providers.profile import ALGORITHMS
+from worker.tokens.issuer import Issuer
+from worker.tokens.strict_json import Malformed, loads
+
+MAX_TOKEN = 16 * 1024
+MAX_KID = 256
+# Header parameters that change what is signed or how, or that carry a key (RFC 8725, sections 3.1 and 3.10).
 FORBIDDEN = {
     "crit": "crit",
     "b64": "b64",
@@ -23,50 +32,100 @@ FORBIDDEN = {
     "x5u": "embedded_key",
     "x5c": "embedded_key",
 }
-LAST_INSTANT = 253_402_300_799  # the end of the year 9999
+YEAR_9999 = 253_402_300_799  # its last second, in Unix time
+_BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+_SIGNATURES = {name: made for name, made in get_default_algorithms().items() if name in ALGORITHMS}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A public key, and the algorithms that it may be used with."""
+
+    kid: str
+    algorithms: frozenset[str]
+    public: PublicKeyTypes = field(repr=False, compare=False)
+
+    def signed(self, message: bytes, signature: bytes, algorithm: str) -> bool:
+        """Whether this key made the signature; False for an algorithm that is not one of the key's."""
+        if algorithm not in self.algorithms:
+            return False
+        return _SIGNATURES[algorithm].verify(message, self.public, signature)
 
 
 class Keys(Protocol):
-    """Where the key of a kid comes from."""
-
     async def find(self, kid: str) -> Key: ...
 
 
 async def verify(text: str, *, issuer: Issuer, audience: str, keys: Keys, clock: Clock) -> Mapping[str, Any]:
-    """The payload of a token of this issuer for exactly this audience, if everything about it is in order.
+    """The payload of a valid token of this issuer for exactly this audience.
 
-    What costs nothing is refused first, so that a token of a stranger never causes a
-    request for keys.
+    The key is looked up last, so that a forged token rarely causes a request for keys.
 
     Raises:
-        TokenRefused: token_invalid; `detail` says what is wrong with it.
-        IssuerUnavailable: the key it is signed with cannot be had yet, so there is no verdict.
+        TokenRefused: token_invalid; `detail` is the code of the check that failed.
+        IssuerUnavailable: the signing key cannot be read or is not published yet, so there is no verdict.
     """
-    parsed = parse(text)
-    algorithm, kid = _check_header(parsed, issuer)
-    _check_claims(parsed.payload, issuer, audience, clock.now().timestamp())
+    header, payload, signed, signature = _parse(text)
+    algorithm, kid = _check_header(header, issuer)
+    _check_claims(payload, issuer, audience, clock.now().timestamp())
     key = await keys.find(kid)
     if algorithm not in key.algorithms:
-        raise invalid("key_algorithm", "its algorithm is not one of its key's")
-    if not key.signed(parsed.signed, parsed.signature, algorithm):
-        raise invalid("signature", "its signature is not its key's")
-    return parsed.payload
+        raise invalid("key_algorithm", "its algorithm does not fit its key")
+    if not key.signed(signed, signature, algorithm):
+        raise invalid("signature", "its signature does not match its key")
+    return payload
 
 
-def _check_header(parsed: Parsed, issuer: Issuer) -> tuple[str, str]:
-    header, profile = parsed.header, issuer.profile
+def _parse(text: str) -> tuple[Mapping[str, Any], Mapping[str, Any], bytes, bytes]:
+    """Header, payload, signed bytes and signature of a JWS of two JSON objects; nothing is verified."""
+    if len(text) > MAX_TOKEN:
+        raise invalid("oversize", "it is larger than 16 KiB")
+    parts = text.split(".")
+    if len(parts) != 3:
+        raise invalid("parts", "it does not have three parts")
+    header, payload, signature = map(decode_base64url, parts)
+    if header is None or payload is None or signature is None:
+        raise invalid("base64url", "a part of it is not unpadded base64url")
+    if not signature:
+        raise invalid("signature_missing", "it is not signed")
+    signed = text.rpartition(".")[0].encode("ascii")
+    return _json_object(header, "header"), _json_object(payload, "payload"), signed, signature
+
+
+def decode_base64url(text: str) -> bytes | None:
+    """The bytes of unpadded base64url (RFC 7515, section 2), or None.
+
+    Leftover bits must be zero, else one token could be written in several ways.
+    """
+    if not _BASE64URL.fullmatch(text) or len(text) % 4 == 1:
+        return None
+    decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    canonical = base64.urlsafe_b64encode(decoded).rstrip(b"=").decode("ascii")
+    return decoded if canonical == text else None
+
+
+def _json_object(raw: bytes, part: str) -> Mapping[str, Any]:
+    try:
+        value = loads(raw)
+    except Malformed as malformed:
+        raise invalid(malformed.code, f"its {part} is not acceptable JSON") from None
+    if not isinstance(value, dict):
+        raise invalid(part, f"its {part} is not a JSON object")
+    return value
+
+
+def _check_header(header: Mapping[str, Any], issuer: Issuer) -> tuple[str, str]:
+    """The algorithm and key id of an acceptable header."""
     for name, code in FORBIDDEN.items():
         if name in header:
             raise invalid(code, f"its header has {name}")
-    algorithm = header.get("alg")
+    algorithm, kid, profile = header.get("alg"), header.get("kid"), issuer.profile
     if not isinstance(algorithm, str) or algorithm not in profile.algorithms:
         raise invalid("algorithm", "its algorithm is not one of the issuer's")
-    kind = header.get("typ")
-    if kind is None and not profile.type_required and "typ" not in header:
-        pass
-    elif not isinstance(kind, str) or kind.lower().removeprefix("application/") not in profile.types:
-        raise invalid("type", "its typ is not that of an access token")
-    kid = header.get("kid")
+    if "typ" in header or profile.type_required:
+        kind = header.get("typ")
+        if not isinstance(kind, str) or kind.lower().removeprefix("application/") not in profile.types:
+            raise invalid("type", "its typ is not that of an access token")
     if not isinstance(kid, str) or not 0 < len(kid) <= MAX_KID:
         raise invalid("kid", "it does not name its key")
     return algorithm, kid
@@ -74,18 +133,18 @@ def _check_header(parsed: Parsed, issuer: Issuer) -> tuple[str, str]:
 
 def _check_claims(payload: Mapping[str, Any], issuer: Issuer, audience: str, now: float) -> None:
     if payload.get("iss") != issuer.iss:
-        raise invalid("issuer", "it is of another issuer")
+        raise invalid("issuer", "another issuer made it")
     _check_audience(payload.get("aud"), audience)
     profile = issuer.profile
     expires_at, issued_at = _seconds(payload, "exp"), _seconds(payload, "iat")
     leeway = profile.leeway.total_seconds()
-    # Half-open on purpose, and without leeway: a token that expires at this very second is refused.
+    # Half-open, and without leeway: a token that expires this second has already expired.
     if expires_at <= now:
         raise invalid("expired", "it has expired")
     if issued_at > now + leeway:
         raise invalid("issued_in_future", "it is issued in the future")
     if not 0 < expires_at - issued_at <= profile.max_lifetime.total_seconds():
-        raise invalid("lifetime", "its lifetime is longer than this provider's can be, or none")
+        raise invalid("lifetime", "its lifetime is not between 0 and the provider's maximum")
     if "nbf" in payload and _seconds(payload, "nbf") > now + leeway:
         raise invalid("not_yet_valid", "it is not valid yet")
 
@@ -97,20 +156,18 @@ def _check_audience(claim: Any, audience: str) -> None:
     if not isinstance(audiences, list) or audience not in audiences:
         raise invalid("audience", "it is for another audience")
     if len(audiences) > 1:
-        # Whoever else it is for could use it here, or be attacked with it.
+        # Any other audience could replay the token here, or be attacked with it.
         raise invalid("audience_wider", "it is for other audiences as well")
 
 
 def _seconds(payload: Mapping[str, Any], name: str) -> float:
     value = payload.get(name)
     if value is None:
-        raise _time_fault(name, "missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _time_fault(name, "type")
-    if not 0 <= value <= LAST_INSTANT:
-        raise _time_fault(name, "range")
-    return float(value)
-
-
-def _time_fault(name: str, fault: str) -> TokenRefused:
-    return invalid(f"{name}_{fault}", f"its {name} is no instant")
+        fault = "missing"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        fault = "type"
+    elif not 0 <= value <= YEAR_9999:
+        fault = "range"
+    else:
+        return float(value)
+    raise invalid(f"{name}_{fault}", f"its {name} is not a Unix time")

@@ -114,7 +114,7 @@ def test_a_ciphertext_pasted_into_another_orgs_row_does_not_open(database, keyri
             .values(sealed=theirs["sealed"], key_id=theirs["key_id"])
         )
 
-    with pytest.raises(ConfigurationError, match="another row's"):
+    with pytest.raises(ConfigurationError, match="from another row"):
         opened(rows, keyring)
     assert rekey(database, keyring, actor="ops").unopened == 1
 

@@ -56,7 +56,7 @@ class Simulation:
             self.credentials,
             client=self._client,
             clock=self.clock,
-            chance=self.random,
+            rng=self.random,
         )
         self._runs: list[asyncio.Task[None]] = []
 

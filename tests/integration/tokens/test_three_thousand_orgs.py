@@ -32,7 +32,7 @@ async def test_three_thousand_orgs_cold_make_as_many_requests_within_rate_and_co
     issuer.answer = slow
     async with issuer.client() as client:
         tokens = Tokens(
-            {"main": kinde_issuer()}, credentials, client=client, clock=clock, chance=random.Random(7)
+            {"main": kinde_issuer()}, credentials, client=client, clock=clock, rng=random.Random(7)
         )
         # Two runs of each org, at once.
         asking = asyncio.gather(*(tokens.ensure(of, "main") for of in orgs for _ in range(2)))

@@ -54,7 +54,7 @@ def test_a_profile_of_ones_own_is_a_file(tmp_path: Path) -> None:
 
 def test_a_profile_whose_callers_choose_the_org_is_refused() -> None:
     """That would be no boundary."""
-    with pytest.raises(ConfigurationError, match="no boundary"):
+    with pytest.raises(ConfigurationError, match="does not separate orgs"):
         parse(MINIMAL.replace('"client"\norg', '"caller"\norg'), source="mine")
 
 

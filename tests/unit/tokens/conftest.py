@@ -43,7 +43,7 @@ async def world(clock: ManualClock) -> AsyncIterator[World]:
     credentials.add(ORG, "client-a", "secret-a")
     async with issuer.client() as client:
         tokens = Tokens(
-            {"main": kinde_issuer()}, credentials, client=client, clock=clock, chance=random.Random(7)
+            {"main": kinde_issuer()}, credentials, client=client, clock=clock, rng=random.Random(7)
         )
         yield World(clock, issuer, credentials, tokens, app)
         await tokens.close()

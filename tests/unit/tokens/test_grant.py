@@ -18,9 +18,9 @@ from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejecte
 from worker.ids import OrgId
 from worker.providers.profile import load
 from worker.tokens.credentials import Credential, Secret
-from worker.tokens.grant import GrantedToken, request_token
 from worker.tokens.http import open_client
 from worker.tokens.issuer import Issuer
+from worker.tokens.issuer_client import GrantedToken, request_token
 
 pytestmark = pytest.mark.anyio
 ENDPOINT = f"{URL}/oauth2/token"

@@ -16,8 +16,8 @@ from tests.fakes.issuer import ORG, URL, App, FakeCredentials, FakeIssuer, jwk, 
 from tests.unit.tokens.conftest import World
 from worker.errors import IssuerUnavailable, WorkerError
 from worker.tokens.cache import Tokens
-from worker.tokens.endpoints import Endpoints
 from worker.tokens.http import open_client
+from worker.tokens.issuer import Endpoints
 
 pytestmark = pytest.mark.anyio
 Reply = Callable[[], Any]

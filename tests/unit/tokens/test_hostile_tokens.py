@@ -29,10 +29,10 @@ from tests.fakes.issuer import (
     sign_text,
 )
 from worker.claims.claims import Claims
-from worker.claims.decode import decode, enforce
+from worker.claims.decode import decode, enforce, invalid
 from worker.errors import TokenRefused
-from worker.tokens.jws import Key, invalid, read_keys
-from worker.tokens.verify import verify
+from worker.tokens.jwks import read_keys
+from worker.tokens.verify import Key, verify
 
 pytestmark = pytest.mark.anyio
 NOW = 1893456000  # 2030-01-01T00:00:00Z
