@@ -123,7 +123,7 @@ def test_a_definition_that_keeps_failing_is_paused_by_the_worker(site):
 
     paused = shown()
     assert paused["paused_by"] == "worker"
-    assert str(paused["pause_note"]).startswith("2 failures one after the other")
+    assert str(paused["pause_note"]).startswith("2 failures in a row")
     assert paused["next_fire_at"] is None
     assert "definition.paused" in site.log_text()
     site.cli("definitions", "resume", "org_acme", "bad")

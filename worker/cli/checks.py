@@ -56,7 +56,9 @@ def check_orgs(
 
     async def ask(database: Database) -> list[Report]:
         async with open_checks(session.settings, database, session.clock) as checks:
-            return await checks.check_all(None if org is None else [org], concurrency=concurrency, tell=_tell)
+            return await checks.check_all(
+                None if org is None else [org], concurrency=concurrency, report=_report
+            )
 
     with session.database() as database:
         reports = asyncio.run(ask(database))
@@ -95,7 +97,7 @@ def _say_problems(report: Report) -> None:
             say(f"{'fix' if not finding.ok else 'better'}: {finding.fix}")
 
 
-def _tell(done: int, total: int) -> None:
+def _report(done: int, total: int) -> None:
     if done % EVERY == 0:
         say(f"{done} of {total}")
 
@@ -122,13 +124,13 @@ def check(
     fails nothing.
     """
     from worker.operations.capacity import Machine, capacity
-    from worker.operations.token_forecast import demand
+    from worker.operations.requirements import forecast_tokens
     from worker.wiring.secrets import issuers_of
 
     session = session_of(context)
     issuers = issuers_of(session.settings)
     with session.database() as database:
-        found = [] if only_capacity else demand(database, issuers)
+        found = [] if only_capacity else forecast_tokens(database, issuers)
         room = capacity(database, session.settings.execution, Machine.here())
     rows = [one.as_row(issuers.get(one.issuer)) for one in found]
     measured = [measure.as_row() for measure in room.measures]

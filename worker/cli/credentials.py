@@ -205,7 +205,7 @@ def rotate(
         ring = wiring.open_keyring(session.settings, database=database)
         async with open_checks(session.settings, database, session.clock) as checks:
             rotation = Rotation(
-                database, ring, checks, org, actor=session.actor, clock=session.clock, tell=say
+                database, ring, checks, org, actor=session.actor, clock=session.clock, report=say
             )
             return await rotation.run(client_id, secret, kind.value, **spans)
 

@@ -269,7 +269,7 @@ def run(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Run a definition now, and print the new run."""
-    from worker.operations.manual_run import run_now
+    from worker.operations.runs import run_now
 
     session = session_of(context)
     params = read_pairs(param or (), option="--param")
@@ -304,7 +304,7 @@ def edit(
 ) -> None:
     """Change some keys of a definition; the next `apply` of a file that has it says otherwise again."""
     from worker import wiring
-    from worker.operations.edit import edit_definition
+    from worker.operations.definitions import edit_definition
 
     session = session_of(context)
     with session.database() as database:
@@ -331,7 +331,7 @@ def pause(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Nothing of it is due until it is resumed; a run that is on goes on."""
-    from worker.operations.edit import pause_definition
+    from worker.operations.definitions import pause_definition
 
     session = session_of(context)
     with session.database() as database:
@@ -344,7 +344,7 @@ def resume(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
     """Let it be due again, from now: what was not due meanwhile is not replayed."""
-    from worker.operations.edit import resume_definition
+    from worker.operations.definitions import resume_definition
 
     session = session_of(context)
     with session.database() as database:

@@ -86,7 +86,7 @@ def rekey(
             ring,
             actor=session.actor,
             batch=batch,
-            tell=lambda resealed: say(f"{resealed} sealed anew"),
+            report=lambda resealed: say(f"{resealed} resealed"),
         )
     row = {"key_id": done.key_id, "new": done.is_new, "resealed": done.resealed, "unopened": done.unopened}
     print_row(row, output, key="key_id")

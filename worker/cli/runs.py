@@ -75,7 +75,7 @@ def cancel(
 
 
 def _cancel_one(session: Invocation, run: str, output: Format) -> None:
-    from worker.operations.cancel import cancel as cancel_run
+    from worker.operations.runs import cancel as cancel_run
 
     with session.database() as database:
         row = cancel_run(database, run, actor=session.actor)
@@ -85,7 +85,7 @@ def _cancel_one(session: Invocation, run: str, output: Format) -> None:
 def _cancel_many(
     session: Invocation, given: Row, org: str | None, dry_run: bool, limit: int, output: Format
 ) -> None:
-    from worker.operations.cancel import cancel_many, matching
+    from worker.operations.runs import cancel_many, matching
     from worker.store.edit_runs import Cancellable
 
     which = Cancellable(**given)
@@ -170,7 +170,7 @@ def retry(
 
 
 def _retry_one(session: Invocation, run: str, from_checkpoint: bool, output: Format) -> None:
-    from worker.operations.retry import retry as retry_run
+    from worker.operations.runs import retry as retry_run
 
     with session.database() as database:
         row = retry_run(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
@@ -187,7 +187,7 @@ def _retry_many(
     limit: int,
     output: Format,
 ) -> None:
-    from worker.operations.retry import matching, retry_many
+    from worker.operations.runs import matching, retry_many
     from worker.store.edit_runs import Retryable
 
     which = Retryable(**given)

@@ -1,23 +1,38 @@
-"""Apply a file of orgs and definitions: all of it or nothing, and nothing twice."""
+"""Apply a file of orgs, templates and definitions: all of it or nothing; the same file changes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.definitions.definition import Definition, to_spec
 from worker.definitions.file import DefinitionsFile
-from worker.operations import changes
-from worker.operations.changes import Change, write_templates
-from worker.operations.plan import ApplyPlan, OrgChange, make_plan
+from worker.definitions.origins import check_encrypted
+from worker.definitions.templates import TemplateEntry
+from worker.errors import DefinitionError, UsageError
+from worker.ids import OrgId, TemplateId, new_id
+from worker.operations.changes import (
+    Action,
+    Change,
+    DefinitionChange,
+    OrgChange,
+    Row,
+    TemplateChange,
+    differing,
+    settle_before,
+    write_definitions,
+    write_templates,
+)
+from worker.operations.handlers import Handlers
+from worker.operations.orgs import changed_columns, check_entry, columns_of
 from worker.operations.templates import materialise_first
-from worker.operations.write_definitions import audit_entry, settle_touched, write_definitions
-from worker.store import audit, definitions, orgs
+from worker.orgs import OrgEntry
+from worker.store import audit, definitions, orgs, templates
 from worker.store.database import Database
-
-Row = dict[str, Any]
 
 
 def apply(
@@ -32,65 +47,173 @@ def apply(
     insecure_origins: Collection[str] = (),
     issuers: Collection[str] | None = None,
 ) -> list[Change]:
-    """Make the database say what the file says, in one transaction; returns what that changed.
+    """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
 
-    The same file again changes nothing. `prune` closes definitions of the orgs named
-    in the file that it no longer has, but none that a template made. A pause and
-    the state of an org are never lifted. What templates make follows in the same
-    transaction for the first orgs, and in the workers' for all others. `inline` are the distributions whose
-    handlers the operator lets run inline, `insecure_origins` the http origins that may be `api_origins`,
-    `issuers` those of `worker.toml`. With `dry_run` everything is checked and nothing written.
+    `prune` closes definitions of the file's orgs that it does not have, except those of
+    templates. Pauses and org states stay. The first orgs get their templates' definitions in
+    this transaction, the others from the workers. `inline` are the distributions whose handlers
+    can run inline, `insecure_origins` the http origins that can be `api_origins`, `issuers`
+    those of `worker.toml` (None if unknown).
 
     Raises:
-        DefinitionError: names the entry and field that cannot be accepted; nothing was changed.
+        DefinitionError: names the entry and field that is refused; nothing was changed.
     """
     with database.transaction() as connection:
-        plan = make_plan(
-            connection,
-            file,
-            prune=prune,
-            allow_unknown=allow_unknown_handlers,
-            inline=inline,
-            insecure_origins=insecure_origins,
-            issuers=issuers,
-        )
+        handlers = Handlers(connection)
+
+        def check(definition: Definition, entry: str) -> None:
+            handlers.check(definition, entry, inline=inline, allow_unknown=allow_unknown_handlers)
+            check_encrypted(definition.api_origins, insecure_origins, entry=entry)
+
+        plan = _make_plan(connection, file, prune=prune, issuers=issuers, check=check)
         if not dry_run:
             _carry_out(connection, plan, actor=actor, at=database.now(connection))
-        return plan.shown()
+        return [change.shown() for change in plan.all]
 
 
-def _carry_out(connection: Connection, plan: ApplyPlan, *, actor: str, at: datetime) -> None:
-    moved: list[Row] = []
+@dataclass(slots=True)
+class _Plan:
+    orgs: list[OrgChange] = field(default_factory=list)
+    templates: list[TemplateChange] = field(default_factory=list)
+    definitions: list[DefinitionChange] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange]:
+        return [*self.orgs, *self.templates, *self.definitions]
+
+
+def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime) -> None:
+    moved: list[dict[str, Any]] = []
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
             moved += definitions.lock_org(connection, org.id)
-    settled = settle_touched(connection, plan.definitions, at=at, also=moved)
-    _write_orgs(connection, plan.orgs, at)
+    settled = settle_before(connection, plan.definitions, at=at, also=moved)
+    fresh = {"created_at": at, "updated_at": at}
+    added = [org for org in plan.orgs if org.before is None]
+    orgs.insert_for_all_orgs(
+        connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added]
+    )
+    for org in plan.orgs:
+        if org.before is not None:
+            orgs.change(connection, org.id, org.new, at=at)
     write_definitions(connection, plan.definitions, settled=settled, actor=actor, at=at)
     write_templates(connection, plan.templates, actor=actor, at=at)
-    trail = [
-        *map(_org_entry, plan.orgs),
-        *map(changes.template_audit_entry, plan.templates),
-        *map(audit_entry, plan.definitions),
-    ]
-    audit.record(connection, trail, at=at, actor=actor)
+    audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
     materialise_first(connection, actor=actor, at=at)
 
 
-def _write_orgs(connection: Connection, changes: Sequence[OrgChange], at: datetime) -> None:
-    orgs.insert_for_all_orgs(
-        connection,
-        [
-            {"id": change.id, "code": change.code, "created_at": at, "updated_at": at, **change.new}
-            for change in changes
-            if change.before is None
-        ],
-    )
-    for change in changes:
-        if change.before is not None:
-            orgs.change(connection, change.id, change.new, at=at)
+def _make_plan(
+    connection: Connection,
+    file: DefinitionsFile,
+    *,
+    prune: bool,
+    issuers: Collection[str] | None,
+    check: Callable[[Definition, str], None],
+) -> _Plan:
+    """Check the whole file and compare it with the stored rows, which stay locked.
+
+    Raises:
+        DefinitionError: names the entry and field that is refused.
+    """
+    plan = _Plan()
+    named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
+    stored_orgs = orgs.find_for_all_orgs(connection, named, lock=True)
+    ids: dict[str, OrgId] = {code: row["id"] for code, row in stored_orgs.items()}
+    for entry in file.orgs:
+        org = _org_change(entry, stored_orgs.get(entry.code), issuers)
+        if org is not None:
+            plan.orgs.append(org)
+            ids[entry.code] = org.id
+    stored = {
+        (row["org"], row["name"]): row
+        for row in definitions.lock_for_all_orgs(connection, (row["id"] for row in stored_orgs.values()))
+    }
+    for each in file.definitions:
+        name = f"definition {each.org}/{each.name}"
+        if each.org not in ids:
+            raise DefinitionError(
+                f"{name}, org: there is no org {each.org}",
+                entry=name,
+                field="org",
+                fix=f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`',
+            )
+        check(each, name)
+        definition = _definition_change(each, name, ids[each.org], stored.get((each.org, each.name)))
+        if definition is not None:
+            plan.definitions.append(definition)
+    for template_entry in sorted(file.templates, key=lambda template: template.name):
+        check(template_entry.definition, f"template {template_entry.name}")
+        before = templates.find(connection, template_entry.name)
+        template = _template_change(template_entry, before, issuers)
+        if template is not None:
+            plan.templates.append(template)
+    if prune:
+        kept = {(each.org, each.name) for each in file.definitions}
+        plan.definitions.extend(
+            DefinitionChange.close(row)
+            for key, row in stored.items()
+            if key not in kept and row["closed_at"] is None and row["template_id"] is None
+        )
+    return plan
 
 
-def _org_entry(change: OrgChange) -> audit.Entry:
-    action = "org.add" if change.before is None else "org.change"
-    return audit.Entry(change.id, action, change.code, dict(change.new))
+def _org_change(entry: OrgEntry, before: Row | None, issuers: Collection[str] | None) -> OrgChange | None:
+    name = f"org {entry.code}"
+    try:
+        check_entry(entry, issuers)
+    except UsageError as error:
+        raise DefinitionError(error.message, entry=name, fix=error.fix) from None
+    if before is None:
+        return OrgChange(OrgId(new_id()), entry.code, None, columns_of(entry))
+    if before["state"] == "removed":
+        raise DefinitionError(
+            f"{name} was removed",
+            entry=name,
+            field="code",
+            fix=f"take it out of the file, or bring it back with `orgs add {entry.code}`",
+        )
+    new = changed_columns(before, entry)
+    return OrgChange(before["id"], entry.code, before, new) if new else None
+
+
+def _definition_change(
+    definition: Definition, name: str, org_id: OrgId, before: Row | None
+) -> DefinitionChange | None:
+    spec = to_spec(definition)
+    action: Action = "add"
+    if before is not None and before["closed_at"] is not None:
+        action = "reopen"
+    elif before is not None:
+        if before["template_id"] is not None:
+            raise DefinitionError(
+                f"{name}, name: a template makes a definition of this name",
+                entry=name,
+                field="name",
+                fix="choose another name, or take the org out of the template's selector",
+            )
+        if not differing(before["spec"], spec) and before["enabled"] == definition.enabled:
+            return None
+        action = "change"
+    return DefinitionChange(action, org_id, definition.org, definition.name, before, spec, definition.enabled)
+
+
+def _template_change(
+    entry: TemplateEntry, before: Row | None, issuers: Collection[str] | None
+) -> TemplateChange | None:
+    issuer = entry.selector.issuer
+    if issuers is not None and issuer is not None and issuer not in issuers:
+        raise DefinitionError(
+            f"template {entry.name}, orgs.issuer: there is no issuer {issuer!r}; worker.toml has "
+            f"{', '.join(sorted(issuers)) or 'none'}",
+            entry=f"template {entry.name}",
+            field="orgs.issuer",
+            fix=f"add a table [issuers.{issuer}] to worker.toml, or correct the name",
+        )
+    selector, spec = entry.selector.as_json(), entry.spec
+    if before is None:
+        return TemplateChange("add", TemplateId(new_id()), entry.name, None, selector, spec)
+    changed = differing({**before["spec"], "orgs": before["selector"]}, {**spec, "orgs": selector})
+    if before["closed_at"] is None and not changed:
+        return None
+    action: Action = "change" if before["closed_at"] is None else "reopen"
+    return TemplateChange(action, before["id"], entry.name, before, selector, spec)

@@ -1,102 +1,87 @@
-"""Capacity: starts, children and memory that definitions imply, against what workers and machine can do."""
+"""Capacity: starts, slots and memory that definitions need, against what workers and machine have."""
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
 from worker.clock import to_text
 from worker.definitions.definition import Definition
+from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId
 from worker.operations.handlers import Handlers
-from worker.operations.load import DAY, Load, Peak, Stream
-from worker.operations.requirements import OrgNeeds, of_all_orgs
+from worker.operations.requirements import OrgDefinitions, load_all_orgs
 from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
 from worker.store import requirements
 from worker.store.database import Database
 
-# Definitions of a handler that are looked at, and runs of each.
+DAY = 86_400
+# Scheduled times a day above which a schedule counts as an even stream.
+MAX_TIMES = 1_440
+# Definitions of a handler that are read, and runs of each.
 DEFINITIONS = 20
 RUNS = 10
-# What is taken of a handler that has not run yet.
+# Assumed for a handler that has not run yet.
 SECONDS = 10.0
 MEMORY = 64 * 2**20
+# Processor seconds of a run's start and end, of worker, zygote and child together: docs/benchmarks.md.
+CHILD_COST = 0.011
+INLINE_COST = 0.0005
+# Measures printed of slow definitions, and of limits that are too low.
+MAX_NAMED = 10
+MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
+class Measure:
+    """What the definitions need of one resource at the worst time (`at`) and on average, and what there is.
 
-    seconds: float
-    memory: int
-    known: bool = True
+    `change` is the advice if it is not enough: on average (not `ok`), or at the worst time only.
+    """
 
+    what: str
+    needs: float
+    mean: float
+    has: float
+    unit: str
+    at: datetime | None
+    ok: bool
+    change: str | None
 
-class Histories:
-    """Of the handlers of these orgs' definitions, each read at first need."""
-
-    def __init__(self, connection: Connection, orgs: Iterable[OrgNeeds]) -> None:
-        self._connection = connection
-        self._known: dict[str, History] = {}
-        self._unknown: set[str] = set()
-        self._places: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
-        for org in orgs:
-            for definition in org.definitions:
-                places = self._places[definition.handler]
-                if len(places) < DEFINITIONS:
-                    places.append((org.org.id, org.ids[definition.name]))
-
-    def of(self, handler: str) -> History:
-        if handler not in self._known:
-            self._known[handler] = self._read(handler)
-        return self._known[handler]
-
-    def assumed(self) -> list[str]:
-        """What was taken for granted, in words."""
-        if not self._unknown:
-            return []
-        few = sorted(self._unknown)
-        named = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-        return [f"{named}: no run is known yet; {SECONDS:.0f} s and {MEMORY // 2**20} MiB are assumed of one"]
-
-    def _read(self, handler: str) -> History:
-        rows = [
-            row
-            for org_id, definition_id in self._places.get(handler, ())
-            for row in requirements.last_attempts(self._connection, org_id, definition_id, limit=RUNS)
-            if row["handler"] == handler
-        ]
-        if not rows:
-            self._unknown.add(handler)
-        peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
-        # To three digits, so that handlers alike are counted together.
-        seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
-        return History(seconds, max(peaks) if peaks else MEMORY, known=bool(rows))
+    def as_row(self) -> dict[str, Any]:
+        return asdict(self) | {name: round(getattr(self, name), 2) for name in ("needs", "mean", "has")}
 
 
-Row = dict[str, Any]
+@dataclass(slots=True)
+class Capacity:
+    """The measures, and the assumptions behind them."""
+
+    measures: list[Measure]
+    assumed: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one machine has: processors, and bytes of memory."""
+    """The processors of a machine, and its memory in bytes."""
 
     processors: float
     memory: int
 
     @classmethod
     def here(cls) -> Machine:
-        """This one, or the part of it that a container may use."""
+        """This machine, or the part of it that a container can use."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = _control_group("memory.max")
         quota, _, period = _control_group("cpu.max").partition(" ")
@@ -106,142 +91,236 @@ class Machine:
         return cls(processors, min(memory, int(limit)) if limit.isdigit() else memory)
 
 
-@dataclass(frozen=True, slots=True)
-class Has:
-    """What there is for runs: slots and machines of the workers that are up, else of one that would be."""
-
-    children: int
-    inline: int
-    machines: int
-    up: bool
-
-    @classmethod
-    def of(cls, workers: list[Row], execution: ExecutionSettings) -> Has:
-        if not workers:
-            return cls(execution.max_children, execution.max_inline, 1, up=False)
-        slots = [row["capacity"] or {} for row in workers]
-        return cls(
-            sum(int(each.get("children", 0)) for each in slots),
-            sum(int(each.get("inline", 0)) for each in slots),
-            len({row["host"] for row in workers}),
-            up=True,
-        )
-
-
 def _control_group(name: str) -> str:
     try:
         return Path("/sys/fs/cgroup", name).read_text(encoding="ascii").strip()
     except OSError:
-        # Not in a container, or on a system without control groups: the machine itself is the limit.
+        # Not in a container, or no control groups: the machine itself is the limit.
         return ""
 
 
-# Processor seconds of a run's start and end, of worker, zygote and child together: docs/benchmarks.md.
-CHILD_COST = 0.011
-INLINE_COST = 0.0005
-# Of what is full without end, at most so many are named.
-MOST_NAMED = 10
-MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One thing that the definitions need and that there is so much of, in `unit`.
-
-    `change` says what to do about it where it is not enough (`ok` false), or not at
-    the worst time of the day (`at`), so that runs wait a while.
-    """
-
-    what: str
-    needs: float
-    mean: float
-    has: float
-    unit: str
-    ok: bool
-    at: datetime | None = None
-    change: str | None = None
-
-    def as_row(self) -> Row:
-        return {
-            "what": self.what,
-            "needs": round(self.needs, 2),
-            "mean": round(self.mean, 2),
-            "has": round(self.has, 2),
-            "unit": self.unit,
-            "at": self.at,
-            "ok": self.ok,
-            "change": self.change,
-        }
-
-
-@dataclass(slots=True)
-class Capacity:
-    """The measures, and what had to be assumed for them."""
-
-    measures: list[Measure]
-    assumed: list[str]
-
-
 def capacity(database: Database, execution: ExecutionSettings, machine: Machine) -> Capacity:
-    """What the definitions of all orgs imply for a day as from now; paused ones are left out."""
+    """What the definitions of all orgs need in the 24 hours from now; paused ones are left out."""
     with database.autocommit() as connection:
         now = database.now(connection).replace(second=0, microsecond=0)
         workers = requirements.live_workers(connection)
         handlers = Handlers(connection)
-        orgs = list(of_all_orgs(connection))
-        histories = Histories(connection, orgs)
-        counted = _Counted(now, handlers, histories)
+        orgs = list(load_all_orgs(connection))
+        histories = _Histories(connection, orgs)
+        demand = _Demand(now, handlers, histories)
         for org in orgs:
             for definition in org.due:
-                counted.take(org, definition)
-    has = Has.of(workers, execution)
-    counted.add_up()
-    measures = list(_of_machine(counted, has, machine))
-    measures += _too_slow(counted)
-    measures += _over_limit(counted, orgs, handlers)
+                demand.add(org, definition)
+    demand.add_up()
+    slots = Counter({"children": execution.max_children, "inline": execution.max_inline})
+    machines = len({row["host"] for row in workers}) or 1
+    if workers:
+        slots = Counter()
+        for row in workers:
+            slots.update({kind: int((row["capacity"] or {}).get(kind, 0)) for kind in ("children", "inline")})
+    there = Machine(machine.processors * machines, machine.memory * machines)
+    measures = [
+        *_of_workers(demand, slots, there),
+        *demand.slow_definitions(),
+        *_over_limit(demand, orgs, handlers),
+    ]
     assumed = histories.assumed()
-    if not has.up:
+    if not workers:
         assumed.append("no worker is up: one with these settings is assumed, on this machine")
-    elif has.machines > 1:
-        assumed.append(f"the {has.machines} machines of the workers are taken to be like this one")
+    elif machines > 1:
+        assumed.append(f"the {machines} machines of the workers are assumed to be like this one")
     return Capacity(measures, assumed)
 
 
-class _Counted:
-    """What all definitions make together; equal ones are counted once, as many times as there are."""
+class _History(NamedTuple):
+    """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
 
-    def __init__(self, start: datetime, handlers: Handlers, histories: Histories) -> None:
+    seconds: float
+    memory: int
+    known: bool
+
+
+class _Histories:
+    """The histories of handlers, read on first use."""
+
+    def __init__(self, connection: Connection, orgs: Iterable[OrgDefinitions]) -> None:
+        self._connection = connection
+        self._read: dict[str, _History] = {}
+        self._definitions: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
+        for org in orgs:
+            for definition in org.definitions:
+                ids = self._definitions[definition.handler]
+                if len(ids) < DEFINITIONS:
+                    ids.append((org.org.id, org.ids[definition.name]))
+
+    def of(self, handler: str) -> _History:
+        if handler not in self._read:
+            rows = [
+                row
+                for org_id, definition_id in self._definitions.get(handler, ())
+                for row in requirements.last_attempts(self._connection, org_id, definition_id, limit=RUNS)
+                if row["handler"] == handler
+            ]
+            peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
+            # To three digits, so that similar handlers are counted together.
+            seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
+            self._read[handler] = _History(seconds, max(peaks, default=MEMORY), known=bool(rows))
+        return self._read[handler]
+
+    def assumed(self) -> list[str]:
+        """The assumptions, as a sentence."""
+        unknown = sorted(handler for handler, history in self._read.items() if not history.known)
+        if not unknown:
+            return []
+        named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        return [
+            f"{named}: no run is known yet; {SECONDS:.0f} s and {MEMORY // MIB} MiB are assumed for each run"
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A number of `definitions` with one trigger; each fires within `window` of it and runs for `seconds`.
+
+    A run of a `serial` one starts only after the last has ended.
+    """
+
+    trigger: Trigger
+    definitions: int
+    window: timedelta
+    seconds: float
+    serial: bool = True
+
+
+class Peak(NamedTuple):
+    """The highest value, and the second of the day at which it begins."""
+
+    amount: float
+    second: int
+
+
+def _two_days() -> list[float]:
+    # Both days are the same, so that the second one has what remains of the first.
+    return [0.0] * (2 * DAY + 1)
+
+
+@dataclass(slots=True)
+class Load:
+    """Starts and concurrent runs of the day from `start`, second by second; runs can weigh bytes."""
+
+    start: datetime
+    mean: float = 0.0
+    starts: float = 0.0
+    # The curve of concurrent runs as its jumps and its changes of slope; starts a second as jumps.
+    _jumps: list[float] = field(default_factory=_two_days)
+    _bends: list[float] = field(default_factory=_two_days)
+    _rates: list[float] = field(default_factory=_two_days)
+    _even: float = 0.0
+    _even_rate: float = 0.0
+
+    @property
+    def end(self) -> datetime:
+        """The last moment of the day."""
+        return self.start + timedelta(days=1) - timedelta(microseconds=1)
+
+    def add(self, stream: Stream, weight: float = 1.0) -> None:
+        """Add a stream, each of its runs with this weight."""
+        count = stream.trigger.count(self.start, self.end)
+        if not count:
+            return
+        self.starts += count * stream.definitions
+        if count > MAX_TIMES:
+            lasting = min(stream.seconds, DAY / count) if stream.serial else stream.seconds
+            rate = stream.definitions * count / DAY
+            self._even_rate += rate
+            self._even += weight * rate * lasting
+            self.mean += weight * rate * lasting
+            return
+        seconds = _seconds(stream.trigger, self.start, self.end)
+        for second, following in zip(seconds, [*seconds[1:], seconds[0] + DAY], strict=True):
+            gap = float(max(following - second, 1))
+            lasting = min(stream.seconds, gap) if stream.serial else stream.seconds
+            self.mean += weight * stream.definitions * lasting / DAY
+            self._add_runs(second, stream.definitions, round(stream.window.total_seconds()), lasting, weight)
+
+    def at_once(self) -> Peak:
+        """The most concurrent runs, by weight."""
+        slopes = [0.0, *accumulate(self._bends)]
+        curve = accumulate(jump + slope for jump, slope in zip(self._jumps, slopes, strict=False))
+        day = list(curve)[DAY : 2 * DAY]
+        second = max(range(DAY), key=day.__getitem__)
+        return Peak(day[second] + self._even, second)
+
+    def starts_a_second(self) -> Peak:
+        """The most starts a second, averaged over a minute."""
+        rates = list(accumulate(self._rates))[DAY : 2 * DAY]
+        minutes = [sum(rates[begin : begin + 60]) / 60 for begin in range(0, DAY, 60)]
+        minute = max(range(len(minutes)), key=minutes.__getitem__)
+        return Peak(minutes[minute] + self._even_rate, minute * 60)
+
+    def _add_runs(self, second: int, count: int, width: int, lasting: float, weight: float) -> None:
+        # In whole seconds: a shorter run counts for its part of one.
+        length = max(1, round(lasting))
+        amount = weight * count * min(1.0, lasting)
+        if width <= 1:
+            _change(self._jumps, (second, amount), (second + length, -amount))
+        else:
+            slope = amount / width
+            _change(self._bends, (second, slope), (second + width, -slope))
+            _change(self._bends, (second + length, -slope), (second + width + length, slope))
+        rate = count / max(width, 1)
+        _change(self._rates, (second, rate), (second + max(width, 1), -rate))
+
+
+def _change(curve: list[float], *changes: tuple[int, float]) -> None:
+    for at, change in changes:
+        for second in (at, at + DAY):
+            if second < len(curve):
+                curve[second] += change
+
+
+@lru_cache(maxsize=8)
+def _seconds(trigger: Trigger, start: datetime, until: datetime) -> tuple[int, ...]:
+    """The seconds after `start` at which a trigger fires; cached, since several loads take one stream."""
+    return tuple(int((at - start).total_seconds()) for at in trigger.between(start, until))
+
+
+class _Demand:
+    """What all definitions need together. Equal ones are computed once."""
+
+    def __init__(self, start: datetime, handlers: Handlers, histories: _Histories) -> None:
         self.start = start
         self.children, self.inline, self.memory = Load(start), Load(start), Load(start)
-        # Runs at once in the mean, of what has run before: nobody is told to change something on a guess.
+        # Mean concurrent runs, counting known histories only: an assumption never fails the check.
         self.by_org: dict[str, float] = defaultdict(float)
         self.by_handler: dict[str, float] = defaultdict(float)
         self.by_isolation: dict[str, float] = defaultdict(float)
-        self.guessed = False
-        # Definitions whose run lasts longer than their period: how many periods it takes, and both.
-        self.slow: list[tuple[float, str, float, float]] = []
+        self.assumes = False
+        # Definitions that are due again before they end: (runs per period, name, seconds, period).
+        self._slow: list[tuple[float, str, float, float]] = []
         self._handlers = handlers
         self._histories = histories
-        self._streams: dict[tuple[Any, ...], int] = defaultdict(int)
+        self._streams: Counter[tuple[Trigger, timedelta, _History, bool, str]] = Counter()
 
-    def take(self, org: OrgNeeds, definition: Definition) -> None:
+    def add(self, org: OrgDefinitions, definition: Definition) -> None:
         trigger = definition.trigger(org.timezone)
         history = self._histories.of(definition.handler)
         isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
         window = window_of(definition.schedule, trigger, definition.spread)
         self._streams[(trigger, window, history, definition.serial, isolation)] += 1
         count = trigger.count(self.start, self.children.end)
-        self.guessed |= not history.known
+        self.assumes |= not history.known
         if not (count and history.known):
             return
         lasting = history.seconds
         if definition.serial and history.seconds * count > DAY:
             lasting = DAY / count
-            place = f"definition {definition.org} {definition.name}"
-            self.slow.append((history.seconds / lasting, place, history.seconds, lasting))
-        self.by_org[org.org.code] += count * lasting / DAY
-        self.by_handler[definition.handler] += count * lasting / DAY
-        self.by_isolation[isolation] += count * lasting / DAY
+            name = f"definition {definition.org} {definition.name}"
+            self._slow.append((history.seconds / lasting, name, history.seconds, lasting))
+        mean = count * lasting / DAY
+        self.by_org[org.org.code] += mean
+        self.by_handler[definition.handler] += mean
+        self.by_isolation[isolation] += mean
 
     def add_up(self) -> None:
         for (trigger, window, history, serial, isolation), count in self._streams.items():
@@ -252,115 +331,101 @@ class _Counted:
                 self.children.add(stream)
                 self.memory.add(stream, history.memory)
 
+    def at(self, peak: Peak) -> datetime | None:
+        return self.start + timedelta(seconds=peak.second) if peak.amount else None
 
-def _of_machine(counted: _Counted, has: Has, machine: Machine) -> Iterator[Measure]:
-    start, children, inline = counted.start, counted.children, counted.inline
-    processors = machine.processors * has.machines
+    def slow_definitions(self) -> Iterator[Measure]:
+        for ratio, name, seconds, period in sorted(self._slow, reverse=True)[:MAX_NAMED]:
+            lasts, every = (format_duration(timedelta(seconds=round(each))) for each in (seconds, period))
+            change = f"a run takes {lasts} and is due every {every}: run it less often, or make it shorter"
+            yield Measure(name, ratio, ratio, 1, "runs at once", None, False, change)
+
+    def measure(
+        self, what: str, peak: Peak, mean: float, known: float, has: float, unit: str, advice: str
+    ) -> Measure:
+        """A resource of which the mean is `mean`; only the part with a `known` history can exceed it."""
+        at, ok = self.at(peak), known <= has
+        change = None
+        if peak.amount > has and at is not None:
+            problem = (
+                f"runs wait for a while at {to_text(at)}" if ok else "never enough, at any time of the day"
+            )
+            change = f"{problem}; {advice}"
+        return Measure(what, peak.amount, mean, has, unit, at, ok, change)
+
+
+def _of_workers(demand: _Demand, slots: Counter[str], machine: Machine) -> Iterator[Measure]:
+    children, inline = demand.children, demand.inline
     total = children.starts + inline.starts
     cost = (children.starts * CHILD_COST + inline.starts * INLINE_COST) / total if total else CHILD_COST
-    starts = (children.starts_a_second(), inline.starts_a_second())
-    busiest = max(starts, key=lambda peak: peak.amount).second
-    yield _measure(
+    peaks = (children.starts_a_second(), inline.starts_a_second())
+    yield demand.measure(
         "starts",
-        Peak(sum(peak.amount for peak in starts), busiest),
+        Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second),
         total / DAY,
         total / DAY,
-        processors / cost,
+        machine.processors / cost,
         "a second",
-        start,
         "`spread` definitions that fire together, or give the workers more processors",
     )
-    memory = _memory_of(counted)
-    most = int(machine.memory * has.machines / memory) if memory else None
+    # Bytes of the mean child.
+    memory = demand.memory.mean / children.mean if children.mean else 0.0
+    most = int(machine.memory / memory) if memory else None
     room = "" if most is None else f" (the memory here has room for {most})"
-    yield _measure(
+    yield demand.measure(
         "children",
         children.at_once(),
         children.mean,
-        counted.by_isolation["child"],
-        has.children,
+        demand.by_isolation["child"],
+        slots["children"],
         "runs at once",
-        start,
         f"raise execution.max_children{room}, add a worker, or `spread` definitions that fire together",
     )
     if inline.starts:
-        yield _measure(
+        yield demand.measure(
             "inline",
             inline.at_once(),
             inline.mean,
-            counted.by_isolation["inline"],
-            has.inline,
+            demand.by_isolation["inline"],
+            slots["inline"],
             "runs at once",
-            start,
             "raise execution.max_inline, or add a worker",
         )
-    peak = counted.memory.at_once()
-    # No more are on than there are slots; where all are taken, they are by the mean run.
-    needed = min(peak.amount, has.children * memory)
-    here = machine.memory * has.machines
+    peak = demand.memory.at_once()
+    # Slots limit it: if all are taken, then by mean children.
+    needed = min(peak.amount, slots["children"] * memory)
+    fits = needed <= machine.memory
     yield Measure(
         "memory",
         needed / MIB,
-        counted.memory.mean / MIB,
-        here / MIB,
+        demand.memory.mean / MIB,
+        machine.memory / MIB,
         "MiB",
-        needed <= here or counted.guessed,
-        at=_at(start, peak) if needed else None,
-        change=None
-        if needed <= here
-        else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
+        demand.at(peak) if needed else None,
+        fits or demand.assumes,
+        None if fits else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
     )
 
 
-def _memory_of(counted: _Counted) -> float:
-    """Bytes of the mean child that is on."""
-    return counted.memory.mean / counted.children.mean if counted.children.mean else 0.0
-
-
-def _measure(
-    what: str, peak: Peak, mean: float, sure: float, has: float, unit: str, start: datetime, change: str
-) -> Measure:
-    """Of the `mean` so much is `sure`, and not assumed: only that can be too much."""
-    ok = sure <= has
-    if peak.amount <= has:
-        change_now = None
-    elif ok:
-        change_now = f"runs wait for a while at {to_text(_at(start, peak))}; {change}"
-    else:
-        change_now = f"it is never enough, whatever the time of day; {change}"
-    return Measure(
-        what, peak.amount, mean, has, unit, ok, _at(start, peak) if peak.amount else None, change_now
-    )
-
-
-def _at(start: datetime, peak: Peak) -> datetime:
-    return start + timedelta(seconds=peak.second)
-
-
-def _too_slow(counted: _Counted) -> Iterator[Measure]:
-    worst = sorted(counted.slow, reverse=True)
-    for ratio, place, seconds, period in worst[:MOST_NAMED]:
-        lasts = format_duration(timedelta(seconds=round(seconds)))
-        every = format_duration(timedelta(seconds=round(period)))
-        change = f"a run takes {lasts} and is due every {every}: make it due less often, or its work smaller"
-        yield Measure(place, ratio, ratio, 1, "runs at once", False, change=change)
-
-
-def _over_limit(counted: _Counted, orgs: list[OrgNeeds], handlers: Handlers) -> Iterator[Measure]:
-    """Orgs and handlers whose limit is below what is on in the mean: they fall behind without end."""
-    limits = {
-        f"org {org.org.code}": (
-            counted.by_org.get(org.org.code, 0.0),
+def _over_limit(demand: _Demand, orgs: list[OrgDefinitions], handlers: Handlers) -> Iterator[Measure]:
+    """Orgs and handlers whose limit is below their mean, so that they fall behind forever."""
+    limits = [
+        (
+            f"org {org.org.code}",
+            demand.by_org.get(org.org.code, 0.0),
             org.max_concurrent_runs,
-            "raise its max_concurrent_runs, or make its definitions due less often",
+            "raise its max_concurrent_runs, or run its definitions less often",
         )
         for org in orgs
-    }
-    for name, mean in counted.by_handler.items():
+    ]
+    for name, mean in demand.by_handler.items():
         limit = next((row["max_concurrent"] for row in handlers.named(name) if row["max_concurrent"]), None)
         if limit is not None:
-            limits[f"handler {name}"] = mean, limit, "raise max_concurrent of its @job, or use it less often"
-    over = [(mean - limit, what, mean, limit, change) for what, (mean, limit, change) in limits.items()]
-    for excess, what, mean, limit, change in sorted(over, reverse=True)[:MOST_NAMED]:
+            advice = "raise max_concurrent of its @job, or use it less often"
+            limits.append((f"handler {name}", mean, limit, advice))
+    over = sorted(
+        ((mean - limit, what, mean, limit, advice) for what, mean, limit, advice in limits), reverse=True
+    )
+    for excess, what, mean, limit, advice in over[:MAX_NAMED]:
         if excess > 0:
-            yield Measure(what, mean, mean, limit, "runs at once", False, change=change)
+            yield Measure(what, mean, mean, limit, "runs at once", None, False, advice)

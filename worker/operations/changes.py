@@ -1,27 +1,27 @@
-"""What an `apply` changes: one line per org, definition and template, and the template rows."""
+"""Changes of orgs, templates and definitions: what each changes, its rows, and its audit entry."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from worker.definitions.templates import TemplateEntry
-from worker.errors import DefinitionError
-from worker.ids import TemplateId, new_id
-from worker.operations.handlers import Handlers
-from worker.store import audit, templates
+from worker.ids import DefinitionId, OrgId, TemplateId, new_id
+from worker.operations import settle
+from worker.store import audit, backfills, definitions, edit_runs, templates
+from worker.store.connection import database_now
 
+Row = Mapping[str, Any]
 Kind = Literal["org", "definition", "template"]
 Action = Literal["add", "change", "reopen", "close"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change: `fields` has the value before and after of each key; an absent one is None."""
+    """One change as `apply` prints it: `fields` has each key's value before and after."""
 
     kind: Kind
     action: Action
@@ -29,28 +29,25 @@ class Change:
     name: str
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
+    @property
+    def detail(self) -> dict[str, Any]:
+        """The fields as JSON and the audit have them."""
+        return {key: {"before": before, "after": after} for key, (before, after) in self.fields.items()}
+
     def as_row(self) -> dict[str, Any]:
         """The columns that `apply` prints."""
-        fields = {key: {"before": before, "after": after} for key, (before, after) in self.fields.items()}
-        return {
-            "kind": self.kind,
-            "action": self.action,
-            "org": self.org,
-            "name": self.name,
-            "fields": fields,
-        }
+        named = {"kind": self.kind, "action": self.action, "org": self.org, "name": self.name}
+        return named | {"fields": self.detail}
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys whose values are not the same, with both."""
-    keys = sorted(before.keys() | after.keys())
-    return {
-        key: (before.get(key), after.get(key)) for key in keys if not same(before.get(key), after.get(key))
-    }
+    """The keys whose values differ, with both values."""
+    pairs = ((key, before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys()))
+    return {key: (old, new) for key, old, new in pairs if not same(old, new)}
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality as JSON has it: true is not 1, while 1 and 1.0 are one number, as in `jsonb`."""
+    """Equality as in `jsonb`: true is not 1, but 1 and 1.0 are one number."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -60,12 +57,27 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-Row = Mapping[str, Any]
+@dataclass(frozen=True, slots=True)
+class OrgChange:
+    """An org to add (`before` None), or whose columns in `new` change."""
+
+    id: OrgId
+    code: str
+    before: Row | None
+    new: Mapping[str, Any]
+
+    def shown(self) -> Change:
+        before = {} if self.before is None else {name: self.before[name] for name in self.new}
+        action: Action = "add" if self.before is None else "change"
+        return Change("org", action, self.code, self.code, differing(before, self.new))
+
+    def audit_entry(self) -> audit.Entry:
+        return audit.Entry(self.id, f"org.{self.shown().action}", self.code, dict(self.new))
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateChange:
-    """A template to add (`before` None), change, reopen or close, and what it is to be."""
+    """A template to add (`before` None), change, reopen or close, and its new selector and spec."""
 
     action: Action
     id: TemplateId
@@ -74,66 +86,162 @@ class TemplateChange:
     selector: Any
     spec: Mapping[str, Any]
 
-    @property
-    def revision(self) -> int:
-        """The revision that it has afterwards; closing a template makes none."""
-        if self.before is None:
-            return 1
-        return int(self.before["revision"]) + (self.action != "close")
-
     def shown(self) -> Change:
         if self.action == "close":
             return Change("template", "close", None, self.name)
         before = {} if self.before is None else {**self.before["spec"], "orgs": self.before["selector"]}
-        return Change(
-            "template", self.action, None, self.name, differing(before, {**self.spec, "orgs": self.selector})
+        after = {**self.spec, "orgs": self.selector}
+        return Change("template", self.action, None, self.name, differing(before, after))
+
+    def audit_entry(self) -> audit.Entry:
+        return audit.Entry(None, f"template.{self.action}", self.name, self.shown().detail)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateRef:
+    """The revision of a template that makes a definition."""
+
+    id: TemplateId
+    name: str
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class DefinitionChange:
+    """A definition to add (`before` None), change, reopen or close, its new spec, and its template."""
+
+    action: Action
+    org_id: OrgId
+    org: str
+    name: str
+    before: Row | None
+    spec: Mapping[str, Any]
+    enabled: bool
+    template: TemplateRef | None = None
+
+    @classmethod
+    def close(cls, row: Row, template: TemplateRef | None = None) -> DefinitionChange:
+        """The change that closes a stored definition."""
+        return cls(
+            "close", row["org_id"], row["org"], row["name"], row, row["spec"], row["enabled"], template
         )
 
+    def shown(self) -> Change:
+        if self.action == "close":
+            return Change("definition", "close", self.org, self.name)
+        before = {} if self.before is None else {**self.before["spec"], "enabled": self.before["enabled"]}
+        after = {**self.spec, "enabled": self.enabled}
+        return Change("definition", self.action, self.org, self.name, differing(before, after))
 
-def plan_template(
-    connection: Connection,
-    entry: TemplateEntry,
-    handlers: Handlers,
-    *,
-    inline: Collection[str],
-    allow_unknown: bool,
-    issuers: Collection[str] | None,
-) -> TemplateChange | None:
-    """Check one template of a file and compare it with the stored one; None where nothing changes.
+    def audit_entry(self) -> audit.Entry:
+        detail = self.shown().detail
+        if self.template is not None:
+            detail["template"] = self.template.name
+        return audit.Entry(self.org_id, f"definition.{self.action}", f"{self.org} {self.name}", detail)
 
-    Raises:
-        DefinitionError: names the field that cannot be accepted.
+
+def change_definitions(
+    connection: Connection, changes: Sequence[DefinitionChange], *, actor: str, at: datetime
+) -> None:
+    """Settle and change locked definitions, schedule them from now, and write the audit."""
+    settled = settle_before(connection, changes, at=at)
+    write_definitions(connection, changes, settled=settled, actor=actor, at=at)
+    audit.record(connection, [change.audit_entry() for change in changes], at=at, actor=actor)
+
+
+def settle_before(
+    connection: Connection, changes: Iterable[DefinitionChange], *, at: datetime, also: Iterable[Row] = ()
+) -> set[DefinitionId]:
+    """Settle locked definitions under the rules still in force; returns their ids.
+
+    `also` are definitions whose org changes what is due.
     """
-    named = f"template {entry.name}"
-    handlers.check(entry.definition, named, inline=inline, allow_unknown=allow_unknown)
-    issuer = entry.selector.issuer
-    if issuers is not None and issuer is not None and issuer not in issuers:
-        raise DefinitionError(
-            f"{named}, orgs.issuer: there is no issuer {issuer!r}; worker.toml has "
-            f"{', '.join(sorted(issuers)) or 'none'}",
-            entry=named,
-            field="orgs.issuer",
-            fix=f"add a table [issuers.{issuer}] to worker.toml, or correct the name",
+    touched = {change.before["id"]: change.before for change in changes if change.before}
+    touched |= {row["id"]: row for row in also}
+    settle.settle(connection, list(touched.values()), at=at)
+    return set(touched)
+
+
+def write_definitions(
+    connection: Connection,
+    changes: Sequence[DefinitionChange],
+    *,
+    settled: Iterable[DefinitionId],
+    actor: str,
+    at: datetime,
+) -> None:
+    """Write the changes; schedule what was settled, and what is new, from now."""
+    new = _write_rows(connection, changes, actor, at)
+    settle.schedule_next(connection, definitions.read_for_all_orgs(connection, settled), at=at)
+    settle.schedule_next(connection, definitions.read_for_all_orgs(connection, new), at=at, inclusive=True)
+    own: set[tuple[OrgId, str]] = set()
+    for change in changes:
+        if change.action == "close" and change.before:
+            end_closed(connection, change.org_id, change.before["id"])
+            if change.template is None:
+                own.add((change.org_id, change.name))
+    templates.look_again_for_all_orgs(connection, own)
+
+
+def end_closed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> int:
+    """Cancel a closed definition's backfills and waiting runs; returns the number of runs."""
+    backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=database_now(connection))
+    ours = edit_runs.is_of(definition_id)
+    return len(edit_runs.end_waiting(connection, org_id, ours, reason="closed"))
+
+
+def _write_rows(
+    connection: Connection, changes: Sequence[DefinitionChange], actor: str, at: datetime
+) -> list[DefinitionId]:
+    """Write rows and revisions; returns the new definitions."""
+    rows: list[dict[str, Any]] = []
+    revisions: list[dict[str, Any]] = []
+    for change in changes:
+        before, template = change.before, change.template
+        values: dict[str, Any] = {
+            "template_id": template.id if template else None,
+            "template_revision": template.revision if template else None,
+        }
+        if change.action != "close":
+            values["enabled"] = change.enabled
+        if before is None:
+            definition_id, revision = DefinitionId(new_id()), 1
+            named = {"id": definition_id, "org_id": change.org_id, "name": change.name}
+            rows.append(named | {"revision": revision, "created_at": at, "updated_at": at} | values)
+        else:
+            definition_id, revision = before["id"], before["revision"]
+            values["closed_at"] = at if change.action == "close" else None
+            if change.action == "reopen":
+                values["consecutive_failures"] = 0
+            if differing(before["spec"], change.spec):
+                values["revision"] = revision = revision + 1
+            definitions.change(
+                connection, change.org_id, definition_id, values, at=at, revision=before["revision"]
+            )
+            if revision == before["revision"]:
+                continue
+        revisions.append(
+            {
+                "definition_id": definition_id,
+                "revision": revision,
+                "spec": dict(change.spec),
+                "at": at,
+                "by": actor,
+            }
         )
-    before = templates.find(connection, entry.name)
-    selector, spec = entry.selector.as_json(), entry.spec
-    if before is None:
-        return TemplateChange("add", TemplateId(new_id()), entry.name, None, selector, spec)
-    if before["closed_at"] is not None:
-        return TemplateChange("reopen", before["id"], entry.name, before, selector, spec)
-    if differing({**before["spec"], "orgs": before["selector"]}, {**spec, "orgs": selector}):
-        return TemplateChange("change", before["id"], entry.name, before, selector, spec)
-    return None
+    definitions.insert_for_all_orgs(connection, rows, revisions)
+    return [row["id"] for row in rows]
 
 
 def write_templates(
     connection: Connection, changes: Sequence[TemplateChange], *, actor: str, at: datetime
 ) -> None:
-    """Write planned changes of templates; the definitions follow, org by org."""
+    """Write templates. Their definitions follow later, org by org."""
     for change in changes:
+        revision = 1 if change.before is None else change.before["revision"] + (change.action != "close")
         values = {
             "name": change.name,
-            "revision": change.revision,
+            "revision": revision,
             "selector": change.selector,
             "spec": dict(change.spec),
             "updated_at": at,
@@ -143,10 +251,3 @@ def write_templates(
         if change.before is None:
             values["created_at"] = at
         templates.write(connection, change.id, values, new=change.before is None)
-
-
-def template_audit_entry(change: TemplateChange) -> audit.Entry:
-    """What the audit says of the change itself; each definition that follows has its own row."""
-    shown = change.shown()
-    detail = {key: {"before": before, "after": after} for key, (before, after) in shown.fields.items()}
-    return audit.Entry(None, f"template.{change.action}", change.name, detail)

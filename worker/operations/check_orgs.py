@@ -1,4 +1,4 @@
-"""Check orgs: a token of each, held against what its definitions need; verify one generation of one org."""
+"""Check orgs: request a token of each and compare it with what its definitions require."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from worker.errors import ConfigurationError, NotFound, Unavailable
 from worker.operations.handlers import Handlers
-from worker.operations.requirements import OrgNeeds, of_all_orgs, of_org, scopes_of
+from worker.operations.requirements import OrgDefinitions, load_all_orgs, load_org, scopes_of
 from worker.store.database import Database
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.issuer import Issuer
@@ -21,18 +21,18 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was found of one org, audience by audience."""
+    """The diagnostics of one org: `general` ones, and those of each audience."""
 
     org: str
     issuer: str
     credential: Credential | None
-    needs: tuple[Need, ...]
-    looks: tuple[Found, ...]
+    needs: tuple[Need, ...] = ()
+    probes: tuple[Found, ...] = ()
     general: tuple[Diagnostic, ...] = ()
 
     @property
     def findings(self) -> list[Diagnostic]:
-        return [*self.general, *(finding for look in self.looks for finding in look.findings)]
+        return [*self.general, *(finding for probe in self.probes for finding in probe.findings)]
 
     @property
     def ok(self) -> bool:
@@ -40,15 +40,15 @@ class Report:
 
     @property
     def transient(self) -> bool:
-        """Whether the issuer gave no answer that says anything of the org."""
-        return any(look.transient for look in self.looks)
+        """Whether the issuer gave no response that says anything about the org."""
+        return any(probe.transient for probe in self.probes)
 
     def problems(self) -> list[Diagnostic]:
         return [finding for finding in self.findings if not finding.ok]
 
     def as_row(self) -> Row:
-        """The report as it is printed; of properties and flags names and types only."""
-        claims = [look.claims for look in self.looks if look.claims is not None]
+        """The report as it is printed, with names and types of properties and flags but no values."""
+        claims = [probe.claims for probe in self.probes if probe.claims is not None]
         granted = {scope for each in claims for scope in each.scopes}
         needed = {scope for need in self.needs for scope in need.scopes}
         allowed = needed | {scope for need in self.needs for scope in need.may}
@@ -74,14 +74,14 @@ class Report:
 
 
 class Checks:
-    """Checks orgs at their issuers; each request is counted as a use of its credential."""
+    """Checks orgs at their issuers; each request counts as a use of its credential."""
 
     def __init__(
-        self, database: Database, source: CredentialSource, examiners: Mapping[str, TokenProbe]
+        self, database: Database, source: CredentialSource, probes: Mapping[str, TokenProbe]
     ) -> None:
         self._database = database
         self._source = source
-        self._examiners = examiners
+        self._probes = probes
         self._discovered: dict[str, asyncio.Task[Diagnostic]] = {}
 
     async def check_all(
@@ -89,107 +89,112 @@ class Checks:
         codes: Sequence[str] | None,
         *,
         concurrency: int = 8,
-        tell: Callable[[int, int], None] = lambda done, total: None,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Report]:
-        """The reports of these orgs, or of all that may run something, in the order of their codes.
+        """The reports of these orgs, or of all that can run something, in the order of their codes.
 
-        `tell` is called with how many are done, of how many.
+        `report` gets the number of orgs checked and of all orgs.
 
         Raises:
-            NotFound: there is no org of a code.
+            NotFound: no such org.
         """
-        work = self._read(codes)
-        reports: list[Report | None] = [None] * len(work)
-        left = iter(range(len(work)))
+        orgs = self._read(codes)
+        reports: list[Report | None] = [None] * len(orgs)
+        left = iter(range(len(orgs)))
         done = 0
 
-        async def carry() -> None:
+        async def check_next() -> None:
             nonlocal done
             for place in left:
-                reports[place] = await self._check(*work[place])
+                reports[place] = await self._check(*orgs[place])
                 done += 1
-                tell(done, len(work))
+                report(done, len(orgs))
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(max(1, min(concurrency, len(work)))):
-                group.create_task(carry())
-        return [report for report in reports if report is not None]
+            for _ in range(max(1, min(concurrency, len(orgs)))):
+                group.create_task(check_next())
+        return [each for each in reports if each is not None]
 
     async def verify(self, code: str, generation: int | None = None) -> Report:
-        """The report of one org with one generation of its credentials, the newest by default.
+        """The report of one org with one generation of its credentials, by default the newest.
 
         Raises:
-            NotFound: there is no such org, or no such generation that is active.
-            ConfigurationError: its secret does not open.
+            NotFound: no such org, or no such active generation.
+            ConfigurationError: its secret cannot be opened.
         """
-        [(org, needs)] = self._read([code])
+        org, needs = self.read(code)
         for credential in await self._source.active(org.org.id):
             if generation in (None, credential.generation):
-                return await self.look(org, needs, credential)
-        raise _not_active(code, generation)
+                return await self.probe(org, needs, credential)
+        if generation is None:
+            raise NotFound(f"org {code} has no active credential", fix=_add_credential(code))
+        raise NotFound(
+            f"org {code} has no active credential of generation {generation}",
+            fix=f"`{COMMAND} credentials list {code}` lists them",
+        )
 
-    async def look(
-        self, org: OrgNeeds, needs: Sequence[Need], credential: Credential, *, counts: bool = True
+    async def probe(
+        self, org: OrgDefinitions, needs: Sequence[Need], credential: Credential, *, counts: bool = True
     ) -> Report:
-        """The report of one org with this credential, which may be one that is not stored."""
-        examiner = self._examiners.get(org.issuer)
-        if examiner is None:
-            fix = f"add a table [issuers.{org.issuer}] to worker.toml"
-            missing = Diagnostic("issuer", False, f"worker.toml has no issuer {org.issuer}", fix)
-            return Report(org.org.code, org.issuer, credential, (), (), (missing,))
+        """The report of one org with this credential, which need not be stored."""
+        code, issuer = org.org.code, org.issuer
+        probe = self._probes.get(issuer)
+        if probe is None:
+            fix = f"add a table [issuers.{issuer}] to worker.toml"
+            missing = Diagnostic("issuer", False, f"worker.toml has no issuer {issuer}", fix)
+            return Report(code, issuer, credential, general=(missing,))
         if not needs:
-            fix = f"set audience in [issuers.{org.issuer}] of worker.toml"
-            missing = Diagnostic("audience", False, f"issuer {org.issuer} has no audience", fix)
-            return Report(org.org.code, org.issuer, credential, (), (), (missing,))
-        discovery = await self._discovery(org.issuer, examiner)
-        looks = []
+            fix = f"set audience in [issuers.{issuer}] of worker.toml"
+            missing = Diagnostic("audience", False, f"issuer {issuer} has no audience", fix)
+            return Report(code, issuer, credential, general=(missing,))
+        # One discovery for all orgs; cancelling its first caller does not cancel it for the others.
+        if issuer not in self._discovered:
+            self._discovered[issuer] = asyncio.create_task(probe.discovery())
+        discovery = await asyncio.shield(self._discovered[issuer])
+        probes = []
         for need in needs:
-            found = await examiner.examine(credential, need)
-            looks.append(found)
+            found = await probe.examine(credential, need)
+            probes.append(found)
             if counts:
-                # The count is for people; no answer is lost for it.
+                # The count is informative only: no report is lost for it.
                 with suppress(Unavailable):
                     await self._source.used(credential.id, found.rejected)
-        return Report(org.org.code, org.issuer, credential, tuple(needs), tuple(looks), (discovery,))
+        return Report(code, issuer, credential, tuple(needs), tuple(probes), (discovery,))
 
-    def read(self, code: str) -> tuple[OrgNeeds, tuple[Need, ...]]:
-        """One org and what its definitions need.
+    def read(self, code: str) -> tuple[OrgDefinitions, tuple[Need, ...]]:
+        """One org and what its definitions require.
 
         Raises:
-            NotFound: there is no such org.
+            NotFound: no such org.
         """
-        [work] = self._read([code])
-        return work
+        return self._read([code])[0]
 
-    def _read(self, codes: Iterable[str] | None) -> list[tuple[OrgNeeds, tuple[Need, ...]]]:
+    def _read(self, codes: Iterable[str] | None) -> list[tuple[OrgDefinitions, tuple[Need, ...]]]:
         with self._database.autocommit() as connection:
             handlers = Handlers(connection)
-            found = of_all_orgs(connection) if codes is None else (of_org(connection, code) for code in codes)
-            issuers = {name: examiner.issuer for name, examiner in self._examiners.items()}
-            return [(org, needs_of(org, issuers.get(org.issuer), handlers)) for org in found]
+            orgs = (
+                load_all_orgs(connection) if codes is None else (load_org(connection, code) for code in codes)
+            )
+            issuers = {name: probe.issuer for name, probe in self._probes.items()}
+            return [(org, _needs_of(org, issuers.get(org.issuer), handlers)) for org in orgs]
 
-    async def _check(self, org: OrgNeeds, needs: Sequence[Need]) -> Report:
+    async def _check(self, org: OrgDefinitions, needs: Sequence[Need]) -> Report:
+        code = org.org.code
         try:
             credentials = await self._source.active(org.org.id)
         except ConfigurationError as error:
-            finding = Diagnostic("credential", False, error.message, error.fix)
-            return Report(org.org.code, org.issuer, None, (), (), (finding,))
-        if credentials:
-            return await self.look(org, needs, credentials[0])
-        code = org.org.code
-        fix = f"`{COMMAND} credentials add {code} --client-id ID --secret-file FILE`"
-        finding = Diagnostic("credential", False, f"org {code} has no active credential", fix)
-        return Report(code, org.issuer, None, (), (), (finding,))
-
-    async def _discovery(self, issuer: str, examiner: TokenProbe) -> Diagnostic:
-        # Once for all orgs; whoever is first does not keep it from the others by being cancelled.
-        if issuer not in self._discovered:
-            self._discovered[issuer] = asyncio.create_task(examiner.discovery())
-        return await asyncio.shield(self._discovered[issuer])
+            failed = Diagnostic("credential", False, error.message, error.fix)
+        else:
+            if credentials:
+                return await self.probe(org, needs, credentials[0])
+            failed = Diagnostic(
+                "credential", False, f"org {code} has no active credential", _add_credential(code)
+            )
+        return Report(code, org.issuer, None, general=(failed,))
 
 
-def needs_of(org: OrgNeeds, issuer: Issuer | None, handlers: Handlers) -> tuple[Need, ...]:
-    """What the org's definitions need, a need for each audience; of an org without any, a bare one."""
+def _needs_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handlers) -> tuple[Need, ...]:
+    """What an org's definitions require, one need for each audience; without definitions, a bare one."""
     default = (issuer.audience if issuer else None) or ""
     needs: dict[str, Need] = {}
     for definition in org.definitions:
@@ -209,11 +214,5 @@ def needs_of(org: OrgNeeds, issuer: Issuer | None, handlers: Handlers) -> tuple[
     return tuple(need for audience, need in sorted(needs.items()) if audience)
 
 
-def _not_active(code: str, generation: int | None) -> NotFound:
-    if generation is None:
-        fix = f"`{COMMAND} credentials add {code} --client-id ID --secret-file FILE`"
-        return NotFound(f"org {code} has no active credential", fix=fix)
-    return NotFound(
-        f"org {code} has no active credential of generation {generation}",
-        fix=f"`{COMMAND} credentials list {code}` names them",
-    )
+def _add_credential(code: str) -> str:
+    return f"`{COMMAND} credentials add {code} --client-id ID --secret-file FILE`"

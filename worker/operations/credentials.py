@@ -1,11 +1,11 @@
-"""An org's credentials: add a generation, rotate to it without a failed run, retire the old one."""
+"""An org's credentials: add a generation, rotate to it without a failed run, retire an old one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from worker.clock import Clock
 from worker.definitions.units import format_duration
@@ -26,20 +26,22 @@ from worker.store.lists import orgs as org_lists
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind, Secret, fault_of_reference
 
+if TYPE_CHECKING:
+    from worker.tokens.sealing import KeyRing
+
 Row = dict[str, Any]
 
 
-class Sealer(Protocol):
-    """The key ring, as far as it is needed here."""
-
-    def seal(self, secret: str, *, org_id: str, credential_id: str) -> tuple[bytes, str]:
-        """The sealed secret, bound to its row, and the id of the key that sealed it."""
-        ...
+# `Rotation`: how long older generations must be unused, when it gives up, and the seconds between checks.
+# Workers read the active generations every two seconds, and a request lasts at most ten.
+QUIET = timedelta(seconds=15)
+TIMEOUT = timedelta(minutes=10)
+POLL = 0.5
 
 
 def add_credential(
     database: Database,
-    sealer: Sealer | None,
+    ring: KeyRing | None,
     org: str,
     *,
     client_id: str,
@@ -49,18 +51,16 @@ def add_credential(
     secrets_dir: Path | None = None,
     kind: str = "client_secret",
 ) -> Row:
-    """Add a generation, which is tried first from now on; the ones before stay until they are retired.
+    """Add a generation, which is tried first; older ones stay until retired. Returns its row of the list.
 
-    Either `secret` (a client secret, or a private key in PEM with `kind` private_key),
-    which `sealer` seals, or `reference`, the name of a file in `secrets_dir`. Where that
-    folder is given, the file is looked at too: it may be no link to another secret.
-    Returns the row of `credentials list`.
+    Give either `secret` (with `kind` private_key a PEM), which `ring` seals, or `reference`,
+    a file name in `secrets_dir`. If that folder is given, the file must not link to
+    another secret.
 
     Raises:
-        NotFound: there is no such org.
+        NotFound: no such org.
         Conflict: the org was removed.
-        UsageError: no client id, not exactly one of secret and reference, or a reference to
-            the key ring, to a setting's secret or out of `secrets_dir`.
+        UsageError: see `check_client`.
     """
     check_client(client_id, secret, reference, secrets_dir)
     with database.transaction() as connection:
@@ -70,7 +70,7 @@ def add_credential(
         now = database.now(connection)
         generation = credentials.last_generation(connection, row["id"]) + 1
         new = credential_row(
-            sealer,
+            ring,
             row["id"],
             generation,
             client_id=client_id,
@@ -87,13 +87,13 @@ def add_credential(
 
 
 def retire_credential(database: Database, org: str, generation: int, *, actor: str, now: bool = False) -> Row:
-    """End one generation: no token is asked for with it any more. Returns its row.
+    """Retire one generation, so that no token is requested with it; returns its row.
 
-    Workers drop what they hold of it within two seconds. With `now` it has leaked:
-    its secret is destroyed here too, also where it was retired before.
+    Workers drop its tokens within two seconds. `now`, for a leaked secret, also destroys
+    the secret, even of a generation that was retired before.
 
     Raises:
-        NotFound: there is no such org or generation.
+        NotFound: no such org or generation.
         Conflict: it is retired already.
     """
     with database.transaction() as connection:
@@ -102,7 +102,7 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
         if found is None:
             raise NotFound(
                 f"org {org} has no credential of generation {generation}",
-                fix=f"`credentials list {org}` names them",
+                fix=f"`credentials list {org}` lists them",
             )
         at = database.now(connection)
         has_secret = found["sealed"] is not None or found["reference"] is not None
@@ -110,25 +110,24 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
         if not retired and not (now and has_secret):
             raise Conflict(
                 f"generation {generation} of org {org} is retired already",
-                fix=f"`credentials list {org} --state active` names those that are not",
+                fix=f"`credentials list {org} --state active` lists those that are not",
             )
         if now:
             credentials.destroy_one(connection, row["id"], generation)
         entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
         audit.record(connection, [entry], at=at, actor=actor)
-        return next(
-            entry for entry in org_lists.credentials(connection, org) if entry["generation"] == generation
-        )
+        rows = org_lists.credentials(connection, org)
+        return next(row for row in rows if row["generation"] == generation)
 
 
 def check_client(
     client_id: str, secret: str | None, reference: str | None, secrets_dir: Path | None = None
 ) -> None:
-    """Refuse what can never work or must not, before anything is written.
+    """Refuse an invalid credential before anything is written.
 
     Raises:
-        UsageError: no client id, not exactly one of secret and reference, or a reference that
-            `fault_of_reference` finds fault with.
+        UsageError: no client id, not exactly one of secret and reference, or a reference to
+            the key ring, to a setting's secret or out of `secrets_dir`.
     """
     if not client_id or not client_id.isprintable():
         raise UsageError(
@@ -136,17 +135,15 @@ def check_client(
             fix="copy it from the provider's console",
         )
     if (secret is None) == (reference is None):
-        raise UsageError(
-            "a credential is either a secret or the name of a file that holds it", fix="give one of the two"
-        )
+        raise UsageError("a credential is either a secret or the name of its file", fix="give one of the two")
     if reference is not None and (fault := fault_of_reference(reference, secrets_dir)) is not None:
         raise UsageError(f"reference: {reference!r} {fault}", fix=REFERENCE_FIX)
     if secret is not None and not secret.strip():
-        raise UsageError("the secret is empty", fix="is the file the right one?")
+        raise UsageError("the secret is empty", fix="check that it is the right file")
 
 
 def credential_row(
-    sealer: Sealer | None,
+    ring: KeyRing | None,
     org_id: OrgId,
     generation: int,
     *,
@@ -155,14 +152,14 @@ def credential_row(
     reference: str | None = None,
     kind: str = "client_secret",
 ) -> Row:
-    """A row of `credentials` without its creation, the secret sealed for this row alone."""
+    """A row of `credentials` without `created_*`; the secret is sealed for this row alone."""
     credential_id = new_id()
     sealed, key_id = None, None
     if secret is not None:
-        if sealer is None:
+        if ring is None:
             raise UsageError("a secret needs a key ring", fix="`keys generate` makes one")
         masker.register(secret)
-        sealed, key_id = sealer.seal(secret, org_id=org_id, credential_id=credential_id)
+        sealed, key_id = ring.seal(secret, org_id=org_id, credential_id=credential_id)
     return {
         "id": credential_id,
         "org_id": org_id,
@@ -175,36 +172,36 @@ def credential_row(
     }
 
 
-# Workers read the active generations anew every two seconds, and a request lasts at most ten.
-QUIET = timedelta(seconds=15)
-TIMEOUT = timedelta(minutes=10)
-LOOK = 0.5
-
-
-class Ring(Sealer, Protocol):
-    """The key ring: to see whether the secret is stored already, it must open them as well."""
-
-    def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str: ...
+def is_stored(ring: KeyRing, row: Row, client_id: str, secret: str) -> bool:
+    """Whether a row of `credentials` has this client id and this sealed secret."""
+    if row["client_id"] != client_id or row["sealed"] is None:
+        return False
+    try:
+        stored = ring.unseal(row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"])
+    except ConfigurationError:
+        # Its key is lost; storing the secret again is the fix.
+        return False
+    return stored == secret
 
 
 class Rotation:
-    """One org's change to a new secret; `tell` gets a sentence a step.
+    """Moves one org to a new secret; calls `report` with a sentence for each step.
 
-    Each step can be seen in the database, so that the same command again goes on
-    where it was interrupted: the secret is verified and added once, the older
-    generations are watched until nobody has used one for `quiet`, and then retired.
+    The state is in the database, so that the same command again continues after an
+    interruption: verify and add the secret once, wait until the older generations are
+    unused for `quiet`, then retire them.
     """
 
     def __init__(
         self,
         database: Database,
-        ring: Ring,
+        ring: KeyRing,
         checks: Checks,
         org: str,
         *,
         actor: str,
         clock: Clock,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self._database = database
         self._ring = ring
@@ -212,7 +209,7 @@ class Rotation:
         self._org = org
         self._actor = actor
         self._clock = clock
-        self._tell = tell
+        self._report = report
 
     async def run(
         self,
@@ -223,13 +220,13 @@ class Rotation:
         quiet: timedelta = QUIET,
         timeout: timedelta = TIMEOUT,
     ) -> list[Row]:
-        """Verify, add, watch, retire; the rows of `credentials list` afterwards.
+        """Verify, add, wait, retire; returns the rows of `credentials list`.
 
         Raises:
-            NotFound: there is no such org.
-            CredentialsRejected: no good token comes for the new secret; nothing was changed.
-            IssuerUnavailable: the issuer cannot say; nothing was changed.
-            Busy: an older generation was still used after `timeout`; none is retired yet.
+            NotFound: no such org.
+            CredentialsRejected: the new secret gives no valid token; nothing was changed.
+            IssuerUnavailable: the issuer does not respond; nothing was changed.
+            Busy: an older generation was still used after `timeout`; none was retired.
         """
         check_client(client_id, secret, None)
         generation = self._stored(client_id, secret)
@@ -245,29 +242,23 @@ class Rotation:
                 actor=self._actor,
             )
             generation = int(row["generation"])
-            self._tell(f"added as generation {generation}, tried first from now on")
+            self._report(f"added as generation {generation}, which is now tried first")
         else:
-            self._tell(f"it is generation {generation} already")
-        await self._watch(generation, quiet, timeout)
-        for row in self._older(generation):
+            self._report(f"it is generation {generation} already")
+        await self._wait_until_unused(generation, quiet, timeout)
+        for row in self._older(generation, self._rows()):
             retire_credential(self._database, self._org, row["generation"], actor=self._actor)
-            self._tell(f"generation {row['generation']} is retired")
+            self._report(f"generation {row['generation']} is retired")
         return self._rows()
 
     def _stored(self, client_id: str, secret: str) -> int | None:
-        """The newest active generation, if it is this very secret."""
+        """The newest active generation, if it has this secret."""
         with self._database.autocommit() as connection:
             org_id = orgs.require(connection, self._org)["id"]
             newest = next(iter(credentials.active(connection, org_id)), None)
-        if newest is None or newest["client_id"] != client_id or newest["sealed"] is None:
+        if newest is None or not is_stored(self._ring, newest, client_id, secret):
             return None
-        try:
-            same = secret == self._ring.unseal(
-                newest["sealed"], newest["key_id"], org_id=org_id, credential_id=newest["id"]
-            )
-        except ConfigurationError:
-            return None
-        return int(newest["generation"]) if same else None
+        return int(newest["generation"])
 
     async def _verify(
         self, client_id: str, secret: str, kind: CredentialKind, generation: int | None
@@ -275,57 +266,51 @@ class Rotation:
         if generation is not None:
             report = await self._checks.verify(self._org, generation)
         else:
-            # Before it is stored: a wrong secret must not become the one that workers try first.
-            org, needs = self._checks.read(self._org)
+            # Before it is stored: workers must not try a wrong secret first.
+            org, requirements = self._checks.read(self._org)
             number = max((row["generation"] for row in self._rows()), default=0) + 1
             candidate = Credential("", org.org.id, self._org, number, client_id, Secret(secret), kind)
-            report = await self._checks.look(org, needs, candidate, counts=False)
+            report = await self._checks.probe(org, requirements, candidate, counts=False)
         if not report.ok:
-            raise failure(report)
-        self._tell("the issuer gives a good token for it")
+            raise _failure(report)
+        self._report("the issuer gives a valid token for it")
 
-    async def _watch(self, newest: int, quiet: timedelta, timeout: timedelta) -> None:
+    async def _wait_until_unused(self, newest: int, quiet: timedelta, timeout: timedelta) -> None:
         """Return once no older generation has been used for `quiet`, by the database's clock."""
         give_up_at = self._clock.monotonic() + timeout.total_seconds()
-        told = ""
-        while older := self._older(newest):
-            now = self._now()
-            since = max(self._last_use(row, newest) for row in older)
-            if now - since >= quiet:
+        reported = ""
+        while True:
+            with self._database.autocommit() as connection:
+                rows, now = org_lists.credentials(connection, self._org), self._database.now(connection)
+            older = self._older(newest, rows)
+            # Until the new one was there, workers knew no other.
+            added_at = next(row["created_at"] for row in rows if row["generation"] == newest)
+            used_at = [max(added_at, row["last_used_at"] or added_at) for row in older]
+            if not older or now - max(used_at) >= quiet:
                 return
             used = ", ".join(f"{row['generation']}: {row['uses']} uses" for row in older)
-            if used != told:
-                told = used
-                self._tell(f"waiting until nobody has used an older generation for {_text(quiet)} ({used})")
+            if used != reported:
+                reported = used
+                self._report(f"waiting until older generations are unused for {_text(quiet)} ({used})")
             if self._clock.monotonic() >= give_up_at:
+                ago = _text(now - max(used_at))
                 raise Busy(
-                    f"an older generation of org {self._org} was used {_text(now - since)} ago ({used});"
-                    " nothing is retired yet",
-                    fix="the same command again goes on from here; if the new secret is rejected at times,"
-                    f" `credentials list {self._org}` shows it in last_error",
+                    f"an older generation of org {self._org} was used {ago} ago ({used}); none was retired",
+                    fix="the same command continues from here; if the issuer sometimes rejects the new"
+                    f" secret, `credentials list {self._org}` shows it in last_error",
                 )
-            await self._clock.sleep(LOOK)
+            await self._clock.sleep(POLL)
 
-    def _last_use(self, row: Row, newest: int) -> datetime:
-        """When an older generation may last have been used: workers knew no other before the new one came."""
-        began: datetime = next(each["created_at"] for each in self._rows() if each["generation"] == newest)
-        last: datetime = row["last_used_at"] or began
-        return max(began, last)
-
-    def _older(self, newest: int) -> Sequence[Row]:
-        return [row for row in self._rows() if row["state"] == "active" and row["generation"] < newest]
+    def _older(self, newest: int, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if row["state"] == "active" and row["generation"] < newest]
 
     def _rows(self) -> list[Row]:
         with self._database.autocommit() as connection:
             return org_lists.credentials(connection, self._org)
 
-    def _now(self) -> datetime:
-        with self._database.autocommit() as connection:
-            return self._database.now(connection)
 
-
-def failure(report: Report) -> CredentialsRejected | IssuerUnavailable:
-    """A report's first problem as an error."""
+def _failure(report: Report) -> CredentialsRejected | IssuerUnavailable:
+    """The first problem of a report as an error."""
     first = report.problems()[0]
     if report.transient:
         return IssuerUnavailable(first.detail, fix=first.fix)

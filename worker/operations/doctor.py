@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from worker.errors import ConfigurationError
 from worker.operations.capacity import Machine, capacity
 from worker.operations.confinement import OFF, confinement_of, in_words
-from worker.operations.token_forecast import demand
+from worker.operations.requirements import forecast_tokens
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, roles, schema
@@ -251,7 +251,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
             "doctor": [finding.as_row() for finding in examine(database, settings)],
-            "issuers": [one.as_row(issuers.get(one.issuer)) for one in demand(database, issuers)],
+            "issuers": [one.as_row(issuers.get(one.issuer)) for one in forecast_tokens(database, issuers)],
             "capacity": [measure.as_row() for measure in room.measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts.of(row["host"])} for row in health.workers(connection)],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],

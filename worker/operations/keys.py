@@ -1,38 +1,27 @@
-"""The keys that seal secrets: how much each seals, a new one for all of it, the end of an old one."""
+"""The keys that seal secrets: list, add, reseal all secrets with a new one, remove an old one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from worker.errors import ConfigurationError, Conflict, NotFound
 from worker.store import audit, credentials
 from worker.store.database import Database
 
+if TYPE_CHECKING:
+    from worker.tokens.sealing import KeyRing
+
 Row = dict[str, Any]
-R = TypeVar("R", bound="Ring")
 
 BATCH = 500
 
 
-class Ring(Protocol):
-    """The key ring, as far as it is needed here."""
-
-    @property
-    def key_ids(self) -> tuple[str, ...]: ...
-    @property
-    def sealing_key_id(self) -> str: ...
-    def with_new_key(self) -> Self: ...
-    def without(self, key_id: str) -> Self: ...
-    def seal(self, secret: str, *, org_id: str, credential_id: str) -> tuple[bytes, str]: ...
-    def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Rekeyed:
-    """The key that seals now, whether it is new, how many secrets it took over, and how many do not open."""
+    """The key that seals now, whether it is new, and the secrets that it resealed and that do not open."""
 
     key_id: str
     is_new: bool
@@ -40,12 +29,11 @@ class Rekeyed:
     unopened: int
 
 
-def list_keys(database: Database, ring: Ring | None) -> list[Row]:
-    """A row a key, of the ring (None: there is none) and of the database, with the secrets that it seals."""
+def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
+    """A row for each key of the ring and of the database, with the number of secrets that it seals."""
     with database.autocommit() as connection:
         counts = credentials.sealed_for_all_orgs(connection)
     ids = ring.key_ids if ring else ()
-    lost = sorted(counts.keys() - set(ids))
     return [
         {
             "id": key_id,
@@ -54,28 +42,28 @@ def list_keys(database: Database, ring: Ring | None) -> list[Row]:
             "active": counts.get(key_id, Counter())["active"],
             "retired": counts.get(key_id, Counter())["retired"],
         }
-        for key_id in (*ids, *lost)
+        for key_id in (*ids, *sorted(counts.keys() - set(ids)))
     ]
 
 
-def check_ring(database: Database, ring: Ring | None, place: str) -> None:
-    """Refuse to go on where the active secrets were sealed and none of their keys is at hand.
+def check_ring(database: Database, ring: KeyRing | None, place: str) -> None:
+    """Refuse to continue if none of the keys that seal active secrets is in the ring.
 
     Raises:
-        ConfigurationError: the ring is missing, or another one.
+        ConfigurationError: the ring is missing, or is the wrong one.
     """
     rows = [row for row in list_keys(database, ring) if row["active"]]
     if rows and not any(row["in_ring"] for row in rows):
         count = sum(row["active"] for row in rows)
         raise ConfigurationError(
-            f"the database has {count} sealed secrets, and none of the keys that seal them is in {place}",
-            fix="put the key ring back; if it is lost for good, `keys generate --anew` makes another one,"
+            f"the database has {count} sealed secrets, and {place} has none of their keys",
+            fix="put the key ring back; if it is lost, `keys generate --anew` makes a new one,"
             " and each org needs its secret again (`credentials add`)",
         )
 
 
-def add_key(database: Database, ring: R, *, actor: str) -> R:
-    """Add a key, which seals from now on.
+def add_key(database: Database, ring: KeyRing, *, actor: str) -> KeyRing:
+    """Add a key, which seals new secrets from now on.
 
     Raises:
         ConfigurationError: the ring cannot be written.
@@ -89,17 +77,17 @@ def add_key(database: Database, ring: R, *, actor: str) -> R:
 
 def rekey(
     database: Database,
-    ring: R,
+    ring: KeyRing,
     *,
     actor: str,
     batch: int = BATCH,
-    tell: Callable[[int], None] = lambda resealed: None,
+    report: Callable[[int], None] = lambda resealed: None,
 ) -> Rekeyed:
-    """Seal every secret with the newest key, adding one where the newest seals all of them already.
+    """Seal every secret with the newest key; if it seals all of them already, add a key first.
 
-    In batches, a transaction each: whatever ends it, the same again goes on from there.
-    Workers read the ring again when they meet the new key. `tell` is called with how many
-    were done so far.
+    Each batch is a transaction, so the same command again continues after an
+    interruption. Workers read the ring again when they meet the new key. `report` gets
+    the number of secrets resealed so far.
 
     Raises:
         ConfigurationError: the ring cannot be written.
@@ -119,7 +107,7 @@ def rekey(
                 try:
                     secret = ring.unseal(row["sealed"], row["key_id"], **place)
                 except ConfigurationError:
-                    # Its key is gone, or it is not this row's: no key makes that better.
+                    # Its key is lost, or it was sealed for another row.
                     unopened += 1
                     continue
                 sealed, _ = ring.seal(secret, **place)
@@ -128,18 +116,18 @@ def rekey(
         if not rows:
             return Rekeyed(key_id, not older, resealed, unopened)
         after = rows[-1]["id"]
-        tell(resealed)
+        report(resealed)
 
 
-def remove_key(database: Database, ring: Ring, key_id: str, *, actor: str) -> None:
-    """Take a key out of the ring that seals nothing any more.
+def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) -> None:
+    """Remove an unused key from the ring.
 
     Raises:
         NotFound: the ring has no such key.
-        Conflict: it still seals secrets, or it is the one that seals new ones.
+        Conflict: it still seals secrets, or it seals new ones.
     """
     if key_id not in ring.key_ids:
-        raise NotFound(f"the key ring has no key {key_id}", fix="`keys list` names them")
+        raise NotFound(f"the key ring has no key {key_id}", fix="`keys list` lists them")
     with database.transaction() as connection:
         count = credentials.sealed_for_all_orgs(connection).get(key_id, Counter()).total()
         if count:

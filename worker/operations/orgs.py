@@ -1,4 +1,4 @@
-"""Orgs: add one, change its state, or import many from JSON lines; each in one transaction."""
+"""Orgs: add one, import many with their credentials, move an org between its states."""
 
 from __future__ import annotations
 
@@ -6,55 +6,100 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
 from worker.definitions.file import parse_org
-from worker.errors import ConfigurationError, Conflict, DefinitionError, UsageError
+from worker.definitions.zones import parse_zone
+from worker.errors import Conflict, DefinitionError, InvalidTrigger, UsageError
 from worker.ids import OrgId, new_id
-from worker.operations import org_entry, settle
-from worker.operations.credentials import Sealer, check_client, credential_row
+from worker.operations import settle
+from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
 from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs
 from worker.store.database import Database
 from worker.store.lists import orgs as org_lists
 
+if TYPE_CHECKING:
+    from worker.tokens.sealing import KeyRing
+
 Row = dict[str, Any]
+
+
+def columns_of(entry: OrgEntry) -> Row:
+    """The columns of `orgs` that an entry sets."""
+    names = ("name", "issuer", "max_concurrent_runs", "weight", "timezone")
+    return {name: getattr(entry, name) for name in names} | {"tags": sorted(entry.tags)}
+
+
+def changed_columns(before: Mapping[str, Any], entry: OrgEntry) -> Row:
+    """The columns that an entry changes, with their new values."""
+    return {name: value for name, value in columns_of(entry).items() if before[name] != value}
+
+
+def check_entry(entry: OrgEntry, issuers: Collection[str] | None) -> None:
+    """Refuse an invalid entry. `issuers` are those of `worker.toml`, None if unknown.
+
+    Raises:
+        UsageError: an unknown issuer or zone, or a number out of range.
+    """
+    named = f"org {entry.code}"
+    if issuers is not None and entry.issuer not in issuers:
+        raise UsageError(
+            f"{named}: there is no issuer {entry.issuer!r}; worker.toml has "
+            f"{', '.join(sorted(issuers)) or 'none'}",
+            fix=f"add a table [issuers.{entry.issuer}] to worker.toml, or correct the name",
+        )
+    if not entry.code or not entry.code.isprintable():
+        raise UsageError(f"{entry.code!r} is not an org's code", fix="use the org_code of its tokens")
+    if entry.max_concurrent_runs < 1 or entry.weight < 1:
+        raise UsageError(
+            f"{named}: max_concurrent_runs and weight must be 1 or more",
+            fix=f"`orgs pause {entry.code}` stops all of its runs",
+        )
+    if entry.timezone is not None:
+        try:
+            parse_zone(entry.timezone)
+        except InvalidTrigger as error:
+            raise UsageError(f"{named}: {error.message}", fix=error.fix) from None
 
 
 def add_org(
     database: Database, entry: OrgEntry, *, actor: str, issuers: Collection[str] | None = None
 ) -> Row:
-    """Add one org, with what templates make for it, and return its row.
-
-    `issuers` are those that `worker.toml` has, None if unknown.
+    """Add an org with the definitions of its templates, and return its row; a removed org comes back.
 
     Raises:
-        Conflict: there is such an org already.
-        UsageError: no issuer is called that, or a value is out of range.
+        Conflict: the org exists already.
+        UsageError: an unknown issuer or zone, or a number out of range.
     """
-    org_entry.check(entry, issuers)
+    check_entry(entry, issuers)
     with database.transaction() as connection:
         now = database.now(connection)
-        there = orgs.find(connection, entry.code, lock=True)
-        if there is not None and there["state"] != "removed":
+        before = orgs.find(connection, entry.code, lock=True)
+        if before is not None and before["state"] != "removed":
             raise Conflict(
                 f"there is an org {entry.code} already", fix="to change it, name it in a file for `apply`"
             )
-        columns = org_entry.columns(entry)
-        if there is None:
-            org_id = OrgId(new_id())
-            fresh = {"id": org_id, "code": entry.code, "created_at": now, "updated_at": now}
-            orgs.insert_for_all_orgs(connection, [fresh | columns])
+        columns = columns_of(entry)
+        if before is None:
+            row = _new_row(entry, at=now)
+            org_id = row["id"]
+            orgs.insert_for_all_orgs(connection, [row])
         else:
-            org_id = there["id"]
+            org_id = before["id"]
             orgs.change(connection, org_id, columns, at=now)
             orgs.set_state(connection, org_id, "active", by=actor, at=now, note=None)
         materialise_first(connection, actor=actor, at=now)
         audit.record(connection, [audit.Entry(org_id, "org.add", entry.code, columns)], at=now, actor=actor)
         return org_lists.org(connection, entry.code)
+
+
+def _new_row(entry: OrgEntry, *, at: datetime) -> Row:
+    fresh = {"id": OrgId(new_id()), "code": entry.code, "created_at": at, "updated_at": at}
+    return fresh | columns_of(entry)
 
 
 _ACTIONS: dict[OrgState, str] = {
@@ -68,15 +113,14 @@ _ACTIONS: dict[OrgState, str] = {
 def set_org_state(
     database: Database, org: str, state: OrgState, *, actor: str, note: str | None = None
 ) -> Row:
-    """Move an org to a state and return it; one that is in it already stays as it is.
+    """Move an org to a state, and return it.
 
-    `paused`: nothing new fires or starts. `suspended`: what waits is cancelled too, at
-    once, and what runs within one renewal. `removed`: its definitions are closed and
-    its secrets destroyed as well. `active`: it goes on from now; nothing that was due
-    meanwhile is replayed.
+    `paused`: no runs fire or start. `suspended`: also cancels waiting runs at once, running
+    ones within one renewal. `removed`: also closes its definitions and destroys its secrets.
+    `active`: it continues from now; what was due meanwhile is not replayed.
 
     Raises:
-        NotFound: there is no such org.
+        NotFound: no such org.
         Conflict: it was removed.
     """
     with database.transaction() as connection:
@@ -85,7 +129,7 @@ def set_org_state(
             raise Conflict(f"org {org} was removed", fix=f"`orgs add {org}` brings it back")
         if row["state"] != state:
             now = database.now(connection)
-            with settle.settled_org(connection, row["id"], at=now) as rows:
+            with settle.rescheduling_org(connection, row["id"], at=now) as rows:
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
             entry = audit.Entry(
@@ -96,7 +140,7 @@ def set_org_state(
 
 
 def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row], at: datetime) -> Row:
-    """Stop what this state stops; returns how much that was, for the audit."""
+    """Stop what this state stops; returns the counts for the audit."""
     stops = STOPS[state]
     stopped: Row = {}
     if stops.waiting:
@@ -113,17 +157,9 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
     return stopped
 
 
-class ImportRing(Sealer, Protocol):
-    """The key ring: it must open secrets as well, so that the same file again adds nothing."""
-
-    def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str:
-        """The secret of one row."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class ImportLine:
-    """One org of the file; the secret is in no repr."""
+    """One org of the file; the repr leaves the secret out."""
 
     number: int
     org: OrgEntry
@@ -133,7 +169,7 @@ class ImportLine:
 
 @dataclass(slots=True)
 class Imported:
-    """How many orgs and credentials the import made or changed; 0 of each when all was there."""
+    """The number of orgs and credentials that an import made or changed."""
 
     orgs_added: int = 0
     orgs_changed: int = 0
@@ -142,47 +178,39 @@ class Imported:
 
 def import_orgs(
     database: Database,
-    ring: ImportRing,
+    ring: KeyRing,
     lines: Iterable[str],
     *,
     actor: str,
     issuers: Collection[str] | None = None,
 ) -> Imported:
-    """Add the orgs of JSON lines, change those that are there, and give each the credential of its line.
+    """Add or change the orgs of JSON lines, and add each line's credential.
 
-    A credential that equals the newest active one of its org is left alone, so the
-    same file again changes nothing. The state of an org stays, but for a removed
-    one, which comes back.
+    A credential that equals the org's newest active one is not added, so the same file
+    again changes nothing. Org states stay, but a removed org comes back.
 
     Raises:
-        UsageError: a line that is not understood, by its number; nothing was written.
+        UsageError: an invalid line, by its number; nothing was written.
     """
-    read = read_lines(lines, issuers)
+    parsed = read_lines(lines, issuers)
     done = Imported()
     with database.transaction() as connection:
         now = database.now(connection)
-        there = orgs.find_for_all_orgs(connection, (line.org.code for line in read), lock=True)
+        stored = orgs.find_for_all_orgs(connection, (line.org.code for line in parsed), lock=True)
         new_orgs: list[Row] = []
         new_credentials: list[Row] = []
         trail: list[audit.Entry] = []
-        for line in read:
-            before = there.get(line.org.code)
-            columns = org_entry.columns(line.org)
+        for line in parsed:
+            before = stored.get(line.org.code)
             if before is None:
-                org_id = OrgId(new_id())
-                fresh = {"id": org_id, "code": line.org.code, "created_at": now, "updated_at": now}
-                new_orgs.append(fresh | columns)
-                trail.append(audit.Entry(org_id, "org.add", line.org.code, columns))
+                new_orgs.append(_new_row(line.org, at=now))
+                org_id = new_orgs[-1]["id"]
+                trail.append(audit.Entry(org_id, "org.add", line.org.code, columns_of(line.org)))
             else:
                 org_id = before["id"]
-                new = org_entry.changed(before, line.org)
-                if before["state"] == "removed":
-                    orgs.set_state(connection, org_id, "active", by=actor, at=now, note=None)
-                    trail.append(audit.Entry(org_id, "org.add", line.org.code, columns))
-                elif new:
-                    trail.append(audit.Entry(org_id, "org.change", line.org.code, new))
-                if new or before["state"] == "removed":
-                    org_entry.write(connection, before, new, at=now)
+                changed = _change_org(connection, before, line.org, actor=actor, at=now)
+                if changed is not None:
+                    trail.append(changed)
                     done.orgs_changed += 1
             credential = _new_credential(connection, ring, org_id, line, known=before is not None)
             if credential is not None:
@@ -197,76 +225,83 @@ def import_orgs(
     return done
 
 
+def _change_org(
+    connection: Connection, before: Row, entry: OrgEntry, *, actor: str, at: datetime
+) -> audit.Entry | None:
+    """Change a stored org to its entry; None if it is the same already."""
+    org_id, new = before["id"], changed_columns(before, entry)
+    is_back = before["state"] == "removed"
+    if not new and not is_back:
+        return None
+    if is_back:
+        orgs.set_state(connection, org_id, "active", by=actor, at=at, note=None)
+    if "timezone" in new:
+        with settle.rescheduling_org(connection, org_id, at=at):
+            orgs.change(connection, org_id, new, at=at)
+    else:
+        orgs.change(connection, org_id, new, at=at)
+    if is_back:
+        return audit.Entry(org_id, "org.add", entry.code, columns_of(entry))
+    return audit.Entry(org_id, "org.change", entry.code, new)
+
+
 def _new_credential(
-    connection: Connection, ring: ImportRing, org_id: OrgId, line: ImportLine, *, known: bool
+    connection: Connection, ring: KeyRing, org_id: OrgId, line: ImportLine, *, known: bool
 ) -> Row | None:
-    """The row to insert, or None where the line has no credential or the org has it already."""
-    if line.client_id is None:
+    """The row to insert; None if the line has no credential, or one that is stored already."""
+    if line.client_id is None or line.secret is None:
         return None
     generation = 1
     if known:
         generation = credentials.last_generation(connection, org_id) + 1
         newest = next(iter(credentials.active(connection, org_id)), None)
-        if newest is not None and _is_same(ring, newest, line):
+        if newest is not None and is_stored(ring, newest, line.client_id, line.secret):
             return None
     return credential_row(ring, org_id, generation, client_id=line.client_id, secret=line.secret)
 
 
-def _is_same(ring: ImportRing, newest: Row, line: ImportLine) -> bool:
-    if newest["client_id"] != line.client_id or newest["sealed"] is None:
-        return False
-    try:
-        secret = ring.unseal(
-            newest["sealed"], newest["key_id"], org_id=newest["org_id"], credential_id=newest["id"]
-        )
-    except ConfigurationError:
-        # Its key is gone: what the file says is the way to mend that.
-        return False
-    return secret == line.secret
-
-
 def read_lines(lines: Iterable[str], issuers: Collection[str] | None = None) -> list[ImportLine]:
-    """Read and check all lines; empty ones are passed over.
+    """Parse and check all lines, skipping empty ones.
 
     Raises:
-        UsageError: a line that is not understood, by its number.
+        UsageError: an invalid line, by its number.
     """
-    read: list[ImportLine] = []
+    parsed: list[ImportLine] = []
     seen: dict[str, int] = {}
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         try:
-            line = _read(number, text)
-            org_entry.check(line.org, issuers)
+            line = _parse(number, text)
+            check_entry(line.org, issuers)
             if line.org.code in seen:
                 raise UsageError(
-                    f"org {line.org.code} stands in line {seen[line.org.code]} already",
-                    fix="an org has one line; leave one of the two out",
+                    f"org {line.org.code} is in line {seen[line.org.code]} already",
+                    fix="an org has one line; remove one of the two",
                 )
         except UsageError as error:
             raise UsageError(
                 f"line {number}: {error.message}; nothing was imported", fix=error.fix or _FIX
             ) from None
         seen[line.org.code] = number
-        read.append(line)
-    return read
+        parsed.append(line)
+    return parsed
 
 
-def _read(number: int, text: str) -> ImportLine:
+def _parse(number: int, text: str) -> ImportLine:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        # Not the parser's own words: they may quote the line, and with it the secret.
+        # Not the parser's message: it can quote the line, with its secret.
         raise UsageError("not JSON", fix=_FIX) from None
     if not isinstance(value, Mapping):
         raise UsageError("not a JSON object", fix=_FIX)
     client_id, secret = value.get("client_id"), value.get("client_secret")
     for key in ("client_id", "client_secret"):
         if value.get(key) is not None and not isinstance(value[key], str):
-            raise UsageError(f"{key} is no text", fix=_FIX)
+            raise UsageError(f"{key} must be a string", fix=_FIX)
     if (client_id is None) != (secret is None):
-        raise UsageError("client_id and client_secret come together or not at all", fix=_FIX)
+        raise UsageError("client_id and client_secret must be given together", fix=_FIX)
     if client_id is not None:
         check_client(client_id, secret, None)
     columns = {key: item for key, item in value.items() if key not in ("client_id", "client_secret")}
@@ -277,6 +312,6 @@ def _read(number: int, text: str) -> ImportLine:
 
 
 _FIX = (
-    'a line is {"code", "name", "issuer", "client_id", "client_secret"}, and may have '
+    'a line is {"code", "name", "issuer", "client_id", "client_secret"}, and can have '
     '"tags", "max_concurrent_runs", "weight" and "timezone"'
 )

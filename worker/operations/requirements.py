@@ -1,94 +1,198 @@
-"""Requirements: what each org's tokens need, as its definitions and their handlers say."""
+"""Requirements: what orgs' definitions require of their tokens, and the token requests a day they imply."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from statistics import median
 from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.clock import from_text
 from worker.definitions.definition import Definition, from_spec
 from worker.errors import DefinitionError
 from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.orgs import OrgRef
 from worker.store import orgs, requirements
+from worker.store.database import Database
+from worker.tokens.cache import MARGIN, MARGIN_SHARE, MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL
+from worker.tokens.issuer import Issuer
+
+Row = Mapping[str, Any]
 
 PAGE = 500
+DAY = timedelta(days=1)
+# The lifetime of tokens of an issuer that has issued none yet.
+ASSUMED_LIFETIME = timedelta(hours=1)
+# Orgs whose last token is used to estimate an issuer's token lifetime.
+SAMPLE = 20
 
 
 @dataclass(frozen=True, slots=True)
-class OrgNeeds:
-    """An org with its definitions in force; `paused` are the names of those that are paused."""
+class OrgDefinitions:
+    """An org with its open definitions, the names of the paused ones, and ids by name."""
 
     org: OrgRef
     issuer: str
     state: str
     timezone: str | None
-    definitions: tuple[Definition, ...]
-    paused: frozenset[str] = frozenset()
-    max_concurrent_runs: int = 1
-    ids: Mapping[str, DefinitionId] = field(default_factory=dict)
-    """Of each definition, by its name."""
+    max_concurrent_runs: int
+    definitions: list[Definition] = field(default_factory=list)
+    paused: set[str] = field(default_factory=set)
+    ids: dict[str, DefinitionId] = field(default_factory=dict)
 
     @property
-    def due(self) -> tuple[Definition, ...]:
-        """The definitions of which anything is due now: none while the org is paused."""
-        return tuple(
-            each for each in self.definitions if self.state == "active" and each.name not in self.paused
-        )
+    def due(self) -> list[Definition]:
+        """The definitions that are due now and then: none if the org is not active."""
+        return [each for each in self.definitions if self.state == "active" and each.name not in self.paused]
 
 
-def of_org(connection: Connection, code: str) -> OrgNeeds:
-    """One org, whatever its state.
+def load_org(connection: Connection, code: str) -> OrgDefinitions:
+    """One org, in any state.
 
     Raises:
-        NotFound: there is no such org.
+        NotFound: no such org.
     """
-    return _needs(connection, [orgs.require(connection, code)])[0]
+    return _load(connection, [orgs.require(connection, code)])[0]
 
 
-def of_all_orgs(connection: Connection) -> Iterator[OrgNeeds]:
-    """Every org that may run something, by code."""
+def load_all_orgs(connection: Connection) -> Iterator[OrgDefinitions]:
+    """Every org that can run something, by code."""
     after: str | None = None
     while rows := requirements.orgs_for_all_orgs(connection, after=after, limit=PAGE):
-        yield from _needs(connection, rows)
+        yield from _load(connection, rows)
         after = rows[-1]["code"]
 
 
+def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinitions]:
+    found = {
+        row["id"]: OrgDefinitions(
+            OrgRef(row["id"], row["code"]),
+            row["issuer"],
+            row["state"],
+            row["timezone"],
+            row["max_concurrent_runs"],
+        )
+        for row in rows
+    }
+    for stored in requirements.definitions_for_all_orgs(connection, list(found)):
+        org, name = found[stored["org_id"]], stored["name"]
+        try:
+            org.definitions.append(from_spec(org.org.code, name, stored["spec"]))
+        except DefinitionError:
+            # Written by another release, whose worker understands it.
+            continue
+        org.ids[name] = DefinitionId(stored["id"])
+        if stored["paused_at"] is not None:
+            org.paused.add(name)
+    return list(found.values())
+
+
 def scopes_of(definition: Definition, handlers: Handlers) -> tuple[frozenset[str], frozenset[str]]:
-    """The scopes that a definition's token must have, and those that its variants would have beside them."""
+    """The scopes that a definition's token must have, and those that its variants add."""
     own = handlers.scopes_of(definition.handler) if definition.scopes is None else definition.scopes
     variants = [handlers.scopes_of(variant.handler) for variant in definition.variants]
     return own, frozenset().union(*variants) - own
 
 
-def _needs(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgNeeds]:
-    found: dict[str, list[Definition]] = {row["id"]: [] for row in rows}
-    paused: dict[str, set[str]] = {row["id"]: set() for row in rows}
-    ids: dict[str, dict[str, DefinitionId]] = {row["id"]: {} for row in rows}
-    codes = {row["id"]: row["code"] for row in rows}
-    for stored in requirements.definitions_for_all_orgs(connection, list(codes)):
-        org_id = stored["org_id"]
-        try:
-            found[org_id].append(from_spec(codes[org_id], stored["name"], stored["spec"]))
-        except DefinitionError:
-            # Written by another release; its worker knows what it means.
-            continue
-        ids[org_id][stored["name"]] = DefinitionId(stored["id"])
-        if stored["paused_at"] is not None:
-            paused[org_id].add(stored["name"])
-    return [
-        OrgNeeds(
-            OrgRef(row["id"], row["code"]),
-            row["issuer"],
-            row["state"],
-            row["timezone"],
-            tuple(found[row["id"]]),
-            frozenset(paused[row["id"]]),
-            row["max_concurrent_runs"],
-            ids[row["id"]],
-        )
-        for row in rows
-    ]
+@dataclass(slots=True)
+class TokenForecast:
+    """The tokens and requests that the definitions of one issuer's orgs need in the 24 hours from now."""
+
+    issuer: str
+    orgs: int = 0
+    definitions: int = 0
+    runs: int = 0
+    tokens: int = 0
+    requests: int = 0
+    lifetimes: list[float] = field(default_factory=list)
+
+    @property
+    def lifetime(self) -> float:
+        """Seconds that a token lives, as the last ones did."""
+        return median(self.lifetimes) if self.lifetimes else ASSUMED_LIFETIME.total_seconds()
+
+    def as_row(self, issuer: Issuer | None) -> dict[str, Any]:
+        rate = issuer.max_requests_per_second if issuer else None
+        problem = None
+        if issuer is None:
+            problem = f"worker.toml has no table [issuers.{self.issuer}], so its orgs get no tokens"
+        elif self.requests > issuer.max_requests_per_second * DAY.total_seconds():
+            problem = "more requests than max_requests_per_second allows: runs will wait for tokens"
+        return {
+            "issuer": self.issuer,
+            "orgs": self.orgs,
+            "definitions": self.definitions,
+            "runs_a_day": self.runs,
+            "tokens": self.tokens,
+            "token_requests_a_day": self.requests,
+            "token_lifetime": timedelta(seconds=round(self.lifetime)),
+            "lifetime_is_assumed": not self.lifetimes,
+            "max_requests_per_second": rate,
+            "cold_start": timedelta(seconds=math.ceil(self.tokens / rate)) if rate else None,
+            "problem": problem,
+        }
+
+    def add(
+        self, org: OrgDefinitions, issuer: Issuer | None, handlers: Handlers, now: datetime, workers: int
+    ) -> None:
+        self.orgs += 1
+        self.definitions += len(org.definitions)
+        shared: dict[tuple[object, ...], list[tuple[int, timedelta | None]]] = {}
+        for definition in org.due:
+            audience = definition.audience or (issuer.audience if issuer else None) or ""
+            count = definition.trigger(org.timezone).count(now, now + DAY - timedelta(microseconds=1))
+            token = (audience, *scopes_of(definition, handlers))
+            shared.setdefault(token, []).append((count, definition.max_claims_age))
+        for runs in shared.values():
+            self.runs += sum(count for count, _ in runs)
+            self.tokens += 1
+            self.requests += requests_a_day(runs, self.lifetime, workers)
+
+
+def forecast_tokens(database: Database, issuers: Mapping[str, Issuer]) -> list[TokenForecast]:
+    """The forecast of each issuer that has orgs or is configured, by name.
+
+    Every live worker counts, since each has its own token cache.
+    """
+    found = {name: TokenForecast(name) for name in issuers}
+    with database.autocommit() as connection:
+        now = database.now(connection)
+        workers = max(1, len(requirements.live_workers(connection)))
+        handlers = Handlers(connection)
+        all_orgs = list(load_all_orgs(connection))
+        for org in all_orgs:
+            one = found.setdefault(org.issuer, TokenForecast(org.issuer))
+            if len(one.lifetimes) < SAMPLE:
+                one.lifetimes += _lifetime(requirements.last_claims(connection, org.org.id))
+        for org in all_orgs:
+            found[org.issuer].add(org, issuers.get(org.issuer), handlers, now, workers)
+    return [found[name] for name in sorted(found)]
+
+
+def requests_a_day(runs: Iterable[tuple[int, timedelta | None]], lifetime: float, workers: int = 1) -> int:
+    """Token requests a day of definitions that share a token, given their runs a day and max_claims_age."""
+    counts = list(runs)
+    usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
+    # A use renews it somewhere between these shares of its life.
+    renewals = math.ceil(DAY.total_seconds() / (usable * (RENEW_FROM + RENEW_UNTIL) / 2))
+    for count, max_age in counts:
+        if max_age is not None:
+            seconds = max(max_age.total_seconds(), MIN_CLAIMS_AGE)
+            renewals += min(count, math.ceil(DAY.total_seconds() / seconds))
+    # A run requests at most one token when it starts.
+    return min(sum(count for count, _ in counts), renewals * workers)
+
+
+def _lifetime(claims: Row | None) -> list[float]:
+    """The lifetime that redacted claims show, if any."""
+    try:
+        claims = claims or {}
+        lifetime = (from_text(claims["expires_at"]) - from_text(claims["issued_at"])).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return []
+    return [lifetime] if lifetime > 0 else []

@@ -1,4 +1,4 @@
-"""Settle: before a change of what is due, close the past under the old rules; then start from now."""
+"""Settle: before a change of what is due, decide the past under the old rules; then schedule from now."""
 
 from __future__ import annotations
 
@@ -23,49 +23,52 @@ from worker.telemetry.events import emit
 
 Row = Mapping[str, Any]
 
+ACTOR = "worker"
+# Definitions that one step of `recompute` reads.
+PAGE = 500
+
 
 @contextmanager
-def settled_org(connection: Connection, org_id: OrgId, *, at: datetime) -> Iterator[list[dict[str, Any]]]:
-    """Settle all definitions of an org, let the caller change the org, and start them from now.
+def rescheduling_org(
+    connection: Connection, org_id: OrgId, *, at: datetime
+) -> Iterator[list[dict[str, Any]]]:
+    """Settle an org's definitions, let the caller change the locked org, then schedule them from now.
 
-    Yields their rows as they were. Within one transaction, the org's row locked first.
+    Yields their rows from before the change.
     """
     rows = definitions.lock_org(connection, org_id)
     settle(connection, rows, at=at)
     yield rows
-    # Those that were closed in between as well: nothing of them is due any more.
+    # Includes those that the caller closed, which are not due any more.
     ours = {row["id"] for row in rows}
-    now_are = definitions.lock_for_all_orgs(connection, [org_id])
-    start(connection, [row for row in now_are if row["id"] in ours], at=at)
+    after = definitions.lock_for_all_orgs(connection, [org_id])
+    schedule_next(connection, [row for row in after if row["id"] in ours], at=at)
 
 
 @contextmanager
-def settled(connection: Connection, row: Row, *, at: datetime) -> Iterator[None]:
-    """Settle one definition, locked already, let the caller change it, and start it from now."""
+def rescheduling(connection: Connection, row: Row, *, at: datetime) -> Iterator[None]:
+    """Settle one locked definition, let the caller change it, then schedule it from now."""
     settle(connection, [row], at=at)
     yield
-    now_is = definitions.find(connection, row["org_id"], row["name"])
-    start(connection, [now_is] if now_is else [], at=at)
+    after = definitions.find(connection, row["org_id"], row["name"])
+    schedule_next(connection, [after] if after else [], at=at)
 
 
 def settle(connection: Connection, rows: Sequence[Row], *, at: datetime) -> None:
-    """Decide every instant that these definitions, locked already, have named up to now.
+    """Decide every scheduled time of locked definitions up to now, by the revision in force.
 
-    By the misfire rule of the revision in force. An instant that has come, but
-    whose spread has not passed yet, becomes a run that is available when it has.
+    A time whose spread has not passed yet becomes a run that is available when it has.
     """
     due = [row for row in rows if row["next_scheduled_for"] is not None and row["next_scheduled_for"] <= at]
     handlers = Handlers(connection)
     for part in chunks(due, 100):
         runs: list[NewRun] = []
         skips: list[NewSkip] = []
-        nexts: list[NextFire] = []
-        for row in part:
-            nexts.append(_settle(row, at, handlers, runs, skips))
+        nexts = [_decide(row, at, handlers, runs, skips) for row in part]
         firing.write(connection, runs, skips, nexts)
 
 
-def _settle(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skips: list[NewSkip]) -> NextFire:
+def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skips: list[NewSkip]) -> NextFire:
     next_fire = NextFire(row["id"], row["next_scheduled_for"], row["next_fire_at"])
     while next_fire.next_scheduled_for is not None and next_fire.next_scheduled_for <= at:
         due = DueDefinition(
@@ -85,43 +88,37 @@ def _settle(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skip
     return next_fire
 
 
-def start(connection: Connection, rows: Sequence[Row], *, at: datetime, inclusive: bool = False) -> None:
-    """Set when these definitions are due next, counted from now; never, where they are not active.
+def schedule_next(
+    connection: Connection, rows: Sequence[Row], *, at: datetime, inclusive: bool = False
+) -> None:
+    """Set the next scheduled time of definitions, counted from now; None for inactive ones.
 
-    `inclusive` for new ones: an instant that is this very moment counts. What was
-    decided already stays so, also where the clock has gone back since.
+    With `inclusive`, for new definitions, a time equal to `at` counts. Times that were
+    decided are not decided again, even if the clock has gone back since.
     """
-    decided = (
-        {}
-        if inclusive
-        else definitions.last_decided_for_all_orgs(connection, [row["id"] for row in rows if is_active(row)])
-    )
+    active = [] if inclusive else [row["id"] for row in rows if _is_active(row)]
+    decided = definitions.last_decided_for_all_orgs(connection, active)
+    nexts = [(row, _next(row, max(at, decided.get(row["id"], at)), inclusive=inclusive)) for row in rows]
     definitions.set_next_for_all_orgs(
-        connection,
-        [
-            (row["org_id"], *next_of(row, max(at, decided.get(row["id"], at)), inclusive=inclusive))
-            for row in rows
-        ],
+        connection, [(row["org_id"], row["id"], *next_) for row, next_ in nexts]
     )
 
 
-def next_of(
-    row: Row, at: datetime, *, inclusive: bool = False
-) -> tuple[DefinitionId, datetime | None, datetime | None]:
-    """A definition, its first instant after `at`, and that plus its spread."""
-    if not is_active(row):
-        return row["id"], None, None
+def _next(row: Row, at: datetime, *, inclusive: bool = False) -> tuple[datetime | None, datetime | None]:
+    """A definition's first scheduled time after `at`, and that plus its spread."""
+    if not _is_active(row):
+        return None, None
     definition = from_spec(row["org"], row["name"], row["spec"])
     trigger = definition.trigger(row["org_timezone"])
     nominal = trigger.after(at, inclusive=inclusive)
     if nominal is None:
-        return row["id"], None, None
-    spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
-    return row["id"], nominal, nominal + spread
+        return None, None
+    return nominal, nominal + spread_of(
+        row["org"], row["name"], definition.schedule, trigger, definition.spread
+    )
 
 
-def is_active(row: Row) -> bool:
-    """Whether instants of this definition are due at all: neither it nor its org is stopped."""
+def _is_active(row: Row) -> bool:
     return (
         row["org_state"] == "active"
         and row["enabled"]
@@ -130,23 +127,18 @@ def is_active(row: Row) -> bool:
     )
 
 
-ACTOR = "worker"
-# Definitions looked at by one step.
-PAGE = 500
-
-
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One step: where the next goes on, None at the end; and how many definitions it moved."""
+    """One step of `recompute`: where the next starts (None at the end), and the definitions moved."""
 
     after: DefinitionId | None
     moved: int
 
 
 def outdated(database: Database, version: str) -> bool:
-    """Whether the schedules were computed with another release than `version`.
+    """Whether the stored schedules were computed with zone data other than `version`.
 
-    A database that nobody has computed with yet takes this one.
+    An empty database records `version`.
     """
     with database.autocommit() as connection:
         known = schema.read(connection, schema.ZONE_DATA)
@@ -156,26 +148,26 @@ def outdated(database: Database, version: str) -> bool:
 
 
 def recompute(database: Database, *, after: DefinitionId | None = None) -> Page:
-    """Move the next instants of some definitions to where the zone data of this machine has them.
+    """Recompute the next scheduled times of some definitions with this machine's zone data.
 
-    Those that move are settled first. What has fired does not fire again; what is
-    due already is left to fire.
+    Those that move are settled first. What has fired does not fire again; what is due
+    still fires.
     """
     with database.autocommit() as connection:
         now = database.now(connection)
         rows = definitions.page_scheduled_for_all_orgs(connection, after=after, since=now, limit=PAGE)
-    differing = [row["id"] for row in rows if _follows_a_zone(row) and _differs(row, now)]
-    if differing:
+    moved = [row["id"] for row in rows if _follows_a_zone(row) and _moves(row, now)]
+    if moved:
         with database.transaction() as connection:
             now = database.now(connection)
-            locked = definitions.lock_by_id_for_all_orgs(connection, differing)
+            locked = definitions.lock_by_id_for_all_orgs(connection, moved)
             settle(connection, locked, at=now)
-            start(connection, locked, at=now)
-    return Page(rows[-1]["id"] if len(rows) == PAGE else None, len(differing))
+            schedule_next(connection, locked, at=now)
+    return Page(rows[-1]["id"] if len(rows) == PAGE else None, len(moved))
 
 
 def recomputed(database: Database, version: str, *, moved: int) -> None:
-    """Remember that all schedules are computed with this release."""
+    """Record that all schedules were computed with this zone data."""
     with database.transaction() as connection:
         known = schema.read(connection, schema.ZONE_DATA)
         schema.write(connection, schema.ZONE_DATA, version)
@@ -190,9 +182,9 @@ def _follows_a_zone(row: Row) -> bool:
     return zone != "UTC" and not spec["schedule"].lstrip().startswith(("every ", "at "))
 
 
-def _differs(row: Row, now: datetime) -> bool:
+def _moves(row: Row, now: datetime) -> bool:
     try:
-        _, nominal, _ = next_of(row, now)
+        nominal, _ = _next(row, now)
     except WorkerError as error:
         emit("definition.failed", org=row["org"], definition=row["name"], error=error.message)
         return False

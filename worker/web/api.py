@@ -18,9 +18,7 @@ from worker.definitions import fields
 from worker.definitions.units import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
-from worker.operations.cancel import cancel
-from worker.operations.manual_run import named_run, run_now
-from worker.operations.retry import retry
+from worker.operations.runs import cancel, require_run, retry, run_now
 from worker.store.lists import runs as run_lists
 from worker.store.lists.paging import Row
 from worker.web.access import Caller, CallerDatabase
@@ -83,7 +81,7 @@ class Api:
         caller = caller_of(request)
 
         def work(connection: Connection) -> bytes:
-            run = named_run(connection, request.path_params["run"], caller.org)
+            run = require_run(connection, request.path_params["run"], caller.org)
             return encode(shown_lines(connection, caller, run["id"], after=after, limit=limit))
 
         return json_answer(await self._database.read(caller, work))

@@ -21,9 +21,7 @@ from starlette.types import Scope
 
 from worker.clock import Clock, to_text
 from worker.errors import TokenError
-from worker.operations.cancel import cancel
-from worker.operations.manual_run import run_now
-from worker.operations.retry import retry
+from worker.operations.runs import cancel, retry, run_now
 from worker.store.lists import definitions as definition_lists
 from worker.store.lists import orgs as org_lists
 from worker.store.lists import runs as run_lists

@@ -12,7 +12,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.loops.maintenance import Ages, FailureWatch, Housekeeping
 from worker.operations import settle
 from worker.operations.backfill import fill_backfills
-from worker.operations.edit import count_failures
+from worker.operations.definitions import count_failures
 from worker.operations.templates import materialise
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Recovered

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import DefinitionError, InvalidTrigger, UnknownHandler
-from worker.operations.edit import pause_definition
+from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 
 ORG = """

@@ -10,9 +10,9 @@ import pytest
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
 from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import close_definition
 from worker.operations.orgs import set_org_state
-from worker.operations.write_definitions import close_definition
+from worker.operations.runs import run_now
 from worker.store import backfills
 from worker.store.database import Database
 
@@ -175,7 +175,7 @@ def test_a_closed_definition_and_a_suspended_org_end_or_hold_it(database, rows, 
     [
         (2, 2, 1, "is empty"),
         (1, 2, 1, "is empty"),
-        (1, -1, 1, "has not passed yet"),
+        (1, -1, 1, "ends in the future"),
         (3, 2, 0, "limit 0"),
         (3, 2, 1001, "limit 1001"),
     ],
@@ -187,7 +187,7 @@ def test_a_range_that_cannot_be_meant_is_refused(database, rows, now, start, unt
 
 
 def test_a_range_without_an_instant_is_refused(database, now):
-    with pytest.raises(UsageError, match="no instant"):
+    with pytest.raises(UsageError, match="no scheduled time"):
         ask(database, now - HOUR + timedelta(minutes=1), now - timedelta(minutes=1))
 
 

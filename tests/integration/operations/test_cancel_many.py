@@ -7,9 +7,8 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import NotFound, UsageError
-from worker.operations import cancel as operation
-from worker.operations.cancel import cancel_many, matching
-from worker.operations.manual_run import run_now
+from worker.operations import runs as operation
+from worker.operations.runs import cancel_many, matching, run_now
 from worker.store.edit_runs import Cancellable
 
 FILE = """
@@ -108,4 +107,4 @@ def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
         (waits, "cancelled"),
     ]
     assert "has ended: failed" in rows_done[0]["left"]
-    assert "is running by now" in rows_done[1]["left"]
+    assert "is now running" in rows_done[1]["left"]

@@ -9,8 +9,8 @@ import pytest
 
 from worker.ids import new_id
 from worker.operations.capacity import MEMORY, SECONDS, Capacity, Machine, Measure, capacity
-from worker.operations.edit import pause_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import pause_definition
+from worker.operations.runs import run_now
 from worker.settings.sections import ExecutionSettings
 from worker.store import orgs, tables
 

@@ -11,8 +11,8 @@ import pytest
 from worker.definitions.file import parse_file
 from worker.errors import Conflict
 from worker.operations.apply import apply as apply_file
-from worker.operations.manual_run import run_now
 from worker.operations.orgs import set_org_state
+from worker.operations.runs import run_now
 from worker.runs.fire import decide
 from worker.store import firing
 from worker.store.database import Database

@@ -7,9 +7,8 @@ from datetime import timedelta
 import pytest
 
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, NotFound
-from worker.operations.edit import edit_definition, pause_definition
-from worker.operations.manual_run import run_now
-from worker.operations.write_definitions import close_definition
+from worker.operations.definitions import close_definition, edit_definition, pause_definition
+from worker.operations.runs import run_now
 
 FILE = """
 [[org]]
@@ -76,7 +75,7 @@ def test_an_unencrypted_origin_is_refused_unless_the_operator_allows_it(edit, ro
 def test_whoever_read_an_older_revision_is_refused(edit, rows):
     edit({"priority": 1}, revision=1)
 
-    with pytest.raises(Conflict, match="is at revision 2 by now, not at 1"):
+    with pytest.raises(Conflict, match="is now at revision 2, not 1"):
         edit({"priority": 2}, revision=1)
 
     assert edit({"priority": 2}, revision=2)["revision"] == 3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from worker.ids import new_id
-from worker.operations.edit import count_failures, resume_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import count_failures, resume_definition
+from worker.operations.runs import run_now
 from worker.store import tables
 
 FILE = """
@@ -60,7 +60,7 @@ def test_so_many_failures_one_after_the_other_pause_it(run, rows, emitted):
 
     paused = definition(rows)
     assert (paused["paused_by"], paused["consecutive_failures"]) == ("worker", 3)
-    assert paused["pause_note"].startswith("3 failures one after the other, the last of them run ")
+    assert paused["pause_note"].startswith("3 failures in a row, the last of them run ")
     assert rows.schedule[0]["next_fire_at"] is None
     (entry,) = [entry for entry in rows.audit if entry["action"] == "definition.pause"]
     assert (entry["actor"], entry["subject"]) == ("worker", "org_acme digest")

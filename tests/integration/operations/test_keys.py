@@ -39,7 +39,7 @@ def test_every_secret_is_sealed_anew_in_batches_and_still_opens(database, keyrin
     old = keyring.sealing_key_id
     steps: list[int] = []
 
-    done = rekey(database, keyring, actor="ops", batch=2, tell=steps.append)
+    done = rekey(database, keyring, actor="ops", batch=2, report=steps.append)
 
     ring = KeyRing.load(keyring.path)
     assert (done.is_new, done.resealed, done.unopened, steps) == (True, 5, 0, [2, 4, 5])
@@ -58,7 +58,7 @@ def test_an_interrupted_rekey_goes_on_with_the_same_key(database, keyring, rows)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rekey(database, keyring, actor="ops", batch=2, tell=interrupt)
+        rekey(database, keyring, actor="ops", batch=2, report=interrupt)
     half = KeyRing.load(keyring.path)
     assert [row["active"] for row in list_keys(database, half)] == [3, 2]
 

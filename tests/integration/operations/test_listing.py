@@ -9,9 +9,8 @@ import pytest
 from tests.integration.operations.conftest import CATALOGUE
 from worker.errors import NotFound, UsageError
 from worker.ids import new_id
-from worker.operations.edit import pause_definition
-from worker.operations.manual_run import run_now
-from worker.operations.write_definitions import close_definition
+from worker.operations.definitions import close_definition, pause_definition
+from worker.operations.runs import run_now
 from worker.store import catalogue, tables
 from worker.store.lists import definitions as definition_lists
 from worker.store.lists import orgs as org_lists

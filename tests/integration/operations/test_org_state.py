@@ -8,9 +8,9 @@ import pytest
 
 from worker.errors import Conflict, NotFound
 from worker.operations.credentials import add_credential
-from worker.operations.edit import pause_definition, resume_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import pause_definition, resume_definition
 from worker.operations.orgs import add_org, set_org_state
+from worker.operations.runs import run_now
 from worker.orgs import OrgEntry
 
 TICK = timedelta(minutes=10)

@@ -10,8 +10,8 @@ from sqlalchemy import update
 
 from worker.errors import Conflict, NotFound, UsageError
 from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.manual_run import run_now
 from worker.operations.orgs import Imported, add_org, import_orgs
+from worker.operations.runs import run_now
 from worker.orgs import OrgEntry
 from worker.store import tables
 from worker.store.lists import orgs as org_lists
@@ -45,7 +45,7 @@ def test_an_org_is_added_once(database, rows):
     ("entry", "problem"),
     [
         (OrgEntry("org_a", "A", "other"), "no issuer 'other'"),
-        (OrgEntry("", "A", "main"), "no code"),
+        (OrgEntry("", "A", "main"), "is not an org's code"),
         (OrgEntry("org_a", "A", "main", timezone="Mars/Base"), "Mars/Base"),
         (OrgEntry("org_a", "A", "main", weight=0), "1 or more"),
     ],
@@ -159,13 +159,13 @@ def test_an_import_changes_orgs_and_adds_new_secrets(database, keyring, rows):
         ("[1]", "not a JSON object"),
         (line("org_b", color="red"), "unknown key 'color'"),
         (line("org_b", issuer=None), "issuer is missing"),
-        (line("org_b", client_id=7), "client_id is no text"),
+        (line("org_b", client_id=7), "client_id must be a string"),
         (line("org_b", client_secret=None), "together"),
         (line("org_b", client_secret=""), "the secret is empty"),
         (line("org_b", tags="pro"), "tags"),
         (line("org_b", weight="3"), "weight"),
         (line("org_b", issuer="other"), "no issuer 'other'"),
-        (line("org_a"), "stands in line 1 already"),
+        (line("org_a"), "is in line 1 already"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_imported(database, keyring, rows, bad, problem):

@@ -10,10 +10,9 @@ from sqlalchemy import insert
 
 from worker.errors import NotFound, UsageError
 from worker.ids import new_id
-from worker.operations import retry as operation
-from worker.operations.manual_run import run_now
+from worker.operations import runs as operation
 from worker.operations.orgs import set_org_state
-from worker.operations.retry import matching, retry_many
+from worker.operations.runs import matching, retry_many, run_now
 from worker.store import tables
 from worker.store.edit_runs import Retryable
 

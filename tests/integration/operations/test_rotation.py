@@ -62,7 +62,7 @@ class Place:
             "org_a",
             actor="ops",
             clock=self.clock,
-            tell=self.said.append,
+            report=self.said.append,
         )
         return await rotation.run(client_id, secret, **spans)
 
@@ -140,7 +140,7 @@ async def test_while_the_old_secret_is_used_it_is_not_retired_and_the_command_go
     place.issuer.add(App("org_a", "client-2", "secret-2"))
 
     place.clock.meanwhile = lambda: use(place, 1)
-    with pytest.raises(Busy, match="nothing is retired"):
+    with pytest.raises(Busy, match="none was retired"):
         await place.rotate("secret-2", timeout=timedelta(seconds=60))
     assert [row["state"] for row in rows.credentials] == ["active", "active"]
 

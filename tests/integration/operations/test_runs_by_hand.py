@@ -9,12 +9,9 @@ import pytest
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import new_id
-from worker.operations.cancel import cancel
-from worker.operations.edit import pause_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import close_definition, pause_definition
 from worker.operations.orgs import set_org_state
-from worker.operations.retry import retry
-from worker.operations.write_definitions import close_definition
+from worker.operations.runs import cancel, retry, run_now
 from worker.store import catalogue, tables
 from worker.store.lists import runs as run_lists
 
@@ -299,5 +296,5 @@ def test_closing_cancels_what_waits_and_leaves_what_runs(site, database, rows):
     assert site.show(waiting["id"])["reason"] == "closed"
     [live] = rows.live_runs
     assert (live["id"], live["cancel_requested_at"]) == (running["id"], None)
-    with pytest.raises(Conflict, match="closed already"):
+    with pytest.raises(Conflict, match="is closed"):
         close_definition(database, "org_acme", "digest", actor="tester")

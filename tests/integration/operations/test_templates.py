@@ -13,10 +13,9 @@ from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
 from worker.operations import templates as module
 from worker.operations.apply import apply as apply_file
-from worker.operations.edit import pause_definition
+from worker.operations.definitions import close_definition, pause_definition
 from worker.operations.orgs import add_org, import_orgs, set_org_state
 from worker.operations.templates import close_template, materialise
-from worker.operations.write_definitions import close_definition
 from worker.orgs import OrgEntry
 from worker.store import audit, tables
 from worker.store.database import Database

@@ -12,11 +12,10 @@ from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
 from worker.errors import Conflict, NotFound
 from worker.ids import new_id
-from worker.operations.edit import pause_definition, resume_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import close_definition, pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
+from worker.operations.runs import run_now
 from worker.operations.why import why, why_instant
-from worker.operations.write_definitions import close_definition
 from worker.runs.fire import decide
 from worker.store import firing, history, orgs, tables
 
@@ -349,4 +348,4 @@ def test_what_is_to_be_run_of_an_org_that_was_removed_is_told_how_it_comes_back(
 
     with pytest.raises(Conflict) as caught:
         run_now(database, "org_acme", "digest", actor="kim")
-    assert caught.value.fix == "`orgs add org_acme` lets it"
+    assert caught.value.fix == "`orgs add org_acme` makes it active"

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from tests.fakes.clock import ManualClock, utc
 from tests.fakes.timeline import HANDLER, NAME, ORG, Timeline, days
 from worker.definitions.definition import Definition, parse_definition
-from worker.operations.edit import edit_definition, pause_definition, resume_definition
+from worker.operations.definitions import (
+    close_definition,
+    edit_definition,
+    pause_definition,
+    resume_definition,
+)
 from worker.operations.orgs import set_org_state
-from worker.operations.write_definitions import close_definition
 from worker.runs.fire import spread_of
 from worker.store import tables
 

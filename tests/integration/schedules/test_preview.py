@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
 from worker.cli.definitions import of_definition
-from worker.operations.edit import pause_definition
+from worker.operations.definitions import pause_definition
 from worker.store.lists import definitions as definition_lists
 from worker.store.lists import runs as run_lists
 

@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import TOKENS, Site
-from worker.operations.edit import pause_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import pause_definition
+from worker.operations.runs import run_now
 from worker.store import orgs
 from worker.store.lists import runs as run_lists
 from worker.store.tables import live_runs, metadata

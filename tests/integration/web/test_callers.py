@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.credentials import add_credential, retire_credential
-from worker.operations.edit import edit_definition
+from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state
 from worker.store import orgs
 from worker.store.lists import runs as run_lists

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import update
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
-from worker.operations.manual_run import run_now
+from worker.operations.runs import run_now
 from worker.store import tables
 from worker.web.dashboard import Dashboard
 from worker.web.sessions import SESSION_COOKIE as COOKIE

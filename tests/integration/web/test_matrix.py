@@ -23,7 +23,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import Connection, Engine, event, insert, select
 
-import worker.operations.cancel
+import worker.operations.runs
 from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
@@ -35,8 +35,8 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
-from worker.operations.manual_run import run_now
 from worker.operations.orgs import set_org_state
+from worker.operations.runs import run_now
 from worker.operations.templates import materialise
 from worker.store import catalogue, edit_runs, orgs, roles, tables
 from worker.store.database import Database
@@ -531,10 +531,10 @@ async def test_a_write_that_forgets_its_org_is_seen_here_and_kept_in_by_row_leve
 
     def forgetful(connection: Connection, run_id: str, org: str | None) -> Any:
         row = edit_runs.find_for_all_orgs(connection, RunId(run_id))
-        return row or named_run(connection, run_id, org)
+        return row or require_run(connection, run_id, org)
 
-    named_run = worker.operations.cancel.named_run
-    monkeypatch.setattr(worker.operations.cancel, "named_run", forgetful)
+    require_run = worker.operations.runs.require_run
+    monkeypatch.setattr(worker.operations.runs, "require_run", forgetful)
     matrix = Matrix(made)
 
     await matrix.run({key: rule for key, rule in RULES.items() if key[1].endswith("/cancel")})

@@ -12,8 +12,8 @@ from sqlalchemy import insert, select, update
 from tests.integration.web.conftest import TOKENS, Site, log_in
 from worker.errors import Busy, ConfigurationError, StoreUnavailable, Unavailable, WorkerError
 from worker.ids import new_id
-from worker.operations.edit import pause_definition
-from worker.operations.manual_run import run_now
+from worker.operations.definitions import pause_definition
+from worker.operations.runs import run_now
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists import definitions as definition_lists

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from worker.operations.token_forecast import requests_a_day
+from worker.operations.requirements import requests_a_day
 
 DAY = 86_400.0
 MINUTE = timedelta(minutes=1)

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from worker.definitions.triggers import Trigger, parse_schedule
-from worker.operations.load import DAY, Load, Stream
+from worker.operations.capacity import DAY, Load, Stream
 
 START = datetime(2030, 1, 1, 12, tzinfo=UTC)
 NONE = timedelta()

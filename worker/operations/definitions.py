@@ -1,0 +1,207 @@
+"""Definitions: edit keys, pause (by hand or after too many failures), resume, close."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.definitions.definition import parse_definition, to_spec
+from worker.definitions.origins import check_encrypted
+from worker.errors import Conflict, Unavailable, WorkerError
+from worker.ids import DefinitionId, OrgId
+from worker.operations import settle
+from worker.operations.changes import DefinitionChange, change_definitions, differing, end_closed
+from worker.operations.handlers import Handlers
+from worker.store import audit, definitions, orgs, templates
+from worker.store.connection import database_now
+from worker.store.database import Database
+from worker.store.lists import definitions as definition_lists
+from worker.telemetry.events import emit
+
+Row = dict[str, Any]
+
+ACTOR = "worker"
+
+
+@contextmanager
+def _locked(database: Database, org: str, name: str) -> Iterator[tuple[Connection, Row]]:
+    """A transaction with one locked definition that is not closed.
+
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: it is closed.
+    """
+    with database.transaction() as connection:
+        org_id = orgs.require(connection, org, lock=True)["id"]
+        row = definitions.require(connection, org_id, org, name, lock=True)
+        if row["closed_at"] is not None:
+            raise Conflict(
+                f"definition {org}/{name} is closed", fix="`apply` a file that has it opens it again"
+            )
+        yield connection, row
+
+
+def edit_definition(
+    database: Database,
+    org: str,
+    name: str,
+    changes: Mapping[str, Any],
+    *,
+    actor: str,
+    revision: int | None = None,
+    allow_unknown_handlers: bool = False,
+    inline: Collection[str] = (),
+    insecure_origins: Collection[str] = (),
+) -> Row:
+    """Change keys of a definition, named as in a file, None for the default; returns the definition.
+
+    The old revision decides what was due before, and running runs keep it. With
+    `revision`, the definition must still be at that one.
+
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: it is at another revision, closed, or made by a template.
+        DefinitionError: names the key that is refused.
+    """
+    entry = f"definition {org}/{name}"
+    with _locked(database, org, name) as (connection, row):
+        if row["template_id"] is not None:
+            raise Conflict(
+                f"{entry} is made by a template",
+                fix="change the template, for every org that it selects",
+            )
+        if revision is not None and revision != row["revision"]:
+            raise Conflict(
+                f"{entry} is now at revision {row['revision']}, not {revision}: somebody has changed it",
+                fix=f"look at it with `definitions show {org} {name}` and try again",
+            )
+        values = {**row["spec"], "enabled": row["enabled"], **changes, "org": org, "name": name}
+        wanted = parse_definition(values, entry=entry)
+        spec = to_spec(wanted)
+        if differing(row["spec"], spec) or row["enabled"] != wanted.enabled:
+            Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=allow_unknown_handlers)
+            check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
+            change = DefinitionChange("change", row["org_id"], org, name, row, spec, wanted.enabled)
+            change_definitions(connection, [change], actor=actor, at=database.now(connection))
+        return definition_lists.definition(connection, org, name)
+
+
+def pause_definition(database: Database, org: str, name: str, *, actor: str, note: str | None = None) -> Row:
+    """Pause a definition and return it; running runs continue. A second pause replaces actor, time and note.
+
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: it is closed.
+    """
+    with _locked(database, org, name) as (connection, row):
+        _set_pause(connection, row, actor=actor, note=note)
+        return definition_lists.definition(connection, org, name)
+
+
+def resume_definition(database: Database, org: str, name: str, *, actor: str) -> Row:
+    """Make a paused definition due again from now on, and return it.
+
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: it is closed, or not paused.
+    """
+    with _locked(database, org, name) as (connection, row):
+        if row["paused_at"] is None:
+            raise Conflict(
+                f"definition {org}/{name} is not paused",
+                fix=f"`definitions next {org} {name}` shows when it is due",
+            )
+        _set_pause(connection, row, actor=actor, pause=False)
+        return definition_lists.definition(connection, org, name)
+
+
+def close_definition(database: Database, org: str, name: str, *, actor: str) -> Row:
+    """Close a definition, cancel its backfills and waiting runs, and return it; running runs continue.
+
+    Raises:
+        NotFound: no such org or definition.
+        Conflict: it is closed already, or made by a template.
+    """
+    with _locked(database, org, name) as (connection, row):
+        if row["template_id"] is not None:
+            raise Conflict(
+                f"definition {org}/{name} is made by a template",
+                fix="take the org out of the template's selector, or close the template",
+            )
+        org_id, now = row["org_id"], database.now(connection)
+        with settle.rescheduling(connection, row, at=now):
+            definitions.change(
+                connection, org_id, row["id"], {"closed_at": now}, at=now, revision=row["revision"]
+            )
+        ended = end_closed(connection, org_id, row["id"])
+        templates.look_again_for_all_orgs(connection, {(org_id, name)})
+        entry = audit.Entry(org_id, "definition.close", f"{org} {name}", {"cancelled": ended})
+        audit.record(connection, [entry], at=now, actor=actor)
+        return definition_lists.definition(connection, org, name)
+
+
+def _set_pause(
+    connection: Connection, row: Row, *, actor: str, pause: bool = True, note: str | None = None
+) -> None:
+    now = database_now(connection)
+    values: Row = {"paused_at": now, "paused_by": actor, "pause_note": note}
+    if not pause:
+        values = {"paused_at": None, "paused_by": None, "pause_note": None, "consecutive_failures": 0}
+    with settle.rescheduling(connection, row, at=now):
+        definitions.change(connection, row["org_id"], row["id"], values, at=now, revision=row["revision"])
+    action = "definition.pause" if pause else "definition.resume"
+    detail = {"note": note} if note else None
+    entry = audit.Entry(row["org_id"], action, f"{row['org']} {row['name']}", detail)
+    audit.record(connection, [entry], at=now, actor=actor)
+
+
+def count_failures(database: Database, org_id: OrgId, definition_id: DefinitionId) -> int | None:
+    """The number of newest runs of a definition that failed or were refused in a row.
+
+    Backfills, cancelled and skipped runs do not count; a success, an edit, a pause and a
+    resume reset the count. At `pause_after_failures` the definition is paused, with a note
+    that names the last run. None if that fails, for example because its schedule cannot be
+    computed; an event reports it.
+    """
+    with database.autocommit() as connection:
+        row = definitions.find_by_id(connection, org_id, definition_id)
+        if row is None:
+            return 0
+        failed = _failed_in_a_row(connection, row)
+        if failed == row["consecutive_failures"] and not _must_pause(row, failed):
+            return failed
+    try:
+        with database.transaction() as connection:
+            row = definitions.require_by_id(connection, org_id, definition_id)
+            failed = _failed_in_a_row(connection, row)
+            definitions.set_failures(connection, org_id, definition_id, failed)
+            pauses = _must_pause(row, failed)
+            if pauses:
+                last = definitions.last_failed(connection, org_id, definition_id)
+                note = f"{failed} failures in a row, the last of them run {last}"
+                _set_pause(connection, row, actor=ACTOR, note=note)
+    except Unavailable:
+        raise
+    except WorkerError as error:
+        emit("definition.failed", org=row["org"], definition=row["name"], error=error.message)
+        return None
+    if pauses:
+        emit("definition.paused", org=row["org"], definition=row["name"], failures=failed)
+    return failed
+
+
+def _failed_in_a_row(connection: Connection, row: Row) -> int:
+    most = row["spec"].get("pause_after_failures")
+    if most is None or row["closed_at"] is not None:
+        return 0
+    return definitions.failed_in_a_row(
+        connection, row["org_id"], row["id"], since=row["updated_at"], most=int(most)
+    )
+
+
+def _must_pause(row: Row, failed: int) -> bool:
+    most = row["spec"].get("pause_after_failures")
+    return most is not None and failed >= most and row["paused_at"] is None and row["closed_at"] is None

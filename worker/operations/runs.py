@@ -1,0 +1,380 @@
+"""Runs: run a definition now; cancel or retry one run, or all that match a filter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from itertools import islice
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import Connection
+
+from worker.definitions import fields
+from worker.definitions.definition import Definition, from_spec
+from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
+from worker.ids import DefinitionId, OrgId, RunId, new_id
+from worker.operations.changes import differing
+from worker.operations.handlers import Handlers
+from worker.runs.run import NewRun, Origin
+from worker.store import audit, definitions, edit_runs, firing, orgs
+from worker.store.database import Database
+from worker.store.edit_runs import Cancellable, Retryable
+from worker.store.lists import runs as run_lists
+from worker.store.lists.paging import checked_id
+
+Row = dict[str, Any]
+
+# Matching runs read at a time.
+PAGE = 100
+
+
+def run_now(
+    database: Database,
+    org: str,
+    name: str,
+    *,
+    actor: str,
+    request_key: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    typed: Mapping[str, str] | None = None,
+    by_org: bool = False,
+) -> Row:
+    """Make a run that can start at once, also of a paused definition; returns its row of `runs list`.
+
+    `params` override the definition's. `typed` has params as they were typed on a command
+    line: where the handler accepts only text, the typed text is used. With `by_org` the org
+    itself asks and can give only the definition's `params_by_hand`. A request key that was
+    used before returns the run that it made, in whatever state.
+
+    Raises:
+        NotFound: no such org or definition.
+        AccessDenied: a param that the org cannot give.
+        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it.
+        DefinitionError: params that the handler does not accept.
+    """
+    if request_key is not None and not (0 < len(request_key) <= 200 and request_key.isprintable()):
+        raise UsageError(
+            "a request key has 1 to 200 printable characters", fix="leave it out to have a random one"
+        )
+    key = request_key or new_id()
+    with database.transaction() as connection:
+        org_id = orgs.require(connection, org)["id"]
+        row = definitions.require(connection, org_id, org, name, lock=True)
+        if by_org and params:
+            _check_given_by_org(from_spec(org, name, row["spec"]), params)
+        existing = edit_runs.find_by_request_key(connection, org_id, row["id"], key)
+        if existing is not None:
+            return run_lists.row(connection, org_id, existing)
+        now = database.now(connection)
+        run_id = _place(
+            connection,
+            row,
+            origin="manual",
+            scheduled_for=now,
+            at=now,
+            actor=actor,
+            params={**row["spec"].get("params", {}), **params} if params else None,
+            typed=typed,
+            request_key=key,
+        )
+        entry = audit.Entry(org_id, "definition.run", f"{org} {name}", {"run": run_id, "request_key": key})
+        audit.record(connection, [entry], at=now, actor=actor)
+        return run_lists.row(connection, org_id, run_id)
+
+
+def cancel(
+    database: Database, run_id: str, *, actor: str, org: str | None = None, state: str | None = None
+) -> Row:
+    """Cancel a waiting run, or ask a running one to stop by the next renewal; returns its row.
+
+    With `org`, only that org's runs are found; with `state`, only a run in it is cancelled.
+
+    Raises:
+        NotFound: no such run.
+        Conflict: it has ended, or is in another state.
+    """
+    with database.transaction() as connection:
+        run = require_run(connection, run_id, org)
+        org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
+        now = database.now(connection)
+        unfinished = edit_runs.lock(connection, org_id, wanted)
+        found = run_lists.row(connection, org_id, wanted)["state"]
+        if not unfinished:
+            raise Conflict(f"run {wanted} has ended: {found}", fix=f"see `runs show {wanted}`")
+        if state is not None and found != state:
+            raise Conflict(f"run {wanted} is now {found}", fix=f"`runs cancel {wanted}` cancels it anyway")
+        this = edit_runs.is_run(wanted)
+        if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):
+            edit_runs.ask_to_stop(connection, org_id, this, reason="requested", at=now)
+        row = run_lists.row(connection, org_id, wanted)
+        entry = audit.Entry(org_id, "run.cancel", wanted, {"definition": row["definition"]})
+        audit.record(connection, [entry], at=now, actor=actor)
+        return row
+
+
+def retry(
+    database: Database,
+    run_id: str,
+    *,
+    actor: str,
+    org: str | None = None,
+    from_checkpoint: bool = False,
+    once: bool = False,
+    by_org: bool = False,
+) -> Row:
+    """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
+
+    The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
+    hand, and its checkpoint with `from_checkpoint`. With `org`, only that org's runs are
+    found; with `once`, a run is retried only once. With `by_org` the org itself asks: each
+    param must equal the definition's or be among its `params_by_hand`.
+
+    Raises:
+        NotFound: no such run.
+        AccessDenied: the run has a param that the org cannot give.
+        Conflict: it has not ended, was retried or saved no checkpoint; its definition is closed,
+            its org is not active, or an unfinished run of the definition blocks it.
+    """
+    with database.transaction() as connection:
+        old = require_run(connection, run_id, org)
+        if old["state"] is None:
+            raise Conflict(
+                f"run {old['id']} has not ended", fix=f"`runs cancel {old['id']}` ends it, then retry"
+            )
+        org_id, old_id = OrgId(old["org_id"]), RunId(old["id"])
+        row = definitions.require_by_id(connection, org_id, DefinitionId(old["definition_id"]))
+        if once and (newer := edit_runs.retry_of(connection, old_id)) is not None:
+            raise Conflict(f"run {old_id} was retried by run {newer}", fix=f"see `runs show {newer}`")
+        if by_org and old["params"] is not None:
+            definition = from_spec(row["org"], row["name"], row["spec"])
+            changed = differing(old["params"], definition.params).keys()
+            _check_given_by_org(definition, changed | (old["params"].keys() ^ definition.params.keys()))
+        now = database.now(connection)
+        new_run_id = _place(
+            connection,
+            row,
+            origin="retry",
+            scheduled_for=old["scheduled_for"],
+            at=now,
+            actor=actor,
+            params=old["params"],
+            retry_of=old_id,
+            idempotency_key=old["idempotency_key"],
+        )
+        if from_checkpoint and not edit_runs.copy_checkpoint(connection, org_id, old_id, new_run_id, at=now):
+            raise Conflict(f"run {old_id} saved no checkpoint", fix="retry it without one")
+        detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint}
+        audit.record(connection, [audit.Entry(org_id, "run.retry", new_run_id, detail)], at=now, actor=actor)
+        return run_lists.row(connection, org_id, new_run_id)
+
+
+def matching(
+    database: Database, which: Cancellable | Retryable, *, org: str | None, limit: int
+) -> Iterator[Row]:
+    """The runs that match now, oldest first, read in pages as they are taken, at most `limit`.
+
+    Runs that ask to stop already and runs that were retried do not match.
+
+    Raises:
+        NotFound: no such org.
+    """
+    return islice(_matching(database, which, org), limit)
+
+
+def cancel_many(
+    database: Database, which: Cancellable, *, actor: str, org: str | None = None, limit: int
+) -> Iterator[Row]:
+    """Cancel each matching run as it is taken, and yield the outcome.
+
+    `state` is `cancelled`, or `running` for a run that was asked to stop. For a run that
+    was left, `state` is None and `left` says why.
+    """
+
+    def change(run_id: str) -> Row:
+        return cancel(database, run_id, actor=actor, org=org, state=which.state)
+
+    for run, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
+        kept = {name: run[name] for name in ("id", "org", "definition", "scheduled_for")}
+        yield kept | {"state": row and row["state"], "left": left}
+
+
+def retry_many(
+    database: Database,
+    which: Retryable,
+    *,
+    actor: str,
+    org: str | None = None,
+    from_checkpoint: bool = False,
+    limit: int,
+) -> Iterator[Row]:
+    """Retry each matching run as it is taken, and yield the outcome; repeating it retries those left.
+
+    `id` and `state` are the new run's. For a run that was left, `id` is None and `left` says why.
+    """
+
+    def change(run_id: str) -> Row:
+        return retry(database, run_id, actor=actor, org=org, from_checkpoint=from_checkpoint, once=True)
+
+    for old, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
+        made = {"id": row and row["id"], "state": row and row["state"], "left": left, "retry_of": old["id"]}
+        yield made | {name: old[name] for name in ("org", "definition", "scheduled_for")}
+
+
+def _change_each(
+    runs: Iterator[Row], change: Callable[[str], Row]
+) -> Iterator[tuple[Row, Row | None, str | None]]:
+    """Change runs one after the other: each run, and its new row or why it was left."""
+    for run in runs:
+        try:
+            yield run, change(run["id"]), None
+        except (Conflict, DefinitionError) as error:
+            yield run, None, error.message
+
+
+def _matching(database: Database, which: Cancellable | Retryable, org: str | None) -> Iterator[Row]:
+    every: Callable[..., list[Row]]
+    one: Callable[..., list[Row]]
+    key: Callable[[Row], Any]
+    until: Any
+    after: Any = None
+    with database.autocommit() as connection:
+        org_id = None if org is None else orgs.require(connection, org)["id"]
+        # Runs that are made or end after this do not match.
+        if isinstance(which, Cancellable):
+            every, one = edit_runs.cancellable_page_for_all_orgs, edit_runs.cancellable_page
+            until, key = edit_runs.newest_for_all_orgs(connection), itemgetter("id")
+        else:
+            every, one = edit_runs.retryable_page_for_all_orgs, edit_runs.retryable_page
+            until, key = database.now(connection), itemgetter("finished_at", "id")
+    page_of: Callable[..., list[Row]] = every if org_id is None else partial(one, org_id=org_id)
+    while until is not None:
+        with database.autocommit() as connection:
+            page = page_of(connection, which=which, until=until, after=after, limit=PAGE)
+        yield from page
+        if len(page) < PAGE:
+            return
+        after = key(page[-1])
+
+
+def require_run(connection: Connection, run_id: str, org: str | None) -> Row:
+    """The row of `runs` of a run, of `org` only if that is given.
+
+    Raises:
+        NotFound: no such run, or no such org.
+    """
+    wanted = RunId(checked_id(run_id))
+    if org is None:
+        row = edit_runs.find_for_all_orgs(connection, wanted)
+    else:
+        row = edit_runs.find(connection, orgs.require(connection, org)["id"], wanted)
+    if row is None:
+        raise NotFound(f"there is no run {run_id}", fix="`runs list` lists the runs")
+    return row
+
+
+def require_active(row: Mapping[str, Any]) -> None:
+    """Refuse a definition that starts no runs.
+
+    Raises:
+        Conflict: it is closed, or its org is not active.
+    """
+    if row["org_state"] != "active":
+        back = "add" if row["org_state"] == "removed" else "resume"
+        raise Conflict(
+            f"org {row['org']} is {row['org_state']}: none of its runs start",
+            fix=f"`orgs {back} {row['org']}` makes it active",
+        )
+    if row["closed_at"] is not None:
+        raise Conflict(f"definition {row['org']}/{row['name']} is closed", fix="`apply` a file that has it")
+
+
+def new_run(
+    row: Mapping[str, Any],
+    definition: Definition,
+    handlers: Handlers,
+    *,
+    origin: Origin,
+    scheduled_for: datetime,
+    at: datetime,
+) -> NewRun:
+    """A run of a definition row's revision that can start at once."""
+    run_id = RunId(new_id())
+    return NewRun(
+        id=run_id,
+        org_id=row["org_id"],
+        definition_id=row["id"],
+        revision=row["revision"],
+        handler=definition.handler,
+        origin=origin,
+        scheduled_for=scheduled_for,
+        available_at=at,
+        idempotency_key=run_id,
+        isolation=definition.isolation or handlers.isolation_of(definition.handler),
+        serial=definition.serial,
+        overlap=definition.overlap,
+        priority=definition.priority,
+        variant_handlers=definition.handlers if definition.variants else (),
+        max_concurrent=definition.max_concurrent,
+    )
+
+
+def _place(
+    connection: Connection,
+    row: Mapping[str, Any],
+    *,
+    origin: Origin,
+    scheduled_for: datetime,
+    at: datetime,
+    actor: str,
+    params: Mapping[str, Any] | None,
+    typed: Mapping[str, str] | None = None,
+    **identity: Any,
+) -> RunId:
+    """Insert a run of a locked definition, as its overlap rule says: waiting, held or as a replacement.
+
+    `params` replace the definition's; `identity` overrides fields of `NewRun`.
+
+    Raises:
+        Conflict: the definition is closed, its org is not active, or an unfinished run blocks it.
+        DefinitionError: params that the handler does not accept.
+    """
+    require_active(row)
+    entry = f"definition {row['org']}/{row['name']}"
+    definition = from_spec(row["org"], row["name"], row["spec"])
+    handlers = Handlers(connection)
+    if params is not None:
+        try:
+            params = fields.json_table(params)
+        except ValueError as error:
+            raise fields.refusal(str(error), entry, "params") from error
+        for handler in definition.handlers:
+            params = handlers.as_taken(handler, params, typed or {})
+            handlers.check_params(handler, params, entry)
+    run = new_run(row, definition, handlers, origin=origin, scheduled_for=scheduled_for, at=at)
+    run = replace(run, created_by=actor, params=params, **identity)
+    blocking = firing.place(connection, run, at=at)
+    if blocking is not None:
+        state = "held back already" if blocking["state"] == "held" else blocking["state"]
+        raise Conflict(
+            f"run {blocking['id']} of this definition is {state}, and its overlap is {run.overlap}",
+            fix=f"wait for it, or end it with `runs cancel {blocking['id']}`",
+        )
+    return run.id
+
+
+def _check_given_by_org(definition: Definition, given: Collection[str]) -> None:
+    """Refuse params that only an operator can give.
+
+    Raises:
+        AccessDenied: names the first param that is not in `params_by_hand`.
+    """
+    denied = sorted(set(given) - set(definition.params_by_hand))
+    if denied:
+        allowed = ", ".join(definition.params_by_hand) or "no params"
+        raise AccessDenied(
+            f"definition {definition.org}/{definition.name}: an org cannot give the param {denied[0]!r}",
+            fix=f"leave it out: params_by_hand of the definition allows {allowed}; an operator can give any",
+        )
