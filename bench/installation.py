@@ -22,8 +22,7 @@ from bench.server import own_server
 from tests.fakes.plugins import make_plugin
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock
-from worker.demo.applications import Application
-from worker.demo.provider import serve_provider
+from worker.demo.provider import Application, serve_provider
 from worker.ids import RunId, new_id
 from worker.operations.orgs import import_orgs
 from worker.runs.run import NewRun

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.fakes.site import Site, application, definition
-from worker.demo.applications import Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Fault, Provider
 
 GOOD, LACKING, FOREIGN = (application(code) for code in ("org_good", "org_lacking", "org_foreign"))
 

@@ -18,7 +18,7 @@ from tests.fakes import freezing_worker
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until
-from worker.demo.applications import Fault
+from worker.demo.provider import Fault
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.site import AUDIENCE, application, definition, wait_until
-from worker.demo.applications import Fault
+from worker.demo.provider import Fault
 
 HOSTILE: dict[str, tuple[Fault, str, str | None]] = {
     "other_org": (Fault(replace={"org_code": "org_good"}), "org_mismatch", None),

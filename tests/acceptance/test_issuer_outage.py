@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.site import Site, application, definition, wait_until
-from worker.demo.applications import Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Fault, Provider
 
 ORGS = [f"org_{number:02}" for number in range(98)]
 BROKEN, HONEST = ORGS[:3], ORGS[3:]

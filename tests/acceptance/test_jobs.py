@@ -9,8 +9,7 @@ import pytest
 
 from tests.fakes.site import AUDIENCE, Site, application, definition
 from worker.demo.api import CustomerApi
-from worker.demo.applications import Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Fault, Provider
 from worker.demo.serving import ServerThread, bind_loopback
 from worker.guard import Guard
 

@@ -11,8 +11,7 @@ import pytest
 
 from tests.fakes.plugins import make_plugin
 from tests.fakes.site import Site, application, definition, wait_until
-from worker.demo.applications import Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Fault, Provider
 
 ORGS = [f"org_{number}" for number in range(4)]
 

@@ -16,8 +16,7 @@ from starlette.routing import Route
 
 from tests.fakes.cli import CommandLine
 from tests.fakes.site import wait_until
-from worker.demo.applications import Application
-from worker.demo.provider import serve_provider
+from worker.demo.provider import Application, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 AUDIENCE = "https://api.example.com"

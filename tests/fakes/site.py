@@ -20,8 +20,7 @@ import psycopg
 from psycopg.rows import dict_row
 
 from tests.fakes.log import faults_of
-from worker.demo.applications import Application
-from worker.demo.provider import Provider
+from worker.demo.provider import Application, Provider
 
 T = TypeVar("T")
 

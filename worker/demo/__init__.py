@@ -1,4 +1,4 @@
-"""What the demo and the acceptance tests run against: a development provider, a customer API, a story.
+"""The demo, its development provider and its customer API, which the acceptance tests use as well.
 
-Nothing in here is meant for production: secrets are made up, and everything listens on loopback only.
+Not for production: secrets are generated, and everything listens on loopback only.
 """

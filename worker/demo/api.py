@@ -1,11 +1,11 @@
-"""The knowledge base of the demo: a few help articles for each org, the same at every start."""
+"""The customer API of the demo: a knowledge base for each org, and a chat endpoint in OpenAI's form."""
 
 from __future__ import annotations
 
 import re
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,16 +23,15 @@ TOPICS = (
     ("Exporting data", "Exports are made at night. The file can be fetched for seven days."),
     ("Changing the plan", "Plans change at once and are billed by the day. Nothing is lost on the way."),
     ("Connecting a calendar", "Calendars connect under Integrations. Only free and busy times are read."),
-    ("Reporting a fault", "Write to support with the page's address. Most faults are mended in a day."),
+    ("Reporting a fault", "Write to support with the page's address. Most faults are fixed within a day."),
     ("Deleting an account", "Deletion takes effect after thirty days. Until then it can be taken back."),
 )
 
 
-def articles_of(org_name: str, topics: Sequence[tuple[str, str]] = TOPICS) -> list[dict[str, str]]:
-    """The articles of one org, with ids counted from 1."""
+def articles_of(org_name: str) -> list[dict[str, str]]:
     return [
         {"id": f"kb-{number}", "title": f"{title} at {org_name}", "text": text}
-        for number, (title, text) in enumerate(topics, start=1)
+        for number, (title, text) in enumerate(TOPICS, start=1)
     ]
 
 
@@ -40,7 +39,7 @@ ARTICLE = re.compile(r"\[(?P<id>[\w-]+)\]\s*(?P<title>.*?)\n(?P<text>.*)")
 
 
 class Refusal(Exception):
-    """An error answer in OpenAI's form."""
+    """An error response in OpenAI's form."""
 
     def __init__(self, message: str, *, code: str, status: int = 400) -> None:
         super().__init__(message)
@@ -54,7 +53,7 @@ class Refusal(Exception):
 
 
 class ChatEndpoint:
-    """`POST /v1/chat/completions`, guarded by an API key; `models` counts the requests of each model."""
+    """`POST /v1/chat/completions` with an API key; `models` counts the requests for each model."""
 
     def __init__(self, api_key: str) -> None:
         self._api_key = api_key
@@ -104,7 +103,7 @@ class ChatEndpoint:
 
 
 def check_request(body: Any) -> tuple[str, int, list[dict[str, str]]]:
-    """Model, limit in words and messages of a request, or the Refusal that names what is wrong."""
+    """The model, word limit and messages of a request; raises Refusal."""
     if not isinstance(body, dict):
         raise Refusal("the body must be an object", code="invalid_type")
     model, messages = body.get("model"), body.get("messages")
@@ -122,9 +121,9 @@ def check_request(body: Any) -> tuple[str, int, list[dict[str, str]]]:
 
 
 def summarise(messages: list[dict[str, str]]) -> str:
-    """What the endpoint answers: the text before the articles, then each article's title and first sentence.
+    """The completion: the text before the articles, then each article's title and first sentence.
 
-    Articles are cited by their id where the system message asks for it.
+    Articles are cited by their id if the system message asks for it.
     """
     system = " ".join(item["content"] for item in messages if item.get("role") == "system")
     text = messages[-1]["content"]
@@ -141,10 +140,7 @@ MAX_PAGE = 100
 
 
 class CustomerApi:
-    """The API of a made-up customer: `orgs` maps an org's code to its name.
-
-    `reads` counts the pages that each org has read.
-    """
+    """The API of a fictional customer. `orgs` maps codes to names; `reads` counts pages by org."""
 
     def __init__(self, guard: Guard, *, orgs: Mapping[str, str], chat_key: str) -> None:
         self._guard = guard
@@ -173,10 +169,6 @@ class CustomerApi:
         except ValueError:
             return JSONResponse({"error": "after and limit are whole numbers"}, status_code=400)
         self.reads[claims.org_code] += 1
-        return JSONResponse(page_of(articles, after, limit) | {"org": claims.org_code})
-
-
-def page_of(articles: Sequence[Mapping[str, str]], after: int, limit: int) -> dict[str, Any]:
-    """Up to `limit` articles behind the first `after`; `next` is where the following page begins."""
-    end = after + limit
-    return {"articles": articles[after:end], "next": end if end < len(articles) else None}
+        end = after + limit
+        page = {"articles": articles[after:end], "next": end if end < len(articles) else None}
+        return JSONResponse(page | {"org": claims.org_code})

@@ -1,7 +1,6 @@
-"""The provider's control endpoint: lets a test in another process flip what the provider does.
+"""The development provider: an OAuth issuer with Kinde's tokens, whose faults tests control.
 
-It answers on loopback only, and only to requests that name a loopback host, so that
-a web page cannot reach it through a name of its own.
+It shares no code with what it tests.
 """
 
 from __future__ import annotations
@@ -16,118 +15,188 @@ import signal
 import sys
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 from urllib.parse import parse_qsl
 
+import jwt
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
-from worker.demo.applications import Application, Fault, KeyRotation
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 
-class Controlled(Protocol):
-    """What the control endpoint turns."""
+@dataclass(slots=True)
+class SigningKey:
+    """An RSA key and its kid; an unpublished one signs, but is not in the JWKS yet."""
 
-    keys: KeyRotation
-    applications: dict[str, Application]
-    jwks_fault: Fault | None
+    kid: str
+    private: rsa.RSAPrivateKey
+    published: bool = True
 
-    def add(self, application: Application) -> None: ...
+    @classmethod
+    def make(cls, *, published: bool = True) -> SigningKey:
+        private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        return cls(secrets.token_hex(8), private, published)
 
-    def misbehave(self, fault: Fault | None, client_id: str = "*") -> None: ...
-
-    def counts(self) -> dict[str, Any]: ...
-
-
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def is_loopback(host: str | None) -> bool:
-    """Whether the host is a loopback address or `localhost`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+    def as_jwk(self) -> dict[str, Any]:
+        jwk: dict[str, Any] = json.loads(RSAAlgorithm.to_jwk(self.private.public_key()))
+        jwk.pop("key_ops", None)
+        return jwk | {"kid": self.kid, "use": "sig", "alg": "RS256"}
 
 
-def guarded(endpoint: Endpoint) -> Endpoint:
-    """Answer 403 to what does not come over loopback, and 400 to a malformed body."""
+class KeyRotation:
+    """All keys of the provider; the newest signs, older ones stay published until retired."""
 
-    async def answer(request: Request) -> Response:
-        client = request.client.host if request.client else None
-        if not is_loopback(client) or not is_loopback(request.url.hostname):
-            return JSONResponse({"error": "loopback only"}, status_code=403)
-        try:
-            return await endpoint(request)
-        except (ValueError, TypeError) as error:
-            return JSONResponse({"error": str(error)}, status_code=400)
+    def __init__(self) -> None:
+        self._keys = [SigningKey.make()]
+        self._foreign: SigningKey | None = None
 
-    return answer
+    @property
+    def current(self) -> SigningKey:
+        return self._keys[-1]
+
+    def rotate(self, *, publish: bool = True, retire: bool = False) -> str:
+        """Sign with a new key from now on, and return its kid.
+
+        `publish=False` keeps it out of the JWKS until `publish()`; `retire` removes the older keys.
+        """
+        key = SigningKey.make(published=publish)
+        self._keys = [key] if retire else [*self._keys, key]
+        return key.kid
+
+    def publish(self) -> None:
+        """Add every key to the JWKS."""
+        for key in self._keys:
+            key.published = True
+
+    def as_jwks(self) -> dict[str, Any]:
+        return {"keys": [key.as_jwk() for key in self._keys if key.published]}
+
+    def sign(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
+        """An RS256 token with these claims, signed by the current key."""
+        return self._encode(claims, self.current.private, typ)
+
+    def forge(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
+        """The same with the current kid, but signed by a key that is never published."""
+        if self._foreign is None:
+            self._foreign = SigningKey.make(published=False)
+        return self._encode(claims, self._foreign.private, typ)
+
+    def _encode(self, claims: Mapping[str, Any], key: rsa.RSAPrivateKey, typ: str) -> str:
+        headers = {"kid": self.current.kid, "typ": typ}
+        return jwt.encode(dict(claims), key, algorithm="RS256", headers=headers)
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object; an empty body is an empty one."""
-    data = await request.json() if await request.body() else {}
-    if not isinstance(data, dict):
-        raise ValueError("expected a JSON object")
-    return data
+FLAG_TYPES = {bool: "b", int: "i", float: "i"}
 
 
-def control_routes(provider: Controlled) -> list[Route]:
-    """The routes under `/control`.
+@dataclass(slots=True)
+class Application:
+    """An M2M application of one org.
 
-    `GET /` counts and kids · `PUT /apps/{client_id}` an application ·
-    `PUT|DELETE /faults/{client_id}` a fault, with `*` for all clients and `jwks`
-    for the key set · `POST /rotate` {publish, retire} · `POST /publish`.
+    `properties` and `flags` are plain values; tokens have them in Kinde's form. `lifetime` is in seconds.
     """
 
-    async def show(request: Request) -> Response:
-        kids = [key["kid"] for key in provider.keys.as_jwks()["keys"]]
-        return JSONResponse(provider.counts() | {"kids": kids})
+    org_code: str
+    client_id: str
+    client_secret: str = field(repr=False)
+    scopes: tuple[str, ...] = ()
+    audiences: tuple[str, ...] = ()
+    properties: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+    lifetime: int = 86400
+    enabled: bool = True
 
-    async def put_application(request: Request) -> Response:
-        data = await read_object(request) | {"client_id": request.path_params["client_id"]}
-        provider.add(Application.from_json(data))
-        return Response(status_code=204)
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Parse an application; raises ValueError for an unknown or a missing key."""
+        check_names(cls, data)
+        try:
+            app = cls(**data)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        app.scopes, app.audiences = tuple(app.scopes), tuple(app.audiences)
+        return app
 
-    async def set_fault(request: Request) -> Response:
-        name = request.path_params["client_id"]
-        fault = Fault.from_json(await read_object(request)) if request.method == "PUT" else None
-        if name == "jwks":
-            provider.jwks_fault = fault
-        else:
-            provider.misbehave(fault, name)
-        return Response(status_code=204)
+    def accepts(self, client_secret: str) -> bool:
+        return self.enabled and secrets.compare_digest(self.client_secret.encode(), client_secret.encode())
 
-    async def rotate(request: Request) -> Response:
-        return JSONResponse({"kid": provider.keys.rotate(**await read_object(request))})
+    def as_claims(self) -> dict[str, Any]:
+        """Org, properties and flags as in a Kinde token."""
+        return {
+            "org_code": self.org_code,
+            "application_properties": {
+                name: {"v": as_property(value)} for name, value in self.properties.items()
+            },
+            "feature_flags": {
+                name: {"t": FLAG_TYPES.get(type(value), "s"), "v": value}
+                for name, value in self.flags.items()
+            },
+        }
 
-    async def publish(request: Request) -> Response:
-        provider.keys.publish()
-        return Response(status_code=204)
 
-    return [
-        Route("/", guarded(show)),
-        Route("/apps/{client_id}", guarded(put_application), methods=["PUT"]),
-        Route("/faults/{client_id}", guarded(set_fault), methods=["PUT", "DELETE"]),
-        Route("/rotate", guarded(rotate), methods=["POST"]),
-        Route("/publish", guarded(publish), methods=["POST"]),
-    ]
+def as_property(value: Any) -> str | bool:
+    """A property's value as Kinde stores it: text or a boolean, so 1000 becomes "1000"."""
+    return value if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """How the token endpoint misbehaves towards a client; the defaults are correct behaviour.
+
+    `replace` and `drop` change claims just before signing (another org, issuer or audience; no
+    org). `age` backdates the token by that many seconds, so that it may have expired. `forged`
+    signs with an unpublished key under a known kid. `status`, with `headers` and `body`, replaces
+    the token response. `delay` is in seconds. `times` is the number of requests that the fault
+    affects; None is unlimited.
+    """
+
+    replace: Mapping[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+    age: int = 0
+    lifetime: int | None = None
+    forged: bool = False
+    typ: str = "JWT"
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: str | None = None
+    delay: float = 0.0
+    times: int | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        check_names(cls, data)
+        return cls(**{**data, "drop": tuple(data.get("drop", ()))})
+
+
+def check_names(kind: type, data: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that the dataclass does not have."""
+    known = {item.name for item in fields(kind)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+
+
+async def failed(fault: Fault) -> Response | None:
+    """Wait as the fault says, and return its response, if it has one."""
+    if fault.delay:
+        await asyncio.sleep(fault.delay)
+    if fault.status is None:
+        return None
+    return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
 
 
 NO_STORE = {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
 
 class TokenRefusal(Exception):
-    """A token request that gets an error answer (RFC 6749, section 5.2)."""
+    """An error response to a token request (RFC 6749, section 5.2)."""
 
     def __init__(self, code: str, description: str, status: int = 400) -> None:
         super().__init__(description)
@@ -141,9 +210,9 @@ class TokenRefusal(Exception):
 
 
 class Provider:
-    """The provider's applications, keys, faults and counts; `asgi()` is its HTTP side.
+    """The provider's applications, keys, faults and counters; `asgi()` serves it.
 
-    `issued` keeps the newest tokens, so that a test can look for them where none may stand.
+    `issued` holds the newest tokens, so that a test can search for leaks.
     """
 
     def __init__(
@@ -160,18 +229,18 @@ class Provider:
         self._clock = clock or SystemClock()
 
     def add(self, application: Application) -> None:
-        """Add an application, or put it in the place of the one with its client id."""
+        """Add an application, or replace the one with its client id."""
         self.applications[application.client_id] = application
 
     def misbehave(self, fault: Fault | None, client_id: str = "*") -> None:
-        """Set the fault for a client, or with `*` for all without one of their own; None ends it."""
+        """Set the fault of a client, or with `*` of all clients without one; None removes it."""
         if fault is None:
             self.faults.pop(client_id, None)
         else:
             self.faults[client_id] = fault
 
     def counts(self) -> dict[str, Any]:
-        """How often each endpoint was asked, and the token endpoint by each client."""
+        """The number of requests to each endpoint, and to the token endpoint by each client."""
         return {"requests": dict(self.requests), "token_requests": dict(self.token_requests)}
 
     def asgi(self) -> Starlette:
@@ -190,17 +259,15 @@ class Provider:
         client_id = fields.get("client_id", "")
         self.token_requests[client_id] += 1
         fault = self._take_fault(client_id)
-        if fault.delay:
-            await asyncio.sleep(fault.delay)
-        if fault.status is not None:
-            return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
+        if failure := await failed(fault):
+            return failure
         try:
             return JSONResponse(self._grant(fields, fault), headers=NO_STORE)
         except TokenRefusal as refusal:
             return refusal.as_response()
 
     def _take_fault(self, client_id: str) -> Fault:
-        """The fault that holds for this request; one with `times` wears off."""
+        """The fault for this request; one with `times` is counted down."""
         key = client_id if client_id in self.faults else "*"
         fault = self.faults.get(key)
         if fault is None:
@@ -211,7 +278,7 @@ class Provider:
         return fault
 
     def _grant(self, fields: Mapping[str, str], fault: Fault) -> dict[str, Any]:
-        """The token response for a well-formed request of a known client."""
+        """The token response; raises TokenRefusal."""
         if fields.get("grant_type") != "client_credentials":
             raise TokenRefusal("unsupported_grant_type", "grant_type must be client_credentials")
         app = self.applications.get(fields.get("client_id", ""))
@@ -269,28 +336,102 @@ class Provider:
 
     async def _jwks(self, request: Request) -> Response:
         self.requests["jwks"] += 1
-        fault = self.jwks_fault or Fault()
-        if fault.delay:
-            await asyncio.sleep(fault.delay)
-        if fault.status is not None:
-            return Response(fault.body or "", status_code=fault.status, headers=dict(fault.headers))
-        return JSONResponse(self.keys.as_jwks())
+        failure = await failed(self.jwks_fault or Fault())
+        return failure or JSONResponse(self.keys.as_jwks())
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether the host is a loopback address or `localhost`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def guarded(endpoint: Endpoint) -> Endpoint:
+    """Respond with 403 to requests that do not come over loopback, and with 400 to a malformed body."""
+
+    async def answer(request: Request) -> Response:
+        client = request.client.host if request.client else None
+        if not is_loopback(client) or not is_loopback(request.url.hostname):
+            return JSONResponse({"error": "loopback only"}, status_code=403)
+        try:
+            return await endpoint(request)
+        except (ValueError, TypeError) as error:
+            return JSONResponse({"error": str(error)}, status_code=400)
+
+    return answer
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object; an empty body counts as {}."""
+    data = await request.json() if await request.body() else {}
+    if not isinstance(data, dict):
+        raise ValueError("expected a JSON object")
+    return data
+
+
+def control_routes(provider: Provider) -> list[Route]:
+    """The routes under `/control`: a test in another process changes the provider's behaviour with them.
+
+    `GET /` counts and kids · `PUT /apps/{client_id}` an application ·
+    `PUT|DELETE /faults/{client_id}` a fault, with `*` for all clients and `jwks`
+    for the key set · `POST /rotate` {publish, retire} · `POST /publish`.
+
+    They answer only on loopback and only requests that name a loopback host, so that a web page
+    cannot reach them through a DNS name of its own.
+    """
+
+    async def show(request: Request) -> Response:
+        kids = [key["kid"] for key in provider.keys.as_jwks()["keys"]]
+        return JSONResponse(provider.counts() | {"kids": kids})
+
+    async def put_application(request: Request) -> Response:
+        data = await read_object(request) | {"client_id": request.path_params["client_id"]}
+        provider.add(Application.from_json(data))
+        return Response(status_code=204)
+
+    async def set_fault(request: Request) -> Response:
+        name = request.path_params["client_id"]
+        fault = Fault.from_json(await read_object(request)) if request.method == "PUT" else None
+        if name == "jwks":
+            provider.jwks_fault = fault
+        else:
+            provider.misbehave(fault, name)
+        return Response(status_code=204)
+
+    async def rotate(request: Request) -> Response:
+        return JSONResponse({"kid": provider.keys.rotate(**await read_object(request))})
+
+    async def publish(request: Request) -> Response:
+        provider.keys.publish()
+        return Response(status_code=204)
+
+    return [
+        Route("/", guarded(show)),
+        Route("/apps/{client_id}", guarded(put_application), methods=["PUT"]),
+        Route("/faults/{client_id}", guarded(set_fault), methods=["PUT", "DELETE"]),
+        Route("/rotate", guarded(rotate), methods=["POST"]),
+        Route("/publish", guarded(publish), methods=["POST"]),
+    ]
 
 
 def serve_provider(
     applications: Iterable[Application] = (), *, port: int = 0, clock: Clock | None = None
 ) -> tuple[Provider, ServerThread]:
-    """A provider on a loopback port, by default a free one, and the thread that will serve it.
-
-    The thread is a context manager: it serves from `with` or `start()` on.
-    """
+    """A provider on a loopback port, and the thread that serves it once started. Port 0 picks a free one."""
     listener = bind_loopback(port)
     provider = Provider(url_of(listener), applications, clock=clock)
     return provider, ServerThread(provider.asgi(), listener)
 
 
 def read_applications(path: str) -> list[Application]:
-    """The applications of a JSON file: a list of objects with the fields of `Application`."""
+    """Parse a JSON file: a list of objects with the fields of `Application`."""
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of applications")
@@ -300,7 +441,7 @@ def read_applications(path: str) -> list[Application]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve a provider until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m worker.demo.provider", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--orgs", default="", help="JSON file: a list of applications")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)

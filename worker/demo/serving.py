@@ -1,4 +1,4 @@
-"""ASGI applications on loopback, each in a thread with a loop of its own."""
+"""Serves ASGI applications on loopback, each in a thread with its own event loop."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from starlette.types import ASGIApp
 
 
 def bind_loopback(port: int = 0) -> socket.socket:
-    """A listening socket on 127.0.0.1; port 0 takes a free one.
+    """A listening socket on 127.0.0.1; port 0 picks a free one.
 
-    It listens at once, so that a request sent before the server runs only waits.
+    It listens at once: a request sent before the server runs waits.
     """
     listener = socket.create_server(("127.0.0.1", port), backlog=512)
     listener.set_inheritable(False)
-    # asyncio sets it only where a socket names its protocol, which this one's connections do not:
-    # each answer would wait 40 ms for an acknowledgement.
+    # asyncio does not set this for connections of such a socket: each response would wait 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def url_of(listener: socket.socket) -> str:
-    """The base URL of a bound socket, without a slash at its end."""
+    """The base URL of a bound socket, without a trailing slash."""
     host, port = listener.getsockname()[:2]
     return f"http://{host}:{port}"
 
 
 class ServerThread:
-    """One application served from a thread until `stop()`; also a context manager."""
+    """Serves one application from a thread until `stop()`; also a context manager."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         self.url = url_of(listener)
@@ -49,7 +48,7 @@ class ServerThread:
         return self
 
     def stop(self) -> None:
-        """Close the socket and wait for the thread; calling it again does nothing."""
+        """Close the socket and wait for the thread. Idempotent."""
         self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join(timeout=5)

@@ -1,7 +1,7 @@
-"""Every change of a run's state, in the order of the database: triggers of the demo's own keep a journal.
+"""Prints every change of a run's state, in database order, from a journal that triggers write.
 
-A poll of `run_view` would miss the states that last a few milliseconds. The
-triggers belong to the throw-away database of the demo and to no migration.
+Polling `run_view` would miss states that last a few milliseconds. The triggers exist only in the
+demo's temporary database.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WHERE run_id = ? ORDER BY attempt DESC LIMIT 1
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A run has taken a state."""
+    """A run entered a state."""
 
     run_id: str
     org: str
@@ -61,14 +61,14 @@ class Change:
 
 
 class Journal:
-    """Reads the changes of one SQLite file, each once."""
+    """Reads each change of one SQLite file once."""
 
     def __init__(self, path: str) -> None:
         self._connection = sqlite3.connect(path, timeout=5, isolation_level=None)
         self._seq = 0
 
     def install(self) -> None:
-        """Create the journal and its triggers in a freshly migrated database."""
+        """Create the journal and its triggers."""
         self._connection.executescript(JOURNAL)
 
     def read(self) -> list[Change]:
@@ -79,7 +79,7 @@ class Journal:
         return [Change(*row[1:]) for row in rows]
 
     def last_attempt(self, run_id: str) -> tuple[str, bool] | None:
-        """The handler that the last attempt chose, and whether it was started."""
+        """The handler of the last attempt, and whether it was started."""
         row = self._connection.execute(LAST_ATTEMPT, (run_id,)).fetchone()
         return (row[0], bool(row[1])) if row else None
 
@@ -91,7 +91,7 @@ COLUMNS = ("time", "org", "definition", "state", "reason", "detail")
 
 
 class Narrator:
-    """Prints each change of a run's state, and once for each org what it means."""
+    """Prints each change of a run's state, and explains it once for each org."""
 
     def __init__(self, journal: Journal, clock: Clock, started: float) -> None:
         self._journal = journal
@@ -128,16 +128,16 @@ class Narrator:
             say(f"{change.org}: the flag agent-v2 is {which}, {handler}, answered")
         elif change.state == "refused":
             began = "was started" if handler_started else "was not started"
-            say(f"{change.org}: the provider answered with a token of another org; the handler {began}")
+            say(f"{change.org}: the provider returned a token of another org; the handler {began}")
         elif change.reason == "no_token":
-            say(f"{change.org}: the provider no longer takes its secret; its runs wait. What to do:")
+            say(f"{change.org}: the provider no longer takes its secret; its runs wait. To fix this:")
             say(
                 f"    python -m worker credentials add {change.org}"
                 f" --client-id m2m-{change.org} --secret-file FILE"
             )
 
     def sum_up(self) -> None:
-        """What came of each org's runs; of one that none has ended for, where it stands."""
+        """Print the outcomes of each org's runs, or the state of its latest run if none has ended."""
         for org, latest in sorted(self._latest.items()):
             ends = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
             say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
@@ -148,6 +148,6 @@ def say(text: str) -> None:
 
 
 def line_of(time: str, org: str, definition: str, state: str, reason: str | None, detail: str | None) -> str:
-    """One line in columns; an empty one shows as a dash."""
+    """One line in columns; an empty column shows a dash."""
     flat = " ".join((detail or "-").split())
     return f"{time:<24}  {org:<12}  {definition:<14}  {state:<9}  {reason or '-':<16}  {flat}"

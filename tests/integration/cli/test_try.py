@@ -14,8 +14,7 @@ import pytest
 from tests.fakes.cli import CommandLine
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
-from worker.demo.applications import Application
-from worker.demo.provider import serve_provider
+from worker.demo.provider import Application, serve_provider
 
 SOURCE = """\
 import sys

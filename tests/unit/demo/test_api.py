@@ -10,8 +10,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.demo.api import CustomerApi
-from worker.demo.applications import Application, Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Application, Fault, Provider
 from worker.guard import Guard
 
 pytestmark = pytest.mark.anyio

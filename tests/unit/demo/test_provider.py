@@ -10,8 +10,7 @@ import jwt
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.demo.applications import Application, Fault
-from worker.demo.provider import Provider
+from worker.demo.provider import Application, Fault, Provider
 
 pytestmark = pytest.mark.anyio
 
