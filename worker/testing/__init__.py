@@ -1,6 +1,6 @@
-"""For a handler's author: the real attempt in a test, on a settable clock, with made-up claims and faults.
+"""Tests of handlers: the real attempt on a settable clock, with fake claims and faults.
 
-The pytest fixture `orgworker` gives an `Orgworker`; without pytest, make one.
+The pytest fixture `orgworker` is an `Orgworker`; without pytest, create one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.testing.clock import SettableClock
     from worker.testing.faults import Crash, ProviderDown, SecretRotated, Stop, WrongOrg
-    from worker.testing.finished import Attempt, Finished, LogLine
-    from worker.testing.orgworker import Orgworker
+    from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker
 
 _HOMES = {
-    "Attempt": "finished",
+    "Attempt": "orgworker",
     "Crash": "faults",
-    "Finished": "finished",
-    "LogLine": "finished",
+    "Finished": "orgworker",
+    "LogLine": "orgworker",
     "Orgworker": "orgworker",
     "ProviderDown": "faults",
     "SecretRotated": "faults",
@@ -42,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # pytest imports this wherever the package is installed, also where no test uses it.
+    # pytest imports this wherever the package is installed, even if no test uses it.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""An event loop on a settable clock: where nothing is left to do but wait, the clock leaps there."""
+"""An event loop on a settable clock: when everything waits, the clock jumps to the next timer."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from worker.definitions.units import parse_duration
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-# Seconds of real time in one wait for a thread or a socket, after which the clock has moved as far.
+# Seconds of real time for one wait for a thread or a socket; the clock advances by as much.
 SLICE = 0.02
-# A thread that waits for work stands in these files, and at its top in one of these functions.
-_RESTING_FILES = ("/threading.py", "/queue.py", "/concurrent/futures/thread.py", "/_backends/_asyncio.py")
-_RESTING = frozenset({"wait", "get", "_worker"})
+# The files on the stack of an idle thread, and the functions at its top.
+_IDLE_FILES = ("/threading.py", "/queue.py", "/concurrent/futures/thread.py", "/_backends/_asyncio.py")
+_IDLE = frozenset({"wait", "get", "_worker"})
 
 
 class LeapingLoop(asyncio.SelectorEventLoop):
-    """Its time is the clock's; real time passes only while a thread or a socket has work to do."""
+    """Uses the clock's time; real time passes only while a thread or a socket is busy."""
 
     def __init__(self, clock: SettableClock) -> None:
         self._clock = clock
         self._in_threads = 0
-        selector = _Leaping(clock, lambda: self._in_threads > 0)
+        selector = _LeapingSelector(clock, lambda: self._in_threads > 0)
         super().__init__(selector)
         selector.begin()
 
@@ -50,18 +50,18 @@ class LeapingLoop(asyncio.SelectorEventLoop):
         self._in_threads -= 1
 
 
-class _Leaping(selectors.DefaultSelector):
-    """Waits by moving the clock."""
+class _LeapingSelector(selectors.DefaultSelector):
+    """Waits by advancing the clock."""
 
-    def __init__(self, clock: SettableClock, called: Callable[[], bool]) -> None:
+    def __init__(self, clock: SettableClock, busy: Callable[[], bool]) -> None:
         super().__init__()
         self._clock = clock
-        self._called = called
+        self._busy = busy
         self._own_files = 0
         self._threads: frozenset[threading.Thread] = frozenset()
 
     def begin(self) -> None:
-        """What is there now belongs to the loop and to whoever runs the tests."""
+        """Exclude the files of the loop and the threads of the test runner."""
         self._own_files = len(self.get_map())
         self._threads = frozenset(threading.enumerate())
 
@@ -69,7 +69,7 @@ class _Leaping(selectors.DefaultSelector):
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
-        if self._called() or len(self.get_map()) > self._own_files or self._others_work():
+        if self._busy() or len(self.get_map()) > self._own_files or self._other_thread_works():
             began = time.monotonic()
             ready = super().select(SLICE if timeout is None else min(timeout, SLICE))
             self._clock.advance(time.monotonic() - began)
@@ -78,27 +78,27 @@ class _Leaping(selectors.DefaultSelector):
         if ready:
             return ready
         if timeout is None:
-            raise RuntimeError("the test waits for something that nothing will bring about")
+            raise RuntimeError("the test waits for something that never happens")
         self._clock.advance(timeout)
         return []
 
-    def _others_work(self) -> bool:
-        """Whether a thread that was not there at the beginning does anything but wait for work."""
+    def _other_thread_works(self) -> bool:
+        """Whether a thread that started since `begin` is not idle."""
         started = [thread for thread in threading.enumerate() if thread not in self._threads]
-        # Those of the loop's own executor are counted.
+        # Calls in the loop's own executor are counted.
         others = [thread for thread in started if not thread.name.startswith("asyncio_")]
         if not others:
             return False
-        time.sleep(SLICE / 2)  # one that was handed work a moment ago takes it up now
+        time.sleep(SLICE / 2)  # a thread that just received work starts on it now
         frames = sys._current_frames()
-        return any(thread.ident in frames and not _rests(frames[thread.ident]) for thread in others)
+        return any(thread.ident in frames and not _is_idle(frames[thread.ident]) for thread in others)
 
 
-def _rests(frame: Any) -> bool:
-    if frame.f_code.co_name not in _RESTING:
+def _is_idle(frame: Any) -> bool:
+    if frame.f_code.co_name not in _IDLE:
         return False
     while frame is not None:
-        if not frame.f_code.co_filename.endswith(_RESTING_FILES):
+        if not frame.f_code.co_filename.endswith(_IDLE_FILES):
             return False
         frame = frame.f_back
     return True
@@ -108,10 +108,10 @@ START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class SettableClock:
-    """Satisfies `worker.clock.Clock`; begins at 2030-01-01T00:00Z.
+    """A `worker.clock.Clock` that starts at 2030-01-01T00:00Z.
 
-    While a handler of a test runs, `asyncio.sleep`, timeouts and the pauses between
-    attempts take no real time. `datetime.now()` and `time.sleep` know nothing of it.
+    While a handler runs, `asyncio.sleep`, timeouts and the pauses between attempts take no
+    real time. `datetime.now()` and `time.sleep` do not use this clock.
     """
 
     def __init__(self, now: datetime = START) -> None:
@@ -119,7 +119,7 @@ class SettableClock:
         self._monotonic = 1000.0
 
     def now(self) -> datetime:
-        """The instant it stands at, aware, in UTC."""
+        """The current time; aware, in UTC."""
         return self._now
 
     def monotonic(self) -> float:
@@ -129,22 +129,18 @@ class SettableClock:
         await asyncio.sleep(seconds)
 
     def set(self, now: datetime | str) -> None:
-        """Set it, such as to `2030-03-31T00:59:50Z`; nothing that waits is woken by that."""
+        """Set the time, such as `2030-03-31T00:59:50Z`. This wakes nothing that waits."""
         self._now = from_text(now) if isinstance(now, str) else now.astimezone(UTC)
 
     def advance(self, by: timedelta | float | str) -> None:
-        """Let time pass: a timedelta, seconds, or text such as `2h`. A timeout may pass by it."""
+        """Advance by a timedelta, seconds, or text such as `2h`. Timeouts may expire."""
         span = timedelta(seconds=in_seconds(by))
         self._now += span
         self._monotonic += span.total_seconds()
 
 
 def in_seconds(duration: timedelta | float | str) -> float:
-    """A duration as a test may give it, in seconds.
-
-    Raises:
-        ValueError: the text is no duration.
-    """
+    """A duration in seconds; raises ValueError if the text is not a duration."""
     if isinstance(duration, str):
         duration = parse_duration(duration)
     return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)

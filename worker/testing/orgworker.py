@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any, Literal
+
+import httpx
 
 from worker.errors import NotFound, UsageError, WorkerError
 from worker.execution.runners.contract import Runner
@@ -23,21 +26,80 @@ from worker.ids import OrgId, new_id
 from worker.orgs import OrgRef
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Isolation
-from worker.runs.run import LogLine as RunLogLine
 from worker.testing.clock import LeapingLoop, SettableClock, in_seconds
-from worker.testing.faults import Fault
-from worker.testing.finished import Finished, LogLine
-from worker.testing.runners import Api, ApiOfTest, InProcess, in_child
-from worker.testing.stage import Stage, StagedTokens
+from worker.testing.faults import Fault, FaultInjector, FaultyTokens
+from worker.testing.runners import Api, InProcess, RecordingApi, in_child
 
 ORG = "org_test"
 API_ORIGIN = "https://api.example.com"
 ATTEMPTS = 10
-PLACES: Mapping[str, Isolation] = {"here": "inline", "child": "child"}
+ISOLATION: Mapping[str, Isolation] = {"here": "inline", "child": "child"}
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of the run's log, with secrets masked."""
+
+    attempt: int
+    """The attempt that wrote it, from 1."""
+    level: str
+    """`debug`, `info`, `warning`, `error` or `critical`; what is printed is `info`."""
+    text: str
+    """The line itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt of the run."""
+
+    number: int
+    """From 1."""
+    handler: str
+    """The handler that was selected: the definition's, or a variant's."""
+    outcome: str
+    """How it ended, as in `runs show`: `succeeded`, `failed`, `lost`, `handed_back`, …"""
+    state: str
+    """The run's state after it: `waiting`, or the final one."""
+    reason: str | None
+    """The reason for that state."""
+    detail: str | None
+    """What the reason refers to, such as the name of a property."""
+    error: Mapping[str, str] | None
+    """What went wrong: `type`, `message` and `trace`."""
+    started_at: datetime
+    """Start time, by the test's clock."""
+    ended_at: datetime
+    """End time, by the test's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run after its last attempt, with the values of `runs show`."""
+
+    state: str
+    """The final state; `waiting` if the test allowed too few attempts."""
+    reason: str | None
+    """The reason for it; None for `succeeded`."""
+    detail: str | None
+    """What the reason refers to, such as the missing scope."""
+    result: Any
+    """What the handler returned, after a round trip through JSON."""
+    error: Mapping[str, str] | None
+    """What went wrong: `type`, `message` and `trace`."""
+    checkpoint: Any
+    """The last checkpoint."""
+    progress: Mapping[str, Any] | None
+    """The last progress: `done`, `total` and `note`."""
+    attempts: tuple[Attempt, ...]
+    """All attempts, in order."""
+    logs: tuple[LogLine, ...]
+    """Lines written to `ctx.log`; in a child process also other logging and output."""
+    requests: tuple[httpx.Request, ...] = field(repr=False)
+    """The requests that reached the test's `api`."""
 
 
 class Orgworker:
-    """What a test of a handler works with; `clock` is that of all its runs."""
+    """Runs handlers in a test; all runs share `clock`."""
 
     def __init__(self) -> None:
         self.clock = SettableClock()
@@ -65,21 +127,19 @@ class Orgworker:
     ) -> Finished:
         """Run a handler, or the installed one of that name, until its run has ended.
 
-        The token says `org`, `properties` and `flags`, and has `scopes`, by default
-        all that the handler needs. `api` answers `ctx.http`: a function of the request,
-        an ASGI app, or an httpx transport; the token goes to `api_origins` only.
-        For `ctx.public_http` the address of each host is checked before: the one that
-        `hosts` gives it, and a public one for all others; `private_origins` are exempt.
-        `definition` has further keys as in a file for `apply`; `variants` are handlers
-        that it names and that are not installed. `checkpoint` is what an earlier run
-        saved. Where the run waits, the clock is moved on and it is tried again, in all
-        at most `attempts` times. In a `child` it has a process of its own, as in a
-        worker, and no `api` of the test.
+        The token has `org`, `properties`, `flags` and `scopes`, by default all that the handler
+        requires. `api` responds to `ctx.http`: a function of the request, an ASGI app, or an
+        httpx transport; only `api_origins` get the token. `ctx.public_http` checks addresses:
+        `hosts` sets those that are not public, and `private_origins` are exempt. `definition`
+        has more keys, as in a file for `apply`; `variants` are handlers that it names and that
+        are not installed. `checkpoint` is that of an earlier run. While the run waits, the clock
+        advances and another attempt starts, at most `attempts` in all. With `place="child"` the
+        run has its own process, as in a worker, and cannot reach `api`.
 
         Raises:
-            NotFound: no installed distribution offers a handler of that name.
-            DefinitionError: a key of `definition` is unknown or does not fit.
-            AssertionError: a fault that was ordered never came about.
+            NotFound: no installed distribution has a handler of that name.
+            DefinitionError: a key of `definition` is unknown or invalid.
+            AssertionError: one of the faults never happened.
         """
         with _fixes_shown():
             _refuse_a_running_loop()
@@ -87,133 +147,123 @@ class Orgworker:
             name = handler.name if isinstance(handler, Job) else handler
             keys = {**(definition or {}), **({} if params is None else {"params": dict(params)})}
             parsed = definition_of(org, name, keys)
-            stage = Stage(faults, self.clock)
+            handlers = [_handler(wanted, given.get(wanted)) for wanted in parsed.handlers]
+            jobs = {entry.entry_point: job for entry, job in handlers}
             origins = tuple(api_origins) if parsed.api_origins is None else parsed.api_origins
-            work = _Work(
-                subject=Subject(
-                    OrgRef(OrgId(new_id()), org),
-                    org,
-                    parsed,
-                    api_origins=origins,
-                    private_origins=tuple(private_origins),
-                    insecure_origins=origins,
-                ),
-                handlers=[_handler(wanted, given.get(wanted)) for wanted in parsed.handlers],
-                tokens=StagedTokens(
-                    stage,
-                    self.clock,
-                    properties=properties,
-                    flags=flags,
-                    scopes=scopes,
-                    lifetime=timedelta(seconds=in_seconds(token_lifetime)),
-                ),
-                api=api,
-                hosts=hosts or {},
-                place=place,
-                checkpoint=checkpoint,
-                attempts=attempts,
-            )
-            with asyncio.Runner(loop_factory=lambda: LeapingLoop(self.clock)) as runner:
-                finished = runner.run(work.carry(stage, self.clock))
-        stage.check()
-        return finished
+            injector = FaultInjector(faults, self.clock)
+            recording = RecordingApi(api, injector.before_request)
+            logs: list[LogLine] = []
 
+            async def carry() -> tuple[Trial, list[EndedAttempt]]:
+                async with AsyncExitStack() as stack:
+                    runner: Runner = InProcess(jobs, recording, self.clock, hosts or {})
+                    if place == "child":
+                        runner = await stack.enter_async_context(in_child(jobs, self.clock))
+                    trial = Trial(
+                        Subject(
+                            OrgRef(OrgId(new_id()), org),
+                            org,
+                            parsed,
+                            api_origins=origins,
+                            private_origins=tuple(private_origins),
+                            insecure_origins=origins,
+                        ),
+                        [entry for entry, _ in handlers],
+                        FaultyTokens(
+                            injector,
+                            self.clock,
+                            properties=properties,
+                            flags=flags,
+                            scopes=scopes,
+                            lifetime=timedelta(seconds=in_seconds(token_lifetime)),
+                        ),
+                        runner,
+                        self.clock,
+                        checkpoint=checkpoint,
+                        isolation=ISOLATION[place],
+                        on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
+                        on_saved=injector.saved,
+                    )
+                    return trial, await self._attempts(trial, injector, attempts)
 
-@dataclass(frozen=True, slots=True)
-class _Handler:
-    entry: HandlerEntry
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One call of `run`."""
-
-    subject: Subject
-    handlers: Sequence[_Handler]
-    tokens: StagedTokens
-    api: Api | None
-    hosts: Mapping[str, str]
-    place: Literal["here", "child"]
-    checkpoint: Any
-    attempts: int
-
-    async def carry(self, stage: Stage, clock: SettableClock) -> Finished:
-        api = ApiOfTest(self.api, stage.before_request)
-        logs: list[LogLine] = []
-
-        def hear(line: RunLogLine) -> None:
-            logs.append(LogLine(line.attempt, line.level, line.text))
-
-        ends: list[EndedAttempt] = []
-        async with self._runner(api, clock) as runner:
-            trial = Trial(
-                self.subject,
-                [handler.entry for handler in self.handlers],
-                self.tokens,
-                runner,
-                clock,
-                checkpoint=self.checkpoint,
-                isolation=PLACES[self.place],
-                on_line=hear,
-                on_saved=stage.saved,
-            )
-            while len(ends) < self.attempts and (not ends or ends[-1].state == "waiting"):
-                if ends:
-                    clock.advance(ends[-1].available_after or timedelta())
-                stage.begin(trial)
-                ends.append(await trial.attempt())
-                stage.end()
-                _show_trace(ends[-1])
-        progress = [ended.trail.progress for ended in ends if ended.trail.progress is not None]
-        return Finished.of(ends, trial.checkpoint, progress[-1] if progress else None, logs, api.requests)
-
-    @asynccontextmanager
-    async def _runner(self, api: ApiOfTest, clock: SettableClock) -> AsyncIterator[Runner]:
-        jobs = {handler.entry.entry_point: handler.job for handler in self.handlers}
-        if self.place == "here":
-            yield InProcess(jobs, api, clock, self.hosts)
-            return
-        if self.api is not None:
-            raise UsageError(
-                "a handler in a child process does not reach the api of the test",
-                fix='leave out place="child"',
-            )
-        async with in_child(jobs, clock) as children:
-            yield children
-
-
-def _handler(name: str, job: Job | None) -> _Handler:
-    if job is not None:
-        where = f"{job.function.__module__}:{job.function.__qualname__}"
-        return _Handler(HandlerEntry(name, "(this test)", "0", where, **_offer(job)), job)
-    for found in distributions():
-        for point in found.points:
-            if point.name == name:
-                loaded = load(point.value)
-                return _Handler(
-                    HandlerEntry(name, found.name, found.version, point.value, **_offer(loaded)), loaded
+            if api is not None and place == "child":
+                raise UsageError(
+                    "a handler in a child process cannot reach the api of the test",
+                    fix='leave out place="child"',
                 )
-    raise NotFound(
-        f"no installed distribution offers a handler {name}",
-        fix="install its distribution (`pip install -e .`), or give the handler itself",
+            with asyncio.Runner(loop_factory=lambda: LeapingLoop(self.clock)) as loop:
+                trial, ended = loop.run(carry())
+        injector.check()
+        return _finished(ended, trial.checkpoint, logs, recording.requests)
+
+    async def _attempts(self, trial: Trial, injector: FaultInjector, most: int) -> list[EndedAttempt]:
+        ended: list[EndedAttempt] = []
+        while len(ended) < most and (not ended or ended[-1].state == "waiting"):
+            if ended:
+                self.clock.advance(ended[-1].available_after or timedelta())
+            injector.begin(trial)
+            ended.append(await trial.attempt())
+            injector.end()
+            if trace := (ended[-1].error or {}).get("trace"):
+                # pytest shows it if the test fails.
+                sys.stderr.write(f"attempt {ended[-1].attempt} of {ended[-1].trail.handler}:\n{trace}")
+        return ended
+
+
+def _finished(
+    ended: Sequence[EndedAttempt], checkpoint: Any, logs: Sequence[LogLine], requests: Sequence[httpx.Request]
+) -> Finished:
+    last = ended[-1]
+    progress = [each.trail.progress for each in ended if each.trail.progress is not None]
+    return Finished(
+        state=last.state,
+        reason=last.reason,
+        detail=last.detail,
+        result=None if last.result is None else json.loads(last.result),
+        error=last.error,
+        checkpoint=checkpoint,
+        progress=progress[-1] if progress else None,
+        attempts=tuple(
+            Attempt(
+                number=each.attempt,
+                handler=each.trail.handler,
+                outcome=each.outcome,
+                state=each.state,
+                reason=each.reason,
+                detail=each.detail,
+                error=each.error,
+                started_at=each.started_at,
+                ended_at=each.ended_at,
+            )
+            for each in ended
+        ),
+        logs=tuple(logs),
+        requests=tuple(requests),
     )
 
 
-def _offer(job: Job) -> dict[str, Any]:
+def _handler(name: str, job: Job | None) -> tuple[HandlerEntry, Job]:
+    if job is not None:
+        where = f"{job.function.__module__}:{job.function.__qualname__}"
+        return HandlerEntry(name, "(this test)", "0", where, **_declared(job)), job
+    for found in distributions():
+        for point in found.points:
+            if point.name == name:
+                job = load(point.value)
+                return HandlerEntry(name, found.name, found.version, point.value, **_declared(job)), job
+    raise NotFound(
+        f"no installed distribution has a handler {name}",
+        fix="install its distribution (`pip install -e .`), or pass the handler itself",
+    )
+
+
+def _declared(job: Job) -> dict[str, Any]:
     return {**offer_of(job), "scopes": tuple(sorted(job.scopes))}
-
-
-def _show_trace(ended: EndedAttempt) -> None:
-    """What the handler raised, for whoever reads why a test failed: pytest shows it then only."""
-    trace = (ended.error or {}).get("trace")
-    if trace:
-        sys.stderr.write(f"attempt {ended.attempt} of {ended.trail.handler}:\n{trace}")
 
 
 @contextmanager
 def _fixes_shown() -> Iterator[None]:
-    """What is wrong with a test says what to do; pytest prints notes, but knows nothing of a fix."""
+    """Add the fix of an error as a note, which pytest prints."""
     try:
         yield
     except WorkerError as error:
@@ -228,6 +278,6 @@ def _refuse_a_running_loop() -> None:
     except RuntimeError:
         return
     raise UsageError(
-        "orgworker.run has an event loop of its own, and one is running here",
+        "orgworker.run needs its own event loop, but one is running",
         fix="call it from a plain `def test_…`, or await asyncio.to_thread(orgworker.run, …)",
     )

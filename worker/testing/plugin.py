@@ -1,4 +1,4 @@
-"""The pytest plug-in: one fixture, and nothing of the worker is imported before a test asks for it."""
+"""The pytest plug-in: one fixture. The worker is imported only when a test uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def orgworker() -> Orgworker:
-    """Runs a handler as a worker would: the real attempt, on a clock of the test's own, nothing stored."""
+    """Runs a handler as a worker would: the real attempt on the test's clock, with nothing stored."""
     from worker.testing.orgworker import Orgworker
 
     return Orgworker()

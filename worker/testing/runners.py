@@ -1,4 +1,4 @@
-"""What answers `ctx.http` in a test: a function, an ASGI app or a transport; never the network."""
+"""Runs handlers in a test, and serves `ctx.http` from a function, an ASGI app or a transport."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ Answer = httpx.Response | Coroutine[Any, Any, httpx.Response]
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Api = Callable[[httpx.Request], Answer] | AsgiApp | httpx.AsyncBaseTransport
 
-# What a request may do before it reaches the API, such as to be turned down.
+# Returns a response in place of the API's, or None.
 Before = Callable[[httpx.Request], httpx.Response | None]
 
 
-class ApiOfTest(httpx.AsyncBaseTransport):
-    """Passes each request to the test's API, and keeps those that came so far."""
+class RecordingApi(httpx.AsyncBaseTransport):
+    """Passes each request to the test's API and records those that reach it."""
 
     def __init__(self, api: Api | None, before: Before) -> None:
         self._inner = _transport(api)
@@ -50,20 +50,19 @@ class ApiOfTest(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await request.aread()
-        turned_down = self._before(request)
-        if turned_down is not None:
-            return turned_down
+        if (rejected := self._before(request)) is not None:
+            return rejected
         self.requests.append(request)
         return await self._inner.handle_async_request(request)
 
 
 class PublicApi(httpx.AsyncBaseTransport):
-    """Answers `ctx.public_http` by the test's API, if the host has a public address or its origin is listed.
+    """The test's API for `ctx.public_http`, if the host has a public address or its origin is trusted.
 
-    Nothing is resolved: a host is an address itself, has the one that the test gives, or else a public one.
+    No name is resolved: the address of a host is the one that the test gives, or else public.
     """
 
-    def __init__(self, api: ApiOfTest, trusted: Iterable[str], hosts: Mapping[str, str]) -> None:
+    def __init__(self, api: RecordingApi, trusted: Iterable[str], hosts: Mapping[str, str]) -> None:
         self._api = api
         self._trusted = frozenset(origin_of(origin) for origin in trusted)
         self._hosts = {"localhost": "127.0.0.1", **hosts}
@@ -83,7 +82,7 @@ class PublicApi(httpx.AsyncBaseTransport):
 
 
 class BlockingApi(httpx.BaseTransport):
-    """The same for a handler that blocks in a thread: the answer comes from the loop."""
+    """The same for a handler in a thread; the response comes from the loop."""
 
     def __init__(self, api: httpx.AsyncBaseTransport, loop: asyncio.AbstractEventLoop) -> None:
         self._api = api
@@ -91,22 +90,22 @@ class BlockingApi(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         request.read()
-        return asyncio.run_coroutine_threadsafe(self._answer(request), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._respond(request), self._loop).result()
 
-    async def _answer(self, request: httpx.Request) -> httpx.Response:
+    async def _respond(self, request: httpx.Request) -> httpx.Response:
         response = await self._api.handle_async_request(request)
         content = await response.aread()
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in _ENCODED]
         return httpx.Response(response.status_code, headers=headers, content=content)
 
 
-# Of a body that is read they say nothing true.
+# Headers that no longer apply to a body that was read.
 _ENCODED = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
 def _transport(api: Api | None) -> httpx.AsyncBaseTransport:
     if api is None:
-        return httpx.MockTransport(_nobody)
+        return httpx.MockTransport(_unanswered)
     if isinstance(api, httpx.AsyncBaseTransport):
         return api
     if len(inspect.signature(api).parameters) == 3:
@@ -114,18 +113,18 @@ def _transport(api: Api | None) -> httpx.AsyncBaseTransport:
     return httpx.MockTransport(api)  # type: ignore[arg-type]
 
 
-def _nobody(request: httpx.Request) -> httpx.Response:
+def _unanswered(request: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError(
-        f"nothing answers {request.method} {request.url} in this test: give orgworker.run an api=",
+        f"no API responds to {request.method} {request.url} in this test: pass api= to orgworker.run",
         request=request,
     )
 
 
 class InProcess:
-    """Async handlers as tasks of the loop, those that block in a thread each."""
+    """Runs async handlers as tasks of the loop, and those that block in threads."""
 
     def __init__(
-        self, jobs: Mapping[str, Job], api: ApiOfTest, clock: Clock, hosts: Mapping[str, str]
+        self, jobs: Mapping[str, Job], api: RecordingApi, clock: Clock, hosts: Mapping[str, str]
     ) -> None:
         self._jobs = jobs
         self._api = api
@@ -134,9 +133,9 @@ class InProcess:
         self._inline = Inline(clock, find=jobs.__getitem__, context=self._context, watched=False)
         self._blocking = Blocking(clock, find=jobs.__getitem__, context=self._blocking_context)
 
-    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         runner: Runner = self._inline if self._jobs[work.entry_point].is_async else self._blocking
-        return await runner.run(work, link, stop)
+        return await runner.run(work, services, stop)
 
     def _context(
         self, given: Given[Any, Any], port: WorkerPort, cancelled: Cancellation
@@ -156,7 +155,7 @@ class InProcess:
 
 @asynccontextmanager
 async def in_child(jobs: Mapping[str, Job], clock: Clock) -> AsyncIterator[Runner]:
-    """A worker's own runner of child processes, for as long as the block lasts.
+    """The worker's runner of child processes.
 
     Raises:
         UsageError: a child process could not import the handler.
@@ -168,8 +167,8 @@ async def in_child(jobs: Mapping[str, Job], clock: Clock) -> AsyncIterator[Runne
             found = None
         if found is not job:
             raise UsageError(
-                f"{job.name} is not {entry_point} to another process",
-                fix="install its distribution, or define it at the top of a module on sys.path",
+                f"{job.name} cannot be imported as {entry_point} in another process",
+                fix="install its distribution, or define it at the top level of a module on sys.path",
             )
     children = ChildPool(clock, freezing=False)
     children.start()

@@ -114,7 +114,7 @@ def test_without_an_api_a_request_fails_and_says_what_to_give(orgworker, capsys)
     finished = orgworker.run(digest, definition={"max_attempts": 1})
 
     assert (finished.state, finished.reason) == ("failed", "error")
-    assert "give orgworker.run an api=" in finished.error["message"]
+    assert "pass api= to orgworker.run" in finished.error["message"]
     assert "raise" not in capsys.readouterr().out
 
 
@@ -306,17 +306,17 @@ def test_what_is_wrong_with_the_test_is_said(orgworker):
     with pytest.raises(NotFound, match=r"handler no\.such") as raised:
         orgworker.run("no.such")
     assert raised.value.__notes__ == [
-        "fix: install its distribution (`pip install -e .`), or give the handler itself"
+        "fix: install its distribution (`pip install -e .`), or pass the handler itself"
     ]
     with pytest.raises(DefinitionError, match="time_out"):
         orgworker.run(digest, definition={"time_out": "5m"})
-    with pytest.raises(UsageError, match="child process does not reach"):
+    with pytest.raises(UsageError, match="child process cannot reach"):
         orgworker.run(digest, api=articles, place="child")
 
 
 @pytest.mark.anyio
 async def test_in_an_async_test_it_says_how(orgworker):
-    with pytest.raises(UsageError, match="event loop of its own"):
+    with pytest.raises(UsageError, match="its own event loop"):
         orgworker.run(digest)
 
     finished = await asyncio.to_thread(orgworker.run, digest, api=articles)
