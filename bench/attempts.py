@@ -24,11 +24,11 @@ from typing import Any
 
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
-from worker.execution.attempts.attempt import Tools
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.inline import Inline
 from worker.handlers.catalogue import HandlerEntry
@@ -125,9 +125,9 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
     for org in orgs:
         issuer.add(App(org.code, f"client of {org.code}", "secret"))
         credentials.add(org, f"client of {org.code}", "secret")
-    offers = HandlerRegistry(frozenset({"bench"}))
+    handlers = HandlerRegistry(frozenset({"bench"}))
     entry_point = f"{__name__}_handlers:inline"
-    offers.add(HandlerEntry("bench.inline", "bench", "1", entry_point, isolation="inline"))
+    handlers.add(HandlerEntry("bench.inline", "bench", "1", entry_point, isolation="inline"))
     store = Store(orgs)
     async with issuer.client() as client:
         tokens = Tokens(
@@ -136,26 +136,26 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
         tools = Tools(
             plans=Plans(store, clock, api_origins={"main": ()}),
             tokens=tokens,
-            offers=offers,
+            handlers=handlers,
             runners={"inline": Inline(clock)},
             checkpoints=store,  # type: ignore[arg-type]
-            journal=RunLogWriter(store, clock),  # type: ignore[arg-type]
+            run_log=RunLogWriter(store, clock),  # type: ignore[arg-type]
             clock=clock,
             random=Random(1),  # noqa: S311
         )
         ended = Ended()
-        carrier = Dispatcher(
+        dispatcher = Dispatcher(
             tools,
-            Inflight(),
+            InflightRuns(),
             store,
             on_free=lambda: None,
             on_end=lambda attempt, held: ended.take(attempt),
         )
-        writing = loop.create_task(carrier.finisher.run())
+        writing = loop.create_task(dispatcher.finisher.run())
         try:
-            carrier.start([admitted(org, clock) for org in orgs])  # fetches the tokens
+            dispatcher.start([admitted(org, clock) for org in orgs])  # fetches the tokens
             await ended.are(len(orgs))
-            rounds = [await _round(carrier, orgs, clock, ended, runs, profile) for _ in range(ROUNDS)]
+            rounds = [await _round(dispatcher, orgs, clock, ended, runs, profile) for _ in range(ROUNDS)]
         finally:
             writing.cancel()
             await tokens.close()
@@ -163,7 +163,7 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
 
 
 async def _round(
-    carrier: Dispatcher,
+    dispatcher: Dispatcher,
     orgs: Sequence[OrgRef],
     clock: SystemClock,
     ended: Ended,
@@ -176,7 +176,7 @@ async def _round(
         if profile is not None:
             profile.enable()
         before = time.thread_time()
-        carrier.start(batch)
+        dispatcher.start(batch)
         await ended.are(BATCH)
         used += time.thread_time() - before
         if profile is not None:

@@ -27,7 +27,7 @@ from sqlalchemy import text
 
 from bench.installation import Installation, installation
 from tests.fakes.plugins import make_plugin
-from tests.fakes.running import RecordingLink, until, work
+from tests.fakes.running import RecordingServices, until, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.child.sandbox import Planner
@@ -56,7 +56,7 @@ async def inline(ctx):
 ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "waits", "inline")}
 
 
-class TimedLink(RecordingLink):
+class TimedServices(RecordingServices):
     """Keeps when the handler was called."""
 
     started_at = 0.0
@@ -84,11 +84,11 @@ async def measure_starts(count: int) -> None:
     for children in kinds.values():
         children.start()
         children.attach()
-        await children.run(work("noop", entry_point="bench_jobs:noop"), TimedLink(), StopSignal())
+        await children.run(work("noop", entry_point="bench_jobs:noop"), TimedServices(), StopSignal())
     for number in range(count + 10):
         # Whoever comes second finds warmer caches.
         for name, children in sorted(kinds.items(), reverse=bool(number % 2)):
-            before, link, began = cpu(children), TimedLink(), time.perf_counter()
+            before, link, began = cpu(children), TimedServices(), time.perf_counter()
             await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
             if number >= 10:
                 started[name].append(link.started_at - began)
@@ -117,7 +117,7 @@ async def measure_memory(children: ChildPool, count: int) -> None:
     alone = zygote.memory_full_info().pss
     stops = [StopSignal() for _ in range(count)]
     given = work("waits", entry_point="bench_jobs:waits")
-    links = [TimedLink() for _ in stops]
+    links = [TimedServices() for _ in stops]
     runs = [
         asyncio.create_task(children.run(given, link, stop)) for link, stop in zip(links, stops, strict=True)
     ]

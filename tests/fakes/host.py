@@ -14,7 +14,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from tests.fakes.running import RecordingLink, work
+from tests.fakes.running import RecordingServices, work
 from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -40,7 +40,7 @@ async def main() -> None:
     if lease is not None:
         threading.Thread(target=renew, args=(children, lease), daemon=True).start()
     tell(zygote=children.zygote_pid)
-    link = RecordingLink(on_save=lambda data: tell(saved=json.loads(data)))
+    link = RecordingServices(on_save=lambda data: tell(saved=json.loads(data)))
     outcome = await children.run(work(handler, params=json.loads(params)), link, StopSignal())
     tell(outcome=type(outcome).__name__)
     await children.close()

@@ -1,4 +1,4 @@
-"""What a runner is given in tests: work with made-up claims, and a link that keeps what it is told."""
+"""What a runner is given in tests: work with made-up claims, and services that record their calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.claims.claims import AccessToken, Claims, Flag
-from worker.errors import WorkerError
+from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.contract import Work
 from worker.ids import RunId
 
@@ -61,8 +61,8 @@ def work(handler: str, **fields: Any) -> Work:
 
 
 @dataclass
-class RecordingLink:
-    """Keeps what a run says; answers `save` and `token` as the test wants."""
+class RecordingServices:
+    """Records what a run asks for; answers `save` and `token` as the test wants."""
 
     on_save: Callable[[str], None] = lambda data: None
     renewed: tuple[AccessToken, Claims] | None = None
@@ -72,9 +72,12 @@ class RecordingLink:
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     tokens_asked: list[bool] = field(default_factory=list)
     has_started: bool = False
+    closed: bool = False
     peak_memory: int = 0
 
     async def save(self, data_json: str) -> None:
+        if self.closed:
+            raise LeaseLost("the run has ended")
         self.on_save(data_json)
         self.saved.append(json.loads(data_json))
 
@@ -95,6 +98,9 @@ class RecordingLink:
 
     def used(self, peak_memory: int) -> None:
         self.peak_memory = peak_memory
+
+    def close(self) -> None:
+        self.closed = True
 
     def text(self) -> str:
         """All lines, one below the other."""

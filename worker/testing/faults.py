@@ -12,8 +12,7 @@ import httpx
 
 from worker.errors import IssuerUnavailable
 from worker.execution.runners.contract import StopReason
-from worker.execution.trial.fake_tokens import FakeToken, FakeTokens
-from worker.execution.trial.trial import Trial
+from worker.execution.trial import FakeToken, FakeTokens, Trial
 from worker.orgs import OrgRef
 from worker.testing.clock import SettableClock, in_seconds
 
@@ -125,7 +124,7 @@ class FaultInjector:
         for fault in list(self._left):
             if isinstance(fault, Crash | Stop) and fault.after_save == self._saves:
                 self._inject(fault, trial)
-        if trial.held.stop.killed:
+        if trial.inflight.stop.killed:
             await asyncio.Event().wait()  # a killed process never learns that its checkpoint is stored
 
     def token_requested(self) -> WrongOrg | None:
@@ -146,7 +145,7 @@ class FaultInjector:
 
     def before_request(self, request: httpx.Request) -> httpx.Response | None:
         """The response to a request whose token is revoked; None passes it to the API."""
-        if self._trial is not None and self._trial.held.stop.killed:
+        if self._trial is not None and self._trial.inflight.stop.killed:
             raise httpx.ConnectError("the process of this run was killed", request=request)
         token = request.headers.get("Authorization")
         if token is None:
@@ -160,7 +159,7 @@ class FaultInjector:
 
     def _inject(self, fault: Crash | Stop, trial: Trial) -> None:
         self._left.remove(fault)
-        held = trial.held
+        held = trial.inflight
         if isinstance(fault, Crash):
             held.stop.kill()
         else:

@@ -15,8 +15,7 @@ import httpx
 
 from worker.errors import NotFound, UsageError, WorkerError
 from worker.execution.runners.contract import Runner
-from worker.execution.trial.fake_tokens import LIFETIME
-from worker.execution.trial.trial import Subject, Trial, definition_of
+from worker.execution.trial import LIFETIME, Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.describe import offer_of
 from worker.handlers.installed import distributions

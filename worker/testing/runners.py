@@ -15,8 +15,7 @@ from worker.clock import Clock
 from worker.errors import UsageError
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner, RunServices, StopSignal, Work
-from worker.execution.runners.inline import Inline
-from worker.execution.runners.thread import Blocking
+from worker.execution.runners.inline import Blocking, Inline
 from worker.handlers.context import (
     BlockingCancellation,
     BlockingContext,

@@ -12,16 +12,15 @@ from random import SystemRandom
 
 from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts.attempt import Tools
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.admission import Admission
 from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
-from worker.execution.loops.reconciler import Reconciler, Renewal
-from worker.execution.loops.recovery import Recovery, tell
+from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovered, recover_dead_workers
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
@@ -49,7 +48,7 @@ def pulse_and_vitals(
     scheduler: Scheduler,
     admission: Admission,
     heartbeat: Heartbeat,
-    holdings: Inflight,
+    inflight_runs: InflightRuns,
     slots: Mapping[Isolation, int],
     notifier: Notifier,
     signals: Signals,
@@ -67,7 +66,7 @@ def pulse_and_vitals(
         admitting=lambda: admission.admitting,
         draining=pulse.resting,
         slots={str(isolation): count for isolation, count in slots.items()},
-        used=holdings.used,
+        used=inflight_runs.used,
     )
     return pulse, vitals
 
@@ -132,7 +131,7 @@ class Incarnation:
         )
         if self._settings.database.sqlite_file is not None:
             # Whoever holds the file's lock knows that every other worker of it is gone.
-            tell(await self._store.recover_all_others())
+            emit_recovered(await self._store.recover_all_others())
         async with open_client() as client:
             issuers = issuers_of(self._settings)
             tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
@@ -156,8 +155,8 @@ class Incarnation:
         execution, clock, store = self._settings.execution, self._clock, self._store
         poll = execution.poll.total_seconds()
         slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
-        holdings = Inflight()
-        journal = RunLogWriter(store, clock)
+        inflight_runs = InflightRuns()
+        run_log = RunLogWriter(store, clock)
         origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
         tools = Tools(
             plans=Plans(
@@ -168,32 +167,32 @@ class Incarnation:
                 insecure_origins=execution.insecure_origins,
             ),
             tokens=tokens,
-            offers=self._offers,
+            handlers=self._offers,
             runners={"child": self._children, "inline": Inline(clock)},
             checkpoints=store,
-            journal=journal,
+            run_log=run_log,
             clock=clock,
             random=SystemRandom(),
         )
         chores = Chores(self._database, on_runs=lambda: admission.wake.set())
-        carrier = Dispatcher(
-            tools, holdings, store, on_free=lambda: admission.wake.set(), on_end=chores.ended
+        dispatcher = Dispatcher(
+            tools, inflight_runs, store, on_free=lambda: admission.wake.set(), on_end=chores.ended
         )
         admission = Admission(
             store,
-            holdings,
+            inflight_runs,
             self._offers,
             clock,
             slots=slots,
             poll=poll,
-            start=carrier.start,
+            start=dispatcher.start,
             on_admitting=lambda: self._ready(vitals.in_words()),
         )
         hints = Wakeups(self._database.hint, clock)
 
         def fired() -> None:
             admission.wake.set()
-            hints.say()
+            hints.request()
 
         def look() -> None:
             scheduler.wake.set()
@@ -202,13 +201,13 @@ class Incarnation:
         scheduler = Scheduler(store, self._offers, clock, poll=poll, on_fired=fired)
 
         def stop_run(run_id: RunId, reason: str) -> None:
-            held = holdings.get(run_id)
+            held = inflight_runs.get(run_id)
             if held is not None and reason == "suspended":
                 tokens.drop(held.run.org_id)
-            carrier.cancel(run_id, reason)
+            dispatcher.cancel(run_id, reason)
 
         reconciler = Reconciler(
-            holdings,
+            inflight_runs,
             store,
             cancel=stop_run,
             on_lease=self._children.renewed,
@@ -222,7 +221,7 @@ class Incarnation:
 
         heartbeat = Heartbeat(
             store,
-            holdings,
+            inflight_runs,
             clock,
             lease=execution.lease,
             renew=execution.renew.total_seconds(),
@@ -234,13 +233,6 @@ class Incarnation:
             chores.recovered(recovered)
             admission.wake.set()
 
-        recovery = Recovery(
-            store,
-            clock,
-            poll=poll,
-            may_recover=heartbeat.may_recover,
-            on_recovered=taken_up,
-        )
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
@@ -248,7 +240,7 @@ class Incarnation:
         retention = Retention(store, ages_of(self._settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         pulse, vitals = pulse_and_vitals(
-            scheduler, admission, heartbeat, holdings, slots, self._notifier, self._signals, clock
+            scheduler, admission, heartbeat, inflight_runs, slots, self._notifier, self._signals, clock
         )
         self._watch(vitals)
         passed = execution.pass_environment
@@ -260,20 +252,27 @@ class Incarnation:
             intake={
                 "scheduler": scheduler.run,
                 "admission": admission.run,
-                "recovery": recovery.run,
+                "recovery": partial(
+                    recover_dead_workers,
+                    store,
+                    clock,
+                    poll=poll,
+                    may_recover=heartbeat.may_recover,
+                    on_recovered=taken_up,
+                ),
                 "backfills": chores.backfills,
                 "hints": hints.run,
                 "listener": partial(self._database.listen, look),
                 "catalogue": cataloguing.run,
             },
             outlet={
-                "finisher": carrier.finisher.run,
-                "journal": journal.run,
+                "finisher": dispatcher.finisher.run,
+                "journal": run_log.run,
                 "reconciler": reconciler.run,
                 "pulse": pulse.run,
             },
-            carrier=carrier,
-            journal=journal,
+            dispatcher=dispatcher,
+            run_log=run_log,
             heartbeat=heartbeat,
             housekeeping=housekeeping,
             clock=clock,

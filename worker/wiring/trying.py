@@ -18,10 +18,8 @@ from worker.errors import Conflict, NotFound
 from worker.execution.attempts.run_services import TokenSource
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
-from worker.execution.runners.inline import Inline
-from worker.execution.runners.thread import Blocking
-from worker.execution.trial.fake_tokens import FakeTokens
-from worker.execution.trial.trial import Subject, Trial, definition_of
+from worker.execution.runners.inline import Blocking, Inline
+from worker.execution.trial import FakeTokens, Subject, Trial, definition_of
 from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
@@ -200,7 +198,7 @@ class _UncountedCredentials(OpenedCredentials):
 
 
 def _interrupt(trial: Trial) -> None:
-    stop = trial.held.stop
+    stop = trial.inflight.stop
     if stop.requested.is_set():
         stop.kill()
     else:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import NOW, RecordingLink, claims, token, until, work
+from tests.fakes.running import NOW, RecordingServices, claims, token, until, work
 from worker.clock import SystemClock
-from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable
+from worker.errors import IssuerUnavailable, LeaseLost
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
 from worker.runs.outcome import (
@@ -39,7 +39,7 @@ def result(outcome: Outcome) -> Any:
 
 
 async def test_an_async_handler_gets_all_its_context_says(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
     given = work("ok", claims=claims(max_tokens="5", other="x"), checkpoint={"done": 3})
 
     outcome = await children.run(given, link, StopSignal())
@@ -61,7 +61,7 @@ async def test_an_async_handler_gets_all_its_context_says(children: ChildPool) -
 
 
 async def test_a_handler_that_blocks_has_the_same_methods(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await children.run(work("ok_blocking"), link, StopSignal())
 
@@ -71,7 +71,7 @@ async def test_a_handler_that_blocks_has_the_same_methods(children: ChildPool) -
 
 
 async def test_what_is_printed_and_logged_reaches_the_runs_log(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     await children.run(work("ok"), link, StopSignal())
 
@@ -84,7 +84,7 @@ async def test_what_is_printed_and_logged_reaches_the_runs_log(children: ChildPo
 
 
 async def test_a_run_sees_nothing_of_the_worker(children: ChildPool) -> None:
-    seen = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
+    seen = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
 
     assert seen["environment"].keys() <= {"PATH", "HOME", "LANG", "TZ", "TMPDIR"}
     assert seen["environment"]["HOME"] == seen["environment"]["TMPDIR"] == seen["cwd"]
@@ -106,7 +106,7 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
         "surroundings", memory=512 * 1024 * 1024, timeout_at=SystemClock().now() + timedelta(seconds=60)
     )
 
-    limits = result(await children.run(given, RecordingLink(), StopSignal()))["limits"]
+    limits = result(await children.run(given, RecordingServices(), StopSignal()))["limits"]
 
     assert limits["NOFILE"] == [1024, 8192]
     assert limits["CORE"] == [0, 0]
@@ -119,12 +119,12 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every process")
 async def test_a_run_can_read_the_memory_of_neither_zygote_nor_worker(children: ChildPool) -> None:
-    assert result(await children.run(work("spies"), RecordingLink(), StopSignal())) == []
+    assert result(await children.run(work("spies"), RecordingServices(), StopSignal())) == []
 
 
 async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: ChildPool) -> None:
-    first = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
-    second = result(await children.run(work("surroundings"), RecordingLink(), StopSignal()))
+    first = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
+    second = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
 
     assert first["cwd"] != second["cwd"]
     await until(lambda: not Path(first["cwd"]).exists() and not Path(second["cwd"]).exists())
@@ -145,12 +145,13 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
 )
 async def test_an_answer_becomes_its_outcome(children: ChildPool, count: int, outcome: Outcome) -> None:
     assert (
-        await children.run(work("answer", params={"count": count}), RecordingLink(), StopSignal()) == outcome
+        await children.run(work("answer", params={"count": count}), RecordingServices(), StopSignal())
+        == outcome
     )
 
 
 async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
-    outcome = await children.run(work("permanent"), RecordingLink(), StopSignal())
+    outcome = await children.run(work("permanent"), RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.permanent
@@ -160,7 +161,7 @@ async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
 async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handler(
     children: ChildPool,
 ) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await children.run(work("ok", claims=claims(max_tokens="many-secret")), link, StopSignal())
 
@@ -173,7 +174,7 @@ async def test_a_property_that_does_not_fit_is_refused_by_name_before_the_handle
 
 @pytest.mark.parametrize("params", [{"count": "5"}, {"cuont": 5}])
 async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params: dict[str, Any]) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await children.run(work("ok", params=params), link, StopSignal())
 
@@ -185,16 +186,16 @@ async def test_params_that_do_not_fit_fail_for_good(children: ChildPool, params:
 
 async def test_a_handler_that_is_gone_is_no_handler(children: ChildPool) -> None:
     missing = work("ok", entry_point="no_such_module:ok")
-    outcome = await children.run(missing, RecordingLink(), StopSignal())
+    outcome = await children.run(missing, RecordingServices(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
     missing = work("ok", entry_point="process_jobs:nothing")
-    outcome = await children.run(missing, RecordingLink(), StopSignal())
+    outcome = await children.run(missing, RecordingServices(), StopSignal())
     assert isinstance(outcome, NoHandler)
 
 
 async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: ChildPool) -> None:
-    link = RecordingLink(renewed=(token("token-two"), claims(n="two")))
+    link = RecordingServices(renewed=(token("token-two"), claims(n="two")))
     old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
 
     assert result(await children.run(old, link, StopSignal())) == ["one", "token-two", "two"]
@@ -202,7 +203,7 @@ async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Chi
 
 
 async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: ChildPool) -> None:
-    link = RecordingLink(refuses=IssuerUnavailable("the issuer does not answer"))
+    link = RecordingServices(refuses=IssuerUnavailable("the issuer does not answer"))
     old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
 
     outcome = await children.run(old, link, StopSignal())
@@ -215,32 +216,18 @@ async def test_a_lost_lease_ends_a_run_that_saves(children: ChildPool) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
-    assert isinstance(await children.run(work("ok"), RecordingLink(on_save=lost), StopSignal()), Lost)
-
-
-async def test_a_save_waits_until_the_database_is_back(children: ChildPool) -> None:
-    tries = []
-
-    def away(data: str) -> None:
-        tries.append(data)
-        if len(tries) < 3:
-            raise StoreUnavailable("the database does not answer")
-
-    link = RecordingLink(on_save=away)
-
-    assert isinstance(await children.run(work("ok"), link, StopSignal()), Succeeded)
-    assert link.saved == [{"done": 1}]
+    assert isinstance(await children.run(work("ok"), RecordingServices(on_save=lost), StopSignal()), Lost)
 
 
 async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: ChildPool) -> None:
-    outcome = await children.run(work("save_badly"), RecordingLink(), StopSignal())
+    outcome = await children.run(work("save_badly"), RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity cannot be written as JSON"
 
 
 async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     await children.run(work("hurries", params={"count": 20_000}), link, StopSignal())
 
@@ -249,7 +236,7 @@ async def test_progress_is_thinned_out_but_the_last_is_shown(children: ChildPool
 
 
 async def test_errors_carry_type_message_and_the_handlers_own_trace(children: ChildPool) -> None:
-    outcome = await children.run(work("connects"), RecordingLink(), StopSignal())
+    outcome = await children.run(work("connects"), RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.type == "httpx.ConnectError"
@@ -260,10 +247,10 @@ async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Ch
 
 async def test_many_runs_at_once_keep_apart(children: ChildPool) -> None:
     runs = [work("ok_blocking", org_code=f"org_{number}") for number in range(30)]
-    outcomes = await asyncio.gather(*(children.run(run, RecordingLink(), StopSignal()) for run in runs))
+    outcomes = await asyncio.gather(*(children.run(run, RecordingServices(), StopSignal()) for run in runs))
 
     assert [result(outcome)["org"] for outcome in outcomes] == [f"org_{number}" for number in range(30)]
 
 
 async def test_a_handler_may_use_processes_of_its_own(children: ChildPool) -> None:
-    assert result(await children.run(work("pools"), RecordingLink(), StopSignal())) == [1, 2, 1, 2]
+    assert result(await children.run(work("pools"), RecordingServices(), StopSignal())) == [1, 2, 1, 2]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.hosting import Host, all_silent_within, all_up
-from tests.fakes.running import RecordingLink, until, work
+from tests.fakes.running import RecordingServices, until, work
 from worker.clock import SystemClock
 from worker.errors import Busy
 from worker.execution.runners.child import linux
@@ -86,7 +86,7 @@ async def test_a_stopped_zygote_does_not_keep_the_runs_of_a_dead_worker_alive_fo
 async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     own_children: ChildPool, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(own_children.run(work("family", params=params), link, StopSignal()))
     await all_up(tmp_path)
@@ -100,7 +100,7 @@ async def test_the_zygotes_death_loses_its_runs_and_another_takes_its_place(
     assert isinstance(await running, Lost)
     assert time.monotonic() - killed < 1
     assert [pid for pid in below if not gone(pid)] == []
-    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), StopSignal())
+    outcome = await own_children.run(work("ok_blocking"), RecordingServices(), StopSignal())
     assert isinstance(outcome, Succeeded)
     assert own_children.zygote_pid != first
     assert [event.event.name for event in emitted] == ["zygote.died", "zygote.started"]
@@ -113,7 +113,7 @@ async def test_a_zygote_that_dies_while_idle_is_replaced(own_children: ChildPool
     os.kill(first, signal.SIGKILL)
     await until(lambda: own_children.zygote_pid != first)
 
-    outcome = await own_children.run(work("ok_blocking"), RecordingLink(), StopSignal())
+    outcome = await own_children.run(work("ok_blocking"), RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Succeeded)
 
@@ -233,7 +233,7 @@ def lockable(url: str) -> bool:
 async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(
-        own_children.run(work("family", params=params), RecordingLink(), StopSignal())
+        own_children.run(work("family", params=params), RecordingServices(), StopSignal())
     )
     await all_up(tmp_path)
 
@@ -246,7 +246,7 @@ async def test_closing_ends_what_still_runs(own_children: ChildPool, tmp_path: P
 async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path)}
     running = asyncio.create_task(
-        own_children.run(work("family", params=params), RecordingLink(), StopSignal())
+        own_children.run(work("family", params=params), RecordingServices(), StopSignal())
     )
     await all_up(tmp_path)
 
@@ -259,7 +259,7 @@ async def test_cancelling_the_runner_kills_the_run(own_children: ChildPool, tmp_
 async def test_a_run_that_ends_takes_its_family_with_it(own_children: ChildPool, tmp_path: Path) -> None:
     params = {"folder": str(tmp_path), "count": 1}
 
-    outcome = await own_children.run(work("family", params=params), RecordingLink(), StopSignal())
+    outcome = await own_children.run(work("family", params=params), RecordingServices(), StopSignal())
 
     assert outcome == Succeeded(None)
     await all_silent_within(tmp_path, 0)
@@ -284,7 +284,7 @@ async def test_a_preloaded_module_that_breaks_the_zygote_is_told_and_left_out(
     children = ChildPool(SystemClock(), preload=[name])
     children.start()
     try:
-        outcome = await children.run(work("ok_blocking"), RecordingLink(), StopSignal())
+        outcome = await children.run(work("ok_blocking"), RecordingServices(), StopSignal())
     finally:
         await children.close()
 
@@ -298,7 +298,7 @@ async def test_a_preloaded_distribution_is_there_before_its_runs(plugin_folder: 
     children = ChildPool(SystemClock(), preload=["acme-jobs"])
     children.start()
     try:
-        outcome = await children.run(work("preloaded"), RecordingLink(), StopSignal())
+        outcome = await children.run(work("preloaded"), RecordingServices(), StopSignal())
     finally:
         await children.close()
 
@@ -311,7 +311,7 @@ async def test_a_run_that_waits_for_a_zygote_can_be_stopped(plugin_folder: Path)
     stop = StopSignal()
     stop.request("drain", 10)
     try:
-        assert await children.run(work("ok"), RecordingLink(), stop) == HandedBack()
+        assert await children.run(work("ok"), RecordingServices(), stop) == HandedBack()
     finally:
         await children.close()
 

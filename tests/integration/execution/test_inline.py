@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingLink, claims, token, until, work
+from tests.fakes.running import RecordingServices, claims, token, until, work
 from worker.clock import SystemClock
 from worker.errors import IssuerUnavailable, LeaseLost
 from worker.execution.runners.contract import StopSignal
@@ -40,12 +40,14 @@ def inline() -> Inline:
     return Inline(SystemClock())
 
 
-async def run(inline: Inline, handler: str, *, link: RecordingLink | None = None, **params: Any) -> Outcome:
-    return await inline.run(work(handler, params=params), link or RecordingLink(), StopSignal())
+async def run(
+    inline: Inline, handler: str, *, link: RecordingServices | None = None, **params: Any
+) -> Outcome:
+    return await inline.run(work(handler, params=params), link or RecordingServices(), StopSignal())
 
 
 async def test_a_handler_gets_the_same_context_as_in_a_process(inline: Inline) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await inline.run(work("ok", claims=claims(max_tokens="5")), link, StopSignal())
 
@@ -92,7 +94,7 @@ async def test_what_is_raised_ends_the_run_and_not_the_worker(
 
 
 async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await inline.run(work("ok", claims=claims(max_tokens="many")), link, StopSignal())
 
@@ -102,7 +104,7 @@ async def test_settings_that_do_not_fit_are_refused(inline: Inline) -> None:
 
 
 async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(inline: Inline) -> None:
-    link = RecordingLink(refuses=IssuerUnavailable("no answer"))
+    link = RecordingServices(refuses=IssuerUnavailable("no answer"))
     old = work("renew", token=token("old", timedelta(0)), claims=claims(n="one"))
 
     assert isinstance(await inline.run(old, link, StopSignal()), NoToken)
@@ -112,11 +114,11 @@ async def test_a_lost_lease_ends_a_run_that_saves(inline: Inline) -> None:
     def lost(data: str) -> None:
         raise LeaseLost("a newer fencing token exists")
 
-    assert isinstance(await run(inline, "ok", link=RecordingLink(on_save=lost)), Lost)
+    assert isinstance(await run(inline, "ok", link=RecordingServices(on_save=lost)), Lost)
 
 
 async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: Path) -> None:
-    stop, link = StopSignal(), RecordingLink()
+    stop, link = StopSignal(), RecordingServices()
     task = asyncio.create_task(inline.run(work("patient", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -127,7 +129,7 @@ async def test_a_handler_that_listens_ends_by_itself(inline: Inline, tmp_path: P
 
 
 async def test_half_the_grace_is_left_to_clean_up(inline: Inline, tmp_path: Path) -> None:
-    stop, link = StopSignal(), RecordingLink()
+    stop, link = StopSignal(), RecordingServices()
     task = asyncio.create_task(inline.run(work("cleaning", params={"folder": str(tmp_path)}), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -159,7 +161,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
     monkeypatch.setattr(process_jobs.ok, "function", clings)
     monkeypatch.setattr("worker.execution.runners.inline.LAST_STEPS", 0.1)
     monkeypatch.setattr("worker.execution.runners.inline.NAG", 0.05)
-    stop, link = StopSignal(), RecordingLink()
+    stop, link = StopSignal(), RecordingServices()
     task = asyncio.create_task(inline.run(work("ok"), link, stop))
     await until((tmp_path / "up").exists)
 
@@ -174,7 +176,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_given_up_and_cut_off(
 async def test_a_run_whose_lease_is_lost_is_cancelled_at_once(inline: Inline, tmp_path: Path) -> None:
     stop = StopSignal()
     given = work("patient", params={"folder": str(tmp_path)})
-    task = asyncio.create_task(inline.run(given, RecordingLink(), stop))
+    task = asyncio.create_task(inline.run(given, RecordingServices(), stop))
     await until((tmp_path / "up").exists)
     began = time.monotonic()
 

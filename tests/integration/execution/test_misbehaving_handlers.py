@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import RecordingLink, until, work
+from tests.fakes.running import RecordingServices, until, work
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import StopSignal
@@ -27,7 +27,7 @@ async def _neighbour_and_worker_are_unharmed(children: ChildPool) -> Any:
     before = os.getpid(), set(os.listdir("/proc/self/fd"))
     yield
     assert left_behind(children) == set()
-    assert isinstance(await children.run(work("ok_blocking"), RecordingLink(), StopSignal()), Succeeded)
+    assert isinstance(await children.run(work("ok_blocking"), RecordingServices(), StopSignal()), Succeeded)
     assert before == (os.getpid(), set(os.listdir("/proc/self/fd")))
 
 
@@ -38,9 +38,9 @@ def left_behind(children: ChildPool) -> set[int]:
 
 
 async def run(
-    children: ChildPool, handler: str, *, link: RecordingLink | None = None, **params: Any
+    children: ChildPool, handler: str, *, link: RecordingServices | None = None, **params: Any
 ) -> Outcome:
-    return await children.run(work(handler, params=params), link or RecordingLink(), StopSignal())
+    return await children.run(work(handler, params=params), link or RecordingServices(), StopSignal())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
     stop = StopSignal()
     running = work(handler, params={"folder": str(tmp_path)})
 
-    task = asyncio.create_task(children.run(running, RecordingLink(), stop))
+    task = asyncio.create_task(children.run(running, RecordingServices(), stop))
     await until((tmp_path / "up").exists)
     asked = time.monotonic()
     stop.request("timeout", 0.5)
@@ -177,7 +177,7 @@ async def test_what_cannot_be_interrupted_is_killed_at_the_end_of_the_grace(
 async def test_a_run_over_its_cap_of_memory_is_killed(children: ChildPool) -> None:
     greedy = work("takes_memory", params={"count": 200}, memory=128 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), StopSignal())
+    outcome = await children.run(greedy, RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -186,7 +186,7 @@ async def test_a_run_over_its_cap_of_memory_is_killed(children: ChildPool) -> No
 async def test_memory_of_a_runs_own_processes_counts(children: ChildPool) -> None:
     greedy = work("children_take_memory", params={"count": 2}, memory=150 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), StopSignal())
+    outcome = await children.run(greedy, RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -196,7 +196,7 @@ async def test_memory_of_a_runs_own_processes_counts(children: ChildPool) -> Non
 async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel(children: ChildPool) -> None:
     greedy = work("one_big_piece", memory=256 * 1024 * 1024)
 
-    outcome = await children.run(greedy, RecordingLink(), StopSignal())
+    outcome = await children.run(greedy, RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "out_of_memory"
@@ -204,14 +204,14 @@ async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel
 
 async def test_memory_below_the_cap_is_left_alone(children: ChildPool) -> None:
     modest = work("takes_memory", params={"count": 3}, memory=256 * 1024 * 1024)
-    link = RecordingLink()
+    link = RecordingServices()
 
     assert await children.run(modest, link, StopSignal()) == Succeeded('"3 times 10 MiB"')
     assert link.peak_memory > 30 * 1024 * 1024
 
 
 async def test_a_flood_of_output_keeps_its_head_and_tail_and_counts_the_rest(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     assert await run(children, "prints", link=link, count=200_000) == Succeeded('"printed"')
 
@@ -241,7 +241,7 @@ async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_
 
 
 async def test_a_crash_keeps_its_last_words(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     await run(children, "segfault", link=link)
 
@@ -251,7 +251,7 @@ async def test_a_crash_keeps_its_last_words(children: ChildPool) -> None:
 
 
 async def test_output_below_python_is_kept_line_by_line(children: ChildPool) -> None:
-    link = RecordingLink()
+    link = RecordingServices()
 
     outcome = await run(children, "writes_raw", link=link)
 

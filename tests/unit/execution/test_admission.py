@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.loops.admission import Admission
 from worker.runs.run import AdmittedRun, Isolation
 
@@ -36,7 +36,7 @@ async def test_ready_is_what_the_database_answered_and_again_after_each_outage(c
     store, told = Store(away=1), list[bool]()
     admission = Admission(
         store,
-        Inflight(),
+        InflightRuns(),
         HandlerRegistry(),
         clock,
         slots={"child": 1},

@@ -13,11 +13,13 @@ import pytest
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims, Flag
-from worker.errors import CredentialsRejected, IssuerUnavailable, StoreUnavailable, TokenRefused
-from worker.execution.attempts.attempt import Tools, attempt
+from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
+from worker.execution.attempts import run_services
+from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.catalogue import HandlerEntry
@@ -60,9 +62,9 @@ class Site:
         self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[dict[str, Any]] = []
         self.during: Any = None
-        self.offers = HandlerRegistry()
-        self.offers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
-        self.offers.add(
+        self.handlers = HandlerRegistry()
+        self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
+        self.handlers.add(
             HandlerEntry("acme.digest_v2", "acme-jobs", "1.0", "acme:v2", scopes=("read:kb", "ask:model"))
         )
 
@@ -85,21 +87,21 @@ class Site:
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
 
-    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         self.works.append(work)
-        link.started()
+        services.started()
         if self.during is not None:
-            await self.during(work, link, stop)
+            await self.during(work, services, stop)
         return self.outcome
 
     async def attempt(self, **changes: Any) -> EndedAttempt:
         tools = Tools(
             plans=Plans(self, self.clock, api_origins={"main": ("https://api.acme.test",)}, **self.origins),
             tokens=self,
-            offers=self.offers,
+            handlers=self.handlers,
             runners={"child": self, "inline": self},
             checkpoints=self,
-            journal=RunLogWriter(self, self.clock),
+            run_log=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),
         )
@@ -266,10 +268,10 @@ async def test_params_of_the_run_stand_over_those_of_the_definition(site: Site) 
 
 
 async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:
-    async def renew(work: Work, link: RunServices, stop: StopSignal) -> None:
+    async def renew(work: Work, services: RunServices, stop: StopSignal) -> None:
         site.claims = replace(CLAIMS, org_code="org_other")
         with pytest.raises(TokenRefused) as refused:
-            await link.token(fresh=True)
+            await services.token(fresh=True)
         assert stop.killed
         # The handler may log it, and the org reads that log.
         assert "org_other" not in str(refused.value)
@@ -287,8 +289,8 @@ async def test_being_lost_is_counted_from_the_last_checkpoint_that_moved(site: S
     site.checkpoint = {"done": 1}
 
     async def save(text: str) -> EndedAttempt:
-        async def during(work: Work, link: RunServices, stop: StopSignal) -> None:
-            await link.save(text)
+        async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+            await services.save(text)
 
         site.during = during
         return await site.attempt(attempt=2, recoveries=2)
@@ -313,3 +315,40 @@ async def test_evidence_names_properties_and_shows_no_value_of_them(site: Site) 
     assert ended.trail.claims is not None
     assert ended.trail.claims["properties"] == {"model_version": "str"}
     assert "gpt-4" not in str(ended.trail.claims)
+
+
+async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        services.close()
+        with pytest.raises(LeaseLost):
+            await services.save("{}")
+        with pytest.raises(LeaseLost):
+            await services.token(fresh=True)
+        with pytest.raises(LeaseLost):
+            services.progress(1, None, None)
+
+    site.during = during
+
+    assert (await site.attempt()).state == "succeeded"
+    assert len(site.asked) == 1
+
+
+async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_services, "RETRY_SAVE", 0.001)
+    answers = [StoreUnavailable("away"), StoreUnavailable("away")]
+
+    async def save_checkpoint(run: AdmittedRun, data_json: str) -> bool:
+        if answers:
+            raise answers.pop()
+        return True
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        await services.save('{"done": 1}')
+
+    monkeypatch.setattr(site, "save_checkpoint", save_checkpoint)
+    site.during = during
+
+    assert (await site.attempt()).state == "succeeded"
+    assert answers == []

@@ -1,75 +1,119 @@
-"""OneThread: whenever it is interrupted, whoever waits for the call hears of its end."""
+"""Blocking: stops a handler in a thread at its calls of `ctx`, and abandons one that makes none."""
 
 from __future__ import annotations
 
-import gc
-import sys
+import asyncio
 import threading
-import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from worker.execution.runners.child.main import Interrupted
-from worker.execution.runners.thread import OneThread
+from tests.fakes.running import RecordingServices, work
+from worker import BlockingContext, job
+from worker.clock import SystemClock
+from worker.execution.runners import inline
+from worker.execution.runners.contract import StopSignal
+from worker.execution.runners.inline import Blocking
+from worker.runs.outcome import Cancelled, Failed, Lost, Outcome
+
+pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def uncaught(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What a thread died of without anybody's being told."""
-    seen: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", seen.append)
-    return seen
+class Run:
+    """One run of a function as a blocking handler."""
+
+    def __init__(self, function: Callable[[BlockingContext], Any]) -> None:
+        self.started = threading.Event()
+        self.services, self.stop = RecordingServices(), StopSignal()
+
+        @job("t.blocking")
+        def handler(ctx: BlockingContext) -> Any:
+            self.started.set()
+            return function(ctx)
+
+        runner = Blocking(SystemClock(), find=lambda entry_point: handler)
+        self.task = asyncio.create_task(runner.run(work("blocking"), self.services, self.stop))
+
+    async def stopped(self, grace: float) -> Outcome:
+        await asyncio.to_thread(self.started.wait, 10)
+        self.stop.request("cancel", grace)
+        return await self.task
 
 
-@pytest.mark.parametrize("fails", [True, False])
-def test_an_interrupt_at_any_step_is_the_end_of_the_call_and_of_nothing_else(uncaught, fails):
-    def call() -> str:
-        began.set()
-        if fails:
-            raise KeyError("missing")
-        return "done"
+async def test_half_the_grace_is_left_to_clean_up() -> None:
+    seen: list[str] = []
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    gc.disable()  # what is raised in a callback of the collector is printed and forgotten
-    try:
-        for _ in range(1000):
-            began, thread = threading.Event(), OneThread()
-            ended = thread.submit(call)
-            began.wait(10)
-            thread.interrupt()
-            thread.interrupt()
+    def handler(ctx: BlockingContext) -> None:
+        try:
+            while True:
+                ctx.progress(1)
+        except BaseException as error:
+            seen.append(type(error).__name__)
+            ctx.save("cleaned")
+            raise
 
-            assert isinstance(ended.exception(timeout=10), KeyError | Interrupted | None)
-    finally:
-        sys.setswitchinterval(before)
-        gc.enable()
-    assert uncaught == []
+    run = Run(handler)
+
+    assert await run.stopped(0.2) == Cancelled("requested")
+    assert seen == ["Interrupted"]
+    assert run.services.saved == ["cleaned"]
 
 
-def test_what_computes_is_interrupted_and_after_its_end_nothing_happens(uncaught):
-    started = threading.Event()
+async def test_a_handler_that_makes_no_call_is_abandoned_and_its_later_calls_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inline, "LAST_STEPS", 0.05)
+    go_on, late = threading.Event(), threading.Event()
+    seen: list[str] = []
 
-    def compute() -> None:
-        started.set()
-        while True:
-            time.monotonic()
+    def handler(ctx: BlockingContext) -> None:
+        go_on.wait(10)
+        for _ in range(2):
+            try:
+                ctx.save("too late")
+            except BaseException as error:
+                seen.append(type(error).__name__)
+        late.set()
 
-    thread = OneThread()
-    ended = thread.submit(compute)
-    started.wait(10)
+    run = Run(handler)
 
-    thread.interrupt()
-
-    assert isinstance(ended.exception(timeout=10), Interrupted)
-    thread.interrupt()
-    assert uncaught == []
+    assert await run.stopped(0.05) == Cancelled("requested")
+    go_on.set()
+    assert await asyncio.to_thread(late.wait, 10)
+    assert seen == ["Interrupted", "Interrupted"]
+    assert run.services.saved == []
 
 
-def test_a_call_that_fails_says_how():
-    def fail() -> None:
+async def test_a_killed_run_is_lost_and_the_call_that_waits_is_interrupted() -> None:
+    seen: list[str] = []
+
+    def handler(ctx: BlockingContext) -> None:
+        try:
+            ctx.save("never stored")
+        except BaseException as error:
+            seen.append(type(error).__name__)
+            raise
+
+    run = Run(handler)
+    stored = asyncio.Event()
+
+    async def save(data_json: str) -> None:
+        await stored.wait()
+
+    run.services.save = save  # type: ignore[method-assign]
+    await asyncio.to_thread(run.started.wait, 10)
+    run.stop.kill()
+
+    assert isinstance(await run.task, Lost)
+    assert seen == ["Interrupted"]
+
+
+async def test_a_handler_that_fails_says_how() -> None:
+    def fail(ctx: BlockingContext) -> None:
         raise KeyError("missing")
 
-    with pytest.raises(KeyError, match="missing"):
-        OneThread().submit(fail).result(timeout=10)
+    failed = await Run(fail).task
+
+    assert isinstance(failed, Failed)
+    assert failed.error.type == "KeyError"

@@ -13,10 +13,10 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.execution.attempts import dispatcher as carrying
-from worker.execution.attempts.attempt import Tools
 from worker.execution.attempts.dispatcher import BURST, Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import Inflight, InflightRun
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.admission import FEW, MOMENT, Admission
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
@@ -48,16 +48,16 @@ class Backlog:
         return {attempt.run_id for attempt in attempts}
 
 
-def admission(store: Backlog, holdings: Inflight, clock: ManualClock, slots: int) -> Admission:
+def admission(store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, slots: int) -> Admission:
     def start(runs: Sequence[AdmittedRun]) -> None:
         for run in runs:
-            holdings.add(run)
+            inflight_runs.add(run)
 
-    offers = HandlerRegistry()
+    handlers = HandlerRegistry()
     return Admission(
         store,
-        holdings,
-        offers,
+        inflight_runs,
+        handlers,
         clock,
         slots={"inline": slots},
         poll=1.0,
@@ -67,26 +67,26 @@ def admission(store: Backlog, holdings: Inflight, clock: ManualClock, slots: int
 
 
 async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clock: ManualClock) -> None:
-    store, holdings = Backlog(10_000), Inflight()
-    admitting = admission(store, holdings, clock, slots=FEW)
+    store, inflight_runs = Backlog(10_000), InflightRuns()
+    admitting = admission(store, inflight_runs, clock, slots=FEW)
     task = asyncio.create_task(admitting.run())
     await settle()
 
-    held = list(holdings)
-    holdings.release(held[0])
+    inflight = list(inflight_runs)
+    inflight_runs.release(inflight[0])
     admitting.wake.set()
     await settle()
     assert store.asked == [FEW]
 
-    holdings.release(held[1])
+    inflight_runs.release(inflight[1])
     await clock.pass_time(MOMENT)
     task.cancel()
     assert store.asked == [FEW, 2]
 
 
 async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: ManualClock) -> None:
-    store, holdings = Backlog(FEW - 1), Inflight()
-    admitting = admission(store, holdings, clock, slots=FEW)
+    store, inflight_runs = Backlog(FEW - 1), InflightRuns()
+    admitting = admission(store, inflight_runs, clock, slots=FEW)
     task = asyncio.create_task(admitting.run())
     await settle()
 
@@ -102,49 +102,55 @@ async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: M
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attempt succeeds in its first step."""
 
-    async def attempt(held: InflightRun, tools: Any) -> EndedAttempt:
-        if held.stop.asked:
-            return ended(held.run.id, state="waiting", outcome="handed_back")
-        return ended(held.run.id)
+    async def attempt(inflight: InflightRun, tools: Any) -> EndedAttempt:
+        if inflight.stop.asked:
+            return ended(inflight.run.id, state="waiting", outcome="handed_back")
+        return ended(inflight.run.id)
 
     monkeypatch.setattr(carrying, "attempt", attempt)
 
 
-def carrier(store: Backlog, holdings: Inflight, clock: ManualClock, ends: list[EndedAttempt]) -> Dispatcher:
-    tools = cast(Tools, SimpleNamespace(clock=clock, journal=RunLogWriter(cast(Any, store), clock)))
+def dispatcher_of(
+    store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, ends: list[EndedAttempt]
+) -> Dispatcher:
+    tools = cast(Tools, SimpleNamespace(clock=clock, run_log=RunLogWriter(cast(Any, store), clock)))
     return Dispatcher(
-        tools, holdings, store, on_free=lambda: None, on_end=lambda attempt, held: ends.append(attempt)
+        tools,
+        inflight_runs,
+        store,
+        on_free=lambda: None,
+        on_end=lambda attempt, inflight: ends.append(attempt),
     )
 
 
 @pytest.mark.usefixtures("at_once")
 async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: ManualClock) -> None:
-    store, holdings, ends = Backlog(0), Inflight(), []
-    carrying_on = carrier(store, holdings, clock, ends)
-    writing = asyncio.create_task(carrying_on.finisher.run())
+    store, inflight_runs, ends = Backlog(0), InflightRuns(), []
+    dispatcher = dispatcher_of(store, inflight_runs, clock, ends)
+    writing = asyncio.create_task(dispatcher.finisher.run())
     await settle()
 
-    carrying_on.start([admitted(f"r{n}") for n in range(4 * BURST)])
-    assert len(holdings) == 4 * BURST  # every one is held before the first begins
+    dispatcher.start([admitted(f"r{n}") for n in range(4 * BURST)])
+    assert len(inflight_runs) == 4 * BURST  # every one is inflight before the first begins
     await settle(50)
     writing.cancel()
 
     assert [attempt.run_id for attempt in ends] == [f"r{n}" for n in range(4 * BURST)]
     assert len(store.batches) > 1
-    assert carrying_on.running == 0
+    assert dispatcher.running == 0
 
 
 @pytest.mark.usefixtures("at_once")
 async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: ManualClock) -> None:
-    store, holdings, ends = Backlog(0), Inflight(), []
-    carrying_on = carrier(store, holdings, clock, ends)
-    writing = asyncio.create_task(carrying_on.finisher.run())
+    store, inflight_runs, ends = Backlog(0), InflightRuns(), []
+    dispatcher = dispatcher_of(store, inflight_runs, clock, ends)
+    writing = asyncio.create_task(dispatcher.finisher.run())
 
-    carrying_on.start([admitted(f"r{n}") for n in range(2 * BURST)])
-    assert carrying_on.running > 0
-    await carrying_on.drain(timedelta(seconds=10))
+    dispatcher.start([admitted(f"r{n}") for n in range(2 * BURST)])
+    assert dispatcher.running > 0
+    await dispatcher.drain(timedelta(seconds=10))
     writing.cancel()
 
     assert len(ends) == 2 * BURST
     assert {attempt.state for attempt in ends[-BURST:]} == {"waiting"}
-    assert carrying_on.running == 0
+    assert dispatcher.running == 0

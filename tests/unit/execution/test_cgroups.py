@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.execution.runners.child.cgroups import RunGroups
+from worker.execution.runners.child.linux import RunGroups
 
 
 @pytest.fixture

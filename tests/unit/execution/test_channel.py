@@ -16,7 +16,7 @@ from worker.execution.runners.child.messages import (
     frame,
     outcome_message,
     outcome_of_message,
-    shown_progress,
+    progress_of,
     work_message,
     work_of,
 )
@@ -163,4 +163,4 @@ def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
 @pytest.mark.parametrize(("done", "total"), [("1", None), (float("nan"), 1), (1, [])])
 def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
     with pytest.raises(ValueError, match="finite number"):
-        shown_progress({"done": done, "total": total, "note": None})
+        progress_of({"done": done, "total": total, "note": None})

@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
+from worker.execution.runners.child.child_run import Ended, exit_detail, outcome_of_end
 from worker.execution.runners.contract import StopReason, StopSignal
-from worker.execution.runners.exit_status import Ended, exit_detail, outcome_of_end
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -126,17 +126,18 @@ async def test_a_later_request_shortens_the_grace_and_never_lengthens_it() -> No
     assert abs(stop.interrupt_at - loop.time() - 5) < 1
 
 
-async def test_whoever_watches_a_stop_wakes_at_each_change() -> None:
-    stop = StopSignal()
-    waiting = asyncio.create_task(stop.changed())
-    await asyncio.sleep(0)
-    assert not waiting.done()
+async def test_a_stop_notifies_then_interrupts_and_a_later_kill_ends_the_grace() -> None:
+    stop, calls = StopSignal(), list[str]()
+    stop.request("drain", 0.02)
+    stopping = asyncio.create_task(stop.escalate(calls.append, lambda: calls.append("interrupt")))
+    await stopping
+    assert calls == ["drain", "interrupt"]
 
-    stop.request("drain", 10)
-    await waiting
-    again = asyncio.create_task(stop.changed())
+    stop, calls = StopSignal(), list[str]()
+    stop.request("drain", 60)
+    stopping = asyncio.create_task(stop.escalate(calls.append, lambda: calls.append("interrupt")))
     await asyncio.sleep(0)
-    assert not again.done()
+    assert not stopping.done()
     stop.kill()
-    await again
-    await stop.changed(asyncio.get_running_loop().time())
+    await stopping
+    assert calls == ["drain"]

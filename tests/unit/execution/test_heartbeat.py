@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.loops.heartbeat import Heartbeat
 from worker.execution.loops.reconciler import Renewal
 from worker.runs.lease import Lease
@@ -40,10 +40,10 @@ class Bench:
         self.store = Store(clock)
         self.leases: list[Lease] = []
         self.renewals: list[Renewal] = []
-        self.holdings = Inflight()
+        self.inflight_runs = InflightRuns()
         self.heartbeat = Heartbeat(
             self.store,
-            self.holdings,
+            self.inflight_runs,
             clock,
             lease=timedelta(seconds=30),
             renew=5.0,
@@ -68,7 +68,7 @@ async def test_the_lease_counts_from_the_question_not_from_the_answer(clock: Man
 
 async def test_a_renewal_says_what_was_held_before_it_was_sent(clock: ManualClock) -> None:
     bench = Bench(clock)
-    bench.holdings.add(admitted("r1", fencing_token=7))
+    bench.inflight_runs.add(admitted("r1", fencing_token=7))
 
     renewal = bench.heartbeat.beat()
 
@@ -107,7 +107,7 @@ async def test_the_lease_is_not_told_while_a_held_run_is_anothers(clock: ManualC
     """Told at once it would thaw the run, which has to be killed first."""
     bench = Bench(clock)
     told = list(bench.leases)
-    bench.holdings.add(admitted("r1"))
+    bench.inflight_runs.add(admitted("r1"))
 
     renewal = bench.heartbeat.beat()
 

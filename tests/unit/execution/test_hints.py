@@ -26,7 +26,7 @@ async def test_what_is_said_during_a_pause_is_sent_as_one_hint(clock):
     task = asyncio.create_task(hints.run())
     for _ in range(3):
         for _ in range(10):
-            hints.say()
+            hints.request()
             await asyncio.sleep(0)
         clock.advance(PAUSE)
         await asyncio.sleep(0)

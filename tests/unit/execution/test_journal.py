@@ -36,18 +36,18 @@ class Store:
         return
 
 
-async def test_last_words_are_written_before_the_end_also_behind_a_flush_that_is_on(
+async def test_flush_run_are_written_before_the_end_also_behind_a_flush_that_is_on(
     clock: ManualClock,
 ) -> None:
     store, run = Store(), admitted("r1")
     store.slow = asyncio.Event()
-    journal = RunLogWriter(store, clock)
-    journal.line(run, "info", "stdout", "first")
-    flushing = asyncio.create_task(journal.flush())
+    run_log = RunLogWriter(store, clock)
+    run_log.line(run, "info", "stdout", "first")
+    flushing = asyncio.create_task(run_log.flush())
     await asyncio.sleep(0)
-    journal.line(run, "error", "log", "last")
+    run_log.line(run, "error", "log", "last")
 
-    words = asyncio.create_task(journal.last_words(run))
+    words = asyncio.create_task(run_log.flush_run(run))
     await asyncio.sleep(0)
     assert not words.done()
     store.slow.set()
@@ -60,10 +60,10 @@ async def test_last_words_are_written_before_the_end_also_behind_a_flush_that_is
 async def test_a_run_that_said_nothing_waits_for_nobody(clock: ManualClock) -> None:
     store = Store()
     store.slow = asyncio.Event()
-    journal = RunLogWriter(store, clock)
-    journal.line(admitted("r1"), "info", "stdout", "another's")
+    run_log = RunLogWriter(store, clock)
+    run_log.line(admitted("r1"), "info", "stdout", "another's")
 
-    await journal.last_words(admitted("r2"))
+    await run_log.flush_run(admitted("r2"))
 
     assert store.written == []
 
@@ -72,12 +72,12 @@ async def test_lines_wait_while_the_database_is_away_and_keep_their_order(clock:
     masker.register("canary-5ecret-value")
     store, run = Store(), admitted("r1")
     store.away = True
-    journal = RunLogWriter(store, clock)
-    journal.line(run, "info", "stdout", "one canary-5ecret-value")
-    await journal.last_words(run)
-    journal.line(run, "info", "stdout", "two")
+    run_log = RunLogWriter(store, clock)
+    run_log.line(run, "info", "stdout", "one canary-5ecret-value")
+    await run_log.flush_run(run)
+    run_log.line(run, "info", "stdout", "two")
 
     store.away = False
-    await journal.flush()
+    await run_log.flush()
 
     assert store.written == ["one [masked]", "two"]

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from tests.unit.execution.runs import admitted
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.ids import RunId
 from worker.runs.lease import Lease
@@ -20,17 +20,17 @@ LEASE = Lease.begun(timedelta(seconds=30), 9.0)
 
 
 class Bench:
-    """A reconciler over holdings, and what it asked for."""
+    """A reconciler over inflight_runs, and what it asked for."""
 
     def __init__(self) -> None:
-        self.holdings = Inflight()
+        self.inflight_runs = InflightRuns()
         self.handed_back: list[str] = []
         self.cancelled: list[tuple[str, str]] = []
         self.leases: list[Lease] = []
         self.killed_at_lease: list[list[bool]] = []
         self.lost = 0
         self.reconciler = Reconciler(
-            self.holdings,
+            self.inflight_runs,
             self,
             cancel=lambda run_id, reason: self.cancelled.append((run_id, reason)),
             on_lease=self.lease,
@@ -39,7 +39,7 @@ class Bench:
 
     def lease(self, lease: Lease) -> None:
         self.leases.append(lease)
-        self.killed_at_lease.append([held.stop.killed for held in self.holdings])
+        self.killed_at_lease.append([held.stop.killed for held in self.inflight_runs])
 
     def lose(self) -> None:
         self.lost += 1
@@ -50,7 +50,7 @@ class Bench:
     async def renewal(
         self, *owned: OwnedRun, held: dict[RunId, int] | None = None, registered: bool = True
     ) -> None:
-        held = self.holdings.fences() if held is None else held
+        held = self.inflight_runs.fencing_tokens() if held is None else held
         await self.reconciler.reconcile(Renewal(held, owned, registered, LEASE))
 
 
@@ -60,7 +60,7 @@ def owned(name: str, fencing_token: int = 1, cancel_reason: str | None = None) -
 
 async def test_what_is_held_and_owned_is_left_alone() -> None:
     bench = Bench()
-    held = bench.holdings.add(admitted())
+    held = bench.inflight_runs.add(admitted())
 
     await bench.renewal(owned("r1"))
 
@@ -70,7 +70,7 @@ async def test_what_is_held_and_owned_is_left_alone() -> None:
 
 async def test_held_but_not_owned_is_killed() -> None:
     bench = Bench()
-    held = bench.holdings.add(admitted())
+    held = bench.inflight_runs.add(admitted())
 
     await bench.renewal()
 
@@ -79,7 +79,7 @@ async def test_held_but_not_owned_is_killed() -> None:
 
 async def test_held_under_an_older_fencing_token_is_killed() -> None:
     bench = Bench()
-    held = bench.holdings.add(admitted(fencing_token=1))
+    held = bench.inflight_runs.add(admitted(fencing_token=1))
 
     await bench.renewal(owned("r1", fencing_token=2))
 
@@ -88,7 +88,7 @@ async def test_held_under_an_older_fencing_token_is_killed() -> None:
 
 async def test_a_run_admitted_after_the_question_was_sent_is_left_alone() -> None:
     bench = Bench()
-    held = bench.holdings.add(admitted())
+    held = bench.inflight_runs.add(admitted())
 
     await bench.renewal(held={})
 
@@ -125,7 +125,7 @@ async def test_a_run_that_was_written_between_question_and_answer_is_not_handed_
 
 async def test_a_cancel_request_reaches_the_run() -> None:
     bench = Bench()
-    bench.holdings.add(admitted())
+    bench.inflight_runs.add(admitted())
 
     await bench.renewal(owned("r1", cancel_reason="suspended"))
 
@@ -134,8 +134,8 @@ async def test_a_cancel_request_reaches_the_run() -> None:
 
 async def test_what_is_lost_is_killed_before_the_lease_thaws_the_rest() -> None:
     bench = Bench()
-    bench.holdings.add(admitted("r1"))
-    bench.holdings.add(admitted("r2"))
+    bench.inflight_runs.add(admitted("r1"))
+    bench.inflight_runs.add(admitted("r2"))
 
     await bench.renewal(owned("r2"))
 
@@ -145,7 +145,7 @@ async def test_what_is_lost_is_killed_before_the_lease_thaws_the_rest() -> None:
 
 async def test_a_renewal_that_finds_all_as_it_was_leaves_the_lease_to_the_heartbeat() -> None:
     bench = Bench()
-    bench.holdings.add(admitted())
+    bench.inflight_runs.add(admitted())
 
     await bench.renewal(owned("r1"))
 
@@ -154,7 +154,7 @@ async def test_a_renewal_that_finds_all_as_it_was_leaves_the_lease_to_the_heartb
 
 async def test_an_incarnation_that_was_given_up_kills_everything_and_thaws_nothing() -> None:
     bench = Bench()
-    held = bench.holdings.add(admitted())
+    held = bench.inflight_runs.add(admitted())
 
     await bench.renewal(registered=False)
 

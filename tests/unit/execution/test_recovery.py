@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from worker.execution.loops.recovery import Recovery
+from worker.execution.loops.reconciler import recover_dead_workers
 from worker.runs.lease import Lease
 from worker.runs.run import Recovered
 
@@ -30,14 +30,14 @@ class Store:
 async def test_living_owners_get_a_whole_lease_to_renew_first(clock: ManualClock) -> None:
     store = Store()
     lease = Lease.begun(LEASE, clock.monotonic())
-    recovery = Recovery(
+    recovering = recover_dead_workers(
         store,
         clock,
         poll=1.0,
         may_recover=lambda: lease.may_recover(clock.monotonic()),
         on_recovered=lambda recovered: None,
     )
-    task = asyncio.create_task(recovery.run())
+    task = asyncio.create_task(recovering)
     await settle()
 
     def renew() -> None:

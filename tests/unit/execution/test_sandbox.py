@@ -11,7 +11,7 @@ import pytest
 from worker.errors import ConfigurationError
 from worker.execution.runners.child import landlock, sandbox
 from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.sandbox import MOST_PARTS, Planner, Rules, Secret
+from worker.execution.runners.child.sandbox import MAX_PARTS, Planner, Rules, Secret
 from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.settings.sections import DatabaseSettings, ExecutionSettings
@@ -93,7 +93,7 @@ def test_a_link_does_not_hide_that_a_root_leads_to_a_secret(tmp_path: Path):
 
 
 def test_a_root_of_too_many_parts_is_left_out(tmp_path: Path):
-    for number in range(MOST_PARTS + 1):
+    for number in range(MAX_PARTS + 1):
         (tmp_path / f"part{number}").touch()
     planner = Planner([Secret(str(tmp_path / "keyring"), "the key ring")])
 

@@ -1,4 +1,4 @@
-"""Dispatcher: carries each admitted run to its end, and its end to the database."""
+"""Dispatcher: starts an attempt for each admitted run and passes its end to the finisher."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 
-from worker.execution.attempts.attempt import Tools, attempt
-from worker.execution.attempts.events import tell_end, tell_fenced_out, tell_unstorable
-from worker.execution.attempts.inflight import Inflight, InflightRun
+from worker.execution.attempts import events
+from worker.execution.attempts.attempt import attempt
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.finisher import Finisher, FinishStore
-from worker.execution.runners.contract import StopReason, begin
+from worker.execution.runners.contract import StopReason, start_task
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
 
-# Attempts begun in one step of the loop: what ends at once is written meanwhile, and nobody waits long.
+# Attempts started in one iteration of the loop: ends are written between bursts, and nothing waits long.
 BURST = 50
 
-# The reason a run ends cancelled for, in its row -> what its handler is told.
+# Why a run ends cancelled, as its row says → the reason that its handler gets.
 STOP_REASONS: dict[str, StopReason] = {
     "requested": "cancel",
     "suspended": "suspended",
@@ -29,92 +30,93 @@ STOP_REASONS: dict[str, StopReason] = {
 
 
 class Dispatcher:
-    """Starts an attempt for each admitted run and hands its end to the finisher.
+    """Runs the attempts of all admitted runs.
 
-    `on_free` is called whenever ends were written, so that admission goes on; `on_end`
-    with each that was accepted, and its run if that was still held.
+    `on_free` is called after ends were written, so that admission continues. `on_end` is called with each
+    accepted end, and its run if that was still held.
     """
 
     def __init__(
         self,
         tools: Tools,
-        holdings: Inflight,
+        inflight_runs: InflightRuns,
         store: FinishStore,
         *,
         on_free: Callable[[], None],
         on_end: Callable[[EndedAttempt, InflightRun | None], None],
     ) -> None:
         self._tools = tools
-        self._holdings = holdings
+        self._inflight_runs = inflight_runs
         self._on_free = on_free
         self._on_end = on_end
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._next: deque[InflightRun] = deque()
-        self._beginning: asyncio.Task[None] | None = None
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._queue: deque[InflightRun] = deque()
+        self._starting: asyncio.Task[None] | None = None
         self.finisher = Finisher(store, tools.clock, on_written=self._written, on_unstorable=self._unstorable)
 
     @property
     def running(self) -> int:
-        """How many attempts are under way, or about to be."""
-        return len(self._tasks) + len(self._next)
+        """The number of attempts that run or are about to start."""
+        return len(self._attempts) + len(self._queue)
 
     def start(self, runs: Iterable[AdmittedRun]) -> None:
-        """Hold runs that were admitted just now, and begin their attempts in this order."""
-        self._next.extend(self._holdings.add(run) for run in runs)
-        if self._next and (self._beginning is None or self._beginning.done()):
-            self._beginning = begin(self._begin_all(), loop=asyncio.get_running_loop())
+        """Start the attempts of runs that were just admitted, in this order."""
+        self._queue.extend(self._inflight_runs.add(run) for run in runs)
+        if self._queue and (self._starting is None or self._starting.done()):
+            self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
 
-    async def _begin_all(self) -> None:
+    async def _start_queued(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._next:
-            for _ in range(min(BURST, len(self._next))):
-                task = begin(self._carry(self._next.popleft()), loop=loop)
+        while self._queue:
+            for _ in range(min(BURST, len(self._queue))):
+                task = start_task(self._attempt(self._queue.popleft()), loop=loop)
                 if not task.done():
-                    self._tasks.add(task)
-                    task.add_done_callback(self._tasks.discard)
+                    self._attempts.add(task)
+                    task.add_done_callback(self._attempts.discard)
             await asyncio.sleep(0)
 
     def cancel(self, run_id: RunId, reason: str) -> None:
-        """Ask a held run to stop, for the reason that its row gives."""
-        held = self._holdings.get(run_id)
-        if held is not None:
-            held.stop.request(STOP_REASONS.get(reason, "cancel"), held.cancel_grace.total_seconds())
+        """Ask a run to stop, for the reason in its row."""
+        inflight = self._inflight_runs.get(run_id)
+        if inflight is not None:
+            grace = inflight.cancel_grace.total_seconds()
+            inflight.stop.request(STOP_REASONS.get(reason, "cancel"), grace)
 
     async def drain(self, grace: timedelta) -> None:
-        """Ask every run to stop, wait until each has ended and its end is written."""
-        self.hurry(grace)
-        if self._beginning is not None:
-            await self._beginning
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        """Ask every run to stop, and wait until the end of each is written."""
+        self.request_drain(grace)
+        if self._starting is not None:
+            await self._starting
+        while self._attempts:
+            await asyncio.wait(set(self._attempts))
         await self.finisher.flushed()
 
-    def hurry(self, grace: timedelta) -> None:
+    def request_drain(self, grace: timedelta) -> None:
         """Give the runs at most `grace` from now."""
-        for held in self._holdings:
-            held.stop.request("drain", grace.total_seconds())
+        for inflight in self._inflight_runs:
+            inflight.stop.request("drain", grace.total_seconds())
 
     def kill(self) -> None:
-        """End every run now: none of them is ours any more."""
-        for held in self._holdings:
-            held.stop.kill()
+        """Kill every run: this process does not own them any more."""
+        for inflight in self._inflight_runs:
+            inflight.stop.kill()
 
-    async def _carry(self, held: InflightRun) -> None:
-        ended = await attempt(held, self._tools)
-        await self._tools.journal.last_words(held.run)
+    async def _attempt(self, inflight: InflightRun) -> None:
+        ended = await attempt(inflight, self._tools)
+        await self._tools.run_log.flush_run(inflight.run)
         self.finisher.put(ended)
 
     def _written(self, ended: EndedAttempt, accepted: bool) -> None:
-        held = self._holdings.get(ended.run_id)
-        if held is not None and held.run.fencing_token == ended.fencing_token:
-            self._tools.journal.ended(held.run)
-            self._holdings.release(held)
+        inflight = self._inflight_runs.get(ended.run_id)
+        if inflight is not None and inflight.run.fencing_token == ended.fencing_token:
+            self._tools.run_log.ended(inflight.run)
+            self._inflight_runs.release(inflight)
         if accepted:
-            tell_end(ended, held)
-            self._on_end(ended, held)
+            events.run_ended(ended, inflight)
+            self._on_end(ended, inflight)
         else:
-            tell_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, held)
+            events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
         self._on_free()
 
     def _unstorable(self, ended: EndedAttempt, error: Exception) -> None:
-        tell_unstorable(ended, error, self._holdings.get(ended.run_id))
+        events.result_unstorable(ended, error, self._inflight_runs.get(ended.run_id))

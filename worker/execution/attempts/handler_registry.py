@@ -11,14 +11,14 @@ NO_SCOPES: frozenset[str] = frozenset()
 
 
 class HandlerRegistry:
-    """Handlers by name; broken ones, and inline ones the operator did not allow, are not offered."""
+    """Handlers by name, without broken ones and without inline ones that the operator does not allow."""
 
     def __init__(self, inline: frozenset[str] = frozenset()) -> None:
         self._inline = inline
         self._entries: dict[str, HandlerEntry] = {}
 
     def add(self, entry: HandlerEntry) -> bool:
-        """Take one report of the catalogue; whether it is offered from now on."""
+        """Add an entry of the catalogue; returns whether it is offered."""
         if entry.error is not None:
             return False
         if entry.isolation == "inline" and not self.allows_inline(entry):
@@ -30,11 +30,11 @@ class HandlerRegistry:
         return self._entries.get(name)
 
     def allows_inline(self, entry: HandlerEntry) -> bool:
-        """Whether the operator lets this entry's distribution run in the worker's process."""
+        """Whether the operator allows this entry's distribution in the worker's process."""
         return entry.distribution in self._inline
 
     def isolation_of(self, name: str) -> Isolation:
-        """Where a handler wants to run; in a child where it is not known here."""
+        """Where a handler runs; in a child process if it is unknown here."""
         entry = self._entries.get(name)
         return "inline" if entry is not None and entry.isolation == "inline" else "child"
 
@@ -46,7 +46,7 @@ class HandlerRegistry:
         return frozenset(scope for entry in entries if entry is not None for scope in entry.scopes)
 
     def limits(self) -> Mapping[str, int | None]:
-        """Each offered handler with its limit over all workers, or None."""
+        """The limit of each offered handler over all workers, or None."""
         return {name: entry.max_concurrent for name, entry in self._entries.items()}
 
     def names(self) -> Sequence[str]:

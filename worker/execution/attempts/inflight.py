@@ -1,4 +1,4 @@
-"""In flight: the runs of this process, and how to reach each of them."""
+"""In flight: the runs of this process, how to stop each of them, and when its timeout passes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 from worker.definitions.policies import CANCEL_GRACE
@@ -20,10 +21,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class InflightRun:
-    """One admitted run of ours, from admission until its end is written.
+    """An admitted run, until its end is written.
 
-    `plan` is known once its attempt has read it; `moved` says that the attempt has
-    saved a checkpoint other than the one it began with.
+    `plan` is None until the attempt has read it. `moved` says that the attempt has saved a checkpoint
+    that differs from the one it started with.
     """
 
     run: AdmittedRun
@@ -32,11 +33,15 @@ class InflightRun:
     moved: bool = False
 
     @property
+    def org_code(self) -> str | None:
+        return None if self.plan is None else self.plan.org.code
+
+    @property
     def cancel_grace(self) -> timedelta:
         return CANCEL_GRACE if self.plan is None else self.plan.definition.cancel_grace
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """What `work` gives, or None as soon as this run is asked to stop."""
+        """The result of `work`, or None as soon as this run is asked to stop."""
         if self.stop.asked:
             work.close()
             return None
@@ -57,39 +62,101 @@ class InflightRun:
             self.stop.on_request(None)
 
 
-class Inflight:
-    """What we hold, by run; a later admission of the same run replaces the earlier."""
+class InflightRuns:
+    """The runs that this process holds; a later admission of a run replaces the earlier one."""
 
     def __init__(self) -> None:
-        self._held: dict[RunId, InflightRun] = {}
+        self._runs: dict[RunId, InflightRun] = {}
         self._slots: Counter[str] = Counter()
 
     def add(self, run: AdmittedRun) -> InflightRun:
-        held = InflightRun(run, StopSignal())
-        self.release(self._held.get(run.id))
-        self._held[run.id] = held
+        inflight = InflightRun(run, StopSignal())
+        self.release(self._runs.get(run.id))
+        self._runs[run.id] = inflight
         self._slots[run.isolation] += 1
-        return held
+        return inflight
 
-    def release(self, held: InflightRun | None) -> None:
-        """Let go of a run whose end is written, or that is no longer ours."""
-        if held is not None and self._held.get(held.run.id) is held:
-            del self._held[held.run.id]
-            self._slots[held.run.isolation] -= 1
+    def release(self, inflight: InflightRun | None) -> None:
+        """Drop a run whose end is written, or that is no longer ours."""
+        if inflight is not None and self._runs.get(inflight.run.id) is inflight:
+            del self._runs[inflight.run.id]
+            self._slots[inflight.run.isolation] -= 1
 
     def get(self, run_id: RunId) -> InflightRun | None:
-        return self._held.get(run_id)
+        return self._runs.get(run_id)
 
     def used(self, isolation: str) -> int:
-        """How many runs of this isolation hold a slot."""
+        """The number of slots in use for this isolation."""
         return self._slots[isolation]
 
-    def fences(self) -> dict[RunId, int]:
-        """Each held run's fencing token, as of now; safe to call from another thread."""
-        return {run_id: held.run.fencing_token for run_id, held in self._held.copy().items()}
+    def fencing_tokens(self) -> dict[RunId, int]:
+        """The fencing token of each run; thread-safe."""
+        return {run_id: inflight.run.fencing_token for run_id, inflight in self._runs.copy().items()}
 
     def __iter__(self) -> Iterator[InflightRun]:
-        return iter(list(self._held.values()))
+        return iter(list(self._runs.values()))
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._runs)
+
+
+class Deadline:
+    """Context manager that requests a stop if its block takes longer than `timeout`.
+
+    Time during which the run was frozen does not count.
+    """
+
+    __slots__ = ("_deadlines", "_timeout", "due_at", "grace", "stop")
+
+    def __init__(self, deadlines: Deadlines, stop: StopSignal, timeout: timedelta, grace: timedelta) -> None:
+        self._deadlines = deadlines
+        self._timeout = timeout.total_seconds()
+        self.stop = stop
+        self.grace = grace.total_seconds()
+        self.due_at = 0.0
+
+    def __enter__(self) -> None:
+        self.due_at = asyncio.get_running_loop().time() + self._timeout
+        self._deadlines.add(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._deadlines.discard(self)
+
+
+class Deadlines:
+    """All open deadlines, over one timer for the earliest.
+
+    A timer for each would cost an inline run more than calling its handler, and few deadlines pass.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[Deadline] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, deadline: Deadline) -> None:
+        self._open.add(deadline)
+        if self._timer is None or deadline.due_at < self._timer.when():
+            self._wake_at(deadline.due_at)
+
+    def discard(self, deadline: Deadline) -> None:
+        self._open.discard(deadline)
+
+    def _wake_at(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(at, self._stop_overdue)
+
+    def _stop_overdue(self) -> None:
+        self._timer = None
+        now, first = asyncio.get_running_loop().time(), float("inf")
+        for deadline in list(self._open):
+            due_at = deadline.due_at + deadline.stop.frozen_seconds(now)
+            if due_at <= now:
+                self._open.discard(deadline)
+                deadline.stop.request("timeout", deadline.grace)
+            else:
+                first = min(first, due_at)
+        if self._open:
+            self._wake_at(first)

@@ -1,27 +1,34 @@
-"""Plan: what an attempt must know of its definition and org, cached; and the limits it runs under."""
+"""Plan: what an attempt needs to know of its definition and org, cached; and the limits it runs under."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Protocol, Self
+from datetime import datetime, timedelta
+from typing import Any, Protocol, Self
 
+from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.origins import check_encrypted
 from worker.definitions.policies import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import ConfigurationError, DefinitionError
+from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
 from worker.orgs import OrgRef
 from worker.runs.run import AdmittedRun, RunContext
+from worker.telemetry.tracing import traceparent
+
+# Seconds that a plan is cached: an org's new name or issuer takes effect within that time.
+MAX_AGE = 5.0
+MAX_PLANS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Limits:
     """Limits of one attempt; `memory` is in bytes, `scopes` are those that its token must have."""
 
     timeout: timedelta = TIMEOUT
@@ -32,7 +39,7 @@ class Terms:
 
     @classmethod
     def of(cls, definition: Definition, entry: HandlerEntry | None) -> Self:
-        """The terms of a definition whose handler is offered as `entry`, or is not offered here."""
+        """The limits of a definition; `entry` is None if its handler is not offered here."""
         timeout = memory = attempts = None
         scopes: frozenset[str] = frozenset()
         if entry is not None:
@@ -48,13 +55,8 @@ class Terms:
         )
 
 
-# Of an attempt that came to know no definition: one for all, since it never changes.
-UNKNOWN = Terms()
-
-
-# Seconds a plan is kept: an org's new name or issuer is seen that soon.
-KEPT = 5.0
-BOUND = 10_000
+# For an attempt that could not read its definition.
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +68,52 @@ class AttemptPlan:
     org_name: str
     issuer: str
     api_origins: tuple[str, ...]
-    _terms: dict[str, tuple[HandlerEntry | None, Terms]] = field(default_factory=dict, repr=False)
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
+    _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
 
-    def terms(self, handler: str, entry: HandlerEntry | None) -> Terms:
-        """What an attempt by this handler may take; worked out once for all runs of the plan."""
-        kept = self._terms.get(handler)
-        if kept is None or kept[0] is not entry:
-            kept = self._terms[handler] = (entry, Terms.of(self.definition, entry))
-        return kept[1]
+    def limits(self, handler: str, entry: HandlerEntry | None) -> Limits:
+        """The limits of an attempt by this handler, cached for all runs of the plan."""
+        cached = self._limits.get(handler)
+        if cached is None or cached[0] is not entry:
+            cached = self._limits[handler] = (entry, Limits.of(self.definition, entry))
+        return cached[1]
+
+    def work(
+        self,
+        run: AdmittedRun,
+        entry: HandlerEntry,
+        token: AccessToken,
+        claims: Claims,
+        *,
+        checkpoint: Any,
+        limits: Limits,
+        now: datetime,
+    ) -> Work:
+        """The work of a run for the handler `entry`, which starts now."""
+        return Work(
+            run_id=run.id,
+            attempt=run.attempt,
+            fencing_token=run.fencing_token,
+            idempotency_key=run.idempotency_key,
+            scheduled_for=run.scheduled_for,
+            org_code=self.org.code,
+            org_name=self.org_name,
+            definition=self.definition.name,
+            handler=entry.name,
+            entry_point=entry.entry_point,
+            params={**self.definition.params, **(run.params or {})},
+            claims=claims,
+            token=token,
+            api_origins=self.api_origins,
+            timeout_at=now + limits.timeout,
+            checkpoint=checkpoint,
+            memory=limits.memory,
+            isolation=run.isolation,
+            traceparent=traceparent(run.id, run.fencing_token),
+            private_origins=self.private_origins,
+            insecure_origins=self.insecure_origins,
+        )
 
 
 class PlanStore(Protocol):
@@ -83,10 +123,10 @@ class PlanStore(Protocol):
 
 
 class Plans:
-    """Plans by definition and revision, the least recently used dropped first.
+    """Plans by definition and revision; the least recently used is dropped first.
 
-    `api_origins` are those of each issuer; a definition's replace them. The others are
-    `[execution] private_origins` and `insecure_origins`, the same for every run.
+    `api_origins` are those of each issuer, unless the definition lists its own. `private_origins` and
+    `insecure_origins` are the settings of the same names in `[execution]`.
     """
 
     def __init__(
@@ -99,36 +139,37 @@ class Plans:
         insecure_origins: tuple[str, ...] = (),
     ) -> None:
         self._store = store
-        self._api_origins = api_origins
-        self.private_origins = private_origins
-        self.insecure_origins = insecure_origins
         self._clock = clock
+        self._api_origins = api_origins
+        self._private_origins = private_origins
+        self._insecure_origins = insecure_origins
         self._plans: OrderedDict[tuple[DefinitionId, int], tuple[float, AttemptPlan]] = OrderedDict()
 
     async def of(self, run: AdmittedRun) -> AttemptPlan:
         """The plan of a run.
 
         Raises:
-            DefinitionError: the stored spec is not understood by this version.
-            ConfigurationError: its token would go unencrypted to an origin that the operator did not allow.
+            DefinitionError: this version does not understand the stored spec.
+            ConfigurationError: its token would go unencrypted to an origin that the operator does not allow.
             Unavailable: the database did not answer.
         """
         key = (run.definition_id, run.revision)
         now = self._clock.monotonic()
-        kept = self._plans.get(key)
-        if kept is not None and now - kept[0] < KEPT:
+        cached = self._plans.get(key)
+        if cached is not None and now - cached[0] < MAX_AGE:
             self._plans.move_to_end(key)
-            return kept[1]
+            return cached[1]
         context = await self._store.org_and_definition(run)
         definition = from_spec(context.org_code, context.definition_name, context.spec)
-        named = definition.api_origins
-        origins = self._api_origins.get(context.issuer, ()) if named is None else named
+        origins = definition.api_origins
+        if origins is None:
+            origins = self._api_origins.get(context.issuer, ())
         try:
             check_encrypted(
-                origins, self.insecure_origins, entry=f"definition {definition.org}/{definition.name}"
+                origins, self._insecure_origins, entry=f"definition {definition.org}/{definition.name}"
             )
         except DefinitionError as error:
-            # Stored before the rule, or since allowed no longer: the run waits for the operator.
+            # Stored before the rule existed, or no longer allowed: the run waits for the operator.
             raise ConfigurationError(f"{error.message}; {error.fix}") from error
         plan = AttemptPlan(
             definition=definition,
@@ -136,9 +177,11 @@ class Plans:
             org_name=context.org_name,
             issuer=context.issuer,
             api_origins=origins,
+            private_origins=self._private_origins,
+            insecure_origins=self._insecure_origins,
         )
         self._plans[key] = (now, plan)
         self._plans.move_to_end(key)
-        while len(self._plans) > BOUND:
+        while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
         return plan

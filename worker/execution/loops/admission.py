@@ -9,13 +9,13 @@ from typing import Protocol
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.attempts.inflight import Inflight
-from worker.execution.loops.wakeups import woken
+from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.loops.wakeups import wait_for
 from worker.runs.run import AdmittedRun, Isolation
 
-# Fewer free slots than this while more waits are not worth a transaction: more are free in a moment.
+# With fewer free slots than this and more runs waiting, wait so many seconds for other slots to become free:
+# fewer are not worth a transaction.
 FEW = 100
-# Seconds of that moment.
 MOMENT = 0.002
 
 
@@ -23,22 +23,22 @@ class AdmitStore(Protocol):
     async def admit(
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> Sequence[AdmittedRun]:
-        """Mark the next waiting runs running, within every limit, and give them."""
+        """Mark the next waiting runs running, within every limit, and return them."""
         ...
 
 
 class Admission:
-    """Fills this worker's free slots; woken by fire, by an end written, and by each poll.
+    """Fills this worker's free slots. Woken by the scheduler, by written ends, and by each poll.
 
-    `start` gets the admitted runs, in the order they were ranked; `on_admitting` is called
-    when the database has let this worker admit, the first time and after each outage.
+    `start` gets the admitted runs in rank order. `on_admitting` is called when the database lets this
+    worker admit, for the first time and after each outage.
     """
 
     def __init__(
         self,
         store: AdmitStore,
-        holdings: Inflight,
-        offers: HandlerRegistry,
+        inflight_runs: InflightRuns,
+        handlers: HandlerRegistry,
         clock: Clock,
         *,
         slots: Mapping[Isolation, int],
@@ -47,8 +47,8 @@ class Admission:
         on_admitting: Callable[[], None],
     ) -> None:
         self._store = store
-        self._holdings = holdings
-        self._offers = offers
+        self._inflight_runs = inflight_runs
+        self._handlers = handlers
         self._clock = clock
         self._slots = slots
         self._poll = poll
@@ -60,13 +60,13 @@ class Admission:
         self._more_wait = False
 
     async def run(self) -> None:
-        """Admit for ever; ends by cancellation, never between the answer and its runs' start."""
+        """Admit until cancelled, but never between the database's answer and the start of its runs."""
         while True:
             self.wake.clear()
             admitted = await self._admit()
             self.ticked_at = self._clock.monotonic()
             if not admitted:
-                await woken(self.wake, self._poll)
+                await wait_for(self.wake, self._poll)
 
     async def _admit(self) -> bool:
         if self._more_wait and 0 < sum(self._free().values()) < FEW:
@@ -74,13 +74,13 @@ class Admission:
         free = self._free()
         if not any(free.values()):
             return False
-        asked = asyncio.create_task(self._store_admit(free))
+        admitting = asyncio.create_task(self._admit_and_start(free))
         try:
-            # Shielded: a drain must not lose the answer, or its runs wait for two renewals.
-            runs = await asyncio.shield(asked)
+            # Shielded: if a drain lost the answer, its runs would wait for two renewals.
+            runs = await asyncio.shield(admitting)
         except asyncio.CancelledError:
-            # Nor go on without it: what is admitted now has to be stopped with the rest.
-            await asyncio.wait({asked})
+            # What is admitted now has to be stopped with the rest.
+            await asyncio.wait({admitting})
             raise
         except Unavailable:
             self.admitting = False
@@ -92,12 +92,10 @@ class Admission:
         return bool(runs)
 
     def _free(self) -> dict[Isolation, int]:
-        return {
-            isolation: max(0, slots - self._holdings.used(isolation))
-            for isolation, slots in self._slots.items()
-        }
+        used = self._inflight_runs.used
+        return {isolation: max(0, slots - used(isolation)) for isolation, slots in self._slots.items()}
 
-    async def _store_admit(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
-        runs = await self._store.admit(self._offers.limits(), free)
+    async def _admit_and_start(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
+        runs = await self._store.admit(self._handlers.limits(), free)
         self._start(runs)
         return runs

@@ -1,4 +1,4 @@
-"""Finisher: attempts that ended become rows, in batches, and none is forgotten."""
+"""Finisher: writes the ends of attempts in batches, and loses none."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.telemetry.events import emit
 
-# Rows in one statement, at most: what ended while the last were written. On a quiet disk
-# a hundred do; on a slow one each commit is dear, and more of them share it, as do those
-# that SQLite's one writer has waiting.
+# Maximum rows of one statement. A hundred are enough on a fast disk; on a slow one a commit is expensive,
+# and more ends share it.
 BATCH = 2000
-# Seconds between tries while the database is away.
+# Seconds between tries while the database is unavailable.
 RETRY = 0.5
 
 
 class FinishStore(Protocol):
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
-        """Write the ends, fenced; give the runs whose row holds what we wrote."""
+        """Write the ends, fenced; return the runs whose row contains what we wrote."""
         ...
 
 
 class Finisher:
-    """Flushes all that ended since its last flush in one statement.
+    """Writes everything that ended since the last write in one statement.
 
-    `on_written` hears of every end once it is settled: written, or found to be
-    another incarnation's by now (`accepted` false); `on_unstorable` of one that the
-    database does not take as it is, with why.
+    `on_written` gets each end once it is written, or rejected because another incarnation owns the run
+    (`accepted` is false). `on_unstorable` gets an end that the database rejects, and the error.
     """
 
     def __init__(
@@ -47,30 +45,30 @@ class Finisher:
         self._clock = clock
         self._on_written = on_written
         self._on_unstorable = on_unstorable
-        self._ended: list[EndedAttempt] = []
-        self._some = asyncio.Event()
+        self._pending: list[EndedAttempt] = []
+        self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     def put(self, ended: EndedAttempt) -> None:
-        """Take an end over; it is durable within one flush."""
-        self._ended.append(ended)
+        """Take an end, to be written next."""
+        self._pending.append(ended)
         self._idle.clear()
-        self._some.set()
+        self._wake.set()
 
     async def flushed(self) -> None:
         """Wait until everything taken so far is written."""
         await self._idle.wait()
 
     async def run(self) -> None:
-        """Flush for ever; ends by cancellation only."""
+        """Write until cancelled."""
         while True:
-            await self._some.wait()
-            batch, self._ended = self._ended[:BATCH], self._ended[BATCH:]
-            if not self._ended:
-                self._some.clear()
+            await self._wake.wait()
+            batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+            if not self._pending:
+                self._wake.clear()
             await self._write(batch)
-            if not self._ended:
+            if not self._pending:
                 self._idle.set()
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
@@ -78,13 +76,13 @@ class Finisher:
             try:
                 accepted = await self._store.finish(batch)
             except Unavailable:
-                # The database is away: what ended waits here, and renewal says who owns it.
+                # The ends wait here; the next renewal says which runs are still ours.
                 await self._clock.sleep(RETRY)
                 continue
             except Exception as error:
                 if len(batch) > 1:
-                    for one in batch:
-                        await self._write([one])
+                    for ended in batch:
+                        await self._write([ended])
                     return
                 if batch[0].reason == "result_unstorable":
                     emit("loop.failed", loop="finisher", error=type(error).__name__)
@@ -98,7 +96,7 @@ class Finisher:
 
 
 def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
-    """The same end as failed(result_unstorable), without what the database did not take."""
+    """The same end as failed(result_unstorable), without what the database rejected."""
     return replace(
         ended,
         outcome="failed",

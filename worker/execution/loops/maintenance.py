@@ -25,21 +25,21 @@ Chore = Callable[[], Awaitable[None]]
 
 
 class Housekeeping:
-    """Runs each chore at its interval, one at a time; one that fails is told and tried again."""
+    """Runs each chore at its interval, one at a time; reports and retries one that fails."""
 
     def __init__(self) -> None:
         self._scheduler = AsyncIOScheduler(timezone="UTC")
-        # It warns at each tick that a chore still runs, which is what happens while the database is away.
+        # It logs a warning for each tick while a chore still runs, as during an outage of the database.
         logging.getLogger("apscheduler.scheduler").setLevel(logging.ERROR)
 
     def every(self, seconds: float, name: str, chore: Chore) -> None:
-        """Add a chore; a tick that comes while it still runs is left out."""
+        """Add a chore; ticks while it still runs are skipped."""
 
         async def tick() -> None:
             try:
                 await chore()
             except (Unavailable, asyncio.CancelledError):
-                # Cancelled it is at the end only; the scheduler would call that an error.
+                # The scheduler would log a cancellation, which only a shutdown causes, as an error.
                 return
             except Exception as error:
                 emit("loop.failed", loop=name, error=type(error).__name__)
@@ -62,7 +62,7 @@ class Housekeeping:
 
 
 class Names(Protocol):
-    """What people call a run's org and definition, as far as their rows are there."""
+    """The names of a run's org and definition, or None if the row is gone."""
 
     @property
     def org(self) -> str | None: ...
@@ -87,12 +87,12 @@ class Swept(Protocol):
 
 class SweepStore(Protocol):
     async def sweep(self) -> Sequence[Swept]:
-        """Promote, expire and mark; give the runs that ended by it."""
+        """Promote, expire and mark waiting runs; return those that ended by it."""
         ...
 
 
 async def sweep(store: SweepStore) -> None:
-    """Sweep once, and tell of each run that ended by it."""
+    """Sweep once, and emit an event for each run that ended by it."""
     for swept in await store.sweep():
         emit(
             "run.changed",
@@ -105,19 +105,19 @@ async def sweep(store: SweepStore) -> None:
         )
 
 
-# Rows deleted by one transaction: runs or skips; and lines or attempts, which are small and many.
+# Rows deleted by one transaction: runs or skips; and log lines or attempts, which are small and many.
 BATCH = 500
 PARTS = 5_000
-# Seconds between two batches: the database's threads belong to the runs.
+# Seconds between two batches, so that runs get the database's threads.
 PAUSE = 0.05
-# A worker's row says where and how an attempt ran; it is kept as long as somebody may ask.
+# A worker's row says where and how an attempt ran.
 WORKERS = timedelta(days=7)
 
 
 class RetentionStore(Protocol):
-    """Each deletes what is older than an age, at most `limit` rows of a table, and says how many.
+    """Each deletes at most `limit` rows of a table that are older than `age`, and returns their number.
 
-    `forget_parts` deletes lines and attempts of the `runs` that `forget_runs` takes next.
+    `forget_parts` deletes log lines and attempts of the `runs` that `forget_runs` deletes next.
     """
 
     async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
@@ -129,7 +129,7 @@ class RetentionStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ages:
-    """How long things are kept: runs by their final state, skips, lines of logs."""
+    """How long rows are kept: runs by their final state, skips, and log lines."""
 
     runs: Mapping[str, timedelta]
     skips: timedelta
@@ -138,9 +138,9 @@ class Ages:
 
 
 class Retention:
-    """Deletes runs with all that belongs to them, skips and lines of logs, each at its age.
+    """Deletes runs with everything that belongs to them, skips and log lines, each at its age.
 
-    Several workers may do so at once: a batch passes over the rows of another. Sums
+    Several workers may do so at once, because a batch skips the locked rows of another. Sums
     (`rollup_days`, `rollup_hours`) stay.
     """
 
@@ -150,27 +150,27 @@ class Retention:
         self._clock = clock
 
     async def tidy(self) -> None:
-        """Delete all that is old enough by now.
+        """Delete everything that is old enough.
 
         Raises:
-            Unavailable: the database did not answer; the next call goes on from there.
+            Unavailable: the database did not answer; the next call continues.
         """
         store, ages = self._store, self._ages
         runs = 0
         for state, age in ages.runs.items():
-            runs += await self._all(partial(self._forget_runs, state, age), BATCH)
-        skips = await self._all(partial(store.forget_skips, ages.skips), BATCH)
-        lines = await self._all(partial(store.forget_logs, ages.logs), PARTS)
+            runs += await self._in_batches(partial(self._forget_runs, state, age), BATCH)
+        skips = await self._in_batches(partial(store.forget_skips, ages.skips), BATCH)
+        lines = await self._in_batches(partial(store.forget_logs, ages.logs), PARTS)
         workers = await store.forget_workers(ages.workers)
         if runs or skips or lines or workers:
             emit("history.forgotten", runs=runs, skips=skips, lines=lines, workers=workers)
 
     async def _forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
-        # What goes with a run goes first where it is much: no transaction is long.
-        await self._all(partial(self._store.forget_parts, state, age, runs=limit), PARTS)
+        # Parts first, in their own batches, so that no transaction is long.
+        await self._in_batches(partial(self._store.forget_parts, state, age, runs=limit), PARTS)
         return await self._store.forget_runs(state, age, limit=limit)
 
-    async def _all(self, forget: Callable[..., Awaitable[int]], limit: int) -> int:
+    async def _in_batches(self, forget: Callable[..., Awaitable[int]], limit: int) -> int:
         total = 0
         while True:
             batch = await forget(limit=limit)
@@ -182,53 +182,54 @@ class Retention:
 
 Key = tuple[OrgId, DefinitionId]
 
-# Ends that say whether a definition works; a cancelled or skipped run says nothing of it.
-TELLING = frozenset({"succeeded", "failed", "refused"})
-# Definitions that are known to have no failures; the set begins anew when it is full.
-BOUND = 100_000
+# Final states that say whether a definition works; cancelled and skipped runs say nothing about it.
+COUNTED = frozenset({"succeeded", "failed", "refused"})
+# Definitions that are known to have no failures; the set is cleared when it is full.
+MAX_HEALTHY = 100_000
 
 
 class FailureWatch:
-    """Costs nothing where a definition does not ask for it, nor while its runs succeed."""
+    """Collects the definitions whose failures must be counted.
+
+    Costs nothing for a definition without `pause_after_failures`, or while its runs succeed.
+    """
 
     def __init__(self) -> None:
         self._uncounted: set[Key] = set()
-        self._sound: set[Key] = set()
+        self._healthy: set[Key] = set()
 
-    def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
-        """Take note of an end that is written."""
-        plan = None if held is None else held.plan
-        if plan is None or plan.definition.pause_after_failures is None or ended.state not in TELLING:
+    def ended(self, ended: EndedAttempt, inflight: InflightRun | None) -> None:
+        """Handle an end that is written."""
+        if inflight is None or inflight.plan is None or inflight.run.origin == "backfill":
             return
-        if held is not None and held.run.origin == "backfill":
+        if inflight.plan.definition.pause_after_failures is None or ended.state not in COUNTED:
             return
         key = (ended.org_id, ended.definition_id)
-        if ended.state == "succeeded" and key in self._sound:
-            return
-        self._uncounted.add(key)
+        if ended.state != "succeeded" or key not in self._healthy:
+            self._uncounted.add(key)
 
     def recovered(self, recovered: Sequence[Recovered]) -> None:
-        """Take note of runs that failed because their worker was lost too often."""
+        """Handle runs that failed because their worker was lost too often."""
         self.put_back((run.org_id, run.definition_id) for run in recovered if run.state == "failed")
 
     def take(self) -> list[Key]:
-        """Those to count now; they are forgotten here."""
+        """The definitions to count now; removed here."""
         taken, self._uncounted = sorted(self._uncounted), set()
         return taken
 
     def put_back(self, keys: Iterable[Key]) -> None:
-        """Remember some again that could not be counted."""
+        """Add definitions again that could not be counted."""
         self._uncounted.update(keys)
 
     def counted(self, key: Key, failures: int) -> None:
-        """A definition has so many failures: none, then its successes need not be counted."""
+        """Set a definition's number of failures; without any, its successes are not counted."""
         if failures:
-            self._sound.discard(key)
+            self._healthy.discard(key)
             return
-        if len(self._sound) >= BOUND:
-            self._sound.clear()
-        self._sound.add(key)
+        if len(self._healthy) >= MAX_HEALTHY:
+            self._healthy.clear()
+        self._healthy.add(key)
 
     def forget_sound(self) -> None:
-        """Count each definition's next success again: another worker may have seen failures meanwhile."""
-        self._sound.clear()
+        """Count the next success of each definition: another worker may have seen failures meanwhile."""
+        self._healthy.clear()

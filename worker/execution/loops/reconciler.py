@@ -1,4 +1,6 @@
-"""Reconciler: after each renewal, makes what this process runs agree with what the database says it owns."""
+"""Ownership of runs: the reconciler keeps this process in line with the rows it owns; recovery takes over
+the runs of dead workers.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from worker.clock import Clock
 from worker.errors import Unavailable
-from worker.execution.attempts.events import tell_fenced_out
-from worker.execution.attempts.inflight import Inflight
+from worker.execution.attempts import events
+from worker.execution.attempts.inflight import InflightRuns
 from worker.ids import RunId
 from worker.runs.lease import Lease
-from worker.runs.run import OwnedRun
+from worker.runs.run import OwnedRun, Recovered
+from worker.telemetry.events import emit
 
 
 @dataclass(frozen=True, slots=True)
 class Renewal:
-    """One renewal: what we held when it was sent, and what the database said we own."""
+    """One renewal: the runs held when it was sent, with their fencing tokens, and the runs owned."""
 
     held: Mapping[RunId, int]
     owned: Sequence[OwnedRun]
@@ -27,78 +31,127 @@ class Renewal:
 
     @property
     def all_ours(self) -> bool:
-        """Whether each run that was held is owned, so that nothing has to be killed first."""
+        """Whether each held run is owned, so that nothing has to be killed first."""
         owned = {run.id: run.fencing_token for run in self.owned}
         return self.registered and all(owned.get(id_) == token for id_, token in self.held.items())
 
 
 class HandBackStore(Protocol):
     async def hand_back(self, owned: Sequence[OwnedRun]) -> object:
-        """Let runs wait again that this incarnation owns, fenced."""
+        """Let runs that this incarnation owns wait again, fenced."""
         ...
 
 
 class Reconciler:
-    """Makes what this process does agree with what the database says it owns.
+    """Compares each renewal with the runs that this process holds.
 
-    Owned but not held at two renewals running: an admission whose answer never
-    came; handed back. Held but not owned: another incarnation has it, or it has
-    ended; killed, and whatever it still writes is fenced out. `on_lease` hears of
-    the renewed lease then; `on_lost` that this incarnation was given up.
+    A run that is owned but not held at two renewals in a row was admitted by a statement whose answer was
+    lost: it is handed back. A run that is held but not owned has ended or belongs to another incarnation:
+    it is killed, and its later writes are fenced out. Then `on_lease` gets the renewed lease. `on_lost`
+    is called if this incarnation is not registered any more.
     """
 
     def __init__(
         self,
-        holdings: Inflight,
+        inflight_runs: InflightRuns,
         store: HandBackStore,
         *,
         cancel: Callable[[RunId, str], None],
         on_lease: Callable[[Lease], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self._holdings = holdings
+        self._inflight_runs = inflight_runs
         self._store = store
         self._cancel = cancel
         self._on_lease = on_lease
         self._on_lost = on_lost
         self._renewals: asyncio.Queue[Renewal] = asyncio.Queue()
-        self._strangers: set[tuple[RunId, int]] = set()
+        self._not_held: set[tuple[RunId, int]] = set()
 
     def take(self, renewal: Renewal) -> None:
-        """Take a renewal, to be looked at next."""
+        """Queue a renewal."""
         self._renewals.put_nowait(renewal)
 
     async def run(self) -> None:
-        """Reconcile renewal by renewal for ever; ends by cancellation only."""
+        """Reconcile renewal by renewal until cancelled."""
         while True:
             await self.reconcile(await self._renewals.get())
 
     async def reconcile(self, renewal: Renewal) -> None:
-        """Compare one renewal with what is held now, and act on the difference."""
+        """Compare one renewal with the runs held now, and act on the difference."""
         owned = {run.id: run.fencing_token for run in renewal.owned}
         for run_id, fencing_token in renewal.held.items():
-            held = self._holdings.get(run_id)
-            if held is None or held.run.fencing_token != fencing_token:
+            inflight = self._inflight_runs.get(run_id)
+            if inflight is None or inflight.run.fencing_token != fencing_token:
                 continue
             if owned.get(run_id) != fencing_token:
-                tell_fenced_out(run_id, held.run.attempt, fencing_token, held)
-                held.stop.kill()
+                events.run_fenced_out(run_id, inflight.run.attempt, fencing_token, inflight)
+                inflight.stop.kill()
         if not renewal.registered:
             self._on_lost()
             return
         if not renewal.all_ours:
             self._on_lease(renewal.lease)
-        strangers: set[tuple[RunId, int]] = set()
+        not_held: set[tuple[RunId, int]] = set()
         for run in renewal.owned:
-            held = self._holdings.get(run.id)
-            if held is not None and held.run.fencing_token >= run.fencing_token:
-                if run.cancel_reason is not None and held.run.fencing_token == run.fencing_token:
+            inflight = self._inflight_runs.get(run.id)
+            if inflight is not None and inflight.run.fencing_token >= run.fencing_token:
+                if run.cancel_reason is not None and inflight.run.fencing_token == run.fencing_token:
                     self._cancel(run.id, run.cancel_reason)
             elif renewal.held.get(run.id) != run.fencing_token:
-                strangers.add((run.id, run.fencing_token))
-        again = [run for run in renewal.owned if (run.id, run.fencing_token) in strangers & self._strangers]
-        self._strangers = strangers
-        if again:
-            # Where the database does not answer now, the next renewal finds them again.
+                not_held.add((run.id, run.fencing_token))
+        twice = not_held & self._not_held
+        self._not_held = not_held
+        if twice:
+            # Without an answer now, the next renewal finds them again.
             with suppress(Unavailable):
-                await self._store.hand_back(again)
+                await self._store.hand_back(
+                    [run for run in renewal.owned if (run.id, run.fencing_token) in twice]
+                )
+
+
+class RecoveryStore(Protocol):
+    async def recover(self, still: Callable[[], bool]) -> Sequence[Recovered]:
+        """Take the runs of workers whose lease has expired; return what became of them.
+
+        `still` is called again, in another thread, when the database has answered.
+        """
+        ...
+
+
+async def recover_dead_workers(
+    store: RecoveryStore,
+    clock: Clock,
+    *,
+    poll: float,
+    may_recover: Callable[[], bool],
+    on_recovered: Callable[[Sequence[Recovered]], None],
+) -> None:
+    """Every `poll` seconds take over runs of dead workers, until cancelled.
+
+    After an outage every lease has expired. `may_recover` lets living owners renew first, and stops a
+    recovery that the outage itself has delayed.
+    """
+    while True:
+        await clock.sleep(poll)
+        if not may_recover():
+            continue
+        with suppress(Unavailable):
+            recovered = await store.recover(may_recover)
+            emit_recovered(recovered)
+            if recovered:
+                on_recovered(recovered)
+
+
+def emit_recovered(recovered: Sequence[Recovered]) -> None:
+    """Emit `run.recovered` for each run that was taken from a dead worker."""
+    for run in recovered:
+        emit(
+            "run.recovered",
+            org=run.org,
+            run=run.run_id,
+            definition=run.definition,
+            attempt=run.attempt,
+            worker=run.worker,
+            state=run.state,
+        )

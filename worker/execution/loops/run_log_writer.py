@@ -1,4 +1,4 @@
-"""Run log writer: writes progress and log lines of running runs in batches, masked."""
+"""Run log writer: writes log lines and progress of running runs in batches, masked."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from worker.telemetry.masking import masker
 
 # Seconds between flushes.
 FLUSH = 0.5
-# Rows in one statement, and lines kept while the database is away.
+# Rows of one statement, and lines kept while the database is unavailable.
 BATCH = 500
-KEPT = 50_000
+MAX_LINES = 50_000
 
 Progress = tuple[RunId, int, Mapping[str, Any]]
 
 
 class RunLogStore(Protocol):
     async def write_progress(self, rows: Sequence[Progress]) -> None:
-        """Set each live row's progress where the fencing token still holds."""
+        """Set the progress of each live row whose fencing token still matches."""
         ...
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
-        """Append lines; one that is already there is left as it is."""
+        """Append lines; skip those that are already stored."""
         ...
 
 
 class RunLogWriter:
     """Takes lines and progress at any rate and writes them twice a second.
 
-    Of progress only the newest counts. Lines beyond `KEPT` are dropped oldest
-    first while the database is away, and the dropped are counted in an event.
+    Of progress only the newest counts. Beyond `MAX_LINES` the oldest lines are dropped, and an event
+    counts them.
     """
 
     def __init__(self, store: RunLogStore, clock: Clock) -> None:
@@ -70,23 +70,23 @@ class RunLogWriter:
         self._progress[run.id] = (run.id, run.fencing_token, progress)
 
     def ended(self, run: AdmittedRun) -> None:
-        """Forget what only a running attempt needs."""
+        """Drop what only a running attempt needs."""
         self._seq.pop((run.id, run.attempt), None)
         self._progress.pop(run.id, None)
 
     async def run(self) -> None:
-        """Flush for ever; ends by cancellation only."""
+        """Flush until cancelled."""
         while True:
             await self._clock.sleep(FLUSH)
             await self.flush()
 
-    async def last_words(self, run: AdmittedRun) -> None:
-        """Write what a run has logged before its end is: whoever sees the end finds the log whole."""
+    async def flush_run(self, run: AdmittedRun) -> None:
+        """Flush if this attempt has logged: its log must be complete before its end is visible."""
         if (run.id, run.attempt) in self._seq:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what is there; what cannot be written now is kept for the next time."""
+        """Write everything taken so far; keep what cannot be written for the next flush."""
         async with self._writing:
             await self._write()
 
@@ -102,7 +102,7 @@ class RunLogWriter:
                 lines = lines[BATCH:]
         except Unavailable:
             self._progress = progress | self._progress
-            kept = (lines + self._lines)[-KEPT:]
+            kept = (lines + self._lines)[-MAX_LINES:]
             if dropped := len(lines) + len(self._lines) - len(kept):
                 emit("logs.dropped", lines=dropped)
             self._lines = kept

@@ -10,15 +10,14 @@ from typing import Protocol
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.execution.loops.wakeups import woken
+from worker.execution.loops.wakeups import wait_for
 from worker.runs.fire import decide
 from worker.runs.run import Decision, DueDefinition, FireReport, NextFire
 from worker.telemetry.events import emit
 
-# Definitions locked by one transaction: some ten milliseconds' work, of which each round trip
-# and the commit are a part that does not grow with them.
+# Definitions locked by one transaction, about 10 ms of work: larger batches save no more round trips.
 BATCH = 250
-# Until a definition that this version cannot read is looked at again.
+# Until a definition that this version cannot read is tried again.
 PUT_OFF = timedelta(minutes=1)
 
 
@@ -29,22 +28,22 @@ class FireStore(Protocol):
 
 
 class Scheduler:
-    """Fires what is due and sleeps until the next instant, at most one poll.
+    """Fires what is due and sleeps until the next scheduled time, at most one poll.
 
-    `on_fired` is called after runs were inserted, so that admission goes on at once.
+    `on_fired` is called after runs were inserted, so that they are admitted at once.
     """
 
     def __init__(
         self,
         store: FireStore,
-        offers: HandlerRegistry,
+        handlers: HandlerRegistry,
         clock: Clock,
         *,
         poll: float,
         on_fired: Callable[[], None],
     ) -> None:
         self._store = store
-        self._offers = offers
+        self._handlers = handlers
         self._clock = clock
         self._poll = poll
         self._on_fired = on_fired
@@ -53,13 +52,13 @@ class Scheduler:
         self.ticked_at = clock.monotonic()
 
     async def run(self) -> None:
-        """Fire for ever; ends by cancellation only."""
+        """Fire until cancelled."""
         while True:
             self.wake.clear()
             report = await self._fire()
             self.ticked_at = self._clock.monotonic()
             if not report.more:
-                await woken(self.wake, self._pause(report))
+                await wait_for(self.wake, self._pause(report))
 
     async def _fire(self) -> FireReport:
         try:
@@ -75,13 +74,13 @@ class Scheduler:
                 overlapped=len(report.overlapped),
                 skips=sum(skip.count for skip in report.skips),
             )
-        self._watch_the_clock(report.now)
+        self._check_clock(report.now)
         return report
 
     def _decide(self, due: DueDefinition, now: datetime) -> Decision:
-        """Decide one definition; one that cannot be read is put off, its instants kept, and told."""
+        """Decide one definition. One that cannot be read is reported and put off; its times stay due."""
         try:
-            return decide(due, now, self._offers.isolation_of)
+            return decide(due, now, self._handlers.isolation_of)
         except WorkerError as error:
             emit("definition.failed", org=due.org_code, definition=due.name, error=error.message)
             again = NextFire(due.definition_id, due.next_scheduled_for, now + PUT_OFF)
@@ -92,8 +91,8 @@ class Scheduler:
             return self._poll
         return min(self._poll, max(0.0, (report.next_fire_at - report.now).total_seconds()))
 
-    def _watch_the_clock(self, now: datetime | None) -> None:
-        """Say so when the clock went back: what was due before it is not due again, and nothing fires."""
+    def _check_clock(self, now: datetime | None) -> None:
+        """Report that the clock went back: until it catches up, nothing is due and nothing fires."""
         if now is None:
             return
         if self._newest is not None and (back := (self._newest - now).total_seconds()) > self._poll:

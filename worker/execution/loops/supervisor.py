@@ -15,14 +15,20 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier
 
-# A loop that has not come round for this many seconds does not tick.
+# Seconds without an iteration after which a loop counts as stalled.
 PATIENCE = 15.0
+# Seconds before a loop that failed is started again.
+RESTART = 1.0
+# Seconds that writing the last ends may take after the drain itself.
+LAST_FLUSH = 10.0
+
+Loop = Callable[[], Awaitable[None]]
 
 
 class Liveness:
-    """`ticks` give, by loop, the monotonic instant at which it last came round.
+    """`ticks` return the monotonic time of each loop's last iteration.
 
-    `resting` says that a drain has ended them on purpose, `status` in one line how the worker is.
+    `resting` says whether a drain has stopped the loops, `status` describes the worker in one line.
     """
 
     def __init__(
@@ -41,19 +47,16 @@ class Liveness:
         self.resting = resting
 
     def ages(self) -> dict[str, float]:
-        """Seconds since each loop last came round."""
+        """Seconds since the last iteration of each loop."""
         now = self._clock.monotonic()
         return {name: now - ticked_at() for name, ticked_at in self._ticks.items()}
 
     def stalled(self) -> list[str]:
-        """The loops that do not tick, though they should."""
+        """The loops that do not iterate, though they should."""
         return [name for name, age in self.ages().items() if age > PATIENCE and not self.resting()]
 
     async def run(self) -> None:
-        """Feed the service manager's watchdog as long as every loop ticks, and tell it how things are.
-
-        Ends by cancellation only.
-        """
+        """Report the status to the service manager, and feed its watchdog while no loop is stalled."""
         interval = self._notifier.watchdog_seconds
         while True:
             self._notifier.status(self._status())
@@ -62,20 +65,11 @@ class Liveness:
             await self._clock.sleep(PATIENCE if interval is None else interval / 3)
 
 
-Loop = Callable[[], Awaitable[None]]
-
-# Seconds before a loop that failed is started again.
-RESTART = 1.0
-# Seconds that the last ends may take to be written, beyond the drain itself.
-LAST_FLUSH = 10.0
-
-
 class Supervisor:
-    """Starts the loops, keeps each alive, and drains them in order.
+    """Starts the loops, restarts those that fail, and drains them in order.
 
-    `intake` are the loops that bring work in (fire, admit, recover), which a drain
-    ends first; `outlet` those that must go on until the last end is written.
-    `on_draining` is told how many runs are on.
+    `intake` are the loops that bring work in, which a drain stops first; `outlet` those that must run
+    until the last end is written. `on_draining` gets the number of running attempts.
     """
 
     def __init__(
@@ -83,8 +77,8 @@ class Supervisor:
         *,
         intake: Mapping[str, Loop],
         outlet: Mapping[str, Loop],
-        carrier: Dispatcher,
-        journal: RunLogWriter,
+        dispatcher: Dispatcher,
+        run_log: RunLogWriter,
         heartbeat: Heartbeat,
         housekeeping: Housekeeping,
         clock: Clock,
@@ -93,31 +87,31 @@ class Supervisor:
     ) -> None:
         self._intake = intake
         self._outlet = outlet
-        self._carrier = carrier
-        self._journal = journal
+        self._dispatcher = dispatcher
+        self._run_log = run_log
         self._heartbeat = heartbeat
         self._housekeeping = housekeeping
         self._clock = clock
         self._drain = drain
         self._on_draining = on_draining
         self._stop = asyncio.Event()
-        self._asked = 0
+        self._requests = 0
         self.lost = False
 
     def stop(self) -> None:
-        """Drain and end; asked a second time, give the runs no more time."""
-        self._asked += 1
-        if self._asked > 1:
-            self._carrier.hurry(timedelta(0))
+        """Drain and end; a second call gives the runs no more time."""
+        self._requests += 1
+        if self._requests > 1:
+            self._dispatcher.request_drain(timedelta(0))
         self._stop.set()
 
     def give_up(self) -> None:
-        """The lease is lost: end, since nothing that this incarnation writes counts any more."""
+        """End, because the lease is lost: nothing that this incarnation writes counts any more."""
         self.lost = True
         self._stop.set()
 
     async def run(self) -> bool:
-        """Run until stopped; whether the drain left nothing unwritten."""
+        """Run until stopped; returns whether the drain wrote everything."""
         outlet = [self._start(name, loop) for name, loop in self._outlet.items()]
         intake = [self._start(name, loop) for name, loop in self._intake.items()]
         self._housekeeping.start()
@@ -125,43 +119,41 @@ class Supervisor:
         try:
             await self._stop.wait()
             self._housekeeping.stop()
-            await ended(intake)
+            await _cancel(intake)
             return await self._drained()
         finally:
             self._heartbeat.stop()
-            await ended(outlet)
+            await _cancel(outlet)
 
     async def _drained(self) -> bool:
         if self.lost:
-            self._carrier.kill()
+            self._dispatcher.kill()
         else:
-            self._on_draining(self._carrier.running)
+            self._on_draining(self._dispatcher.running)
         try:
             async with asyncio.timeout(self._drain.total_seconds() + LAST_FLUSH):
-                await self._carrier.drain(timedelta(0) if self._asked > 1 else self._drain)
-                await self._journal.flush()
+                await self._dispatcher.drain(timedelta(0) if self._requests > 1 else self._drain)
+                await self._run_log.flush()
         except TimeoutError:
             return False
         return True
 
     def _start(self, name: str, loop: Loop) -> asyncio.Task[None]:
-        return asyncio.create_task(self._kept_alive(name, loop), name=name)
+        return asyncio.create_task(self._keep_alive(name, loop), name=name)
 
-    async def _kept_alive(self, name: str, loop: Loop) -> None:
-        """One loop that fails is told and started again; the others never notice."""
+    async def _keep_alive(self, name: str, loop: Loop) -> None:
         while True:
             try:
                 await loop()
-            except Unavailable:
-                # The database is away, which is told where it is asked; the loop begins again.
+            except Unavailable:  # reported by the database itself
                 await self._clock.sleep(RESTART)
             except Exception as error:
                 emit("loop.failed", loop=name, error=f"{type(error).__name__}: {error}")
                 await self._clock.sleep(RESTART)
 
 
-async def ended(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancel tasks and wait until each is gone."""
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait until each has ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Wakeups: wait for a signal or a timeout, and hint other workers at new work, at most ten times a second."""
+"""Wakeups: wait for an event or a timeout, and wake other workers at most ten times a second."""
 
 from __future__ import annotations
 
@@ -9,40 +9,35 @@ from contextlib import suppress
 from worker.clock import Clock
 from worker.errors import Unavailable
 
-
-async def woken(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until the event is set, at most `seconds` on the monotonic clock; whether it was set."""
-    if event.is_set():
-        return True
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
-# Seconds between two hints: each is a transaction that makes others wait for their commit.
+# Seconds between two notifications: each is a transaction that delays other commits.
 PAUSE = 0.1
 
 
+async def wait_for(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set, at most `seconds` on the monotonic clock."""
+    if not event.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+
+
 class Wakeups:
-    """Sends one hint for all that was said since the last; a poll finds what a lost one meant."""
+    """Notifies other workers of new work. A lost notification is harmless, because they also poll."""
 
     def __init__(self, send: Callable[[], Awaitable[None]], clock: Clock) -> None:
         self._send = send
         self._clock = clock
-        self._some = asyncio.Event()
+        self._requested = asyncio.Event()
 
-    def say(self) -> None:
-        """There is work for whoever has a free slot."""
-        self._some.set()
+    def request(self) -> None:
+        """Send a notification soon."""
+        self._requested.set()
 
     async def run(self) -> None:
-        """Pass hints on for ever; ends by cancellation only."""
+        """Send notifications until cancelled."""
         while True:
-            await self._some.wait()
-            self._some.clear()
+            await self._requested.wait()
+            self._requested.clear()
             with suppress(Unavailable):
                 await self._send()
             await self._clock.sleep(PAUSE)

@@ -1,9 +1,10 @@
-"""Runner contract: the work handed to a runner, the way back to the worker, and how to stop a run."""
+"""Runner contract: the work of one attempt, what its handler may ask of the worker, and how it is stopped."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -12,22 +13,36 @@ from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
-from worker.errors import Unavailable
+from worker.clock import Clock
+from worker.handlers.context import Given, HeldToken, Org, ThisRun, WorkerPort
+from worker.handlers.job import Job
+from worker.handlers.models import read_params, read_settings
 from worker.ids import RunId
-from worker.runs.outcome import Cancelled, Error, HandedBack, Lost, Outcome, TimedOut
+from worker.runs.outcome import (
+    Cancelled,
+    Error,
+    Failed,
+    HandedBack,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Snoozed,
+    Succeeded,
+    TimedOut,
+)
 from worker.runs.run import Isolation
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
+LEASE_LOST = Lost("the lease on the run is lost")
 
 
 @dataclass(slots=True)
 class Work:
-    """All that a handler needs for one attempt; nothing of another org. Never changed.
+    """Everything a handler needs for one attempt, and nothing of another org. Immutable by convention.
 
-    `entry_point` is `module:attribute`, `timeout_at` the instant of the run's
-    deadline, `memory` a cap in bytes, `checkpoint` what the last attempt saved,
-    `traceparent` the handler's place in its run's trace, where there is one. The
-    origins are those of the settings of the same names.
+    `entry_point` is `module:attribute`, `timeout_at` the deadline of the attempt, `memory` a cap in bytes,
+    `checkpoint` what the previous attempt saved.
     """
 
     run_id: RunId
@@ -52,66 +67,71 @@ class Work:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
 
+    def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
+        """What the handler's context is made of.
 
-class RunServices(Protocol):
+        Raises:
+            ParamsInvalid, SettingsInvalid: the handler must not be called.
+        """
+        return Given(
+            org=Org(self.org_code, self.org_name),
+            run=ThisRun(
+                self.run_id, self.scheduled_for, self.attempt, self.fencing_token, self.idempotency_key
+            ),
+            params=read_params(job, self.params),
+            settings=read_settings(job, self.claims.properties),
+            checkpoint=self.checkpoint,
+            deadline=self.timeout_at,
+            api_origins=self.api_origins,
+            log=log,
+            held=HeldToken(self.token, self.claims, clock),
+            traceparent=self.traceparent,
+            private_origins=self.private_origins,
+            insecure_origins=self.insecure_origins,
+        )
+
+
+class RunServices(WorkerPort, Protocol):
     """What a running handler may ask of the worker, for its own run and org only.
 
-    Called on the worker's loop. Texts come from the handler: the worker masks them.
+    Called on the worker's loop. The worker masks every text. `save` raises LeaseLost, `token` raises
+    TokenError and Unavailable.
     """
 
-    async def save(self, data_json: str) -> None:
-        """Store a checkpoint, fenced and durable; raises LeaseLost."""
-        ...
-
-    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        """A token with some life left, minted anew if `fresh`; raises TokenError, Unavailable."""
-        ...
-
-    def progress(self, done: float, total: float | None, note: str | None) -> None:
-        """The newest progress; may be called often."""
-        ...
-
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
-        """A line of the run's log; `source` is log, stdout or stderr, `at` when not now."""
+        """Add a line to the run's log; `source` is log, stdout or stderr, `at` defaults to now."""
         ...
 
     def started(self) -> None:
-        """Params and settings are valid, the handler is being called."""
+        """Params and settings are valid; the handler is about to be called."""
         ...
 
     def used(self, peak_memory: int) -> None:
-        """The most memory that the run's process had, in bytes."""
+        """Record the peak memory of the run's process, in bytes."""
+        ...
+
+    def close(self) -> None:
+        """Reject further calls of the handler with LeaseLost: its run has ended."""
         ...
 
 
 class Runner(Protocol):
     """Where handlers run: in child processes, or inline in the worker's loop."""
 
-    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
-        """Run the handler to its end; when this returns nothing of it is left running."""
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
+        """Run the handler to its end; nothing of it is left running afterwards."""
         ...
 
 
-async def save_for_sure(link: RunServices, data_json: str) -> None:
-    """Store a checkpoint, however long the database is away; raises LeaseLost.
-
-    A handler that has waited so long for its save must not fail for that. Where the
-    lease is not renewed meanwhile, the run stands frozen anyway.
-    """
-    pause = 0.1
-    while True:
-        try:
-            return await link.save(data_json)
-        except Unavailable:
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 2.0)
+class Interrupted(BaseException):
+    """Raised in a blocking handler at half the grace, so that it can clean up."""
 
 
 class StopSignal:
-    """The way to end one attempt early, in the hands of whoever started it.
+    """Ends one attempt early. Used on the worker's loop.
 
-    Made and used on the worker's loop. The first reason stays; a later request can
-    only shorten the grace. `interrupt_at` and `kill_at` are on the loop's clock.
+    The first reason stays; a later request can only shorten the grace. `interrupt_at` and `kill_at` are
+    on the loop's clock.
     """
 
     def __init__(self) -> None:
@@ -126,7 +146,7 @@ class StopSignal:
 
     @cached_property
     def requested(self) -> asyncio.Event:
-        """Set at the first request or kill; made for those who wait, which of most runs nobody does."""
+        """Set at the first request or kill. Lazy: most runs never await it."""
         event = asyncio.Event()
         if self.asked:
             event.set()
@@ -137,7 +157,7 @@ class StopSignal:
         return asyncio.Event()
 
     def request(self, reason: StopReason, grace: float) -> None:
-        """Ask the handler to end: told at once, interrupted at half of `grace` seconds, then killed."""
+        """Ask the handler to end: notified now, interrupted after half of `grace` seconds, then killed."""
         now = asyncio.get_running_loop().time()
         self.reason = self.reason or reason
         if now + grace < self.kill_at:
@@ -147,7 +167,7 @@ class StopSignal:
         self._request()
 
     def kill(self) -> None:
-        """End it now without a word: the lease is lost, and the caller drops the outcome."""
+        """End it now, without notice: the lease is lost, and the caller drops the outcome."""
         self.killed = True
         self.kill_at = self.interrupt_at = float("-inf")
         if self._killer is not None:
@@ -155,16 +175,16 @@ class StopSignal:
         self._request()
 
     def on_request(self, listener: Callable[[], None] | None) -> None:
-        """Call `listener` at the first request or kill, at once if that has come; None ends it.
+        """Set the listener for the first request or kill, called now if that has come; None unsets it.
 
-        One at a time: for what every run goes through, where a task that waits would cost more than the work.
+        Cheaper than a waiting task, on the path of every run.
         """
         self._listener = listener
         if listener is not None and self.asked:
             listener()
 
     def on_kill(self, killer: Callable[[], None]) -> None:
-        """Call `killer` as soon as it comes to `kill`, before anything can thaw the run."""
+        """Call `killer` within `kill`, before anything can thaw the run."""
         self._killer = killer
         if self.killed:
             killer()
@@ -176,34 +196,41 @@ class StopSignal:
         if first and self._listener is not None:
             self._listener()
 
-    async def changed(self, until: float = float("inf")) -> None:
-        """Return at the next request or kill, or when the loop's clock reaches `until`."""
-        delay = until - asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(None if delay == float("inf") else max(delay, 0)):
-                await self._changed.wait()
-        except TimeoutError:
-            return
-        self._changed.clear()
+    async def escalate(self, notify: Callable[[str], object], interrupt: Callable[[], object]) -> None:
+        """After a request: notify the handler, interrupt it at half the grace, return when that is over."""
+        loop, interrupted = asyncio.get_running_loop(), False
+        if self.reason is not None:
+            notify(self.reason)
+        while (now := loop.time()) < self.kill_at:
+            if now >= self.interrupt_at and not interrupted:
+                interrupted = True
+                interrupt()
+            delay = (self.kill_at if interrupted else self.interrupt_at) - loop.time()
+            try:
+                async with asyncio.timeout(None if delay == float("inf") else max(delay, 0)):
+                    await self._changed.wait()
+                self._changed.clear()
+            except TimeoutError:
+                continue
 
     def freeze(self, at: float) -> None:
-        """The run stands still since `at` (monotonic), because the lease is not renewed."""
+        """The run is frozen since `at` (monotonic), because the lease is not renewed."""
         self._frozen_since = self._frozen_since or at
 
     def thaw(self, at: float) -> None:
-        """The run goes on since `at` (monotonic)."""
+        """The run continues since `at` (monotonic)."""
         if self._frozen_since is not None:
             self._frozen += max(at - self._frozen_since, 0.0)
             self._frozen_since = None
 
     def frozen_seconds(self, now: float) -> float:
-        """How long the run has stood still up to `now`; that time does not count against its timeout."""
-        standing = 0.0 if self._frozen_since is None else max(now - self._frozen_since, 0.0)
-        return self._frozen + standing
+        """Seconds that the run was frozen up to `now`; they do not count against its timeout."""
+        current = 0.0 if self._frozen_since is None else max(now - self._frozen_since, 0.0)
+        return self._frozen + current
 
 
-def stopped(stop: StopSignal) -> Outcome:
-    """The outcome that a stop's reason means."""
+def outcome_of_stop(stop: StopSignal) -> Outcome:
+    """The outcome of a run that was stopped, from the reason."""
     match stop.reason:
         case None:
             return Lost("no longer ours")
@@ -217,21 +244,42 @@ def stopped(stop: StopSignal) -> Outcome:
             return Cancelled(reason)
 
 
+def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:
+    """What a handler returned, unless it was asked to stop and did not really finish.
+
+    An error may come from the interruption. Retry and snooze count only as the answer to a drain.
+    """
+    if stop.reason is None:
+        return returned
+    match returned:
+        case Succeeded() | Cancelled() | Refused() | Failed(permanent=True):
+            return returned
+        case Retried() | Snoozed() if stop.reason == "drain":
+            return returned
+        case _:
+            return outcome_of_stop(stop)
+
+
+def handler_exited(detail: str) -> Failed:
+    """The outcome of a handler that ended its process, or tried to."""
+    error = Error("HandlerExited", f"the handler ended without a result: {detail}")
+    return Failed(error, "handler_exited", detail)
+
+
 T = TypeVar("T")
 
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
 
-def begin(
+def start_task(
     work: Coroutine[Any, Any, T],
     *,
     loop: asyncio.AbstractEventLoop,
     name: str | None = None,
     context: contextvars.Context | None = None,
 ) -> asyncio.Task[T]:
-    """A task that may be done when this returns: most attempts find all that they need at hand.
+    """Start a task eagerly: it may be done on return. Saves a tenth of an inline run for each loop iteration.
 
-    Each round through the loop that is saved so is a tenth of an inline run. Python 3.11
-    schedules the first step as it does every other.
+    Python 3.11 has no eager tasks.
     """
     return asyncio.Task(work, loop=loop, name=name, context=context, **_EAGER)

@@ -1,4 +1,4 @@
-"""Inline: the runner for async handlers that the operator lets run in the worker's own loop."""
+"""Handlers in the worker's own process: async ones as tasks; in trials, blocking ones in threads."""
 
 from __future__ import annotations
 
@@ -10,38 +10,56 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Executor, Future
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
-from worker.errors import LeaseLost
-from worker.execution.runners.context_factory import given_for
-from worker.execution.runners.contract import RunServices, StopSignal, Work, begin, save_for_sure, stopped
-from worker.execution.runners.exit_status import after_stop, exited
+from worker.execution.runners.contract import (
+    LEASE_LOST,
+    Interrupted,
+    RunServices,
+    StopSignal,
+    Work,
+    after_stop,
+    handler_exited,
+    outcome_of_stop,
+    start_task,
+)
 from worker.execution.runners.output import RunOutput, Sink, marked
-from worker.handlers.calling import call, outcome_of_error
+from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import (
     BlockingCancellation,
+    BlockingContext,
+    BlockingWorkerPort,
     Cancellation,
     Context,
     Given,
     WorkerPort,
+    close_blocking_http,
     close_http,
 )
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.runs.outcome import Lost, Outcome
+from worker.runs.outcome import Outcome
 from worker.telemetry.events import emit
 
-# Seconds for which a loop may not come round, and between two looks.
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Seconds without an iteration of the loop before it counts as blocked, and between two checks.
 PATIENCE = 1.0
 TICK = 0.25
+# Seconds between cancellations of a handler that swallows them after its grace.
+NAG = 1.0
+# Seconds that a handler may take to unwind after its last cancellation.
+LAST_STEPS = 1.0
 
 
-class ThisRun(NamedTuple):
-    """Whose code a context belongs to; also that of tasks which the handler has started."""
+class RunLabels(NamedTuple):
+    """The run that a context belongs to, also the context of tasks that the handler starts."""
 
     org: str
     run: str
@@ -49,20 +67,19 @@ class ThisRun(NamedTuple):
     handler: str
 
 
+_RUN: contextvars.ContextVar[RunLabels] = contextvars.ContextVar("RUN")
 _watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-
-THIS_RUN: contextvars.ContextVar[ThisRun] = contextvars.ContextVar("THIS_RUN")
 
 
 class LoopWatch:
-    """One event for each time that the loop stands still for longer than `PATIENCE`."""
+    """Emits `loop.blocked` each time the loop is blocked for longer than `PATIENCE`."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticked_at = 0.0
 
     def start(self) -> None:
-        """Watch the running loop until it is closed; called again it does nothing."""
+        """Watch the running loop until it is closed; idempotent."""
         if self._loop is not None:
             return
         self._loop = loop = asyncio.get_running_loop()
@@ -78,15 +95,15 @@ class LoopWatch:
         loop.call_later(TICK, self._tick, loop)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
-        told_of = 0.0
+        reported_at = 0.0
         while not loop.is_closed():
             began, used = time.monotonic(), time.process_time()
             time.sleep(TICK)
             now, ticked_at = time.monotonic(), self._ticked_at
-            # Where this process itself was stopped, nobody in it is to blame.
+            # If the whole process was stopped, no handler is to blame.
             stopped = now - began > 2 * TICK and time.process_time() - used < (now - began) / 2
-            if now - ticked_at > PATIENCE and ticked_at != told_of and not stopped:
-                told_of = ticked_at
+            if now - ticked_at > PATIENCE and ticked_at != reported_at and not stopped:
+                reported_at = ticked_at
                 frame = sys._current_frames().get(thread)
                 run = _run_of(asyncio.current_task(loop))
                 emit(
@@ -97,11 +114,11 @@ class LoopWatch:
                 )
 
 
-def _run_of(task: asyncio.Task[Any] | None) -> ThisRun | None:
-    # `Task.get_context` came with Python 3.12.
-    held = [] if task is None else gc.get_referents(task)
-    context = next((each for each in held if isinstance(each, contextvars.Context)), None)
-    return None if context is None else context.get(THIS_RUN)
+def _run_of(task: asyncio.Task[Any] | None) -> RunLabels | None:
+    # `Task.get_context` is new in Python 3.12.
+    referents = [] if task is None else gc.get_referents(task)
+    context = next((each for each in referents if isinstance(each, contextvars.Context)), None)
+    return None if context is None else context.get(_RUN)
 
 
 def _place(frame: FrameType) -> str:
@@ -109,23 +126,14 @@ def _place(frame: FrameType) -> str:
     return f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})"
 
 
-# Seconds between cancellations of a handler that swallows them after its grace.
-NAG = 1.0
-# Seconds that a handler may take to unwind once it is cancelled for the last time.
-LAST_STEPS = 1.0
-
-# Formats records, and says on stderr which could not be formatted.
-_FAULTS = logging.Handler()
-
-
 class Inline:
-    """A task for each run, with context variables of its own; only as well-behaved as its handler.
+    """A task for each run, with its own context variables.
 
-    A task cannot be killed. One that swallows its cancellation past the grace is given
-    up: its line to the worker is cut, and it is cancelled again and again.
+    A task cannot be killed. One that swallows its cancellation past the grace is abandoned: the worker
+    rejects its calls and keeps cancelling it.
 
-    What a trial gives in place of the usual: `find` makes an entry point its handler,
-    `context` makes what that is called with; not `watched`, it may block the loop.
+    For trials: `find` returns the handler of an entry point, `context` builds the handler's context, and
+    `watched=False` lets a handler block the loop.
     """
 
     def __init__(
@@ -140,61 +148,42 @@ class Inline:
         self._find = find
         self._context = context
         self._watch = LoopWatch() if watched else None
-        self._given_up: set[asyncio.Task[None]] = set()
-        # To ask Python for a module that it has costs more than the call of its handler.
+        self._abandoned: set[asyncio.Task[None]] = set()
+        # Looking up a module that is already imported costs more than calling the handler.
         self._jobs: dict[str, Job] = {}
 
-    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
         if self._watch is not None:
             self._watch.start()
-        loop = asyncio.get_running_loop()
-        line = _InlineLine(link)
-        cancelled = Cancellation()
-        log = RunLogger(work.handler, link.log, self._clock, loop)
-        body = self._body(work, line, cancelled, log)
-        task = begin(body, loop=loop, name=work.handler, context=contextvars.Context())
-        if task.done():
-            line.cut = True
-            log.close()
-            return self._outcome(task, stop)
-        over: asyncio.Future[None] = loop.create_future()
-        stopping: list[asyncio.Task[None]] = []
-        task.add_done_callback(lambda _: resolve(over))
-        # A task that waits for a stop would cost each run more than all the rest of this.
-        stop.on_request(
-            lambda: stopping.append(loop.create_task(end_early(stop, cancelled, task.cancel, over)))
-        )
+        loop, cancelled = asyncio.get_running_loop(), Cancellation()
+        log = RunLogger(work.handler, services.log, self._clock, loop)
+        body = self._body(work, services, cancelled, log)
+        task = start_task(body, loop=loop, name=work.handler, context=contextvars.Context())
         try:
-            await over
             if not task.done():
-                task.cancel()
-                await asyncio.wait({task}, timeout=LAST_STEPS)
+                await _ended_or_stopped(task, stop, cancelled, task.cancel)
         finally:
-            stop.on_request(None)
-            for waiting in stopping:
-                waiting.cancel()
-            line.cut = True
+            services.close()
             log.close()
             if not task.done():
-                self._give_up(task)
-        return self._outcome(task, stop)
+                self._abandon(task)
+        return _outcome(task, stop)
 
     async def _body(
-        self, work: Work, line: _InlineLine, cancelled: Cancellation, log: logging.Logger
+        self, work: Work, services: RunServices, cancelled: Cancellation, log: logging.Logger
     ) -> Outcome:
-        THIS_RUN.set(ThisRun(work.org_code, work.run_id, work.attempt, work.handler))
+        _RUN.set(RunLabels(work.org_code, work.run_id, work.attempt, work.handler))
         try:
             job = self._job(work.entry_point)
-            ctx = self._context(given_for(work, job, log, self._clock), line, cancelled)
-            line.started()
+            ctx = self._context(work.given(job, log, self._clock), services, cancelled)
+            services.started()
             try:
                 return await call(job, ctx)
             finally:
                 await close_http(ctx)
-        except SystemExit as end:
-            # Let through, it would end the worker.
-            return exited(end.code if isinstance(end.code, int) else int(end.code is not None))
+        except SystemExit as exit_:  # it would end the worker
+            return _exited(exit_)
         except BaseException as error:
             return outcome_of_error(error)
 
@@ -204,56 +193,194 @@ class Inline:
             job = self._jobs[entry_point] = self._find(entry_point)
         return job
 
-    def _outcome(self, task: asyncio.Task[Outcome], stop: StopSignal) -> Outcome:
-        if stop.killed:
-            return Lost("the lease on the run is lost")
-        if not task.done() or task.cancelled():
-            return stopped(stop)
-        return after_stop(task.result(), stop)
-
-    def _give_up(self, task: asyncio.Task[Outcome]) -> None:
+    def _abandon(self, task: asyncio.Task[Outcome]) -> None:
         async def nag() -> None:
             while not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=NAG)
 
         nagging = asyncio.create_task(nag())
-        self._given_up.add(nagging)
-        nagging.add_done_callback(self._given_up.discard)
+        self._abandoned.add(nagging)
+        nagging.add_done_callback(self._abandoned.discard)
 
 
-class _InlineLine:
-    """The link of one run, as its context uses it; cut once the run has ended."""
+class Blocking:
+    """A daemon thread for each blocking handler, so that a debugger or a test can reach it; trials only.
 
-    def __init__(self, link: RunServices) -> None:
-        self._link = link
-        self.cut = False
+    A thread cannot be killed. At half the grace the handler's next call of `ctx` raises Interrupted; at
+    the end of the grace a handler that still runs is abandoned.
+    """
 
-    async def save(self, data_json: str) -> None:
-        self._check()
-        await save_for_sure(self._link, data_json)
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        find: Callable[[str], Job] = load,
+        context: Callable[
+            [Given[Any, Any], BlockingWorkerPort, BlockingCancellation], BlockingContext[Any, Any]
+        ] = BlockingContext,
+    ) -> None:
+        self._clock = clock
+        self._find = find
+        self._context = context
 
-    async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        self._check()
-        return await self._link.token(fresh=fresh)
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
+        """Run the handler in a thread; its calls to the worker are answered on this loop."""
+        loop, cancelled = asyncio.get_running_loop(), BlockingCancellation()
+        port = _ThreadPort(services, loop)
+        log = RunLogger(work.handler, services.log, self._clock, loop)
+        ended = loop.run_in_executor(_DaemonThread(), self._body, work, port, cancelled, log)
+        try:
+            await _ended_or_stopped(ended, stop, cancelled, port.interrupt)
+        finally:
+            port.close()
+            log.close()
+            ended.cancel()
+        return _outcome(ended, stop)
+
+    def _body(
+        self, work: Work, port: _ThreadPort, cancelled: BlockingCancellation, log: RunLogger
+    ) -> Outcome:
+        try:
+            job = self._find(work.entry_point)
+            ctx = self._context(work.given(job, log, self._clock), port, cancelled)
+            port.started()
+            try:
+                return call_blocking(job, ctx)
+            finally:
+                close_blocking_http(ctx)
+        except SystemExit as exit_:
+            return _exited(exit_)
+        except BaseException as error:
+            return outcome_of_error(error)
+
+
+class _ThreadPort:
+    """The services of one run, for its thread."""
+
+    def __init__(self, services: RunServices, loop: asyncio.AbstractEventLoop) -> None:
+        self._services = services
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._interrupted = self._closed = False
+        self._waiting: Future[Any] | None = None
+
+    def save(self, data_json: str) -> None:
+        self._wait_for(lambda: self._services.save(data_json))
+
+    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return self._wait_for(lambda: self._services.token(fresh=fresh))
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
-        self._check()
-        self._link.progress(done, total, note)
+        self._send(self._services.progress, done, total, note)
 
     def started(self) -> None:
-        self._link.started()
+        self._send(self._services.started)
+
+    def interrupt(self) -> None:
+        """Raise Interrupted in the call that waits, or else in the next one."""
+        with self._lock:
+            self._interrupted = self._waiting is None or not self._waiting.cancel()
+
+    def close(self) -> None:
+        """Raise Interrupted in every further call: the run has ended."""
+        self._closed = True
+        self.interrupt()
+
+    def _wait_for(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._lock:
+            self._check()
+            waiting = self._waiting = asyncio.run_coroutine_threadsafe(start(), self._loop)
+        try:
+            result: T = waiting.result()
+            return result
+        except CancelledError:
+            raise Interrupted("the run is being stopped") from None
+        finally:
+            self._waiting = None
+
+    def _send(self, callback: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        with self._lock:
+            self._check()
+            self._loop.call_soon_threadsafe(lambda: callback(*args, **kwargs))
 
     def _check(self) -> None:
-        if self.cut:
-            raise LeaseLost("the run has ended")
+        if self._interrupted or self._closed:
+            self._interrupted = False
+            raise Interrupted("the run is being stopped")
+
+
+class _DaemonThread(Executor):
+    """Runs one call in a daemon thread, which does not keep the interpreter from exiting."""
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                future.set_result(call(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="blocking handler", daemon=True).start()
+        return future
+
+
+async def _ended_or_stopped(
+    ended: asyncio.Future[Outcome],
+    stop: StopSignal,
+    cancelled: Cancellation | BlockingCancellation,
+    interrupt: Callable[[], object],
+) -> None:
+    """Wait for the handler's end. After a stop wait for its grace, then interrupt it a last time."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[None] = loop.create_future()
+    stopping: list[asyncio.Task[None]] = []
+
+    def finish(_: object) -> None:
+        if not over.done():
+            over.set_result(None)
+
+    def begin_to_stop() -> None:
+        stopping.append(loop.create_task(stop.escalate(cancelled.set, interrupt)))
+        stopping[0].add_done_callback(finish)
+
+    ended.add_done_callback(finish)
+    # A task that waits for a stop would cost each run more than everything else here.
+    stop.on_request(begin_to_stop)
+    try:
+        await over
+        if not ended.done():
+            interrupt()
+            await asyncio.wait({ended}, timeout=LAST_STEPS)
+    finally:
+        stop.on_request(None)
+        for task in stopping:
+            task.cancel()
+
+
+def _outcome(ended: asyncio.Future[Outcome], stop: StopSignal) -> Outcome:
+    if stop.killed:
+        return LEASE_LOST
+    if not ended.done() or ended.cancelled():
+        return outcome_of_stop(stop)
+    return after_stop(ended.result(), stop)
+
+
+def _exited(exit_: SystemExit) -> Outcome:
+    code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    return handler_exited(f"exit code {code}")
+
+
+# Formats records, and reports on stderr those that cannot be formatted.
+_FORMATTER = logging.Handler()
 
 
 class RunLogger(logging.Logger):
-    """`ctx.log`: not one of logging's own tree, since what it gets belongs to this run alone.
+    """`ctx.log`: outside logging's own hierarchy, because its records belong to one run.
 
-    It takes records itself, from any thread: a handler of its own for each run
-    would cost more than the run. `sink` is what the lines go to.
+    It handles records itself, from any thread: a handler for each run would cost more than the run.
     """
 
     def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
@@ -266,20 +393,20 @@ class RunLogger(logging.Logger):
         self._closed = False
 
     def close(self) -> None:
-        """The run has ended: what it said last goes out too, and what it says from now on does not."""
+        """Pass on what the run logged last; drop what it logs from now on."""
         self._closed = True
         if self._output is not None:
             self._output.close()
 
     def callHandlers(self, record: logging.LogRecord) -> None:
         try:
-            line = marked(record.levelname.lower(), _FAULTS.format(record))
+            line = marked(record.levelname.lower(), _FORMATTER.format(record))
             if threading.get_ident() == self._home:
                 self._feed(line)
             else:
                 self._loop.call_soon_threadsafe(self._feed, line)
         except Exception:
-            _FAULTS.handleError(record)
+            _FORMATTER.handleError(record)
         for handler in self.handlers:
             handler.handle(record)
 
@@ -289,27 +416,3 @@ class RunLogger(logging.Logger):
         if self._output is None:
             self._output = RunOutput(self._sink, self._clock)
         self._output.feed("stderr", line)
-
-
-def resolve(over: asyncio.Future[None]) -> None:
-    """Say that it is over, unless that has been said."""
-    if not over.done():
-        over.set_result(None)
-
-
-async def end_early(
-    stop: StopSignal,
-    cancelled: Cancellation | BlockingCancellation,
-    interrupt: Callable[[], object],
-    over: asyncio.Future[None],
-) -> None:
-    """Tell, interrupt, and say when the grace is over."""
-    loop, interrupted = asyncio.get_running_loop(), False
-    if stop.reason is not None:
-        cancelled.set(stop.reason)
-    while (now := loop.time()) < stop.kill_at:
-        if now >= stop.interrupt_at and not interrupted:
-            interrupted = True
-            interrupt()
-        await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
-    resolve(over)

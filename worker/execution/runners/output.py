@@ -1,7 +1,7 @@
-"""`logging` in a run's process: each record one marked line on stderr, so that a crash keeps it.
+"""The output of a run: log records become marked lines of its stderr, and its output becomes log lines.
 
-The mark tells a record from what is printed. Whoever prints the mark only makes a
-log line of its own run.
+A crash loses no line this way. The mark distinguishes a record from printed text; a handler that prints the
+mark only adds a line to its own log.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worker.clock import Clock
 from worker.handlers.json_text import clean
 
 MARK = b"\x1e"
-# A longer line would be cut into several, and a record is to stay one. Bytes.
+# Maximum bytes of a line. Longer records are cut, so that a record stays one line.
 LINE_LIMIT = 16 * 1024
 LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
 
@@ -27,7 +27,7 @@ LEVELS = frozenset({"debug", "info", "warning", "error", "critical"})
 class _StderrHandler(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
-        # Not sys.stderr: the handler may replace that.
+        # A lock of our own: the handler may replace sys.stderr.
         self._write_lock = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,12 +45,12 @@ def log_to_stderr() -> None:
     root = logging.getLogger()
     root.handlers[:] = [_StderrHandler()]
     root.setLevel(logging.INFO)
-    # It logs each URL with its query.
+    # httpx logs each URL with its query.
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def marked(level: str, text: str) -> bytes:
-    """A log record as a line; also one of several lines stays one record."""
+    """A log record as one line."""
     line = _line(level, text)
     while len(line) > LINE_LIMIT:
         text = text[: len(text) * LINE_LIMIT // len(line) - 8]
@@ -59,7 +59,7 @@ def marked(level: str, text: str) -> bytes:
 
 
 def unmarked(line: bytes) -> tuple[str, str] | None:
-    """Level and text of a marked line; None where it is an ordinary one."""
+    """Level and text of a marked line, or None."""
     if not line.startswith(MARK):
         return None
     try:
@@ -74,11 +74,11 @@ def _line(level: str, text: str) -> bytes:
     return MARK + json.dumps([level if level in LEVELS else "info", text]).encode() + b"\n"
 
 
+# Bytes of one attempt's log, and what a line costs besides its text.
 CAP = 256 * 1024
-# What a line costs besides its text, so that many empty ones are not free.
 LINE_COST = 16
 _LEVELS = {"stdout": "info", "stderr": "error"}
-# Where an overlong line may be cut: none of these stands within a token or a secret.
+# Where a long line may be cut: none of these occurs in a token or secret.
 _SEAMS = b" \t,;\"'<>(){}[]"
 _SEAM_REACH = 4 * 1024
 
@@ -87,7 +87,7 @@ Sink = Callable[[str, str, str, datetime], None]
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Whole lines of one source, as they came at one time."""
+    """Whole lines of one source that arrived together."""
 
     source: str
     data: bytes
@@ -95,10 +95,10 @@ class _Block:
 
 
 class RunOutput:
-    """The log of one attempt: passes its first half on at once, and its last half at the end.
+    """The log of one attempt: passes on its first half at once, and its last half at the end.
 
-    `sink` gets level, source (stdout, stderr or log), text and instant. What a
-    handler prints without end costs a count of line ends and no more.
+    `sink` gets level, source (stdout, stderr or log), text and time. Output beyond the cap costs no more
+    than counting its lines.
     """
 
     def __init__(self, sink: Sink, clock: Clock, *, cap: int = CAP) -> None:
@@ -113,7 +113,7 @@ class RunOutput:
         self._partial = {"stdout": b"", "stderr": b""}
 
     def feed(self, source: str, data: bytes) -> None:
-        """What was read from one of the two pipes."""
+        """Take what was read from stdout or stderr."""
         whole, newline, rest = (self._partial[source] + data).rpartition(b"\n")
         lines = whole + newline
         while len(rest) > LINE_LIMIT:
@@ -124,7 +124,7 @@ class RunOutput:
             self._take(_Block(source, lines, self._clock.now()))
 
     def close(self) -> None:
-        """The run has ended: pass on what is left, and how much was dropped before it."""
+        """Pass on the rest at the end of the run, and report how much was dropped."""
         for source, rest in self._partial.items():
             if rest:
                 self._take(_Block(source, rest + b"\n", self._clock.now()))
@@ -144,7 +144,7 @@ class RunOutput:
             return
         self._tail.append(block)
         self._tail_size += _cost(block)
-        # Whole blocks only: to look for line ends in each of a flood would cost the worker.
+        # Whole blocks only: looking for line ends in a flood would cost the worker time.
         while self._tail_size - _cost(self._tail[0]) >= self._tail_cap:
             self._drop(self._tail.popleft())
 
@@ -160,7 +160,7 @@ class RunOutput:
         return _Block(block.source, block.data[start:], block.at)
 
     def _trim(self) -> None:
-        """Drop the oldest kept lines, as many as the tail is too long by."""
+        """Drop the oldest lines of a tail that is too long."""
         excess = self._tail_size - self._tail_cap
         if excess <= 0:
             return

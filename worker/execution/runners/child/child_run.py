@@ -1,72 +1,95 @@
-"""One run in a process of its own, as the worker holds it: channel, output, stop, end."""
+"""One run in its own process, as the worker sees it: channel, output, stop, end."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.runners.child.messages import (
+    CHANNEL_CLOSED,
     BrokenFrame,
     Message,
     Unframer,
     frame,
     granted_message,
     outcome_of_message,
-    shown_progress,
+    progress_of,
     work_message,
 )
 from worker.execution.runners.child.run_line import error_message
-from worker.execution.runners.contract import RunServices, StopSignal, Work, save_for_sure
-from worker.execution.runners.exit_status import Ended, outcome_of_end
+from worker.execution.runners.contract import (
+    LEASE_LOST,
+    RunServices,
+    StopSignal,
+    Work,
+    after_stop,
+    handler_exited,
+    outcome_of_stop,
+)
 from worker.execution.runners.output import RunOutput
 from worker.handlers.json_text import NotStorable, check_json_text
-from worker.runs.outcome import Error, Failed, Outcome
+from worker.runs.outcome import Error, Failed, Lost, Outcome
 from worker.telemetry.events import emit
 
-# Seconds that a process may take to end once it has sent its outcome, or been killed.
+# Seconds that a process may take to end after it sent its outcome, or was killed.
 LAST_STEPS = 2.0
-# Questions of one run at a time; a handler that asks more waits.
-ASKING = 16
+# Requests of one run that are answered at the same time; more of them wait.
+MAX_REQUESTS = 16
 _READ = 65_536
+_LOST = {"lost": "the process that forked it is gone", "frozen": "frozen for longer than max_freeze"}
 
-Signal = Callable[[str], None]  # "interrupt" or "kill", for the zygote to send
+SendSignal = Callable[[str], None]  # "interrupt" or "kill", for the zygote to send
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the zygote reports of a process; `why` is set if it killed the run itself."""
+
+    status: int = 0
+    memory: int = 0
+    why: str | None = None
+    detail: str | None = None
 
 
 class ChildRun(asyncio.Protocol):
-    """Made when its process is about to start; `finish` gives the outcome once it is gone."""
+    """Created when its process is about to start; `finish` returns the outcome once it is gone."""
 
-    def __init__(self, work: Work, link: RunServices, stop: StopSignal, clock: Clock, signal: Signal) -> None:
+    def __init__(
+        self, work: Work, services: RunServices, stop: StopSignal, clock: Clock, send_signal: SendSignal
+    ) -> None:
         self._work = work
-        self._link = link
-        self._stop = stop
-        self._signal = signal
+        self._services = services
+        self._send_signal = send_signal
         self._loop = asyncio.get_running_loop()
-        self._output = RunOutput(link.log, clock)
+        self._output = RunOutput(services.log, clock)
         self._unframer = Unframer()
         self._channel: asyncio.Transport | None = None
-        self._asked: set[asyncio.Task[None]] = set()
+        self._requests: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
-        self._said: Outcome | None = None
+        self._returned: Outcome | None = None
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         self._pipes: dict[str, int] = {}
         self._channel_open = False
         self._drained = asyncio.Event()
         self._linger: asyncio.TimerHandle | None = None
-        self.unstarted: str | None = None  # why the kernel gave it no process
+        self.stop = stop
+        self.unstarted: str | None = None  # why the kernel could not start a process
 
     async def open(self) -> list[int]:
-        """The descriptors for the process: channel, stdout, stderr; the work waits in the first."""
+        """The descriptors for the process: channel, stdout, stderr; the work is already in the first."""
         ours, theirs = socket.socketpair()
         given = [theirs.detach()]
         try:
             self._channel_open = True
             await self._loop.create_connection(lambda: self, sock=ours)
-            self._tell(work_message(self._work))
+            self._send(work_message(self._work))
             for source in ("stdout", "stderr"):
                 given.append(self._pipe(source))
         except OSError:
@@ -76,55 +99,47 @@ class ChildRun(asyncio.Protocol):
         return given
 
     async def finish(self) -> Outcome:
-        """Wait for the end, stopping the run when asked to."""
-        stopping = asyncio.create_task(self._stopping())
-        self._stop.on_kill(lambda: self._signal("kill"))
+        """Wait for the end; stop the run when asked to."""
+        stopping = asyncio.create_task(self._stop_when_requested())
+        self.stop.on_kill(lambda: self._send_signal("kill"))
         try:
             ended = await self._ended
-            # All its processes are gone: what they have said is there to be read.
+            # All its processes are gone: read what they have written.
             async with asyncio.timeout(LAST_STEPS):
                 await self._drained.wait()
         except TimeoutError:
-            # A descriptor was handed to a process outside: what that writes is not the run's.
+            # A process outside the run holds a descriptor; what it writes is not the run's.
             self._drained.set()
         finally:
             stopping.cancel()
             self.close()
         self._output.close()
         if ended.why in ("out_of_memory", "frozen"):
-            self._tell_kill(ended.why)
+            self._emit_killed(ended.why)
         if ended.memory:
-            self._link.used(ended.memory)
-        outcome = outcome_of_end(self._said, ended, self._stop, memory=self._work.memory)
-        if isinstance(outcome, Failed) and self._said is None:
-            self._link.log("error", "log", outcome.error.message)
+            self._services.used(ended.memory)
+        outcome = outcome_of_end(self._returned, ended, self.stop, memory=self._work.memory)
+        if isinstance(outcome, Failed) and self._returned is None:
+            self._services.log("error", "log", outcome.error.message)
         return outcome
 
     def end(self, ended: Ended) -> None:
-        """The process and all below it are gone, or the zygote is."""
+        """The process and all its descendants are gone, or the zygote is."""
         if ended.why == "no_process":
             self.unstarted = ended.detail
         if not self._ended.done():
             self._ended.set_result(ended)
 
     def close(self) -> None:
-        """Let go of every descriptor."""
+        """Close every descriptor."""
         for source in list(self._pipes):
-            self._shut(source)
-        for task in self._asked:
+            self._close_pipe(source)
+        for task in self._requests:
             task.cancel()
         if self._linger is not None:
             self._linger.cancel()
         if self._channel is not None:
             self._channel.abort()
-
-    def freeze(self, at: float) -> None:
-        """The zygote has stopped all its processes, at this monotonic instant."""
-        self._stop.freeze(at)
-
-    def thaw(self, at: float) -> None:
-        """They go on, from this monotonic instant."""
-        self._stop.thaw(at)
 
     # asyncio.Protocol, for the channel
 
@@ -134,41 +149,41 @@ class ChildRun(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._unframer.feed(data):
-                self._hear(message)
+                self._handle(message)
         except (BrokenFrame, KeyError, TypeError, ValueError):
-            error = Error("BrokenChannel", "the run's process spoke no protocol")
-            self._said = Failed(error, "result_invalid")
-            self._signal("kill")
+            error = Error("BrokenChannel", "the run's process sent an invalid message")
+            self._returned = Failed(error, "result_invalid")
+            self._send_signal("kill")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._channel_open = False
         self._check_drained()
 
-    # what the process says
+    # messages of the process
 
-    def _hear(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message["op"]:
             case "started":
-                self._link.started()
+                self._services.started()
             case "progress":
-                self._link.progress(*shown_progress(message))
+                self._services.progress(*progress_of(message))
             case "save":
-                self._ask(message, self._save(message["data"]))
+                self._answer_later(message, self._save(message["data"]))
             case "token":
-                self._ask(message, self._token(bool(message["fresh"])))
+                self._answer_later(message, self._token(bool(message["fresh"])))
             case "end":
-                self._said = outcome_of_message(message["outcome"])
-                self._linger = self._loop.call_later(LAST_STEPS, self._signal, "kill")
+                self._returned = outcome_of_message(message["outcome"])
+                self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
 
-    def _ask(self, message: Message, work: Awaitable[Message]) -> None:
+    def _answer_later(self, message: Message, work: Awaitable[Message]) -> None:
         task = asyncio.create_task(self._answer(message["n"], work))
-        self._asked.add(task)
+        self._requests.add(task)
         task.add_done_callback(self._answered)
-        if len(self._asked) >= ASKING and self._channel is not None:
+        if len(self._requests) >= MAX_REQUESTS and self._channel is not None:
             self._channel.pause_reading()
 
     def _answered(self, task: asyncio.Task[None]) -> None:
-        self._asked.discard(task)
+        self._requests.discard(task)
         if self._channel is not None and not self._channel.is_closing():
             self._channel.resume_reading()
 
@@ -177,9 +192,9 @@ class ChildRun(asyncio.Protocol):
             answer = await work
         except WorkerError as error:
             answer = {"error": error_message(error)}
-        except Exception as error:  # of the store: the handler gets it as an error of its call
+        except Exception as error:  # of the store: the handler's call fails
             answer = {"error": error_message(Unavailable(f"not possible now ({type(error).__name__})"))}
-        self._tell({"op": "answer", "n": number, **answer})
+        self._send({"op": "answer", "n": number, **answer})
 
     async def _save(self, data: Any) -> Message:
         if not isinstance(data, str):
@@ -189,32 +204,28 @@ class ChildRun(asyncio.Protocol):
         except NotStorable as error:
             raise Unavailable(str(error)) from None
         async with self._saving:  # in the order they were sent
-            await save_for_sure(self._link, data)
+            await self._services.save(data)
         return {}
 
     async def _token(self, fresh: bool) -> Message:
-        return {"granted": granted_message(*await self._link.token(fresh=fresh))}
+        return {"granted": granted_message(*await self._services.token(fresh=fresh))}
 
-    def _tell(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():
             self._channel.write(frame(message))
 
     # stopping
 
-    async def _stopping(self) -> None:
-        stop, interrupted = self._stop, False
-        await stop.requested.wait()
-        if stop.reason is not None:
-            self._tell({"op": "stop", "reason": stop.reason})
-        while (now := self._loop.time()) < stop.kill_at:
-            if now >= stop.interrupt_at and not interrupted:
-                interrupted = True
-                self._signal("interrupt")
-            await stop.changed(stop.kill_at if interrupted else stop.interrupt_at)
-        self._tell_kill(stop.reason or "lease lost")
-        self._signal("kill")
+    async def _stop_when_requested(self) -> None:
+        await self.stop.requested.wait()
+        await self.stop.escalate(
+            lambda reason: self._send({"op": "stop", "reason": reason}),
+            lambda: self._send_signal("interrupt"),
+        )
+        self._emit_killed(self.stop.reason or "lease lost")
+        self._send_signal("kill")
 
-    def _tell_kill(self, reason: str) -> None:
+    def _emit_killed(self, reason: str) -> None:
         work = self._work
         emit("child.killed", org=work.org_code, run=work.run_id, attempt=work.attempt, reason=reason)
 
@@ -235,10 +246,10 @@ class ChildRun(asyncio.Protocol):
         if data:
             self._output.feed(source, data)
         else:
-            self._shut(source)
+            self._close_pipe(source)
             self._check_drained()
 
-    def _shut(self, source: str) -> None:
+    def _close_pipe(self, source: str) -> None:
         descriptor = self._pipes.pop(source)
         self._loop.remove_reader(descriptor)
         os.close(descriptor)
@@ -246,3 +257,37 @@ class ChildRun(asyncio.Protocol):
     def _check_drained(self) -> None:
         if not self._pipes and not self._channel_open:
             self._drained.set()
+
+
+def outcome_of_end(
+    returned: Outcome | None, ended: Ended, stop: StopSignal, *, memory: int | None = None
+) -> Outcome:
+    """The outcome of an attempt whose process is gone.
+
+    `returned` is what the process sent, if anything; `memory` is the cap in bytes.
+    """
+    if stop.killed:
+        return LEASE_LOST
+    if returned is not None:
+        return after_stop(returned, stop)
+    if ended.why == "out_of_memory":
+        cap = f" of {memory // (1024 * 1024)} MiB" if memory else ""
+        return Failed(Error("OutOfMemory", f"the run used more than its cap{cap}"), "out_of_memory")
+    if stop.reason is not None:
+        return outcome_of_stop(stop)
+    if ended.why in _LOST:
+        return Lost(_LOST[ended.why])
+    return handler_exited(exit_detail(ended.status))
+
+
+def exit_detail(status: int) -> str:
+    """A wait status in words: `exit code 3`, `signal SIGSEGV`."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == CHANNEL_CLOSED:
+        return "its channel to the worker was closed"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"

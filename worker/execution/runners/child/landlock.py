@@ -1,8 +1,7 @@
-"""Landlock: what a process and all it starts may reach of files, signals and abstract sockets.
+"""Landlock: limits a process and its descendants in files, signals and abstract sockets.
 
-Three system calls by ctypes, numbered alike on every architecture that has them; see
-landlock(7) and the kernel's Documentation/userspace-api/landlock.rst. A restriction can
-never be lifted, and every process that is started under it inherits it.
+Three system calls through ctypes, with the same numbers on every architecture; see landlock(7). A
+restriction cannot be lifted, and child processes inherit it.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 
 READ = _READ_FILE | _READ_DIR
 READ_AND_EXECUTE = READ | _EXECUTE
-# A device node could be any disk of the machine, so nobody makes one.
+# A device node could be any disk of the machine, so making one is never allowed.
 WRITE = (_MAKE_SYM << 1) - 1 & ~(_MAKE_CHAR | _MAKE_BLOCK) | _REFER | _TRUNCATE | _IOCTL_DEV
 
-# The kernel's interface from which on signals and abstract sockets are confined, too (Linux 6.12).
+# The first version of the kernel's interface that confines signals and abstract sockets (Linux 6.12).
 SCOPES = 6
-# What is not confined by an interface older than the number.
+# What versions before the number do not confine.
 LATER = {3: "truncating files by path", 5: "ioctl on devices", SCOPES: "signals and abstract sockets"}
 _SCOPE_ABSTRACT_UNIX_SOCKET = 1 << 0
 _SCOPE_SIGNAL = 1 << 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# One function object for each call, so that each has its own types.
+# A function object for each call, for its own argument types.
 _create_ruleset, _add_rule, _restrict_self = _libc["syscall"], _libc["syscall"], _libc["syscall"]
 for _call in (_create_ruleset, _add_rule, _restrict_self):
     _call.restype = ctypes.c_long
@@ -59,50 +58,47 @@ _restrict_self.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_uint32)
 
 
 def abi() -> int:
-    """The version of the kernel's interface; 0 where it has none, or it is turned off or filtered."""
+    """The version of the kernel's interface; 0 if it is missing, turned off or filtered."""
     return max(int(_create_ruleset(_CREATE_RULESET, None, 0, _VERSION)), 0)
 
 
 def rule(descriptor: int, access: int, version: int, *, is_folder: bool) -> bytes | None:
-    """The rule for a path that is open, good for every ruleset of this version; None if it allows nothing."""
+    """A rule for an open path, for every ruleset of this version; None if it allows nothing."""
     access &= handled(version) if is_folder else handled(version) & _OF_FILES
     return struct.pack("=Qi", access, descriptor) if access else None
 
 
 class Ruleset:
-    """What is allowed, to be put in force once; everything else that `version` handles is denied.
-
-    Its calls raise OSError.
-    """
+    """What is allowed; everything else that `version` handles is denied. Calls raise OSError."""
 
     def __init__(self, version: int) -> None:
         self._version = version
         scoped = _SCOPE_ABSTRACT_UNIX_SOCKET | _SCOPE_SIGNAL if version >= SCOPES else 0
-        # Files, network and scopes, each a word that came with a later version.
+        # Words for files, network and scopes; later versions have more.
         size = 24 if version >= SCOPES else 16 if version >= 4 else 8
         attributes = struct.pack("=QQQ", handled(version), 0, scoped)
         self.descriptor = _checked(_create_ruleset(_CREATE_RULESET, attributes, size, 0), "create_ruleset")
 
     def add(self, rule: bytes) -> None:
-        """Allow what the rule says, as long as its descriptor is still open."""
+        """Add a rule whose descriptor is still open."""
         _checked(_add_rule(_ADD_RULE, self.descriptor, _PATH_BENEATH, rule, 0), "add_rule")
 
     def allow(self, descriptor: int, access: int, *, is_folder: bool) -> None:
-        """Allow this of a path that is open."""
+        """Allow this access to an open path."""
         if (allowed := rule(descriptor, access, self._version, is_folder=is_folder)) is not None:
             self.add(allowed)
 
-    # What is called in a process just forked is written flat: each function that runs there for the first
-    # time costs pages that are copied.
+    # The following run in a process that was just forked, where each function's first call copies pages: so
+    # they call few.
 
     def allow_reading(self, folder: int) -> None:
-        """Allow to read a folder that is open."""
+        """Allow reading an open folder."""
         rule = struct.pack("=Qi", READ, folder)
         if _add_rule(_ADD_RULE, self.descriptor, _PATH_BENEATH, rule, 0) != 0:
             _checked(-1, "add_rule")
 
     def restrict(self) -> None:
-        """Confine this thread for ever, with all it starts; close the ruleset."""
+        """Confine this thread and its descendants for good; closes the ruleset."""
         if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
             _checked(-1, "no_new_privs")
         if _restrict_self(_RESTRICT_SELF, self.descriptor, 0) != 0:
@@ -110,12 +106,11 @@ class Ruleset:
         os.close(self.descriptor)
 
     def close(self) -> None:
-        """Forget it."""
         os.close(self.descriptor)
 
 
 def handled(version: int) -> int:
-    """All that the version of the interface can deny of files."""
+    """Every access to files that the version can deny."""
     access = (_MAKE_SYM << 1) - 1
     for since, right in ((2, _REFER), (3, _TRUNCATE), (5, _IOCTL_DEV)):
         access |= right if version >= since else 0

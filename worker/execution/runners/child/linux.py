@@ -1,7 +1,6 @@
-"""What the kernel offers to hold a tree of processes: prctl(2), proc(5), signals.
+"""Linux: how to contain a tree of processes, with prctl(2), proc(5), signals and cgroups(7).
 
-A process is found by its ancestry, not by its group or session: it can leave those,
-while its parents are the kernel's to say.
+Processes are found by their ancestry: a process can leave its group or session, but not choose its parent.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
@@ -23,6 +23,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 DESCRIPTORS = 65_536
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUP = Path("/proc/self/cgroup")
+WORKER_CGROUP = "worker"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,26 +41,25 @@ class Process(NamedTuple):
 
 
 def become_subreaper() -> None:
-    """Orphans among this process's descendants become its children (PR_SET_CHILD_SUBREAPER)."""
+    """Adopt orphans among this process's descendants (PR_SET_CHILD_SUBREAPER)."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent() -> None:
-    """Be killed when the thread that forked this process ends (PR_SET_PDEATHSIG); fork clears it."""
+    """Die when the thread that forked this process ends (PR_SET_PDEATHSIG); fork clears this."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def hide_memory() -> None:
-    """Keep others of the same user from reading this process's memory; exec undoes it (PR_SET_DUMPABLE)."""
+    """Hide this process's memory from others of the same user (PR_SET_DUMPABLE); exec undoes this."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def hold_shared(descriptor: int) -> int:
     """Open the file of a descriptor again and lock it for reading; returns the new descriptor.
 
-    The lock belongs to the new open file (F_OFD_SETLK). A process that gives it up gives up no
-    lock of those who hold `descriptor`, which flock(2) would do through an inherited one.
-    Raises OSError where the file is locked for writing.
+    The lock belongs to the new open file (F_OFD_SETLK), so releasing it does not release the lock of
+    `descriptor`. Raises OSError if the file is locked for writing.
     """
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
     # struct flock: type, whence, start, length (0: the whole file), pid.
@@ -66,7 +68,7 @@ def hold_shared(descriptor: int) -> int:
 
 
 def processes() -> dict[int, Process]:
-    """The process table of this moment, by pid."""
+    """The current process table, by pid."""
     table = {}
     for name in os.listdir("/proc"):
         if name.isdigit() and (process := process_of(int(name))) is not None:
@@ -79,43 +81,43 @@ def process_of(pid: int) -> Process | None:
     line = _read(f"/proc/{pid}/stat")
     if line is None:
         return None
-    # The name in parentheses may itself contain any character.
+    # The name in parentheses may contain any character.
     fields = line.rpartition(b")")[2].split()
     return Process(pid, int(fields[1]), int(fields[3]), fields[0].decode(), int(fields[19]) / _TICKS)
 
 
 def descendants(table: Mapping[int, Process], roots: Iterable[int]) -> set[int]:
-    """All processes below the roots, the roots left out."""
+    """All processes below the roots, without the roots."""
     children: dict[int, list[int]] = {}
     for process in table.values():
         children.setdefault(process.parent, []).append(process.pid)
     found: set[int] = set()
-    line = [child for root in roots for child in children.get(root, ())]
-    while line:
-        pid = line.pop()
+    queue = [child for root in roots for child in children.get(root, ())]
+    while queue:
+        pid = queue.pop()
         if pid not in found:
             found.add(pid)
-            line += children.get(pid, ())
+            queue += children.get(pid, ())
     return found
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Send a signal; a process that is gone is no error."""
+    """Send a signal; ignores a process that is gone."""
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):
-        # Another user's process can only be one that a setuid program of the run has become.
+        # Another user's process must be a setuid program that the run has started.
         return
 
 
 def reap(pid: int) -> None:
-    """Take leave of a child of ours that has ended, if it has."""
-    with contextlib.suppress(ChildProcessError):  # someone else already did
+    """Reap a child if it has ended."""
+    with contextlib.suppress(ChildProcessError):  # already reaped
         os.waitpid(pid, os.WNOHANG)
 
 
 def reap_adopted(*, besides: int) -> None:
-    """Take leave of processes that became our children and have ended; our own share our session."""
+    """Reap adopted processes that have ended; our own children share our session."""
     session, me = os.getsid(0), os.getpid()
     for process in processes().values():
         adopted = process.parent == me and process.session != session and process.pid != besides
@@ -132,7 +134,7 @@ def allow_many_descriptors() -> None:
 
 
 def stop_all(find: Callable[[], set[int]]) -> None:
-    """Freeze all that `find` finds (SIGSTOP), also what they fork in the meantime."""
+    """Freeze the processes that `find` returns (SIGSTOP), also those that they fork meanwhile."""
     stopped: set[int] = set()
     for _ in range(100):
         fresh = find() - stopped
@@ -144,16 +146,16 @@ def stop_all(find: Callable[[], set[int]]) -> None:
 
 
 def memory(pids: Iterable[int], *, own: int, limit: int) -> int:
-    """How much memory processes that descend from this one use together, in bytes.
+    """The memory of descendants of this process, in bytes.
 
-    Above `limit` it is their proportional set size, in which what several share counts
-    once; below, the cheaper sum of what each holds resident, which is no less. One that
-    hides its memory was forked without exec, and shares `own` bytes with this one.
+    Up to `limit` the sum of their resident sizes, which is cheap and never too low; above it their
+    proportional set size, which counts shared memory once. One that hides its memory was forked without
+    exec, and shares `own` bytes with this process.
     """
     pids = list(pids)
-    rough = sum(resident(pid) for pid in pids)
-    if rough <= limit:
-        return rough
+    total = sum(resident(pid) for pid in pids)
+    if total <= limit:
+        return total
     return sum(max(resident(pid) - own, 0) if (size := _proportional(pid)) is None else size for pid in pids)
 
 
@@ -164,7 +166,7 @@ def resident(pid: int) -> int:
 
 
 def data_size() -> int:
-    """This process's own private data in bytes, as RLIMIT_DATA counts it."""
+    """The private data of this process in bytes, as RLIMIT_DATA counts it."""
     line = _read("/proc/self/statm")
     return int(line.split()[5]) * _PAGE if line else 0
 
@@ -196,3 +198,77 @@ def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, value, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), f"prctl({option})")
+
+
+class RunGroups:
+    """A cgroup for each run with a memory cap, in a folder that the service manager has delegated.
+
+    That folder is the parent of the worker's own cgroup, if that is called `worker`, as
+    `DelegateSubgroup=worker` of the unit makes it. Other cgroups are not ours to change.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ended: set[Path] = set()
+
+    @classmethod
+    def find(cls, root: Path = CGROUPS, own: Path = OWN_CGROUP) -> RunGroups | None:
+        """The delegated folder, or None; then MemoryWatch alone enforces the caps."""
+        try:
+            lines = own.read_text().splitlines()
+            path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))
+            mine = root / path.strip("/")
+            controllers = (mine.parent / "cgroup.controllers").read_text().split()
+            if mine.name != WORKER_CGROUP or "memory" not in controllers:
+                return None
+            (mine.parent / "cgroup.subtree_control").write_text("+memory")
+        except (OSError, StopIteration):  # cgroup v1, a read-only tree, or nothing delegated
+            return None
+        return cls(mine.parent)
+
+    def make(self, run: int, memory: int) -> str | None:
+        """Make a cgroup with a cap in bytes; returns the file by which to enter it, or None."""
+        group = self._of(run)
+        try:
+            group.mkdir()
+            (group / "memory.max").write_text(str(memory))
+            (group / "memory.oom.group").write_text("1")
+            with contextlib.suppress(FileNotFoundError):  # a kernel without swap
+                (group / "memory.swap.max").write_text("0")
+        except OSError:
+            self._ended.add(group)
+            return None
+        return str(group / "cgroup.procs")
+
+    def ran_out(self, run: int) -> bool:
+        """Whether the kernel has killed this run because of its cap."""
+        try:
+            events = (self._of(run) / "memory.events").read_text().split()
+        except OSError:
+            return False
+        return int(dict(zip(events[::2], events[1::2], strict=False)).get("oom_kill", 0)) > 0
+
+    def remove(self, run: int) -> None:
+        """Remove the cgroup of a run that has ended; if that fails, with a later one."""
+        self._ended.add(self._of(run))
+        for group in list(self._ended):
+            try:
+                group.rmdir()
+            except FileNotFoundError:
+                self._ended.discard(group)
+            except OSError:  # the kernel is still cleaning up one of its processes
+                continue
+            else:
+                self._ended.discard(group)
+
+    def _of(self, run: int) -> Path:
+        return self._folder / f"run-{os.getpid()}-{run}"
+
+
+def join_cgroup(file: str) -> None:
+    """Move this process into a cgroup, by its `cgroup.procs`."""
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        os.write(descriptor, b"0")
+    finally:
+        os.close(descriptor)

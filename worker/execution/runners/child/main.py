@@ -1,4 +1,4 @@
-"""A run's own process: reads its work, calls the handler, sends the outcome, ends."""
+"""A run's own process: becomes one, isolated; reads its work, calls the handler, sends the outcome, ends."""
 
 from __future__ import annotations
 
@@ -8,36 +8,126 @@ import faulthandler
 import io
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
 from worker.clock import SystemClock
-from worker.execution.runners.child.messages import outcome_message, work_of
+from worker.execution.runners.child import linux
+from worker.execution.runners.child.landlock import Ruleset
+from worker.execution.runners.child.messages import CHANNEL_CLOSED, outcome_message, work_of
 from worker.execution.runners.child.run_line import ChannelClosed, RunLine
-from worker.execution.runners.context_factory import given_for
-from worker.execution.runners.contract import Work
+from worker.execution.runners.child.sandbox import allow_own_proc
+from worker.execution.runners.contract import Interrupted, Work
 from worker.execution.runners.output import log_to_stderr
+from worker.handlers import denials
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import BlockingCancellation, BlockingContext, Cancellation, Context, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Outcome
 
-# How the process ends when it can no longer reach the worker, for instance after closing all descriptors.
-CHANNEL_CLOSED = 81
+# What a run may allocate beyond its cap before malloc itself fails: thread stacks and the like count here.
+_DATA_SLACK = 64 * 1024 * 1024
+# Open descriptors of a run: as many as select(2) supports, and what the run may raise that to.
+FILES = 1024
+MAX_FILES = 8192
+# Seconds of processor time beyond the timeout, grace included; and between SIGXCPU and SIGKILL.
+CPU_SLACK = 3600.0
+_CPU_GRACE = 5
 
 
-class Interrupted(BaseException):
-    """Raised in a handler that blocks, at half the grace: the time to clean up."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run lives: descriptors, an empty folder, a memory cap in bytes, seconds until its timeout.
+
+    `group` is the file through which it enters its cgroup, if it has one.
+    """
+
+    channel: int
+    stdout: int
+    stderr: int
+    folder: str
+    memory: int | None
+    seconds: float
+    group: str | None = None
+
+
+def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> None:
+    """Turn a process that was just forked into the run's own: session, descriptors, limits, sandbox.
+
+    Raises OSError if the kernel refuses.
+    """
+    os.setsid()
+    linux.die_with_parent()
+    if os.getppid() != zygote:  # it died before the line above
+        os._exit(os.EX_UNAVAILABLE)
+    linux.become_subreaper()
+    if place.group is not None:
+        linux.join_cgroup(place.group)
+    _default_signals()
+    own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))
+    _keep_only(place, lock, *own_proc)
+    _limit(place)
+    os.chdir(place.folder)
+    tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
+    if ruleset is not None:
+        ruleset.restrict()
+        denials.sandboxed()
+
+
+def _default_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _keep_only(place: Place, lock: int | None, *others: int) -> None:
+    """Set up the standard descriptors, and close all but these and the channel."""
+    kept = {place.channel, *others}
+    if lock is not None:
+        kept.add(linux.hold_shared(lock))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(place.stdout, 1)
+    os.dup2(place.stderr, 2)
+    # One call for each gap: the zygote has some forty descriptors open for the sandbox alone.
+    first, last = 3, max(map(int, os.listdir("/proc/self/fd")))
+    for number in sorted(kept):
+        os.closerange(first, number)
+        first = number + 1
+    os.closerange(first, last + 1)
+
+
+def _limit(place: Place) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would contain the token
+    _lower(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
+    # In case nothing ends the run at its timeout; until then it may use every processor.
+    most = int(max(place.seconds, 0) + CPU_SLACK) * (os.cpu_count() or 1)
+    _lower(resource.RLIMIT_CPU, most, most + _CPU_GRACE)
+    if place.memory is not None:
+        # The zygote checks actual usage; this stops allocations that are faster than its checks.
+        most = linux.data_size() + 2 * place.memory + _DATA_SLACK
+        _lower(resource.RLIMIT_DATA, most, most)
+
+
+def _lower(what: int, soft: int, hard: int) -> None:
+    """Set a limit, within the worker's own."""
+    given = resource.getrlimit(what)[1]
+    if given != resource.RLIM_INFINITY:
+        soft, hard = min(soft, given), min(hard, given)
+    resource.setrlimit(what, (soft, hard))
 
 
 def main(channel: int) -> NoReturn:
-    """Carry the run of this process to its end; never returns."""
+    """Run the handler of this process; never returns."""
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
@@ -46,46 +136,42 @@ def main(channel: int) -> NoReturn:
         os.register_at_fork(after_in_child=line.disown)
         work = work_of(line.receive())
         if work.traceparent is not None:
-            # As OpenTelemetry's own tools read it, also those that the handler starts.
+            # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
         log_to_stderr()
-        outcome = _carried_out(work, line)
+        outcome = _run(work, line)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:
             _flush()
             line.send_end(outcome_message(outcome))
         code = 0
-    except SystemExit as end:
-        code = _code_of(end)
+    except SystemExit as exit_:
+        code = _code_of(exit_)
     except ChannelClosed:
         code = CHANNEL_CLOSED
     except Exception:
         traceback.print_exc()
     finally:
         _flush()
-        # Threads, exit functions and leftover tasks have no say: the handler has returned.
+        # The handler has returned: skip threads, exit functions and leftover tasks.
         os._exit(code)
 
 
-def _carried_out(work: Work, line: RunLine) -> Outcome:
+def _run(work: Work, line: RunLine) -> Outcome:
     interrupt = _Interrupt()
     try:
         job = load(work.entry_point)
-        given = given_for(work, job, logging.getLogger(work.handler), SystemClock())
+        given = work.given(job, logging.getLogger(work.handler), SystemClock())
         line.send({"op": "started"})
         if job.is_async:
             return _run_async(job, given, line, interrupt)
-        return _run_blocking(job, given, line)
+        cancelled = BlockingCancellation()
+        line.listen(cancelled.set)
+        return call_blocking(job, BlockingContext(given, line.blocking(), cancelled))
     except (SystemExit, ChannelClosed):
         raise
     except BaseException as error:
         return outcome_of_error(error)
-
-
-def _run_blocking(job: Job, given: Given[Any, Any], line: RunLine) -> Outcome:
-    cancelled = BlockingCancellation()
-    line.listen(cancelled.set)
-    return call_blocking(job, BlockingContext(given, line.blocking(), cancelled))
 
 
 def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Interrupt) -> Outcome:
@@ -95,38 +181,37 @@ def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Inte
         loop = asyncio.get_running_loop()
         cancelled = Cancellation()
 
-        def tell(reason: str) -> None:
+        def on_stop(reason: str) -> None:
             cancelled.note(reason)
             loop.call_soon_threadsafe(cancelled.set, reason)
 
-        line.listen(tell)
+        line.listen(on_stop)
         task = asyncio.current_task(loop)
         if task is not None:
             interrupt.do = lambda: loop.call_soon_threadsafe(task.cancel)
+        code = 0
         try:
             return await call(job, Context(given, line.awaited(), cancelled))
-        except SystemExit as end:
-            if os.getpid() != home:
-                _flush()
-                os._exit(_code_of(end))
+        except SystemExit as exit_:
+            code = _code_of(exit_)
             raise
         finally:
             if os.getpid() != home:
-                # A process that the handler forked shares this loop's epoll: leave it alone.
+                # A process that the handler forked shares this loop's epoll: do not touch it.
                 _flush()
-                os._exit(0)
+                os._exit(code)
 
-    # The loop is not closed: that would wait for tasks that the handler has left behind.
+    # The loop is not closed: that would wait for tasks that the handler left behind.
     return asyncio.new_event_loop().run_until_complete(body())
 
 
 class _Interrupt:
-    """What SIGTERM does: cancels the task of an async handler, raises in one that blocks."""
+    """Handles SIGTERM: cancels the task of an async handler, raises Interrupted in a blocking one."""
 
     def __init__(self) -> None:
         self.do: Callable[[], object] = self._raise
         signal.signal(signal.SIGTERM, self._on_signal)
-        # What the handler forks may be ended by SIGTERM as usual.
+        # Processes that the handler forks end at SIGTERM as usual.
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -138,7 +223,7 @@ class _Interrupt:
 
 
 def _open_streams() -> None:
-    """Standard streams over the new descriptors, written line by line so that a crash keeps them."""
+    """Open standard streams on the new descriptors, line-buffered so that a crash loses no line."""
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     sys.stdout = _writer(1)
     sys.stderr = _writer(2)
@@ -156,9 +241,9 @@ def _flush() -> None:
             stream.flush()
 
 
-def _code_of(end: SystemExit) -> int:
-    if end.code is None or isinstance(end.code, int):
-        return (end.code or 0) & 0xFF
+def _code_of(exit_: SystemExit) -> int:
+    if exit_.code is None or isinstance(exit_.code, int):
+        return (exit_.code or 0) & 0xFF
     with contextlib.suppress(Exception):
-        sys.stderr.write(f"{end.code}\n")
+        sys.stderr.write(f"{exit_.code}\n")
     return 1

@@ -22,13 +22,22 @@ from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
 
+# Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
+CHANNEL_CLOSED = 81
+# Maximum bytes of a frame. A result or checkpoint has at most 1 MiB of JSON; as text within JSON it can grow
+# sixfold.
+LIMIT = 8 * 1024 * 1024
+_LENGTH = struct.Struct("!I")
+
+Message = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """`max_freeze` is in seconds, `folder` the runs' home.
+    """The settings of a zygote. `max_freeze` is in seconds; `folder` contains the folders of the runs.
 
     `lock` is the descriptor of the SQLite file's lock. The zygote holds it; each run holds
-    a read lock of its own on the same file. Without `sandbox` nothing is denied to the runs.
+    a read lock of its own on the same file. Without `sandbox` the runs are not confined.
     """
 
     folder: str
@@ -41,7 +50,7 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
-        """What `as_json` has written."""
+        """Parse the output of `as_json`."""
         given = json.loads(text)
         rules = given.pop("sandbox", None)
         return cls(**given, sandbox=None if rules is None else Rules.of(rules))
@@ -51,31 +60,24 @@ class Setup:
         return json.dumps(asdict(self))
 
 
-# A result and a checkpoint are at most 1 MiB of JSON; as text within JSON they can grow sixfold.
-LIMIT = 8 * 1024 * 1024
-_LENGTH = struct.Struct("!I")
-
-Message = dict[str, Any]
-
-
 class BrokenFrame(Exception):
-    """What arrives is not this protocol: too long, or no JSON object."""
+    """Invalid data: a frame that is too long, or not a JSON object."""
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
-    """One message, ready to be sent."""
+    """Encode one message."""
     body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     return _LENGTH.pack(len(body)) + body
 
 
 class Unframer:
-    """Puts what arrives in pieces together again."""
+    """Decodes messages from data that arrives in pieces."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that are whole now; raises BrokenFrame."""
+        """The messages that are complete now; raises BrokenFrame."""
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
@@ -86,17 +88,73 @@ class Unframer:
                 return
             body = bytes(self._buffer[_LENGTH.size : end])
             del self._buffer[:end]
-            yield _parsed(body)
+            try:
+                message = json.loads(body)
+            except (ValueError, RecursionError) as error:
+                raise BrokenFrame("a frame that is not JSON") from error
+            if not isinstance(message, dict):
+                raise BrokenFrame("a frame that is not a JSON object")
+            yield message
 
 
-def _parsed(body: bytes) -> Message:
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise BrokenFrame("a frame that is no JSON") from error
-    if not isinstance(message, dict):
-        raise BrokenFrame("a frame that is no object")
-    return message
+def work_message(work: Work) -> Message:
+    """The first message to a run: everything its process needs, including the token."""
+    values = {field.name: getattr(work, field.name) for field in fields(work)}
+    token, claims = values.pop("token"), values.pop("claims")
+    return values | {
+        "params": dict(work.params),
+        "scheduled_for": to_text(work.scheduled_for),
+        "timeout_at": to_text(work.timeout_at),
+        "granted": granted_message(token, claims),
+    }
+
+
+def work_of(message: Mapping[str, Any]) -> Work:
+    """Parse the output of `work_message`."""
+    given = dict(message)
+    token, claims = granted_of(given.pop("granted"))
+    return Work(
+        **given
+        | {
+            "run_id": RunId(given["run_id"]),
+            "scheduled_for": from_text(given["scheduled_for"]),
+            "timeout_at": from_text(given["timeout_at"]),
+            "api_origins": tuple(given["api_origins"]),
+            "private_origins": tuple(given["private_origins"]),
+            "insecure_origins": tuple(given["insecure_origins"]),
+            "token": token,
+            "claims": claims,
+        }
+    )
+
+
+def granted_message(token: AccessToken, claims: Claims) -> Message:
+    """A token and its claims; only for the process of its own run."""
+    return {
+        "text": token.reveal(),
+        "expires_at": to_text(token.expires_at),
+        "claims": asdict(claims)
+        | {
+            "scopes": sorted(claims.scopes),
+            "issued_at": to_text(claims.issued_at),
+            "expires_at": to_text(claims.expires_at),
+        },
+    }
+
+
+def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
+    """Parse the output of `granted_message`."""
+    given = message["claims"]
+    claims = Claims(
+        **given
+        | {
+            "scopes": frozenset(given["scopes"]),
+            "flags": {name: Flag(**flag) for name, flag in given["flags"].items()},
+            "issued_at": from_text(given["issued_at"]),
+            "expires_at": from_text(given["expires_at"]),
+        }
+    )
+    return AccessToken(message["text"], from_text(message["expires_at"])), claims
 
 
 _OUTCOMES: dict[str, type[Any]] = {
@@ -116,97 +174,23 @@ _OUTCOMES: dict[str, type[Any]] = {
 }
 
 
-def work_message(work: Work) -> dict[str, Any]:
-    """The first frame of a run's channel: everything its process needs, the token included."""
-    return {
-        "run_id": work.run_id,
-        "attempt": work.attempt,
-        "fencing_token": work.fencing_token,
-        "idempotency_key": work.idempotency_key,
-        "scheduled_for": to_text(work.scheduled_for),
-        "org_code": work.org_code,
-        "org_name": work.org_name,
-        "definition": work.definition,
-        "handler": work.handler,
-        "entry_point": work.entry_point,
-        "params": dict(work.params),
-        "granted": granted_message(work.token, work.claims),
-        "api_origins": list(work.api_origins),
-        "timeout_at": to_text(work.timeout_at),
-        "checkpoint": work.checkpoint,
-        "memory": work.memory,
-        "isolation": work.isolation,
-        "traceparent": work.traceparent,
-        "private_origins": list(work.private_origins),
-        "insecure_origins": list(work.insecure_origins),
-    }
-
-
-def work_of(message: Mapping[str, Any]) -> Work:
-    """The work that `work_message` wrote."""
-    given = dict(message)
-    token, claims = granted_of(given.pop("granted"))
-    return Work(
-        **given
-        | {
-            "run_id": RunId(given["run_id"]),
-            "scheduled_for": from_text(given["scheduled_for"]),
-            "timeout_at": from_text(given["timeout_at"]),
-            "api_origins": tuple(given["api_origins"]),
-            "private_origins": tuple(given["private_origins"]),
-            "insecure_origins": tuple(given["insecure_origins"]),
-            "token": token,
-            "claims": claims,
-        }
-    )
-
-
-def granted_message(token: AccessToken, claims: Claims) -> dict[str, Any]:
-    """A token and what it says, for the process of its own run only."""
-    return {
-        "text": token.reveal(),
-        "expires_at": to_text(token.expires_at),
-        "claims": asdict(claims)
-        | {
-            "scopes": sorted(claims.scopes),
-            "issued_at": to_text(claims.issued_at),
-            "expires_at": to_text(claims.expires_at),
-        },
-    }
-
-
-def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
-    """The token and claims that `granted_message` wrote."""
-    said = message["claims"]
-    claims = Claims(
-        **said
-        | {
-            "scopes": frozenset(said["scopes"]),
-            "flags": {name: Flag(**flag) for name, flag in said["flags"].items()},
-            "issued_at": from_text(said["issued_at"]),
-            "expires_at": from_text(said["expires_at"]),
-        }
-    )
-    return AccessToken(message["text"], from_text(message["expires_at"])), claims
-
-
-def outcome_message(outcome: Outcome) -> dict[str, Any]:
+def outcome_message(outcome: Outcome) -> Message:
     """An outcome as a message; durations in seconds."""
-    said = asdict(outcome)
-    spans = {name: value.total_seconds() for name, value in said.items() if isinstance(value, timedelta)}
-    return {"kind": type(outcome).__name__} | said | spans
+    values = asdict(outcome)
+    spans = {name: value.total_seconds() for name, value in values.items() if isinstance(value, timedelta)}
+    return {"kind": type(outcome).__name__} | values | spans
 
 
 def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
-    """The outcome that `outcome_message` wrote.
+    """Parse the output of `outcome_message`.
 
     Raises:
-        ValueError: it is none; the process that sent it is not to be trusted.
+        ValueError: invalid; the process that sent it is not trusted.
     """
     try:
         kind = _OUTCOMES[message["kind"]]
         names = [field.name for field in fields(kind) if field.name in message]
-        outcome: Outcome = kind(**{name: _part(name, message[name]) for name in names})
+        outcome: Outcome = kind(**{name: _field(name, message[name]) for name in names})
         if isinstance(outcome, outcomes.Snoozed) and outcome.after is None:
             raise ValueError("not an outcome")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -214,8 +198,8 @@ def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
     return outcome
 
 
-def _part(name: str, value: Any) -> Any:
-    """A field of an outcome, within the limits that the run's process keeps if it is what we started."""
+def _field(name: str, value: Any) -> Any:
+    """A field of an outcome, cut to the limits that our own code keeps in the run's process."""
     match name:
         case "error":
             return Error(
@@ -240,14 +224,12 @@ def _part(name: str, value: Any) -> Any:
             return clean(value, MESSAGE_LIMIT)
 
 
-def shown_progress(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
+def progress_of(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
     """Progress as a run's process sent it.
 
     Raises:
-        ValueError: it is none; the process that sent it is not to be trusted.
+        ValueError: invalid; the process that sent it is not trusted.
     """
     done, total, note = message["done"], message["total"], message["note"]
     check_progress(done, total)
-    if note is not None:
-        note = clean(str(note), NOTE_LIMIT)
-    return done, total, note
+    return done, total, None if note is None else clean(str(note), NOTE_LIMIT)

@@ -1,4 +1,4 @@
-"""Pool: the runner that gives each run a process of its own, forked by a zygote."""
+"""Pool: the runner that gives each run its own process, forked by a zygote."""
 
 from __future__ import annotations
 
@@ -21,23 +21,28 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.execution.runners.child import linux
-from worker.execution.runners.child.child_run import ChildRun
+from worker.execution.runners.child.child_run import ChildRun, Ended
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import Rules
-from worker.execution.runners.contract import RunServices, StopSignal, Work, stopped
-from worker.execution.runners.exit_status import Ended
+from worker.execution.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, outcome_of_stop
 from worker.handlers.installed import ENVIRONMENT, FOLDERS, environment
 from worker.runs.lease import Lease
-from worker.runs.outcome import HandedBack, Lost, Outcome
+from worker.runs.outcome import HandedBack, Outcome
 from worker.telemetry.events import emit
 
 Message = Mapping[str, Any]
 _DATAGRAM = 65_536
 _STEP = 0.002
+# Seconds between starts of a zygote that does not come up, at first and at most; until one whose control
+# socket is closed is killed; and between checks for adopted processes that have ended.
+RESTART = 0.5
+LONGEST_RESTART = 10.0
+CLOSE = 5.0
+REAP_EVERY = 30.0
 
 
 class ZygoteHandle:
-    """One zygote process, alive or not. `send` may be called from any thread."""
+    """One zygote process, alive or not. `send` is thread-safe."""
 
     def __init__(self, setup: Setup) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -64,27 +69,27 @@ class ZygoteHandle:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
-        """Hear it on the running loop; `on_death` is called once, when the process is gone."""
+        """Listen on the running loop; `on_death` is called once, when the process is gone."""
         self._loop = loop = asyncio.get_running_loop()
 
         def died() -> None:
             loop.remove_reader(self._pidfd)
-            self._hear(on_message)  # what it said last
+            self._receive(on_message)  # its last messages
             loop.remove_reader(self._control)
             on_death()
 
-        loop.add_reader(self._control, self._hear, on_message)
+        loop.add_reader(self._control, self._receive, on_message)
         loop.add_reader(self._pidfd, died)
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Say something, in order and without waiting; the descriptors are closed here once they are sent."""
+        """Send a message, in order and without waiting; closes the descriptors once they are sent."""
         with self._sending:
             self._unsent.append((json.dumps(message).encode(), descriptors))
             if not self._flush() and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._send_later)
 
-    def hang_up(self) -> None:
-        """Close the line: it kills every run and ends."""
+    def close(self) -> None:
+        """Close the control socket: the zygote kills every run and ends."""
         if self._loop is not None:
             self._loop.remove_reader(self._control)
             self._loop.remove_reader(self._pidfd)
@@ -92,21 +97,20 @@ class ZygoteHandle:
         self._control.close()
 
     async def gone(self, patience: float) -> None:
-        """Wait until the process has ended; past `patience` seconds kill it, and what it leaves."""
+        """Wait until the process has ended, killing it after `patience` seconds; kill what it leaves."""
         loop = asyncio.get_running_loop()
         until = loop.time() + patience
         while self._process.poll() is None:
             if loop.time() >= until:
                 self._process.kill()
             await asyncio.sleep(_STEP)
-        await self.end_adopted()
+        await self._end_adopted()
         os.close(self._pidfd)
 
-    async def end_adopted(self) -> None:
-        """Kill what the dead zygote has left: this process, a subreaper, has become their parent.
+    async def _end_adopted(self) -> None:
+        """Kill what the dead zygote has left; this process, a subreaper, has become the parent.
 
-        Its runs are told from our own other children by their sessions, which are
-        never ours, and by being younger than the zygote.
+        Unlike our other children they are in sessions other than ours, and younger than the zygote.
         """
         session, me = os.getsid(0), os.getpid()
         while True:
@@ -124,7 +128,7 @@ class ZygoteHandle:
             for pid in adopted:
                 linux.reap(pid)
 
-    def _hear(self, on_message: Callable[[Message], None]) -> None:
+    def _receive(self, on_message: Callable[[Message], None]) -> None:
         while True:
             try:
                 data = self._control.recv(_DATAGRAM)
@@ -132,7 +136,7 @@ class ZygoteHandle:
                 return
             except OSError:
                 data = b""
-            if not data:  # closed; that the process ends is heard from its pidfd
+            if not data:  # closed; the pidfd reports the end of the process
                 if self._loop is not None:
                     self._loop.remove_reader(self._control)
                 return
@@ -145,7 +149,7 @@ class ZygoteHandle:
                 socket.send_fds(self._control, [data], descriptors)
             except BlockingIOError:
                 return False
-            except OSError:  # it is dead; its runs are about to be told
+            except OSError:  # it is dead; its runs are about to end
                 pass
             self._unsent.popleft()
             for descriptor in descriptors:
@@ -162,21 +166,12 @@ class ZygoteHandle:
                 self._loop.remove_writer(self._control)
 
 
-# Seconds between execs of a zygote that does not come up, at first and at most; until one that was hung
-# up on is killed; and between looks for adopted processes that have ended.
-RESTART = 0.5
-LONGEST_RESTART = 10.0
-CLOSE = 5.0
-REAP_EVERY = 30.0
-
-
 class ChildPool:
-    """Start it from the main thread before any key is read.
+    """Call `start` from the main thread before any key is read.
 
-    Without `freezing` nothing is frozen, renewed or not. `lock_fd` is the descriptor of
-    the SQLite file's lock, which the zygote holds as long as it lives; each run adds a
-    read lock of its own. `preload` modules or distributions that the operator has the
-    zygote import. Without `sandbox` nothing is denied to the runs.
+    Without `freezing` runs are never frozen. `lock_fd` is the descriptor of the SQLite file's lock, which
+    the zygote holds while it lives. The zygote imports the `preload` modules or distributions. Without
+    `sandbox` the runs are not confined.
     """
 
     def __init__(
@@ -207,49 +202,49 @@ class ChildPool:
         self._numbers = itertools.count(1)
         self._runs: dict[int, ChildRun] = {}
         self._up = asyncio.Event()
-        self._chores: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
         self._pause = RESTART
 
     def start(self) -> None:
-        """Exec the zygote. Needs no running loop."""
-        linux.hide_memory()  # the key ring and every org's tokens are in it
+        """Start the zygote. Needs no running loop."""
+        linux.hide_memory()  # it contains the key ring and every org's tokens
         linux.become_subreaper()
         linux.allow_many_descriptors()
         self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
-        self._zygote = self._exec()
+        self._zygote = self._start_zygote()
 
     def attach(self) -> None:
-        """Hear the zygote on the running loop from now on; `run` does it where nobody did."""
+        """Listen to the zygote on the running loop; `run` does it if needed."""
         if self._attached or self._zygote is None:
             return
         self._attached = True
-        self._hold(self._zygote)
-        self._reaping = asyncio.create_task(self._reap_now_and_then())
+        self._use(self._zygote)
+        self._reaping = asyncio.create_task(self._reap_periodically())
 
     @property
     def zygote_pid(self) -> int | None:
-        """The zygote that is up, or None."""
+        """The pid of the zygote, or None."""
         return None if self._zygote is None else self._zygote.pid
 
     def renewed(self, lease: Lease) -> None:
-        """The lease holds: runs go on, until its `freeze_at`. From any thread."""
+        """The lease is renewed: runs may continue until its `freeze_at`. Thread-safe."""
         if self._freezing:
             self._lease = {"op": "lease", "freeze_at": lease.freeze_at}
             if self._zygote is not None:
                 self._zygote.send(self._lease)
 
-    async def run(self, work: Work, link: RunServices, stop: StopSignal) -> Outcome:
-        """Run the handler in a process of its own; when this returns none of its processes is left."""
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
+        """Run the handler in its own process; none of its processes is left afterwards."""
         self.attach()
         zygote = await self._ready(stop)
         if stop.killed:
-            return Lost("the lease on the run is lost")
+            return LEASE_LOST
         if zygote is None:
-            return stopped(stop) if stop.asked else HandedBack("the worker is ending")
+            return outcome_of_stop(stop) if stop.asked else HandedBack("the worker is ending")
         number = next(self._numbers)
-        run = ChildRun(work, link, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
-        self._runs[number] = run  # before the next await: a zygote that dies in between ends it
+        run = ChildRun(work, services, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
+        self._runs[number] = run  # before the next await, so that it ends if the zygote dies
         try:
             folder = self._folder(number)
             os.makedirs(folder, 0o700)
@@ -271,23 +266,23 @@ class ChildPool:
         return outcome
 
     async def close(self) -> None:
-        """Kill what is left and end the zygote."""
+        """Kill all runs and end the zygote."""
         self._closed = True
         self._up.set()
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
-            zygote.hang_up()
+            zygote.close()
             await zygote.gone(CLOSE)
         for number in list(self._runs):
             self._end(number, Ended(why="lost"))
         if self._reaping is not None:
             self._reaping.cancel()
-        if self._chores:
-            await asyncio.wait(self._chores)
+        if self._background:
+            await asyncio.wait(self._background)
         shutil.rmtree(self._setup.folder, ignore_errors=True)
 
     async def _ready(self, stop: StopSignal) -> ZygoteHandle | None:
-        """The zygote, once it is up; None if the run or the worker is to end before that."""
+        """The zygote, once it is up; None if the run or the worker is stopped before that."""
         if not self._up.is_set():
             waits = [asyncio.create_task(event.wait()) for event in (self._up, stop.requested)]
             try:
@@ -297,18 +292,18 @@ class ChildPool:
                     wait.cancel()
         return self._zygote if self._up.is_set() else None
 
-    def _exec(self) -> ZygoteHandle:
+    def _start_zygote(self) -> ZygoteHandle:
         zygote = ZygoteHandle(self._setup)
         emit("zygote.started", pid=zygote.pid)
         return zygote
 
-    def _hold(self, zygote: ZygoteHandle) -> None:
-        zygote.attach(self._hear, lambda: self._chore(self._replace(zygote)))
+    def _use(self, zygote: ZygoteHandle) -> None:
+        zygote.attach(self._handle, lambda: self._in_background(self._replace(zygote)))
         self._zygote = zygote
         if self._lease is not None:
             zygote.send(self._lease)
 
-    def _hear(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message["op"]:
             case "ended":
                 self._end(
@@ -317,12 +312,12 @@ class ChildPool:
                 )
             case "frozen":
                 for run in self._runs.values():
-                    run.freeze(message["at"])
+                    run.stop.freeze(message["at"])
                 if self._runs:
                     emit("children.frozen", runs=len(self._runs))
             case "thawed":
                 for run in self._runs.values():
-                    run.thaw(message["at"])
+                    run.stop.thaw(message["at"])
                 if self._runs:
                     emit("children.thawed", runs=len(self._runs), seconds=round(message["seconds"], 3))
             case "ready":
@@ -338,17 +333,16 @@ class ChildPool:
         folder = self._folder(number)
         try:
             os.rmdir(folder)
-        except OSError:  # the handler has left something in it
-            removal = asyncio.to_thread(shutil.rmtree, folder, True)
-            self._chore(removal)
+        except OSError:  # the handler has left files in it
+            self._in_background(asyncio.to_thread(shutil.rmtree, folder, True))
 
     async def _replace(self, zygote: ZygoteHandle) -> None:
-        """A zygote is dead: its runs are killed and lost, and another takes its place."""
+        """Kill the runs of a dead zygote, which are lost, and start another zygote."""
         if self._closed or zygote is not self._zygote:
             return
         was_up = self._up.is_set()
         self._up.clear()
-        zygote.hang_up()
+        zygote.close()
         await zygote.gone(0)
         lost = list(self._runs)
         emit("zygote.died", pid=zygote.pid, runs=len(lost))
@@ -357,12 +351,12 @@ class ChildPool:
         if not was_up:
             await self._after_a_bad_start()
         if not self._closed:
-            self._hold(self._exec())
+            self._use(self._start_zygote())
 
     async def _after_a_bad_start(self) -> None:
-        # Until one is up the runs wait: to lose them would use up their recoveries.
+        # Runs wait until a zygote is up: losing them would use up their recoveries.
         if self._setup.preload:
-            error = "the zygote died while it imported this: it goes on without"
+            error = "the zygote died while importing this; continuing without it"
             emit("handler.broken", distribution=", ".join(self._setup.preload), error=f"preload: {error}")
             self._setup = replace(self._setup, preload=())
             return
@@ -370,12 +364,12 @@ class ChildPool:
         self._pause = min(self._pause * 2, LONGEST_RESTART)
 
     async def _cannot_start(self, why: str | None) -> Outcome:
-        # Handed back at once, it would be admitted again at once.
+        # Otherwise it would be admitted again at once.
         await asyncio.sleep(1.0)
         return HandedBack(f"no process could be started: {why}")
 
-    async def _reap_now_and_then(self) -> None:
-        # As PID 1 of a container the worker inherits whatever else dies there.
+    async def _reap_periodically(self) -> None:
+        # As PID 1 of a container the worker inherits all orphans.
         while True:
             await asyncio.sleep(REAP_EVERY)
             if self._zygote is not None:
@@ -384,7 +378,7 @@ class ChildPool:
     def _folder(self, number: int) -> str:
         return os.path.join(self._setup.folder, str(number))
 
-    def _chore(self, work: Coroutine[Any, Any, None]) -> None:
-        chore = asyncio.create_task(work)
-        self._chores.add(chore)
-        chore.add_done_callback(self._chores.discard)
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

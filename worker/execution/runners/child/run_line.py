@@ -1,4 +1,4 @@
-"""The run's end of its channel: asks the worker, hears its word to stop."""
+"""The run's end of its channel to the worker: sends requests, receives answers and the request to stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.messages import BrokenFrame, Message, Unframer, frame, granted_of
 
-# Progress is shown, not counted: more often than this it is not sent. Seconds.
+# Seconds between two progress messages at least; the newest counts.
 PROGRESS_EVERY = 0.1
 _TICK = 1.0
 _RECEIVE = 65_536
@@ -43,30 +43,30 @@ class RunLine:
         self._progress_at = 0.0
 
     def receive(self) -> Message:
-        """The first message, before anything listens."""
+        """The first message; call before `listen`."""
         while not self._early:
             self._early += self._unframer.feed(self._read())
         return self._early.pop(0)
 
     def listen(self, on_stop: Callable[[str], None]) -> None:
-        """Hear the worker from now on, in a thread of its own; `on_stop` gets the reason."""
+        """Start to listen in a separate thread; `on_stop` gets the reason."""
         thread = threading.Thread(target=self._listen, args=(on_stop,), name="worker", daemon=True)
-        # SIGTERM is to interrupt the handler, so the kernel must not choose this thread for it.
+        # SIGTERM must interrupt the handler, so the kernel must not deliver it to this thread.
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         thread.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send one message whole; raises ChannelClosed."""
+        """Send one message; raises ChannelClosed."""
         data = frame(message)
         try:
             with self._lock:
-                self._mine().sendall(data)
+                self._own_channel().sendall(data)
         except OSError as error:
             raise ChannelClosed(f"the worker cannot be reached: {error.strerror}") from error
 
     def ask(self, message: Mapping[str, Any]) -> Future[Message]:
-        """Send a message that is answered; the future fails as the worker says."""
+        """Send a request; the future gets the answer, or the worker's error."""
         number = next(self._numbers)
         answer: Future[Message] = Future()
         self._waiting[number] = answer
@@ -74,29 +74,29 @@ class RunLine:
         return answer
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
-        """Pass progress on, the newest of each tenth of a second."""
+        """Send progress, the newest of each tenth of a second."""
         self._progress = {"op": "progress", "done": done, "total": total, "note": note}
         self._send_progress(time.monotonic() - PROGRESS_EVERY)
 
     def send_end(self, outcome: Mapping[str, Any]) -> None:
-        """The last message: how it ended."""
+        """Send the last message: the outcome."""
         self._send_progress(float("inf"))
         self.send({"op": "end", "outcome": outcome})
 
     def disown(self) -> None:
         """Close the channel in a process that the handler forked, which must not speak for the run."""
         channel, self._channel = self._channel, None
-        self._lock = threading.Lock()  # a thread that is not here any more may have held the old one
+        self._lock = threading.Lock()  # a thread that the fork did not copy may have held the old one
         if channel is not None:
             channel.close()
 
     def awaited(self) -> AwaitedLine:
-        """The line as a `Context` uses it."""
+        """The port of a `Context`."""
         return AwaitedLine(self)
 
-    def blocking(self) -> BlockedLine:
-        """The line as a `BlockingContext` uses it."""
-        return BlockedLine(self)
+    def blocking(self) -> BlockingLine:
+        """The port of a `BlockingContext`."""
+        return BlockingLine(self)
 
     def _send_progress(self, sent_before: float) -> None:
         if self._progress is not None and self._progress_at <= sent_before:
@@ -108,19 +108,19 @@ class RunLine:
         try:
             early, self._early = self._early, []
             for message in early:
-                self._hear(message, on_stop)
+                self._handle(message, on_stop)
             poll = select.poll()
-            poll.register(self._mine(), select.POLLIN)
+            poll.register(self._own_channel(), select.POLLIN)
             while True:
                 if poll.poll(_TICK * 1000):
                     for message in self._unframer.feed(self._read()):
-                        self._hear(message, on_stop)
+                        self._handle(message, on_stop)
                 self._send_progress(time.monotonic() - PROGRESS_EVERY)
         except (ChannelClosed, BrokenFrame, OSError):
             for answer in list(self._waiting.values()):
                 answer.set_exception(ChannelClosed("the worker cannot be reached"))
 
-    def _hear(self, message: Message, on_stop: Callable[[str], None]) -> None:
+    def _handle(self, message: Message, on_stop: Callable[[str], None]) -> None:
         if message["op"] == "stop":
             on_stop(message["reason"])
             return
@@ -133,12 +133,12 @@ class RunLine:
             answer.set_result(message)
 
     def _read(self) -> bytes:
-        data = self._mine().recv(_RECEIVE)
+        data = self._own_channel().recv(_RECEIVE)
         if not data:
             raise ChannelClosed("the worker has closed the channel")
         return data
 
-    def _mine(self) -> socket.socket:
+    def _own_channel(self) -> socket.socket:
         channel = self._channel
         try:
             # The handler may have closed every descriptor, and opened a file that got this number.
@@ -150,7 +150,7 @@ class RunLine:
 
 
 class AwaitedLine:
-    """The channel for a handler that awaits."""
+    """The channel for an async handler."""
 
     def __init__(self, line: RunLine) -> None:
         self._line = line
@@ -164,8 +164,8 @@ class AwaitedLine:
         return granted_of(answer["granted"])
 
 
-class BlockedLine:
-    """The channel for a handler that blocks."""
+class BlockingLine:
+    """The channel for a blocking handler."""
 
     def __init__(self, line: RunLine) -> None:
         self._line = line
@@ -179,15 +179,15 @@ class BlockedLine:
 
 
 def error_message(error: WorkerError) -> Message:
-    """An error of the worker's, as the other end raises it."""
+    """An error of the worker, to be raised in the run's process."""
     pause = getattr(error, "retry_after", None)
     return {"code": error.code, "message": error.message, "retry_after": pause}
 
 
-def _error_of(said: Mapping[str, Any]) -> WorkerError:
-    if said["code"] == LeaseLost.code:
-        return LeaseLost(said["message"])
-    error = Unavailable(said["message"])
-    error.code = said["code"]
-    error.retry_after = said["retry_after"]
+def _error_of(message: Mapping[str, Any]) -> WorkerError:
+    if message["code"] == LeaseLost.code:
+        return LeaseLost(message["message"])
+    error = Unavailable(message["message"])
+    error.code = message["code"]
+    error.retry_after = message["retry_after"]
     return error

@@ -1,9 +1,8 @@
-"""The sandbox of a handler's process: which paths it may use, made once, put in force after each fork.
+"""The sandbox of a handler's process: the paths it may use, planned once, applied after each fork.
 
-The worker plans the rules, since it knows where the secrets are. The process that starts
-a handler receives the paths and opens them. Folders are opened once: a folder that later
-replaces one of them is not allowed. Files of the system, which are replaced
-when they change, are opened for each start.
+The worker plans the rules, since it knows where the secrets are. The zygote opens the paths. Folders are
+opened once, so a folder that later replaces one of them is not allowed. System files, which are replaced
+when they change, are opened again.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from urllib.parse import unquote, urlsplit
 from worker.execution.runners.child import landlock
 from worker.handlers import denials, describe
 
-# A root in which a secret lies is taken apart into at most so many paths, else it is left out.
-MOST_PARTS = 256
+# A root that contains a secret is split into at most so many paths, or else left out.
+MAX_PARTS = 256
 
-# Seconds between two looks whether files of the system were replaced.
-LOOK_EVERY = 1.0
+# Seconds between two checks for replaced system files.
+CHECK_EVERY = 1.0
 
 SYSTEM = ("/usr", "/bin", *sorted(glob("/lib*")))
-# Resolver, accounts, time zone, dynamic linker, certificate authorities: nothing here is a secret.
+# Resolver, accounts, time zone, dynamic linker, certificate authorities: none of it is secret.
 FILES = (
     *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf"),
     *("/etc/services", "/etc/protocols", "/etc/passwd", "/etc/group"),
@@ -38,22 +37,22 @@ FILES = (
     *("/etc/ld.so.cache", "/etc/ld.so.preload"),
     *("/etc/ssl/openssl.cnf", "/etc/ssl/cert.pem", "/etc/pki/tls/cert.pem", "/etc/pki/tls/openssl.cnf"),
     *("/dev/zero", "/dev/random", "/dev/urandom"),
-    # Numbers of the machine that runtimes and libraries size themselves by.
+    # What runtimes and libraries size themselves by.
     *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys/vm/overcommit_memory"),
 )
 FOLDERS_READ = (
     *("/etc/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted", "/etc/ca-certificates"),
     *("/etc/crypto-policies", "/sys/fs/cgroup", "/sys/devices/system/cpu"),
 )
-# Variables that name certificate authorities, as OpenSSL and the HTTP libraries read them.
+# Variables by which OpenSSL and the HTTP libraries find certificate authorities.
 AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A path that no handler may reach; `name` says what it is.
+    """A path that handlers may not reach; `name` describes it.
 
-    With `stem` it is also each file or folder beside it whose name begins like its own.
+    With `stem` it includes each sibling whose name starts with its own.
     """
 
     path: str
@@ -61,19 +60,19 @@ class Secret:
     stem: bool = False
 
     def covers(self, path: str) -> bool:
-        """Whether the path is it, or lies in it."""
+        """Whether the path is the secret or lies in it."""
         if path == self.path or path.startswith(f"{self.path}/"):
             return True
         return self.stem and path.startswith(self.path) and "/" not in path[len(self.path) :]
 
     def lies_in(self, root: str) -> bool:
-        """Whether it lies in that folder."""
+        """Whether it lies in the folder."""
         return self.path.startswith(root.rstrip("/") + "/")
 
 
 @dataclass(frozen=True, slots=True)
 class Narrowed:
-    """A root that would have let handlers reach a secret. What is left of it may be nothing."""
+    """A root that contains a secret, and so is allowed only in part, or left out."""
 
     root: str
     secret: Secret
@@ -82,10 +81,9 @@ class Narrowed:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Paths by what may be done there: names only, since others can read them.
+    """Paths by access. Others can read these names.
 
-    `execute` is to be read and executed, `read` to be read, and in `write` all is
-    allowed but making device nodes.
+    `execute` allows reading and executing, `read` reading, `write` everything except making device nodes.
     """
 
     execute: tuple[str, ...] = ()
@@ -94,20 +92,20 @@ class Rules:
 
     @classmethod
     def of(cls, given: Mapping[str, Iterable[str]]) -> Rules:
-        """What `as_json` has written, parsed."""
+        """Rules from the parsed output of `as_json`."""
         return cls(**{name: tuple(paths) for name, paths in given.items()})
 
     def as_json(self) -> str:
-        """For the command line of a process that is to confine itself."""
+        """For the command line of a process that confines itself."""
         return json.dumps(asdict(self))
 
 
 @dataclass(slots=True)
 class Planner:
-    """Puts rules together.
+    """Makes rules in which no root contains one of `secrets`.
 
-    No root may contain one of `secrets`, and no root to write in may contain one of
-    `planted`: what the worker would read there if a handler made it.
+    Nor does a writable root contain one of `planted`, the paths that the worker would read if a handler
+    created them.
     """
 
     secrets: Sequence[Secret]
@@ -115,17 +113,17 @@ class Planner:
     narrowed: list[Narrowed] = field(default_factory=list)
 
     def rules(self, read_paths: Iterable[str], write_paths: Iterable[str]) -> Rules:
-        """The rules for a process of this interpreter with these paths of the operator."""
+        """The rules for a process of this interpreter, with the operator's paths."""
         code = list(_code())
         modules = [Secret(os.path.realpath(path), "code that the worker imports") for path in code]
         kept = [*self.secrets, *self.planted, *modules]
         write = _outermost(self._allowed(write_paths, kept, within=modules))
         read = _outermost(self._allowed([*FOLDERS_READ, *_authorities()], self.secrets))
         execute = _outermost(self._allowed([*SYSTEM, *code, *read_paths], self.secrets))
-        # A path that a handler could replace by a link to a secret must not be opened again: the
-        # folder that it lies in allows it anyway.
+        # A handler could replace a path in a writable folder by a link to a secret, so it must not be opened
+        # again. The folder allows it anyway.
         execute = tuple(path for path in execute if not any(_is_below(path, root) for root in write))
-        # Each rule costs each start some microseconds: links into /usr need none.
+        # Each rule costs each start some microseconds, and links into /usr need none.
         files = [
             file for file in FILES if not any(_is_below(os.path.realpath(file), root) for root in execute)
         ]
@@ -134,30 +132,29 @@ class Planner:
     def _allowed(
         self, roots: Iterable[str], secrets: Sequence[Secret], within: Sequence[Secret] = ()
     ) -> Iterator[str]:
-        """What is left of the roots; a root within one of `within` is the operator's own choice."""
+        """The roots without the secrets in them; a root in one of `within` is the operator's choice."""
         for root in dict.fromkeys(os.path.realpath(root) for root in roots):
             near = [secret for secret in secrets if secret.covers(root) or secret.lies_in(root)]
             near = [secret for secret in near if secret not in within or not _is_below(root, secret.path)]
             parts = [root] if not near else list(_without(root, near))
             if near:
-                parts = parts if len(parts) <= MOST_PARTS else []
+                parts = parts if len(parts) <= MAX_PARTS else []
                 self.narrowed.append(Narrowed(root, near[0], not parts))
             yield from parts
 
 
 class Sandbox:
-    """Rules as a process that starts handlers holds them, with all their paths open.
+    """Rules with all their paths open, in the process that starts handlers.
 
-    They stay open: the kernel identifies a path by its inode, and some file systems create a
-    new one once no process holds it. A file of the system that was replaced is opened again, a folder
-    is not: what is put in its place is denied.
+    They stay open because the kernel identifies a path by its inode, and some file systems create a new one
+    once no process holds it. A system file that was replaced is opened again; a replaced folder is denied.
     """
 
     def __init__(self, rules: Rules) -> None:
         self._version = landlock.abi()
         self._rules: dict[str, bytes] = {}
         self._files: dict[str, _File] = {}
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         self._next: landlock.Ruleset | None = None
         kinds = (
             (rules.execute, landlock.READ_AND_EXECUTE),
@@ -167,18 +164,18 @@ class Sandbox:
         )
         for paths, access in kinds:
             for path in paths:
-                self._take(path, access)
+                self._open(path, access)
         self.prepare()
 
     def ruleset(self, folder: str) -> landlock.Ruleset:
-        """The rules for one process that is about to be forked, and that has a folder of its own.
+        """The rules for one process, which also allow its folder.
 
         Call `used` once it is forked. Raises OSError.
         """
-        if self._look():
-            self.used()  # they allow a file that is no longer there, and not the one in its place
+        if self._reopen_replaced():
+            self.used()  # they allow the replaced file, not the new one
         if self._next is None:
-            self._next = self._filled()
+            self._next = self._new_ruleset()
         descriptor = os.open(folder, os.O_PATH | os.O_CLOEXEC)
         try:
             self._next.allow(descriptor, landlock.WRITE, is_folder=True)
@@ -187,41 +184,41 @@ class Sandbox:
         return self._next
 
     def used(self) -> None:
-        """The rules were for a process that is forked, or that could not be: they serve no other."""
+        """Drop the prepared rules: their process is forked, or could not be."""
         if self._next is not None:
             self._next.close()
             self._next = None
 
     def prepare(self) -> None:
-        """Make the rules of the next process while nobody waits for it."""
+        """Prepare the rules of the next process in advance."""
         self.used()
-        with suppress(OSError):  # no descriptors or memory now: it is tried again when it is needed
-            self._next = self._filled()
+        with suppress(OSError):  # no descriptors or memory now: `ruleset` tries again
+            self._next = self._new_ruleset()
 
-    def _filled(self) -> landlock.Ruleset:
+    def _new_ruleset(self) -> landlock.Ruleset:
         ruleset = landlock.Ruleset(self._version)
         for rule in self._rules.values():
             ruleset.add(rule)
         return ruleset
 
-    def _look(self) -> bool:
-        """Open again what was replaced, such as resolv.conf by a change of the network; True if it was."""
+    def _reopen_replaced(self) -> bool:
+        """Open replaced files again, such as resolv.conf after a network change; True if any was."""
         now = time.monotonic()
-        if now < self._looked_at + LOOK_EVERY:
+        if now < self._checked_at + CHECK_EVERY:
             return False
-        self._looked_at, found = now, False
+        self._checked_at, found = now, False
         for path, file in list(self._files.items()):
             if _identity(path) != file.identity:
                 os.close(file.descriptor)
                 del self._files[path], self._rules[path]
-                self._take(path, file.access)
+                self._open(path, file.access)
                 found = True
         return found
 
-    def _take(self, path: str, access: int) -> None:
+    def _open(self, path: str, access: int) -> None:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:  # it is not there
+        except OSError:  # it does not exist
             return
         is_folder = os.path.isdir(path)
         rule = landlock.rule(descriptor, access, self._version, is_folder=is_folder)
@@ -240,11 +237,11 @@ class _File:
     identity: tuple[int, int] | None
 
 
-def confine(ruleset: landlock.Ruleset) -> int:
-    """Let a process just forked read its own /proc/self, which is another inode in each.
+def allow_own_proc(ruleset: landlock.Ruleset) -> int:
+    """Allow a process that was just forked to read its /proc/self, which is a different inode in each.
 
-    Gives a descriptor of it to be kept open. What this process starts has a /proc/self
-    of its own, and cannot read that. Raises OSError.
+    Returns a descriptor to be kept open. Processes that it starts cannot read their own /proc/self. Raises
+    OSError.
     """
     descriptor = os.open("/proc/self", os.O_PATH | os.O_CLOEXEC)
     ruleset.allow_reading(descriptor)
@@ -252,19 +249,16 @@ def confine(ruleset: landlock.Ruleset) -> int:
 
 
 def main() -> None:
-    """`python -m worker.execution.runners.child.sandbox RULES ARGUMENT…`: the catalogue's child, confined.
-
-    Its working folder is its own.
-    """
+    """`python -m worker.execution.runners.child.sandbox RULES ARGUMENT…`: the catalogue's child, confined."""
     ruleset = Sandbox(Rules.of(json.loads(sys.argv.pop(1)))).ruleset(os.getcwd())
-    confine(ruleset)
+    allow_own_proc(ruleset)
     ruleset.restrict()
     denials.sandboxed()
     describe.main()
 
 
 def level(version: int) -> str:
-    """What the kernel's interface of this version confines, in words."""
+    """What this version of the kernel's interface confines, in words."""
     if version == 0:
         return "none: the kernel has no Landlock, or it is turned off or filtered"
     lacks = [what for since, what in landlock.LATER.items() if version < since]
@@ -274,12 +268,12 @@ def level(version: int) -> str:
 
 
 def _code() -> Iterator[str]:
-    """Where this interpreter and all that it imports live, editable installs included."""
+    """The paths of this interpreter and of everything it imports, editable installs included."""
     yield from (sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.realpath(sys.executable))
     for entry in sys.path:
         if entry and os.path.exists(entry):
             yield entry
-            # An editable install may be found by an import hook, and not by a folder of sys.path.
+            # An import hook may provide an editable install, instead of a folder of sys.path.
             for record in glob(os.path.join(escape(entry), "*.dist-info", "direct_url.json")):
                 with suppress(OSError, ValueError, LookupError, AttributeError):
                     origin = json.loads(Path(record).read_text())
@@ -294,7 +288,7 @@ def _authorities() -> Iterator[str]:
 
 
 def _without(root: str, secrets: Sequence[Secret]) -> Iterator[str]:
-    """The parts of a root that contain none of the secrets; what is made in it later is not among them."""
+    """The current parts of a root that contain none of the secrets."""
     if any(secret.covers(root) for secret in secrets):
         return
     if not any(secret.lies_in(root) for secret in secrets):
@@ -302,12 +296,12 @@ def _without(root: str, secrets: Sequence[Secret]) -> Iterator[str]:
         return
     with suppress(OSError), os.scandir(root) as entries:
         for entry in entries:
-            if not entry.is_symlink():  # what it points to is not below the root, or met there
+            if not entry.is_symlink():  # its target is outside the root, or is found there
                 yield from _without(entry.path, secrets)
 
 
 def _outermost(paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths without those that lie in another."""
+    """The paths that lie in none of the others."""
     kept: list[str] = []
     for path in sorted(set(paths), key=lambda path: f"{path}/"):
         if not kept or not _is_below(path, kept[-1]):

@@ -1,8 +1,8 @@
-"""The process that forks, freezes and kills runs; it knows nothing of orgs.
+"""The process that forks, freezes and kills runs; it holds no data of any org.
 
-It is exec'ed by the worker and stays single-threaded. Over its control socket come
-start, interrupt, kill and lease; back go ended, frozen and thawed, each one JSON datagram.
-When the worker is gone it kills every run with all its descendants, then ends.
+The worker execs it, and it stays single-threaded. Over its control socket it receives start, interrupt,
+kill and lease, and sends ended, frozen and thawed, each a JSON datagram. When the worker is gone it kills
+every run with all its descendants, then ends.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from worker.execution.runners.child import confine, linux
+from worker.execution.runners.child import linux
 from worker.execution.runners.child import main as child
-from worker.execution.runners.child.cgroups import RunGroups
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import Sandbox
@@ -35,7 +34,7 @@ from worker.handlers.installed import preload
 
 @dataclass(slots=True)
 class Leader:
-    """The first process of a run. `why` says for what reason the zygote itself killed it."""
+    """The first process of a run. `why` is the reason if the zygote itself killed it."""
 
     run: int
     pid: int
@@ -44,33 +43,33 @@ class Leader:
     ended: dict[str, Any] | None = None
 
 
-class Family:
-    """Leaders by pid, alive; all else that has this process for a parent comes from a dead run."""
+class Descendants:
+    """Living leaders by pid. Leaders are subreapers, so every other child comes from a dead run."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         self.leaders: dict[int, Leader] = {}
 
     def signal(self, run: int, number: signal.Signals) -> None:
-        """Send a signal to the first process of a run."""
+        """Send a signal to the leader of a run."""
         for leader in self.leaders.values():
             if leader.run == run:
                 linux.send(leader.pid, number)
 
     def kill_below(self, run: int) -> None:
-        """Kill what the first process of a run has started, also what stands still."""
+        """Kill what the leader of a run has started, also if it is frozen."""
         roots = [leader.pid for leader in self.leaders.values() if leader.run == run]
         for pid in linux.descendants(linux.processes(), roots):
             linux.send(pid, signal.SIGKILL)
 
     def kill_all(self, why: str) -> None:
-        """Kill the first process of every run, for this reason."""
+        """Kill the leader of every run, for this reason."""
         for leader in self.leaders.values():
             leader.why = leader.why or why
             linux.send(leader.pid, signal.SIGKILL)
 
     def reap(self) -> Iterator[Leader]:
-        """Take leave of all that have ended, and give the leaders among them, with how they ended."""
+        """Reap all children that have ended, and yield the leaders among them, with how they ended."""
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -84,20 +83,19 @@ class Family:
                 yield leader
 
     def orphans(self) -> set[int]:
-        """What dead runs have left behind, alive or not reaped yet."""
+        """What dead runs have left, alive or not yet reaped."""
         try:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # not one child: the table need not be read
+        except ChildProcessError:  # no children, so skip the process table
             return set()
         table = linux.processes()
-        # Leaders are subreapers, so whatever else is a child of ours comes from a dead run.
         adopted = {
             process.pid
             for process in table.values()
             if process.parent == self._pid and process.pid not in self.leaders
         }
         found = adopted | linux.descendants(table, adopted)
-        # A dead one that is still to be reaped counts: a run is over once none of its processes is left.
+        # Dead ones that are not yet reaped count: a run is over once none of its processes is left.
         return {pid for pid in found if table[pid].state != "X"}
 
     def everyone(self) -> set[int]:
@@ -106,11 +104,12 @@ class Family:
         return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
 
 
+# Seconds between checks of memory.
 TICK = 0.1
 
 
 class MemoryWatch:
-    """Made in the zygote before it forks; `due_at` is when to look next, on the monotonic clock."""
+    """Finds runs over their memory caps. Create it before the first fork; `due_at` is monotonic."""
 
     def __init__(self) -> None:
         self._own = linux.resident(os.getpid())
@@ -121,10 +120,7 @@ class MemoryWatch:
         self.due_at = min(self.due_at, time.monotonic() + TICK)
 
     def over_cap(self, caps: Mapping[int, int]) -> list[int]:
-        """The first processes of the runs over their caps, where it is time to look.
-
-        `caps` are in bytes, by a run's first process.
-        """
+        """The leaders of the runs over their caps, if a check is due; `caps` are in bytes, by leader."""
         if time.monotonic() < self.due_at:
             return []
         self.due_at = time.monotonic() + TICK if caps else float("inf")
@@ -135,18 +131,19 @@ class MemoryWatch:
         return linux.memory({leader} | linux.descendants(table, [leader]), own=self._own, limit=cap)
 
 
+# Seconds between sweeps, and after which ends are reported anyway: the kernel may be unable to kill a
+# process that is stuck in a device.
 SWEEP_TICK = 0.005
-# A process the kernel cannot kill, stuck in a device, must not hold up the others' ends.
 SWEEP_PATIENCE = 2.0
 DATAGRAM = 65_536
-# Seconds after a start in which its process calls its handler, as a rule.
+# Seconds within which a new process usually calls its handler.
 AFTER_START = 0.01
-# What nearly every handler needs, so that no run pays for its import; httpx comes with `tls_context`.
+# What nearly every handler needs, imported once; `tls_context` imports httpx.
 WARM = ("pydantic.main", "worker.handlers.results", "worker.handlers.context")
 
 
 class Zygote:
-    """Parent of every run's first process, and of whatever its runs leave behind."""
+    """The parent of every run's leader, and of what runs leave behind."""
 
     def __init__(self, control: socket.socket, setup: Setup) -> None:
         self._control = control
@@ -154,9 +151,9 @@ class Zygote:
         self._pid = os.getpid()
         self._sandbox = None if setup.sandbox is None else Sandbox(setup.sandbox)
         self._memory = MemoryWatch()
-        self._groups = RunGroups.find()
-        self._family = Family()
-        self._ending: list[Leader] = []  # reaped, but their descendants may be alive
+        self._groups = linux.RunGroups.find()
+        self._descendants = Descendants()
+        self._ending: list[Leader] = []  # reaped; their descendants may be alive
         self._ending_since = 0.0
         self._freeze_at = float("inf")
         self._frozen_at: float | None = None
@@ -164,7 +161,7 @@ class Zygote:
         self._prepare_at = float("inf")
 
     def serve(self) -> None:
-        """Do what the worker says until it is gone."""
+        """Execute the worker's requests until it is gone."""
         woken, waker = os.pipe()
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -179,7 +176,7 @@ class Zygote:
                 if descriptor == woken:
                     os.read(woken, DATAGRAM)
                 elif descriptor == self._control.fileno():
-                    alive = alive and (events == select.POLLOUT or self._obey())
+                    alive = alive and (events == select.POLLOUT or self._receive())
                 else:  # the worker's own pidfd
                     alive = False
             self._reap()
@@ -190,15 +187,15 @@ class Zygote:
             self._prepare()
 
     def end_all(self) -> None:
-        """Kill every descendant, and come back when none is left."""
-        while left := self._family.everyone():
+        """Kill every descendant; returns when none is left."""
+        while left := self._descendants.everyone():
             for pid in left:
                 linux.send(pid, signal.SIGKILL)
             self._reap()
             time.sleep(0.002)
 
     def _prepare(self) -> None:
-        """Make the rules of the next run, but not while the last one starts: it would be slowed down."""
+        """Prepare the rules of the next run, but not while a run starts, which would slow it down."""
         if self._sandbox is not None and time.monotonic() >= self._prepare_at:
             self._prepare_at = float("inf")
             self._sandbox.prepare()
@@ -209,12 +206,12 @@ class Zygote:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
             due.append(self._freeze_at)
-        elif self._family.leaders:
+        elif self._descendants.leaders:
             due.append(self._frozen_at + self._setup.max_freeze)
         seconds = min(due) - time.monotonic()
         return None if seconds == float("inf") else max(seconds, 0) * 1000
 
-    def _obey(self) -> bool:
+    def _receive(self) -> bool:
         try:
             data, descriptors, _, _ = socket.recv_fds(self._control, DATAGRAM, 3, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -228,7 +225,7 @@ class Zygote:
             case "start":
                 self._start(message, descriptors)
             case "interrupt":
-                self._family.signal(message["run"], signal.SIGTERM)
+                self._descendants.signal(message["run"], signal.SIGTERM)
             case "kill":
                 self._kill(message["run"])
             case "lease":
@@ -241,17 +238,17 @@ class Zygote:
         if memory is not None and self._groups is not None:
             group = self._groups.make(run, memory)
         channel, stdout, stderr = descriptors
-        place = confine.Place(channel, stdout, stderr, message["folder"], memory, message["seconds"], group)
+        place = child.Place(channel, stdout, stderr, message["folder"], memory, message["seconds"], group)
         ruleset = None
         try:
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
             pid = os.fork()
         except OSError as error:
             end = {"op": "ended", "run": run, "status": 0, "memory": 0}
-            self._tell(end | {"why": "no_process", "detail": error.strerror})
+            self._send(end | {"why": "no_process", "detail": error.strerror})
             pid = None
         if pid == 0:
-            _become(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset)
+            _run_child(place, zygote=self._pid, lock=self._setup.lock, ruleset=ruleset)
         for descriptor in descriptors:
             os.close(descriptor)
         if self._sandbox is not None:
@@ -259,7 +256,7 @@ class Zygote:
             self._prepare_at = time.monotonic() + AFTER_START
         if pid is None:
             return
-        self._family.leaders[pid] = Leader(run, pid, memory)
+        self._descendants.leaders[pid] = Leader(run, pid, memory)
         if memory is not None:
             self._memory.begin()
         if self._frozen_at is not None:
@@ -267,21 +264,21 @@ class Zygote:
 
     def _kill(self, run: int) -> None:
         if self._frozen_at is not None:
-            # Orphaned alone they would be thawed with the others before they are swept up.
-            self._family.kill_below(run)
-        self._family.signal(run, signal.SIGKILL)
+            # As orphans they would be thawed with the others before they are swept.
+            self._descendants.kill_below(run)
+        self._descendants.signal(run, signal.SIGKILL)
 
     def _reap(self) -> None:
-        for leader in self._family.reap():
+        for leader in self._descendants.reap():
             if not self._ending:
                 self._ending_since = time.monotonic()
             self._ending.append(leader)
 
     def _sweep(self) -> None:
-        """Kill what ended runs have left behind, and only then report their ends."""
+        """Kill what ended runs have left, and only then report their ends."""
         if not self._ending:
             return
-        orphans = self._family.orphans()
+        orphans = self._descendants.orphans()
         for pid in orphans:
             linux.send(pid, signal.SIGKILL)
         if orphans and time.monotonic() < self._ending_since + SWEEP_PATIENCE:
@@ -292,49 +289,49 @@ class Zygote:
                 if leader.why is None and self._groups.ran_out(leader.run):
                     leader.why = "out_of_memory"
                 self._groups.remove(leader.run)
-            self._tell({"op": "ended", "run": leader.run, "why": leader.why} | (leader.ended or {}))
+            self._send({"op": "ended", "run": leader.run, "why": leader.why} | (leader.ended or {}))
 
     def _watch_lease(self) -> None:
         now = time.monotonic()
         if self._frozen_at is None and now >= self._freeze_at:
             self._frozen_at = now
-            linux.stop_all(self._family.everyone)
-            self._tell({"op": "frozen", "at": now})
+            linux.stop_all(self._descendants.everyone)
+            self._send({"op": "frozen", "at": now})
         elif self._frozen_at is not None and now >= self._frozen_at + self._setup.max_freeze:
-            self._family.kill_all("frozen")
+            self._descendants.kill_all("frozen")
 
     def _thaw(self) -> None:
         if self._frozen_at is None or time.monotonic() >= self._freeze_at:
             return
         frozen_at, self._frozen_at = self._frozen_at, None
-        for pid in self._family.everyone():
+        for pid in self._descendants.everyone():
             linux.send(pid, signal.SIGCONT)
         now = time.monotonic()
-        self._tell({"op": "thawed", "at": now, "seconds": now - frozen_at})
+        self._send({"op": "thawed", "at": now, "seconds": now - frozen_at})
 
     def _watch_memory(self) -> None:
-        leaders = self._family.leaders
+        leaders = self._descendants.leaders
         caps = {pid: leader.memory for pid, leader in leaders.items() if leader.memory is not None}
         for pid in self._memory.over_cap(caps):
             leaders[pid].why = leaders[pid].why or "out_of_memory"
             linux.send(pid, signal.SIGKILL)
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         self._unsent.append(json.dumps(message).encode())
 
     def _flush(self) -> None:
-        # A worker that stands still must not make the zygote wait: it is there to freeze the runs.
+        # A stopped worker must not block the zygote, which has to freeze the runs then.
         try:
             while self._unsent:
                 self._control.send(self._unsent[0])
                 self._unsent.popleft()
-        except OSError:  # its buffer is full, or it is gone, which the next read says
+        except OSError:  # its buffer is full, or it is gone, which the next read reports
             return
 
 
-def _become(place: confine.Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
+def _run_child(place: child.Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
     try:
-        confine.enter(place, zygote=zygote, lock=lock, ruleset=ruleset)
+        child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
         child.main(place.channel)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
@@ -343,23 +340,23 @@ def _become(place: confine.Place, *, zygote: int, lock: int | None, ruleset: Rul
 
 
 def main() -> None:
-    """`python -m worker.execution.runners.child.zygote DESCRIPTOR SETUP`, started by the worker only."""
+    """`python -m worker.execution.runners.child.zygote DESCRIPTOR SETUP`, for the worker only."""
     control = socket.socket(fileno=int(sys.argv[1]))
     setup = Setup.from_json(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # only the worker says when runs end
+        signal.signal(number, signal.SIG_IGN)  # only the worker ends runs
     for name in set(os.environ) - set(setup.environment):
         del os.environ[name]
     linux.become_subreaper()
-    linux.hide_memory()  # a run that could write into it would be in every later run
+    linux.hide_memory()  # a run that could write to it would control every later run
     tls_context()
     preload(WARM)
-    find_spec("a_module_that_is_nowhere")  # so the finders have listed every folder of sys.path
+    find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
     failures = preload(setup.preload)
     gc.collect()
-    gc.freeze()  # the collector's marks would copy every page that runs share
+    gc.freeze()  # the marks of a collection would copy every shared page
     control.setblocking(False)
-    with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read says
+    with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read reports
         control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
     zygote = Zygote(control, setup)
     zygote.serve()

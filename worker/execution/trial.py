@@ -1,0 +1,277 @@
+"""Trial: one run of one handler through the real attempt, with fake tokens and nothing stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from random import SystemRandom
+from typing import Any
+
+from worker.claims.claims import AccessToken, Claims
+from worker.claims.decode import decode
+from worker.clock import Clock
+from worker.definitions.definition import Definition, parse_definition, to_spec
+from worker.execution.attempts.attempt import attempt
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.run_services import TokenSource, Tools
+from worker.execution.loops.run_log_writer import Progress, RunLogWriter
+from worker.execution.runners.contract import Runner, StopSignal
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import DefinitionId, RunId, new_id
+from worker.orgs import OrgRef
+from worker.providers import profile
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext
+from worker.telemetry.masking import masker
+
+LIFETIME = timedelta(hours=1)
+CLIENT = "made-up-client"
+# A token with less life left is not returned.
+MARGIN = timedelta(seconds=30)
+NAME = "trial"
+# Required, but never used: the run already exists.
+SCHEDULE = "@hourly"
+
+
+@dataclass(frozen=True, slots=True)
+class FakeToken:
+    """A token that only a test's own API accepts, and its claims."""
+
+    token: AccessToken
+    claims: Claims = field(repr=False)
+
+
+class FakeTokens:
+    """A `TokenSource` without an issuer; grants the requested scopes, or the given ones.
+
+    Its claims are decoded like those of a token from Kinde.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        properties: Mapping[str, Any] | None = None,
+        flags: Mapping[str, Any] | None = None,
+        scopes: Iterable[str] | None = None,
+        lifetime: timedelta = LIFETIME,
+    ) -> None:
+        self._clock = clock
+        self._properties = dict(properties or {})
+        self._flags = dict(flags or {})
+        self._scopes = None if scopes is None else frozenset(scopes)
+        self._lifetime = lifetime
+        self._newest: FakeToken | None = None
+
+    async def ensure(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str] = frozenset(),
+        max_claims_age: timedelta | None = None,
+        fresh: bool = False,
+    ) -> FakeToken:
+        """The newest token while it is fresh enough, or a new one.
+
+        Raises:
+            TokenRefused: a property or flag that no token can have.
+        """
+        newest, now = self._newest, self._clock.now()
+        if newest is not None and not fresh:
+            old = max_claims_age is not None and now - newest.claims.issued_at >= max_claims_age
+            if not old and newest.token.expires_at - now > min(MARGIN, self._lifetime / 5):
+                return newest
+        self._newest = newest = self.mint(org, scopes | also_ask)
+        return newest
+
+    def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
+        """A new token of an org for the requested `scopes`."""
+        issued_at = self._clock.now()
+        granted = scopes if self._scopes is None else self._scopes
+        payload = {
+            "iss": "https://made-up.invalid",
+            "azp": CLIENT,
+            "org_code": org.code,
+            "scope": " ".join(sorted(granted)),
+            "application_properties": {name: {"v": value} for name, value in self._properties.items()},
+            "feature_flags": {
+                name: {"t": _flag_type(value), "v": value} for name, value in self._flags.items()
+            },
+            "iat": issued_at.timestamp(),
+            "exp": (issued_at + self._lifetime).timestamp(),
+        }
+        claims = decode(payload, profile.load("kinde"))
+        text = f"made-up.{secrets.token_urlsafe(32)}"
+        # As for a real token, so that a handler that prints it sees it masked.
+        masker.register(text)
+        return FakeToken(AccessToken(text, claims.expires_at), claims)
+
+
+def _flag_type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "b"
+    return "s" if isinstance(value, str) else "i"
+
+
+def definition_of(org: str, handler: str, keys: Mapping[str, Any]) -> Definition:
+    """The definition of a trial's run; `keys` are further ones, as in a file for `apply`.
+
+    Raises:
+        DefinitionError: names the key that is unknown or invalid.
+    """
+    values = {"org": org, "name": NAME, "handler": handler, "schedule": SCHEDULE, **keys}
+    return parse_definition(values, entry="definition")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a trial runs, and for which org."""
+
+    org: OrgRef
+    org_name: str
+    definition: Definition
+    issuer: str = "made-up"
+    api_origins: tuple[str, ...] = ()
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
+
+
+class Trial:
+    """A run; each call of `attempt` makes its next attempt.
+
+    `on_line` and `on_progress` get what the run logs and shows, masked: within half a second if `live`,
+    else at the end of an attempt. `on_saved` is awaited after each checkpoint is stored.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        entries: Iterable[HandlerEntry],
+        tokens: TokenSource,
+        runner: Runner,
+        clock: Clock,
+        *,
+        checkpoint: Any = None,
+        isolation: Isolation = "child",
+        live: bool = False,
+        on_line: Callable[[LogLine], None] = lambda line: None,
+        on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
+        on_saved: Callable[[Trial], Awaitable[None]] | None = None,
+    ) -> None:
+        self._subject = subject
+        self._live = live
+        self._on_line = on_line
+        self._on_progress = on_progress
+        self._on_saved = on_saved
+        self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
+        now, run_id = clock.now(), RunId(new_id())
+        self._run = AdmittedRun(
+            id=run_id,
+            org_id=subject.org.id,
+            definition_id=DefinitionId(new_id()),
+            revision=1,
+            handler=subject.definition.handler,
+            isolation=isolation,
+            # The first attempt of a manual run has no checkpoint to load.
+            origin="manual" if checkpoint is None else "retry",
+            scheduled_for=now,
+            available_at=now,
+            start_by=None,
+            started_at=now,
+            attempt=1,
+            failures=0,
+            recoveries=0,
+            fencing_token=1,
+            idempotency_key=run_id,
+            params=None,
+        )
+        self.inflight = InflightRun(self._run, StopSignal())
+        offered = list(entries)
+        handlers = HandlerRegistry(frozenset(entry.distribution for entry in offered))
+        for entry in offered:
+            handlers.add(entry)
+        self._tools = Tools(
+            plans=Plans(
+                self,
+                clock,
+                api_origins={subject.issuer: subject.api_origins},
+                private_origins=subject.private_origins,
+                insecure_origins=subject.insecure_origins,
+            ),
+            tokens=tokens,
+            handlers=handlers,
+            runners={isolation: runner},
+            checkpoints=self,
+            run_log=RunLogWriter(self, clock),
+            clock=clock,
+            random=SystemRandom(),
+        )
+
+    @property
+    def checkpoint(self) -> Any:
+        """The newest checkpoint, or None."""
+        return None if self._checkpoint is None else json.loads(self._checkpoint)
+
+    async def attempt(self) -> EndedAttempt:
+        """Make one attempt. If the run waits after it, the next call makes the next attempt."""
+        self.inflight = InflightRun(self._run, StopSignal())
+        writing = asyncio.create_task(self._tools.run_log.run()) if self._live else None
+        try:
+            ended = await attempt(self.inflight, self._tools)
+        finally:
+            if writing is not None:
+                writing.cancel()
+            await self._tools.run_log.flush()
+        next_at = ended.ended_at + (ended.available_after or timedelta())
+        self._run = replace(
+            self._run,
+            attempt=self._run.attempt + 1,
+            fencing_token=self._run.fencing_token + 1,
+            failures=ended.failures,
+            recoveries=ended.recoveries,
+            available_at=next_at,
+            started_at=next_at,
+        )
+        return ended
+
+    # The stores that an attempt needs.
+
+    async def org_and_definition(self, run: AdmittedRun) -> RunContext:
+        subject = self._subject
+        return RunContext(
+            org_id=subject.org.id,
+            org_code=subject.org.code,
+            org_name=subject.org_name,
+            org_timezone=None,
+            issuer=subject.issuer,
+            definition_name=subject.definition.name,
+            spec=to_spec(subject.definition),
+        )
+
+    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+        if self.inflight.stop.killed:
+            return False
+        self._checkpoint = data_json
+        if self._on_saved is not None:
+            await self._on_saved(self)
+        return True
+
+    async def load_checkpoint(self, run_id: RunId) -> Any:
+        return self.checkpoint
+
+    async def write_progress(self, rows: Sequence[Progress]) -> None:
+        for _, _, progress in rows:
+            self._on_progress(progress)
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None:
+        for line in rows:
+            self._on_line(line)

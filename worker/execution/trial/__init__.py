@@ -1,1 +1,0 @@
-"""Trial: one run of one handler through the real attempt, with nothing stored."""
