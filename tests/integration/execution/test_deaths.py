@@ -268,7 +268,7 @@ async def test_a_run_that_ends_takes_its_family_with_it(own_children: ChildPool,
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("import os; os._exit(1)", "preload: the zygote died while it imported this"),
+        ("import os; os._exit(1)", "preload: the zygote died while importing this"),
         ("raise ValueError('no')", "preload: ValueError: no"),
         (
             "import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()",

@@ -286,7 +286,7 @@ async def test_a_replaced_file_of_the_system_is_found_again(tmp_path: Path) -> N
     file.with_name("new").write_text("new")
     file.with_name("new").rename(file)
     # The rules that were prepared before are still there, as where no run has started for long.
-    sandbox._looked_at -= 60.0
+    sandbox._checked_at -= 60.0
 
     assert read_under(sandbox, file, tmp_path) == "new"
 
