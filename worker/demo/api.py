@@ -65,7 +65,9 @@ class ChatEndpoint:
 
     async def _complete(self, request: Request) -> Response:
         try:
-            self._check_key(request.headers.get("authorization", ""))
+            expected, given = f"Bearer {self._api_key}", request.headers.get("authorization", "")
+            if not secrets.compare_digest(given.encode(), expected.encode()):
+                raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
             return JSONResponse(self._answer(await request.json()))
         except Refusal as refusal:
             self.refused += 1
@@ -73,32 +75,20 @@ class ChatEndpoint:
         except ValueError:
             return Refusal("the body is not JSON", code="invalid_json").as_response()
 
-    def _check_key(self, authorization: str) -> None:
-        expected = f"Bearer {self._api_key}"
-        if not secrets.compare_digest(authorization.encode(), expected.encode()):
-            raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
-
     def _answer(self, body: Any) -> dict[str, Any]:
         model, limit, messages = check_request(body)
         self.models[model] += 1
         words = summarise(messages).split(" ")
         prompt = sum(len(message["content"].split()) for message in messages)
+        used = min(len(words), limit)
+        reply = {"role": "assistant", "content": " ".join(words[:limit])}
+        reason = "stop" if len(words) <= limit else "length"
         return {
             "id": f"chatcmpl-{secrets.token_hex(8)}",
             "object": "chat.completion",
             "model": model,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": " ".join(words[:limit])},
-                    "finish_reason": "stop" if len(words) <= limit else "length",
-                }
-            ],
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": min(len(words), limit),
-                "total_tokens": prompt + min(len(words), limit),
-            },
+            "choices": [{"index": 0, "message": reply, "finish_reason": reason}],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": used, "total_tokens": prompt + used},
         }
 
 
@@ -106,17 +96,15 @@ def check_request(body: Any) -> tuple[str, int, list[dict[str, str]]]:
     """The model, word limit and messages of a request; raises Refusal."""
     if not isinstance(body, dict):
         raise Refusal("the body must be an object", code="invalid_type")
-    model, messages = body.get("model"), body.get("messages")
-    limit = body.get("max_tokens", 1000)
+    model, messages, limit = body.get("model"), body.get("messages"), body.get("max_tokens", 1000)
     if not isinstance(model, str) or not model:
         raise Refusal("model must be text", code="invalid_model")
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise Refusal("max_tokens must be a whole number above 0", code="invalid_max_tokens")
     if not isinstance(messages, list) or not messages:
         raise Refusal("messages must be a list that is not empty", code="invalid_messages")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise Refusal("each message needs role and content", code="invalid_messages")
+    if not all(isinstance(each, dict) and isinstance(each.get("content"), str) for each in messages):
+        raise Refusal("each message needs role and content", code="invalid_messages")
     return model, limit, messages
 
 

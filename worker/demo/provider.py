@@ -58,10 +58,6 @@ class KeyRotation:
         self._keys = [SigningKey.make()]
         self._foreign: SigningKey | None = None
 
-    @property
-    def current(self) -> SigningKey:
-        return self._keys[-1]
-
     def rotate(self, *, publish: bool = True, retire: bool = False) -> str:
         """Sign with a new key from now on, and return its kid.
 
@@ -81,17 +77,17 @@ class KeyRotation:
 
     def sign(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
         """An RS256 token with these claims, signed by the current key."""
-        return self._encode(claims, self.current.private, typ)
+        return self._encode(claims, self._keys[-1], typ)
 
     def forge(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
         """The same with the current kid, but signed by a key that is never published."""
         if self._foreign is None:
             self._foreign = SigningKey.make(published=False)
-        return self._encode(claims, self._foreign.private, typ)
+        return self._encode(claims, self._foreign, typ)
 
-    def _encode(self, claims: Mapping[str, Any], key: rsa.RSAPrivateKey, typ: str) -> str:
-        headers = {"kid": self.current.kid, "typ": typ}
-        return jwt.encode(dict(claims), key, algorithm="RS256", headers=headers)
+    def _encode(self, claims: Mapping[str, Any], key: SigningKey, typ: str) -> str:
+        headers = {"kid": self._keys[-1].kid, "typ": typ}
+        return jwt.encode(dict(claims), key.private, algorithm="RS256", headers=headers)
 
 
 FLAG_TYPES = {bool: "b", int: "i", float: "i"}
@@ -239,10 +235,6 @@ class Provider:
         else:
             self.faults[client_id] = fault
 
-    def counts(self) -> dict[str, Any]:
-        """The number of requests to each endpoint, and to the token endpoint by each client."""
-        return {"requests": dict(self.requests), "token_requests": dict(self.token_requests)}
-
     def asgi(self) -> Starlette:
         return Starlette(
             routes=[
@@ -388,8 +380,9 @@ def control_routes(provider: Provider) -> list[Route]:
     """
 
     async def show(request: Request) -> Response:
+        counts = {"requests": dict(provider.requests), "token_requests": dict(provider.token_requests)}
         kids = [key["kid"] for key in provider.keys.as_jwks()["keys"]]
-        return JSONResponse(provider.counts() | {"kids": kids})
+        return JSONResponse(counts | {"kids": kids})
 
     async def put_application(request: Request) -> Response:
         data = await read_object(request) | {"client_id": request.path_params["client_id"]}

@@ -10,26 +10,25 @@ import json
 import os
 import secrets
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.clock import Clock, SystemClock
+from worker.clock import Clock, SystemClock, to_text
 from worker.demo.api import CustomerApi
 from worker.demo.provider import Application, Fault, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.demo.story import COLUMNS, Journal, Narrator, line_of, say
 from worker.guard import Guard
 
 AUDIENCE = "https://api.demo.example"
 FLAG = "agent-v2"
 POLL = 0.05
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +44,9 @@ class Org:
         return self.application.org_code
 
     def as_import_line(self) -> str:
+        credential = {"client_id": self.application.client_id, "client_secret": self.stored_secret}
         return json.dumps(
-            {
-                "code": self.code,
-                "name": self.name,
-                "issuer": "main",
-                "client_id": self.application.client_id,
-                "client_secret": self.stored_secret,
-                "tags": ["demo"],
-            }
+            {"code": self.code, "name": self.name, "issuer": "main", "tags": ["demo"], **credential}
         )
 
 
@@ -122,7 +115,7 @@ params = {{ knowledge_base = "{api_url}", chat = "{api_url}" }}
     )
 
 
-class Stage:
+class Installation:
     """The folder of one demo: its files, its environment and its worker."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -132,14 +125,14 @@ class Stage:
         self.log = folder / "worker.log"
         self._environment = environment
 
-    def command(self, *arguments: str) -> list[str]:
+    def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
 
     def run(self, *arguments: str) -> None:
         """Run one command; its failure ends the demo."""
         say(f"$ python -m worker {' '.join(Path(item).name for item in arguments)}")
         done = subprocess.run(
-            self.command(*arguments),
+            self._command(*arguments),
             env=self._environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -147,13 +140,13 @@ class Stage:
             check=False,
         )
         if done.returncode:
-            raise StageError(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
+            raise DemoFailed(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         # In its own session, so that Ctrl-C reaches only this process, which then drains the worker.
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self.command("run"),
+                self._command("run"),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -162,28 +155,160 @@ class Stage:
             )
 
 
-class StageError(Exception):
+class DemoFailed(Exception):
     """A command of the demo failed, or its worker ended unexpectedly."""
 
 
-def run(seconds: float | None = None, *, clock: Clock | None = None) -> int:
+# Polling `run_view` would miss states that last a few milliseconds, so triggers write a journal.
+JOURNAL = """
+CREATE TABLE demo_changes (
+    seq INTEGER PRIMARY KEY, run_id TEXT NOT NULL, definition_id TEXT NOT NULL,
+    state TEXT NOT NULL, reason TEXT, detail TEXT
+);
+CREATE TRIGGER demo_run_made AFTER INSERT ON live_runs BEGIN
+    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
+    VALUES (NEW.id, NEW.definition_id, CASE NEW.state WHEN 'held' THEN 'waiting' ELSE NEW.state END,
+            CASE NEW.state WHEN 'held' THEN 'held' ELSE NEW.reason END, NEW.detail);
+END;
+CREATE TRIGGER demo_run_moved AFTER UPDATE ON live_runs
+WHEN OLD.state IS NOT NEW.state
+     OR NEW.state = 'waiting' AND (OLD.reason IS NOT NEW.reason OR OLD.detail IS NOT NEW.detail) BEGIN
+    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
+    VALUES (NEW.id, NEW.definition_id, NEW.state,
+            CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.reason END,
+            CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.detail END);
+END;
+CREATE TRIGGER demo_run_ended AFTER UPDATE ON runs WHEN OLD.state IS NOT NEW.state BEGIN
+    INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
+    VALUES (NEW.id, NEW.definition_id, NEW.state, NEW.reason, NEW.detail);
+END;
+"""
+
+READ_CHANGES = """
+SELECT c.seq, c.run_id, o.code, d.name, c.state, c.reason, c.detail
+FROM demo_changes c JOIN definitions d ON d.id = c.definition_id JOIN orgs o ON o.id = d.org_id
+WHERE c.seq > ? ORDER BY c.seq
+"""
+
+LAST_ATTEMPT = """
+SELECT handler, handler_started_at IS NOT NULL FROM attempts
+WHERE run_id = ? ORDER BY attempt DESC LIMIT 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A run entered a state."""
+
+    run_id: str
+    org: str
+    definition: str
+    state: str
+    reason: str | None
+    detail: str | None
+
+
+class Journal:
+    """Creates the journal in a migrated SQLite file, and reads each change once."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, timeout=5, isolation_level=None)
+        self._connection.executescript(JOURNAL)
+        self._seq = 0
+
+    def read(self) -> list[Change]:
+        """The changes since the last call."""
+        rows = self._connection.execute(READ_CHANGES, (self._seq,)).fetchall()
+        if rows:
+            self._seq = rows[-1][0]
+        return [Change(*row[1:]) for row in rows]
+
+    def last_attempt(self, run_id: str) -> tuple[str, bool] | None:
+        """The handler of the last attempt, and whether it was started."""
+        row = self._connection.execute(LAST_ATTEMPT, (run_id,)).fetchone()
+        return (row[0], bool(row[1])) if row else None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class Narrator:
+    """Prints each change of a run's state, and explains it once for each org."""
+
+    def __init__(self, journal: Journal, clock: Clock, started: float) -> None:
+        self._journal = journal
+        self._clock = clock
+        self._started = started
+        self._explained: set[tuple[str, str, str | None]] = set()
+        self._ends: Counter[tuple[str, str]] = Counter()
+        self._latest: dict[str, Change] = {}
+        self._succeeded = False
+
+    def narrate(self) -> None:
+        for change in self._journal.read():
+            at = to_text(self._clock.now())[:-4] + "Z"
+            print_line(at, change.org, change.definition, change.state, change.reason, change.detail)
+            self._latest[change.org] = change
+            if change.state not in ("waiting", "running"):
+                self._ends[change.org, change.state] += 1
+            key = (change.org, change.state, change.reason)
+            if key not in self._explained:
+                self._explained.add(key)
+                self._explain(change)
+
+    def _explain(self, change: Change) -> None:
+        handler, handler_started = self._journal.last_attempt(change.run_id) or ("", False)
+        if change.state == "succeeded":
+            if not self._succeeded:
+                self._succeeded = True
+                elapsed = self._clock.monotonic() - self._started
+                say(f"the first run succeeded {elapsed:.1f} s after the worker's start")
+            which = "on: the new agent" if handler.endswith("_v2") else "off: the old agent"
+            say(f"{change.org}: the flag agent-v2 is {which}, {handler}, answered")
+        elif change.state == "refused":
+            began = "was started" if handler_started else "was not started"
+            say(f"{change.org}: the provider returned a token of another org; the handler {began}")
+        elif change.reason == "no_token":
+            say(f"{change.org}: the provider no longer takes its secret; its runs wait. To fix this:")
+            command = f"credentials add {change.org} --client-id m2m-{change.org} --secret-file FILE"
+            say(f"    python -m worker {command}")
+
+    def sum_up(self) -> None:
+        """Print the outcomes of each org's runs, or the state of its latest run if none has ended."""
+        for org, latest in sorted(self._latest.items()):
+            ends = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
+            say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
+
+
+def say(text: str) -> None:
+    print(f"# {text}", flush=True)
+
+
+def print_line(
+    time: str, org: str, definition: str, state: str, reason: str | None, detail: str | None
+) -> None:
+    flat = " ".join((detail or "-").split())
+    print(f"{time:<24}  {org:<12}  {definition:<14}  {state:<9}  {reason or '-':<16}  {flat}", flush=True)
+
+
+def run(seconds: float | None = None) -> int:
     """Run the demo for `seconds`, or until Ctrl-C; returns the process exit code."""
-    clock = clock or SystemClock()
-    ends_at = None if seconds is None else clock.monotonic() + seconds
-    with stopping_on_signals() as stop:
-        try:
-            with ExitStack() as stack:
-                play(stack, stop, ends_at, clock)
-        except StageError as error:
-            if stop.is_set():  # Ctrl-C interrupted a command
-                return 0
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        with ExitStack() as stack:
+            play(stack, stop, seconds, SystemClock())
+    except DemoFailed as error:
+        if not stop.is_set():  # else Ctrl-C interrupted a command
             print(f"demo: {error}", file=sys.stderr, flush=True)
             return 1
     return 0
 
 
-def play(stack: ExitStack, stop: threading.Event, ends_at: float | None, clock: Clock) -> None:
+def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: Clock) -> None:
     """Set up the demo, start the worker and print what it does."""
+    ends_at = None if seconds is None else clock.monotonic() + seconds
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-demo-")))
     orgs = make_orgs()
     provider, provider_thread = serve_provider()
@@ -197,28 +322,27 @@ def play(stack: ExitStack, stop: threading.Event, ends_at: float | None, clock: 
     listener = bind_loopback()
     api_url = url_of(listener)
     stack.enter_context(ServerThread(api.asgi(), listener))
-    stage = Stage(folder, clean_environment() | {"ASSISTANT_API_KEY": chat_key})
+    installation = Installation(folder, clean_environment() | {"ASSISTANT_API_KEY": chat_key})
     org_lines, definitions = folder / "orgs.jsonl", folder / "demo.toml"
-    stage.settings.write_text(settings_file(stage.database, provider.url, api_url))
+    installation.settings.write_text(settings_file(installation.database, provider.url, api_url))
     org_lines.write_text("".join(f"{org.as_import_line()}\n" for org in orgs))
     definitions.write_text(definitions_file(orgs, api_url))
     say(f"a development provider at {provider.url}, a customer API at {api_url}")
-    stage.run("db", "upgrade")
-    journal = Journal(str(stage.database))
+    installation.run("db", "upgrade")
+    journal = Journal(installation.database)
     stack.callback(journal.close)
-    journal.install()
-    stage.run("orgs", "import", str(org_lines))
-    stage.run("apply", str(definitions))
+    installation.run("orgs", "import", str(org_lines))
+    installation.run("apply", str(definitions))
     say("$ python -m worker run")
-    print(line_of(*COLUMNS), flush=True)
+    print_line("time", "org", "definition", "state", "reason", "detail")
     started = clock.monotonic()
-    worker = stage.start_worker()
+    worker = installation.start_worker()
     stack.callback(end_worker, worker)
     narrator = Narrator(journal, clock, started)
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):
         narrator.narrate()
         if worker.poll() is not None:
-            raise StageError(f"the worker ended with {worker.returncode}\n{tail(stage.log)}")
+            raise DemoFailed(f"the worker ended with {worker.returncode}\n{tail(installation.log)}")
         stop.wait(POLL)
     say("stopping: the worker drains")
     end_worker(worker)
@@ -248,15 +372,3 @@ def end_worker(worker: subprocess.Popen[bytes]) -> None:
 
 def tail(log: Path, lines: int = 20) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set; restores their handlers at the end."""
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

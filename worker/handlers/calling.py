@@ -10,7 +10,7 @@ from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers import denials
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import BlockingContext, Context, finish
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
@@ -38,10 +38,11 @@ TOKEN_PAUSE = timedelta(seconds=30)
 _OURS = str(Path(__file__).parent.parent)
 
 
-async def call(job: Job, ctx: Context[Any, Any]) -> Outcome:
-    """Await an async handler. SystemExit propagates; everything else becomes an outcome."""
+async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> Outcome:
+    """Call a handler, await it if it is async. SystemExit propagates; everything else becomes an outcome."""
     try:
-        return outcome_of(await job(ctx))
+        result = job(ctx)
+        return outcome_of(await result if job.is_async else result)
     except SystemExit:
         raise
     except BaseException as error:
@@ -49,13 +50,8 @@ async def call(job: Job, ctx: Context[Any, Any]) -> Outcome:
 
 
 def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
-    """The same for a handler that blocks."""
-    try:
-        return outcome_of(job(ctx))
-    except SystemExit:
-        raise
-    except BaseException as error:
-        return outcome_of_error(error)
+    """The same without an event loop, for a handler that blocks."""
+    return finish(call(job, ctx))
 
 
 def outcome_of(result: Any) -> Outcome:

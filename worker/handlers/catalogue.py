@@ -174,11 +174,7 @@ class _Reader:
 
 
 def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The declaration that a child printed, validated: it ran the plug-in's code, so it may print anything.
-
-    Raises:
-        ValueError: it is not what `describe` prints, or a schema is too large or too deep.
-    """
+    """Validate what a child printed; raises ValueError. Plug-in code may have printed anything."""
     if described.keys() != _FIELDS.keys():
         raise ValueError(_FORGED)
     for name, kinds in _FIELDS.items():

@@ -30,32 +30,28 @@ CLIENTS = frozenset({"http", "public_http"})
 Granted = tuple[AccessToken, Claims]
 
 
-class WorkerPort(Protocol):
+class _ReportsProgress(Protocol):
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+
+class WorkerPort(_ReportsProgress, Protocol):
     """How a context reaches the worker from an event loop."""
 
     async def save(self, data_json: str) -> None: ...
 
     async def token(self, *, fresh: bool) -> Granted: ...
 
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
 
-
-class BlockingWorkerPort(Protocol):
+class BlockingWorkerPort(_ReportsProgress, Protocol):
     """The same for a handler that blocks."""
 
     def save(self, data_json: str) -> None: ...
 
     def token(self, *, fresh: bool) -> Granted: ...
 
-    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
-
 
 def finish(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, without an event loop, so that blocking code can share it.
-
-    Raises:
-        RuntimeError: it suspended.
-    """
+    """Run a coroutine that never suspends, without an event loop, so that blocking code can share it."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -80,23 +76,9 @@ class HeldToken:
         margin = min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
         return self._clock.now() >= self.token.expires_at - margin
 
-    def take(self, renewed: Granted) -> AccessToken:
+    def take(self, renewed: Granted) -> None:
         """Store a renewed token with its claims."""
         self.token, self.claims = renewed
-        return self.token
-
-
-class TokenSource:
-    """Returns the run's token, renewed before it expires."""
-
-    def __init__(self, held: HeldToken, renew: Callable[[bool], Awaitable[Granted]]) -> None:
-        self._held = held
-        self._renew = renew
-
-    async def token(self, *, fresh: bool = False) -> AccessToken:
-        if fresh or self._held.stale:
-            return self._held.take(await self._renew(fresh))
-        return self._held.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +197,9 @@ class _Shared(Generic[P, S]):
     log: logging.Logger
     """Writes to the run's log, as `logging` and `print` do."""
 
-    def __init__(self, given: Given[P, S], port: WorkerPort | BlockingWorkerPort) -> None:
+    def __init__(
+        self, given: Given[P, S], port: _ReportsProgress, renew: Callable[[bool], Awaitable[Granted]]
+    ) -> None:
         self.org = given.org
         self.run = given.run
         self.params = given.params
@@ -225,6 +209,7 @@ class _Shared(Generic[P, S]):
         self.log = given.log
         self._given = given
         self._progress = port.progress
+        self._renew = renew
 
     @property
     def claims(self) -> Claims:
@@ -240,6 +225,12 @@ class _Shared(Generic[P, S]):
         check_progress(done, total)
         self._progress(done, total, None if note is None else clean(note, NOTE_LIMIT))
 
+    async def _token(self, fresh: bool = False) -> AccessToken:
+        held = self._given.held
+        if fresh or held.stale:
+            held.take(await self._renew(fresh))
+        return held.token
+
 
 class Context(_Shared[P, S]):
     """What an async handler may use: its org's run, token and API, and nothing of another org.
@@ -254,18 +245,17 @@ class Context(_Shared[P, S]):
         cancelled: Cancellation,
         transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
     ) -> None:
-        super().__init__(given, port)
+        super().__init__(given, port, lambda fresh: port.token(fresh=fresh))
         self.cancelled = cancelled
         self._port = port
         self._transports = transports or {}
-        self._source = TokenSource(given.held, lambda fresh: port.token(fresh=fresh))
 
     @cached_property
     def http(self) -> httpx.AsyncClient:
         """An httpx client that sends the org's token only to the issuer's `api_origins`."""
         from worker.handlers.http import org_client
 
-        return org_client(self._given, self._source, self._transports.get("http"))
+        return org_client(self._given, self._token, self._transports.get("http"))
 
     @cached_property
     def public_http(self) -> httpx.AsyncClient:
@@ -274,11 +264,11 @@ class Context(_Shared[P, S]):
         from worker.handlers.public_http import PublicTransport
 
         transport = self._transports.get("public_http") or PublicTransport(self._given.trusted_origins)
-        return org_client(self._given, self._source, transport)
+        return org_client(self._given, self._token, transport)
 
     async def token(self) -> AccessToken:
         """The org's token, renewed before it expires; `.reveal()` returns its text."""
-        return await self._source.token()
+        return await self._token()
 
     async def save(self, data: Any) -> None:
         """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
@@ -298,22 +288,20 @@ class BlockingContext(_Shared[P, S]):
         cancelled: BlockingCancellation,
         transports: Mapping[str, httpx.BaseTransport] | None = None,
     ) -> None:
-        super().__init__(given, port)
-        self.cancelled = cancelled
-        self._port = port
-        self._transports = transports or {}
-
         async def renew(fresh: bool) -> Granted:
             return port.token(fresh=fresh)
 
-        self._source = TokenSource(given.held, renew)
+        super().__init__(given, port, renew)
+        self.cancelled = cancelled
+        self._port = port
+        self._transports = transports or {}
 
     @cached_property
     def http(self) -> httpx.Client:
         """An httpx client that sends the org's token only to the issuer's `api_origins`."""
         from worker.handlers.http import blocking_org_client
 
-        return blocking_org_client(self._given, self._source, self._transports.get("http"))
+        return blocking_org_client(self._given, self._token, self._transports.get("http"))
 
     @cached_property
     def public_http(self) -> httpx.Client:
@@ -323,17 +311,14 @@ class BlockingContext(_Shared[P, S]):
 
         transport = self._transports.get("public_http")
         transport = transport or BlockingPublicTransport(self._given.trusted_origins)
-        return blocking_org_client(self._given, self._source, transport)
+        return blocking_org_client(self._given, self._token, transport)
 
     def token(self) -> AccessToken:
-        """The org's token, renewed before it expires; `.reveal()` returns its text."""
-        return finish(self._source.token())
+        """As `Context.token`."""
+        return finish(self._token())
 
     def save(self, data: Any) -> None:
-        """Store a checkpoint of at most 1 MiB of JSON; the next attempt gets it as `ctx.checkpoint`.
-
-        Returns once it is durable. Fails if another worker has taken the run over.
-        """
+        """As `Context.save`."""
         self._port.save(to_json_text(data, "checkpoint"))
 
 

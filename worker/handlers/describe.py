@@ -19,11 +19,7 @@ from worker.handlers.job import Job
 
 
 def offer_of(job: Job) -> dict[str, Any]:
-    """A handler's declaration, as fields of its catalogue entry.
-
-    Raises:
-        ValueError: its timeout or memory is invalid, or a model has no JSON Schema.
-    """
+    """A handler's declaration, as fields of its catalogue entry; raises ValueError if it is invalid."""
     if job.timeout is not None:
         parse_duration(job.timeout)
     if job.memory is not None:

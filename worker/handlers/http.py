@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from functools import cache
 from typing import Any
 
 import httpx
 
+from worker.claims.claims import AccessToken
 from worker.definitions.origins import is_loopback
-from worker.handlers.context import Given, TokenSource, finish
+from worker.handlers.context import Given, finish
 
 Origin = tuple[str, str, int | None]
+# Returns the run's token; a new one if the argument is true.
+TokenSource = Callable[[bool], Awaitable[AccessToken]]
 
 _PORTS = {"http": 80, "https": 443}
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
@@ -36,7 +39,7 @@ class OrgAuth(httpx.Auth):
     A 401 mints a fresh token, once per request.
     """
 
-    def __init__(self, given: Given[Any, Any], source: TokenSource) -> None:
+    def __init__(self, given: Given[Any, Any], token: TokenSource) -> None:
         insecure = frozenset(map(origin_of, given.insecure_origins))
         # Configuration already refuses an unencrypted origin; this is the second line of defence.
         self._origins = frozenset(
@@ -44,7 +47,7 @@ class OrgAuth(httpx.Auth):
             for origin in map(origin_of, given.api_origins)
             if origin[0] == "https" or is_loopback(origin[1]) or origin in insecure
         )
-        self._source = source
+        self._token = token
         self._sent: set[str] = set()
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
@@ -73,7 +76,7 @@ class OrgAuth(httpx.Auth):
             finish(flow.aclose())
 
     async def _authorize(self, request: httpx.Request, *, fresh: bool = False) -> str:
-        header = f"Bearer {(await self._source.token(fresh=fresh)).reveal()}"
+        header = f"Bearer {(await self._token(fresh)).reveal()}"
         self._sent.add(header)
         request.headers["Authorization"] = header
         return header
@@ -91,35 +94,25 @@ class OrgAuth(httpx.Auth):
 
 
 def org_client(
-    given: Given[Any, Any], source: TokenSource, transport: httpx.AsyncBaseTransport | None = None
+    given: Given[Any, Any], token: TokenSource, transport: httpx.AsyncBaseTransport | None
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
-    auth = OrgAuth(given, source)
-    return httpx.AsyncClient(
-        auth=auth,
-        headers=_headers(given),
-        event_hooks={"request": [auth.async_strip]},
-        timeout=_TIMEOUT,
-        verify=tls_context(),
-        transport=transport,
-    )
+    auth = OrgAuth(given, token)
+    hooks = {"request": [auth.async_strip]}
+    return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, **_options(given))
 
 
 def blocking_org_client(
-    given: Given[Any, Any], source: TokenSource, transport: httpx.BaseTransport | None = None
+    given: Given[Any, Any], token: TokenSource, transport: httpx.BaseTransport | None
 ) -> httpx.Client:
     """The same for a handler that blocks."""
-    auth = OrgAuth(given, source)
-    return httpx.Client(
-        auth=auth,
-        headers=_headers(given),
-        event_hooks={"request": [auth.strip]},
-        timeout=_TIMEOUT,
-        verify=tls_context(),
-        transport=transport,
-    )
+    auth = OrgAuth(given, token)
+    hooks = {"request": [auth.strip]}
+    return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, **_options(given))
 
 
-def _headers(given: Given[Any, Any]) -> dict[str, str]:
+def _options(given: Given[Any, Any]) -> dict[str, Any]:
     headers = {"Idempotency-Key": given.run.idempotency_key}
-    return headers if given.traceparent is None else headers | {"traceparent": given.traceparent}
+    if given.traceparent is not None:
+        headers["traceparent"] = given.traceparent
+    return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context()}

@@ -15,23 +15,26 @@ DEEPEST = 200
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
+_SURROGATE = "the {} contains a lone surrogate, which is not valid text"
+_TOO_DEEP = f"the {{}} nests more than {DEEPEST} levels, or contains itself"
+
+
 class NotStorable(ValueError):
-    """A value that a JSON column cannot store; the message says why, without the value."""
+    """A value that is not JSON, too large or too deep, or contains a NUL or a lone surrogate.
+
+    The message says why, without the value.
+    """
 
 
 def to_json_text(value: Any, what: str) -> str:
-    """The value as compact JSON text of at most 1 MiB; pydantic models are dumped. `what` names it.
-
-    Raises:
-        NotStorable: not JSON, NaN or infinite, a lone surrogate, a NUL, too large or nested too deeply.
-    """
+    """The value as compact JSON text of at most 1 MiB; pydantic models are dumped; raises NotStorable."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_dumped)
         text.encode()
     except UnicodeEncodeError:
-        raise NotStorable(f"the {what} contains a lone surrogate, which is not valid text") from None
+        raise NotStorable(_SURROGATE.format(what)) from None
     except RecursionError:
-        raise NotStorable(_too_deep(what)) from None
+        raise NotStorable(_TOO_DEEP.format(what)) from None
     except (TypeError, ValueError) as error:
         raise NotStorable(f"the {what} is not JSON: {_reason(error)}") from None
     _check_size(text, what)
@@ -41,18 +44,14 @@ def to_json_text(value: Any, what: str) -> str:
 
 
 def check_json_text(text: str, what: str) -> None:
-    """Refuse text that `to_json_text` would not write: a run's process may send anything.
-
-    Raises:
-        NotStorable: it is too large, not JSON, nested too deeply, or holds a NUL or a lone surrogate.
-    """
+    """Raise NotStorable for text that `to_json_text` would not write: a run's process may send anything."""
     _check_size(text, what)
     value = _value(text, what)
     try:
         # A surrogate may be escaped.
         (json.dumps(value, ensure_ascii=False) if "\\u" in text else text).encode()
     except UnicodeEncodeError:
-        raise NotStorable(f"the {what} contains a lone surrogate, which is not valid text") from None
+        raise NotStorable(_SURROGATE.format(what)) from None
 
 
 def _check_size(text: str, what: str) -> None:
@@ -68,16 +67,12 @@ def _value(text: str, what: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_no_constant)
     except RecursionError:
-        raise NotStorable(_too_deep(what)) from None
+        raise NotStorable(_TOO_DEEP.format(what)) from None
     except ValueError:
         raise NotStorable(f"the {what} is not JSON") from None
     if depth_of(value) > DEEPEST:
-        raise NotStorable(_too_deep(what))
+        raise NotStorable(_TOO_DEEP.format(what))
     return value
-
-
-def _too_deep(what: str) -> str:
-    return f"the {what} nests more than {DEEPEST} levels, or contains itself"
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -30,11 +30,7 @@ class SettingsInvalid(Exception):
 
 
 def load(entry_point: str) -> Job:
-    """Import the handler that `module:attribute` names. Runs the plug-in's own code.
-
-    Raises:
-        HandlerMissing: there is no such module or attribute, or it is not a `@job`.
-    """
+    """Import the handler that `module:attribute` names; raises HandlerMissing. Runs the plug-in's code."""
     module, _, attribute = entry_point.partition(":")
     try:
         found: Any = import_module(module)
@@ -52,8 +48,7 @@ def load(entry_point: str) -> Job:
 def read_params(job: Job, params: Mapping[str, Any]) -> Any:
     """The params as the handler's model, in strict mode; a plain mapping if it declares none.
 
-    Raises:
-        ParamsInvalid: names the param and the rule.
+    Raises ParamsInvalid with the param and the rule.
     """
     if job.params is None:
         return dict(params)
@@ -73,8 +68,7 @@ def read_params(job: Job, params: Mapping[str, Any]) -> Any:
 def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
     """The token's properties over the model's defaults. Text is coerced, since providers store mostly text.
 
-    Raises:
-        SettingsInvalid: names the property and the rule, never the value.
+    Raises SettingsInvalid with the property and the rule, never the value.
     """
     if job.settings is None:
         return dict(properties)

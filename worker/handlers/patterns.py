@@ -48,11 +48,7 @@ class Pattern:
     """A compiled pattern. Its cost is known before it is compiled."""
 
     def __init__(self, text: str, cost: Cost) -> None:
-        """Compile the pattern.
-
-        Raises:
-            UnusablePattern: it does not compile.
-        """
+        """Compile the pattern; raises UnusablePattern if that fails."""
         self._states = cost.states
         try:
             self._validator = SchemaValidator(core_schema.str_schema(pattern=text, regex_engine="rust-regex"))
@@ -71,12 +67,9 @@ class Pattern:
 
 
 def cost_of(text: str) -> Cost:
-    """Estimate the cost of a pattern from its text. The engine refuses what this does not understand.
+    """Estimate the cost of a pattern that the engine accepts; raises UnusablePattern.
 
     Counted repetitions multiply: `(a{100}){100}` has 10,000 states in 13 characters.
-
-    Raises:
-        UnusablePattern: it is too long, or its cost cannot be estimated.
     """
     if len(text) > LONGEST:
         raise UnusablePattern(f"it is longer than {LONGEST} characters")

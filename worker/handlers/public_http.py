@@ -12,7 +12,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpcore
 import httpx
@@ -30,7 +30,6 @@ MOST_ADDRESSES = 4
 # (host, port) -> its addresses, the best first; raises OSError or ValueError.
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 BlockingResolve = Callable[[str, int], list[str]]
-SocketOptions = Iterable[httpcore.SOCKET_OPTION] | None
 
 # Addresses that are not public, by IANA's registries (RFC 6890), one kind a line. The first match counts.
 _SPECIAL = [
@@ -83,11 +82,7 @@ def kind_of(address: str) -> str | None:
 
 
 def check_addresses(url: httpx.URL, addresses: Iterable[str]) -> None:
-    """Check the addresses of a URL's host.
-
-    Raises:
-        AddressRefused: one of them is not public; the next answer may consist of that one.
-    """
+    """Raise AddressRefused if one address is not public: the next DNS answer may consist of that one."""
     try:
         _check(addresses)
     except _NotPublic as error:
@@ -175,12 +170,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
         self._resolve = resolve
 
     async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: SocketOptions = None,
+        self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> httpcore.AsyncNetworkStream:
         async def resolve() -> list[str]:
             try:
@@ -190,7 +180,7 @@ class _PublicNetwork(httpcore.AsyncNetworkBackend):
                 raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from None
 
         async def connect(address: str, seconds: float | None) -> httpcore.AsyncNetworkStream:
-            return await self._network.connect_tcp(address, port, seconds, local_address, socket_options)
+            return await self._network.connect_tcp(address, port, seconds, *args, **kwargs)
 
         return await _connect(host, timeout, resolve, connect)
 
@@ -203,18 +193,13 @@ class _BlockingPublicNetwork(httpcore.NetworkBackend):
         self._resolve = resolve
 
     def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: SocketOptions = None,
+        self, host: str, port: int, timeout: float | None = None, *args: Any, **kwargs: Any
     ) -> httpcore.NetworkStream:
         async def resolve() -> list[str]:
             return self._resolve(host, port)
 
         async def connect(address: str, seconds: float | None) -> httpcore.NetworkStream:
-            return self._network.connect_tcp(address, port, seconds, local_address, socket_options)
+            return self._network.connect_tcp(address, port, seconds, *args, **kwargs)
 
         return finish(_connect(host, timeout, resolve, connect))
 

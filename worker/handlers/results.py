@@ -46,11 +46,7 @@ class PermanentError(Exception):
 
 
 def as_timedelta(duration: Duration) -> timedelta:
-    """Convert a timedelta, seconds, or text such as `5m`.
-
-    Raises:
-        ValueError: it is negative, longer than a hundred years, or not a duration.
-    """
+    """Convert a timedelta, seconds, or text such as `5m`; raises ValueError."""
     if isinstance(duration, str):
         span = parse_duration(duration)
     elif isinstance(duration, timedelta):

@@ -54,11 +54,7 @@ class TooCostly(Exception):
 
 
 def check_schema(schema: object, what: str) -> None:
-    """Refuse a schema that no real model has. `what` names it in the message.
-
-    Raises:
-        ValueError: it is not an object, too large, nested too deeply, or not storable.
-    """
+    """Raise ValueError for a schema that is not an object, too large, too deep, or not storable."""
     if not isinstance(schema, Mapping):
         raise ValueError(f"the {what} is not an object")
     try:
@@ -111,11 +107,7 @@ class Schema:
             yield Unchecked("(the rest)", "there are too many patterns to look at")
 
     def pattern(self, text: str, spend: Callable[[int], None]) -> Pattern:
-        """Compile a pattern, or return it from the cache.
-
-        Raises:
-            UnusablePattern: the engine does not support it.
-        """
+        """Compile a pattern, or return it from the cache; raises UnusablePattern."""
         found = self._patterns.get(text)
         if found is None:
             found = self._patterns[text] = self._compiled(text, spend)
@@ -141,11 +133,7 @@ class Schema:
         return found
 
     def target(self, reference: object) -> Any:
-        """The subschema that a local `$ref` refers to.
-
-        Raises:
-            LookupError: it refers to another document, or to nothing.
-        """
+        """The subschema that a local `$ref` refers to; raises LookupError."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise LookupError("it names another document, and nothing is fetched")
         pointer = unquote(reference[1:])

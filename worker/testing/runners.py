@@ -154,11 +154,7 @@ class InProcess:
 
 @asynccontextmanager
 async def in_child(jobs: Mapping[str, Job], clock: Clock) -> AsyncIterator[Runner]:
-    """The worker's runner of child processes.
-
-    Raises:
-        UsageError: a child process could not import the handler.
-    """
+    """The worker's runner of child processes; raises UsageError if they could not import a handler."""
     for entry_point, job in jobs.items():
         try:
             found: Job | None = load(entry_point)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine
 
-from worker.demo.story import Journal
+from worker.demo.run import Journal
 from worker.store.tables import metadata
 
 NEW_RUN = """
@@ -52,8 +52,7 @@ def database(path: str) -> Iterator[sqlite3.Connection]:
 
 @pytest.fixture
 def journal(path: str) -> Iterator[Journal]:
-    journal = Journal(path)
-    journal.install()
+    journal = Journal(Path(path))
     yield journal
     journal.close()
 

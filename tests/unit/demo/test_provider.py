@@ -167,7 +167,7 @@ async def test_a_fault_of_one_client_leaves_the_others_alone(http, provider):
 
 
 async def test_keys_rotate_and_may_be_published_late(http, provider):
-    first = provider.keys.current.kid
+    first = provider.keys.as_jwks()["keys"][0]["kid"]
     second = provider.keys.rotate(publish=False)
 
     before = (await http.get("/.well-known/jwks")).json()["keys"]
@@ -185,10 +185,7 @@ async def test_requests_are_counted_for_each_client(http, provider):
     await ask(http, client_secret="wrong")
     await http.get("/.well-known/jwks")
 
-    assert provider.counts() == {
-        "requests": {"token": 2, "jwks": 1},
-        "token_requests": {"acme": 2},
-    }
+    assert (provider.requests, provider.token_requests) == ({"token": 2, "jwks": 1}, {"acme": 2})
 
 
 async def test_another_process_can_set_faults_and_applications(http, provider):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from worker.demo.story import Change, Narrator
+from worker.demo.run import Change, Narrator
 
 
 class FakeJournal:

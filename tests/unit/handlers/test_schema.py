@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated, Any, Literal
 
@@ -70,16 +71,12 @@ SCHEMAS = st.recursive(LEAVES, _larger, max_leaves=6)
 @given(st.tuples(SCHEMAS, SCHEMAS, SCHEMAS), VALUES)
 def test_it_agrees_with_the_reference_implementation(parts: tuple[Any, Any, Any], value: Any) -> None:
     schema = {"allOf": [parts[0]], "$defs": {"x": parts[1], "y": parts[2]}}
-    try:
-        fits = Draft202012Validator(schema).is_valid(value)
-    except RecursionError:
-        # The definitions name each other without end: that cannot be told here.
-        fits = True
-
     problem = Schema(schema).problem(value)
 
-    assert (problem is None) == fits
     assert problem is None or problem.message
+    # Definitions may refer to each other endlessly, which the reference does not notice.
+    with contextlib.suppress(RecursionError):
+        assert (problem is None) == Draft202012Validator(schema).is_valid(value)
 
 
 class Address(BaseModel):
