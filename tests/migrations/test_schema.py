@@ -21,6 +21,7 @@ from worker.store import schema, tables
 from worker.store.database import Database
 
 Snapshot = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 
 POSTGRES_FACTS = {
     "columns": "SELECT table_name, column_name, ordinal_position, data_type, is_nullable, column_default "
@@ -39,6 +40,17 @@ POSTGRES_FACTS = {
 SQLITE_FACTS = {
     "everything": "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2",
     "columns": "SELECT t.name, c.* FROM sqlite_master t, pragma_table_info(t.name) c ORDER BY 1, 2",
+}
+
+POSTGRES_PRIVILEGES = {
+    "tables": "SELECT relname, relacl::text FROM pg_class "
+    "WHERE relnamespace = 'public'::regnamespace ORDER BY 1",
+    "columns": "SELECT attrelid::regclass::text, attname, attacl::text FROM pg_attribute "
+    "WHERE attacl IS NOT NULL ORDER BY 1, 2",
+    "functions": "SELECT proname, proacl::text FROM pg_proc "
+    "WHERE pronamespace = 'public'::regnamespace ORDER BY 1",
+    "policies": "SELECT tablename, policyname, roles::text, cmd, qual, with_check FROM pg_policies "
+    "ORDER BY 1, 2",
 }
 
 
@@ -75,6 +87,15 @@ def connected(url: str) -> Iterator[Connection]:
 def read(url: str) -> Snapshot:
     with connected(url) as connection:
         return snapshot(connection)
+
+
+def read_all(url: str) -> Snapshot:
+    """As `read`, with the privileges on PostgreSQL and the facts."""
+    with connected(url) as connection:
+        queries = {} if connection.dialect.name == "sqlite" else POSTGRES_PRIVILEGES
+        queries = queries | {"facts": "SELECT name, value FROM facts ORDER BY 1"}
+        rows = {name: connection.execute(text(query)).all() for name, query in queries.items()}
+        return snapshot(connection) | {f"all {name}": found for name, found in rows.items()}
 
 
 def alembic(url: str, step: Callable[..., None], revision: str) -> None:
@@ -135,6 +156,59 @@ def test_up_down_and_up_again_leaves_nothing_and_then_the_same(database_url: str
 
     alembic(database_url, command.upgrade, "head")
     assert read(database_url) == first
+
+
+@pytest.fixture
+def twin_url(database_url: str, postgres_server: postgres.Server, tmp_path: Path) -> Iterator[str]:
+    """A second empty database of the same kind."""
+    if database_url.startswith("sqlite"):
+        yield f"sqlite:///{tmp_path / 'twin.db'}"
+        return
+    with postgres_server.new_database() as url:
+        yield url
+
+
+def plain_alembic(
+    url: str, monkeypatch: pytest.MonkeyPatch, step: Callable[..., None], *revision: str
+) -> None:
+    """A command of Alembic as a developer gives it in a checkout."""
+    monkeypatch.setenv("WORKER_DATABASE__URL", url)
+    step(Config(ROOT / "alembic.ini"), *revision)
+
+
+def test_plain_alembic_leaves_the_same_database_as_db_upgrade(
+    database_url: str, twin_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema.upgrade(twin_url)
+
+    plain_alembic(database_url, monkeypatch, command.upgrade, "0004")
+    plain_alembic(database_url, monkeypatch, command.upgrade, "head")
+
+    assert read_all(database_url) == read_all(twin_url)
+
+
+def test_plain_alembic_repairs_what_an_older_one_left_out(
+    migrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = read_all(migrated_url)
+    with connected(migrated_url) as connection:
+        connection.execute(text("DELETE FROM facts"))
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM orgworker_web"))
+    plain_alembic(migrated_url, monkeypatch, command.current)
+    assert read_all(migrated_url)["all facts"] == []
+
+    plain_alembic(migrated_url, monkeypatch, command.upgrade, "head")
+
+    assert read_all(migrated_url) == complete
+
+
+def test_an_older_version_names_the_releases_that_work_with_it(
+    migrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_alembic(migrated_url, monkeypatch, command.downgrade, "0004")
+
+    assert read_all(migrated_url)["all facts"] == [("schema.works_with", "0004 0003")]
 
 
 def test_upgrading_again_changes_nothing(database_url: str) -> None:

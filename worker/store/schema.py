@@ -122,30 +122,26 @@ def check_for_web(database: Database) -> None:
 def upgrade(url: str, owner_url: str = "") -> str | None:
     """Bring the database to this release's version and return the one it had; can be repeated.
 
-    On PostgreSQL `owner_url` names the role that owns the tables, where it is not the
-    worker's. One migrator runs at a time, in one transaction.
+    On PostgreSQL `owner_url` names the role that owns the tables, if that is not the worker's. One
+    migrator runs at a time, in one transaction.
 
     Raises:
-        ConfigurationError: the URL is unusable, or the database is of a newer release.
+        ConfigurationError: the URL is unusable, or the database belongs to a newer release.
         StoreUnavailable: the database did not answer, or a table stayed locked.
     """
     from alembic import command
     from alembic.config import Config
-    from alembic.script import ScriptDirectory
     from alembic.script.revision import ResolutionError
     from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(folder()).replace("%", "%%"))
+    setting = "database.owner_url" if owner_url else "database.url"
     try:
-        setting = "database.owner_url" if owner_url else "database.url"
         with migrating(owner_url or url, setting=setting) as connection:
             before = current(connection)
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-            _write_works_with(connection, ScriptDirectory.from_config(config))
-            if connection.dialect.name == "postgresql":
-                roles.grant(connection)
             return before
     except CommandError as error:
         if isinstance(error.__cause__, ResolutionError):
@@ -155,15 +151,22 @@ def upgrade(url: str, owner_url: str = "") -> str | None:
         raise
 
 
-def _write_works_with(connection: Connection, scripts: ScriptDirectory) -> None:
-    """Keep in the database which older releases can work with it, so that they can tell."""
-    newest = scripts.get_revision("head")
+def complete(connection: Connection, scripts: ScriptDirectory) -> None:
+    """Do what follows the migrations: record which releases can use this version, and grant the rights.
+
+    `migrations/env.py` calls it, so that plain Alembic leaves the same database as `upgrade`.
+    """
+    version = current(connection)
+    if version is None:
+        return
     connection.execute(text("DELETE FROM facts WHERE name = 'schema.works_with'"))
     connection.execute(
-        text("INSERT INTO facts (name, value) VALUES ('schema.works_with', :version)"),
-        # With the version it was said of: whatever changes that by other means has not said so.
-        {"version": f"{newest.revision} {newest.module.works_with}"},
+        text("INSERT INTO facts (name, value) VALUES ('schema.works_with', :value)"),
+        # With its version: the row does not count if the version changes without it.
+        {"value": f"{version} {scripts.get_revision(version).module.works_with}"},
     )
+    if version == scripts.get_current_head() and is_postgresql(connection):
+        roles.grant(connection)
 
 
 @contextmanager
