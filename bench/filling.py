@@ -19,9 +19,9 @@ from bench.server import own_server
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.ids import WorkerId, new_id
-from worker.store import for_worker, schema
-from worker.store.connection import driver
+from worker.store import schema, worker_store
 from worker.store.database import Database
+from worker.store.dialect import driver
 
 HANDLER = "bench.inline"
 
@@ -103,7 +103,7 @@ class Filled:
     def add_worker(self) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
-            for_worker.register(
+            worker_store.register(
                 connection,
                 worker_id,
                 host="bench",

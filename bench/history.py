@@ -16,8 +16,8 @@ from sqlalchemy import text
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.store import schema
-from worker.store.connection import driver
 from worker.store.database import Database
+from worker.store.dialect import driver
 
 ORGS = 1_000
 NAMES = 10  # definitions of each org, of the same names in each; one org has a rare one more

@@ -27,7 +27,7 @@ from sqlalchemy import text
 
 from bench.installation import Installation, installation
 from tests.fakes.plugins import make_plugin
-from worker.store.connection import is_postgresql
+from worker.store.dialect import is_postgresql
 
 HANDLERS = """\
 import random

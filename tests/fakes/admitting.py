@@ -14,10 +14,10 @@ from worker.clock import SystemClock
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
-from worker.store import runs
+from worker.store import worker_store
 from worker.store.database import Database
-from worker.store.for_worker import RingWalk
 from worker.store.sql.postgresql import admit
+from worker.store.worker_store import RingWalk
 
 NO_LOCK, LATE_COMMIT = "SELECT %s", "SELECT pg_sleep(0.005)"
 ALWAYS = 1_000_000
@@ -86,7 +86,7 @@ def _live(
 def recover(stock: Stock) -> Sequence[RunId]:
     """Take the runs of whoever is dead, as any worker does."""
     with stock.database.transaction() as connection:
-        taken = runs.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
+        taken = worker_store.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
     return [run.run_id for run in taken]
 
 

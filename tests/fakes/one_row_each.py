@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import dialect
 
 from worker.ids import new_id
 from worker.store import tables
-from worker.store.connection import database_now
+from worker.store.dialect import database_now
 
 # What a column may hold is none of this module's business.
 _CHECKS = text("""

@@ -24,8 +24,9 @@ from worker.operations.handlers import Handlers
 from worker.operations.requirements import OrgDefinitions, load_all_orgs
 from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
-from worker.store import requirements
+from worker.store import health
 from worker.store.database import Database
+from worker.store.history import last_attempts
 
 DAY = 86_400
 # Scheduled times a day above which a schedule counts as an even stream.
@@ -103,7 +104,7 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
     """What the definitions of all orgs need in the 24 hours from now; paused ones are left out."""
     with database.autocommit() as connection:
         now = database.now(connection).replace(second=0, microsecond=0)
-        workers = requirements.live_workers(connection)
+        workers = health.live_workers(connection)
         handlers = Handlers(connection)
         orgs = list(load_all_orgs(connection))
         histories = _Histories(connection, orgs)
@@ -158,7 +159,7 @@ class _Histories:
             rows = [
                 row
                 for org_id, definition_id in self._definitions.get(handler, ())
-                for row in requirements.last_attempts(self._connection, org_id, definition_id, limit=RUNS)
+                for row in last_attempts(self._connection, org_id, definition_id, limit=RUNS)
                 if row["handler"] == handler
             ]
             peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, templates
-from worker.store.connection import database_now
+from worker.store.dialect import database_now
 
 Row = Mapping[str, Any]
 Kind = Literal["org", "definition", "template"]

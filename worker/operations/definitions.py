@@ -16,8 +16,8 @@ from worker.operations import settle
 from worker.operations.changes import DefinitionChange, change_definitions, differing, end_closed
 from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs, templates
-from worker.store.connection import database_now
 from worker.store.database import Database
+from worker.store.dialect import database_now
 from worker.store.lists import definitions as definition_lists
 from worker.telemetry.events import emit
 

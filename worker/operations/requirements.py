@@ -17,7 +17,7 @@ from worker.errors import DefinitionError
 from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.orgs import OrgRef
-from worker.store import orgs, requirements
+from worker.store import definitions, health, history, orgs
 from worker.store.database import Database
 from worker.tokens.cache import MARGIN, MARGIN_SHARE, MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL
 from worker.tokens.issuer import Issuer
@@ -63,7 +63,7 @@ def load_org(connection: Connection, code: str) -> OrgDefinitions:
 def load_all_orgs(connection: Connection) -> Iterator[OrgDefinitions]:
     """Every org that can run something, by code."""
     after: str | None = None
-    while rows := requirements.orgs_for_all_orgs(connection, after=after, limit=PAGE):
+    while rows := orgs.active_for_all_orgs(connection, after=after, limit=PAGE):
         yield from _load(connection, rows)
         after = rows[-1]["code"]
 
@@ -79,7 +79,7 @@ def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinit
         )
         for row in rows
     }
-    for stored in requirements.definitions_for_all_orgs(connection, list(found)):
+    for stored in definitions.active_for_all_orgs(connection, list(found)):
         org, name = found[stored["org_id"]], stored["name"]
         try:
             org.definitions.append(from_spec(org.org.code, name, stored["spec"]))
@@ -162,13 +162,13 @@ def forecast_tokens(database: Database, issuers: Mapping[str, Issuer]) -> list[T
     found = {name: TokenForecast(name) for name in issuers}
     with database.autocommit() as connection:
         now = database.now(connection)
-        workers = max(1, len(requirements.live_workers(connection)))
+        workers = max(1, len(health.live_workers(connection)))
         handlers = Handlers(connection)
         all_orgs = list(load_all_orgs(connection))
         for org in all_orgs:
             one = found.setdefault(org.issuer, TokenForecast(org.issuer))
             if len(one.lifetimes) < SAMPLE:
-                one.lifetimes += _lifetime(requirements.last_claims(connection, org.org.id))
+                one.lifetimes += _lifetime(history.last_claims(connection, org.org.id))
         for org in all_orgs:
             found[org.issuer].add(org, issuers.get(org.issuer), handlers, now, workers)
     return [found[name] for name in sorted(found)]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection
@@ -235,28 +233,18 @@ def _change_each(
 
 
 def _matching(database: Database, which: Cancellable | Retryable, org: str | None) -> Iterator[Row]:
-    every: Callable[..., list[Row]]
-    one: Callable[..., list[Row]]
-    key: Callable[[Row], Any]
-    until: Any
-    after: Any = None
     with database.autocommit() as connection:
         org_id = None if org is None else orgs.require(connection, org)["id"]
         # Runs that are made or end after this do not match.
-        if isinstance(which, Cancellable):
-            every, one = edit_runs.cancellable_page_for_all_orgs, edit_runs.cancellable_page
-            until, key = edit_runs.newest_for_all_orgs(connection), itemgetter("id")
-        else:
-            every, one = edit_runs.retryable_page_for_all_orgs, edit_runs.retryable_page
-            until, key = database.now(connection), itemgetter("finished_at", "id")
-    page_of: Callable[..., list[Row]] = every if org_id is None else partial(one, org_id=org_id)
+        until = edit_runs.last_match(connection, which)
+    after: Row | None = None
     while until is not None:
         with database.autocommit() as connection:
-            page = page_of(connection, which=which, until=until, after=after, limit=PAGE)
+            page = edit_runs.page(connection, org_id, which, until=until, after=after, limit=PAGE)
         yield from page
         if len(page) < PAGE:
             return
-        after = key(page[-1])
+        after = page[-1]
 
 
 def require_run(connection: Connection, run_id: str, org: str | None) -> Row:

@@ -17,8 +17,8 @@ from worker.operations.handlers import Handlers
 from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.store import audit, definitions, firing, schema
-from worker.store.connection import chunks
 from worker.store.database import Database
+from worker.store.dialect import chunks
 from worker.telemetry.events import emit
 
 Row = Mapping[str, Any]

@@ -13,8 +13,8 @@ from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
 from worker.runs.why import Why, last_error, why_run
-from worker.store import definitions, history, orgs, requirements
-from worker.store.connection import database_now
+from worker.store import definitions, health, history, orgs
+from worker.store.dialect import database_now
 from worker.store.lists import runs as run_lists
 
 Row = Mapping[str, Any]
@@ -119,7 +119,7 @@ def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
         return said
     if run["available_at"] is not None and run["available_at"] > database_now(connection):
         return replace(said, cause=f"{said.cause}; it may start at {to_text(run['available_at'])}")
-    if not requirements.live_workers(connection):
+    if not health.live_workers(connection):
         return replace(said, cause="no worker is up to run it", next="doctor")
     limit = org["max_concurrent_runs"]
     if history.running(connection, org["id"], limit=limit) >= limit:
@@ -133,7 +133,7 @@ def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
 
 def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:
     if skip["reason"] == "overlap":
-        other = history.run_that_was_on(connection, row["org_id"], row["id"], at)
+        other = history.run_in_the_way(connection, row["org_id"], row["id"], at)
         cause = f"run {other or 'before it'} had not ended, and overlap = {_overlap(row)} kept it out"
     else:
         misfire = row["spec"].get("misfire", "once")

@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Table,
     and_,
     case,
     delete,
@@ -19,10 +18,9 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from worker.store import tables
-from worker.store.connection import chunks, database_now, is_postgresql
+from worker.store.dialect import Instant, chunks, database_now, insert_into
 from worker.store.health import oldest_unfired
 from worker.telemetry.alerts import MOST_OPEN, Alert, Kind, Strike
 
@@ -74,7 +72,7 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
     if not taken:
         return
     subjects = _subjects(connection, taken)
-    insert = _insert(connection, _alerts)
+    insert = insert_into(connection, _alerts)
     goes_on = insert.on_conflict_do_update(
         index_elements=["cause"],
         set_={
@@ -96,7 +94,7 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
         for subject, at in subjects(strike).items()
     ]
     if rows:
-        struck = _insert(connection, _strikes)
+        struck = insert_into(connection, _strikes)
         again = {"struck_at": struck.excluded.struck_at, "well": False}
         connection.execute(
             struck.on_conflict_do_update(index_elements=["cause", "subject_id"], set_=again), rows
@@ -233,9 +231,5 @@ def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[St
     return of
 
 
-def _insert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    return postgresql.insert(table) if is_postgresql(connection) else sqlite.insert(table)
-
-
 def _instant(at: datetime) -> ColumnElement[datetime]:
-    return literal(at, tables.Instant())
+    return literal(at, Instant())

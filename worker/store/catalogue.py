@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, select
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.store import tables
-from worker.store.connection import upsert
+from worker.store.dialect import upsert
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.connection import chunks
+from worker.store.dialect import chunks
 
 Row = dict[str, Any]
 

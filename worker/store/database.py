@@ -1,4 +1,4 @@
-"""Database: connections, transactions, the threads that run them, and whether the server is reachable."""
+"""Database: connections, transactions, the threads that run them, and whether the database answers."""
 
 from __future__ import annotations
 
@@ -7,67 +7,67 @@ import copy
 import functools
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from worker.clock import Clock
 from worker.errors import StoreUnavailable
-from worker.store import listener, roles
-from worker.store.connection import database_now, driver
+from worker.store import roles
+from worker.store.dialect import database_now, driver, hint
 from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
 from worker.telemetry.events import emit
 from worker.telemetry.masking import shown_url
 
-# Seconds between two losses that are told: one of many sessions may break again and again.
+# Seconds between two reported losses: one of many sessions may break again and again.
 QUIET = 5.0
 
 
 class Connectivity:
-    """Hears of every question to the database, from any thread; nothing is asked for its sake."""
+    """Tracks whether the database answers, from the outcome of all queries, in any thread."""
 
-    def __init__(self, clock: Clock, *, tells: bool = True) -> None:
+    def __init__(self, clock: Clock, *, reports: bool = True) -> None:
         self._clock = clock
-        self._tells = tells
+        self._reports = reports
         self._lock = threading.Lock()
         self._lost_at: float | None = None
         self._answered_at = float("-inf")
-        self._told = False
-        self._told_at = float("-inf")
+        self._reported = False
+        self._reported_at = float("-inf")
 
-    def asked(self) -> float:
-        """A question begins: what `failed` and `answered` are told of it."""
+    def started(self) -> float:
+        """When a query starts: pass it to `failed` or `answered`."""
         return self._clock.monotonic()
 
-    def failed(self, error: str, asked_at: float) -> None:
-        """The database did not answer a question."""
+    def failed(self, error: str, started_at: float) -> None:
+        """The database did not answer a query."""
         with self._lock:
-            if asked_at < self._answered_at:
-                # Another question, put later, was answered: this one was put to a server that is gone.
+            if started_at < self._answered_at:
+                # A later query was answered: this one went to a server that is gone.
                 return
             now = self._clock.monotonic()
             if self._lost_at is None:
                 self._lost_at = now
-            tell = self._tells and not self._told and now - self._told_at >= QUIET
-            if tell:
-                self._told, self._told_at = True, now
-        if tell:
+            report = self._reports and not self._reported and now - self._reported_at >= QUIET
+            if report:
+                self._reported, self._reported_at = True, now
+        if report:
             emit("database.lost", error=error)
 
-    def answered(self, asked_at: float) -> None:
-        """The database did what it was asked."""
-        self._answered_at = max(self._answered_at, asked_at)
+    def answered(self, started_at: float) -> None:
+        """The database answered a query."""
+        self._answered_at = max(self._answered_at, started_at)
         if self._lost_at is None:
             return
         with self._lock:
-            lost_at, told = self._lost_at, self._told
-            self._lost_at, self._told = None, False
-        if told and lost_at is not None:
+            lost_at, reported = self._lost_at, self._reported
+            self._lost_at, self._reported = None, False
+        if reported and lost_at is not None:
             emit("database.back", seconds=round(self._clock.monotonic() - lost_at, 1))
 
 
@@ -75,7 +75,7 @@ Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# SQLite's primary result codes for what is no fault of the statement: busy, locked,
+# SQLite's primary result codes for errors that the statement did not cause: busy, locked,
 # out of memory, read only, I/O error, full, cannot open, lock protocol.
 _TRANSIENT = frozenset({5, 6, 7, 8, 10, 13, 14, 15})
 
@@ -83,23 +83,23 @@ _TRANSIENT = frozenset({5, 6, 7, 8, 10, 13, 14, 15})
 class Database:
     """One SQLite file or PostgreSQL database.
 
-    `transaction` and `autocommit` serve the calling thread; `call` and its kin run
-    the work in the database's own threads: one writer on SQLite, a few on PostgreSQL.
+    `transaction` and `autocommit` run in the calling thread; `run`, `call` and `call_autocommit`
+    in the database's own threads: one writer on SQLite, a few on PostgreSQL.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, threads: int, contact: Connectivity) -> None:
+    def __init__(self, engine: Engine, *, clock: Clock, threads: int, connectivity: Connectivity) -> None:
         self._engine = engine
         self._clock = clock
-        self._contact = contact
+        self._connectivity = connectivity
         self._scope: roles.Scope | None = None
         self.dialect: Dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgresql"
         self.url_shown = shown_url(engine.url.render_as_string(hide_password=False))
         self._threads = ThreadPoolExecutor(
             1 if self.dialect == "sqlite" else threads, thread_name_prefix="database"
         )
-        # Writers of this process queue here in order, not at SQLite's busy handler, which polls.
+        # Writers of this process queue here, in order: SQLite's busy handler polls.
         self._writer = threading.Lock() if self.dialect == "sqlite" else None
-        self._hurried: dict[float, Database] = {}
+        self._with_deadline: dict[float, Database] = {}
 
     @classmethod
     def open(
@@ -111,44 +111,45 @@ class Database:
         threads: int = 2,
         deadline: float = STATEMENT_DEADLINE,
     ) -> Database:
-        """A database by its URL; nothing is connected yet.
+        """A database by its URL; it connects at the first query.
 
-        `role` names the sessions on PostgreSQL; `deadline`, in seconds, bounds each
-        of its statements.
+        On PostgreSQL `role` names the sessions, and `deadline`, in seconds, bounds each statement.
 
         Raises:
-            ConfigurationError: the URL names no database that is supported here.
+            ConfigurationError: the URL does not name a supported database.
         """
         parsed = read_url(url)
-        # A server has so many sessions for all its clients: none stays that no thread is for.
+        # A server's sessions are limited: one pooled connection per thread.
         kept = threads + 2 if parsed.get_backend_name() == "sqlite" else threads
         engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
-        # What else of this process asks the database finds the same, and need not tell it again.
-        contact = Connectivity(clock, tells=role == "worker")
-        return cls(engine, clock=clock, threads=threads, contact=contact)
+        # Other parts of this process see the same outage: only the worker reports it.
+        connectivity = Connectivity(clock, reports=role == "worker")
+        return cls(engine, clock=clock, threads=threads, connectivity=connectivity)
 
-    def hurried(self, deadline: float) -> Database:
-        """The same PostgreSQL over a connection of its own, with this deadline if it is the shorter one.
+    def with_deadline(self, deadline: float) -> Database:
+        """The same database over a connection of its own, with at most this deadline, in seconds.
 
-        For work that must know soon that nobody answers; closed with this database.
-        SQLite is itself: its writers stand in one line.
+        For work that must notice an outage soon; closed with this database. On SQLite it is this
+        database itself: its writers share one queue.
         """
         if self.dialect == "sqlite":
             return self
         deadline = min(deadline, STATEMENT_DEADLINE)
-        if deadline not in self._hurried:
+        if deadline not in self._with_deadline:
             engine = open_engine(
                 self._engine.url, clock=self._clock, role="worker", connections=1, deadline=deadline
             )
-            self._hurried[deadline] = Database(engine, clock=self._clock, threads=1, contact=self._contact)
-        hurried = self._hurried[deadline]
-        return hurried if self._scope is None else hurried.acting(self._scope)
+            self._with_deadline[deadline] = Database(
+                engine, clock=self._clock, threads=1, connectivity=self._connectivity
+            )
+        other = self._with_deadline[deadline]
+        return other if self._scope is None else other.acting(self._scope)
 
     def acting(self, scope: roles.Scope) -> Database:
         """This database for a caller: on PostgreSQL every statement runs in the scope's role, for its org.
 
-        It shares connections and threads with this one, which also closes them. SQLite has no
-        roles: there the store's functions are given the org.
+        It shares connections and threads with this one, which closes them. SQLite has no roles:
+        there only the org that the store's functions get separates the rows.
         """
         view = copy.copy(self)
         view._scope = scope
@@ -159,34 +160,31 @@ class Database:
         """One transaction: BEGIN IMMEDIATE on SQLite, READ COMMITTED on PostgreSQL.
 
         Raises:
-            StoreUnavailable: the database did not answer, or did not let us in.
+            StoreUnavailable: the database did not answer, or refused the connection.
             RolesMissing: the login may not take the role of this scope.
         """
-        with self._turn(), self._watched(), self._connection() as connection, connection.begin():
-            self._enter(connection)
+        with self._write_lock(), self._reporting(), self._connection() as connection, connection.begin():
+            if self._scope is not None and self.dialect == "postgresql":
+                roles.act(connection, self._scope)
             yield connection
 
     @contextmanager
     def autocommit(self) -> Iterator[Connection]:
-        """For reads and single statements, each its own transaction; one for all where roles are taken.
+        """For reads and single statements, each its own transaction; one for all in a scope's role.
 
         Raises:
             StoreUnavailable, RolesMissing: as in `transaction`.
         """
         if self._scope is not None and self.dialect == "postgresql":
-            # A role is taken for a transaction: without one it would last as long as the session.
+            # A role lasts as long as its transaction; without one, as long as the session.
             with self.transaction() as connection:
                 yield connection
             return
-        with self._watched(), self._connection() as connection:
+        with self._reporting(), self._connection() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
-    def _enter(self, connection: Connection) -> None:
-        if self._scope is not None and self.dialect == "postgresql":
-            roles.act(connection, self._scope)
-
     def now(self, connection: Connection) -> datetime:
-        """The instant that rows are compared with: PostgreSQL's clock, or the injected one."""
+        """The time that rows are compared with: PostgreSQL's clock, or the injected one."""
         return database_now(connection)
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -199,7 +197,7 @@ class Database:
     ) -> T:
         """Run `work` in one transaction, in a thread of the database.
 
-        A caller that is cancelled does not undo it: what was begun is committed or fails.
+        Cancelling the caller does not undo it: the transaction still commits or fails.
         """
         return await self.run(functools.partial(self._in_transaction, work, *args, **kwargs))
 
@@ -210,22 +208,23 @@ class Database:
         return await self.run(functools.partial(self._in_autocommit, work, *args, **kwargs))
 
     async def listen(self, on_hint: Callable[[], None]) -> None:
-        """Call `on_hint` whenever somebody hints at work; see `store.listener`."""
+        """Call `on_hint` at each hint, on PostgreSQL; see `dialect.hint`."""
         if self.dialect == "postgresql":
-            arguments = libpq_arguments(self._engine.url, role="listener")
-            await listener.listen(arguments, self._clock, on_hint)
+            from worker.store.sessions import listen
+
+            await listen(libpq_arguments(self._engine.url, role="listener"), self._clock, on_hint)
         await asyncio.Event().wait()
 
     async def hint(self) -> None:
-        """Let every worker look for work now."""
-        await self.call_autocommit(listener.hint)
+        """Wake every worker now."""
+        await self.call_autocommit(hint)
 
     def close(self) -> None:
-        """Wait for what runs in the threads, then close every connection."""
+        """Wait for the work in the threads, then close every connection."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._engine.dispose()
-        for hurried in self._hurried.values():
-            hurried.close()
+        for other in self._with_deadline.values():
+            other.close()
 
     def _in_transaction(
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
@@ -240,7 +239,7 @@ class Database:
             return work(connection, *args, **kwargs)
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _write_lock(self) -> Iterator[None]:
         if self._writer is None:
             yield
             return
@@ -252,15 +251,15 @@ class Database:
             self._writer.release()
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        asked_at = self._contact.asked()
+    def _reporting(self) -> Iterator[None]:
+        started_at = self._connectivity.started()
         try:
             with translated():
                 yield
         except StoreUnavailable as error:
-            self._contact.failed(error.message, asked_at)
+            self._connectivity.failed(error.message, started_at)
             raise
-        self._contact.answered(asked_at)
+        self._connectivity.answered(started_at)
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
@@ -268,8 +267,8 @@ class Database:
             try:
                 yield connection
             except BaseException:
-                # The hot statements go past SQLAlchemy, which so cannot see that the session died.
-                # (Asking an invalidated connection for its driver would connect anew.)
+                # The hot statements bypass SQLAlchemy, which then does not see that the session died.
+                # (An invalidated connection would connect again if asked for its driver.)
                 if not connection.invalidated and getattr(driver(connection), "closed", False):
                     connection.invalidate()
                 raise
@@ -277,11 +276,11 @@ class Database:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn a driver's word for an absent or overloaded database into `StoreUnavailable`."""
+    """Turn a driver's error about an absent or overloaded database into `StoreUnavailable`."""
     try:
         yield
     except TimeoutError as error:
-        raise StoreUnavailable("no connection to the database came free in time") from error
+        raise StoreUnavailable("no connection to the database became free in time") from error
     except DBAPIError as error:
         if error.orig is not None and (error.connection_invalidated or is_transient(error.orig)):
             raise _unavailable(error.orig) from error
@@ -293,10 +292,10 @@ def translated() -> Iterator[None]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a driver's error says that the database, and not the statement, was at fault."""
+    """Whether the database, and not the statement, caused a driver's error."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", 1) & 0xFF in _TRANSIENT
-    # By name, so that SQLite alone needs no psycopg.
+    # By name: psycopg is not installed where only SQLite is used.
     return any(
         kind.__module__.startswith("psycopg") and kind.__name__ in ("OperationalError", "InterfaceError")
         for kind in type(error).__mro__
@@ -309,3 +308,53 @@ def _unavailable(error: BaseException) -> StoreUnavailable:
         f"the database did not answer: {reason}",
         fix="is it running, and does database.url in worker.toml name it?",
     )
+
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+# Keys that a batch loader reads in one query.
+BATCH = 500
+
+
+class BatchLoader(Generic[K, V]):
+    """Reads by key, all keys asked for at the same time in one query.
+
+    `read` returns the values that exist; the others are None.
+    """
+
+    def __init__(self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]]) -> None:
+        self._read = read
+        self._waiting: dict[K, asyncio.Future[V | None]] = {}
+        self._reading: asyncio.Task[None] | None = None
+
+    async def of(self, key: K) -> V | None:
+        """The value of one key; raises what `read` raises."""
+        answer = self._waiting.get(key)
+        if answer is None:
+            loop = asyncio.get_running_loop()
+            answer = self._waiting[key] = loop.create_future()
+            if self._reading is None:
+                self._reading = loop.create_task(self._read_all())
+        # Several callers may wait for one key: the cancellation of one leaves the others alone.
+        return await asyncio.shield(answer)
+
+    async def _read_all(self) -> None:
+        try:
+            while self._waiting:
+                keys = list(self._waiting)[:BATCH]
+                await self._read_batch({key: self._waiting.pop(key) for key in keys})
+        finally:
+            self._reading = None
+
+    async def _read_batch(self, waiting: Mapping[K, asyncio.Future[V | None]]) -> None:
+        try:
+            found = await self._read(list(waiting))
+        except Exception as error:
+            for answer in waiting.values():
+                answer.set_exception(error)
+                # Mark it as retrieved, in case no caller waits any more.
+                answer.exception()
+            return
+        for key, answer in waiting.items():
+            answer.set_result(found.get(key))

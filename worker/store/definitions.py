@@ -1,4 +1,4 @@
-"""Names: what people call the definitions that rows know by their ids."""
+"""Definitions: read and locked, changed by operations, counted by their outcomes."""
 
 from __future__ import annotations
 
@@ -11,50 +11,42 @@ from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, 
 from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.connection import chunks, upsert
-from worker.store.listener import hint
+from worker.store.dialect import chunks, hint, is_postgresql, upsert
+
+Row = dict[str, Any]
+
+_definitions = tables.definitions
+_revisions = tables.definition_revisions
+_schedule = tables.schedule
+_orgs = tables.orgs
+_runs = tables.runs
+_skips = tables.skips
 
 
 class Names(NamedTuple):
-    """An org's code and a definition's name; None where its row is gone."""
+    """An org's code and a definition's name; None if its row is gone."""
 
     org: str | None = None
     definition: str | None = None
 
 
 def names_of(
-    connection: Connection, org_id: OrgId, definition_ids: Iterable[DefinitionId]
+    connection: Connection, org_id: OrgId | None, definition_ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, Names]:
-    """The names of each of these definitions of one org."""
-    return _names(connection, definition_ids, org_id)
-
-
-def names_for_all_orgs(
-    connection: Connection, definition_ids: Iterable[DefinitionId]
-) -> dict[DefinitionId, Names]:
-    """As `names_of`, of every org."""
-    return _names(connection, definition_ids, None)
-
-
-def _names(
-    connection: Connection, definition_ids: Iterable[DefinitionId], org_id: OrgId | None
-) -> dict[DefinitionId, Names]:
-    orgs, definitions = tables.orgs, tables.definitions
+    """The names of each of these definitions of one org, or of all orgs if `org_id` is None."""
     wanted = sorted(set(definition_ids))
     found = dict.fromkeys(wanted, Names())
     for part in chunks(wanted):
         query = (
-            select(definitions.c.id, orgs.c.code, definitions.c.name)
-            .join(orgs, orgs.c.id == definitions.c.org_id)
-            .where(definitions.c.id.in_(part))
+            select(_definitions.c.id, _orgs.c.code, _definitions.c.name)
+            .join(_orgs, _orgs.c.id == _definitions.c.org_id)
+            .where(_definitions.c.id.in_(part))
         )
         if org_id is not None:
-            query = query.where(definitions.c.org_id == org_id)
+            query = query.where(_definitions.c.org_id == org_id)
         found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
     return found
 
-
-_runs = tables.runs
 
 FAILED = ("failed", "refused")
 
@@ -62,9 +54,9 @@ FAILED = ("failed", "refused")
 def failed_in_a_row(
     connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, since: datetime, most: int
 ) -> int:
-    """How many of the newest runs that ended after `since` failed or were refused, up to `most`.
+    """How many of the newest runs that ended after `since` failed or were refused in a row, up to `most`.
 
-    Runs of a backfill, and those that were cancelled or skipped, are left out.
+    Runs of backfills, and cancelled or skipped runs, do not count.
     """
     query = (
         select(_runs.c.state)
@@ -97,17 +89,8 @@ def last_failed(connection: Connection, org_id: OrgId, definition_id: Definition
     return connection.execute(query).scalar_one_or_none()
 
 
-Row = dict[str, Any]
-
-_definitions = tables.definitions
-_revisions = tables.definition_revisions
-_schedule = tables.schedule
-_orgs = tables.orgs
-_skips = tables.skips
-
-
 def _query() -> Select[Any]:
-    """Definitions with their current spec, what their org says, and when they are due next."""
+    """Definitions with their current spec, their org's columns, and their next times."""
     return (
         select(
             _definitions,
@@ -129,84 +112,86 @@ def _query() -> Select[Any]:
     )
 
 
+def _read(connection: Connection, *which: ColumnElement[bool], lock: bool = False) -> list[Row]:
+    """These definitions, by id; `lock` keeps firing and other edits out until the transaction ends."""
+    if lock and is_postgresql(connection):
+        # The rows are read by a later statement: on PostgreSQL a statement that waited for
+        # a lock still sees the other tables as they were before the wait.
+        ids = select(_definitions.c.id).where(*which)
+        connection.execute(ids.order_by(_definitions.c.id).with_for_update()).all()
+        connection.execute(
+            select(_schedule.c.definition_id)
+            .where(_schedule.c.definition_id.in_(ids))
+            .order_by(_schedule.c.definition_id)
+            .with_for_update()
+        ).all()
+    return [dict(row) for row in connection.execute(_query().where(*which)).mappings()]
+
+
 def find(connection: Connection, org_id: OrgId, name: str) -> Row | None:
-    """The definition of that name, closed or not; nothing is locked."""
-    query = _query().where(_definitions.c.org_id == org_id, _definitions.c.name == name)
-    row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    """The definition of that name, closed or not, without a lock."""
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name)
+    return rows[0] if rows else None
 
 
 def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock: bool = False) -> Row:
-    """As `find`, locked against firing and against other edits if asked.
+    """As `find`, locked if asked.
 
     Raises:
         NotFound: the org has no such definition.
     """
-    if lock:
-        ids = select(_definitions.c.id).where(_definitions.c.org_id == org_id, _definitions.c.name == name)
-        _lock(connection, ids)
-    row = find(connection, org_id, name)
-    if row is None:
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name, lock=lock)
+    if not rows:
         raise NotFound(
             f"org {org} has no definition {name}",
-            fix=f"`definitions list --org {org}` names those it has, `apply` makes one",
+            fix=f"`definitions list --org {org}` lists its definitions, `apply` makes one",
         )
-    return row
+    return rows[0]
 
 
 def find_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row | None:
-    """The definition with this id, closed or not; nothing is locked."""
-    query = _query().where(_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
-    row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    """The definition with this id, closed or not, without a lock."""
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.id == definition_id)
+    return rows[0] if rows else None
 
 
 def require_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row:
-    """The definition with this id, closed or not, locked against firing and against other edits."""
-    mine = (_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
-    _lock(connection, select(_definitions.c.id).where(*mine))
-    return dict(connection.execute(_query().where(*mine)).mappings().one())
+    """The definition with this id, closed or not, locked."""
+    (row,) = _read(connection, _definitions.c.org_id == org_id, _definitions.c.id == definition_id, lock=True)
+    return row
 
 
 def lock_org(connection: Connection, org_id: OrgId) -> list[Row]:
-    """All definitions of one org that are not closed, locked against firing and against other edits."""
-    open_ones = (_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
-    _lock(connection, select(_definitions.c.id).where(*open_ones))
-    return [dict(row) for row in connection.execute(_query().where(*open_ones)).mappings()]
+    """All open definitions of one org, locked."""
+    return _read(connection, _definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None), lock=True)
 
 
 def lock_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> list[Row]:
-    """All definitions of these orgs, closed ones too, locked as by `lock_org`."""
-    rows: list[Row] = []
-    for part in chunks(sorted(set(org_ids))):
-        ours = _definitions.c.org_id.in_(part)
-        _lock(connection, select(_definitions.c.id).where(ours))
-        rows.extend(dict(row) for row in connection.execute(_query().where(ours)).mappings())
-    return rows
+    """All definitions of these orgs, closed ones too, locked."""
+    parts = chunks(sorted(set(org_ids)))
+    return [row for part in parts for row in _read(connection, _definitions.c.org_id.in_(part), lock=True)]
 
 
 def lock_named_for_all_orgs(
     connection: Connection, org_ids: Iterable[OrgId], names: Sequence[str], *, made_by_template: bool
 ) -> list[Row]:
-    """Those of these orgs' definitions that have one of these names, closed ones too, locked.
+    """These orgs' definitions with one of these names, closed ones too, locked.
 
-    With `made_by_template` also all others that some template made.
+    With `made_by_template` also all others that a template made.
     """
+    named: ColumnElement[bool] = _definitions.c.name.in_(names)
+    if made_by_template:
+        named |= _definitions.c.template_id.is_not(None)
     rows: list[Row] = []
     for part in chunks(sorted(set(org_ids))):
-        named: ColumnElement[bool] = _definitions.c.name.in_(names)
-        if made_by_template:
-            named |= _definitions.c.template_id.is_not(None)
-        ours = (_definitions.c.org_id.in_(part), named)
-        _lock(connection, select(_definitions.c.id).where(*ours))
-        rows.extend(dict(row) for row in connection.execute(_query().where(*ours)).mappings())
+        rows += _read(connection, _definitions.c.org_id.in_(part), named, lock=True)
     return rows
 
 
 def page_scheduled_for_all_orgs(
     connection: Connection, *, after: DefinitionId | None, since: datetime, limit: int
 ) -> list[Row]:
-    """Definitions whose next instant comes after `since`, by id from after `after` on; nothing is locked."""
+    """Definitions whose next scheduled time is later than `since`, by id, those after `after`; no lock."""
     query = _query().where(_schedule.c.next_scheduled_for > since).limit(limit)
     if after is not None:
         query = query.where(_definitions.c.id > after)
@@ -214,28 +199,46 @@ def page_scheduled_for_all_orgs(
 
 
 def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId]) -> list[Row]:
-    """The definitions with these ids, locked as by `lock_org`."""
-    rows: list[Row] = []
-    for part in chunks(sorted(ids)):
-        ours = _definitions.c.id.in_(part)
-        _lock(connection, select(_definitions.c.id).where(ours))
-        rows.extend(dict(row) for row in connection.execute(_query().where(ours)).mappings())
-    return rows
+    """The definitions with these ids, locked."""
+    return [
+        row
+        for part in chunks(sorted(ids))
+        for row in _read(connection, _definitions.c.id.in_(part), lock=True)
+    ]
 
 
 def read_for_all_orgs(connection: Connection, ids: Iterable[DefinitionId]) -> list[Row]:
-    """The definitions with these ids as they are now; nothing is locked."""
-    rows: list[Row] = []
-    for part in chunks(sorted(set(ids))):
-        query = _query().where(_definitions.c.id.in_(part))
-        rows.extend(dict(row) for row in connection.execute(query).mappings())
-    return rows
+    """The definitions with these ids, without a lock."""
+    return [
+        row for part in chunks(sorted(set(ids))) for row in _read(connection, _definitions.c.id.in_(part))
+    ]
+
+
+def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[Row]:
+    """These orgs' definitions that are neither closed nor disabled: id, org_id, name, spec, paused_at."""
+    query = (
+        select(
+            _definitions.c.id,
+            _definitions.c.org_id,
+            _definitions.c.name,
+            _definitions.c.paused_at,
+            _revisions.c.spec,
+        )
+        .join(
+            _revisions,
+            (_revisions.c.definition_id == _definitions.c.id)
+            & (_revisions.c.revision == _definitions.c.revision),
+        )
+        .where(_definitions.c.org_id.in_(org_ids), _definitions.c.closed_at.is_(None), _definitions.c.enabled)
+        .order_by(_definitions.c.org_id, _definitions.c.name)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def last_decided_for_all_orgs(
     connection: Connection, ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, datetime]:
-    """The newest instant of each definition that became a run or a skip; those that have none left out."""
+    """Each definition's newest scheduled time that became a run or a skip, if it has one."""
     newest_run = (
         select(func.max(_runs.c.scheduled_for))
         .where(_runs.c.definition_id == _definitions.c.id, text("runs.origin = 'schedule'"))
@@ -251,24 +254,10 @@ def last_decided_for_all_orgs(
     found: dict[DefinitionId, datetime] = {}
     for part in chunks(sorted(set(ids))):
         query = select(_definitions.c.id, newest_run, newest_skip).where(_definitions.c.id.in_(part))
-        for id_, *instants in connection.execute(query):
-            if decided := [instant for instant in instants if instant is not None]:
+        for id_, *times in connection.execute(query):
+            if decided := [time for time in times if time is not None]:
                 found[id_] = max(decided)
     return found
-
-
-def _lock(connection: Connection, ids: Select[Any]) -> None:
-    # The rows are read by a later statement: on PostgreSQL a statement that waited for
-    # a lock still sees the other tables as they were before the wait.
-    if connection.dialect.name == "postgresql":
-        in_order = ids.order_by(_definitions.c.id)
-        connection.execute(in_order.with_for_update()).all()
-        connection.execute(
-            select(_schedule.c.definition_id)
-            .where(_schedule.c.definition_id.in_(ids))
-            .order_by(_schedule.c.definition_id)
-            .with_for_update()
-        ).all()
 
 
 def insert_for_all_orgs(
@@ -276,7 +265,7 @@ def insert_for_all_orgs(
     definitions: Sequence[Mapping[str, Any]],
     revisions: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Insert new definitions with their first revisions, and the new revisions of others."""
+    """Insert new definitions, and new revisions of these and others."""
     if definitions:
         connection.execute(insert(_definitions), [dict(row) for row in definitions])
     if revisions:
@@ -295,7 +284,7 @@ def change(
     """Change columns of one definition that is still at `revision`.
 
     Raises:
-        Conflict: somebody else has changed it meanwhile.
+        Conflict: its revision is another one by now.
     """
     changed = connection.execute(
         update(_definitions)
@@ -308,13 +297,13 @@ def change(
     )
     if changed.rowcount != 1:
         raise Conflict(
-            f"definition {definition_id} was changed by somebody else meanwhile",
+            f"definition {definition_id} was changed by someone else meanwhile",
             fix="look at it and try again",
         )
 
 
 def set_failures(connection: Connection, org_id: OrgId, definition_id: DefinitionId, failures: int) -> None:
-    """Set how many runs failed one after the other; no change that anybody made, so `updated_at` stays."""
+    """Set how many runs failed in a row; `updated_at` stays, since no person changed anything."""
     connection.execute(
         update(_definitions)
         .where(_definitions.c.org_id == org_id, _definitions.c.id == definition_id)
@@ -326,7 +315,7 @@ def set_next_for_all_orgs(
     connection: Connection,
     nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]],
 ) -> None:
-    """Set when definitions are due next: (org, definition, nominal instant, that plus spread)."""
+    """Set when definitions are due next: (org, definition, scheduled time, the same plus spread)."""
     if nexts:
         statement = upsert(connection, _schedule, ("definition_id",), ("next_scheduled_for", "next_fire_at"))
         connection.execute(

@@ -1,4 +1,4 @@
-"""Runs as people change them: made by hand, cancelled, retried; one by id, or many by a filter in pages."""
+"""Runs as people change them: made, cancelled, retried; one by id, or many by a filter in pages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from worker.errors import UsageError
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.store import sweeps, tables
-from worker.store.listener import hint
-from worker.store.lists.paging import Row
+from worker.store.dialect import database_now, hint
+
+Row = dict[str, Any]
 
 _live = tables.live_runs
 _runs = tables.runs
+_ends = tables.run_ends
+_orgs = tables.orgs
+_definitions = tables.definitions
+_attempts = tables.attempts
 
-StoredRow = dict[str, Any]
 
-
-def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> list[StoredRow]:
-    """The definition's serial runs that have not ended, oldest first, locked; at most one is `held`."""
+def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> list[Row]:
+    """The unfinished serial runs of a definition, oldest first, locked; at most one is `held`."""
     query = (
         select(_live)
         .where(_live.c.org_id == org_id, _live.c.definition_id == definition_id)
@@ -33,21 +36,21 @@ def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionI
     return [dict(row) for row in connection.execute(query).mappings()]
 
 
-def find(connection: Connection, org_id: OrgId, run_id: RunId) -> StoredRow | None:
+def find(connection: Connection, org_id: OrgId, run_id: RunId) -> Row | None:
     """The row of `runs` of one run of this org."""
     query = select(_runs).where(_runs.c.id == run_id, _runs.c.org_id == org_id)
     row = connection.execute(query).mappings().first()
     return None if row is None else dict(row)
 
 
-def find_for_all_orgs(connection: Connection, run_id: RunId) -> StoredRow | None:
-    """As `find`, of whichever org."""
+def find_for_all_orgs(connection: Connection, run_id: RunId) -> Row | None:
+    """As `find`, of any org."""
     row = connection.execute(select(_runs).where(_runs.c.id == run_id)).mappings().first()
     return None if row is None else dict(row)
 
 
 def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
-    """Lock a run that has not ended, so that its state stays; false where it has ended."""
+    """Lock an unfinished run, so that its state stays; False if it has ended."""
     query = select(_live.c.id).where(_live.c.id == run_id, _live.c.org_id == org_id).with_for_update()
     return connection.execute(query).first() is not None
 
@@ -55,7 +58,7 @@ def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
 def find_by_request_key(
     connection: Connection, org_id: OrgId, definition_id: DefinitionId, request_key: str
 ) -> RunId | None:
-    """The run that this request key made already."""
+    """The run that this request key has already made."""
     query = select(_runs.c.id).where(
         _runs.c.org_id == org_id,
         _runs.c.definition_id == definition_id,
@@ -65,39 +68,33 @@ def find_by_request_key(
 
 
 def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool = False) -> None:
-    """Insert a run made by hand, waiting or held back behind the one that is on."""
+    """Insert a run, waiting, or held behind the running one."""
+    shared = {
+        "id": run.id,
+        "org_id": run.org_id,
+        "definition_id": run.definition_id,
+        "revision": run.revision,
+        "handler": run.handler,
+        "origin": run.origin,
+        "scheduled_for": run.scheduled_for,
+        "backfill_id": run.backfill_id,
+        "idempotency_key": run.idempotency_key,
+        "params": None if run.params is None else dict(run.params),
+    }
     connection.execute(
         insert(_runs).values(
-            id=run.id,
-            org_id=run.org_id,
-            definition_id=run.definition_id,
-            revision=run.revision,
-            handler=run.handler,
-            origin=run.origin,
-            scheduled_for=run.scheduled_for,
+            **shared,
             created_at=at,
             created_by=run.created_by,
             request_key=run.request_key,
-            backfill_id=run.backfill_id,
             retry_of=run.retry_of,
-            idempotency_key=run.idempotency_key,
-            params=None if run.params is None else dict(run.params),
         )
     )
     connection.execute(
         insert(_live).values(
-            id=run.id,
-            org_id=run.org_id,
-            definition_id=run.definition_id,
-            revision=run.revision,
-            handler=run.handler,
+            **shared,
             variant_handlers=list(run.variant_handlers) or None,
             isolation=run.isolation,
-            origin=run.origin,
-            scheduled_for=run.scheduled_for,
-            idempotency_key=run.idempotency_key,
-            params=None if run.params is None else dict(run.params),
-            backfill_id=run.backfill_id,
             max_concurrent=run.max_concurrent,
             priority=run.priority,
             serial=run.serial,
@@ -111,7 +108,7 @@ def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool 
 
 
 def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId, *, at: datetime) -> bool:
-    """Let a new run begin from an older one's checkpoint; false where that has none."""
+    """Start a new run from an older one's checkpoint; False if that has none."""
     saved = tables.checkpoints
     data = connection.execute(
         select(saved.c.data).where(saved.c.run_id == of, saved.c.org_id == org_id)
@@ -127,7 +124,7 @@ def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId,
 def end_waiting(
     connection: Connection, org_id: OrgId, *which: ColumnElement[bool], reason: str
 ) -> list[RunId]:
-    """Cancel those runs of one org that have not started, held ones too; which they were."""
+    """Cancel these runs of one org that have not started, held ones too; returns them."""
     unstarted = (_live.c.org_id == org_id, _live.c.state.in_(("waiting", "held")))
     ids = connection.execute(select(_live.c.id).where(*unstarted, *which)).scalars().all()
     ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason)
@@ -137,8 +134,8 @@ def end_waiting(
 def ask_to_stop(
     connection: Connection, org_id: OrgId, *which: ColumnElement[bool], reason: str, at: datetime
 ) -> int:
-    """Ask running runs of one org to stop; their workers see it with the next renewal. How many."""
-    asked = connection.execute(
+    """Request cancellation of running runs of one org; their workers see it at the next renewal."""
+    requested = connection.execute(
         update(_live)
         .where(
             _live.c.org_id == org_id,
@@ -148,36 +145,34 @@ def ask_to_stop(
         )
         .values(cancel_requested_at=at, cancel_reason=reason)
     )
-    return asked.rowcount
+    return requested.rowcount
 
 
 def is_run(run_id: RunId) -> ColumnElement[bool]:
-    """The condition that names one run, for `end_waiting` and `ask_to_stop`."""
+    """A condition for `end_waiting` and `ask_to_stop`: one run."""
     return _live.c.id == run_id
 
 
 def is_of(definition_id: DefinitionId) -> ColumnElement[bool]:
-    """The condition that names the runs of one definition."""
+    """A condition: the runs of one definition."""
     return _live.c.definition_id == definition_id
 
 
 def is_serial() -> ColumnElement[bool]:
-    """The condition that leaves backfills and overlapping runs out."""
+    """A condition: no backfills and no runs that may overlap."""
     return _live.c.serial
 
 
-_orgs = tables.orgs
-_definitions = tables.definitions
-
+# The states that a filter names, and those of `live_runs` that they stand for.
 STATES = {"waiting": ("waiting", "held"), "running": ("running",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Cancellable:
-    """Runs that wait or run; `since` bounds their making, `reason` is what those that wait do so for.
+    """A filter for unfinished runs that nobody has asked to stop; `since` is their earliest creation.
 
     Raises:
-        UsageError: a state that is not one of an unfinished run.
+        UsageError: an unfinished run cannot have this state.
     """
 
     state: str | None = None
@@ -188,89 +183,17 @@ class Cancellable:
     def __post_init__(self) -> None:
         if self.state is not None and self.state not in STATES:
             raise UsageError(
-                f"{self.state!r} is no state of a run that can be cancelled",
+                f"{self.state!r} is not a state of a run that can be cancelled",
                 fix=f"one of {', '.join(STATES)}",
             )
 
 
-def newest_for_all_orgs(connection: Connection) -> RunId | None:
-    """The newest unfinished run; what is made later is not meant by a command given now."""
-    return connection.execute(select(_live.c.id).order_by(_live.c.id.desc()).limit(1)).scalars().first()
-
-
-def cancellable_page(
-    connection: Connection,
-    org_id: OrgId,
-    which: Cancellable,
-    *,
-    until: RunId,
-    after: RunId | None,
-    limit: int,
-) -> list[Row]:
-    """The first `limit` of one org's such runs, up to the run `until`, that follow `after`."""
-    return _cancellable_page(connection, [_live.c.org_id == org_id], which, until, after, limit)
-
-
-def cancellable_page_for_all_orgs(
-    connection: Connection, which: Cancellable, *, until: RunId, after: RunId | None, limit: int
-) -> list[Row]:
-    """As `page`, of every org."""
-    return _cancellable_page(connection, [], which, until, after, limit)
-
-
-def _cancellable_page(
-    connection: Connection,
-    where: list[ColumnElement[bool]],
-    which: Cancellable,
-    until: RunId,
-    after: RunId | None,
-    limit: int,
-) -> list[Row]:
-    where += [_live.c.id <= until, _live.c.cancel_requested_at.is_(None)]
-    if after is not None:
-        where.append(_live.c.id > after)
-    if which.state is not None:
-        where.append(_live.c.state.in_(STATES[which.state]))
-    if which.since is not None:
-        where.append(_runs.c.created_at >= which.since)
-    if which.definition is not None:
-        where.append(_definitions.c.name == which.definition)
-    if which.reason is not None:
-        where.append(_live.c.reason == which.reason)
-    query = (
-        select(
-            _live.c.id,
-            _orgs.c.code.label("org"),
-            _definitions.c.name.label("definition"),
-            _live.c.scheduled_for,
-            func.replace(_live.c.state, "held", "waiting").label("state"),
-            _live.c.reason,
-            _live.c.detail,
-            _live.c.started_at,
-        )
-        .join(_runs, _runs.c.id == _live.c.id)
-        .join(_orgs, _orgs.c.id == _live.c.org_id)
-        .join(_definitions, _definitions.c.id == _live.c.definition_id)
-        .where(*where)
-        .order_by(_live.c.id)
-        .limit(limit)
-    )
-    return [dict(row) for row in connection.execute(query).mappings()]
-
-
-_ends = tables.run_ends
-_attempts = tables.attempts
-
-# Instant of the end and id of a run: what follows it is the next page.
-Key = tuple[datetime, str]
-
-
 @dataclass(frozen=True, slots=True)
 class Retryable:
-    """Runs that ended as `state`; `since` bounds their end, `cause` is the last attempt's `error_cause`.
+    """A filter for ended runs without a retry; `since` is their earliest end, `cause` the last `error_cause`.
 
     Raises:
-        UsageError: a state that is not one of an ended run.
+        UsageError: an ended run cannot have this state.
     """
 
     state: str = "failed"
@@ -282,48 +205,88 @@ class Retryable:
     def __post_init__(self) -> None:
         if self.state not in tables.FINAL_STATES:
             raise UsageError(
-                f"{self.state!r} is no state of a run that has ended",
+                f"{self.state!r} is not a state of a run that has ended",
                 fix=f"one of {', '.join(tables.FINAL_STATES)}",
             )
 
 
-def retryable_page(
-    connection: Connection, org_id: OrgId, which: Retryable, *, until: datetime, after: Key | None, limit: int
-) -> list[Row]:
-    """The first `limit` of one org's such runs that ended at or before `until` and follow `after`."""
-    return _retryable_page(connection, [_ends.c.org_id == org_id], which, until, after, limit)
+def last_match(connection: Connection, which: Cancellable | Retryable) -> Any:
+    """`until` of the pages of a command given now: it does not affect runs made or ended later.
+
+    The newest unfinished run, or None if there is none; for ended runs the time.
+    """
+    if isinstance(which, Retryable):
+        return database_now(connection)
+    return connection.execute(select(_live.c.id).order_by(_live.c.id.desc()).limit(1)).scalars().first()
 
 
-def retryable_page_for_all_orgs(
-    connection: Connection, which: Retryable, *, until: datetime, after: Key | None, limit: int
-) -> list[Row]:
-    """As `page`, of every org."""
-    return _retryable_page(connection, [], which, until, after, limit)
-
-
-def retry_of(connection: Connection, run_id: RunId) -> RunId | None:
-    """A run that retries this one, if there is any."""
-    return connection.execute(select(_runs.c.id).where(_runs.c.retry_of == run_id)).scalars().first()
-
-
-def _retryable_page(
+def page(
     connection: Connection,
-    where: list[ColumnElement[bool]],
-    which: Retryable,
-    until: datetime,
-    after: Key | None,
+    org_id: OrgId | None,
+    which: Cancellable | Retryable,
+    *,
+    until: Any,
+    after: Row | None,
     limit: int,
 ) -> list[Row]:
+    """The first `limit` runs that match and follow the row `after`; of all orgs if `org_id` is None.
+
+    Oldest first, by id or by end, up to `until` from `last_match`.
+    """
+    columns, where, order = (
+        _retryable(which, until, after) if isinstance(which, Retryable) else _cancellable(which, until, after)
+    )
+    source = order[-1].table
+    if org_id is not None:
+        where.append(source.c.org_id == org_id)
+    if which.definition is not None:
+        where.append(_definitions.c.name == which.definition)
+    query = (
+        select(
+            order[-1].label("id"),
+            _orgs.c.code.label("org"),
+            _definitions.c.name.label("definition"),
+            _runs.c.scheduled_for,
+            *columns,
+        )
+        .select_from(source)
+        .join(_runs, _runs.c.id == order[-1])
+        .join(_orgs, _orgs.c.id == source.c.org_id)
+        .join(_definitions, _definitions.c.id == source.c.definition_id)
+        .where(*where)
+        .order_by(*order)
+        .limit(limit)
+    )
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+# The columns of a selection, its conditions, and the columns that order it.
+_Parts = tuple[list[Any], list[ColumnElement[bool]], list[Any]]
+
+
+def _cancellable(which: Cancellable, until: RunId, after: Row | None) -> _Parts:
+    state = func.replace(_live.c.state, "held", "waiting").label("state")
+    where = [_live.c.id <= until, _live.c.cancel_requested_at.is_(None)]
+    if after is not None:
+        where.append(_live.c.id > after["id"])
+    if which.state is not None:
+        where.append(_live.c.state.in_(STATES[which.state]))
+    if which.since is not None:
+        where.append(_runs.c.created_at >= which.since)
+    if which.reason is not None:
+        where.append(_live.c.reason == which.reason)
+    return [state, _live.c.reason, _live.c.detail, _live.c.started_at], where, [_live.c.id]
+
+
+def _retryable(which: Retryable, until: datetime, after: Row | None) -> _Parts:
     newer = _runs.alias("newer")
     ended_at, id_ = _ends.c.finished_at, _ends.c.run_id
-    where += [_ends.c.state == which.state, ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
+    where = [_ends.c.state == which.state, ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
     if after is not None:
-        at, run_id = after
+        at, run_id = after["finished_at"], after["id"]
         where += [ended_at >= at, or_(ended_at > at, and_(ended_at == at, id_ > run_id))]
     if which.since is not None:
         where.append(ended_at >= which.since)
-    if which.definition is not None:
-        where.append(_definitions.c.name == which.definition)
     if which.reason is not None:
         where.append(_runs.c.reason == which.reason)
     if which.cause is not None:
@@ -334,23 +297,9 @@ def _retryable_page(
             .limit(1)
         )
         where.append(last.scalar_subquery() == which.cause)
-    query = (
-        select(
-            id_.label("id"),
-            _orgs.c.code.label("org"),
-            _definitions.c.name.label("definition"),
-            _runs.c.scheduled_for,
-            _ends.c.state,
-            _runs.c.reason,
-            _runs.c.detail,
-            ended_at,
-        )
-        .select_from(_ends)
-        .join(_runs, _runs.c.id == id_)
-        .join(_orgs, _orgs.c.id == _ends.c.org_id)
-        .join(_definitions, _definitions.c.id == _ends.c.definition_id)
-        .where(*where)
-        .order_by(ended_at, id_)
-        .limit(limit)
-    )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return [_ends.c.state, _runs.c.reason, _runs.c.detail, ended_at], where, [ended_at, id_]
+
+
+def retry_of(connection: Connection, run_id: RunId) -> RunId | None:
+    """The run that retries this one, if there is one."""
+    return connection.execute(select(_runs.c.id).where(_runs.c.retry_of == run_id)).scalars().first()

@@ -1,4 +1,4 @@
-"""Firing: due times become runs and skips, each overlap settled by its rule, in one transaction."""
+"""Firing: due definitions make runs and skips, by their overlap policy, in one transaction."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from sqlalchemy import Connection, select
 
 from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire
 from worker.store import edit_runs, tables
-from worker.store.connection import database_now
-from worker.store.sql import Specs, statements
+from worker.store.dialect import database_now
+from worker.store.sql import statements
+from worker.store.sql.contract import Specs
 
 _live = tables.live_runs
 
 
 def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, Any] | None:
-    """Insert a run whose definition is locked: waiting, held back, or in the place of others.
+    """Insert a run whose definition is locked: waiting, held, or in place of others.
 
-    Returns the unfinished run that stands in its way where its rule keeps it out, else None.
+    Returns the unfinished run that keeps it out by the overlap policy, else None.
     """
     others = edit_runs.unfinished(connection, run.org_id, run.definition_id) if run.serial else []
     held = next((other for other in others if other["state"] == "held"), None)
@@ -31,7 +32,7 @@ def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, 
         ours = edit_runs.is_of(run.definition_id)
         edit_runs.end_waiting(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced")
         edit_runs.ask_to_stop(connection, run.org_id, ours, edit_runs.is_serial(), reason="replaced", at=at)
-        # It starts once the one that is on has ended: its end promotes what is held.
+        # It starts once the running one has ended, which promotes the held one.
         running = any(other["state"] == "running" for other in others)
         edit_runs.insert_run(connection, run, at=at, held=running)
     else:
@@ -42,9 +43,9 @@ def place(connection: Connection, run: NewRun, *, at: datetime) -> Mapping[str, 
 def place_scheduled(
     connection: Connection, overlapped: Sequence[NewRun]
 ) -> tuple[list[NewRun], list[NewRun]]:
-    """Of scheduled runs that met another: those that got a place by their rule, and those that did not.
+    """Place scheduled runs that overlap an unfinished one; returns those placed, and those left out.
 
-    Their definitions are locked by the fire that made them.
+    The fire that made them has locked their definitions.
     """
     placed: list[NewRun] = []
     left = [run for run in overlapped if run.overlap == "skip"]
@@ -53,7 +54,7 @@ def place_scheduled(
         key=lambda run: (run.org_id, run.definition_id, run.scheduled_for),
     )
     if wanting:
-        # All of them first and in the order of ids, as every batch that locks runs does.
+        # Lock all of them first, in the order of ids, as every batch that locks runs does.
         definitions = {run.definition_id for run in wanting}
         rows = select(_live.c.id).where(_live.c.definition_id.in_(definitions), _live.c.serial)
         connection.execute(rows.order_by(_live.c.id).with_for_update()).all()
@@ -67,7 +68,7 @@ Decide = Callable[[DueDefinition, datetime], Decision]
 
 
 def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) -> FireReport:
-    """Lock what is due, let `decide` say what it makes, and write that: one transaction's work."""
+    """Lock due definitions, let `decide` turn each into runs and skips, and write those."""
     now, due = statements(connection).fire_lock(connection, limit=limit, specs=specs)
     decisions = [decide(definition, now) for definition in due]
     return write(
@@ -81,7 +82,7 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
 
 
 def first_due(connection: Connection) -> tuple[datetime, datetime | None]:
-    """What time the database has, and when a definition is due first."""
+    """The database's time, and the earliest fire time."""
     return statements(connection).fire_first(connection)
 
 
@@ -94,11 +95,10 @@ def write(
     now: datetime | None = None,
     more: bool = False,
 ) -> FireReport:
-    """Insert runs and skips and set what is due next, under the definitions' locks.
+    """Insert runs and skips and set the next fire times, under the definitions' locks.
 
-    A serial run that finds another unfinished one of its definition gets the place
-    that its overlap rule gives it, else becomes a skip (overlap); one that exists
-    already is ignored. `now` and `more` only go into the report.
+    A serial run that overlaps an unfinished one is placed by its policy, or becomes a skip
+    (overlap); an existing run is ignored. `now` and `more` only go into the report.
     """
     hot = statements(connection)
     made = hot.fire_write(connection, runs, next_fires)

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, func, select, text
 
 from worker.ids import RunId
 from worker.store import tables
-from worker.store.connection import database_now, is_postgresql
+from worker.store.dialect import database_now, is_postgresql
 from worker.store.engine import libpq_arguments, read_url
 
 # Where servers have their sockets.
@@ -196,4 +196,12 @@ def workers(connection: Connection) -> list[Row]:
         "handlers",
     )
     query = select(*(newest.c[name] for name in names)).order_by(newest.c.id.desc()).limit(NEWEST)
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def live_workers(connection: Connection) -> list[Row]:
+    """Host and capacity of the workers that hold their lease."""
+    workers = tables.workers
+    alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
+    query = select(workers.c.host, workers.c.capacity).where(*alive).order_by(workers.c.id)
     return [dict(row) for row in connection.execute(query).mappings()]

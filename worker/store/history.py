@@ -1,4 +1,4 @@
-"""History of one scheduled time: what was in force, what became of it, who else hit the error."""
+"""History: what was in force at a scheduled time, what became of it, and how attempts went."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ from worker.definitions.policies import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
 
-# Rows that are looked at before the answer is "at least": a broken release fails a hundred times a second.
+# Rows that are read before the answer is "at least": a broken release fails a hundred times a second.
 MOST = 10_000
+
+# Outcomes of attempts that nothing outside cut short.
+OWN_ENDS = ("succeeded", "failed", "retry", "timed_out", "snoozed")
+
+Row = dict[str, Any]
 
 _attempts = tables.attempts
 _live = tables.live_runs
+_runs = tables.runs
+_skips = tables.skips
+_revisions = tables.definition_revisions
+_audit = tables.audit
 
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """So many other orgs; with `more` there may be further ones."""
+    """The number of other orgs; `more`: at least this many."""
 
     orgs: int
     more: bool = False
@@ -31,7 +40,7 @@ class Others:
 def others_that_failed(
     connection: Connection, org_id: OrgId, cause: str, start: datetime, end: datetime
 ) -> Others:
-    """Orgs but this one of which an attempt ended with this `error_cause` in [start, end)."""
+    """Other orgs with an attempt that ended with this `error_cause` in [start, end)."""
     return _others(
         connection,
         select(_attempts.c.org_id).where(
@@ -44,7 +53,7 @@ def others_that_failed(
 
 
 def others_without_token(connection: Connection, org_id: OrgId) -> Others:
-    """Orgs but this one of which a run waits for a token now."""
+    """Other orgs with a run that waits for a token now."""
     return _others(
         connection,
         select(_live.c.org_id).where(
@@ -55,25 +64,18 @@ def others_without_token(connection: Connection, org_id: OrgId) -> Others:
 
 def _others(connection: Connection, query: Select[tuple[str]]) -> Others:
     found = query.limit(MOST).subquery()
-    orgs, looked_at = connection.execute(
+    orgs, rows = connection.execute(
         select(func.count(found.c.org_id.distinct()), func.count(found.c.org_id))
     ).one()
-    return Others(orgs, looked_at == MOST)
+    return Others(orgs, rows == MOST)
 
 
-Row = dict[str, Any]
-
-_runs = tables.runs
-_skips = tables.skips
-_revisions = tables.definition_revisions
-_audit = tables.audit
-
-# Runs that may have been made within the grace of one instant, and are looked at.
+# Runs that `run_in_the_way` reads: those made within the grace of a scheduled time.
 _NEAR = 100
 
 
 def revision_at(connection: Connection, definition_id: DefinitionId, at: datetime) -> Row | None:
-    """The revision in force at an instant: the last one made by then, else the first."""
+    """The revision in force at a time: the last one made by then, else the first."""
     made = select(_revisions).where(_revisions.c.definition_id == definition_id)
     last = made.where(_revisions.c.at <= at).order_by(_revisions.c.revision.desc()).limit(1)
     first = made.order_by(_revisions.c.revision).limit(1)
@@ -82,7 +84,7 @@ def revision_at(connection: Connection, definition_id: DefinitionId, at: datetim
 
 
 def run_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> RunId | None:
-    """The run of this instant: the schedule's, else the newest that was made for it."""
+    """The run of this scheduled time: the schedule's, else the newest one."""
     mine = select(_runs.c.id).where(
         _runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.scheduled_for == at
     )
@@ -92,7 +94,7 @@ def run_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, a
 
 
 def skip_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime) -> Row | None:
-    """The row of `skips` that this instant is counted in."""
+    """The row of `skips` that counts this scheduled time."""
     query = select(_skips).where(
         _skips.c.org_id == org_id,
         _skips.c.definition_id == definition_id,
@@ -103,10 +105,10 @@ def skip_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, 
     return None if row is None else dict(row)
 
 
-def run_that_was_on(
+def run_in_the_way(
     connection: Connection, org_id: OrgId, definition_id: DefinitionId, at: datetime
 ) -> RunId | None:
-    """The run that a scheduled one met at that instant: the oldest that had not ended by then."""
+    """The run that a scheduled one overlapped at that time: the oldest unfinished one."""
     query = (
         select(_runs.c.id)
         .where(
@@ -123,7 +125,7 @@ def run_that_was_on(
 
 
 def running(connection: Connection, org_id: OrgId, *, limit: int) -> int:
-    """How many runs of this org are on; counted up to `limit`."""
+    """The number of running runs of this org, up to `limit`."""
     some = (
         select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == "running").limit(limit).subquery()
     )
@@ -133,7 +135,7 @@ def running(connection: Connection, org_id: OrgId, *, limit: int) -> int:
 def last_change(
     connection: Connection, org_id: OrgId, subject: str, actions: Sequence[str], at: datetime
 ) -> Row | None:
-    """The last of these actions on a subject by that instant: who, when and which."""
+    """The last of these actions on a subject by that time: who, when and which."""
     query = (
         select(_audit.c.at, _audit.c.actor, _audit.c.action, _audit.c.detail)
         .where(
@@ -147,3 +149,39 @@ def last_change(
     )
     row = connection.execute(query).mappings().first()
     return None if row is None else dict(row)
+
+
+def last_attempts(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, limit: int
+) -> list[Row]:
+    """The newest attempts of a definition that ended by themselves: handler, seconds, peak_memory."""
+    newest = (
+        select(_runs.c.id)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .order_by(_runs.c.id.desc())
+        .limit(limit)
+    )
+    query = select(
+        _attempts.c.handler, _attempts.c.started_at, _attempts.c.ended_at, _attempts.c.peak_memory
+    ).where(_attempts.c.run_id.in_(newest.subquery().select()), _attempts.c.outcome.in_(OWN_ENDS))
+    return [
+        {
+            "handler": row["handler"],
+            "seconds": (row["ended_at"] - row["started_at"]).total_seconds(),
+            "peak_memory": row["peak_memory"],
+        }
+        for row in connection.execute(query).mappings()
+    ]
+
+
+def last_claims(connection: Connection, org_id: OrgId) -> Row | None:
+    """The redacted claims of the org's last run that got a token, or None."""
+    newest = select(_runs.c.id).where(_runs.c.org_id == org_id).order_by(_runs.c.id.desc()).limit(20)
+    query = (
+        select(_attempts.c.claims)
+        .where(_attempts.c.run_id.in_(newest.subquery().select()), _attempts.c.claims.is_not(None))
+        .order_by(_attempts.c.run_id.desc(), _attempts.c.attempt.desc())
+        .limit(1)
+    )
+    claims: Row | None = connection.execute(query).scalar()
+    return claims

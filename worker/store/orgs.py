@@ -11,7 +11,7 @@ from sqlalchemy import Connection, exists, insert, select, text, update
 from worker.errors import NotFound
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.connection import chunks, is_postgresql
+from worker.store.dialect import chunks, is_postgresql
 
 Row = dict[str, Any]
 
@@ -21,14 +21,14 @@ _FIND_CALLER = text("SELECT id, issuer, state, is_credential FROM find_caller(:c
 
 
 def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None:
-    """The org of that code; `lock` keeps other changes of it out until the transaction ends."""
+    """The org of that code; `lock` keeps other changes out until the transaction ends."""
     query = select(_orgs).where(_orgs.c.code == code)
     row = connection.execute(query.with_for_update() if lock else query).mappings().first()
     return None if row is None else dict(row)
 
 
 class OrgCaller(NamedTuple):
-    """An org whose token a caller of the web side showed, as the database has it."""
+    """The org whose token a web request shows."""
 
     id: OrgId
     issuer: str
@@ -40,8 +40,8 @@ class OrgCaller(NamedTuple):
 def find_caller(connection: Connection, code: str, client_id: str) -> OrgCaller | None:
     """The org of that code, and whether the client is one of its active credentials; None if unknown.
 
-    The only lookup of orgs and credentials on the path of a request before its caller is known.
-    On PostgreSQL a function of the tables' owner does it: the role that asks sees no org.
+    The only lookup before the caller of a request is known. On PostgreSQL a function of the
+    tables' owner does it, because the role of the request sees no org.
     """
     if is_postgresql(connection):
         found = connection.execute(_FIND_CALLER, {"code": code, "client_id": client_id}).first()
@@ -65,12 +65,12 @@ def require(connection: Connection, code: str, *, lock: bool = False) -> Row:
     """
     org = find(connection, code, lock=lock)
     if org is None:
-        raise NotFound(f"there is no org {code}", fix="`orgs list` names the orgs, `orgs add` makes one")
+        raise NotFound(f"there is no org {code}", fix="`orgs list` lists the orgs, `orgs add` makes one")
     return org
 
 
 def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:
-    """The orgs of these codes by code, those that do not exist left out; locked in the codes' order."""
+    """The existing orgs of these codes, by code; locked in the order of codes."""
     found: dict[str, Row] = {}
     for part in chunks(sorted(set(codes))):
         query = select(_orgs).where(_orgs.c.code.in_(part)).order_by(_orgs.c.code)
@@ -79,14 +79,23 @@ def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: boo
     return found
 
 
+def active_for_all_orgs(connection: Connection, *, after: str | None = None, limit: int = 500) -> list[Row]:
+    """Active and paused orgs by code, those after `after`."""
+    names = ("id", "code", "issuer", "timezone", "state", "max_concurrent_runs")
+    query = select(*(_orgs.c[name] for name in names)).where(_orgs.c.state.in_(("active", "paused")))
+    if after is not None:
+        query = query.where(_orgs.c.code > after)
+    return [dict(row) for row in connection.execute(query.order_by(_orgs.c.code).limit(limit)).mappings()]
+
+
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert new orgs; each row has every column but those of `state`."""
+    """Insert new orgs; each row has every column except those of `state`."""
     if rows:
         connection.execute(insert(_orgs), [dict(row) for row in rows])
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
-    """Change columns of one org; one with other tags or another issuer looks at all templates again."""
+    """Change columns of one org; changed tags or issuer make all templates apply again."""
     if values.keys() & {"tags", "issuer"}:
         values = {**values, "templates_seen": 0}
     connection.execute(update(_orgs).where(_orgs.c.id == org_id).values(**values, updated_at=at))
@@ -95,7 +104,7 @@ def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, 
 def set_state(
     connection: Connection, org_id: OrgId, state: str, *, by: str, at: datetime, note: str | None
 ) -> None:
-    """Set the org's state, with who, when and why; one that comes back looks at all templates again."""
+    """Set the org's state, with who, when and why; all templates apply again to one that becomes active."""
     values = {"state": state, "state_by": by, "state_at": at, "state_note": note}
     if state == "active":
         values["templates_seen"] = 0

@@ -12,8 +12,8 @@ from sqlalchemy import Connection, inspect, select, text
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.store import roles, tables
-from worker.store.connection import is_postgresql, upsert
 from worker.store.database import Database, translated
+from worker.store.dialect import is_postgresql, upsert
 from worker.store.engine import open_engine, read_url
 
 if TYPE_CHECKING:

@@ -1,21 +1,23 @@
-"""Whether anything waits for the chores of schedules; one look, so that to find nothing costs little."""
+"""Sweeps: regular changes of stored runs that expired, are held, lack a handler, or are old."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, timedelta
+from typing import Any
 
-from sqlalchemy import Connection, delete, select, text, update
+from sqlalchemy import Connection, bindparam, delete, select, text, update
 
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.connection import chunks, database_now
-from worker.store.definitions import Names, names_for_all_orgs, names_of
+from worker.store.definitions import Names, names_of
+from worker.store.dialect import Instant, chunks, database_now, is_postgresql
 from worker.store.sql import statements
-from worker.store.sql.ending import Rollups
+from worker.store.sql.contract import Rollups
 
-# The least by its index: whether any is less would be looked for in every org.
+# `min` uses the index; "is any less" would read every org.
 _LOOK = """
 SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
                 < CAST((SELECT value FROM facts WHERE name = 'templates_change') AS BIGINT), false)
@@ -26,22 +28,22 @@ SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Orgs that are behind the templates; backfills that have not ended."""
+    """Whether orgs are behind the templates, and whether backfills are unfinished."""
 
     templates: bool
     backfills: bool
 
 
 def pending(connection: Connection) -> Pending:
-    """What there is to do now."""
+    """What there is to do now, in one query."""
     templates, backfills = connection.execute(text(_LOOK)).one()
     return Pending(bool(templates), bool(backfills))
 
 
-# Rows changed by one transaction.
+# Rows that one transaction changes.
 BATCH = 500
-# Unfinished runs that one look goes through for those whose handler nobody offers.
-LOOK = 5_000
+# Unfinished runs that one call of `mark_no_handler` checks.
+CHECKED = 5_000
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -50,7 +52,7 @@ _workers = tables.workers
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """A waiting run that a sweep changed; `names` are those of its org and definition."""
+    """A waiting run that a sweep ended, with the names of its org and definition."""
 
     run_id: RunId
     org_id: OrgId
@@ -62,21 +64,20 @@ class Swept:
 
 
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
-    """Give waiting runs that are due the reason `no_handler` while no worker offers theirs, and take it back.
+    """Set or clear the reason `no_handler` of due runs, as long as no worker offers their handler.
 
-    Looks at the `LOOK` runs that follow `after`, or at the first: of a long backlog a
-    part at each call. Returns how many rows changed, and after which run to go on, None
-    where all have been seen. Admission does not read the reason: this is for people.
+    Checks `CHECKED` runs after `after`. Returns how many rows changed, and the run to continue
+    after, or None at the end. Admission does not read the reason: it is for people.
     """
     now = database_now(connection)
     live = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
     offers = [set(names) for names in connection.execute(select(_workers.c.handlers).where(*live)).scalars()]
     columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.reason, _live.c.attempt)
-    # `state NOT IN` is waiting by words that fit no partial index: the order of ids is meant.
+    # `state NOT IN` means waiting, but matches no partial index, so rows come in the order of ids.
     query = select(*columns).where(_live.c.state.not_in(("running", "held")), _live.c.available_at <= now)
     if after is not None:
         query = query.where(_live.c.id > after)
-    rows = connection.execute(query.order_by(_live.c.id).limit(LOOK)).all()
+    rows = connection.execute(query.order_by(_live.c.id).limit(CHECKED)).all()
     known: dict[tuple[str, ...], bool] = {}
     wrong: dict[str, list[RunId]] = {}
     for row in rows:
@@ -90,11 +91,11 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
     for reason, ids in wrong.items():
         for part in chunks(ids):
             changed += _mark(connection, part, reason)
-    return changed, rows[-1].id if len(rows) == LOOK else None
+    return changed, rows[-1].id if len(rows) == CHECKED else None
 
 
 def _mark(connection: Connection, ids: Sequence[RunId], reason: str) -> int:
-    """Give these runs a reason, those that still wait and that nobody is about to change."""
+    """Set the reason of those of these runs that still wait and are not locked."""
     waiting = (_live.c.id.in_(ids), _live.c.state == "waiting")
     rows = select(_live.c.id).where(*waiting).order_by(_live.c.id).with_for_update(skip_locked=True)
     locked = connection.execute(rows).scalars().all()
@@ -102,7 +103,7 @@ def _mark(connection: Connection, ids: Sequence[RunId], reason: str) -> int:
 
 
 def expire_overdue(connection: Connection) -> list[Swept]:
-    """Skip waiting runs whose start deadline passed before their handler ever started."""
+    """Skip waiting runs whose start deadline passed before their handler started."""
     query = (
         select(_live.c.id)
         .where(
@@ -113,35 +114,18 @@ def expire_overdue(connection: Connection) -> list[Swept]:
         .limit(BATCH)
     )
     overdue = connection.execute(query).scalars().all()
-    return end_waiting_for_all_orgs(connection, overdue, state="skipped", reason="expired")
+    return end_waiting(connection, None, overdue, state="skipped", reason="expired")
 
 
 def promote_held(connection: Connection) -> int:
-    """Let held runs wait whose definition has nothing unfinished left; returns how many."""
+    """Let held runs wait whose definition has no other unfinished run; returns how many."""
     return statements(connection).promote(connection, None)
 
 
 def end_waiting(
-    connection: Connection, org_id: OrgId, run_ids: Sequence[RunId], *, state: str, reason: str
+    connection: Connection, org_id: OrgId | None, run_ids: Sequence[RunId], *, state: str, reason: str
 ) -> list[Swept]:
-    """End those of one org's runs that wait or are held, without another attempt; the others stay."""
-    return _end_waiting(connection, run_ids, org_id, state, reason)
-
-
-def end_waiting_for_all_orgs(
-    connection: Connection, run_ids: Sequence[RunId], *, state: str, reason: str
-) -> list[Swept]:
-    """As `end_waiting`, of every org."""
-    return _end_waiting(connection, run_ids, None, state, reason)
-
-
-def _end_waiting(
-    connection: Connection,
-    run_ids: Sequence[RunId],
-    org_id: OrgId | None,
-    state: str,
-    reason: str,
-) -> list[Swept]:
+    """End those of these runs that wait or are held, without another attempt; `org_id` None: of all orgs."""
     mine = () if org_id is None else (_live.c.org_id == org_id,)
     ended: list[Swept] = []
     for part in chunks(sorted(run_ids)):
@@ -154,7 +138,7 @@ def _end_waiting(
         if not rows:
             continue
         ids = {row.definition_id for row in rows}
-        names = names_for_all_orgs(connection, ids) if org_id is None else names_of(connection, org_id, ids)
+        names = names_of(connection, org_id, ids)
         now = database_now(connection)
         connection.execute(delete(_live).where(*mine, _live.c.id.in_([row.id for row in rows])))
         for row in rows:
@@ -171,21 +155,101 @@ def _end_waiting(
                     progress=row.progress,
                 )
             )
-            called = names[row.definition_id]
-            ended.append(Swept(row.id, row.org_id, row.definition_id, called, row.attempt, state, reason))
+            named = names[row.definition_id]
+            ended.append(Swept(row.id, row.org_id, row.definition_id, named, row.attempt, state, reason))
     if ended:
         hot = statements(connection)
         now = database_now(connection)
-        counts: dict[OrgId, int] = {}
-        for run in ended:
-            counts[run.org_id] = counts.get(run.org_id, 0) + 1
+        counts = sorted(Counter(run.org_id for run in ended).items())
         hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         hot.add_rollups(
             connection,
             Rollups(
-                [(hour.date(), org_id, runs, 0, 0) for org_id, runs in sorted(counts.items())],
-                [(hour, org_id, state, runs) for org_id, runs in sorted(counts.items())],
+                [(hour.date(), org_id, runs, 0, 0) for org_id, runs in counts],
+                [(hour, org_id, state, runs) for org_id, runs in counts],
             ),
         )
         hot.promote(connection, [run.definition_id for run in ended])
     return ended
+
+
+# Tables whose rows belong to a run.
+_OF_A_RUN = (tables.run_logs, tables.checkpoints, tables.attempts)
+
+# By the place in the table: these rows never change, and a key of three columns is slow to compare.
+_SOME = {
+    "postgresql": """
+        DELETE FROM {table} WHERE ctid = ANY(ARRAY(
+          SELECT ctid FROM {table} WHERE run_id IN :ids LIMIT :limit FOR UPDATE SKIP LOCKED))
+        """,
+    "sqlite": """
+        DELETE FROM {table} WHERE rowid IN (
+          SELECT rowid FROM {table} WHERE run_id IN :ids LIMIT :limit)
+        """,
+}
+_OLDEST = {
+    "postgresql": """
+        DELETE FROM {table} WHERE ctid = ANY(ARRAY(
+          SELECT ctid FROM {table} WHERE {at} < :before ORDER BY {at} LIMIT :limit FOR UPDATE SKIP LOCKED))
+        """,
+    "sqlite": """
+        DELETE FROM {table} WHERE rowid IN (
+          SELECT rowid FROM {table} WHERE {at} < :before ORDER BY {at} LIMIT :limit)
+        """,
+}
+
+
+def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
+    """Delete up to `limit` log lines and attempts of the runs that `forget_runs` deletes next.
+
+    One run may have thousands. Returns the greater of the two numbers.
+    """
+    ids = _old_runs(connection, state, age, runs)
+    if not ids:
+        return 0
+    query = _SOME["postgresql" if is_postgresql(connection) else "sqlite"]
+    named = bindparam("ids", ids, type_=tables.runs.c.id.type, expanding=True)
+    return max(
+        connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
+        for table in ("run_logs", "attempts")
+    )
+
+
+def forget_runs(connection: Connection, state: str, age: timedelta, *, limit: int) -> int:
+    """Delete the oldest runs that ended in this state longer than `age` ago, with their rows elsewhere."""
+    ids = _old_runs(connection, state, age, limit)
+    if not ids:
+        return 0
+    for table in _OF_A_RUN:
+        connection.execute(delete(table).where(table.c.run_id.in_(ids)))
+    return connection.execute(delete(_runs).where(_runs.c.id.in_(ids))).rowcount
+
+
+def _old_runs(connection: Connection, state: str, age: timedelta, limit: int) -> Sequence[Any]:
+    """The ids of the oldest, locked against other workers."""
+    ends = tables.run_ends
+    old = (
+        select(ends.c.run_id)
+        .where(ends.c.state == state, ends.c.finished_at < database_now(connection) - age)
+        .order_by(ends.c.finished_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return connection.execute(old).scalars().all()
+
+
+def forget_skips(connection: Connection, age: timedelta, *, limit: int) -> int:
+    """Delete the oldest skips that ended longer than `age` ago."""
+    return _forget(connection, "skips", "skipped_until", age, limit)
+
+
+def forget_logs(connection: Connection, age: timedelta, *, limit: int) -> int:
+    """Delete the oldest log lines, also of runs that are retained."""
+    return _forget(connection, "run_logs", "at", age, limit)
+
+
+def _forget(connection: Connection, table: str, at: str, age: timedelta, limit: int) -> int:
+    statement = _OLDEST["postgresql" if is_postgresql(connection) else "sqlite"]
+    before = bindparam("before", database_now(connection) - age, type_=Instant())
+    query = text(statement.format(table=table, at=at)).bindparams(before)
+    return connection.execute(query, {"limit": limit}).rowcount

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, case, func, insert, select, text, update
 
 from worker.ids import OrgId, TemplateId
 from worker.store import tables
-from worker.store.connection import chunks
+from worker.store.dialect import chunks
 
 Row = dict[str, Any]
 

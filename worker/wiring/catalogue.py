@@ -13,7 +13,7 @@ from worker.handlers.installed import distributions
 from worker.handlers.schema import Schema
 from worker.store import catalogue
 from worker.store.database import Database
-from worker.store.for_worker import WorkerStore
+from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import emit
 
 # Unchecked rules of one handler that are named.

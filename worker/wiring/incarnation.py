@@ -32,7 +32,7 @@ from worker.operations.confinement import Confinement
 from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store.database import Database
-from worker.store.for_worker import WorkerStore
+from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier, Vitals
 from worker.tokens.cache import Tokens

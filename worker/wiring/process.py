@@ -22,7 +22,7 @@ from worker.settings.sections import AlertSettings, TracingSettings
 from worker.store import alerts, health, schema
 from worker.store.database import Database
 from worker.store.engine import lock_sqlite_file
-from worker.store.for_worker import beside_the_work
+from worker.store.worker_store import heartbeat_database
 from worker.telemetry import events, logs, tracing
 from worker.telemetry.alerts import Alert, AlertDispatcher, Strike, Strikes, Webhook
 from worker.telemetry.masking import masker
@@ -228,7 +228,7 @@ def run(settings: Settings) -> int:
             )
 
         async def served() -> int:
-            aside = beside_the_work(database, execution.lease)
+            aside = heartbeat_database(database, execution.lease)
             with traced(), alarms(settings, aside, clock, web.health):
                 async with web.serving():
                     return await run_incarnations(incarnate, children, notifier, clock)

@@ -14,8 +14,7 @@ from worker.operations.check_orgs import Checks
 from worker.providers import profile
 from worker.settings import Settings
 from worker.store import credentials
-from worker.store.batch_loader import BatchLoader
-from worker.store.database import Database
+from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
 from worker.tokens.credentials import Credential, Secret, read_reference
 from worker.tokens.http import open_client

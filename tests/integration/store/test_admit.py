@@ -18,10 +18,10 @@ from tests.faults.watches import muter
 from worker.ids import DefinitionId, RunId, WorkerId, new_id
 from worker.runs.run import AdmittedRun
 from worker.store import tables
-from worker.store.connection import driver
 from worker.store.database import Database
-from worker.store.for_worker import RingWalk
+from worker.store.dialect import driver
 from worker.store.sql.postgresql import admit
+from worker.store.worker_store import RingWalk
 
 
 def by_org(stock: Stock, worker: WorkerId, free: int) -> Counter[str]:

@@ -17,8 +17,8 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.stock import LEASE, Stock
 from worker.errors import ConfigurationError, StoreUnavailable
 from worker.store import tables
-from worker.store.connection import driver
 from worker.store.database import Database
+from worker.store.dialect import driver
 from worker.store.sql import statements
 
 

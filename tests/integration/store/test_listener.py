@@ -14,7 +14,7 @@ from tests.faults.proxy import Proxy, Verdict
 from worker.clock import SystemClock
 from worker.store import definitions
 from worker.store.database import Database
-from worker.store.listener import hint
+from worker.store.dialect import hint
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +56,7 @@ async def test_a_listener_that_was_cut_off_listens_again(migrated_postgres_url):
 async def test_a_listener_whose_question_is_never_answered_asks_on_another_connection(
     migrated_postgres_url, monkeypatch
 ):
-    monkeypatch.setattr("worker.store.listener.DEADLINE", 0.3)
+    monkeypatch.setattr("worker.store.sessions.LISTEN_DEADLINE", 0.3)
     heard: asyncio.Queue[None] = asyncio.Queue()
     with Proxy(urlsplit(migrated_postgres_url).port) as proxy:
         proxy.watch = NeverAnswered

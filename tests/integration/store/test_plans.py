@@ -12,12 +12,12 @@ from sqlalchemy import text
 
 from tests.fakes.stock import LEASE, Stock
 from worker.runs.run import AdmittedRun, NewSkip, NextFire
-from worker.store import connection as driver_module
-from worker.store import firing, runs
+from worker.store import dialect as driver_module
+from worker.store import firing, worker_store
 from worker.store.database import Database
 from worker.store.sql import statements
 
-MODULES = ("admit", "finish", "fire", "recover", "renew", "save")
+MODULES = ("admit", "finish", "fire", "recover", "renew")
 
 # For each statement, by what it begins with or is known by: the indexes it may use.
 MEANT = {
@@ -145,6 +145,6 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
             connection, run.id, run.fencing_token, attempt=1, org_id=run.org_id, data_json="{}"
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
-        runs.recover(connection, max_recoveries=3)
+        worker_store.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted[50:100]))

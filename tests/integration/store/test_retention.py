@@ -9,7 +9,7 @@ from sqlalchemy import insert
 from tests.fakes.stock import Stock
 from worker.ids import new_id
 from worker.runs.run import LogLine
-from worker.store import for_worker, retention, tables
+from worker.store import sweeps, tables, worker_store
 from worker.store.sql import statements
 
 DAY = timedelta(days=1)
@@ -55,7 +55,7 @@ def test_the_many_lines_and_attempts_of_a_run_go_before_it_a_few_at_a_time(stock
 
     def some() -> int:
         with stock.database.transaction() as connection:
-            return retention.forget_parts(connection, "succeeded", timedelta(seconds=-1), runs=1, limit=3)
+            return sweeps.forget_parts(connection, "succeeded", timedelta(seconds=-1), runs=1, limit=3)
 
     assert [some() for _ in range(4)] == [3, 3, 1, 0]
 
@@ -100,11 +100,11 @@ def test_skips_lines_and_workers_go_at_their_own_age(stock):
             statements(connection).append_logs(
                 connection, [LogLine("0" * 8 + new_id()[8:], 1, days, org_id, at, "info", "log", "hello")]
             )
-        for_worker.unregister(connection, ended)
+        worker_store.unregister(connection, ended)
 
-        assert retention.forget_skips(connection, 7 * DAY, limit=10) == 1
-        assert retention.forget_logs(connection, 7 * DAY, limit=10) == 1
-        assert for_worker.forget_ended(connection, older_than=timedelta(seconds=-1)) == 1
+        assert sweeps.forget_skips(connection, 7 * DAY, limit=10) == 1
+        assert sweeps.forget_logs(connection, 7 * DAY, limit=10) == 1
+        assert worker_store.forget_workers(connection, timedelta(seconds=-1)) == 1
 
     assert [row["skipped_from"] for row in stock.all(tables.skips)] == [now - DAY]
     assert [row["seq"] for row in stock.all(tables.run_logs)] == [1]
@@ -113,4 +113,4 @@ def test_skips_lines_and_workers_go_at_their_own_age(stock):
 
 def forget(stock: Stock, state: str, age: timedelta, *, limit: int = 100) -> int:
     with stock.database.transaction() as connection:
-        return retention.forget_runs(connection, state, age, limit=limit)
+        return sweeps.forget_runs(connection, state, age, limit=limit)

@@ -21,8 +21,8 @@ from tests.fakes.one_row_each import Owner, fill, row
 from worker.errors import RolesMissing
 from worker.ids import OrgId, new_id
 from worker.store import orgs, roles, schema, tables
-from worker.store.connection import database_now
 from worker.store.database import Database
+from worker.store.dialect import database_now
 from worker.store.roles import Scope
 
 NOT_OF_ORGS = {"workers", "catalogue", "facts"}
@@ -393,7 +393,7 @@ class TestScopes:
                 await as_org.call(who_sees),
                 await as_org.call_autocommit(who_sees),
                 await as_org.run(in_its_own),
-                await as_org.hurried(1.0).call(who_sees),
+                await as_org.with_deadline(1.0).call(who_sees),
             ]
 
         with opened(logins["worker"]) as database:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fakes.stock import Stock
 from worker.runs.run import AdmittedRun, LogLine
-from worker.store import runs, tables
+from worker.store import tables, worker_store
 from worker.store.sql import statements
 
 
@@ -30,7 +30,7 @@ def save(stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None)
 
 def load(stock: Stock, run: AdmittedRun) -> object:
     with stock.database.autocommit() as connection:
-        return runs.load_checkpoint(connection, run.id)
+        return worker_store.load_checkpoint(connection, run.id)
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:

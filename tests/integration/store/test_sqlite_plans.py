@@ -13,13 +13,13 @@ import pytest
 
 from tests.fakes.stock import LEASE, Stock
 from worker.runs.run import NewSkip, NextFire
-from worker.store import connection as driver_module
-from worker.store import firing, runs
-from worker.store.connection import driver
+from worker.store import dialect as driver_module
+from worker.store import firing, worker_store
+from worker.store.dialect import driver
 from worker.store.sql import statements
 from worker.store.sql.sqlite.values import MOST
 
-MODULES = ("admit", "finish", "fire", "recover", "renew", "save")
+MODULES = ("admit", "finish", "fire", "recover", "renew")
 # What comes and goes, or grows: none of it is read from end to end.
 TABLES = "orgs|definitions|definition_revisions|schedule|runs|live_runs|attempts|skips|workers|checkpoints"
 # By their own words the few that are there, and they are not in the way of a run.
@@ -97,7 +97,7 @@ def test_each_hot_statement_goes_by_an_index(
             connection, run.id, run.fencing_token, attempt=1, org_id=run.org_id, data_json="{}"
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in held[:5]])
-        runs.recover(connection, max_recoveries=3)
+        worker_store.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in held[:20]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in held[20:40]))
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, Stock
 from worker.runs.run import NewRun
-from worker.store import for_worker, sweeps, tables
+from worker.store import sweeps, tables, worker_store
 
 
 def reason(stock: Stock, run: NewRun) -> str:
@@ -40,13 +40,13 @@ def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: St
     assert mark(stock) == 0
 
     with stock.database.transaction() as connection:
-        for_worker.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
+        worker_store.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
     assert mark(stock) == 2
     assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
 
 
 def test_a_long_backlog_is_looked_at_in_parts(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "LOOK", 2)
+    monkeypatch.setattr(sweeps, "CHECKED", 2)
     org = stock.org()
     runs = sorted((stock.run(org) for _ in range(5)), key=lambda run: run.id)
     stock.put(*runs)

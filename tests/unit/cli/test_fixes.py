@@ -25,7 +25,7 @@ NEED_ONE = {
 } - OF_RUNS
 PACKAGE = Path(worker.__file__).parent
 # What only the worker's own loops ask for.
-LOOPS = {PACKAGE / "store" / "for_worker.py"}
+LOOPS = {PACKAGE / "store" / "worker_store.py"}
 
 
 def made(room: str) -> Iterator[tuple[str, ast.Call]]:

@@ -7,7 +7,7 @@ import heapq
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.store.sql.ending import OrgQueue, reach
+from worker.store.sql.contract import OrgQueue, reach
 
 LINES = st.lists(
     st.builds(OrgQueue, running=st.integers(0, 6), most=st.integers(1, 9), weight=st.integers(1, 4)),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from worker.store import sql
-from worker.store.sql import Statements, postgresql, sqlite
+from worker.store.sql import postgresql, sqlite
+from worker.store.sql.contract import Statements
 
 DIALECTS = {"postgresql": postgresql, "sqlite": sqlite}
 
@@ -31,7 +34,7 @@ def test_a_statement_is_called_alike_on_both(name: str) -> None:
 
 
 # What the verbs of one dialect are made of.
-NOUNS = {"__init__", "arrays", "lines", "owners", "said", "values", "waiting"}
+NOUNS = {"__init__", "arrays", "values"}
 
 
 def test_each_verb_has_a_file_in_both_dialects() -> None:
@@ -40,3 +43,18 @@ def test_each_verb_has_a_file_in_both_dialects() -> None:
 
     assert verbs["sqlite"] == verbs["postgresql"]
     assert {"fire", "admit", "finish", "renew", "recover"} <= verbs["sqlite"]
+
+
+def test_sqlite_alone_needs_no_psycopg(tmp_path: Path) -> None:
+    """The driver of PostgreSQL is an optional extra."""
+    url = f"sqlite:///{tmp_path / 'worker.db'}"
+    program = (
+        "import sys; from worker.clock import SystemClock; from worker.store import schema;"
+        "from worker.store.database import Database; from worker.store.worker_store import WorkerStore;"
+        f"schema.upgrade({url!r}); Database.open({url!r}, clock=SystemClock()).close();"
+        "print('psycopg' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"

@@ -12,7 +12,7 @@ from tests.fakes.clock import ManualClock
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry
 from worker.store.database import Database
-from worker.store.for_worker import WorkerStore
+from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import Emitted
 from worker.wiring import catalogue
 from worker.wiring.catalogue import MOST_TOLD, Cataloguing

@@ -25,8 +25,8 @@ from sqlalchemy import (
 from worker.errors import NotFound, UsageError
 from worker.ids import DefinitionId, OrgId, RunId, lowest_id
 from worker.store import orgs, tables
+from worker.store.dialect import Id, Instant, json_type
 from worker.store.lists.paging import DEFAULT_LIMIT, Row, check_limit, checked_id
-from worker.store.tables import Id, Instant, json_type
 
 RUN_STATES = ("waiting", "running", *tables.FINAL_STATES)
 # Runs looked at under one condition: some 20 ms of SQLite.

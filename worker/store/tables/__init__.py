@@ -1,95 +1,335 @@
-"""The tables, with named constraints; a column's meaning is its `doc`, and stands in the reference.
+"""The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
-`runs` holds identity and outcome and is written twice, at fire and at finish: its
-`state` is null until the run has ended and never changes after. `live_runs` holds
-the unfinished runs only, narrow and hot. The view `run_view` joins both for
-screens; `run_ends` finds those that have ended, by how and when. Hot tables carry no
-foreign keys: one module writes them, and `doctor` checks that a live row exists
-exactly for each run without a final state.
+Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs.
 """
 
-from worker.store.tables.columns import HOT, UPDATED, Id, Instant, json_type, metadata, one_of
-from worker.store.tables.orgs import (
-    ALERT_KINDS,
-    APPEND_ONLY,
-    FIND_CALLER,
-    ORG_STATES,
-    alert_strikes,
-    alerts,
-    audit,
-    backfills,
-    catalogue,
-    credentials,
-    definition_revisions,
-    definitions,
-    facts,
-    orgs,
-    rollup_days,
-    rollup_hours,
-    schedule,
-    templates,
-    workers,
-)
-from worker.store.tables.runs import (
-    ABSORBING,
-    ATTEMPT_OUTCOMES,
-    FINAL_STATES,
-    LIVE_STATES,
-    ORIGINS,
-    RUN_ENDS,
-    RUN_QUERY,
-    RUN_VIEW,
-    WAITING_REASONS,
-    attempts,
-    checkpoints,
-    live_runs,
-    run_ends,
-    run_logs,
-    runs,
-    skips,
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Date,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    Table,
+    Text,
+    UniqueConstraint,
 )
 
-__all__ = [
-    "ABSORBING",
-    "ALERT_KINDS",
-    "APPEND_ONLY",
-    "ATTEMPT_OUTCOMES",
-    "FINAL_STATES",
-    "FIND_CALLER",
-    "HOT",
-    "LIVE_STATES",
-    "ORG_STATES",
-    "ORIGINS",
-    "RUN_ENDS",
-    "RUN_QUERY",
-    "RUN_VIEW",
-    "UPDATED",
-    "WAITING_REASONS",
-    "Id",
-    "Instant",
-    "alert_strikes",
-    "alerts",
-    "attempts",
-    "audit",
-    "backfills",
-    "catalogue",
-    "checkpoints",
-    "credentials",
-    "definition_revisions",
-    "definitions",
-    "facts",
-    "json_type",
-    "live_runs",
-    "metadata",
-    "one_of",
+from worker.store.dialect import Id, Instant, json_type
+from worker.store.tables.runs import ABSORBING as ABSORBING
+from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
+from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
+from worker.store.tables.runs import RUN_ENDS as RUN_ENDS
+from worker.store.tables.runs import RUN_VIEW as RUN_VIEW
+from worker.store.tables.runs import UPDATED, count, one_of, partial, required
+from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
+from worker.store.tables.runs import attempts as attempts
+from worker.store.tables.runs import checkpoints as checkpoints
+from worker.store.tables.runs import live_runs as live_runs
+from worker.store.tables.runs import metadata as metadata
+from worker.store.tables.runs import run_ends as run_ends
+from worker.store.tables.runs import run_logs as run_logs
+from worker.store.tables.runs import runs as runs
+from worker.store.tables.runs import skips as skips
+
+ORG_STATES = ("active", "paused", "suspended", "removed")
+
+orgs = Table(
     "orgs",
-    "rollup_days",
-    "rollup_hours",
-    "run_ends",
-    "run_logs",
-    "runs",
-    "schedule",
-    "skips",
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("code", Text, "The `org_code` of its tokens.", unique=True),
+    required("name", Text, "For people."),
+    required("issuer", Text, "A table `[issuers.NAME]` of worker.toml."),
+    required("state", Text, "`active`, `paused`, `suspended` or `removed`.", server_default="active"),
+    Column("state_by", Text, doc="Who set the state."),
+    Column("state_at", Instant, doc="When."),
+    Column("state_note", Text, doc="Why, in their words."),
+    count("max_concurrent_runs", "Its limit of concurrent runs, over all workers.", "10"),
+    count("weight", "Its share of the slots, relative to other orgs.", "1"),
+    required("tags", json_type(), "What templates select by."),
+    Column("timezone", Text, doc="Of its definitions that do not name one; default UTC."),
+    count("templates_seen", "The newest template change applied to it; 0: apply all.", type_=BigInteger),
+    required("created_at", Instant),
+    required("updated_at", Instant),
+    Index("ix_orgs_templates_seen", "templates_seen", "id"),
+    CheckConstraint(one_of("state", ORG_STATES), name="state"),
+    CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
+    CheckConstraint("weight >= 1", name="weight"),
+    info={"meaning": "The customer organisations."},
+)
+
+credentials = Table(
+    "credentials",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
+    required("generation", Integer, "1 for the first, then counting up."),
+    required("client_id", Text, "The machine-to-machine application."),
+    Column("sealed", LargeBinary, doc="The sealed secret or private key; null with a `reference`."),
+    Column("reference", Text, doc="`file:NAME` in `secrets_dir`."),
+    Column("key_id", Text, doc="The key of the key ring that seals it."),
+    required("kind", Text, "`client_secret` or `private_key`.", server_default="client_secret"),
+    required("state", Text, "`active` or `retired`.", server_default="active"),
+    required("created_at", Instant),
+    required("created_by", Text),
+    Column("retired_at", Instant, doc="When it was retired; `retire --now` also destroys the secret."),
+    Column("last_used_at", Instant, doc="When it was last used to request a token."),
+    count("uses", "The number of token requests with it.", type_=BigInteger),
+    Column("last_error", Text, doc="The issuer's answer, if the last request failed."),
+    UniqueConstraint("org_id", "generation"),
+    CheckConstraint(one_of("state", ("active", "retired")), name="state"),
+    CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
+    info={"meaning": "An org's client ids and secrets at its issuer."},
+)
+
+# Looks up whose token a request shows, for a role that sees no rows of orgs yet.
+FIND_CALLER = {
+    "sqlite": (),
+    "postgresql": (
+        """
+        CREATE FUNCTION find_caller(code text, client_id text, OUT id uuid, OUT issuer text, OUT state text,
+                                    OUT is_credential boolean)
+        RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+          SELECT o.id, o.issuer, o.state,
+                 EXISTS (SELECT 1 FROM credentials c
+                         WHERE c.org_id = o.id AND c.client_id = $2 AND c.client_id <> ''
+                           AND c.state = 'active')
+          FROM orgs o WHERE o.code = $1
+        $$
+        """,
+        "REVOKE ALL ON FUNCTION find_caller(text, text) FROM PUBLIC",
+    ),
+}
+
+
+templates = Table(
     "templates",
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("name", Text, "Also the name of the definitions that it makes.", unique=True),
+    required("revision", Integer),
+    required("selector", json_type(), "The orgs that it applies to."),
+    required("spec", json_type(), "The keys of the definition."),
+    required("change", BigInteger, "Its number among the changes of all templates."),
+    count("orgs_total", "The number of orgs to apply its last change to."),
+    count("orgs_done", "The number of those already done."),
+    Column("materialised_at", Instant, doc="When all were done."),
+    required("created_at", Instant),
+    required("updated_at", Instant),
+    required("updated_by", Text),
+    Column("closed_at", Instant, doc="When it was closed: it makes no more definitions."),
+    info={"meaning": "One definition for many orgs."},
+)
+
+definitions = Table(
+    "definitions",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
+    required("name", Text, "Unique within the org."),
+    required("revision", Integer, "The revision in force."),
+    required("enabled", Boolean, "While false, nothing is due."),
+    Column("paused_at", Instant, doc="Nothing is due from then on, until it is resumed."),
+    Column("paused_by", Text, doc="Who paused it."),
+    Column("pause_note", Text, doc="Why, in their words."),
+    count("consecutive_failures", "Runs in a row that failed or were refused."),
+    Column("template_id", Id, ForeignKey("templates.id"), doc="The template that made it."),
+    Column("template_revision", Integer, doc="The revision of the template."),
+    required("created_at", Instant),
+    required("updated_at", Instant),
+    Column("closed_at", Instant, doc="When it was closed: nothing runs any more. Rows are never deleted."),
+    UniqueConstraint("org_id", "name"),
+    Index("ix_definitions_template_id", "template_id", **partial("template_id IS NOT NULL")),
+    info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
+)
+
+definition_revisions = Table(
+    "definition_revisions",
+    metadata,
+    Column("definition_id", Id, ForeignKey("definitions.id"), primary_key=True),
+    Column("revision", Integer, primary_key=True),
+    required("spec", json_type(), "The keys of the definition, as `apply` reads them."),
+    required("at", Instant, "When it was changed."),
+    required("by", Text, "Who changed it."),
+    info={"meaning": "Each change of a definition."},
+)
+
+schedule = Table(
+    "schedule",
+    metadata,
+    Column("definition_id", Id, primary_key=True),
+    required("org_id", Id),
+    Column("next_scheduled_for", Instant, doc="The nominal time; null when nothing is due any more."),
+    Column("next_fire_at", Instant, doc="The same plus spread: when it is fired."),
+    Index("ix_schedule_next_fire_at", "next_fire_at", **partial("next_fire_at IS NOT NULL")),
+    Index("ix_schedule_org_id", "org_id"),
+    postgresql_with=UPDATED,
+    info={"meaning": "The next scheduled time of each active definition."},
+)
+
+backfills = Table(
+    "backfills",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
+    Column("definition_id", Id, ForeignKey("definitions.id"), nullable=False),
+    required("revision", Integer),
+    required("range_from", Instant, "The start of the range, inclusive."),
+    required("range_until", Instant, "The end of the range, exclusive."),
+    Column("next_scheduled_for", Instant, doc="The first scheduled time without a run, or null."),
+    count("max_concurrent", "The limit of its unfinished runs.", "1"),
+    required("instants", BigInteger, "The number of scheduled times in the range."),
+    count("made", "The number of those that have a run.", type_=BigInteger),
+    required("created_at", Instant),
+    required("created_by", Text),
+    Column("cancelled_at", Instant, doc="When it was cancelled."),
+    Column("finished_at", Instant, doc="When all its runs had ended."),
+    UniqueConstraint("definition_id", "range_from", "range_until"),
+    Index("ix_backfills_unfinished", "id", **partial("finished_at IS NULL")),
+    info={"meaning": "Ranges of past scheduled times that run again."},
+)
+
+
+workers = Table(
     "workers",
-]
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("host", Text, "The machine."),
+    required("pid", Integer, "The process."),
+    required("version", Text, "The version of orgworker."),
+    required("started_at", Instant, "When it started."),
+    required("renewed_at", Instant, "When its lease was last renewed."),
+    required("lease_until", Instant, "The end of its lease, until which it owns its runs."),
+    Column("ended_at", Instant, doc="When it stopped, or was found dead."),
+    required("handlers", json_type(), "The handlers that it offers."),
+    required("capacity", json_type(), "Its slots: `children`, `inline`."),
+    Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
+    postgresql_with=UPDATED,
+    info={"meaning": "One row for each start of a worker. Its lease is its right to the runs that it owns."},
+)
+
+catalogue = Table(
+    "catalogue",
+    metadata,
+    Column("name", Text, primary_key=True, doc="The handler's name."),
+    Column("distribution", Text, primary_key=True, doc="The plug-in."),
+    required("version", Text, "The plug-in's version."),
+    required("entry_point", Text, "Where its code is."),
+    required("isolation", Text, "`child` or `inline`, as `@job` says.", server_default="child"),
+    required("scopes", json_type(), "The scopes that its token must have."),
+    Column("params_schema", json_type(), doc="The JSON Schema of its params."),
+    Column("settings_schema", json_type(), doc="The JSON Schema of its settings."),
+    Column("timeout", Text, doc="The time limit of an attempt."),
+    Column("max_attempts", Integer, doc="The number of attempts that may fail."),
+    Column("memory", Text, doc="The memory limit of a run."),
+    Column("max_concurrent", Integer, doc="The limit of the handler's concurrent runs, over all workers."),
+    Column("error", Text, doc="Why it does not load."),
+    required("seen_at", Instant, "When a worker last looked."),
+    info={"meaning": "What the installed plug-ins offer."},
+)
+
+facts = Table(
+    "facts",
+    metadata,
+    Column("name", Text, primary_key=True, doc="The name of the fact."),
+    required("value", Text, "Its value."),
+    info={"meaning": "Facts about the whole database, such as the tzdata release in use."},
+)
+
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("at", Instant, "When."),
+    required("actor", Text, "The user of the operating system, or the caller of the API."),
+    required("action", Text, "What was done."),
+    Column("org_id", Id),
+    required("subject", Text, "What it was done to."),
+    Column("detail", json_type(), doc="The values; never a secret."),
+    Index("ix_audit_org_id_id", "org_id", "id"),
+    info={"meaning": "Who changed what. `org_id` is null if the change concerns no org, or all."},
+)
+
+# An audit row never changes and is never deleted, whatever the role. SQLite's REPLACE does not fire
+# the DELETE trigger.
+APPEND_ONLY = {
+    "sqlite": (
+        "CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
+        "CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row is never deleted'); END",
+        "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
+        "WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id) "
+        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION audit_append_only() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'an audit row is never changed or deleted'; END $$",
+        "CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_append_only()",
+    ),
+}
+
+rollup_days = Table(
+    "rollup_days",
+    metadata,
+    Column("day", Date, primary_key=True, doc="The UTC day on which they ended."),
+    Column("org_id", Id, primary_key=True),
+    count("runs", "Runs that ended.", type_=BigInteger),
+    count("attempts", "Attempts that ended.", type_=BigInteger),
+    count("handler_seconds", "The total time of their handlers.", type_=BigInteger),
+    postgresql_with=UPDATED,
+    info={"meaning": "Sums by UTC day and org. They are kept when the runs are deleted."},
+)
+
+rollup_hours = Table(
+    "rollup_hours",
+    metadata,
+    Column("hour", Instant, primary_key=True, doc="The hour in which they ended."),
+    Column("org_id", Id, primary_key=True),
+    Column("state", Text, primary_key=True, doc="Their final state."),
+    count("runs", "Runs that ended.", type_=BigInteger),
+    postgresql_with=UPDATED,
+    info={"meaning": "Sums by hour, org and state. They are kept when the runs are deleted."},
+)
+
+ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead")
+
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("cause", Text, primary_key=True, doc="The cause of the trouble."),
+    required("id", Text, "The `id` in its posts."),
+    required("kind", Text, "`failed`, `refused`, `overdue`, `paused` or `credential_dead`."),
+    required("summary", Text, "A sentence for people."),
+    required("fields", json_type(), "The fields of the first event."),
+    required("since", Instant, "When it first occurred."),
+    required("struck_at", Instant, "When it last occurred."),
+    required("count", BigInteger, "How often it occurred."),
+    Column("over_at", Instant, doc="When it was resolved."),
+    Column("over_how", Text, doc="How it was resolved."),
+    Column("told", Text, doc="What was delivered: `firing`, or null for nothing yet."),
+    count("tries", "Posts that failed."),
+    Column("try_at", Instant, doc="When to deliver it; null if there is nothing to deliver."),
+    CheckConstraint(one_of("kind", ALERT_KINDS), name="kind"),
+    CheckConstraint("told IS NULL OR told = 'firing'", name="told"),
+    CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name="over"),
+    info={"meaning": "One row per cause of trouble, shared by all workers, until its end is delivered."},
+)
+
+alert_strikes = Table(
+    "alert_strikes",
+    metadata,
+    Column("cause", Text, primary_key=True, doc="A row of `alerts`."),
+    Column("subject_id", Id, primary_key=True, doc="A definition or an org."),
+    required("struck_at", Instant, "When it was last affected."),
+    required("well", Boolean, "Whether it has recovered since."),
+    info={"meaning": "The definitions or orgs that a cause affects."},
+)

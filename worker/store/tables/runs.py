@@ -1,6 +1,14 @@
-"""Runs: identity and outcome, live state, attempts, logs and skips, and the view over them."""
+"""The tables of runs, and what all tables share.
+
+`runs` holds identity and outcome. It is written twice, at fire and at finish: its `state` is null until the
+run has ended and never changes after. `live_runs` holds the unfinished runs only, narrow and hot. The view
+`run_view` joins both for screens; `run_ends` finds ended runs by state and time. Hot tables have no foreign
+keys: one module writes them, and `doctor` checks that exactly the unfinished runs have a live row.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -9,51 +17,86 @@ from sqlalchemy import (
     Column,
     Index,
     Integer,
+    MetaData,
     Table,
     Text,
     UniqueConstraint,
     text,
 )
 
-from worker.store.tables.columns import HOT, Id, Instant, json_type, metadata, one_of
+from worker.store.dialect import Id, Instant, json_type
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# Rows of these tables come and go all the time: vacuum by count, not by share of the table,
+# and without pauses. Free room on each page lets an update stay on it.
+HOT = {
+    "autovacuum_vacuum_scale_factor": "0",
+    "autovacuum_vacuum_threshold": "5000",
+    "autovacuum_vacuum_cost_delay": "0",
+    "autovacuum_analyze_scale_factor": "0",
+    "autovacuum_analyze_threshold": "20000",
+}
+UPDATED = HOT | {"fillfactor": "70"}
+
+
+def required(name: str, type_: Any, doc: str | None = None, **options: Any) -> Column[Any]:
+    """A column that is never null."""
+    return Column(name, type_, nullable=False, doc=doc, **options)
+
+
+def count(name: str, doc: str, default: str = "0", *, type_: Any = Integer) -> Column[Any]:
+    """A number with a default."""
+    return required(name, type_, doc, server_default=default)
+
+
+def one_of(column: str, values: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def partial(where: str) -> dict[str, Any]:
+    """Options that make an index a partial one on both databases."""
+    return {"postgresql_where": text(where), "sqlite_where": text(where)}
+
 
 ORIGINS = ("schedule", "manual", "backfill", "retry")
-
 FINAL_STATES = ("succeeded", "failed", "cancelled", "refused", "skipped")
 
 runs = Table(
     "runs",
     metadata,
     Column("id", Id, primary_key=True),
-    Column("org_id", Id, nullable=False),
-    Column("definition_id", Id, nullable=False),
-    Column("revision", Integer, nullable=False),
-    Column("handler", Text, nullable=False, doc="The definition's; the attempt names a variant."),
-    Column("origin", Text, nullable=False, doc="`schedule`, `manual`, `backfill` or `retry`."),
-    Column("scheduled_for", Instant, nullable=False, doc="The nominal instant."),
-    Column("created_at", Instant, nullable=False),
+    required("org_id", Id),
+    required("definition_id", Id),
+    required("revision", Integer),
+    required("handler", Text, "The definition's; an attempt may use a variant."),
+    required("origin", Text, "`schedule`, `manual`, `backfill` or `retry`."),
+    required("scheduled_for", Instant, "The nominal time."),
+    required("created_at", Instant),
     Column("created_by", Text),
-    Column("request_key", Text, doc="Of a run by hand: the same key makes one run only."),
+    Column("request_key", Text, doc="Of a manual run: the same key makes one run only."),
     Column("backfill_id", Id, doc="The backfill that made it."),
-    Column("retry_of", Id, doc="The run that it tries again."),
-    Column("idempotency_key", Id, nullable=False, doc="The same on each attempt and on a retry by hand."),
-    Column(
-        "params", json_type(), doc="Of a run by hand: the definition's with those given laid over; else null."
-    ),
-    Column(
-        "state",
-        Text,
-        doc="Null until it has ended: `succeeded`, `failed`, `cancelled`, `refused` or `skipped`.",
-    ),
-    Column("reason", Text, doc="Why, of a closed set."),
-    Column("detail", Text, doc="Why, in particular."),
-    Column("available_at", Instant, doc="From when its last attempt might start."),
+    Column("retry_of", Id, doc="The run that it retries."),
+    required("idempotency_key", Id, "The same for all attempts and retries."),
+    Column("params", json_type(), doc="Of a manual run: the definition's and those given; else null."),
+    Column("state", Text, doc="Null, then `succeeded`, `failed`, `cancelled`, `refused` or `skipped`."),
+    Column("reason", Text, doc="Why, from a fixed set."),
+    Column("detail", Text, doc="Why, in detail."),
+    Column("available_at", Instant, doc="The earliest start of its last attempt."),
     Column("started_at", Instant, doc="When its last attempt was admitted."),
     Column("finished_at", Instant, doc="When it ended."),
-    Column("attempt", Integer, doc="How many attempts there were."),
-    Column("result_fencing_token", BigInteger, doc="That under which it ended."),
+    Column("attempt", Integer, doc="The number of attempts."),
+    Column("result_fencing_token", BigInteger, doc="The fencing token of its outcome."),
     Column("worker_id", Id, doc="The worker that ended it."),
-    Column("progress", json_type(), doc="What the handler said last: `done`, `total`, `note`."),
+    Column("progress", json_type(), doc="The handler's last report: `done`, `total`, `note`."),
     Column("result", json_type(), doc="What the handler returned."),
     Column("error", json_type(), doc="`type` and `message` of the last error."),
     CheckConstraint(one_of("origin", ORIGINS), name="origin"),
@@ -64,34 +107,26 @@ runs = Table(
         "definition_id",
         "scheduled_for",
         unique=True,
-        postgresql_where=text("origin = 'schedule'"),
-        sqlite_where=text("origin = 'schedule'"),
+        **partial("origin = 'schedule'"),
     ),
     Index(
         "uq_runs_backfill_id_scheduled_for",
         "backfill_id",
         "scheduled_for",
         unique=True,
-        postgresql_where=text("backfill_id IS NOT NULL"),
-        sqlite_where=text("backfill_id IS NOT NULL"),
+        **partial("backfill_id IS NOT NULL"),
     ),
     Index(
         "uq_runs_definition_id_request_key",
         "definition_id",
         "request_key",
         unique=True,
-        postgresql_where=text("request_key IS NOT NULL"),
-        sqlite_where=text("request_key IS NOT NULL"),
+        **partial("request_key IS NOT NULL"),
     ),
     Index("ix_runs_org_id_id", "org_id", "id"),
     Index("ix_runs_definition_id_id", "definition_id", "id"),
-    Index(
-        "ix_runs_retry_of",
-        "retry_of",
-        postgresql_where=text("retry_of IS NOT NULL"),
-        sqlite_where=text("retry_of IS NOT NULL"),
-    ),
-    # On PostgreSQL no index mentions how a run ended: its update then stays on its page.
+    Index("ix_runs_retry_of", "retry_of", **partial("retry_of IS NOT NULL")),
+    # On PostgreSQL no index contains the outcome of a run: its update then stays on its page.
     Index("ix_runs_state_finished_at", "state", "finished_at", sqlite_where=text("state IS NOT NULL")).ddl_if(
         dialect="sqlite"
     ),
@@ -105,9 +140,9 @@ run_ends = Table(
     Column("state", Text, primary_key=True, doc="As in `runs`."),
     Column("finished_at", Instant, primary_key=True, doc="As in `runs`."),
     Column("run_id", Id, primary_key=True),
-    Column("org_id", Id, nullable=False),
-    Column("definition_id", Id, nullable=False),
-    info={"meaning": "The runs that have ended, by how and when: triggers keep it; a view on SQLite."},
+    required("org_id", Id),
+    required("definition_id", Id),
+    info={"meaning": "The ended runs, by state and time. Triggers maintain it; on SQLite it is a view."},
 )
 
 RUN_ENDS = {
@@ -177,11 +212,11 @@ LEFT JOIN live_runs l ON l.id = r.id
 
 RUN_VIEW = {
     "sqlite": f"CREATE VIEW run_view AS {RUN_QUERY}",
-    # Row by row as whoever asks may see them, not as the view's owner may.
+    # With the row-level security of the role that queries, not of the view's owner.
     "postgresql": f"CREATE VIEW run_view WITH (security_invoker = true) AS {RUN_QUERY}",
 }
 
-# Absorbing terminal states: a row of `runs` that has ended never changes again.
+# Final states are absorbing: a row of `runs` that has ended never changes again.
 ABSORBING = {
     "sqlite": (
         "CREATE TRIGGER runs_absorbing BEFORE UPDATE ON runs WHEN OLD.state IS NOT NULL "
@@ -197,7 +232,6 @@ ABSORBING = {
 
 
 LIVE_STATES = ("waiting", "running", "held")
-
 WAITING_REASONS = (
     "due",
     "held",
@@ -209,12 +243,11 @@ WAITING_REASONS = (
     "no_handler",
 )
 
-# How running rows are counted: those of an org, those of a definition, and on PostgreSQL those of a
-# worker and along the workers those of a handler; on SQLite all are the one worker's. The words for
-# running mean the same, as the constraints say; they differ so that PostgreSQL's planner, whose idea
-# of this table is always old, cannot take one index for another.
-# An admission costs an entry in each index on PostgreSQL, so there are as few as can be. On SQLite it
-# costs those that change: what runs of a definition is parted from what does not.
+# Running rows are counted by org and by definition. On PostgreSQL also by worker, and along the workers by
+# handler; on SQLite all belong to the one worker. The conditions mean the same, as the constraints ensure.
+# They differ so that PostgreSQL's planner, whose statistics of this table are always old, cannot mistake
+# one index for another. On PostgreSQL an admission writes an entry to each index, so there are few. On
+# SQLite it writes to the changed ones only, so an index that no admission changes is separate.
 ON_POSTGRESQL = (
     Index(
         "ix_live_runs_running_worker_id_handler",
@@ -233,64 +266,37 @@ live_runs = Table(
     "live_runs",
     metadata,
     Column("id", Id, primary_key=True),
-    Column("org_id", Id, nullable=False),
-    Column("definition_id", Id, nullable=False),
-    Column("revision", Integer, nullable=False),
-    Column("handler", Text, nullable=False, doc="The definition's."),
+    required("org_id", Id),
+    required("definition_id", Id),
+    required("revision", Integer),
+    required("handler", Text, "The definition's."),
     Column(
-        "variant_handlers",
-        json_type(),
-        doc="All handlers that an attempt may choose, where there are variants.",
+        "variant_handlers", json_type(), doc="All handlers that an attempt may use, if there are variants."
     ),
-    Column("isolation", Text, nullable=False, doc="`child` or `inline`."),
-    Column("origin", Text, nullable=False, doc="As in `runs`."),
-    Column("scheduled_for", Instant, nullable=False, doc="As in `runs`."),
-    Column("idempotency_key", Id, nullable=False, doc="As in `runs`."),
+    required("isolation", Text, "`child` or `inline`."),
+    required("origin", Text, "As in `runs`."),
+    required("scheduled_for", Instant, "As in `runs`."),
+    required("idempotency_key", Id, "As in `runs`."),
     Column("params", json_type(), doc="As in `runs`."),
     Column("backfill_id", Id, doc="As in `runs`."),
     Column("max_concurrent", Integer, doc="The definition's."),
-    Column("priority", Integer, nullable=False, server_default="0", doc="The definition's."),
-    Column(
-        "serial",
-        Boolean,
-        nullable=False,
-        doc="Whether it is the only unfinished run of its definition beside a held one.",
+    count("priority", "The definition's."),
+    required(
+        "serial", Boolean, "Whether its definition has at most one such unfinished run, and a held one."
     ),
-    Column("state", Text, nullable=False, doc="`waiting`, `held` or `running`."),
+    required("state", Text, "`waiting`, `held` or `running`."),
     Column("reason", Text, doc="What it waits for; null while it runs."),
-    Column("detail", Text, doc="And more of that."),
-    Column("available_at", Instant, nullable=False, doc="It may start from then on."),
-    Column(
-        "start_by", Instant, doc="A scheduled run whose handler never started by then is skipped (`expired`)."
-    ),
-    Column(
-        "attempt", Integer, nullable=False, server_default="0", doc="The attempt that is on, or was last."
-    ),
-    Column(
-        "failures",
-        Integer,
-        nullable=False,
-        server_default="0",
-        doc="Attempts that count against `max_attempts`.",
-    ),
-    Column(
-        "recoveries",
-        Integer,
-        nullable=False,
-        server_default="0",
-        doc="Those that count against `max_recoveries`.",
-    ),
-    Column(
-        "fencing_token",
-        BigInteger,
-        nullable=False,
-        server_default="0",
-        doc="Grows with each admission; every write compares it.",
-    ),
+    Column("detail", Text, doc="What it waits for, in detail."),
+    required("available_at", Instant, "Its earliest start."),
+    Column("start_by", Instant, doc="If its handler has not started by then, it is skipped (`expired`)."),
+    count("attempt", "The number of the current or last attempt."),
+    count("failures", "Attempts that count against `max_attempts`."),
+    count("recoveries", "Attempts that count against `max_recoveries`."),
+    count("fencing_token", "Grows with each admission; every write compares it.", type_=BigInteger),
     Column("worker_id", Id, doc="The worker that owns it, while it runs."),
     Column("started_at", Instant, doc="When it was admitted."),
     Column("progress", json_type(), doc="As in `runs`."),
-    Column("cancel_requested_at", Instant, doc="It was asked to stop."),
+    Column("cancel_requested_at", Instant, doc="When its cancellation was requested."),
     Column("cancel_reason", Text, doc="Why: `requested`, `replaced` or `closed`."),
     CheckConstraint(one_of("state", LIVE_STATES), name="state"),
     CheckConstraint(one_of("isolation", ("child", "inline")), name="isolation"),
@@ -303,43 +309,20 @@ live_runs = Table(
         text("priority DESC"),
         "available_at",
         "id",
-        postgresql_where=text("state = 'waiting'"),
-        sqlite_where=text("state = 'waiting'"),
+        **partial("state = 'waiting'"),
     ),
-    Index(
-        "ix_live_runs_running_org_id",
-        "org_id",
-        postgresql_where=text("state = 'running'"),
-        sqlite_where=text("state = 'running'"),
-    ),
+    Index("ix_live_runs_running_org_id", "org_id", **partial("state = 'running'")),
     *(index.ddl_if(dialect="postgresql") for index in ON_POSTGRESQL),
     *(index.ddl_if(dialect="sqlite") for index in ON_SQLITE),
-    Index(
-        "ix_live_runs_start_by",
-        "start_by",
-        postgresql_where=text("state = 'waiting' AND start_by IS NOT NULL"),
-        sqlite_where=text("state = 'waiting' AND start_by IS NOT NULL"),
-    ),
-    Index(
-        "ix_live_runs_backfill_id",
-        "backfill_id",
-        postgresql_where=text("backfill_id IS NOT NULL"),
-        sqlite_where=text("backfill_id IS NOT NULL"),
-    ),
+    Index("ix_live_runs_start_by", "start_by", **partial("state = 'waiting' AND start_by IS NOT NULL")),
+    Index("ix_live_runs_backfill_id", "backfill_id", **partial("backfill_id IS NOT NULL")),
     Index(
         "uq_live_runs_serial",
         "definition_id",
         unique=True,
-        postgresql_where=text("serial AND state IN ('waiting', 'running')"),
-        sqlite_where=text("serial AND state IN ('waiting', 'running')"),
+        **partial("serial AND state IN ('waiting', 'running')"),
     ),
-    Index(
-        "uq_live_runs_held",
-        "definition_id",
-        unique=True,
-        postgresql_where=text("state = 'held'"),
-        sqlite_where=text("state = 'held'"),
-    ),
+    Index("uq_live_runs_held", "definition_id", unique=True, **partial("state = 'held'")),
     postgresql_with=HOT,
     info={"meaning": "The unfinished runs only: what admission and running need, narrow and hot."},
 )
@@ -363,51 +346,45 @@ attempts = Table(
     "attempts",
     metadata,
     Column("run_id", Id, primary_key=True),
-    Column(
-        "attempt",
-        Integer,
-        primary_key=True,
-        doc="1, then one more with each, whatever ended the ones before.",
-    ),
-    Column("org_id", Id, nullable=False),
-    Column("worker_id", Id, nullable=False, doc="The worker that had it."),
-    Column("fencing_token", BigInteger, nullable=False, doc="Under which it ran."),
-    Column("handler", Text, nullable=False, doc="The one that was chosen."),
-    Column("started_at", Instant, nullable=False, doc="When it was admitted."),
+    Column("attempt", Integer, primary_key=True, doc="1 for the first, then counting up."),
+    required("org_id", Id),
+    required("worker_id", Id, "The worker that ran it."),
+    required("fencing_token", BigInteger, "The fencing token that it ran under."),
+    required("handler", Text, "The handler that ran."),
+    required("started_at", Instant, "When it was admitted."),
     Column("token_ready_at", Instant, doc="When it had its token."),
     Column("handler_started_at", Instant, doc="When its handler was called."),
-    Column("ended_at", Instant, nullable=False, doc="When it ended."),
-    Column("outcome", Text, nullable=False, doc="How: see the states of a run."),
+    required("ended_at", Instant, "When it ended."),
+    required("outcome", Text, "How it ended: see the states of a run."),
     Column("error", json_type(), doc="`type` and `message`."),
     Column(
-        "error_cause", Text, doc="The error without numbers, ids and quoted texts: the same for one cause."
+        "error_cause", Text, doc="The error without numbers, ids and quoted texts: equal for equal causes."
     ),
-    Column("claims", json_type(), doc="What its token said of the org, redacted."),
+    Column("claims", json_type(), doc="The redacted claims of its token."),
     Column("flags", json_type(), doc="The value of each feature flag in its token."),
-    Column("jti", Text, doc="The token's own id."),
-    Column("claims_hash", Text, doc="Tells equal claims."),
-    Column("peak_memory", BigInteger, doc="The most that one process of it had in RAM, in bytes."),
+    Column("jti", Text, doc="The token's id."),
+    Column("claims_hash", Text, doc="Equal for equal claims."),
+    Column("peak_memory", BigInteger, doc="The largest memory use of one of its processes, in bytes."),
     CheckConstraint(one_of("outcome", ATTEMPT_OUTCOMES), name="outcome"),
     Index(
         "ix_attempts_error_cause_ended_at",
         "error_cause",
         "ended_at",
-        postgresql_where=text("error_cause IS NOT NULL"),
-        sqlite_where=text("error_cause IS NOT NULL"),
+        **partial("error_cause IS NOT NULL"),
     ),
-    info={"meaning": "A row a try, written when it ends."},
+    info={"meaning": "One row per attempt, written when it ends."},
 )
 
 checkpoints = Table(
     "checkpoints",
     metadata,
     Column("run_id", Id, primary_key=True),
-    Column("org_id", Id, nullable=False),
-    Column("attempt", Integer, nullable=False, doc="The attempt that saved it."),
-    Column("fencing_token", BigInteger, nullable=False, doc="Under which it was saved."),
-    Column("saved_at", Instant, nullable=False, doc="When."),
-    Column("data", json_type(), nullable=False, doc="What `ctx.save` was given."),
-    info={"meaning": "What an unfinished or retried run saved last."},
+    required("org_id", Id),
+    required("attempt", Integer, "The attempt that saved it."),
+    required("fencing_token", BigInteger, "The fencing token that it was saved under."),
+    required("saved_at", Instant, "When it was saved."),
+    required("data", json_type(), "The data passed to `ctx.save`."),
+    info={"meaning": "The last checkpoint of an unfinished or retried run."},
 )
 
 run_logs = Table(
@@ -415,12 +392,12 @@ run_logs = Table(
     metadata,
     Column("run_id", Id, primary_key=True),
     Column("attempt", Integer, primary_key=True, doc="The attempt that wrote it."),
-    Column("seq", Integer, primary_key=True, doc="Its place in the attempt's log."),
-    Column("org_id", Id, nullable=False),
-    Column("at", Instant, nullable=False, doc="When it was written."),
-    Column("level", Text, nullable=False, doc="`debug` to `critical`."),
-    Column("source", Text, nullable=False, doc="`log`, `stdout` or `stderr`."),
-    Column("text", Text, nullable=False, doc="Without the secrets that the worker knows."),
+    Column("seq", Integer, primary_key=True, doc="Its number in the attempt's log."),
+    required("org_id", Id),
+    required("at", Instant, "When it was written."),
+    required("level", Text, "`debug` to `critical`."),
+    required("source", Text, "`log`, `stdout` or `stderr`."),
+    required("text", Text, "Without the secrets that the worker knows."),
     Index("ix_run_logs_at", "at"),
     info={"meaning": "The lines of the runs' logs."},
 )
@@ -429,17 +406,17 @@ skips = Table(
     "skips",
     metadata,
     Column("id", Id, primary_key=True),
-    Column("org_id", Id, nullable=False),
-    Column("definition_id", Id, nullable=False),
-    Column("revision", Integer, nullable=False),
-    Column("skipped_from", Instant, nullable=False, doc="The first of them."),
-    Column("skipped_until", Instant, nullable=False, doc="The last of them."),
-    Column("count", Integer, nullable=False, doc="How many."),
-    Column("reason", Text, nullable=False, doc="`missed` or `overlap`."),
+    required("org_id", Id),
+    required("definition_id", Id),
+    required("revision", Integer),
+    required("skipped_from", Instant, "The first scheduled time."),
+    required("skipped_until", Instant, "The last scheduled time."),
+    required("count", Integer, "The number of scheduled times."),
+    required("reason", Text, "`missed` or `overlap`."),
     CheckConstraint(one_of("reason", ("missed", "overlap")), name="reason"),
     CheckConstraint("count >= 1", name="count"),
     UniqueConstraint("definition_id", "skipped_from"),
     Index("ix_skips_org_id_id", "org_id", "id"),
     Index("ix_skips_skipped_until", "skipped_until"),
-    info={"meaning": "Consecutive instants that never became a run."},
+    info={"meaning": "Consecutive scheduled times that never became a run."},
 )

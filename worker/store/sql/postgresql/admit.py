@@ -1,4 +1,4 @@
-"""Admit: waiting runs become running, fairly by slots held and within every limit."""
+"""Admit: waiting runs become running, in order of fair share and within every limit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from sqlalchemy import Connection
 
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
-from worker.store.connection import driver
-from worker.store.engine import compact_json
-from worker.store.sql import RingStep
-from worker.store.sql.ending import OrgQueue, reach
+from worker.store.dialect import compact_json, driver
+from worker.store.sql.contract import OrgQueue, RingStep, reach
 from worker.store.sql.postgresql.arrays import plain, texts
 
 OWNER = """
@@ -24,12 +22,11 @@ owner(id) AS (
 """
 
 
-# One key for all: whoever holds it is the only admitter of this database.
+# The key of the advisory lock that makes its holder the only admitter of this database.
 ADMISSION_LOCK = 6_070_312
 
-# Walks from org to org along the index, once round at most. Orgs that cannot start
-# anything are left out here, so that they do not take the lock. The first run of a
-# line, by which its org is found, mostly says by itself that the org can.
+# Walks from org to org along the index, full circle at most. Orgs that cannot start anything are left
+# out here, before the lock. Mostly the first run of a queue, which finds its org, shows that it can.
 RING = """
 WITH RECURSIVE hop(org_id, available_at, handler, isolation, n, wrapped) AS (
   SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, 0, false
@@ -167,12 +164,12 @@ def admit_ring(
     if not rows:
         return RingStep({}, partial=False, cursor=cursor, hops=0, complete=True)
     ready = [row for row in rows if row[2]]
-    lines = [OrgQueue(*row[3:]) for row in ready]
-    reaches = reach(lines, sum(free.values()))
+    queues = [OrgQueue(*row[3:]) for row in ready]
+    reaches = reach(queues, sum(free.values()))
     last, passed = rows[-1][:2]
     return RingStep(
         dict(zip((row[0] for row in ready), reaches, strict=True)),
-        partial=any(n < line.room for n, line in zip(reaches, lines, strict=True)),
+        partial=any(n < queue.room for n, queue in zip(reaches, queues, strict=True)),
         cursor=last,
         hops=passed,
         complete=len(rows) < want and passed < hops,
@@ -199,7 +196,7 @@ def admit_choose(
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }
-    # With its COMMIT at once: a worker that falls silent must not keep the lock from all others.
+    # With COMMIT in the same pipeline: a worker that hangs must not keep the lock.
     with raw.pipeline():
         raw.execute(LOCK, (ADMISSION_LOCK,))
         rows = raw.execute(CHOOSE, values)

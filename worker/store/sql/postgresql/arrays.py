@@ -1,6 +1,6 @@
-"""Python's lists as PostgreSQL's array literals, which cost a tenth of adapting each element.
+"""Python lists as PostgreSQL array literals: a tenth of the cost of adapting each element.
 
-A list of nothing but None becomes an empty array: `unnest` fills it up with nulls.
+A list of only None becomes an empty array, which `unnest` fills up with nulls.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from worker.store.engine import compact_json
+from worker.store.dialect import compact_json
 
-# Of a text that is at most so long, the quoted form is kept: it comes again and again.
+# Characters; the quoted form of a shorter text is cached, because it recurs.
 SHORT = 1024
 
 
 def words(values: Iterable[str]) -> str:
-    """Identifiers and words of ours, never None: nothing that needs quotes."""
+    """Our identifiers and words, never None: they need no quotes."""
     return "{" + ",".join(values) + "}"
 
 
 def numbers(values: Iterable[int]) -> str:
-    """Whole numbers, never None."""
+    """Integers, never None."""
     return "{" + ",".join(map(str, values)) + "}"
 
 
 def plain(values: Iterable[Any]) -> str:
-    """Identifiers, numbers and words of ours, or None: nothing that needs quotes."""
+    """Our identifiers, numbers and words, or None: they need no quotes."""
     return _literal(["NULL" if value is None else str(value) for value in values])
 
 
@@ -40,7 +40,7 @@ def instants(values: Iterable[datetime | None]) -> str:
 
 
 def microseconds(values: Iterable[datetime | None]) -> str:
-    """For `to_timestamp` of their millionth: written and read in half the time of an instant's text."""
+    """For `to_timestamp(n / 1e6)`, which takes half the time of a timestamp's text."""
     return _literal(["NULL" if at is None else f"{at.timestamp() * 1e6:.0f}" for at in values])
 
 
@@ -50,19 +50,19 @@ def texts(values: Iterable[str | None]) -> str:
 
 
 def jsons(values: Iterable[Any]) -> str:
-    """Values to be written as JSON text; None stays null."""
+    """Values as JSON text; None becomes null."""
     return _literal(["NULL" if value is None else _quote(compact_json(value)) for value in values])
 
 
 def _quoted(text: str) -> str:
-    return _remembered(text) if len(text) <= SHORT else _quote(text)
+    return _cached_quote(text) if len(text) <= SHORT else _quote(text)
 
 
 def _quote(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-_remembered = functools.lru_cache(maxsize=4096)(_quote)
+_cached_quote = functools.lru_cache(maxsize=4096)(_quote)
 
 
 def _literal(items: list[str]) -> str:

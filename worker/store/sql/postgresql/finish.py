@@ -1,4 +1,4 @@
-"""Finish: attempts that ended are written; their runs end, or wait for another attempt."""
+"""Finish: write ended attempts, checkpoints, progress and log lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.ids import DefinitionId, RunId, WorkerId
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.store.connection import driver
-from worker.store.engine import shared_json
-from worker.store.sql.ending import Ending, LockedRun, Rollups, settle, sum_up
+from worker.runs.run import LogLine
+from worker.store.dialect import driver, shared_json
+from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, settle, sum_up
 from worker.store.sql.postgresql.arrays import (
     flags,
     instants,
@@ -27,13 +27,13 @@ from worker.store.sql.postgresql.arrays import (
 )
 
 
-class Said:
-    """`columns` are the tokens' numbers, claims, flags, jti and hashes; `places` each attempt's number."""
+class Tokens:
+    """The tokens of a batch: `columns` for a table of them, and `places`: the token's number per attempt."""
 
     def __init__(self, trails: Sequence[Trail]) -> None:
-        said = {_token(trail): trail for trail in trails}
-        place_of = {token: place for place, token in enumerate(said, 1)}
-        tokens = said.values()
+        trail_of = {_token(trail): trail for trail in trails}
+        place_of = {token: place for place, token in enumerate(trail_of, 1)}
+        tokens = trail_of.values()
         self.places = numbers(place_of[_token(trail)] for trail in trails)
         self.columns = (
             numbers(place_of.values()),
@@ -45,16 +45,16 @@ class Said:
 
 
 def _token(trail: Trail) -> tuple[int, int, str | None, str | None]:
-    """What tells one token's words from another's: they are the same objects in each of its attempts."""
+    """The identity of a token: all its attempts share the same objects."""
     return id(trail.claims), id(trail.flags), trail.jti, trail.claims_hash
 
 
-# By org: how many runs ended, how many attempts, and the seconds of their handlers.
+# By org: ended runs, ended attempts, and the seconds of their handlers.
 Sums = tuple[str, str, str, str]
-NOBODY: Sums = ("{}", "{}", "{}", "{}")
+NO_SUMS: Sums = ("{}", "{}", "{}", "{}")
 
-# Always in the order of ids, and a statement of its own: two batches never wait in a circle.
-# `state NOT IN` is running by words that fit no partial index: the primary key is meant.
+# Always in the order of ids, and a separate statement: two batches cannot deadlock.
+# `state NOT IN` means running, but matches no partial index, so the primary key is used.
 LOCK = """
 SELECT id, fencing_token, cancel_requested_at IS NOT NULL, cancel_reason, clock_timestamp()
 FROM live_runs
@@ -95,20 +95,18 @@ JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
 def wait_again(
     raw: Any, worker_id: WorkerId, ended: Sequence[EndedAttempt]
 ) -> tuple[set[RunId], list[EndedAttempt], Sums]:
-    """Let the runs of such attempts among `ended` wait, and lock all, which are in order of run ids.
+    """Lock the runs of `ended`, which is in the order of run ids, and let those wait that wait again.
 
-    Gives the runs that wait, what is left to be ended for good, and the sums of what was
-    written here. A run that someone asked to cancel does not wait again: its row says so.
+    Returns the waiting runs, the attempts that end their runs, and the sums of what was written
+    here. A run whose cancellation was requested ends instead.
     """
     rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
     final = [attempt for attempt in ended if attempt.state != "waiting"]
     if not rows:
-        return set(), final, NOBODY
-    held, now = (
-        {id_: LockedRun(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows},
-        rows[0][4],
-    )
-    settled, _ = settle((attempt for attempt in ended if attempt.state == "waiting"), held, now)
+        return set(), final, NO_SUMS
+    locked = {id_: LockedRun(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
+    now = rows[0][4]
+    settled, _ = settle((attempt for attempt in ended if attempt.state == "waiting"), locked, now)
     waiting = [ending for ending in settled if not ending.final]
     cancelled = [ending for ending in settled if ending.final]
     final += [replace(ending.attempt, state=ending.state, reason=ending.reason) for ending in cancelled]
@@ -117,7 +115,7 @@ def wait_again(
             _wait(raw, waiting)
             _write_attempts(raw, worker_id, waiting)
     sums = [(org_id, 0, attempts, seconds) for _, org_id, _, attempts, seconds in sum_up(waiting, now).days]
-    orgs, runs, attempts, seconds = map(plain, zip(*sums, strict=True)) if sums else NOBODY
+    orgs, runs, attempts, seconds = map(plain, zip(*sums, strict=True)) if sums else NO_SUMS
     return {ending.attempt.run_id for ending in waiting}, final, (orgs, runs, attempts, seconds)
 
 
@@ -141,7 +139,7 @@ def _wait(raw: Any, endings: Sequence[Ending]) -> None:
 def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
     attempts = [ending.attempt for ending in endings]
     trails = [attempt.trail for attempt in attempts]
-    said = Said(trails)
+    tokens = Tokens(trails)
     raw.execute(
         ATTEMPTS,
         (
@@ -159,19 +157,17 @@ def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) ->
             jsons(attempt.error for attempt in attempts),
             texts(attempt.error_cause for attempt in attempts),
             plain(trail.peak_memory for trail in trails),
-            said.places,
-            *said.columns,
+            tokens.places,
+            *tokens.columns,
         ),
     )
 
 
-# All that an end writes, in one statement: each row that the DELETE finds is still the caller's, and
-# nothing is written of another. `(SELECT …)` around an array hides its length: what comes is planned
-# as a few rows, each looked up in the order of ids in which it comes, so that two batches never wait
-# in a circle; a join with an array of a known length was planned as a merge with the whole index.
-# `state NOT IN` is running by words that fit no partial index: the primary key is meant.
-# The sums of orgs come last, in the order of orgs, those of days first, as in `add_rollups`; with them
-# those of the attempts whose runs wait again.
+# Everything that an end writes, in one statement: a row that the DELETE finds is still the caller's, and
+# only such rows are written. `(SELECT …)` around an array hides its length: PostgreSQL then plans for a few
+# rows and looks each up in the given order of ids, so that two batches cannot deadlock; with a known length
+# it plans a merge with the whole index. `state NOT IN` as in LOCK. The sums of orgs come last, in the order
+# of orgs, days first, as in `add_rollups`; they include the attempts whose runs wait again.
 END = """
 WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
 ), e AS MATERIALIZED (
@@ -252,8 +248,8 @@ SELECT * FROM unnest(%s::timestamptz[], %s::uuid[], %s::text[], %s::bigint[])
 ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = rollup_hours.runs + excluded.runs
 """
 
-# Its start deadline counts from its promotion. One that somebody else has locked is left to the next
-# look: here the sums of orgs are locked already, which come last everywhere else.
+# The start deadline counts from the promotion. A row that is locked is left to the next sweep: the sums of
+# orgs are locked already here, and they come last everywhere else.
 PROMOTE = """
 UPDATE live_runs h SET state = 'waiting', reason = 'due', available_at = n.now,
                        start_by = n.now + (h.start_by - h.available_at)
@@ -270,10 +266,10 @@ WHERE h.id = ANY(ARRAY(
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     raw = driver(connection)
     final = sorted(ended, key=attrgetter("run_id"))
-    waiting, sums = set[RunId](), NOBODY
+    waiting, sums = set[RunId](), NO_SUMS
     if any(attempt.state == "waiting" for attempt in final):
         waiting, final, sums = wait_again(raw, worker_id, final)
-    # With its COMMIT at once: other workers' sums of the same orgs wait in between.
+    # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         rows = raw.execute(END, _values(final, worker_id, sums))
         if final:
@@ -304,7 +300,7 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
 
 def _values(attempts: Sequence[EndedAttempt], worker_id: WorkerId, sums: Sums) -> tuple[str, ...]:
     trails = [attempt.trail for attempt in attempts]
-    said = Said(trails)
+    tokens = Tokens(trails)
     return (
         words(attempt.run_id for attempt in attempts),
         numbers(attempt.fencing_token for attempt in attempts),
@@ -321,15 +317,15 @@ def _values(attempts: Sequence[EndedAttempt], worker_id: WorkerId, sums: Sums) -
         microseconds(trail.handler_started_at for trail in trails),
         microseconds(attempt.ended_at for attempt in attempts),
         plain(trail.peak_memory for trail in trails),
-        said.places,
+        tokens.places,
         worker_id,
-        *said.columns,
+        *tokens.columns,
         *sums,
     )
 
 
 def _written(raw: Any, worker_id: WorkerId, fenced: Sequence[EndedAttempt]) -> set[RunId]:
-    """Those of them that an earlier write of ours, whose answer was lost, has ended already."""
+    """The runs that an earlier write of ours ended, whose answer was lost."""
     values = (
         plain(attempt.run_id for attempt in fenced),
         plain(attempt.attempt for attempt in fenced),
@@ -338,3 +334,81 @@ def _written(raw: Any, worker_id: WorkerId, fenced: Sequence[EndedAttempt]) -> s
         worker_id,
     )
     return {id_ for (id_,) in raw.execute(WRITTEN, values)}
+
+
+# `state NOT IN` as in LOCK. The row stays locked until the checkpoint is durable: no other worker takes over.
+SAVE = """
+WITH ours AS (
+  SELECT id, recoveries FROM live_runs
+  WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held') FOR UPDATE
+), moved AS (
+  UPDATE live_runs l SET recoveries = 0 FROM ours
+  WHERE l.id = ours.id AND ours.recoveries > 0
+    AND (SELECT data FROM checkpoints WHERE run_id = %(run)s) IS DISTINCT FROM %(data)s::jsonb
+)
+INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data)
+SELECT id, %(org)s, %(attempt)s, %(token)s, clock_timestamp(), %(data)s::jsonb FROM ours
+ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
+                                   saved_at = excluded.saved_at, data = excluded.data
+RETURNING 1
+"""
+
+LOCK_ALL = "SELECT 1 FROM live_runs WHERE id = ANY(%s::uuid[]) ORDER BY id FOR UPDATE"
+
+PROGRESS = """
+UPDATE live_runs l SET progress = p.progress::jsonb
+FROM unnest(%s::uuid[], %s::bigint[], %s::text[]) AS p(id, fencing_token, progress)
+WHERE l.id = p.id AND l.fencing_token = p.fencing_token AND l.state NOT IN ('waiting', 'held')
+"""
+
+LINES = """
+INSERT INTO run_logs (run_id, attempt, seq, org_id, at, level, source, text)
+SELECT * FROM unnest(%s::uuid[], %s::integer[], %s::integer[], %s::uuid[], %s::timestamptz[], %s::text[],
+                     %s::text[], %s::text[])
+ON CONFLICT DO NOTHING
+"""
+
+
+def save_checkpoint(
+    connection: Connection,
+    run_id: RunId,
+    fencing_token: int,
+    *,
+    attempt: int,
+    org_id: OrgId,
+    data_json: str,
+) -> bool:
+    values = {
+        "run": run_id,
+        "token": fencing_token,
+        "org": org_id,
+        "attempt": attempt,
+        "data": data_json,
+    }
+    return driver(connection).execute(SAVE, values).fetchone() is not None
+
+
+def write_progress(connection: Connection, rows: Sequence[Progress]) -> None:
+    raw = driver(connection)
+    ids = plain(run_id for run_id, _, _ in rows)
+    with raw.pipeline():
+        raw.execute(LOCK_ALL, (ids,))
+        raw.execute(
+            PROGRESS, (ids, plain(token for _, token, _ in rows), jsons(progress for _, _, progress in rows))
+        )
+
+
+def append_logs(connection: Connection, rows: Sequence[LogLine]) -> None:
+    driver(connection).execute(
+        LINES,
+        (
+            plain(line.run_id for line in rows),
+            plain(line.attempt for line in rows),
+            plain(line.seq for line in rows),
+            plain(line.org_id for line in rows),
+            instants(line.at for line in rows),
+            texts(line.level for line in rows),
+            texts(line.source for line in rows),
+            texts(line.text for line in rows),
+        ),
+    )

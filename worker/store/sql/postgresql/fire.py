@@ -1,4 +1,4 @@
-"""Fire: definitions that are due become runs and skips."""
+"""Fire: due definitions make runs and skips."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
-from worker.store.connection import driver
-from worker.store.sql import Fired, Specs
+from worker.store.dialect import driver
+from worker.store.sql.contract import Fired, Specs
 from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
 
-# The clock stands in a sub-query: called once, it can be compared with an index.
+# The clock is in a subquery: called once, it can be compared along an index.
 LOCK = """
 SELECT definition_id FROM schedule
 WHERE next_fire_at <= (SELECT clock_timestamp())
 ORDER BY next_fire_at LIMIT %s FOR UPDATE SKIP LOCKED
 """
 
-# A statement of its own: the one that locks has a snapshot older than its locks.
+# A separate statement: the snapshot of the one that locks is older than its locks.
 DUE = """
 SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
 FROM schedule s
@@ -39,8 +39,8 @@ FROM unnest(%s::uuid[], %s::integer[]) AS p(definition_id, revision)
 JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision = p.revision
 """
 
-# `LIMIT 1` and no EXISTS: that would be hashed, and so read all runs there ever were, for a few.
-# `IS TRUE` has what lives hashed; a join of the two was planned as a loop within a loop.
+# `LIMIT 1` instead of EXISTS, which would be hashed and so read all runs. `IS TRUE` makes PostgreSQL hash
+# the live rows; a join would become a nested loop.
 INSERT = """
 WITH new AS (
   SELECT * FROM unnest(
@@ -109,7 +109,7 @@ SELECT * FROM unnest(%s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::time
 ON CONFLICT DO NOTHING
 """
 
-# `(SELECT …)` hides the length of an array, so that each row is looked up; see `finish`.
+# `(SELECT …)` hides the length of an array, so that each row is looked up; see END in `finish`.
 NEXT = """
 UPDATE schedule s SET next_scheduled_for = n.next_scheduled_for, next_fire_at = n.next_fire_at
 FROM unnest((SELECT %s::uuid[]), (SELECT %s::timestamptz[]), (SELECT %s::timestamptz[])) AS n(
@@ -139,7 +139,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
         clock = raw.execute(CLOCK)
         due = rows.fetchall()
         (now,) = clock.fetchone()
-    # One look-up each: a difference of sets would walk all that is kept.
+    # Looked up one by one: a difference of sets would walk the whole cache.
     missing = sorted(pair for row in due if (pair := (row[0], row[5])) not in specs)
     if missing:
         pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
@@ -148,13 +148,9 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
     return now, [DueDefinition(*(*row, specs[row[0], row[5]])) for row in due]
 
 
-def fire_write(
-    connection: Connection,
-    runs: Sequence[NewRun],
-    next_fires: Sequence[NextFire],
-) -> Fired:
+def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]) -> Fired:
     raw = driver(connection)
-    # One round trip: what is due next depends on none of the answers.
+    # One round trip: no statement needs the answer of another.
     with raw.pipeline():
         made = raw.execute(INSERT, _columns(runs)) if runs else None
         if next_fires:

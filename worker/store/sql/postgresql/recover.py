@@ -1,16 +1,16 @@
-"""Recover: the runs of workers that are gone are found and locked."""
+"""Recover: find and lock the runs of workers that are gone."""
 
 from __future__ import annotations
 
 from sqlalchemy import Connection
 
 from worker.ids import WorkerId
-from worker.store.connection import driver
-from worker.store.sql import AbandonedRun
+from worker.store.dialect import driver
+from worker.store.sql.contract import AbandonedRun
 from worker.store.sql.postgresql.admit import OWNER
 from worker.store.sql.postgresql.arrays import plain
 
-# A renewal that comes at the same moment waits for this lock, or is passed over by it.
+# A simultaneous renewal waits for this lock, or holds it and is skipped.
 END = """
 WITH gone AS (
   SELECT id FROM workers

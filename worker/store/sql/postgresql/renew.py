@@ -1,4 +1,4 @@
-"""Renew: the lease of an incarnation is extended, and it learns what it owns."""
+"""Renew: extend the lease of an incarnation and return the runs that it owns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from worker.ids import WorkerId
 from worker.runs.run import OwnedRun
-from worker.store.connection import driver
+from worker.store.dialect import driver
 
 RENEW = """
 WITH me AS (

@@ -1,11 +1,17 @@
 """The hot statements on SQLite: one writer at a time, so what was read still holds when it is written."""
 
 from worker.store.sql.sqlite.admit import admit_choose, admit_ring
-from worker.store.sql.sqlite.finish import add_rollups, finish, promote
+from worker.store.sql.sqlite.finish import (
+    add_rollups,
+    append_logs,
+    finish,
+    promote,
+    save_checkpoint,
+    write_progress,
+)
 from worker.store.sql.sqlite.fire import fire_first, fire_lock, fire_skips, fire_write
 from worker.store.sql.sqlite.recover import recover_lock
 from worker.store.sql.sqlite.renew import renew
-from worker.store.sql.sqlite.save import append_logs, save_checkpoint, write_progress
 
 __all__ = [
     "add_rollups",

@@ -1,4 +1,4 @@
-"""Admit: waiting runs become running, fairly by slots held and within every limit."""
+"""Admit: waiting runs become running, in order of fair share and within every limit."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from sqlalchemy import Connection
 from worker.clock import from_text, to_text
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
-from worker.store.connection import driver, file_now
-from worker.store.sql import RingStep
-from worker.store.sql.ending import OrgQueue, reach
+from worker.store.dialect import driver, file_now
+from worker.store.sql.contract import OrgQueue, RingStep, reach
 from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value
 
-# A waiting run, as `LINES` gives its columns.
+# A waiting run: the columns of `QUEUES`.
 Candidate = Sequence[Any]
-# Its rank, since when it is due, its id; then itself.
+# Rank, due time, id, run.
 _Ranked = tuple[float, str, str, Candidate]
 
 ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST = 0, 2, 4, 5, 8, 16
 
-# The same portion of the line of each org. `{names}` stands for as many parameters as there are handlers.
-# What is JSON already is put together as text: `json_group_array(json(line))` would read it once more.
-LINES = """
+# The same portion of each org's queue. `{names}` becomes one parameter per handler.
+# JSON is joined as text: `json_group_array(json(line))` would parse it again.
+QUEUES = """
 SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
   SELECT (
     SELECT json_group_array(json_array(
@@ -54,7 +53,7 @@ RUNNING_OF_DEFINITION = "SELECT count(*) FROM live_runs WHERE definition_id = ? 
 
 
 class Limits:
-    """What may still start in this transaction: by isolation, by handler, by definition."""
+    """How many more runs may start in this transaction: by isolation, handler and definition."""
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class Limits:
         )
 
     def take(self, run: Candidate) -> bool:
-        """Count the run against every limit, if all allow it."""
+        """Count the run against every limit; False if one is reached."""
         handler, isolation, most = run[_HANDLER], run[_ISOLATION], run[_MOST]
         if self._free.get(isolation, 0) <= 0 or self._handlers.get(handler, 1) <= 0:
             return False
@@ -96,46 +95,48 @@ class Limits:
 
 @dataclass(slots=True)
 class _Queue:
-    """An org's line, how many of it may start, and where what was not read yet begins."""
+    """An org's queue, the limit of its starts, and the offset of the first run not read yet."""
 
     org_id: OrgId
-    line: OrgQueue
+    counts: OrgQueue
     most: int
     portion: int
     offset: int = 0
 
     def ranked(self, runs: Sequence[Candidate]) -> list[_Ranked]:
-        """The next portion, read just now, with the rank of each."""
+        """The portion read last, with the rank of each run."""
         places = range(self.offset + 1, self.most + 1)
         self.offset = self.offset + len(runs) if len(runs) == self.portion else self.most
-        rank = self.line.rank
+        rank = self.counts.rank
         return [
             (rank(place), run[_AVAILABLE_AT], run[ID], run) for place, run in zip(places, runs, strict=False)
         ]
 
     @property
     def next_rank(self) -> float:
-        """The rank of the first that was not read."""
-        return self.line.rank(self.offset + 1) if self.offset < self.most else math.inf
+        """The rank of the first run not read yet."""
+        return self.counts.rank(self.offset + 1) if self.offset < self.most else math.inf
 
 
-class Lines:
-    """Reads lines in portions: at first as far as the free slots reach if all are long."""
+class QueueReader:
+    """Reads queues in portions: first as many runs as the free slots reach if all queues are long."""
 
     def __init__(self, cursor: Any, limits: Limits, offered: Iterable[str], now: str) -> None:
         self._cursor = cursor
         self._statement = _with_names(len(limits.handlers))
         self._values = (now, *limits.isolations, *limits.handlers, json_list(offered))
 
-    def begin(self, lines: Sequence[tuple[OrgId, OrgQueue]], free: int) -> tuple[list[_Queue], list[_Ranked]]:
-        """The lines that may start something, and the first portion of each."""
+    def begin(
+        self, counted: Sequence[tuple[OrgId, OrgQueue]], free: int
+    ) -> tuple[list[_Queue], list[_Ranked]]:
+        """The queues that may start runs, and the first portion of each."""
         portions: dict[int, list[_Queue]] = {}
-        reaches = reach([line for _, line in lines], free)
-        for (org_id, line), places in zip(lines, reaches, strict=True):
-            if line.room > 0:
-                # Few lengths, so that the lines of many orgs are read at once.
+        reaches = reach([counts for _, counts in counted], free)
+        for (org_id, counts), places in zip(counted, reaches, strict=True):
+            if counts.room > 0:
+                # Few different lengths, so that one query reads the queues of many orgs.
                 portion = 1 << max(0, places - 1).bit_length()
-                queue = _Queue(org_id, line, min(line.room, free), portion)
+                queue = _Queue(org_id, counts, min(counts.room, free), portion)
                 portions.setdefault(portion, []).append(queue)
         ranked: list[_Ranked] = []
         for portion, queues in portions.items():
@@ -145,7 +146,7 @@ class Lines:
         return [queue for queues in portions.values() for queue in queues], ranked
 
     def go_on(self, queue: _Queue) -> list[_Ranked]:
-        """The next portion of a line, twice as long as the last."""
+        """The next portion of a queue, twice as long as the last."""
         queue.portion *= 2
         (runs,) = self._read([queue.org_id], queue.portion, queue.offset)
         return queue.ranked(runs)
@@ -158,16 +159,16 @@ class Lines:
 
 @functools.cache
 def _with_names(handlers: int) -> str:
-    return LINES.format(names=", ".join("?" * handlers))
+    return QUEUES.format(names=", ".join("?" * handlers))
 
 
-def best(lines: Lines, counted: Sequence[tuple[OrgId, OrgQueue]], limits: Limits) -> list[Candidate]:
-    """The runs to start, best first: the least (running of its org + its place in its line) / weight."""
-    queues, ranked = lines.begin(counted, limits.free)
+def best(reader: QueueReader, counted: Sequence[tuple[OrgId, OrgQueue]], limits: Limits) -> list[Candidate]:
+    """The runs to start, in order of (running runs of the org + place in its queue) / weight."""
+    queues, ranked = reader.begin(counted, limits.free)
     picked: list[Candidate] = []
     while limits.free > 0:
         ranked.sort()
-        # What was not read may come before what was: it is read then.
+        # A run not read yet may rank before this: stop there and read on.
         bound = min((queue.next_rank for queue in queues), default=math.inf)
         looked_at = 0
         for rank, _, _, run in ranked:
@@ -181,11 +182,11 @@ def best(lines: Lines, counted: Sequence[tuple[OrgId, OrgQueue]], limits: Limits
         del ranked[:looked_at]
         for queue in queues:
             if queue.next_rank <= bound:
-                ranked += lines.go_on(queue)
+                ranked += reader.go_on(queue)
     return picked
 
 
-# Each of these answers in one row, whatever it has found: see `values`.
+# Each of these returns one row, whatever it finds: see `values`.
 RING = """
 WITH RECURSIVE hop(org_id, n) AS (
   SELECT (SELECT org_id FROM live_runs WHERE state = 'waiting' AND org_id > ? ORDER BY org_id LIMIT 1), 1
@@ -224,8 +225,8 @@ def admit_ring(
     handlers: Sequence[str],
     free: Mapping[Isolation, int],
 ) -> RingStep:
-    # What the orgs found can start is looked at when they are chosen from: here a hop
-    # costs less than a second look, and there is no other admitter to be kept waiting.
+    # Whether these orgs can start anything is checked in `admit_choose`: a hop costs less than a
+    # second check, and no other admitter waits.
     rows = driver(connection).cursor()
     most = min(want, hops)
     orgs = in_one_answer(rows, RING, (cursor, most))
@@ -263,49 +264,28 @@ def admit_choose(
     limits = Limits(cursor, offered, json.loads(of_handlers), free)
     if not limits.handlers:
         return []
-    lines = Lines(cursor, limits, offered, to_text(now))
+    reader = QueueReader(cursor, limits, offered, to_text(now))
     counted = [(org_id, OrgQueue(*counts)) for org_id, *counts in json.loads(of_orgs)]
-    picked = best(lines, counted, limits)
+    picked = best(reader, counted, limits)
     in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(worker_id, to_text(now)))
     return [_admitted(run, now) for run in picked]
 
 
 def _admitted(run: Candidate, now: datetime) -> AdmittedRun:
-    (
-        id_,
-        org_id,
-        definition_id,
-        revision,
-        handler,
-        isolation,
-        origin,
-        scheduled_for,
-        available_at,
-        start_by,
-        attempt,
-        failures,
-        recoveries,
-        fencing_token,
-        idempotency_key,
-        params,
-        _,
-    ) = run
+    scheduled_for, available_at, start_by, attempt, failures, recoveries, fencing_token = run[7:14]
+    idempotency_key, params = run[14:16]
     return AdmittedRun(
-        id_,
-        org_id,
-        definition_id,
-        revision,
-        handler,
-        isolation,
-        origin,
-        from_text(scheduled_for),
-        from_text(available_at),
-        None if start_by is None else from_text(start_by),
-        now,
-        attempt + 1,
-        failures,
-        recoveries,
-        fencing_token + 1,
-        idempotency_key,
-        json_value(params),
+        *(
+            *run[:7],
+            from_text(scheduled_for),
+            from_text(available_at),
+            None if start_by is None else from_text(start_by),
+            now,
+            attempt + 1,
+            failures,
+            recoveries,
+            fencing_token + 1,
+            idempotency_key,
+            json_value(params),
+        )
     )

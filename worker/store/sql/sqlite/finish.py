@@ -1,4 +1,4 @@
-"""Finish: attempts that ended are written, and their runs end or wait again."""
+"""Finish: write ended attempts, checkpoints, progress and log lines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.clock import from_text
-from worker.ids import DefinitionId, RunId, WorkerId
+from worker.clock import from_text, to_text
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
-from worker.store.connection import driver, file_now
-from worker.store.engine import shared_json
-from worker.store.sql.ending import Ending, LockedRun, Rollups, settle, sum_up
+from worker.runs.run import LogLine
+from worker.store.dialect import driver, file_now, shared_json
+from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, settle, sum_up
 from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
 
-# One row, whatever the batch: see `values`.
+# One row for the whole batch: see `values`.
 OWNED = """
 SELECT json_group_array(json_array(l.id, l.fencing_token, l.available_at, l.started_at, l.progress,
                                    l.cancel_requested_at IS NOT NULL, l.cancel_reason)),
@@ -89,8 +89,8 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         OWNED, (json_list(attempt.run_id for attempt in ended), worker_id)
     ).fetchone()
     rows = {row[0]: row for row in json.loads(owned)}
-    held = {id_: LockedRun(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
-    endings, fenced = settle(ended, held, now)
+    locked = {id_: LockedRun(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
+    endings, fenced = settle(ended, locked, now)
     final = [ending for ending in endings if ending.final]
     in_one_step(cursor, DELETE, [(ending.attempt.run_id,) for ending in final])
     in_one_step(
@@ -124,7 +124,7 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     now = file_now(connection)
     rows = []
     for id_, available_at, start_by in cursor.execute(statement, values).fetchall():
-        # Its start deadline counts from its promotion.
+        # The start deadline counts from the promotion.
         patience = from_text(start_by) - from_text(available_at) if start_by else None
         rows.append((instant(now), instant(now + patience) if patience is not None else None, id_))
     cursor.executemany(PROMOTE, rows)
@@ -187,7 +187,7 @@ def _attempt_row(ending: Ending) -> tuple[Any, ...]:
 
 
 def _written(cursor: Any, worker_id: WorkerId, fenced: Iterable[EndedAttempt]) -> set[RunId]:
-    """Those of them that an earlier write of ours, whose answer was lost, has ended already."""
+    """The runs that an earlier write of ours ended, whose answer was lost."""
     return {
         attempt.run_id
         for attempt in fenced
@@ -196,3 +196,68 @@ def _written(cursor: Any, worker_id: WorkerId, fenced: Iterable[EndedAttempt]) -
             (attempt.run_id, attempt.attempt, worker_id, attempt.fencing_token, attempt.outcome),
         ).fetchone()
     }
+
+
+OURS = "SELECT recoveries FROM live_runs WHERE id = ? AND fencing_token = ? AND state = 'running'"
+
+BEFORE = "SELECT data FROM checkpoints WHERE run_id = ?"
+
+SAVE = """
+INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data) VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
+                                   saved_at = excluded.saved_at, data = excluded.data
+"""
+
+MOVED = "UPDATE live_runs SET recoveries = 0 WHERE id = ?"
+
+PROGRESS = "UPDATE live_runs SET progress = ? WHERE id = ? AND fencing_token = ? AND state = 'running'"
+
+LINE = """
+INSERT INTO run_logs (run_id, attempt, seq, org_id, at, level, source, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT DO NOTHING
+"""
+
+
+def save_checkpoint(
+    connection: Connection,
+    run_id: RunId,
+    fencing_token: int,
+    *,
+    attempt: int,
+    org_id: OrgId,
+    data_json: str,
+) -> bool:
+    cursor = driver(connection).cursor()
+    ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
+    if ours is None:
+        return False
+    if ours[0] > 0 and cursor.execute(BEFORE, (run_id,)).fetchone() != (data_json,):
+        cursor.execute(MOVED, (run_id,))
+    now = to_text(file_now(connection))
+    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, now, data_json))
+    return True
+
+
+def write_progress(connection: Connection, rows: Sequence[Progress]) -> None:
+    driver(connection).cursor().executemany(
+        PROGRESS, [(json_text(progress), run_id, token) for run_id, token, progress in rows]
+    )
+
+
+def append_logs(connection: Connection, rows: Sequence[LogLine]) -> None:
+    driver(connection).cursor().executemany(
+        LINE,
+        [
+            (
+                line.run_id,
+                line.attempt,
+                line.seq,
+                line.org_id,
+                to_text(line.at),
+                line.level,
+                line.source,
+                line.text,
+            )
+            for line in rows
+        ],
+    )

@@ -1,4 +1,4 @@
-"""Fire: definitions that are due become runs and skips."""
+"""Fire: due definitions make runs and skips."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
-from worker.store.connection import driver, file_now
-from worker.store.sql import Fired, Specs
+from worker.store.dialect import driver, file_now
+from worker.store.sql.contract import Fired, Specs
 from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value
 
 DUE = """
@@ -93,11 +93,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
     return now, due
 
 
-def fire_write(
-    connection: Connection,
-    runs: Sequence[NewRun],
-    next_fires: Sequence[NextFire],
-) -> Fired:
+def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]) -> Fired:
     cursor = driver(connection).cursor()
     now = file_now(connection)
     inserted, overlapped = _insert(cursor, runs, now)

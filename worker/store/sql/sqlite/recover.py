@@ -1,7 +1,6 @@
-"""Recover: the runs of workers that are gone are found and locked.
+"""Recover: find and lock the runs of workers that are gone.
 
-On SQLite no lease decides: the lock beside the file does, and whoever holds it
-knows that every other worker is gone.
+On SQLite the lock beside the file decides, not a lease: its holder is the only worker.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.ids import WorkerId
-from worker.store.connection import driver, file_now
-from worker.store.sql import AbandonedRun
+from worker.store.dialect import driver, file_now
+from worker.store.sql.contract import AbandonedRun
 from worker.store.sql.sqlite.values import instant
 
 END_OTHERS = "UPDATE workers SET ended_at = ? WHERE id <> ? AND ended_at IS NULL"

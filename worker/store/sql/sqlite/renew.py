@@ -1,4 +1,4 @@
-"""Renew: the lease of an incarnation is extended, and it learns what it owns."""
+"""Renew: extend the lease of an incarnation and return the runs that it owns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sqlalchemy import Connection
 
 from worker.ids import WorkerId
 from worker.runs.run import OwnedRun
-from worker.store.connection import driver, file_now
+from worker.store.dialect import driver, file_now
 from worker.store.sql.sqlite.values import instant
 
 RENEW = "UPDATE workers SET renewed_at = ?, lease_until = ? WHERE id = ? AND ended_at IS NULL"

@@ -1,8 +1,7 @@
-"""Python's values as SQLite keeps them, and batches of them in and out in one step each.
+"""Python values as SQLite stores them, and batches that take one driver step.
 
-Each step of the driver gives the interpreter's lock away and must get it back. Beside a
-loop that is busy in Python that takes up to its switch interval: a batch that goes row by
-row is a tenth as fast then.
+Each step of the driver releases the interpreter lock. Beside a busy event loop it takes up to a switch
+interval to get it back, so a batch that goes row by row is ten times slower.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from datetime import datetime
 from typing import Any
 
 from worker.clock import to_text
-from worker.store.engine import compact_json
+from worker.store.dialect import compact_json
 
-# Rows in one statement; 18 columns of so many are a third of what SQLite binds by default.
+# Rows in one statement; with 18 columns a third of the parameters that SQLite allows by default.
 MOST = 512
 
 
@@ -26,7 +25,7 @@ def instant(value: datetime | None) -> str | None:
 
 
 def json_text(value: Any) -> str | None:
-    """JSON without spaces, or None for None."""
+    """JSON without spaces; None stays None."""
     return None if value is None else compact_json(value)
 
 
@@ -35,18 +34,17 @@ def json_value(text: str | None) -> Any:
 
 
 def json_list(values: Iterable[str]) -> str:
-    """A list for `json_each`: one parameter, however long."""
+    """A list for `json_each`: one parameter of any length."""
     return json.dumps(list(values))
 
 
 def in_one_step(
     cursor: Any, statement: str, rows: Sequence[tuple[Any, ...]], *, first: Sequence[Any] = ()
 ) -> None:
-    """Execute with `{rows}` as a table of these rows, whose columns are column1, column2 and so on.
+    """Execute a statement with `{rows}` as a table of these rows: column1, column2 and so on.
 
-    It is filled up with rows of nulls, so that few lengths need a statement of their own:
-    the text says `WHERE column1 IS NOT NULL` or what comes to the same. `first` are the
-    values that stand before the rows.
+    Rows of nulls pad it to a power of two, so that there are few different statements: the text must
+    ignore them, as by `WHERE column1 IS NOT NULL`. `first` are the parameters before the rows.
     """
     for part in range(0, len(rows), MOST):
         some = rows[part : part + MOST]
@@ -63,7 +61,7 @@ def _with_rows(statement: str, width: int, length: int) -> str:
 
 
 def in_one_answer(cursor: Any, statement: str, values: Sequence[Any]) -> list[Any]:
-    """What a statement answers whose one row is one JSON array."""
+    """The result of a statement that returns one JSON array."""
     (text,) = cursor.execute(statement, values).fetchone()
     answer: list[Any] = json.loads(text)
     return answer

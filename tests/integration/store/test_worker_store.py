@@ -9,7 +9,7 @@ import pytest
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import WorkerId, new_id
 from worker.runs.run import Decision, DueDefinition, LogLine, NextFire
-from worker.store.for_worker import WorkerStore
+from worker.store.worker_store import WorkerStore
 
 OFFERED = {HANDLER: None}
 

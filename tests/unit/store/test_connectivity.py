@@ -6,25 +6,25 @@ from worker.store.database import QUIET, Connectivity
 
 
 def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
-    contact = Connectivity(clock)
+    connectivity = Connectivity(clock)
 
-    contact.failed("refused", contact.asked())
+    connectivity.failed("refused", connectivity.started())
     clock.advance(30)
-    contact.failed("refused", contact.asked())
+    connectivity.failed("refused", connectivity.started())
     clock.advance(12)
-    contact.answered(contact.asked())
-    contact.answered(contact.asked())
+    connectivity.answered(connectivity.started())
+    connectivity.answered(connectivity.started())
 
     assert [event.event.name for event in emitted] == ["database.lost", "database.back"]
     assert emitted[1].fields == {"seconds": 42.0}
 
 
 def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitted):
-    contact = Connectivity(clock)
+    connectivity = Connectivity(clock)
 
     for _ in range(20):
-        contact.failed("terminated", contact.asked())
-        contact.answered(contact.asked())
+        connectivity.failed("terminated", connectivity.started())
+        connectivity.answered(connectivity.started())
         clock.advance(QUIET / 10)
 
     assert [event.event.name for event in emitted] == ["database.lost", "database.back"] * 2
@@ -32,12 +32,12 @@ def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitte
 
 def test_a_question_that_fails_late_is_no_new_loss(clock, emitted):
     """Put before the outage, it hangs until after the return."""
-    contact = Connectivity(clock)
-    hanging = contact.asked()
-    contact.failed("refused", contact.asked())
+    connectivity = Connectivity(clock)
+    hanging = connectivity.started()
+    connectivity.failed("refused", connectivity.started())
     clock.advance(60)
-    contact.answered(contact.asked())
+    connectivity.answered(connectivity.started())
 
-    contact.failed("cut off", hanging)
+    connectivity.failed("cut off", hanging)
 
     assert [event.event.name for event in emitted] == ["database.lost", "database.back"]

@@ -1,0 +1,306 @@
+"""What both dialects offer and share: the statements, their arguments and results, and their pure parts."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, NamedTuple, Protocol
+
+from sqlalchemy import Connection
+
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import (
+    AdmittedRun,
+    DueDefinition,
+    Isolation,
+    LogLine,
+    NewRun,
+    NewSkip,
+    NextFire,
+    OwnedRun,
+)
+
+Progress = tuple[RunId, int, Mapping[str, Any]]
+Specs = MutableMapping[tuple[DefinitionId, int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RingStep:
+    """Orgs that seem to have something to admit, and the org after which the walk goes on.
+
+    Each org comes with the number of its runs that the free slots can reach if all queues are
+    long; `partial`: some queues are longer. `hops` is the number of orgs passed; `complete`: the
+    walk came full circle.
+    """
+
+    orgs: Mapping[OrgId, int]
+    partial: bool
+    cursor: OrgId
+    hops: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonedRun:
+    """A running run whose worker is gone, locked by this transaction."""
+
+    id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    revision: int
+    handler: str
+    worker_id: WorkerId
+    fencing_token: int
+    attempt: int
+    failures: int
+    recoveries: int
+    started_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Fired:
+    """Runs inserted, runs that overlap an unfinished one, and the earliest next fire time of all."""
+
+    inserted: Sequence[NewRun]
+    overlapped: Sequence[NewRun]
+    next_fire_at: datetime | None
+    now: datetime
+
+
+class OrgQueue(NamedTuple):
+    """What ranks an org's waiting runs: its running runs, their limit, and its weight."""
+
+    running: int
+    most: int
+    weight: int
+
+    @property
+    def room(self) -> int:
+        return self.most - self.running
+
+    def rank(self, place: int) -> float:
+        return (self.running + place) / self.weight
+
+
+def reach(queues: Sequence[OrgQueue], free: int) -> list[int]:
+    """For each queue, how many of its runs are among the best `free` runs if all queues are long.
+
+    Runs of equal rank count together. If queues are short, slots stay free, and the rest of the
+    other queues must be read.
+    """
+    counts = [0] * len(queues)
+    heap = [(queue.rank(1), n) for n, queue in enumerate(queues) if queue.room > 0]
+    heapq.heapify(heap)
+    taken, last_rank = 0, 0.0
+    while heap and (taken < free or heap[0][0] <= last_rank):
+        last_rank, n = heap[0]
+        counts[n] += 1
+        taken += 1
+        if counts[n] < queues[n].room:
+            heapq.heapreplace(heap, (queues[n].rank(counts[n] + 1), n))
+        else:
+            heapq.heappop(heap)
+    return counts
+
+
+# Not frozen: each run needs one, and freezing takes three times as long.
+@dataclass(slots=True)
+class LockedRun:
+    """A running row of this worker, as it was locked."""
+
+    fencing_token: int
+    cancel_requested: bool
+    cancel_reason: str | None
+
+
+@dataclass(slots=True)
+class Ending:
+    """An ended attempt that this worker still owns, and its run's next state."""
+
+    attempt: EndedAttempt
+    state: str
+    reason: str | None
+    ended_at: datetime
+
+    @property
+    def final(self) -> bool:
+        return self.state != "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollups:
+    """Sums in the order of their keys, so that two writers cannot deadlock."""
+
+    days: Sequence[tuple[date, OrgId, int, int, int]]
+    hours: Sequence[tuple[datetime, OrgId, str, int]]
+
+
+def settle(
+    ended: Iterable[EndedAttempt], locked: Mapping[RunId, LockedRun], now: datetime
+) -> tuple[list[Ending], list[EndedAttempt]]:
+    """Separate the attempts that are still ours from those fenced out, each in the order of run ids.
+
+    A run that would wait again is cancelled if its cancellation was requested.
+    """
+    endings: dict[RunId, Ending] = {}
+    fenced: list[EndedAttempt] = []
+    for attempt in sorted(ended, key=lambda attempt: attempt.run_id):
+        row = locked.get(attempt.run_id)
+        if row is None or row.fencing_token != attempt.fencing_token or attempt.run_id in endings:
+            fenced.append(attempt)
+            continue
+        state, reason = attempt.state, attempt.reason
+        if state == "waiting" and row.cancel_requested:
+            state, reason = "cancelled", row.cancel_reason or "requested"
+        # The worker's clock may differ from the database's: keep the end between start and now.
+        ended_at = max(attempt.started_at, min(attempt.ended_at, now))
+        endings[attempt.run_id] = Ending(attempt, state, reason, ended_at)
+    return list(endings.values()), fenced
+
+
+def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
+    """Runs, attempts and handler time by day and org; runs by hour, org and final state."""
+    today = now.astimezone(UTC).date()
+    hour = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    attempts: dict[OrgId, int] = {}
+    seconds: dict[OrgId, float] = {}
+    runs: dict[tuple[OrgId, str], int] = {}
+    for ending in endings:
+        attempt, state = ending.attempt, ending.state
+        org_id, began_at = attempt.org_id, attempt.trail.handler_started_at
+        attempts[org_id] = attempts.get(org_id, 0) + 1
+        if began_at is not None and ending.ended_at > began_at:
+            took = (ending.ended_at - began_at).total_seconds()
+            seconds[org_id] = seconds.get(org_id, 0.0) + took
+        if state != "waiting":
+            key = org_id, state
+            runs[key] = runs.get(key, 0) + 1
+    hours = [(hour, org_id, state, count) for (org_id, state), count in sorted(runs.items())]
+    ended: dict[OrgId, int] = {}
+    for _, org_id, _, count in hours:
+        ended[org_id] = ended.get(org_id, 0) + count
+    return Rollups(
+        [
+            (today, org_id, ended.get(org_id, 0), count, round(seconds.get(org_id, 0.0)))
+            for org_id, count in sorted(attempts.items())
+        ],
+        hours,
+    )
+
+
+class Statements(Protocol):
+    """The hot statements of a dialect; the dialects have the SQL."""
+
+    def fire_first(self, connection: Connection) -> tuple[datetime, datetime | None]:
+        """The database's time, and the earliest fire time; takes no lock."""
+        ...
+
+    def fire_lock(
+        self, connection: Connection, *, limit: int, specs: Specs
+    ) -> tuple[datetime, list[DueDefinition]]:
+        """Lock the `limit` definitions that have been due longest; also returns the database's time.
+
+        `specs` caches specs by definition and revision.
+        """
+        ...
+
+    def fire_write(
+        self, connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]
+    ) -> Fired:
+        """Insert runs and set the next fire times, under the definitions' locks.
+
+        A serial run that overlaps an unfinished one is returned, not inserted; an existing one is ignored.
+        """
+        ...
+
+    def fire_skips(self, connection: Connection, skips: Sequence[NewSkip]) -> None:
+        """Write skips; consecutive ones extend their definition's last row."""
+        ...
+
+    def admit_ring(
+        self,
+        connection: Connection,
+        cursor: OrgId,
+        *,
+        want: int,
+        hops: int,
+        handlers: Sequence[str],
+        free: Mapping[Isolation, int],
+    ) -> RingStep:
+        """Walk the ring from after `cursor` until `want` orgs are found; takes no lock."""
+        ...
+
+    def admit_choose(
+        self,
+        connection: Connection,
+        worker_id: WorkerId,
+        orgs: Mapping[OrgId, int],
+        *,
+        offered: Mapping[str, int | None],
+        free: Mapping[Isolation, int],
+    ) -> list[AdmittedRun]:
+        """Become the only admitter, then count, rank and mark runs of these orgs as running.
+
+        `orgs` says how many runs of each queue to read. The transaction must contain nothing
+        else: on PostgreSQL it commits before the answer is read.
+        """
+        ...
+
+    def finish(
+        self, connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]
+    ) -> set[RunId]:
+        """Write ended attempts, each fenced, and return the runs whose attempt is stored as given.
+
+        Can be repeated: the same attempt is accepted again.
+        """
+        ...
+
+    def add_rollups(self, connection: Connection, rollups: Rollups) -> None:
+        """Add to the stored sums."""
+        ...
+
+    def promote(self, connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
+        """Let held runs wait if their definition has no other unfinished run; None means all definitions."""
+        ...
+
+    def save_checkpoint(
+        self,
+        connection: Connection,
+        run_id: RunId,
+        fencing_token: int,
+        *,
+        attempt: int,
+        org_id: OrgId,
+        data_json: str,
+    ) -> bool:
+        """Store a run's checkpoint, fenced; False if the run is no longer ours.
+
+        One that differs from the last sets `recoveries` back to 0.
+        """
+        ...
+
+    def write_progress(self, connection: Connection, rows: Sequence[Progress]) -> None:
+        """Set the progress of running rows, fenced."""
+        ...
+
+    def append_logs(self, connection: Connection, rows: Sequence[LogLine]) -> None:
+        """Append lines to runs' logs; existing ones stay as they are."""
+        ...
+
+    def renew(
+        self, connection: Connection, worker_id: WorkerId, lease: timedelta
+    ) -> tuple[bool, list[OwnedRun]]:
+        """Extend the lease and return the runs it covers; False if the incarnation was ended."""
+        ...
+
+    def recover_lock(
+        self, connection: Connection, *, others_than: WorkerId | None, limit: int
+    ) -> list[AbandonedRun]:
+        """End the workers whose lease has passed and lock running rows of ended ones.
+
+        With `others_than`, every other worker counts as dead.
+        """
+        ...

@@ -1,0 +1,486 @@
+"""The store as the worker's loops use it: one incarnation's runs, from admission to recovery."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, delete, insert, select, tuple_, update
+
+from worker.errors import NotFound, StoreUnavailable
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.run import AdmittedRun, FireReport, Isolation, LogLine, OwnedRun, Recovered, RunContext
+from worker.store import firing, sweeps, tables
+from worker.store.database import BatchLoader, Database
+from worker.store.definitions import names_of
+from worker.store.dialect import database_now
+from worker.store.sql import statements
+from worker.store.sql.contract import AbandonedRun, Progress, RingStep
+
+_live = tables.live_runs
+_workers = tables.workers
+_revisions = tables.definition_revisions
+
+# Orgs that one call passes; 10,000 orgs at their limit must not make one call slow.
+HOPS = 2048
+# Orgs that one transaction chooses from, at least; more if more slots are free.
+WIDTH = 16
+_BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
+
+
+class RingWalk:
+    """One worker's position in the ring of orgs; the next call continues where the last one stopped."""
+
+    def __init__(self, database: Database, worker_id: WorkerId) -> None:
+        self._database = database
+        self._worker_id = worker_id
+        self._cursor = _BEFORE_ALL
+
+    def admit(self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> list[AdmittedRun]:
+        """Mark waiting runs running, best first, within the limits of org, definition and handler.
+
+        `offered` maps this worker's handlers to their cluster-wide limit, or None; `free` maps
+        isolations to their free slots. Each step is a separate transaction. It may return fewer
+        runs than could start: call again after a call that returned some.
+
+        Raises:
+            StoreUnavailable: the database did not answer. If it admitted runs anyway, the renewal
+                that finds them hands them back.
+        """
+        left: dict[Isolation, int] = {isolation: max(0, slots) for isolation, slots in free.items()}
+        admitted: list[AdmittedRun] = []
+        seen: set[OrgId] = set()
+        hops = HOPS
+        try:
+            while offered and any(left.values()) and hops > 0:
+                step = self._walk(offered, left, hops)
+                hops -= step.hops
+                orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
+                seen.update(orgs)
+                if orgs:
+                    admitted += self._fill(orgs, offered, left)
+                if orgs and step.partial and any(left.values()):
+                    # Some queues were short: read the rest of the others.
+                    admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left)
+                if step.complete or not orgs:
+                    break
+        except StoreUnavailable:
+            # Runs admitted before the error are ours, and must start.
+            if not admitted:
+                raise
+        return admitted
+
+    def _walk(self, offered: Mapping[str, int | None], left: Mapping[Isolation, int], hops: int) -> RingStep:
+        want = max(WIDTH, sum(left.values()))
+        with self._database.autocommit() as connection:
+            step = statements(connection).admit_ring(
+                connection, self._cursor, want=want, hops=hops, handlers=list(offered), free=left
+            )
+        self._cursor = step.cursor
+        return step
+
+    def _fill(
+        self, orgs: Mapping[OrgId, int], offered: Mapping[str, int | None], left: dict[Isolation, int]
+    ) -> list[AdmittedRun]:
+        with self._database.transaction() as connection:
+            picked = statements(connection).admit_choose(
+                connection, self._worker_id, orgs, offered=offered, free=left
+            )
+        for run in picked:
+            left[run.isolation] -= 1
+        return picked
+
+
+def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
+    """End the attempts of these runs as handed back, fenced: the answer to their admission was lost."""
+    fences = {run.id: run.fencing_token for run in owned}
+    rows = connection.execute(
+        select(_live).where(
+            _live.c.id.in_(sorted(fences)), _live.c.worker_id == worker_id, _live.c.state == "running"
+        )
+    ).all()
+    now = database_now(connection)
+    ended = [
+        EndedAttempt(
+            run_id=row.id,
+            org_id=row.org_id,
+            definition_id=row.definition_id,
+            fencing_token=fences[row.id],
+            attempt=row.attempt,
+            started_at=row.started_at,
+            ended_at=now,
+            outcome="handed_back",
+            state="waiting",
+            reason="handed_back",
+            trail=Trail(row.handler),
+            detail="the answer to its admission was lost",
+            failures=row.failures,
+            recoveries=row.recoveries,
+            keep_start_by=True,
+        )
+        for row in rows
+    ]
+    return statements(connection).finish(connection, worker_id, ended) if ended else set()
+
+
+# Runs recovered by one transaction.
+RECOVERED_AT_ONCE = 500
+
+
+def recover(
+    connection: Connection, *, max_recoveries: int, still: Callable[[], bool] = lambda: True
+) -> list[Recovered]:
+    """Take over the runs of workers that ended or whose lease has passed.
+
+    Their attempts are `lost`. The runs wait again (recovered), or fail (lost) after their
+    definition's `max_recoveries`, by default the given one. On SQLite only ended workers count.
+    `still` is checked once the database has answered, since this connection may have hung.
+    """
+    database_now(connection)
+    return _recover(connection, None, max_recoveries) if still() else []
+
+
+def recover_all_others(
+    connection: Connection, worker_id: WorkerId, *, max_recoveries: int
+) -> list[Recovered]:
+    """As `recover`, for the holder of a SQLite file's lock: all other workers are dead."""
+    return _recover(connection, worker_id, max_recoveries)
+
+
+def _recover(connection: Connection, others_than: WorkerId | None, default: int) -> list[Recovered]:
+    hot = statements(connection)
+    abandoned = hot.recover_lock(connection, others_than=others_than, limit=RECOVERED_AT_ONCE)
+    if not abandoned:
+        return []
+    most = _max_recoveries(connection, abandoned, default)
+    names = names_of(connection, None, (run.definition_id for run in abandoned))
+    now = database_now(connection)
+    recovered: list[Recovered] = []
+    for worker_id in sorted({run.worker_id for run in abandoned}):
+        ended = [
+            _lost(run, most[run.definition_id, run.revision], now)
+            for run in abandoned
+            if run.worker_id == worker_id
+        ]
+        taken = hot.finish(connection, worker_id, ended)
+        recovered += [
+            Recovered(
+                attempt.run_id,
+                attempt.org_id,
+                attempt.definition_id,
+                *names[attempt.definition_id],
+                attempt.attempt,
+                worker_id,
+                attempt.state,
+            )
+            for attempt in ended
+            if attempt.run_id in taken
+        ]
+    return recovered
+
+
+def _max_recoveries(
+    connection: Connection, abandoned: list[AbandonedRun], default: int
+) -> dict[tuple[str, int], int]:
+    pairs = sorted({(run.definition_id, run.revision) for run in abandoned})
+    query = select(_revisions.c.definition_id, _revisions.c.revision, _revisions.c.spec).where(
+        tuple_(_revisions.c.definition_id, _revisions.c.revision).in_(pairs)
+    )
+    found = {(id_, revision): spec for id_, revision, spec in connection.execute(query)}
+    return {pair: int(found.get(pair, {}).get("max_recoveries", default)) for pair in pairs}
+
+
+def _lost(run: AbandonedRun, most: int, now: datetime) -> EndedAttempt:
+    recoveries = run.recoveries + 1
+    again = recoveries <= most
+    return EndedAttempt(
+        run_id=run.id,
+        org_id=run.org_id,
+        definition_id=run.definition_id,
+        fencing_token=run.fencing_token,
+        attempt=run.attempt,
+        started_at=run.started_at,
+        ended_at=now,
+        outcome="lost",
+        state="waiting" if again else "failed",
+        reason="recovered" if again else "lost",
+        trail=Trail(run.handler),
+        failures=run.failures,
+        recoveries=recoveries,
+        error=None
+        if again
+        else {"type": "Lost", "message": f"its worker was lost {recoveries} times in a row"},
+        error_cause=None if again else "lost",
+    )
+
+
+def load_checkpoint(connection: Connection, run_id: RunId) -> Any | None:
+    """The run's last checkpoint, or None."""
+    return connection.execute(
+        select(tables.checkpoints.c.data).where(tables.checkpoints.c.run_id == run_id)
+    ).scalar_one_or_none()
+
+
+def run_contexts(
+    connection: Connection, wanted: Sequence[tuple[DefinitionId, int]]
+) -> dict[tuple[DefinitionId, int], RunContext]:
+    """The org, the definition and the spec of each of these revisions."""
+    orgs, definitions = tables.orgs, tables.definitions
+    definition_id, revision = _revisions.c.definition_id, _revisions.c.revision
+    rows = connection.execute(
+        select(
+            definition_id,
+            revision,
+            orgs.c.id,
+            orgs.c.code,
+            orgs.c.name,
+            orgs.c.timezone,
+            orgs.c.issuer,
+            definitions.c.name,
+            _revisions.c.spec,
+        )
+        .join(definitions, definitions.c.id == definition_id)
+        .join(orgs, orgs.c.id == definitions.c.org_id)
+        .where(definition_id.in_({id_ for id_, _ in wanted}), revision.in_({number for _, number in wanted}))
+    )
+    return {(id_, number): RunContext(*rest) for id_, number, *rest in rows}
+
+
+def register(
+    connection: Connection,
+    worker_id: WorkerId,
+    *,
+    host: str,
+    pid: int,
+    version: str,
+    lease: timedelta,
+    handlers: Sequence[str],
+    capacity: Mapping[str, Any],
+) -> None:
+    """Start an incarnation; its lease counts from the database's time."""
+    now = database_now(connection)
+    connection.execute(
+        insert(_workers).values(
+            id=worker_id,
+            host=host,
+            pid=pid,
+            version=version,
+            started_at=now,
+            renewed_at=now,
+            lease_until=now + lease,
+            handlers=sorted(handlers),
+            capacity=dict(capacity),
+        )
+    )
+
+
+def update_handlers(connection: Connection, worker_id: WorkerId, handlers: Sequence[str]) -> None:
+    """Set the handlers that the worker offers."""
+    connection.execute(update(_workers).where(_workers.c.id == worker_id).values(handlers=sorted(handlers)))
+
+
+def unregister(connection: Connection, worker_id: WorkerId) -> None:
+    """End an incarnation; another worker recovers the runs that it still owns."""
+    connection.execute(
+        update(_workers)
+        .where(_workers.c.id == worker_id, _workers.c.ended_at.is_(None))
+        .values(ended_at=database_now(connection))
+    )
+
+
+def forget_workers(connection: Connection, age: timedelta) -> int:
+    """Delete workers that ended longer than `age` ago and own no runs; returns how many."""
+    owned = select(_live.c.worker_id).where(_live.c.state == "running")
+    result = connection.execute(
+        delete(_workers).where(
+            _workers.c.ended_at < database_now(connection) - age, _workers.c.id.not_in(owned)
+        )
+    )
+    return result.rowcount
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SPECS_KEPT = 20_000
+# The share of the lease that a renewal waits for its answer: two tries fit in before the runs freeze.
+PATIENCE = 0.3
+
+
+def heartbeat_database(database: Database, lease: timedelta) -> Database:
+    """The database over a connection for the heartbeat alone, whose deadline leaves time for a retry."""
+    return database.with_deadline(PATIENCE * lease.total_seconds())
+
+
+def _in_transaction(
+    work: Callable[Concatenate[Connection, P], T],
+) -> Callable[Concatenate[WorkerStore, P], Coroutine[Any, Any, T]]:
+    """Make a method that does this work in one transaction, in a thread of the database."""
+
+    async def method(self: WorkerStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.database.call(work, *args, **kwargs)
+
+    return method
+
+
+class WorkerStore:
+    """One incarnation's view of the database.
+
+    The async methods run in the database's threads; `register`, `renew` and `unregister` in the
+    calling thread, `renew` over a separate connection.
+    """
+
+    def __init__(self, database: Database, worker_id: WorkerId, lease: timedelta) -> None:
+        self.database = database
+        self._heartbeat_database = heartbeat_database(database, lease)
+        self._worker_id = worker_id
+        self._lease = lease
+        self._admission = RingWalk(database, worker_id)
+        self._contexts = BatchLoader(self._read_contexts)
+        self._nothing_was_due = False
+        self._marked_until: RunId | None = None
+        self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
+
+    async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
+        """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
+        if self._nothing_was_due:
+            # While nothing is due, only look, without a transaction.
+            now, first = await self.database.call_autocommit(firing.first_due)
+            if first is None or first > now:
+                return FireReport(next_fire_at=first, now=now)
+        report = await self.database.call(firing.fire, decide, limit=limit, specs=self._specs)
+        self._nothing_was_due = not (report.inserted or report.skips)
+        return report
+
+    async def admit(
+        self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
+    ) -> list[AdmittedRun]:
+        """Mark waiting runs running; see `RingWalk.admit`."""
+        return await self.database.run(self._admission.admit, offered, free)
+
+    async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        """Write ended attempts; returns the runs whose attempt is stored as given."""
+        return await self.database.call(
+            lambda connection: statements(connection).finish(connection, self._worker_id, ended)
+        )
+
+    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+        """Store a run's checkpoint; False if the run is no longer ours."""
+        return await self.database.call(
+            lambda connection: statements(connection).save_checkpoint(
+                connection,
+                run.id,
+                run.fencing_token,
+                attempt=run.attempt,
+                org_id=run.org_id,
+                data_json=data_json,
+            )
+        )
+
+    async def load_checkpoint(self, run_id: RunId) -> Any | None:
+        """The run's last checkpoint, or None."""
+        return await self.database.call_autocommit(load_checkpoint, run_id)
+
+    async def write_progress(self, rows: Sequence[Progress]) -> None:
+        """Set the progress of running runs, fenced."""
+        await self.database.call(lambda connection: statements(connection).write_progress(connection, rows))
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None:
+        """Append lines to runs' logs."""
+        await self.database.call(lambda connection: statements(connection).append_logs(connection, rows))
+
+    async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
+        """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
+        return await self.database.call(recover, max_recoveries=max_recoveries, still=still)
+
+    async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
+        """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
+        recovered: list[Recovered] = []
+        while part := await self.database.call(
+            recover_all_others, self._worker_id, max_recoveries=max_recoveries
+        ):
+            recovered += part
+        return recovered
+
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
+        """Let runs wait again that this worker owns but does not know."""
+        return await self.database.call(hand_back, self._worker_id, owned)
+
+    async def sweep(self) -> list[sweeps.Swept]:
+        """Promote held runs and skip expired ones; returns the expired ones."""
+        await self.database.call(sweeps.promote_held)
+        return await self.database.call(sweeps.expire_overdue)
+
+    async def mark_no_handler(self) -> None:
+        """Mark waiting runs whose handler no worker offers, and unmark others; some at each call."""
+        _, self._marked_until = await self.database.call(sweeps.mark_no_handler, self._marked_until)
+
+    forget_runs = _in_transaction(sweeps.forget_runs)
+    forget_parts = _in_transaction(sweeps.forget_parts)
+    forget_skips = _in_transaction(sweeps.forget_skips)
+    forget_logs = _in_transaction(sweeps.forget_logs)
+    forget_workers = _in_transaction(forget_workers)
+
+    async def handlers_changed(self, handlers: Sequence[str]) -> None:
+        """Set the handlers that this worker offers."""
+        await self.database.call(update_handlers, self._worker_id, handlers)
+
+    async def org_and_definition(self, run: AdmittedRun) -> RunContext:
+        """The org and the definition of a run; runs that start together share a query.
+
+        Raises:
+            NotFound: one of them is gone.
+        """
+        context = await self._contexts.of((run.definition_id, run.revision))
+        if context is None:
+            raise NotFound(f"the org, the definition or the revision of run {run.id} is gone")
+        return context
+
+    async def _read_contexts(
+        self, wanted: Sequence[tuple[DefinitionId, int]]
+    ) -> Mapping[tuple[DefinitionId, int], RunContext]:
+        return await self.database.call_autocommit(run_contexts, wanted)
+
+    def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:
+        """Start this incarnation."""
+        with self.database.transaction() as connection:
+            register(
+                connection,
+                self._worker_id,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                version=version,
+                lease=self._lease,
+                handlers=handlers,
+                capacity=capacity,
+            )
+
+    def renew(self) -> tuple[bool, list[OwnedRun]]:
+        """Extend the lease and return the runs it covers; False if this incarnation was ended."""
+        with self._heartbeat_database.transaction() as connection:
+            return statements(connection).renew(connection, self._worker_id, self._lease)
+
+    def unregister(self) -> None:
+        """End this incarnation."""
+        with self.database.transaction() as connection:
+            unregister(connection, self._worker_id)
+
+
+class _Newest(OrderedDict[K, V]):
+    """A mapping that drops its oldest entry when it is full."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        if len(self) > self._most:
+            self.popitem(last=False)
