@@ -1,4 +1,4 @@
-"""Alerts that are open, shared by all workers: a cause is told once, by whoever is the first to claim it."""
+"""Open alerts, shared by all workers: the first worker to claim an alert delivers it, once."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from worker.store.dialect import Instant, chunks, database_now, insert_into
 from worker.store.health import oldest_unfired
 from worker.telemetry.alerts import MOST_OPEN, Alert, Kind, Strike
 
-# A cause that strikes no more counts as over after this; longer than the period of a daily job.
+# A cause that does not occur again is resolved after this; longer than the period of a daily job.
 QUIET = timedelta(hours=25)
-# For so long nobody else tells what one worker has claimed; longer than a post takes.
+# How long a claim keeps other workers from delivering; longer than a post takes.
 CLAIM = timedelta(seconds=60)
-# The newest runs of a definition among which a success is looked for.
-LOOKED_AT = 20
+# The newest runs of a definition that are searched for a success.
+SEARCHED = 20
 
 _alerts, _strikes = tables.alerts, tables.alert_strikes
 
 _SUCCEEDED = (
     f"""EXISTS (SELECT 1 FROM (
         SELECT r.state, r.finished_at FROM runs r WHERE r.definition_id = subject_id
-        ORDER BY r.id DESC LIMIT {LOOKED_AT}
+        ORDER BY r.id DESC LIMIT {SEARCHED}
     ) newest WHERE newest.state = 'succeeded' AND newest.finished_at > alert_strikes.struck_at)
     OR EXISTS (SELECT 1 FROM definitions d WHERE d.id = subject_id AND d.closed_at IS NOT NULL)""",
-    "each that it struck succeeded again",
+    "each affected definition succeeded again",
 )
 _RESUMED = (
     """NOT EXISTS (SELECT 1 FROM definitions d
@@ -52,8 +52,8 @@ _HAS_TOKEN = (
     OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
     "it got a token again",
 )
-# When a definition or org that was struck does well again, and how the alert says that all do.
-WELL: Mapping[Kind, tuple[str, str]] = {
+# When an affected definition or org has recovered, and how the alert says that all have.
+RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "failed": _SUCCEEDED,
     "refused": _SUCCEEDED,
     "paused": _RESUMED,
@@ -63,7 +63,7 @@ MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead")
 
 
 def note(connection: Connection, strikes: Sequence[Strike]) -> None:
-    """Write down what struck: a cause that is not open begins, one whose end is not told goes on."""
+    """Record strikes: open new causes, and continue those whose end is not delivered yet."""
     now = database_now(connection)
     known = set(connection.execute(select(_alerts.c.cause)).scalars())
     room = MOST_OPEN - len(known)
@@ -73,21 +73,21 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
         return
     subjects = _subjects(connection, taken)
     insert = insert_into(connection, _alerts)
-    goes_on = insert.on_conflict_do_update(
+    continued = insert.on_conflict_do_update(
         index_elements=["cause"],
         set_={
             "count": _alerts.c.count + insert.excluded["count"],
             "struck_at": insert.excluded.struck_at,
             "over_at": None,
             "over_how": None,
-            # An end that nobody has heard of yet was none.
+            # An end that was not delivered yet is cancelled.
             "try_at": case(
                 (and_(_alerts.c.over_at.is_not(None), _alerts.c.told.is_not(None)), None),
                 else_=_alerts.c.try_at,
             ),
         },
     )
-    connection.execute(goes_on, [_row(strike, now) for strike in taken])
+    connection.execute(continued, [_row(strike, now) for strike in taken])
     rows = [
         {"cause": strike.cause, "subject_id": subject, "struck_at": at, "well": False}
         for strike in taken
@@ -102,19 +102,19 @@ def note(connection: Connection, strikes: Sequence[Strike]) -> None:
 
 
 def is_any(connection: Connection) -> bool:
-    """Whether there is one that is not over, or not told of."""
+    """Whether any alert is open or not delivered yet."""
     return connection.execute(select(_alerts.c.cause).limit(1)).first() is not None
 
 
 def settle(connection: Connection, *, overdue: float) -> None:
-    """End what is over; instants are overdue after so many seconds."""
+    """Resolve alerts whose cause is gone; a scheduled time is overdue after `overdue` seconds."""
     now = database_now(connection)
-    for kind, (condition, how) in WELL.items():
+    for kind, (condition, how) in RECOVERED.items():
         open_ones = select(_alerts.c.cause).where(_alerts.c.kind == kind, _alerts.c.over_at.is_(None))
-        done_well = update(_strikes).where(
+        recovered = update(_strikes).where(
             _strikes.c.cause.in_(open_ones), ~_strikes.c.well, text(f"({condition})")
         )
-        connection.execute(done_well.values(well=True))
+        connection.execute(recovered.values(well=True))
         of_cause = _strikes.c.cause == _alerts.c.cause
         left = select(_strikes.c.cause).where(of_cause, ~_strikes.c.well).exists()
         any_ = select(_strikes.c.cause).where(of_cause).exists()
@@ -127,7 +127,7 @@ def settle(connection: Connection, *, overdue: float) -> None:
 
 
 def claim(connection: Connection) -> tuple[Alert, int] | None:
-    """The next alert to be told, claimed for a while, and how often it was tried before."""
+    """Claim the next alert to deliver; returns it with the number of earlier tries."""
     now = database_now(connection)
     due = select(_alerts).where(_alerts.c.try_at <= now).order_by(_alerts.c.since, _alerts.c.cause).limit(1)
     row = connection.execute(due.with_for_update(skip_locked=True)).mappings().first()
@@ -156,7 +156,7 @@ def claim(connection: Connection) -> tuple[Alert, int] | None:
 
 
 def told(connection: Connection, alert: Alert) -> None:
-    """Receivers know of it. One that struck again while its end was told begins anew."""
+    """Store that it is delivered. A cause that occurred again while its end was delivered opens again."""
     now, mine = database_now(connection), _alerts.c.cause == alert.cause
     if alert.status == "firing":
         end = case((_alerts.c.over_at.is_not(None), _instant(now)), else_=None)
@@ -165,20 +165,20 @@ def told(connection: Connection, alert: Alert) -> None:
     forgotten = _strikes.c.cause == alert.cause
     if not connection.execute(delete(_alerts).where(mine, _alerts.c.over_at.is_not(None))).rowcount:
         forgotten = and_(forgotten, _strikes.c.well)
-        anew = {"id": _id(alert.cause, now), "since": now, "told": None, "tries": 0, "try_at": now}
-        connection.execute(update(_alerts).where(mine).values(**anew))
+        reopened = {"id": _id(alert.cause, now), "since": now, "told": None, "tries": 0, "try_at": now}
+        connection.execute(update(_alerts).where(mine).values(**reopened))
     connection.execute(delete(_strikes).where(forgotten))
 
 
 def untold(connection: Connection, alert: Alert, again: float) -> None:
-    """It was not taken; the next try comes after so many seconds."""
+    """Store that no receiver took it; the next try is after `again` seconds."""
     at = database_now(connection) + timedelta(seconds=again)
     mine = and_(_alerts.c.cause == alert.cause, _alerts.c.try_at.is_not(None))
     connection.execute(update(_alerts).where(mine).values(tries=_alerts.c.tries + 1, try_at=at))
 
 
 def _end(connection: Connection, which: ColumnElement[bool], how: str, now: datetime) -> None:
-    # One whose beginning is not told yet is told that first.
+    # If its start is not delivered yet, that comes first.
     end = case((_alerts.c.told.is_(None), _alerts.c.try_at), else_=_instant(now))
     connection.execute(
         update(_alerts)
@@ -206,7 +206,7 @@ def _id(cause: str, at: datetime) -> str:
 
 
 def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[Strike], dict[str, datetime]]:
-    """By strike, the ids of the definitions or orgs that it struck, each with when."""
+    """A function from a strike to the affected definitions or orgs, each with its time."""
     runs, definitions, orgs = tables.runs, tables.definitions, tables.orgs
     ended: dict[str, tuple[str, datetime]] = {}
     for part in chunks(sorted({run for strike in strikes for run in strike.runs.values()})):

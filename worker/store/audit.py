@@ -1,4 +1,4 @@
-"""Who changed what: one row beside each change, in the same transaction."""
+"""Audit: who changed what, one row per change, in the same transaction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.store import tables
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One change: `action` is noun.verb, `subject` what a reader would type; no secret in `detail`."""
+    """One change: `action` is noun.verb, `subject` a name as typed in commands; `detail` has no secret."""
 
     org_id: OrgId | None
     action: str
@@ -24,7 +24,7 @@ class Entry:
 
 
 def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, actor: str) -> None:
-    """Write one row an entry."""
+    """Write one row per entry."""
     if not entries:
         return
     connection.execute(

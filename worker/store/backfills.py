@@ -1,4 +1,4 @@
-"""Backfills: ranges of the past whose instants become runs, a few at a time."""
+"""Backfills: past ranges whose scheduled times become runs, a few at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, ScalarSelect, func, insert, se
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, orgs, tables
+from worker.store.dialect import all_rows, first_row
 from worker.store.lists.paging import DEFAULT_LIMIT, Row, page
 
 _backfills = tables.backfills
@@ -29,12 +30,11 @@ def find(
         _backfills.c.range_from == start,
         _backfills.c.range_until == until,
     )
-    row = connection.execute(query.with_for_update()).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query.with_for_update())
 
 
 def add(connection: Connection, values: Mapping[str, Any]) -> None:
-    """Insert a backfill; its runs follow."""
+    """Insert a backfill; its runs follow later."""
     connection.execute(insert(_backfills).values(**values))
 
 
@@ -48,7 +48,7 @@ def change(connection: Connection, org_id: OrgId, backfill_id: str, values: Mapp
 
 
 def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], at: datetime) -> None:
-    """End unfinished backfills of an org; none of their instants becomes a run any more."""
+    """End unfinished backfills of an org: they make no more runs."""
     connection.execute(
         update(_backfills)
         .where(_backfills.c.org_id == org_id, _backfills.c.finished_at.is_(None), *which)
@@ -57,21 +57,21 @@ def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], a
 
 
 def is_of(definition_id: DefinitionId) -> ColumnElement[bool]:
-    """The condition that names the backfills of one definition, for `cancel`."""
+    """A condition for `cancel`: the backfills of one definition."""
     return _backfills.c.definition_id == definition_id
 
 
 def end_waiting(connection: Connection, org_id: OrgId, backfill_id: str) -> int:
-    """Cancel what waits of a backfill; how many runs that were."""
+    """Cancel the waiting runs of a backfill; returns how many."""
     ours = _live.c.backfill_id == backfill_id
     return len(edit_runs.end_waiting(connection, org_id, ours, reason="requested"))
 
 
 def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]:
-    """Unfinished backfills of active orgs with fewer unfinished runs than they may have.
+    """Unfinished backfills of active orgs that are below their limit of unfinished runs, locked.
 
-    Each has its `spec`, its org's and its definition's name, and `unfinished`, counted
-    under its lock; those that others hold are left out.
+    Each has its `spec`, the names of org and definition, and `unfinished`, counted under the
+    lock; those that are locked already are left out.
     """
     found = (
         select(_backfills.c.id)
@@ -87,7 +87,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
     ids = connection.execute(found.with_for_update(of=_backfills, skip_locked=True)).scalars().all()
     if not ids:
         return []
-    # In a later statement, whose snapshot has every run that was made before the lock.
+    # A later statement: its snapshot has every run that was made before the lock.
     query = (
         select(
             _backfills,
@@ -107,11 +107,11 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
         .where(_backfills.c.id.in_(ids), _backfills.c.finished_at.is_(None))
         .order_by(_backfills.c.id)
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def is_any_unfinished(connection: Connection) -> bool:
-    """Whether there is a backfill that has not ended."""
+    """Whether any backfill is unfinished."""
     query = select(_backfills.c.id).where(_backfills.c.finished_at.is_(None)).limit(1)
     return connection.execute(query).first() is not None
 
@@ -124,11 +124,11 @@ def backfills(
     limit: int = DEFAULT_LIMIT,
     after: str | None = None,
 ) -> list[Row]:
-    """One org's backfills, newest first, with how many of their instants have run.
+    """One org's backfills, newest first, with the number of their runs that ended.
 
     Raises:
-        NotFound: there is no such org.
-        UsageError: a limit or id that is none.
+        NotFound: no such org.
+        UsageError: `limit` or `after` is invalid.
     """
     mine = _backfills.c.org_id == orgs.require(connection, org)["id"]
     return _page(connection, [mine], definition, limit, after)
@@ -146,7 +146,7 @@ def backfills_for_all_orgs(
 
 
 def backfill(connection: Connection, org_id: OrgId, backfill_id: str) -> Row:
-    """One backfill, as the lists show it."""
+    """One backfill, as in the list."""
     (row,) = _page(connection, [_backfills.c.org_id == org_id, _backfills.c.id == backfill_id], None, 1, None)
     return row
 

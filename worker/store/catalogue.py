@@ -1,19 +1,16 @@
-"""What the installed distributions offer, as the children that imported them reported it."""
+"""Catalogue: the handlers of the installed distributions, as child processes reported them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection, delete, select
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.store import tables
-from worker.store.dialect import upsert
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, upsert
 
 _catalogue = tables.catalogue
 _KEY = ("name", "distribution")
@@ -22,7 +19,7 @@ _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 
 
 def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime) -> None:
-    """Store what children reported, one row a name and distribution."""
+    """Store reported handlers, one row per name and distribution."""
     rows = [
         {name: value for name, value in asdict(entry).items() if name in _COLUMNS} | {"seen_at": at}
         for entry in entries
@@ -34,7 +31,7 @@ def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime
 
 
 def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()) -> None:
-    """Remove the rows of a distribution whose names it no longer has."""
+    """Delete the rows of a distribution, except these names."""
     connection.execute(
         delete(_catalogue).where(
             _catalogue.c.distribution == distribution, _catalogue.c.name.not_in(sorted(but))
@@ -49,8 +46,8 @@ def offered(connection: Connection) -> set[tuple[str, str, str]]:
 
 
 def entries(connection: Connection, name: str | None = None) -> list[Row]:
-    """All rows by name and distribution, the broken ones too; those of one name if given."""
+    """All rows, or those of one name, by name and distribution; broken handlers too."""
     query = select(_catalogue).order_by(_catalogue.c.name, _catalogue.c.distribution)
     if name is not None:
         query = query.where(_catalogue.c.name == name)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)

@@ -1,4 +1,4 @@
-"""An org's credentials, generation by generation; the secret itself stays sealed."""
+"""Credentials of orgs, by generation; secrets stay sealed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,21 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.dialect import chunks
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _credentials = tables.credentials
 
 
 def last_generation(connection: Connection, org_id: OrgId) -> int:
-    """The newest generation's number, 0 where the org never had a credential."""
+    """The newest generation, or 0 if the org never had a credential."""
     newest = select(func.max(_credentials.c.generation)).where(_credentials.c.org_id == org_id)
     return connection.execute(newest).scalar() or 0
 
 
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert credentials whose secret is sealed, or named by reference.
+    """Insert credentials with a sealed secret or a reference to one.
 
-    The orgs' runs that wait for a token try again at once: their last secret may have been wrong.
+    Runs that wait for a token try again at once, since the last secret may have been wrong.
     """
     if not rows:
         return
@@ -43,12 +41,12 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
 
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:
-    """The org's active credentials with their sealed secrets and the org's code as `org`, newest first."""
+    """The org's active credentials, newest first, with the sealed secret and the org's code as `org`."""
     return active_for_all_orgs(connection, [org_id]).get(org_id, [])
 
 
 def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[Row]]:
-    """As `active`, by org; one that has none is left out."""
+    """As `active`, by org; orgs without credentials are left out."""
     query = (
         select(_credentials, tables.orgs.c.code.label("org"))
         .join(tables.orgs, tables.orgs.c.id == _credentials.c.org_id)
@@ -66,12 +64,11 @@ def find(connection: Connection, org_id: OrgId, generation: int) -> Row | None:
     query = select(_credentials).where(
         _credentials.c.org_id == org_id, _credentials.c.generation == generation
     )
-    row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query)
 
 
 def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
-    """End one generation; false where it is retired already or does not exist. Its secret stays, sealed."""
+    """Retire one generation and keep its secret; False if it is already retired or does not exist."""
     retired = connection.execute(
         update(_credentials)
         .where(
@@ -85,7 +82,7 @@ def retire(connection: Connection, org_id: OrgId, generation: int, *, at: dateti
 
 
 def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> None:
-    """Forget the secret of one generation."""
+    """Delete the secret of one generation."""
     connection.execute(
         update(_credentials)
         .where(_credentials.c.org_id == org_id, _credentials.c.generation == generation)
@@ -94,7 +91,7 @@ def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> None:
 
 
 def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
-    """Retire all of an org's credentials and forget their secrets; how many there were."""
+    """Retire all credentials of an org and delete their secrets; returns how many."""
     mine = _credentials.c.org_id == org_id
     connection.execute(
         update(_credentials)
@@ -110,7 +107,7 @@ def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
 def used(
     connection: Connection, org_id: OrgId, credential_id: str, *, at: datetime, error: str | None
 ) -> None:
-    """Note one use of a credential and how it went; `error` is the issuer's code, or None."""
+    """Count one use of a credential; `error` is the issuer's code, or None."""
     connection.execute(
         update(_credentials)
         .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
@@ -119,7 +116,7 @@ def used(
 
 
 def sealed_for_all_orgs(connection: Connection) -> dict[str, Counter[str]]:
-    """How many secrets each key seals, by their state, active or retired."""
+    """The number of secrets that each key seals, by state (active, retired)."""
     query = (
         select(_credentials.c.key_id, _credentials.c.state, func.count())
         .where(_credentials.c.sealed.is_not(None))
@@ -134,17 +131,16 @@ def sealed_for_all_orgs(connection: Connection) -> dict[str, Counter[str]]:
 def sealed_otherwise_for_all_orgs(
     connection: Connection, key_id: str, *, after: str | None, limit: int
 ) -> list[Row]:
-    """Secrets that another key seals, by their id, locked: the next page is what follows `after`."""
+    """Secrets sealed with another key, locked: a page by id, after `after`."""
     columns = (_credentials.c[name] for name in ("id", "org_id", "key_id", "sealed"))
     query = select(*columns).where(_credentials.c.sealed.is_not(None), _credentials.c.key_id != key_id)
     if after is not None:
         query = query.where(_credentials.c.id > after)
-    rows = connection.execute(query.order_by(_credentials.c.id).limit(limit).with_for_update())
-    return [dict(row) for row in rows.mappings()]
+    return all_rows(connection, query.order_by(_credentials.c.id).limit(limit).with_for_update())
 
 
 def reseal(connection: Connection, org_id: OrgId, credential_id: str, sealed: bytes, key_id: str) -> None:
-    """Replace a sealed secret by the same one under another key."""
+    """Store the same secret, sealed with another key."""
     connection.execute(
         update(_credentials)
         .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)

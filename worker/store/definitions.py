@@ -11,9 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, 
 from worker.errors import Conflict, NotFound
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import chunks, hint, is_postgresql, upsert
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql, upsert
 
 _definitions = tables.definitions
 _revisions = tables.definition_revisions
@@ -125,7 +123,7 @@ def _read(connection: Connection, *which: ColumnElement[bool], lock: bool = Fals
             .order_by(_schedule.c.definition_id)
             .with_for_update()
         ).all()
-    return [dict(row) for row in connection.execute(_query().where(*which)).mappings()]
+    return all_rows(connection, _query().where(*which))
 
 
 def find(connection: Connection, org_id: OrgId, name: str) -> Row | None:
@@ -195,7 +193,7 @@ def page_scheduled_for_all_orgs(
     query = _query().where(_schedule.c.next_scheduled_for > since).limit(limit)
     if after is not None:
         query = query.where(_definitions.c.id > after)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId]) -> list[Row]:
@@ -232,7 +230,7 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[
         .where(_definitions.c.org_id.in_(org_ids), _definitions.c.closed_at.is_(None), _definitions.c.enabled)
         .order_by(_definitions.c.org_id, _definitions.c.name)
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def last_decided_for_all_orgs(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, DateTime, String, Table, TypeDecorator, text
+from sqlalchemy import Connection, DateTime, Executable, String, Table, TypeDecorator, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import JSON, TypeEngine
@@ -53,6 +53,20 @@ def hint(connection: Connection) -> None:
     if is_postgresql(connection):
         # PostgreSQL sends equal notifications of one transaction once.
         driver(connection).execute("SELECT pg_notify(%s, '')", (CHANNEL,))
+
+
+Row = dict[str, Any]
+
+
+def all_rows(connection: Connection, query: Executable) -> list[Row]:
+    """All rows of a query."""
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def first_row(connection: Connection, query: Executable) -> Row | None:
+    """The first row of a query, or None."""
+    row = connection.execute(query).mappings().first()
+    return None if row is None else dict(row)
 
 
 T = TypeVar("T")

@@ -12,9 +12,7 @@ from worker.errors import UsageError
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.store import sweeps, tables
-from worker.store.dialect import database_now, hint
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, database_now, first_row, hint
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -33,20 +31,18 @@ def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionI
         .order_by(_live.c.id)
         .with_for_update()
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def find(connection: Connection, org_id: OrgId, run_id: RunId) -> Row | None:
     """The row of `runs` of one run of this org."""
     query = select(_runs).where(_runs.c.id == run_id, _runs.c.org_id == org_id)
-    row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query)
 
 
 def find_for_all_orgs(connection: Connection, run_id: RunId) -> Row | None:
     """As `find`, of any org."""
-    row = connection.execute(select(_runs).where(_runs.c.id == run_id)).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, select(_runs).where(_runs.c.id == run_id))
 
 
 def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
@@ -257,7 +253,7 @@ def page(
         .order_by(*order)
         .limit(limit)
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 # The columns of a selection, its conditions, and the columns that order it.

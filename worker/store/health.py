@@ -1,4 +1,4 @@
-"""Health: whether rows agree and what keeps old rows alive; and an anonymous overview for support."""
+"""Health: inconsistent rows, what keeps dead rows, and an anonymous overview for support."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection, func, select, text
 
 from worker.ids import RunId
 from worker.store import tables
-from worker.store.dialect import database_now, is_postgresql
+from worker.store.dialect import Row, all_rows, database_now, is_postgresql
 from worker.store.engine import libpq_arguments, read_url
 
-# Where servers have their sockets.
+# Folders of servers' sockets.
 SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108 - PostgreSQL's own default
 NOWHERE = "/nonexistent"
 
-# Sessions other than this one that vacuum or a lock has to wait for (a replica's feedback is one
-# without a transaction of its own), prepared transactions and replication slots.
+# Other sessions that vacuum or a lock waits for (a replica's feedback has no transaction of its own),
+# prepared transactions and replication slots.
 HOLDERS = """
 SELECT 'session' AS kind, 'pid ' || pid AS name, COALESCE(application_name, '') AS application,
        COALESCE(state, backend_type) AS state,
@@ -43,8 +42,8 @@ FROM pg_replication_slots WHERE xmin IS NOT NULL
 ORDER BY transactions DESC, seconds DESC NULLS LAST
 """
 
-# A run without a live row that has not ended is carried by nobody; a live row without
-# an unfinished run would act for one that has ended, or that never was.
+# No worker runs an unfinished run without a live row; a live row without an unfinished run acts for a
+# run that has ended or does not exist.
 STRAYED = """
 SELECT l.id, 'a live row whose run has ended or is gone' AS fault
 FROM live_runs l LEFT JOIN runs r ON r.id = l.id WHERE r.id IS NULL OR r.state IS NOT NULL
@@ -57,7 +56,7 @@ LIMIT :most
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What holds a snapshot: `seconds` for how long where that is known, `transactions` how far back."""
+    """A holder of a snapshot, `transactions` old, for `seconds` if known."""
 
     kind: str
     name: str
@@ -73,37 +72,37 @@ def sqlite_file(connection: Connection) -> Path:
 
 
 def users_without_password(url: str) -> list[str]:
-    """The ways in which the server of a PostgreSQL URL lets its user in without the password.
+    """How the server of a PostgreSQL URL accepts its user without the password.
 
-    Besides the place of the URL, a server on this machine may be reached by its socket.
+    Tries the URL's host and the sockets of servers on this machine.
     """
     import psycopg
     from psycopg.conninfo import make_conninfo
 
     arguments = libpq_arguments(read_url(url), role="doctor")
-    # Empty or not there: what libpq would take from the environment and from the home does not count.
+    # Empty or missing, so that libpq takes nothing from the environment or the home folder.
     nothing = {"password": "", "passfile": NOWHERE, "sslcert": NOWHERE, "connect_timeout": "3"}
     named, port = arguments.get("host", ""), arguments.get("port", "5432")
     sockets = (place for place in SOCKETS if os.path.exists(f"{place}/.s.PGSQL.{port}"))
     ways = []
     for place in dict.fromkeys((named, *sockets)):
         with suppress(psycopg.OperationalError):
-            asked = arguments | nothing | ({"host": place} if place else {})
-            psycopg.connect(make_conninfo(**asked)).close()
+            tried = arguments | nothing | ({"host": place} if place else {})
+            psycopg.connect(make_conninfo(**tried)).close()
             how = "a Unix socket" if not place or place.startswith("/") else "TCP"
             ways.append(f"{arguments.get('user', 'the user of this process')} over {how}")
     return ways
 
 
 def snapshot_holders(connection: Connection) -> list[Holder]:
-    """What keeps PostgreSQL from removing dead rows, the oldest first; SQLite has no such thing."""
+    """What keeps PostgreSQL from removing dead rows, oldest first; empty on SQLite."""
     if not is_postgresql(connection):
         return []
     return [Holder(*row) for row in connection.execute(text(HOLDERS))]
 
 
 def oldest_unfired(connection: Connection) -> tuple[str, str, float] | None:
-    """The instant that has waited longest to be fired: its org, its definition, and for how many seconds."""
+    """The longest overdue scheduled time: org, definition, and seconds overdue; None if nothing is due."""
     schedule, definitions, orgs = tables.schedule, tables.definitions, tables.orgs
     now = database_now(connection)
     query = (
@@ -119,18 +118,16 @@ def oldest_unfired(connection: Connection) -> tuple[str, str, float] | None:
 
 
 def strayed(connection: Connection, *, most: int = 20) -> Sequence[tuple[RunId, str]]:
-    """Runs whose live row and own row disagree, each with what is wrong; one statement, one snapshot."""
+    """Runs whose live row and own row disagree, each with the fault; one statement, one snapshot."""
     return [(id_, fault) for id_, fault in connection.execute(text(STRAYED), {"most": most})]
 
 
-Row = dict[str, Any]
-
-# Unfinished runs that are looked at: no table is counted.
+# Unfinished runs that are counted; tables are never counted whole.
 MOST = 10_000
-# Rows of what is shown one by one.
+# Rows that are listed.
 NEWEST = 50
 
-# Estimates of the planner; `bytes` with indexes.
+# Rows are the planner's estimates; bytes include indexes.
 _POSTGRESQL_SIZES = """
 SELECT c.relname AS table, c.reltuples::bigint AS rows, pg_total_relation_size(c.oid) AS bytes,
        s.n_dead_tup AS dead_rows, s.last_autovacuum AS vacuumed_at
@@ -146,9 +143,9 @@ def server(connection: Connection) -> Row:
 
 
 def sizes(connection: Connection) -> list[Row]:
-    """How large the tables are, the largest first; of SQLite only the whole file."""
+    """The sizes of the tables, largest first; on SQLite only the size of the file."""
     if is_postgresql(connection):
-        return [dict(row) for row in connection.execute(text(_POSTGRESQL_SIZES)).mappings()]
+        return all_rows(connection, text(_POSTGRESQL_SIZES))
     pages = {
         name: connection.execute(text(f"PRAGMA {name}")).scalar_one()
         for name in ("page_count", "page_size", "freelist_count")
@@ -160,17 +157,17 @@ def sizes(connection: Connection) -> list[Row]:
 
 
 def unfinished_for_all_orgs(connection: Connection) -> list[Row]:
-    """Runs by state and reason, of the unfinished ones that are looked at."""
+    """Unfinished runs by state and reason, up to `MOST`."""
     live = tables.live_runs
     some = select(live.c.state, live.c.reason).limit(MOST).subquery()
     query = select(some.c.state, some.c.reason, func.count().label("runs")).group_by(
         some.c.state, some.c.reason
     )
-    return [dict(row) for row in connection.execute(query.order_by(some.c.state, some.c.reason)).mappings()]
+    return all_rows(connection, query.order_by(some.c.state, some.c.reason))
 
 
 def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
-    """Runs that ended within a day, by hour and state."""
+    """Runs that ended within the last day, by hour and state."""
     hours = tables.rollup_hours
     query = (
         select(hours.c.hour, hours.c.state, func.sum(hours.c.runs).label("runs"))
@@ -182,21 +179,11 @@ def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
 
 
 def workers(connection: Connection) -> list[Row]:
-    """The newest workers: their machine, what they can and how they ended."""
+    """The newest workers, with host, capacity and end."""
     newest = tables.workers
-    names = (
-        "id",
-        "host",
-        "version",
-        "started_at",
-        "renewed_at",
-        "lease_until",
-        "ended_at",
-        "capacity",
-        "handlers",
-    )
-    query = select(*(newest.c[name] for name in names)).order_by(newest.c.id.desc()).limit(NEWEST)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    names = "id host version started_at renewed_at lease_until ended_at capacity handlers"
+    query = select(*(newest.c[name] for name in names.split())).order_by(newest.c.id.desc()).limit(NEWEST)
+    return all_rows(connection, query)
 
 
 def live_workers(connection: Connection) -> list[Row]:
@@ -204,4 +191,4 @@ def live_workers(connection: Connection) -> list[Row]:
     workers = tables.workers
     alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
     query = select(workers.c.host, workers.c.capacity).where(*alive).order_by(workers.c.id)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)

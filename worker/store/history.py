@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection, Select, func, select
 
 from worker.definitions.policies import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
+from worker.store.dialect import Row, first_row
 
 # Rows that are read before the answer is "at least": a broken release fails a hundred times a second.
 MOST = 10_000
 
 # Outcomes of attempts that nothing outside cut short.
 OWN_ENDS = ("succeeded", "failed", "retry", "timed_out", "snoozed")
-
-Row = dict[str, Any]
 
 _attempts = tables.attempts
 _live = tables.live_runs
@@ -101,8 +99,7 @@ def skip_of(connection: Connection, org_id: OrgId, definition_id: DefinitionId, 
         _skips.c.skipped_from <= at,
         _skips.c.skipped_until >= at,
     )
-    row = connection.execute(query.order_by(_skips.c.skipped_from.desc()).limit(1)).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query.order_by(_skips.c.skipped_from.desc()).limit(1))
 
 
 def run_in_the_way(
@@ -147,8 +144,7 @@ def last_change(
         .order_by(_audit.c.id.desc())
         .limit(1)
     )
-    row = connection.execute(query).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query)
 
 
 def last_attempts(

@@ -11,9 +11,7 @@ from sqlalchemy import Connection, exists, insert, select, text, update
 from worker.errors import NotFound
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.dialect import chunks, is_postgresql
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
@@ -23,8 +21,7 @@ _FIND_CALLER = text("SELECT id, issuer, state, is_credential FROM find_caller(:c
 def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None:
     """The org of that code; `lock` keeps other changes out until the transaction ends."""
     query = select(_orgs).where(_orgs.c.code == code)
-    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
-    return None if row is None else dict(row)
+    return first_row(connection, query.with_for_update() if lock else query)
 
 
 class OrgCaller(NamedTuple):
@@ -85,7 +82,7 @@ def active_for_all_orgs(connection: Connection, *, after: str | None = None, lim
     query = select(*(_orgs.c[name] for name in names)).where(_orgs.c.state.in_(("active", "paused")))
     if after is not None:
         query = query.where(_orgs.c.code > after)
-    return [dict(row) for row in connection.execute(query.order_by(_orgs.c.code).limit(limit)).mappings()]
+    return all_rows(connection, query.order_by(_orgs.c.code).limit(limit))
 
 
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,13 +1,12 @@
-"""Roles on PostgreSQL: what each may do, and which rows it sees.
+"""Roles on PostgreSQL: their rights, and the rows that they see.
 
-Row-level security is in force on every table with org data (migrations 0001 and 0005): a
-session sees the rows of the org in `app.org`, and none where that is not set. Only the
-owner and members of `orgworker_worker` and `orgworker_operator` see all.
+Row-level security protects every table with org data (migrations 0001 and 0005): a session sees the rows of
+the org in `app.org`, or none if that is not set. Only the owner and members of `orgworker_worker` and
+`orgworker_operator` see all rows.
 
-The web side runs every statement in one of two roles, whatever its login is:
-`orgworker_web` for an org, with `app.org` set, and `orgworker_operator` for an operator.
-Neither reads a secret, changes the schema or alters an audit row. Each may write only what
-the API and the dashboard write; a new operation of theirs extends `_WRITES`.
+The web side runs every statement in `orgworker_web` for an org, with `app.org` set, or in
+`orgworker_operator`, whatever its login is. Neither role reads a secret, changes the schema or alters an
+audit row. They write only what the API and the dashboard write: a new operation there extends `_WRITES`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ OPERATOR = "orgworker_operator"
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The role that statements run in, and the org whose rows they see, for `orgworker_web`."""
+    """The role that statements run in and, for `orgworker_web`, the org whose rows they see."""
 
     role: str
     org_id: OrgId | None = None
@@ -41,26 +40,26 @@ class Scope:
         return cls(WEB, org_id)
 
 
-# Sees no row of any org: for the schema's version, and to look up who is calling.
+# Sees no rows of orgs: for the schema's version and the lookup of callers.
 NOBODY = Scope(WEB)
-# Sees the rows of all orgs, but no secret.
+# Sees the rows of all orgs, but no secrets.
 ALL_ORGS = Scope(OPERATOR)
 
-# Tables with rows of orgs that have no column `org_id`; all others are the same for every org.
+# Tables with org data but without a column `org_id`.
 _OF_ORGS = ("orgs", "definition_revisions", "alerts", "alert_strikes", "templates")
 ORG_DATA = tuple(
     table.name for table in tables.metadata.sorted_tables if "org_id" in table.c or table.name in _OF_ORGS
 )
 _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 
-# What the web side never reads.
+# Columns that the web side never reads.
 SECRETS: Mapping[str, frozenset[str]] = {"credentials": frozenset({"sealed"})}
-# What no org reads: they name machines, or many orgs at once.
+# Tables that no org reads: they name machines, or several orgs.
 _NOT_FOR_ORGS = frozenset({"workers", "alerts", "alert_strikes"})
-# Nobody changes or deletes these rows; triggers keep the owner from it too.
+# No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
 
-# What API and dashboard write: they make, cancel and retry runs.
+# The API and the dashboard make, cancel and retry runs.
 _WRITES: Mapping[str, Sequence[str]] = {
     "runs": (
         "INSERT",
@@ -76,17 +75,17 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
     "rollup_hours": ("INSERT", "UPDATE (runs)"),
-    # One column each, for SELECT FOR UPDATE. An org's own row may have no other org in it.
+    # One column each, for SELECT FOR UPDATE. Row-level security keeps `org_id` as it is.
     "definitions": ("UPDATE (updated_at)",),
     "schedule": ("UPDATE (org_id)",),
 }
 
-# A role may exist already: created by hand, or by a migration of another database.
+# A role may exist already, created manually or by a migration of another database.
 _CREATE = """
 DO $$ BEGIN CREATE ROLE {role} NOLOGIN;
 EXCEPTION WHEN duplicate_object OR unique_violation OR insufficient_privilege THEN NULL; END $$
 """
-# From PostgreSQL 16 on, membership is not enough: the creator of a role may only administer it.
+# Since PostgreSQL 16 membership is not enough: the creator of a role may only administer it.
 _MAY_SET = """
 pg_has_role({who}, {role},
             CASE WHEN current_setting('server_version_num')::int >= 160000 THEN 'SET' ELSE 'MEMBER' END)
@@ -97,7 +96,7 @@ DO $$ BEGIN IF NOT {_MAY_SET.format(who="current_user", role="'{role}'")} THEN
 END IF;
 EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation THEN NULL; END $$
 """
-# Workers serve pages too. A member of the worker's role can do all that this role can.
+# Workers serve pages too. Members of the worker's role have all rights of this role anyway.
 _JOIN_WORKERS = f"""
 DO $$ DECLARE login name; BEGIN
   FOR login IN
@@ -112,7 +111,7 @@ EXCEPTION WHEN insufficient_privilege OR invalid_grant_operation THEN NULL; END 
 _EXISTS = text("SELECT 1 FROM pg_roles WHERE rolname = :role")
 _POLICIES = text("SELECT tablename FROM pg_policies WHERE schemaname = current_schema AND policyname = :name")
 
-# One question to the server: as SET LOCAL ROLE and SET LOCAL, both end with the transaction.
+# SET LOCAL ROLE and SET LOCAL in one round trip; both end with the transaction.
 _ACT = text("SELECT set_config('role', :role, true), set_config('app.org', :org, true)")
 _LACKING = text(f"""
 SELECT wanted FROM unnest(CAST(:roles AS text[])) AS wanted
@@ -120,7 +119,7 @@ WHERE NOT COALESCE((SELECT {_MAY_SET.format(who="current_user", role="oid")} FRO
                     WHERE rolname = wanted), false)
 ORDER BY wanted
 """)
-# The server's words for a role that is not there, and for one that the login may not take.
+# SQLSTATEs: the role does not exist, or the login may not take it.
 _NO_ROLE = ("22023", "42501")
 
 _WHO = text(f"""
@@ -135,9 +134,9 @@ FROM pg_roles r WHERE r.rolname = current_user
 
 
 def grant(connection: Connection) -> None:
-    """Create the roles where this login may, and give them their rights; can be repeated.
+    """Create the roles if this login may, and grant their rights; can be repeated.
 
-    Rights that an earlier release gave, and that are not among them any more, are taken back.
+    Revokes rights that only an earlier release granted.
     """
     for role in (WORKER, WEB, OPERATOR):
         connection.execute(text(_CREATE.format(role=role)))
@@ -153,7 +152,7 @@ def grant(connection: Connection) -> None:
 
 
 def _grants(role: str) -> list[str]:
-    """The statements that leave the role with its rights and no others."""
+    """Statements that leave the role with exactly its rights."""
     statements = [f"REVOKE ALL ON {', '.join(_ALL)} FROM {role}"]
     if role == WORKER:
         kept = APPEND_ONLY | {"run_view", "alembic_version"}
@@ -189,7 +188,7 @@ def act(connection: Connection, scope: Scope) -> None:
     """Take the scope's role and org for the rest of this transaction.
 
     Raises:
-        RolesMissing: the login may not take that role, or the role does not exist.
+        RolesMissing: the login may not take the role, or the role does not exist.
     """
     try:
         connection.execute(_ACT, {"role": scope.role, "org": scope.org_id or ""})
@@ -200,15 +199,15 @@ def act(connection: Connection, scope: Scope) -> None:
 
 
 def lacking(connection: Connection) -> list[str]:
-    """Those of the web side's roles that this login cannot take."""
+    """The web side's roles that this login cannot take."""
     return list(connection.execute(_LACKING, {"roles": [WEB, OPERATOR]}).scalars())
 
 
 def require(connection: Connection) -> None:
-    """Make sure that the login can take both roles of the web side.
+    """Check that the login can take both roles of the web side.
 
     Raises:
-        RolesMissing: names the login, the roles and the statement that helps.
+        RolesMissing: names the login, the roles and the statement that fixes it.
     """
     if names := lacking(connection):
         login = _who(connection).login
@@ -218,7 +217,7 @@ def require(connection: Connection) -> None:
 
 
 def missing(connection: Connection) -> str:
-    """Which roles of the web side this login lacks, and the statement that helps; empty if none."""
+    """The web side's roles that this login lacks, and the statement that fixes it; empty if none."""
     names = lacking(connection)
     if not names:
         return ""
@@ -227,39 +226,39 @@ def missing(connection: Connection) -> str:
 
 
 def warnings(connection: Connection) -> list[str]:
-    """What about this login leaves the web side with more rights than it needs, or with too few."""
+    """How this login gives the web side too many rights, or too few."""
     who = _who(connection)
-    said = []
+    found = []
     if who.is_above:
-        said.append(
+        found.append(
             f"the login {who.login} is a superuser or bypasses row-level security: use an ordinary one"
         )
     if who.is_owner:
-        said.append(f"the login {who.login} owns the tables: name the owner in database.owner_url only")
-    if lack := missing(connection):
-        said.append(lack)
+        found.append(f"the login {who.login} owns the tables: name the owner in database.owner_url only")
+    if lacks := missing(connection):
+        found.append(lacks)
     if not (who.is_above or who.is_owner or who.is_worker):
-        # A login of `serve`.
+        # A login for `serve`.
         if who.inherits:
-            said.append(f"the login {who.login} inherits its roles: ALTER ROLE {who.login} NOINHERIT")
+            found.append(f"the login {who.login} inherits its roles: ALTER ROLE {who.login} NOINHERIT")
         if who.others:
-            said.append(
+            found.append(
                 f"the login {who.login} is also a member of {', '.join(who.others)}: "
-                f"{WEB} and {OPERATOR} are all that `serve` needs"
+                f"`serve` needs only {WEB} and {OPERATOR}"
             )
-    return said
+    return found
 
 
 def serve_warnings(connection: Connection) -> list[str]:
-    """As `warnings`, for `serve`, which needs no right of a worker."""
+    """As `warnings`, for `serve`, which needs no rights of a worker."""
     who = _who(connection)
-    said = warnings(connection)
+    found = warnings(connection)
     if who.is_worker and not (who.is_above or who.is_owner):
-        said.append(
+        found.append(
             f"the login {who.login} is a member of {WORKER}, which `serve` does not need: "
-            "give it a login of its own (docs/operating/postgresql.md)"
+            "give `serve` a separate login (docs/operating/postgresql.md)"
         )
-    return said
+    return found
 
 
 def _who(connection: Connection) -> Row[Any]:

@@ -1,4 +1,4 @@
-"""Facts of the whole database: a name and a text each."""
+"""The schema: its version, its migrations, and facts about the whole database."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _facts = tables.facts
 
-# The release of the time zone database that the schedules were computed with.
+# The fact with the time zone release that the schedules were computed with.
 ZONE_DATA = "tzdata"
 
 
 def read(connection: Connection, name: str) -> str | None:
-    """The fact, or None where nobody has set it."""
+    """The fact, or None."""
     return connection.execute(select(_facts.c.value).where(_facts.c.name == name)).scalar_one_or_none()
 
 
@@ -35,30 +35,30 @@ def write(connection: Connection, name: str, value: str) -> None:
     connection.execute(upsert(connection, _facts, ("name",), ("value",)), {"name": name, "value": value})
 
 
-# Two migrators at once, and a migration that waits behind a long query, both make the
-# workers wait: the first queues here, the second gives up and can be tried again.
+# Two simultaneous migrators, or one that waits for a long query, would make the workers wait: the
+# first kind queues for this lock, the second gives up and can be repeated.
 _MIGRATION_LOCK = 6_070_311
 _SETTINGS = ("SET LOCAL lock_timeout = '5s'", "SET LOCAL statement_timeout = '10min'")
 _DEADLINE = 660.0
-# True where there is no such table yet, which `check` says by itself.
+# True without such a table: `check` reports that.
 _MAY_READ = text("SELECT COALESCE(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), true)")
 _WORKS_WITH = text("SELECT value FROM facts WHERE name = 'schema.works_with'")
 
 
 def folder() -> Path:
-    """Where the migrations are: inside the installed package, or beside it in a checkout."""
+    """The folder of the migrations: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "migrations"
     return inside if inside.is_dir() else package.parent / "migrations"
 
 
 def head() -> str:
-    """The version that this release needs: the newest file's number."""
+    """The version that this release needs: the number of the newest migration."""
     return max(path.name.partition("_")[0] for path in (folder() / "versions").glob("[0-9]*_*.py"))
 
 
 def current(connection: Connection) -> str | None:
-    """The version that the database has; None if it is empty."""
+    """The version of the database; None if it is empty."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -66,10 +66,10 @@ def current(connection: Connection) -> str | None:
 
 
 def check(connection: Connection) -> None:
-    """Make sure that the database has the schema of this release, or a newer one that it can work with.
+    """Check that the database has this release's schema, or a newer one that this release can use.
 
     Raises:
-        ConfigurationError: it has another version, or none.
+        ConfigurationError: it has no schema, or another version.
     """
     has, needs = current(connection), head()
     if has == needs:
@@ -78,7 +78,7 @@ def check(connection: Connection) -> None:
     if has is not None and has > needs:
         version, _, works_with = (connection.execute(_WORKS_WITH).scalar() or "").partition(" ")
         if version == has and works_with <= needs:
-            # A deploy is under way: what this release needs is still there.
+            # A rolling deploy: the newer schema still has all that this release needs.
             return
         fix = "it was migrated by a newer release: install that one"
     else:
@@ -87,11 +87,11 @@ def check(connection: Connection) -> None:
 
 
 def check_as_login(database: Database) -> None:
-    """As `check`, whatever the login: a worker's reads by itself, that of `serve` in the web side's role.
+    """As `check`, for any login: a worker's reads the version itself, that of `serve` in the web role.
 
     Raises:
         ConfigurationError: as in `check`.
-        RolesMissing: the login may not read the version in any role.
+        RolesMissing: the login cannot read the version in any role.
     """
     with database.autocommit() as connection:
         if not is_postgresql(connection) or connection.execute(_MAY_READ).scalar_one():
@@ -101,11 +101,11 @@ def check_as_login(database: Database) -> None:
 
 
 def check_for_web(database: Database) -> None:
-    """As `check`, for a process that acts for callers only: in their roles, which its login must have.
+    """As `check`, for a process that only acts for callers, in the roles of the web side.
 
     Raises:
         ConfigurationError: as in `check`.
-        RolesMissing: the login may not take both roles of the web side.
+        RolesMissing: the login cannot take both roles.
     """
     with database.autocommit() as connection:
         if not is_postgresql(connection) or not inspect(connection).has_table("alembic_version"):
@@ -171,7 +171,7 @@ def complete(connection: Connection, scripts: ScriptDirectory) -> None:
 
 @contextmanager
 def migrating(url: str, *, setting: str = "database.url") -> Iterator[Connection]:
-    """A transaction in which this process is the only migrator."""
+    """A transaction with the migration lock."""
     parsed = read_url(url, setting=setting)
     engine = open_engine(parsed, clock=SystemClock(), role="migration", connections=1, deadline=_DEADLINE)
     try:

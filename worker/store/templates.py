@@ -1,8 +1,7 @@
-"""The templates, and which orgs have not taken up their newest changes.
+"""Templates, and the orgs to which their newest changes still apply.
 
-Every change of a template has a number, one after the other over all templates.
-An org remembers the newest it has taken up; one that is new, or whose tags or
-issuer changed, starts again at 0. Orgs with a smaller number are looked at next.
+Changes are numbered consecutively over all templates. An org stores the newest one applied to it, and
+starts at 0 if it is new or its tags or issuer changed. Orgs with a smaller number come next.
 """
 
 from __future__ import annotations
@@ -15,16 +14,14 @@ from sqlalchemy import Connection, case, func, insert, select, text, update
 
 from worker.ids import OrgId, TemplateId
 from worker.store import tables
-from worker.store.dialect import chunks
-
-Row = dict[str, Any]
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _templates = tables.templates
 _orgs = tables.orgs
 _facts = tables.facts
 
 _CHANGES = "templates_change"
-# The row stays locked until the transaction ends: numbers are committed in their order.
+# The row stays locked until the transaction ends, so numbers are committed in order.
 _NEXT = """
 INSERT INTO facts (name, value) VALUES (:name, '1')
 ON CONFLICT (name) DO UPDATE SET value = CAST(CAST(facts.value AS BIGINT) + 1 AS TEXT)
@@ -33,26 +30,18 @@ RETURNING value
 
 
 def find(connection: Connection, name: str) -> Row | None:
-    """The template of that name, closed or not, locked against other changes."""
-    row = (
-        connection.execute(
-            select(_templates).where(_templates.c.name == name).with_for_update(key_share=True)
-        )
-        .mappings()
-        .first()
-    )
-    return None if row is None else dict(row)
+    """The template of that name, open or closed, locked against other changes."""
+    query = select(_templates).where(_templates.c.name == name)
+    return first_row(connection, query.with_for_update(key_share=True))
 
 
 def every(connection: Connection) -> list[Row]:
-    """All templates, closed ones too, in the order of their names."""
-    return [
-        dict(row) for row in connection.execute(select(_templates).order_by(_templates.c.name)).mappings()
-    ]
+    """All templates, open or closed, by name."""
+    return all_rows(connection, select(_templates).order_by(_templates.c.name))
 
 
 def write(connection: Connection, template_id: TemplateId, values: Mapping[str, Any], *, new: bool) -> None:
-    """Write a template that was added or changed; every org has to look at it again."""
+    """Insert or update a template; the change then applies to every org."""
     total = connection.execute(
         select(func.count()).select_from(_orgs).where(_orgs.c.state != "removed")
     ).scalar_one()
@@ -65,13 +54,13 @@ def write(connection: Connection, template_id: TemplateId, values: Mapping[str, 
 
 
 def newest_change(connection: Connection) -> int:
-    """The number of the newest change that is committed; 0 while there never was a template."""
+    """The number of the newest committed change, or 0."""
     value = connection.execute(select(_facts.c.value).where(_facts.c.name == _CHANGES)).scalar_one_or_none()
     return 0 if value is None else int(value)
 
 
 def lock_orgs_behind_for_all_orgs(connection: Connection, change: int, limit: int) -> list[Row]:
-    """Orgs that have not taken up this change, new ones first; those that others hold are left out."""
+    """Orgs behind this change, new ones first, locked; those that are locked already are left out."""
     query = (
         select(_orgs)
         .where(_orgs.c.templates_seen < change)
@@ -79,23 +68,23 @@ def lock_orgs_behind_for_all_orgs(connection: Connection, change: int, limit: in
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def is_any_org_behind(connection: Connection, change: int) -> bool:
-    """Whether some org, locked or not, has not taken up this change."""
+    """Whether any org, locked or not, is behind this change."""
     least = connection.execute(select(func.min(_orgs.c.templates_seen))).scalar()
     return least is not None and least < change
 
 
 def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: int) -> None:
-    """Remember that these orgs, locked, have taken up everything until this change."""
+    """Store that all changes up to this one are applied to these locked orgs."""
     for part in chunks([org["id"] for org in orgs]):
         connection.execute(update(_orgs).where(_orgs.c.id.in_(part)).values(templates_seen=change))
 
 
 def look_again_for_all_orgs(connection: Connection, names: Collection[tuple[OrgId, str]]) -> None:
-    """Orgs lost a definition of their own: where a template has that name, its own takes the place."""
+    """Orgs closed these definitions: a template of the same name applies to them again."""
     open_names = select(_templates.c.name).where(_templates.c.closed_at.is_(None))
     hidden = set(connection.execute(open_names).scalars()) if names else set()
     again = sorted({org_id for org_id, name in names if name in hidden})
@@ -104,7 +93,7 @@ def look_again_for_all_orgs(connection: Connection, names: Collection[tuple[OrgI
 
 
 def progress(connection: Connection, reached: Iterable[tuple[Row, int]]) -> None:
-    """Count how many more orgs have taken up the last change of each template."""
+    """Count the orgs that the last change of each template has newly been applied to."""
     for template, orgs in reached:
         done = _templates.c.orgs_done + orgs
         connection.execute(
@@ -115,13 +104,13 @@ def progress(connection: Connection, reached: Iterable[tuple[Row, int]]) -> None
 
 
 def unfinished(connection: Connection) -> list[Row]:
-    """Templates whose last change some org may not have taken up yet."""
+    """Templates whose last change may not be applied to all orgs yet."""
     query = select(_templates).where(_templates.c.materialised_at.is_(None)).order_by(_templates.c.name)
-    return [dict(row) for row in connection.execute(query).mappings()]
+    return all_rows(connection, query)
 
 
 def finish(connection: Connection, template: Row, *, at: datetime) -> None:
-    """Remember that every org has taken up this change of the template."""
+    """Store that this change of the template is applied to every org."""
     connection.execute(
         update(_templates)
         .where(_templates.c.id == template["id"], _templates.c.change == template["change"])

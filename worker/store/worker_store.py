@@ -133,31 +133,27 @@ RECOVERED_AT_ONCE = 500
 
 
 def recover(
-    connection: Connection, *, max_recoveries: int, still: Callable[[], bool] = lambda: True
+    connection: Connection,
+    *,
+    max_recoveries: int,
+    others_than: WorkerId | None = None,
+    still: Callable[[], bool] = lambda: True,
 ) -> list[Recovered]:
     """Take over the runs of workers that ended or whose lease has passed.
 
     Their attempts are `lost`. The runs wait again (recovered), or fail (lost) after their
     definition's `max_recoveries`, by default the given one. On SQLite only ended workers count.
+    With `others_than` all other workers count as dead: for the holder of a SQLite file's lock.
     `still` is checked once the database has answered, since this connection may have hung.
     """
     database_now(connection)
-    return _recover(connection, None, max_recoveries) if still() else []
-
-
-def recover_all_others(
-    connection: Connection, worker_id: WorkerId, *, max_recoveries: int
-) -> list[Recovered]:
-    """As `recover`, for the holder of a SQLite file's lock: all other workers are dead."""
-    return _recover(connection, worker_id, max_recoveries)
-
-
-def _recover(connection: Connection, others_than: WorkerId | None, default: int) -> list[Recovered]:
+    if not still():
+        return []
     hot = statements(connection)
     abandoned = hot.recover_lock(connection, others_than=others_than, limit=RECOVERED_AT_ONCE)
     if not abandoned:
         return []
-    most = _max_recoveries(connection, abandoned, default)
+    most = _max_recoveries(connection, abandoned, max_recoveries)
     names = names_of(connection, None, (run.definition_id for run in abandoned))
     now = database_now(connection)
     recovered: list[Recovered] = []
@@ -255,26 +251,22 @@ def register(
     connection: Connection,
     worker_id: WorkerId,
     *,
-    host: str,
-    pid: int,
-    version: str,
     lease: timedelta,
     handlers: Sequence[str],
     capacity: Mapping[str, Any],
+    **identity: Any,
 ) -> None:
-    """Start an incarnation; its lease counts from the database's time."""
+    """Start an incarnation with this `host`, `pid` and `version`; its lease starts now."""
     now = database_now(connection)
     connection.execute(
         insert(_workers).values(
             id=worker_id,
-            host=host,
-            pid=pid,
-            version=version,
             started_at=now,
             renewed_at=now,
             lease_until=now + lease,
             handlers=sorted(handlers),
             capacity=dict(capacity),
+            **identity,
         )
     )
 
@@ -304,8 +296,6 @@ def forget_workers(connection: Connection, age: timedelta) -> int:
     return result.rowcount
 
 
-K = TypeVar("K")
-V = TypeVar("V")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -346,7 +336,7 @@ class WorkerStore:
         self._contexts = BatchLoader(self._read_contexts)
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
-        self._specs: _Newest[tuple[DefinitionId, int], Mapping[str, Any]] = _Newest(SPECS_KEPT)
+        self._specs = _SpecCache()
 
     async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
         """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
@@ -404,7 +394,7 @@ class WorkerStore:
         """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
         recovered: list[Recovered] = []
         while part := await self.database.call(
-            recover_all_others, self._worker_id, max_recoveries=max_recoveries
+            recover, max_recoveries=max_recoveries, others_than=self._worker_id
         ):
             recovered += part
         return recovered
@@ -473,14 +463,10 @@ class WorkerStore:
             unregister(connection, self._worker_id)
 
 
-class _Newest(OrderedDict[K, V]):
-    """A mapping that drops its oldest entry when it is full."""
+class _SpecCache(OrderedDict[tuple[DefinitionId, int], Mapping[str, Any]]):
+    """Specs by definition and revision; drops the oldest one when it is full."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._most = most
-
-    def __setitem__(self, key: K, value: V) -> None:
+    def __setitem__(self, key: tuple[DefinitionId, int], value: Mapping[str, Any]) -> None:
         super().__setitem__(key, value)
-        if len(self) > self._most:
+        if len(self) > SPECS_KEPT:
             self.popitem(last=False)

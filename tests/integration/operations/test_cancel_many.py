@@ -96,7 +96,7 @@ def test_what_ended_or_started_meanwhile_is_let_be(run, database, rows):
     listed = list(matching(database, Cancellable(), org=None, limit=10))
     with pytest.MonkeyPatch.context() as patch:
         # The page was read before the one ended and the other started.
-        patch.setattr(operation.edit_runs, "cancellable_page_for_all_orgs", lambda *_, **__: listed)
+        patch.setattr(operation.edit_runs, "page", lambda *_, **__: listed)
         rows.set_ended(ends)
         rows.set_running(starts)
         rows_done = list(cancelling)

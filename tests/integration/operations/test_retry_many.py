@@ -131,7 +131,7 @@ def test_two_commands_at_once_make_one_run(ended, database):
     def racing():
         # The second has read the page before the first has made its run.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operation.edit_runs, "retryable_page_for_all_orgs", lambda *_, **__: [page[0]])
+            patch.setattr(operation.edit_runs, "page", lambda *_, **__: [page[0]])
             return next(second)
 
     page = list(matching(database, Retryable(), org=None, limit=1))

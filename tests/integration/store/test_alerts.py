@@ -114,7 +114,7 @@ def test_failures_of_one_cause_are_one_alert_and_one_resolved_when_each_has_succ
         9,
         3,
     )
-    assert last.summary == "over, each that it struck succeeded again: it went wrong"
+    assert last.summary == "over, each affected definition succeeded again: it went wrong"
     assert last.fields == {"org": "org_1"}
     assert ledger.rows() == 0
 

@@ -157,7 +157,7 @@ def test_the_holder_of_the_lock_takes_the_runs_of_all_others(stock: Stock) -> No
     (mine,) = stock.admit(me, 1)
 
     with stock.database.transaction() as connection:
-        recovered = worker_store.recover_all_others(connection, me, max_recoveries=3)
+        recovered = worker_store.recover(connection, others_than=me, max_recoveries=3)
 
     assert [run.run_id for run in recovered] == [theirs.id]
     live = stock.live(mine.id)
