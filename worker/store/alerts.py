@@ -6,18 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    and_,
-    case,
-    delete,
-    func,
-    literal,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import ColumnElement, Connection, and_, case, delete, func, literal, select, text, update
 
 from worker.store import tables
 from worker.store.dialect import Instant, chunks, database_now, insert_into

@@ -259,9 +259,7 @@ def last_decided_for_all_orgs(
 
 
 def insert_for_all_orgs(
-    connection: Connection,
-    definitions: Sequence[Mapping[str, Any]],
-    revisions: Sequence[Mapping[str, Any]],
+    connection: Connection, definitions: Sequence[Mapping[str, Any]], revisions: Sequence[Mapping[str, Any]]
 ) -> None:
     """Insert new definitions, and new revisions of these and others."""
     if definitions:
@@ -310,8 +308,7 @@ def set_failures(connection: Connection, org_id: OrgId, definition_id: Definitio
 
 
 def set_next_for_all_orgs(
-    connection: Connection,
-    nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]],
+    connection: Connection, nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]]
 ) -> None:
     """Set when definitions are due next: (org, definition, scheduled time, the same plus spread)."""
     if nexts:

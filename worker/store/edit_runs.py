@@ -56,9 +56,7 @@ def find_by_request_key(
 ) -> RunId | None:
     """The run that this request key has already made."""
     query = select(_runs.c.id).where(
-        _runs.c.org_id == org_id,
-        _runs.c.definition_id == definition_id,
-        _runs.c.request_key == request_key,
+        _runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.request_key == request_key
     )
     return connection.execute(query).scalar_one_or_none()
 

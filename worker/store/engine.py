@@ -91,8 +91,7 @@ def _refused(path: Path, fd: int, error: OSError, who: str, first: str) -> Busy 
     if len(holder) == 3:
         described = f"process {holder[1]} on {holder[0]}, since {holder[2]}"
     return Busy(
-        f"{who} {path}: {described}",
-        fix=f"{first}; a SQLite file has one worker, several need PostgreSQL",
+        f"{who} {path}: {described}", fix=f"{first}; a SQLite file has one worker, several need PostgreSQL"
     )
 
 
@@ -109,11 +108,7 @@ _KEEPALIVES = {
     "keepalives_count": "3",
     "tcp_user_timeout": "5000",
 }
-_SESSION = {
-    "timezone": "UTC",
-    "jit": "off",
-    "idle_in_transaction_session_timeout": "5s",
-}
+_SESSION = {"timezone": "UTC", "jit": "off", "idle_in_transaction_session_timeout": "5s"}
 # The worker's own statements all use indexes. The planner must not scan a table because it was
 # empty when it was last analysed. A statement that the worker has given up must not keep its locks.
 _WORKER_SESSION = {

@@ -107,12 +107,7 @@ def write(
     if skips:
         hot.fire_skips(connection, skips)
     return FireReport(
-        [*made.inserted, *placed],
-        left,
-        skips,
-        next_fire_at=made.next_fire_at,
-        now=now or made.now,
-        more=more,
+        [*made.inserted, *placed], left, skips, next_fire_at=made.next_fire_at, now=now or made.now, more=more
     )
 
 

@@ -232,16 +232,7 @@ ABSORBING = {
 
 
 LIVE_STATES = ("waiting", "running", "held")
-WAITING_REASONS = (
-    "due",
-    "held",
-    "retry",
-    "snoozed",
-    "handed_back",
-    "recovered",
-    "no_token",
-    "no_handler",
-)
+WAITING_REASONS = ("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler")
 
 # Running rows are counted by org and by definition. On PostgreSQL also by worker, and along the workers by
 # handler; on SQLite all belong to the one worker. The conditions mean the same, as the constraints ensure.
@@ -367,10 +358,7 @@ attempts = Table(
     Column("peak_memory", BigInteger, doc="The largest memory use of one of its processes, in bytes."),
     CheckConstraint(one_of("outcome", ATTEMPT_OUTCOMES), name="outcome"),
     Index(
-        "ix_attempts_error_cause_ended_at",
-        "error_cause",
-        "ended_at",
-        **partial("error_cause IS NOT NULL"),
+        "ix_attempts_error_cause_ended_at", "error_cause", "ended_at", **partial("error_cause IS NOT NULL")
     ),
     info={"meaning": "One row per attempt, written when it ends."},
 )

@@ -370,21 +370,9 @@ ON CONFLICT DO NOTHING
 
 
 def save_checkpoint(
-    connection: Connection,
-    run_id: RunId,
-    fencing_token: int,
-    *,
-    attempt: int,
-    org_id: OrgId,
-    data_json: str,
+    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, org_id: OrgId, data_json: str
 ) -> bool:
-    values = {
-        "run": run_id,
-        "token": fencing_token,
-        "org": org_id,
-        "attempt": attempt,
-        "data": data_json,
-    }
+    values = {"run": run_id, "token": fencing_token, "org": org_id, "attempt": attempt, "data": data_json}
     return driver(connection).execute(SAVE, values).fetchone() is not None
 
 

@@ -192,8 +192,7 @@ def _written(cursor: Any, worker_id: WorkerId, fenced: Iterable[EndedAttempt]) -
         attempt.run_id
         for attempt in fenced
         if cursor.execute(
-            WRITTEN,
-            (attempt.run_id, attempt.attempt, worker_id, attempt.fencing_token, attempt.outcome),
+            WRITTEN, (attempt.run_id, attempt.attempt, worker_id, attempt.fencing_token, attempt.outcome)
         ).fetchone()
     }
 
@@ -219,13 +218,7 @@ ON CONFLICT DO NOTHING
 
 
 def save_checkpoint(
-    connection: Connection,
-    run_id: RunId,
-    fencing_token: int,
-    *,
-    attempt: int,
-    org_id: OrgId,
-    data_json: str,
+    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, org_id: OrgId, data_json: str
 ) -> bool:
     cursor = driver(connection).cursor()
     ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
