@@ -39,6 +39,8 @@ class Container(Site):
         """The text with paths of the volume as they are in a container."""
         return text.replace(str(self.volume), self.image.volume)
 
+    cli = Site.process
+
     def command(self, *arguments: str) -> list[str]:
         given = map(self.inside, arguments or self.image.command)
         plugins = self.inside(str(self.plugins))

@@ -85,6 +85,8 @@ class Installation(Site):
         on_file = self.database_url.startswith("sqlite")
         return (self.state if on_file else self.secrets) / "keyring"
 
+    cli = Site.process
+
     def command(self, *arguments: str) -> list[str]:
         python, *given = super().command(*arguments)
         # As the units and the image start it: what lies in the working folder is not imported.

@@ -87,7 +87,7 @@ def test_it_shows_what_is_there_and_runs_nothing(site_on_either: Site, port: int
 
 def test_a_port_that_is_taken_exits_75_though_it_is_the_default(site_on_either: Site, port: int):
     with socket.create_server(("127.0.0.1", port)):
-        done = site_on_either.cli("serve", check=False)
+        done = site_on_either.process("serve", check=False)
 
     assert done.code == 75
     assert f"another process has 127.0.0.1:{port}" in done.err
@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_exits_75_though_it_is_the_default(site_on_either: 
 def test_with_nowhere_to_listen_it_exits_78(site_on_either: Site):
     site_on_either.configure(web='listen = ""')
 
-    done = site_on_either.cli("serve", check=False)
+    done = site_on_either.process("serve", check=False)
 
     assert done.code == 78
     assert "web.listen=127.0.0.1:8470" in done.err

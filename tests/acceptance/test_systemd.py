@@ -53,6 +53,8 @@ class Machine(Site):
     def inside(self, text: str) -> str:
         return text.replace(str(self.state), STATE)
 
+    cli = Site.process
+
     def command(self, *arguments: str) -> list[str]:
         return self.manager.inside("/usr/local/bin/orgworker", *map(self.inside, arguments))
 

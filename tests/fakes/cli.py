@@ -1,15 +1,63 @@
-"""The command line called in this process: what it printed and its exit code, without a process each."""
+"""The command line called in this process: what hundreds of calls can afford, where not a process each."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import os
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
-from tests.fakes.site import Completed
 from worker.cli.app import invoke
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def checked(self, command: object) -> Completed:
+        """Itself.
+
+        Raises:
+            AssertionError: the command failed; with what it printed.
+        """
+        if self.code:
+            raise AssertionError(f"{command} exited with {self.code}:\n{self.out}{self.err}")
+        return self
+
+
+def run_command(*arguments: str, stdin: str = "") -> Completed:
+    """Run one command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "stdin", given):
+        code = invoke(arguments)
+    return Completed(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def as_process(folder: Path, environment: Mapping[str, str]) -> Any:
+    """This process with the working directory, environment and PYTHONPATH of another one."""
+    path = [*environment.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    with (
+        contextlib.chdir(folder),
+        patch.dict(os.environ, environment, clear=True),
+        patch.object(sys, "path", path),
+    ):
+        yield
 
 
 class CommandLine:
@@ -24,11 +72,5 @@ class CommandLine:
 
     def __call__(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
         """Run one command; with `check` its failure fails the test, with what it printed."""
-        out, err = io.StringIO(), io.StringIO()
-        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
-        with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "stdin", given):
-            code = invoke(["--config", str(self.settings), *arguments])
-        done = Completed(code, out.getvalue(), err.getvalue())
-        if check and code:
-            raise AssertionError(f"{arguments} ended with {done}")
-        return done
+        done = run_command("--config", str(self.settings), *arguments, stdin=stdin)
+        return done.checked(arguments) if check else done

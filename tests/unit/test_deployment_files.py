@@ -417,7 +417,7 @@ def is_setting(name: str) -> bool:
 
 @pytest.mark.parametrize("name", ["run.lock", "dev.lock"])
 def test_every_locked_package_has_a_hash_and_no_host_or_path_is_named(name):
-    text = (ROOT / "requirements" / name).read_text()
+    text = (CONFIG / "requirements" / name).read_text()
     packages = re.split(r"\n(?=[a-z0-9])", text.partition("\n#\n")[2])
 
     assert packages

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.cli import CommandLine
+from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.plugins import make_plugin
-from tests.fakes.site import Completed, definition
+from tests.fakes.site import definition
 
 RUN_COLUMNS = {
     *("id", "org", "definition", "handler", "revision", "scheduled_for", "origin", "retry_of", "state"),

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import typer.main
 
-from tests.fakes.cli import CommandLine
-from tests.fakes.site import Completed, definition
+from tests.fakes.cli import CommandLine, Completed
+from tests.fakes.site import definition
 from worker.cli.app import build
 
 RUN = "01999999-9999-7999-8999-999999999999"

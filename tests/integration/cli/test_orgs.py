@@ -10,8 +10,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from tests.fakes.cli import CommandLine
-from tests.fakes.site import Completed
+from tests.fakes.cli import CommandLine, Completed
 
 SECRET = "Zq7-canary-secret-48151623"
 

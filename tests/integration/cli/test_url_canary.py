@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.cli import CommandLine
-from tests.fakes.site import Completed
+from tests.fakes.cli import CommandLine, Completed
 from tests.unit.telemetry.test_shown_url import MALFORMED
 from worker.store import schema
 
