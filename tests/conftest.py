@@ -95,9 +95,14 @@ def migrated_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def migrated_sqlite_url(tmp_path: Path, migrated_sqlite_file: Path) -> str:
     """The URL of a fresh SQLite file with the current schema."""
-    for path in migrated_sqlite_file.parent.glob(f"{migrated_sqlite_file.name}*"):
-        shutil.copy(path, tmp_path / path.name)
-    return f"sqlite:///{tmp_path / migrated_sqlite_file.name}"
+    return copied(migrated_sqlite_file, tmp_path)
+
+
+def copied(file: Path, folder: Path) -> str:
+    """The URL of a copy of an SQLite file in the folder, under the same name."""
+    for path in file.parent.glob(f"{file.name}*"):
+        shutil.copy(path, folder / path.name)
+    return f"sqlite:///{folder / file.name}"
 
 
 @pytest.fixture

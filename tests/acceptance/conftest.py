@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import copied
 from tests.fakes.handlers import install_handlers
 from tests.fakes.hook import Hook
 from tests.fakes.image import Image, built, why_not
@@ -38,17 +39,17 @@ def bare_site(tmp_path: Path, provider: Provider) -> Iterator[Site]:
 
 
 @pytest.fixture
-def site(bare_site: Site) -> Site:
+def site(bare_site: Site, migrated_sqlite_url: str) -> Site:
     """An installation on SQLite, migrated, with the test handlers installed."""
+    assert bare_site.database_url == migrated_sqlite_url
     install_handlers(bare_site.plugins)
-    bare_site.migrate()
     return bare_site
 
 
 @pytest.fixture
-def site_on_either(tmp_path: Path, provider: Provider, database_url: str) -> Iterator[Site]:
+def site_on_either(tmp_path: Path, provider: Provider, migrated_url: str) -> Iterator[Site]:
     """The same on SQLite and on PostgreSQL, with a short lease."""
-    with opened(Site(tmp_path, database_url, provider)) as made:
+    with opened(Site(tmp_path, migrated_url, provider)) as made:
         made.configure(execution='lease = "4s"\nrenew = "500ms"')
         install_handlers(made.plugins)
         made.migrate()
@@ -65,18 +66,17 @@ def hook() -> Iterator[Hook]:
 
 @pytest.fixture(scope="module")
 def shared_site(
-    tmp_path_factory: pytest.TempPathFactory, provider: Provider
+    tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, provider: Provider
 ) -> Iterator[Callable[[str], Site]]:
     """Makes the installation that all tests of a module share, on SQLite."""
     made: list[Site] = []
 
     def make(execution: str = "") -> Site:
         folder = tmp_path_factory.mktemp("site")
-        site = Site(folder, f"sqlite:///{folder / 'worker.db'}", provider)
+        site = Site(folder, copied(migrated_sqlite_file, folder), provider)
         made.append(site)
         site.configure(execution=execution)
         install_handlers(site.plugins)
-        site.migrate()
         return site
 
     yield make

@@ -21,11 +21,13 @@ LOOKS = 10
 
 
 @pytest.fixture
-def busy(tmp_path: Path, provider, postgres_url: str) -> Iterator[Site]:
+def busy(tmp_path: Path, provider, migrated_postgres_url: str) -> Iterator[Site]:
     """Children and inline runs are due all the time."""
-    with opened(Site(tmp_path, postgres_url, provider)) as site:
+    with opened(Site(tmp_path, migrated_postgres_url, provider)) as site:
         # As most services write such a URL.
-        site.environment["WORKER_DATABASE__URL"] = postgres_url.replace("postgresql://", "postgres://")
+        site.environment["WORKER_DATABASE__URL"] = migrated_postgres_url.replace(
+            "postgresql://", "postgres://"
+        )
         # The heartbeat and the watchman, whose threads ask for themselves, come often.
         site.configure(execution='inline = ["acme-jobs"]\nrenew = "500ms"', extra='[alerts]\noverdue = "2s"')
         install_handlers(site.plugins)

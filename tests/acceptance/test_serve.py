@@ -103,7 +103,7 @@ def test_with_nowhere_to_listen_it_exits_78(site_on_either: Site):
     assert "web.listen=127.0.0.1:8470" in done.err
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
 class TestItsOwnLogin:
     """On PostgreSQL: a NOINHERIT member of the web side's two roles and of nothing else."""
 

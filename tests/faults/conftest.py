@@ -54,25 +54,25 @@ def cluster_at(tmp_path: Path, provider: Provider) -> Iterator[MakeCluster]:
 
 
 @pytest.fixture
-def proxy(postgres_url: str) -> Iterator[Proxy]:
+def proxy(migrated_postgres_url: str) -> Iterator[Proxy]:
     """Between workers and their PostgreSQL server."""
-    with Proxy(urlsplit(postgres_url).port or 5432) as made:
+    with Proxy(urlsplit(migrated_postgres_url).port or 5432) as made:
         yield made
 
 
 @pytest.fixture
-def on_file(cluster_at: MakeCluster, sqlite_url: str) -> Cluster:
+def on_file(cluster_at: MakeCluster, migrated_sqlite_url: str) -> Cluster:
     """One worker at a time on an SQLite file."""
-    return cluster_at(sqlite_url)
+    return cluster_at(migrated_sqlite_url)
 
 
 @pytest.fixture
-def on_server(cluster_at: MakeCluster, postgres_url: str) -> Cluster:
+def on_server(cluster_at: MakeCluster, migrated_postgres_url: str) -> Cluster:
     """Several workers on PostgreSQL."""
-    return cluster_at(postgres_url)
+    return cluster_at(migrated_postgres_url)
 
 
 @pytest.fixture
-def on_either(cluster_at: MakeCluster, database_url: str) -> Cluster:
+def on_either(cluster_at: MakeCluster, migrated_url: str) -> Cluster:
     """The same test on both."""
-    return cluster_at(database_url)
+    return cluster_at(migrated_url)

@@ -21,9 +21,9 @@ MARKS = {
 
 
 @pytest.fixture
-def cluster(cluster_at: MakeCluster, postgres_url: str, proxy: Proxy) -> Cluster:
+def cluster(cluster_at: MakeCluster, migrated_postgres_url: str, proxy: Proxy) -> Cluster:
     """Its workers go through the proxy; the test itself does not."""
-    made = cluster_at(postgres_url)
+    made = cluster_at(migrated_postgres_url)
     made.behind(proxy.port)
     return made
 

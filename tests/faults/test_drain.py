@@ -16,9 +16,9 @@ DRAIN = 'drain = "2s"'
 
 
 @pytest.fixture
-def cluster(cluster_at: MakeCluster, database_url: str) -> Cluster:
+def cluster(cluster_at: MakeCluster, migrated_url: str) -> Cluster:
     """Workers with two seconds to drain, on either database."""
-    return cluster_at(database_url, execution=DRAIN)
+    return cluster_at(migrated_url, execution=DRAIN)
 
 
 def begin(cluster: Cluster) -> subprocess.Popen[bytes]:
@@ -60,8 +60,8 @@ def test_a_drain_hands_back_before_the_worker_ends_and_counts_nothing(cluster: C
     assert [line["reason"] for line in cluster.lines("handed_back")] == ["drain"]
 
 
-def test_another_worker_goes_on_within_a_poll(cluster_at: MakeCluster, postgres_url: str) -> None:
-    cluster = cluster_at(postgres_url, execution=DRAIN)
+def test_another_worker_goes_on_within_a_poll(cluster_at: MakeCluster, migrated_postgres_url: str) -> None:
+    cluster = cluster_at(migrated_postgres_url, execution=DRAIN)
     first = begin(cluster)
     second = cluster.up()
 

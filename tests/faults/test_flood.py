@@ -33,8 +33,8 @@ FLOODS = {
 
 
 @pytest.fixture
-def site(tmp_path: Path, provider: Provider, sqlite_url: str) -> Iterator[Site]:
-    with opened(Site(tmp_path, sqlite_url, provider)) as made:
+def site(tmp_path: Path, provider: Provider, migrated_sqlite_url: str) -> Iterator[Site]:
+    with opened(Site(tmp_path, migrated_sqlite_url, provider)) as made:
         made.configure()
         made.migrate()
         yield made

@@ -32,10 +32,10 @@ AND application_name = 'patient' AND state <> 'idle'
 
 @pytest.mark.parametrize("launcher", ["worker", "tests.faults.launcher"])
 def test_a_late_save_is_refused_and_without_its_fence_objected_to(
-    cluster_at: MakeCluster, postgres_url: str, proxy: Proxy, launcher: str
+    cluster_at: MakeCluster, migrated_postgres_url: str, proxy: Proxy, launcher: str
 ) -> None:
     """A save is on its way while its worker loses the run; it arrives when the next owner has saved more."""
-    cluster = cluster_at(postgres_url, lease=LEASE, renew=RENEW)
+    cluster = cluster_at(migrated_postgres_url, lease=LEASE, renew=RENEW)
     cluster.launcher = launcher
     third, done = cluster.folder / "third", cluster.folder / "done"
     params = {"third": str(third), "until": str(done), "steps": STEPS, "pause": 0.02}

@@ -15,9 +15,9 @@ LEASE, RENEW = 5.0, 1.0
 
 
 @pytest.fixture
-def cluster(cluster_at: MakeCluster, postgres_url: str, proxy: Proxy) -> Cluster:
+def cluster(cluster_at: MakeCluster, migrated_postgres_url: str, proxy: Proxy) -> Cluster:
     """Its workers go through the proxy; the test itself does not."""
-    made = cluster_at(postgres_url, lease=LEASE, renew=RENEW)
+    made = cluster_at(migrated_postgres_url, lease=LEASE, renew=RENEW)
     made.behind(proxy.port)
     return made
 

@@ -15,9 +15,9 @@ from tests.fakes.site import Site, application, opened
 ORGS = 30
 
 
-def test_two_workers_leave_no_gap_and_make_no_duplicate(tmp_path, provider, postgres_url, full):
+def test_two_workers_leave_no_gap_and_make_no_duplicate(tmp_path, provider, migrated_postgres_url, full):
     each, period, seconds = (100, 20, 60) if full else (20, 5, 15)
-    with opened(Site(tmp_path, postgres_url, provider)) as site:
+    with opened(Site(tmp_path, migrated_postgres_url, provider)) as site:
         site.configure(execution='inline = ["acme-jobs"]')
         install_handlers(site.plugins)
         site.migrate()

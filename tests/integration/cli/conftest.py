@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import copied
 from tests.fakes.cli import CommandLine
 from tests.fakes.handlers import install_handlers
 
@@ -23,18 +24,15 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory, plugins: Path) -> CommandLine:
+def cli(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, plugins: Path) -> CommandLine:
     """The command line of an installation on SQLite, shared by the tests of a module."""
     folder = tmp_path_factory.mktemp("cli")
-    made = CommandLine(folder, f"sqlite:///{folder / 'worker.db'}")
-    made("db", "upgrade")
-    return made
+    return CommandLine(folder, copied(migrated_sqlite_file, folder))
 
 
 @pytest.fixture
-def cli_on_either(tmp_path: Path, database_url: str, plugins: Path) -> CommandLine:
+def cli_on_either(tmp_path: Path, migrated_url: str, plugins: Path) -> CommandLine:
     """The same on SQLite and on PostgreSQL, new for each test, with a key ring."""
-    made = CommandLine(tmp_path, database_url)
-    made("db", "upgrade")
+    made = CommandLine(tmp_path, migrated_url)
     made("keys", "generate")
     return made

@@ -23,13 +23,13 @@ from worker.store.database import Database
 
 @pytest.fixture
 def asked_for_password(
-    cli_on_either: CommandLine, database_url: str, request: pytest.FixtureRequest
+    cli_on_either: CommandLine, migrated_url: str, request: pytest.FixtureRequest
 ) -> CommandLine:
     """An installation whose database, where it is a server, lets nobody in without a password."""
-    if database_url.startswith("postgresql"):
-        url = request.getfixturevalue("postgres_server").url_with_password(database_url)
+    if migrated_url.startswith("postgresql"):
+        url = request.getfixturevalue("postgres_server").url_with_password(migrated_url)
         text = cli_on_either.settings.read_text()
-        cli_on_either.settings.write_text(text.replace(database_url, url))
+        cli_on_either.settings.write_text(text.replace(migrated_url, url))
     return cli_on_either
 
 
@@ -118,7 +118,7 @@ CANARY = re.compile("canary[-_]?[a-z]+", re.IGNORECASE)
 
 
 @pytest.fixture
-def planted(cli_on_either: CommandLine, database_url: str) -> CommandLine:
+def planted(cli_on_either: CommandLine, migrated_url: str) -> CommandLine:
     """An installation with a canary in whatever may hold a secret or say something of a customer."""
     cli = cli_on_either
     cli.settings.write_text(
@@ -136,7 +136,7 @@ def planted(cli_on_either: CommandLine, database_url: str) -> CommandLine:
     text = definition("org_canary", "canary-job", "acme.note", "@yearly", params={"text": "canary-param"})
     cli("apply", "-", stdin=text)
     run = cli("definitions", "run", "org_canary", "canary-job", "-o", "id").out.strip()
-    database = Database.open(database_url, clock=SystemClock())
+    database = Database.open(migrated_url, clock=SystemClock())
     with database.transaction() as connection:
         now = database.now(connection)
         org_id = orgs.require(connection, "org_canary")["id"]

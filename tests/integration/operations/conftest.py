@@ -15,7 +15,7 @@ from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
 from worker.operations.apply import apply as apply_file
 from worker.operations.changes import Change
-from worker.store import catalogue, schema, tables
+from worker.store import catalogue, tables
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
@@ -40,12 +40,11 @@ CATALOGUE = (
 
 
 @pytest.fixture
-def database(database_url: str, clock: ManualClock) -> Iterator[Database]:
+def database(migrated_url: str, clock: ManualClock) -> Iterator[Database]:
     """A database with the schema of this release and handlers in its catalogue."""
-    schema.upgrade(database_url)
     # Not on an instant of any schedule, as it would never be in life.
     clock.advance(123.456)
-    opened = Database.open(database_url, clock=clock)
+    opened = Database.open(migrated_url, clock=clock)
     with opened.transaction() as connection:
         catalogue.put(connection, CATALOGUE, at=opened.now(connection))
     yield opened

@@ -13,7 +13,7 @@ from tests.fakes.stock import Stock
 from worker.operations import doctor
 from worker.operations.doctor import examine, held_snapshots, live_rows, too_old
 from worker.settings import Settings
-from worker.store import schema, tables
+from worker.store import tables
 from worker.store.database import Database
 from worker.store.health import Holder
 
@@ -36,10 +36,9 @@ def test_a_healthy_database_passes_every_check(stock):
         assert findings[check], check
 
 
-def test_files_that_others_may_read_are_named(sqlite_url: str, clock: ManualClock):
-    schema.upgrade(sqlite_url)
-    database = Database.open(sqlite_url, clock=clock)
-    file = Path(sqlite_url.removeprefix("sqlite:///"))
+def test_files_that_others_may_read_are_named(migrated_sqlite_url: str, clock: ManualClock):
+    database = Database.open(migrated_sqlite_url, clock=clock)
+    file = Path(migrated_sqlite_url.removeprefix("sqlite:///"))
     keyring = file.with_name("keyring")
     keyring.touch(0o644)
 
