@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.fakes import postgres
+from tests.fakes import postgres, shifted
 from tests.fakes.clock import ManualClock
 from worker.store import schema
 from worker.telemetry import events
@@ -21,6 +21,17 @@ from worker.telemetry.masking import masker
 # Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
 hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("worker")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--start-at", help="start the clock there: INSTANT [ZONE]; see tests/fakes/shifted.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    text = config.getoption("--start-at")
+    # xdist's controller runs no test, and its clock would be its processes' from the start.
+    if text and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
+        config.pluginmanager.register(shifted.ShiftedClock(shifted.parsed(text)))
 
 
 @pytest.fixture

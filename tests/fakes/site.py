@@ -269,7 +269,8 @@ write_paths = ["{self.out}"]
 
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
-        return kept | {"PYTHONPATH": str(self.plugins)} | self.environment
+        path = [str(self.plugins), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return kept | {"PYTHONPATH": os.pathsep.join(path)} | self.environment
 
 
 JSON_COLUMNS = {"handlers", "progress", "result", "error", "claims", "flags", "params", "data", "capacity"}
