@@ -9,7 +9,6 @@ import pytest
 
 from tests.fakes.cli import CommandLine, Completed
 from tests.unit.telemetry.test_shown_url import MALFORMED
-from worker.store import schema
 
 CANARY = "hunter2"  # too short for the masker to know it: nothing but what shows URLs keeps it back
 DATABASES = (
@@ -40,10 +39,8 @@ WEBHOOK_SECRET = "alerts.webhook_secret=0123456789abcdef"
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> CommandLine:
-    url = f"sqlite:///{tmp_path}/worker.db"
-    schema.upgrade(url)
-    return CommandLine(tmp_path, url)
+def cli(tmp_path: Path, migrated_sqlite_url: str) -> CommandLine:
+    return CommandLine(tmp_path, migrated_sqlite_url)
 
 
 def all_of(done: Completed) -> str:
