@@ -1,1 +1,1 @@
-"""The built-in handlers: a plug-in like any other, found by entry point, importing only `worker`."""
+"""The built-in handlers: a plug-in that is found by entry point and imports only `worker`."""

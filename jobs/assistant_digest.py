@@ -1,8 +1,7 @@
-"""`assistant.digest`: a support assistant for each org, which reads its knowledge base into a digest.
+"""`assistant.digest`: a support assistant for each org that summarises its knowledge base.
 
-The knowledge base is read with the org's token over `ctx.public_http`; the model is asked
-over another client with a credential of its own from the environment, so that the
-org's token never reaches it.
+It reads the knowledge base with the org's token over `ctx.public_http`. The model gets requests
+from another client with its own credential from the environment, never the org's token.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from worker import Context, PermanentError, Retry, job
 
-# Named in `execution.pass_environment` of worker.toml, else the child does not have it.
+# The child gets it only if `execution.pass_environment` in worker.toml lists it.
 API_KEY_VARIABLE = "ASSISTANT_API_KEY"
 
 
@@ -27,13 +26,13 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     knowledge_base: str
-    """The base URL of the knowledge base, which is read with the org's token."""
+    """The base URL of the knowledge base, read with the org's token."""
     chat: str
-    """The base URL of an OpenAI-compatible chat endpoint, which never sees that token."""
+    """The base URL of an OpenAI-compatible chat endpoint, which never gets that token."""
     collection: str = Field("faq", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
-    """Which of the org's collections is read: letters, digits, `.`, `_` and `-`."""
+    """The org's collection to read: letters, digits, `.`, `_` and `-`."""
     page_size: int = Field(3, ge=1, le=100)
-    """Articles a page; after each page there is a checkpoint."""
+    """Articles per page; each page ends with a checkpoint."""
 
 
 class Settings(BaseModel):
@@ -42,9 +41,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     model_version: str = "gpt-4"
-    """The model that the chat endpoint is asked for."""
+    """The model to request from the chat endpoint."""
     max_tokens: int = Field(1000, ge=1)
-    """The most that it may answer at a time."""
+    """Maximum tokens per response."""
     language: str = "en"
     """The language of the digest."""
 
@@ -60,28 +59,28 @@ class Page(BaseModel):
 
 
 class ChatBusy(Exception):
-    """The chat endpoint asked to wait for `after`."""
+    """The chat endpoint requested a pause of `after`."""
 
     def __init__(self, after: timedelta) -> None:
-        super().__init__(f"the chat endpoint asks to wait {after}")
+        super().__init__(f"the chat endpoint requests a pause of {after}")
         self.after = after
 
 
 class Chat:
-    """An OpenAI-compatible chat endpoint, asked with the org's model and limit."""
+    """An OpenAI-compatible chat endpoint, used with the org's model and limit."""
 
     def __init__(self, http: httpx.AsyncClient, settings: Settings) -> None:
         self._http = http
         self._settings = settings
 
     async def ask(self, task: str, text: str) -> str:
-        """The assistant's answer to one text.
+        """The assistant's response to one text.
 
         Raises:
             PermanentError: the endpoint refuses the credential or the request.
-            ChatBusy: it answered 429.
+            ChatBusy: it responded with 429.
         """
-        answer = await self._http.post(
+        response = await self._http.post(
             "/v1/chat/completions",
             json={
                 "model": self._settings.model_version,
@@ -92,26 +91,26 @@ class Chat:
                 ],
             },
         )
-        if answer.status_code == 429:
-            seconds = answer.headers.get("retry-after", "")
+        if response.status_code == 429:
+            seconds = response.headers.get("retry-after", "")
             raise ChatBusy(timedelta(seconds=min(int(seconds), 3600) if seconds.isdigit() else 30))
-        if answer.is_client_error:
-            raise PermanentError(f"the chat endpoint answered {answer.status_code}")
-        answer.raise_for_status()
-        return str(answer.json()["choices"][0]["message"]["content"])
+        if response.is_client_error:
+            raise PermanentError(f"the chat endpoint responded with {response.status_code}")
+        response.raise_for_status()
+        return str(response.json()["choices"][0]["message"]["content"])
 
 
 Reader = Callable[[Chat, str, Page], Awaitable[str]]
 
 
 async def append_summary(chat: Chat, digest: str, page: Page) -> str:
-    """The first agent: each page is summed up by itself, one paragraph after another."""
+    """The first agent: summarises each page separately, one paragraph per page."""
     summary = await chat.ask("Sum up these help articles.", page.as_text())
     return f"{digest}\n\n{summary}".strip()
 
 
 async def fold_into_digest(chat: Chat, digest: str, page: Page) -> str:
-    """Agent v2: the digest so far is read together with the page and written anew, citing articles."""
+    """Agent v2: rewrites the digest with each page, and cites articles."""
     text = f"{digest}\n\n{page.as_text()}".strip()
     return await chat.ask("Fold the articles into the digest and cite each by its [id].", text)
 
@@ -125,7 +124,7 @@ async def fold_into_digest(chat: Chat, digest: str, page: Page) -> str:
     max_attempts=4,
 )
 async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
-    """The org's knowledge base as a digest, page by page, by the first agent."""
+    """Summarise the org's knowledge base page by page, with the first agent."""
     return await read_knowledge_base(ctx, append_summary, agent="v1")
 
 
@@ -138,14 +137,14 @@ async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     max_attempts=4,
 )
 async def digest_v2(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
-    """The same by agent v2, for the orgs whose flag `agent-v2` is on."""
+    """The same with agent v2, for orgs with the flag `agent-v2`."""
     return await read_knowledge_base(ctx, fold_into_digest, agent="v2")
 
 
 async def read_knowledge_base(
     ctx: Context[Params, Settings], read: Reader, *, agent: str
 ) -> dict[str, Any] | Retry:
-    """Read every page once, with a checkpoint after each, so that another attempt goes on behind it."""
+    """Read every page once. Each ends with a checkpoint, where another attempt continues."""
     state: dict[str, Any] = ctx.checkpoint or {"next": 0, "articles": 0, "digest": ""}
     async with chat_client(ctx.params.chat) as http:
         chat = Chat(http, ctx.settings)
@@ -171,19 +170,19 @@ async def read_knowledge_base(
 
 
 async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:
-    """One page of the org's knowledge base, read with the org's token."""
-    answer = await ctx.public_http.get(
+    """Fetch one page of the org's knowledge base with the org's token."""
+    response = await ctx.public_http.get(
         f"{ctx.params.knowledge_base}/v1/collections/{ctx.params.collection}/articles",
         params={"after": after, "limit": ctx.params.page_size},
     )
-    if answer.status_code in (401, 403, 404):
-        raise PermanentError(f"the knowledge base answered {answer.status_code} to {ctx.org.code}")
-    answer.raise_for_status()
-    return Page.model_validate(answer.json())
+    if response.status_code in (401, 403, 404):
+        raise PermanentError(f"the knowledge base responded with {response.status_code} to {ctx.org.code}")
+    response.raise_for_status()
+    return Page.model_validate(response.json())
 
 
 def chat_client(base_url: str) -> httpx.AsyncClient:
-    """A client with the model's own credential, which is not the org's token."""
+    """A client with the model's own credential."""
     key = os.environ.get(API_KEY_VARIABLE)
     if not key:
         raise PermanentError(

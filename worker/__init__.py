@@ -1,4 +1,4 @@
-"""What a handler's author imports; everything else of this package is the worker's own."""
+"""The names for authors of handlers; the rest of this package is internal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Every command of the CLI imports this module first, so what it names loads at first use.
+    # Every command imports this module first, so the names load on first use.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

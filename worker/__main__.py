@@ -3,8 +3,8 @@
 import os
 import sys
 
-# Without -P, Python puts the working directory first on its path. Handlers may be allowed to write
-# there, and a run's process is given this path: keep the directory only if this code lies in it.
+# Without -P, Python puts the working directory first on its path, which runs inherit. Handlers may be
+# allowed to write there, so keep the directory only if it contains this code.
 if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()] != [os.path.dirname(os.path.dirname(__file__))]:
     del sys.path[0]
 

@@ -112,7 +112,7 @@ async def test_what_may_pass_is_tried_again(status):
 
 @pytest.mark.parametrize("name", ["Authorization", "cookie", "Proxy-Authorization"])
 def test_a_secret_has_no_place_in_params(name):
-    with pytest.raises(ValidationError, match="sent by itself"):
+    with pytest.raises(ValidationError, match="sent automatically"):
         Params(url="https://api.example", headers={name: "x"})
 
 
