@@ -1,4 +1,4 @@
-"""Admit and finish by the store's own functions, without the worker around them.
+"""Admits and finishes runs with the store's functions, without the worker.
 
     .venv/bin/python -m bench.admission [--database sqlite|postgresql] [--runs N] [--batch N]
         [--processes N] [--orgs N] [--ended N]
@@ -46,7 +46,7 @@ CLAIMS = {
     "flags": {"agent-v2": True},
 }
 FLAGS = {"agent-v2": True}
-# Batches before the clock starts: statements are prepared, pages read.
+# Warm-up batches: statements are prepared, pages are read.
 WARM = 20
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 FLAT_CALLS = 400
@@ -54,7 +54,7 @@ FLAT_CALLS = 400
 
 @dataclass
 class Figures:
-    """What one process did: seconds of each call, and of its own processor."""
+    """The results of one process: seconds of each call, and processor seconds."""
 
     runs: int = 0
     seconds: float = 0.0
@@ -64,7 +64,7 @@ class Figures:
 
 
 def carry(database: Database, worker_id: WorkerId, *, batch: int, runs: int, again: bool = False) -> Figures:
-    """Admit and finish until nothing waits, or so many runs have ended; `again` hands them back."""
+    """Admit and finish until no run waits, or `runs` have ended; `again` hands them back."""
     admission, figures = RingWalk(database, worker_id), Figures()
     free: dict[Isolation, int] = {"child": 0, "inline": batch}
     began, used = time.perf_counter(), processor()
@@ -89,7 +89,7 @@ def carry(database: Database, worker_id: WorkerId, *, batch: int, runs: int, aga
 
 
 def end(run: AdmittedRun, *, again: bool) -> EndedAttempt:
-    """As an attempt at a no-op ends."""
+    """The end of a no-op attempt."""
     now = datetime.now(UTC)
     return EndedAttempt(
         run_id=run.id,
@@ -141,7 +141,7 @@ def in_a_process(
 
 
 def measure(made: Filled, given: argparse.Namespace, *, busy: bool) -> None:
-    """Let so many processes share `runs`, each warmed up before the clock starts."""
+    """Share `runs` among processes, each warmed up before the clock starts."""
     context = multiprocessing.get_context("spawn")
     start, answer = context.Barrier(given.processes + 1, timeout=120), context.SimpleQueue()
     started = [
@@ -169,7 +169,7 @@ def measure(made: Filled, given: argparse.Namespace, *, busy: bool) -> None:
 
 
 def flat(given: argparse.Namespace) -> None:
-    """The time of an admit beside the number of rows."""
+    """The time of an admission against the number of rows."""
     times = {}
     for rows in ROWS:
         with filled(given.database) as made:
@@ -203,7 +203,7 @@ def spread(seconds: Sequence[float]) -> str:
 
 
 def sync_time() -> str:
-    """How long this disk takes to keep 4 KiB: a part of every admit and finish."""
+    """How long this disk takes to sync 4 KiB, which every admission and finish includes."""
     times = []
     with tempfile.NamedTemporaryFile(prefix="orgworker-bench-", buffering=0) as file:
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""APScheduler's SQLAlchemyJobStore doing what `bench.schedules` measures; a process of its own, prints JSON.
+"""Measures APScheduler's SQLAlchemyJobStore as `bench.schedules` does, in a separate process; prints JSON.
 
     .venv/bin/python -m bench.apscheduler_peer URL idle|busy --stored N --seconds S --period P
 
@@ -38,7 +38,7 @@ def scheduler_on(url: str) -> tuple[AsyncIOScheduler, SQLAlchemyJobStore]:
 
 
 def rows(scheduler: AsyncIOScheduler, count: int, first: datetime, period: float) -> Iterator[dict[str, Any]]:
-    """Rows as the store itself would write them, one transaction each, which would take hours."""
+    """Rows as the store would write them; it uses one transaction for each, which would take hours."""
     for number in range(count):
         at = first + timedelta(seconds=period * number / count)
         job = scheduler.add_job(
@@ -70,7 +70,7 @@ def store_jobs(url: str, count: int, first: datetime, period: float) -> None:
 
 
 async def measure(url: str, seconds: float, warm_up: float) -> None:
-    """Start on what is stored, watch for so long, print what was seen; lateness in milliseconds."""
+    """Start on the stored jobs, measure for `seconds`, print the result; lateness in milliseconds."""
     late: list[tuple[float, float]] = []
     scheduler, _ = scheduler_on(url)
 
@@ -90,7 +90,7 @@ async def measure(url: str, seconds: float, warm_up: float) -> None:
     counted = sorted(ms for at, ms in late if at >= watched)
     some = counted[:: max(1, len(counted) // 1000)]
     print(json.dumps({"ready": ready, "core": used, "runs": len(counted), "late": some}), flush=True)
-    # What it has begun would go on for long.
+    # Jobs that it started would run for long.
     os._exit(0)
 
 

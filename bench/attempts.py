@@ -1,4 +1,4 @@
-"""What an inline no-op run costs the worker's loop, without a database: the loop's own share.
+"""Measures what an inline no-op run costs the worker's loop, without a database.
 
     .venv/bin/python -m bench.attempts [--runs N] [--profile FILE]
 
@@ -50,11 +50,11 @@ SPEC = {"handler": "bench.inline", "schedule": "every 1h", "isolation": "inline"
 
 @job("bench.inline", isolation="inline")
 async def inline(ctx: Context[Any, Any]) -> None:
-    """The least that a handler can do."""
+    """A handler that does nothing."""
 
 
 class Store:
-    """Answers at once, and keeps nothing."""
+    """Responds at once, and stores nothing."""
 
     def __init__(self, orgs: Sequence[OrgRef]) -> None:
         self._contexts = {
@@ -72,7 +72,7 @@ class Store:
 
 
 class Ended:
-    """Counts the ends that were written, which must be successes."""
+    """Counts outcomes, which must be successes."""
 
     def __init__(self) -> None:
         self._count = self._wanted = 0
@@ -86,7 +86,7 @@ class Ended:
             self._there.set()
 
     async def are(self, more: int) -> None:
-        """Wait until so many more have ended than at the last call."""
+        """Wait until `count` more have ended since the last call."""
         self._wanted += more
         if self._count < self._wanted:
             self._there.clear()
@@ -94,7 +94,7 @@ class Ended:
 
 
 def admitted(org: OrgRef, clock: SystemClock) -> AdmittedRun:
-    """A run as the database's answer to an admission gives it."""
+    """A run as an admission returns it."""
     at = clock.now()
     return AdmittedRun(
         id=RunId(new_id()),
@@ -118,7 +118,7 @@ def admitted(org: OrgRef, clock: SystemClock) -> AdmittedRun:
 
 
 async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
-    """Seconds of processor time of each round, by run."""
+    """Processor seconds per run, for each round."""
     clock, loop = SystemClock(), asyncio.get_running_loop()
     orgs = [OrgRef(OrgId(new_id()), f"org_{number}") for number in range(ORGS)]
     issuer, credentials = FakeIssuer(clock), FakeCredentials()  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ async def _round(
 
 
 def yardstick() -> float:
-    """Seconds of processor time for a dictionary of twenty entries, the least of many."""
+    """Processor seconds for a dictionary of twenty entries, the minimum of many."""
     keys = [f"key {number}" for number in range(20)]
     least = []
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""What the raw driver does at best: claim a hundred, mark them ended, one process, nothing in between.
+"""The upper bound of the raw driver: claims a hundred rows and marks them ended, in one process.
 
 No limits, no fairness, no token, no handler, no sums: the least that a durable queue with
 history can write for a run. What the worker is measured beside.
@@ -20,7 +20,7 @@ CREATE TABLE ceiling_attempts (run_id integer PRIMARY KEY, outcome text NOT NULL
 
 
 def postgresql(url: str, runs: int) -> float:
-    """Runs a second on PostgreSQL."""
+    """Runs per second on PostgreSQL."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(TABLES.encode())
         numbers = f"FROM generate_series(1, {int(runs)}) n"
@@ -48,7 +48,7 @@ def postgresql(url: str, runs: int) -> float:
 
 
 def sqlite(path: str, runs: int) -> float:
-    """Runs a second on SQLite, as durable as the worker: WAL, synchronous FULL, one commit a batch."""
+    """Runs per second on SQLite, as durable as the worker: WAL, synchronous FULL, one commit per batch."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + TABLES)
     connection.execute("BEGIN")

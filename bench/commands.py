@@ -1,4 +1,4 @@
-"""What a command of the console costs; a list is meant to stay under 0.5 s, whatever lies behind it.
+"""Measures commands; a list should stay under 0.5 s, whatever the size of the history.
 
     .venv/bin/python -m bench.commands [--database sqlite|postgresql|both] [--runs N] [--nice N]
 
@@ -21,10 +21,10 @@ from pathlib import Path
 from bench.history import history
 
 ROUNDS = 5
-# On a machine that others use as well, one that is late is timed again, until it once had its turn.
+# On a shared machine, a slow command is timed again.
 MOST_ROUNDS = 12
 MOST = 0.5
-# How a check ends that found something: the machine has no room for a million runs a month.
+# The exit code of a check that reports a problem: the machine has no room for a million runs a month.
 FAILED = 1
 HELP = ("--help", "runs --help")
 LISTS = (
@@ -60,12 +60,12 @@ LISTS = (
     "audit list",
     "audit list --org org_7 --since 1d",
 )
-# What looks at much more than a page; RUN is one that failed.
+# Commands that read much more than a page; RUN is a failed one.
 OTHERS = ("runs show RUN", "runs why RUN", "doctor", "check")
 
 
 def measure(folder: Path, command: str, most: float) -> tuple[float, float]:
-    """Wall and processor seconds of one command, the best of a few rounds, or of many while above `most`."""
+    """Wall and processor seconds of one command: the best of a few rounds, or of more while above `most`."""
     best = (float("inf"), float("inf"))
     for number in range(MOST_ROUNDS):
         if number >= ROUNDS and best[0] <= most:
@@ -83,7 +83,7 @@ def measure(folder: Path, command: str, most: float) -> tuple[float, float]:
 
 
 def report(folder: Path, commands: Iterable[str], *, most: float = MOST) -> int:
-    """Print what each costs; how many took longer than `most` seconds."""
+    """Print the cost of each; returns how many took longer than `most` seconds."""
     late = 0
     for command in commands:
         wall, cpu = measure(folder, command, most)

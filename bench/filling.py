@@ -1,4 +1,4 @@
-"""A database of its own, filled past the worker with as many orgs and runs as a measurement wants."""
+"""A separate database, filled directly with the orgs and runs that a measurement needs."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _ATTEMPT = (
     *("run_id", "attempt", "org_id", "worker_id", "fencing_token", "handler", "started_at", "ended_at"),
     "outcome",
 )
-# Rows that are made before they are put: two tables get theirs from one list.
+# Rows created before insertion: two tables share one list.
 PART = 20_000
 
 
 @dataclass
 class Filled:
-    """The database, and on PostgreSQL the server behind it. Each org's definition has the org's id."""
+    """The database, and on PostgreSQL its server. Each org's definition has the org's id."""
 
     url: str
     database: Database
@@ -65,7 +65,7 @@ class Filled:
         )
 
     def add_waiting(self, number: int) -> None:
-        """Runs that wait, inline and not serial, the orgs in turn; every third is the first org's."""
+        """Add waiting runs, inline and not serial, for the orgs in turn; every third is the first org's."""
         at = datetime.now(UTC) - timedelta(seconds=1)
         for part in range(0, number, PART):
             runs, live, stamp = [], [], to_text(at)
@@ -78,7 +78,7 @@ class Filled:
             self._put("live_runs", _LIVE, live)
 
     def add_ended(self, number: int) -> None:
-        """Runs that succeeded in the last month, each with its attempt, the orgs in turn."""
+        """Add runs that succeeded in the last month, each with its attempt, for the orgs in turn."""
         end, days = datetime.now(UTC) - timedelta(hours=1), timedelta(days=30)
         for part in range(0, number, PART):
             runs, attempts = [], []
@@ -92,7 +92,7 @@ class Filled:
             self._put("attempts", _ATTEMPT, attempts)
 
     def settle(self) -> None:
-        """As autovacuum, and a checkpoint, would leave it."""
+        """Vacuum and checkpoint, as autovacuum would."""
         with self.database.autocommit() as connection:
             if self.server is None:
                 connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
@@ -116,7 +116,7 @@ class Filled:
         return worker_id
 
     def server_cpu(self) -> float:
-        """Seconds that the server's processes have used, those that ended included; SQLite has none."""
+        """Processor seconds of the server, including processes that ended; SQLite has none."""
         if self.server is None:
             return 0.0
         pid = (self.server.folder / "data" / "postmaster.pid").read_text().split()[0]
@@ -132,7 +132,7 @@ class Filled:
             put(driver(connection), self.database.dialect, table, columns, rows)
 
     def _id(self, at: datetime) -> str:
-        """A UUIDv7 of this instant."""
+        """A UUIDv7 of this time."""
         head = f"{int(at.timestamp() * 1000):012x}"
         return f"{head[:8]}-{head[8:]}-7000-8000-{next(self._numbers):012x}"
 
@@ -145,7 +145,7 @@ def filled(dialect: str) -> Iterator[Filled]:
         server = stack.enter_context(own_server()) if dialect == "postgresql" else None
         url = server.url() if server else f"sqlite:///{folder / 'worker.db'}"
         schema.upgrade(url)
-        # No deadline on what fills the tables.
+        # Filling the tables has no deadline.
         database = Database.open(url, clock=SystemClock(), role="bench", threads=1, deadline=600)
         stack.callback(database.close)
         yield Filled(url, database, server)

@@ -1,4 +1,4 @@
-"""A database with a long history, as after a month of many orgs: filled past the worker, in bulk."""
+"""A database with a month of history for many orgs, filled directly in bulk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Values = tuple[Any, ...]
 
 @contextlib.contextmanager
 def history(dialect: str, runs: int) -> Iterator[str]:
-    """The URL of a database with so many runs, gone at the end."""
+    """The URL of a temporary database with this many runs."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-bench-")))
         if dialect == "postgresql":
@@ -51,7 +51,7 @@ def history(dialect: str, runs: int) -> Iterator[str]:
 
 
 def fill(url: str, runs: int) -> None:
-    """Put orgs, definitions and the history of DAYS days into an empty database."""
+    """Insert orgs, definitions and the history of DAYS days into an empty database."""
     database = Database.open(url, clock=SystemClock(), role="bench", deadline=600.0)
     made = _History(runs, datetime.now(UTC))
     try:
@@ -79,7 +79,7 @@ def put(raw: Any, dialect: str, table: str, columns: Sequence[str], rows: Iterab
 
 
 class _History:
-    """The rows, oldest first; everything follows from the number of a run."""
+    """The rows, oldest first, derived from the number of each run."""
 
     def __init__(self, runs: int, now: datetime) -> None:
         self._runs = runs
@@ -208,7 +208,7 @@ class _History:
         return self._id(number, at, 2), to_text(at), "bench", "run.cancel", org, f"{number}", "{}"
 
     def _end(self, number: int) -> tuple[str | None, str | None]:
-        """A state as its run's number says; refused are few, and lie at the far end of the history."""
+        """The state for a run's number; refused ones are few and old."""
         if number >= self._runs - LIVE:
             return None, None
         if number < 20:
@@ -218,7 +218,7 @@ class _History:
         return ("cancelled", "requested") if number % 1000 == 1 else ("succeeded", None)
 
     def _of(self, number: int) -> tuple[str, str]:
-        """Definition and org of a run; a prime spreads them, and only three are of the rare one."""
+        """Definition and org of a run, spread by a prime; only three are of the rare one."""
         place = len(self._definitions) - 1 if number in (30, 31, 32) else number * 7919 % (ORGS * NAMES)
         id_, org, _ = self._definitions[place]
         return id_, self._orgs[org]

@@ -1,4 +1,4 @@
-"""An installation to be measured: a database, orgs with definitions, a backlog, and real workers."""
+"""An installation to measure: a database, orgs with definitions, a backlog, and real workers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BATCH = 500
 
 @dataclass
 class Workers:
-    """Worker processes that run; `cpu` is what all of them have used, in seconds."""
+    """Running worker processes; `cpu` is their total processor time, in seconds."""
 
     processes: list[subprocess.Popen[bytes]]
 
@@ -98,7 +98,7 @@ style = "json"
         )
 
     def add_orgs(self, applications: list[Application], *, limit: int) -> None:
-        """Orgs with a credential and one definition each, whose schedule is never due."""
+        """Add orgs with a credential and one definition each, whose schedule is never due."""
         lines = [
             json.dumps(
                 {"code": app.org_code, "name": app.org_code, "issuer": "main"}
@@ -112,7 +112,7 @@ style = "json"
             connection.execute(text("UPDATE orgs SET max_concurrent_runs = :limit"), {"limit": limit})
 
     def define(self, handler: str, *, due_at: list[datetime] | None = None, spec: dict[str, object]) -> None:
-        """A definition for each org, or, with `due_at`, one for each instant, orgs in turn."""
+        """Add a definition for each org, or with `due_at` one for each scheduled time, orgs in turn."""
         with self.database.transaction() as connection:
             orgs = list(connection.execute(select(tables.orgs.c.id)).scalars())
             at = self.database.now(connection)
@@ -145,7 +145,7 @@ style = "json"
                 )
 
     def add_backlog(self, count: int, handler: str, isolation: str) -> None:
-        """Runs that wait, in turn over all definitions, as `definitions run` would have made them."""
+        """Add waiting runs, definitions in turn, as `definitions run` would create them."""
         definitions = tables.definitions
         with self.database.transaction() as connection:
             found = connection.execute(select(definitions.c.id, definitions.c.org_id)).all()
@@ -177,7 +177,7 @@ style = "json"
 
     @contextlib.contextmanager
     def workers(self, count: int = 1, *, profile: Path | None = None) -> Iterator[Workers]:
-        """So many worker processes; they are drained at the end."""
+        """Start worker processes, and drain them at the end."""
         command = [sys.executable, "-m", "worker", "--config", str(self.folder / "worker.toml"), "run"]
         if profile is not None:
             command = [sys.executable, "-m", "cProfile", "-o", str(profile), *command[1:]]
@@ -204,14 +204,14 @@ style = "json"
             return int(connection.execute(query).scalar_one())
 
     def server_cpu(self) -> float:
-        """What PostgreSQL's processes that live now have used, in seconds; 0 on SQLite."""
+        """Processor seconds of PostgreSQL's current processes; 0 on SQLite."""
         if self._server is None or self._server.pid is None:
             return 0.0
         processes = psutil.Process(self._server.pid).children()
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
     def rate(self, *, leave: float = 0.25) -> float:
-        """Runs a second by the database's clock, the first quarter left out: tokens are fetched in it."""
+        """Runs per second by the database's clock, without the first quarter, which fetches tokens."""
         with self.database.autocommit() as connection:
             query = select(tables.runs.c.finished_at).where(tables.runs.c.state == "succeeded")
             ends = sorted(connection.execute(query).scalars())
@@ -219,7 +219,7 @@ style = "json"
         return (len(ends) - first) / (ends[-1] - ends[first]).total_seconds()
 
     def wait_for_end(self, count: int, *, timeout: float = 600.0) -> None:
-        """Until so many runs have ended; looks seldom, so as not to be measured itself."""
+        """Wait until this many runs have ended; polls rarely, so as not to distort the measurement."""
         until = time.monotonic() + timeout
         while self.ended() < count:
             if any(process.poll() is not None for process in self._started):

@@ -1,4 +1,4 @@
-"""PgQueuer's no-op jobs from a backlog, run by the Python of a virtual environment of its own.
+"""Runs PgQueuer's no-op jobs from a backlog, with the Python of a separate virtual environment.
 
     VENV/bin/python bench/peer_pgqueuer.py URL JOBS     (pip install pgqueuer asyncpg)
 

@@ -1,4 +1,4 @@
-"""Procrastinate's no-op jobs from a backlog, run by the Python of a virtual environment of its own.
+"""Runs Procrastinate's no-op jobs from a backlog, with the Python of a separate virtual environment.
 
     VENV/bin/python bench/peer_procrastinate.py URL JOBS     (pip install procrastinate psycopg[binary,pool])
 

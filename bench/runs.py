@@ -1,4 +1,4 @@
-"""What one run costs: start and end in a process of its own, memory of many, and thousands inline.
+"""Measures the cost of a run: start and end of its process, memory of many, and thousands inline.
 
     .venv/bin/python -m bench.runs [starts] [memory] [inline] [--database sqlite|postgresql]
 
@@ -57,7 +57,7 @@ ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "wait
 
 
 class TimedServices(RecordingServices):
-    """Keeps when the handler was called."""
+    """Records when the handler was called."""
 
     started_at = 0.0
 
@@ -71,7 +71,7 @@ def spread(name: str, seconds: Sequence[float]) -> str:
 
 
 async def measure_starts(count: int) -> None:
-    """One after the other, each a fork, a handler that returns at once, and the end of its processes.
+    """Runs in sequence: a fork, a handler that returns at once, and the end of its processes.
 
     With the sandbox and without it in turn, each by a zygote of its own, so that whatever
     else the machine does meanwhile strikes both alike.
@@ -86,7 +86,7 @@ async def measure_starts(count: int) -> None:
         children.attach()
         await children.run(work("noop", entry_point="bench_jobs:noop"), TimedServices(), StopSignal())
     for number in range(count + 10):
-        # Whoever comes second finds warmer caches.
+        # The second one finds warmer caches.
         for name, children in sorted(kinds.items(), reverse=bool(number % 2)):
             before, link, began = cpu(children), TimedServices(), time.perf_counter()
             await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
@@ -104,15 +104,15 @@ async def measure_starts(count: int) -> None:
 
 
 def ratio(seconds: Mapping[str, Sequence[float]]) -> str:
-    """How much longer it takes with the sandbox than without."""
+    """The ratio of the times with and without the sandbox."""
     sandboxed, without = seconds["sandboxed"], seconds["without"]
-    # Each pair ran within a few milliseconds, so a slow moment of the machine falls out of the median.
+    # Each pair ran within a few milliseconds, so the median excludes slow moments of the machine.
     pairs = statistics.median(a / b for a, b in zip(sandboxed, without, strict=True))
     return f"p50 {statistics.median(sandboxed) / statistics.median(without):.3f} (of pairs {pairs:.3f})"
 
 
 async def measure_memory(children: ChildPool, count: int) -> None:
-    """So many handlers at once that only wait."""
+    """Run concurrent handlers that only wait."""
     zygote = psutil.Process(children.zygote_pid)
     alone = zygote.memory_full_info().pss
     stops = [StopSignal() for _ in range(count)]
@@ -147,7 +147,7 @@ async def measure_children(what: Sequence[str], starts: int, count: int) -> None
 
 
 def measure_inline(dialect: str, count: int, *, seconds: float) -> None:
-    """A worker that holds nothing, then so many runs that sleep."""
+    """Measure an idle worker, then one with sleeping runs."""
     with installation(dialect, orgs=100) as made:
         made.configure(slots=count, extra='renew = "1s"\ndrain = "1s"')
         make_plugin(
@@ -181,7 +181,7 @@ def running(made: Installation) -> int:
 
 
 def used(process: psutil.Process, seconds: float) -> float:
-    """Which part of a processor a process uses, over so many seconds."""
+    """The share of a processor that a process uses, over `seconds`."""
     began = process.cpu_times()
     time.sleep(seconds)
     ended = process.cpu_times()
@@ -189,7 +189,7 @@ def used(process: psutil.Process, seconds: float) -> float:
 
 
 def cpu(children: ChildPool) -> float:
-    """Seconds that this process, the zygote and all runs that have ended have used."""
+    """Processor seconds of this process, the zygote and all ended runs."""
     zygote = psutil.Process(children.zygote_pid).cpu_times()
     return time.process_time() + sum(zygote[:4])
 

@@ -1,7 +1,7 @@
-"""What schedules cost, beside APScheduler's SQLAlchemyJobStore in the same run.
+"""Measures the cost of schedules, and of APScheduler's SQLAlchemyJobStore for comparison.
 
     .venv/bin/python -m bench.schedules [--database sqlite|postgresql] [--stored N] [--due N] [--seconds S]
-        [--at-once]     instead: N due at one instant each second, of ten times as many stored
+        [--at-once]     instead: N due at one time each second, of ten times as many stored
 
 With 1,000 and with N stored definitions: how soon a worker is ready, what it uses while nothing is
 due, and what one firing costs. Then so many due each second, spread, inline no-ops: how late they
@@ -39,7 +39,7 @@ SPEC = {"handler": "bench.inline", "isolation": "inline"}
 
 
 def store(made: Installation, count: int, schedule: str, *, due: bool) -> None:
-    """Bulk-insert definitions of the orgs in turn; not `due` ones are so in a month."""
+    """Bulk-insert definitions for the orgs in turn, due now or in a month."""
     with made.database.autocommit() as connection:
         orgs = connection.execute(select(tables.orgs.c.id, tables.orgs.c.code)).all()
         now = made.database.now(connection)
@@ -50,7 +50,7 @@ def store(made: Installation, count: int, schedule: str, *, due: bool) -> None:
                 connection.execute(insert(table), [row[place] for row in batch])
     if made.database.dialect == "postgresql":
         with made.database.autocommit() as connection:
-            # Not the tables of runs: known to be empty, they would be planned for as if they stayed so.
+            # Without the tables of runs: analysed while empty, they would get plans for empty tables.
             connection.execute(text("VACUUM ANALYZE definitions, definition_revisions, schedule"))
 
 
@@ -75,7 +75,7 @@ def definition_rows(
 
 
 def ready_and_idle(made: Installation, seconds: float) -> tuple[float, float]:
-    """Seconds from the start of the process until it is ready, and the share of a core while idle."""
+    """Seconds from start to ready, and the share of a core while idle."""
     log = made.folder / "worker.log"
     log.write_bytes(b"")
     began = time.monotonic()
@@ -90,10 +90,10 @@ def ready_and_idle(made: Installation, seconds: float) -> tuple[float, float]:
 
 
 def cost_of_a_fire(made: Installation, rounds: int = 7) -> float:
-    """Microseconds for each of 1,000 definitions that fire in batches; the best of some rounds."""
+    """Microseconds per definition for 1,000 that fire in batches; the best of several rounds."""
     schedule = tables.schedule
     costs = []
-    # A worker keeps the specs it has read.
+    # A worker caches the specs that it has read.
     specs: dict[Any, Any] = {}
     for _ in range(rounds):
         with made.database.transaction() as connection:
@@ -130,7 +130,7 @@ def lateness(
     for schedule in schedules:
         store(made, due * period // len(schedules), schedule, due=True)
     with made.workers() as working:
-        # Ten seconds ahead, one period for tokens, plans and caches.
+        # Ten seconds ahead; the first period warms tokens, plans and caches.
         time.sleep(10 + period)
         since, cpu = datetime.now(UTC), working.cpu()
         time.sleep(seconds)
@@ -158,7 +158,7 @@ def peer(made: Installation, what: str, stored: int, seconds: float) -> dict[str
 
 
 def share_below(values: list[float], share: float) -> float:
-    """The value that so much of all lies below; they are sorted."""
+    """A quantile of sorted values."""
     return values[min(len(values) - 1, int(len(values) * share))] if values else float("inf")
 
 
@@ -193,11 +193,11 @@ def due_each_second(dialect: str, due: int, seconds: float) -> None:
 
 
 def due_at_once(dialect: str, due: int, seconds: float) -> None:
-    """Each second's thousand by a crontab line of its own; nothing is spread."""
+    """Fire a thousand definitions each second by crontab, without spread."""
     schedules = [f"{second}-59/10 * * * * *" for second in range(10)]
     with installation(dialect, orgs=ORGS) as made:
         late, core = lateness(made, due, schedules, seconds=seconds, period=10)
-    print(f"{due} of {due * 10} due at one instant each second, {dialect}:", flush=True)
+    print(f"{due} of {due * 10} due at one time each second, {dialect}:", flush=True)
     print(f"  orgworker    {line(late, seconds, core)}, load {os.getloadavg()[0]:.1f}", flush=True)
 
 
@@ -219,7 +219,7 @@ def main() -> None:
         os.environ["WORKER_LOG__LEVEL"] = "warning"
         due_at_once(given.database, given.due, given.seconds)
         return
-    # The one line that says when a worker is ready.
+    # The log line that says when a worker is ready.
     os.environ["WORKER_LOG__LEVEL"] = "info"
     if given.stored:
         stored_definitions(given.database, given.stored)

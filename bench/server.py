@@ -1,4 +1,4 @@
-"""The PostgreSQL that every measurement gets for itself: it syncs to disk, with its own defaults but one."""
+"""A separate PostgreSQL for each measurement: it syncs to disk, with all defaults but one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from tests.fakes.postgres import Server
 
-# As a machine of its own would have: the tables of a million runs stay in memory.
+# As on a dedicated machine: the tables of a million runs stay in memory.
 SHARED_BUFFERS = "512MB"
 
 
 @contextlib.contextmanager
 def own_server() -> Iterator[Server]:
-    """A server in a folder that is gone with it."""
+    """A server in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="orgworker-bench-") as folder:
-        # The server runs as another user where the caller is root.
+        # The server runs as another user if the caller is root.
         Path(folder).chmod(0o755)
         server = Server(Path(folder) / "pg", durable=True, shared_buffers=SHARED_BUFFERS)
         server.start()

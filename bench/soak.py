@@ -1,4 +1,4 @@
-"""Whether tables stay as small as what they hold, while runs come and go for hours.
+"""Checks that tables do not grow beyond their content while runs come and go for hours.
 
     .venv/bin/python -m bench.soak [--seconds 300] [--rate 100] [--workers 2] [--database postgresql|sqlite]
         [--keep 20s]        how long history is kept
@@ -43,13 +43,13 @@ async def work(ctx):
         return Retry("1s")
     return {"attempt": ctx.run.attempt}
 """
-# Rows of these come and go with each run.
+# Each run inserts and deletes rows of these.
 HOT = ("live_runs", "schedule", "runs", "attempts", "run_logs", "checkpoints", "workers")
 SUMS = ("rollup_days", "rollup_hours")
 EVERY = 10.0
-# What a table may be larger without being called growing: a vacuum comes a little earlier or later.
+# Growth that is tolerated, because vacuums come a little earlier or later.
 SLACK_SHARE, SLACK_BYTES = 0.15, 2**20
-# Due and not yet ended, as a multiple of a second's runs: with more the workers do not keep up.
+# Due but unfinished runs, as a multiple of a second's runs, above which the workers do not keep up.
 BEHIND = 30
 
 SIZES = """
@@ -90,7 +90,7 @@ def sample(made: Installation, began: float) -> Sample:
 
 
 def growing(samples: Sequence[Sample], seconds: float) -> dict[str, tuple[int, int]]:
-    """Tables that were larger in the last third than ever in the second: the most of either, in bytes."""
+    """Tables that were larger in the last third than in the second: the maximum of each, in bytes."""
     second = [one for one in samples if seconds / 3 <= one.at < 2 * seconds / 3]
     last = [one for one in samples if one.at >= 2 * seconds / 3]
     found = {}
@@ -116,7 +116,7 @@ def show(one: Sample, rate: float) -> None:
 
 @contextlib.contextmanager
 def snapshot(made: Installation, held: bool) -> Iterator[None]:
-    """A transaction that has read once and was then forgotten, where one is to be held."""
+    """Hold a forgotten transaction that has read once, if requested."""
     if not held:
         yield
         return
@@ -172,7 +172,9 @@ def main() -> int:
     per_second = (samples[-1].ended - samples[0].ended) / (samples[-1].at - samples[0].at)
     print(f"{per_second:.0f} runs ended a second; load {os.getloadavg()[0]:.1f}, {datetime.now():%Y-%m-%d}")
     if samples[-1].unfinished > BEHIND * given.rate:
-        print(f"the workers did not keep up: nothing is said of growth; a smaller --rate\n{said[-2000:]}")
+        print(
+            f"the workers did not keep up, so growth was not measured; use a smaller --rate\n{said[-2000:]}"
+        )
         return 2
     found = growing(samples, given.seconds)
     for name, (before, after) in found.items():

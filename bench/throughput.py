@@ -1,4 +1,4 @@
-"""How many durable no-op runs a second the real worker carries, beside what else is to be had.
+"""Measures how many durable no-op runs per second the real worker does, compared with other queues.
 
     .venv/bin/python -m bench.throughput [--database sqlite|postgresql|both] [--runs N]
         [--peer VENV]       also PgQueuer and Procrastinate, installed in a virtual environment of their own
@@ -25,7 +25,7 @@ from bench import ceiling
 from bench.installation import installation
 
 ORGS = 100
-# The script of each, and what it does and leaves out.
+# Each one's script, and what it does and omits.
 PEERS = {
     "PgQueuer": ("peer_pgqueuer.py", "one process, batch 100, log rows, no fencing"),
     "Procrastinate": (
@@ -37,7 +37,7 @@ PEER_JOBS = {"Procrastinate": 5_000}
 
 
 def backlog(dialect: str, runs: int, *, workers: int, slots: int, profile: Path | None = None) -> float:
-    """Carry a backlog and print what it took; runs a second."""
+    """Run a backlog and print the rate; returns runs per second."""
     with installation(dialect, orgs=ORGS) as made:
         made.configure(slots=slots)
         made.define("bench.inline", spec={})
@@ -56,7 +56,7 @@ def backlog(dialect: str, runs: int, *, workers: int, slots: int, profile: Path 
 
 
 def scheduled(runs: int, *, workers: int, slots: int) -> float:
-    """Fire, admit and carry definitions that are all due at once; runs a second from the first fire."""
+    """Fire and run definitions that are all due at once; runs per second from the first fire."""
     with installation("postgresql", orgs=ORGS) as made:
         made.configure(slots=slots)
         with made.database.autocommit() as connection:
@@ -82,7 +82,7 @@ def least(dialect: str, runs: int) -> float:
 
 
 def peer(name: str, venv: Path, runs: int) -> float:
-    """Another queue on a PostgreSQL like the worker's, by its script here; jobs a second."""
+    """Another queue on a PostgreSQL like the worker's; jobs per second."""
     script, note = PEERS[name]
     with installation("postgresql", orgs=1) as made:
         command = [str(venv / "bin" / "python"), str(Path(__file__).with_name(script))]
@@ -119,7 +119,7 @@ def main() -> None:
         print(f"{'':42} {ours / least(dialect, given.runs):8.2f} of the ceiling")
         if dialect == "postgresql" and given.peer is not None:
             for name in PEERS:
-                # One that is slow need not take minutes over it.
+                # A slow one gets fewer jobs.
                 jobs = min(given.runs, PEER_JOBS.get(name, given.runs))
                 print(f"{'':42} {ours / peer(name, given.peer, jobs):8.2f} of {name}")
 

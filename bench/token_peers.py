@@ -1,4 +1,4 @@
-"""What `bench.tokens` measures, done by Authlib and by httpx-auth; run in an environment of their own.
+"""Measures Authlib and httpx-auth as `bench.tokens` does, in a separate environment.
 
 It imports nothing of orgworker. Standard input has the provider's URL and its applications as JSON.
 """
@@ -25,7 +25,7 @@ def report(peer: str, what: str, seconds: float) -> None:
 
 
 async def authlib(url: str, apps: list[dict[str, Any]], lookups: int) -> None:
-    """A client an org, as Authlib has it; its tokens are not verified unless one does so."""
+    """One Authlib client per org; it does not verify tokens by default."""
     from authlib.integrations.httpx_client import AsyncOAuth2Client
     from joserfc import jwt
     from joserfc.jwk import KeySet
@@ -71,7 +71,7 @@ async def authlib(url: str, apps: list[dict[str, Any]], lookups: int) -> None:
 
 
 async def httpx_auth(url: str, apps: list[dict[str, Any]], lookups: int) -> None:
-    """One auth an org over its shared token cache; it verifies nothing, and asks for tokens synchronously."""
+    """One auth per org over a shared token cache; it verifies nothing and requests tokens synchronously."""
     from httpx_auth import OAuth2, OAuth2ClientCredentials
 
     name = f"httpx-auth {importlib.metadata.version('httpx-auth')}"
@@ -89,11 +89,11 @@ async def httpx_auth(url: str, apps: list[dict[str, Any]], lookups: int) -> None
             for app in apps
         ]
         for auth, app in zip(auths, apps, strict=True):
-            # It proves itself by Basic alone, and this provider, as Kinde, reads the body.
+            # It supports only Basic authentication; this provider, like Kinde, reads the body.
             auth.data |= {"client_id": app["client_id"], "client_secret": app["client_secret"]}
         began = time.perf_counter()
         for auth in auths:
-            # Where it has no token it asks for one in here, by a client of its own, and blocks.
+            # Without a token it requests one here, with its own client, and blocks.
             next(auth.sync_auth_flow(request))
         cold.append((time.perf_counter() - began) / len(auths))
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a token costs: a cached look-up, one verification, one cold acquisition, for 20 orgs.
+"""Measures tokens: a cached look-up, one verification, one cold acquisition, for 20 orgs.
 
     .venv/bin/python -m bench.tokens [--orgs N] [--lookups N] [--no-peers]
 
@@ -38,12 +38,12 @@ from worker.tokens.verify import verify
 AUDIENCE = "https://api.bench.example"
 PEERS = ("authlib>=1.6,<2", "httpx-auth>=0.22,<1", "joserfc>=1,<2")
 VERIFICATIONS = 1_000
-# Of so many rounds the fastest counts: others use this machine as well.
+# The fastest of this many rounds counts, because the machine is shared.
 ROUNDS = 5
 
 
 def applications(count: int) -> list[dict[str, Any]]:
-    """The provider's applications, one an org."""
+    """The provider's applications, one per org."""
     return [
         {
             "org_code": f"org_{number}",
@@ -59,7 +59,7 @@ def applications(count: int) -> list[dict[str, Any]]:
 
 
 class Given:
-    """Credentials that are at hand, so that no database is measured."""
+    """Credentials in memory, so that no database is measured."""
 
     def __init__(self, apps: Sequence[dict[str, Any]]) -> None:
         self._apps = {app["org_code"]: app for app in apps}
@@ -87,7 +87,7 @@ def provider(apps: Sequence[dict[str, Any]], folder: Path) -> Iterator[str]:
 
 
 async def ours(url: str, apps: Sequence[dict[str, Any]], lookups: int) -> None:
-    """The token cache of the worker, as it is."""
+    """The token cache of the worker."""
     clock = SystemClock()
     issuer = Issuer("main", load("kinde"), url, AUDIENCE, max_requests_per_second=10_000)
     orgs = [OrgRef(OrgId(app["org_code"]), app["org_code"]) for app in apps]
@@ -121,7 +121,7 @@ async def ours(url: str, apps: Sequence[dict[str, Any]], lookups: int) -> None:
 
 
 def peers(url: str, apps: Sequence[dict[str, Any]], lookups: int, folder: Path) -> None:
-    """The same by others, in an environment of their own."""
+    """The same with the peers, in a separate environment."""
     home = folder / "venv"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
