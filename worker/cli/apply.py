@@ -39,13 +39,13 @@ def apply(
 
     The same file again changes nothing. A pause and the state of an org are kept.
     """
-    from worker import wiring
     from worker.operations.apply import apply as apply_file
+    from worker.wiring.catalogue import store_unknown
 
     session = session_of(context)
     wanted = _parsed(file)
     with session.database() as database:
-        wiring.read_catalogue_now(session.settings, database)
+        store_unknown(session.settings, database)
         changes = apply_file(
             database,
             wanted,

@@ -303,12 +303,12 @@ def edit(
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Change some keys of a definition; the next `apply` of a file that has it says otherwise again."""
-    from worker import wiring
     from worker.operations.definitions import edit_definition
+    from worker.wiring.catalogue import store_unknown
 
     session = session_of(context)
     with session.database() as database:
-        wiring.read_catalogue_now(session.settings, database)
+        store_unknown(session.settings, database)
         row = edit_definition(
             database,
             org,

@@ -60,11 +60,11 @@ def show(
 
 
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
-    from worker import wiring
     from worker.store import catalogue
+    from worker.wiring.catalogue import store_unknown
 
     session = session_of(context)
     with session.database() as database:
-        wiring.read_catalogue_now(session.settings, database)
+        store_unknown(session.settings, database)
         with database.autocommit() as connection:
             return catalogue.entries(connection, name)

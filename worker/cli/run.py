@@ -9,11 +9,11 @@ from worker.cli.session import session_of
 
 def run(context: typer.Context) -> None:
     """Start the worker; SIGTERM or Ctrl-C drains it. This is what happens without a command, too."""
-    from worker import wiring
+    from worker.wiring.process import run as run_worker
 
     session = session_of(context)
     session.require_database()
-    raise typer.Exit(wiring.run_worker(session.settings))
+    raise typer.Exit(run_worker(session.settings))
 
 
 def serve(context: typer.Context) -> None:

@@ -220,7 +220,7 @@ def try_(
     flags = _read_flags(flag or ())
     entry = asyncio.run(trying.find_handler(handler, session.settings))
     with ExitStack() as open_:
-        wish = trying.Wish(
+        request = trying.TryRequest(
             org or MADE_UP_ORG,
             params=as_taken(
                 schema_of(entry.params_schema), params, split_pairs(param or (), option="--param")
@@ -233,8 +233,8 @@ def try_(
             on_line=_say_line,
             on_progress=_say_progress,
         )
-        tried = asyncio.run(trying.try_once(session.settings, entry, wish, session.clock))
-    row = row_of(tried, entry, wish.org, None if real else properties)
+        tried = asyncio.run(trying.try_once(session.settings, entry, request, session.clock))
+    row = row_of(tried, entry, request.org, None if real else properties)
     if not pdb:
         _say_trace(tried.ended)
     for remark in unknown_properties(entry.settings_schema, properties):

@@ -31,7 +31,7 @@ def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
     return trace_exporter.OTLPSpanExporter(endpoint=endpoint or None, headers=given)
 
 
-class ToldExporter(SpanExporter):
+class QuietExporter(SpanExporter):
     """Drops what is not taken, as the exporter inside does, and keeps the log short meanwhile.
 
     By itself that says so every other second, with each of its tries.

@@ -1,4 +1,4 @@
-"""Wiring: the composition root, the only room that names concrete classes."""
+"""Wiring: the composition root, the only package that names concrete classes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from worker.settings import Settings
 from worker.store.database import Database
 
 if TYPE_CHECKING:
-    # A list is printed without cryptography.
+    # Most commands run without cryptography.
     from worker.tokens.sealing import KeyRing
 
 
 def open_database(settings: Settings, *, role: str = "cli") -> Database:
-    """The database that `worker.toml` names; nothing is connected yet."""
+    """The configured database; it connects at the first query."""
     return Database.open(settings.database.url, clock=SystemClock(), role=role)
 
 
 def open_keyring(settings: Settings, *, database: Database | None = None) -> KeyRing:
     """The key ring of this installation.
 
-    With `database`, and on SQLite only, it is made at first need: where nothing is sealed yet.
+    With `database`, on SQLite only, a missing key ring is generated if nothing is sealed yet.
 
     Raises:
-        ConfigurationError: there is none; the message says what to do.
+        ConfigurationError: the key ring is missing or cannot be read.
     """
     from worker.operations.keys import check_ring
     from worker.tokens.sealing import KeyRing
@@ -39,10 +39,10 @@ def open_keyring(settings: Settings, *, database: Database | None = None) -> Key
 
 
 def find_keyring(settings: Settings) -> KeyRing | None:
-    """The key ring, or None where there is none.
+    """The key ring, or None if there is none.
 
     Raises:
-        ConfigurationError: it is there and cannot be read.
+        ConfigurationError: it exists and cannot be read.
     """
     from worker.tokens.sealing import KeyRing
 
@@ -51,26 +51,3 @@ def find_keyring(settings: Settings) -> KeyRing | None:
     except ConfigurationError:
         return None
     return KeyRing.load(path) if path.exists() else None
-
-
-def read_catalogue_now(settings: Settings, database: Database) -> None:
-    """Ask the installed distributions what they offer, where the database has not heard of them yet."""
-    from worker.operations.confinement import confinement_of
-    from worker.wiring.catalogue import store_unknown
-
-    command = confinement_of(settings).describe
-    passed = settings.execution.pass_environment
-    store_unknown(database, SystemClock(), pass_environment=passed, command=command)
-
-
-def run_worker(settings: Settings) -> int:
-    """Run a worker until SIGTERM or SIGINT; gives the process's exit code.
-
-    Raises:
-        Busy: another worker holds the SQLite file.
-        ConfigurationError: the schema is another version's, or an issuer or key is not usable.
-    """
-    # Imported here: the commands of the CLI need none of it.
-    from worker.wiring.process import run
-
-    return run(settings)

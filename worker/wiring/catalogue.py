@@ -1,31 +1,31 @@
-"""The catalogue between the children that read it, the database that keeps it, and the offers."""
+"""The catalogue: child processes read what handlers are installed; the database and the registry keep it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
-from worker.clock import Clock
+from worker.clock import Clock, SystemClock
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
 from worker.handlers.installed import distributions
 from worker.handlers.schema import Schema
+from worker.operations.confinement import confinement_of
+from worker.settings import Settings
 from worker.store import catalogue
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import emit
 
-# Unchecked rules of one handler that are named.
-MOST_TOLD = 10
+# At most this many unchecked rules of one handler are reported.
+MOST_REPORTED = 10
 
 
-def store_unknown(
-    database: Database, clock: Clock, *, command: Sequence[str], pass_environment: Sequence[str] = ()
-) -> None:
-    """Read what distributions installed here offer, of those the database has not, or in another version.
+def store_unknown(settings: Settings, database: Database) -> None:
+    """Read and store the handlers of installed distributions that the database lacks in this version.
 
-    One that a worker is still reading, name by name, is read here as well.
+    Does not wait for a worker that is reading the same distribution.
     """
     with database.autocommit() as connection:
         known = catalogue.offered(connection)
@@ -35,54 +35,43 @@ def store_unknown(
         if not known.issuperset((found.name, found.version, point.name) for point in found.points)
     ]
     if unknown:
-        reading = read_catalogue(unknown, pass_environment=pass_environment, command=command)
-        asyncio.run(_store(database, reading, clock))
+        entries = asyncio.run(read_entries(settings, unknown))
+        with database.transaction() as connection:
+            catalogue.put(connection, entries, at=SystemClock().now())
 
 
-async def _store(database: Database, reading: AsyncIterator[HandlerEntry], clock: Clock) -> None:
-    entries = [entry async for entry in reading]
-    with database.transaction() as connection:
-        catalogue.put(connection, entries, at=clock.now())
+async def read_entries(settings: Settings, names: Sequence[str]) -> list[HandlerEntry]:
+    """The handlers of these distributions, each read in a process of its own."""
+    passed, command = settings.execution.pass_environment, confinement_of(settings).describe
+    return [entry async for entry in read_catalogue(names, pass_environment=passed, command=command)]
 
 
-def _tell_unchecked(entry: HandlerEntry) -> None:
-    """Say once which rules of the params' schema only the run's own process checks."""
-    if entry.params_schema is not None:
-        for left in islice(Schema(entry.params_schema).unchecked(), MOST_TOLD):
-            emit(
-                "handler.unchecked",
-                handler=entry.name,
-                distribution=entry.distribution,
-                place=left.place,
-                reason=left.reason,
-            )
-
-
-class Cataloguing:
-    """Reads the catalogue at the start; each handler is offered as soon as its child has answered."""
+class CatalogueReader:
+    """Reads the catalogue once per process; each handler is offered as soon as it has been read."""
 
     def __init__(
         self,
         database: Database,
         store: WorkerStore,
-        offers: HandlerRegistry,
+        handlers: HandlerRegistry,
         clock: Clock,
+        *,
         on_offered: Callable[[], None],
         pass_environment: Sequence[str],
         command: Sequence[str],
     ) -> None:
         self._database = database
         self._store = store
-        self._offers = offers
+        self._handlers = handlers
         self._clock = clock
         self._on_offered = on_offered
         self._pass_environment = pass_environment
         self._command = command
-        self._read = False
+        self._has_read = False
 
     async def run(self) -> None:
-        """Read it once, tell of each distribution, then wait to be cancelled."""
-        if not self._read:
+        """Read it once, then wait for cancellation."""
+        if not self._has_read:
             names: dict[str, set[str]] = {name: set() for name in installed()}
             reading = read_catalogue(pass_environment=self._pass_environment, command=self._command)
             async for entry in reading:
@@ -90,10 +79,10 @@ class Cataloguing:
                 await self._take(entry)
             for distribution, known in names.items():
                 await self._database.call(catalogue.forget, distribution, but=known)
-                offered = [name for name in known if self._offers.get(name) is not None]
+                offered = sum(self._handlers.get(name) is not None for name in known)
                 version = installed().get(distribution)
-                emit("handlers.loaded", distribution=distribution, version=version, handlers=len(offered))
-            self._read = True
+                emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
+            self._has_read = True
         await asyncio.Event().wait()
 
     async def _take(self, entry: HandlerEntry) -> None:
@@ -106,7 +95,20 @@ class Cataloguing:
                 version=entry.version,
                 error=entry.error,
             )
-        elif self._offers.add(entry):
-            _tell_unchecked(entry)
-            await self._store.handlers_changed(self._offers.names())
+        elif self._handlers.add(entry):
+            _report_unchecked(entry)
+            await self._store.handlers_changed(self._handlers.names())
             self._on_offered()
+
+
+def _report_unchecked(entry: HandlerEntry) -> None:
+    """Report the rules of the params schema that only the run's own process checks."""
+    if entry.params_schema is not None:
+        for rule in islice(Schema(entry.params_schema).unchecked(), MOST_REPORTED):
+            emit(
+                "handler.unchecked",
+                handler=entry.name,
+                distribution=entry.distribution,
+                place=rule.place,
+                reason=rule.reason,
+            )

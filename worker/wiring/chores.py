@@ -1,4 +1,4 @@
-"""How long history is kept: `[retention]` as the loop that deletes it needs it."""
+"""The chores that change definitions: templates, time zone data, pauses after failures, and backfills."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ from worker.store.database import Database
 from worker.store.sweeps import pending
 from worker.telemetry.events import emit
 
+# Seconds between two looks; a new org has the definitions of its templates after at most two looks.
+EVERY = 2.0
+# Seconds after which a success here makes failures on other workers count again.
+FORGET = 60.0
+
 
 def ages_of(settings: RetentionSettings) -> Ages:
-    """How long each thing is kept, as `[retention]` says."""
+    """The retention settings by run state."""
     failed = settings.failed
     runs = {
         "succeeded": settings.succeeded,
@@ -35,70 +40,54 @@ def ages_of(settings: RetentionSettings) -> Ages:
     return Ages(runs=runs, skips=settings.skipped, logs=settings.logs)
 
 
-# Seconds between two looks; an org that is new has what templates make for it within two of them.
-EVERY = 2.0
-# Seconds after which another worker's failures are noticed at a success here.
-FORGET = 60.0
-
-
 class Chores:
-    """Each works in short transactions of its own, so that nothing else waits for a long one.
-
-    `on_runs` is called when a backfill made runs.
-    """
+    """Each chore works in short transactions of its own. `on_runs` is called after a backfill made runs."""
 
     def __init__(self, database: Database, *, on_runs: Callable[[], None]) -> None:
         self._database = database
         self._on_runs = on_runs
         self._failures = FailureWatch()
         self._backfill_waits = asyncio.Event()
-        self._zone_data_seen = False
+        self._zone_data_checked = False
 
     def add_to(self, housekeeping: Housekeeping) -> None:
-        """Let the housekeeping tick them: one job, since each tick costs more than a look."""
-        housekeeping.every(EVERY, "schedules", self.look)
+        """Schedule all chores as one job: a tick costs more than a look."""
+        housekeeping.every(EVERY, "schedules", self._look)
         housekeeping.every(FORGET, "failures.forget", self._forget)
 
     def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
-        """Take note of an end that is written."""
+        """Record the end of an attempt after it is written."""
         self._failures.ended(ended, held)
         if held is not None and held.run.origin == "backfill":
             self._backfill_waits.set()
 
     def recovered(self, recovered: Sequence[Recovered]) -> None:
-        """Take note of runs that were taken from a dead worker."""
+        """Record runs taken over from a dead worker."""
         self._failures.recovered(recovered)
 
-    async def look(self) -> None:
-        """See whether there is something to do, and do it."""
-        await self.failures()
+    async def backfills(self) -> None:
+        """Continue backfills whenever a run of one has ended or a look finds one. Ends by cancellation."""
+        while True:
+            await self._backfill_waits.wait()
+            self._backfill_waits.clear()
+            # After an outage of the database the next look starts it again.
+            with suppress(Unavailable):
+                await self._fill()
+
+    async def _look(self) -> None:
+        await self._count_failures()
         found = await self._database.call_autocommit(pending)
         if found.backfills:
             self._backfill_waits.set()
         if found.templates:
-            await self.templates()
-        if not self._zone_data_seen:
-            await self.zone_data()
+            while (done := await self._database.run(materialise, self._database)).orgs:
+                for name, reached, total in done.progress:
+                    emit("template.progress", template=name, done=reached, total=total)
+        if not self._zone_data_checked:
+            await self._check_zone_data()
 
-    async def templates(self) -> None:
-        """Carry orgs to the newest templates until none is behind."""
-        while (done := await self._database.run(materialise, self._database)).orgs:
-            for name, reached, total in done.progress:
-                emit("template.progress", template=name, done=reached, total=total)
-
-    async def zone_data(self) -> None:
-        """Once, after the start: compute schedules anew where the zone data is another than theirs was."""
-        version, run = zone_data_version(), self._database.run
-        if await run(settle.outdated, self._database, version):
-            page, moved = await run(settle.recompute, self._database), 0
-            while page.after is not None:
-                moved += page.moved
-                page = await run(settle.recompute, self._database, after=page.after)
-            await run(settle.recomputed, self._database, version, moved=moved + page.moved)
-        self._zone_data_seen = True
-
-    async def failures(self) -> None:
-        """Count the failures of the definitions whose runs ended, and pause those that had too many."""
+    async def _count_failures(self) -> None:
+        """Count the consecutive failures of definitions whose runs ended; pause those with too many."""
         taken = self._failures.take()
         while taken:
             org_id, definition_id = key = taken[-1]
@@ -111,14 +100,16 @@ class Chores:
                 self._failures.counted(key, failures)
             taken.pop()
 
-    async def backfills(self) -> None:
-        """Let backfills go on whenever a run of one has ended, or a look finds one; for ever."""
-        while True:
-            await self._backfill_waits.wait()
-            self._backfill_waits.clear()
-            # Without the database, the next look that finds one comes here again.
-            with suppress(Unavailable):
-                await self._fill()
+    async def _check_zone_data(self) -> None:
+        """Once after the start: recompute the schedules if the time zone data has changed."""
+        version, run = zone_data_version(), self._database.run
+        if await run(settle.outdated, self._database, version):
+            page, moved = await run(settle.recompute, self._database), 0
+            while page.after is not None:
+                moved += page.moved
+                page = await run(settle.recompute, self._database, after=page.after)
+            await run(settle.recomputed, self._database, version, moved=moved + page.moved)
+        self._zone_data_checked = True
 
     async def _fill(self) -> None:
         runs = True

@@ -1,182 +1,83 @@
-"""Traces of a worker process, where `[tracing]` asks for them."""
+"""The worker process: starts the zygote, then one incarnation after another until it is asked to stop."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from random import SystemRandom
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
+from worker.execution.attempts.dispatcher import Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.run_services import Tools
+from worker.execution.loops.admission import Admission
+from worker.execution.loops.heartbeat import Heartbeat
+from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
+from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovered, recover_dead_workers
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.scheduler import Scheduler
+from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import ChildPool
-from worker.operations.confinement import confinement_of
+from worker.execution.runners.inline import Inline
+from worker.ids import RunId, WorkerId, new_id
+from worker.operations.confinement import Confinement, confinement_of
 from worker.operations.keys import check_ring
+from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
-from worker.settings.sections import AlertSettings, TracingSettings
-from worker.store import alerts, health, schema
+from worker.store import schema
 from worker.store.database import Database
 from worker.store.engine import lock_sqlite_file
-from worker.store.worker_store import heartbeat_database
-from worker.telemetry import events, logs, tracing
-from worker.telemetry.alerts import Alert, AlertDispatcher, Strike, Strikes, Webhook
-from worker.telemetry.masking import masker
-from worker.telemetry.overdue_monitor import Deadman, OverdueMonitor, Unfired
-from worker.telemetry.vitals import Notifier
+from worker.store.worker_store import WorkerStore, heartbeat_database
+from worker.telemetry import logs
+from worker.telemetry.events import emit
+from worker.telemetry.vitals import Notifier, Vitals
+from worker.tokens.cache import Tokens
+from worker.tokens.http import open_client
+from worker.tokens.sealing import KeyRing
 from worker.web.health import Health
 from worker.wiring import open_keyring
-from worker.wiring.incarnation import EXIT_OK, VERSION, Incarnation
-from worker.wiring.signals import Signals
+from worker.wiring.catalogue import CatalogueReader
+from worker.wiring.chores import Chores, ages_of
+from worker.wiring.monitoring import monitoring, traces_of
+from worker.wiring.secrets import OpenedCredentials, issuers_of
 from worker.wiring.web import Web, metrics_of
 
-if TYPE_CHECKING:
-    from worker.telemetry.otel import OtelTracer
-
-# The standard variables with what may be a collector's key.
-HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
-
-
-def tracing_of(
-    settings: TracingSettings, clock: Clock, *, version: str
-) -> Callable[[], AbstractContextManager[None]]:
-    """What makes traces for as long as its block lasts; nothing is sent before.
-
-    Raises:
-        ConfigurationError: OpenTelemetry is not installed.
-    """
-    if not settings.enabled or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return contextlib.nullcontext
-    try:
-        from worker.telemetry import otel
-    except ImportError as error:
-        raise ConfigurationError(
-            f"tracing.enabled asks for traces, and OpenTelemetry is not installed ({error.name} is missing)",
-            fix="pip install 'orgworker[otel]', or set tracing.enabled to false",
-        ) from error
-    for headers in (settings.headers, *(os.environ.get(name, "") for name in HEADERS)):
-        for part in headers.split(","):
-            masker.register(part.partition("=")[2])
-
-    def made() -> OtelTracer:
-        exporter = otel.ToldExporter(otel.otlp_exporter(settings.endpoint, settings.headers))
-        return otel.OtelTracer(exporter, clock, version=version, dashboard_url=settings.dashboard_url)
-
-    return partial(_traced, made)
-
-
-@contextlib.contextmanager
-def _traced(made: Callable[[], OtelTracer]) -> Iterator[None]:
-    tracer = made()
-    unheard = events.listen(tracer.hear)
-    unused = tracing.use(tracer)
-    try:
-        yield
-    finally:
-        unused()
-        unheard()
-        tracer.close()
-
-
-@contextlib.contextmanager
-def alarms(settings: Settings, database: Database, clock: Clock, asked: Health) -> Iterator[None]:
-    """Watch for as long as the block lasts."""
-    wanted = settings.alerts
-
-    def oldest() -> Unfired | None:
-        with database.autocommit() as connection:
-            found = health.oldest_unfired(connection)
-        return None if found is None else Unfired(*found)
-
-    watchman = OverdueMonitor(
-        oldest,
-        clock,
-        overdue=wanted.overdue.total_seconds(),
-        resting=asked.draining,
-        alive=lambda: not asked.stalled(),
-        deadman=Deadman(wanted.deadman_url, wanted.deadman_every.total_seconds())
-        if wanted.deadman_url
-        else None,
-    )
-    with _told(wanted, database, clock):
-        watchman.start()
-        try:
-            yield
-        finally:
-            watchman.stop()
-
-
-class SharedLedger:
-    """The alerts in the database, for a thread that is no loop of the worker."""
-
-    def __init__(self, database: Database, overdue: float) -> None:
-        self._database = database
-        self._overdue = overdue
-
-    def note(self, strikes: Sequence[Strike]) -> None:
-        with self._database.transaction() as connection:
-            alerts.note(connection, strikes)
-
-    def settle(self) -> None:
-        if self._is_any():
-            with self._database.transaction() as connection:
-                alerts.settle(connection, overdue=self._overdue)
-
-    def claim(self) -> tuple[Alert, int] | None:
-        # Most of the time there is none, and to look for it should keep no writer waiting.
-        if not self._is_any():
-            return None
-        with self._database.transaction() as connection:
-            return alerts.claim(connection)
-
-    def told(self, alert: Alert) -> None:
-        with self._database.transaction() as connection:
-            alerts.told(connection, alert)
-
-    def untold(self, alert: Alert, again: float) -> None:
-        with self._database.transaction() as connection:
-            alerts.untold(connection, alert, again)
-
-    def _is_any(self) -> bool:
-        with self._database.autocommit() as connection:
-            return alerts.is_any(connection)
-
-
-@contextlib.contextmanager
-def _told(wanted: AlertSettings, database: Database, clock: Clock) -> Iterator[None]:
-    """Where a webhook is wanted, it is told of what strikes."""
-    if not wanted.webhook_url:
-        yield
-        return
-    strikes = Strikes(clock, lambda: teller.wake())
-    webhook = Webhook(wanted.webhook_url, wanted.webhook_secret, clock)
-    teller = AlertDispatcher(strikes, SharedLedger(database, wanted.overdue.total_seconds()), webhook, clock)
-    unheard = events.listen(strikes.hear)
-    teller.start()
-    try:
-        yield
-    finally:
-        unheard()
-        teller.stop()
-        webhook.close()
-
-
-# Seconds for which a thread keeps the interpreter while another asks for it. The database's threads
-# ask at each of their steps: with Python's own 5 ms a busy loop leaves them a tenth of their speed.
+VERSION = version("orgworker")
+EXIT_OK = 0
+EXIT_TRY_LATER = 75
+# Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask
+# at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
 SWITCH = 0.0001
-# Seconds until an incarnation that could not register is tried again.
-AGAIN = 1.0
+# Seconds until a new incarnation tries again to register.
+REGISTER_AGAIN = 1.0
+# Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
+NO_HANDLER_EVERY = 5.0
+# Seconds between two retention passes.
+RETENTION_EVERY = 60.0
 
 
 def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; gives the process's exit code."""
+    """Run a worker until SIGTERM or SIGINT; returns the exit code of the process.
+
+    Raises:
+        Busy: another worker holds the SQLite file.
+        ConfigurationError: the schema has another version, or an issuer or key is not usable.
+    """
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
-    traced = tracing_of(settings.tracing, clock, version=VERSION)
+    traces = traces_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
     execution = settings.execution
     confinement = confinement_of(settings)
@@ -194,7 +95,7 @@ def run(settings: Settings) -> int:
             check_ring(database, None, str(settings.keyring_file))
         children = ChildPool(
             clock,
-            # On SQLite the file's lock decides, not the lease: nothing is frozen.
+            # On SQLite the file lock decides, not the lease: nothing is frozen.
             freezing=not on_file,
             max_freeze=execution.max_freeze,
             preload=execution.preload,
@@ -203,7 +104,10 @@ def run(settings: Settings) -> int:
             sandbox=confinement.rules,
         )
         children.start()
-        _look_for_garbage_seldom()
+        # The collector skips what is loaded now and runs less often. By default it runs every few runs and
+        # takes a quarter of the time of an inline run.
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
         sys.setswitchinterval(SWITCH)
         # From here on this process holds keys, and nothing is forked from it.
         try:
@@ -214,45 +118,49 @@ def run(settings: Settings) -> int:
             raise
 
         def incarnate(signals: Signals) -> Incarnation:
-            web.health.starting()
+            health.starting()
             return Incarnation(
-                settings,
-                database,
-                keyring,
-                children,
-                notifier,
-                signals,
-                clock,
-                web.health.watch,
-                confinement,
+                settings, database, keyring, children, notifier, signals, clock, health, confinement
             )
 
-        async def served() -> int:
-            aside = heartbeat_database(database, execution.lease)
-            with traced(), alarms(settings, aside, clock, web.health):
+        async def serve() -> int:
+            own_connection = heartbeat_database(database, execution.lease)
+            with traces, monitoring(settings.alerts, own_connection, clock, health):
                 async with web.serving():
                     return await run_incarnations(incarnate, children, notifier, clock)
 
-        return asyncio.run(served())
+        return asyncio.run(serve())
     finally:
         database.close()
 
 
-def _look_for_garbage_seldom() -> None:
-    """Let the collector pass over what was loaded, and look less often at what comes and goes.
+class Signals:
+    """SIGTERM and SIGINT: counts the requests to stop and passes each to the current incarnation."""
 
-    By default it comes round every few runs and costs a quarter of an inline one.
-    """
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    def __init__(self) -> None:
+        self.count = 0
+        self._stop: Callable[[], None] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+
+    def pass_to(self, stop: Callable[[], None]) -> None:
+        """Call `stop` at each request from now on, and at once for each earlier one."""
+        self._stop = stop
+        for _ in range(self.count):
+            stop()
+
+    def _receive(self) -> None:
+        self.count += 1
+        if self._stop is not None:
+            self._stop()
 
 
 async def run_incarnations(
     incarnate: Callable[[Signals], Incarnation], children: ChildPool, notifier: Notifier, clock: Clock
 ) -> int:
-    """One incarnation after the other, each made when the one before has lost its lease."""
+    """Run one incarnation after another: each new one starts when its predecessor has lost its lease."""
     signals = Signals()
-    # At once: a zygote that dies before the first run must not be the death of that.
+    # Before the first incarnation: it must survive a zygote that dies before the first run.
     children.attach()
     try:
         exit_code = await incarnate(signals).run()
@@ -260,12 +168,246 @@ async def run_incarnations(
             try:
                 exit_code = await incarnate(signals).run()
             except Unavailable:
-                # It can only have failed to register: the loops bear an absent database.
-                if signals.asked:
-                    return EXIT_OK  # nothing is held, and nothing unwritten
+                # Only the registration raises this; the loops tolerate an unavailable database.
+                if signals.count:
+                    return EXIT_OK  # no runs, nothing unwritten
                 notifier.status("waiting for the database")
                 notifier.alive()
-                await clock.sleep(AGAIN)
+                await clock.sleep(REGISTER_AGAIN)
         return exit_code
     finally:
         await children.close()
+
+
+class Incarnation:
+    """A worker's life under one lease: its loops and what they share."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        keyring: KeyRing,
+        children: ChildPool,
+        notifier: Notifier,
+        signals: Signals,
+        clock: Clock,
+        health: Health,
+        confinement: Confinement,
+    ) -> None:
+        self.id = WorkerId(new_id())
+        self._settings = settings
+        self._database = database
+        self._children = children
+        self._notifier = notifier
+        self._signals = signals
+        self._clock = clock
+        self._health = health
+        self._confinement = confinement
+        self._started_at = clock.monotonic()
+        self._is_ready = False
+        self._store = WorkerStore(database, self.id, settings.execution.lease)
+        self._handlers = HandlerRegistry(frozenset(settings.execution.inline))
+        self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
+
+    async def run(self) -> int | None:
+        """Run until SIGTERM or SIGINT; returns the exit code: 0, or 75 if not everything could be written.
+
+        Returns None if the lease was lost: other workers own the runs, and only a new incarnation may
+        admit more.
+        """
+        emit(
+            "worker.started",
+            worker=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            database=self._database.url_shown,
+        )
+        execution = self._settings.execution
+        capacity = {"children": execution.max_children, "inline": execution.max_inline}
+        await self._database.run(
+            self._store.register, version=VERSION, handlers=self._handlers.names(), capacity=capacity
+        )
+        if self._settings.database.sqlite_file is not None:
+            # This process holds the file lock, so every other worker of this database is dead.
+            emit_recovered(await self._store.recover_all_others())
+        async with open_client() as client:
+            issuers = issuers_of(self._settings)
+            tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
+            supervisor = self._assemble(tokens)
+            self._children.attach()
+            self._signals.pass_to(supervisor.stop)
+            try:
+                unwritten = not await supervisor.run()
+            finally:
+                await tokens.close()
+        if supervisor.lost and not self._signals.count:
+            return None
+        # If the database is unavailable, the lease simply expires.
+        with suppress(Unavailable):
+            await self._database.run(self._store.unregister)
+        exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
+        emit("worker.stopped", worker=self.id, exit_code=exit_code)
+        return exit_code
+
+    def _assemble(self, tokens: Tokens) -> Supervisor:
+        execution, clock, store = self._settings.execution, self._clock, self._store
+        poll = execution.poll.total_seconds()
+        slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
+        inflight_runs = InflightRuns()
+        run_log = RunLogWriter(store, clock)
+        origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
+        plans = Plans(
+            store,
+            clock,
+            api_origins=origins,
+            private_origins=execution.private_origins,
+            insecure_origins=execution.insecure_origins,
+        )
+        tools = Tools(
+            plans=plans,
+            tokens=tokens,
+            handlers=self._handlers,
+            runners={"child": self._children, "inline": Inline(clock)},
+            checkpoints=store,
+            run_log=run_log,
+            clock=clock,
+            random=SystemRandom(),
+        )
+
+        def wake_admission() -> None:
+            admission.wake.set()
+
+        def wake_loops() -> None:
+            scheduler.wake.set()
+            admission.wake.set()
+
+        def on_fired() -> None:
+            admission.wake.set()
+            wakeups.request()
+
+        chores = Chores(self._database, on_runs=wake_admission)
+        dispatcher = Dispatcher(tools, inflight_runs, store, on_free=wake_admission, on_end=chores.ended)
+        admission = Admission(
+            store,
+            inflight_runs,
+            self._handlers,
+            clock,
+            slots=slots,
+            poll=poll,
+            start=dispatcher.start,
+            on_admitting=lambda: self._ready(vitals.in_words()),
+        )
+        wakeups = Wakeups(self._database.hint, clock)
+        scheduler = Scheduler(store, self._handlers, clock, poll=poll, on_fired=on_fired)
+
+        def cancel(run_id: RunId, reason: str) -> None:
+            held = inflight_runs.get(run_id)
+            if held is not None and reason == "suspended":
+                tokens.drop(held.run.org_id)
+            dispatcher.cancel(run_id, reason)
+
+        reconciler = Reconciler(
+            inflight_runs,
+            store,
+            cancel=cancel,
+            on_lease=self._children.renewed,
+            on_lost=lambda: supervisor.give_up(),
+        )
+
+        def on_renewal(renewal: Renewal) -> None:
+            reconciler.take(renewal)
+            # After an outage, admission waits for the renewal of the lease.
+            admission.wake.set()
+
+        heartbeat = Heartbeat(
+            store,
+            inflight_runs,
+            clock,
+            lease=execution.lease,
+            renew=execution.renew.total_seconds(),
+            on_lease=self._children.renewed,
+            on_renewal=on_renewal,
+        )
+
+        def on_recovered(recovered: Sequence[Recovered]) -> None:
+            chores.recovered(recovered)
+            admission.wake.set()
+
+        housekeeping = Housekeeping()
+        housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
+        housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
+        chores.add_to(housekeeping)
+        retention = Retention(store, ages_of(self._settings.retention), clock)
+        housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
+        # The loops that a drain ends first must tick.
+        liveness = Liveness(
+            {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
+            self._notifier,
+            clock,
+            resting=lambda: self._signals.count > 0,
+            status=lambda: vitals.in_words(),
+        )
+        vitals = Vitals(
+            ages=liveness.ages,
+            stalled=liveness.stalled,
+            lease_remaining=lambda: heartbeat.lease.expires_at - clock.monotonic(),
+            admitting=lambda: admission.admitting,
+            draining=liveness.resting,
+            slots={str(isolation): count for isolation, count in slots.items()},
+            used=inflight_runs.used,
+        )
+        self._health.watch(vitals)
+        catalogue = CatalogueReader(
+            self._database,
+            store,
+            self._handlers,
+            clock,
+            on_offered=wake_admission,
+            pass_environment=execution.pass_environment,
+            command=self._confinement.describe,
+        )
+        supervisor = Supervisor(
+            intake={
+                "scheduler": scheduler.run,
+                "admission": admission.run,
+                "recovery": partial(
+                    recover_dead_workers,
+                    store,
+                    clock,
+                    poll=poll,
+                    may_recover=heartbeat.may_recover,
+                    on_recovered=on_recovered,
+                ),
+                "backfills": chores.backfills,
+                "hints": wakeups.run,
+                "listener": partial(self._database.listen, wake_loops),
+                "catalogue": catalogue.run,
+            },
+            outlet={
+                "finisher": dispatcher.finisher.run,
+                "journal": run_log.run,
+                "reconciler": reconciler.run,
+                "pulse": liveness.run,
+            },
+            dispatcher=dispatcher,
+            run_log=run_log,
+            heartbeat=heartbeat,
+            housekeeping=housekeeping,
+            clock=clock,
+            drain=execution.drain,
+            on_draining=self._draining,
+        )
+        return supervisor
+
+    def _ready(self, status: str) -> None:
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self._notifier.ready(status)
+        emit("worker.ready", worker=self.id, seconds=round(self._clock.monotonic() - self._started_at, 3))
+
+    def _draining(self, running: int) -> None:
+        seconds = self._settings.execution.drain.total_seconds()
+        self._notifier.stopping(seconds + LAST_FLUSH)
+        emit("worker.draining", worker=self.id, running=running, seconds=seconds)

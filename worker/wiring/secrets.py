@@ -1,4 +1,4 @@
-"""Issuers, key ring and credentials, as settings and database provide them."""
+"""Issuers and credentials from the settings and the database."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from worker.wiring import find_keyring
 
 
 def issuers_of(settings: Settings) -> dict[str, Issuer]:
-    """Issuers by their name in `worker.toml`.
+    """The issuers of `worker.toml` by name.
 
     Raises:
-        ConfigurationError: an unknown profile, or a URL that a secret must not be sent to.
+        ConfigurationError: unknown profile, or a URL that must not receive a secret.
     """
     return {
         name: Issuer(
@@ -46,10 +46,10 @@ def issuers_of(settings: Settings) -> dict[str, Issuer]:
 
 
 class OpenedCredentials:
-    """Satisfies `tokens.credentials.CredentialSource`; `keyring` None where every secret is a file.
+    """Implements `tokens.credentials.CredentialSource`; without a `keyring` all secrets must be files.
 
-    The ring's file is read again when a secret is sealed with a key that it did not
-    have, so a new key reaches a worker that is up. Files are read each time.
+    If a secret is sealed with an unknown key, the key ring file is read again, so a running worker
+    learns of new keys. Secret files are read at each use.
     """
 
     def __init__(self, database: Database, keyring: KeyRing | None, secrets_dir: str, clock: Clock) -> None:
@@ -59,13 +59,13 @@ class OpenedCredentials:
         self._clock = clock
         self._active: BatchLoader[OrgId, list[dict[str, Any]]] = BatchLoader(self._read_active)
         self._org_of: dict[str, OrgId] = {}
-        self._unopened: set[str] = set()
+        self._unusable: set[str] = set()
 
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
-        """The active generations of one org, newest first; those that do not open are left out.
+        """The active generations of one org, newest first, without those that cannot be opened.
 
         Raises:
-            ConfigurationError: none opens: a key is missing, or a file is not there.
+            ConfigurationError: none can be opened: a key or a file is missing.
         """
         rows = await self._active.of(org_id) or []
         self._org_of.update((row["id"], org_id) for row in rows)
@@ -73,16 +73,19 @@ class OpenedCredentials:
         for row in rows:
             try:
                 opened.append(self._open(row))
-                self._unopened.discard(row["id"])
+                self._unusable.discard(row["id"])
             except ConfigurationError as error:
                 fault = fault or error
-                self._tell(row, error)
+                if row["id"] not in self._unusable:
+                    self._unusable.add(row["id"])
+                    org, generation = row["org"], row["generation"]
+                    emit("credential.unusable", org=org, generation=generation, error=error.message)
         if fault is not None and not opened:
             raise fault
         return opened
 
     async def used(self, credential_id: str, error: str | None) -> None:
-        """Count one use of a credential that `active` gave."""
+        """Record one use of a credential that `active` returned."""
         await self._database.call(
             credentials.used,
             self._org_of[credential_id],
@@ -105,18 +108,13 @@ class OpenedCredentials:
             kind=row["kind"],
         )
 
-    def _tell(self, row: Mapping[str, Any], error: ConfigurationError) -> None:
-        if row["id"] not in self._unopened:
-            self._unopened.add(row["id"])
-            emit("credential.unusable", org=row["org"], generation=row["generation"], error=error.message)
-
     def _secret(self, row: Mapping[str, Any]) -> str:
         if row["reference"] is not None:
             return read_reference(row["reference"], self._secrets_dir)
         if self._keyring is None:
             raise ConfigurationError(
-                "no key ring opens the secrets in the database",
-                fix="put the key ring back, or add the credential anew",
+                "there is no key ring to open the secrets in the database",
+                fix="put the key ring back, or add the credential again",
             )
         if row["key_id"] not in self._keyring.key_ids:
             self._keyring = KeyRing.load(self._keyring.path)
@@ -127,7 +125,7 @@ class OpenedCredentials:
 
 @asynccontextmanager
 async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
-    """Checks at the issuers of `worker.toml`, with the credentials of the database.
+    """Token checks at the configured issuers, with the stored credentials.
 
     Raises:
         ConfigurationError: an issuer or the key ring is not usable.
@@ -135,11 +133,11 @@ async def open_checks(settings: Settings, database: Database, clock: Clock) -> A
     source = OpenedCredentials(database, find_keyring(settings), settings.secrets_dir, clock)
     async with open_client() as client:
         watch(client)
-        examiners = {
+        probes = {
             name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
         }
         try:
-            yield Checks(database, source, examiners)
+            yield Checks(database, source, probes)
         finally:
-            for examiner in examiners.values():
-                await examiner.close()
+            for probe in probes.values():
+                await probe.close()

@@ -1,4 +1,4 @@
-"""Trying a handler: one run in front of its author, under made-up claims or a real org's token."""
+"""`try`: one run of one handler, with fake claims or the token of a real org; nothing is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
 from worker.execution.runners.inline import Blocking, Inline
 from worker.execution.trial import FakeTokens, Subject, Trial, definition_of
-from worker.handlers.catalogue import HandlerEntry, read_catalogue
+from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 from worker.handlers.models import load
@@ -35,20 +35,21 @@ from worker.store.database import Database
 from worker.tokens.cache import Tokens
 from worker.tokens.http import open_client
 from worker.wiring import find_keyring
+from worker.wiring.catalogue import read_entries
 from worker.wiring.secrets import OpenedCredentials, issuers_of
 
-# A debugger is not to be cut short by the handler's timeout.
+# The handler's timeout does not interrupt a debugger.
 NO_TIMEOUT = "365d"
 
 OnError = Callable[[Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What to try: under made-up claims, or those of a real org where a database is given.
+class TryRequest:
+    """What to try: with fake claims, or with the token of a real org if there is a `database`.
 
-    `scopes` None means all that the handler declares; `on_error` has it run in this
-    process, and is called with what the handler raises while its frames are still there.
+    `scopes` None means all that the handler declares. With `on_error` the handler runs in this
+    process; it is called with the exception of the handler while its frames still exist.
     """
 
     org: str
@@ -64,49 +65,47 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """How it ended, and the checkpoint that it saved last."""
+    """The outcome, and the last checkpoint or None."""
 
     ended: EndedAttempt
     checkpoint: Any
 
 
 async def find_handler(name: str, settings: Settings) -> HandlerEntry:
-    """The handler of that name as its distribution offers it, read in a process of its own.
+    """The handler of that name, read from its distribution in a separate process.
 
     Raises:
-        NotFound: no installed distribution offers it, or it does not load.
+        NotFound: no installed distribution offers it, or it cannot be loaded.
     """
-    homes = [found.name for found in distributions() if any(point.name == name for point in found.points)]
-    command = confinement_of(settings).describe
-    reading = read_catalogue(homes, pass_environment=settings.execution.pass_environment, command=command)
-    found = [entry async for entry in reading if entry.name == name]
-    if not found:
+    offering = [found.name for found in distributions() if any(point.name == name for point in found.points)]
+    entry = next((entry for entry in await read_entries(settings, offering) if entry.name == name), None)
+    if entry is None:
         raise NotFound(
             f"no installed distribution offers a handler {name}",
-            fix=f"install its distribution here, or `new-job {name}` makes one",
+            fix=f"install its distribution, or create the handler with `new-job {name}`",
         )
-    entry = found[0]
     if entry.error is not None:
         raise NotFound(
-            f"handler {name} of {entry.distribution} {entry.version} does not load: {entry.error}",
-            fix=f"mend {entry.entry_point.partition(':')[0]}, or its entry point in pyproject.toml",
+            f"handler {name} of {entry.distribution} {entry.version} cannot be loaded: {entry.error}",
+            fix=f"fix {entry.entry_point.partition(':')[0]}, or the entry point in pyproject.toml",
         )
     return entry
 
 
-async def try_once(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Clock) -> Tried:
-    """Carry one run through one attempt; Ctrl-C cancels it, and a second one kills it.
-
-    Nothing is stored; with a real org its issuer is asked for a token as for any run.
+async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock) -> Tried:
+    """Run one attempt; Ctrl-C cancels it, a second Ctrl-C kills it.
 
     Raises:
         NotFound: there is no such org.
         Conflict: the org is suspended or removed.
-        ConfigurationError: an issuer, or the key ring, is not usable.
-        DefinitionError: the handler's own scopes or timeout are none.
+        ConfigurationError: an issuer or the key ring is not usable.
+        DefinitionError: the scopes or the timeout of the handler are invalid.
     """
-    subject = _subject(settings, entry, wish)
-    async with _runner(settings, entry, wish, clock) as runner, _tokens(settings, wish, clock) as tokens:
+    subject = _subject(settings, entry, request)
+    async with (
+        _runner(settings, entry, request, clock) as runner,
+        _tokens(settings, request, clock) as tokens,
+    ):
         trial = Trial(
             subject,
             [entry],
@@ -114,40 +113,40 @@ async def try_once(settings: Settings, entry: HandlerEntry, wish: Wish, clock: C
             runner,
             clock,
             live=True,
-            on_line=wish.on_line,
-            on_progress=wish.on_progress,
+            on_line=request.on_line,
+            on_progress=request.on_progress,
         )
-        if wish.on_error is None:
+        if request.on_error is None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(_interrupt, trial))
         return Tried(await trial.attempt(), trial.checkpoint)
 
 
-def _subject(settings: Settings, entry: HandlerEntry, wish: Wish) -> Subject:
-    # One attempt: what would be tried again is shown as it failed.
-    keys: dict[str, Any] = {"params": dict(wish.params), "max_attempts": 1, "max_recoveries": 0}
-    if wish.on_error is not None:
+def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
+    # One attempt only: a failure is shown rather than retried.
+    keys: dict[str, Any] = {"params": dict(request.params), "max_attempts": 1, "max_recoveries": 0}
+    if request.on_error is not None:
         keys["timeout"] = NO_TIMEOUT
     execution = settings.execution
-    if wish.database is None:
-        org = OrgRef(OrgId(new_id()), wish.org)
-        definition = definition_of(wish.org, entry.name, keys)
-        return Subject(org, wish.org, definition, private_origins=execution.private_origins)
-    if wish.scopes is not None:
-        keys["scopes"] = list(wish.scopes)
-    with wish.database.autocommit() as connection:
-        row = orgs.require(connection, wish.org)
+    if request.database is None:
+        org = OrgRef(OrgId(new_id()), request.org)
+        definition = definition_of(request.org, entry.name, keys)
+        return Subject(org, request.org, definition, private_origins=execution.private_origins)
+    if request.scopes is not None:
+        keys["scopes"] = list(request.scopes)
+    with request.database.autocommit() as connection:
+        row = orgs.require(connection, request.org)
     if row["state"] in ("suspended", "removed"):
         raise Conflict(
-            f"org {wish.org} is {row['state']}: nothing acts for it",
-            fix=f"`orgs resume {wish.org}` lifts a suspension"
+            f"org {request.org} is {row['state']}: no handler can run for it",
+            fix=f"resume it with `orgs resume {request.org}`"
             if row["state"] == "suspended"
-            else "try another",
+            else "choose another org",
         )
     issuer = settings.issuers.get(row["issuer"])
     return Subject(
         OrgRef(row["id"], row["code"]),
         row["name"],
-        definition_of(wish.org, entry.name, keys),
+        definition_of(request.org, entry.name, keys),
         issuer=row["issuer"],
         api_origins=issuer.api_origins if issuer else (),
         private_origins=execution.private_origins,
@@ -156,13 +155,15 @@ def _subject(settings: Settings, entry: HandlerEntry, wish: Wish) -> Subject:
 
 
 @asynccontextmanager
-async def _runner(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Clock) -> AsyncIterator[Runner]:
-    if wish.on_error is not None:
+async def _runner(
+    settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock
+) -> AsyncIterator[Runner]:
+    if request.on_error is not None:
         job = load(entry.entry_point)
-        find = partial(_watched, on_error=wish.on_error)
+        find = partial(_with_on_error, on_error=request.on_error)
         yield Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
         return
-    # Also a handler that asks to be inline: it gets along in a process, and one run gains nothing.
+    # Inline handlers too: they work in a process, and inline brings nothing for one run.
     children = ChildPool(
         clock,
         freezing=False,
@@ -177,11 +178,11 @@ async def _runner(settings: Settings, entry: HandlerEntry, wish: Wish, clock: Cl
 
 
 @asynccontextmanager
-async def _tokens(settings: Settings, wish: Wish, clock: Clock) -> AsyncIterator[TokenSource]:
-    if wish.database is None:
-        yield FakeTokens(clock, properties=wish.properties, flags=wish.flags, scopes=wish.scopes)
+async def _tokens(settings: Settings, request: TryRequest, clock: Clock) -> AsyncIterator[TokenSource]:
+    if request.database is None:
+        yield FakeTokens(clock, properties=request.properties, flags=request.flags, scopes=request.scopes)
         return
-    source = _UncountedCredentials(wish.database, find_keyring(settings), settings.secrets_dir, clock)
+    source = _UncountedCredentials(request.database, find_keyring(settings), settings.secrets_dir, clock)
     async with open_client() as client:
         tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
         try:
@@ -191,7 +192,7 @@ async def _tokens(settings: Settings, wish: Wish, clock: Clock) -> AsyncIterator
 
 
 class _UncountedCredentials(OpenedCredentials):
-    """Credentials whose uses leave no trace."""
+    """Credentials whose use is not recorded."""
 
     async def used(self, credential_id: str, error: str | None) -> None:
         return
@@ -205,8 +206,8 @@ def _interrupt(trial: Trial) -> None:
         stop.request("cancel", CANCEL_GRACE.total_seconds())
 
 
-def _watched(entry_point: str, *, on_error: OnError) -> Job:
-    """The handler, which calls `on_error` with what it raises before anybody else sees it."""
+def _with_on_error(entry_point: str, *, on_error: OnError) -> Job:
+    """The handler, wrapped so that `on_error` receives its exception first."""
     job = copy.copy(load(entry_point))
     function = job.function
 

@@ -1,15 +1,15 @@
-"""The web side of a worker process: made before the first incarnation, there until the last has ended."""
+"""The web side of a process: health, metrics, API and dashboard, beside a worker or alone (`serve`)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from importlib.metadata import version
 
-import httpx
 from starlette.types import ASGIApp
 
 from worker.clock import Clock, SystemClock
@@ -31,11 +31,13 @@ from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.server import WebServer, bind, build, build_health
 from worker.wiring.secrets import issuers_of
-from worker.wiring.signals import Signals
+
+# Seconds between two database checks of `serve`, and the timeout of each.
+CHECK_EVERY = 5.0
 
 
 def metrics_of(settings: Settings, *, version: str) -> Metrics:
-    """The metrics of this process; they count every event from now on."""
+    """The metrics of this process; they count events from now on."""
     metrics = Metrics(version=version, top_orgs=settings.web.metrics_top_orgs)
     events.listen(metrics.take)
     return metrics
@@ -49,17 +51,17 @@ class Web:
         self._clock = clock
         self._listener: socket.socket | None = None
         self._health_listener: socket.socket | None = None
-        self.health = health
+        self._health = health
 
-    def bind(self, *, needed: bool = False) -> None:
-        """Take the addresses, before anything else of the worker begins.
+    def bind(self, *, required: bool = False) -> None:
+        """Bind the addresses, before the worker starts anything else.
 
-        Unless it is `needed`, a port that is not free is only waited for where it is the
-        default, which nobody asked for: a second worker of this machine works without it.
+        If `listen` is not configured and its default port is in use, a worker starts without it and
+        retries, unless `required`: several workers can share a machine.
 
         Raises:
-            Busy: another process has the port.
-            ConfigurationError: the address is not one of this machine, or not allowed.
+            Busy: another process uses the port.
+            ConfigurationError: the address does not belong to this machine or is not allowed.
         """
         web = self._settings.web
         if web.health_listen:
@@ -69,17 +71,17 @@ class Web:
         try:
             self._listener = bind(web.listen)
         except Busy:
-            if needed or "listen" in web.model_fields_set:
+            if required or "listen" in web.model_fields_set:
                 raise
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """Serve as long as the block lasts."""
+        """Serve within the block."""
         web = self._settings.web
-        self.health.protect(self._access({}, _no_org))
+        self._health.protect(self._access({}, _no_org))
         async with contextlib.AsyncExitStack() as stack:
             if web.health_listen:
-                app = build_health(self.health)
+                app = build_health(self._health)
                 await stack.enter_async_context(self._server(app, web.health_listen, self._health_listener))
             if web.listen:
                 app = await self._application(stack)
@@ -87,22 +89,27 @@ class Web:
             yield
 
     async def _application(self, stack: contextlib.AsyncExitStack) -> ASGIApp:
-        """What `listen` serves; what it needs is closed with `stack`."""
+        """The application behind `listen`; `stack` closes its resources."""
         web = self._settings.web
-        # Connections of its own: no page takes one from the loops.
+        # Its own connections: a page never delays the loops.
         database = Database.open(self._settings.database.url, clock=self._clock, role="web")
         stack.callback(database.close)
-        # Who asks is not known yet: in a role that sees no org.
-        unknown = database.acting(roles.NOBODY)
+        # The caller is not known yet, so this role sees no org.
+        anonymous = database.acting(roles.NOBODY)
 
         async def find_caller(code: str, client_id: str) -> OrgCaller | None:
-            return await unknown.call_autocommit(orgs.find_caller, code, client_id)
+            return await anonymous.call_autocommit(orgs.find_caller, code, client_id)
 
         client = await stack.enter_async_context(open_client())
+        guards = {
+            name: Guard(issuer, client=client, clock=self._clock)
+            for name, issuer in issuers_of(self._settings).items()
+            if issuer.audience
+        }
         return build(
-            self.health,
+            self._health,
             database,
-            self._access(self._guards(client), find_caller),
+            self._access(guards, find_caller),
             self._clock,
             public_url=web.public_url,
             with_health=not web.health_listen,
@@ -114,13 +121,6 @@ class Web:
         web = self._settings.web
         connections = Connections(web.connections_per_address, Addresses(web.trusted_proxies))
         return WebServer(app, listen, listener, self._clock, connections=connections).serving()
-
-    def _guards(self, client: httpx.AsyncClient) -> dict[str, Guard]:
-        return {
-            name: Guard(issuer, client=client, clock=self._clock)
-            for name, issuer in issuers_of(self._settings).items()
-            if issuer.audience
-        }
 
     def _access(self, guards: Mapping[str, Guard], find_caller: FindCaller) -> Access:
         web = self._settings.web
@@ -140,25 +140,21 @@ class Web:
 
 
 async def _no_org(code: str, client_id: str) -> None:
-    """Finds no org: where no API is served, operators alone are known."""
-
-
-# Seconds between two looks whether the database answers, and for how long one may last.
-LOOK_EVERY = 5.0
+    """Finds no org: health and metrics know operators only."""
 
 
 class WebHealth(Health):
-    """Ready while the database answers with this release's schema; there are no loops to look after."""
+    """Ready while the database responds and has this release's schema; there are no loops to watch."""
 
     _lacking: tuple[str, ...] = ("starting",)
 
     def lacking(self) -> list[str]:
         return list(self._lacking)
 
-    async def look(self, database: Database) -> None:
-        """Ask the database once."""
+    async def check(self, database: Database) -> None:
+        """Query the database once."""
         try:
-            async with asyncio.timeout(LOOK_EVERY):
+            async with asyncio.timeout(CHECK_EVERY):
                 await database.run(schema.check_for_web, database)
         except (Unavailable, TimeoutError):
             self._lacking = ("database",)
@@ -174,17 +170,18 @@ class WebHealth(Health):
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; gives the process's exit code.
+    """Serve until SIGTERM or SIGINT; returns the exit code of the process.
 
     Raises:
-        Busy: another process has the port.
-        ConfigurationError: `web.listen` is empty or no address of this machine, or the schema is another's.
-        RolesMissing: the database's login may not act for callers.
-        StoreUnavailable: the database does not answer at the start.
+        Busy: another process uses the port.
+        ConfigurationError: `web.listen` is empty or not usable, or the schema has another version.
+        RolesMissing: the database login cannot act for callers.
+        StoreUnavailable: the database does not respond at the start.
     """
     if not settings.web.listen:
         raise ConfigurationError(
-            '[web] listen is "", so there is nothing to serve', fix="such as --set web.listen=127.0.0.1:8470"
+            '[web] listen is "": there is nothing to serve',
+            fix="set an address, such as --set web.listen=127.0.0.1:8470",
         )
     clock = SystemClock()
     logs.configure(settings.log.style or None, level=settings.log.level)
@@ -193,33 +190,29 @@ def serve(settings: Settings) -> int:
     database = Database.open(settings.database.url, clock=clock, role="web")
     try:
         schema.check_for_web(database)
-        _say_what_is_too_much(database)
+        if database.dialect == "postgresql":
+            with database.autocommit() as connection:
+                for warning in roles.serve_warnings(connection):
+                    emit("web.rights", detail=warning)
         web = Web(settings, clock, health)
-        web.bind(needed=True)
+        web.bind(required=True)
         asyncio.run(_serve(web, health, database))
     finally:
         database.close()
     return 0
 
 
-def _say_what_is_too_much(database: Database) -> None:
-    """Log what the login may do beyond acting for callers, which a fault of the web side would use."""
-    if database.dialect == "postgresql":
-        with database.autocommit() as connection:
-            for warning in roles.serve_warnings(connection):
-                emit("web.rights", detail=warning)
-
-
 async def _serve(web: Web, health: WebHealth, database: Database) -> None:
     notifier = Notifier()
     stop = asyncio.Event()
-    Signals().pass_to(stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with web.serving():
         notifier.ready("serving")
         while not stop.is_set():
-            await health.look(database)
+            await health.check(database)
             notifier.alive()
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), LOOK_EVERY)
+                await asyncio.wait_for(stop.wait(), CHECK_EVERY)
         health.stopping()
-        notifier.stopping(LOOK_EVERY)
+        notifier.stopping(CHECK_EVERY)

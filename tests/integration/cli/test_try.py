@@ -265,8 +265,8 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["no.such"], 3, "install its distribution here, or `new-job no.such` makes one"),
-        (["acme.broken"], 3, "handler acme.broken of acme-broken 1.0 does not load: ModuleNotFoundError"),
+        (["no.such"], 3, "install its distribution, or create the handler with `new-job no.such`"),
+        (["acme.broken"], 3, "handler acme.broken of acme-broken 1.0 cannot be loaded: ModuleNotFoundError"),
         (["acme.list", "--real"], 2, "--real needs --org"),
         (
             ["acme.list", "--org", "org_acme", "--real", "--flag", "a=1"],
@@ -320,4 +320,4 @@ def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
     assert lacking.code == 1
     assert "`orgs check org_acme` says what is wrong with its token" in lacking.err
     assert (nobody.code, suspended.code, suspended.out) == (3, 5, "")
-    assert "org org_acme is suspended: nothing acts for it" in suspended.err
+    assert "org org_acme is suspended: no handler can run for it" in suspended.err

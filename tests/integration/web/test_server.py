@@ -232,7 +232,7 @@ def test_only_a_port_that_was_asked_for_ends_the_worker(monkeypatch):
         worker = Web(Said(default), SystemClock(), health)  # type: ignore[arg-type]
         worker.bind()
         with pytest.raises(Busy):
-            worker.bind(needed=True)
+            worker.bind(required=True)
 
 
 class TestAsConfigured:
@@ -252,7 +252,7 @@ class TestAsConfigured:
         )
         health = Health(Metrics(version="1.0", top_orgs=settings.web.metrics_top_orgs))
         made = Web(settings, SystemClock(), health)
-        made.bind(needed=True)
+        made.bind(required=True)
         async with asyncio.timeout(30), made.serving():
             await wait_for(f"http://{listen}/livez")
             async with httpx.AsyncClient(base_url=f"http://{listen}") as client:

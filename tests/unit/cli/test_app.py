@@ -153,7 +153,7 @@ def test_an_interrupt_exits_130(failing: Callable[[BaseException], None]):
 @pytest.mark.parametrize("verb", [[], ["run"]])
 def test_no_verb_means_run(verb: list[str], monkeypatch: pytest.MonkeyPatch):
     seen = []
-    monkeypatch.setattr("worker.wiring.run_worker", lambda settings: seen.append(settings) or 75)
+    monkeypatch.setattr("worker.wiring.process.run", lambda settings: seen.append(settings) or 75)
     Path("var").mkdir()
     Path("var/worker.db").touch()
 

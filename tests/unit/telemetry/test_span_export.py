@@ -10,7 +10,7 @@ from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from worker.telemetry.otel import ToldExporter, otlp_exporter
+from worker.telemetry.otel import QuietExporter, otlp_exporter
 
 SPANS = [ReadableSpan("a"), ReadableSpan("b")]
 
@@ -38,8 +38,8 @@ def way() -> Way:
 
 
 @pytest.fixture
-def exporter(way: Way) -> Iterator[ToldExporter]:
-    made = ToldExporter(way)
+def exporter(way: Way) -> Iterator[QuietExporter]:
+    made = QuietExporter(way)
     yield made
     made.shutdown()
 

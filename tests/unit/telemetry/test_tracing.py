@@ -9,7 +9,7 @@ import pytest
 
 from worker.settings.sections import TracingSettings
 from worker.telemetry import events, tracing
-from worker.wiring.process import tracing_of
+from worker.wiring.monitoring import traces_of
 
 
 def test_without_a_tracer_an_attempt_has_no_place_in_a_trace():
@@ -33,9 +33,9 @@ def test_a_worker_that_traces_nothing_loads_no_opentelemetry():
 def test_nothing_listens_but_where_traces_are_asked_for(clock, monkeypatch, enabled, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    traced = tracing_of(TracingSettings(enabled=enabled), clock, version="1")
+    traces = traces_of(TracingSettings(enabled=enabled), clock, version="1")
 
-    with traced():
+    with traces:
         asked = enabled and not environment
         assert (tracing.in_use() is not None) == asked
         assert len(events.listeners) == asked

@@ -15,7 +15,7 @@ from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import Emitted
 from worker.wiring import catalogue
-from worker.wiring.catalogue import MOST_TOLD, Cataloguing
+from worker.wiring.catalogue import MOST_REPORTED, CatalogueReader
 
 pytestmark = pytest.mark.anyio
 
@@ -40,12 +40,12 @@ async def offered(
     monkeypatch.setattr(catalogue, "read_catalogue", read)
     monkeypatch.setattr(catalogue, "installed", lambda: {"acme-jobs": "1.0"})
     offers, stored, taken = HandlerRegistry(), Stored(), asyncio.Event()
-    cataloguing = Cataloguing(
+    cataloguing = CatalogueReader(
         cast(Database, stored),
         cast(WorkerStore, stored),
         offers,
         clock,
-        taken.set,
+        on_offered=taken.set,
         pass_environment=(),
         command=(),
     )
@@ -77,4 +77,4 @@ async def test_a_plug_in_cannot_flood_the_log(
 ) -> None:
     await offered({"allOf": [{"pattern": "("}] * 1_000}, monkeypatch, clock)
 
-    assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MOST_TOLD
+    assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MOST_REPORTED

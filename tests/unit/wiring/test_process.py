@@ -11,8 +11,7 @@ import pytest
 from tests.fakes.clock import settle
 from worker.errors import StoreUnavailable
 from worker.telemetry.vitals import Notifier
-from worker.wiring.process import run_incarnations
-from worker.wiring.signals import Signals
+from worker.wiring.process import Signals, run_incarnations
 
 pytestmark = pytest.mark.anyio
 

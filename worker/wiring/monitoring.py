@@ -1,0 +1,281 @@
+"""Monitoring of a worker process: alerts, overdue schedules, the dead man's switch and traces."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+
+import httpx
+
+from worker.clock import Clock
+from worker.errors import ConfigurationError, Unavailable
+from worker.settings.sections import AlertSettings, TracingSettings
+from worker.store import alerts
+from worker.store.database import Database
+from worker.store.health import oldest_unfired
+from worker.telemetry import events, tracing
+from worker.telemetry.alerts import Alert, Strikes, Webhook
+from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
+from worker.web.health import Health
+
+# Seconds between two rounds, and seconds in which simultaneous causes are collected.
+ROUND_EVERY = 2.0
+COLLECT = 0.25
+# Seconds before each retry of a delivery; the last one repeats.
+RETRY_DELAYS = (1.0, 5.0, 30.0, 120.0, 300.0)
+# Failed attempts before `alert.late` (after minutes), and before the alert is given up (after a day).
+LATE = 5
+MAX_ATTEMPTS = 292
+# Seconds for the last round at the end of the process.
+LAST_ROUND = 5.0
+# The overdue monitor looks this often in `[alerts] overdue`.
+LOOKS = 4
+# Standard variables that may contain the key of a collector.
+HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+
+
+@contextlib.contextmanager
+def monitoring(settings: AlertSettings, database: Database, clock: Clock, health: Health) -> Iterator[None]:
+    """Run the overdue monitor and, if a webhook is configured, deliver alerts, in threads of their own."""
+    with contextlib.ExitStack() as stack:
+        if settings.webhook_url:
+            webhook = Webhook(settings.webhook_url, settings.webhook_secret, clock)
+            stack.callback(webhook.close)
+            dispatcher = AlertDispatcher(database, webhook, clock, overdue=settings.overdue.total_seconds())
+            dispatcher.start()
+            stack.callback(dispatcher.stop)
+            stack.callback(events.listen(dispatcher.strikes.hear))
+        monitor = OverdueMonitor(partial(_oldest_unfired, database), clock, settings, health)
+        monitor.start()
+        stack.callback(monitor.stop)
+        yield
+
+
+class AlertDispatcher:
+    """Stores the causes that events report, and delivers the alerts that follow from them.
+
+    The alerts are shared by all workers: one of them claims and delivers each. While the receiver
+    does not accept alerts, only the oldest one is retried.
+    """
+
+    def __init__(self, database: Database, webhook: Webhook, clock: Clock, *, overdue: float) -> None:
+        self._database = database
+        self._webhook = webhook
+        self._clock = clock
+        self._overdue = overdue
+        self._failures = 0
+        self._pause_until = clock.monotonic()
+        self._awake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
+        self.strikes = Strikes(clock, self._awake.set)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Try to deliver the remaining alerts once, then end."""
+        self._stop.set()
+        self._awake.set()
+        self._thread.join(timeout=LAST_ROUND)
+
+    def round(self) -> None:
+        """Store new causes, end those that are over, deliver what is pending.
+
+        Raises:
+            Unavailable: the database does not respond; the causes are kept for the next round.
+        """
+        strikes = self.strikes.take()
+        if strikes:
+            try:
+                with self._database.transaction() as connection:
+                    alerts.note(connection, strikes)
+            except Exception:
+                self.strikes.put_back(strikes)
+                raise
+        if self._is_any():
+            with self._database.transaction() as connection:
+                alerts.settle(connection, overdue=self._overdue)
+        # A write transaction blocks other writers of SQLite, so it is used only if there are alerts.
+        while self._clock.monotonic() >= self._pause_until and self._is_any():
+            with self._database.transaction() as connection:
+                claimed = alerts.claim(connection)
+            if claimed is None:
+                return
+            self._deliver(*claimed)
+
+    def _is_any(self) -> bool:
+        with self._database.autocommit() as connection:
+            return alerts.is_any(connection)
+
+    def _deliver(self, alert: Alert, attempts: int) -> None:
+        fields = {"kind": alert.kind, "status": alert.status, "alert": alert.id}
+        fault = self._webhook.post(alert)
+        if fault is None:
+            self._failures = 0
+            self._close(alert)
+            emit("alert.sent", **fields)
+            return
+        self._pause_until = self._clock.monotonic() + _retry_delay(self._failures)
+        self._failures += 1
+        attempts += 1
+        if attempts == LATE:
+            emit("alert.late", **fields, error=fault)
+        if attempts < MAX_ATTEMPTS:
+            with self._database.transaction() as connection:
+                alerts.untold(connection, alert, _retry_delay(attempts - 1))
+        else:
+            self._close(alert)
+            emit("alert.undelivered", **fields, error=fault)
+
+    def _close(self, alert: Alert) -> None:
+        with self._database.transaction() as connection:
+            alerts.told(connection, alert)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self._awake.wait(ROUND_EVERY):
+                self._stop.wait(COLLECT)
+            self._awake.clear()
+            try:
+                self.round()
+            except Unavailable:
+                # `database.lost` reports it.
+                continue
+            except Exception as error:
+                emit("loop.failed", loop="alerts", error=type(error).__name__)
+
+
+def _retry_delay(failures: int) -> float:
+    return RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)]
+
+
+class OverdueMonitor:
+    """Reports schedules that no worker fires, and gives the sign of life to the dead man's switch.
+
+    `schedule.overdue` needs two consecutive looks that find the same lateness, so it comes within
+    twice the setting, and a database that has just come back raises no alarm. `oldest` returns the
+    org, the definition and the lateness in seconds of the schedule that is due for longest.
+    """
+
+    def __init__(
+        self,
+        oldest: Callable[[], tuple[str, str, float] | None],
+        clock: Clock,
+        settings: AlertSettings,
+        health: Health,
+        *,
+        client: httpx.Client | None = None,
+    ) -> None:
+        self._oldest = oldest
+        self._clock = clock
+        self._overdue = settings.overdue.total_seconds()
+        self._health = health
+        self._url = settings.deadman_url
+        self._every = settings.deadman_every.total_seconds()
+        self._client = client or httpx.Client(timeout=5.0)
+        self._seen_before = False
+        self._reported = False
+        self._ping_at = clock.monotonic()
+        self._ping_failed = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="overdue monitor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+
+    def look(self) -> None:
+        """Check once. A drain, which ends the loops, and an unavailable database are no reason to report."""
+        if self._health.draining():
+            return
+        try:
+            found = self._oldest()
+        except Unavailable:
+            self._seen_before = False
+            return
+        late = found is not None and found[2] >= self._overdue
+        if found is not None and late and self._seen_before and not self._reported:
+            self._reported = True
+            org, definition, seconds = found
+            emit("schedule.overdue", org=org, definition=definition, seconds=round(seconds, 1))
+        elif not late and self._reported:
+            self._reported = False
+            emit("schedule.caught_up")
+        self._seen_before = late
+
+    def ping(self) -> None:
+        """Give the sign of life if it is due and all loops tick."""
+        now = self._clock.monotonic()
+        if not self._url or now < self._ping_at or self._health.stalled():
+            return
+        self._ping_at = now + self._every
+        try:
+            self._client.get(self._url).raise_for_status()
+            self._ping_failed = False
+        except httpx.HTTPError as error:
+            if not self._ping_failed:
+                emit("deadman.failed", error=type(error).__name__)
+            self._ping_failed = True
+
+    def _run(self) -> None:
+        pause = self._overdue / LOOKS
+        if self._url:
+            pause = min(pause, self._every)
+        while not self._stop.wait(pause):
+            for step in (self.look, self.ping):
+                try:
+                    step()
+                except Exception as error:
+                    emit("loop.failed", loop="watchman", error=type(error).__name__)
+        self._client.close()
+
+
+def _oldest_unfired(database: Database) -> tuple[str, str, float] | None:
+    with database.autocommit() as connection:
+        return oldest_unfired(connection)
+
+
+def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> AbstractContextManager[None]:
+    """A context manager that makes and sends traces; nothing starts before its block is entered.
+
+    Raises:
+        ConfigurationError: OpenTelemetry is not installed.
+    """
+    if not settings.enabled or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return contextlib.nullcontext()
+    try:
+        from worker.telemetry import otel  # noqa: F401 - fails here rather than later
+    except ImportError as error:
+        raise ConfigurationError(
+            f"tracing.enabled is true, but OpenTelemetry is not installed ({error.name} is missing)",
+            fix="pip install 'orgworker[otel]', or set tracing.enabled to false",
+        ) from error
+    for headers in (settings.headers, *(os.environ.get(name, "") for name in HEADERS)):
+        for part in headers.split(","):
+            masker.register(part.partition("=")[2])
+    return _tracing(settings, clock, version)
+
+
+@contextlib.contextmanager
+def _tracing(settings: TracingSettings, clock: Clock, version: str) -> Iterator[None]:
+    from worker.telemetry import otel
+
+    exporter = otel.QuietExporter(otel.otlp_exporter(settings.endpoint, settings.headers))
+    tracer = otel.OtelTracer(exporter, clock, version=version, dashboard_url=settings.dashboard_url)
+    stop_listening = events.listen(tracer.hear)
+    stop_tracing = tracing.use(tracer)
+    try:
+        yield
+    finally:
+        stop_tracing()
+        stop_listening()
+        tracer.close()
