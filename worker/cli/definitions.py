@@ -62,11 +62,11 @@ def of_definition(
     Without `start` it begins with what is due and has not fired yet.
     """
     from worker.definitions.zones import parse_zone
-    from worker.runs.fire import Preview
+    from worker.runs.fire import preview
 
     zone = parse_zone(row["timezone"])
-    upcoming = Preview(row, unfinished, now).instants(start, count)
-    return [_row(each.scheduled_for, zone, each.note) for each in upcoming]
+    upcoming = preview(row, unfinished, now, start=start, count=count)
+    return [_row(scheduled_for, zone, note) for scheduled_for, note in upcoming]
 
 
 def _row(instant: datetime, zone: ZoneInfo, note: str = "") -> Row:

@@ -1,1 +1,1 @@
-"""One instant of one definition: its states, its lease, its outcome. Pure."""
+"""One scheduled time of one definition: how it is fired, its states, its lease, its outcome. Pure."""

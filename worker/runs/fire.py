@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, time, timedelta
 from hashlib import blake2b
@@ -16,16 +16,21 @@ from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId, RunId, new_id
 from worker.runs.run import Decision, DueDefinition, Isolation, NewRun, NewSkip, NextFire
 
-# More runs than this are left to the next call, which comes at once.
+# More runs than this are left to the next call, which follows at once.
 MOST_RUNS = 1000
+# The automatic spread is at most this long.
+WIDEST = timedelta(hours=1)
 _DAY = timedelta(days=1)
-_INSTANT = timedelta(microseconds=1)
-_NO_TIME = timedelta(0)
+_TICK = timedelta(microseconds=1)
+_ZERO = timedelta(0)
+
+IsolationOf = Callable[[str], Isolation]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive instants that do not become runs: both ends inclusive, within one UTC day."""
+    """Consecutive scheduled times that do not become runs: both ends inclusive, within one UTC day."""
 
     skipped_from: datetime
     skipped_until: datetime
@@ -35,7 +40,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """What is due: instants that run, oldest first; spans before them that do not; the next, or None."""
+    """Scheduled times that run, oldest first; earlier ones that do not; and the next one or None."""
 
     runs: list[datetime] = field(default_factory=list)
     skipped: list[Span] = field(default_factory=list)
@@ -43,48 +48,50 @@ class Due:
 
 
 def decide_due(
-    trigger: Trigger, policy: MisfirePolicy, *, first: datetime, now: datetime, spread: timedelta = _NO_TIME
+    trigger: Trigger, policy: MisfirePolicy, *, first: datetime, now: datetime, spread: timedelta = _ZERO
 ) -> Due:
-    """Decide every instant from `first`, inclusive, that has come by `now`.
+    """Decide every scheduled time from `first`, inclusive, that is due at `now`.
 
-    An instant comes `spread` after it is named, and its lateness counts from then.
-    Ranges are counted, never walked: a week of missed seconds costs no more than an
-    hour. `next` is the first instant not decided here.
+    A time is due `spread` after its nominal time; its lateness counts from then. Missed ranges are
+    counted, not walked: a week of missed seconds costs as much as an hour. `next` is the first time
+    that is not decided.
     """
     newest = trigger.last(first, now - spread)
     if newest is None:
         return Due(next=trigger.after(first, inclusive=True))
     run_from = _first_to_run(trigger, policy, first, newest, now - spread)
-    skipped = _spans(trigger, first, newest if run_from is None else run_from - _INSTANT)
+    skipped = _spans(trigger, first, newest if run_from is None else run_from - _TICK)
     if run_from is None:
         return Due(skipped=skipped, next=trigger.after(newest))
     runs: list[datetime] = []
-    for instant in trigger.instants(run_from):
-        if instant > newest or len(runs) == MOST_RUNS:
-            return Due(runs, skipped, instant)
-        runs.append(instant)
+    for scheduled_for in trigger.instants(run_from):
+        if scheduled_for > newest or len(runs) == MOST_RUNS:
+            return Due(runs, skipped, scheduled_for)
+        runs.append(scheduled_for)
     return Due(runs, skipped)
 
 
-def start_deadline(trigger: Trigger, instant: datetime, setting: timedelta | None) -> timedelta | None:
-    """How long after it became available the run of `instant` may start: the setting, else the
-    distance to the schedule's next instant, at least an hour; None, for ever, where there is no next."""
+def start_deadline(trigger: Trigger, scheduled_for: datetime, setting: timedelta | None) -> timedelta | None:
+    """How long after it became available a run may start; None means indefinitely.
+
+    By default until the next scheduled time, at least an hour; indefinitely if there is no next time.
+    """
     if setting is not None:
         return setting
-    period = trigger.period(instant)
+    period = trigger.period(scheduled_for)
     return None if period is None else max(period, LEAST_PATIENCE)
 
 
 def _first_to_run(
     trigger: Trigger, policy: MisfirePolicy, first: datetime, newest: datetime, until: datetime
 ) -> datetime | None:
-    """The oldest instant that runs; all after it run too. `until` is now, less the spread."""
+    """The oldest scheduled time that runs, with all later ones; `until` is now minus the spread."""
     on_time = trigger.after(max(first, until - policy.grace), inclusive=True)
     if on_time is not None and on_time > newest:
         on_time = None
     if policy.mode == "skip" or (policy.mode == "once" and on_time is not None):
         return on_time
-    missed = newest if on_time is None else trigger.last(first, on_time - _INSTANT)
+    missed = newest if on_time is None else trigger.last(first, on_time - _TICK)
     if missed is None:
         return on_time
     within = policy.within
@@ -100,15 +107,10 @@ def _spans(trigger: Trigger, first: datetime, until: datetime) -> list[Span]:
     start = trigger.after(first, inclusive=True)
     while start is not None and start <= until:
         midnight = datetime.combine(start.date(), time(), tzinfo=start.tzinfo) + _DAY
-        last = trigger.last(start, min(until, midnight - _INSTANT)) or start
+        last = trigger.last(start, min(until, midnight - _TICK)) or start
         spans.append(Span(start, last, trigger.count(start, last)))
         start = trigger.after(last)
     return spans
-
-
-# However long the period, a spread of its own accord delays by less than this.
-WIDEST = timedelta(hours=1)
-_NONE = timedelta(0)
 
 
 def spread_of(
@@ -116,188 +118,136 @@ def spread_of(
 ) -> timedelta:
     """The delay of a definition, the same on every machine and after every restart.
 
-    `auto` spreads `every` and `@…` over their period, at most an hour, and leaves
-    crontab lines and `at` alone; a duration spreads any schedule over that long.
+    `auto` spreads `every` and `@…` over their period, at most an hour, and does not delay crontab
+    lines and `at`; a duration spreads any schedule over that time.
     """
     window = window_of(schedule, trigger, setting)
     if not window:
-        return _NONE
+        return _ZERO
     digest = blake2b(f"{org_code}\0{name}".encode(), digest_size=8).digest()
     return timedelta(milliseconds=window // timedelta(milliseconds=1) * int.from_bytes(digest) >> 64)
 
 
 def window_of(schedule: str, trigger: Trigger, setting: Spread = "auto") -> timedelta:
-    """Over how long the orgs' delays are spread; zero where all fire at the instant itself."""
+    """The time over which the delays of the orgs are spread; zero if there is no spread."""
     if setting != "auto":
-        return _NONE if setting == "off" else setting
+        return _ZERO if setting == "off" else setting
     if isinstance(trigger, EveryTrigger):
         return min(trigger.interval, WIDEST)
-    return WIDEST if schedule.strip().startswith("@") else _NONE
-
-
-IsolationOf = Callable[[str], Isolation]
+    return WIDEST if schedule.strip().startswith("@") else _ZERO
 
 
 def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Decision:
-    """Decide every instant of a definition that has come by `now`.
+    """Decide every scheduled time of a definition that is due at `now`.
 
-    `isolation_of` says where a handler wants to run when the definition does not say.
+    `isolation_of` returns the isolation that a handler declares, for definitions without one.
 
     Raises:
-        DefinitionError: the stored spec or zone is not understood by this version.
+        DefinitionError: this version does not understand the stored spec or time zone.
     """
     definition = from_spec(due.org_code, due.name, due.spec)
     trigger = definition.trigger(due.org_timezone)
     spread = spread_of(due.org_code, due.name, definition.schedule, trigger, definition.spread)
-    what = decide_due(
-        trigger, definition.misfire_policy, first=due.next_scheduled_for, now=now, spread=spread
-    )
+    policy = definition.misfire_policy
+    decided = decide_due(trigger, policy, first=due.next_scheduled_for, now=now, spread=spread)
+
+    def run_of(scheduled_for: datetime) -> NewRun:
+        run_id = RunId(new_id())
+        available_at = scheduled_for + spread
+        patience = start_deadline(trigger, scheduled_for, definition.start_deadline)
+        return NewRun(
+            id=run_id,
+            org_id=due.org_id,
+            definition_id=due.definition_id,
+            revision=due.revision,
+            handler=definition.handler,
+            origin="schedule",
+            scheduled_for=scheduled_for,
+            available_at=available_at,
+            idempotency_key=run_id,
+            isolation=definition.isolation or isolation_of(definition.handler),
+            serial=definition.serial,
+            overlap=definition.overlap,
+            priority=definition.priority,
+            variant_handlers=definition.handlers if definition.variants else (),
+            max_concurrent=definition.max_concurrent,
+            # For a missed time that still runs, the deadline counts from now.
+            start_by=None if patience is None else max(available_at, now) + patience,
+        )
+
+    def skip_of(span: Span) -> NewSkip:
+        until, count, reason = span.skipped_until, span.count, span.reason
+        return NewSkip(due.org_id, due.definition_id, due.revision, span.skipped_from, until, count, reason)
+
+    next_fire_at = None if decided.next is None else decided.next + spread
     return Decision(
-        runs=[_run(due, definition, trigger, instant, spread, now, isolation_of) for instant in what.runs],
-        skips=[
-            NewSkip(
-                due.org_id,
-                due.definition_id,
-                due.revision,
-                span.skipped_from,
-                span.skipped_until,
-                span.count,
-                span.reason,
-            )
-            for span in what.skipped
-        ],
-        next=next_fire(due, what.next, spread),
+        runs=[run_of(scheduled_for) for scheduled_for in decided.runs],
+        skips=[skip_of(span) for span in decided.skipped],
+        next=NextFire(due.definition_id, decided.next, next_fire_at),
     )
 
 
-def next_fire(due: DueDefinition, instant: datetime | None, spread: timedelta) -> NextFire:
-    """When the definition fires for its next instant."""
-    return NextFire(due.definition_id, instant, None if instant is None else instant + spread)
+def preview(
+    row: Row, unfinished: Sequence[Row], now: datetime, *, start: datetime | None, count: int
+) -> Iterator[tuple[datetime, str]]:
+    """The first `count` scheduled times from `start` on, each with a note, empty if it simply runs.
+
+    `row` is that of `definitions show`, `unfinished` the id and state of its unfinished serial runs.
+    By default it starts with what is due, else now.
+    """
+    definition = from_spec(row["org"], row["name"], row["spec"])
+    trigger = definition.trigger(row["timezone"])
+    spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
+    first = row["next_scheduled_for"]
+    if start is None:
+        start = now if first is None else min(first, now)
+    due = _due_now(row, now)
+    late = set() if due is None else {run.scheduled_for for run in due.runs}
+    skips = () if due is None else due.skips
+    overlap = _overlap_note(definition, unfinished)
+    for scheduled_for in islice(trigger.instants(start), count):
+        skipped = [skip for skip in skips if skip.skipped_from <= scheduled_for <= skip.skipped_until]
+        if row["org_state"] != "active":
+            note = f"not due: the org is {row['org_state']}"
+        elif row["state"] != "active":
+            note = f"not due: the definition is {row['state']}"
+        elif scheduled_for <= now and (first is None or scheduled_for < first):
+            note = "decided already"
+        elif skipped:
+            note = f"would be skipped: {skipped[0].reason}"
+        else:
+            when = f"fires {format_duration(spread)} later" if spread else ""
+            when = "late: as soon as a worker fires it" if scheduled_for in late else when
+            # Later overlaps cannot be known.
+            note, overlap = "; ".join(filter(None, (when, overlap))), ""
+        yield scheduled_for, note
 
 
-def _run(
-    due: DueDefinition,
-    definition: Definition,
-    trigger: Trigger,
-    instant: datetime,
-    spread: timedelta,
-    now: datetime,
-    isolation_of: IsolationOf,
-) -> NewRun:
-    run_id = RunId(new_id())
-    available_at = instant + spread
-    patience = start_deadline(trigger, instant, definition.start_deadline)
-    return NewRun(
-        id=run_id,
-        org_id=due.org_id,
-        definition_id=due.definition_id,
-        revision=due.revision,
-        handler=definition.handler,
-        origin="schedule",
-        scheduled_for=instant,
-        available_at=available_at,
-        idempotency_key=run_id,
-        isolation=definition.isolation or isolation_of(definition.handler),
-        serial=definition.serial,
-        overlap=definition.overlap,
-        priority=definition.priority,
-        variant_handlers=definition.handlers if definition.variants else (),
-        max_concurrent=definition.max_concurrent,
-        # A missed instant that runs all the same is patient from now on, not from when it was missed.
-        start_by=None if patience is None else max(available_at, now) + patience,
+def _due_now(row: Row, now: datetime) -> Decision | None:
+    """What a worker that fires now would decide."""
+    first = row["next_scheduled_for"]
+    if first is None or first > now:
+        return None
+    due = DueDefinition(
+        DefinitionId(row["id"]),
+        OrgId(""),
+        row["org"],
+        row["timezone"],
+        row["name"],
+        row["revision"],
+        first,
+        row["spec"],
     )
+    return decide(due, now, lambda handler: "child")
 
 
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Upcoming:
-    """An instant, and what is particular about it; `note` is empty where it simply runs then."""
-
-    scheduled_for: datetime
-    note: str
-
-
-class Preview:
-    """Of a row of `definitions show`, with its `unfinished` serial runs (id and state), as of `now`."""
-
-    def __init__(self, row: Row, unfinished: Sequence[Row], now: datetime) -> None:
-        self._row = row
-        self._now = now
-        self._definition = from_spec(row["org"], row["name"], row["spec"])
-        self._trigger = self._definition.trigger(row["timezone"])
-        self._spread = spread_of(
-            row["org"], row["name"], self._definition.schedule, self._trigger, self._definition.spread
-        )
-        self._overdue = self._decided()
-        self._meets = _Overlaps(self._definition, unfinished)
-
-    def instants(self, start: datetime | None, count: int) -> list[Upcoming]:
-        """The first `count` instants from `start` on; without it from what is due, or from now."""
-        first = self._row["next_scheduled_for"]
-        if start is None:
-            start = self._now if first is None else min(first, self._now)
-        return [
-            Upcoming(instant, self._note(instant)) for instant in islice(self._trigger.instants(start), count)
-        ]
-
-    def _note(self, instant: datetime) -> str:
-        stopped = stopped_by(self._row)
-        if stopped:
-            return stopped
-        first = self._row["next_scheduled_for"]
-        if instant <= self._now and (first is None or instant < first):
-            return "decided already"
-        if self._overdue is not None:
-            for skip in self._overdue.skips:
-                if skip.skipped_from <= instant <= skip.skipped_until:
-                    return f"would be skipped: {skip.reason}"
-        late = self._overdue is not None and any(run.scheduled_for == instant for run in self._overdue.runs)
-        when = "late: as soon as a worker fires it" if late else ""
-        if not late and self._spread:
-            when = f"fires {format_duration(self._spread)} later"
-        return "; ".join(filter(None, (when, self._meets.note())))
-
-    def _decided(self) -> Decision | None:
-        """What a worker that fires now would make of the instants that have come."""
-        first = self._row["next_scheduled_for"]
-        if first is None or first > self._now:
-            return None
-        due = DueDefinition(
-            DefinitionId(self._row["id"]),
-            OrgId(""),
-            self._row["org"],
-            self._row["timezone"],
-            self._row["name"],
-            self._row["revision"],
-            first,
-            self._row["spec"],
-        )
-        return decide(due, self._now, lambda handler: "child")
-
-
-class _Overlaps:
-    """What the next run to come meets; those behind it, nobody can know."""
-
-    def __init__(self, definition: Definition, unfinished: Sequence[Row]) -> None:
-        self._overlap = definition.overlap
-        self._others = list(unfinished) if definition.serial else []
-
-    def note(self) -> str:
-        if not self._others:
-            return ""
-        others, self._others = self._others, []
-        on, held = others[0]["id"], [other for other in others if other["state"] == "held"]
-        if self._overlap == "replace":
-            return f"replaces run {on} if that is still on"
-        if self._overlap == "queue_one" and not held:
-            return f"held behind run {on} if that is still on"
-        return f"would be skipped: overlap, if run {on} is still on"
-
-
-def stopped_by(row: Row) -> str:
-    """Why nothing of this definition is due; empty where it is."""
-    if row["org_state"] != "active":
-        return f"not due: the org is {row['org_state']}"
-    return "" if row["state"] == "active" else f"not due: the definition is {row['state']}"
+def _overlap_note(definition: Definition, unfinished: Sequence[Row]) -> str:
+    """What happens to the next run if a run is still unfinished."""
+    if not unfinished or not definition.serial:
+        return ""
+    run = unfinished[0]["id"]
+    if definition.overlap == "replace":
+        return f"replaces run {run} if that is still unfinished"
+    if definition.overlap == "queue_one" and all(other["state"] != "held" for other in unfinished):
+        return f"held behind run {run} if that is still unfinished"
+    return f"would be skipped: overlap, if run {run} is still unfinished"

@@ -1,20 +1,19 @@
-"""Lease: a worker incarnation's right to its runs until an instant, and when its runs must freeze. Pure."""
+"""Lease: until when a worker incarnation owns its runs, and when they must freeze. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-# The share of an unrenewed lease after which the zygote freezes the runs.
+# The fraction of an unrenewed lease after which the zygote freezes the runs.
 FREEZE_AT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Held for `duration` from the monotonic second `renewed_at`, when its last renewal was asked for.
+    """Valid for `duration` from `renewed_at`, when its last renewal was sent. Times are monotonic seconds.
 
-    `contact_since` is the monotonic second since which every renewal came through in
-    time; None while the last one did not.
+    Since `contact_since` every renewal succeeded in time; None if the last one failed.
     """
 
     duration: timedelta
@@ -23,24 +22,23 @@ class Lease:
 
     @classmethod
     def begun(cls, duration: timedelta, at: float) -> Lease:
-        """The lease of a worker that has just registered."""
+        """The lease of a newly registered worker."""
         return cls(duration, at, at)
 
     @property
     def expires_at(self) -> float:
-        """The monotonic second at which others may take the runs."""
+        """From then on other workers may take over the runs."""
         return self.renewed_at + self.duration.total_seconds()
 
     @property
     def freeze_at(self) -> float:
-        """The monotonic second at which the runs stop until a renewal says they are still ours."""
+        """From then on the runs are frozen until a renewal confirms them."""
         return self.renewed_at + FREEZE_AT * self.duration.total_seconds()
 
     def renewed(self, asked_at: float, answered_at: float) -> Lease:
-        """The lease after a renewal that came through.
+        """The lease after a successful renewal. It counts from `asked_at`: the database renewed it later.
 
-        It counts from the asking, since the database cannot have extended it earlier.
-        Contact that was broken, or outlasted by the lease, counts from the answer.
+        Contact that was broken, or silent for longer than the lease, restarts at `answered_at`.
         """
         unbroken = self.contact_since is not None and asked_at < self.expires_at
         return replace(
@@ -48,18 +46,18 @@ class Lease:
         )
 
     def missed(self) -> Lease:
-        """The lease after a renewal that did not come through: contact is broken, it lasts as before."""
+        """The lease after a failed renewal: contact is broken, the expiry stays."""
         return replace(self, contact_since=None)
 
     def unbroken_contact(self, at: float) -> float:
-        """Seconds since which every renewal has come through in time; 0 once the lease has passed.
+        """Seconds for which every renewal succeeded in time; 0 after the lease has expired.
 
-        A worker that was stopped finds its contact broken before its next renewal does.
+        So a suspended worker notices broken contact even before its next renewal.
         """
         if self.contact_since is None or at >= self.expires_at:
             return 0.0
         return at - self.contact_since
 
     def may_recover(self, at: float) -> bool:
-        """Whether contact has held for a whole lease, so that living owners have renewed first."""
+        """Whether contact has lasted a whole lease, so that live owners have renewed before."""
         return self.unbroken_contact(at) >= self.duration.total_seconds()

@@ -1,7 +1,6 @@
-"""How an attempt ends, and what that makes of its run.
+"""Outcome: how an attempt ends, and what happens to its run: final, or retried later. Pure.
 
-An attempt yields one `Outcome`; `retry.settle` turns it into an `EndedAttempt`,
-which is all that the finisher writes.
+An attempt has one `Outcome`; `settle` turns it into the `EndedAttempt` that the finisher writes.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from random import Random
+from typing import Any
 
 from worker.definitions.policies import RetryPolicy
 from worker.ids import DefinitionId, OrgId, RunId
@@ -19,7 +19,7 @@ from worker.runs.run import AdmittedRun
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """What went wrong: the exception's type, its message, the handler's trace."""
+    """An exception: type, message, and the trace within the handler."""
 
     type: str
     message: str
@@ -38,7 +38,7 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler did not manage. `reason` is error, handler_exited, result_invalid, out_of_memory."""
+    """The handler failed. `reason` is error, handler_exited, result_invalid or out_of_memory."""
 
     error: Error
     reason: str = "error"
@@ -55,7 +55,7 @@ class TimedOut:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """The handler asked for another try after a while; it counts against `max_attempts`."""
+    """The handler asked for a retry; counts against `max_attempts`."""
 
     after: timedelta | None = None
     detail: str | None = None
@@ -63,7 +63,7 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The handler asked to be called again later; nothing is counted."""
+    """The handler asked to be called again later; not counted."""
 
     after: timedelta
     detail: str | None = None
@@ -79,21 +79,21 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class HandedBack:
-    """Interrupted by a drain or by a reconciliation: the run waits again, nothing is counted."""
+    """Interrupted by a drain or by reconciliation: the run waits again; not counted."""
 
     detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Its worker or zygote died under it."""
+    """The worker or the zygote died during the attempt."""
 
     detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A token or claims that do not allow it. `reason` as in the run's reasons of refused."""
+    """The token or its claims do not allow the run. `reason` is one of the reasons of refused runs."""
 
     reason: str
     detail: str | None = None
@@ -102,7 +102,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NoToken:
-    """No token, or no verdict on one, yet; try again after `retry_after`."""
+    """No token yet, or it could not be verified yet; retried after `retry_after`."""
 
     retry_after: timedelta
     detail: str | None = None
@@ -110,14 +110,14 @@ class NoToken:
 
 @dataclass(frozen=True, slots=True)
 class NoHandler:
-    """The handler is not offered here, or not in this isolation, any more."""
+    """This worker no longer offers the handler, or not in this isolation."""
 
     detail: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """A feature flag or the start deadline says no. `reason` is flag_off or expired."""
+    """A feature flag or the start deadline prevents the run. `reason` is flag_off or expired."""
 
     reason: str
     detail: str | None = None
@@ -141,7 +141,7 @@ Outcome = (
 
 @dataclass(slots=True)
 class Trail:
-    """What an attempt leaves behind besides its outcome, filled in as it goes."""
+    """What an attempt records besides its outcome, filled in as it proceeds."""
 
     handler: str
     token_ready_at: datetime | None = None
@@ -154,16 +154,14 @@ class Trail:
     peak_memory: int | None = None
 
 
-# To freeze one of so many fields takes three times as long as to make it, for every run.
+# Not frozen: with this many fields that triples the cost of construction, for every run.
 @dataclass(slots=True)
 class EndedAttempt:
-    """One row of `attempts` and what becomes of its run, as the finisher writes it.
+    """A row of `attempts`, and the new state of its run.
 
-    `state` is a final state, or `waiting` with `reason` and `available_after` (from
-    the database's time of the write; None means at once). `failures` and
-    `recoveries` are the run's new counts. `result` and `error` are ready for JSON
-    columns (`result` as JSON text). `keep_start_by` is true while the handler has
-    never started.
+    `state` is final, or `waiting` with `reason` and `available_after` (from the database time of the
+    write; None means at once). `failures` and `recoveries` are the run's new counts. `result` is JSON
+    text. `keep_start_by` is true if the handler has not started.
     """
 
     run_id: RunId
@@ -187,21 +185,15 @@ class EndedAttempt:
     error_cause: str | None = None
 
 
-# A try more would only repeat the effects: the handler returned, its result cannot be kept.
+# A retry would only repeat the effects: the handler returned, but its result cannot be stored.
 NEVER_RETRIED = frozenset({"result_invalid", "result_unstorable"})
-# How long a run waits whose handler went away between admission and start.
+# Delay of a run whose handler was removed between admission and start.
 NO_HANDLER_WAIT = timedelta(seconds=5)
-
-
-class Random(Protocol):
-    """The part of `random.Random` that a delay needs."""
-
-    def uniform(self, a: float, b: float) -> float: ...
 
 
 @dataclass(slots=True)
 class _Settled:
-    """What becomes of the attempt (`outcome`) and of its run (the rest)."""
+    """The outcome of the attempt and the new state of its run."""
 
     outcome: str
     state: str
@@ -223,11 +215,11 @@ def settle(
     now: datetime,
     random: Random,
 ) -> EndedAttempt:
-    """What the finisher writes of an attempt that ended with `outcome` at `now`.
+    """What the finisher writes for an attempt that ended with `outcome` at `now`.
 
-    Failed, timed-out and retried attempts count against `max_attempts`, lost ones
-    against `max_recoveries`, all others against nothing. `run.recoveries` must be 0
-    where this attempt has saved a checkpoint that moved.
+    Failed, timed-out and retried attempts count against `max_attempts`, lost ones against
+    `max_recoveries`, others are not counted. `run.recoveries` must be 0 if this attempt saved a
+    checkpoint that changed.
     """
     settled = _settle(run, outcome, policy, random)
     error = settled.error
@@ -255,16 +247,16 @@ def settle(
 
 
 def backoff(policy: RetryPolicy, failures: int, random: Random) -> timedelta:
-    """The delay after the `failures`th failure: a random part of the first delay doubled each time."""
+    """The delay after the `failures`th failure: random, below the first delay doubled for each failure."""
     longest = policy.backoff.total_seconds() * 2.0 ** min(failures - 1, 60)
     return timedelta(seconds=random.uniform(0.0, min(longest, policy.backoff_max.total_seconds())))
 
 
 def fingerprint(error: Error) -> str:
-    """The cause of an error: the same for errors that differ only in numbers, ids or quoted texts."""
+    """The cause of an error: equal for errors that differ only in numbers, ids, URLs or quoted text."""
     message = error.message.split("\n", 1)[0]
-    for pattern, stand_in in _VARIABLE:
-        message = pattern.sub(stand_in, message)
+    for pattern, placeholder in _VARIABLE:
+        message = pattern.sub(placeholder, message)
     return f"{error.type}: {message}"[:200]
 
 
@@ -273,7 +265,7 @@ _VARIABLE = (
     (re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\""), "<text>"),
     (re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"), "<id>"),
     (re.compile(r"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"), "<id>"),
-    # An underscore within a word, and a digit after it; each part ends where the next begins.
+    # A word with an underscore and a later digit; the parts do not overlap.
     (re.compile(r"\b\w[^\W_]*_[^\W\d]*\d\w*\b"), "<id>"),
     (re.compile(r"\d+(?:\.\d+)?"), "<n>"),
 )
@@ -292,7 +284,7 @@ def _settle(run: AdmittedRun, outcome: Outcome, policy: RetryPolicy, random: Ran
             failed = _Settled("timed_out", "failed", "timed_out", error=error, counts=True)
             return _tried_again(failed, run, policy, None, random)
         case Retried(after, detail):
-            error = Error("Retry", detail or "the handler asked for another try")
+            error = Error("Retry", detail or "the handler asked for a retry")
             failed = _Settled("retry", "failed", "error", detail, error=error, counts=True)
             return _tried_again(failed, run, policy, after, random)
         case Lost(detail):

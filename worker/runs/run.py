@@ -1,4 +1,4 @@
-"""Run: one instant of one definition, as it moves from fire to admission."""
+"""Run: the data of due definitions, runs, skips and run logs, as the loops and the store exchange them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ SkipReason = Literal["missed", "overlap"]
 
 @dataclass(frozen=True, slots=True)
 class NewRun:
-    """A run to be inserted, as fire and run-now make it. Instants are aware UTC.
+    """A run to insert. Times are aware and in UTC.
 
-    `serial` runs of a definition are on one at a time; `overlap` says what becomes of one that meets another.
+    `serial` runs of a definition run one at a time; `overlap` decides what happens to one that is due
+    while another is unfinished.
     """
 
     id: RunId
@@ -49,9 +50,8 @@ class NewRun:
 class AdmittedRun:
     """A run that this incarnation owns, under one fencing token. Never changed.
 
-    `attempt` counts from 1; `failures` are the earlier attempts that count against
-    `max_attempts`; `recoveries` the times its worker was lost since the last
-    checkpoint that moved.
+    `attempt` starts at 1. `failures` are the earlier attempts that count against `max_attempts`,
+    `recoveries` the losses of its worker since the last checkpoint that changed.
     """
 
     id: RunId
@@ -74,13 +74,13 @@ class AdmittedRun:
 
     @property
     def may_have_checkpoint(self) -> bool:
-        """A first attempt has none, unless its run takes up another's."""
+        """False for a first attempt, unless the run continues another one."""
         return self.attempt > 1 or self.origin == "retry"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedRun:
-    """What a renewal says of a run this incarnation owns; `cancel_reason` asks it to stop."""
+    """A run of this incarnation as a renewal returns it; with `cancel_reason` it must stop."""
 
     id: RunId
     fencing_token: int
@@ -89,7 +89,7 @@ class OwnedRun:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What an attempt needs to know of its run's org and definition; `spec` is the run's revision."""
+    """The org and the definition of a run; `spec` is that of the run's revision."""
 
     org_id: OrgId
     org_code: str
@@ -102,7 +102,7 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True)
 class DueDefinition:
-    """A definition whose next fire has come, locked by this transaction."""
+    """A definition whose next fire time has come, locked by this transaction."""
 
     definition_id: DefinitionId
     org_id: OrgId
@@ -116,7 +116,7 @@ class DueDefinition:
 
 @dataclass(frozen=True, slots=True)
 class NewSkip:
-    """Consecutive instants that do not become runs; both ends inclusive, within one UTC day."""
+    """Consecutive scheduled times that do not become runs; both ends inclusive, within one UTC day."""
 
     org_id: OrgId
     definition_id: DefinitionId
@@ -129,7 +129,7 @@ class NewSkip:
 
 @dataclass(frozen=True, slots=True)
 class NextFire:
-    """When a definition is due next; both None when it never is again."""
+    """When a definition is due next; both are None if never."""
 
     definition_id: DefinitionId
     next_scheduled_for: datetime | None
@@ -138,7 +138,7 @@ class NextFire:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What fire does with one due definition."""
+    """What to insert for one due definition."""
 
     runs: Sequence[NewRun]
     skips: Sequence[NewSkip]
@@ -147,7 +147,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class FireReport:
-    """What one call of fire did; `more` is true where its limit was reached."""
+    """The result of one call of fire; `more` is true if it reached its limit."""
 
     inserted: Sequence[NewRun] = ()
     overlapped: Sequence[NewRun] = ()
@@ -159,9 +159,9 @@ class FireReport:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A run taken from a dead worker: `state` is waiting, or failed past `max_recoveries`.
+    """A run taken over from a dead worker: `state` is waiting, or failed after `max_recoveries`.
 
-    `org` is the org's code, `definition` the definition's name; None where that row is gone.
+    `org` is the org's code, `definition` the definition's name; None if that row was deleted.
     """
 
     run_id: RunId
@@ -176,7 +176,7 @@ class Recovered:
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """A line of a run's log; `seq` counts from 1 within the attempt, `source` is log, stdout or stderr."""
+    """A line of a run log; `seq` counts from 1 in each attempt, `source` is log, stdout or stderr."""
 
     run_id: RunId
     attempt: int
@@ -190,7 +190,7 @@ class LogLine:
 
 @dataclass(frozen=True, slots=True)
 class StoredSkip:
-    """A definition's last row of `skips`."""
+    """The last row of a definition in `skips`."""
 
     id: str
     skip: NewSkip
@@ -198,7 +198,7 @@ class StoredSkip:
 
 @dataclass(frozen=True, slots=True)
 class SkipChanges:
-    """What to write: rows that grow, with their new end and count, and new rows."""
+    """Rows to extend, with their new end and count, and rows to insert."""
 
     grown: Sequence[StoredSkip]
     new: Sequence[NewSkip]
@@ -209,11 +209,11 @@ def fold(
     last: Mapping[DefinitionId, StoredSkip],
     ran_before: Mapping[tuple[DefinitionId, datetime], datetime | None],
 ) -> SkipChanges:
-    """Grow each definition's last row as far as it may, and begin new ones after that.
+    """Extend the last row of each definition where possible; other skips become new rows.
 
-    A row grows while reason, revision and UTC day stay and no scheduled run lies
-    between its end and what follows. `ran_before` names, for a definition and the
-    start of a skip, the last scheduled instant before it that became a run.
+    A row can be extended if reason, revision and UTC day are the same and no scheduled run lies in
+    between. `ran_before` has, for a definition and the start of a skip, the last scheduled time before
+    it that became a run.
     """
     open_rows: dict[DefinitionId, StoredSkip | NewSkip] = dict(last)
     grown: dict[DefinitionId, StoredSkip] = {}

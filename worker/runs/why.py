@@ -1,4 +1,4 @@
-"""Why: what became of a run in words, what is kept, whether a retry is safe, what to do next. Pure."""
+"""Why: what happened to a run in words, what is retained, whether a retry is safe, what to do next. Pure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from worker.clock import to_text
 
 Row = Mapping[str, Any]
 
-# Characters of a checkpoint that are shown in a sentence.
+# Maximum length of a checkpoint in a sentence.
 SHORT = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Clauses without a full stop; `next` is one command. `facts` are the row's own words for it.
+    """Clauses without a full stop. `next` is a command, `facts` are values of the row.
 
-    `others` says how many other orgs met the same, where that can be told.
+    `others` is about other orgs with the same error, None if unknown.
     """
 
     what: str
@@ -33,7 +33,7 @@ class Why:
 
     @property
     def sentence(self) -> str:
-        """All of it, to be read by a person."""
+        """All clauses as text."""
         clauses = [f"{self.what}: {self.cause}", self.others, self.kept, self.retry]
         return " ".join(f"{_up(clause)}." for clause in clauses if clause) + f" Next: `{self.next}`."
 
@@ -50,41 +50,41 @@ class Why:
         }
 
 
-# What a reason means; `{detail}`, `{error}` and `{available_at}` are the run's own.
+# What each reason means; the names in braces are columns of the run.
 CAUSES: Mapping[tuple[str, str | None], str] = {
     ("succeeded", None): "its handler returned a result",
     ("failed", "error"): "its handler raised {error}",
-    ("failed", "timed_out"): "its handler had not returned when its timeout passed",
-    ("failed", "handler_exited"): "its process ended without an answer ({detail})",
-    ("failed", "result_invalid"): "what its handler returned is no JSON, or is too large: {error}",
-    ("failed", "result_unstorable"): "the database does not take what its handler returned: {error}",
-    ("failed", "out_of_memory"): "it needed more memory than it may have",
-    ("failed", "lost"): "its worker died under it too often without a new checkpoint",
-    ("cancelled", "requested"): "somebody cancelled it",
+    ("failed", "timed_out"): "its handler did not return within its timeout",
+    ("failed", "handler_exited"): "its process exited without a result ({detail})",
+    ("failed", "result_invalid"): "the result of its handler is not JSON or is too large: {error}",
+    ("failed", "result_unstorable"): "the database rejects the result of its handler: {error}",
+    ("failed", "out_of_memory"): "it exceeded its memory limit",
+    ("failed", "lost"): "its worker died too often without a new checkpoint",
+    ("cancelled", "requested"): "it was cancelled on request",
     ("cancelled", "suspended"): "its org was suspended or removed",
-    ("cancelled", "replaced"): "a newer run took its place, as overlap = replace says",
+    ("cancelled", "replaced"): "a newer run replaced it (overlap = replace)",
     ("cancelled", "closed"): "its definition was closed",
-    ("cancelled", "by_handler"): "its handler ended it: {detail}",
-    ("refused", "org_mismatch"): "the issuer gave a token of another org",
-    ("refused", "client_mismatch"): "the token was given to another client",
+    ("cancelled", "by_handler"): "its handler cancelled it: {detail}",
+    ("refused", "org_mismatch"): "the issuer returned a token of another org",
+    ("refused", "client_mismatch"): "the token was issued to another client",
     ("refused", "scope_missing"): "its token lacks the scope {detail}",
     ("refused", "property_missing"): "its token lacks the property {detail}",
-    ("refused", "settings_invalid"): "the property {detail} of its token is not what the handler takes",
+    ("refused", "settings_invalid"): "the property {detail} of its token is invalid for the handler",
     ("refused", "token_invalid"): "its token failed verification ({detail})",
     ("skipped", "flag_off"): "the flag {detail} is off for its org",
-    ("skipped", "expired"): "nothing could start it within its start_deadline",
+    ("skipped", "expired"): "no worker could start it within its start_deadline",
     ("waiting", "due"): "no worker had a free slot for it yet",
-    ("waiting", "held"): "an earlier run of its definition is on, and overlap = queue_one or replace",
-    ("waiting", "retry"): "its last attempt failed; it is tried again at {available_at}",
+    ("waiting", "held"): "an earlier run of its definition is unfinished (overlap = queue_one or replace)",
+    ("waiting", "retry"): "its last attempt failed; it is retried at {available_at}",
     ("waiting", "snoozed"): "its handler asked to be called again at {available_at}",
     ("waiting", "handed_back"): "its worker was stopped while it ran",
-    ("waiting", "recovered"): "its worker died under it",
-    ("waiting", "no_token"): "its org has no token now ({detail}); it is asked for again at {available_at}",
-    ("waiting", "no_handler"): "no worker that is up offers its handler {handler}",
-    ("running", None): "it runs on worker {worker} since {started_at}",
+    ("waiting", "recovered"): "its worker died while it ran",
+    ("waiting", "no_token"): "its org has no token ({detail}); it is requested again at {available_at}",
+    ("waiting", "no_handler"): "no running worker offers its handler {handler}",
+    ("running", None): "it has been running on worker {worker} since {started_at}",
 }
 
-# What to look at, or to give, next.
+# The next command.
 NEXT: Mapping[tuple[str, str | None], str] = {
     ("succeeded", None): "runs show {id}",
     ("cancelled", "suspended"): "orgs show {org}",
@@ -94,7 +94,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("failed", "result_unstorable"): "runs logs {id}",
     ("failed", "lost"): "runs logs {id}",
     ("refused", "settings_invalid"): "handlers show {handler}",
-    # A retry would end the same: what counts is what the org's newest token says.
+    # A retry gives the same outcome until the token of the org has another flag.
     ("skipped", "flag_off"): "orgs check {org}",
     ("waiting", "due"): "orgs show {org}",
     ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
@@ -112,9 +112,10 @@ _NEXT_OF_STATE = {
 
 
 def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
-    """Of one run, from its row of `runs show`.
+    """Explain one run, from its row of `runs show`.
 
-    So many `others`, orgs that met the same in the hour around it, and perhaps `more`; None if nobody looked.
+    `others` is the number of other orgs with the same error in the hour around it (None if unknown),
+    a minimum with `more`.
     """
     state, reason = str(run["state"]), run["reason"]
     values = _values(run)
@@ -146,7 +147,7 @@ def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
 
 
 def last_error(run: Row) -> Row | None:
-    """The attempt that says why a run is as it is, by an error that others may have met as well; if any."""
+    """The last attempt if its error explains the state of the run, else None."""
     if run["state"] not in ("failed", "refused") and run["reason"] not in ("retry", "recovered"):
         return None
     ended = [attempt for attempt in run.get("attempts") or () if attempt["ended_at"] is not None]
@@ -154,21 +155,17 @@ def last_error(run: Row) -> Row | None:
 
 
 def _others(reason: str | None, count: int, more: bool) -> str:
-    met = "met the same error in the hour around it"
+    met = "had the same error in the hour around it"
     if reason == "no_token":
-        met = "waits for a token now" if count < 2 else "wait for a token now"
+        met = "is waiting for a token" if count < 2 else "are waiting for a token"
     if not count:
         return f"no other org {met}"
     return f"{'at least ' if more else ''}{count} other org{'s' if count > 1 else ''} {met}"
 
 
 def _is(state: str) -> str:
-    return {
-        "succeeded": "succeeded",
-        "failed": "failed",
-        "waiting": "waits",
-        "running": "runs",
-    }.get(state, f"was {state}")
+    words = {"succeeded": "succeeded", "failed": "failed", "waiting": "is waiting", "running": "is running"}
+    return words.get(state, f"was {state}")
 
 
 def _kept(run: Row, state: str) -> str:
@@ -178,26 +175,26 @@ def _kept(run: Row, state: str) -> str:
     checkpoint = run.get("checkpoint")
     if checkpoint is not None:
         text = json.dumps(checkpoint)
-        kept.append("the checkpoint that it saved last" + (f" ({text})" if len(text) <= SHORT else ""))
+        kept.append("its last checkpoint" + (f" ({text})" if len(text) <= SHORT else ""))
     if run.get("attempts"):
         kept.append("its attempts and their log")
     if not kept:
-        return "nothing of it had begun, so nothing is kept but this row"
+        return "it had not started, so only this row is retained"
     if checkpoint is None and state != "succeeded" and _had_started(run):
-        kept[-1] += ", but no checkpoint: it would begin at the start again"
-    return f"kept are {', '.join(kept)}"
+        kept[-1] += ", but no checkpoint: it would start from the beginning"
+    return f"retained: {', '.join(kept)}"
 
 
 def _retry(run: Row, state: str) -> str:
     if state == "running":
-        return "a retry is possible once it has ended"
+        return "a retry is possible after it has ended"
     if state == "waiting":
-        return "a retry is not needed: it goes on by itself"
+        return "no retry is needed: it continues automatically"
     if not _had_started(run):
-        return "a retry is safe: its handler never started"
+        return "a retry is safe: its handler has not started"
     if state == "succeeded":
-        return "a retry does its work again, under the same idempotency key"
-    return "a retry is safe where its handler sends the idempotency key, which stays the same: it had started"
+        return "a retry repeats its work, with the same idempotency key"
+    return "its handler had started: a retry is safe if it sends the idempotency key, which stays the same"
 
 
 def _had_started(run: Row) -> bool:

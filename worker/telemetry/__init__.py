@@ -1,1 +1,1 @@
-"""What the worker says of itself: events, and who listens to them."""
+"""Telemetry: what the worker reports about itself: events, logs, metrics, alerts and traces."""

@@ -1,4 +1,4 @@
-"""Alerts: from events to causes, and their delivery as signed webhooks if one is configured."""
+"""Alerts: the causes that events report, and the signed webhook that delivers them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from worker.telemetry.masking import masker
 Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead"]
 Status = Literal["firing", "resolved"]
 
-# Open at once; beyond that there is one trouble, and it is told already.
+# Maximum open alerts; more than these have one common cause, which has been reported by then.
 MOST_OPEN = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Alert:
-    """One message: a cause that strikes, told at its first time, or one that is over."""
+    """One message: a new cause (`firing`), or one that is over (`resolved`)."""
 
     id: str
     cause: str
@@ -42,7 +42,7 @@ class Alert:
     fields: Mapping[str, Any]
 
     def as_json(self) -> dict[str, Any]:
-        """The body of the webhook; `cause` is the same on every worker and at every time."""
+        """The body of the webhook; `cause` is the same on all workers and at all times."""
         return {
             "id": self.id,
             "cause": self.cause,
@@ -59,10 +59,10 @@ class Alert:
 
 @dataclass(slots=True)
 class Strike:
-    """A cause that struck `count` times, first by the event that has these `fields`.
+    """A cause that occurred `count` times; `fields` are those of its first event.
 
-    `runs` are the newest by whom it struck; `definitions` (org, name) and `orgs` are
-    whom it struck where no run did.
+    `runs` has the latest affected run of each definition; `definitions` (org, name) and `orgs` are
+    affected without a run.
     """
 
     cause: str
@@ -76,7 +76,7 @@ class Strike:
     orgs: set[str] = field(default_factory=set)
 
     def join(self, later: Strike) -> None:
-        """Take in what the same cause did after."""
+        """Add later events of the same cause."""
         self.at = max(self.at, later.at)
         self.count += later.count
         self.runs |= later.runs
@@ -85,10 +85,7 @@ class Strike:
 
 
 class Strikes:
-    """Listens to the events and gathers what strikes until it is taken; calls `on_strike` at each.
-
-    Where nobody takes it, as long as the database is away, a bounded number is kept.
-    """
+    """Collects causes from events until `take`; calls `on_strike` at each. Keeps a bounded number."""
 
     def __init__(self, clock: Clock, on_strike: Callable[[], None]) -> None:
         self._clock = clock
@@ -97,21 +94,21 @@ class Strikes:
         self._gathered: dict[str, Strike] = {}
 
     def hear(self, emitted: Emitted) -> None:
-        """Take note of one event."""
+        """Process one event; may be called from any thread."""
         wanted = _STATES.get(emitted.event.name)
         if wanted is None or emitted.fields.get("state") not in wanted:
             return
-        self._add([self._of(emitted.event.name, emitted.fields)])
+        self._add([self._strike(emitted.event.name, emitted.fields)])
         self._on_strike()
 
     def take(self) -> list[Strike]:
-        """What has struck since the last call, one for each cause."""
+        """Return the strikes since the last call, one for each cause."""
         with self._lock:
             gathered, self._gathered = self._gathered, {}
         return list(gathered.values())
 
     def put_back(self, strikes: Sequence[Strike]) -> None:
-        """What could not be written down."""
+        """Return strikes that could not be stored."""
         with self._lock:
             newer, self._gathered = self._gathered, {}
         self._add([*strikes, *newer.values()])
@@ -125,46 +122,47 @@ class Strikes:
                 elif len(self._gathered) < MOST_OPEN:
                     self._gathered[strike.cause] = strike
 
-    def _of(self, event: str, fields: Mapping[str, Any]) -> Strike:
-        org, definition, handler = (fields.get(name) for name in ("org", "definition", "handler"))
-        reason, detail = fields.get("reason"), fields.get("detail")
-        match event, fields.get("state"):
-            case "run.ended", "refused":
-                summary = f"{handler} is refused: {reason} ({detail})"
-                strike = self._strike("refused", (handler, reason, detail), summary, fields)
-            case "run.ended", _:
-                why = fields.get("error_cause") or reason
-                summary = f"{handler} fails: {reason}" + (f" ({why})" if why != reason else "")
-                strike = self._strike("failed", (handler, why), summary, fields)
-            case "run.recovered", _:
-                summary = "runs fail since their workers died too often"
-                strike = self._strike("failed", (None, "lost"), summary, fields)
-            case "definition.paused", _:
-                summary = f"{definition} of {org} is paused after {fields.get('failures')} failures"
-                strike = self._strike("paused", (org, definition), summary, fields)
-                strike.definitions.add((str(org), str(definition)))
-            case "schedule.overdue", _:
-                seconds = fields.get("seconds")
-                summary = f"nothing is fired: {definition} of {org} has been due for {seconds} s"
-                strike = self._strike("overdue", (), summary, fields)
-            case _:
-                summary = f"{org} gets no token: {fields.get('error')}"
-                strike = self._strike("credential_dead", (org,), summary, fields)
-                strike.orgs.add(str(org))
-        if "run" in fields:
-            struck = (org, definition) if definition else (fields["run"],)
-            strike.runs[struck] = fields["run"]
-        return strike
-
-    def _strike(
-        self, kind: Kind, what: tuple[str | None, ...], summary: str, fields: Mapping[str, Any]
-    ) -> Strike:
+    def _strike(self, event: str, fields: Mapping[str, Any]) -> Strike:
+        kind, what, summary = _cause(event, fields)
         cause = hashlib.sha256(repr((kind, *what)).encode()).hexdigest()[:32]
         shown = {name: value for name, value in fields.items() if value is not None}
-        return Strike(cause, kind, summary, shown, self._clock.now())
+        strike = Strike(cause, kind, summary, shown, self._clock.now())
+        org, definition = fields.get("org"), fields.get("definition")
+        if "run" in fields:
+            affected = (org, definition) if definition else (fields["run"],)
+            strike.runs[affected] = fields["run"]
+        elif kind == "paused":
+            strike.definitions.add((str(org), str(definition)))
+        elif kind == "credential_dead":
+            strike.orgs.add(str(org))
+        return strike
 
 
-# The events that strike, and in which states; looked up at every event, so a look is all it costs.
+def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | None, ...], str]:
+    """The kind of a cause, what identifies it, and its summary."""
+    org, definition, handler = (fields.get(name) for name in ("org", "definition", "handler"))
+    reason, detail = fields.get("reason"), fields.get("detail")
+    match event, fields.get("state"):
+        case "run.ended", "refused":
+            return "refused", (handler, reason, detail), f"{handler} is refused: {reason} ({detail})"
+        case "run.ended", _:
+            why = fields.get("error_cause") or reason
+            summary = f"{handler} fails: {reason}" + (f" ({why})" if why != reason else "")
+            return "failed", (handler, why), summary
+        case "run.recovered", _:
+            return "failed", (None, "lost"), "runs fail because their workers died too often"
+        case "definition.paused", _:
+            summary = f"{definition} of {org} is paused after {fields.get('failures')} failures"
+            return "paused", (org, definition), summary
+        case "schedule.overdue", _:
+            seconds = fields.get("seconds")
+            summary = f"no worker fires schedules: {definition} of {org} has been due for {seconds} s"
+            return "overdue", (), summary
+        case _:
+            return "credential_dead", (org,), f"{org} gets no token: {fields.get('error')}"
+
+
+# The events that report a cause, by run state; looked up at every event.
 _STATES: Mapping[str, frozenset[str | None]] = {
     "run.ended": frozenset({"failed", "refused"}),
     "run.recovered": frozenset({"failed"}),
@@ -175,7 +173,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
 }
 
 
-WRITTEN = "whsec_"
+KEY_PREFIX = "whsec_"
 
 
 def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
@@ -185,13 +183,13 @@ def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
 
 
 class Webhook:
-    """A receiver of alerts; it knows one sent twice by its id."""
+    """The configured receiver of alerts; it recognises duplicates by their id."""
 
     def __init__(self, url: str, secret: str, clock: Clock, *, client: httpx.Client | None = None) -> None:
         self._url = url
         self._secret = secret
         self._clock = clock
-        # No redirect is followed: the secret's signature is for this receiver.
+        # Redirects are not followed: the signature is for this receiver.
         self._client = client or httpx.Client(timeout=10.0)
         masker.register(secret)
 
@@ -199,11 +197,10 @@ class Webhook:
         self._client.close()
 
     def post(self, alert: Alert) -> str | None:
-        """Post it once; why it was not taken, or None."""
-        status = alert.status
+        """Post it once; returns why it was not accepted, or None."""
         body = masker.mask(json.dumps(alert.as_json(), default=str)).encode()
         timestamp = int(self._clock.now().timestamp())
-        message_id = f"{alert.id}-{status}"
+        message_id = f"{alert.id}-{alert.status}"
         headers = {
             "content-type": "application/json",
             "webhook-id": message_id,
@@ -211,15 +208,15 @@ class Webhook:
             "webhook-signature": sign(self._secret, message_id, timestamp, body),
         }
         try:
-            answer = self._client.post(self._url, content=body, headers=headers)
+            response = self._client.post(self._url, content=body, headers=headers)
         except httpx.HTTPError as error:
             return type(error).__name__
-        return None if answer.is_success else f"status {answer.status_code}"
+        return None if response.is_success else f"status {response.status_code}"
 
 
 def _key(secret: str) -> bytes:
-    """Standard Webhooks writes a key as `whsec_` and its base64; any other text is the key itself."""
-    if secret.startswith(WRITTEN):
+    """A Standard Webhooks key is `whsec_` plus base64; any other text is the key itself."""
+    if secret.startswith(KEY_PREFIX):
         with contextlib.suppress(ValueError):
-            return base64.b64decode(secret.removeprefix(WRITTEN), validate=True)
+            return base64.b64decode(secret.removeprefix(KEY_PREFIX), validate=True)
     return secret.encode()

@@ -1,4 +1,4 @@
-"""Events and the libraries' own log records as lines on stderr, masked: JSON, or words for a person."""
+"""Logs: events and the log records of libraries as masked lines on stderr, in JSON or for the console."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ _LEVELS: Mapping[Level, int] = {
     "error": logging.ERROR,
 }
 
-# httpx logs each URL with its query at INFO, alembic each step of a migration, and so on.
+# Too verbose at INFO: httpx logs each URL with its query, alembic each migration step.
 QUIET = ("httpx", "httpcore", "apscheduler", "alembic", "sqlalchemy", "uvicorn", "asyncio")
 
 
 def configure(style: Style | None = None, *, level: str = "info", stream: TextIO | None = None) -> None:
-    """Log to `stream` (stderr) from now on: events, and warnings of the libraries.
+    """Log events and warnings of libraries to `stream`, by default stderr; replaces an earlier call.
 
-    Without a style it is `console` on a terminal and `json` elsewhere. Called again
-    it replaces what it set up before.
+    The default style is `console` on a terminal and `json` elsewhere.
     """
     out = stream or sys.stderr
     handler = logging.StreamHandler(out)
@@ -54,7 +53,7 @@ def _log(emitted: Emitted) -> None:
 
 
 class _Line(logging.Formatter):
-    """One masked line a record: when, level, event, then its fields or the library's message."""
+    """Formats a record as one masked line: time, level, event, then its fields or the library's message."""
 
     def __init__(self, write: Callable[[Mapping[str, Any]], str]) -> None:
         super().__init__()
@@ -85,7 +84,7 @@ def _console(fields: Mapping[str, Any]) -> str:
 
 
 def _word(value: Any) -> str:
-    """A value as one word; text from outside stays on its line, whatever it holds."""
+    """A value as one word; quotes text with spaces or control characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if text and text.isprintable() and " " not in text else json.dumps(text)
 

@@ -1,6 +1,6 @@
-"""Span export: spans on their way to a collector by OTLP, whose absence is told once, and its return.
+"""OpenTelemetry: one trace for each run, exported by OTLP.
 
-Only imported where traces are asked for: it needs the extra `orgworker[otel]`.
+Imported only if tracing is enabled: it needs the extra `orgworker[otel]`.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from worker.telemetry.tracing import BAD, RESULTS, Marks, Result, Traced
 
 
 def otlp_exporter(endpoint: str, headers: str) -> SpanExporter:
-    """An exporter to this URL with these headers, `name=value,…`; what is empty the OTEL_* variables say."""
+    """An exporter to this URL with headers `name=value,…`; the OTEL_* variables apply to empty ones."""
     given = dict(part.split("=", 1) for part in headers.split(",")) if headers else None
     return trace_exporter.OTLPSpanExporter(endpoint=endpoint or None, headers=given)
 
 
 class QuietExporter(SpanExporter):
-    """Drops what is not taken, as the exporter inside does, and keeps the log short meanwhile.
+    """Reports once when the collector stops accepting spans, and once when it accepts them again.
 
-    By itself that says so every other second, with each of its tries.
+    It suppresses the log of the wrapped exporter, which reports every attempt.
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
         self._dropped = 0
-        self._words: list[str] = []
+        self._messages: list[str] = []
         self._logger = logging.getLogger(trace_exporter.__name__)
         self._logger.addFilter(self._keep)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Send them, for some seconds; called from a thread that does nothing else."""
-        self._words.clear()
+        """Send spans; called from the export thread, takes up to some seconds."""
+        self._messages.clear()
         result = self._exporter.export(spans)
         if result is not SpanExportResult.SUCCESS:
             if not self._dropped:
-                emit("traces.lost", error=next(iter(self._words), result.name))
+                emit("traces.lost", error=next(iter(self._messages), result.name))
             self._dropped += len(spans)
         elif self._dropped:
             emit("traces.back", spans=self._dropped)
@@ -65,25 +65,25 @@ class QuietExporter(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
     def _keep(self, record: logging.LogRecord) -> bool:
-        """Take the library's words for the event; the first says why, the last that it gives up."""
-        self._words.append(record.getMessage())
+        """Keep the library's messages for the event; the first one has the reason."""
+        self._messages.append(record.getMessage())
         return False
 
 
 Key = tuple[str, int]
 Attributes = Mapping[str, AttributeValue]
 
-# Attempts of which something is remembered; more are on only where ends are lost.
+# Maximum attempts with marks; more exist only if the ends of attempts are lost.
 BOUND = 100_000
-# Seconds that the last spans are given at the end.
+# Seconds to export the last spans at the end of the process.
 LAST_EXPORT = 5.0
 
 
 class OtelTracer:
-    """A trace for each run, under an id that follows from the run's: its attempts lie side by side in it.
+    """Makes one trace for each run; its id is derived from the run id, so all attempts share it.
 
-    What the standard variables OTEL_* say holds: sampler, resource, limits, batches.
-    `dashboard_url` is where the worker's pages are reached from outside, if anywhere.
+    The standard OTEL_* variables set sampler, resource, limits and batches. `dashboard_url` is the
+    public URL of the dashboard, or empty.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class OtelTracer:
         self._marks: dict[Key, Marks] = {}
 
     def hear(self, emitted: Emitted) -> None:
-        """Note when an attempt begins, and forget one that is another worker's by now."""
+        """Mark the start of an attempt; drop the marks of one that was fenced out."""
         if emitted.event.name == "run.admitted":
             fields = emitted.fields
             if len(self._marks) >= BOUND:
@@ -110,7 +110,7 @@ class OtelTracer:
             self.marks(emitted.fields["run"], emitted.fields["fencing_token"])
 
     def hand_over(self, run_id: str, fencing_token: int) -> str | None:
-        """The traceparent of a handler that is to be called now."""
+        """Mark the call of a handler; returns its traceparent."""
         self._marks.setdefault((run_id, fencing_token), Marks()).handler_began_at = self._clock.now()
         trace_id = _trace_id(run_id)
         sampling = self._provider.sampler.should_sample(None, trace_id, "RUN", SpanKind.SERVER)
@@ -118,7 +118,7 @@ class OtelTracer:
         return f"00-{trace_id:032x}-{handler:016x}-{sampling.decision is Decision.RECORD_AND_SAMPLE:02x}"
 
     def marks(self, run_id: str, fencing_token: int) -> Marks:
-        """What is known of an attempt that has ended; asked for once."""
+        """Remove and return the marks of an attempt that has ended."""
         return self._marks.pop((run_id, fencing_token), Marks())
 
     def end(self, traced: Traced, marks: Marks) -> None:
@@ -138,7 +138,7 @@ class OtelTracer:
         _end(span, traced.ended_at, result)
 
     def close(self) -> None:
-        """Send the last spans, for a few seconds at most."""
+        """Send the last spans within `LAST_EXPORT` seconds."""
         ending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
         ending.start()
         ending.join(LAST_EXPORT)
@@ -164,7 +164,7 @@ class OtelTracer:
         return {name: value for name, value in known.items() if value is not None}
 
     def _end_token(self, parent: Span, traced: Traced, marks: Marks, result: Result) -> None:
-        """The span of the token: until it was there, or until the attempt ended for the lack of it."""
+        """The span of the token request: until the token was ready or the attempt ended without one."""
         ready_at = traced.token_ready_at
         if ready_at is not None:
             self._end_task(parent, traced, "token", marks.token_began_at, ready_at, "success")
@@ -217,7 +217,7 @@ class OtelTracer:
 
 
 class _ChosenIds(RandomIdGenerator):
-    """Ids that are set before a span is made, each used once; other spans get random ones."""
+    """Ids set before a span is made, each used once; otherwise random ids."""
 
     def __init__(self) -> None:
         self.trace_id = self.span_id = 0
@@ -245,7 +245,7 @@ def _end(span: Span, at: datetime, result: Result) -> None:
 
 
 def _trace_id(run_id: str) -> int:
-    # Not the id itself: its upper digits are the time, and samplers take them for random.
+    # A hash, because samplers expect random digits and a run id starts with its time.
     return int.from_bytes(blake2b(run_id.encode(), digest_size=16).digest())
 
 

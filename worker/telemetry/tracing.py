@@ -1,8 +1,6 @@
-"""Tracing: a span for each attempt, with one for its token and one for its handler, where that is asked for.
+"""Tracing: one span for each attempt, with child spans for its token and its handler.
 
-All three are made at the end of the attempt, from what it leaves behind anyway; only the
-handler's place in the trace is told ahead, as a W3C traceparent. Without a tracer each
-call here is a look at one variable.
+All spans are made when the attempt has ended; only the handler's W3C traceparent is made before.
 """
 
 from __future__ import annotations
@@ -34,10 +32,10 @@ BAD: frozenset[Result] = frozenset({"failure", "error", "timeout"})
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """An attempt that has ended, as its spans say it; it holds no token, no property and no message.
+    """An ended attempt, without tokens, properties and messages.
 
-    `pipeline` is the definition's handler, `handler` the one that was chosen,
-    `flags` each flag that was evaluated, and whether it was on.
+    `pipeline` is the definition's handler, `handler` the chosen variant, `flags` each evaluated flag
+    and whether it was on.
     """
 
     run_id: str
@@ -62,33 +60,25 @@ class Traced:
 
 @dataclass(slots=True)
 class Marks:
-    """When an attempt asked for its token, and when its handler was handed over to a runner."""
+    """When an attempt requested its token and started its handler."""
 
     token_began_at: datetime | None = None
     handler_began_at: datetime | None = None
 
 
 class Tracer(Protocol):
-    """Makes spans of attempts; all calls come from the worker's loop."""
+    """See `otel.OtelTracer`; all calls come from the worker's event loop."""
 
-    def hand_over(self, run_id: str, fencing_token: int) -> str | None:
-        """The traceparent of a handler that is to be called now."""
-        ...
-
-    def marks(self, run_id: str, fencing_token: int) -> Marks:
-        """What is known of an attempt that has ended; asked for once."""
-        ...
-
-    def end(self, traced: Traced, marks: Marks) -> None:
-        """Make the spans of an attempt that has ended."""
-        ...
+    def hand_over(self, run_id: str, fencing_token: int) -> str | None: ...
+    def marks(self, run_id: str, fencing_token: int) -> Marks: ...
+    def end(self, traced: Traced, marks: Marks) -> None: ...
 
 
 _tracer: Tracer | None = None
 
 
 def use(tracer: Tracer) -> Callable[[], None]:
-    """Trace with this one from now on; returns how to end that."""
+    """Set the tracer; returns a function that removes it."""
     global _tracer
     _tracer = tracer
 
@@ -100,10 +90,10 @@ def use(tracer: Tracer) -> Callable[[], None]:
 
 
 def in_use() -> Tracer | None:
-    """The tracer, or None where nobody asked for traces."""
+    """The tracer, or None if tracing is off."""
     return _tracer
 
 
 def traceparent(run_id: str, fencing_token: int) -> str | None:
-    """The W3C traceparent of a handler that is to be called now, or None without a tracer."""
+    """The W3C traceparent of a handler that is about to be called, or None if tracing is off."""
     return None if _tracer is None else _tracer.hand_over(run_id, fencing_token)

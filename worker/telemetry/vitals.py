@@ -1,4 +1,4 @@
-"""Vitals: how one incarnation is, for health checks and metrics; and the service manager's notifications."""
+"""Vitals of one incarnation for health checks and metrics, and notifications to systemd."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from dataclasses import dataclass
 
 
 class Notifier:
-    """Sends to the socket that `NOTIFY_SOCKET` names; without one every call does nothing.
+    """Sends to the socket in `NOTIFY_SOCKET`; without it every call is a no-op.
 
-    The variable is taken out of the environment, so that no child speaks for the worker.
+    Removes the variable from the environment, so that children cannot notify for the worker.
     """
 
     def __init__(self, address: str | None = None) -> None:
         found = os.environ.pop("NOTIFY_SOCKET", "") if address is None else address
-        # A leading @ stands for the abstract namespace.
+        # A leading @ means the abstract namespace.
         self._address = "\0" + found[1:] if found.startswith("@") else found
         interval = os.environ.get("WATCHDOG_USEC", "")
         for_us = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_seconds = int(interval) / 1e6 if self._address and interval and for_us else None
 
     def ready(self, status: str) -> None:
-        """The worker is up."""
         self._send("READY=1", f"STATUS={status}")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`."""
+        """Set the status line of `systemctl status`."""
         self._send(f"STATUS={text}")
 
     def stopping(self, seconds: float) -> None:
-        """The worker drains; it may take so many seconds longer before systemd kills it."""
+        """Report a drain; systemd waits this many more seconds before it kills the worker."""
         self._send("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def alive(self) -> None:
-        """Feed the watchdog; at least every `watchdog_seconds`, where that is not None."""
+        """Feed the watchdog, at least every `watchdog_seconds` unless that is None."""
         self._send("WATCHDOG=1")
 
     def _send(self, *lines: str) -> None:
@@ -45,17 +44,16 @@ class Notifier:
             try:
                 channel.sendto("\n".join(lines).encode(), self._address)
             except OSError:
-                # The service manager is gone or its queue is full: no reason to stop working.
-                return
+                return  # the service manager is gone or its queue is full
 
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """Questions to the parts of one worker incarnation; all answer at once, without the database.
+    """The state of one worker incarnation, read from memory.
 
-    `ages` gives, by loop, the seconds since it last came round, `stalled` those that do
-    not tick; `lease_remaining` is in seconds, 0 or less once it has passed; `slots`
-    and `used` are runs by isolation.
+    `ages` are the seconds since the last tick of each loop, `stalled` the loops that do not tick.
+    `lease_remaining` is in seconds, 0 or less after the lease has expired. `slots` and `used` count
+    runs by isolation.
     """
 
     ages: Callable[[], Mapping[str, float]]
@@ -67,7 +65,7 @@ class Vitals:
     used: Callable[[str], int]
 
     def in_words(self) -> str:
-        """One line for whoever looks at the process: what is amiss, what runs, how long the lease holds."""
+        """One line for `systemctl status`: problems, runs, lease."""
         left = self.lease_remaining()
         taken = {name: f"{self.used(name)} of {count} {name}" for name, count in self.slots.items() if count}
         return "; ".join(

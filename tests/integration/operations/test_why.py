@@ -218,7 +218,7 @@ def why_of(database, run: str):
 def test_it_counts_the_other_orgs_that_met_the_same_error_in_that_hour(database, failed):
     mine = failed("org_a", "KeyError: <text>")
     failed("org_a", "KeyError: <text>")
-    assert why_of(database, mine).others == "no other org met the same error in the hour around it"
+    assert why_of(database, mine).others == "no other org had the same error in the hour around it"
 
     failed("org_b", "KeyError: <text>", ago=timedelta(minutes=20))
     failed("org_b", "KeyError: <text>")
@@ -226,7 +226,7 @@ def test_it_counts_the_other_orgs_that_met_the_same_error_in_that_hour(database,
     failed("org_c", "KeyError: <text>", ago=timedelta(hours=2))
     found = why_of(database, mine)
     assert found.facts["other_orgs"] == 1
-    assert "1 other org met the same error" in found.sentence
+    assert "1 other org had the same error" in found.sentence
 
 
 def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, failed, rows):
@@ -236,7 +236,7 @@ def test_a_waiting_run_without_a_token_counts_the_orgs_that_wait_too(database, f
             update(tables.live_runs).where(tables.live_runs.c.id.in_(waiting[:2])).values(reason="no_token")
         )
 
-    assert why_of(database, waiting[0]).others == "1 other org waits for a token now"
+    assert why_of(database, waiting[0]).others == "1 other org is waiting for a token"
     assert why_of(database, waiting[2]).others is None
 
 
@@ -278,7 +278,7 @@ def test_a_held_run_says_what_it_is_behind(apply, database):
     found = why_of(database, held["id"])
 
     assert held["reason"] == "held"
-    assert found.cause.startswith("an earlier run of its definition is on")
+    assert found.cause.startswith("an earlier run of its definition is unfinished")
     assert found.next == "runs list --org org_acme --definition digest --state running"
     assert why_of(database, on["id"]).facts["reason"] == "due"
 

@@ -76,9 +76,9 @@ def test_what_is_due_while_no_worker_is_up_says_what_would_become_of_it(timeline
 @pytest.mark.parametrize(
     ("overlap", "note"),
     [
-        ("skip", "would be skipped: overlap, if run {run} is still on"),
-        ("queue_one", "held behind run {run} if that is still on"),
-        ("replace", "replaces run {run} if that is still on"),
+        ("skip", "would be skipped: overlap, if run {run} is still unfinished"),
+        ("queue_one", "held behind run {run} if that is still unfinished"),
+        ("replace", "replaces run {run} if that is still unfinished"),
         ("allow", None),
     ],
 )
@@ -112,7 +112,7 @@ def test_spread_is_shown_and_a_pause_and_the_past(timeline: Timeline) -> None:
     decided, following = preview(timeline, 2, start=utc("2030-01-01T10:00"))
     assert decided["note"] == "decided already"
     assert following["note"].startswith("fires ") and following["note"].endswith(
-        f" later; would be skipped: overlap, if run {timeline.runs()[0]['id']} is still on"
+        f" later; would be skipped: overlap, if run {timeline.runs()[0]['id']} is still unfinished"
     )
 
     pause_definition(timeline.database, ORG, NAME, actor="tester")

@@ -91,7 +91,7 @@ def test_a_failure_names_the_error_and_what_is_kept():
     why = why_run(run("failed", "error", attempts=attempts, checkpoint={"done": 3}))
 
     assert why.cause == "its handler raised KeyError: 'title'"
-    assert why.kept == 'kept are the checkpoint that it saved last ({"done": 3}), its attempts and their log'
+    assert why.kept == 'retained: its last checkpoint ({"done": 3}), its attempts and their log'
     assert "idempotency key" in why.retry
     assert why.next == f"runs retry {RUN} --from-checkpoint"
 
@@ -100,7 +100,7 @@ def test_what_never_started_is_safe_to_retry():
     why = why_run(run("refused", "scope_missing", detail="read:kb", attempts=[{"handler_started_at": None}]))
 
     assert why.cause == "its token lacks the scope read:kb"
-    assert why.retry == "a retry is safe: its handler never started"
+    assert why.retry == "a retry is safe: its handler has not started"
     assert why.next == "orgs check org_acme"
 
 
@@ -119,14 +119,14 @@ def test_an_unknown_reason_of_a_newer_release_is_named():
 def test_a_long_checkpoint_is_not_quoted():
     why = why_run(run("failed", "error", checkpoint={"seen": ["article"] * 20}))
 
-    assert why.kept == "kept are the checkpoint that it saved last"
+    assert why.kept == "retained: its last checkpoint"
 
 
 def test_without_a_checkpoint_it_says_where_a_retry_begins():
     why = why_run(run("failed", "error", attempts=[{"handler_started_at": AT}]))
 
     assert why.kept.endswith(
-        "its attempts and their log, but no checkpoint: it would begin at the start again"
+        "its attempts and their log, but no checkpoint: it would start from the beginning"
     )
     assert why.next == f"runs retry {RUN}"
 
@@ -134,13 +134,13 @@ def test_without_a_checkpoint_it_says_where_a_retry_begins():
 @pytest.mark.parametrize(
     ("reason", "others", "more", "said"),
     [
-        ("error", 0, False, "No other org met the same error in the hour around it."),
-        ("error", 1, False, "1 other org met the same error in the hour around it."),
-        ("error", 40, False, "40 other orgs met the same error in the hour around it."),
-        ("error", 40, True, "At least 40 other orgs met the same error in the hour around it."),
-        ("no_token", 0, False, "No other org waits for a token now."),
-        ("no_token", 1, False, "1 other org waits for a token now."),
-        ("no_token", 2, False, "2 other orgs wait for a token now."),
+        ("error", 0, False, "No other org had the same error in the hour around it."),
+        ("error", 1, False, "1 other org had the same error in the hour around it."),
+        ("error", 40, False, "40 other orgs had the same error in the hour around it."),
+        ("error", 40, True, "At least 40 other orgs had the same error in the hour around it."),
+        ("no_token", 0, False, "No other org is waiting for a token."),
+        ("no_token", 1, False, "1 other org is waiting for a token."),
+        ("no_token", 2, False, "2 other orgs are waiting for a token."),
     ],
 )
 def test_it_says_whether_it_is_this_org_alone(reason: str, others: int, more: bool, said: str):
