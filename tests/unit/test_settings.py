@@ -178,7 +178,7 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("[execution]\nrenews = '5s'", "worker.toml: unknown setting execution.renews; did you mean renew?"),
         ("[executions]\nrenew = '5s'", "worker.toml: unknown setting executions; did you mean execution?"),
         ("[execution]\nrenew = '10s'", "renew is 10s, more than a quarter of the lease of 30s"),
-        ("[execution]\nlease = 30", "execution.lease: 30 is no duration; write it as text, such as 30s"),
+        ("[execution]\nlease = 30", "execution.lease: 30 is not a duration; write it as text, such as 30s"),
         ("[execution]\nmax_children = 'many'", "execution.max_children: Input should be a valid integer"),
         ("[execution]\ninline = 3", "execution.inline: Input should be a valid tuple"),
         ("[issuers.main]\nprofile = 'kinde'", "worker.toml: issuers.main.url: Field required"),

@@ -1,4 +1,4 @@
-"""Fields: reads one entry of a file key by key; what does not fit is refused with entry, field and a fix."""
+"""Fields: reads one entry of a file key by key; errors name entry, field and a fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from worker.clock import from_text
 from worker.definitions.origins import parse_origin
-from worker.definitions.units import MAX_DEPTH, TOO_DEEP, depth_of, parse_duration, parse_memory
+from worker.definitions.units import MAX_DEPTH, TOO_DEEP, depth_of, parse_duration
 from worker.errors import DefinitionError
 
 T = TypeVar("T")
@@ -18,19 +18,19 @@ _MISSING: Any = object()
 
 
 class Fields:
-    """The values of one entry. A reader is a function that raises ValueError with what is wrong."""
+    """The values of one entry. A reader is a function that raises ValueError for an invalid value."""
 
     def __init__(self, values: Any, entry: str) -> None:
         if not isinstance(values, Mapping):
-            raise refusal(f"a table is expected, not {_shown(values)}", entry)
+            raise refusal(f"expected a table, not {_shown(values)}", entry)
         self._values = values
         self.entry = entry
 
     def take(self, name: str, read: Callable[[Any], T], default: T = _MISSING) -> T:
-        """The value of `name` as `read` makes it, or the default where the key is absent or null.
+        """The value of `name` as `read` returns it, or the default if the key is absent or null.
 
         Raises:
-            DefinitionError: it is missing and has no default, or does not fit.
+            DefinitionError: it is invalid, or missing without a default.
         """
         value = self._values.get(name)
         if value is None:
@@ -47,11 +47,7 @@ class Fields:
         return [key for key, value in self._values.items() if value is not None and key in names]
 
     def only(self, known: Collection[str]) -> None:
-        """Refuse any key that is not known.
-
-        Raises:
-            DefinitionError: names the unknown key, and the known one that it resembles.
-        """
+        """Raise DefinitionError for an unknown key; its fix is the most similar known key."""
         for key in self._values:
             if key not in known:
                 names = sorted(known)
@@ -61,36 +57,40 @@ class Fields:
 
 
 def refusal(problem: str, entry: str, field: str = "", *, fix: str = "") -> DefinitionError:
-    """The error that names entry and field in its message as well as in its attributes."""
+    """An error with entry and field in its message as well as in its attributes."""
     place = ", ".join(part for part in (entry, field) if part)
     return DefinitionError(f"{place}: {problem}" if place else problem, entry=entry, field=field, fix=fix)
 
 
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"a text is expected, not {_shown(value)}")
+        raise ValueError(f"expected text, not {_shown(value)}")
     _check_text(value, "the text")
     return value.strip()
 
 
 def name(value: Any) -> str:
-    """A text that may stand in a path and on a command line: no slash, no control character."""
+    """Text that fits into a path and a command line: no slash, no control character."""
     read = text(value)
     if len(read) > 200 or "/" in read or not read.isprintable():
-        raise ValueError(f"{_shown(value)} is no name; at most 200 characters, no slash, no controls")
+        raise ValueError(
+            f"{_shown(value)} is not a name; use at most 200 characters, no slash, no control characters"
+        )
     return read
 
 
 def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"true or false is expected, not {_shown(value)}")
+        raise ValueError(f"expected true or false, not {_shown(value)}")
     return value
 
 
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[Any], int]:
+def integer(least: int) -> Callable[[Any], int]:
+    most = 2**31 - 1
+
     def read(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"a whole number is expected, not {_shown(value)}")
+            raise ValueError(f"expected a whole number, not {_shown(value)}")
         if not least <= value <= most:
             raise ValueError(f"{value} is not between {least} and {most}")
         return value
@@ -108,17 +108,13 @@ def duration(least: timedelta = timedelta(0), *, what: str = "") -> Callable[[An
     return read
 
 
-def instant(value: Any) -> datetime:
+def timestamp(value: Any) -> datetime:
     """An RFC 3339 text, or a TOML date-time, with an offset."""
     if isinstance(value, datetime) and value.tzinfo is not None:
         return value.astimezone(UTC)
     if not isinstance(value, str):
-        raise ValueError(f"an instant with an offset is expected, such as 2027-01-01T08:00:00Z, not {value}")
+        raise ValueError(f"expected a time with an offset, such as 2027-01-01T08:00:00Z, not {value}")
     return from_text(value)
-
-
-def memory(value: Any) -> int:
-    return parse_memory(value)
 
 
 def one_of(choices: tuple[T, ...]) -> Callable[[Any], T]:
@@ -126,19 +122,19 @@ def one_of(choices: tuple[T, ...]) -> Callable[[Any], T]:
         for choice in choices:
             if choice == value and isinstance(value, str):
                 return choice
-        raise ValueError(f"{_shown(value)} is none of {', '.join(map(str, choices))}")
+        raise ValueError(f"{_shown(value)} is not one of {', '.join(map(str, choices))}")
 
     return read
 
 
 def texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise ValueError(f"a list of texts is expected, not {_shown(value)}")
+        raise ValueError(f"expected a list of texts, not {_shown(value)}")
     return tuple(dict.fromkeys(text(item) for item in value))
 
 
 def origins(value: Any) -> tuple[str, ...]:
-    """Origins as RFC 6454 writes them: scheme, host and port, and nothing else."""
+    """Origins (RFC 6454): scheme, host and port only."""
     listed = texts(value)
     for item in listed:
         parse_origin(item)
@@ -146,12 +142,9 @@ def origins(value: Any) -> tuple[str, ...]:
 
 
 def json_table(value: Any) -> Mapping[str, Any]:
-    """A table of what JSON can say and a database keep: no date or infinity of TOML, no NUL in a text.
-
-    It nests at most `MAX_DEPTH` levels.
-    """
+    """A table that JSON and a database can hold, at most MAX_DEPTH deep; no TOML date or infinity, no NUL."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"a table is expected, not {_shown(value)}")
+        raise ValueError(f"expected a table, not {_shown(value)}")
     if depth_of(value) > MAX_DEPTH:
         raise ValueError(TOO_DEEP)
     _check_json(value, "")
@@ -164,26 +157,26 @@ def _check_json(value: Any, path: str) -> None:
             _check_text(str(key), f"a key of {path}" if path else "a key")
             _check_json(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            _check_json(inner, f"{path}[{place}]")
+        for index, inner in enumerate(value):
+            _check_json(inner, f"{path}[{index}]")
     elif isinstance(value, str):
         _check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{path} is {value}, which JSON cannot say")
+            raise ValueError(f"{path} is {value}, which JSON cannot represent")
     elif not (value is None or isinstance(value, int | bool)):
-        raise ValueError(f"{path} is a {type(value).__name__}, which JSON cannot say; write it as text")
+        raise ValueError(f"{path} is a {type(value).__name__}, which JSON cannot represent; write it as text")
 
 
 def _check_text(value: str, what: str) -> None:
     if "\0" in value:
-        raise ValueError(f"{what} has a NUL character, which no database keeps")
+        raise ValueError(f"{what} has a NUL character, which a database cannot store")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{what} has half a surrogate pair, which is no character")
+        raise ValueError(f"{what} has half a surrogate pair, which is not a character")
 
 
 def _shown(value: Any) -> str:
     if depth_of(value) > MAX_DEPTH:
-        return "what nests so deeply"
+        return "a value nested too deeply"
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,36 +1,52 @@
-"""A file for `apply`, TOML or the same as JSON: orgs, definitions and templates, all of it checked."""
+"""A file for `apply`, TOML or JSON: orgs, definitions and templates, all of it checked."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 from worker.definitions import fields
-from worker.definitions.definition import Definition, parse_definition
+from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.definitions.fields import Fields, refusal
-from worker.definitions.templates import TemplateEntry, parse_template
 from worker.definitions.units import MAX_DEPTH
 from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError, InvalidTrigger
-from worker.orgs import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry
+from worker.orgs import MAX_CONCURRENT_RUNS, WEIGHT, OrgEntry, Selector, parse_selector
 
 Format = Literal["toml", "json"]
 T = TypeVar("T")
 
-_NESTED = f"let tables and lists nest at most {MAX_DEPTH} levels; nothing was changed"
-
-_KINDS = ("org", "definition", "template")
+# Replaces the org in the definition of a template.
+ANY_ORG = "*"
 _ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone")
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateEntry:
+    """A template: one definition, complete except for its org, for each org that the selector matches."""
+
+    name: str
+    selector: Selector
+    definition: Definition
+
+    def definition_for(self, org_code: str) -> Definition:
+        """The definition of the same name that an org inherits."""
+        return replace(self.definition, org=org_code)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The canonical spec of its definitions; includes `enabled` if it is false."""
+        return to_spec(self.definition) | ({} if self.definition.enabled else {"enabled": False})
+
+
+@dataclass(frozen=True, slots=True)
 class DefinitionsFile:
-    """What a file says, in its order."""
+    """The entries of a file, in its order."""
 
     orgs: tuple[OrgEntry, ...] = ()
     definitions: tuple[Definition, ...] = ()
@@ -38,44 +54,32 @@ class DefinitionsFile:
 
 
 def format_of(path: str) -> Format:
-    """The format that a file's name promises: JSON for `.json`, else TOML."""
+    """The format of a file by its name: JSON for `.json`, else TOML."""
     return "json" if PurePath(path).suffix.lower() == ".json" else "toml"
 
 
-def parse_file(content: str | bytes, format: Format = "toml") -> DefinitionsFile:
-    """The orgs, definitions and templates of a file.
-
-    Raises:
-        DefinitionError: the first thing that is wrong, by entry and field.
-    """
-    values = _load(content, format)
-    for key in values:
-        if key not in _KINDS:
-            raise DefinitionError(
-                f"unknown key {key!r}", field=key, fix="a file has [[org]], [[definition]] and [[template]]"
-            )
-    orgs = _entries(values, "org", ("code",), lambda item, entry: parse_org(item, entry=entry))
-    definitions = _entries(
-        values, "definition", ("org", "name"), lambda item, entry: parse_definition(item, entry=entry)
-    )
-    templates = _entries(values, "template", ("name",), lambda item, entry: parse_template(item, entry=entry))
-    _each_once((f"org {org.code}" for org in orgs), "code")
-    _each_once((entry_of(definition) for definition in definitions), "name")
-    _each_once((f"template {template.name}" for template in templates), "name")
-    return DefinitionsFile(orgs, definitions, templates)
-
-
 def entry_of(definition: Definition) -> str:
-    """How errors name a definition's entry in a file."""
+    """A definition's entry as errors name it."""
     return f"definition {definition.org}/{definition.name}"
 
 
-def parse_org(values: Any, *, entry: str) -> OrgEntry:
-    """The org that an entry of a file describes.
+def parse_file(content: str | bytes, format: Format = "toml") -> DefinitionsFile:
+    """The orgs, definitions and templates of a file; raises DefinitionError for the first error in it."""
+    values = _load(content, format)
+    for key in values:
+        if key not in ("org", "definition", "template"):
+            raise DefinitionError(
+                f"unknown key {key!r}", field=key, fix="a file has [[org]], [[definition]] and [[template]]"
+            )
+    return DefinitionsFile(
+        _entries(values, "org", ("code",), parse_org),
+        _entries(values, "definition", ("org", "name"), parse_definition),
+        _entries(values, "template", ("name",), parse_template),
+    )
 
-    Raises:
-        DefinitionError: names entry and field of what is wrong.
-    """
+
+def parse_org(values: Any, entry: str) -> OrgEntry:
+    """The org of an entry of a file; raises DefinitionError."""
     reader = Fields(values, entry)
     reader.only(_ORG_KEYS)
     code = reader.take("code", fields.name)
@@ -97,20 +101,43 @@ def parse_org(values: Any, *, entry: str) -> OrgEntry:
     )
 
 
+def parse_template(values: Any, entry: str) -> TemplateEntry:
+    """The template of an entry of a file, which has `orgs` instead of `org`; raises DefinitionError."""
+    reader = Fields(values, entry)
+    if "org" in values:
+        raise refusal("a template has no org", entry, "org", fix="write orgs, or make it a [[definition]]")
+    selector = parse_selector(reader.take("orgs", lambda value: value), entry=entry)
+    name = reader.take("name", fields.name)
+    rest = {key: value for key, value in values.items() if key != "orgs"}
+    return TemplateEntry(name, selector, parse_definition(rest | {"org": ANY_ORG}, entry))
+
+
+def from_template_spec(template_name: str, selector: Any, spec: Mapping[str, Any]) -> TemplateEntry:
+    """The template of a row of `templates`; raises DefinitionError if this version cannot read it."""
+    rest = {key: value for key, value in spec.items() if key != "enabled"}
+    definition = from_spec(ANY_ORG, template_name, rest, enabled=spec.get("enabled", True))
+    return TemplateEntry(
+        template_name, parse_selector(selector, entry=f"template {template_name}"), definition
+    )
+
+
 def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
     try:
         text = content.decode() if isinstance(content, bytes) else content
         values = json.loads(text, object_pairs_hook=_unique) if format == "json" else tomllib.loads(text)
     except RecursionError:
-        raise DefinitionError("the file nests too deeply to be read", fix=_NESTED) from None
-    except ValueError as error:
-        # The parsers' errors are ValueErrors too, and name line and column.
         raise DefinitionError(
-            f"the file is no {format.upper()}: {error}", fix="correct it there; nothing was changed"
+            "the file nests too deeply to be read",
+            fix=f"let tables and lists nest at most {MAX_DEPTH} levels; nothing was changed",
+        ) from None
+    except ValueError as error:
+        # The parsers' errors are ValueErrors too, with line and column.
+        raise DefinitionError(
+            f"the file is not valid {format.upper()}: {error}", fix="correct it there; nothing was changed"
         ) from error
     if not isinstance(values, dict):
         raise DefinitionError(
-            "the file is no table of org, definition and template",
+            "the file is not valid: expected a table of org, definition and template",
             fix='as JSON it is one object: {"definition": [...]}',
         )
     return values
@@ -120,29 +147,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"duplicate key {twice!r} in one object")
     return found
 
 
 def _entries(
     values: Mapping[str, Any], kind: str, names: tuple[str, ...], parse: Callable[[Any, str], T]
 ) -> tuple[T, ...]:
+    """The parsed entries of one kind; each has other names than those before it."""
     items = values.get(kind, [])
     if not isinstance(items, list):
-        raise DefinitionError(f"{kind} is no list", field=kind, fix=f"write each as [[{kind}]]")
-    return tuple(parse(item, _entry(item, kind, names, place)) for place, item in enumerate(items, start=1))
-
-
-def _entry(item: Any, kind: str, names: tuple[str, ...], place: int) -> str:
-    """The entry by its name, else by its place among those of its kind."""
-    parts = [item.get(name) for name in names] if isinstance(item, Mapping) else []
-    named = [part for part in parts if isinstance(part, str) and part]
-    return f"{kind} {'/'.join(named)}" if len(named) == len(names) else f"{kind} number {place}"
-
-
-def _each_once(entries: Iterable[str], field: str) -> None:
+        raise DefinitionError(f"{kind} is not a list", field=kind, fix=f"write each as [[{kind}]]")
+    found: list[T] = []
     seen: set[str] = set()
-    for entry in entries:
-        if entry in seen:
-            raise refusal("stands twice in the file", entry, field, fix="remove one, or rename it")
-        seen.add(entry)
+    for number, item in enumerate(items, start=1):
+        parts: list[Any] = [item.get(name) for name in names] if isinstance(item, Mapping) else []
+        known = len(parts) == len(names) and all(isinstance(part, str) and part for part in parts)
+        entry = f"{kind} {'/'.join(parts)}" if known else f"{kind} number {number}"
+        found.append(parse(item, entry))
+        # Names are parsed without spaces around them.
+        identity = "/".join(part.strip() for part in parts)
+        if identity in seen:
+            raise refusal("appears twice in the file", entry, names[-1], fix="remove one, or rename it")
+        seen.add(identity)
+    return tuple(found)

@@ -1,14 +1,14 @@
-"""Crontab: the wall times that five fields, or six with leading seconds, name; cronsim reads the fields."""
+"""Triggers: the scheduled times of a crontab line, `@hourly`, `every 15m` or `at 2027-01-01T08:00:00Z`."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from itertools import takewhile
-from typing import cast
 from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.base import BaseTrigger
@@ -22,75 +22,88 @@ from worker.definitions.zones import Stretch, stretches
 from worker.errors import InvalidTrigger
 
 _DAY = timedelta(days=1)
-# 29 February on one certain weekday comes back within 40 years, across 2100.
+_SECOND = timedelta(seconds=1)
+_TICK = timedelta(microseconds=1)
+_ANY_TIME = datetime(2000, 1, 1)
+# 29 February on a given weekday recurs within 40 years, even across 2100.
 _YEARS = 50
+_LIMITS = {
+    "second": "0-59",
+    "minute": "0-59",
+    "hour": "0-23",
+    "day-of-month": "1-31",
+    "month": "1-12 or JAN-DEC",
+    "day-of-week": "0-7 or SUN-SAT",
+}
+NICKNAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
 
 
 class Crontab:
-    """A parsed crontab line, asked about naive wall times of whole seconds.
+    """A parsed crontab line over naive wall times of whole seconds.
 
-    `elapsed` is true where minute or hour begins with `*`: such a schedule follows
-    elapsed time through a clock change (Debian's crontab(5)).
+    `elapsed` if minute or hour begins with `*`: such a schedule follows elapsed time
+    through a clock change (Debian's crontab(5)).
     """
 
-    __slots__ = ("_fields", "_minutes", "_months", "_seconds", "elapsed")
+    __slots__ = ("_fields", "_minutes", "_per_day", "_seconds", "elapsed")
 
     def __init__(self, text: str) -> None:
-        """Raises InvalidTrigger where a field cannot be read, or no day ever matches."""
+        """Raises InvalidTrigger if a field is invalid, or no day ever matches."""
         self._fields = _parse(text)
         self.elapsed = any(part.startswith("*") for part in self._fields.parts[1:3])
         self._seconds = tuple(sorted(self._fields.seconds))
         self._minutes = _minutes_of_day(frozenset(self._fields.hours), frozenset(self._fields.minutes))
-        self._months = self._fields.months
+        self._per_day = len(self._minutes) * len(self._seconds)
         if self._next_day(date(2000, 1, 1)) is None:
             raise _never_fires(text)
 
     def next(self, wall: datetime) -> datetime | None:
         """The first matching wall time at or after `wall`."""
-        day: date | None = wall.date()
-        if self._matches(cast(date, day)):
-            second = self._at_or_after(_second_of_day(wall))
-            if second is not None:
-                return _wall(cast(date, day), second)
-        day = self._next_day(cast(date, day) + _DAY)
-        return None if day is None else _wall(day, self._minutes[0] * 60 + self._seconds[0])
+        day = wall.date()
+        if self._matches(day):
+            earlier = self._rank(_second_of_day(wall) - 1)
+            if earlier < self._per_day:
+                return self._at(day, earlier)
+        next_day = self._next_day(day + _DAY)
+        return None if next_day is None else self._at(next_day, 0)
 
     def last(self, floor: datetime, wall: datetime) -> datetime | None:
         """The last matching wall time at or before `wall`, not before `floor`."""
-        day, first_day = wall.date(), floor.date()
-        second: int | None = _second_of_day(wall)
+        day, first_day, rank = wall.date(), floor.date(), self._rank(_second_of_day(wall))
         while day >= first_day:
-            if self._matches(day):
-                second = self._at_or_before(24 * 3600 if second is None else second)
-                if second is not None:
-                    found = _wall(day, second)
-                    return found if found >= floor else None
-            day, second = day - _DAY, None
+            if rank and self._matches(day):
+                found = self._at(day, rank - 1)
+                return found if found >= floor else None
+            day, rank = day - _DAY, self._per_day
         return None
 
     def count(self, start: datetime, end: datetime) -> int:
-        """How many wall times match from `start` to `end`, both included; the work is by days."""
+        """The number of matching wall times from `start` to `end`, both included; the cost is per day."""
         if start > end:
             return 0
-        each_day = len(self._minutes) * len(self._seconds)
-        day, last_day, total = start.date(), end.date(), 0
-        if self._matches(day):
-            total -= self._up_to(_second_of_day(start) - 1)
+        day, last_day = start.date(), end.date()
+        total = -self._rank(_second_of_day(start) - 1) if self._matches(day) else 0
         while day < last_day:
             if self._matches(day):
-                total += each_day
+                total += self._per_day
             day += _DAY
-        if self._matches(last_day):
-            total += self._up_to(_second_of_day(end))
-        return total
+        return total + (self._rank(_second_of_day(end)) if self._matches(last_day) else 0)
 
     def _matches(self, day: date) -> bool:
-        return day.month in self._months and self._fields.match_day(day)
+        return day.month in self._fields.months and self._fields.match_day(day)
 
     def _next_day(self, day: date) -> date | None:
         give_up = day.year + _YEARS
         while day.year <= give_up:
-            if day.month not in self._months:
+            if day.month not in self._fields.months:
                 day = (day.replace(day=1) + timedelta(days=32)).replace(day=1)
             elif self._fields.match_day(day):
                 return day
@@ -98,59 +111,45 @@ class Crontab:
                 day += _DAY
         return None
 
-    def _at_or_after(self, second: int) -> int | None:
+    def _rank(self, second: int) -> int:
+        """The number of a matching day's times at or before this second of the day."""
         minute, rest = divmod(second, 60)
         place = bisect_left(self._minutes, minute)
+        rank = place * len(self._seconds)
         if place < len(self._minutes) and self._minutes[place] == minute:
-            if rest <= self._seconds[-1]:
-                return minute * 60 + self._seconds[bisect_left(self._seconds, rest)]
-            place += 1
-        return self._minutes[place] * 60 + self._seconds[0] if place < len(self._minutes) else None
+            rank += bisect_right(self._seconds, rest)
+        return rank
 
-    def _at_or_before(self, second: int) -> int | None:
-        minute, rest = divmod(second, 60)
-        place = bisect_right(self._minutes, minute)
-        if place and self._minutes[place - 1] == minute:
-            if rest >= self._seconds[0]:
-                return minute * 60 + self._seconds[bisect_right(self._seconds, rest) - 1]
-            place -= 1
-        return self._minutes[place - 1] * 60 + self._seconds[-1] if place else None
-
-    def _up_to(self, second: int) -> int:
-        minute, rest = divmod(second, 60)
-        place = bisect_left(self._minutes, minute)
-        total = place * len(self._seconds)
-        if place < len(self._minutes) and self._minutes[place] == minute:
-            total += bisect_right(self._seconds, rest)
-        return total
+    def _at(self, day: date, index: int) -> datetime:
+        """The time with this index among those of a matching day."""
+        place, second = divmod(index, len(self._seconds))
+        hour, minute = divmod(self._minutes[place], 60)
+        return datetime(day.year, day.month, day.day, hour, minute, self._seconds[second])
 
 
 def _parse(text: str) -> CronSim:
     try:
-        return CronSim(text, datetime(2000, 1, 1))
+        return CronSim(text, _ANY_TIME)
     except CronSimError as error:
-        problem, parts = str(error), text.split()
-        if "day-of-month" in problem and _reads(" ".join([*parts[:-2], "*", parts[-1]])):
-            # Only day and month together are at fault, such as 30 February.
-            raise _never_fires(text) from error
+        parts, field = text.split(), str(error).removeprefix("Bad ")
+        if field == "day-of-month":
+            with suppress(CronSimError):
+                CronSim(" ".join([*parts[:-2], "*", parts[-1]]), _ANY_TIME)
+                # Only day and month together are invalid, such as 30 February.
+                raise _never_fires(text) from error
+        problem = (
+            f"{field} must be {_LIMITS[field]}" if field in _LIMITS else "it must have five or six fields"
+        )
         raise InvalidTrigger(
-            f"{text!r} is no crontab line: {problem[:1].lower()}{problem[1:]}",
+            f'"{text}": {problem}',
             field="schedule",
             fix='write five fields, such as "0 3 * * *", or six with leading seconds',
         ) from error
 
 
-def _reads(text: str) -> bool:
-    try:
-        CronSim(text, datetime(2000, 1, 1))
-    except CronSimError:
-        return False
-    return True
-
-
 def _never_fires(text: str) -> InvalidTrigger:
     return InvalidTrigger(
-        f"{text!r} can never fire: no such day ever comes",
+        f'"{text}" can never fire: no such day exists',
         field="schedule",
         fix="correct its day of month, month or day of week",
     )
@@ -165,65 +164,48 @@ def _second_of_day(wall: datetime) -> int:
     return wall.hour * 3600 + wall.minute * 60 + wall.second
 
 
-def _wall(day: date, second: int) -> datetime:
-    return datetime(day.year, day.month, day.day, second // 3600, second // 60 % 60, second % 60)
-
-
-NICKNAMES = {
-    "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * 0",
-    "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-}
-_SECOND = timedelta(seconds=1)
-_INSTANT = timedelta(microseconds=1)
-
-
 class Trigger(BaseTrigger):  # type: ignore[misc]
-    """The instants a schedule names, all aware UTC, within `starts_at` and `ends_at` (exclusive)."""
+    """The scheduled times of a schedule, aware UTC, from `starts_at` until before `ends_at`."""
 
     def __init__(self, starts_at: datetime | None, ends_at: datetime | None) -> None:
         self.starts_at = starts_at
         self.ends_at = ends_at
 
-    def after(self, instant: datetime, *, inclusive: bool = False) -> datetime | None:
-        """The first instant after `instant`, or at it where `inclusive`."""
-        start = instant if inclusive else instant + _INSTANT
+    def after(self, at: datetime, *, inclusive: bool = False) -> datetime | None:
+        """The first scheduled time after `at`, or at it if `inclusive`."""
+        start = at if inclusive else at + _TICK
         if self.starts_at is not None:
             start = max(start, self.starts_at)
         found = self._next(start)
         return None if found is None or (self.ends_at is not None and found >= self.ends_at) else found
 
     def last(self, start: datetime, until: datetime) -> datetime | None:
-        """The newest instant from `start` to `until`, both included."""
+        """The newest scheduled time from `start` to `until`, both included."""
         start, until = self._within(start, until)
         return self._last(start, until) if start <= until else None
 
     def count(self, start: datetime, until: datetime) -> int:
-        """How many instants lie from `start` to `until`, both included, without walking them."""
+        """The number of scheduled times from `start` to `until`, both included, without walking them."""
         start, until = self._within(start, until)
         return self._count(start, until) if start <= until else 0
 
     def between(self, start: datetime, until: datetime) -> Iterator[datetime]:
-        """The instants from `start` to `until`, both included, oldest first."""
-        return takewhile(lambda instant: instant <= until, self.instants(start))
+        """The scheduled times from `start` to `until`, both included, oldest first."""
+        return takewhile(lambda at: at <= until, self.instants(start))
 
     def instants(self, start: datetime) -> Iterator[datetime]:
-        """All instants at or after `start`, oldest first."""
-        instant = self.after(start, inclusive=True)
-        while instant is not None:
-            yield instant
-            instant = self.after(instant)
+        """All scheduled times at or after `start`, oldest first."""
+        at = self.after(start, inclusive=True)
+        while at is not None:
+            yield at
+            at = self.after(at)
 
     def newest(self, start: datetime, until: datetime, count: int) -> datetime | None:
-        """The oldest of the newest `count` instants from `start` to `until`, both included."""
+        """The oldest of the newest `count` scheduled times from `start` to `until`, both included."""
         if count < 1:
             return None
         if self.count(start, until) > count:
-            # The latest whole second from which more than `count` are left; they are counted, never walked.
+            # Bisect for the latest second from which more than `count` remain; they are counted, not walked.
             low, high = start, until
             while high - low > _SECOND:
                 middle = low + (high - low) / 2
@@ -233,17 +215,17 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
                     high = middle
             start = low
             while self.count(start, until) > count:
-                start = (self.after(start, inclusive=True) or until) + _INSTANT
+                start = (self.after(start, inclusive=True) or until) + _TICK
         oldest = self.after(start, inclusive=True)
         return oldest if oldest is not None and oldest <= until else None
 
-    def period(self, instant: datetime) -> timedelta | None:
-        """From `instant` to the schedule's next, whatever `ends_at`; None where there is no next."""
-        found = self._next(instant + _INSTANT)
-        return None if found is None else found - instant
+    def period(self, at: datetime) -> timedelta | None:
+        """From `at` to the next scheduled time, ignoring `ends_at`; None if there is none."""
+        found = self._next(at + _TICK)
+        return None if found is None else found - at
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
-        """APScheduler's question: the next instant after the previous one, else from now on."""
+        """APScheduler's interface: the next time after the previous one, else from now on."""
         if previous_fire_time is not None:
             return self.after(previous_fire_time.astimezone(UTC))
         return self.after(now.astimezone(UTC), inclusive=True)
@@ -252,20 +234,18 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
         if self.starts_at is not None:
             start = max(start, self.starts_at)
         if self.ends_at is not None:
-            until = min(until, self.ends_at - _INSTANT)
+            until = min(until, self.ends_at - _TICK)
         return start, until
 
+    # As `after` (inclusive), `last` and `count`, without `starts_at` and `ends_at`.
     @abstractmethod
-    def _next(self, start: datetime) -> datetime | None:
-        """The first instant at or after `start`."""
+    def _next(self, start: datetime) -> datetime | None: ...
 
     @abstractmethod
-    def _last(self, start: datetime, until: datetime) -> datetime | None:
-        """The newest instant from `start` to `until`."""
+    def _last(self, start: datetime, until: datetime) -> datetime | None: ...
 
     @abstractmethod
-    def _count(self, start: datetime, until: datetime) -> int:
-        """How many instants lie from `start` to `until`."""
+    def _count(self, start: datetime, until: datetime) -> int: ...
 
 
 class CronTrigger(Trigger):
@@ -281,7 +261,7 @@ class CronTrigger(Trigger):
     def _next(self, start: datetime) -> datetime | None:
         at = _whole_second(start)
         for stretch in stretches(self.zone, at):
-            if stretch.start >= at and self._leapt_over(stretch):
+            if stretch.start >= at and self._skipped_a_time(stretch):
                 return stretch.start.replace(tzinfo=UTC)
             wall = self.crontab.next(self._first_wall(stretch, at))
             if wall is None:
@@ -296,7 +276,7 @@ class CronTrigger(Trigger):
             wall = self.crontab.last(self._first_wall(stretch, at), self._last_wall(stretch, until))
             if wall is not None:
                 return (wall - stretch.offset).replace(tzinfo=UTC)
-            if stretch.start >= at and self._leapt_over(stretch):
+            if stretch.start >= at and self._skipped_a_time(stretch):
                 return stretch.start.replace(tzinfo=UTC)
         return None
 
@@ -306,7 +286,7 @@ class CronTrigger(Trigger):
         for stretch in self._stretches(start, until):
             first, last = self._first_wall(stretch, at), self._last_wall(stretch, until)
             total += self.crontab.count(first, last)
-            if stretch.start >= at and self._leapt_over(stretch):
+            if stretch.start >= at and self._skipped_a_time(stretch):
                 total += self.crontab.next(first) != first
         return total
 
@@ -314,8 +294,8 @@ class CronTrigger(Trigger):
         begin, end = start.replace(tzinfo=None), until.replace(tzinfo=None)
         return list(takewhile(lambda stretch: stretch.start <= end, stretches(self.zone, begin)))
 
-    def _leapt_over(self, stretch: Stretch) -> bool:
-        """Whether the gap at the start of this stretch swallowed a wall time that fires after it."""
+    def _skipped_a_time(self, stretch: Stretch) -> bool:
+        """Whether the gap at the start of this stretch skipped a wall time, which fires after the gap."""
         if self.crontab.elapsed or stretch.offset <= stretch.before:
             return False
         wall = self.crontab.next(stretch.start + stretch.before)
@@ -324,7 +304,7 @@ class CronTrigger(Trigger):
     def _first_wall(self, stretch: Stretch, at: datetime) -> datetime:
         wall = max(stretch.start, at) + stretch.offset
         if not self.crontab.elapsed and stretch.offset < stretch.before:
-            # The fold: what came at its first pass does not come again.
+            # Wall times that the fold repeats fire at their first pass only.
             wall = max(wall, stretch.start + stretch.before)
         return wall
 
@@ -334,7 +314,7 @@ class CronTrigger(Trigger):
 
 
 class EveryTrigger(Trigger):
-    """Whole multiples of an interval since 1970-01-01T00:00:00Z, whatever the zone."""
+    """Whole multiples of an interval since 1970-01-01T00:00:00Z, in any zone."""
 
     def __init__(
         self, interval: timedelta, starts_at: datetime | None = None, ends_at: datetime | None = None
@@ -344,7 +324,7 @@ class EveryTrigger(Trigger):
         self._multiples = IntervalTrigger(seconds=interval // _SECOND, start_date=EPOCH, timezone=UTC)
 
     def _next(self, start: datetime) -> datetime | None:
-        # Whole seconds: APScheduler reckons in floats, which are exact for them.
+        # APScheduler computes in floats, which are exact for whole seconds.
         at = _whole_second(start).replace(tzinfo=UTC)
         found: datetime = self._multiples.get_next_fire_time(None, max(at, EPOCH))
         return found
@@ -354,11 +334,11 @@ class EveryTrigger(Trigger):
         return found if found >= start else None
 
     def _count(self, start: datetime, until: datetime) -> int:
-        return (until - EPOCH) // self.interval - (start - EPOCH - _INSTANT) // self.interval
+        return (until - EPOCH) // self.interval - (start - EPOCH - _TICK) // self.interval
 
 
 class AtTrigger(Trigger):
-    """One instant."""
+    """One scheduled time."""
 
     def __init__(
         self, at: datetime, starts_at: datetime | None = None, ends_at: datetime | None = None
@@ -385,44 +365,31 @@ def parse_schedule(
     """The trigger of a schedule's text: a crontab line, `@hourly`, `every 15m` or `at 2027-01-01T08:00:00Z`.
 
     Raises:
-        InvalidTrigger: the text is none of these, or can never fire.
+        InvalidTrigger: the text is not a schedule, or can never fire.
     """
     kind, _, rest = text.strip().partition(" ")
-    if kind == "every":
-        return EveryTrigger(_interval(text, rest.strip()), starts_at, ends_at)
-    if kind == "at":
-        return AtTrigger(_instant(rest.strip()), starts_at, ends_at)
+    example = ""
+    try:
+        if kind == "every":
+            example = "every 15m"
+            interval = parse_duration(rest.strip())
+            if interval < _SECOND or interval % _SECOND:
+                raise ValueError(f'"{text}": the interval must be whole seconds, at least one')
+            return EveryTrigger(interval, starts_at, ends_at)
+        if kind == "at":
+            example = "at 2027-01-01T08:00:00Z"
+            return AtTrigger(from_text(rest.strip()), starts_at, ends_at)
+    except ValueError as error:
+        raise InvalidTrigger(str(error), field="schedule", fix=f'write it as "{example}"') from error
     if kind.startswith("@"):
         if text.strip() not in NICKNAMES:
-            raise InvalidTrigger(
-                f"{text!r} is no schedule", field="schedule", fix=f"known are {', '.join(NICKNAMES)}"
-            )
-        return CronTrigger(NICKNAMES[kind], zone, starts_at, ends_at)
+            fix = f"use one of {', '.join(NICKNAMES)}"
+            raise InvalidTrigger(f'"{text}" is not a schedule', field="schedule", fix=fix)
+        text = NICKNAMES[kind]
     return CronTrigger(text, zone, starts_at, ends_at)
 
 
-def _interval(text: str, rest: str) -> timedelta:
-    try:
-        interval = parse_duration(rest)
-    except ValueError as error:
-        raise InvalidTrigger(str(error), field="schedule", fix='write it as "every 15m"') from error
-    if interval < _SECOND or interval % _SECOND:
-        raise InvalidTrigger(
-            f"{text!r} is no interval of whole seconds", field="schedule", fix='write it as "every 15m"'
-        )
-    return interval
-
-
-def _instant(rest: str) -> datetime:
-    try:
-        return from_text(rest)
-    except ValueError as error:
-        raise InvalidTrigger(
-            str(error), field="schedule", fix='write it as "at 2027-01-01T08:00:00Z"'
-        ) from error
-
-
-def _whole_second(instant: datetime) -> datetime:
-    """The naive UTC instant, rounded up to a whole second."""
-    floor = instant.replace(microsecond=0, tzinfo=None)
-    return floor + _SECOND if instant.microsecond else floor
+def _whole_second(at: datetime) -> datetime:
+    """The naive UTC time, rounded up to a whole second."""
+    floor = at.replace(microsecond=0, tzinfo=None)
+    return floor + _SECOND if at.microsecond else floor

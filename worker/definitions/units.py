@@ -1,4 +1,4 @@
-"""How deeply values nest: read without recursion, so that no depth is too much for it."""
+"""Units: durations and sizes as text, and the depth of nested values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from datetime import timedelta
 from typing import Any
 
 MAX_DEPTH = 64
-"""Levels that params, and the schema of a handler, nest at most."""
+"""The maximum nesting of params, and of a handler's schema."""
 TOO_DEEP = f"it nests more than {MAX_DEPTH} levels"
 
 
 def depth_of(value: Any) -> int:
-    """Levels of tables and lists within each other: 0 for a text, 1 for a table of texts."""
+    """Levels of nested tables and lists: 0 for text, 1 for a table of texts; not recursive."""
     depth, level = 0, [value]
     while level := [item for item in level if isinstance(item, Mapping | list)]:
         depth += 1
@@ -45,20 +45,16 @@ _BYTES = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-# No duration within a hundred years is longer.
-_MOST_LETTERS = 100
+# Longer texts are not parsed.
+_MAX_TEXT = 100
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]i?B|B)")
 
 
 def parse_duration(text: str) -> timedelta:
-    """The duration that a text such as `30s`, `15m`, `2h`, `1d`, `1h30m` or `0.5s` names.
-
-    Raises:
-        ValueError: the text is none, or longer than a hundred years.
-    """
-    if not isinstance(text, str) or len(text) > _MOST_LETTERS or _DURATION.fullmatch(text) is None:
-        shown = text[:_MOST_LETTERS] if isinstance(text, str) else text
-        raise ValueError(f"{shown!r} is no duration; write it as text, such as 30s, 15m, 2h or 1d")
+    """The duration of a text such as `30s`, `15m`, `2h`, `1d`, `1h30m` or `0.5s`; raises ValueError."""
+    if not isinstance(text, str) or len(text) > _MAX_TEXT or _DURATION.fullmatch(text) is None:
+        shown = text[:_MAX_TEXT] if isinstance(text, str) else text
+        raise ValueError(f"{shown!r} is not a duration; write it as text, such as 30s, 15m, 2h or 1d")
     total = 0
     for whole, fraction, unit in _PART.findall(text):
         size = _MICROSECONDS[unit]
@@ -69,7 +65,7 @@ def parse_duration(text: str) -> timedelta:
 
 
 def format_duration(duration: timedelta) -> str:
-    """The one canonical text of a duration of 0 or more; `parse_duration` gives it back exactly."""
+    """The canonical text of a duration of 0 or more; `parse_duration` reads it back exactly."""
     left = duration // timedelta(microseconds=1)
     parts = []
     for unit in ("d", "h", "m", "s", "ms", "us"):
@@ -80,14 +76,10 @@ def format_duration(duration: timedelta) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """The bytes that a text such as `512MiB` or `1GiB` names.
-
-    Raises:
-        ValueError: the text is none.
-    """
+    """The number of bytes of a text such as `512MiB` or `1GiB`; raises ValueError."""
     match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
-        raise ValueError(f"{text!r} is no size; write it as text, such as 512MiB or 1GiB")
+        raise ValueError(f"{text!r} is not a size; write it as text, such as 512MiB or 1GiB")
     return int(match[1]) * _BYTES[match[2]]
 
 

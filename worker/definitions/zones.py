@@ -1,26 +1,27 @@
-"""Which release of the time zone database this machine computes with."""
+"""Time zones: IANA names, the changes of a zone's offset, and the release of the time zone database."""
 
 from __future__ import annotations
 
 import zoneinfo
-from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from worker.errors import InvalidTrigger
 
-# A file that each set of zones has; the first folder that has it is the one in use.
+# Every time zone database has this file; the first folder that has it is the one in use.
 _PROBE = "Europe/Berlin"
+_SECOND = timedelta(seconds=1)
+_DAY = timedelta(days=1)
 
 
 def zone_data_version() -> str:
-    """The release, such as `2026a`; a fingerprint of the files where they do not say."""
+    """The release, such as `2026a`; a fingerprint of the files if they do not state it."""
     for folder in map(Path, zoneinfo.TZPATH):
         if (folder / _PROBE).is_file():
             return _of_folder(folder)
@@ -44,25 +45,30 @@ def _of_folder(folder: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
-_SECOND = timedelta(seconds=1)
-_DAY = timedelta(days=1)
+def parse_zone(name: str) -> ZoneInfo:
+    """The zone with this IANA name, such as `Europe/Berlin`; raises InvalidTrigger if it is unknown."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise InvalidTrigger(
+            f"unknown time zone {name!r}",
+            field="timezone",
+            fix='use an IANA name, such as "Europe/Berlin" or "UTC"',
+        ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """At the naive UTC instant `at` the offset goes from `before` to `after`."""
+class Change(NamedTuple):
+    """The offset changes at the naive UTC time `at`."""
 
     at: datetime
     before: timedelta
     after: timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
+class Stretch(NamedTuple):
     """From `start` until before `end` (naive UTC) wall time is UTC + `offset`.
 
-    `start_is_change` is false where the stretch merely continues an earlier one;
-    `before` is the offset ahead of `start`, equal to `offset` then.
+    `before` is the previous offset, equal to `offset` if the stretch merely continues one.
     """
 
     start: datetime
@@ -71,47 +77,18 @@ class Stretch:
     before: timedelta
 
 
-def parse_zone(name: str) -> ZoneInfo:
-    """The zone with this IANA name, such as `Europe/Berlin`.
-
-    Raises:
-        InvalidTrigger: there is none.
-    """
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise InvalidTrigger(
-            f"no time zone is named {name!r}",
-            field="timezone",
-            fix='use an IANA name, such as "Europe/Berlin" or "UTC"',
-        ) from error
-
-
 def stretches(zone: ZoneInfo, start: datetime) -> Iterator[Stretch]:
-    """The stretches from the one that holds the naive UTC instant `start` on, without end."""
-    year = start.year
-    changes = changes_of(zone, year - 1) + changes_of(zone, year)
-    position = bisect_right(changes, start, key=lambda change: change.at)
-    if position:
-        latest = changes[position - 1]
-        begin, before, offset = latest.at, latest.before, latest.after
-    else:
-        begin, before = datetime(year - 1, 1, 1), _offset(zone, datetime(year - 1, 1, 1))
-        offset = before
-    ahead = changes[position:]
-    while True:
-        for change in ahead:
-            yield Stretch(begin, change.at, offset, before)
-            begin, before, offset = change.at, change.before, change.after
+    """The stretches from the one that contains the naive UTC time `start`, without end."""
+    year = start.year - 1
+    begin = datetime(year, 1, 1)
+    before = offset = _offset(zone, begin)
+    while year < datetime.max.year:
+        # A year without a change ends its stretch anyway, so that a caller can stop.
+        for change in changes_of(zone, year) or (Change(datetime(year + 1, 1, 1), offset, offset),):
+            if change.at > start:
+                yield Stretch(begin, change.at, offset, before)
+            begin, before, offset = change
         year += 1
-        if year >= datetime.max.year:
-            return
-        ahead = changes_of(zone, year)
-        if not ahead:
-            # A year without a change: end the stretch anyway, so that a caller can stop.
-            end = datetime(year + 1, 1, 1)
-            yield Stretch(begin, end, offset, before)
-            begin, before = end, offset
 
 
 @lru_cache(maxsize=16_384)
@@ -125,14 +102,14 @@ def changes_of(zone: ZoneInfo, year: int) -> tuple[Change, ...]:
         until = at + _DAY
         after = _offset(zone, until - _SECOND)
         if after != before:
-            found.append(Change(_moment(zone, at - _SECOND, until - _SECOND), before, after))
+            found.append(Change(_time_of_change(zone, at - _SECOND, until - _SECOND), before, after))
             before = after
         at = until
     return tuple(found)
 
 
-def _moment(zone: ZoneInfo, low: datetime, high: datetime) -> datetime:
-    """The first second after `low` with the offset of `high`."""
+def _time_of_change(zone: ZoneInfo, low: datetime, high: datetime) -> datetime:
+    """The first second after `low` with the offset of `high`, by bisection."""
     target = _offset(zone, high)
     while high - low > _SECOND:
         middle = low + (high - low) // _SECOND // 2 * _SECOND
@@ -143,6 +120,6 @@ def _moment(zone: ZoneInfo, low: datetime, high: datetime) -> datetime:
     return high
 
 
-def _offset(zone: ZoneInfo, instant: datetime) -> timedelta:
-    offset = instant.replace(tzinfo=UTC).astimezone(zone).utcoffset()
+def _offset(zone: ZoneInfo, at: datetime) -> timedelta:
+    offset = at.replace(tzinfo=UTC).astimezone(zone).utcoffset()
     return offset if offset is not None else timedelta()

@@ -10,9 +10,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition, to_spec
-from worker.definitions.file import DefinitionsFile
+from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import check_encrypted
-from worker.definitions.templates import TemplateEntry
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations.changes import (

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.definitions.definition import to_spec
-from worker.definitions.templates import TemplateEntry, from_template_spec
+from worker.definitions.file import TemplateEntry, from_template_spec
 from worker.errors import Conflict, NotFound, WorkerError
 from worker.operations.changes import (
     Action,

@@ -9,8 +9,8 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Any, Literal
 
+from worker.definitions import LEAST_PATIENCE, MisfirePolicy
 from worker.definitions.definition import Definition, Spread, from_spec
-from worker.definitions.policies import LEAST_PATIENCE, MisfirePolicy
 from worker.definitions.triggers import EveryTrigger, Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId, RunId, new_id

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
-from worker.definitions.policies import RetryPolicy
+from worker.definitions import RetryPolicy
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.run import AdmittedRun
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from worker.definitions.policies import Overlap
+from worker.definitions import Overlap
 from worker.ids import DefinitionId, OrgId, RunId
 
 Origin = Literal["schedule", "manual", "backfill", "retry"]

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Select, func, select
 
-from worker.definitions.policies import MISFIRE_GRACE
+from worker.definitions import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.dialect import Row, first_row

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from worker.clock import Clock
-from worker.definitions.policies import CANCEL_GRACE
+from worker.definitions import CANCEL_GRACE
 from worker.errors import Conflict, NotFound
 from worker.execution.attempts.run_services import TokenSource
 from worker.execution.runners.child.pool import ChildPool

@@ -65,7 +65,7 @@ BAD = {
     ),
     "bad_timeout": (
         "from worker import job\n@job('z.bad_timeout', timeout='soon')\ndef f(ctx): ...",
-        "ValueError: 'soon' is no duration",
+        "ValueError: 'soon' is not a duration",
     ),
 }
 

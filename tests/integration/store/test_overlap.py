@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import Stock
-from worker.definitions.policies import Overlap
+from worker.definitions import Overlap
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, FireReport, NewRun

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import utc
+from worker.definitions import MisfirePolicy, RetryPolicy
 from worker.definitions.definition import (
     Definition,
     FlagCondition,
@@ -17,7 +18,6 @@ from worker.definitions.definition import (
     parse_definition,
     to_spec,
 )
-from worker.definitions.policies import MisfirePolicy, RetryPolicy
 from worker.errors import DefinitionError, InvalidTrigger
 
 LEAST: dict[str, Any] = {
@@ -185,7 +185,7 @@ def test_a_refusal_of_what_nests_deeply_does_not_show_it():
     for _ in range(200_000):
         value = [value]
 
-    with pytest.raises(DefinitionError, match="handler: a text is expected, not what nests so deeply"):
+    with pytest.raises(DefinitionError, match="handler: expected text, not a value nested too deeply"):
         parse(handler=value)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions.policies import MisfirePolicy
+from worker.definitions import MisfirePolicy
 from worker.definitions.triggers import Trigger, parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.runs import fire as due_module

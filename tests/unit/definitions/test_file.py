@@ -119,7 +119,7 @@ def test_a_bad_schedule_in_a_file_is_an_invalid_trigger():
     ],
 )
 def test_what_is_neither_toml_nor_json_is_refused(content, format):
-    with pytest.raises(DefinitionError, match="the file is no"):
+    with pytest.raises(DefinitionError, match="the file is not valid"):
         parse_file(content, format)
 
 

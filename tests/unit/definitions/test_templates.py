@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from worker.definitions.templates import from_template_spec, parse_template
+from worker.definitions.file import from_template_spec, parse_template
 
 VALUES = {
     "name": "usage-export",

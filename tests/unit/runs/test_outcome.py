@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from tests.fakes.clock import START
-from worker.definitions.policies import RetryPolicy
+from worker.definitions import RetryPolicy
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.runs.outcome import (
     Cancelled,

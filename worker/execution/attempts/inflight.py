@@ -10,7 +10,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
-from worker.definitions.policies import CANCEL_GRACE
+from worker.definitions import CANCEL_GRACE
 from worker.execution.attempts.plan import AttemptPlan
 from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId

@@ -10,9 +10,9 @@ from typing import Any, Protocol, Self
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
+from worker.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.origins import check_encrypted
-from worker.definitions.policies import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import ConfigurationError, DefinitionError
 from worker.execution.runners.contract import Work
