@@ -51,8 +51,6 @@ RENEW_AGAIN = 60.0  # after a new token was refused while the older one is still
 # An API that answers every token with 401 must not use up the budget of all orgs.
 MINTED_SERVES = 2.0
 
-OrgAtIssuer = tuple[str, OrgId]
-
 
 class TokenRequest(NamedTuple):
     """What a token is requested for; `scopes` are enforced, `also_ask` are only requested.
@@ -65,10 +63,6 @@ class TokenRequest(NamedTuple):
     audience: str
     scopes: frozenset[str]
     also_ask: frozenset[str] = frozenset()
-
-    @property
-    def org_at_issuer(self) -> OrgAtIssuer:
-        return self.issuer, self.org.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +96,24 @@ class EnforcedToken:
 
 
 class Acquirer:
-    """Requests, verifies and enforces tokens; parks orgs whose credentials or requests fail."""
+    """Requests, verifies and enforces tokens of one issuer; parks orgs whose credentials or requests fail."""
 
-    def __init__(self, source: CredentialSource, *, clock: Clock, rng: random.Random) -> None:
+    def __init__(
+        self, client: IssuerClient, source: CredentialSource, *, clock: Clock, rng: random.Random
+    ) -> None:
+        self.client = client
         self._source = source
         self._clock = clock
         self._rng = rng
-        self._rejected: Parking[OrgAtIssuer] = Parking(*CREDENTIAL_PARK, clock=clock)
+        self._rejected: Parking[OrgId] = Parking(*CREDENTIAL_PARK, clock=clock)
         self._refused: Parking[TokenRequest] = Parking(*REQUEST_PARK, clock=clock)
-        self._failing: Parking[OrgAtIssuer] = Parking(*TRANSIENT_PARK, clock=clock)
-        self._winners: OrderedDict[OrgAtIssuer, tuple[str, float]] = OrderedDict()
+        self._failing: Parking[OrgId] = Parking(*TRANSIENT_PARK, clock=clock)
+        self._winners: OrderedDict[OrgId, tuple[str, float]] = OrderedDict()
         self._no_verdict: OrderedDict[TokenRequest, GrantedToken] = OrderedDict()
+
+    def may_ask(self, request: TokenRequest, credentials: Sequence[Credential]) -> bool:
+        """Whether a request that can wait may be sent: no parking, no pause, no open breaker."""
+        return self.client.is_free and not self.is_parked(request, credentials)
 
     def is_parked(self, request: TokenRequest, credentials: Sequence[Credential]) -> bool:
         """Whether only other credentials, or time, allow this request."""
@@ -123,20 +124,15 @@ class Acquirer:
         return False
 
     async def acquire(
-        self,
-        client: IssuerClient,
-        request: TokenRequest,
-        credentials: Sequence[Credential],
-        *,
-        minted: bool = False,
+        self, request: TokenRequest, credentials: Sequence[Credential], *, minted: bool = False
     ) -> EnforcedToken:
         """A new token of the org, verified and enforced; raises as `Tokens.ensure` does."""
         granted = self._no_verdict.pop(request, None)
         if granted is None or not self._is_worth_verifying(granted, credentials):
             self._check_parking(request, credentials)
-            granted = await self._grant(client, request, credentials)
+            granted = await self._grant(request, credentials)
         try:
-            return await self._enforce(client, request, granted, minted)
+            return await self._enforce(request, granted, minted)
         except Unavailable:
             # Keep it: it is verified once its key is there, instead of requesting another.
             remember(self._no_verdict, request, granted, MAX_REMEMBERED)
@@ -153,27 +149,25 @@ class Acquirer:
 
     def forget(self, org_id: OrgId) -> None:
         """Forget what was remembered of an org."""
-        for parking in (self._rejected, self._failing):
-            parking.release_where(lambda key: key[1] == org_id)
-        drop_where(self._winners, lambda key: key[1] == org_id)
+        self._rejected.release(org_id)
+        self._failing.release(org_id)
+        self._winners.pop(org_id, None)
         self._refused.release_where(lambda request: request.org.id == org_id)
         drop_where(self._no_verdict, lambda request: request.org.id == org_id)
 
     def _check_parking(self, request: TokenRequest, credentials: Sequence[Credential]) -> None:
-        self._rejected.check(request.org_at_issuer, credentials)
+        self._rejected.check(request.org.id, credentials)
         self._refused.check(request, credentials)
-        self._failing.check(request.org_at_issuer, credentials)
+        self._failing.check(request.org.id, credentials)
 
     def _is_worth_verifying(self, granted: GrantedToken, credentials: Sequence[Credential]) -> bool:
         age = self._clock.monotonic() - granted.received_at
         longest = min(NO_VERDICT_KEPT, granted.expires_in or NO_VERDICT_KEPT)
         return any(granted.credential.id == known.id for known in credentials) and age < longest
 
-    async def _grant(
-        self, client: IssuerClient, request: TokenRequest, credentials: Sequence[Credential]
-    ) -> GrantedToken:
+    async def _grant(self, request: TokenRequest, credentials: Sequence[Credential]) -> GrantedToken:
         """Request a token; the issuer sees at most two requests, not counting those without a response."""
-        org = request.org_at_issuer
+        org = request.org.id
         candidates = self._in_order(org, credentials)
         scopes = request.scopes | request.also_ask
         tries = 1 if self._failing.failures(org, credentials) else TRIES
@@ -181,7 +175,7 @@ class Acquirer:
         for last in (False, True):
             credential = candidates[0]
             try:
-                granted = await client.grant(
+                granted = await self.client.grant(
                     credential, audience=request.audience, scopes=scopes, tries=tries
                 )
             except CredentialsRejected as rejected:
@@ -214,7 +208,7 @@ class Acquirer:
         await self._count_use(credential, None)
         return granted
 
-    def _in_order(self, org: OrgAtIssuer, credentials: Sequence[Credential]) -> list[Credential]:
+    def _in_order(self, org: OrgId, credentials: Sequence[Credential]) -> list[Credential]:
         """The generations to try: the newest and the previous one; the one that last worked first."""
         newest = list(credentials[:2])
         failures = self._rejected.failures(org, credentials)
@@ -229,7 +223,7 @@ class Acquirer:
     def _note_success(
         self, request: TokenRequest, credential: Credential, credentials: Sequence[Credential]
     ) -> None:
-        org, now = request.org_at_issuer, self._clock.monotonic()
+        org, now = request.org.id, self._clock.monotonic()
         self._rejected.release(org)
         self._failing.release(org)
         self._refused.release(request)
@@ -260,11 +254,9 @@ class Acquirer:
         with suppress(Unavailable):
             await self._source.used(credential.id, error)
 
-    async def _enforce(
-        self, client: IssuerClient, request: TokenRequest, granted: GrantedToken, minted: bool
-    ) -> EnforcedToken:
-        payload = await client.verify(granted.text, request.audience)
-        claims = decode(payload, client.issuer.profile)
+    async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
+        payload = await self.client.verify(granted.text, request.audience)
+        claims = decode(payload, self.client.issuer.profile)
         enforce(
             claims,
             org_code=request.org.code,
@@ -305,9 +297,12 @@ class Tokens:
     ) -> None:
         self._clock = clock
         self._max_tokens = max_tokens
-        self._clients = {name: IssuerClient(issuer, client, clock=clock) for name, issuer in issuers.items()}
         self._generations = Generations(credentials, clock=clock)
-        self._acquirer = Acquirer(credentials, clock=clock, rng=rng or random.SystemRandom())
+        rng = rng or random.SystemRandom()
+        self._acquirers = {
+            name: Acquirer(IssuerClient(issuer, client, clock=clock), credentials, clock=clock, rng=rng)
+            for name, issuer in issuers.items()
+        }
         self._tokens: OrderedDict[TokenRequest, EnforcedToken] = OrderedDict()
         self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight()
 
@@ -336,23 +331,18 @@ class Tokens:
                 or until the org has other credentials.
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
-        client = self._client(issuer)
-        request = TokenRequest(
-            issuer, org, _audience(client.issuer, org, audience), scopes, also_ask - scopes
-        )
+        acquirer = self._acquirer(issuer)
+        audience = _audience(acquirer.client.issuer, org, audience)
+        request = TokenRequest(issuer, org, audience, scopes, also_ask - scopes)
         credentials = await self._generations.of(org)
         cached = self._cached(request, credentials)
         now = self._clock.monotonic()
         if cached is not None and cached.serves(max_claims_age, fresh, now):
-            if (
-                now >= cached.renew_at
-                and client.is_free
-                and not self._acquirer.is_parked(request, credentials)
-            ):
-                self._refreshing.start(request, lambda: self._refresh(client, request))
+            if now >= cached.renew_at and acquirer.may_ask(request, credentials):
+                self._refreshing.start(request, lambda: self._refresh(acquirer, request))
             return cached
         try:
-            return await self._refreshing.join(request, lambda: self._refresh(client, request, minted=fresh))
+            return await self._refreshing.join(request, lambda: self._refresh(acquirer, request, fresh))
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
             if cached is None or fresh or not cached.is_alive(self._clock):
                 raise
@@ -362,22 +352,22 @@ class Tokens:
         """Forget all of an org: its tokens, its credentials, its parking."""
         drop_where(self._tokens, lambda request: request.org.id == org_id)
         self._generations.forget(org_id)
-        self._acquirer.forget(org_id)
+        for acquirer in self._acquirers.values():
+            acquirer.forget(org_id)
 
     async def close(self) -> None:
         """Cancel all refreshes."""
         await self._refreshing.close()
         await self._generations.close()
-        for client in self._clients.values():
-            await client.close()
+        for acquirer in self._acquirers.values():
+            await acquirer.client.close()
 
-    def _client(self, issuer: str) -> IssuerClient:
-        client = self._clients.get(issuer)
-        if client is None:
+    def _acquirer(self, issuer: str) -> Acquirer:
+        if issuer not in self._acquirers:
             raise ConfigurationError(
                 f"worker.toml has no issuer {issuer!r}", fix=f"add a table [issuers.{issuer}] to worker.toml"
             )
-        return client
+        return self._acquirers[issuer]
 
     def _cached(self, request: TokenRequest, credentials: tuple[Credential, ...]) -> EnforcedToken | None:
         cached = self._tokens.get(request)
@@ -392,14 +382,14 @@ class Tokens:
         return cached
 
     async def _refresh(
-        self, client: IssuerClient, request: TokenRequest, *, minted: bool = False
+        self, acquirer: Acquirer, request: TokenRequest, minted: bool = False
     ) -> EnforcedToken:
         credentials = await self._generations.of(request.org)
-        if self._acquirer.is_parked(request, credentials):
+        if acquirer.is_parked(request, credentials):
             # A new secret releases it at once.
             credentials = await self._generations.of(request.org, newest=True)
         try:
-            enforced = await self._acquirer.acquire(client, request, credentials, minted=minted)
+            enforced = await acquirer.acquire(request, credentials, minted=minted)
         except TokenRefused as refused:
             older = self._tokens.get(request)
             if older is not None and refused.reason == "token_invalid":

@@ -67,10 +67,13 @@ class IssuerClient:
     async def grant(
         self, credential: Credential, *, audience: str, scopes: frozenset[str], tries: int
     ) -> GrantedToken:
-        """Request a token, at most `tries` times while the issuer fails for this org alone.
+        """Request a token for one org, at most `tries` times while the issuer fails for this org alone.
 
-        Raises as `request_token` does, and:
-
+        Raises:
+            CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
+            RequestRejected: it refuses the request itself; `detail` is its error code.
+            Throttled: it asks for fewer requests, now or earlier; `retry_after` is in seconds.
+            IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
             IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
         masker.register(credential.secret.reveal())
@@ -102,15 +105,126 @@ class IssuerClient:
         # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
             async with self._budget.request(org, doubtful=doubtful):
-                return await request_token(
-                    self._client,
-                    self.issuer,
-                    credential,
-                    endpoint=await self.endpoints.token(),
-                    audience=audience,
-                    scopes=scopes,
-                    clock=self._clock,
+                # In two steps, so that the frames of the error hold no secret in a variable.
+                result = self._judge(await self._send(credential, audience, scopes), credential)
+                if isinstance(result, GrantedToken):
+                    return result
+                raise result
+
+    async def _send(self, credential: Credential, audience: str, scopes: frozenset[str]) -> Reply | NoReply:
+        profile, endpoint = self.issuer.profile, await self.endpoints.token()
+        form = {"grant_type": "client_credentials", **profile.parameters}
+        headers: dict[str, str] = {}
+        match profile.client_authentication:
+            case "post":
+                form |= {"client_id": credential.client_id, "client_secret": credential.secret.reveal()}
+            case "basic":
+                # Each half is form-encoded before the two are joined (section 2.3.1).
+                pair = f"{quote_plus(credential.client_id)}:{quote_plus(credential.secret.reveal())}"
+                headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
+            case "private_key_jwt":
+                form |= {
+                    "client_id": credential.client_id,
+                    "client_assertion_type": ASSERTION_TYPE,
+                    "client_assertion": self._assertion(credential, endpoint),
+                }
+        is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
+        if profile.audience_parameter and not is_org:
+            form[profile.audience_parameter] = audience
+        if profile.org_parameter:
+            form[profile.org_parameter] = credential.org_code
+        if profile.ask_scopes and scopes:
+            form["scope"] = " ".join(sorted(scopes))
+        body = urlencode(form).encode()
+        return await exchange(
+            self._client, "POST", endpoint, clock=self._clock, limit=TOKEN_LIMIT, headers=headers, form=body
+        )
+
+    def _assertion(self, credential: Credential, endpoint: str) -> str:
+        """A signed statement that we are this client, for one request (RFC 7523, section 2.2)."""
+        key, algorithm = _read_private_key(credential)
+        if key is None:
+            rejected = CredentialsRejected(
+                f"the private key of {_named(credential)} is unusable",
+                fix="add an RSA, P-256 or Ed25519 private key in PEM, without a passphrase",
+            )
+            rejected.detail = "private_key"
+            raise rejected
+        profile, issued_at = self.issuer.profile, int(self._clock.now().timestamp())
+        headers = {"typ": profile.assertion_type}
+        if credential.signing_key_id:
+            headers["kid"] = credential.signing_key_id
+        claims = {
+            "iss": credential.client_id,
+            "sub": credential.client_id,
+            "aud": endpoint if profile.assertion_audience == "token_endpoint" else self.issuer.iss,
+            "iat": issued_at,
+            "exp": issued_at + ASSERTION_LIFETIME,
+            "jti": secrets.token_hex(16),
+        }
+        return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
+
+    def _judge(
+        self, reply: Reply | NoReply, credential: Credential
+    ) -> GrantedToken | TokenError | IssuerUnavailable:
+        """The token of a response, or what to raise."""
+        name = self.issuer.name
+        if isinstance(reply, NoReply):
+            return IssuerUnavailable(f"issuer {name} did not respond: {reply.why}")
+        try:
+            body = reply.json_object()
+        except Malformed:
+            body = {}
+        if reply.status != 200:
+            return self._failure(reply, body.get("error"), credential)
+        text, kind, expires_in = body.get("access_token"), body.get("token_type"), body.get("expires_in")
+        longest = self.issuer.profile.max_lifetime.total_seconds()
+        # Section 5.1.
+        if not isinstance(text, str) or len(text) > MAX_TOKEN or not _PRINTABLE.fullmatch(text):
+            fault = "access_token"
+        elif not isinstance(kind, str) or kind.lower() != "bearer":
+            fault = "token_type"
+        elif expires_in is None:
+            return GrantedToken(text, credential, self._clock.monotonic())
+        elif type(expires_in) in (int, float) and 0 < expires_in <= longest:
+            return GrantedToken(text, credential, self._clock.monotonic(), float(expires_in))
+        else:
+            fault = "expires_in"
+        return IssuerUnavailable(f"issuer {name} sent a malformed token response: {fault}")
+
+    def _failure(self, reply: Reply, error: Any, credential: Credential) -> TokenError | IssuerUnavailable:
+        """What a response without a token means (section 5.2). The issuer's own prose is never repeated."""
+        profile, name = self.issuer.profile, self.issuer.name
+        org, client_id = credential.org_code, credential.client_id
+        code = error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else ""
+        wait = retry_delay(reply.headers, profile.reset_headers, self._clock.now().timestamp())
+        match _classify(reply.status, code, profile.errors):
+            case "throttle":
+                return Throttled(f"issuer {name} asks for fewer requests", retry_after=wait or 0.0)
+            case "credential":
+                rejected = CredentialsRejected(
+                    f"issuer {name} rejects the credentials of {_named(credential)}",
+                    fix=f"add the org's current secret: `python -m worker credentials add {org}"
+                    f" --client-id {client_id} --secret-file FILE`",
                 )
+                rejected.detail = code or "invalid_client"
+                return rejected
+            case "configuration":
+                refused = RequestRejected(
+                    f"issuer {name} refuses to give org {org} such a token: {code}",
+                    fix=f"compare the audience and scopes with what {profile.title} grants"
+                    f" to the client {client_id}",
+                )
+                refused.detail = code
+                return refused
+            case "transient":
+                unavailable = IssuerUnavailable(f"issuer {name} responded with status {reply.status}")
+                unavailable.retry_after = wait
+                return unavailable
+
+
+def _named(credential: Credential) -> str:
+    return f"org {credential.org_code} (generation {credential.generation})"
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -118,99 +232,6 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, IssuerPaused) or not isinstance(error, IssuerUnavailable):
         return False
     return (error.retry_after or 0.0) <= 1.0
-
-
-async def request_token(
-    client: httpx.AsyncClient,
-    issuer: Issuer,
-    credential: Credential,
-    *,
-    endpoint: str,
-    audience: str,
-    scopes: frozenset[str],
-    clock: Clock,
-) -> GrantedToken:
-    """Request a token for one org, once.
-
-    Raises:
-        CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
-        RequestRejected: it refuses the request itself; `detail` is its error code.
-        Throttled: it asks for fewer requests; `retry_after` is 0 by default.
-        IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
-    """
-    reply = await _send(client, issuer, credential, endpoint, audience, scopes, clock)
-    result = _judge(reply, issuer, credential, clock)
-    if isinstance(result, GrantedToken):
-        return result
-    raise result
-
-
-async def _send(
-    client: httpx.AsyncClient,
-    issuer: Issuer,
-    credential: Credential,
-    endpoint: str,
-    audience: str,
-    scopes: frozenset[str],
-    clock: Clock,
-) -> Reply | NoReply:
-    # Separate, like `_judge`, so that the frames of what `request_token` raises hold no secret in a variable.
-    profile = issuer.profile
-    form = {"grant_type": "client_credentials", **profile.parameters}
-    headers: dict[str, str] = {}
-    match profile.client_authentication:
-        case "post":
-            form |= {"client_id": credential.client_id, "client_secret": credential.secret.reveal()}
-        case "basic":
-            # Each half is form-encoded before the two are joined (section 2.3.1).
-            pair = f"{quote_plus(credential.client_id)}:{quote_plus(credential.secret.reveal())}"
-            headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
-        case "private_key_jwt":
-            form |= {
-                "client_id": credential.client_id,
-                "client_assertion_type": ASSERTION_TYPE,
-                "client_assertion": _client_assertion(credential, issuer, endpoint, clock),
-            }
-    is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
-    if profile.audience_parameter and not is_org:
-        form[profile.audience_parameter] = audience
-    if profile.org_parameter:
-        form[profile.org_parameter] = credential.org_code
-    if profile.ask_scopes and scopes:
-        form["scope"] = " ".join(sorted(scopes))
-    body = urlencode(form).encode()
-    return await exchange(
-        client, "POST", endpoint, clock=clock, limit=TOKEN_LIMIT, headers=headers, form=body
-    )
-
-
-def _client_assertion(credential: Credential, issuer: Issuer, endpoint: str, clock: Clock) -> str:
-    """A signed statement that we are this client, for one request (RFC 7523, section 2.2).
-
-    Raises:
-        CredentialsRejected: the private key cannot be used.
-    """
-    key, algorithm = _read_private_key(credential)
-    if key is None:
-        rejected = CredentialsRejected(
-            f"the private key of org {credential.org_code} (generation {credential.generation}) is unusable",
-            fix="add an RSA, P-256 or Ed25519 private key in PEM, without a passphrase",
-        )
-        rejected.detail = "private_key"
-        raise rejected
-    issued_at = int(clock.now().timestamp())
-    headers = {"typ": issuer.profile.assertion_type}
-    if credential.signing_key_id:
-        headers["kid"] = credential.signing_key_id
-    claims = {
-        "iss": credential.client_id,
-        "sub": credential.client_id,
-        "aud": endpoint if issuer.profile.assertion_audience == "token_endpoint" else issuer.iss,
-        "iat": issued_at,
-        "exp": issued_at + ASSERTION_LIFETIME,
-        "jti": secrets.token_hex(16),
-    }
-    return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
 
 
 def _read_private_key(credential: Credential) -> tuple[PrivateKey | None, str]:
@@ -229,78 +250,7 @@ def _read_private_key(credential: Credential) -> tuple[PrivateKey | None, str]:
     return None, ""
 
 
-def _judge(
-    reply: Reply | NoReply, issuer: Issuer, credential: Credential, clock: Clock
-) -> GrantedToken | TokenError | IssuerUnavailable:
-    """The token of a response, or what to raise."""
-    if isinstance(reply, NoReply):
-        return IssuerUnavailable(f"issuer {issuer.name} did not respond: {reply.why}")
-    try:
-        body = reply.json_object()
-    except Malformed:
-        body = {}
-    if reply.status != 200:
-        return _failure(reply, body, issuer, credential, clock.now().timestamp())
-    fault = _fault_of(body, issuer)
-    if fault:
-        return IssuerUnavailable(f"issuer {issuer.name} sent a malformed token response: {fault}")
-    expires_in = body.get("expires_in")
-    return GrantedToken(
-        body["access_token"],
-        credential,
-        clock.monotonic(),
-        None if expires_in is None else float(expires_in),
-    )
-
-
-def _fault_of(body: dict[str, Any], issuer: Issuer) -> str:
-    """The malformed member of a successful response (section 5.1), or an empty text."""
-    text, kind, expires_in = body.get("access_token"), body.get("token_type"), body.get("expires_in")
-    if not isinstance(text, str) or len(text) > MAX_TOKEN or not _PRINTABLE.fullmatch(text):
-        return "access_token"
-    if not isinstance(kind, str) or kind.lower() != "bearer":
-        return "token_type"
-    if expires_in is None:
-        return ""
-    if isinstance(expires_in, bool) or not isinstance(expires_in, int | float):
-        return "expires_in"
-    return "" if 0 < expires_in <= issuer.profile.max_lifetime.total_seconds() else "expires_in"
-
-
-def _failure(
-    reply: Reply, body: dict[str, Any], issuer: Issuer, credential: Credential, now: float
-) -> TokenError | IssuerUnavailable:
-    """What a response without a token means (section 5.2). The issuer's own prose is never repeated."""
-    error = body.get("error")
-    code = error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else ""
-    wait = retry_delay(reply.headers, issuer.profile.reset_headers, now)
-    org, name, client_id = credential.org_code, issuer.name, credential.client_id
-    match _classify(reply.status, code, issuer):
-        case "throttle":
-            return Throttled(f"issuer {name} asks for fewer requests", retry_after=wait or 0.0)
-        case "credential":
-            rejected = CredentialsRejected(
-                f"issuer {name} rejects the credentials of org {org} (generation {credential.generation})",
-                fix=f"add the org's current secret: `python -m worker credentials add {org}"
-                f" --client-id {client_id} --secret-file FILE`",
-            )
-            rejected.detail = code or "invalid_client"
-            return rejected
-        case "configuration":
-            refused = RequestRejected(
-                f"issuer {name} refuses to give org {org} such a token: {code}",
-                fix=f"compare the audience and scopes with what {issuer.profile.title} grants"
-                f" to the client {client_id}",
-            )
-            refused.detail = code
-            return refused
-        case "transient":
-            unavailable = IssuerUnavailable(f"issuer {name} responded with status {reply.status}")
-            unavailable.retry_after = wait
-            return unavailable
-
-
-def _classify(status: int, code: str, issuer: Issuer) -> FailureClass:
+def _classify(status: int, code: str, errors: Mapping[str, FailureClass]) -> FailureClass:
     if status == 429:
         return "throttle"
     if not 400 <= status < 500 or status in (408, 425):
@@ -308,7 +258,5 @@ def _classify(status: int, code: str, issuer: Issuer) -> FailureClass:
     if status == 401:
         # Whatever the code: access_denied at Auth0, unauthorized_client at Keycloak.
         return "credential"
-    if code in issuer.profile.errors:
-        return issuer.profile.errors[code]
     # No token endpoint answers without an error code: it is a proxy's page, or a wrong address.
-    return "configuration" if code else "transient"
+    return errors.get(code, "configuration") if code else "transient"

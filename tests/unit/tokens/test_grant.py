@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -20,7 +21,7 @@ from worker.providers.profile import load
 from worker.tokens.credentials import Credential, Secret
 from worker.tokens.http import open_client
 from worker.tokens.issuer import Issuer
-from worker.tokens.issuer_client import GrantedToken, request_token
+from worker.tokens.issuer_client import GrantedToken, IssuerClient
 
 pytestmark = pytest.mark.anyio
 ENDPOINT = f"{URL}/oauth2/token"
@@ -55,15 +56,8 @@ async def ask(
         return answer
 
     async with open_client(httpx.MockTransport(respond)) as client:
-        granted = await request_token(
-            client,
-            issuer,
-            used,
-            endpoint=ENDPOINT,
-            audience=audience,
-            scopes=frozenset({"b", "a"}),
-            clock=clock,
-        )
+        issuer_client = IssuerClient(replace(issuer, token_endpoint=ENDPOINT), client, clock=clock)
+        granted = await issuer_client.grant(used, audience=audience, scopes=frozenset({"b", "a"}), tries=1)
     return granted, seen[0], parse_qs(seen[0].content.decode())
 
 
