@@ -1,11 +1,11 @@
-"""Claims of a verified token, the access token itself, and conditions on feature flags."""
+"""Claims of a verified token, the values of its feature flags, and the access token itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn
 
 
 class AccessToken:
@@ -65,26 +65,6 @@ class Claims:
     """The token's id, if it has one."""
 
 
-class FlagCondition(Protocol):
-    """A flag and the value it must have."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def equals(self) -> Any: ...
-
-
-class Variant(Protocol):
-    """Another handler, for orgs whose flag condition is met."""
-
-    @property
-    def flag(self) -> FlagCondition: ...
-
-
-V = TypeVar("V", bound=Variant)
-
-
 def flag_value(claims: Claims, name: str, default: Any = False) -> Any:
     """The value of a flag, else of the property of that name, else the default.
 
@@ -99,32 +79,23 @@ def flag_value(claims: Claims, name: str, default: Any = False) -> Any:
     return value
 
 
-def is_on(claims: Claims, condition: FlagCondition) -> bool:
-    """Whether the flag has exactly the value of the condition.
+def flag_is(claims: Claims, name: str, expected: Any) -> bool:
+    """Whether the flag has exactly the expected value.
 
     An absent flag is false; a flag of an unknown type never matches.
     """
-    flag = claims.flags.get(condition.name)
+    flag = claims.flags.get(name)
     if flag is not None and flag.type not in ("boolean", "string", "number"):
         return False
-    value = flag_value(claims, condition.name, False)
-    wanted = condition.equals
-    if isinstance(value, str) and _is_number(wanted) and flag is None:
+    value = flag_value(claims, name, False)
+    is_number = isinstance(expected, int | float) and not isinstance(expected, bool)
+    if isinstance(value, str) and is_number and flag is None:
         # Properties hold text only: a number arrives as digits.
         try:
             value = float(value)
         except ValueError:
             return False
-    if isinstance(value, bool) or isinstance(wanted, bool):
+    if isinstance(value, bool) or isinstance(expected, bool):
         # 1 == True in Python, but a flag with the number 1 is not true.
-        return value is wanted
-    return bool(value == wanted)
-
-
-def choose_variant(variants: Sequence[V], claims: Claims) -> V | None:
-    """The first variant whose condition is met, or None for the definition's own handler."""
-    return next((variant for variant in variants if is_on(claims, variant.flag)), None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        return value is expected
+    return bool(value == expected)

@@ -1,28 +1,16 @@
-"""Flags: what is on, and which variant runs."""
+"""Flags: which value a flag has, and when it counts as on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.fakes.clock import START
-from worker.claims.claims import Claims, Flag, choose_variant, flag_value, is_on
+from worker.claims.claims import Claims, Flag, flag_is, flag_value
 
 CLAIMS = Claims("org_a", "client", frozenset(), {}, {}, START, START)
-
-
-@dataclass(frozen=True)
-class Condition:
-    name: str = "f"
-    equals: Any = True
-
-
-@dataclass(frozen=True)
-class Choice:
-    flag: Condition
-    handler: str
 
 
 def having(flag: Flag | None = None, prop: Any = None) -> Claims:
@@ -65,17 +53,7 @@ def test_a_flag_is_on_only_with_exactly_the_value_named(
     flag: Flag | None, prop: Any, equals: Any, expected: bool
 ) -> None:
     """Absent is off, which is false; a property of the name stands in for a flag; 1 is not true."""
-    assert is_on(having(flag, prop), Condition(equals=equals)) is expected
-
-
-def test_the_first_variant_whose_flag_is_on_runs() -> None:
-    """In the order of the definition; none of them is the definition's own handler."""
-    first, second = Choice(Condition("a"), "a"), Choice(Condition("b"), "b")
-    on = {"b": Flag("boolean", True)}
-
-    assert choose_variant([first, second], replace(CLAIMS, flags=on)) is second
-    assert choose_variant([first, second], CLAIMS) is None
-    assert choose_variant([], replace(CLAIMS, flags=on)) is None
+    assert flag_is(having(flag, prop), "f", equals) is expected
 
 
 def test_the_value_of_a_flag_falls_back_to_the_property_and_the_default() -> None:

@@ -222,7 +222,7 @@ async def test_a_required_property_that_is_missing_refuses_the_run(site: Site) -
 
 
 async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site) -> None:
-    site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]
+    site.spec["variants"] = [{"flag": flag, "handler": "acme.digest_v2"} for flag in ("off", "agent-v2")]
     site.claims = replace(
         CLAIMS,
         flags={"agent-v2": Flag("boolean", True)},

@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 from random import Random
 
-from worker.claims.claims import choose_variant, is_on
+from worker.claims.claims import flag_is
 from worker.claims.decode import enforce
 from worker.errors import (
     ConfigurationError,
@@ -86,9 +86,11 @@ async def _run(
     # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
     properties = definition.requires_properties
     enforce(claims, org_code=org.code, client_id=None, scopes=scopes, properties=properties)
-    if definition.requires_flag is not None and not is_on(claims, definition.requires_flag):
-        return outcomes.Gated("flag_off", definition.requires_flag.name)
-    variant = choose_variant(definition.variants, claims)
+    flag = definition.requires_flag
+    if flag is not None and not flag_is(claims, flag.name, flag.equals):
+        return outcomes.Gated("flag_off", flag.name)
+    variants = (each for each in definition.variants if flag_is(claims, each.flag.name, each.flag.equals))
+    variant = next(variants, None)
     trail.handler = run.handler if variant is None else variant.handler
     entry = tools.handlers.get(trail.handler)
     if entry is None or (run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
