@@ -1,4 +1,4 @@
-"""Everything that the first release keeps.
+"""The tables of the first release.
 
 Revision ID: 0001
 Revises:
@@ -21,8 +21,8 @@ ID = sa.String(36).with_variant(postgresql.UUID(as_uuid=False), "postgresql")
 INSTANT = sa.String(27).with_variant(sa.DateTime(timezone=True), "postgresql")
 JSON = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 
-# Rows of these come and go all the time: vacuum by count, not by share of the table,
-# and do not pause. Free room on each page lets an update stay on it.
+# Rows of these tables come and go all the time: vacuum by count, not by share of the table,
+# and without pauses. Free room on each page lets an update stay on it.
 HOT = {
     "autovacuum_vacuum_scale_factor": "0",
     "autovacuum_vacuum_threshold": "5000",
@@ -56,11 +56,11 @@ LEFT JOIN live_runs l ON l.id = r.id
 """
 RUN_VIEW = {
     "sqlite": f"CREATE VIEW run_view AS {RUN_QUERY}",
-    # Row by row as whoever asks may see them, not as the view's owner may.
+    # With the row-level security of the role that queries, not of the view's owner.
     "postgresql": f"CREATE VIEW run_view WITH (security_invoker = true) AS {RUN_QUERY}",
 }
 
-# Column by which a row is an org's; of the others, a condition.
+# The column with the org of a row; for other tables a condition.
 ORG_DATA = {
     "orgs": "id",
     "credentials": "org_id",

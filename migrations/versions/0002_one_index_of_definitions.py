@@ -1,10 +1,9 @@
-"""One index for the unfinished runs of a definition, in place of two.
+"""One index for the unfinished runs of a definition instead of two.
 
-Each index costs every admission an entry, since what waits and what runs stand in different
-parts of most of them. `(definition_id, started_at)` finds the runs of a definition and counts
-those that run.
+Each index costs every admission an entry, because waiting and running runs are in different parts of most
+indexes. `(definition_id, started_at)` finds the runs of a definition and counts the running ones.
 
-Expand first: the workers of the release before find all that they ask for by the new index.
+Expand first: the new index serves all queries of the previous release.
 
 Revision ID: 0002
 Revises: 0001
@@ -17,7 +16,7 @@ from alembic import op
 
 revision = "0002"
 down_revision = "0001"
-# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+# The oldest schema version whose workers run on this one: the previous, unless this drops what they need.
 works_with = "0001"
 branch_labels = None
 depends_on = None

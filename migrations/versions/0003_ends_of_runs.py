@@ -1,14 +1,13 @@
-"""The ends of runs in a table of their own, and one index less for what runs.
+"""The ends of runs in a separate table; drop an index of running runs.
 
-On PostgreSQL an update stays on its page only while no column changes that any index
-mentions, and each other update costs an entry in every index of its table. So no index of
-`runs` mentions how a run ended: `run_ends` does, which triggers keep. On SQLite, where an
-update costs the entries that change, it is a view. What runs of a handler is counted along
-the workers that run it; on SQLite one worker runs all, and one index finds it (the other,
-which the workers of the release before name, stays until the next).
+On PostgreSQL an update stays on its page only if it changes no indexed column; any other update costs an
+entry in every index of its table. So no index of `runs` contains the outcome: `run_ends` does, which triggers
+maintain. On SQLite, where an update costs only the changed entries, it is a view. The running runs of a
+handler are counted along the workers; on SQLite one index finds those of the one worker (the index used by
+the previous release stays until the next).
 
-Expand first: the workers of the release before run on this schema. Their retention, and
-their count for a handler with a limit of its own, are slower on it.
+Expand first: the workers of the previous release run on this schema. Their retention, and their count for a
+handler with its own limit, are slower on it.
 
 Revision ID: 0003
 Revises: 0002
@@ -22,7 +21,7 @@ from sqlalchemy.dialects import postgresql
 
 revision = "0003"
 down_revision = "0002"
-# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+# The oldest schema version whose workers run on this one: the previous, unless this drops what they need.
 works_with = "0002"
 branch_labels = None
 depends_on = None
@@ -67,7 +66,7 @@ TRIGGERS = (
     FOR EACH STATEMENT EXECUTE FUNCTION runs_forgotten()
     """,
 )
-# What ended before, and then, with the triggers there, what ended meanwhile.
+# The runs that ended before; then, with the triggers in place, those that ended meanwhile.
 FILL = """
 INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
 SELECT state, finished_at, id, org_id, definition_id FROM runs
@@ -92,7 +91,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("state", "finished_at", "run_id", name="pk_run_ends"),
     )
     part_rows_by_org()
-    # Of all that is done here only this takes long, and it keeps no worker waiting.
+    # The only slow statement, and no worker waits for it.
     op.execute(FILL.format(states=STATES, since=""))
     for statement in TRIGGERS:
         op.execute(statement)

@@ -1,12 +1,11 @@
-"""On SQLite, indexes of the unfinished runs that an admission changes as little as it can.
+"""On SQLite, indexes of the unfinished runs that an admission changes as little as possible.
 
-SQLite writes an entry only where a column of its index changes, and each page that it
-writes once more in the log: the runs of a definition stand in an index that no admission
-changes, those of them that run in a small one beside it. Nobody names the index by worker
-any more. On PostgreSQL, where an admission costs an entry in each index whatever it
-changes, all stays as it is.
+SQLite writes an index entry only if its columns change, and writes each changed page to the log again. So no
+admission changes the index of a definition's runs, and a small separate one contains the running ones. No
+query uses the index by worker any more. On PostgreSQL an admission costs an entry in each index anyway:
+nothing changes there.
 
-Expand first: the workers of the release before find all that they ask for.
+Expand first: the indexes serve all queries of the previous release.
 
 Revision ID: 0004
 Revises: 0003
@@ -19,7 +18,7 @@ from alembic import op
 
 revision = "0004"
 down_revision = "0003"
-# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+# The oldest schema version whose workers run on this one: the previous, unless this drops what they need.
 works_with = "0003"
 branch_labels = None
 depends_on = None

@@ -1,12 +1,11 @@
-"""What the web side's two roles need: a lookup of callers, and rows that only they may see.
+"""What the web side's two roles need: a lookup of callers, and row-level security for what they write.
 
-`find_caller` answers whose token a request shows, for a role that sees no row of any org
-yet. Templates get row-level security: an org sees those that made one of its definitions.
-A row that an org writes names definitions and runs of that org only.
-Audit rows are never changed or deleted, on SQLite too. The roles themselves, with their
-grants and policies, are in worker/store/roles.py, which runs after every upgrade.
+`find_caller` looks up whose token a request shows, for a role that sees no rows of orgs yet. Templates get
+row-level security: an org sees those that made one of its definitions. A row that an org writes refers to
+definitions and runs of that org only. Audit rows are never changed or deleted, on SQLite too. The roles, with
+their grants and policies, are in worker/store/roles.py, which runs after every upgrade.
 
-Expand first: the workers of the release before read and write all that they did.
+Expand first: the workers of the previous release can read and write as before.
 
 Revision ID: 0005
 Revises: 0004
@@ -19,12 +18,12 @@ from alembic import op
 
 revision = "0005"
 down_revision = "0004"
-# The oldest schema version whose workers run on this one: the one before, unless this drops what they need.
+# The oldest schema version whose workers run on this one: the previous, unless this drops what they need.
 works_with = "0004"
 branch_labels = None
 depends_on = None
 
-# As the tables' owner, whom row-level security lets see all. Nobody but the web role may call it.
+# As the tables' owner, which row-level security does not restrict. Only the web role may call it.
 FIND_CALLER = (
     """
     CREATE FUNCTION find_caller(code text, client_id text, OUT id uuid, OUT issuer text, OUT state text,
@@ -50,8 +49,8 @@ FIND_CALLER = (
 )
 
 ORG = "NULLIF(current_setting('app.org', true), '')::uuid"
-# Within the policy that lets all roles in, not beside it: for a worker, whose own policy is `true`, the
-# planner then drops all of it. A restrictive one would be asked for each run that is fired.
+# Part of the permissive policy, not a separate restrictive one: a worker's own policy is `true`, so the
+# planner drops this one. A restrictive policy would be evaluated for each fired run.
 WRITTEN = {
     "runs": "EXISTS (SELECT 1 FROM definitions d WHERE d.id = definition_id AND d.org_id = {org})",
     "live_runs": """

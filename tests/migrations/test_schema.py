@@ -16,6 +16,7 @@ from sqlalchemy import Connection, create_engine, text
 
 from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
+from tests.migrations import ddl
 from worker.errors import ConfigurationError
 from worker.store import schema, tables
 from worker.store.database import Database
@@ -112,11 +113,11 @@ def from_metadata(url: str) -> Snapshot:
         made = [table for table in tables.metadata.sorted_tables if table.name != "run_ends"]
         tables.metadata.create_all(connection, made if dialect == "sqlite" else None)
         for statement in (
-            tables.RUN_VIEW[dialect],
-            *tables.ABSORBING[dialect],
-            *tables.RUN_ENDS[dialect],
-            *tables.APPEND_ONLY[dialect],
-            *tables.FIND_CALLER[dialect],
+            ddl.RUN_VIEW[dialect],
+            *ddl.ABSORBING[dialect],
+            *ddl.RUN_ENDS[dialect],
+            *ddl.APPEND_ONLY[dialect],
+            *ddl.FIND_CALLER[dialect],
         ):
             connection.execute(text(statement))
         return snapshot(connection)

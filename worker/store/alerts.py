@@ -112,7 +112,7 @@ def settle(connection: Connection, *, overdue: float) -> None:
     if unfired is None or unfired[2] < overdue:
         _end(connection, _alerts.c.kind == "overdue", "what was due was fired", now)
     quiet = and_(_alerts.c.kind.in_(MAY_GO_QUIET), _alerts.c.struck_at < now - QUIET)
-    _end(connection, quiet, "it has not struck again", now)
+    _end(connection, quiet, "it has not occurred again", now)
 
 
 def claim(connection: Connection) -> tuple[Alert, int] | None:

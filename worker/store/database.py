@@ -341,20 +341,17 @@ class BatchLoader(Generic[K, V]):
 
     async def _read_all(self) -> None:
         try:
-            while self._waiting:
-                keys = list(self._waiting)[:BATCH]
-                await self._read_batch({key: self._waiting.pop(key) for key in keys})
+            while keys := list(self._waiting)[:BATCH]:
+                answers = {key: self._waiting.pop(key) for key in keys}
+                try:
+                    found = await self._read(keys)
+                except Exception as error:
+                    for answer in answers.values():
+                        answer.set_exception(error)
+                        # Mark it as retrieved, in case no caller waits any more.
+                        answer.exception()
+                else:
+                    for key, answer in answers.items():
+                        answer.set_result(found.get(key))
         finally:
             self._reading = None
-
-    async def _read_batch(self, waiting: Mapping[K, asyncio.Future[V | None]]) -> None:
-        try:
-            found = await self._read(list(waiting))
-        except Exception as error:
-            for answer in waiting.values():
-                answer.set_exception(error)
-                # Mark it as retrieved, in case no caller waits any more.
-                answer.exception()
-            return
-        for key, answer in waiting.items():
-            answer.set_result(found.get(key))

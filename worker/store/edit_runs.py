@@ -163,7 +163,7 @@ STATES = {"waiting": ("waiting", "held"), "running": ("running",)}
 
 @dataclass(frozen=True, slots=True)
 class Cancellable:
-    """A filter for unfinished runs that nobody has asked to stop; `since` is their earliest creation.
+    """A filter for unfinished runs without a cancellation request; `since` is their earliest creation.
 
     Raises:
         UsageError: an unfinished run cannot have this state.

@@ -81,11 +81,6 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     )
 
 
-def first_due(connection: Connection) -> tuple[datetime, datetime | None]:
-    """The database's time, and the earliest fire time."""
-    return statements(connection).fire_first(connection)
-
-
 def write(
     connection: Connection,
     runs: Sequence[NewRun],

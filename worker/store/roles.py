@@ -146,7 +146,9 @@ def grant(connection: Connection) -> None:
         for statement in _grants(role):
             connection.execute(text(statement))
         if role != WEB:
-            _let_see_all(connection, role)
+            done = set(connection.execute(_POLICIES, {"name": role}).scalars())
+            for table in (table for table in ORG_DATA if table not in done):
+                connection.execute(text(f"CREATE POLICY {role} ON {table} TO {role} USING (true)"))
         if role != WORKER and connection.execute(_EXISTS, {"role": WORKER}).first() is not None:
             connection.execute(text(_JOIN_WORKERS.format(role=role)))
 
@@ -175,13 +177,6 @@ def _grants(role: str) -> list[str]:
     if role == WEB:
         statements.append(f"GRANT EXECUTE ON FUNCTION find_caller(text, text) TO {role}")
     return statements
-
-
-def _let_see_all(connection: Connection, role: str) -> None:
-    done = set(connection.execute(_POLICIES, {"name": role}).scalars())
-    for table in ORG_DATA:
-        if table not in done:
-            connection.execute(text(f"CREATE POLICY {role} ON {table} TO {role} USING (true)"))
 
 
 def act(connection: Connection, scope: Scope) -> None:

@@ -342,7 +342,9 @@ class WorkerStore:
         """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
         if self._nothing_was_due:
             # While nothing is due, only look, without a transaction.
-            now, first = await self.database.call_autocommit(firing.first_due)
+            now, first = await self.database.call_autocommit(
+                lambda connection: statements(connection).fire_first(connection)
+            )
             if first is None or first > now:
                 return FireReport(next_fire_at=first, now=now)
         report = await self.database.call(firing.fire, decide, limit=limit, specs=self._specs)

@@ -251,7 +251,7 @@ def test_a_cause_that_strikes_no_more_is_over_after_longer_than_a_day(ledger, st
     ledger.settle()
 
     [end] = ledger.deliver()
-    assert "it has not struck again" in end.summary
+    assert "it has not occurred again" in end.summary
 
 
 def test_causes_without_end_do_not_fill_the_table_or_the_mailbox(ledger):

@@ -1,6 +1,7 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs.
+The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
 from __future__ import annotations
@@ -21,11 +22,8 @@ from sqlalchemy import (
 )
 
 from worker.store.dialect import Id, Instant, json_type
-from worker.store.tables.runs import ABSORBING as ABSORBING
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
-from worker.store.tables.runs import RUN_ENDS as RUN_ENDS
-from worker.store.tables.runs import RUN_VIEW as RUN_VIEW
 from worker.store.tables.runs import UPDATED, count, one_of, partial, required
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
@@ -87,26 +85,6 @@ credentials = Table(
     CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
     info={"meaning": "An org's client ids and secrets at its issuer."},
 )
-
-# Looks up whose token a request shows, for a role that sees no rows of orgs yet.
-FIND_CALLER = {
-    "sqlite": (),
-    "postgresql": (
-        """
-        CREATE FUNCTION find_caller(code text, client_id text, OUT id uuid, OUT issuer text, OUT state text,
-                                    OUT is_credential boolean)
-        RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
-          SELECT o.id, o.issuer, o.state,
-                 EXISTS (SELECT 1 FROM credentials c
-                         WHERE c.org_id = o.id AND c.client_id = $2 AND c.client_id <> ''
-                           AND c.state = 'active')
-          FROM orgs o WHERE o.code = $1
-        $$
-        """,
-        "REVOKE ALL ON FUNCTION find_caller(text, text) FROM PUBLIC",
-    ),
-}
-
 
 templates = Table(
     "templates",
@@ -256,26 +234,6 @@ audit = Table(
     Index("ix_audit_org_id_id", "org_id", "id"),
     info={"meaning": "Who changed what. `org_id` is null if the change concerns no org, or all."},
 )
-
-# An audit row never changes and is never deleted, whatever the role. SQLite's REPLACE does not fire
-# the DELETE trigger.
-APPEND_ONLY = {
-    "sqlite": (
-        "CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit "
-        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
-        "CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit "
-        "BEGIN SELECT RAISE(ABORT, 'an audit row is never deleted'); END",
-        "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
-        "WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id) "
-        "BEGIN SELECT RAISE(ABORT, 'an audit row never changes'); END",
-    ),
-    "postgresql": (
-        "CREATE FUNCTION audit_append_only() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'an audit row is never changed or deleted'; END $$",
-        "CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit "
-        "FOR EACH STATEMENT EXECUTE FUNCTION audit_append_only()",
-    ),
-}
 
 rollup_days = Table(
     "rollup_days",

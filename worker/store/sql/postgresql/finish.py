@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from operator import attrgetter
@@ -14,8 +14,9 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import LogLine
 from worker.store.dialect import driver, shared_json
-from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, settle, sum_up
+from worker.store.sql.contract import LockedRun, Progress, Rollups, settle, sum_up
 from worker.store.sql.postgresql.arrays import (
+    Columns,
     flags,
     instants,
     jsons,
@@ -92,6 +93,34 @@ JOIN unnest(%s::integer[], %s::jsonb[], %s::jsonb[], %s::text[], %s::text[])
 """
 
 
+def _seconds(values: Iterable[timedelta | None]) -> str:
+    return plain((value or timedelta()).total_seconds() for value in values)
+
+
+# Of an `Ending`.
+WAITING = Columns(
+    (plain, "attempt.run_id"),
+    (texts, "reason attempt.detail"),
+    (_seconds, "attempt.available_after"),
+    (plain, "attempt.failures attempt.recoveries"),
+    (flags, "attempt.keep_start_by"),
+    (jsons, "attempt.trail.progress"),
+)
+ENDED = Columns(
+    (words, "attempt.run_id"),
+    (numbers, "attempt.attempt"),
+    (words, "attempt.org_id"),
+    (numbers, "attempt.fencing_token"),
+    (texts, "attempt.trail.handler"),
+    (microseconds, "attempt.started_at attempt.trail.token_ready_at"),
+    (microseconds, "attempt.trail.handler_started_at ended_at"),
+    (words, "attempt.outcome"),
+    (jsons, "attempt.error"),
+    (texts, "attempt.error_cause"),
+    (plain, "attempt.trail.peak_memory"),
+)
+
+
 def wait_again(
     raw: Any, worker_id: WorkerId, ended: Sequence[EndedAttempt]
 ) -> tuple[set[RunId], list[EndedAttempt], Sums]:
@@ -111,56 +140,13 @@ def wait_again(
     cancelled = [ending for ending in settled if ending.final]
     final += [replace(ending.attempt, state=ending.state, reason=ending.reason) for ending in cancelled]
     if waiting:
+        tokens = Tokens([ending.attempt.trail for ending in waiting])
         with raw.pipeline():
-            _wait(raw, waiting)
-            _write_attempts(raw, worker_id, waiting)
+            raw.execute(WAIT, WAITING.of(waiting))
+            raw.execute(ATTEMPTS, (worker_id, *ENDED.of(waiting), tokens.places, *tokens.columns))
     sums = [(org_id, 0, attempts, seconds) for _, org_id, _, attempts, seconds in sum_up(waiting, now).days]
     orgs, runs, attempts, seconds = map(plain, zip(*sums, strict=True)) if sums else NO_SUMS
     return {ending.attempt.run_id for ending in waiting}, final, (orgs, runs, attempts, seconds)
-
-
-def _wait(raw: Any, endings: Sequence[Ending]) -> None:
-    attempts = [ending.attempt for ending in endings]
-    raw.execute(
-        WAIT,
-        (
-            plain(attempt.run_id for attempt in attempts),
-            texts(ending.reason for ending in endings),
-            texts(attempt.detail for attempt in attempts),
-            plain((attempt.available_after or timedelta()).total_seconds() for attempt in attempts),
-            plain(attempt.failures for attempt in attempts),
-            plain(attempt.recoveries for attempt in attempts),
-            flags(attempt.keep_start_by for attempt in attempts),
-            jsons(attempt.trail.progress for attempt in attempts),
-        ),
-    )
-
-
-def _write_attempts(raw: Any, worker_id: WorkerId, endings: Sequence[Ending]) -> None:
-    attempts = [ending.attempt for ending in endings]
-    trails = [attempt.trail for attempt in attempts]
-    tokens = Tokens(trails)
-    raw.execute(
-        ATTEMPTS,
-        (
-            worker_id,
-            words(attempt.run_id for attempt in attempts),
-            numbers(attempt.attempt for attempt in attempts),
-            words(attempt.org_id for attempt in attempts),
-            numbers(attempt.fencing_token for attempt in attempts),
-            texts(trail.handler for trail in trails),
-            microseconds(attempt.started_at for attempt in attempts),
-            microseconds(trail.token_ready_at for trail in trails),
-            microseconds(trail.handler_started_at for trail in trails),
-            microseconds(ending.ended_at for ending in endings),
-            words(attempt.outcome for attempt in attempts),
-            jsons(attempt.error for attempt in attempts),
-            texts(attempt.error_cause for attempt in attempts),
-            plain(trail.peak_memory for trail in trails),
-            tokens.places,
-            *tokens.columns,
-        ),
-    )
 
 
 # Everything that an end writes, in one statement: a row that the DELETE finds is still the caller's, and
@@ -263,6 +249,23 @@ WHERE h.id = ANY(ARRAY(
 """
 
 
+# Of an `EndedAttempt`.
+FINAL = Columns(
+    (words, "run_id"),
+    (numbers, "fencing_token"),
+    (words, "state"),
+    (texts, "reason detail"),
+    (jsons, "trail.progress"),
+    (texts, "result"),
+    (jsons, "error"),
+    (texts, "error_cause trail.handler"),
+    (words, "outcome"),
+    (microseconds, "trail.token_ready_at trail.handler_started_at ended_at"),
+    (plain, "trail.peak_memory"),
+)
+FENCED = Columns((plain, "run_id attempt fencing_token outcome"))
+
+
 def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
     raw = driver(connection)
     final = sorted(ended, key=attrgetter("run_id"))
@@ -271,7 +274,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         waiting, final, sums = wait_again(raw, worker_id, final)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
-        rows = raw.execute(END, _values(final, worker_id, sums))
+        tokens = Tokens([attempt.trail for attempt in final])
+        values = (*FINAL.of(final), tokens.places, worker_id, *tokens.columns, *sums)
+        rows = raw.execute(END, values)
         if final:
             promote(connection, [attempt.definition_id for attempt in final])
         raw.execute("COMMIT", prepare=False)
@@ -298,42 +303,9 @@ def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) 
     return promoted
 
 
-def _values(attempts: Sequence[EndedAttempt], worker_id: WorkerId, sums: Sums) -> tuple[str, ...]:
-    trails = [attempt.trail for attempt in attempts]
-    tokens = Tokens(trails)
-    return (
-        words(attempt.run_id for attempt in attempts),
-        numbers(attempt.fencing_token for attempt in attempts),
-        words(attempt.state for attempt in attempts),
-        texts(attempt.reason for attempt in attempts),
-        texts(attempt.detail for attempt in attempts),
-        jsons(trail.progress for trail in trails),
-        texts(attempt.result for attempt in attempts),
-        jsons(attempt.error for attempt in attempts),
-        texts(attempt.error_cause for attempt in attempts),
-        texts(trail.handler for trail in trails),
-        words(attempt.outcome for attempt in attempts),
-        microseconds(trail.token_ready_at for trail in trails),
-        microseconds(trail.handler_started_at for trail in trails),
-        microseconds(attempt.ended_at for attempt in attempts),
-        plain(trail.peak_memory for trail in trails),
-        tokens.places,
-        worker_id,
-        *tokens.columns,
-        *sums,
-    )
-
-
 def _written(raw: Any, worker_id: WorkerId, fenced: Sequence[EndedAttempt]) -> set[RunId]:
     """The runs that an earlier write of ours ended, whose answer was lost."""
-    values = (
-        plain(attempt.run_id for attempt in fenced),
-        plain(attempt.attempt for attempt in fenced),
-        plain(attempt.fencing_token for attempt in fenced),
-        plain(attempt.outcome for attempt in fenced),
-        worker_id,
-    )
-    return {id_ for (id_,) in raw.execute(WRITTEN, values)}
+    return {id_ for (id_,) in raw.execute(WRITTEN, (*FENCED.of(fenced), worker_id))}
 
 
 # `state NOT IN` as in LOCK. The row stays locked until the checkpoint is durable: no other worker takes over.
@@ -369,6 +341,9 @@ ON CONFLICT DO NOTHING
 """
 
 
+LOG_LINES = Columns((plain, "run_id attempt seq org_id"), (instants, "at"), (texts, "level source text"))
+
+
 def save_checkpoint(
     connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, org_id: OrgId, data_json: str
 ) -> bool:
@@ -387,16 +362,4 @@ def write_progress(connection: Connection, rows: Sequence[Progress]) -> None:
 
 
 def append_logs(connection: Connection, rows: Sequence[LogLine]) -> None:
-    driver(connection).execute(
-        LINES,
-        (
-            plain(line.run_id for line in rows),
-            plain(line.attempt for line in rows),
-            plain(line.seq for line in rows),
-            plain(line.org_id for line in rows),
-            instants(line.at for line in rows),
-            texts(line.level for line in rows),
-            texts(line.source for line in rows),
-            texts(line.text for line in rows),
-        ),
-    )
+    driver(connection).execute(LINES, LOG_LINES.of(rows))

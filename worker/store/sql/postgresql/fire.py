@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -12,7 +11,7 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
 from worker.store.sql.contract import Fired, Specs
-from worker.store.sql.postgresql.arrays import flags, instants, jsons, numbers, plain, texts, words
+from worker.store.sql.postgresql.arrays import Columns, flags, instants, jsons, numbers, plain, texts, words
 
 # The clock is in a subquery: called once, it can be compared along an index.
 LOCK = """
@@ -123,6 +122,36 @@ SELECT clock_timestamp(),
 """
 
 
+def _lists(values: Iterable[Sequence[str]]) -> str:
+    return jsons(value or None for value in values)
+
+
+RUNS = Columns(
+    (words, "id org_id definition_id"),
+    (numbers, "revision"),
+    (texts, "handler"),
+    (words, "origin"),
+    (instants, "scheduled_for"),
+    (texts, "created_by request_key"),
+    (plain, "backfill_id retry_of"),
+    (words, "idempotency_key"),
+    (jsons, "params"),
+    (_lists, "variant_handlers"),
+    (words, "isolation"),
+    (plain, "max_concurrent"),
+    (numbers, "priority"),
+    (flags, "serial"),
+    (instants, "available_at start_by"),
+)
+NEXT_FIRES = Columns((words, "definition_id"), (instants, "next_scheduled_for next_fire_at"))
+GROWN_SKIPS = Columns((plain, "id"), (instants, "skip.skipped_until"), (plain, "skip.count"))
+NEW_SKIPS = Columns(
+    (plain, "org_id definition_id revision"),
+    (instants, "skipped_from skipped_until"),
+    (plain, "count reason"),
+)
+
+
 def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
     now, first = driver(connection).execute(FIRST).fetchone()
     return now, first
@@ -152,47 +181,15 @@ def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Seque
     raw = driver(connection)
     # One round trip: no statement needs the answer of another.
     with raw.pipeline():
-        made = raw.execute(INSERT, _columns(runs)) if runs else None
+        made = raw.execute(INSERT, RUNS.of(runs)) if runs else None
         if next_fires:
-            raw.execute(
-                NEXT,
-                (
-                    words(fire.definition_id for fire in next_fires),
-                    instants(fire.next_scheduled_for for fire in next_fires),
-                    instants(fire.next_fire_at for fire in next_fires),
-                ),
-            )
+            raw.execute(NEXT, NEXT_FIRES.of(next_fires))
         clock = raw.execute(FIRST)
         is_live = dict(made.fetchall()) if made else {}
         now, first = clock.fetchone()
     inserted = [run for run in runs if is_live.get(run.id) is True]
     overlapped = [run for run in runs if is_live.get(run.id) is False]
     return Fired(inserted, overlapped, next_fire_at=first, now=now)
-
-
-def _columns(runs: Sequence[NewRun]) -> tuple[Any, ...]:
-    return (
-        words(run.id for run in runs),
-        words(run.org_id for run in runs),
-        words(run.definition_id for run in runs),
-        numbers(run.revision for run in runs),
-        texts(run.handler for run in runs),
-        words(run.origin for run in runs),
-        instants(run.scheduled_for for run in runs),
-        texts(run.created_by for run in runs),
-        texts(run.request_key for run in runs),
-        plain(run.backfill_id for run in runs),
-        plain(run.retry_of for run in runs),
-        words(run.idempotency_key for run in runs),
-        jsons(run.params for run in runs),
-        jsons(run.variant_handlers or None for run in runs),
-        words(run.isolation for run in runs),
-        plain(run.max_concurrent for run in runs),
-        numbers(run.priority for run in runs),
-        flags(run.serial for run in runs),
-        instants(run.available_at for run in runs),
-        instants(run.start_by for run in runs),
-    )
 
 
 def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
@@ -215,24 +212,5 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
     changes = fold(skips, last, ran_before)
     grown, new = changes.grown, changes.new
     with raw.pipeline():
-        raw.execute(
-            GROW,
-            (
-                plain(row.id for row in grown),
-                instants(row.skip.skipped_until for row in grown),
-                plain(row.skip.count for row in grown),
-            ),
-        )
-        raw.execute(
-            SKIP,
-            (
-                plain(new_id() for _ in new),
-                plain(skip.org_id for skip in new),
-                plain(skip.definition_id for skip in new),
-                plain(skip.revision for skip in new),
-                instants(skip.skipped_from for skip in new),
-                instants(skip.skipped_until for skip in new),
-                plain(skip.count for skip in new),
-                plain(skip.reason for skip in new),
-            ),
-        )
+        raw.execute(GROW, GROWN_SKIPS.of(grown))
+        raw.execute(SKIP, (plain(new_id() for _ in new), *NEW_SKIPS.of(new)))
