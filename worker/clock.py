@@ -1,4 +1,4 @@
-"""The only module that reads the wall clock, so that tests can move it by hand."""
+"""Clocks. Only this module reads the wall clock, so that tests can set it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the worker knows of time."""
+    """The time source of the worker."""
 
     def now(self) -> datetime:
-        """The current instant, aware, in UTC."""
+        """The current time, aware, in UTC."""
         ...
 
     def monotonic(self) -> float:
@@ -20,7 +20,7 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None:
-        """Wait on the monotonic clock."""
+        """Sleep on the monotonic clock."""
         ...
 
 
@@ -37,14 +37,14 @@ class SystemClock:
         await asyncio.sleep(seconds)
 
 
-# To format an instant takes twice as long as to look up the text of its second.
+# Formatting a time takes twice as long as looking up the text of its second.
 SECONDS_KEPT = 4096
 _seconds: dict[tuple[int, int], str] = {}
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def to_text(instant: datetime) -> str:
-    """An instant as RFC 3339 UTC with microseconds and `Z`: 27 characters that sort as text."""
+    """RFC 3339 in UTC with microseconds and `Z`: 27 characters that sort as text."""
     since = instant - EPOCH
     second = since.days, since.seconds
     text = _seconds.get(second)
@@ -56,10 +56,10 @@ def to_text(instant: datetime) -> str:
 
 
 def from_text(text: str) -> datetime:
-    """The instant that an RFC 3339 text with an offset or `Z` names, in UTC.
+    """Parse RFC 3339 with an offset or `Z`; returns UTC.
 
     Raises:
-        ValueError: the text is no such instant, or names none exactly (no offset).
+        ValueError: the text is not RFC 3339, or has no offset.
     """
     instant = datetime.fromisoformat(text)
     if instant.tzinfo is None:

@@ -1,42 +1,24 @@
-"""Every exception of the project, drawn as a tree.
+"""Every exception of the project.
 
-WorkerError
-├── UsageError                 the command line or a request is malformed
-├── NotFound                   the thing named does not exist
-├── Conflict                   the state of the thing forbids the change
-├── CanaryFailed               the first few did not all succeed, so the rest was left alone
-├── ConfigurationError         worker.toml, the key ring or the schema version; RolesMissing
-├── DefinitionError            InvalidTrigger, UnknownHandler
-├── TokenError
-│   ├── CredentialsRejected    the issuer answered that it does not know this client or secret
-│   ├── RequestRejected        the issuer refused the request itself: audience, scope, grant type
-│   ├── Throttled              the issuer asked for fewer requests (transient)
-│   └── TokenRefused           a token that fails verification or enforcement
-├── AccessDenied               a caller of ours may not see or do this
-├── TooManyRequests            a caller or an address asks too often (transient)
-├── LeaseLost                  this process no longer owns the run
-└── Unavailable                IssuerUnavailable, StoreUnavailable, Busy (transient)
-
-The class says what happened and whether a retry may help; the message says which
-org and run and what to do. No secret, no token and no full claim set stands in one.
+The class says what happened and whether a retry may help. The message names the org, the run and the fix.
+No message contains a secret, a token or a full claim set.
 """
 
 from __future__ import annotations
 
 
 class WorkerError(Exception):
-    """Base of all errors of the project.
+    """Base of all errors.
 
-    `code` is the stable word for it in JSON and logs, `exit_code` the process exit
-    code, `fix` one sentence that says what to do (`usual_fix` where none is given),
-    `transient` whether another try may help without anybody's doing.
+    `code` is stable, for JSON and logs. `exit_code` is that of the process. `fix` says what to do, by
+    default `usual_fix`. `transient` means that a retry may help.
     """
 
     code = "error"
     usual_fix = ""
     exit_code = 1
     transient = False
-    # Seconds after which another try may help, where that is known.
+    # Seconds after which a retry may help, if known.
     retry_after: float | None = None
 
     def __init__(self, message: str, *, fix: str = "") -> None:
@@ -46,28 +28,28 @@ class WorkerError(Exception):
 
 
 class UsageError(WorkerError):
-    """The command line or the request is malformed."""
+    """The command line or the request is invalid."""
 
     code = "usage"
     exit_code = 2
 
 
 class NotFound(WorkerError):
-    """The thing named does not exist, or is another org's."""
+    """The named object does not exist or belongs to another org."""
 
     code = "not_found"
     exit_code = 3
 
 
 class Conflict(WorkerError):
-    """The state of the thing forbids what was asked."""
+    """The state of the object does not allow the change."""
 
     code = "conflict"
     exit_code = 5
 
 
 class CanaryFailed(WorkerError):
-    """Of the few that were tried first not all succeeded; the rest was left alone."""
+    """Not all of the first few succeeded; the others were not changed."""
 
     code = "canary_failed"
 
@@ -80,7 +62,7 @@ class ConfigurationError(WorkerError):
 
 
 class RolesMissing(ConfigurationError):
-    """The database's login may not take a role that the web side acts in."""
+    """The database login cannot take the roles that the web side needs."""
 
     code = "roles_missing"
     usual_fix = (
@@ -90,11 +72,11 @@ class RolesMissing(ConfigurationError):
 
 
 class DefinitionError(WorkerError):
-    """A definition cannot be accepted; `entry` and `field` name the place."""
+    """A definition is invalid; `entry` and `field` name the place."""
 
     code = "definition"
     exit_code = 78
-    usual_fix = "correct it and try again, nothing was changed; docs/reference/files.md has every key"
+    usual_fix = "correct it and try again, nothing was changed; docs/reference/files.md lists every key"
 
     def __init__(self, message: str, *, entry: str = "", field: str = "", fix: str = "") -> None:
         super().__init__(message, fix=fix)
@@ -103,32 +85,32 @@ class DefinitionError(WorkerError):
 
 
 class InvalidTrigger(DefinitionError):
-    """A schedule or zone that cannot be read, or that can never fire."""
+    """A schedule or time zone is invalid, or can never fire."""
 
     code = "invalid_trigger"
 
 
 class UnknownHandler(DefinitionError):
-    """No installed distribution offers the handler, or it does not load."""
+    """No installed distribution offers the handler, or it cannot be loaded."""
 
     code = "unknown_handler"
 
 
 class TokenError(WorkerError):
-    """No usable token for an org; `detail` is the issuer's or the verifier's own word for why."""
+    """An org has no usable token; `detail` is the reason code of the issuer or the verifier."""
 
     code = "token"
     detail: str = ""
 
 
 class CredentialsRejected(TokenError):
-    """The issuer answered `invalid_client` or the like: another try does not help (RFC 6749, 5.2)."""
+    """The issuer answered `invalid_client` or similar; a retry does not help (RFC 6749, 5.2)."""
 
     code = "credentials_rejected"
 
 
 class RequestRejected(TokenError):
-    """The issuer refused the request itself, such as `invalid_scope` (RFC 6749, 5.2)."""
+    """The issuer rejected the request itself, such as `invalid_scope` (RFC 6749, 5.2)."""
 
     code = "request_rejected"
 
@@ -137,7 +119,7 @@ class Throttled(TokenError):
     """The issuer asked for fewer requests; `retry_after` is in seconds."""
 
     code = "throttled"
-    usual_fix = "wait; lower max_requests_per_second of the issuer where it happens often"
+    usual_fix = "wait; if it happens often, lower max_requests_per_second of the issuer"
     transient = True
 
     def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
@@ -146,11 +128,10 @@ class Throttled(TokenError):
 
 
 class TokenRefused(TokenError):
-    """A token that fails verification or enforcement: the run is refused.
+    """A token failed verification or enforcement: the run is refused.
 
-    `reason` is a run's reason (org_mismatch, client_mismatch, scope_missing,
-    property_missing, token_invalid), `detail` the verifier's own code or the name
-    of the scope or property.
+    `reason` is a reason of a run (org_mismatch, client_mismatch, scope_missing, property_missing,
+    token_invalid), `detail` the code of the verifier or the name of the scope or property.
     """
 
     code = "token_refused"
@@ -169,7 +150,7 @@ class AccessDenied(WorkerError):
 
 
 class TooManyRequests(WorkerError):
-    """A caller or an address asks too often; `retry_after` is in seconds."""
+    """A caller or an address sends too many requests; `retry_after` is in seconds."""
 
     code = "too_many_requests"
     usual_fix = (
@@ -184,13 +165,13 @@ class TooManyRequests(WorkerError):
 
 
 class LeaseLost(WorkerError):
-    """This process no longer owns the run: a newer fencing token exists, or the run ended."""
+    """This process no longer owns the run: a newer fencing token exists, or the run has ended."""
 
     code = "lease_lost"
 
 
 class Unavailable(WorkerError):
-    """Something outside did not answer; another try may help."""
+    """An external service did not respond; a retry may help."""
 
     code = "unavailable"
     exit_code = 69
@@ -198,21 +179,23 @@ class Unavailable(WorkerError):
 
 
 class IssuerUnavailable(Unavailable):
-    """The issuer gave no answer, a 5xx, or no well-formed one."""
+    """The issuer did not respond, or with a 5xx or a malformed response."""
 
     code = "issuer_unavailable"
-    usual_fix = "try again; if it lasts, see that the issuer's url in worker.toml is right and can be reached"
+    usual_fix = (
+        "try again; if it persists, check that the issuer's url in worker.toml is correct and reachable"
+    )
 
 
 class StoreUnavailable(Unavailable):
-    """The database did not answer."""
+    """The database did not respond."""
 
     code = "database_unavailable"
-    usual_fix = "see that the database is up and can be reached; `config show` says which one it is"
+    usual_fix = "check that the database is up and reachable; `config show` says which one it is"
 
 
 class Busy(Unavailable):
-    """Another process holds what this one needs; try later."""
+    """Another process holds what this one needs; try again later."""
 
     code = "busy"
     exit_code = 75

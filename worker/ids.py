@@ -1,4 +1,4 @@
-"""Identifiers: a type each, and UUIDv7 (RFC 9562, section 5.7), so that keys sort by age."""
+"""Identifiers: one type each, as UUIDv7 (RFC 9562, section 5.7), so that keys sort by age."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _last = 0
 
 
 def new_id() -> str:
-    """A UUIDv7 as text; those of one process rise strictly, also within one millisecond."""
+    """A UUIDv7 as text, strictly increasing within a process."""
     global _last
     # 48 bits of milliseconds, then 12 bits of the fraction: RFC 9562, section 6.2, method 3.
     nanoseconds = time.time_ns()
@@ -33,10 +33,9 @@ def new_id() -> str:
 
 
 def lowest_id(since: datetime) -> str:
-    """An id lower than all that are made from `since` on, an hour of clock skew allowed.
+    """An id lower than all ids made since `since`, with a tolerance of one hour for clock skew.
 
-    Instants ahead of this machine's clock count as now, so that a clock moved by
-    hand, which these ids do not follow, hides nothing.
+    A time in the future counts as now: tests set a clock that ids do not follow.
     """
     moment = min(int(since.timestamp() * 1000), time.time_ns() // 1_000_000) - 3_600_000
     head = f"{max(moment, 0):012x}"

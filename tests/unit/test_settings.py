@@ -70,7 +70,7 @@ def test_a_file_in_the_working_folder_gives_way_to_the_administrators(
     etc.write_text('[log]\nlevel = "error"\n')
 
     assert load(environ={}).log.level == load(environ={}).log.level == "error"
-    said = f"{tmp_path}/worker.toml is ignored, since {etc} exists; --config chooses another\n"
+    said = f"{tmp_path}/worker.toml is ignored because {etc} exists; --config chooses another\n"
     assert capsys.readouterr().err == said
     assert load("worker.toml", environ={}).log.level == "debug"
     assert load(environ={"WORKER_CONFIG": "worker.toml"}).log.level == "debug"
@@ -198,17 +198,17 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
             "[execution]\nprivate_origins = ['10.0.0.5:8080']",
             "execution.private_origins: '10.0.0.5:8080' is not an origin",
         ),
-        ("[issuers.Main]\nurl = 'https://a'", "issuers.Main: String should match pattern"),
+        ("[issuers.Main]\nurl = 'https://a'", "issuers.Main: write a name of a-z, 0-9, _ and -"),
         ("database = 'x'", "worker.toml: database: Input should be a valid dictionary"),
         ("[log]\nlevel = 'loud'", "log.level: Input should be 'debug', 'info', 'warning' or 'error'"),
-        ("[log\n", "worker.toml is no TOML"),
-        ("[web]\nlisten = '8470'", "web.listen: '8470' is no address; write host and port"),
+        ("[log\n", "worker.toml is not TOML"),
+        ("[web]\nlisten = '8470'", "web.listen: '8470' is not an address; write host and port"),
         (
             "[web]\nlisten = '127.0.0.1:1'\nhealth_listen = '127.0.0.1:1'",
-            "web: health_listen is the address of listen; give it a port of its own",
+            "web: health_listen equals listen; use another port",
         ),
         ("[web]\nconnections_per_address = -1", "web.connections_per_address: "),
-        ("[web]\nlisten = 'localhost:99999'", "web.listen: 'localhost:99999' is no address"),
+        ("[web]\nlisten = 'localhost:99999'", "web.listen: 'localhost:99999' is not an address"),
         ("[[web.operators]]\nname = 'ada'", "worker.toml: web.operators.token_sha256: Field required"),
         ("[[web.operators]]\nnam = 'ada'", "unknown setting web.operators.nam; did you mean name?"),
         (
@@ -216,14 +216,14 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
             "web.trusted_proxies: 10.0.0.1/8 has host bits set; write networks as CIDR: 10.0.0.0/8",
         ),
         ("[web]\ntrusted_proxies = ['proxy']", "web.trusted_proxies: 'proxy' does not appear to be an IP"),
-        ("[web]\npublic_url = 'jobs.acme.com'", "web.public_url: it is no URL"),
+        ("[web]\npublic_url = 'jobs.acme.com'", "web.public_url: not a URL"),
         ("[web]\npublic_url = 'https://a/jobs'", "web.public_url: write scheme, host and port only"),
-        ("[web]\npublic_url = 'https://a:99999'", "web.public_url: it is no URL"),
-        ("[web]\norg_scope = 'two words'", "web.org_scope: String should match pattern"),
+        ("[web]\npublic_url = 'https://a:99999'", "web.public_url: not a URL"),
+        ("[web]\norg_scope = 'two words'", "web.org_scope: write one scope"),
         ("[web]\nlogins_per_minute = 0", "web.logins_per_minute: Input should be greater than or equal to 1"),
         ("[web]\ncalls_per_second = 0", "web.calls_per_second: Input should be greater than or equal to 1"),
-        ("[alerts]\nwebhook_url = 'example.com'", "alerts.webhook_url: it is no URL"),
-        ("[alerts]\nwebhook_url = 'https://a'", "webhook_url needs a webhook_secret"),
+        ("[alerts]\nwebhook_url = 'example.com'", "alerts.webhook_url: not a URL"),
+        ("[alerts]\nwebhook_url = 'https://a'", "webhook_url needs webhook_secret"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_named(text: str, message: str):

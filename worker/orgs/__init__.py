@@ -1,10 +1,9 @@
-"""Orgs: code, state and limits, and selectors by tag."""
+"""Orgs: their states and limits, and selectors by tag and issuer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from worker.errors import DefinitionError
@@ -17,61 +16,39 @@ WEIGHT = 1
 
 
 class OrgRef(NamedTuple):
-    """An org by its key in the database and by its code in the issuer's tokens."""
+    """An org: its key in the database and its code in tokens."""
 
     id: OrgId
     code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Org:
-    """A row of `orgs`. `timezone` is an IANA name, the zone of definitions that name none."""
-
-    id: OrgId
-    code: str
-    name: str
-    issuer: str
-    state: OrgState = "active"
-    max_concurrent_runs: int = MAX_CONCURRENT_RUNS
-    weight: int = WEIGHT
-    tags: frozenset[str] = frozenset()
-    timezone: str | None = None
-    state_by: str | None = None
-    state_at: datetime | None = None
-    state_note: str | None = None
-
-    @property
-    def ref(self) -> OrgRef:
-        return OrgRef(self.id, self.code)
 
 
 @dataclass(frozen=True, slots=True)
 class OrgEntry:
-    """An org as a file for `apply` or a line for `orgs import` names it."""
+    """An org as in a file for `apply` or a line for `orgs import`."""
 
     code: str
-    """As in its tokens (`org_code`); at most 200 characters, no slash."""
+    """The code in its tokens (`org_code`); at most 200 characters, no slash."""
     name: str
-    """For people."""
+    """The display name."""
     issuer: str
     """A table `[issuers.NAME]` of worker.toml."""
     max_concurrent_runs: int = MAX_CONCURRENT_RUNS
-    """Its runs at once, over all workers."""
+    """Maximum concurrent runs, over all workers."""
     weight: int = WEIGHT
-    """Its share of the slots beside other orgs': with 2 it gets twice as many."""
+    """Its share of the slots relative to other orgs: with 2 it gets twice as many."""
     tags: frozenset[str] = frozenset()
-    """What templates select by."""
+    """Templates select orgs by these."""
     timezone: str | None = None
-    """The IANA zone of its definitions that name none; else UTC."""
+    """The default IANA time zone of its definitions; UTC if not set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stops:
     """What a state of an org stops.
 
-    `firing`: nothing is due and nothing waiting starts. `waiting`: waiting runs are
-    cancelled at once. `running`: running runs are cancelled within one renewal.
-    `tokens`: its tokens are dropped. `secrets`: its credentials are destroyed.
+    `firing`: no runs are fired and no waiting runs start. `waiting`: waiting runs are cancelled at once.
+    `running`: running runs are cancelled within one renewal. `tokens`: its tokens are dropped.
+    `secrets`: its credentials are destroyed.
     """
 
     firing: bool = False
@@ -88,7 +65,7 @@ STOPS: dict[OrgState, Stops] = {
     "removed": Stops(firing=True, waiting=True, running=True, tokens=True, secrets=True),
 }
 
-# From a state to those an operator may move it to; `removed` is final.
+# The states that an operator can move an org to, by current state; `removed` is final.
 MOVES: dict[OrgState, frozenset[OrgState]] = {
     "active": frozenset({"paused", "suspended", "removed"}),
     "paused": frozenset({"active", "suspended", "removed"}),
@@ -98,7 +75,7 @@ MOVES: dict[OrgState, frozenset[OrgState]] = {
 
 
 def may_move(state: OrgState, to: OrgState) -> bool:
-    """Whether an org in `state` may be set to `to`; to stay where it is always may."""
+    """Whether an org in `state` may be set to `to`; its current state is always allowed."""
     return state == to or to in MOVES[state]
 
 
@@ -107,20 +84,17 @@ _FIX = 'write orgs = "all", orgs = { tags = ["pro"] } or orgs = { issuer = "main
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """An org matches when it has every tag of `tags` and, where `issuer` is given, belongs to that issuer.
-
-    With neither, every org matches.
-    """
+    """Matches orgs with every tag in `tags` and, if set, with this `issuer`; by default all orgs."""
 
     tags: frozenset[str] = frozenset()
     issuer: str | None = None
 
     def matches(self, *, tags: Iterable[str], issuer: str) -> bool:
-        """Whether an org with these tags and this issuer is meant."""
+        """Whether an org with these tags and this issuer matches."""
         return (self.issuer is None or self.issuer == issuer) and self.tags <= set(tags)
 
     def as_json(self) -> Any:
-        """The canonical form for the database; `parse_selector` reads it back."""
+        """The canonical form for the database, as `parse_selector` reads it."""
         chosen: dict[str, Any] = {}
         if self.tags:
             chosen["tags"] = sorted(self.tags)
@@ -130,7 +104,7 @@ class Selector:
 
 
 def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selector:
-    """The selector that `orgs` of a template names.
+    """Parse `orgs` of a template.
 
     Raises:
         DefinitionError: it is neither `"all"` nor a table of `tags` and `issuer`.
@@ -144,12 +118,12 @@ def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selec
             raise _refusal(f"unknown key {key!r}", entry, f"{field}.{key}")
     tags = value.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
-        raise _refusal("tags are a list of texts", entry, f"{field}.tags")
+        raise _refusal("tags must be a list of strings", entry, f"{field}.tags")
     if "tags" in value and not tags:
-        raise _refusal("an empty list of tags", entry, f"{field}.tags")
+        raise _refusal("tags must not be empty", entry, f"{field}.tags")
     issuer = value.get("issuer")
     if "issuer" in value and not (isinstance(issuer, str) and issuer):
-        raise _refusal("an issuer is a text", entry, f"{field}.issuer")
+        raise _refusal("issuer must be a string", entry, f"{field}.issuer")
     return Selector(tags=frozenset(tags), issuer=issuer)
 
 

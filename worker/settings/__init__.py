@@ -1,4 +1,4 @@
-"""worker.toml, WORKER_* variables and files of `secrets_dir` -> one frozen Settings, checked once."""
+"""Settings from flags, WORKER_* variables, files in `secrets_dir` and worker.toml, validated once."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ from worker.settings.sections import (
 from worker.telemetry.masking import masker, secrets_of_url
 
 PREFIX = "WORKER_"
-# Where worker.toml is looked for, the administrator's place first: in a worker's working directory
-# a handler may have left one.
+# Searched for worker.toml in this order: a handler could have written one to the working directory.
 CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
 
-# URLs whose path may be all that keeps others out.
+# URLs whose path may be a secret.
 _SECRET_PATHS = ("webhook_url", "deadman_url", "endpoint")
 
 Keys = tuple[str, ...]
-# For each setting that is not at its default: its value and where it was said.
-Said = dict[Keys, tuple[Any, str]]
+# By key, for settings that are not at their default: value and source.
+Sourced = dict[Keys, tuple[Any, str]]
 
 
 class Settings(Section):
-    """All settings; those of a section that is not written keep their defaults."""
+    """All settings."""
 
     secrets_dir: str = ""
     database: DatabaseSettings = DatabaseSettings()
@@ -59,15 +58,15 @@ class Settings(Section):
 
     @cached_property
     def config_file(self) -> str:
-        """The file that `load` has read, as it was named; "" where none was. It is no setting."""
+        """The file that `load` has read, as it was named, or "". Not a setting."""
         return ""
 
     @property
     def keyring_file(self) -> Path:
-        """Where the key ring is, or would be made: in `secrets_dir`, on SQLite else beside the database.
+        """The path of the key ring: in `secrets_dir`, or by default beside the SQLite database.
 
         Raises:
-            ConfigurationError: neither exists.
+            ConfigurationError: `secrets_dir` is not set and the database is PostgreSQL.
         """
         mounted = Path(self.secrets_dir, "keyring") if self.secrets_dir else None
         file = self.database.sqlite_file
@@ -75,7 +74,7 @@ class Settings(Section):
             return mounted
         if file is None:
             raise ConfigurationError(
-                "no place for the key ring: secrets_dir is not set",
+                "there is no place for the key ring: secrets_dir is not set",
                 fix="set secrets_dir in worker.toml, then run `python -m worker keys generate`",
             )
         return file.with_name("keyring")
@@ -86,12 +85,10 @@ def load(
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The settings in force.
-
-    `overrides` are dotted names with values as text, from the command line.
+    """The effective settings; `overrides` are dotted names and texts from the command line.
 
     Raises:
-        ConfigurationError: a file that cannot be read, an unknown setting or a bad value, named.
+        ConfigurationError: an unreadable file, an unknown setting or an invalid value.
     """
     settings = check(gather(config_path, overrides, environ))
     file = _config_of(config_path, os.environ if environ is None else environ)
@@ -103,70 +100,63 @@ def gather(
     config_path: str | None = None,
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
-) -> Said:
-    """What flags, variables, secret files and worker.toml say, the first of these first; unchecked.
+) -> Sourced:
+    """Values by precedence: flags, variables, secret files, worker.toml; not validated.
 
     Raises:
-        ConfigurationError: as in `load`, for files.
+        ConfigurationError: a file cannot be read.
     """
     environ = os.environ if environ is None else environ
-    said = _from_file(_config_of(config_path, environ))
+    values = _from_file(_config_of(config_path, environ))
     variables = _from_variables(environ)
     flags = {tuple(name.split(".")): (value, f"--set {name}") for name, value in (overrides or {}).items()}
-    named = [source[keys] for source in (flags, variables, said) if (keys := ("secrets_dir",)) in source]
+    named = [source[keys] for source in (flags, variables, values) if (keys := ("secrets_dir",)) in source]
     chosen = next((entry for entry in named if entry[0]), None) or _mounted_secrets(environ)
     if chosen is not None:
         flags[("secrets_dir",)] = chosen
-    return said | _from_secrets(str(chosen[0]) if chosen else "") | variables | flags
+    return values | _from_secrets(str(chosen[0]) if chosen else "") | variables | flags
 
 
-def check(said: Said) -> Settings:
-    """Settings from what was said.
+def check(values: Sourced) -> Settings:
+    """Validate the values.
 
     Raises:
-        ConfigurationError: an unknown setting or a bad value, named with where it was said.
+        ConfigurationError: an unknown setting or an invalid value, with its source.
     """
-    _register_secrets(said)
+    _register_secrets(values)
     tree: dict[str, Any] = {}
-    for keys, (value, where) in said.items():
+    for keys, (value, where) in values.items():
         branch = tree
         for key in keys[:-1]:
             branch = branch.setdefault(key, {})
             if not isinstance(branch, dict):
                 raise ConfigurationError(
                     f"{where}: {key} is a section, not a value",
-                    fix="config/worker.toml explains every setting",
+                    fix=f"write it as {key}.NAME; config/worker.toml explains every setting",
                 )
         if value != {} or keys[-1] not in branch:
             branch[keys[-1]] = value
     try:
         settings = Settings.model_validate(tree)
     except ValidationError as error:
-        faults = [_fault(said, fault) for fault in error.errors(include_url=False, include_input=False)]
+        faults = [_fault(values, fault) for fault in error.errors(include_url=False, include_input=False)]
         raise ConfigurationError(
             "; ".join(faults), fix="config/worker.toml explains every setting with its unit and default"
         ) from None
-    _refuse_unencrypted(settings, said)
-    return settings
-
-
-def _refuse_unencrypted(settings: Settings, said: Said) -> None:
     for name, issuer in settings.issuers.items():
         for origin in unencrypted(issuer.api_origins, settings.execution.insecure_origins):
             setting = ("issuers", name, "api_origins")
-            where = f"{said[setting][1]}: " if setting in said else ""
+            source = f"{values[setting][1]}: " if setting in values else ""
             raise ConfigurationError(
-                f"{where}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
+                f"{source}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
                 fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
             )
+    return settings
 
 
-def _register_secrets(said: Said) -> None:
-    """Let the masker know what is secret in settings, before anything can go wrong with them.
-
-    What the settings themselves show leaves secrets out already; this is for the words of libraries.
-    """
-    for keys, (value, _) in said.items():
+def _register_secrets(values: Sourced) -> None:
+    """Register the secrets in settings with the masker first: messages of libraries may contain them."""
+    for keys, (value, _) in values.items():
         if not isinstance(value, str):
             continue
         if keys[-1].endswith("_secret"):
@@ -179,7 +169,7 @@ def _register_secrets(said: Said) -> None:
                 masker.register(piece)
 
 
-def _from_file(path: str | None) -> Said:
+def _from_file(path: str | None) -> Sourced:
     if path is None:
         return {}
     try:
@@ -187,10 +177,10 @@ def _from_file(path: str | None) -> Said:
             return _flat(tomllib.load(file), path)
     except OSError as error:
         raise ConfigurationError(
-            f"{path} cannot be read: {error.strerror}", fix="name another with --config or WORKER_CONFIG"
+            f"{path} cannot be read: {error.strerror}", fix="name another file with --config or WORKER_CONFIG"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is no TOML: {error}", fix="correct it there") from None
+        raise ConfigurationError(f"{path} is not TOML: {error}", fix="correct the file there") from None
 
 
 def _config_of(named: str | None, environ: Mapping[str, str]) -> str | None:
@@ -198,41 +188,40 @@ def _config_of(named: str | None, environ: Mapping[str, str]) -> str | None:
 
 
 def _found_config(places: Sequence[str]) -> str | None:
-    there = [place for place in places if _is_there(place)]
-    for ignored in there[1:]:
-        if ignored not in _told and not Path(ignored).samefile(there[0]):
-            _told.add(ignored)
+    found = [place for place in places if _exists(place)]
+    for ignored in found[1:]:
+        if ignored not in _reported and not Path(ignored).samefile(found[0]):
+            _reported.add(ignored)
             print(
-                f"{Path(ignored).absolute()} is ignored, since {there[0]} exists; --config chooses another",
+                f"{Path(ignored).absolute()} is ignored because {found[0]} exists; --config chooses another",
                 file=sys.stderr,
             )
-    return there[0] if there else None
+    return found[0] if found else None
 
 
-# Files that were reported as ignored: once per process.
-_told: set[str] = set()
+# Ignored files are reported once per process.
+_reported: set[str] = set()
 
 
-def _is_there(place: str) -> bool:
+def _exists(place: str) -> bool:
     try:
         return Path(place).is_file()
     except PermissionError:
-        # One that this user may not look at is not passed over for another: reading it fails, and says so.
-        return True
+        return True  # not skipped: reading it reports the error
 
 
-def _flat(table: Mapping[str, Any], where: str, above: Keys = ()) -> Said:
-    said: Said = {}
+def _flat(table: Mapping[str, Any], where: str, above: Keys = ()) -> Sourced:
+    values: Sourced = {}
     for key, value in table.items():
         if isinstance(value, dict) and value:
-            said |= _flat(value, where, (*above, key))
+            values |= _flat(value, where, (*above, key))
         else:
-            said[(*above, key)] = (value, where)
-    return said
+            values[(*above, key)] = (value, where)
+    return values
 
 
-def _from_variables(environ: Mapping[str, str]) -> Said:
-    # Only names with a section count: a container engine sets WORKER_PORT and the like by itself.
+def _from_variables(environ: Mapping[str, str]) -> Sourced:
+    # Only names with a section: container engines set variables such as WORKER_PORT.
     return {
         tuple(name.removeprefix(PREFIX).lower().split("__")): (value, name)
         for name, value in environ.items()
@@ -241,42 +230,42 @@ def _from_variables(environ: Mapping[str, str]) -> Said:
 
 
 def _mounted_secrets(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """systemd's `LoadCredential` and container engines say by themselves where secrets are."""
+    """The secrets of systemd's `LoadCredential` or of a container engine."""
     if directory := environ.get("CREDENTIALS_DIRECTORY"):
         return directory, "CREDENTIALS_DIRECTORY"
     return (MOUNTED_SECRETS, "its default") if Path(MOUNTED_SECRETS).is_dir() else None
 
 
-def _from_secrets(directory: str) -> Said:
-    """Files named `section__key`; the others there are not settings."""
-    said: Said = {}
+def _from_secrets(directory: str) -> Sourced:
+    """Files named `section__key`; other files are ignored."""
+    values: Sourced = {}
     try:
         files = sorted(Path(directory).iterdir()) if directory and Path(directory).is_dir() else []
         for file in files:
             keys = tuple(file.name.split("__"))
             if len(keys) > 1 and keys[0] in Settings.model_fields and file.is_file():
-                said[keys] = (file.read_text(encoding="utf-8").rstrip("\r\n"), str(file))
+                values[keys] = (file.read_text(encoding="utf-8").rstrip("\r\n"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"a file of secrets_dir {directory} cannot be read: {error}",
-            fix="let the worker's user read it, or take it out of there",
+            fix="let the worker's user read it, or remove it",
         ) from None
-    return said
+    return values
 
 
-def _fault(said: Said, fault: Any) -> str:
+def _fault(values: Sourced, fault: Any) -> str:
     keys: Keys = tuple(key for key in fault["loc"] if isinstance(key, str) and key != "[key]")
-    # What is missing was said nowhere: name the place that says the rest of its section.
+    # A missing setting has no source: name that of its section.
     depth = len(keys) - (fault["type"] == "missing")
-    said_here = (place for named, (_, place) in said.items() if named[:depth] == keys[: len(named)][:depth])
-    where = next(said_here, "")
+    sources = (source for named, (_, source) in values.items() if named[:depth] == keys[: len(named)][:depth])
+    source = next(sources, "")
     name = ".".join(keys)
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(keys[-1], _names_beside(keys), 1)
         text = f"unknown setting {name}" + (f"; did you mean {close[0]}?" if close else "")
     else:
         text = f"{name}: {fault['msg'].removeprefix('Value error, ')}"
-    return f"{where}: {text}" if where else text
+    return f"{source}: {text}" if source else text
 
 
 def _names_beside(keys: Keys) -> list[str]:

@@ -1,16 +1,17 @@
-"""The sections of worker.toml as frozen values; each setting is explained in config/worker.toml."""
+"""The sections of worker.toml as frozen values; config/worker.toml explains every setting."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from worker.definitions.origins import parse_origin
 from worker.definitions.units import parse_duration
@@ -21,7 +22,7 @@ def _duration(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """A variable or secret file holds a JSON array, or texts parted by commas."""
+    """A variable or secret file has a JSON array, or text separated by commas."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -29,19 +30,37 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _origins(value: Any) -> Any:
-    origins = _listed(value)
-    for origin in origins if isinstance(origins, list) else ():
-        parse_origin(str(origin))
-    return origins
+def _each(check: Callable[[str], object]) -> BeforeValidator:
+    """Validates a list with a function that raises ValueError for an invalid item."""
+
+    def checked(value: Any) -> Any:
+        items = _listed(value)
+        for item in items if isinstance(items, list | tuple) else ():
+            check(str(item))
+        return items
+
+    return BeforeValidator(checked)
 
 
-def _paths(value: Any) -> Any:
-    paths = _listed(value)
-    for path in paths if isinstance(paths, list) else ():
-        if not str(path).startswith("/"):
-            raise ValueError(f"{path!r} is not absolute; write the whole path, such as /srv/models")
-    return paths
+def _path(path: str) -> None:
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r} is not absolute; write the whole path, such as /srv/models")
+
+
+def _network(network: str) -> None:
+    try:
+        ip_network(network)
+    except ValueError as error:
+        raise ValueError(f"{error}; write networks as CIDR: 10.0.0.0/8 or 192.0.2.7/32") from None
+
+
+def _matching(pattern: str, expected: str) -> AfterValidator:
+    def checked(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"write {expected}")
+        return value
+
+    return AfterValidator(checked)
 
 
 def _url(value: Any) -> Any:
@@ -49,10 +68,10 @@ def _url(value: Any) -> Any:
         try:
             parts = urlsplit(value)
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:  # its own words may quote the password
+        except ValueError:  # its message may contain the password
             known = False
         if not known:
-            raise ValueError("it is no URL; write https://host/path")
+            raise ValueError("not a URL; write https://host/path")
     return value
 
 
@@ -60,7 +79,9 @@ def _listen(value: Any) -> Any:
     if isinstance(value, str) and value:
         found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", value)
         if found is None or int(found[1]) > 65_535:
-            raise ValueError(f"{value!r} is no address; write host and port: 127.0.0.1:8470 or [::1]:8470")
+            raise ValueError(
+                f"{value!r} is not an address; write host and port: 127.0.0.1:8470 or [::1]:8470"
+            )
     return value
 
 
@@ -73,30 +94,20 @@ def _public_url(value: Any) -> Any:
     return value
 
 
-def _networks(value: Any) -> Any:
-    networks = _listed(value)
-    for network in networks if isinstance(networks, list | tuple) else ():
-        try:
-            ip_network(str(network))
-        except ValueError as error:
-            raise ValueError(f"{error}; write networks as CIDR: 10.0.0.0/8 or 192.0.2.7/32") from None
-    return networks
-
-
 def _operators(value: Any) -> Any:
-    """A variable or secret file holds a JSON array of objects."""
+    """A variable or secret file has a JSON array of objects."""
     return json.loads(value) if isinstance(value, str) else value
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
-Origins = Annotated[tuple[str, ...], BeforeValidator(_origins)]
+Paths = Annotated[tuple[str, ...], _each(_path)]
+Origins = Annotated[tuple[str, ...], _each(parse_origin)]
+Networks = Annotated[tuple[str, ...], _each(_network)]
 Url = Annotated[str, BeforeValidator(_url)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 PublicUrl = Annotated[str, BeforeValidator(_public_url)]
-Networks = Annotated[tuple[str, ...], BeforeValidator(_networks)]
-IssuerName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+IssuerName = Annotated[str, _matching(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, _ and -, such as main")]
 
 
 class Section(BaseModel):
@@ -104,20 +115,20 @@ class Section(BaseModel):
 
 
 class DatabaseSettings(Section):
-    """`[database]`; the URLs may hold a password and so stay out of the repr."""
+    """`[database]`; the URLs may contain a password, so the repr omits them."""
 
     url: str = Field("sqlite:///var/worker.db", repr=False)
     owner_url: str = Field("", repr=False)
 
     @property
     def sqlite_file(self) -> Path | None:
-        """The SQLite file that `url` names, relative to the working directory; None on PostgreSQL."""
+        """The SQLite file in `url`, relative to the working directory; None for PostgreSQL."""
         named = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", self.url)
         return Path(named[1]) if named else None
 
 
 class IssuerSettings(Section):
-    """`[issuers.NAME]`: an identity provider, as the operator configured it."""
+    """`[issuers.NAME]`: an identity provider."""
 
     profile: str = "kinde"
     url: str
@@ -129,7 +140,7 @@ class IssuerSettings(Section):
 
 
 class ExecutionSettings(Section):
-    """`[execution]`: how many runs at once, and how long a silent worker keeps them."""
+    """`[execution]`: concurrency, sandbox, lease and drain of a worker."""
 
     max_children: int = Field(50, ge=0, le=10_000)
     max_inline: int = Field(1000, ge=0, le=1_000_000)
@@ -152,31 +163,33 @@ class ExecutionSettings(Section):
         if self.renew * 4 > self.lease:
             raise ValueError(
                 f"renew is {self.renew.total_seconds():g}s, more than a quarter of the lease of "
-                f"{self.lease.total_seconds():g}s"
+                f"{self.lease.total_seconds():g}s; lower renew or raise lease"
             )
         return self
 
 
 class OperatorSettings(Section):
-    """`[[web.operators]]`: a person or program that works for all orgs; its token is known by hash only."""
+    """`[[web.operators]]`: a person or program with access to all orgs, known by the hash of its token."""
 
-    name: str = Field(pattern=r"^[^\s:][^\n:]{0,99}$")
+    name: Annotated[str, _matching(r"[^\s:][^\n:]{0,99}", "a name of 1 to 100 characters without a colon")]
     role: Literal["viewer", "operator", "admin"] = "viewer"
-    token_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    token_sha256: Annotated[
+        str, _matching(r"[0-9a-f]{64}", "the SHA-256 of the token: 64 characters 0-9 and a-f")
+    ] = Field(repr=False)
 
 
 Operators = Annotated[tuple[OperatorSettings, ...], BeforeValidator(_operators)]
 
 
 class WebSettings(Section):
-    """`[web]`: where health, metrics, API and dashboard are served; an empty text turns it off."""
+    """`[web]`: health, metrics, API and dashboard; an empty address turns a listener off."""
 
     listen: Listen = "127.0.0.1:8470"
     health_listen: Listen = ""
     connections_per_address: int = Field(100, ge=0, le=10_000)
     operators: Operators = ()
     org_role: Literal["viewer", "operator"] = "viewer"
-    org_scope: Annotated[str, Field(pattern=r"^[!#-\[\]-~]*$")] = ""
+    org_scope: Annotated[str, _matching(r"[!#-\[\]-~]*", "one scope, without spaces or quotes")] = ""
     public_url: PublicUrl = ""
     trusted_proxies: Networks = ()
     logins_per_minute: int = Field(10, ge=1, le=100_000)
@@ -186,14 +199,12 @@ class WebSettings(Section):
     @model_validator(mode="after")
     def _two_addresses(self) -> WebSettings:
         if self.health_listen and self.health_listen == self.listen:
-            raise ValueError(
-                'health_listen is the address of listen; give it a port of its own, or leave it ""'
-            )
+            raise ValueError('health_listen equals listen; use another port, or leave it ""')
         return self
 
 
 class AlertSettings(Section):
-    """`[alerts]`: who is told of what goes wrong, and what says that the worker is alive."""
+    """`[alerts]`: the webhook for alerts and the dead man's switch."""
 
     webhook_url: Url = ""
     webhook_secret: str = Field("", repr=False)
@@ -204,21 +215,23 @@ class AlertSettings(Section):
     @model_validator(mode="after")
     def _signed(self) -> AlertSettings:
         if self.webhook_url and len(self.webhook_secret) < 16:
-            raise ValueError("webhook_url needs a webhook_secret of at least 16 characters, to sign with")
+            raise ValueError("webhook_url needs webhook_secret, at least 16 characters, for the signature")
         return self
 
 
 class TracingSettings(Section):
-    """`[tracing]`: OpenTelemetry traces of the runs; what is empty the standard variables OTEL_* say."""
+    """`[tracing]`: OpenTelemetry traces of runs; the standard variables OTEL_* apply to empty settings."""
 
     enabled: bool = False
     endpoint: Url = ""
-    headers: Annotated[str, Field(pattern=r"^$|^[^=,]+=[^,]*(,[^=,]+=[^,]*)*$")] = Field("", repr=False)
+    headers: Annotated[
+        str, _matching(r"|[^=,]+=[^,]*(,[^=,]+=[^,]*)*", "NAME=VALUE, separated by commas")
+    ] = Field("", repr=False)
     dashboard_url: Url = ""
 
 
 class RetentionSettings(Section):
-    """`[retention]`: how long finished runs, skips and logs are kept."""
+    """`[retention]`: how long finished runs, skips and logs are retained."""
 
     succeeded: Duration = timedelta(days=30)
     failed: Duration = timedelta(days=90)
@@ -227,7 +240,7 @@ class RetentionSettings(Section):
 
 
 class LogSettings(Section):
-    """`[log]`: the worker's own log on stderr; without a style it is console on a terminal, else json."""
+    """`[log]`: the log on stderr; the default style is console on a terminal and json elsewhere."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     style: Literal["", "console", "json"] = ""

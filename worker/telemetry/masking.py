@@ -264,7 +264,7 @@ class Masker:
         standard = word.translate(STANDARD)
         for shift in range(4):
             left = (len(word) - shift) % 4
-            # One remaining character is no whole byte; two or three are one or two bytes.
+            # One remaining character is less than a byte; two or three are one or two bytes.
             letters = standard[shift:-1] if left == 1 else standard[shift:] + "=" * (-left % 4)
             for start, end in self._plain(binascii.a2b_base64(letters).decode("latin-1")):
                 upto = min(shift - (-end * 4 // 3), len(word))

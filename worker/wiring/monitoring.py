@@ -194,7 +194,7 @@ class OverdueMonitor:
         self._thread.join(timeout=5.0)
 
     def look(self) -> None:
-        """Check once. A drain, which ends the loops, and an unavailable database are no reason to report."""
+        """Check once. Reports nothing in a drain or while the database is unavailable."""
         if self._health.draining():
             return
         try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from worker.ids import OrgId
-from worker.orgs import MOVES, STOPS, Org, OrgRef, may_move
+from worker.orgs import MOVES, STOPS, may_move
 from worker.store.tables import ORG_STATES
 
 
@@ -28,10 +27,3 @@ def test_removal_is_final():
     assert not any(may_move("removed", state) for state in ("active", "paused", "suspended"))
     assert may_move("removed", "removed")
     assert may_move("suspended", "active")
-
-
-def test_an_org_is_referred_to_by_id_and_code():
-    org = Org(OrgId("0190"), "org_acme", "Acme", "main")
-
-    assert org.ref == OrgRef(OrgId("0190"), "org_acme")
-    assert org.state == "active"
