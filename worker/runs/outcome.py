@@ -207,13 +207,7 @@ class _Settled:
 
 
 def settle(
-    run: AdmittedRun,
-    outcome: Outcome,
-    trail: Trail,
-    policy: RetryPolicy,
-    *,
-    now: datetime,
-    random: Random,
+    run: AdmittedRun, outcome: Outcome, trail: Trail, policy: RetryPolicy, *, now: datetime, random: Random
 ) -> EndedAttempt:
     """What the finisher writes for an attempt that ended with `outcome` at `now`.
 

@@ -105,9 +105,7 @@ _ROWS = (
         "a run that this worker held belongs to another worker; it is killed here",
     ),
     _warning(
-        "run.recovered",
-        "org run definition attempt worker state",
-        "took over a run from a dead worker",
+        "run.recovered", "org run definition attempt worker state", "took over a run from a dead worker"
     ),
     _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
     _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),

@@ -87,11 +87,7 @@ class OpenedCredentials:
     async def used(self, credential_id: str, error: str | None) -> None:
         """Record one use of a credential that `active` returned."""
         await self._database.call(
-            credentials.used,
-            self._org_of[credential_id],
-            credential_id,
-            at=self._clock.now(),
-            error=error,
+            credentials.used, self._org_of[credential_id], credential_id, at=self._clock.now(), error=error
         )
 
     async def _read_active(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, list[dict[str, Any]]]:

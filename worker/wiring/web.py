@@ -132,9 +132,7 @@ class Web:
             org_scope=web.org_scope,
             addresses=Addresses(web.trusted_proxies),
             limits=Limits(
-                self._clock,
-                logins_per_minute=web.logins_per_minute,
-                calls_per_second=web.calls_per_second,
+                self._clock, logins_per_minute=web.logins_per_minute, calls_per_second=web.calls_per_second
             ),
         )
 
