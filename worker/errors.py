@@ -11,20 +11,19 @@ class WorkerError(Exception):
     """Base of all errors.
 
     `code` is stable, for JSON and logs. `exit_code` is that of the process. `fix` says what to do, by
-    default `usual_fix`. `transient` means that a retry may help.
+    default `usual_fix`. `transient` means that a retry may help, after `retry_after` seconds if known.
     """
 
     code = "error"
     usual_fix = ""
     exit_code = 1
     transient = False
-    # Seconds after which a retry may help, if known.
-    retry_after: float | None = None
 
-    def __init__(self, message: str, *, fix: str = "") -> None:
+    def __init__(self, message: str, *, fix: str = "", retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.fix = fix or self.usual_fix
+        self.retry_after = retry_after
 
 
 class UsageError(WorkerError):
@@ -116,15 +115,11 @@ class RequestRejected(TokenError):
 
 
 class Throttled(TokenError):
-    """The issuer asked for fewer requests; `retry_after` is in seconds."""
+    """The issuer asked for fewer requests."""
 
     code = "throttled"
     usual_fix = "wait; if it happens often, lower max_requests_per_second of the issuer"
     transient = True
-
-    def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
-        super().__init__(message, fix=fix)
-        self.retry_after = retry_after
 
 
 class TokenRefused(TokenError):
@@ -150,7 +145,7 @@ class AccessDenied(WorkerError):
 
 
 class TooManyRequests(WorkerError):
-    """A caller or an address sends too many requests; `retry_after` is in seconds."""
+    """A caller or an address sends too many requests."""
 
     code = "too_many_requests"
     usual_fix = (
@@ -158,10 +153,6 @@ class TooManyRequests(WorkerError):
     )
     exit_code = 75
     transient = True
-
-    def __init__(self, message: str, *, retry_after: float, fix: str = "") -> None:
-        super().__init__(message, fix=fix)
-        self.retry_after = retry_after
 
 
 class LeaseLost(WorkerError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -191,21 +191,6 @@ NEVER_RETRIED = frozenset({"result_invalid", "result_unstorable"})
 NO_HANDLER_WAIT = timedelta(seconds=5)
 
 
-@dataclass(slots=True)
-class _Settled:
-    """The outcome of the attempt and the new state of its run."""
-
-    outcome: str
-    state: str
-    reason: str | None = None
-    detail: str | None = None
-    after: timedelta | None = None
-    error: Error | None = None
-    result: str | None = None
-    counts: bool = False
-    recoveries: int | None = None
-
-
 def settle(
     run: AdmittedRun, outcome: Outcome, trail: Trail, policy: RetryPolicy, *, now: datetime, random: Random
 ) -> EndedAttempt:
@@ -215,29 +200,81 @@ def settle(
     `max_recoveries`, others are not counted. `run.recoveries` must be 0 if this attempt saved a
     checkpoint that changed.
     """
-    settled = _settle(run, outcome, policy, random)
-    error = settled.error
-    return EndedAttempt(
-        run_id=run.id,
-        org_id=run.org_id,
-        definition_id=run.definition_id,
-        fencing_token=run.fencing_token,
-        attempt=run.attempt,
-        started_at=run.started_at,
-        ended_at=now,
-        outcome=settled.outcome,
-        state=settled.state,
-        reason=settled.reason,
-        trail=trail,
-        detail=settled.detail,
-        available_after=settled.after,
-        failures=run.failures + settled.counts,
-        recoveries=run.recoveries if settled.recoveries is None else settled.recoveries,
-        keep_start_by=trail.handler_started_at is None,
-        result=settled.result,
-        error=error.as_json() if error else None,
-        error_cause=fingerprint(error) if error else None,
-    )
+
+    def ended(
+        outcome: str,
+        state: str,
+        reason: str | None = None,
+        detail: str | None = None,
+        after: timedelta | None = None,
+        *,
+        error: Error | None = None,
+        result: str | None = None,
+    ) -> EndedAttempt:
+        return EndedAttempt(
+            run_id=run.id,
+            org_id=run.org_id,
+            definition_id=run.definition_id,
+            fencing_token=run.fencing_token,
+            attempt=run.attempt,
+            started_at=run.started_at,
+            ended_at=now,
+            outcome=outcome,
+            state=state,
+            reason=reason,
+            trail=trail,
+            detail=detail,
+            available_after=after,
+            failures=run.failures,
+            recoveries=run.recoveries,
+            keep_start_by=trail.handler_started_at is None,
+            result=result,
+            error=error.as_json() if error else None,
+            error_cause=fingerprint(error) if error else None,
+        )
+
+    def failed(attempt: EndedAttempt, *, after: timedelta | None = None, final: bool = False) -> EndedAttempt:
+        attempt.failures += 1
+        if not final and attempt.failures < policy.max_attempts:
+            delay = backoff(policy, attempt.failures, random) if after is None else after
+            attempt.state, attempt.reason, attempt.available_after = "waiting", "retry", delay
+        return attempt
+
+    match outcome:
+        case Succeeded(result):
+            return ended("succeeded", "succeeded", result=result)
+        case Failed(error, reason, detail, permanent):
+            final = permanent or reason in NEVER_RETRIED
+            return failed(ended("failed", "failed", reason, detail, error=error), final=final)
+        case TimedOut(error):
+            return failed(ended("timed_out", "failed", "timed_out", error=error))
+        case Retried(after, detail):
+            error = Error("Retry", detail or "the handler asked for a retry")
+            return failed(ended("retry", "failed", "error", detail, error=error), after=after)
+        case Lost(detail):
+            recoveries = run.recoveries + 1
+            if recoveries <= policy.max_recoveries:
+                lost = ended("lost", "waiting", "recovered", detail)
+            else:
+                message = f"its worker was lost {recoveries} times without a new checkpoint"
+                lost = ended("lost", "failed", "lost", detail, error=Error("Lost", message))
+            lost.recoveries = recoveries
+            return lost
+        case Snoozed(after, detail):
+            return ended("snoozed", "waiting", "snoozed", detail, after)
+        case HandedBack(detail):
+            return ended("handed_back", "waiting", "handed_back", detail)
+        case NoToken(retry_after, detail):
+            return ended("no_token", "waiting", "no_token", detail, retry_after)
+        case NoHandler(detail):
+            return ended("handed_back", "waiting", "no_handler", detail, NO_HANDLER_WAIT)
+        case Cancelled(reason, detail):
+            return ended("cancelled", "cancelled", reason, detail)
+        case Refused(reason, detail, message):
+            error = Error("Refused", message or ": ".join(filter(None, (reason, detail))))
+            return ended("refused", "refused", reason, detail, error=error)
+        case Gated(reason, detail):
+            return ended("gated", "skipped", reason, detail)
 
 
 def backoff(policy: RetryPolicy, failures: int, random: Random) -> timedelta:
@@ -263,56 +300,3 @@ _VARIABLE = (
     (re.compile(r"\b\w[^\W_]*_[^\W\d]*\d\w*\b"), "<id>"),
     (re.compile(r"\d+(?:\.\d+)?"), "<n>"),
 )
-
-
-def _settle(run: AdmittedRun, outcome: Outcome, policy: RetryPolicy, random: Random) -> _Settled:
-    match outcome:
-        case Succeeded(result):
-            return _Settled("succeeded", "succeeded", result=result)
-        case Failed(error, reason, detail, permanent):
-            failed = _Settled("failed", "failed", reason, detail, error=error, counts=True)
-            if permanent or reason in NEVER_RETRIED:
-                return failed
-            return _tried_again(failed, run, policy, None, random)
-        case TimedOut(error):
-            failed = _Settled("timed_out", "failed", "timed_out", error=error, counts=True)
-            return _tried_again(failed, run, policy, None, random)
-        case Retried(after, detail):
-            error = Error("Retry", detail or "the handler asked for a retry")
-            failed = _Settled("retry", "failed", "error", detail, error=error, counts=True)
-            return _tried_again(failed, run, policy, after, random)
-        case Lost(detail):
-            return _lost(run, policy, detail)
-        case Snoozed(after, detail):
-            return _Settled("snoozed", "waiting", "snoozed", detail, after)
-        case HandedBack(detail):
-            return _Settled("handed_back", "waiting", "handed_back", detail)
-        case NoToken(retry_after, detail):
-            return _Settled("no_token", "waiting", "no_token", detail, retry_after)
-        case NoHandler(detail):
-            return _Settled("handed_back", "waiting", "no_handler", detail, NO_HANDLER_WAIT)
-        case Cancelled(reason, detail):
-            return _Settled("cancelled", "cancelled", reason, detail)
-        case Refused(reason, detail, message):
-            error = Error("Refused", message or ": ".join(filter(None, (reason, detail))))
-            return _Settled("refused", "refused", reason, detail, error=error)
-        case Gated(reason, detail):
-            return _Settled("gated", "skipped", reason, detail)
-
-
-def _tried_again(
-    failed: _Settled, run: AdmittedRun, policy: RetryPolicy, after: timedelta | None, random: Random
-) -> _Settled:
-    failures = run.failures + 1
-    if failures >= policy.max_attempts:
-        return failed
-    delay = backoff(policy, failures, random) if after is None else after
-    return replace(failed, state="waiting", reason="retry", after=delay)
-
-
-def _lost(run: AdmittedRun, policy: RetryPolicy, detail: str | None) -> _Settled:
-    recoveries = run.recoveries + 1
-    if recoveries > policy.max_recoveries:
-        error = Error("Lost", f"its worker was lost {recoveries} times without a new checkpoint")
-        return _Settled("lost", "failed", "lost", detail, error=error, recoveries=recoveries)
-    return _Settled("lost", "waiting", "recovered", detail, recoveries=recoveries)

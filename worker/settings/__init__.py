@@ -65,8 +65,7 @@ class Settings(Section):
     def keyring_file(self) -> Path:
         """The path of the key ring: in `secrets_dir`, or by default beside the SQLite database.
 
-        Raises:
-            ConfigurationError: `secrets_dir` is not set and the database is PostgreSQL.
+        Raises ConfigurationError if `secrets_dir` is not set and the database is PostgreSQL.
         """
         mounted = Path(self.secrets_dir, "keyring") if self.secrets_dir else None
         file = self.database.sqlite_file
@@ -87,8 +86,7 @@ def load(
 ) -> Settings:
     """The effective settings; `overrides` are dotted names and texts from the command line.
 
-    Raises:
-        ConfigurationError: an unreadable file, an unknown setting or an invalid value.
+    Raises ConfigurationError for an unreadable file, an unknown setting or an invalid value.
     """
     settings = check(gather(config_path, overrides, environ))
     file = _config_of(config_path, os.environ if environ is None else environ)
@@ -103,8 +101,7 @@ def gather(
 ) -> Sourced:
     """Values by precedence: flags, variables, secret files, worker.toml; not validated.
 
-    Raises:
-        ConfigurationError: a file cannot be read.
+    Raises ConfigurationError if a file cannot be read.
     """
     environ = os.environ if environ is None else environ
     values = _from_file(_config_of(config_path, environ))
@@ -118,11 +115,7 @@ def gather(
 
 
 def check(values: Sourced) -> Settings:
-    """Validate the values.
-
-    Raises:
-        ConfigurationError: an unknown setting or an invalid value, with its source.
-    """
+    """Validate the values; raises ConfigurationError with the source of an unknown or invalid setting."""
     _register_secrets(values)
     tree: dict[str, Any] = {}
     for keys, (value, where) in values.items():

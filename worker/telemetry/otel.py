@@ -70,9 +70,6 @@ class QuietExporter(SpanExporter):
         return False
 
 
-Key = tuple[str, int]
-Attributes = Mapping[str, AttributeValue]
-
 # Maximum attempts with marks; more exist only if the ends of attempts are lost.
 BOUND = 100_000
 # Seconds to export the last spans at the end of the process.
@@ -97,7 +94,7 @@ class OtelTracer:
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("orgworker", version)
-        self._marks: dict[Key, Marks] = {}
+        self._marks: dict[tuple[str, int], Marks] = {}
 
     def hear(self, emitted: Emitted) -> None:
         """Mark the start of an attempt; drop the marks of one that was fenced out."""
@@ -126,25 +123,7 @@ class OtelTracer:
         result = RESULTS[traced.outcome]
         self._ids.trace_id = _trace_id(traced.run_id)
         self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "attempt")
-        span = self._tracer.start_span(
-            f"RUN {traced.pipeline}",
-            kind=SpanKind.SERVER,
-            start_time=_nanoseconds(traced.started_at),
-            attributes=self._of_run(traced, result),
-        )
-        if span.is_recording():
-            self._end_token(span, traced, marks, result)
-            self._end_handler(span, traced, marks, result)
-        _end(span, traced.ended_at, result)
-
-    def close(self) -> None:
-        """Send the last spans within `LAST_EXPORT` seconds."""
-        ending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
-        ending.start()
-        ending.join(LAST_EXPORT)
-
-    def _of_run(self, traced: Traced, result: Result) -> Attributes:
-        known = {
+        attributes = {
             "cicd.pipeline.name": traced.pipeline,
             "cicd.pipeline.action.name": "RUN",
             "cicd.pipeline.run.id": traced.run_id,
@@ -161,54 +140,54 @@ class OtelTracer:
             "orgworker.state": traced.state,
             "orgworker.reason": traced.reason,
         }
-        return {name: value for name, value in known.items() if value is not None}
+        span = self._tracer.start_span(
+            f"RUN {traced.pipeline}",
+            kind=SpanKind.SERVER,
+            start_time=_nanoseconds(traced.started_at),
+            attributes=_present(attributes),
+        )
+        if span.is_recording():
+            self._end_token(span, traced, marks, result)
+            if marks.handler_began_at is not None:
+                self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "handler")
+                self._end_task(span, traced, "handler", marks.handler_began_at, traced.ended_at, result)
+        _end(span, traced.ended_at, result)
+
+    def close(self) -> None:
+        """Send the last spans within `LAST_EXPORT` seconds."""
+        ending = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        ending.start()
+        ending.join(LAST_EXPORT)
 
     def _end_token(self, parent: Span, traced: Traced, marks: Marks, result: Result) -> None:
         """The span of the token request: until the token was ready or the attempt ended without one."""
-        ready_at = traced.token_ready_at
+        began_at, ready_at = marks.token_began_at or traced.started_at, traced.token_ready_at
         if ready_at is not None:
-            self._end_task(parent, traced, "token", marks.token_began_at, ready_at, "success")
+            self._end_task(parent, traced, "token", began_at, ready_at, "success")
             for flag, is_on in traced.flags:
-                parent.add_event(
-                    "feature_flag.evaluation",
-                    {
-                        "feature_flag.key": flag,
-                        "feature_flag.result.variant": "on" if is_on else "off",
-                        "feature_flag.provider.name": traced.issuer,
-                        "feature_flag.context.id": traced.org,
-                    },
-                    timestamp=_nanoseconds(ready_at),
-                )
+                evaluation = {
+                    "feature_flag.key": flag,
+                    "feature_flag.result.variant": "on" if is_on else "off",
+                    "feature_flag.provider.name": traced.issuer,
+                    "feature_flag.context.id": traced.org,
+                }
+                parent.add_event("feature_flag.evaluation", evaluation, timestamp=_nanoseconds(ready_at))
         elif traced.outcome in ("no_token", "refused"):
-            self._end_task(parent, traced, "token", marks.token_began_at, traced.ended_at, result)
-
-    def _end_handler(self, parent: Span, traced: Traced, marks: Marks, result: Result) -> None:
-        if marks.handler_began_at is not None:
-            self._ids.span_id = _span_id(traced.run_id, traced.fencing_token, "handler")
-            began_at = marks.handler_began_at
-            self._end_task(parent, traced, "handler", began_at, traced.ended_at, result)
+            self._end_task(parent, traced, "token", began_at, traced.ended_at, result)
 
     def _end_task(
-        self,
-        parent: Span,
-        traced: Traced,
-        task: str,
-        began_at: datetime | None,
-        ended_at: datetime,
-        result: Result,
+        self, parent: Span, traced: Traced, task: str, began_at: datetime, ended_at: datetime, result: Result
     ) -> None:
-        known = {
+        attributes = {
             "cicd.pipeline.task.name": task,
             "cicd.pipeline.task.run.id": f"{traced.run_id}/{traced.attempt}/{task}",
             "cicd.pipeline.task.run.url.full": self._page(traced),
             "cicd.pipeline.task.run.result": result,
             "error.type": traced.error_type if result in BAD else None,
         }
+        context, start_time = set_span_in_context(parent), _nanoseconds(began_at)
         span = self._tracer.start_span(
-            task,
-            context=set_span_in_context(parent),
-            start_time=_nanoseconds(began_at or traced.started_at),
-            attributes={name: value for name, value in known.items() if value is not None},
+            task, context=context, start_time=start_time, attributes=_present(attributes)
         )
         _end(span, ended_at, result)
 
@@ -236,6 +215,10 @@ def _resource(version: str) -> Resource:
     if str(resource.attributes.get(SERVICE_NAME, "unknown_service")).startswith("unknown_service"):
         return resource.merge(Resource({SERVICE_NAME: "orgworker"}))
     return resource
+
+
+def _present(attributes: Mapping[str, AttributeValue | None]) -> Mapping[str, AttributeValue]:
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def _end(span: Span, at: datetime, result: Result) -> None:

@@ -22,10 +22,8 @@ def open_database(settings: Settings, *, role: str = "cli") -> Database:
 def open_keyring(settings: Settings, *, database: Database | None = None) -> KeyRing:
     """The key ring of this installation.
 
-    With `database`, on SQLite only, a missing key ring is generated if nothing is sealed yet.
-
-    Raises:
-        ConfigurationError: the key ring is missing or cannot be read.
+    With `database`, on SQLite only, a missing key ring is generated if nothing is sealed yet. Raises
+    ConfigurationError if it is missing or cannot be read.
     """
     from worker.operations.keys import check_ring
     from worker.tokens.sealing import KeyRing
@@ -39,11 +37,7 @@ def open_keyring(settings: Settings, *, database: Database | None = None) -> Key
 
 
 def find_keyring(settings: Settings) -> KeyRing | None:
-    """The key ring, or None if there is none.
-
-    Raises:
-        ConfigurationError: it exists and cannot be read.
-    """
+    """The key ring, or None; raises ConfigurationError if it exists and cannot be read."""
     from worker.tokens.sealing import KeyRing
 
     try:

@@ -87,8 +87,7 @@ class AlertDispatcher:
     def round(self) -> None:
         """Store new causes, end those that are over, deliver what is pending.
 
-        Raises:
-            Unavailable: the database does not respond; the causes are kept for the next round.
+        Raises Unavailable if the database does not respond; the next round stores the causes then.
         """
         strikes = self.strikes.take()
         if strikes:
@@ -245,10 +244,9 @@ def _oldest_unfired(database: Database) -> tuple[str, str, float] | None:
 
 
 def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> AbstractContextManager[None]:
-    """A context manager that makes and sends traces; nothing starts before its block is entered.
+    """A context manager that makes and sends traces; nothing starts before its block.
 
-    Raises:
-        ConfigurationError: OpenTelemetry is not installed.
+    Raises ConfigurationError if OpenTelemetry is not installed.
     """
     if not settings.enabled or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return contextlib.nullcontext()

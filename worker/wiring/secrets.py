@@ -27,8 +27,7 @@ from worker.wiring import find_keyring
 def issuers_of(settings: Settings) -> dict[str, Issuer]:
     """The issuers of `worker.toml` by name.
 
-    Raises:
-        ConfigurationError: unknown profile, or a URL that must not receive a secret.
+    Raises ConfigurationError for an unknown profile or a URL that must not receive a secret.
     """
     return {
         name: Issuer(
@@ -64,8 +63,7 @@ class OpenedCredentials:
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
         """The active generations of one org, newest first, without those that cannot be opened.
 
-        Raises:
-            ConfigurationError: none can be opened: a key or a file is missing.
+        Raises ConfigurationError if none can be opened: a key or a file is missing.
         """
         rows = await self._active.of(org_id) or []
         self._org_of.update((row["id"], org_id) for row in rows)
@@ -123,8 +121,7 @@ class OpenedCredentials:
 async def open_checks(settings: Settings, database: Database, clock: Clock) -> AsyncIterator[Checks]:
     """Token checks at the configured issuers, with the stored credentials.
 
-    Raises:
-        ConfigurationError: an issuer or the key ring is not usable.
+    Raises ConfigurationError if an issuer or the key ring is not usable.
     """
     source = OpenedCredentials(database, find_keyring(settings), settings.secrets_dir, clock)
     async with open_client() as client:

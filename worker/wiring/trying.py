@@ -74,8 +74,7 @@ class Tried:
 async def find_handler(name: str, settings: Settings) -> HandlerEntry:
     """The handler of that name, read from its distribution in a separate process.
 
-    Raises:
-        NotFound: no installed distribution offers it, or it cannot be loaded.
+    Raises NotFound if no installed distribution offers it or it cannot be loaded.
     """
     offering = [found.name for found in distributions() if any(point.name == name for point in found.points)]
     entry = next((entry for entry in await read_entries(settings, offering) if entry.name == name), None)
