@@ -48,7 +48,6 @@ def work(handler: str, **fields: Any) -> Work:
         "scheduled_for": NOW,
         "org_code": "org_acme",
         "org_name": "Acme",
-        "definition": "nightly",
         "handler": handler,
         "entry_point": f"{MODULE}:{handler}",
         "params": {},

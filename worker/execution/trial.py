@@ -47,27 +47,16 @@ class FakeToken:
     claims: Claims = field(repr=False)
 
 
+@dataclass(eq=False, repr=False)
 class FakeTokens:
-    """A `TokenSource` without an issuer; grants the requested scopes, or the given ones.
+    """A `TokenSource` without an issuer; grants the requested scopes, or the given ones."""
 
-    Its claims are decoded like those of a token from Kinde.
-    """
-
-    def __init__(
-        self,
-        clock: Clock,
-        *,
-        properties: Mapping[str, Any] | None = None,
-        flags: Mapping[str, Any] | None = None,
-        scopes: Iterable[str] | None = None,
-        lifetime: timedelta = LIFETIME,
-    ) -> None:
-        self._clock = clock
-        self._properties = dict(properties or {})
-        self._flags = dict(flags or {})
-        self._scopes = None if scopes is None else frozenset(scopes)
-        self._lifetime = lifetime
-        self._newest: FakeToken | None = None
+    clock: Clock
+    properties: Mapping[str, Any] | None = None
+    flags: Mapping[str, Any] | None = None
+    scopes: Iterable[str] | None = None
+    lifetime: timedelta = LIFETIME
+    _newest: FakeToken | None = None
 
     async def ensure(
         self,
@@ -80,34 +69,29 @@ class FakeTokens:
         max_claims_age: timedelta | None = None,
         fresh: bool = False,
     ) -> FakeToken:
-        """The newest token while it is fresh enough, or a new one.
-
-        Raises:
-            TokenRefused: a property or flag that no token can have.
-        """
-        newest, now = self._newest, self._clock.now()
+        """The newest token while it is fresh enough, or a new one. Raises TokenRefused for impossible properties."""
+        newest, now = self._newest, self.clock.now()
         if newest is not None and not fresh:
             old = max_claims_age is not None and now - newest.claims.issued_at >= max_claims_age
-            if not old and newest.token.expires_at - now > min(MARGIN, self._lifetime / 5):
+            if not old and newest.token.expires_at - now > min(MARGIN, self.lifetime / 5):
                 return newest
         self._newest = newest = self.mint(org, scopes | also_ask)
         return newest
 
     def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
-        """A new token of an org for the requested `scopes`."""
-        issued_at = self._clock.now()
-        granted = scopes if self._scopes is None else self._scopes
+        issued_at = self.clock.now()
+        granted = scopes if self.scopes is None else set(self.scopes)
         payload = {
             "iss": "https://made-up.invalid",
             "azp": CLIENT,
             "org_code": org.code,
             "scope": " ".join(sorted(granted)),
-            "application_properties": {name: {"v": value} for name, value in self._properties.items()},
+            "application_properties": {name: {"v": value} for name, value in (self.properties or {}).items()},
             "feature_flags": {
-                name: {"t": _flag_type(value), "v": value} for name, value in self._flags.items()
+                name: {"t": _flag_type(value), "v": value} for name, value in (self.flags or {}).items()
             },
             "iat": issued_at.timestamp(),
-            "exp": (issued_at + self._lifetime).timestamp(),
+            "exp": (issued_at + self.lifetime).timestamp(),
         }
         claims = decode(payload, profile.load("kinde"))
         text = f"made-up.{secrets.token_urlsafe(32)}"
@@ -123,11 +107,7 @@ def _flag_type(value: Any) -> str:
 
 
 def definition_of(org: str, handler: str, keys: Mapping[str, Any]) -> Definition:
-    """The definition of a trial's run; `keys` are further ones, as in a file for `apply`.
-
-    Raises:
-        DefinitionError: names the key that is unknown or invalid.
-    """
+    """The definition of a trial's run; `keys` are further ones, as in a file for `apply`. Raises DefinitionError."""
     values = {"org": org, "name": NAME, "handler": handler, "schedule": SCHEDULE, **keys}
     return parse_definition(values, entry="definition")
 
@@ -218,7 +198,6 @@ class Trial:
 
     @property
     def checkpoint(self) -> Any:
-        """The newest checkpoint, or None."""
         return None if self._checkpoint is None else json.loads(self._checkpoint)
 
     async def attempt(self) -> EndedAttempt:

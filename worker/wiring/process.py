@@ -324,7 +324,7 @@ class Incarnation:
             store,
             inflight_runs,
             clock,
-            lease=execution.lease,
+            duration=execution.lease,
             renew=execution.renew.total_seconds(),
             on_lease=self._children.renewed,
             on_renewal=on_renewal,

@@ -131,7 +131,7 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
     await settle()
 
     dispatcher.start([admitted(f"r{n}") for n in range(4 * BURST)])
-    assert len(inflight_runs) == 4 * BURST  # every one is inflight before the first begins
+    assert len(list(inflight_runs)) == 4 * BURST  # every one is inflight before the first begins
     await settle(50)
     writing.cancel()
 

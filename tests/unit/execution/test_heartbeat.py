@@ -45,7 +45,7 @@ class Bench:
             self.store,
             self.inflight_runs,
             clock,
-            lease=timedelta(seconds=30),
+            duration=timedelta(seconds=30),
             renew=5.0,
             on_lease=self.leases.append,
             on_renewal=self.renewals.append,

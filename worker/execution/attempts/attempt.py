@@ -22,14 +22,15 @@ from worker.errors import (
     WorkerError,
 )
 from worker.execution.attempts import events
-from worker.execution.attempts.inflight import Deadline, InflightRun
+from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits
 from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
 from worker.execution.runners.contract import outcome_of_stop
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Trail, settle
+from worker.telemetry.events import emit
 
-# Default and maximum pause of a run without a token, in seconds.
+# Default and maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
 PAUSE = 5.0
 LONGEST_PAUSE = 60.0
 
@@ -51,8 +52,11 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     except WorkerError as error:
         outcome = Failed(Error(type(error).__name__, error.message), permanent=True)
     except Exception as error:
-        events.attempt_broken(inflight, error)
-        outcome = Failed(Error(type(error).__name__, "the worker itself failed at this run"))
+        kind, org = type(error).__name__, inflight.org_code
+        emit(
+            "loop.failed", loop="attempt", error=f"{kind}: {error}", org=org, run=run.id, attempt=run.attempt
+        )
+        outcome = Failed(Error(kind, "the worker itself failed at this run"))
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
@@ -104,18 +108,17 @@ async def _run(
     services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
     now = tools.clock.now()
     work = plan.work(run, entry, enforced.token, claims, checkpoint=checkpoint, limits=limits, now=now)
-    with Deadline(tools.deadlines, inflight.stop, limits.timeout, limits.cancel_grace):
+    tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
+    try:
         outcome = await tools.runners[run.isolation].run(work, services, inflight.stop)
+    finally:
+        tools.deadlines.discard(inflight.stop)
     if services.refused is not None:
         raise services.refused
     return outcome
 
 
 def pause_after(error: WorkerError, random: Random) -> timedelta:
-    """How long a run without a token waits: as its issuer says, at most a minute, plus jitter.
-
-    At most a minute because a new secret or an operator may fix it at any time, and the token cache
-    answers for a parked org without a request.
-    """
+    """How long a run without a token waits: as its issuer says, at most `LONGEST_PAUSE`, plus jitter."""
     seconds = getattr(error, "retry_after", None) or PAUSE
     return timedelta(seconds=min(float(seconds), LONGEST_PAUSE) * random.uniform(1.0, 1.2))

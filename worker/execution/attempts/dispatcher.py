@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 
 from worker.execution.attempts import events
@@ -16,6 +17,7 @@ from worker.execution.runners.contract import StopReason, start_task
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
+from worker.telemetry.events import emit
 
 # Attempts started in one iteration of the loop: ends are written between bursts, and nothing waits long.
 BURST = 50
@@ -29,6 +31,7 @@ STOP_REASONS: dict[str, StopReason] = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class Dispatcher:
     """Runs the attempts of all admitted runs.
 
@@ -36,32 +39,25 @@ class Dispatcher:
     accepted end, and its run if that was still held.
     """
 
-    def __init__(
-        self,
-        tools: Tools,
-        inflight_runs: InflightRuns,
-        store: FinishStore,
-        *,
-        on_free: Callable[[], None],
-        on_end: Callable[[EndedAttempt, InflightRun | None], None],
-    ) -> None:
-        self._tools = tools
-        self._inflight_runs = inflight_runs
-        self._on_free = on_free
-        self._on_end = on_end
-        self._attempts: set[asyncio.Task[None]] = set()
-        self._queue: deque[InflightRun] = deque()
-        self._starting: asyncio.Task[None] | None = None
-        self.finisher = Finisher(store, tools.clock, on_written=self._written, on_unstorable=self._unstorable)
+    tools: Tools
+    inflight_runs: InflightRuns
+    store: InitVar[FinishStore]
+    on_free: Callable[[], None]
+    on_end: Callable[[EndedAttempt, InflightRun | None], None]
+    _attempts: set[asyncio.Task[None]] = field(default_factory=set)
+    _queue: deque[InflightRun] = field(default_factory=deque)
+    _starting: asyncio.Task[None] | None = None
+
+    def __post_init__(self, store: FinishStore) -> None:
+        self.finisher = Finisher(store, self.tools.clock, self._written, self._unstorable)
 
     @property
     def running(self) -> int:
-        """The number of attempts that run or are about to start."""
         return len(self._attempts) + len(self._queue)
 
     def start(self, runs: Iterable[AdmittedRun]) -> None:
         """Start the attempts of runs that were just admitted, in this order."""
-        self._queue.extend(self._inflight_runs.add(run) for run in runs)
+        self._queue.extend(self.inflight_runs.add(run) for run in runs)
         if self._queue and (self._starting is None or self._starting.done()):
             self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
 
@@ -76,8 +72,7 @@ class Dispatcher:
             await asyncio.sleep(0)
 
     def cancel(self, run_id: RunId, reason: str) -> None:
-        """Ask a run to stop, for the reason in its row."""
-        inflight = self._inflight_runs.get(run_id)
+        inflight = self.inflight_runs.get(run_id)
         if inflight is not None:
             grace = inflight.cancel_grace.total_seconds()
             inflight.stop.request(STOP_REASONS.get(reason, "cancel"), grace)
@@ -93,30 +88,31 @@ class Dispatcher:
 
     def request_drain(self, grace: timedelta) -> None:
         """Give the runs at most `grace` from now."""
-        for inflight in self._inflight_runs:
+        for inflight in self.inflight_runs:
             inflight.stop.request("drain", grace.total_seconds())
 
     def kill(self) -> None:
-        """Kill every run: this process does not own them any more."""
-        for inflight in self._inflight_runs:
+        for inflight in self.inflight_runs:
             inflight.stop.kill()
 
     async def _attempt(self, inflight: InflightRun) -> None:
-        ended = await attempt(inflight, self._tools)
-        await self._tools.run_log.flush_run(inflight.run)
+        ended = await attempt(inflight, self.tools)
+        await self.tools.run_log.flush_run(inflight.run)
         self.finisher.put(ended)
 
     def _written(self, ended: EndedAttempt, accepted: bool) -> None:
-        inflight = self._inflight_runs.get(ended.run_id)
+        inflight = self.inflight_runs.get(ended.run_id)
         if inflight is not None and inflight.run.fencing_token == ended.fencing_token:
-            self._tools.run_log.ended(inflight.run)
-            self._inflight_runs.release(inflight)
+            self.tools.run_log.ended(inflight.run)
+            self.inflight_runs.release(inflight)
         if accepted:
             events.run_ended(ended, inflight)
-            self._on_end(ended, inflight)
+            self.on_end(ended, inflight)
         else:
             events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)
-        self._on_free()
+        self.on_free()
 
     def _unstorable(self, ended: EndedAttempt, error: Exception) -> None:
-        events.result_unstorable(ended, error, self._inflight_runs.get(ended.run_id))
+        inflight, kind = self.inflight_runs.get(ended.run_id), type(error).__name__
+        org = inflight and inflight.org_code
+        emit("result.unstorable", org=org, run=ended.run_id, attempt=ended.attempt, error=kind)

@@ -27,8 +27,6 @@ MAX_SNAPSHOTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """What the row of an attempt under these claims stores."""
-
     claims: Claims
     flags: Mapping[str, Any]
     shown: Mapping[str, Any]
@@ -111,20 +109,7 @@ def run_fenced_out(run_id: RunId, attempt: int, fencing_token: int, inflight: In
     emit("run.fenced_out", org=org, run=run_id, attempt=attempt, fencing_token=fencing_token)
 
 
-def result_unstorable(ended: EndedAttempt, error: Exception, inflight: InflightRun | None) -> None:
-    """Emit `result.unstorable` for an end that the database rejects."""
-    org, kind = inflight and inflight.org_code, type(error).__name__
-    emit("result.unstorable", org=org, run=ended.run_id, attempt=ended.attempt, error=kind)
-
-
-def attempt_broken(inflight: InflightRun, error: Exception) -> None:
-    """Emit `loop.failed` for a bug of the worker in an attempt."""
-    run, text = inflight.run, f"{type(error).__name__}: {error}"
-    emit("loop.failed", loop="attempt", error=text, org=inflight.org_code, run=run.id, attempt=run.attempt)
-
-
 def trace(tracer: Tracer, ended: EndedAttempt, inflight: InflightRun | None) -> None:
-    """Make the spans of an attempt whose end is written."""
     marks = tracer.marks(ended.run_id, ended.fencing_token)
     if inflight is None or inflight.plan is None:
         return

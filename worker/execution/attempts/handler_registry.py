@@ -39,7 +39,6 @@ class HandlerRegistry:
         return "inline" if entry is not None and entry.isolation == "inline" else "child"
 
     def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
-        """All scopes that these handlers declare."""
         if not handlers:
             return NO_SCOPES
         entries = (self._entries.get(name) for name in handlers)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 from worker.definitions import CANCEL_GRACE
@@ -23,8 +22,7 @@ T = TypeVar("T")
 class InflightRun:
     """An admitted run, until its end is written.
 
-    `plan` is None until the attempt has read it. `moved` says that the attempt has saved a checkpoint
-    that differs from the one it started with.
+    `moved` says that the attempt has saved a checkpoint that differs from the one it started with.
     """
 
     run: AdmittedRun
@@ -86,7 +84,6 @@ class InflightRuns:
         return self._runs.get(run_id)
 
     def used(self, isolation: str) -> int:
-        """The number of slots in use for this isolation."""
         return self._slots[isolation]
 
     def fencing_tokens(self) -> dict[RunId, int]:
@@ -96,52 +93,26 @@ class InflightRuns:
     def __iter__(self) -> Iterator[InflightRun]:
         return iter(list(self._runs.values()))
 
-    def __len__(self) -> int:
-        return len(self._runs)
-
-
-class Deadline:
-    """Context manager that requests a stop if its block takes longer than `timeout`.
-
-    Time during which the run was frozen does not count.
-    """
-
-    __slots__ = ("_deadlines", "_timeout", "due_at", "grace", "stop")
-
-    def __init__(self, deadlines: Deadlines, stop: StopSignal, timeout: timedelta, grace: timedelta) -> None:
-        self._deadlines = deadlines
-        self._timeout = timeout.total_seconds()
-        self.stop = stop
-        self.grace = grace.total_seconds()
-        self.due_at = 0.0
-
-    def __enter__(self) -> None:
-        self.due_at = asyncio.get_running_loop().time() + self._timeout
-        self._deadlines.add(self)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._deadlines.discard(self)
-
 
 class Deadlines:
-    """All open deadlines, over one timer for the earliest.
+    """The timeouts of all running handlers, without frozen time, over one timer for the earliest.
 
-    A timer for each would cost an inline run more than calling its handler, and few deadlines pass.
+    A timer for each would cost an inline run more than calling its handler.
     """
 
     def __init__(self) -> None:
-        self._open: set[Deadline] = set()
+        self._open: dict[StopSignal, tuple[float, float]] = {}  # due at, and the grace then
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, deadline: Deadline) -> None:
-        self._open.add(deadline)
-        if self._timer is None or deadline.due_at < self._timer.when():
-            self._wake_at(deadline.due_at)
+    def add(self, stop: StopSignal, timeout: timedelta, grace: timedelta) -> None:
+        """Request a stop after `timeout`, unless discarded before."""
+        due_at = asyncio.get_running_loop().time() + timeout.total_seconds()
+        self._open[stop] = (due_at, grace.total_seconds())
+        if self._timer is None or due_at < self._timer.when():
+            self._wake_at(due_at)
 
-    def discard(self, deadline: Deadline) -> None:
-        self._open.discard(deadline)
+    def discard(self, stop: StopSignal) -> None:
+        self._open.pop(stop, None)
 
     def _wake_at(self, at: float) -> None:
         if self._timer is not None:
@@ -151,11 +122,10 @@ class Deadlines:
     def _stop_overdue(self) -> None:
         self._timer = None
         now, first = asyncio.get_running_loop().time(), float("inf")
-        for deadline in list(self._open):
-            due_at = deadline.due_at + deadline.stop.frozen_seconds(now)
-            if due_at <= now:
-                self._open.discard(deadline)
-                deadline.stop.request("timeout", deadline.grace)
+        for stop, (due_at, grace) in list(self._open.items()):
+            if (due_at := due_at + stop.frozen_seconds(now)) <= now:
+                del self._open[stop]
+                stop.request("timeout", grace)
             else:
                 first = min(first, due_at)
         if self._open:

@@ -99,7 +99,6 @@ class AttemptPlan:
             scheduled_for=run.scheduled_for,
             org_code=self.org.code,
             org_name=self.org_name,
-            definition=self.definition.name,
             handler=entry.name,
             entry_point=entry.entry_point,
             params={**self.definition.params, **(run.params or {})},
@@ -109,7 +108,6 @@ class AttemptPlan:
             timeout_at=now + limits.timeout,
             checkpoint=checkpoint,
             memory=limits.memory,
-            isolation=run.isolation,
             traceparent=traceparent(run.id, run.fencing_token),
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
@@ -119,31 +117,20 @@ class AttemptPlan:
 class PlanStore(Protocol):
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         """The org and the definition's revision of a run, in one query."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class Plans:
-    """Plans by definition and revision; the least recently used is dropped first.
+    """Cached plans by definition and revision. A definition's `api_origins` replace those of its issuer."""
 
-    `api_origins` are those of each issuer, unless the definition lists its own. `private_origins` and
-    `insecure_origins` are the settings of the same names in `[execution]`.
-    """
-
-    def __init__(
-        self,
-        store: PlanStore,
-        clock: Clock,
-        *,
-        api_origins: Mapping[str, tuple[str, ...]],
-        private_origins: tuple[str, ...] = (),
-        insecure_origins: tuple[str, ...] = (),
-    ) -> None:
-        self._store = store
-        self._clock = clock
-        self._api_origins = api_origins
-        self._private_origins = private_origins
-        self._insecure_origins = insecure_origins
-        self._plans: OrderedDict[tuple[DefinitionId, int], tuple[float, AttemptPlan]] = OrderedDict()
+    store: PlanStore
+    clock: Clock
+    api_origins: Mapping[str, tuple[str, ...]]
+    private_origins: tuple[str, ...] = ()
+    insecure_origins: tuple[str, ...] = ()
+    _plans: OrderedDict[tuple[DefinitionId, int], tuple[float, AttemptPlan]] = field(
+        default_factory=OrderedDict
+    )
 
     async def of(self, run: AdmittedRun) -> AttemptPlan:
         """The plan of a run.
@@ -154,19 +141,19 @@ class Plans:
             Unavailable: the database did not answer.
         """
         key = (run.definition_id, run.revision)
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         cached = self._plans.get(key)
         if cached is not None and now - cached[0] < MAX_AGE:
             self._plans.move_to_end(key)
             return cached[1]
-        context = await self._store.org_and_definition(run)
+        context = await self.store.org_and_definition(run)
         definition = from_spec(context.org_code, context.definition_name, context.spec)
         origins = definition.api_origins
         if origins is None:
-            origins = self._api_origins.get(context.issuer, ())
+            origins = self.api_origins.get(context.issuer, ())
         try:
             check_encrypted(
-                origins, self._insecure_origins, entry=f"definition {definition.org}/{definition.name}"
+                origins, self.insecure_origins, entry=f"definition {definition.org}/{definition.name}"
             )
         except DefinitionError as error:
             # Stored before the rule existed, or no longer allowed: the run waits for the operator.
@@ -177,8 +164,8 @@ class Plans:
             org_name=context.org_name,
             issuer=context.issuer,
             api_origins=origins,
-            private_origins=self._private_origins,
-            insecure_origins=self._insecure_origins,
+            private_origins=self.private_origins,
+            insecure_origins=self.insecure_origins,
         )
         self._plans[key] = (now, plan)
         self._plans.move_to_end(key)

@@ -74,17 +74,14 @@ class TokenSource(Protocol):
             TokenRefused: the issuer's token must not be used.
             TokenError, Unavailable: no token, or no verdict on it, for now.
         """
-        ...
 
 
 class CheckpointStore(Protocol):
     async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
         """Store a run's checkpoint, fenced; returns whether the run was still ours."""
-        ...
 
     async def load_checkpoint(self, run_id: RunId) -> Any:
         """The newest checkpoint, or None."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +99,21 @@ class Tools:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
 
+@dataclass(eq=False, repr=False)
 class AttemptServices:
     """The `RunServices` of one attempt; `refused` holds the error of a renewed token that was refused."""
 
-    def __init__(
-        self,
-        inflight: InflightRun,
-        plan: AttemptPlan,
-        trail: Trail,
-        *,
-        scopes: frozenset[str],
-        checkpoint: Any,
-        tools: Tools,
-    ) -> None:
-        self._inflight = inflight
-        self._run = inflight.run
-        self._plan = plan
-        self._trail = trail
-        self._scopes = scopes
-        self._checkpoint = checkpoint
-        self._tools = tools
-        self._closed = False
-        self.refused: TokenRefused | None = None
+    inflight: InflightRun
+    plan: AttemptPlan
+    trail: Trail
+    scopes: frozenset[str]
+    checkpoint: Any
+    tools: Tools
+    refused: TokenRefused | None = None
+    _closed: bool = False
 
     async def save(self, data_json: str) -> None:
-        """Store a checkpoint, fenced and durable, and wait while the database is unavailable.
-
-        The handler must not fail because of an outage; without renewals its run is frozen anyway.
+        """Store a checkpoint, fenced and durable; wait while the database is unavailable.
 
         Raises:
             LeaseLost: another incarnation owns the run, which is being killed here.
@@ -137,33 +122,33 @@ class AttemptServices:
         while True:
             self._check_open()
             try:
-                saved = await self._tools.checkpoints.save_checkpoint(self._run, masked)
+                saved = await self.tools.checkpoints.save_checkpoint(self.inflight.run, masked)
                 break
             except Unavailable:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_RETRY_SAVE)
         if not saved:
-            self._inflight.stop.kill()
-            raise LeaseLost(f"run {self._run.id} is no longer ours")
-        self._inflight.moved = self._inflight.moved or json.loads(data_json) != self._checkpoint
+            self.inflight.stop.kill()
+            raise LeaseLost(f"run {self.inflight.run.id} is no longer ours")
+        self.inflight.moved = self.inflight.moved or json.loads(data_json) != self.checkpoint
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token with some life left; one of another org or without a scope ends the run refused."""
         self._check_open()
-        definition, org = self._plan.definition, self._plan.org
+        definition, org = self.plan.definition, self.plan.org
         try:
-            enforced = await self._tools.tokens.ensure(
+            enforced = await self.tools.tokens.ensure(
                 org,
-                self._plan.issuer,
+                self.plan.issuer,
                 audience=definition.audience,
-                scopes=self._scopes,
+                scopes=self.scopes,
                 max_claims_age=definition.max_claims_age,
                 fresh=fresh,
             )
-            enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self._scopes)
+            enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self.scopes)
         except TokenRefused as refused:
             self.refused = refused
-            self._inflight.stop.kill()
+            self.inflight.stop.kill()
             # The org can read what its handler logs, so this must not name the other org.
             raise TokenRefused(refused.reason, refused.detail) from None
         return enforced.token, enforced.claims
@@ -171,17 +156,17 @@ class AttemptServices:
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._check_open()
         progress = {"done": done, "total": total, "note": None if note is None else masker.mask(note)}
-        self._trail.progress = progress
-        self._tools.run_log.progress(self._run, progress)
+        self.trail.progress = progress
+        self.tools.run_log.progress(self.inflight.run, progress)
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
-        self._tools.run_log.line(self._run, level, source, text, at)
+        self.tools.run_log.line(self.inflight.run, level, source, text, at)
 
     def started(self) -> None:
-        self._trail.handler_started_at = self._tools.clock.now()
+        self.trail.handler_started_at = self.tools.clock.now()
 
     def used(self, peak_memory: int) -> None:
-        self._trail.peak_memory = peak_memory
+        self.trail.peak_memory = peak_memory
 
     def close(self) -> None:
         self._closed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from worker.clock import Clock
@@ -24,9 +25,9 @@ class AdmitStore(Protocol):
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> Sequence[AdmittedRun]:
         """Mark the next waiting runs running, within every limit, and return them."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class Admission:
     """Fills this worker's free slots. Woken by the scheduler, by written ends, and by each poll.
 
@@ -34,43 +35,33 @@ class Admission:
     worker admit, for the first time and after each outage.
     """
 
-    def __init__(
-        self,
-        store: AdmitStore,
-        inflight_runs: InflightRuns,
-        handlers: HandlerRegistry,
-        clock: Clock,
-        *,
-        slots: Mapping[Isolation, int],
-        poll: float,
-        start: Callable[[Sequence[AdmittedRun]], None],
-        on_admitting: Callable[[], None],
-    ) -> None:
-        self._store = store
-        self._inflight_runs = inflight_runs
-        self._handlers = handlers
-        self._clock = clock
-        self._slots = slots
-        self._poll = poll
-        self._start = start
-        self._on_admitting = on_admitting
-        self.wake = asyncio.Event()
-        self.admitting = False
-        self.ticked_at = clock.monotonic()
-        self._more_wait = False
+    store: AdmitStore
+    inflight_runs: InflightRuns
+    handlers: HandlerRegistry
+    clock: Clock
+    slots: Mapping[Isolation, int]
+    poll: float
+    start: Callable[[Sequence[AdmittedRun]], None]
+    on_admitting: Callable[[], None]
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    admitting: bool = False
+    _more_wait: bool = False
+
+    def __post_init__(self) -> None:
+        self.ticked_at = self.clock.monotonic()
 
     async def run(self) -> None:
         """Admit until cancelled, but never between the database's answer and the start of its runs."""
         while True:
             self.wake.clear()
             admitted = await self._admit()
-            self.ticked_at = self._clock.monotonic()
+            self.ticked_at = self.clock.monotonic()
             if not admitted:
-                await wait_for(self.wake, self._poll)
+                await wait_for(self.wake, self.poll)
 
     async def _admit(self) -> bool:
         if self._more_wait and 0 < sum(self._free().values()) < FEW:
-            await self._clock.sleep(MOMENT)
+            await self.clock.sleep(MOMENT)
         free = self._free()
         if not any(free.values()):
             return False
@@ -88,14 +79,14 @@ class Admission:
         self._more_wait = len(runs) == sum(free.values())
         if not self.admitting:
             self.admitting = True
-            self._on_admitting()
+            self.on_admitting()
         return bool(runs)
 
     def _free(self) -> dict[Isolation, int]:
-        used = self._inflight_runs.used
-        return {isolation: max(0, slots - used(isolation)) for isolation, slots in self._slots.items()}
+        used = self.inflight_runs.used
+        return {isolation: max(0, slots - used(isolation)) for isolation, slots in self.slots.items()}
 
     async def _admit_and_start(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
-        runs = await self._store.admit(self._handlers.limits(), free)
-        self._start(runs)
+        runs = await self.store.admit(self.handlers.limits(), free)
+        self.start(runs)
         return runs

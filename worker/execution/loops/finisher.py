@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from worker.clock import Clock
@@ -23,35 +23,28 @@ RETRY = 0.5
 class FinishStore(Protocol):
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write the ends, fenced; return the runs whose row contains what we wrote."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class Finisher:
     """Writes everything that ended since the last write in one statement.
 
-    `on_written` gets each end once it is written, or rejected because another incarnation owns the run
-    (`accepted` is false). `on_unstorable` gets an end that the database rejects, and the error.
+    `on_written` gets each end, and whether it was accepted: not if another incarnation owns the run.
+    `on_unstorable` gets an end that the database rejects, and the error.
     """
 
-    def __init__(
-        self,
-        store: FinishStore,
-        clock: Clock,
-        *,
-        on_written: Callable[[EndedAttempt, bool], None],
-        on_unstorable: Callable[[EndedAttempt, Exception], None],
-    ) -> None:
-        self._store = store
-        self._clock = clock
-        self._on_written = on_written
-        self._on_unstorable = on_unstorable
-        self._pending: list[EndedAttempt] = []
-        self._wake = asyncio.Event()
-        self._idle = asyncio.Event()
+    store: FinishStore
+    clock: Clock
+    on_written: Callable[[EndedAttempt, bool], None]
+    on_unstorable: Callable[[EndedAttempt, Exception], None]
+    _pending: list[EndedAttempt] = field(default_factory=list)
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
         self._idle.set()
 
     def put(self, ended: EndedAttempt) -> None:
-        """Take an end, to be written next."""
         self._pending.append(ended)
         self._idle.clear()
         self._wake.set()
@@ -74,10 +67,10 @@ class Finisher:
     async def _write(self, batch: list[EndedAttempt]) -> None:
         while True:
             try:
-                accepted = await self._store.finish(batch)
+                accepted = await self.store.finish(batch)
             except Unavailable:
                 # The ends wait here; the next renewal says which runs are still ours.
-                await self._clock.sleep(RETRY)
+                await self.clock.sleep(RETRY)
                 continue
             except Exception as error:
                 if len(batch) > 1:
@@ -86,12 +79,12 @@ class Finisher:
                     return
                 if batch[0].reason == "result_unstorable":
                     emit("loop.failed", loop="finisher", error=type(error).__name__)
-                    await self._clock.sleep(RETRY)
-                self._on_unstorable(batch[0], error)
+                    await self.clock.sleep(RETRY)
+                self.on_unstorable(batch[0], error)
                 batch = [unstorable(batch[0], error)]
                 continue
             for ended in batch:
-                self._on_written(ended, ended.run_id in accepted)
+                self.on_written(ended, ended.run_id in accepted)
             return
 
 

@@ -88,11 +88,9 @@ class Swept(Protocol):
 class SweepStore(Protocol):
     async def sweep(self) -> Sequence[Swept]:
         """Promote, expire and mark waiting runs; return those that ended by it."""
-        ...
 
 
 async def sweep(store: SweepStore) -> None:
-    """Sweep once, and emit an event for each run that ended by it."""
     for swept in await store.sweep():
         emit(
             "run.changed",
@@ -137,25 +135,20 @@ class Ages:
     workers: timedelta = WORKERS
 
 
+@dataclass(eq=False, repr=False)
 class Retention:
     """Deletes runs with everything that belongs to them, skips and log lines, each at its age.
 
-    Several workers may do so at once, because a batch skips the locked rows of another. Sums
-    (`rollup_days`, `rollup_hours`) stay.
+    Several workers may do so at once, as a batch skips locked rows. The rollups stay.
     """
 
-    def __init__(self, store: RetentionStore, ages: Ages, clock: Clock) -> None:
-        self._store = store
-        self._ages = ages
-        self._clock = clock
+    store: RetentionStore
+    ages: Ages
+    clock: Clock
 
     async def tidy(self) -> None:
-        """Delete everything that is old enough.
-
-        Raises:
-            Unavailable: the database did not answer; the next call continues.
-        """
-        store, ages = self._store, self._ages
+        """Delete everything that is old enough. Raises Unavailable; the next call continues."""
+        store, ages = self.store, self.ages
         runs = 0
         for state, age in ages.runs.items():
             runs += await self._in_batches(partial(self._forget_runs, state, age), BATCH)
@@ -167,8 +160,8 @@ class Retention:
 
     async def _forget_runs(self, state: str, age: timedelta, *, limit: int) -> int:
         # Parts first, in their own batches, so that no transaction is long.
-        await self._in_batches(partial(self._store.forget_parts, state, age, runs=limit), PARTS)
-        return await self._store.forget_runs(state, age, limit=limit)
+        await self._in_batches(partial(self.store.forget_parts, state, age, runs=limit), PARTS)
+        return await self.store.forget_runs(state, age, limit=limit)
 
     async def _in_batches(self, forget: Callable[..., Awaitable[int]], limit: int) -> int:
         total = 0
@@ -177,7 +170,7 @@ class Retention:
             total += batch
             if batch < limit:
                 return total
-            await self._clock.sleep(PAUSE)
+            await self.clock.sleep(PAUSE)
 
 
 Key = tuple[OrgId, DefinitionId]
@@ -189,17 +182,13 @@ MAX_HEALTHY = 100_000
 
 
 class FailureWatch:
-    """Collects the definitions whose failures must be counted.
-
-    Costs nothing for a definition without `pause_after_failures`, or while its runs succeed.
-    """
+    """Collects the definitions whose failures must be counted, for those with `pause_after_failures`."""
 
     def __init__(self) -> None:
         self._uncounted: set[Key] = set()
         self._healthy: set[Key] = set()
 
     def ended(self, ended: EndedAttempt, inflight: InflightRun | None) -> None:
-        """Handle an end that is written."""
         if inflight is None or inflight.plan is None or inflight.run.origin == "backfill":
             return
         if inflight.plan.definition.pause_after_failures is None or ended.state not in COUNTED:
@@ -209,7 +198,6 @@ class FailureWatch:
             self._uncounted.add(key)
 
     def recovered(self, recovered: Sequence[Recovered]) -> None:
-        """Handle runs that failed because their worker was lost too often."""
         self.put_back((run.org_id, run.definition_id) for run in recovered if run.state == "failed")
 
     def take(self) -> list[Key]:

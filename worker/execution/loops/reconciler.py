@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from worker.clock import Clock
@@ -39,41 +39,29 @@ class Renewal:
 class HandBackStore(Protocol):
     async def hand_back(self, owned: Sequence[OwnedRun]) -> object:
         """Let runs that this incarnation owns wait again, fenced."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class Reconciler:
     """Compares each renewal with the runs that this process holds.
 
     A run that is owned but not held at two renewals in a row was admitted by a statement whose answer was
     lost: it is handed back. A run that is held but not owned has ended or belongs to another incarnation:
-    it is killed, and its later writes are fenced out. Then `on_lease` gets the renewed lease. `on_lost`
-    is called if this incarnation is not registered any more.
+    it is killed. Then `on_lease` gets the lease, or `on_lost` is called if it is not registered any more.
     """
 
-    def __init__(
-        self,
-        inflight_runs: InflightRuns,
-        store: HandBackStore,
-        *,
-        cancel: Callable[[RunId, str], None],
-        on_lease: Callable[[Lease], None],
-        on_lost: Callable[[], None],
-    ) -> None:
-        self._inflight_runs = inflight_runs
-        self._store = store
-        self._cancel = cancel
-        self._on_lease = on_lease
-        self._on_lost = on_lost
-        self._renewals: asyncio.Queue[Renewal] = asyncio.Queue()
-        self._not_held: set[tuple[RunId, int]] = set()
+    inflight_runs: InflightRuns
+    store: HandBackStore
+    cancel: Callable[[RunId, str], None]
+    on_lease: Callable[[Lease], None]
+    on_lost: Callable[[], None]
+    _renewals: asyncio.Queue[Renewal] = field(default_factory=asyncio.Queue)
+    _not_held: set[tuple[RunId, int]] = field(default_factory=set)
 
     def take(self, renewal: Renewal) -> None:
-        """Queue a renewal."""
         self._renewals.put_nowait(renewal)
 
     async def run(self) -> None:
-        """Reconcile renewal by renewal until cancelled."""
         while True:
             await self.reconcile(await self._renewals.get())
 
@@ -81,23 +69,23 @@ class Reconciler:
         """Compare one renewal with the runs held now, and act on the difference."""
         owned = {run.id: run.fencing_token for run in renewal.owned}
         for run_id, fencing_token in renewal.held.items():
-            inflight = self._inflight_runs.get(run_id)
+            inflight = self.inflight_runs.get(run_id)
             if inflight is None or inflight.run.fencing_token != fencing_token:
                 continue
             if owned.get(run_id) != fencing_token:
                 events.run_fenced_out(run_id, inflight.run.attempt, fencing_token, inflight)
                 inflight.stop.kill()
         if not renewal.registered:
-            self._on_lost()
+            self.on_lost()
             return
         if not renewal.all_ours:
-            self._on_lease(renewal.lease)
+            self.on_lease(renewal.lease)
         not_held: set[tuple[RunId, int]] = set()
         for run in renewal.owned:
-            inflight = self._inflight_runs.get(run.id)
+            inflight = self.inflight_runs.get(run.id)
             if inflight is not None and inflight.run.fencing_token >= run.fencing_token:
                 if run.cancel_reason is not None and inflight.run.fencing_token == run.fencing_token:
-                    self._cancel(run.id, run.cancel_reason)
+                    self.cancel(run.id, run.cancel_reason)
             elif renewal.held.get(run.id) != run.fencing_token:
                 not_held.add((run.id, run.fencing_token))
         twice = not_held & self._not_held
@@ -105,7 +93,7 @@ class Reconciler:
         if twice:
             # Without an answer now, the next renewal finds them again.
             with suppress(Unavailable):
-                await self._store.hand_back(
+                await self.store.hand_back(
                     [run for run in renewal.owned if (run.id, run.fencing_token) in twice]
                 )
 
@@ -116,7 +104,6 @@ class RecoveryStore(Protocol):
 
         `still` is called again, in another thread, when the database has answered.
         """
-        ...
 
 
 async def recover_dead_workers(
@@ -144,7 +131,6 @@ async def recover_dead_workers(
 
 
 def emit_recovered(recovered: Sequence[Recovered]) -> None:
-    """Emit `run.recovered` for each run that was taken from a dead worker."""
     for run in recovered:
         emit(
             "run.recovered",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -26,30 +27,26 @@ Progress = tuple[RunId, int, Mapping[str, Any]]
 class RunLogStore(Protocol):
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         """Set the progress of each live row whose fencing token still matches."""
-        ...
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines; skip those that are already stored."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class RunLogWriter:
     """Takes lines and progress at any rate and writes them twice a second.
 
-    Of progress only the newest counts. Beyond `MAX_LINES` the oldest lines are dropped, and an event
-    counts them.
+    Beyond `MAX_LINES` it drops the oldest lines, and an event counts them.
     """
 
-    def __init__(self, store: RunLogStore, clock: Clock) -> None:
-        self._store = store
-        self._clock = clock
-        self._lines: list[LogLine] = []
-        self._progress: dict[RunId, Progress] = {}
-        self._seq: dict[tuple[RunId, int], int] = {}
-        self._writing = asyncio.Lock()
+    store: RunLogStore
+    clock: Clock
+    _lines: list[LogLine] = field(default_factory=list)
+    _progress: dict[RunId, Progress] = field(default_factory=dict)
+    _seq: dict[tuple[RunId, int], int] = field(default_factory=dict)
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def line(self, run: AdmittedRun, level: str, source: str, text: str, at: datetime | None = None) -> None:
-        """Take one line of a run's log."""
         key = (run.id, run.attempt)
         self._seq[key] = seq = self._seq.get(key, 0) + 1
         self._lines.append(
@@ -58,7 +55,7 @@ class RunLogWriter:
                 attempt=run.attempt,
                 seq=seq,
                 org_id=run.org_id,
-                at=at or self._clock.now(),
+                at=at or self.clock.now(),
                 level=level,
                 source=source,
                 text=masker.mask(text),
@@ -66,7 +63,6 @@ class RunLogWriter:
         )
 
     def progress(self, run: AdmittedRun, progress: Mapping[str, Any]) -> None:
-        """Take a run's newest progress."""
         self._progress[run.id] = (run.id, run.fencing_token, progress)
 
     def ended(self, run: AdmittedRun) -> None:
@@ -75,9 +71,8 @@ class RunLogWriter:
         self._progress.pop(run.id, None)
 
     async def run(self) -> None:
-        """Flush until cancelled."""
         while True:
-            await self._clock.sleep(FLUSH)
+            await self.clock.sleep(FLUSH)
             await self.flush()
 
     async def flush_run(self, run: AdmittedRun) -> None:
@@ -88,21 +83,18 @@ class RunLogWriter:
     async def flush(self) -> None:
         """Write everything taken so far; keep what cannot be written for the next flush."""
         async with self._writing:
-            await self._write()
-
-    async def _write(self) -> None:
-        progress, self._progress = self._progress, {}
-        lines, self._lines = self._lines, []
-        try:
-            if progress:
-                await self._store.write_progress(list(progress.values()))
-                progress = {}
-            while lines:
-                await self._store.append_logs(lines[:BATCH])
-                lines = lines[BATCH:]
-        except Unavailable:
-            self._progress = progress | self._progress
-            kept = (lines + self._lines)[-MAX_LINES:]
-            if dropped := len(lines) + len(self._lines) - len(kept):
-                emit("logs.dropped", lines=dropped)
-            self._lines = kept
+            progress, self._progress = self._progress, {}
+            lines, self._lines = self._lines, []
+            try:
+                if progress:
+                    await self.store.write_progress(list(progress.values()))
+                    progress = {}
+                while lines:
+                    await self.store.append_logs(lines[:BATCH])
+                    lines = lines[BATCH:]
+            except Unavailable:
+                self._progress = progress | self._progress
+                kept = (lines + self._lines)[-MAX_LINES:]
+                if dropped := len(lines) + len(self._lines) - len(kept):
+                    emit("logs.dropped", lines=dropped)
+                self._lines = kept

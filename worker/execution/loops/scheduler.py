@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -24,49 +25,41 @@ PUT_OFF = timedelta(minutes=1)
 class FireStore(Protocol):
     async def fire(self, decide: Callable[[DueDefinition, datetime], Decision], *, limit: int) -> FireReport:
         """Lock what is due, decide, write; one short transaction."""
-        ...
 
 
+@dataclass(eq=False, repr=False)
 class Scheduler:
     """Fires what is due and sleeps until the next scheduled time, at most one poll.
 
     `on_fired` is called after runs were inserted, so that they are admitted at once.
     """
 
-    def __init__(
-        self,
-        store: FireStore,
-        handlers: HandlerRegistry,
-        clock: Clock,
-        *,
-        poll: float,
-        on_fired: Callable[[], None],
-    ) -> None:
-        self._store = store
-        self._handlers = handlers
-        self._clock = clock
-        self._poll = poll
-        self._on_fired = on_fired
-        self._newest: datetime | None = None
-        self.wake = asyncio.Event()
-        self.ticked_at = clock.monotonic()
+    store: FireStore
+    handlers: HandlerRegistry
+    clock: Clock
+    poll: float
+    on_fired: Callable[[], None]
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _newest: datetime | None = None
+
+    def __post_init__(self) -> None:
+        self.ticked_at = self.clock.monotonic()
 
     async def run(self) -> None:
-        """Fire until cancelled."""
         while True:
             self.wake.clear()
             report = await self._fire()
-            self.ticked_at = self._clock.monotonic()
+            self.ticked_at = self.clock.monotonic()
             if not report.more:
                 await wait_for(self.wake, self._pause(report))
 
     async def _fire(self) -> FireReport:
         try:
-            report = await self._store.fire(self._decide, limit=BATCH)
+            report = await self.store.fire(self._decide, limit=BATCH)
         except Unavailable:
             return FireReport()
         if report.inserted:
-            self._on_fired()
+            self.on_fired()
         if report.inserted or report.skips or report.overlapped:
             emit(
                 "runs.fired",
@@ -80,7 +73,7 @@ class Scheduler:
     def _decide(self, due: DueDefinition, now: datetime) -> Decision:
         """Decide one definition. One that cannot be read is reported and put off; its times stay due."""
         try:
-            return decide(due, now, self._handlers.isolation_of)
+            return decide(due, now, self.handlers.isolation_of)
         except WorkerError as error:
             emit("definition.failed", org=due.org_code, definition=due.name, error=error.message)
             again = NextFire(due.definition_id, due.next_scheduled_for, now + PUT_OFF)
@@ -88,14 +81,14 @@ class Scheduler:
 
     def _pause(self, report: FireReport) -> float:
         if report.next_fire_at is None or report.now is None:
-            return self._poll
-        return min(self._poll, max(0.0, (report.next_fire_at - report.now).total_seconds()))
+            return self.poll
+        return min(self.poll, max(0.0, (report.next_fire_at - report.now).total_seconds()))
 
     def _check_clock(self, now: datetime | None) -> None:
         """Report that the clock went back: until it catches up, nothing is due and nothing fires."""
         if now is None:
             return
-        if self._newest is not None and (back := (self._newest - now).total_seconds()) > self._poll:
+        if self._newest is not None and (back := (self._newest - now).total_seconds()) > self.poll:
             emit("clock.went_back", seconds=round(back, 1))
             self._newest = now
         self._newest = now if self._newest is None else max(self._newest, now)

@@ -30,11 +30,9 @@ class Wakeups:
         self._requested = asyncio.Event()
 
     def request(self) -> None:
-        """Send a notification soon."""
         self._requested.set()
 
     async def run(self) -> None:
-        """Send notifications until cancelled."""
         while True:
             await self._requested.wait()
             self._requested.clear()

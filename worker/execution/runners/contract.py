@@ -31,7 +31,6 @@ from worker.runs.outcome import (
     Succeeded,
     TimedOut,
 )
-from worker.runs.run import Isolation
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
 LEASE_LOST = Lost("the lease on the run is lost")
@@ -41,8 +40,7 @@ LEASE_LOST = Lost("the lease on the run is lost")
 class Work:
     """Everything a handler needs for one attempt, and nothing of another org. Immutable by convention.
 
-    `entry_point` is `module:attribute`, `timeout_at` the deadline of the attempt, `memory` a cap in bytes,
-    `checkpoint` what the previous attempt saved.
+    `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt.
     """
 
     run_id: RunId
@@ -52,7 +50,6 @@ class Work:
     scheduled_for: datetime
     org_code: str
     org_name: str
-    definition: str
     handler: str
     entry_point: str
     params: Mapping[str, Any]
@@ -62,17 +59,12 @@ class Work:
     timeout_at: datetime
     checkpoint: Any = field(default=None, repr=False)
     memory: int | None = None
-    isolation: Isolation = "child"
     traceparent: str | None = None
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
-        """What the handler's context is made of.
-
-        Raises:
-            ParamsInvalid, SettingsInvalid: the handler must not be called.
-        """
+        """What the handler's context is made of. Raises ParamsInvalid, SettingsInvalid."""
         return Given(
             org=Org(self.org_code, self.org_name),
             run=ThisRun(
@@ -100,19 +92,15 @@ class RunServices(WorkerPort, Protocol):
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         """Add a line to the run's log; `source` is log, stdout or stderr, `at` defaults to now."""
-        ...
 
     def started(self) -> None:
         """Params and settings are valid; the handler is about to be called."""
-        ...
 
     def used(self, peak_memory: int) -> None:
         """Record the peak memory of the run's process, in bytes."""
-        ...
 
     def close(self) -> None:
         """Reject further calls of the handler with LeaseLost: its run has ended."""
-        ...
 
 
 class Runner(Protocol):
@@ -120,7 +108,6 @@ class Runner(Protocol):
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler to its end; nothing of it is left running afterwards."""
-        ...
 
 
 class Interrupted(BaseException):
@@ -128,15 +115,13 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Ends one attempt early. Used on the worker's loop.
+    """Ends one attempt early. The first reason stays; a later request can only shorten the grace.
 
-    The first reason stays; a later request can only shorten the grace. `interrupt_at` and `kill_at` are
-    on the loop's clock.
+    Used on the worker's loop, whose clock is that of `interrupt_at` and `kill_at`.
     """
 
     def __init__(self) -> None:
         self.reason: StopReason | None = None
-        self.grace = 0.0
         self.interrupt_at = self.kill_at = float("inf")
         self.asked = self.killed = False
         self._killer: Callable[[], None] | None = None
@@ -161,7 +146,6 @@ class StopSignal:
         now = asyncio.get_running_loop().time()
         self.reason = self.reason or reason
         if now + grace < self.kill_at:
-            self.grace = grace
             self.kill_at = now + grace
             self.interrupt_at = min(self.interrupt_at, now + grace / 2)
         self._request()
@@ -175,10 +159,7 @@ class StopSignal:
         self._request()
 
     def on_request(self, listener: Callable[[], None] | None) -> None:
-        """Set the listener for the first request or kill, called now if that has come; None unsets it.
-
-        Cheaper than a waiting task, on the path of every run.
-        """
+        """Set the listener for the first request or kill, or call it now; cheaper than a waiting task."""
         self._listener = listener
         if listener is not None and self.asked:
             listener()
@@ -214,11 +195,9 @@ class StopSignal:
                 continue
 
     def freeze(self, at: float) -> None:
-        """The run is frozen since `at` (monotonic), because the lease is not renewed."""
         self._frozen_since = self._frozen_since or at
 
     def thaw(self, at: float) -> None:
-        """The run continues since `at` (monotonic)."""
         if self._frozen_since is not None:
             self._frozen += max(at - self._frozen_since, 0.0)
             self._frozen_since = None
@@ -230,7 +209,6 @@ class StopSignal:
 
 
 def outcome_of_stop(stop: StopSignal) -> Outcome:
-    """The outcome of a run that was stopped, from the reason."""
     match stop.reason:
         case None:
             return Lost("no longer ours")
@@ -261,7 +239,6 @@ def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:
 
 
 def handler_exited(detail: str) -> Failed:
-    """The outcome of a handler that ended its process, or tried to."""
     error = Error("HandlerExited", f"the handler ended without a result: {detail}")
     return Failed(error, "handler_exited", detail)
 
@@ -278,8 +255,5 @@ def start_task(
     name: str | None = None,
     context: contextvars.Context | None = None,
 ) -> asyncio.Task[T]:
-    """Start a task eagerly: it may be done on return. Saves a tenth of an inline run for each loop iteration.
-
-    Python 3.11 has no eager tasks.
-    """
+    """Start a task eagerly (Python 3.12): it may be done on return, which saves a tenth of an inline run."""
     return asyncio.Task(work, loop=loop, name=name, context=context, **_EAGER)

@@ -12,8 +12,9 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Executor, Future
+from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
@@ -58,67 +59,49 @@ NAG = 1.0
 LAST_STEPS = 1.0
 
 
-class RunLabels(NamedTuple):
-    """The run that a context belongs to, also the context of tasks that the handler starts."""
-
-    org: str
-    run: str
-    attempt: int
-    handler: str
+# The run that a context belongs to, also the context of tasks that the handler starts.
+_RUN: contextvars.ContextVar[dict[str, str | int]] = contextvars.ContextVar("RUN")
+# The watched loops, each with the time of its last tick.
+_ticked_at: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, float] = weakref.WeakKeyDictionary()
 
 
-_RUN: contextvars.ContextVar[RunLabels] = contextvars.ContextVar("RUN")
-_watched: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-
-
-class LoopWatch:
-    """Emits `loop.blocked` each time the loop is blocked for longer than `PATIENCE`."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ticked_at = 0.0
-
-    def start(self) -> None:
-        """Watch the running loop until it is closed; idempotent."""
-        if self._loop is not None:
-            return
-        self._loop = loop = asyncio.get_running_loop()
-        if loop in _watched:  # by an earlier incarnation of this worker
-            return
-        _watched.add(loop)
-        self._tick(loop)
+def watch_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Emit `loop.blocked` each time the running loop is blocked for longer than `PATIENCE`; idempotent."""
+    if loop not in _ticked_at:
+        _tick(loop)
         arguments = (loop, threading.get_ident())
-        threading.Thread(target=self._watch, args=arguments, name="loop watch", daemon=True).start()
-
-    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._ticked_at = time.monotonic()
-        loop.call_later(TICK, self._tick, loop)
-
-    def _watch(self, loop: asyncio.AbstractEventLoop, thread: int) -> None:
-        reported_at = 0.0
-        while not loop.is_closed():
-            began, used = time.monotonic(), time.process_time()
-            time.sleep(TICK)
-            now, ticked_at = time.monotonic(), self._ticked_at
-            # If the whole process was stopped, no handler is to blame.
-            stopped = now - began > 2 * TICK and time.process_time() - used < (now - began) / 2
-            if now - ticked_at > PATIENCE and ticked_at != reported_at and not stopped:
-                reported_at = ticked_at
-                frame = sys._current_frames().get(thread)
-                run = _run_of(asyncio.current_task(loop))
-                emit(
-                    "loop.blocked",
-                    **({} if run is None else run._asdict()),
-                    where=None if frame is None else _place(frame),
-                    seconds=round(now - ticked_at, 1),
-                )
+        threading.Thread(target=_watch, args=arguments, name="loop watch", daemon=True).start()
 
 
-def _run_of(task: asyncio.Task[Any] | None) -> RunLabels | None:
+def _tick(loop: asyncio.AbstractEventLoop) -> None:
+    _ticked_at[loop] = time.monotonic()
+    loop.call_later(TICK, _tick, loop)
+
+
+def _watch(loop: asyncio.AbstractEventLoop, thread: int) -> None:
+    reported_at = 0.0
+    while not loop.is_closed():
+        began, used = time.monotonic(), time.process_time()
+        time.sleep(TICK)
+        now, ticked_at = time.monotonic(), _ticked_at[loop]
+        # If the whole process was stopped, no handler is to blame.
+        stopped = now - began > 2 * TICK and time.process_time() - used < (now - began) / 2
+        if now - ticked_at > PATIENCE and ticked_at != reported_at and not stopped:
+            reported_at = ticked_at
+            frame = sys._current_frames().get(thread)
+            emit(
+                "loop.blocked",
+                **_run_of(asyncio.current_task(loop)),
+                where=None if frame is None else _place(frame),
+                seconds=round(now - ticked_at, 1),
+            )
+
+
+def _run_of(task: asyncio.Task[Any] | None) -> dict[str, str | int]:
     # `Task.get_context` is new in Python 3.12.
     referents = [] if task is None else gc.get_referents(task)
     context = next((each for each in referents if isinstance(each, contextvars.Context)), None)
-    return None if context is None else context.get(_RUN)
+    return {} if context is None else context.get(_RUN, {})
 
 
 def _place(frame: FrameType) -> str:
@@ -126,38 +109,27 @@ def _place(frame: FrameType) -> str:
     return f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})"
 
 
+@dataclass(eq=False, repr=False)
 class Inline:
-    """A task for each run, with its own context variables.
+    """A task for each run. One that swallows its cancellation past the grace is abandoned.
 
-    A task cannot be killed. One that swallows its cancellation past the grace is abandoned: the worker
-    rejects its calls and keeps cancelling it.
-
-    For trials: `find` returns the handler of an entry point, `context` builds the handler's context, and
-    `watched=False` lets a handler block the loop.
+    The worker rejects its calls then, and keeps cancelling it. Trials replace `find` and `context`.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        *,
-        find: Callable[[str], Job] = load,
-        context: Callable[[Given[Any, Any], WorkerPort, Cancellation], Context[Any, Any]] = Context,
-        watched: bool = True,
-    ) -> None:
-        self._clock = clock
-        self._find = find
-        self._context = context
-        self._watch = LoopWatch() if watched else None
-        self._abandoned: set[asyncio.Task[None]] = set()
-        # Looking up a module that is already imported costs more than calling the handler.
-        self._jobs: dict[str, Job] = {}
+    clock: Clock
+    find: Callable[[str], Job] = load
+    context: Callable[[Given[Any, Any], WorkerPort, Cancellation], Context[Any, Any]] = Context
+    watched: bool = True
+    _abandoned: set[asyncio.Task[None]] = field(default_factory=set)
+    # Looking up a module that is already imported costs more than calling the handler.
+    _jobs: dict[str, Job] = field(default_factory=dict)
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
-        if self._watch is not None:
-            self._watch.start()
         loop, cancelled = asyncio.get_running_loop(), Cancellation()
-        log = RunLogger(work.handler, services.log, self._clock, loop)
+        if self.watched:
+            watch_loop(loop)
+        log = RunLogger(work.handler, services.log, self.clock, loop)
         body = self._body(work, services, cancelled, log)
         task = start_task(body, loop=loop, name=work.handler, context=contextvars.Context())
         try:
@@ -173,10 +145,10 @@ class Inline:
     async def _body(
         self, work: Work, services: RunServices, cancelled: Cancellation, log: logging.Logger
     ) -> Outcome:
-        _RUN.set(RunLabels(work.org_code, work.run_id, work.attempt, work.handler))
+        _RUN.set({"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler})
         try:
             job = self._job(work.entry_point)
-            ctx = self._context(work.given(job, log, self._clock), services, cancelled)
+            ctx = self.context(work.given(job, log, self.clock), services, cancelled)
             services.started()
             try:
                 return await call(job, ctx)
@@ -188,10 +160,9 @@ class Inline:
             return outcome_of_error(error)
 
     def _job(self, entry_point: str) -> Job:
-        job = self._jobs.get(entry_point)
-        if job is None:
-            job = self._jobs[entry_point] = self._find(entry_point)
-        return job
+        if entry_point not in self._jobs:
+            self._jobs[entry_point] = self.find(entry_point)
+        return self._jobs[entry_point]
 
     def _abandon(self, task: asyncio.Task[Outcome]) -> None:
         async def nag() -> None:
@@ -204,31 +175,24 @@ class Inline:
         nagging.add_done_callback(self._abandoned.discard)
 
 
+@dataclass(eq=False, repr=False)
 class Blocking:
     """A daemon thread for each blocking handler, so that a debugger or a test can reach it; trials only.
 
-    A thread cannot be killed. At half the grace the handler's next call of `ctx` raises Interrupted; at
-    the end of the grace a handler that still runs is abandoned.
+    At half the grace the next call of `ctx` raises Interrupted; a handler that still runs at its end is abandoned.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        *,
-        find: Callable[[str], Job] = load,
-        context: Callable[
-            [Given[Any, Any], BlockingWorkerPort, BlockingCancellation], BlockingContext[Any, Any]
-        ] = BlockingContext,
-    ) -> None:
-        self._clock = clock
-        self._find = find
-        self._context = context
+    clock: Clock
+    find: Callable[[str], Job] = load
+    context: Callable[
+        [Given[Any, Any], BlockingWorkerPort, BlockingCancellation], BlockingContext[Any, Any]
+    ] = BlockingContext
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in a thread; its calls to the worker are answered on this loop."""
         loop, cancelled = asyncio.get_running_loop(), BlockingCancellation()
         port = _ThreadPort(services, loop)
-        log = RunLogger(work.handler, services.log, self._clock, loop)
+        log = RunLogger(work.handler, services.log, self.clock, loop)
         ended = loop.run_in_executor(_DaemonThread(), self._body, work, port, cancelled, log)
         try:
             await _ended_or_stopped(ended, stop, cancelled, port.interrupt)
@@ -242,8 +206,8 @@ class Blocking:
         self, work: Work, port: _ThreadPort, cancelled: BlockingCancellation, log: RunLogger
     ) -> Outcome:
         try:
-            job = self._find(work.entry_point)
-            ctx = self._context(work.given(job, log, self._clock), port, cancelled)
+            job = self.find(work.entry_point)
+            ctx = self.context(work.given(job, log, self.clock), port, cancelled)
             port.started()
             try:
                 return call_blocking(job, ctx)
@@ -256,8 +220,6 @@ class Blocking:
 
 
 class _ThreadPort:
-    """The services of one run, for its thread."""
-
     def __init__(self, services: RunServices, loop: asyncio.AbstractEventLoop) -> None:
         self._services = services
         self._loop = loop
@@ -378,9 +340,9 @@ _FORMATTER = logging.Handler()
 
 
 class RunLogger(logging.Logger):
-    """`ctx.log`: outside logging's own hierarchy, because its records belong to one run.
+    """`ctx.log`, outside logging's own hierarchy, because its records belong to one run. Thread-safe.
 
-    It handles records itself, from any thread: a handler for each run would cost more than the run.
+    It handles records itself: a handler for each run would cost more than the run.
     """
 
     def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:

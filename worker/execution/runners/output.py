@@ -50,7 +50,6 @@ def log_to_stderr() -> None:
 
 
 def marked(level: str, text: str) -> bytes:
-    """A log record as one line."""
     line = _line(level, text)
     while len(line) > LINE_LIMIT:
         text = text[: len(text) * LINE_LIMIT // len(line) - 8]
@@ -87,8 +86,6 @@ Sink = Callable[[str, str, str, datetime], None]
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Whole lines of one source that arrived together."""
-
     source: str
     data: bytes
     at: datetime
@@ -97,8 +94,7 @@ class _Block:
 class RunOutput:
     """The log of one attempt: passes on its first half at once, and its last half at the end.
 
-    `sink` gets level, source (stdout, stderr or log), text and time. Output beyond the cap costs no more
-    than counting its lines.
+    `sink` gets level, source (stdout, stderr or log), text and time.
     """
 
     def __init__(self, sink: Sink, clock: Clock, *, cap: int = CAP) -> None:
@@ -113,7 +109,6 @@ class RunOutput:
         self._partial = {"stdout": b"", "stderr": b""}
 
     def feed(self, source: str, data: bytes) -> None:
-        """Take what was read from stdout or stderr."""
         whole, newline, rest = (self._partial[source] + data).rpartition(b"\n")
         lines = whole + newline
         while len(rest) > LINE_LIMIT:

@@ -262,10 +262,7 @@ class ChildRun(asyncio.Protocol):
 def outcome_of_end(
     returned: Outcome | None, ended: Ended, stop: StopSignal, *, memory: int | None = None
 ) -> Outcome:
-    """The outcome of an attempt whose process is gone.
-
-    `returned` is what the process sent, if anything; `memory` is the cap in bytes.
-    """
+    """The outcome of an attempt whose process is gone. `returned` is what it sent, `memory` is in bytes."""
     if stop.killed:
         return LEASE_LOST
     if returned is not None:

@@ -116,13 +116,10 @@ def reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def reap_adopted(*, besides: int) -> None:
-    """Reap adopted processes that have ended; our own children share our session."""
+def adopted(table: Mapping[int, Process]) -> list[Process]:
+    """The processes that this one has adopted: its own children share its session."""
     session, me = os.getsid(0), os.getpid()
-    for process in processes().values():
-        adopted = process.parent == me and process.session != session and process.pid != besides
-        if adopted and process.state == "Z":
-            reap(process.pid)
+    return [process for process in table.values() if process.parent == me and process.session != session]
 
 
 def allow_many_descriptors() -> None:
@@ -160,7 +157,6 @@ def memory(pids: Iterable[int], *, own: int, limit: int) -> int:
 
 
 def resident(pid: int) -> int:
-    """The resident memory of a process in bytes; 0 if it is gone."""
     line = _read(f"/proc/{pid}/statm")
     return int(line.split()[1]) * _PAGE if line else 0
 
@@ -213,7 +209,7 @@ class RunGroups:
 
     @classmethod
     def find(cls, root: Path = CGROUPS, own: Path = OWN_CGROUP) -> RunGroups | None:
-        """The delegated folder, or None; then MemoryWatch alone enforces the caps."""
+        """The delegated folder, or None; then only the zygote enforces the caps."""
         try:
             lines = own.read_text().splitlines()
             path = next(line.removeprefix("0::") for line in lines if line.startswith("0::"))

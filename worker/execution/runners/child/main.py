@@ -23,7 +23,7 @@ from worker.clock import SystemClock
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import CHANNEL_CLOSED, outcome_message, work_of
-from worker.execution.runners.child.run_line import ChannelClosed, RunLine
+from worker.execution.runners.child.run_line import AwaitedLine, ChannelClosed, RunLine
 from worker.execution.runners.child.sandbox import allow_own_proc
 from worker.execution.runners.contract import Interrupted, Work
 from worker.execution.runners.output import log_to_stderr
@@ -46,10 +46,7 @@ _CPU_GRACE = 5
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run lives: descriptors, an empty folder, a memory cap in bytes, seconds until its timeout.
-
-    `group` is the file through which it enters its cgroup, if it has one.
-    """
+    """Where a run lives: descriptors, folder, memory cap in bytes, seconds until its timeout, cgroup file."""
 
     channel: int
     stdout: int
@@ -61,10 +58,7 @@ class Place:
 
 
 def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> None:
-    """Turn a process that was just forked into the run's own: session, descriptors, limits, sandbox.
-
-    Raises OSError if the kernel refuses.
-    """
+    """Turn a process that was just forked into the run's own; raises OSError if the kernel refuses."""
     os.setsid()
     linux.die_with_parent()
     if os.getppid() != zygote:  # it died before the line above
@@ -91,7 +85,6 @@ def _default_signals() -> None:
 
 
 def _keep_only(place: Place, lock: int | None, *others: int) -> None:
-    """Set up the standard descriptors, and close all but these and the channel."""
     kept = {place.channel, *others}
     if lock is not None:
         kept.add(linux.hold_shared(lock))
@@ -167,7 +160,7 @@ def _run(work: Work, line: RunLine) -> Outcome:
             return _run_async(job, given, line, interrupt)
         cancelled = BlockingCancellation()
         line.listen(cancelled.set)
-        return call_blocking(job, BlockingContext(given, line.blocking(), cancelled))
+        return call_blocking(job, BlockingContext(given, line, cancelled))
     except (SystemExit, ChannelClosed):
         raise
     except BaseException as error:
@@ -191,7 +184,7 @@ def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Inte
             interrupt.do = lambda: loop.call_soon_threadsafe(task.cancel)
         code = 0
         try:
-            return await call(job, Context(given, line.awaited(), cancelled))
+            return await call(job, Context(given, AwaitedLine(line), cancelled))
         except SystemExit as exit_:
             code = _code_of(exit_)
             raise

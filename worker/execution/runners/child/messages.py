@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from typing import Any
+from typing import Any, get_args
 
 from worker.claims.claims import AccessToken, Claims, Flag
 from worker.clock import from_text, to_text
@@ -36,8 +36,8 @@ Message = dict[str, Any]
 class Setup:
     """The settings of a zygote. `max_freeze` is in seconds; `folder` contains the folders of the runs.
 
-    `lock` is the descriptor of the SQLite file's lock. The zygote holds it; each run holds
-    a read lock of its own on the same file. Without `sandbox` the runs are not confined.
+    `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
+    `sandbox` the runs are not confined.
     """
 
     folder: str
@@ -50,7 +50,6 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
-        """Parse the output of `as_json`."""
         given = json.loads(text)
         rules = given.pop("sandbox", None)
         return cls(**given, sandbox=None if rules is None else Rules.of(rules))
@@ -65,7 +64,6 @@ class BrokenFrame(Exception):
 
 
 def frame(message: Mapping[str, Any]) -> bytes:
-    """Encode one message."""
     body = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     return _LENGTH.pack(len(body)) + body
 
@@ -110,7 +108,6 @@ def work_message(work: Work) -> Message:
 
 
 def work_of(message: Mapping[str, Any]) -> Work:
-    """Parse the output of `work_message`."""
     given = dict(message)
     token, claims = granted_of(given.pop("granted"))
     return Work(
@@ -143,7 +140,6 @@ def granted_message(token: AccessToken, claims: Claims) -> Message:
 
 
 def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
-    """Parse the output of `granted_message`."""
     given = message["claims"]
     claims = Claims(
         **given
@@ -157,20 +153,9 @@ def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
     return AccessToken(message["text"], from_text(message["expires_at"])), claims
 
 
+# The outcomes that a run's process may report.
 _OUTCOMES: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        outcomes.Succeeded,
-        outcomes.Failed,
-        outcomes.Retried,
-        outcomes.Snoozed,
-        outcomes.Cancelled,
-        outcomes.HandedBack,
-        outcomes.Lost,
-        outcomes.Refused,
-        outcomes.NoToken,
-        outcomes.NoHandler,
-    )
+    kind.__name__: kind for kind in get_args(Outcome) if kind not in (outcomes.TimedOut, outcomes.Gated)
 }
 
 
@@ -182,11 +167,7 @@ def outcome_message(outcome: Outcome) -> Message:
 
 
 def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
-    """Parse the output of `outcome_message`.
-
-    Raises:
-        ValueError: invalid; the process that sent it is not trusted.
-    """
+    """Parse the output of `outcome_message`. Raises ValueError: the process that sent it is not trusted."""
     try:
         kind = _OUTCOMES[message["kind"]]
         names = [field.name for field in fields(kind) if field.name in message]
@@ -225,11 +206,7 @@ def _field(name: str, value: Any) -> Any:
 
 
 def progress_of(message: Mapping[str, Any]) -> tuple[float, float | None, str | None]:
-    """Progress as a run's process sent it.
-
-    Raises:
-        ValueError: invalid; the process that sent it is not trusted.
-    """
+    """Progress as a run's process sent it. Raises ValueError: that process is not trusted."""
     done, total, note = message["done"], message["total"], message["note"]
     check_progress(done, total)
     return done, total, None if note is None else clean(str(note), NOTE_LIMIT)

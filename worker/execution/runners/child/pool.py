@@ -89,7 +89,6 @@ class ZygoteHandle:
                 self._loop.call_soon_threadsafe(self._send_later)
 
     def close(self) -> None:
-        """Close the control socket: the zygote kills every run and ends."""
         if self._loop is not None:
             self._loop.remove_reader(self._control)
             self._loop.remove_reader(self._pidfd)
@@ -108,24 +107,16 @@ class ZygoteHandle:
         os.close(self._pidfd)
 
     async def _end_adopted(self) -> None:
-        """Kill what the dead zygote has left; this process, a subreaper, has become the parent.
-
-        Unlike our other children they are in sessions other than ours, and younger than the zygote.
-        """
-        session, me = os.getsid(0), os.getpid()
+        """Kill what the dead zygote has left to this process, a subreaper: it is younger than the zygote."""
         while True:
             table = linux.processes()
-            adopted = {
-                process.pid
-                for process in table.values()
-                if process.parent == me and process.session != session and process.started >= self._started
-            }
-            if not adopted:
+            left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
+            if not left:
                 return
-            for pid in adopted | linux.descendants(table, adopted):
+            for pid in left | linux.descendants(table, left):
                 linux.send(pid, signal.SIGKILL)
             await asyncio.sleep(_STEP)
-            for pid in adopted:
+            for pid in left:
                 linux.reap(pid)
 
     def _receive(self, on_message: Callable[[Message], None]) -> None:
@@ -169,9 +160,8 @@ class ZygoteHandle:
 class ChildPool:
     """Call `start` from the main thread before any key is read.
 
-    Without `freezing` runs are never frozen. `lock_fd` is the descriptor of the SQLite file's lock, which
-    the zygote holds while it lives. The zygote imports the `preload` modules or distributions. Without
-    `sandbox` the runs are not confined.
+    `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
+    imports the `preload` modules or distributions. Without `sandbox` the runs are not confined.
     """
 
     def __init__(
@@ -224,7 +214,6 @@ class ChildPool:
 
     @property
     def zygote_pid(self) -> int | None:
-        """The pid of the zygote, or None."""
         return None if self._zygote is None else self._zygote.pid
 
     def renewed(self, lease: Lease) -> None:
@@ -266,7 +255,6 @@ class ChildPool:
         return outcome
 
     async def close(self) -> None:
-        """Kill all runs and end the zygote."""
         self._closed = True
         self._up.set()
         zygote, self._zygote = self._zygote, None
@@ -372,8 +360,9 @@ class ChildPool:
         # As PID 1 of a container the worker inherits all orphans.
         while True:
             await asyncio.sleep(REAP_EVERY)
-            if self._zygote is not None:
-                linux.reap_adopted(besides=self._zygote.pid)
+            for process in linux.adopted(linux.processes()):
+                if process.state == "Z" and self._zygote is not None and process.pid != self._zygote.pid:
+                    linux.reap(process.pid)
 
     def _folder(self, number: int) -> str:
         return os.path.join(self._setup.folder, str(number))

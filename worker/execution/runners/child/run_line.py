@@ -29,7 +29,7 @@ class ChannelClosed(Exception):
 
 
 class RunLine:
-    """The channel of one run, shared by the handler's threads; a forked copy of the process has none."""
+    """The channel of one run, and the `BlockingWorkerPort` of its handler; thread-safe."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel: socket.socket | None = channel
@@ -73,13 +73,17 @@ class RunLine:
         self.send({**message, "n": number})
         return answer
 
+    def save(self, data_json: str) -> None:
+        self.ask({"op": "save", "data": data_json}).result()
+
+    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return granted_of(self.ask({"op": "token", "fresh": fresh}).result()["granted"])
+
     def progress(self, done: float, total: float | None, note: str | None) -> None:
-        """Send progress, the newest of each tenth of a second."""
         self._progress = {"op": "progress", "done": done, "total": total, "note": note}
         self._send_progress(time.monotonic() - PROGRESS_EVERY)
 
     def send_end(self, outcome: Mapping[str, Any]) -> None:
-        """Send the last message: the outcome."""
         self._send_progress(float("inf"))
         self.send({"op": "end", "outcome": outcome})
 
@@ -89,14 +93,6 @@ class RunLine:
         self._lock = threading.Lock()  # a thread that the fork did not copy may have held the old one
         if channel is not None:
             channel.close()
-
-    def awaited(self) -> AwaitedLine:
-        """The port of a `Context`."""
-        return AwaitedLine(self)
-
-    def blocking(self) -> BlockingLine:
-        """The port of a `BlockingContext`."""
-        return BlockingLine(self)
 
     def _send_progress(self, sent_before: float) -> None:
         if self._progress is not None and self._progress_at <= sent_before:
@@ -150,7 +146,7 @@ class RunLine:
 
 
 class AwaitedLine:
-    """The channel for an async handler."""
+    """The `WorkerPort` of an async handler."""
 
     def __init__(self, line: RunLine) -> None:
         self._line = line
@@ -162,20 +158,6 @@ class AwaitedLine:
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         answer = await asyncio.wrap_future(self._line.ask({"op": "token", "fresh": fresh}))
         return granted_of(answer["granted"])
-
-
-class BlockingLine:
-    """The channel for a blocking handler."""
-
-    def __init__(self, line: RunLine) -> None:
-        self._line = line
-        self.progress = line.progress
-
-    def save(self, data_json: str) -> None:
-        self._line.ask({"op": "save", "data": data_json}).result()
-
-    def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        return granted_of(self._line.ask({"op": "token", "fresh": fresh}).result()["granted"])
 
 
 def error_message(error: WorkerError) -> Message:

@@ -50,23 +50,18 @@ AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_B
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A path that handlers may not reach; `name` describes it.
-
-    With `stem` it includes each sibling whose name starts with its own.
-    """
+    """A path that handlers may not reach; with `stem` also each sibling whose name starts with its own."""
 
     path: str
     name: str
     stem: bool = False
 
     def covers(self, path: str) -> bool:
-        """Whether the path is the secret or lies in it."""
         if path == self.path or path.startswith(f"{self.path}/"):
             return True
         return self.stem and path.startswith(self.path) and "/" not in path[len(self.path) :]
 
     def lies_in(self, root: str) -> bool:
-        """Whether it lies in the folder."""
         return self.path.startswith(root.rstrip("/") + "/")
 
 
@@ -81,10 +76,7 @@ class Narrowed:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Paths by access. Others can read these names.
-
-    `execute` allows reading and executing, `read` reading, `write` everything except making device nodes.
-    """
+    """Paths by access, which others can read. `write` allows everything except making device nodes."""
 
     execute: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
@@ -92,7 +84,6 @@ class Rules:
 
     @classmethod
     def of(cls, given: Mapping[str, Iterable[str]]) -> Rules:
-        """Rules from the parsed output of `as_json`."""
         return cls(**{name: tuple(paths) for name, paths in given.items()})
 
     def as_json(self) -> str:
@@ -102,10 +93,9 @@ class Rules:
 
 @dataclass(slots=True)
 class Planner:
-    """Makes rules in which no root contains one of `secrets`.
+    """Makes rules in which no root contains one of `secrets`, and no writable root one of `planted`.
 
-    Nor does a writable root contain one of `planted`, the paths that the worker would read if a handler
-    created them.
+    The latter are paths that the worker would read if a handler created them.
     """
 
     secrets: Sequence[Secret]
@@ -168,10 +158,7 @@ class Sandbox:
         self.prepare()
 
     def ruleset(self, folder: str) -> landlock.Ruleset:
-        """The rules for one process, which also allow its folder.
-
-        Call `used` once it is forked. Raises OSError.
-        """
+        """The rules for one process, and its folder. Call `used` once it is forked. Raises OSError."""
         if self._reopen_replaced():
             self.used()  # they allow the replaced file, not the new one
         if self._next is None:
@@ -238,10 +225,9 @@ class _File:
 
 
 def allow_own_proc(ruleset: landlock.Ruleset) -> int:
-    """Allow a process that was just forked to read its /proc/self, which is a different inode in each.
+    """Allow a process that was just forked to read its /proc/self, a different inode in each; raises OSError.
 
-    Returns a descriptor to be kept open. Processes that it starts cannot read their own /proc/self. Raises
-    OSError.
+    Returns a descriptor to be kept open. Processes that it starts cannot read their own /proc/self.
     """
     descriptor = os.open("/proc/self", os.O_PATH | os.O_CLOEXEC)
     ruleset.allow_reading(descriptor)

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -51,7 +51,6 @@ class Descendants:
         self.leaders: dict[int, Leader] = {}
 
     def signal(self, run: int, number: signal.Signals) -> None:
-        """Send a signal to the leader of a run."""
         for leader in self.leaders.values():
             if leader.run == run:
                 linux.send(leader.pid, number)
@@ -63,7 +62,6 @@ class Descendants:
             linux.send(pid, signal.SIGKILL)
 
     def kill_all(self, why: str) -> None:
-        """Kill the leader of every run, for this reason."""
         for leader in self.leaders.values():
             leader.why = leader.why or why
             linux.send(leader.pid, signal.SIGKILL)
@@ -99,38 +97,12 @@ class Descendants:
         return {pid for pid in found if table[pid].state != "X"}
 
     def everyone(self) -> set[int]:
-        """All processes below this one."""
         table = linux.processes()
         return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
 
 
 # Seconds between checks of memory.
-TICK = 0.1
-
-
-class MemoryWatch:
-    """Finds runs over their memory caps. Create it before the first fork; `due_at` is monotonic."""
-
-    def __init__(self) -> None:
-        self._own = linux.resident(os.getpid())
-        self.due_at = float("inf")
-
-    def begin(self) -> None:
-        """A run with a cap starts."""
-        self.due_at = min(self.due_at, time.monotonic() + TICK)
-
-    def over_cap(self, caps: Mapping[int, int]) -> list[int]:
-        """The leaders of the runs over their caps, if a check is due; `caps` are in bytes, by leader."""
-        if time.monotonic() < self.due_at:
-            return []
-        self.due_at = time.monotonic() + TICK if caps else float("inf")
-        table = linux.processes() if caps else {}
-        return [pid for pid, cap in caps.items() if self._used(table, pid, cap) > cap]
-
-    def _used(self, table: Mapping[int, linux.Process], leader: int, cap: int) -> int:
-        return linux.memory({leader} | linux.descendants(table, [leader]), own=self._own, limit=cap)
-
-
+MEMORY_TICK = 0.1
 # Seconds between sweeps, and after which ends are reported anyway: the kernel may be unable to kill a
 # process that is stuck in a device.
 SWEEP_TICK = 0.005
@@ -150,7 +122,8 @@ class Zygote:
         self._setup = setup
         self._pid = os.getpid()
         self._sandbox = None if setup.sandbox is None else Sandbox(setup.sandbox)
-        self._memory = MemoryWatch()
+        self._own_memory = linux.resident(os.getpid())
+        self._memory_due_at = float("inf")
         self._groups = linux.RunGroups.find()
         self._descendants = Descendants()
         self._ending: list[Leader] = []  # reaped; their descendants may be alive
@@ -187,7 +160,6 @@ class Zygote:
             self._prepare()
 
     def end_all(self) -> None:
-        """Kill every descendant; returns when none is left."""
         while left := self._descendants.everyone():
             for pid in left:
                 linux.send(pid, signal.SIGKILL)
@@ -201,7 +173,7 @@ class Zygote:
             self._sandbox.prepare()
 
     def _pause(self) -> float | None:
-        due = [self._memory.due_at, self._prepare_at]
+        due = [self._memory_due_at, self._prepare_at]
         if self._ending:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
@@ -258,7 +230,7 @@ class Zygote:
             return
         self._descendants.leaders[pid] = Leader(run, pid, memory)
         if memory is not None:
-            self._memory.begin()
+            self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
         if self._frozen_at is not None:
             linux.send(pid, signal.SIGSTOP)
 
@@ -310,11 +282,17 @@ class Zygote:
         self._send({"op": "thawed", "at": now, "seconds": now - frozen_at})
 
     def _watch_memory(self) -> None:
+        if time.monotonic() < self._memory_due_at:
+            return
         leaders = self._descendants.leaders
         caps = {pid: leader.memory for pid, leader in leaders.items() if leader.memory is not None}
-        for pid in self._memory.over_cap(caps):
-            leaders[pid].why = leaders[pid].why or "out_of_memory"
-            linux.send(pid, signal.SIGKILL)
+        self._memory_due_at = time.monotonic() + MEMORY_TICK if caps else float("inf")
+        table = linux.processes() if caps else {}
+        for pid, cap in caps.items():
+            run = {pid} | linux.descendants(table, [pid])
+            if linux.memory(run, own=self._own_memory, limit=cap) > cap:
+                leaders[pid].why = leaders[pid].why or "out_of_memory"
+                linux.send(pid, signal.SIGKILL)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._unsent.append(json.dumps(message).encode())
