@@ -31,12 +31,8 @@ from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
-CLIENT = "made-up-client"
 # A token with less life left is not returned.
 MARGIN = timedelta(seconds=30)
-NAME = "trial"
-# Required, but never used: the run already exists.
-SCHEDULE = "@hourly"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +65,7 @@ class FakeTokens:
         max_claims_age: timedelta | None = None,
         fresh: bool = False,
     ) -> FakeToken:
-        """The newest token while it is fresh enough, or a new one. Raises TokenRefused for impossible properties."""
+        """The newest token while it is fresh enough, or a new one. Raises TokenRefused: impossible claims."""
         newest, now = self._newest, self.clock.now()
         if newest is not None and not fresh:
             old = max_claims_age is not None and now - newest.claims.issued_at >= max_claims_age
@@ -83,7 +79,7 @@ class FakeTokens:
         granted = scopes if self.scopes is None else set(self.scopes)
         payload = {
             "iss": "https://made-up.invalid",
-            "azp": CLIENT,
+            "azp": "made-up-client",
             "org_code": org.code,
             "scope": " ".join(sorted(granted)),
             "application_properties": {name: {"v": value} for name, value in (self.properties or {}).items()},
@@ -107,8 +103,9 @@ def _flag_type(value: Any) -> str:
 
 
 def definition_of(org: str, handler: str, keys: Mapping[str, Any]) -> Definition:
-    """The definition of a trial's run; `keys` are further ones, as in a file for `apply`. Raises DefinitionError."""
-    values = {"org": org, "name": NAME, "handler": handler, "schedule": SCHEDULE, **keys}
+    """The definition of a trial's run; `keys` are as in a file for `apply`. Raises DefinitionError."""
+    # The schedule is required, but never used.
+    values = {"org": org, "name": "trial", "handler": handler, "schedule": "@hourly", **keys}
     return parse_definition(values, entry="definition")
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
+from typing import cast
 
 from worker.execution.attempts import events
 from worker.execution.attempts.attempt import attempt
@@ -21,14 +22,6 @@ from worker.telemetry.events import emit
 
 # Attempts started in one iteration of the loop: ends are written between bursts, and nothing waits long.
 BURST = 50
-
-# Why a run ends cancelled, as its row says → the reason that its handler gets.
-STOP_REASONS: dict[str, StopReason] = {
-    "requested": "cancel",
-    "suspended": "suspended",
-    "replaced": "replaced",
-    "closed": "closed",
-}
 
 
 @dataclass(eq=False, repr=False)
@@ -74,8 +67,9 @@ class Dispatcher:
     def cancel(self, run_id: RunId, reason: str) -> None:
         inflight = self.inflight_runs.get(run_id)
         if inflight is not None:
-            grace = inflight.cancel_grace.total_seconds()
-            inflight.stop.request(STOP_REASONS.get(reason, "cancel"), grace)
+            known = reason in ("suspended", "replaced", "closed")
+            stop_reason = cast(StopReason, reason) if known else "cancel"
+            inflight.stop.request(stop_reason, inflight.cancel_grace.total_seconds())
 
     async def drain(self, grace: timedelta) -> None:
         """Ask every run to stop, and wait until the end of each is written."""

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from worker.handlers.catalogue import HandlerEntry
 from worker.runs.run import Isolation
 
-NO_SCOPES: frozenset[str] = frozenset()
-
 
 class HandlerRegistry:
     """Handlers by name, without broken ones and without inline ones that the operator does not allow."""
@@ -40,7 +38,7 @@ class HandlerRegistry:
 
     def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
         if not handlers:
-            return NO_SCOPES
+            return frozenset()
         entries = (self._entries.get(name) for name in handlers)
         return frozenset(scope for entry in entries if entry is not None for scope in entry.scopes)
 

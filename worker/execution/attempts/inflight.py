@@ -20,10 +20,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class InflightRun:
-    """An admitted run, until its end is written.
-
-    `moved` says that the attempt has saved a checkpoint that differs from the one it started with.
-    """
+    """An admitted run, until its end is written; `moved` once the attempt has saved a new checkpoint."""
 
     run: AdmittedRun
     stop: StopSignal
@@ -95,10 +92,7 @@ class InflightRuns:
 
 
 class Deadlines:
-    """The timeouts of all running handlers, without frozen time, over one timer for the earliest.
-
-    A timer for each would cost an inline run more than calling its handler.
-    """
+    """The timeouts of all handlers, over one timer: a timer each would cost more than calling a handler."""
 
     def __init__(self) -> None:
         self._open: dict[StopSignal, tuple[float, float]] = {}  # due at, and the grace then

@@ -133,12 +133,8 @@ class Plans:
     )
 
     async def of(self, run: AdmittedRun) -> AttemptPlan:
-        """The plan of a run.
-
-        Raises:
-            DefinitionError: this version does not understand the stored spec.
-            ConfigurationError: its token would go unencrypted to an origin that the operator does not allow.
-            Unavailable: the database did not answer.
+        """The plan of a run. Raises DefinitionError if this version does not understand the stored spec,
+        ConfigurationError if its token would go to a forbidden origin, and Unavailable.
         """
         key = (run.definition_id, run.revision)
         now = self.clock.monotonic()

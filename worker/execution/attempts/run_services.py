@@ -68,11 +68,8 @@ class TokenSource(Protocol):
     ) -> EnforcedToken:
         """A verified and enforced token of this org with some life left.
 
-        `also_ask` are scopes to request that the token may lack.
-
-        Raises:
-            TokenRefused: the issuer's token must not be used.
-            TokenError, Unavailable: no token, or no verdict on it, for now.
+        It may lack the scopes in `also_ask`. Raises TokenRefused if the issuer's token must not be used,
+        TokenError and Unavailable if there is no token, or no verdict on it, for now.
         """
 
 
@@ -113,11 +110,7 @@ class AttemptServices:
     _closed: bool = False
 
     async def save(self, data_json: str) -> None:
-        """Store a checkpoint, fenced and durable; wait while the database is unavailable.
-
-        Raises:
-            LeaseLost: another incarnation owns the run, which is being killed here.
-        """
+        """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
         pause, masked = RETRY_SAVE, masker.mask(data_json)
         while True:
             self._check_open()

@@ -13,8 +13,7 @@ from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.telemetry.events import emit
 
-# Maximum rows of one statement. A hundred are enough on a fast disk; on a slow one a commit is expensive,
-# and more ends share it.
+# Maximum rows of one statement: on a slow disk a commit is expensive, and more ends share it.
 BATCH = 2000
 # Seconds between tries while the database is unavailable.
 RETRY = 0.5

@@ -1,6 +1,4 @@
-"""Ownership of runs: the reconciler keeps this process in line with the rows it owns; recovery takes over
-the runs of dead workers.
-"""
+"""Reconciler: keeps this process in line with the rows it owns. Recovery: takes over runs of dead workers."""
 
 from __future__ import annotations
 

@@ -34,10 +34,7 @@ class RunLogStore(Protocol):
 
 @dataclass(eq=False, repr=False)
 class RunLogWriter:
-    """Takes lines and progress at any rate and writes them twice a second.
-
-    Beyond `MAX_LINES` it drops the oldest lines, and an event counts them.
-    """
+    """Writes lines and progress twice a second; drops the oldest lines beyond `MAX_LINES`."""
 
     store: RunLogStore
     clock: Clock

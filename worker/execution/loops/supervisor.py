@@ -93,8 +93,7 @@ class Supervisor:
 
     async def run(self) -> bool:
         """Run until stopped; returns whether the drain wrote everything."""
-        outlet = [self._start(name, loop) for name, loop in self.outlet.items()]
-        intake = [self._start(name, loop) for name, loop in self.intake.items()]
+        outlet, intake = self._start(self.outlet), self._start(self.intake)
         self.housekeeping.start()
         self.heartbeat.start(asyncio.get_running_loop())
         try:
@@ -119,8 +118,8 @@ class Supervisor:
             return False
         return True
 
-    def _start(self, name: str, loop: Loop) -> asyncio.Task[None]:
-        return asyncio.create_task(self._keep_alive(name, loop), name=name)
+    def _start(self, loops: Mapping[str, Loop]) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(self._keep_alive(*loop), name=loop[0]) for loop in loops.items()]
 
     async def _keep_alive(self, name: str, loop: Loop) -> None:
         while True:

@@ -18,22 +18,11 @@ from worker.handlers.context import Given, HeldToken, Org, ThisRun, WorkerPort
 from worker.handlers.job import Job
 from worker.handlers.models import read_params, read_settings
 from worker.ids import RunId
-from worker.runs.outcome import (
-    Cancelled,
-    Error,
-    Failed,
-    HandedBack,
-    Lost,
-    Outcome,
-    Refused,
-    Retried,
-    Snoozed,
-    Succeeded,
-    TimedOut,
-)
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Error, Failed, Outcome
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
-LEASE_LOST = Lost("the lease on the run is lost")
+LEASE_LOST = outcomes.Lost("the lease on the run is lost")
 
 
 @dataclass(slots=True)
@@ -84,11 +73,7 @@ class Work:
 
 
 class RunServices(WorkerPort, Protocol):
-    """What a running handler may ask of the worker, for its own run and org only.
-
-    Called on the worker's loop. The worker masks every text. `save` raises LeaseLost, `token` raises
-    TokenError and Unavailable.
-    """
+    """What a running handler may ask of the worker, for its own run. Used on the worker's loop."""
 
     def log(self, level: str, source: str, text: str, at: datetime | None = None) -> None:
         """Add a line to the run's log; `source` is log, stdout or stderr, `at` defaults to now."""
@@ -107,7 +92,7 @@ class Runner(Protocol):
     """Where handlers run: in child processes, or inline in the worker's loop."""
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
-        """Run the handler to its end; nothing of it is left running afterwards."""
+        """Run the handler to its end. Its processes are gone afterwards."""
 
 
 class Interrupted(BaseException):
@@ -211,15 +196,17 @@ class StopSignal:
 def outcome_of_stop(stop: StopSignal) -> Outcome:
     match stop.reason:
         case None:
-            return Lost("no longer ours")
+            return outcomes.Lost("no longer ours")
         case "timeout":
-            return TimedOut(Error("TimeoutError", "the run's timeout passed before its handler returned"))
+            return outcomes.TimedOut(
+                Error("TimeoutError", "the run's timeout passed before its handler returned")
+            )
         case "drain":
-            return HandedBack()
+            return outcomes.HandedBack()
         case "cancel":
-            return Cancelled("requested")
+            return outcomes.Cancelled("requested")
         case reason:
-            return Cancelled(reason)
+            return outcomes.Cancelled(reason)
 
 
 def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:
@@ -230,9 +217,9 @@ def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:
     if stop.reason is None:
         return returned
     match returned:
-        case Succeeded() | Cancelled() | Refused() | Failed(permanent=True):
+        case outcomes.Succeeded() | outcomes.Cancelled() | outcomes.Refused() | Failed(permanent=True):
             return returned
-        case Retried() | Snoozed() if stop.reason == "drain":
+        case outcomes.Retried() | outcomes.Snoozed() if stop.reason == "drain":
             return returned
         case _:
             return outcome_of_stop(stop)

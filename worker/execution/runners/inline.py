@@ -179,7 +179,7 @@ class Inline:
 class Blocking:
     """A daemon thread for each blocking handler, so that a debugger or a test can reach it; trials only.
 
-    At half the grace the next call of `ctx` raises Interrupted; a handler that still runs at its end is abandoned.
+    At half the grace the next call of `ctx` raises Interrupted; at its end a running handler is abandoned.
     """
 
     clock: Clock

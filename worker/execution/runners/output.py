@@ -1,7 +1,6 @@
-"""The output of a run: log records become marked lines of its stderr, and its output becomes log lines.
+"""The output of a run: log records become marked lines of stderr, which a crash keeps; output becomes a log.
 
-A crash loses no line this way. The mark distinguishes a record from printed text; a handler that prints the
-mark only adds a line to its own log.
+A handler that prints the mark only adds a line to its own log.
 """
 
 from __future__ import annotations

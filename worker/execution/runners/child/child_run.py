@@ -12,17 +12,8 @@ from typing import Any, cast
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
-from worker.execution.runners.child.messages import (
-    CHANNEL_CLOSED,
-    BrokenFrame,
-    Message,
-    Unframer,
-    frame,
-    granted_message,
-    outcome_of_message,
-    progress_of,
-    work_message,
-)
+from worker.execution.runners.child import messages
+from worker.execution.runners.child.messages import Message
 from worker.execution.runners.child.run_line import error_message
 from worker.execution.runners.contract import (
     LEASE_LOST,
@@ -69,7 +60,7 @@ class ChildRun(asyncio.Protocol):
         self._send_signal = send_signal
         self._loop = asyncio.get_running_loop()
         self._output = RunOutput(services.log, clock)
-        self._unframer = Unframer()
+        self._unframer = messages.Unframer()
         self._channel: asyncio.Transport | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
@@ -89,7 +80,7 @@ class ChildRun(asyncio.Protocol):
         try:
             self._channel_open = True
             await self._loop.create_connection(lambda: self, sock=ours)
-            self._send(work_message(self._work))
+            self._send(messages.work_message(self._work))
             for source in ("stdout", "stderr"):
                 given.append(self._pipe(source))
         except OSError:
@@ -150,7 +141,7 @@ class ChildRun(asyncio.Protocol):
         try:
             for message in self._unframer.feed(data):
                 self._handle(message)
-        except (BrokenFrame, KeyError, TypeError, ValueError):
+        except (messages.BrokenFrame, KeyError, TypeError, ValueError):
             error = Error("BrokenChannel", "the run's process sent an invalid message")
             self._returned = Failed(error, "result_invalid")
             self._send_signal("kill")
@@ -166,13 +157,13 @@ class ChildRun(asyncio.Protocol):
             case "started":
                 self._services.started()
             case "progress":
-                self._services.progress(*progress_of(message))
+                self._services.progress(*messages.progress_of(message))
             case "save":
                 self._answer_later(message, self._save(message["data"]))
             case "token":
                 self._answer_later(message, self._token(bool(message["fresh"])))
             case "end":
-                self._returned = outcome_of_message(message["outcome"])
+                self._returned = messages.outcome_of_message(message["outcome"])
                 self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
 
     def _answer_later(self, message: Message, work: Awaitable[Message]) -> None:
@@ -208,11 +199,11 @@ class ChildRun(asyncio.Protocol):
         return {}
 
     async def _token(self, fresh: bool) -> Message:
-        return {"granted": granted_message(*await self._services.token(fresh=fresh))}
+        return {"granted": messages.granted_message(*await self._services.token(fresh=fresh))}
 
     def _send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():
-            self._channel.write(frame(message))
+            self._channel.write(messages.frame(message))
 
     # stopping
 
@@ -280,7 +271,7 @@ def outcome_of_end(
 def exit_detail(status: int) -> str:
     """A wait status in words: `exit code 3`, `signal SIGSEGV`."""
     code = os.waitstatus_to_exitcode(status)
-    if code == CHANNEL_CLOSED:
+    if code == messages.CHANNEL_CLOSED:
         return "its channel to the worker was closed"
     if code >= 0:
         return f"exit code {code}"

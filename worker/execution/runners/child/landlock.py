@@ -82,8 +82,7 @@ class Ruleset:
         if (allowed := rule(descriptor, access, self._version, is_folder=is_folder)) is not None:
             self.add(allowed)
 
-    # The following run in a process that was just forked, where each function's first call copies pages: so
-    # they call few.
+    # Called in a process that was just forked, where each function's first call copies pages.
 
     def allow_reading(self, folder: int) -> None:
         """Allow reading an open folder."""

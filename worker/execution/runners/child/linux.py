@@ -56,10 +56,9 @@ def hide_memory() -> None:
 
 
 def hold_shared(descriptor: int) -> int:
-    """Open the file of a descriptor again and lock it for reading; returns the new descriptor.
+    """Open the file of a descriptor again and lock it for reading (F_OFD_SETLK); returns the new descriptor.
 
-    The lock belongs to the new open file (F_OFD_SETLK), so releasing it does not release the lock of
-    `descriptor`. Raises OSError if the file is locked for writing.
+    Releasing this lock keeps that of `descriptor`. Raises OSError if the file is locked for writing.
     """
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
     # struct flock: type, whence, start, length (0: the whole file), pid.
@@ -101,13 +100,11 @@ def descendants(table: Mapping[int, Process], roots: Iterable[int]) -> set[int]:
     return found
 
 
-def send(pid: int, number: signal.Signals) -> None:
-    """Send a signal; ignores a process that is gone."""
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        # Another user's process must be a setuid program that the run has started.
-        return
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """Send a signal to processes that may be gone, or may be a setuid program that a run has started."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
 
 
 def reap(pid: int) -> None:
@@ -137,8 +134,7 @@ def stop_all(find: Callable[[], set[int]]) -> None:
         fresh = find() - stopped
         if not fresh:
             return
-        for pid in fresh:
-            send(pid, signal.SIGSTOP)
+        send(fresh, signal.SIGSTOP)
         stopped |= fresh
 
 
@@ -248,13 +244,9 @@ class RunGroups:
         """Remove the cgroup of a run that has ended; if that fails, with a later one."""
         self._ended.add(self._of(run))
         for group in list(self._ended):
-            try:
-                group.rmdir()
-            except FileNotFoundError:
-                self._ended.discard(group)
-            except OSError:  # the kernel is still cleaning up one of its processes
-                continue
-            else:
+            with contextlib.suppress(OSError):  # the kernel is still cleaning up one of its processes
+                with contextlib.suppress(FileNotFoundError):
+                    group.rmdir()
                 self._ended.discard(group)
 
     def _of(self, run: int) -> Path:

@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -151,13 +150,15 @@ def main(channel: int) -> NoReturn:
 
 
 def _run(work: Work, line: RunLine) -> Outcome:
-    interrupt = _Interrupt()
+    signal.signal(signal.SIGTERM, _raise_interrupted)
+    # Processes that the handler forks end at SIGTERM as usual.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         job = load(work.entry_point)
         given = work.given(job, logging.getLogger(work.handler), SystemClock())
         line.send({"op": "started"})
         if job.is_async:
-            return _run_async(job, given, line, interrupt)
+            return _run_async(job, given, line)
         cancelled = BlockingCancellation()
         line.listen(cancelled.set)
         return call_blocking(job, BlockingContext(given, line, cancelled))
@@ -167,7 +168,7 @@ def _run(work: Work, line: RunLine) -> Outcome:
         return outcome_of_error(error)
 
 
-def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Interrupt) -> Outcome:
+def _run_async(job: Job, given: Given[Any, Any], line: RunLine) -> Outcome:
     home = os.getpid()
 
     async def body() -> Outcome:
@@ -181,7 +182,7 @@ def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Inte
         line.listen(on_stop)
         task = asyncio.current_task(loop)
         if task is not None:
-            interrupt.do = lambda: loop.call_soon_threadsafe(task.cancel)
+            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
         code = 0
         try:
             return await call(job, Context(given, AwaitedLine(line), cancelled))
@@ -198,21 +199,8 @@ def _run_async(job: Job, given: Given[Any, Any], line: RunLine, interrupt: _Inte
     return asyncio.new_event_loop().run_until_complete(body())
 
 
-class _Interrupt:
-    """Handles SIGTERM: cancels the task of an async handler, raises Interrupted in a blocking one."""
-
-    def __init__(self) -> None:
-        self.do: Callable[[], object] = self._raise
-        signal.signal(signal.SIGTERM, self._on_signal)
-        # Processes that the handler forks end at SIGTERM as usual.
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.do()
-
-    @staticmethod
-    def _raise() -> None:
-        raise Interrupted("the grace is half over")
+def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    raise Interrupted("the grace is half over")
 
 
 def _open_streams() -> None:

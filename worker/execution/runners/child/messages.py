@@ -24,8 +24,7 @@ from worker.runs.outcome import Error, Outcome
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
 CHANNEL_CLOSED = 81
-# Maximum bytes of a frame. A result or checkpoint has at most 1 MiB of JSON; as text within JSON it can grow
-# sixfold.
+# Maximum bytes of a frame: 1 MiB of JSON, such as a result, can grow sixfold as text within JSON.
 LIMIT = 8 * 1024 * 1024
 _LENGTH = struct.Struct("!I")
 

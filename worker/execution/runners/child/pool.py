@@ -67,6 +67,7 @@ class ZygoteHandle:
         self._sending = threading.Lock()
         self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        emit("zygote.started", pid=self.pid)
 
     def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
         """Listen on the running loop; `on_death` is called once, when the process is gone."""
@@ -113,8 +114,7 @@ class ZygoteHandle:
             left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
             if not left:
                 return
-            for pid in left | linux.descendants(table, left):
-                linux.send(pid, signal.SIGKILL)
+            linux.send(left | linux.descendants(table, left), signal.SIGKILL)
             await asyncio.sleep(_STEP)
             for pid in left:
                 linux.reap(pid)
@@ -186,7 +186,6 @@ class ChildPool:
             sandbox=sandbox,
         )
         self._zygote: ZygoteHandle | None = None
-        self._attached = False
         self._closed = False
         self._lease: Message | None = None
         self._numbers = itertools.count(1)
@@ -202,15 +201,13 @@ class ChildPool:
         linux.become_subreaper()
         linux.allow_many_descriptors()
         self._setup = replace(self._setup, folder=tempfile.mkdtemp(prefix=FOLDERS))
-        self._zygote = self._start_zygote()
+        self._zygote = ZygoteHandle(self._setup)
 
     def attach(self) -> None:
         """Listen to the zygote on the running loop; `run` does it if needed."""
-        if self._attached or self._zygote is None:
-            return
-        self._attached = True
-        self._use(self._zygote)
-        self._reaping = asyncio.create_task(self._reap_periodically())
+        if self._reaping is None and self._zygote is not None:
+            self._use(self._zygote)
+            self._reaping = asyncio.create_task(self._reap_periodically())
 
     @property
     def zygote_pid(self) -> int | None:
@@ -280,11 +277,6 @@ class ChildPool:
                     wait.cancel()
         return self._zygote if self._up.is_set() else None
 
-    def _start_zygote(self) -> ZygoteHandle:
-        zygote = ZygoteHandle(self._setup)
-        emit("zygote.started", pid=zygote.pid)
-        return zygote
-
     def _use(self, zygote: ZygoteHandle) -> None:
         zygote.attach(self._handle, lambda: self._in_background(self._replace(zygote)))
         self._zygote = zygote
@@ -339,7 +331,7 @@ class ChildPool:
         if not was_up:
             await self._after_a_bad_start()
         if not self._closed:
-            self._use(self._start_zygote())
+            self._use(ZygoteHandle(self._setup))
 
     async def _after_a_bad_start(self) -> None:
         # Runs wait until a zygote is up: losing them would use up their recoveries.

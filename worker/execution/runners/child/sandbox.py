@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from worker.execution.runners.child import landlock
 from worker.handlers import denials, describe
 
-# A root that contains a secret is split into at most so many paths, or else left out.
+# A root that contains a secret is split into at most this number of paths, or else left out.
 MAX_PARTS = 256
 
 # Seconds between two checks for replaced system files.
@@ -57,12 +57,9 @@ class Secret:
     stem: bool = False
 
     def covers(self, path: str) -> bool:
-        if path == self.path or path.startswith(f"{self.path}/"):
+        if path == self.path or _is_below(path, self.path):
             return True
         return self.stem and path.startswith(self.path) and "/" not in path[len(self.path) :]
-
-    def lies_in(self, root: str) -> bool:
-        return self.path.startswith(root.rstrip("/") + "/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +107,7 @@ class Planner:
         write = _outermost(self._allowed(write_paths, kept, within=modules))
         read = _outermost(self._allowed([*FOLDERS_READ, *_authorities()], self.secrets))
         execute = _outermost(self._allowed([*SYSTEM, *code, *read_paths], self.secrets))
-        # A handler could replace a path in a writable folder by a link to a secret, so it must not be opened
-        # again. The folder allows it anyway.
+        # Do not open again a path in a writable folder, which a handler could replace by a link to a secret.
         execute = tuple(path for path in execute if not any(_is_below(path, root) for root in write))
         # Each rule costs each start some microseconds, and links into /usr need none.
         files = [
@@ -124,7 +120,7 @@ class Planner:
     ) -> Iterator[str]:
         """The roots without the secrets in them; a root in one of `within` is the operator's choice."""
         for root in dict.fromkeys(os.path.realpath(root) for root in roots):
-            near = [secret for secret in secrets if secret.covers(root) or secret.lies_in(root)]
+            near = [secret for secret in secrets if secret.covers(root) or _is_below(secret.path, root)]
             near = [secret for secret in near if secret not in within or not _is_below(root, secret.path)]
             parts = [root] if not near else list(_without(root, near))
             if near:
@@ -143,7 +139,8 @@ class Sandbox:
     def __init__(self, rules: Rules) -> None:
         self._version = landlock.abi()
         self._rules: dict[str, bytes] = {}
-        self._files: dict[str, _File] = {}
+        # The system files, each with its descriptor, access and inode.
+        self._files: dict[str, tuple[int, int, tuple[int, int] | None]] = {}
         self._checked_at = time.monotonic()
         self._next: landlock.Ruleset | None = None
         kinds = (
@@ -194,11 +191,11 @@ class Sandbox:
         if now < self._checked_at + CHECK_EVERY:
             return False
         self._checked_at, found = now, False
-        for path, file in list(self._files.items()):
-            if _identity(path) != file.identity:
-                os.close(file.descriptor)
+        for path, (descriptor, access, inode) in list(self._files.items()):
+            if _inode(path) != inode:
+                os.close(descriptor)
                 del self._files[path], self._rules[path]
-                self._open(path, file.access)
+                self._open(path, access)
                 found = True
         return found
 
@@ -214,14 +211,7 @@ class Sandbox:
             return
         self._rules[path] = rule
         if not is_folder:
-            self._files[path] = _File(descriptor, access, _identity(path))
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    descriptor: int
-    access: int
-    identity: tuple[int, int] | None
+            self._files[path] = (descriptor, access, _inode(path))
 
 
 def allow_own_proc(ruleset: landlock.Ruleset) -> int:
@@ -277,7 +267,7 @@ def _without(root: str, secrets: Sequence[Secret]) -> Iterator[str]:
     """The current parts of a root that contain none of the secrets."""
     if any(secret.covers(root) for secret in secrets):
         return
-    if not any(secret.lies_in(root) for secret in secrets):
+    if not any(_is_below(secret.path, root) for secret in secrets):
         yield root
         return
     with suppress(OSError), os.scandir(root) as entries:
@@ -299,7 +289,7 @@ def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip("/") + "/")
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _inode(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:

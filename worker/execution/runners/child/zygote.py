@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -41,64 +40,6 @@ class Leader:
     memory: int | None
     why: str | None = None
     ended: dict[str, Any] | None = None
-
-
-class Descendants:
-    """Living leaders by pid. Leaders are subreapers, so every other child comes from a dead run."""
-
-    def __init__(self) -> None:
-        self._pid = os.getpid()
-        self.leaders: dict[int, Leader] = {}
-
-    def signal(self, run: int, number: signal.Signals) -> None:
-        for leader in self.leaders.values():
-            if leader.run == run:
-                linux.send(leader.pid, number)
-
-    def kill_below(self, run: int) -> None:
-        """Kill what the leader of a run has started, also if it is frozen."""
-        roots = [leader.pid for leader in self.leaders.values() if leader.run == run]
-        for pid in linux.descendants(linux.processes(), roots):
-            linux.send(pid, signal.SIGKILL)
-
-    def kill_all(self, why: str) -> None:
-        for leader in self.leaders.values():
-            leader.why = leader.why or why
-            linux.send(leader.pid, signal.SIGKILL)
-
-    def reap(self) -> Iterator[Leader]:
-        """Reap all children that have ended, and yield the leaders among them, with how they ended."""
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            leader = self.leaders.pop(pid, None)
-            if leader is not None:
-                leader.ended = {"status": status, "memory": usage.ru_maxrss * 1024}
-                yield leader
-
-    def orphans(self) -> set[int]:
-        """What dead runs have left, alive or not yet reaped."""
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # no children, so skip the process table
-            return set()
-        table = linux.processes()
-        adopted = {
-            process.pid
-            for process in table.values()
-            if process.parent == self._pid and process.pid not in self.leaders
-        }
-        found = adopted | linux.descendants(table, adopted)
-        # Dead ones that are not yet reaped count: a run is over once none of its processes is left.
-        return {pid for pid in found if table[pid].state != "X"}
-
-    def everyone(self) -> set[int]:
-        table = linux.processes()
-        return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
 
 
 # Seconds between checks of memory.
@@ -125,7 +66,8 @@ class Zygote:
         self._own_memory = linux.resident(os.getpid())
         self._memory_due_at = float("inf")
         self._groups = linux.RunGroups.find()
-        self._descendants = Descendants()
+        # The living leaders by pid. They are subreapers, so every other child comes from a dead run.
+        self._leaders: dict[int, Leader] = {}
         self._ending: list[Leader] = []  # reaped; their descendants may be alive
         self._ending_since = 0.0
         self._freeze_at = float("inf")
@@ -160,9 +102,8 @@ class Zygote:
             self._prepare()
 
     def end_all(self) -> None:
-        while left := self._descendants.everyone():
-            for pid in left:
-                linux.send(pid, signal.SIGKILL)
+        while left := self._everyone():
+            linux.send(left, signal.SIGKILL)
             self._reap()
             time.sleep(0.002)
 
@@ -178,7 +119,7 @@ class Zygote:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
             due.append(self._freeze_at)
-        elif self._descendants.leaders:
+        elif self._leaders:
             due.append(self._frozen_at + self._setup.max_freeze)
         seconds = min(due) - time.monotonic()
         return None if seconds == float("inf") else max(seconds, 0) * 1000
@@ -197,7 +138,7 @@ class Zygote:
             case "start":
                 self._start(message, descriptors)
             case "interrupt":
-                self._descendants.signal(message["run"], signal.SIGTERM)
+                self._signal(message["run"], signal.SIGTERM)
             case "kill":
                 self._kill(message["run"])
             case "lease":
@@ -228,31 +169,59 @@ class Zygote:
             self._prepare_at = time.monotonic() + AFTER_START
         if pid is None:
             return
-        self._descendants.leaders[pid] = Leader(run, pid, memory)
+        self._leaders[pid] = Leader(run, pid, memory)
         if memory is not None:
             self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
         if self._frozen_at is not None:
-            linux.send(pid, signal.SIGSTOP)
+            linux.send([pid], signal.SIGSTOP)
 
     def _kill(self, run: int) -> None:
         if self._frozen_at is not None:
-            # As orphans they would be thawed with the others before they are swept.
-            self._descendants.kill_below(run)
-        self._descendants.signal(run, signal.SIGKILL)
+            # Orphans would be thawed with the others before they are swept.
+            roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
+            linux.send(linux.descendants(linux.processes(), roots), signal.SIGKILL)
+        self._signal(run, signal.SIGKILL)
+
+    def _signal(self, run: int, number: signal.Signals) -> None:
+        linux.send([leader.pid for leader in self._leaders.values() if leader.run == run], number)
 
     def _reap(self) -> None:
-        for leader in self._descendants.reap():
-            if not self._ending:
-                self._ending_since = time.monotonic()
-            self._ending.append(leader)
+        """Reap all children that have ended; the leaders among them wait for `_sweep`."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if (leader := self._leaders.pop(pid, None)) is not None:
+                leader.ended = {"status": status, "memory": usage.ru_maxrss * 1024}
+                if not self._ending:
+                    self._ending_since = time.monotonic()
+                self._ending.append(leader)
+
+    def _orphans(self) -> set[int]:
+        """What dead runs have left, alive or not yet reaped."""
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # no children, so skip the process table
+            return set()
+        table = linux.processes()
+        adopted = {pid for pid in table if table[pid].parent == self._pid and pid not in self._leaders}
+        found = adopted | linux.descendants(table, adopted)
+        # Dead ones that are not yet reaped count: a run is over once none of its processes is left.
+        return {pid for pid in found if table[pid].state != "X"}
+
+    def _everyone(self) -> set[int]:
+        table = linux.processes()
+        return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
 
     def _sweep(self) -> None:
         """Kill what ended runs have left, and only then report their ends."""
         if not self._ending:
             return
-        orphans = self._descendants.orphans()
-        for pid in orphans:
-            linux.send(pid, signal.SIGKILL)
+        orphans = self._orphans()
+        linux.send(orphans, signal.SIGKILL)
         if orphans and time.monotonic() < self._ending_since + SWEEP_PATIENCE:
             return
         ending, self._ending = self._ending, []
@@ -267,32 +236,32 @@ class Zygote:
         now = time.monotonic()
         if self._frozen_at is None and now >= self._freeze_at:
             self._frozen_at = now
-            linux.stop_all(self._descendants.everyone)
+            linux.stop_all(self._everyone)
             self._send({"op": "frozen", "at": now})
         elif self._frozen_at is not None and now >= self._frozen_at + self._setup.max_freeze:
-            self._descendants.kill_all("frozen")
+            for leader in self._leaders.values():
+                leader.why = leader.why or "frozen"
+            linux.send(self._leaders, signal.SIGKILL)
 
     def _thaw(self) -> None:
         if self._frozen_at is None or time.monotonic() >= self._freeze_at:
             return
         frozen_at, self._frozen_at = self._frozen_at, None
-        for pid in self._descendants.everyone():
-            linux.send(pid, signal.SIGCONT)
+        linux.send(self._everyone(), signal.SIGCONT)
         now = time.monotonic()
         self._send({"op": "thawed", "at": now, "seconds": now - frozen_at})
 
     def _watch_memory(self) -> None:
         if time.monotonic() < self._memory_due_at:
             return
-        leaders = self._descendants.leaders
-        caps = {pid: leader.memory for pid, leader in leaders.items() if leader.memory is not None}
+        caps = {pid: leader.memory for pid, leader in self._leaders.items() if leader.memory is not None}
         self._memory_due_at = time.monotonic() + MEMORY_TICK if caps else float("inf")
         table = linux.processes() if caps else {}
         for pid, cap in caps.items():
             run = {pid} | linux.descendants(table, [pid])
             if linux.memory(run, own=self._own_memory, limit=cap) > cap:
-                leaders[pid].why = leaders[pid].why or "out_of_memory"
-                linux.send(pid, signal.SIGKILL)
+                self._leaders[pid].why = self._leaders[pid].why or "out_of_memory"
+                linux.send([pid], signal.SIGKILL)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._unsent.append(json.dumps(message).encode())
