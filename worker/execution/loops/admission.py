@@ -14,7 +14,7 @@ from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.loops.wakeups import wait_for
 from worker.runs.run import AdmittedRun, Isolation
 
-# With fewer free slots and more runs waiting, wait `MOMENT` seconds for more: few are not worth a transaction.
+# With fewer free slots than this and more runs waiting, wait `MOMENT` seconds for others to become free.
 FEW = 100
 MOMENT = 0.002
 
