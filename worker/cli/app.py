@@ -1,6 +1,6 @@
-"""What stands first in a command, and the module that has it, imported when it is needed.
+"""The command line: finds the module of a command, runs it, prints errors and returns the exit code.
 
-A list pays for the modules of one noun, not for those of all: they are a tenth of it.
+Only the module of the given verb or noun is imported: all of them would take a tenth of a list's time.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from worker.cli import completion
 from worker.cli.output import Format, print_error
 from worker.cli.session import Invocation
-from worker.errors import DefinitionError, UsageError, WorkerError
+from worker.errors import AccessDenied, ConfigurationError, DefinitionError, UsageError, WorkerError
 from worker.telemetry.masking import masker
 
 # Module and function of each verb.
 VERBS = {
     "run": ("run", "run"),
     "serve": ("run", "serve"),
-    "demo": ("demo", "demo"),
+    "demo": ("run", "demo"),
     "apply": ("apply", "apply"),
     "try": ("try_run", "try_"),
     "new-job": ("new_job", "new_job"),
     "check": ("checks", "check"),
     "doctor": ("doctor", "doctor"),
-    "completion": ("completion", "completion"),
+    "completion": ("app", "completion"),
 }
-# Each is a module, with its verbs in its `app`.
+# A noun's verbs are in `app` of its module.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
     *("db", "keys", "config"),
@@ -43,7 +43,7 @@ WITH_VALUE = ("--config", "--set")
 
 
 def add(app: typer.Typer, only: str | None) -> None:
-    """Give `app` this verb or noun, or all of them."""
+    """Add one verb or noun to `app`, or all of them."""
     for verb, (module, function) in VERBS.items():
         if only in (None, verb):
             app.command(verb)(getattr(import_module(f"worker.cli.{module}"), function))
@@ -53,7 +53,7 @@ def add(app: typer.Typer, only: str | None) -> None:
 
 
 def first(arguments: Sequence[str]) -> str | None:
-    """The verb or noun that a command begins with; None where it has none that is known."""
+    """The verb or noun that a command begins with; None if it is unknown."""
     words = iter(arguments)
     for word in words:
         if word in WITH_VALUE:
@@ -74,7 +74,7 @@ def before_the_verb(
         typer.Option(
             "--config",
             metavar="FILE",
-            help="The settings; default WORKER_CONFIG, /etc/orgworker/worker.toml, ./worker.toml.",
+            help="Settings file (default: WORKER_CONFIG, /etc/orgworker/worker.toml, ./worker.toml).",
         ),
     ] = None,
     setting: Annotated[
@@ -82,13 +82,14 @@ def before_the_verb(
         typer.Option("--set", metavar="NAME=VALUE", help="One setting, such as execution.poll=2s."),
     ] = None,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an unexpected error came from (also WORKER_DEBUG=1).")
+        bool,
+        typer.Option("--debug", help="Print tracebacks of unexpected errors (also WORKER_DEBUG=1)."),
     ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Scheduled, long-running background jobs for each customer org, each run under a token scoped to it.
 
-    Without a command it starts the worker, as `run` does.
+    Without a command, starts the worker, as `run` does.
     """
     if version:
         from importlib.metadata import version as version_of
@@ -103,7 +104,7 @@ def before_the_verb(
 
 
 def build(only: str | None = None) -> typer.Typer:
-    """The command line with this verb or noun alone, or with all of them."""
+    """The command line with one verb or noun, or with all of them."""
     app = typer.Typer(
         rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110}
     )
@@ -113,27 +114,29 @@ def build(only: str | None = None) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command that the process was started with, and exit with its code."""
+    """Run this process's command, and exit with its code."""
     code = invoke(sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads has seen enough, as in `runs list | head`; the interpreter must not complain at exit.
+        # The reader has closed the pipe, as in `runs list | head`; the interpreter must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def invoke(arguments: Sequence[str]) -> int:
-    """Run one command; its exit code as in the documentation. Errors go to stderr, never a traceback."""
+    """Run one command and return its exit code. Errors go to stderr, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal without UTF-8 must not turn an org's name into an error.
+        # An org's name must not fail on a terminal without UTF-8.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     output = _wanted_output(arguments)
-    asked = completion.prepare()
+    completes = COMPLETION_VARIABLE in os.environ
+    if completes:
+        _register_shells()
     try:
-        # A shell that asks what could come next is told of everything.
-        app = build(None if asked else first(arguments))
+        # A shell that asks for completions needs every command.
+        app = build(None if completes else first(arguments))
         code = typer.main.get_command(app).main(
             args=list(arguments), prog_name=_program(), standalone_mode=False
         )
@@ -142,34 +145,29 @@ def invoke(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return INTERRUPTED
     except typer.TyperException as error:
-        print_error(UsageError.code, error.format_message().replace("\n", " "), _way_out(error), output)
+        print_error(UsageError.code, error.format_message().replace("\n", " "), _usage_fix(error), output)
         return UsageError.exit_code
     except Exception as error:
-        from worker.cli.driver_errors import in_our_words
-
-        known = in_our_words(error)
+        known = from_driver(error)
         return _unexpected(error, arguments, output) if known is None else _failed(known, output)
     return code if isinstance(code, int) else 0
 
 
-def _way_out(error: typer.TyperException) -> str:
+def _usage_fix(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     option = getattr(error, "option_name", None)
     if option in BEFORE_THE_VERB and context is not None and context.parent is not None:
         verb = context.command_path.removeprefix(context.find_root().command_path).strip()
-        return f"{option} stands before the verb: `{_program()} {option} … {verb}`"
-    return f"`{context.command_path if context else _program()} --help` says how"
+        return f"{option} goes before the verb: `{_program()} {option} … {verb}`"
+    return f"`{context.command_path if context else _program()} --help` shows the usage"
 
 
 def _failed(error: WorkerError, output: Format) -> int:
-    print_error(error.code, _words(error), error.fix, output)
-    return error.exit_code
-
-
-def _words(error: WorkerError) -> str:
-    """The message, led by the entry and field of a file where it does not name them itself."""
+    # Entry and field of a file, unless the message names them.
     place = [error.entry, error.field] if isinstance(error, DefinitionError) else []
-    return ": ".join([*(word for word in place if word and word not in error.message), error.message])
+    words = [*(word for word in place if word and word not in error.message), error.message]
+    print_error(error.code, ": ".join(words), error.fix, output)
+    return error.exit_code
 
 
 def _unexpected(error: Exception, arguments: Sequence[str], output: Format) -> int:
@@ -183,19 +181,19 @@ def _unexpected(error: Exception, arguments: Sequence[str], output: Format) -> i
 
 
 def _settings(texts: Sequence[str]) -> dict[str, str]:
-    said = {}
+    settings = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals):
-            # Without a name it may be the value alone, and that a URL with a password.
-            said_so = "--set" if "://" in text or "@" in text else f"--set {text!r}"
-            raise UsageError(f"{said_so} is not NAME=VALUE", fix="such as --set execution.poll=2s")
-        said[name] = value
-    return said
+            # It can be a value alone, such as a URL with a password.
+            shown = "--set" if "://" in text or "@" in text else f"--set {text!r}"
+            raise UsageError(f"{shown} is not NAME=VALUE", fix="such as --set execution.poll=2s")
+        settings[name] = value
+    return settings
 
 
 def _wanted_output(arguments: Sequence[str]) -> Format:
-    """What `-o` asks for, also where the rest of the line is not understood."""
+    """The value of `-o`, even if the rest of the line is invalid."""
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option in ("-o", "--output"):
@@ -211,3 +209,66 @@ def _wanted_output(arguments: Sequence[str]) -> Format:
 def _program() -> str:
     name = Path(sys.argv[0]).name
     return "python -m worker" if name == "__main__.py" else name
+
+
+def from_driver(error: Exception) -> WorkerError | None:
+    """A database driver's error as a worker error; None if it is unexpected."""
+    import sqlite3
+
+    cause = getattr(error, "orig", None) or error
+    text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if isinstance(cause, sqlite3.Error):
+        code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_NOTADB:
+            return ConfigurationError(
+                "the file of database.url is not an SQLite database",
+                fix="name another file; if it was one, restore it from a backup",
+            )
+        if code == sqlite3.SQLITE_CORRUPT:
+            return ConfigurationError(
+                f"the database is damaged: {text}", fix="stop the worker, and restore it from a backup"
+            )
+    # By name, so that SQLite alone needs no psycopg.
+    if type(cause).__module__.startswith("psycopg") and type(cause).__name__ == "InsufficientPrivilege":
+        return AccessDenied(
+            f"the database's login lacks the right: {text}",
+            fix="grant it the rights of a worker, listed in docs/operating/postgresql.md; "
+            "`db upgrade` needs database.owner_url",
+        )
+    return None
+
+
+COMMAND = "orgworker"
+# Set by the printed completion script when it asks for completions.
+COMPLETION_VARIABLE = "_ORGWORKER_COMPLETE"
+
+
+class Shell(StrEnum):
+    """The shells that completion supports."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
+
+def completion(
+    context: typer.Context,
+    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="The shell.")],
+) -> None:
+    """Print the completion script of the command orgworker for a shell.
+
+    In bash and zsh: source <(orgworker completion bash). In fish: orgworker completion fish | source.
+    """
+    from typer.completion import shell_complete
+
+    _register_shells()
+    raise typer.Exit(
+        shell_complete(context.find_root().command, {}, COMMAND, COMPLETION_VARIABLE, f"source_{shell.value}")
+    )
+
+
+def _register_shells() -> None:
+    # Typer registers its shells only when it builds its own completion options, which are off here.
+    from typer.completion import get_completion_inspect_parameters
+
+    get_completion_inspect_parameters()

@@ -1,4 +1,4 @@
-"""`apply`: make the database say what a file of orgs, definitions and templates says."""
+"""`apply`: make the database match a file of orgs, definitions and templates."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def apply(
     context: typer.Context,
     file: FileArgument,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print what would change; change nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print the changes without making them.")
     ] = False,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Close definitions of the file's orgs that the file does not have."),
+        typer.Option("--prune", help="Close definitions of the file's orgs that are not in the file."),
     ] = False,
     allow_unknown_handlers: Annotated[
         bool,
         typer.Option(
             "--allow-unknown-handlers",
-            help="Accept handlers that are not installed here; their runs wait until a worker has them.",
+            help="Accept handlers that are not installed here; their runs wait for a worker that has them.",
         ),
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Make the database say what FILE (TOML or JSON) says: all of it or nothing; prints what changes.
+    """Make the database match FILE (TOML or JSON), all or nothing, and print the changes.
 
-    The same file again changes nothing. A pause and the state of an org are kept.
+    The same file again changes nothing. Pauses and org states stay.
     """
     from worker.operations.apply import apply as apply_file
     from worker.wiring.catalogue import store_unknown
@@ -78,7 +78,7 @@ def _parsed(path: str) -> DefinitionsFile:
 
 
 def _short_form(fields: dict[str, dict[str, object]]) -> list[str]:
-    """What a table has room for: which keys, and of those that had a value, from what to what."""
+    """The keys that change, with both values if there was one before."""
     return [
         f"{key} {values['before']} -> {values['after']}" if values["before"] is not None else key
         for key, values in fields.items()

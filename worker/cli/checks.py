@@ -1,4 +1,4 @@
-"""`orgs check` and `check`: whether every org's tokens are as they should be, and what they cost."""
+"""`orgs check` and `check`: whether orgs' tokens are valid, and whether the definitions' load is possible."""
 
 from __future__ import annotations
 
@@ -18,35 +18,29 @@ if TYPE_CHECKING:
 
 FAILED = 1
 COLUMNS = ("org", "issuer", "ok", "generation", "missing", "unused", "lifetime", "problems")
-DEMAND_COLUMNS = (
-    "issuer",
-    "orgs",
-    "definitions",
-    "runs_a_day",
-    "token_requests_a_day",
-    "token_lifetime",
-    "max_requests_per_second",
-    "cold_start",
+FORECAST_COLUMNS = (
+    *("issuer", "orgs", "definitions", "runs_a_day", "token_requests_a_day", "token_lifetime"),
+    *("max_requests_per_second", "cold_start"),
 )
 CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "ok")
-# Orgs between two remarks on how far it is.
+# Orgs between two progress messages.
 EVERY = 100
 
 
 def check_orgs(
     context: typer.Context,
     org: Annotated[str | None, typer.Argument(metavar="[ORG]", help="One org, or --all.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every org that may run something.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Every org that can run something.")] = False,
     concurrency: Annotated[
         int,
         typer.Option("--concurrency", metavar="N", min=1, max=64, help="Orgs at a time, within the rate."),
     ] = 8,
     output: OutputOption = Format.TABLE,
 ) -> int:
-    """Fetch a token of an org, or of all, and say what is wrong with it; exit 1 if any org fails.
+    """Request a token of an org, or of all, and report problems; exit 1 if any org fails.
 
-    Looks at discovery, key, org, client, scopes against those that the definitions
-    need, properties and flags by name and type, lifetime, clock and rate headers.
+    Checks discovery, key, org, client, the scopes that the definitions need, properties and
+    flags by name and type, lifetime, clock and rate headers.
     """
     from worker.wiring.secrets import open_checks
 
@@ -54,28 +48,27 @@ def check_orgs(
         raise UsageError("name one org, or --all", fix="`orgs check ORG`, or `orgs check --all`")
     session = session_of(context)
 
-    async def ask(database: Database) -> list[Report]:
+    async def check_all(database: Database) -> list[Report]:
         async with open_checks(session.settings, database, session.clock) as checks:
-            return await checks.check_all(
-                None if org is None else [org], concurrency=concurrency, report=_report
-            )
+            codes = None if org is None else [org]
+            return await checks.check_all(codes, concurrency=concurrency, report=_report)
 
     with session.database() as database:
-        reports = asyncio.run(ask(database))
-    rows = [report.as_row() for report in reports]
+        reports = asyncio.run(check_all(database))
     if org is not None and output is Format.TABLE:
-        _print_findings(reports[0])
+        print_report(reports[0], output)
     else:
-        print_rows(rows, output, columns=COLUMNS, key="org")
-    for report in reports:
-        _say_problems(report)
+        print_rows([report.as_row() for report in reports], output, columns=COLUMNS, key="org")
+        for report in reports:
+            _say_problems(report)
     return FAILED if any(not report.ok for report in reports) else 0
 
 
 def print_report(report: Report, output: Format) -> int:
-    """Print one org's report; its exit code."""
+    """Print one org's report and return the exit code."""
     if output is Format.TABLE:
-        _print_findings(report)
+        rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in report.findings]
+        print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     else:
         print_row(report.as_row(), output, key="org")
     _say_problems(report)
@@ -84,17 +77,12 @@ def print_report(report: Report, output: Format) -> int:
     return IssuerUnavailable.exit_code if report.transient else FAILED
 
 
-def _print_findings(report: Report) -> None:
-    rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in report.findings]
-    print_rows(rows, Format.TABLE, columns=("check", "ok", "detail"), key="check")
-
-
 def _say_problems(report: Report) -> None:
     for finding in report.findings:
         if not finding.ok:
             say(f"{report.org}: {finding.check}: {finding.detail}")
         if finding.fix:
-            say(f"{'fix' if not finding.ok else 'better'}: {finding.fix}")
+            say(f"{'better' if finding.ok else 'fix'}: {finding.fix}")
 
 
 def _report(done: int, total: int) -> None:
@@ -110,18 +98,16 @@ def check(
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> int:
-    """Say what the definitions imply for a day, and whether it can be had; exit 1 if it cannot.
+    """Forecast the load of the definitions for a day; exit 1 if it is not possible.
 
-    Token requests, per issuer: from schedules, the life of the tokens that came last (an
-    hour where none did), max_claims_age, and the workers that are up. `cold_start` is how
-    long it takes to get every org's token at the configured rate. Asks no provider;
-    `orgs check` does.
+    Token requests, per issuer: computed from schedules, the lifetime of the last tokens (an
+    hour if there are none), max_claims_age and the live workers. `cold_start` is the time to
+    get every org's token at the configured rate. Sends no requests; `orgs check` does.
 
-    Capacity: starts a second, runs at once and their memory at the worst time of the day
-    (`needs`) and in the mean, beside what workers and machine can (`has`); orgs and
-    handlers whose limit is too low, and definitions that are due again before they have
-    ended. From the newest runs of each handler; what is assumed of one that has not run
-    fails nothing.
+    Capacity: starts a second, concurrent runs and their memory at the worst time of the day
+    (`needs`) and on average (`mean`), against workers and machine (`has`); orgs and handlers
+    whose limit is too low; definitions that are due again before they end. It uses the newest
+    runs of each handler. Assumptions about handlers without runs fail nothing.
     """
     from worker.operations.capacity import Machine, capacity
     from worker.operations.requirements import forecast_tokens
@@ -130,23 +116,23 @@ def check(
     session = session_of(context)
     issuers = issuers_of(session.settings)
     with session.database() as database:
-        found = [] if only_capacity else forecast_tokens(database, issuers)
-        room = capacity(database, session.settings.execution, Machine.here())
-    rows = [one.as_row(issuers.get(one.issuer)) for one in found]
-    measured = [measure.as_row() for measure in room.measures]
+        forecasts = [] if only_capacity else forecast_tokens(database, issuers)
+        found = capacity(database, session.settings.execution, Machine.here())
+    rows = [forecast.as_row(issuers.get(forecast.issuer)) for forecast in forecasts]
     if not only_capacity:
-        print_rows(rows, output, columns=DEMAND_COLUMNS, key="issuer")
+        print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
     if only_capacity or output is Format.TABLE:
-        print_rows(measured, output, columns=CAPACITY_COLUMNS, key="what")
+        measures = [measure.as_row() for measure in found.measures]
+        print_rows(measures, output, columns=CAPACITY_COLUMNS, key="what")
     for row in rows:
         if row["lifetime_is_assumed"]:
-            say(f"{row['issuer']}: has given no token yet; a life of an hour is assumed")
+            say(f"{row['issuer']}: has issued no token yet; a lifetime of an hour is assumed")
         if row["problem"]:
             say(f"{row['issuer']}: {row['problem']}")
-    for assumption in room.assumed:
+    for assumption in found.assumed:
         say(assumption)
-    for measure in room.measures:
+    for measure in found.measures:
         if measure.change:
             say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")
-    failed = any(row["problem"] for row in rows) or any(not row["ok"] for row in measured)
+    failed = any(row["problem"] for row in rows) or not all(measure.ok for measure in found.measures)
     return FAILED if failed else 0

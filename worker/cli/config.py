@@ -1,4 +1,4 @@
-"""`config`: the settings in force, and who said each."""
+"""`config`: the settings in force, and where each comes from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from worker.telemetry.masking import shown_url
 app = typer.Typer(help="The settings in force, from flags, variables, secret files and worker.toml.")
 
 DEFAULT = "default"
-# Settings that are a secret by another name: whoever knows a dead man's URL can keep it quiet.
+# More settings that are secrets; with the deadman URL, anyone can silence the alarm.
 _SECRET = ("headers", "deadman_url")
-# URLs whose path may be a secret.
+# URLs whose path can be a secret.
 _SECRET_PATH = ("webhook_url", "endpoint")
 
 
 @app.command("show")
 def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """Print every setting with its value and who said it; passwords and secrets are masked.
+    """Print every setting with its value and its source; passwords and secrets are masked.
 
-    With -o json one object, as worker.toml has it.
+    With -o json, prints one object structured like worker.toml.
     """
     from worker.settings import check, gather
 
@@ -43,14 +43,14 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """The value with no password in any URL, and no secret of a setting that is one."""
+    """The value without secrets and without passwords in URLs."""
     if isinstance(value, dict):
         return {name: masked(entry, name) for name, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(masked(entry) for entry in value)
     if value and (key.endswith("_secret") or key in _SECRET):
         return "***"
-    # A setting that should be a URL is masked as one, even if it is malformed.
+    # A malformed URL is masked as one, too.
     if isinstance(value, str) and value and ("://" in value or key.endswith(("url", "endpoint"))):
         return shown_url(value, path=key not in _SECRET_PATH)
     return value

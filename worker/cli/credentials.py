@@ -1,4 +1,4 @@
-"""`credentials`: what an org's tokens are asked for with, generation by generation."""
+"""`credentials`: the client credentials of orgs, by generation."""
 
 from __future__ import annotations
 
@@ -76,23 +76,23 @@ def add(
         typer.Option(
             "--reference",
             metavar="file:NAME",
-            help="Instead: a file of secrets_dir, which is read at each use and so may be replaced.",
+            help="Instead of a secret: a file in secrets_dir, read at each use.",
         ),
     ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Add a generation, tried first from now on; the ones before stay until they are retired.
+    """Add a generation, which is tried first from now on; older ones stay until they are retired.
 
-    The secret is sealed before it is stored. It is read from a file or from standard
-    input, because arguments are seen by every process of the machine.
+    The secret is sealed before it is stored. It is read from a file or standard input,
+    since every process of the machine can read arguments.
     """
     from worker import wiring
     from worker.operations.credentials import add_credential
 
     if (secret_file is None) == (reference is None):
         raise UsageError(
-            "name either a file that holds the secret, or a reference to one in secrets_dir",
+            "name either the file of a secret, or a reference to a file in secrets_dir",
             fix="--secret-file FILE, --secret-file - for standard input, or --reference file:NAME",
         )
     session = session_of(context)
@@ -147,24 +147,24 @@ def verify(
     context: typer.Context,
     org: OrgArgument,
     generation: Annotated[
-        int | None, typer.Argument(metavar="[GENERATION]", help="Default the newest active one.")
+        int | None, typer.Argument(metavar="[GENERATION]", help="Default: the newest active one.")
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> int:
-    """Ask the provider for a token with one generation, and say what came; exit 1 if it is no good.
+    """Request a token with one generation and report the result; exit 1 if it is unusable.
 
-    Exit 69 if the provider cannot be reached.
+    Exit 69 if the provider does not respond.
     """
     from worker.wiring.secrets import open_checks
 
     session = session_of(context)
 
-    async def ask(database: Database) -> Report:
+    async def check(database: Database) -> Report:
         async with open_checks(session.settings, database, session.clock) as checks:
             return await checks.verify(org, generation)
 
     with session.database() as database:
-        report = asyncio.run(ask(database))
+        report = asyncio.run(check(database))
     return print_report(report, output)
 
 
@@ -177,21 +177,21 @@ def rotate(
     kind: KindOption = Kind.CLIENT_SECRET,
     quiet: Annotated[
         str,
-        typer.Option(
-            "--quiet", metavar="DURATION", help="How long nobody may have used an older generation."
-        ),
+        typer.Option("--quiet", metavar="DURATION", help="How long older generations must be unused."),
     ] = "15s",
     timeout: Annotated[
         str,
-        typer.Option("--timeout", metavar="DURATION", help="Then exit 75, with the older ones still active."),
+        typer.Option(
+            "--timeout", metavar="DURATION", help="When to give up: exit 75, with older ones still active."
+        ),
     ] = "10m",
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Change to a new secret: verify it, add it, watch the old one's use end, retire that. Asks nothing.
+    """Move to a new secret: verify it, add it, wait until the old one is unused, retire that.
 
-    Leave the old secret valid at the provider until this has ended. A secret that the
-    provider does not accept changes nothing. The same command again goes on where
-    this was interrupted.
+    Does not ask for confirmation. Keep the old secret valid at the provider until this ends.
+    A secret that the provider rejects changes nothing. After an interruption, repeat the
+    command.
     """
     from worker import wiring
     from worker.operations.credentials import Rotation
@@ -218,17 +218,17 @@ def rotate(
 def retire(
     context: typer.Context,
     org: OrgArgument,
-    generation: Annotated[int, typer.Argument(metavar="GENERATION", help="As `credentials list` names it.")],
+    generation: Annotated[int, typer.Argument(metavar="GENERATION", help="As `credentials list` prints it.")],
     now: Annotated[
-        bool, typer.Option("--now", help="It has leaked: destroy its secret here as well, and wait.")
+        bool, typer.Option("--now", help="The secret has leaked: also destroy it here, and wait.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """End one generation: no token is asked for with it, and workers drop those they hold within 2 s.
+    """Retire one generation: it gets no more tokens, and workers drop cached ones within 2 s.
 
-    With --now this returns when they have. A run that is on keeps the token that it
-    was given until that runs out or the run asks for another; `runs cancel` ends it.
-    Revoke the secret at the provider as well: tokens that were stolen live on until then.
+    With --now, returns after they have. A running run keeps its token until that expires or
+    the run requests another; `runs cancel` ends the run. Revoke the secret at the provider
+    too: until then, stolen tokens stay valid.
     """
     from worker.operations.credentials import retire_credential
     from worker.tokens.credentials import READ_AGAIN

@@ -8,14 +8,14 @@ from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, say
 from worker.cli.session import session_of
 
-app = typer.Typer(help="The database's schema: bring it up to date, or check it.")
+app = typer.Typer(help="The database's schema: upgrade it, or check it.")
 
 
 @app.command("upgrade")
 def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """Bring the database to this release's schema, whatever it has; again, it changes nothing.
+    """Create the database or upgrade its schema to this release; repeating it changes nothing.
 
-    On PostgreSQL it connects as the role of database.owner_url, where that is set.
+    On PostgreSQL it connects as the role of database.owner_url, if that is set.
     """
     from worker.store import roles, schema
 
@@ -38,10 +38,10 @@ def upgrade(context: typer.Context, output: OutputOption = Format.TABLE) -> None
 
 @app.command("check")
 def check(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
-    """Say whether the database has this release's schema; exit 78 if not, with the command that mends it.
+    """Check that the database has this release's schema; exit 78 if not, with the command that fixes it.
 
-    On PostgreSQL it warns of a login that has more rights than it needs, or that may not act for
-    callers of the web side. It works with the login of a worker and with that of `serve`.
+    On PostgreSQL it warns about a login that has more rights than it needs, or that cannot act
+    for callers of the web side. It works with the logins of a worker and of `serve`.
     """
     from worker.store import roles, schema
 

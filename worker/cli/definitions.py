@@ -113,22 +113,23 @@ def backfill(
     org: OrgArgument,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")],
     start: Annotated[
-        str, typer.Option("--from", metavar="T", help="From this instant on: 2027-01-01T08:00:00Z, 2d (ago).")
+        str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
     ],
     until: Annotated[
-        str, typer.Option("--until", metavar="T", help="Until before this instant, which has passed.")
+        str,
+        typer.Option("--until", metavar="T", help="End of the range, itself excluded; not in the future."),
     ],
     limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="At most so many unfinished at once.")
+        int, typer.Option("--limit", metavar="N", min=1, help="At most N runs are unfinished at once.")
     ] = 1,
     cancel: Annotated[
-        bool, typer.Option("--cancel", help="Stop the backfill of this range; what runs of it goes on.")
+        bool, typer.Option("--cancel", help="Cancel the backfill of this range; running runs continue.")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Let every instant of a range run once more, and print the backfill.
+    """Run every scheduled time in a range again, and print the backfill.
 
-    The same range again adds nothing; one that was cancelled goes on where it was.
+    The same range again adds nothing; a cancelled backfill continues where it stopped.
     """
     from worker.operations import backfill as operation
 
@@ -255,7 +256,7 @@ def run(
     request_key: Annotated[
         str | None,
         typer.Option(
-            "--request-key", metavar="K", help="The same key again makes no second run; default random."
+            "--request-key", metavar="K", help="The same key again makes no second run (default: random)."
         ),
     ] = None,
     param: Annotated[
@@ -263,7 +264,7 @@ def run(
         typer.Option(
             "--param",
             metavar="K=V",
-            help="A param for this run only: JSON where the handler takes it, else text; may be repeated.",
+            help="A param for this run only: JSON if the handler accepts it, else text; repeatable.",
         ),
     ] = None,
     output: OutputOption = Format.TABLE,
@@ -294,15 +295,15 @@ def edit(
     changes: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY=VALUE...", help="Keys as in a file for `apply`; null sets one back to its default."
+            metavar="KEY=VALUE...", help="Keys as in a file for `apply`; null restores the default."
         ),
     ],
     revision: Annotated[
-        int | None, typer.Option("--revision", metavar="N", help="Only if it is still at this revision.")
+        int | None, typer.Option("--revision", metavar="N", help="Only if it is at this revision.")
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Change some keys of a definition; the next `apply` of a file that has it says otherwise again."""
+    """Change keys of a definition; the next `apply` of a file that has it overrides them."""
     from worker.operations.definitions import edit_definition
     from worker.wiring.catalogue import store_unknown
 
@@ -330,7 +331,7 @@ def pause(
     note: NoteOption = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Nothing of it is due until it is resumed; a run that is on goes on."""
+    """Pause a definition: it is not due until it is resumed; a running run continues."""
     from worker.operations.definitions import pause_definition
 
     session = session_of(context)
@@ -343,7 +344,7 @@ def pause(
 def resume(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
-    """Let it be due again, from now: what was not due meanwhile is not replayed."""
+    """Resume a paused definition from now on; the times meanwhile are not replayed."""
     from worker.operations.definitions import resume_definition
 
     session = session_of(context)

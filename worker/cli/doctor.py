@@ -1,4 +1,4 @@
-"""`doctor`: looks for what goes wrong slowly or silently, and gathers what to send with a question."""
+"""`doctor`: find slow or silent faults, and collect a support bundle."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def doctor(
     context: typer.Context,
     bundle: Annotated[
         str | None,
-        typer.Option("--bundle", metavar="FILE", help="Also write all that a supporter needs, redacted."),
+        typer.Option("--bundle", metavar="FILE", help="Also write a redacted support bundle to FILE."),
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> int:
-    """Look for what goes wrong slowly or silently; exit 1 if any check fails. Changes nothing.
+    """Find slow or silent faults; exit 1 if any check fails. Changes nothing.
 
-    The bundle is one JSON file that can be read before it is sent: versions, settings
-    without secrets, sizes, workers, what failed last. Orgs, definitions and machines are
-    numbers in it; there is no secret, token, param, result, log or error message.
+    The bundle is one readable JSON file: versions, settings without secrets, sizes, workers
+    and the last failures. Numbers replace the names of orgs, definitions and machines; it has
+    no secrets, tokens, params, results, logs or error messages.
     """
     from worker.operations.doctor import examine
 
@@ -48,7 +48,7 @@ def doctor(
         elif finding.fix:
             say(f"warning: {finding.check}: {finding.detail}; {finding.fix}")
     if bundle is not None:
-        say(f"{bundle} is written; read it before you send it")
+        say(f"wrote {bundle}; read it before you send it")
     return 0 if all(finding.ok for finding in findings) else FAILED
 
 
@@ -61,10 +61,10 @@ def _write(path: str, session: Invocation, database: Database) -> None:
     try:
         file = os.open(Path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise Conflict(f"there is a file {path} already", fix="name another one") from None
+        raise Conflict(f"there is a file {path} already", fix="name another file") from None
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be written: {error.strerror}", fix="name a file in a folder that is yours"
+            f"{path} cannot be written: {error.strerror}", fix="name a file in a folder that you can write to"
         ) from None
     with os.fdopen(file, "w", encoding="utf-8") as bundle:
         bundle.write(text + "\n")

@@ -1,4 +1,4 @@
-"""`handlers`: what the installed distributions offer, or why one does not load."""
+"""`handlers`: the handlers of installed distributions, and why one does not load."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def list_(
     output: OutputOption = Format.TABLE,
     limit: LimitOption = DEFAULT_LIMIT,
     after: Annotated[
-        str | None, typer.Option("--after", metavar="NAME", help="What follows this name in the list.")
+        str | None, typer.Option("--after", metavar="NAME", help="Continue the list after this name.")
     ] = None,
 ) -> None:
-    """List handlers by name, those that do not load with their error."""
+    """List handlers by name; those that do not load have an error."""
     from worker.store.lists.paging import check_limit
 
     check_limit(limit)
     rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]
-    # Two distributions may offer one name: a page ends between names, so that --after passes over none.
+    # Distributions can share a name: a page ends between names, so that --after skips none.
     while len(rows) > limit and rows[limit]["name"] == rows[limit - 1]["name"] != rows[0]["name"]:
         limit -= 1
     print_rows(rows[:limit], output, columns=COLUMNS, key="name", limit=limit)
@@ -39,24 +39,26 @@ def list_(
 @app.command("show")
 def show(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `handlers list` names it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The handler's name, as `handlers list` prints it.")
+    ],
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Show one handler with the schemas of its params and settings.
 
-    Where several distributions offer the name, the one that loads is shown. Rules that
-    are not checked when params are stored are named on stderr.
+    If several distributions offer the name, shows the one that loads. Names on stderr the
+    rules that are not checked when params are stored.
     """
     from worker.operations.handlers import schema_of
 
     entries = _entries(context, name)
     if not entries:
-        raise NotFound(f"no installed distribution offers a handler {name}", fix="`handlers list` names them")
+        raise NotFound(f"no installed distribution offers a handler {name}", fix="`handlers list` lists them")
     entry = min(entries, key=lambda entry: entry["error"] is not None)
     print_row(entry, output, key="name")
     schema = schema_of(entry["params_schema"])
     for left in () if schema is None else schema.unchecked():
-        say(f"params: {left.place} is checked by the run's own process only: {left.reason}")
+        say(f"params: {left.place} is checked only by the run's own process: {left.reason}")
 
 
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`new-job`: a plug-in distribution to begin with: one handler, its entry point and its test."""
+"""`new-job`: create a plug-in distribution with one handler, its entry point and its test."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ from worker.errors import Conflict, UsageError
 from worker.handlers.installed import distributions, normalised
 
 EXAMPLE = "such as `new-job acme.digest`"
-# What a handler may be called, and a distribution as well: that also ends with a letter or digit.
+# Names that are valid for a handler and for a distribution, which also ends with a letter or digit.
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,198}[A-Za-z0-9])?")
 
 
 def new_job(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="What the handler is to be called, such as acme.digest.")
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The handler's name, such as acme.digest.")],
 ) -> None:
-    """Make a distribution with one handler, its entry point and its test, in a new folder here.
+    """Create a distribution with one handler, its entry point and its test, in a new folder here.
 
-    `new-job acme.digest` makes the folder acme-digest with a module acme_digest. Nothing
-    is installed; what to do next is printed.
+    `new-job acme.digest` creates the folder acme-digest with a module acme_digest. It installs
+    nothing and prints the next steps.
     """
     distribution, module = _names(name)
-    _refuse_what_is_taken(name, distribution, module)
+    _refuse_taken_names(name, distribution, module)
     folder = Path(distribution)
     words = {"handler": name, "distribution": distribution, "module": module}
     try:
@@ -49,49 +47,49 @@ def new_job(
             print(folder / place)
     except FileExistsError:
         raise Conflict(
-            f"there is something called {folder} here", fix="choose another name, or go to another folder"
+            f"{folder} exists here already", fix="choose another name, or go to another folder"
         ) from None
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be made: {error.strerror}", fix="go to a folder in which you may write"
+            f"{folder} cannot be created: {error.strerror}", fix="go to a folder that you can write to"
         ) from None
     say(f"next: `pip install -e './{folder}[test]'`, then `pytest {folder}`")
-    say(f"then: `try {name} --param 'items=[\"Ada\"]'`; {folder}/README.md says how to go on")
+    say(f"then: `try {name} --param 'items=[\"Ada\"]'`; {folder}/README.md has the next steps")
 
 
 def _names(name: str) -> tuple[str, str]:
-    """What the distribution and its module are called.
+    """The names of the distribution and of its module.
 
     Raises:
-        UsageError: the name cannot be that of a handler, of a distribution or of a module.
+        UsageError: the name is not valid for a handler, a distribution or a module.
     """
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{printable(name)!r} is no handler name",
-            fix=f"letters and digits, between them also '.', '_' and '-', at most 200: {EXAMPLE}",
+            f"{printable(name)!r} is not a handler name",
+            fix=f"use at most 200 letters and digits, with '.', '_' and '-' between them: {EXAMPLE}",
         )
     distribution = normalised(name)
     module = distribution.replace("-", "_")
     if not module.isidentifier() or keyword.iskeyword(module):
         raise UsageError(
             f"{name} would need a module called {module}, which Python cannot import",
-            fix=f"begin it with a word of yours: {EXAMPLE}",
+            fix=f"start it with another word: {EXAMPLE}",
         )
     return distribution, module
 
 
-def _refuse_what_is_taken(name: str, distribution: str, module: str) -> None:
-    """Two of a name hide each other, and neither would run.
+def _refuse_taken_names(name: str, distribution: str, module: str) -> None:
+    """Refuse names in use: of two handlers with the same name, neither runs.
 
     Raises:
-        Conflict: says what has the name.
+        Conflict: names what has the name.
     """
-    fix = f"choose another name, one that begins with your company's: {EXAMPLE}"
+    fix = f"choose another name, such as one that starts with your company's: {EXAMPLE}"
     for found in distributions():
         if any(point.name == name for point in found.points):
             raise Conflict(f"{found.name} {found.version} offers a handler {name} already", fix=fix)
     spec = find_spec(module)
-    # A folder of that name somewhere on the path is no module, though Python would take it for one.
+    # A mere folder on the path does not count, although Python would import it.
     if module in sys.stdlib_module_names or (spec is not None and spec.origin is not None):
         raise Conflict(f"a module {module} is installed already", fix=fix)
     try:

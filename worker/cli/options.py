@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their texts are read."""
+"""Options that several commands share, and how their values are parsed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from worker.errors import UsageError
 DEFAULT_LIMIT = 50
 
 OutputOption = Annotated[
-    Format, typer.Option("--output", "-o", help="How to print: for people, for programs, or ids only.")
+    Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
 ]
 OrgOption = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this org's.")]
 DefinitionOption = Annotated[
-    str | None, typer.Option("--definition", metavar="NAME", help="Only those of definitions of this name.")
+    str | None, typer.Option("--definition", metavar="NAME", help="Only those of definitions with this name.")
 ]
 StateOption = Annotated[
     str | None, typer.Option("--state", metavar="STATE", help="Only those in this state.")
@@ -35,14 +35,14 @@ SinceOption = Annotated[
         help="Only those since then: 2h, 1d (ago), 2027-01-01 or 2027-01-01T08:00:00Z.",
     ),
 ]
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="At most so many, up to 1000.")]
+LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="At most N rows, up to 1000.")]
 AfterOption = Annotated[
-    str | None, typer.Option("--after", metavar="ID", help="What follows this row of the list.")
+    str | None, typer.Option("--after", metavar="ID", help="Continue the list after this row.")
 ]
-NoteOption = Annotated[str | None, typer.Option("--note", help="Why; shown beside the state.")]
+NoteOption = Annotated[str | None, typer.Option("--note", help="The reason; shown with the state.")]
 FileArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or - for standard input.")]
 
-# Text that a mere word would not carry: numbers, booleans, lists, tables.
+# How numbers, quoted strings, lists and objects begin.
 _JSON_STARTS = ('"', "[", "{", "-", *"0123456789")
 
 
@@ -76,7 +76,7 @@ def read_duration(text: str, option: str) -> timedelta:
     """A duration such as 30s or 2h.
 
     Raises:
-        UsageError: the text is none.
+        UsageError: the text is not a duration.
     """
     try:
         return parse_duration(text)
@@ -85,19 +85,19 @@ def read_duration(text: str, option: str) -> timedelta:
 
 
 def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
-    """`k=v` texts as a mapping; a value that is JSON is taken as such, any other as text.
+    """A mapping from `k=v` texts; each value is parsed as JSON if possible, else kept as text.
 
     Raises:
-        UsageError: one has no `=`, no name before it, or a value that nests too deeply.
+        UsageError: one has no `=`, no name, or a value that is nested too deeply.
     """
     return {name: _value(value, option, name) for name, value in split_pairs(pairs, option=option).items()}
 
 
 def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
-    """`k=v` texts as a mapping, each value as it was typed.
+    """A mapping from `k=v` texts, with the values as they were typed.
 
     Raises:
-        UsageError: one has no `=`, or no name before it.
+        UsageError: one has no `=`, or no name.
     """
     typed: dict[str, str] = {}
     for pair in pairs:
@@ -116,7 +116,7 @@ def _value(text: str, option: str, name: str) -> Any:
             return json.loads(text, parse_constant=_refuse)
         except RecursionError:
             raise UsageError(
-                f"{option} {name} nests too deeply to be read", fix="let lists and objects nest less"
+                f"{option} {name} is nested too deeply", fix="nest lists and objects less"
             ) from None
         except ValueError:
             return text
@@ -124,14 +124,14 @@ def _value(text: str, option: str, name: str) -> Any:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def read_text(path: str) -> str:
-    """A file's text, or standard input's for `-`.
+    """The text of a file, or of standard input for `-`.
 
     Raises:
-        UsageError: it cannot be read, or is no UTF-8.
+        UsageError: it cannot be read, or is not UTF-8.
     """
     try:
         if path == "-":
@@ -143,5 +143,5 @@ def read_text(path: str) -> str:
         ) from None
     except UnicodeDecodeError:
         raise UsageError(
-            f"{path} is no UTF-8 text", fix="is it the right file? Else save it as UTF-8"
+            f"{path} is not UTF-8 text", fix="check that it is the right file, or save it as UTF-8"
         ) from None

@@ -1,4 +1,4 @@
-"""`orgs`: the customer organisations, added one at a time or in bulk, and what may go on for each."""
+"""`orgs`: customer organisations: add, import, list, pause, suspend, remove, check."""
 
 from __future__ import annotations
 
@@ -48,27 +48,27 @@ OrgArgument = Annotated[str, typer.Argument(metavar="ORG", help="The org's code,
 def add(
     context: typer.Context,
     code: OrgArgument,
-    name: Annotated[str | None, typer.Option("--name", help="For people; default the code.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="A name for people (default: the code).")] = None,
     issuer: Annotated[
         str | None,
-        typer.Option("--issuer", help="A table [issuers.NAME] of worker.toml; default the only one."),
+        typer.Option("--issuer", help="A table [issuers.NAME] of worker.toml (default: the only one)."),
     ] = None,
     tag: Annotated[
-        list[str] | None, typer.Option("--tag", help="A tag that templates select by; may be repeated.")
+        list[str] | None, typer.Option("--tag", help="A tag that templates select by; repeatable.")
     ] = None,
     max_concurrent_runs: Annotated[
-        int, typer.Option("--max-concurrent-runs", metavar="N", help="Its runs at once, over all workers.")
+        int, typer.Option("--max-concurrent-runs", metavar="N", help="Its concurrent runs over all workers.")
     ] = 10,
     weight: Annotated[
-        int, typer.Option("--weight", metavar="N", help="Its share of the slots beside others'.")
+        int, typer.Option("--weight", metavar="N", help="Its share of the slots, relative to other orgs.")
     ] = 1,
     timezone: Annotated[
         str | None,
-        typer.Option("--timezone", metavar="ZONE", help="IANA zone of its schedules; default UTC."),
+        typer.Option("--timezone", metavar="ZONE", help="IANA zone of its schedules (default: UTC)."),
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Add one org; `credentials add` gives it a secret. One that was removed comes back."""
+    """Add one org, or bring a removed one back. `credentials add` gives it a secret."""
     from worker.operations.orgs import add_org
     from worker.orgs import OrgEntry
 
@@ -89,9 +89,9 @@ def add(
 
 @app.command("import")
 def import_(context: typer.Context, file: FileArgument, output: OutputOption = Format.TABLE) -> None:
-    """Add or change orgs with their credentials, all or none, from JSON lines.
+    """Add or change orgs with their credentials from JSON lines, all or none.
 
-    A line is {"code", "name", "issuer", "client_id", "client_secret"} and may have "tags",
+    A line is {"code", "name", "issuer", "client_id", "client_secret"} and can have "tags",
     "max_concurrent_runs", "weight" and "timezone". The same file again changes nothing.
     """
     from dataclasses import asdict
@@ -152,7 +152,7 @@ def show(context: typer.Context, code: OrgArgument, output: OutputOption = Forma
 def pause(
     context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
 ) -> None:
-    """Nothing new fires or starts; running runs go on. While it is paused nothing is due."""
+    """Pause an org: no runs fire or start; running ones continue. Times in the pause are not replayed."""
     _move(context, code, "paused", note, output)
 
 
@@ -160,7 +160,7 @@ def pause(
 def resume(
     context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
 ) -> None:
-    """Let a paused or suspended org go on, from now: what was not due meanwhile is not replayed."""
+    """Resume a paused or suspended org from now on; the times meanwhile are not replayed."""
     _move(context, code, "active", note, output)
 
 
@@ -168,7 +168,7 @@ def resume(
 def suspend(
     context: typer.Context, code: OrgArgument, note: NoteOption = None, output: OutputOption = Format.TABLE
 ) -> None:
-    """As pause, and cancel its waiting runs at once, its running ones within a renewal; drop its tokens."""
+    """Pause an org, cancel waiting runs now and running ones within a renewal, and drop its tokens."""
     _move(context, code, "suspended", note, output)
 
 
@@ -178,15 +178,15 @@ def remove(
     code: OrgArgument,
     note: NoteOption = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Ask nothing, as where standard input is no terminal.")
+        bool, typer.Option("--yes", help="Skip confirmation (the default when stdin is not a terminal).")
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """As suspend, and destroy its secrets for good; its history stays until retention.
+    """Suspend an org and destroy its secrets; its history is retained as long as configured.
 
-    On a terminal it asks before it does so; exit 1 if the answer is no.
+    On a terminal, asks for confirmation; exit 1 if the answer is no.
     """
-    question = f"Cancel what runs for {code} and destroy its secrets for good?"
+    question = f"Cancel all runs of {code} and destroy its secrets?"
     if not yes and sys.stdin.isatty() and not confirmed(question):
         say("nothing was changed")
         raise typer.Exit(1)

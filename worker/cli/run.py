@@ -1,6 +1,8 @@
-"""`run` and `serve`: the worker itself, and API and dashboard without a worker's loops."""
+"""`run`, `serve` and `demo`: the worker, the web side alone, and a worker with four made-up orgs."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 
@@ -8,7 +10,7 @@ from worker.cli.session import session_of
 
 
 def run(context: typer.Context) -> None:
-    """Start the worker; SIGTERM or Ctrl-C drains it. This is what happens without a command, too."""
+    """Start the worker, also the default without a command; SIGTERM or Ctrl-C drains it."""
     from worker.wiring.process import run as run_worker
 
     session = session_of(context)
@@ -17,13 +19,28 @@ def run(context: typer.Context) -> None:
 
 
 def serve(context: typer.Context) -> None:
-    """Serve API, dashboard and health on web.listen, and run nothing; SIGTERM or Ctrl-C ends it.
+    """Serve API, dashboard and health on web.listen, and run no jobs; SIGTERM or Ctrl-C stops it.
 
-    A worker serves the same by itself. This is for a machine of its own, beside workers
-    whose web.listen is "". /readyz says whether the database answers.
+    A worker serves them too. This is for a separate machine, next to workers whose
+    web.listen is "". /readyz says whether the database answers.
     """
     from worker.wiring.web import serve as serve_web
 
     session = session_of(context)
     session.require_database()
     raise typer.Exit(serve_web(session.settings))
+
+
+def demo(
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", metavar="N", min=1, help="Stop after N seconds (default: at Ctrl-C)."),
+    ] = None,
+) -> None:
+    """Run a worker with four made-up orgs and a development provider on a temporary database.
+
+    Needs no account, no service and no settings.
+    """
+    from worker.demo.run import run as run_demo
+
+    raise typer.Exit(run_demo(seconds=seconds))

@@ -1,10 +1,10 @@
-"""`runs`: what became of each scheduled time, why, and how to cancel or retry."""
+"""`runs`: list, show, explain, cancel and retry runs; read their logs."""
 
 from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,26 +22,32 @@ from worker.cli.options import (
     read_since,
 )
 from worker.cli.output import Format, in_words, print_log, print_row, print_rows, say
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import session_of
 from worker.errors import CanaryFailed, Conflict, UsageError
 
 if TYPE_CHECKING:
     from worker.store.database import Database
 
-# Runs cancelled by one command, unless `--limit` says otherwise.
+# The most runs that one command changes, by default.
 LIMIT = 1000
+# Seconds between two reads of runs that have not ended.
+POLL = 0.5
+WIDTH = 100
 
-CANCEL_FOUND = ("id", "org", "definition", "state", "reason", "detail", "scheduled_for", "started_at")
-DONE = ("id", "org", "definition", "scheduled_for", "state", "left")
+FOUND = ("id", "org", "definition", "state", "reason", "detail", "scheduled_for")
+CANCELLED = ("id", "org", "definition", "scheduled_for", "state", "left")
+RETRIED = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
 Row = dict[str, Any]
+OptionalRun = Annotated[
+    str | None, typer.Argument(metavar="RUN", help="One run's id, as `runs list` prints it.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only list the runs that would be changed.")]
 
 
 def cancel(
     context: typer.Context,
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="One run's id, as `runs list` prints it.")
-    ] = None,
+    run: OptionalRun = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     state: StateOption = None,
@@ -49,82 +55,43 @@ def cancel(
     reason: Annotated[
         str | None, typer.Option("--reason", metavar="REASON", help="Only those that wait for this reason.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be cancelled.")] = False,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="Cancel at most so many.")
-    ] = LIMIT,
+    dry_run: DryRunOption = False,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Cancel at most N runs.")] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Cancel a run: one that waits ends at once, one that is on is asked to stop. Returns at once.
+    """Cancel waiting runs, and ask running ones to stop; does not wait for these to end.
 
-    Without RUN all unfinished ones that the options mean, waiting and running ones unless
-    --state says which, the oldest first.
+    Without RUN, cancels all unfinished runs that match the options, oldest first; --state
+    selects waiting or running ones only.
     """
-    session = session_of(context)
-    chosen: Row = {"definition": definition, "state": state, "reason": reason}
-    chosen["since"] = read_since(since, session.clock)
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if run is not None:
-        if given or org is not None or dry_run:
-            raise UsageError("a run's id stands alone", fix="leave the id out to choose runs by options")
-        _cancel_one(session, run, output)
-    elif not given and org is None:
-        raise UsageError("nothing says which runs", fix="name a run, or choose with --org, --since, …")
-    else:
-        _cancel_many(session, given, org, dry_run, limit, output)
-
-
-def _cancel_one(session: Invocation, run: str, output: Format) -> None:
-    from worker.operations.runs import cancel as cancel_run
-
-    with session.database() as database:
-        row = cancel_run(database, run, actor=session.actor)
-    print_row(row, output)
-
-
-def _cancel_many(
-    session: Invocation, given: Row, org: str | None, dry_run: bool, limit: int, output: Format
-) -> None:
-    from worker.operations.runs import cancel_many, matching
+    from worker.operations import runs as operation
     from worker.store.edit_runs import Cancellable
 
-    which = Cancellable(**given)
+    session = session_of(context)
+    after = read_since(since, session.clock)
+    given = _filters(run, org, dry_run, definition=definition, state=state, reason=reason, since=after)
     with session.database() as database:
-        if dry_run:
-            rows = list(matching(database, which, org=org, limit=limit))
-            print_rows(rows, output, columns=CANCEL_FOUND)
-            say(f"{len(rows)} would be cancelled")
+        if run is not None:
+            print_row(operation.cancel(database, run, actor=session.actor), output)
             return
-        rows = []
-        try:
-            # One after the other, so that what was done is printed whatever stops it.
-            rows.extend(cancel_many(database, which, actor=session.actor, org=org, limit=limit))
-        except BaseException:
-            if rows:
-                print_rows(rows, output, columns=DONE)
-            raise
-        print_rows(rows, output, columns=DONE)
+        which = Cancellable(**given)
+        if dry_run:
+            _print_found(
+                list(operation.matching(database, which, org=org, limit=limit)), output, "started_at"
+            )
+            return
+        changes = operation.cancel_many(database, which, actor=session.actor, org=org, limit=limit)
+        rows = _carry_out(changes, output, CANCELLED, limit)
     states = [row["state"] for row in rows]
     say(
         f"{states.count('cancelled')} cancelled, {states.count('running')} asked to stop, "
         f"{states.count(None)} had ended or started meanwhile"
     )
-    if len(rows) == limit:
-        say(f"there may be more than {limit}: give the command again")
-
-
-# Runs retried by one command, unless `--limit` says otherwise; seconds between two looks at canaries.
-POLL = 0.5
-
-RETRY_FOUND = ("id", "org", "definition", "state", "reason", "detail", "scheduled_for", "finished_at")
-MADE = ("id", "retry_of", "org", "definition", "scheduled_for", "state", "left")
 
 
 def retry(
     context: typer.Context,
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="One run's id, as `runs list` prints it.")
-    ] = None,
+    run: OptionalRun = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     state: StateOption = None,
@@ -140,147 +107,167 @@ def retry(
         typer.Option("--cause", metavar="TEXT", help="Only those whose last attempt has this error_cause."),
     ] = None,
     from_checkpoint: Annotated[
-        bool, typer.Option("--from-checkpoint", help="Start where the old run's last checkpoint was.")
+        bool, typer.Option("--from-checkpoint", help="Start from the old run's last checkpoint.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be retried.")] = False,
+    dry_run: DryRunOption = False,
     canary: Annotated[
         int,
         typer.Option("--canary", metavar="N", min=0, help="Retry N, and the rest only if those succeed."),
     ] = 0,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Retry at most so many.")] = LIMIT,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Retry at most N runs.")] = LIMIT,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Make a new run of one that has ended, for the same instant, and print it; the old one stays.
+    """Make a new run of an ended one, for the same scheduled time, and print it.
 
-    Without RUN all that the options mean, failed ones unless --state says otherwise, the oldest
-    end first, each that was not retried yet.
+    Without RUN, retries all runs that match the options and were not retried yet, oldest
+    end first; failed ones unless --state selects others.
     """
-    session = session_of(context)
-    chosen: Row = {"definition": definition, "state": state, "reason": reason, "cause": cause}
-    chosen["since"] = read_since(since, session.clock)
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if run is not None:
-        if given or org is not None or dry_run or canary:
-            raise UsageError("a run's id stands alone", fix="leave the id out to choose runs by options")
-        _retry_one(session, run, from_checkpoint, output)
-    elif not given and org is None:
-        raise UsageError("nothing says which runs", fix="name a run, or choose with --org, --since, …")
-    else:
-        _retry_many(session, given, org, from_checkpoint, dry_run, canary, limit, output)
-
-
-def _retry_one(session: Invocation, run: str, from_checkpoint: bool, output: Format) -> None:
-    from worker.operations.runs import retry as retry_run
-
-    with session.database() as database:
-        row = retry_run(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
-    print_row(row, output)
-
-
-def _retry_many(
-    session: Invocation,
-    given: Row,
-    org: str | None,
-    from_checkpoint: bool,
-    dry_run: bool,
-    canary: int,
-    limit: int,
-    output: Format,
-) -> None:
-    from worker.operations.runs import matching, retry_many
+    from worker.operations import runs as operation
     from worker.store.edit_runs import Retryable
 
-    which = Retryable(**given)
+    session = session_of(context)
+    after = read_since(since, session.clock)
+    given = _filters(
+        run,
+        org,
+        dry_run or canary > 0,
+        definition=definition,
+        state=state,
+        reason=reason,
+        cause=cause,
+        since=after,
+    )
     with session.database() as database:
-        if dry_run:
-            print_rows(list(matching(database, which, org=org, limit=limit)), output, columns=RETRY_FOUND)
+        if run is not None:
+            row = operation.retry(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
+            print_row(row, output)
             return
-        making = retry_many(
+        which = Retryable(**given)
+        if dry_run:
+            _print_found(
+                list(operation.matching(database, which, org=org, limit=limit)), output, "finished_at"
+            )
+            return
+        changes = operation.retry_many(
             database, which, actor=session.actor, org=org, from_checkpoint=from_checkpoint, limit=limit
         )
-        rows: list[Row] = []
-        try:
-            if canary:
-                _try_first(database, making, canary, rows)
-            rows.extend(making)
-        except BaseException:
-            if rows:
-                _print_made(rows, output)
-            raise
-        _print_made(rows, output)
-    if len(rows) == limit:
-        say(f"there may be more than {limit}: give the command again")
+        rows = _carry_out(
+            changes, output, RETRIED, limit, lambda rows: _try_first(database, changes, canary, rows)
+        )
     left = [row for row in rows if row["id"] is None]
     if left:
         raise Conflict(
-            f"{len(left)} of {len(rows)} runs were left: {left[0]['left']}",
-            fix="give the command again once nothing stands in their way",
+            f"{len(left)} of {len(rows)} runs were not retried: {left[0]['left']}",
+            fix="repeat the command once nothing blocks them",
         )
 
 
-def _try_first(database: Database, making: Iterator[Row], count: int, rows: list[Row]) -> None:
-    """Retry so many, wait for their ends, and raise where one did not succeed."""
-    made: list[Row] = []
-    for row in making:
+def _filters(run: str | None, org: str | None, is_bulk: bool, **options: Any) -> Row:
+    """The options that select runs, without those that were not given.
+
+    Raises:
+        UsageError: both a run's id and such options, or neither.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if run is not None and (given or org is not None or is_bulk):
+        raise UsageError(
+            "a run's id cannot be combined with these options",
+            fix="leave the id out to select runs by options",
+        )
+    if run is None and not given and org is None:
+        raise UsageError("no runs are selected", fix="name a run, or select some with --org, --since, …")
+    return given
+
+
+def _print_found(rows: list[Row], output: Format, time_column: str) -> None:
+    print_rows(rows, output, columns=(*FOUND, time_column))
+    say(f"{len(rows)} would be changed")
+
+
+def _carry_out(
+    changes: Iterator[Row],
+    output: Format,
+    columns: Sequence[str],
+    limit: int,
+    first: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Change runs one by one, and print the outcomes even if one raises."""
+    rows: list[Row] = []
+    try:
+        first(rows)
+        rows.extend(changes)
+    except BaseException:
+        if rows:
+            _print_outcomes(rows, output, columns)
+        raise
+    _print_outcomes(rows, output, columns)
+    if len(rows) == limit:
+        say(f"there can be more than {limit}: repeat the command")
+    return rows
+
+
+def _print_outcomes(rows: list[Row], output: Format, columns: Sequence[str]) -> None:
+    if output is Format.ID:
+        rows = [row for row in rows if row["id"] is not None]
+    print_rows(rows, output, columns=columns)
+
+
+def _try_first(database: Database, changes: Iterator[Row], count: int, rows: list[Row]) -> None:
+    """Retry `count` runs and wait for their ends.
+
+    Raises:
+        CanaryFailed: one did not succeed.
+    """
+    canaries: list[Row] = []
+    while len(canaries) < count and (row := next(changes, None)) is not None:
         rows.append(row)
         if row["id"] is not None:
-            made.append(row)
-            if len(made) == count:
-                break
-    for row, end in zip(made, _ends(database, made), strict=True):
+            canaries.append(row)
+    if not canaries:
+        return
+    for row, end in zip(canaries, _ends(database, canaries), strict=True):
         row["state"] = end["state"]
-    bad = [row for row in made if row["state"] != "succeeded"]
+    bad = [row for row in canaries if row["state"] != "succeeded"]
     if bad:
         raise CanaryFailed(
-            f"{len(bad)} of the {len(made)} retried first did not succeed; nothing else was retried",
-            fix=f"`runs why {bad[0]['id']}` says why",
+            f"{len(bad)} of the {len(canaries)} retried first did not succeed; nothing else was retried",
+            fix=f"`runs why {bad[0]['id']}` explains it",
         )
 
 
-def _ends(database: Database, made: Iterable[Row]) -> list[Row]:
-    """The rows of these runs once each has ended; tells on stderr how far they are."""
+def _ends(database: Database, runs: Iterable[Row]) -> list[Row]:
+    """The rows of these runs once all have ended; prints their progress on stderr."""
     from worker.store.lists import runs as run_lists
 
-    ids = [row["id"] for row in made]
-    told: dict[str, str] = {}
+    ids = [row["id"] for row in runs]
+    said: dict[str, str] = {}
     while True:
         with database.autocommit() as connection:
             found = [run_lists.run_for_all_orgs(connection, run_id) for run_id in ids]
         ended = sum(row["finished_at"] is not None for row in found)
         for row in found:
-            how = " ".join(filter(None, (row["state"], row["reason"], in_words(row["progress"]))))
-            if told.get(row["id"]) != how:
-                told[row["id"]] = how
-                say(
-                    f"{ended} of {len(ids)} ended; run {row['id']} of {row['org']}/{row['definition']}: {how}"
-                )
+            now = " ".join(filter(None, (row["state"], row["reason"], in_words(row["progress"]))))
+            if said.get(row["id"]) != now:
+                said[row["id"]] = now
+                name = f"{row['org']}/{row['definition']}"
+                say(f"{ended} of {len(ids)} ended; run {row['id']} of {name}: {now}")
         if ended == len(ids):
             return found
         time.sleep(POLL)
 
 
-def _print_made(rows: list[Row], output: Format) -> None:
-    if output is Format.ID:
-        rows = [row for row in rows if row["id"] is not None]
-    print_rows(rows, output, columns=MADE)
-
-
-WIDTH = 100
-
-
 def why(
     context: typer.Context,
-    run: Annotated[
-        str | None, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")
-    ] = None,
+    run: OptionalRun = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     at: Annotated[
-        str | None, typer.Option("--at", metavar="T", help="An instant of --org's --definition instead.")
+        str | None,
+        typer.Option("--at", metavar="T", help="A scheduled time of --org's --definition instead of a run."),
     ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Say in words what became of a run, or why an instant has none; what is kept, and what to do."""
+    """Explain the state of a run, or why a scheduled time has no run; what is retained, and what to do."""
     from worker.operations import why as operation
 
     session = session_of(context)
@@ -288,20 +275,18 @@ def why(
         if run is not None and definition is None and at is None:
             found = operation.why(connection, run, org=org)
         elif run is None and org is not None and definition is not None and at is not None:
-            instant = read_instant(at, session.clock, option="--at")
-            found = operation.why_instant(connection, org, definition, instant, now=database.now(connection))
+            when = read_instant(at, session.clock, option="--at")
+            found = operation.why_time(connection, org, definition, when, now=database.now(connection))
         else:
             raise UsageError(
-                "it is not said what to explain",
-                fix="name either a RUN, or an instant by --org ORG --definition NAME --at T",
+                "nothing to explain is selected",
+                fix="name either a RUN, or a scheduled time by --org ORG --definition NAME --at T",
             )
     if output is Format.TABLE:
         print(textwrap.fill(found.sentence, WIDTH, break_long_words=False, break_on_hyphens=False))
     else:
         print_row(found.as_row(), output, key="run")
 
-
-# Seconds between two looks at a log that grows.
 
 app = typer.Typer(help="Runs: list, show, why, cancel, retry, logs.")
 app.command("why")(why)

@@ -1,4 +1,4 @@
-"""What one command works with: its settings, its database, and who gives it."""
+"""What a command uses: its settings, its database, and the user who runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UPGRADE = "python -m worker db upgrade"
 
 @dataclass
 class Invocation:
-    """One call of the command line; settings and database are opened at first need."""
+    """One call of the command line; settings and database are opened on first use."""
 
     config: str | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -43,28 +43,28 @@ class Invocation:
 
     @property
     def actor(self) -> str:
-        """The OS user; by its number where the number has no name."""
+        """The OS user, or its number if it has no name."""
         try:
             return pwd.getpwuid(os.getuid()).pw_name
         except KeyError:
             return str(os.getuid())
 
     def require_database(self) -> None:
-        """Refuse to go on where there is no SQLite file: opening one would make it, perhaps in a wrong place.
+        """Check that the SQLite file exists, since opening would create it, perhaps in the wrong place.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: there is no such file.
         """
         file = self.settings.database.sqlite_file
         if file is not None and not file.exists():
-            raise ConfigurationError(f"there is no database {file.absolute()}", fix=f"`{UPGRADE}` makes it")
+            raise ConfigurationError(f"there is no database {file.absolute()}", fix=f"`{UPGRADE}` creates it")
 
     @contextmanager
     def database(self, *, any_schema: bool = False) -> Iterator[Database]:
-        """The database of the settings, whose schema is this version's unless `any_schema`.
+        """The database of the settings; checks its schema unless `any_schema`.
 
         Raises:
-            ConfigurationError: no database, or one of another schema version.
+            ConfigurationError: there is no database, or its schema has another version.
             StoreUnavailable: it does not answer.
         """
         from worker import wiring
@@ -84,9 +84,9 @@ class Invocation:
 
 
 def session_of(context: typer.Context) -> Invocation:
-    """The session that the options before the verb have made; no secret is read before it."""
+    """The session made by the options before the verb. No secret is read before this call."""
     from worker.execution.runners.child.linux import hide_memory
 
-    # Again, for a command that has `--help` as the value of an option.
+    # Again: `--help` can be the value of an option, which skips the first call.
     hide_memory()
     return cast(Invocation, context.obj)

@@ -1,4 +1,4 @@
-"""The sandbox of handlers, as `[execution]` wants it and this kernel has it."""
+"""The sandbox of handlers, as `[execution]` configures it and this kernel supports it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONFINED = (sys.executable, "-P", "-m", "worker.execution.runners.child.sandbox
 
 @dataclass(frozen=True, slots=True)
 class Confinement:
-    """What confines handlers: nothing without `rules`. `level` says it in words."""
+    """How handlers are confined: not at all without `rules`. `level` describes it."""
 
     level: str
     version: int
@@ -32,11 +32,11 @@ class Confinement:
 
     @property
     def describe(self) -> tuple[str, ...]:
-        """The command of the catalogue's children."""
+        """The command that describes handlers for the catalogue."""
         return DESCRIBE if self.rules is None else (*_CONFINED, self.rules.as_json())
 
     def warn(self) -> None:
-        """Report once what is missing, and what was left out."""
+        """Emit what is missing, and what was left out."""
         if self.rules is None or self.version < landlock.SCOPES:
             emit("sandbox.incomplete", sandbox=self.level)
         for narrowed in self.narrowed:
@@ -44,11 +44,11 @@ class Confinement:
 
 
 def confinement_of(settings: Settings, *, version: int | None = None) -> Confinement:
-    """How handlers are confined; `version` is that of the kernel's interface, by default this kernel's.
+    """How handlers are confined; `version` is that of the kernel's Landlock interface.
 
     Raises:
-        ConfigurationError: the sandbox is required and the kernel has less than all of it,
-            or a path that handlers may use contains a secret.
+        ConfigurationError: the sandbox is required, and the kernel does not support all of it
+            or a path that handlers can use contains a secret.
     """
     execution = settings.execution
     if execution.sandbox == "off":
@@ -66,34 +66,33 @@ def confinement_of(settings: Settings, *, version: int | None = None) -> Confine
     rules = planner.rules(execution.read_paths, execution.write_paths)
     if required and planner.narrowed:
         raise ConfigurationError(
-            f'[execution] sandbox = "require": {found_in(planner.narrowed[0])}',
-            fix="move it elsewhere, or let handlers use a smaller folder",
+            f'[execution] sandbox = "require": {_found_in(planner.narrowed[0])}',
+            fix="move it elsewhere, or allow handlers a smaller folder",
         )
     return Confinement(level(version), version, rules, tuple(planner.narrowed))
 
 
-def found_in(narrowed: Narrowed) -> str:
-    """What a path that handlers may use leads to."""
-    secret = narrowed.secret
-    return f"{narrowed.root} is open to handlers, and leads to {secret.name} ({secret.path})"
-
-
 def in_words(narrowed: Narrowed) -> str:
-    """What was found in a path that handlers may use, and what becomes of it."""
+    """The secret in a path that handlers can use, and what is allowed instead."""
     rest = "it is not allowed" if narrowed.left_out else "its other parts are allowed, as they are now"
-    return f"{found_in(narrowed)}: {rest}"
+    return f"{_found_in(narrowed)}: {rest}"
+
+
+def _found_in(narrowed: Narrowed) -> str:
+    secret = narrowed.secret
+    return f"{narrowed.root} is open to handlers and contains {secret.name} ({secret.path})"
 
 
 def _secrets(settings: Settings) -> Iterator[Secret]:
-    """What no handler may reach; a path need not exist."""
+    """What handlers must not reach; a path need not exist."""
     yield Secret("/proc", "all of /proc")
     folders = {settings.secrets_dir, os.environ.get("CREDENTIALS_DIRECTORY", ""), MOUNTED_SECRETS}
     yield from (Secret(os.path.realpath(folder), "secrets_dir") for folder in sorted(folders) if folder)
-    with suppress(ConfigurationError):  # there is no place for one
+    with suppress(ConfigurationError):  # no key ring is configured
         yield Secret(os.path.realpath(settings.keyring_file), "the key ring")
     file = settings.database.sqlite_file
     if file is not None:
-        # Its journals and its lock, and copies of it, are called like it.
+        # The names of its journals, its lock and copies begin with its own.
         yield Secret(os.path.realpath(file), "the database", stem=True)
     named = (settings.config_file, os.environ.get("WORKER_CONFIG", ""))
     yield from _configuration((*named, *filter(os.path.exists, CONFIG_PLACES)))

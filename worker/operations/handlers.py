@@ -1,4 +1,4 @@
-"""What the catalogue says of handlers, for checks before a definition is stored or run."""
+"""Handlers as the catalogue has them, for checks before a definition is stored or run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 class Handlers:
-    """The catalogue as it stands, read once at first need."""
+    """The catalogue, read once on first use."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -25,7 +25,7 @@ class Handlers:
         self._schemas: dict[str, Schema | None] = {}
 
     def named(self, name: str) -> list[Row]:
-        """Every distribution's row of that name, the broken ones too."""
+        """Every distribution's row of that name, including broken ones."""
         if self._rows is None:
             self._rows = {}
             for row in catalogue.entries(self._connection):
@@ -33,25 +33,23 @@ class Handlers:
         return self._rows.get(name, [])
 
     def isolation_of(self, name: str) -> Isolation:
-        """Where the handler wants to run; in a child process where nothing is known of it."""
+        """Where the handler asks to run; an unknown handler runs in a child process."""
         row = self._usable(name)
         return "inline" if row is not None and row["isolation"] == "inline" else "child"
 
     def scopes_of(self, name: str) -> frozenset[str]:
-        """The scopes that the handler says it needs; none where nothing is known of it."""
+        """The scopes that the handler needs; none for an unknown handler."""
         row = self._usable(name)
         return frozenset() if row is None else frozenset(row["scopes"])
 
     def check(
         self, definition: Definition, entry: str, *, inline: Collection[str], allow_unknown: bool
     ) -> None:
-        """Refuse a definition whose handlers are unknown, broken, or want what the operator did not allow.
-
-        Params are checked against the schema of every handler that may be chosen.
+        """Check a definition against all of its handlers, including their params.
 
         Raises:
             UnknownHandler: no distribution offers it, or it does not load (unless `allow_unknown`).
-            DefinitionError: params that do not fit, or inline without the operator's word.
+            DefinitionError: invalid params, or inline although the operator has not allowed it.
         """
         for name in definition.handlers:
             field = "handler" if name == definition.handler else "variants"
@@ -62,7 +60,7 @@ class Handlers:
                 continue
             if (definition.isolation or row["isolation"]) == "inline" and row["distribution"] not in inline:
                 raise DefinitionError(
-                    f"{entry}, isolation: {name} would run inline, where it could read every org's secrets",
+                    f"{entry}, isolation: {name} would run inline, where it can read every org's secrets",
                     entry=entry,
                     field="isolation",
                     fix=f'if you trust it, add "{row["distribution"]}" to execution.inline in worker.toml; '
@@ -72,9 +70,9 @@ class Handlers:
             self._check_params_by_hand(name, definition.params_by_hand, entry)
 
     def check_params(self, name: str, params: Mapping[str, Any], entry: str) -> None:
-        """Refuse params that do not fit the handler's schema; without a schema everything does.
+        """Check params against the handler's schema, if it has one.
 
-        What the schema leaves open, the run's own process refuses before it calls the handler.
+        The run's own process checks the rest before it calls the handler.
 
         Raises:
             DefinitionError: names the param.
@@ -87,23 +85,23 @@ class Handlers:
                 f"{entry}, {field}: {problem.message}",
                 entry=entry,
                 field=field,
-                fix=f"`handlers show {name}` has the params it takes",
+                fix=f"`handlers show {name}` shows its params",
             )
 
     def _check_params_by_hand(self, name: str, params: Collection[str], entry: str) -> None:
-        """Refuse a name that the handler's schema does not know, such as a misspelt one."""
+        """Refuse names that the handler's schema does not have, such as misspelt ones."""
         schema = self._schema(name)
         for param in params:
             if schema is not None and not schema.knows(param):
                 raise DefinitionError(
-                    f"{entry}, params_by_hand: {name} takes no param {param}",
+                    f"{entry}, params_by_hand: {name} has no param {param}",
                     entry=entry,
                     field="params_by_hand",
-                    fix=f"remove it; `handlers show {name}` has the params it takes",
+                    fix=f"remove it; `handlers show {name}` shows its params",
                 )
 
     def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
-        """Params read from a command line, as this handler takes them; see the function `as_taken`."""
+        """Params from a command line as this handler takes them."""
         return as_taken(self._schema(name), params, typed)
 
     def _usable(self, name: str) -> Row | None:
@@ -128,14 +126,14 @@ class Handlers:
             f"{entry}, {field}: {problem}",
             entry=entry,
             field=field,
-            fix="`handlers list` names what there is; --allow-unknown-handlers stores it anyway",
+            fix="`handlers list` lists those there are; --allow-unknown-handlers stores it anyway",
         )
 
 
 def schema_of(stored: object) -> Schema | None:
-    """The schema of a handler's params, or None where it has none that can be used.
+    """The schema of a handler's params; None if it has none that is valid.
 
-    A plug-in's mistake must not keep its definitions out; the run's own process checks with the model.
+    A plug-in with an invalid schema can still be used; the run's own process checks the params.
     """
     try:
         check_schema(stored, "schema")
@@ -145,9 +143,9 @@ def schema_of(stored: object) -> Schema | None:
 
 
 def as_taken(schema: Schema | None, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
-    """Params read from a command line, those as `typed` that a handler of this schema takes only so.
+    """Params from a command line, with the typed text where the schema accepts only that.
 
-    `url=5` was read as a number; where the handler wants a text, it is one.
+    `url=5` was read as a number; if the handler accepts a string, it is one.
     """
     taken = dict(params)
     if schema is None:

@@ -1,4 +1,4 @@
-"""Why a run is what it is, and why an instant of a definition has no run."""
+"""Why a run has its state, and why a scheduled time of a definition has no run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from worker.store.lists import runs as run_lists
 
 Row = Mapping[str, Any]
 
-_INSTANT = timedelta(microseconds=1)
+_TICK = timedelta(microseconds=1)
 _HALF_HOUR = timedelta(minutes=30)
-# Reasons of a run that starts as soon as there is room for it.
-_READY = ("due", "handed_back", "recovered")
 _YEAR = timedelta(days=366)
+# Reasons of a run that starts as soon as a slot is free.
+_READY = ("due", "handed_back", "recovered")
 _STOPS = {
     "definition.pause": "the definition was paused",
     "definition.close": "the definition was closed",
@@ -31,68 +31,62 @@ _STOPS = {
     "org.suspend": "the org was suspended",
     "org.remove": "the org was removed",
 }
-_DEFINITION_MOVES = (
-    "definition.pause",
-    "definition.resume",
-    "definition.close",
-    "definition.reopen",
-    "definition.add",
-)
-_ORG_MOVES = ("org.pause", "org.suspend", "org.remove", "org.resume", "org.add")
+_DEFINITION_ACTIONS = tuple(f"definition.{verb}" for verb in ("pause", "resume", "close", "reopen", "add"))
+_ORG_ACTIONS = tuple(f"org.{verb}" for verb in ("pause", "suspend", "remove", "resume", "add"))
 
 
 def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
-    """Why a run is what it is; with `org`, another org's run does not exist.
+    """Why a run has its state; with `org`, only that org's runs are found.
 
     Raises:
-        NotFound: there is no such run.
+        NotFound: no such run.
     """
     if org is None:
         return _why_run(connection, run_lists.run_for_all_orgs(connection, run_id))
     return _why_run(connection, run_lists.run(connection, org, run_id))
 
 
-def why_instant(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
-    """What became of an instant of a definition: its run, or why it has none.
+def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
+    """The run of a definition at a scheduled time, or why there is none.
 
     Raises:
-        NotFound: there is no such org or definition.
+        NotFound: no such org or definition.
     """
     org_id = orgs.require(connection, org)["id"]
     row = definitions.require(connection, org_id, org, name)
     run_id = history.run_of(connection, org_id, row["id"], at)
     if run_id is not None:
         return _why_run(connection, run_lists.run(connection, org, run_id))
-    skip = history.skip_of(connection, org_id, row["id"], at)
     revision = history.revision_at(connection, row["id"], at)
     definition = from_spec(org, name, revision["spec"] if revision else row["spec"])
     trigger = definition.trigger(row["org_timezone"])
-    is_instant = trigger.after(at, inclusive=True) == at
-    backfill = f"definitions backfill {org} {name} --from {to_text(at)} --until {to_text(at + _INSTANT)}"
+    backfill = f"definitions backfill {org} {name} --from {to_text(at)} --until {to_text(at + _TICK)}"
     preview = f"definitions next {org} {name}"
-    if skip is not None and is_instant:
+    if trigger.after(at, inclusive=True) != at:
+        around = _around(trigger, at)
+        return _no_run(row, at, "is not a scheduled time of", around, f"{preview} --from {to_text(at)}")
+    skip = history.skip_of(connection, org_id, row["id"], at)
+    if skip is not None:
         return _skipped(connection, row, at, skip, backfill)
-    if not is_instant:
-        return _absent(row, at, "is no instant of", _around(trigger, at), f"{preview} --from {to_text(at)}")
     if at > now:
-        return _absent(row, at, "has not come yet for", _ahead(row), preview)
+        return _no_run(row, at, "has not come yet for", _ahead(row), preview)
     stopped = _stopped(connection, row, at)
     if stopped is not None:
-        return _absent(row, at, "was not due for", stopped, backfill)
+        return _no_run(row, at, "was not due for", stopped, backfill)
     if row["next_scheduled_for"] is not None and row["next_scheduled_for"] <= at:
         cause = "no worker has fired it yet"
         if row["next_fire_at"] is not None and row["next_fire_at"] > now:
             cause = f"its spread has not passed yet: it fires at {to_text(row['next_fire_at'])}"
-        return _absent(row, at, "has no run yet of", cause, preview)
+        return _no_run(row, at, "has no run yet of", cause, preview)
     if at < row["created_at"]:
-        made = f"the definition was made at {to_text(row['created_at'])}, after it"
-        return _absent(row, at, "was not due for", made, backfill)
-    cause = "no run and no skip of it is left: both are deleted when their retention has passed"
-    return _absent(row, at, "left no trace in", cause, backfill)
+        cause = f"the definition was created later, at {to_text(row['created_at'])}"
+        return _no_run(row, at, "was not due for", cause, backfill)
+    cause = "its run or skip was deleted after its retention"
+    return _no_run(row, at, "left no trace in", cause, backfill)
 
 
 def _why_run(connection: Connection, run: Row) -> Why:
-    """The run's own words, and how many other orgs met the same."""
+    """The run's own explanation, and how many other orgs have the same problem."""
     org = orgs.require(connection, run["org"])
     org_id = org["id"]
     attempt = last_error(run)
@@ -102,60 +96,55 @@ def _why_run(connection: Connection, run: Row) -> Why:
     elif run["reason"] == "no_token":
         found = history.others_without_token(connection, org_id)
     else:
-        return _standing(connection, run, org, why_run(run))
-    return _standing(connection, run, org, why_run(run, others=found.orgs, more=found.more))
+        return _blocked(connection, run, org, why_run(run))
+    return _blocked(connection, run, org, why_run(run, others=found.orgs, more=found.more))
 
 
-def _standing(connection: Connection, run: Row, org: Row, said: Why) -> Why:
-    """The same, with what stands in the way of a run that waits, where it is not what its reason says."""
+def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
+    """The same, with what blocks a waiting run, unless its reason says that already."""
     if run["state"] != "waiting":
-        return said
+        return found
     if org["state"] == "paused":
         cause = (
-            f"its org is paused by {org['state_by']} since {to_text(org['state_at'])}: nothing of it starts"
+            f"its org was paused by {org['state_by']} at {to_text(org['state_at'])}: none of its runs start"
         )
-        return replace(said, cause=cause, next=f"orgs resume {run['org']}")
+        return replace(found, cause=cause, next=f"orgs resume {run['org']}")
     if run["reason"] not in _READY:
-        return said
+        return found
     if run["available_at"] is not None and run["available_at"] > database_now(connection):
-        return replace(said, cause=f"{said.cause}; it may start at {to_text(run['available_at'])}")
+        return replace(found, cause=f"{found.cause}; it can start at {to_text(run['available_at'])}")
     if not health.live_workers(connection):
-        return replace(said, cause="no worker is up to run it", next="doctor")
+        return replace(found, cause="no worker is up to run it", next="doctor")
     limit = org["max_concurrent_runs"]
     if history.running(connection, org["id"], limit=limit) >= limit:
-        return replace(
-            said,
-            cause=f"its org has as many runs on as its max_concurrent_runs lets, {limit}",
-            next=f"runs list --org {run['org']} --state running",
-        )
-    return said
+        cause = f"its org already runs as many as its max_concurrent_runs allows: {limit}"
+        return replace(found, cause=cause, next=f"runs list --org {run['org']} --state running")
+    return found
 
 
 def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:
     if skip["reason"] == "overlap":
         other = history.run_in_the_way(connection, row["org_id"], row["id"], at)
-        cause = f"run {other or 'before it'} had not ended, and overlap = {_overlap(row)} kept it out"
+        overlap = row["spec"].get("overlap", "skip")
+        cause = f"run {other or 'before it'} had not ended, and overlap = {overlap} kept it out"
     else:
         misfire = row["spec"].get("misfire", "once")
-        cause = f"nobody fired it in time, and misfire = {misfire} let none or a newer one run instead"
+        cause = f"no worker fired it in time, and misfire = {misfire} ran nothing or a newer one instead"
     kept = (
-        f"it is one of {skip['count']} instants counted in a skip from {to_text(skip['skipped_from'])} "
+        f"it is one of {skip['count']} scheduled times in a skip from {to_text(skip['skipped_from'])} "
         f"until {to_text(skip['skipped_until'])}"
     )
-    why = _absent(row, at, "was skipped for", cause, backfill)
-    return Why(
-        why.what, why.cause, kept, why.retry, why.next, {**why.facts, "state": None, "reason": skip["reason"]}
-    )
+    found = _no_run(row, at, "was skipped for", cause, backfill)
+    return replace(found, kept=kept, facts={**found.facts, "reason": skip["reason"]})
 
 
-def _absent(row: Row, at: datetime, is_what: str, cause: str, command: str) -> Why:
+def _no_run(row: Row, at: datetime, is_what: str, cause: str, command: str) -> Why:
+    can_backfill = command.startswith("definitions backfill")
     return Why(
         what=f"{to_text(at)} {is_what} {row['org']}/{row['name']}",
         cause=cause,
-        kept="nothing of it ran, so nothing is kept",
-        retry="a backfill of it is safe: it never ran"
-        if command.startswith("definitions backfill")
-        else "there is nothing to retry",
+        kept="it never ran, so nothing was retained",
+        retry="a backfill is safe, since it never ran" if can_backfill else "there is nothing to retry",
         next=command,
         facts={
             "run": None,
@@ -170,19 +159,17 @@ def _absent(row: Row, at: datetime, is_what: str, cause: str, command: str) -> W
 
 
 def _stopped(connection: Connection, row: Row, at: datetime) -> str | None:
-    """What kept instants from being due at that time, by the audit; else by the definition as it is."""
-    of_definition = history.last_change(
-        connection, row["org_id"], f"{row['org']} {row['name']}", _DEFINITION_MOVES, at
-    )
-    of_org = history.last_change(connection, row["org_id"], row["org"], _ORG_MOVES, at)
-    for change in (of_org, of_definition):
+    """What kept the definition from being due at that time, by the audit or by its spec."""
+    org_id, name = row["org_id"], f"{row['org']} {row['name']}"
+    for change in (
+        history.last_change(connection, org_id, row["org"], _ORG_ACTIONS, at),
+        history.last_change(connection, org_id, name, _DEFINITION_ACTIONS, at),
+    ):
         if change is not None and change["action"] in _STOPS:
             note = (change["detail"] or {}).get("note")
-            said = f" ({note})" if note else ""
-            return f"{_STOPS[change['action']]} by {change['actor']} at {to_text(change['at'])}{said}"
-    if not row["enabled"]:
-        return "the definition says enabled = false"
-    return None
+            reason = f" ({note})" if note else ""
+            return f"{_STOPS[change['action']]} by {change['actor']} at {to_text(change['at'])}{reason}"
+    return None if row["enabled"] else "the definition has enabled = false"
 
 
 def _ahead(row: Row) -> str:
@@ -193,7 +180,7 @@ def _ahead(row: Row) -> str:
     if row["paused_at"] is not None:
         return f"and will not be due while the definition is paused by {row['paused_by']}"
     if not row["enabled"]:
-        return "and will not be due while the definition says enabled = false"
+        return "and will not be due while the definition has enabled = false"
     return "it is due then"
 
 
@@ -204,8 +191,4 @@ def _around(trigger: Trigger, at: datetime) -> str:
         for side, found in (("before", before), ("after", after))
         if found
     ]
-    return f"its schedule names others: {', '.join(near)}" if near else "its schedule names none near it"
-
-
-def _overlap(row: Row) -> str:
-    return str(row["spec"].get("overlap", "skip"))
+    return f"its schedule has others: {', '.join(near)}" if near else "its schedule has none near it"

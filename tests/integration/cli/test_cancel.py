@@ -21,7 +21,7 @@ def test_a_dry_run_lists_and_changes_nothing_then_each_is_cancelled(cli: Command
     dry = cli("runs", "cancel", "--org", "org_a", "--dry-run", "-o", "json")
 
     assert [row["id"] for row in dry.json()] == waiting
-    assert "2 would be cancelled" in dry.err
+    assert "2 would be changed" in dry.err
 
     done = cli("runs", "cancel", "--org", "org_a", "--definition", "tick", "-o", "json")
     assert [(row["id"], row["state"]) for row in done.json()] == [(run, "cancelled") for run in waiting]

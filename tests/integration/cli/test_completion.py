@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.cli.app import invoke
-from worker.cli.completion import VARIABLE
+from worker.cli.app import COMPLETION_VARIABLE, invoke
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -18,7 +17,7 @@ def test_each_shell_gets_a_script_that_asks_orgworker(shell: str, capfd: pytest.
     assert invoke(["completion", shell]) == 0
 
     script = capfd.readouterr().out
-    assert VARIABLE in script
+    assert COMPLETION_VARIABLE in script
     assert f"complete_{shell}" in script
     assert "orgworker" in script
 

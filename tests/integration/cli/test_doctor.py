@@ -53,7 +53,7 @@ def test_doctor_fails_where_the_database_needs_no_password(
     done = cli("doctor", check=False)
 
     assert done.code == 1
-    assert "the database lets in without a password: postgres over TCP" in done.out
+    assert "the database accepts logins without a password: postgres over TCP" in done.out
     assert "scram-sha-256" in done.err
 
 

@@ -179,7 +179,7 @@ def test_for_people_it_is_a_line_a_key(line):
         (
             ["acme.read", "--param", "pages=1", "--property", "max_tokens=many"],
             "settings_invalid",
-            "--property max_tokens=VALUE, or mend the handler's model; its settings are model_version,",
+            "--property max_tokens=VALUE, or fix the handler's model; its settings are model_version,",
         ),
         (
             ["acme.read", "--param", "pages=1", "--scope", "write:kb"],
@@ -239,8 +239,8 @@ def test_a_property_that_is_no_setting_is_remarked_on(line):
         "try", "acme.read", "--param", "pages=1", "--property", "max_token=5", "--property", "zone=eu"
     )
 
-    assert "property max_token is no setting of the handler; is max_tokens meant?" in done.err
-    assert "property zone is no setting of the handler\n" in done.err
+    assert "property max_token is not a setting of the handler; did you mean max_tokens?" in done.err
+    assert "property zone is not a setting of the handler\n" in done.err
 
 
 def test_without_a_model_all_properties_are_settings(line):
@@ -248,7 +248,7 @@ def test_without_a_model_all_properties_are_settings(line):
 
     assert done.json()["result"] == {"zone": "eu"}
     assert done.json()["settings"] == [{"name": "zone", "from": "property", "value": "eu"}]
-    assert "is no setting" not in done.err
+    assert "is not a setting" not in done.err
 
 
 @pytest.mark.parametrize("handler", ["acme.fail", "acme.fail_blocking"])
@@ -275,7 +275,7 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
         ),
         (["acme.list", "--org", "org_acme", "--real"], 78, "`python -m worker db upgrade` makes it"),
         (["acme.list", "--org", ""], 2, "--org is empty"),
-        (["acme.list", "--flag", "beta=null"], 2, "fix: true, false, a number or a text"),
+        (["acme.list", "--flag", "beta=null"], 2, "fix: use true, false, a number or text"),
         (["acme.list", "--param", "x"], 2, "--param 'x' is not NAME=VALUE"),
     ],
 )

@@ -15,7 +15,7 @@ from worker.ids import new_id
 from worker.operations.definitions import close_definition, pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
-from worker.operations.why import why, why_instant
+from worker.operations.why import why, why_time
 from worker.runs.fire import decide
 from worker.store import firing, history, orgs, tables
 
@@ -41,7 +41,7 @@ def ask(apply, database):
 
     def ask_why(at):
         with database.autocommit() as connection:
-            return why_instant(connection, "org_acme", "digest", at, now=database.now(connection))
+            return why_time(connection, "org_acme", "digest", at, now=database.now(connection))
 
     return ask_why
 
@@ -76,7 +76,7 @@ def test_a_missed_instant_names_its_skip_and_the_backfill(ask, database, rows):
     assert found.what == f"{to_text(hour - 2 * HOUR)} was skipped for org_acme/digest"
     assert "misfire = once" in found.cause
     # How many depends on where midnight is: a skip ends there.
-    assert re.match(r"it is one of [123] instants counted in a skip from \S+ until \S+$", found.kept)
+    assert re.match(r"it is one of [123] scheduled times in a skip from \S+ until \S+$", found.kept)
     assert found.next.startswith(f"definitions backfill org_acme digest --from {to_text(hour - 2 * HOUR)}")
     assert found.facts["reason"] == "missed"
 
@@ -104,7 +104,7 @@ def test_what_is_no_instant_names_those_around_it(ask, rows):
 
     found = ask(hour + timedelta(minutes=7))
 
-    assert "is no instant of org_acme/digest" in found.what
+    assert "is not a scheduled time of org_acme/digest" in found.what
     assert to_text(hour) in found.cause
     assert to_text(hour + HOUR) in found.cause
 
@@ -153,7 +153,7 @@ def test_what_nobody_fired_is_told(ask, rows):
 def test_before_the_definition_was_made_nothing_was_due(ask, rows):
     found = ask(whole_hour(rows.now()) - 3 * HOUR)
 
-    assert found.cause.startswith("the definition was made at ")
+    assert found.cause.startswith("the definition was created later, at ")
 
 
 def test_a_run_by_hand_of_that_very_instant_is_found(ask, database, rows, clock):
@@ -264,9 +264,9 @@ def test_a_closed_definition_is_the_cause_of_what_did_not_come(ask, database, ro
 def test_a_definition_that_says_enabled_false_is_the_cause(apply, database, rows, ask):
     apply(FILE.replace('spread = "off"', 'spread = "off"\nenabled = false'))
 
-    assert ask(whole_hour(rows.now())).cause == "the definition says enabled = false"
+    assert ask(whole_hour(rows.now())).cause == "the definition has enabled = false"
     assert ask(whole_hour(rows.now()) + HOUR).cause == (
-        "and will not be due while the definition says enabled = false"
+        "and will not be due while the definition has enabled = false"
     )
 
 
@@ -310,7 +310,7 @@ def test_a_run_that_waits_says_what_stands_in_its_way(apply, database, rows):
     assert (alone.cause, alone.next) == ("no worker is up to run it", "doctor")
     set_org_state(database, "org_acme", "paused", actor="kim")
     paused = why_of(database, run)
-    assert paused.cause.startswith("its org is paused by kim since ")
+    assert paused.cause.startswith("its org was paused by kim at ")
     assert paused.next == "orgs resume org_acme"
 
 
@@ -327,7 +327,7 @@ def test_a_run_that_waits_behind_its_orgs_limit_says_so(apply, database, rows, w
     rows.set_running(on)
 
     full = why_of(database, waiting)
-    assert full.cause == "its org has as many runs on as its max_concurrent_runs lets, 1"
+    assert full.cause == "its org already runs as many as its max_concurrent_runs allows: 1"
     assert full.next == "runs list --org org_acme --state running"
     assert why_of(database, on).facts["state"] == "running"
 
@@ -339,7 +339,7 @@ def test_a_run_that_may_not_start_yet_says_when(apply, database, rows, worker_up
     with database.transaction() as connection:
         connection.execute(update(tables.live_runs).values(available_at=later))
 
-    assert why_of(database, run).cause.endswith(f"; it may start at {to_text(later)}")
+    assert why_of(database, run).cause.endswith(f"; it can start at {to_text(later)}")
 
 
 def test_what_is_to_be_run_of_an_org_that_was_removed_is_told_how_it_comes_back(apply, database):

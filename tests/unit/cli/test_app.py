@@ -73,7 +73,7 @@ def test_a_usage_error_is_json_where_json_was_asked_for(asked: list[str], capsys
 def test_an_option_behind_the_verb_is_told_its_place(option: str, capsys: pytest.CaptureFixture[str]):
     assert invoke(["runs", "list", option, "x"]) == 2
 
-    assert f"fix: {option} stands before the verb: `" in capsys.readouterr().err
+    assert f"fix: {option} goes before the verb: `" in capsys.readouterr().err
 
 
 def test_a_mistyped_command_is_told_the_one_that_is_close(capsys: pytest.CaptureFixture[str]):

@@ -64,12 +64,12 @@ def test_it_says_what_to_do_next(folder, capsys):
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("", 2, "'' is no handler name"),
-        (".x", 2, "'.x' is no handler name"),
-        ("acme.", 2, "'acme.' is no handler name"),
-        ("a b", 2, "'a b' is no handler name"),
-        ("../up", 2, "'../up' is no handler name"),
-        ("größe", 2, "'größe' is no handler name"),
+        ("", 2, "'' is not a handler name"),
+        (".x", 2, "'.x' is not a handler name"),
+        ("acme.", 2, "'acme.' is not a handler name"),
+        ("a b", 2, "'a b' is not a handler name"),
+        ("../up", 2, "'../up' is not a handler name"),
+        ("größe", 2, "'größe' is not a handler name"),
         ("a" * 201, 2, "at most 200"),
         ("3d.render", 2, "a module called 3d_render, which Python cannot import"),
         ("class", 2, "a module called class, which Python cannot import"),
@@ -98,7 +98,7 @@ def test_nothing_that_is_there_is_touched(folder, capsys):
 
     assert invoke(["new-job", "acme.digest"]) == 5
 
-    assert "there is something called acme-digest here" in capsys.readouterr().err
+    assert "acme-digest exists here already" in capsys.readouterr().err
     assert list((folder / "acme-digest").iterdir()) == []
 
 
@@ -107,4 +107,4 @@ def test_a_folder_that_cannot_be_made_is_told(folder, capsys):
 
     assert invoke(["new-job", "acme.digest"]) == 2
 
-    assert "acme-digest cannot be made: No such file or directory" in capsys.readouterr().err
+    assert "acme-digest cannot be created: No such file or directory" in capsys.readouterr().err

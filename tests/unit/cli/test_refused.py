@@ -9,15 +9,14 @@ import pytest
 from psycopg.errors import InsufficientPrivilege, UndefinedColumn
 from sqlalchemy.exc import DBAPIError
 
-from worker.cli.app import invoke
-from worker.cli.driver_errors import in_our_words
+from worker.cli.app import from_driver, invoke
 from worker.errors import AccessDenied, ConfigurationError
 
 
 def test_a_login_that_may_not_do_this_is_denied():
     error = DBAPIError("SELECT 1", None, InsufficientPrivilege("permission denied for table orgs\nLINE 1"))
 
-    known = in_our_words(error)
+    known = from_driver(error)
 
     assert isinstance(known, AccessDenied)
     assert known.exit_code == 4
@@ -30,7 +29,7 @@ def test_a_file_that_is_none_or_damaged_is_configuration(code: int):
     error = sqlite3.DatabaseError("malformed")
     error.sqlite_errorcode = code
 
-    known = in_our_words(error)
+    known = from_driver(error)
 
     assert isinstance(known, ConfigurationError)
     assert "backup" in known.fix
@@ -40,7 +39,7 @@ def test_a_file_that_is_none_or_damaged_is_configuration(code: int):
     "error", [UndefinedColumn("no such column"), sqlite3.DatabaseError(), ValueError("x")]
 )
 def test_what_nobody_expected_stays_so(error: Exception):
-    assert in_our_words(error) is None
+    assert from_driver(error) is None
 
 
 def test_a_command_says_that_the_file_is_no_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -48,4 +47,4 @@ def test_a_command_says_that_the_file_is_no_database(tmp_path: Path, capsys: pyt
     file.write_text("no database at all, but some text that is long enough to be looked at" * 10)
 
     assert invoke(["--set", f"database.url=sqlite:///{file}", "runs", "list"]) == 78
-    assert "is no SQLite database" in capsys.readouterr().err
+    assert "is not an SQLite database" in capsys.readouterr().err
