@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.session import Invocation, session_of
 from worker.errors import IssuerUnavailable, UsageError
 
 if TYPE_CHECKING:
-    from worker.operations.check_orgs import Report
+    from worker.operations.check_orgs import Checks, Report
     from worker.store.database import Database
+
+T = TypeVar("T")
 
 FAILED = 1
 COLUMNS = ("org", "issuer", "ok", "generation", "missing", "unused", "lifetime", "problems")
@@ -42,19 +45,13 @@ def check_orgs(
     Checks discovery, key, org, client, the scopes that the definitions need, properties and
     flags by name and type, lifetime, clock and rate headers.
     """
-    from worker.wiring.secrets import open_checks
-
     if (org is None) != all_:
         raise UsageError("name one org, or --all", fix="`orgs check ORG`, or `orgs check --all`")
-    session = session_of(context)
-
-    async def check_all(database: Database) -> list[Report]:
-        async with open_checks(session.settings, database, session.clock) as checks:
-            codes = None if org is None else [org]
-            return await checks.check_all(codes, concurrency=concurrency, report=_report)
-
-    with session.database() as database:
-        reports = asyncio.run(check_all(database))
+    codes = None if org is None else [org]
+    reports = with_checks(
+        session_of(context),
+        lambda _, checks: checks.check_all(codes, concurrency=concurrency, report=_report),
+    )
     if org is not None and output is Format.TABLE:
         print_report(reports[0], output)
     else:
@@ -62,6 +59,18 @@ def check_orgs(
         for report in reports:
             _say_problems(report)
     return FAILED if any(not report.ok for report in reports) else 0
+
+
+def with_checks(session: Invocation, ask: Callable[[Database, Checks], Coroutine[Any, Any, T]]) -> T:
+    """The result of `ask`, called with the open database and the checks of its orgs."""
+    from worker.wiring.secrets import open_checks
+
+    async def run(database: Database) -> T:
+        async with open_checks(session.settings, database, session.clock) as checks:
+            return await ask(database, checks)
+
+    with session.database() as database:
+        return asyncio.run(run(database))
 
 
 def print_report(report: Report, output: Format) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from worker.cli.checks import print_report
+from worker.cli.checks import print_report, with_checks
 from worker.cli.options import (
     DEFAULT_LIMIT,
     AfterOption,
@@ -28,7 +28,7 @@ from worker.cli.session import session_of
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
-    from worker.operations.check_orgs import Report
+    from worker.operations.check_orgs import Checks
     from worker.store.database import Database
 
 app = typer.Typer(help="An org's client credentials: add a generation, list, verify, rotate, retire.")
@@ -155,16 +155,7 @@ def verify(
 
     Exit 69 if the provider does not respond.
     """
-    from worker.wiring.secrets import open_checks
-
-    session = session_of(context)
-
-    async def check(database: Database) -> Report:
-        async with open_checks(session.settings, database, session.clock) as checks:
-            return await checks.verify(org, generation)
-
-    with session.database() as database:
-        report = asyncio.run(check(database))
+    report = with_checks(session_of(context), lambda _, checks: checks.verify(org, generation))
     return print_report(report, output)
 
 
@@ -195,22 +186,17 @@ def rotate(
     """
     from worker import wiring
     from worker.operations.credentials import Rotation
-    from worker.wiring.secrets import open_checks
 
     session = session_of(context)
     secret = read_text(secret_file).rstrip("\r\n")
     spans = {"quiet": read_duration(quiet, "--quiet"), "timeout": read_duration(timeout, "--timeout")}
 
-    async def change(database: Database) -> list[dict[str, Any]]:
+    async def change_secret(database: Database, checks: Checks) -> list[dict[str, Any]]:
         ring = wiring.open_keyring(session.settings, database=database)
-        async with open_checks(session.settings, database, session.clock) as checks:
-            rotation = Rotation(
-                database, ring, checks, org, actor=session.actor, clock=session.clock, report=say
-            )
-            return await rotation.run(client_id, secret, kind.value, **spans)
+        rotation = Rotation(database, ring, checks, org, session.actor, session.clock, report=say)
+        return await rotation.run(client_id, secret, kind.value, **spans)
 
-    with session.database() as database:
-        rows = asyncio.run(change(database))
+    rows = with_checks(session, change_secret)
     print_rows(rows, output, columns=COLUMNS)
 
 

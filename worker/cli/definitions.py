@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
@@ -27,7 +28,7 @@ from worker.cli.options import (
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import Invocation, change, session_of
 from worker.definitions.units import format_duration
 from worker.errors import UsageError
 
@@ -133,17 +134,11 @@ def backfill(
     """
     from worker.operations import backfill as operation
 
-    session = session_of(context)
-    first = read_instant(start, session.clock, option="--from")
-    end = read_instant(until, session.clock, option="--until")
-    with session.database() as database:
-        if cancel:
-            row = operation.cancel_backfill(database, org, name, start=first, until=end, actor=session.actor)
-        else:
-            row = operation.backfill(
-                database, org, name, start=first, until=end, limit=limit, actor=session.actor
-            )
-    print_row(row, output)
+    clock = session_of(context).clock
+    first = read_instant(start, clock, option="--from")
+    end = read_instant(until, clock, option="--until")
+    verb = operation.cancel_backfill if cancel else partial(operation.backfill, limit=limit)
+    change(context, output, partial(verb, org=org, name=name, start=first, until=end))
 
 
 def backfills(
@@ -272,19 +267,10 @@ def run(
     """Run a definition now, and print the new run."""
     from worker.operations.runs import run_now
 
-    session = session_of(context)
-    params = read_pairs(param or (), option="--param")
-    with session.database() as database:
-        row = run_now(
-            database,
-            org,
-            name,
-            request_key=request_key,
-            params=params or None,
-            typed=split_pairs(param or (), option="--param"),
-            actor=session.actor,
-        )
-    print_row(row, output)
+    params = read_pairs(param or (), option="--param") or None
+    typed = split_pairs(param or (), option="--param")
+    run_it = partial(run_now, org=org, name=name, request_key=request_key, params=params, typed=typed)
+    change(context, output, run_it)
 
 
 @app.command("edit")
@@ -334,10 +320,7 @@ def pause(
     """Pause a definition: it is not due until it is resumed; a running run continues."""
     from worker.operations.definitions import pause_definition
 
-    session = session_of(context)
-    with session.database() as database:
-        row = pause_definition(database, org, name, actor=session.actor, note=note)
-    print_row(row, output)
+    change(context, output, partial(pause_definition, org=org, name=name, note=note))
 
 
 @app.command("resume")
@@ -347,10 +330,7 @@ def resume(
     """Resume a paused definition from now on; the times meanwhile are not replayed."""
     from worker.operations.definitions import resume_definition
 
-    session = session_of(context)
-    with session.database() as database:
-        row = resume_definition(database, org, name, actor=session.actor)
-    print_row(row, output)
+    change(context, output, partial(resume_definition, org=org, name=name))
 
 
 def _upcoming(

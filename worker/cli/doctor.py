@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ def doctor(
         findings = examine(database, session.settings)
         if bundle is not None:
             _write(bundle, session, database)
-    rows = [finding.as_row() for finding in findings]
+    rows = [asdict(finding) for finding in findings]
     print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     for finding in findings:
         if not finding.ok:

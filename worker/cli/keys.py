@@ -75,14 +75,13 @@ def rekey(
     session = session_of(context)
     with session.database() as database:
         ring = wiring.open_keyring(session.settings)
-        done = keys.rekey(
+        row = keys.rekey(
             database, ring, actor=session.actor, batch=batch, report=lambda count: say(f"{count} resealed")
         )
-    row = {"key_id": done.key_id, "new": done.is_new, "resealed": done.resealed, "unopened": done.unopened}
     print_row(row, output, key="key_id")
-    if done.unopened:
-        say(f"{done.unopened} secrets cannot be opened with the ring; `keys list` lists the lost keys")
-    return 1 if done.unopened else 0
+    if row["unopened"]:
+        say(f"{row['unopened']} secrets cannot be opened with the ring; `keys list` lists the lost keys")
+    return 1 if row["unopened"] else 0
 
 
 @app.command("add")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,7 +23,7 @@ from worker.cli.options import (
     read_text,
 )
 from worker.cli.output import Format, confirmed, print_row, print_rows, say
-from worker.cli.session import Invocation, session_of
+from worker.cli.session import Invocation, change, session_of
 from worker.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ def add(
         tags=frozenset(tag or ()),
         timezone=timezone,
     )
-    with session.database() as database:
-        row = add_org(database, entry, actor=session.actor, issuers=session.settings.issuers)
-    print_row(row, output)
+    change(context, output, partial(add_org, entry=entry, issuers=session.settings.issuers))
 
 
 @app.command("import")
@@ -94,22 +93,15 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     A line is {"code", "name", "issuer", "client_id", "client_secret"} and can have "tags",
     "max_concurrent_runs", "weight" and "timezone". The same file again changes nothing.
     """
-    from dataclasses import asdict
-
     from worker import wiring
     from worker.operations.orgs import import_orgs
 
     session = session_of(context)
-    lines = read_text(file).splitlines()
+    lines, issuers = read_text(file).splitlines(), session.settings.issuers
     with session.database() as database:
-        done = import_orgs(
-            database,
-            wiring.open_keyring(session.settings, database=database),
-            lines,
-            actor=session.actor,
-            issuers=session.settings.issuers,
-        )
-    print_row(asdict(done), output, key="orgs_added")
+        ring = wiring.open_keyring(session.settings, database=database)
+        row = import_orgs(database, ring, lines, actor=session.actor, issuers=issuers)
+    print_row(row, output, key="orgs_added")
 
 
 @app.command("list")
@@ -199,10 +191,7 @@ app.command("check")(check_orgs)
 def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:
     from worker.operations.orgs import set_org_state
 
-    session = session_of(context)
-    with session.database() as database:
-        row = set_org_state(database, code, state, actor=session.actor, note=note)
-    print_row(row, output)
+    change(context, output, partial(set_org_state, org=code, state=state, note=note))
 
 
 def _only_issuer(session: Invocation) -> str:

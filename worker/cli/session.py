@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
+from worker.cli.output import Format, print_row
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError
 
@@ -90,3 +91,17 @@ def session_of(context: typer.Context) -> Invocation:
     # Again: `--help` can be the value of an option, which skips the first call.
     hide_memory()
     return cast(Invocation, context.obj)
+
+
+def change(
+    context: typer.Context,
+    output: Format,
+    operation: Callable[..., dict[str, Any]],
+    *,
+    key: str = "id",
+) -> None:
+    """Call an operation with the database and the actor, and print the row that it returns."""
+    session = session_of(context)
+    with session.database() as database:
+        row = operation(database, actor=session.actor)
+    print_row(row, output, key=key)

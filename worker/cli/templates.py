@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +17,7 @@ from worker.cli.options import (
     read_since,
 )
 from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import session_of
+from worker.cli.session import change, session_of
 
 app = typer.Typer(help="Templates: list, show, close. `apply` makes them.")
 
@@ -65,7 +66,4 @@ def close(context: typer.Context, name: NameArgument, output: OutputOption = For
     """Close a template and, org by org, the definitions it made; their history stays."""
     from worker.operations.templates import close_template
 
-    session = session_of(context)
-    with session.database() as database:
-        row = close_template(database, name, actor=session.actor)
-    print_row(row, output)
+    change(context, output, partial(close_template, name=name))

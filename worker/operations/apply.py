@@ -9,7 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import Definition, to_spec
+from worker.definitions.definition import Definition
+from worker.definitions.fields import refusal
 from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import check_encrypted
 from worker.errors import DefinitionError, UsageError
@@ -130,20 +131,19 @@ def _make_plan(
     for each in file.definitions:
         name = f"definition {each.org}/{each.name}"
         if each.org not in ids:
-            raise DefinitionError(
-                f"{name}, org: there is no org {each.org}",
-                entry=name,
-                field="org",
-                fix=f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`',
-            )
+            fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
+            raise refusal(f"there is no org {each.org}", name, "org", fix=fix)
         check(each, name)
-        definition = _definition_change(each, name, ids[each.org], stored.get((each.org, each.name)))
+        before = stored.get((each.org, each.name))
+        if before is not None and before["closed_at"] is None and before["template_id"] is not None:
+            fix = "choose another name, or take the org out of the template's selector"
+            raise refusal("a template makes a definition of this name", name, "name", fix=fix)
+        definition = DefinitionChange.to(ids[each.org], each, before)
         if definition is not None:
             plan.definitions.append(definition)
     for template_entry in sorted(file.templates, key=lambda template: template.name):
         check(template_entry.definition, f"template {template_entry.name}")
-        before = templates.find(connection, template_entry.name)
-        template = _template_change(template_entry, before, issuers)
+        template = _template_change(template_entry, templates.find(connection, template_entry.name), issuers)
         if template is not None:
             plan.templates.append(template)
     if prune:
@@ -175,39 +175,14 @@ def _org_change(entry: OrgEntry, before: Row | None, issuers: Collection[str] | 
     return OrgChange(before["id"], entry.code, before, new) if new else None
 
 
-def _definition_change(
-    definition: Definition, name: str, org_id: OrgId, before: Row | None
-) -> DefinitionChange | None:
-    spec = to_spec(definition)
-    action: Action = "add"
-    if before is not None and before["closed_at"] is not None:
-        action = "reopen"
-    elif before is not None:
-        if before["template_id"] is not None:
-            raise DefinitionError(
-                f"{name}, name: a template makes a definition of this name",
-                entry=name,
-                field="name",
-                fix="choose another name, or take the org out of the template's selector",
-            )
-        if not differing(before["spec"], spec) and before["enabled"] == definition.enabled:
-            return None
-        action = "change"
-    return DefinitionChange(action, org_id, definition.org, definition.name, before, spec, definition.enabled)
-
-
 def _template_change(
     entry: TemplateEntry, before: Row | None, issuers: Collection[str] | None
 ) -> TemplateChange | None:
     issuer = entry.selector.issuer
     if issuers is not None and issuer is not None and issuer not in issuers:
-        raise DefinitionError(
-            f"template {entry.name}, orgs.issuer: there is no issuer {issuer!r}; worker.toml has "
-            f"{', '.join(sorted(issuers)) or 'none'}",
-            entry=f"template {entry.name}",
-            field="orgs.issuer",
-            fix=f"add a table [issuers.{issuer}] to worker.toml, or correct the name",
-        )
+        problem = f"there is no issuer {issuer!r}; worker.toml has {', '.join(sorted(issuers)) or 'none'}"
+        fix = f"add a table [issuers.{issuer}] to worker.toml, or correct the name"
+        raise refusal(problem, f"template {entry.name}", "orgs.issuer", fix=fix)
     selector, spec = entry.selector.as_json(), entry.spec
     if before is None:
         return TemplateChange("add", TemplateId(new_id()), entry.name, None, selector, spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -105,78 +105,21 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
     with database.autocommit() as connection:
         now = database.now(connection).replace(second=0, microsecond=0)
         workers = health.live_workers(connection)
-        handlers = Handlers(connection)
-        orgs = list(load_all_orgs(connection))
-        histories = _Histories(connection, orgs)
-        demand = _Demand(now, handlers, histories)
-        for org in orgs:
-            for definition in org.due:
-                demand.add(org, definition)
-    demand.add_up()
-    slots = Counter({"children": execution.max_children, "inline": execution.max_inline})
-    machines = len({row["host"] for row in workers}) or 1
+        demand = _Demand(connection, now, list(load_all_orgs(connection)))
+        demand.add_up()
+    slots = {"children": execution.max_children, "inline": execution.max_inline}
     if workers:
-        slots = Counter()
-        for row in workers:
-            slots.update({kind: int((row["capacity"] or {}).get(kind, 0)) for kind in ("children", "inline")})
+        capacities = [row["capacity"] or {} for row in workers]
+        slots = {kind: sum(int(each.get(kind, 0)) for each in capacities) for kind in slots}
+    machines = len({row["host"] for row in workers}) or 1
     there = Machine(machine.processors * machines, machine.memory * machines)
-    measures = [
-        *_of_workers(demand, slots, there),
-        *demand.slow_definitions(),
-        *_over_limit(demand, orgs, handlers),
-    ]
-    assumed = histories.assumed()
+    measures = [*demand.of_workers(slots, there), *demand.slow_definitions(), *demand.low_limits()]
+    assumed = demand.assumed()
     if not workers:
         assumed.append("no worker is up: one with these settings is assumed, on this machine")
     elif machines > 1:
         assumed.append(f"the {machines} machines of the workers are assumed to be like this one")
     return Capacity(measures, assumed)
-
-
-class _History(NamedTuple):
-    """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
-
-    seconds: float
-    memory: int
-    known: bool
-
-
-class _Histories:
-    """The histories of handlers, read on first use."""
-
-    def __init__(self, connection: Connection, orgs: Iterable[OrgDefinitions]) -> None:
-        self._connection = connection
-        self._read: dict[str, _History] = {}
-        self._definitions: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
-        for org in orgs:
-            for definition in org.definitions:
-                ids = self._definitions[definition.handler]
-                if len(ids) < DEFINITIONS:
-                    ids.append((org.org.id, org.ids[definition.name]))
-
-    def of(self, handler: str) -> _History:
-        if handler not in self._read:
-            rows = [
-                row
-                for org_id, definition_id in self._definitions.get(handler, ())
-                for row in last_attempts(self._connection, org_id, definition_id, limit=RUNS)
-                if row["handler"] == handler
-            ]
-            peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
-            # To three digits, so that similar handlers are counted together.
-            seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
-            self._read[handler] = _History(seconds, max(peaks, default=MEMORY), known=bool(rows))
-        return self._read[handler]
-
-    def assumed(self) -> list[str]:
-        """The assumptions, as a sentence."""
-        unknown = sorted(handler for handler, history in self._read.items() if not history.known)
-        if not unknown:
-            return []
-        named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        return [
-            f"{named}: no run is known yet; {SECONDS:.0f} s and {MEMORY // MIB} MiB are assumed for each run"
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,147 +229,167 @@ def _seconds(trigger: Trigger, start: datetime, until: datetime) -> tuple[int, .
     return tuple(int((at - start).total_seconds()) for at in trigger.between(start, until))
 
 
+class _History(NamedTuple):
+    """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
+
+    seconds: float
+    memory: int
+    known: bool
+
+
 class _Demand:
     """What all definitions need together. Equal ones are computed once."""
 
-    def __init__(self, start: datetime, handlers: Handlers, histories: _Histories) -> None:
-        self.start = start
-        self.children, self.inline, self.memory = Load(start), Load(start), Load(start)
-        # Mean concurrent runs, counting known histories only: an assumption never fails the check.
-        self.by_org: dict[str, float] = defaultdict(float)
-        self.by_handler: dict[str, float] = defaultdict(float)
-        self.by_isolation: dict[str, float] = defaultdict(float)
-        self.assumes = False
+    def __init__(self, connection: Connection, start: datetime, orgs: list[OrgDefinitions]) -> None:
+        self._connection = connection
+        self._orgs = orgs
+        self._start = start
+        self._children, self._inline, self._memory = Load(start), Load(start), Load(start)
+        # Mean concurrent runs by ("org" | "handler" | "isolation", name), of known histories only: an
+        # assumption never fails the check.
+        self._means: dict[tuple[str, str], float] = defaultdict(float)
         # Definitions that are due again before they end: (runs per period, name, seconds, period).
         self._slow: list[tuple[float, str, float, float]] = []
-        self._handlers = handlers
-        self._histories = histories
-        self._streams: Counter[tuple[Trigger, timedelta, _History, bool, str]] = Counter()
-
-    def add(self, org: OrgDefinitions, definition: Definition) -> None:
-        trigger = definition.trigger(org.timezone)
-        history = self._histories.of(definition.handler)
-        isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
-        window = window_of(definition.schedule, trigger, definition.spread)
-        self._streams[(trigger, window, history, definition.serial, isolation)] += 1
-        count = trigger.count(self.start, self.children.end)
-        self.assumes |= not history.known
-        if not (count and history.known):
-            return
-        lasting = history.seconds
-        if definition.serial and history.seconds * count > DAY:
-            lasting = DAY / count
-            name = f"definition {definition.org} {definition.name}"
-            self._slow.append((history.seconds / lasting, name, history.seconds, lasting))
-        mean = count * lasting / DAY
-        self.by_org[org.org.code] += mean
-        self.by_handler[definition.handler] += mean
-        self.by_isolation[isolation] += mean
+        self._handlers = Handlers(connection)
+        self._histories: dict[str, _History] = {}
+        self._definitions: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
 
     def add_up(self) -> None:
-        for (trigger, window, history, serial, isolation), count in self._streams.items():
+        """Count all definitions that are due."""
+        for org in self._orgs:
+            for definition in org.definitions:
+                self._definitions[definition.handler].append((org.org.id, org.ids[definition.name]))
+        streams: Counter[tuple[Trigger, timedelta, _History, bool, str]] = Counter()
+        for org in self._orgs:
+            for definition in org.due:
+                streams[self._stream(org, definition)] += 1
+        for (trigger, window, history, serial, isolation), count in streams.items():
             stream = Stream(trigger, count, window, history.seconds, serial)
             if isolation == "inline":
-                self.inline.add(stream)
+                self._inline.add(stream)
             else:
-                self.children.add(stream)
-                self.memory.add(stream, history.memory)
+                self._children.add(stream)
+                self._memory.add(stream, history.memory)
 
-    def at(self, peak: Peak) -> datetime | None:
-        return self.start + timedelta(seconds=peak.second) if peak.amount else None
+    def _stream(
+        self, org: OrgDefinitions, definition: Definition
+    ) -> tuple[Trigger, timedelta, _History, bool, str]:
+        trigger = definition.trigger(org.timezone)
+        history = self._history(definition.handler)
+        isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
+        window = window_of(definition.schedule, trigger, definition.spread)
+        count = trigger.count(self._start, self._children.end)
+        if count and history.known:
+            lasting = history.seconds
+            if definition.serial and history.seconds * count > DAY:
+                lasting = DAY / count
+                name = f"definition {definition.org} {definition.name}"
+                self._slow.append((history.seconds / lasting, name, history.seconds, lasting))
+            for key in ("org", org.org.code), ("handler", definition.handler), ("isolation", isolation):
+                self._means[key] += count * lasting / DAY
+        return trigger, window, history, definition.serial, isolation
+
+    def _history(self, handler: str) -> _History:
+        if handler not in self._histories:
+            rows = [
+                row
+                for org_id, definition_id in self._definitions[handler][:DEFINITIONS]
+                for row in last_attempts(self._connection, org_id, definition_id, limit=RUNS)
+                if row["handler"] == handler
+            ]
+            peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
+            # To three digits, so that similar handlers are counted together.
+            seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
+            self._histories[handler] = _History(seconds, max(peaks, default=MEMORY), known=bool(rows))
+        return self._histories[handler]
+
+    def assumed(self) -> list[str]:
+        """The assumption about handlers that have not run."""
+        unknown = sorted(handler for handler, history in self._histories.items() if not history.known)
+        if not unknown:
+            return []
+        named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        return [
+            f"{named}: no run is known yet; {SECONDS:.0f} s and {MEMORY // MIB} MiB are assumed for each run"
+        ]
+
+    def of_workers(self, slots: Mapping[str, int], machine: Machine) -> Iterator[Measure]:
+        """Starts a second, slots and memory."""
+        children, inline = self._children, self._inline
+        total = children.starts + inline.starts
+        cost = (children.starts * CHILD_COST + inline.starts * INLINE_COST) / total if total else CHILD_COST
+        peaks = (children.starts_a_second(), inline.starts_a_second())
+        yield self._measure(
+            "starts",
+            Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second),
+            total / DAY,
+            total / DAY,
+            machine.processors / cost,
+            "a second",
+            "`spread` definitions that fire together, or give the workers more processors",
+        )
+        # Bytes of the mean child.
+        memory = self._memory.mean / children.mean if children.mean else 0.0
+        most = int(machine.memory / memory) if memory else None
+        room = "" if most is None else f" (the memory here has room for {most})"
+        advice = {
+            "children": f"raise execution.max_children{room}, add a worker,"
+            " or `spread` definitions that fire together",
+            "inline": "raise execution.max_inline, or add a worker",
+        }
+        for kind, isolation, load in ("children", "child", children), ("inline", "inline", inline):
+            if load is children or load.starts:
+                known = self._means["isolation", isolation]
+                yield self._measure(
+                    kind, load.at_once(), load.mean, known, slots[kind], "runs at once", advice[kind]
+                )
+        peak = self._memory.at_once()
+        # Slots limit it: if all are taken, then by mean children.
+        needed = min(peak.amount, slots["children"] * memory)
+        fits = needed <= machine.memory
+        yield Measure(
+            "memory",
+            needed / MIB,
+            self._memory.mean / MIB,
+            machine.memory / MIB,
+            "MiB",
+            self._start + timedelta(seconds=peak.second) if needed else None,
+            fits or not all(history.known for history in self._histories.values()),
+            None if fits else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
+        )
+
+    def _measure(
+        self, what: str, peak: Peak, mean: float, known: float, has: float, unit: str, advice: str
+    ) -> Measure:
+        """A resource of which the mean is `mean`; only the part with a `known` history can exceed it."""
+        at = self._start + timedelta(seconds=peak.second) if peak.amount else None
+        change = None
+        if at is not None and peak.amount > has:
+            waits = f"runs wait for a while at {to_text(at)}"
+            change = f"{waits if known <= has else 'never enough, at any time of the day'}; {advice}"
+        return Measure(what, peak.amount, mean, has, unit, at, known <= has, change)
 
     def slow_definitions(self) -> Iterator[Measure]:
+        """Definitions that are due again before they end, worst first."""
         for ratio, name, seconds, period in sorted(self._slow, reverse=True)[:MAX_NAMED]:
             lasts, every = (format_duration(timedelta(seconds=round(each))) for each in (seconds, period))
             change = f"a run takes {lasts} and is due every {every}: run it less often, or make it shorter"
             yield Measure(name, ratio, ratio, 1, "runs at once", None, False, change)
 
-    def measure(
-        self, what: str, peak: Peak, mean: float, known: float, has: float, unit: str, advice: str
-    ) -> Measure:
-        """A resource of which the mean is `mean`; only the part with a `known` history can exceed it."""
-        at, ok = self.at(peak), known <= has
-        change = None
-        if peak.amount > has and at is not None:
-            problem = (
-                f"runs wait for a while at {to_text(at)}" if ok else "never enough, at any time of the day"
-            )
-            change = f"{problem}; {advice}"
-        return Measure(what, peak.amount, mean, has, unit, at, ok, change)
-
-
-def _of_workers(demand: _Demand, slots: Counter[str], machine: Machine) -> Iterator[Measure]:
-    children, inline = demand.children, demand.inline
-    total = children.starts + inline.starts
-    cost = (children.starts * CHILD_COST + inline.starts * INLINE_COST) / total if total else CHILD_COST
-    peaks = (children.starts_a_second(), inline.starts_a_second())
-    yield demand.measure(
-        "starts",
-        Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second),
-        total / DAY,
-        total / DAY,
-        machine.processors / cost,
-        "a second",
-        "`spread` definitions that fire together, or give the workers more processors",
-    )
-    # Bytes of the mean child.
-    memory = demand.memory.mean / children.mean if children.mean else 0.0
-    most = int(machine.memory / memory) if memory else None
-    room = "" if most is None else f" (the memory here has room for {most})"
-    yield demand.measure(
-        "children",
-        children.at_once(),
-        children.mean,
-        demand.by_isolation["child"],
-        slots["children"],
-        "runs at once",
-        f"raise execution.max_children{room}, add a worker, or `spread` definitions that fire together",
-    )
-    if inline.starts:
-        yield demand.measure(
-            "inline",
-            inline.at_once(),
-            inline.mean,
-            demand.by_isolation["inline"],
-            slots["inline"],
-            "runs at once",
-            "raise execution.max_inline, or add a worker",
-        )
-    peak = demand.memory.at_once()
-    # Slots limit it: if all are taken, then by mean children.
-    needed = min(peak.amount, slots["children"] * memory)
-    fits = needed <= machine.memory
-    yield Measure(
-        "memory",
-        needed / MIB,
-        demand.memory.mean / MIB,
-        machine.memory / MIB,
-        "MiB",
-        demand.at(peak) if needed else None,
-        fits or demand.assumes,
-        None if fits else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
-    )
-
-
-def _over_limit(demand: _Demand, orgs: list[OrgDefinitions], handlers: Handlers) -> Iterator[Measure]:
-    """Orgs and handlers whose limit is below their mean, so that they fall behind forever."""
-    limits = [
-        (
-            f"org {org.org.code}",
-            demand.by_org.get(org.org.code, 0.0),
-            org.max_concurrent_runs,
-            "raise its max_concurrent_runs, or run its definitions less often",
-        )
-        for org in orgs
-    ]
-    for name, mean in demand.by_handler.items():
-        limit = next((row["max_concurrent"] for row in handlers.named(name) if row["max_concurrent"]), None)
-        if limit is not None:
-            advice = "raise max_concurrent of its @job, or use it less often"
-            limits.append((f"handler {name}", mean, limit, advice))
-    over = sorted(
-        ((mean - limit, what, mean, limit, advice) for what, mean, limit, advice in limits), reverse=True
-    )
-    for excess, what, mean, limit, advice in over[:MAX_NAMED]:
-        if excess > 0:
-            yield Measure(what, mean, mean, limit, "runs at once", None, False, advice)
+    def low_limits(self) -> Iterator[Measure]:
+        """Orgs and handlers whose limit is below their mean, so that they fall behind; worst first."""
+        limits = {("org", org.org.code): org.max_concurrent_runs for org in self._orgs}
+        for kind, name in self._means:
+            if kind == "handler":
+                rows = self._handlers.named(name)
+                limit = next((row["max_concurrent"] for row in rows if row["max_concurrent"]), None)
+                limits |= {} if limit is None else {(kind, name): limit}
+        advice = {
+            "org": "raise its max_concurrent_runs, or run its definitions less often",
+            "handler": "raise max_concurrent of its @job, or use it less often",
+        }
+        over = [(self._means[key] - limit, *key, limit) for key, limit in limits.items()]
+        for excess, kind, name, limit in sorted(over, reverse=True)[:MAX_NAMED]:
+            if excess > 0:
+                mean = self._means[kind, name]
+                yield Measure(f"{kind} {name}", mean, mean, limit, "runs at once", None, False, advice[kind])

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection
 
+from worker.definitions.definition import Definition, to_spec
 from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, templates
-from worker.store.dialect import database_now
 
 Row = Mapping[str, Any]
 Kind = Literal["org", "definition", "template"]
@@ -120,6 +120,21 @@ class DefinitionChange:
     template: TemplateRef | None = None
 
     @classmethod
+    def to(
+        cls, org_id: OrgId, wanted: Definition, before: Row | None, template: TemplateRef | None = None
+    ) -> DefinitionChange | None:
+        """The change that adds, reopens or changes a definition; None if it is the same already."""
+        spec = to_spec(wanted)
+        action: Action = "change"
+        if before is None:
+            action = "add"
+        elif before["closed_at"] is not None:
+            action = "reopen"
+        elif not differing(before["spec"], spec) and before["enabled"] == wanted.enabled:
+            return None
+        return cls(action, org_id, wanted.org, wanted.name, before, spec, wanted.enabled, template)
+
+    @classmethod
     def close(cls, row: Row, template: TemplateRef | None = None) -> DefinitionChange:
         """The change that closes a stored definition."""
         return cls(
@@ -177,17 +192,13 @@ def write_definitions(
     own: set[tuple[OrgId, str]] = set()
     for change in changes:
         if change.action == "close" and change.before:
-            end_closed(connection, change.org_id, change.before["id"])
+            # Backfills and waiting runs end with it.
+            org_id, definition_id = change.org_id, change.before["id"]
+            backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=at)
+            edit_runs.end_waiting(connection, org_id, edit_runs.is_of(definition_id), reason="closed")
             if change.template is None:
                 own.add((change.org_id, change.name))
     templates.look_again_for_all_orgs(connection, own)
-
-
-def end_closed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> int:
-    """Cancel a closed definition's backfills and waiting runs; returns the number of runs."""
-    backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=database_now(connection))
-    ours = edit_runs.is_of(definition_id)
-    return len(edit_runs.end_waiting(connection, org_id, ours, reason="closed"))
 
 
 def _write_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,7 @@ def is_stored(ring: KeyRing, row: Row, client_id: str, secret: str) -> bool:
     return stored == secret
 
 
+@dataclass(slots=True, repr=False)
 class Rotation:
     """Moves one org to a new secret; calls `report` with a sentence for each step.
 
@@ -192,24 +194,13 @@ class Rotation:
     unused for `quiet`, then retire them.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        ring: KeyRing,
-        checks: Checks,
-        org: str,
-        *,
-        actor: str,
-        clock: Clock,
-        report: Callable[[str], None],
-    ) -> None:
-        self._database = database
-        self._ring = ring
-        self._checks = checks
-        self._org = org
-        self._actor = actor
-        self._clock = clock
-        self._report = report
+    database: Database
+    ring: KeyRing
+    checks: Checks
+    org: str
+    actor: str
+    clock: Clock
+    report: Callable[[str], None]
 
     async def run(
         self,
@@ -233,30 +224,30 @@ class Rotation:
         await self._verify(client_id, secret, kind, generation)
         if generation is None:
             row = add_credential(
-                self._database,
-                self._ring,
-                self._org,
+                self.database,
+                self.ring,
+                self.org,
                 client_id=client_id,
                 secret=secret,
                 kind=kind,
-                actor=self._actor,
+                actor=self.actor,
             )
             generation = int(row["generation"])
-            self._report(f"added as generation {generation}, which is now tried first")
+            self.report(f"added as generation {generation}, which is now tried first")
         else:
-            self._report(f"it is generation {generation} already")
+            self.report(f"it is generation {generation} already")
         await self._wait_until_unused(generation, quiet, timeout)
         for row in self._older(generation, self._rows()):
-            retire_credential(self._database, self._org, row["generation"], actor=self._actor)
-            self._report(f"generation {row['generation']} is retired")
+            retire_credential(self.database, self.org, row["generation"], actor=self.actor)
+            self.report(f"generation {row['generation']} is retired")
         return self._rows()
 
     def _stored(self, client_id: str, secret: str) -> int | None:
         """The newest active generation, if it has this secret."""
-        with self._database.autocommit() as connection:
-            org_id = orgs.require(connection, self._org)["id"]
+        with self.database.autocommit() as connection:
+            org_id = orgs.require(connection, self.org)["id"]
             newest = next(iter(credentials.active(connection, org_id)), None)
-        if newest is None or not is_stored(self._ring, newest, client_id, secret):
+        if newest is None or not is_stored(self.ring, newest, client_id, secret):
             return None
         return int(newest["generation"])
 
@@ -264,24 +255,24 @@ class Rotation:
         self, client_id: str, secret: str, kind: CredentialKind, generation: int | None
     ) -> None:
         if generation is not None:
-            report = await self._checks.verify(self._org, generation)
+            report = await self.checks.verify(self.org, generation)
         else:
             # Before it is stored: workers must not try a wrong secret first.
-            org, requirements = self._checks.read(self._org)
+            org, requirements = self.checks.read(self.org)
             number = max((row["generation"] for row in self._rows()), default=0) + 1
-            candidate = Credential("", org.org.id, self._org, number, client_id, Secret(secret), kind)
-            report = await self._checks.probe(org, requirements, candidate, counts=False)
+            candidate = Credential("", org.org.id, self.org, number, client_id, Secret(secret), kind)
+            report = await self.checks.probe(org, requirements, candidate, counts=False)
         if not report.ok:
             raise _failure(report)
-        self._report("the issuer gives a valid token for it")
+        self.report("the issuer gives a valid token for it")
 
     async def _wait_until_unused(self, newest: int, quiet: timedelta, timeout: timedelta) -> None:
         """Return once no older generation has been used for `quiet`, by the database's clock."""
-        give_up_at = self._clock.monotonic() + timeout.total_seconds()
+        give_up_at = self.clock.monotonic() + timeout.total_seconds()
         reported = ""
         while True:
-            with self._database.autocommit() as connection:
-                rows, now = org_lists.credentials(connection, self._org), self._database.now(connection)
+            with self.database.autocommit() as connection:
+                rows, now = org_lists.credentials(connection, self.org), self.database.now(connection)
             older = self._older(newest, rows)
             # Until the new one was there, workers knew no other.
             added_at = next(row["created_at"] for row in rows if row["generation"] == newest)
@@ -291,22 +282,22 @@ class Rotation:
             used = ", ".join(f"{row['generation']}: {row['uses']} uses" for row in older)
             if used != reported:
                 reported = used
-                self._report(f"waiting until older generations are unused for {_text(quiet)} ({used})")
-            if self._clock.monotonic() >= give_up_at:
+                self.report(f"waiting until older generations are unused for {_text(quiet)} ({used})")
+            if self.clock.monotonic() >= give_up_at:
                 ago = _text(now - max(used_at))
                 raise Busy(
-                    f"an older generation of org {self._org} was used {ago} ago ({used}); none was retired",
+                    f"an older generation of org {self.org} was used {ago} ago ({used}); none was retired",
                     fix="the same command continues from here; if the issuer sometimes rejects the new"
-                    f" secret, `credentials list {self._org}` shows it in last_error",
+                    f" secret, `credentials list {self.org}` shows it in last_error",
                 )
-            await self._clock.sleep(POLL)
+            await self.clock.sleep(POLL)
 
     def _older(self, newest: int, rows: Sequence[Row]) -> list[Row]:
         return [row for row in rows if row["state"] == "active" and row["generation"] < newest]
 
     def _rows(self) -> list[Row]:
-        with self._database.autocommit() as connection:
-            return org_lists.credentials(connection, self._org)
+        with self.database.autocommit() as connection:
+            return org_lists.credentials(connection, self.org)
 
 
 def _failure(report: Report) -> CredentialsRejected | IssuerUnavailable:

@@ -1,4 +1,4 @@
-"""Definitions: edit keys, pause (by hand or after too many failures), resume, close."""
+"""Definitions: edit keys, pause (by hand or after too many failures), resume."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import parse_definition, to_spec
+from worker.definitions.definition import parse_definition
 from worker.definitions.origins import check_encrypted
 from worker.errors import Conflict, Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
-from worker.operations.changes import DefinitionChange, change_definitions, differing, end_closed
+from worker.operations.changes import DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
-from worker.store import audit, definitions, orgs, templates
+from worker.store import audit, definitions, orgs
 from worker.store.database import Database
 from worker.store.dialect import database_now
 from worker.store.lists import definitions as definition_lists
@@ -52,7 +52,6 @@ def edit_definition(
     *,
     actor: str,
     revision: int | None = None,
-    allow_unknown_handlers: bool = False,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
 ) -> Row:
@@ -80,11 +79,10 @@ def edit_definition(
             )
         values = {**row["spec"], "enabled": row["enabled"], **changes, "org": org, "name": name}
         wanted = parse_definition(values, entry=entry)
-        spec = to_spec(wanted)
-        if differing(row["spec"], spec) or row["enabled"] != wanted.enabled:
-            Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=allow_unknown_handlers)
+        change = DefinitionChange.to(row["org_id"], wanted, row)
+        if change is not None:
+            Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)
             check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
-            change = DefinitionChange("change", row["org_id"], org, name, row, spec, wanted.enabled)
             change_definitions(connection, [change], actor=actor, at=database.now(connection))
         return definition_lists.definition(connection, org, name)
 
@@ -115,31 +113,6 @@ def resume_definition(database: Database, org: str, name: str, *, actor: str) ->
                 fix=f"`definitions next {org} {name}` shows when it is due",
             )
         _set_pause(connection, row, actor=actor, pause=False)
-        return definition_lists.definition(connection, org, name)
-
-
-def close_definition(database: Database, org: str, name: str, *, actor: str) -> Row:
-    """Close a definition, cancel its backfills and waiting runs, and return it; running runs continue.
-
-    Raises:
-        NotFound: no such org or definition.
-        Conflict: it is closed already, or made by a template.
-    """
-    with _locked(database, org, name) as (connection, row):
-        if row["template_id"] is not None:
-            raise Conflict(
-                f"definition {org}/{name} is made by a template",
-                fix="take the org out of the template's selector, or close the template",
-            )
-        org_id, now = row["org_id"], database.now(connection)
-        with settle.rescheduling(connection, row, at=now):
-            definitions.change(
-                connection, org_id, row["id"], {"closed_at": now}, at=now, revision=row["revision"]
-            )
-        ended = end_closed(connection, org_id, row["id"])
-        templates.look_again_for_all_orgs(connection, {(org_id, name)})
-        entry = audit.Entry(org_id, "definition.close", f"{org} {name}", {"cancelled": ended})
-        audit.record(connection, [entry], at=now, actor=actor)
         return definition_lists.definition(connection, org, name)
 
 

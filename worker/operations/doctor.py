@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,6 +23,7 @@ from worker.store.lists import orgs as org_lists
 from worker.store.lists import runs as run_lists
 from worker.telemetry.masking import shown_url
 from worker.tokens.issuer import Issuer
+from worker.tokens.token_probe import Diagnostic
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
@@ -32,21 +33,8 @@ SNAPSHOT_TRANSACTIONS = 100_000
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check. An `ok` one with a `fix` is a warning."""
-
-    check: str
-    ok: bool
-    detail: str
-    fix: str = ""
-
-    def as_row(self) -> Row:
-        return asdict(self)
-
-
-def examine(database: Database, settings: Settings) -> list[Finding]:
-    """Every check, in reading order.
+def examine(database: Database, settings: Settings) -> list[Diagnostic]:
+    """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
     Raises:
         StoreUnavailable: the database did not answer.
@@ -57,17 +45,17 @@ def examine(database: Database, settings: Settings) -> list[Finding]:
     ]
 
 
-def held_snapshots(database: Database) -> Finding:
+def held_snapshots(database: Database) -> Diagnostic:
     """A held snapshot keeps every row that has ended since, and slows admission down."""
     name = "held_snapshots"
     if database.dialect == "sqlite":
-        return Finding(name, True, "SQLite holds no snapshots")
+        return Diagnostic(name, True, "SQLite holds no snapshots")
     with database.autocommit() as connection:
         holders = health.snapshot_holders(connection)
     old = [holder for holder in holders if too_old(holder)]
     if not old:
         oldest = max((holder.seconds or 0.0 for holder in holders), default=0.0)
-        return Finding(name, True, f"the oldest is {oldest:.0f} s old")
+        return Diagnostic(name, True, f"the oldest is {oldest:.0f} s old")
     first = old[0]
     lasting = "" if first.seconds is None else f", for {first.seconds:.0f} s"
     fixes = {
@@ -75,7 +63,7 @@ def held_snapshots(database: Database) -> Finding:
         "prepared": "ROLLBACK PREPARED it, or finish it, in the program that prepared it",
         "slot": "drop the replication slot if it is not used any more",
     }
-    return Finding(
+    return Diagnostic(
         name,
         False,
         f"{len(old)} held; the oldest by {first.kind} {first.name} "
@@ -91,14 +79,14 @@ def too_old(holder: health.Holder) -> bool:
     return holder.transactions > SNAPSHOT_TRANSACTIONS
 
 
-def live_rows(database: Database) -> Finding:
+def live_rows(database: Database) -> Diagnostic:
     """A run has a live row exactly until it ends."""
     with database.autocommit() as connection:
         strayed = health.strayed(connection)
     if not strayed:
-        return Finding("live_rows", True, "every unfinished run has its live row, and no other run has one")
+        return Diagnostic("live_rows", True, "every unfinished run has its live row, and no other run does")
     run_id, fault = strayed[0]
-    return Finding(
+    return Diagnostic(
         "live_rows",
         False,
         f"{len(strayed)} or more disagree, such as run {run_id}: {fault}",
@@ -107,13 +95,13 @@ def live_rows(database: Database) -> Finding:
     )
 
 
-def insecure_origins(settings: Settings) -> Finding:
+def insecure_origins(settings: Settings) -> Diagnostic:
     """Anyone on the way to such an origin can read each org's token and use it."""
     name = "insecure_origins"
     listed = ", ".join(settings.execution.insecure_origins)
     if not listed:
-        return Finding(name, True, "tokens are always sent encrypted")
-    return Finding(
+        return Diagnostic(name, True, "tokens are always sent encrypted")
+    return Diagnostic(
         name,
         True,
         f"tokens can be sent unencrypted to {listed}",
@@ -121,23 +109,23 @@ def insecure_origins(settings: Settings) -> Finding:
     )
 
 
-def web_roles(database: Database) -> Finding:
+def web_roles(database: Database) -> Diagnostic:
     """The web side uses two roles of its own; a login that cannot take them answers 503."""
     name = "web_roles"
     if database.dialect == "sqlite":
-        return Finding(name, True, "SQLite has no roles")
+        return Diagnostic(name, True, "SQLite has no roles")
     with database.autocommit() as connection:
         missing = roles.missing(connection)
     if not missing:
-        return Finding(name, True, f"the login can act as {roles.WEB} and {roles.OPERATOR}")
-    return Finding(name, False, *missing.split(": ", 1))
+        return Diagnostic(name, True, f"the login can act as {roles.WEB} and {roles.OPERATOR}")
+    return Diagnostic(name, False, *missing.split(": ", 1))
 
 
-def file_modes(database: Database) -> Finding:
+def file_modes(database: Database) -> Diagnostic:
     """New files are readable by their owner only; those of an older release can be open to others."""
     name = "file_modes"
     if database.dialect != "sqlite":
-        return Finding(name, True, "PostgreSQL has no database file here")
+        return Diagnostic(name, True, "PostgreSQL has no database file here")
     with database.autocommit() as connection:
         file = health.sqlite_file(connection)
     folder = file.parent
@@ -146,47 +134,47 @@ def file_modes(database: Database) -> Finding:
     # Others need r on the file and x on the folder.
     open_to = [path for path in found if path.stat().st_mode >> 2 & searched & 0o011]
     if not open_to:
-        return Finding(name, True, f"only their owner can read the files in {folder}")
+        return Diagnostic(name, True, f"only their owner can read the files in {folder}")
     names = " ".join(path.name for path in open_to)
-    return Finding(name, True, f"others can read in {folder}: {names}", f"there: chmod go= {names}")
+    return Diagnostic(name, True, f"others can read in {folder}: {names}", f"there: chmod go= {names}")
 
 
-def sandbox(settings: Settings) -> Finding:
+def sandbox(settings: Settings) -> Diagnostic:
     """How a worker that starts here and now would confine handlers."""
     name = "sandbox"
     try:
         confinement = confinement_of(settings)
     except ConfigurationError as error:
-        return Finding(name, False, error.message, error.fix)
+        return Diagnostic(name, False, error.message, error.fix)
     if confinement.narrowed:
         detail = f"{confinement.level}; {in_words(confinement.narrowed[0])}"
-        return Finding(name, False, detail, "move it elsewhere, or allow handlers a smaller folder")
+        return Diagnostic(name, False, detail, "move it elsewhere, or allow handlers a smaller folder")
     if confinement.level == OFF:
-        return Finding(name, True, OFF, "every handler can read what the worker's user can; set it to auto")
+        return Diagnostic(name, True, OFF, "handlers can read all that the worker's user can; set it to auto")
     if confinement.rules is None:
-        return Finding(name, False, confinement.level, "use Linux 6.12 or newer with Landlock turned on")
-    return Finding(name, True, confinement.level)
+        return Diagnostic(name, False, confinement.level, "use Linux 6.12 or newer with Landlock turned on")
+    return Diagnostic(name, True, confinement.level)
 
 
-def trusted_code(settings: Settings) -> Finding:
+def trusted_code(settings: Settings) -> Diagnostic:
     """Plug-in code outside every sandbox: inline handlers, and what the zygote imports."""
     execution = settings.execution
     trusted = {"preload": execution.preload, "inline": execution.inline}
     named = [f"{setting}: {', '.join(names)}" for setting, names in trusted.items() if names]
-    return Finding("trusted_code", True, "; ".join(named) or "none: each handler has its own process")
+    return Diagnostic("trusted_code", True, "; ".join(named) or "none: each handler has its own process")
 
 
-def database_password(settings: Settings) -> Finding:
+def database_password(settings: Settings) -> Diagnostic:
     """Handlers can use the network, so the database must ask for a password."""
     name = "database_password"
     database = settings.database
     if database.sqlite_file is not None:
-        return Finding(name, True, "SQLite is a file, not a server")
+        return Diagnostic(name, True, "SQLite is a file, not a server")
     urls = [url for url in (database.url, database.owner_url) if url]
     open_to = [user for url in urls for user in health.users_without_password(url)]
     if not open_to:
-        return Finding(name, True, "the database asks for a password")
-    return Finding(
+        return Diagnostic(name, True, "the database asks for a password")
+    return Diagnostic(
         name,
         False,
         f"the database accepts logins without a password: {', '.join(dict.fromkeys(open_to))}",
@@ -243,7 +231,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "database": health.server(connection)
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
-            "doctor": [finding.as_row() for finding in examine(database, settings)],
+            "doctor": [asdict(found) for found in examine(database, settings)],
             "issuers": [each.as_row(issuers.get(each.issuer)) for each in forecast_tokens(database, issuers)],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts.of(row["host"])} for row in health.workers(connection)],

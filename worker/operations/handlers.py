@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition
-from worker.errors import DefinitionError, UnknownHandler
+from worker.definitions.fields import refusal
+from worker.errors import UnknownHandler
 from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Isolation
 from worker.store import catalogue
@@ -59,10 +60,10 @@ class Handlers:
                     raise self._unknown(name, entry, field)
                 continue
             if (definition.isolation or row["isolation"]) == "inline" and row["distribution"] not in inline:
-                raise DefinitionError(
-                    f"{entry}, isolation: {name} would run inline, where it can read every org's secrets",
-                    entry=entry,
-                    field="isolation",
+                raise refusal(
+                    f"{name} would run inline, where it can read every org's secrets",
+                    entry,
+                    "isolation",
                     fix=f'if you trust it, add "{row["distribution"]}" to execution.inline in worker.toml; '
                     'else set isolation = "child"',
                 )
@@ -77,37 +78,25 @@ class Handlers:
         Raises:
             DefinitionError: names the param.
         """
-        schema = self._schema(name)
+        schema = self.schema(name)
         problem = None if schema is None else schema.problem(dict(params))
         if problem is not None:
             field = ".".join(["params", *problem.path])
-            raise DefinitionError(
-                f"{entry}, {field}: {problem.message}",
-                entry=entry,
-                field=field,
-                fix=f"`handlers show {name}` shows its params",
-            )
+            raise refusal(problem.message, entry, field, fix=f"`handlers show {name}` shows its params")
 
     def _check_params_by_hand(self, name: str, params: Collection[str], entry: str) -> None:
         """Refuse names that the handler's schema does not have, such as misspelt ones."""
-        schema = self._schema(name)
+        schema = self.schema(name)
         for param in params:
             if schema is not None and not schema.knows(param):
-                raise DefinitionError(
-                    f"{entry}, params_by_hand: {name} has no param {param}",
-                    entry=entry,
-                    field="params_by_hand",
-                    fix=f"remove it; `handlers show {name}` shows its params",
-                )
-
-    def as_taken(self, name: str, params: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
-        """Params from a command line as this handler takes them."""
-        return as_taken(self._schema(name), params, typed)
+                fix = f"remove it; `handlers show {name}` shows its params"
+                raise refusal(f"{name} has no param {param}", entry, "params_by_hand", fix=fix)
 
     def _usable(self, name: str) -> Row | None:
         return next((row for row in self.named(name) if row["error"] is None), None)
 
-    def _schema(self, name: str) -> Schema | None:
+    def schema(self, name: str) -> Schema | None:
+        """The schema of the handler's params, if it has one that is valid."""
         if name not in self._schemas:
             row = self._usable(name)
             self._schemas[name] = None if row is None else schema_of(row["params_schema"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from worker.errors import ConfigurationError, Conflict, NotFound
@@ -17,16 +16,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 BATCH = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Rekeyed:
-    """The key that seals now, whether it is new, and the secrets that it resealed and that do not open."""
-
-    key_id: str
-    is_new: bool
-    resealed: int
-    unopened: int
 
 
 def list_keys(database: Database, ring: KeyRing | None) -> list[Row]:
@@ -82,10 +71,11 @@ def rekey(
     actor: str,
     batch: int = BATCH,
     report: Callable[[int], None] = lambda resealed: None,
-) -> Rekeyed:
+) -> Row:
     """Seal every secret with the newest key; if it seals all of them already, add a key first.
 
-    Each batch is a transaction, so the same command again continues after an
+    Returns the id of the key, whether it is `new`, and the number of secrets `resealed` and
+    `unopened`. Each batch is a transaction, so the same command again continues after an
     interruption. Workers read the ring again when they meet the new key. `report` gets
     the number of secrets resealed so far.
 
@@ -114,7 +104,7 @@ def rekey(
                 credentials.reseal(connection, row["org_id"], row["id"], sealed, key_id)
                 resealed += 1
         if not rows:
-            return Rekeyed(key_id, not older, resealed, unopened)
+            return {"key_id": key_id, "new": not older, "resealed": resealed, "unopened": unopened}
         after = rows[-1]["id"]
         report(resealed)
 

@@ -167,15 +167,6 @@ class ImportLine:
     secret: str | None = field(repr=False)
 
 
-@dataclass(slots=True)
-class Imported:
-    """The number of orgs and credentials that an import made or changed."""
-
-    orgs_added: int = 0
-    orgs_changed: int = 0
-    credentials_added: int = 0
-
-
 def import_orgs(
     database: Database,
     ring: KeyRing,
@@ -183,8 +174,8 @@ def import_orgs(
     *,
     actor: str,
     issuers: Collection[str] | None = None,
-) -> Imported:
-    """Add or change the orgs of JSON lines, and add each line's credential.
+) -> Row:
+    """Add or change the orgs of JSON lines, and add each line's credential; returns the counts.
 
     A credential that equals the org's newest active one is not added, so the same file
     again changes nothing. Org states stay, but a removed org comes back.
@@ -193,7 +184,7 @@ def import_orgs(
         UsageError: an invalid line, by its number; nothing was written.
     """
     parsed = read_lines(lines, issuers)
-    done = Imported()
+    orgs_changed = 0
     with database.transaction() as connection:
         now = database.now(connection)
         stored = orgs.find_for_all_orgs(connection, (line.org.code for line in parsed), lock=True)
@@ -211,7 +202,7 @@ def import_orgs(
                 changed = _change_org(connection, before, line.org, actor=actor, at=now)
                 if changed is not None:
                     trail.append(changed)
-                    done.orgs_changed += 1
+                    orgs_changed += 1
             credential = _new_credential(connection, ring, org_id, line, known=before is not None)
             if credential is not None:
                 new_credentials.append(credential | {"created_at": now, "created_by": actor})
@@ -221,8 +212,11 @@ def import_orgs(
         credentials.insert_for_all_orgs(connection, new_credentials)
         audit.record(connection, trail, at=now, actor=actor)
         materialise_first(connection, actor=actor, at=now)
-        done.orgs_added, done.credentials_added = len(new_orgs), len(new_credentials)
-    return done
+    return {
+        "orgs_added": len(new_orgs),
+        "orgs_changed": orgs_changed,
+        "credentials_added": len(new_credentials),
+    }
 
 
 def _change_org(

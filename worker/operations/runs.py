@@ -15,7 +15,7 @@ from worker.definitions.definition import Definition, from_spec
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import differing
-from worker.operations.handlers import Handlers
+from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
 from worker.store import audit, definitions, edit_runs, firing, orgs
 from worker.store.database import Database
@@ -339,7 +339,7 @@ def _place(
         except ValueError as error:
             raise fields.refusal(str(error), entry, "params") from error
         for handler in definition.handlers:
-            params = handlers.as_taken(handler, params, typed or {})
+            params = as_taken(handlers.schema(handler), params, typed or {})
             handlers.check_params(handler, params, entry)
     run = new_run(row, definition, handlers, origin=origin, scheduled_for=scheduled_for, at=at)
     run = replace(run, created_by=actor, params=params, **identity)

@@ -9,16 +9,13 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import to_spec
 from worker.definitions.file import TemplateEntry, from_template_spec
 from worker.errors import Conflict, NotFound, WorkerError
 from worker.operations.changes import (
-    Action,
     DefinitionChange,
     TemplateChange,
     TemplateRef,
     change_definitions,
-    differing,
     write_templates,
 )
 from worker.store import audit, definitions, templates
@@ -119,7 +116,12 @@ def _plan(connection: Connection, orgs: Sequence[Row], stored: Sequence[Row]) ->
     for org in orgs:
         selected = [entry for entry in entries if _selects(entry, org)]
         for entry in selected:
-            change = _change(org, entry, refs[entry.name], present.get((org["id"], entry.name)))
+            row = present.get((org["id"], entry.name))
+            if row is not None and row["closed_at"] is None and row["template_id"] is None:
+                # The org has its own definition of that name, which takes precedence.
+                continue
+            wanted = entry.definition_for(org["code"])
+            change = DefinitionChange.to(org["id"], wanted, row, refs[entry.name])
             if change is not None:
                 changes.append(change)
         kept = {entry.name for entry in selected}
@@ -133,22 +135,6 @@ def _plan(connection: Connection, orgs: Sequence[Row], stored: Sequence[Row]) ->
 
 def _selects(entry: TemplateEntry, org: Row) -> bool:
     return org["state"] != "removed" and entry.selector.matches(tags=org["tags"], issuer=org["issuer"])
-
-
-def _change(org: Row, entry: TemplateEntry, ref: TemplateRef, row: Row | None) -> DefinitionChange | None:
-    wanted = entry.definition_for(org["code"])
-    spec = to_spec(wanted)
-    action: Action = "change"
-    if row is None:
-        action = "add"
-    elif row["closed_at"] is not None:
-        action = "reopen"
-    elif row["template_id"] is None:
-        # The org has its own definition of that name, which takes precedence.
-        return None
-    elif not differing(row["spec"], spec) and row["enabled"] == wanted.enabled:
-        return None
-    return DefinitionChange(action, org["id"], org["code"], entry.name, row, spec, wanted.enabled, ref)
 
 
 def _one_by_one(database: Database, limit: int) -> Materialised:

@@ -79,7 +79,7 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
             cause = f"its spread has not passed yet: it fires at {to_text(row['next_fire_at'])}"
         return _no_run(row, at, "has no run yet of", cause, preview)
     if at < row["created_at"]:
-        cause = f"the definition was created later, at {to_text(row['created_at'])}"
+        cause = f"the definition was created at {to_text(row['created_at'])}"
         return _no_run(row, at, "was not due for", cause, backfill)
     cause = "its run or skip was deleted after its retention"
     return _no_run(row, at, "left no trace in", cause, backfill)

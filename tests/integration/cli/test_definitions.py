@@ -226,7 +226,7 @@ def test_rules_that_only_the_run_checks_are_named_on_stderr(cli: CommandLine, pl
 
     assert shown.json()["params_schema"]["properties"]["mail"]["pattern"] == "^(?!root@)"
     assert shown.err.startswith(
-        "params: /properties/mail/pattern is checked by the run's own process only: '^(?!root@)': look-around"
+        "params: /properties/mail/pattern is checked only by the run's own process: '^(?!root@)': look-around"
     )
 
 

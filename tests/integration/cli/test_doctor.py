@@ -82,7 +82,7 @@ def test_doctor_says_how_far_handlers_are_confined_and_what_is_trusted(
     done = cli("doctor", "-o", "json", check=False)  # a table cuts a long path
     assert done.code == 1
     rows = {row["check"]: row for row in done.json()}
-    assert f"{folder} is open to handlers, and " in rows["sandbox"]["detail"]
+    assert f"{folder} is open to handlers and " in rows["sandbox"]["detail"]
 
     monkeypatch.setenv("WORKER_EXECUTION__SANDBOX", "off")
     done = cli("doctor")
@@ -95,7 +95,7 @@ def test_doctor_warns_of_origins_that_get_a_token_unencrypted(cli: CommandLine, 
     done = cli("doctor")
 
     assert done.code == 0
-    assert "warning: insecure_origins: tokens may go unencrypted to http://api.acme.com" in done.err
+    assert "warning: insecure_origins: tokens can be sent unencrypted to http://api.acme.com" in done.err
 
 
 def test_doctor_exits_1_and_says_what_to_do_where_a_check_fails(cli: CommandLine):

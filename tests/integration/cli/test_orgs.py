@@ -164,7 +164,7 @@ def test_on_a_terminal_the_removal_of_an_org_is_asked_about(cli: CommandLine):
 
     refused = on_a_terminal(cli, "n", "orgs", "remove", "org_asked")
     assert (refused.code, refused.out) == (1, "")
-    assert "destroy its secrets for good? [y/N]" in refused.err
+    assert "destroy its secrets? [y/N]" in refused.err
     assert "nothing was changed" in refused.err
     assert cli("orgs", "show", "org_asked", "-o", "json").json()["state"] == "active"
 

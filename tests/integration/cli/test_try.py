@@ -273,7 +273,7 @@ def test_the_debugger_stops_in_the_handlers_own_code(line, handler):
             2,
             "leave them out, or leave out --real",
         ),
-        (["acme.list", "--org", "org_acme", "--real"], 78, "`python -m worker db upgrade` makes it"),
+        (["acme.list", "--org", "org_acme", "--real"], 78, "`python -m worker db upgrade` creates it"),
         (["acme.list", "--org", ""], 2, "--org is empty"),
         (["acme.list", "--flag", "beta=null"], 2, "fix: use true, false, a number or text"),
         (["acme.list", "--param", "x"], 2, "--param 'x' is not NAME=VALUE"),
@@ -318,6 +318,6 @@ def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
     assert tried.json()["settings"][1] == {"name": "max_tokens", "from": "property", "value": "(not shown)"}
     assert line("runs", "list", "-o", "json").json() == []
     assert lacking.code == 1
-    assert "`orgs check org_acme` says what is wrong with its token" in lacking.err
+    assert "`orgs check org_acme` reports what is wrong with its token" in lacking.err
     assert (nobody.code, suspended.code, suspended.out) == (3, 5, "")
     assert "org org_acme is suspended: no handler can run for it" in suspended.err

@@ -7,10 +7,10 @@ from datetime import timedelta
 
 import pytest
 
+from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
 from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
-from worker.operations.definitions import close_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.store import backfills

@@ -6,8 +6,9 @@ from datetime import timedelta
 
 import pytest
 
+from tests.fakes.closing import close_definition
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, NotFound
-from worker.operations.definitions import close_definition, edit_definition, pause_definition
+from worker.operations.definitions import edit_definition, pause_definition
 from worker.operations.runs import run_now
 
 FILE = """

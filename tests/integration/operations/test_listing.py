@@ -6,10 +6,11 @@ from datetime import timedelta
 
 import pytest
 
+from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import CATALOGUE
 from worker.errors import NotFound, UsageError
 from worker.ids import new_id
-from worker.operations.definitions import close_definition, pause_definition
+from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import catalogue, tables
 from worker.store.lists import definitions as definition_lists

@@ -8,11 +8,12 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import update
 
+from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.clock import to_text
 from worker.errors import Conflict, NotFound
 from worker.ids import new_id
-from worker.operations.definitions import close_definition, pause_definition, resume_definition
+from worker.operations.definitions import pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.operations.why import why, why_time
@@ -153,7 +154,7 @@ def test_what_nobody_fired_is_told(ask, rows):
 def test_before_the_definition_was_made_nothing_was_due(ask, rows):
     found = ask(whole_hour(rows.now()) - 3 * HOUR)
 
-    assert found.cause.startswith("the definition was created later, at ")
+    assert found.cause.startswith("the definition was created at ")
 
 
 def test_a_run_by_hand_of_that_very_instant_is_found(ask, database, rows, clock):

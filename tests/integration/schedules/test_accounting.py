@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import ManualClock, utc
+from tests.fakes.closing import close_definition
 from tests.fakes.timeline import HANDLER, NAME, ORG, Timeline, days
 from worker.definitions.definition import Definition, parse_definition
 from worker.operations.definitions import (
-    close_definition,
     edit_definition,
     pause_definition,
     resume_definition,
