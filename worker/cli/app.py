@@ -30,7 +30,7 @@ VERBS = {
     "try": ("try_run", "try_"),
     "new-job": ("new_job", "new_job"),
     "check": ("checks", "check"),
-    "doctor": ("doctor", "doctor"),
+    "doctor": ("checks", "doctor"),
     "completion": ("app", "completion"),
 }
 # A noun's verbs are in `app` of its module.
@@ -82,8 +82,7 @@ def before_the_verb(
         typer.Option("--set", metavar="NAME=VALUE", help="One setting, such as execution.poll=2s."),
     ] = None,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Print tracebacks of unexpected errors (also WORKER_DEBUG=1)."),
+        bool, typer.Option("--debug", help="Print tracebacks of unexpected errors (also WORKER_DEBUG=1).")
     ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
@@ -252,8 +251,7 @@ class Shell(StrEnum):
 
 
 def completion(
-    context: typer.Context,
-    shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="The shell.")],
+    context: typer.Context, shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="The shell.")]
 ) -> None:
     """Print the completion script of the command orgworker for a shell.
 

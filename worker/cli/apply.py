@@ -23,8 +23,7 @@ def apply(
         bool, typer.Option("--dry-run", help="Check everything and print the changes without making them.")
     ] = False,
     prune: Annotated[
-        bool,
-        typer.Option("--prune", help="Close definitions of the file's orgs that are not in the file."),
+        bool, typer.Option("--prune", help="Close definitions of the file's orgs that are not in the file.")
     ] = False,
     allow_unknown_handlers: Annotated[
         bool,

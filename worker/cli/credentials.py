@@ -167,8 +167,7 @@ def rotate(
     secret_file: SecretOption,
     kind: KindOption = Kind.CLIENT_SECRET,
     quiet: Annotated[
-        str,
-        typer.Option("--quiet", metavar="DURATION", help="How long older generations must be unused."),
+        str, typer.Option("--quiet", metavar="DURATION", help="How long older generations must be unused.")
     ] = "15s",
     timeout: Annotated[
         str,

@@ -72,11 +72,7 @@ def of_definition(
 
 def _row(instant: datetime, zone: ZoneInfo, note: str = "") -> Row:
     notes = "; ".join(filter(None, (note, _change(instant, zone))))
-    return {
-        "scheduled_for": instant,
-        "local": instant.astimezone(zone).isoformat(),
-        "note": notes or None,
-    }
+    return {"scheduled_for": instant, "local": instant.astimezone(zone).isoformat(), "note": notes or None}
 
 
 def _change(instant: datetime, zone: ZoneInfo) -> str:

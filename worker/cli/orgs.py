@@ -120,12 +120,7 @@ def list_(
     session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
         rows = org_lists.orgs_for_all_orgs(
-            connection,
-            org=org,
-            state=state,
-            since=read_since(since, session.clock),
-            limit=limit,
-            after=after,
+            connection, org=org, state=state, since=read_since(since, session.clock), limit=limit, after=after
         )
     print_rows(rows, output, columns=COLUMNS, limit=limit)
 

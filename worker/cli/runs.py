@@ -111,8 +111,7 @@ def retry(
     ] = False,
     dry_run: DryRunOption = False,
     canary: Annotated[
-        int,
-        typer.Option("--canary", metavar="N", min=0, help="Retry N, and the rest only if those succeed."),
+        int, typer.Option("--canary", metavar="N", min=0, help="Retry N, and the rest only if those succeed.")
     ] = 0,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Retry at most N runs.")] = LIMIT,
     output: OutputOption = Format.TABLE,

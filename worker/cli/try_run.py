@@ -65,8 +65,7 @@ def try_(
         ),
     ] = None,
     real: Annotated[
-        bool,
-        typer.Option("--real", help="Use the token of --org, which must be in the database."),
+        bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
     ] = False,
     pdb: Annotated[
         bool, typer.Option("--pdb", help="Run it in this process, and open the debugger if it fails.")

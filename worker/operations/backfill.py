@@ -92,14 +92,7 @@ def _next(row: Row, handlers: Handlers, at: datetime) -> tuple[list[NewRun], dat
 
 
 def backfill(
-    database: Database,
-    org: str,
-    name: str,
-    *,
-    start: datetime,
-    until: datetime,
-    limit: int = 1,
-    actor: str,
+    database: Database, org: str, name: str, *, start: datetime, until: datetime, limit: int = 1, actor: str
 ) -> Row:
     """Run each scheduled time from `start` until before `until` again; returns the backfill.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from worker.errors import ConfigurationError, NotFound, Unavailable
@@ -73,16 +73,14 @@ class Report:
         }
 
 
+@dataclass(slots=True, repr=False)
 class Checks:
     """Checks orgs at their issuers; each request counts as a use of its credential."""
 
-    def __init__(
-        self, database: Database, source: CredentialSource, probes: Mapping[str, TokenProbe]
-    ) -> None:
-        self._database = database
-        self._source = source
-        self._probes = probes
-        self._discovered: dict[str, asyncio.Task[Diagnostic]] = {}
+    database: Database
+    source: CredentialSource
+    probes: Mapping[str, TokenProbe]
+    _discovered: dict[str, asyncio.Task[Diagnostic]] = field(default_factory=dict, init=False)
 
     async def check_all(
         self,
@@ -123,7 +121,7 @@ class Checks:
             ConfigurationError: its secret cannot be opened.
         """
         org, needs = self.read(code)
-        for credential in await self._source.active(org.org.id):
+        for credential in await self.source.active(org.org.id):
             if generation in (None, credential.generation):
                 return await self.probe(org, needs, credential)
         if generation is None:
@@ -138,7 +136,7 @@ class Checks:
     ) -> Report:
         """The report of one org with this credential, which need not be stored."""
         code, issuer = org.org.code, org.issuer
-        probe = self._probes.get(issuer)
+        probe = self.probes.get(issuer)
         if probe is None:
             fix = f"add a table [issuers.{issuer}] to worker.toml"
             missing = Diagnostic("issuer", False, f"worker.toml has no issuer {issuer}", fix)
@@ -158,7 +156,7 @@ class Checks:
             if counts:
                 # The count is informative only: no report is lost for it.
                 with suppress(Unavailable):
-                    await self._source.used(credential.id, found.rejected)
+                    await self.source.used(credential.id, found.rejected)
         return Report(code, issuer, credential, tuple(needs), tuple(probes), (discovery,))
 
     def read(self, code: str) -> tuple[OrgDefinitions, tuple[Need, ...]]:
@@ -170,18 +168,18 @@ class Checks:
         return self._read([code])[0]
 
     def _read(self, codes: Iterable[str] | None) -> list[tuple[OrgDefinitions, tuple[Need, ...]]]:
-        with self._database.autocommit() as connection:
+        with self.database.autocommit() as connection:
             handlers = Handlers(connection)
             orgs = (
                 load_all_orgs(connection) if codes is None else (load_org(connection, code) for code in codes)
             )
-            issuers = {name: probe.issuer for name, probe in self._probes.items()}
+            issuers = {name: probe.issuer for name, probe in self.probes.items()}
             return [(org, _needs_of(org, issuers.get(org.issuer), handlers)) for org in orgs]
 
     async def _check(self, org: OrgDefinitions, needs: Sequence[Need]) -> Report:
         code = org.org.code
         try:
-            credentials = await self._source.active(org.org.id)
+            credentials = await self.source.active(org.org.id)
         except ConfigurationError as error:
             failed = Diagnostic("credential", False, error.message, error.fix)
         else:

@@ -71,13 +71,7 @@ def add_credential(
         now = database.now(connection)
         generation = credentials.last_generation(connection, row["id"]) + 1
         new = credential_row(
-            ring,
-            row["id"],
-            generation,
-            client_id=client_id,
-            secret=secret,
-            reference=reference,
-            kind=kind,
+            ring, row["id"], generation, client_id=client_id, secret=secret, reference=reference, kind=kind
         ) | {"created_at": now, "created_by": actor}
         credentials.insert_for_all_orgs(connection, [new])
         entry = audit.Entry(

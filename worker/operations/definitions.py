@@ -69,8 +69,7 @@ def edit_definition(
     with _locked(database, org, name) as (connection, row):
         if row["template_id"] is not None:
             raise Conflict(
-                f"{entry} is made by a template",
-                fix="change the template, for every org that it selects",
+                f"{entry} is made by a template", fix="change the template, for every org that it selects"
             )
         if revision is not None and revision != row["revision"]:
             raise Conflict(

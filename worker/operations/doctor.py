@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -196,15 +196,10 @@ RUN = (
 )
 
 
-class Numbers:
-    """A number for each name, the same everywhere in the bundle."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._known: dict[str, str] = {}
-
-    def of(self, name: str) -> str:
-        return self._known.setdefault(name, f"{self._kind}-{len(self._known) + 1}")
+def _numbers(kind: str) -> Callable[[str], str]:
+    """Replaces each name with a number, the same everywhere in the bundle."""
+    known: dict[str, str] = {}
+    return lambda name: known.setdefault(name, f"{kind}-{len(known) + 1}")
 
 
 def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]) -> Row:
@@ -214,7 +209,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
         StoreUnavailable: the database did not answer.
     """
     machine = Machine.here()
-    orgs, definitions, hosts = Numbers("org"), Numbers("definition"), Numbers("machine")
+    orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures
     with database.autocommit() as connection:
         now = database.now(connection)
@@ -234,7 +229,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "doctor": [asdict(found) for found in examine(database, settings)],
             "issuers": [each.as_row(issuers.get(each.issuer)) for each in forecast_tokens(database, issuers)],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
-            "workers": [row | {"host": hosts.of(row["host"])} for row in health.workers(connection)],
+            "workers": [row | {"host": hosts(row["host"])} for row in health.workers(connection)],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],
             "unfinished": health.unfinished_for_all_orgs(connection),
             "ended_by_hour": health.ended_for_all_orgs(connection, now),
@@ -292,10 +287,10 @@ def _handler(row: Row) -> Row:
     return {name: row[name] for name in ("name", "distribution", "version", "isolation")} | {"error": error}
 
 
-def _run(row: Row, orgs: Numbers, definitions: Numbers) -> Row:
+def _run(row: Row, orgs: Callable[[str], str], definitions: Callable[[str], str]) -> Row:
     kept = {name: row[name] for name in RUN}
-    kept["org"] = orgs.of(row["org"])
-    kept["definition"] = definitions.of(f"{row['org']}/{row['definition']}")
+    kept["org"] = orgs(row["org"])
+    kept["definition"] = definitions(f"{row['org']}/{row['definition']}")
     kept["detail"] = row["detail"] if row["reason"] in OWN_DETAIL else None
     kept["error_type"] = (row["error"] or {}).get("type")
     return kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
@@ -17,19 +18,19 @@ from worker.store import catalogue
 Row = Mapping[str, Any]
 
 
+@dataclass(slots=True)
 class Handlers:
     """The catalogue, read once on first use."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._rows: dict[str, list[Row]] | None = None
-        self._schemas: dict[str, Schema | None] = {}
+    connection: Connection
+    _rows: dict[str, list[Row]] | None = field(default=None, init=False)
+    _schemas: dict[str, Schema | None] = field(default_factory=dict, init=False)
 
     def named(self, name: str) -> list[Row]:
         """Every distribution's row of that name, including broken ones."""
         if self._rows is None:
             self._rows = {}
-            for row in catalogue.entries(self._connection):
+            for row in catalogue.entries(self.connection):
                 self._rows.setdefault(row["name"], []).append(row)
         return self._rows.get(name, [])
 

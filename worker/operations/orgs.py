@@ -83,17 +83,14 @@ def add_org(
             raise Conflict(
                 f"there is an org {entry.code} already", fix="to change it, name it in a file for `apply`"
             )
-        columns = columns_of(entry)
         if before is None:
             row = _new_row(entry, at=now)
-            org_id = row["id"]
             orgs.insert_for_all_orgs(connection, [row])
+            trail = [audit.Entry(row["id"], "org.add", entry.code, columns_of(entry))]
         else:
-            org_id = before["id"]
-            orgs.change(connection, org_id, columns, at=now)
-            orgs.set_state(connection, org_id, "active", by=actor, at=now, note=None)
+            trail = _change_org(connection, before, entry, actor=actor, at=now)
         materialise_first(connection, actor=actor, at=now)
-        audit.record(connection, [audit.Entry(org_id, "org.add", entry.code, columns)], at=now, actor=actor)
+        audit.record(connection, trail, at=now, actor=actor)
         return org_lists.org(connection, entry.code)
 
 
@@ -102,11 +99,11 @@ def _new_row(entry: OrgEntry, *, at: datetime) -> Row:
     return fresh | columns_of(entry)
 
 
-_ACTIONS: dict[OrgState, str] = {
-    "active": "org.resume",
-    "paused": "org.pause",
-    "suspended": "org.suspend",
-    "removed": "org.remove",
+_VERBS: dict[OrgState, str] = {
+    "active": "resume",
+    "paused": "pause",
+    "suspended": "suspend",
+    "removed": "remove",
 }
 
 
@@ -132,9 +129,8 @@ def set_org_state(
             with settle.rescheduling_org(connection, row["id"], at=now) as rows:
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
-            entry = audit.Entry(
-                row["id"], _ACTIONS[state], org, {"from": row["state"], "note": note} | stopped
-            )
+            detail = {"from": row["state"], "note": note} | stopped
+            entry = audit.Entry(row["id"], f"org.{_VERBS[state]}", org, detail)
             audit.record(connection, [entry], at=now, actor=actor)
         return org_lists.org(connection, org)
 
@@ -200,9 +196,8 @@ def import_orgs(
             else:
                 org_id = before["id"]
                 changed = _change_org(connection, before, line.org, actor=actor, at=now)
-                if changed is not None:
-                    trail.append(changed)
-                    orgs_changed += 1
+                trail += changed
+                orgs_changed += len(changed)
             credential = _new_credential(connection, ring, org_id, line, known=before is not None)
             if credential is not None:
                 new_credentials.append(credential | {"created_at": now, "created_by": actor})
@@ -221,12 +216,12 @@ def import_orgs(
 
 def _change_org(
     connection: Connection, before: Row, entry: OrgEntry, *, actor: str, at: datetime
-) -> audit.Entry | None:
-    """Change a stored org to its entry; None if it is the same already."""
+) -> list[audit.Entry]:
+    """Change a stored org to its entry; returns the audit entry, if anything changes."""
     org_id, new = before["id"], changed_columns(before, entry)
     is_back = before["state"] == "removed"
     if not new and not is_back:
-        return None
+        return []
     if is_back:
         orgs.set_state(connection, org_id, "active", by=actor, at=at, note=None)
     if "timezone" in new:
@@ -235,8 +230,8 @@ def _change_org(
     else:
         orgs.change(connection, org_id, new, at=at)
     if is_back:
-        return audit.Entry(org_id, "org.add", entry.code, columns_of(entry))
-    return audit.Entry(org_id, "org.change", entry.code, new)
+        return [audit.Entry(org_id, "org.add", entry.code, columns_of(entry))]
+    return [audit.Entry(org_id, "org.change", entry.code, new)]
 
 
 def _new_credential(
