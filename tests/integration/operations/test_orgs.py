@@ -97,7 +97,7 @@ def test_a_credential_names_no_file_but_a_secret_of_its_own(database, rows, tmp_
             secrets_dir=tmp_path / "secrets",
         )
 
-    assert "name of its own" in caught.value.fix
+    assert "file of its own" in caught.value.fix
     assert rows.credentials == []
 
 
