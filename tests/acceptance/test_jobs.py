@@ -76,7 +76,7 @@ def test_http_request_reaches_a_private_address_only_where_its_origin_is_listed(
     reached, refused = site.wait_for_end(definition="listed"), site.wait_for_end(definition="other")
 
     # It is reached, and without the token: that goes to api_origins only.
-    assert reached["error"]["message"].endswith("answered 401")
+    assert reached["error"]["message"].endswith("returned 401")
     assert (refused["state"], refused["attempt"]) == ("failed", 1)
     assert "localhost has a loopback address" in refused["error"]["message"]
 

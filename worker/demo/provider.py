@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import jwt
@@ -30,6 +30,8 @@ from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
 from worker.demo.serving import ServerThread, bind_loopback, url_of
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -110,17 +112,6 @@ class Application:
     lifetime: int = 86400
     enabled: bool = True
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Parse an application; raises ValueError for an unknown or a missing key."""
-        check_names(cls, data)
-        try:
-            app = cls(**data)
-        except TypeError as error:
-            raise ValueError(str(error)) from None
-        app.scopes, app.audiences = tuple(app.scopes), tuple(app.audiences)
-        return app
-
     def accepts(self, client_secret: str) -> bool:
         return self.enabled and secrets.compare_digest(self.client_secret.encode(), client_secret.encode())
 
@@ -166,17 +157,18 @@ class Fault:
     delay: float = 0.0
     times: int | None = None
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        check_names(cls, data)
-        return cls(**{**data, "drop": tuple(data.get("drop", ()))})
 
-
-def check_names(kind: type, data: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key that the dataclass does not have."""
-    known = {item.name for item in fields(kind)}
+def parse(kind: type[T], data: Mapping[str, Any]) -> T:
+    """An Application or a Fault; raises ValueError for an unknown or a missing key."""
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(data) - known):
         raise ValueError(f"unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    try:
+        return kind(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        )
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 async def failed(fault: Fault) -> Response | None:
@@ -386,12 +378,12 @@ def control_routes(provider: Provider) -> list[Route]:
 
     async def put_application(request: Request) -> Response:
         data = await read_object(request) | {"client_id": request.path_params["client_id"]}
-        provider.add(Application.from_json(data))
+        provider.add(parse(Application, data))
         return Response(status_code=204)
 
     async def set_fault(request: Request) -> Response:
         name = request.path_params["client_id"]
-        fault = Fault.from_json(await read_object(request)) if request.method == "PUT" else None
+        fault = parse(Fault, await read_object(request)) if request.method == "PUT" else None
         if name == "jwks":
             provider.jwks_fault = fault
         else:
@@ -428,7 +420,7 @@ def read_applications(path: str) -> list[Application]:
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(data, list):
         raise ValueError(f"{path}: expected a list of applications")
-    return [Application.from_json(item) for item in data]
+    return [parse(Application, item) for item in data]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

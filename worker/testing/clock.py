@@ -7,16 +7,11 @@ import selectors
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor
-from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from datetime import UTC, datetime
+from typing import Any
 
 from worker.clock import from_text
-from worker.definitions.units import parse_duration
-
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
+from worker.handlers.results import Duration, as_timedelta
 
 # Seconds of real time for one wait for a thread or a socket; the clock advances by as much.
 SLICE = 0.02
@@ -30,35 +25,27 @@ class LeapingLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, clock: SettableClock) -> None:
         self._clock = clock
-        self._in_threads = 0
-        selector = _LeapingSelector(clock, lambda: self._in_threads > 0)
-        super().__init__(selector)
-        selector.begin()
+        self._leaping = _LeapingSelector(clock)
+        super().__init__(self._leaping)
+        self._leaping.begin()
 
     def time(self) -> float:
         return self._clock.monotonic()
 
-    def run_in_executor(
-        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
-    ) -> asyncio.Future[T]:
-        future: asyncio.Future[T] = super().run_in_executor(executor, func, *args)
-        self._in_threads += 1
-        future.add_done_callback(self._left_thread)
+    def run_in_executor(self, *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        future: asyncio.Future[Any] = super().run_in_executor(*arguments)
+        self._leaping.calls.add(future)
+        future.add_done_callback(self._leaping.calls.discard)
         return future
-
-    def _left_thread(self, _: asyncio.Future[Any]) -> None:
-        self._in_threads -= 1
 
 
 class _LeapingSelector(selectors.DefaultSelector):
-    """Waits by advancing the clock."""
+    """Waits by advancing the clock. `calls` are those in executors."""
 
-    def __init__(self, clock: SettableClock, busy: Callable[[], bool]) -> None:
+    def __init__(self, clock: SettableClock) -> None:
         super().__init__()
         self._clock = clock
-        self._busy = busy
-        self._own_files = 0
-        self._threads: frozenset[threading.Thread] = frozenset()
+        self.calls: set[asyncio.Future[Any]] = set()
 
     def begin(self) -> None:
         """Exclude the files of the loop and the threads of the test runner."""
@@ -69,18 +56,15 @@ class _LeapingSelector(selectors.DefaultSelector):
         ready = super().select(0)
         if ready or (timeout is not None and timeout <= 0):
             return ready
-        if self._busy() or len(self.get_map()) > self._own_files or self._other_thread_works():
+        if self.calls or len(self.get_map()) > self._own_files or self._other_thread_works():
             began = time.monotonic()
             ready = super().select(SLICE if timeout is None else min(timeout, SLICE))
             self._clock.advance(time.monotonic() - began)
-            return ready
-        ready = super().select(0)
-        if ready:
-            return ready
-        if timeout is None:
-            raise RuntimeError("the test waits for something that never happens")
-        self._clock.advance(timeout)
-        return []
+        elif not (ready := super().select(0)):
+            if timeout is None:
+                raise RuntimeError("the test waits for something that never happens")
+            self._clock.advance(timeout)
+        return ready
 
     def _other_thread_works(self) -> bool:
         """Whether a thread that started since `begin` is not idle."""
@@ -132,15 +116,8 @@ class SettableClock:
         """Set the time, such as `2030-03-31T00:59:50Z`. This wakes nothing that waits."""
         self._now = from_text(now) if isinstance(now, str) else now.astimezone(UTC)
 
-    def advance(self, by: timedelta | float | str) -> None:
+    def advance(self, by: Duration) -> None:
         """Advance by a timedelta, seconds, or text such as `2h`. Timeouts may expire."""
-        span = timedelta(seconds=in_seconds(by))
+        span = as_timedelta(by)
         self._now += span
         self._monotonic += span.total_seconds()
-
-
-def in_seconds(duration: timedelta | float | str) -> float:
-    """A duration in seconds; raises ValueError if the text is not a duration."""
-    if isinstance(duration, str):
-        duration = parse_duration(duration)
-    return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -13,10 +12,9 @@ import httpx
 from worker.errors import IssuerUnavailable
 from worker.execution.runners.contract import StopReason
 from worker.execution.trial import FakeToken, FakeTokens, Trial
+from worker.handlers.results import Duration, as_timedelta
 from worker.orgs import OrgRef
-from worker.testing.clock import SettableClock, in_seconds
-
-Duration = timedelta | float | str
+from worker.testing.clock import SettableClock
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +99,7 @@ class FaultInjector:
         loop, self._trial = asyncio.get_running_loop(), trial
         for fault in self._left:
             if isinstance(fault, Crash | Stop) and fault.after is not None:
-                delay = self._began_at + in_seconds(fault.after) - self._clock.monotonic()
+                delay = self._began_at + as_timedelta(fault.after).total_seconds() - self._clock.monotonic()
                 self._timers.append(loop.call_later(max(delay, 0), self._inject, fault, trial))
 
     def end(self) -> None:

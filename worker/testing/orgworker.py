@@ -21,11 +21,12 @@ from worker.handlers.describe import offer_of
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
 from worker.handlers.models import load
+from worker.handlers.results import Duration, as_timedelta
 from worker.ids import OrgId, new_id
 from worker.orgs import OrgRef
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Isolation
-from worker.testing.clock import LeapingLoop, SettableClock, in_seconds
+from worker.testing.clock import LeapingLoop, SettableClock
 from worker.testing.faults import Fault, FaultInjector, FaultyTokens
 from worker.testing.runners import Api, InProcess, RecordingApi, in_child
 
@@ -121,7 +122,7 @@ class Orgworker:
         checkpoint: Any = None,
         faults: Iterable[Fault] = (),
         attempts: int = ATTEMPTS,
-        token_lifetime: timedelta | float | str = LIFETIME,
+        token_lifetime: Duration = LIFETIME,
         place: Literal["here", "child"] = "here",
     ) -> Finished:
         """Run a handler, or the installed one of that name, until its run has ended.
@@ -174,7 +175,7 @@ class Orgworker:
                             properties=properties,
                             flags=flags,
                             scopes=scopes,
-                            lifetime=timedelta(seconds=in_seconds(token_lifetime)),
+                            lifetime=as_timedelta(token_lifetime),
                         ),
                         runner,
                         self.clock,
