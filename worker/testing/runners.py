@@ -16,15 +16,7 @@ from worker.errors import UsageError
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner, RunServices, StopSignal, Work
 from worker.execution.runners.inline import Blocking, Inline
-from worker.handlers.context import (
-    BlockingCancellation,
-    BlockingContext,
-    BlockingWorkerPort,
-    Cancellation,
-    Context,
-    Given,
-    WorkerPort,
-)
+from worker.handlers.context import Given
 from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load
@@ -126,30 +118,21 @@ class InProcess:
         self, jobs: Mapping[str, Job], api: RecordingApi, clock: Clock, hosts: Mapping[str, str]
     ) -> None:
         self._jobs = jobs
-        self._api = api
-        self._hosts = hosts
-        self._loop = asyncio.get_running_loop()
-        self._inline = Inline(clock, find=jobs.__getitem__, context=self._context, watched=False)
-        self._blocking = Blocking(clock, find=jobs.__getitem__, context=self._blocking_context)
+        loop = asyncio.get_running_loop()
+
+        def transports(given: Given[Any, Any]) -> dict[str, httpx.AsyncBaseTransport]:
+            return {"http": api, "public_http": PublicApi(api, given.trusted_origins, hosts)}
+
+        def blocking_transports(given: Given[Any, Any]) -> dict[str, httpx.BaseTransport]:
+            return {name: BlockingApi(transport, loop) for name, transport in transports(given).items()}
+
+        find = jobs.__getitem__
+        self._inline = Inline(clock, find=find, transports=transports, watched=False)
+        self._blocking = Blocking(clock, find=find, transports=blocking_transports)
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         runner: Runner = self._inline if self._jobs[work.entry_point].is_async else self._blocking
         return await runner.run(work, services, stop)
-
-    def _context(
-        self, given: Given[Any, Any], port: WorkerPort, cancelled: Cancellation
-    ) -> Context[Any, Any]:
-        return Context(given, port, cancelled, self._transports(given))
-
-    def _blocking_context(
-        self, given: Given[Any, Any], port: BlockingWorkerPort, cancelled: BlockingCancellation
-    ) -> BlockingContext[Any, Any]:
-        transports = {name: BlockingApi(api, self._loop) for name, api in self._transports(given).items()}
-        return BlockingContext(given, port, cancelled, transports)
-
-    def _transports(self, given: Given[Any, Any]) -> dict[str, httpx.AsyncBaseTransport]:
-        public = PublicApi(self._api, given.trusted_origins, self._hosts)
-        return {"http": self._api, "public_http": public}
 
 
 @asynccontextmanager

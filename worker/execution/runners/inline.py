@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass, field
 from types import FrameType
@@ -34,11 +34,9 @@ from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import (
     BlockingCancellation,
     BlockingContext,
-    BlockingWorkerPort,
     Cancellation,
     Context,
     Given,
-    WorkerPort,
     close_blocking_http,
     close_http,
 )
@@ -109,16 +107,20 @@ def _place(frame: FrameType) -> str:
     return f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})"
 
 
+# The transports of a context's HTTP clients, by name.
+Transports = Callable[[Given[Any, Any]], Mapping[str, Any]]
+
+
 @dataclass(eq=False, repr=False)
 class Inline:
     """A task for each run. One that swallows its cancellation past the grace is abandoned.
 
-    The worker rejects its calls then, and keeps cancelling it. Trials replace `find` and `context`.
+    The worker rejects its calls then, and keeps cancelling it. Trials replace `find` and `transports`.
     """
 
     clock: Clock
     find: Callable[[str], Job] = load
-    context: Callable[[Given[Any, Any], WorkerPort, Cancellation], Context[Any, Any]] = Context
+    transports: Transports = lambda given: {}
     watched: bool = True
     _abandoned: set[asyncio.Task[None]] = field(default_factory=set)
     # Looking up a module that is already imported costs more than calling the handler.
@@ -148,7 +150,8 @@ class Inline:
         _RUN.set({"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler})
         try:
             job = self._job(work.entry_point)
-            ctx = self.context(work.given(job, log, self.clock), services, cancelled)
+            given = work.given(job, log, self.clock)
+            ctx = Context(given, services, cancelled, self.transports(given))
             services.started()
             try:
                 return await call(job, ctx)
@@ -184,9 +187,7 @@ class Blocking:
 
     clock: Clock
     find: Callable[[str], Job] = load
-    context: Callable[
-        [Given[Any, Any], BlockingWorkerPort, BlockingCancellation], BlockingContext[Any, Any]
-    ] = BlockingContext
+    transports: Transports = lambda given: {}
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in a thread; its calls to the worker are answered on this loop."""
@@ -207,7 +208,8 @@ class Blocking:
     ) -> Outcome:
         try:
             job = self.find(work.entry_point)
-            ctx = self.context(work.given(job, log, self.clock), port, cancelled)
+            given = work.given(job, log, self.clock)
+            ctx = BlockingContext(given, port, cancelled, self.transports(given))
             port.started()
             try:
                 return call_blocking(job, ctx)
