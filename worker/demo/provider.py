@@ -34,18 +34,13 @@ from worker.demo.serving import ServerThread, bind_loopback, url_of
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
 class SigningKey:
-    """An RSA key and its kid; an unpublished one signs, but is not in the JWKS yet."""
+    """An RSA key and its kid. An unpublished one signs, but is not in the JWKS yet."""
 
-    kid: str
-    private: rsa.RSAPrivateKey
-    published: bool = True
-
-    @classmethod
-    def make(cls, *, published: bool = True) -> SigningKey:
-        private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-        return cls(secrets.token_hex(8), private, published)
+    def __init__(self, *, published: bool = True) -> None:
+        self.kid = secrets.token_hex(8)
+        self.published = published
+        self.private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
     def as_jwk(self) -> dict[str, Any]:
         jwk: dict[str, Any] = json.loads(RSAAlgorithm.to_jwk(self.private.public_key()))
@@ -54,10 +49,10 @@ class SigningKey:
 
 
 class KeyRotation:
-    """All keys of the provider; the newest signs, older ones stay published until retired."""
+    """All keys of the provider. The newest signs; older ones stay published until retired."""
 
     def __init__(self) -> None:
-        self._keys = [SigningKey.make()]
+        self._keys = [SigningKey()]
         self._foreign: SigningKey | None = None
 
     def rotate(self, *, publish: bool = True, retire: bool = False) -> str:
@@ -65,7 +60,7 @@ class KeyRotation:
 
         `publish=False` keeps it out of the JWKS until `publish()`; `retire` removes the older keys.
         """
-        key = SigningKey.make(published=publish)
+        key = SigningKey(published=publish)
         self._keys = [key] if retire else [*self._keys, key]
         return key.kid
 
@@ -77,18 +72,12 @@ class KeyRotation:
     def as_jwks(self) -> dict[str, Any]:
         return {"keys": [key.as_jwk() for key in self._keys if key.published]}
 
-    def sign(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
-        """An RS256 token with these claims, signed by the current key."""
-        return self._encode(claims, self._keys[-1], typ)
-
-    def forge(self, claims: Mapping[str, Any], *, typ: str = "JWT") -> str:
-        """The same with the current kid, but signed by a key that is never published."""
-        if self._foreign is None:
-            self._foreign = SigningKey.make(published=False)
-        return self._encode(claims, self._foreign, typ)
-
-    def _encode(self, claims: Mapping[str, Any], key: SigningKey, typ: str) -> str:
-        headers = {"kid": self._keys[-1].kid, "typ": typ}
+    def sign(self, claims: Mapping[str, Any], *, typ: str = "JWT", forged: bool = False) -> str:
+        """An RS256 token with these claims and the current kid; a forged one is signed by an unknown key."""
+        key = self._keys[-1]
+        headers = {"kid": key.kid, "typ": typ}
+        if forged:
+            key = self._foreign = self._foreign or SigningKey()
         return jwt.encode(dict(claims), key.private, algorithm="RS256", headers=headers)
 
 
@@ -277,8 +266,7 @@ class Provider:
         if foreign := [scope for scope in scopes if scope not in app.scopes]:
             raise TokenRefusal("invalid_scope", f"Not allowed to request scope '{foreign[0]}'")
         claims = self._claims(app, audience, scopes, fault)
-        sign = self.keys.forge if fault.forged else self.keys.sign
-        self.issued.append(sign(claims, typ=fault.typ))
+        self.issued.append(self.keys.sign(claims, typ=fault.typ, forged=fault.forged))
         return {
             "access_token": self.issued[-1],
             "expires_in": app.lifetime if fault.lifetime is None else fault.lifetime,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 
 _HINT = "the sandbox denies {paths}: add it to [execution] read_paths or write_paths"
@@ -60,9 +61,5 @@ def _permitted(path: str | bytes) -> bool:
 
 
 def _in_multiprocessing(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__", "").startswith("multiprocessing."):
-            return True
-        trace = trace.tb_next
-    return False
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("multiprocessing.") for frame in frames)

@@ -24,16 +24,9 @@ def offer_of(job: Job) -> dict[str, Any]:
         parse_duration(job.timeout)
     if job.memory is not None:
         parse_memory(job.memory)
-    return {
-        "isolation": job.isolation,
-        "scopes": sorted(job.scopes),
-        "params_schema": job.params_schema(),
-        "settings_schema": job.settings_schema(),
-        "timeout": job.timeout,
-        "max_attempts": job.max_attempts,
-        "memory": job.memory,
-        "max_concurrent": job.max_concurrent,
-    }
+    plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent")
+    schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
+    return {"scopes": sorted(job.scopes), **schemas, **{name: getattr(job, name) for name in plain}}
 
 
 def described(load: Any, name: str, target: str) -> dict[str, Any]:
