@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import forked
 from tests.fakes.environments import make_environment
 from tests.fakes.installation import installation
 from tests.fakes.pages import PAGES, ROOT, Block, blocks, missing_lines
@@ -22,9 +23,12 @@ RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(
 PORTS = ("8470", "8480", "8490")
 
 
-def commands(page: str, tmp_path: Path) -> Path:
-    """A folder with `python`, and where the page has `pip` that of an environment that may be added to."""
-    return make_environment(tmp_path / "venv") if "pip install" in page else Path(sys.executable).parent
+def commands(page: str, tmp_path: Path) -> str:
+    """PATH with `python`, and where the page has `pip` that of an environment that may be added to."""
+    if "pip install" in page:
+        return str(make_environment(tmp_path / "venv"))
+    real = str(Path(sys.executable).parent)
+    return f"{forked.commands(tmp_path / 'bin')}:{real}" if forked.is_possible() else real
 
 
 @pytest.mark.timeout(600)

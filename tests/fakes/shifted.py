@@ -51,6 +51,7 @@ class ShiftedClock:
         self.folder = Path(tempfile.mkdtemp(prefix="orgworker-clock-"))
         (self.folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         os.environ["PYTHONPATH"] = str(self.folder)
+        os.environ["ORGWORKER_SHIFTED_CLOCK"] = str(start)
         sys.path.insert(0, str(self.folder))
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ import psutil
 import psycopg
 from psycopg.rows import dict_row
 
+from tests.fakes import forked
 from tests.fakes.cli import Completed, as_process, run_command
 from tests.fakes.log import faults_of
 from worker.demo.provider import Application, Provider
@@ -150,15 +151,7 @@ write_paths = ["{self.out}"]
             command[1:3] = [str(launcher)]
         command = [*before, *command]
         with self.log.open("ab") as log:
-            worker = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            worker = forked.start(command, cwd=self.folder, env=self._environment(), output=log)
         self._workers.append(worker)
         return worker
 

@@ -1,0 +1,261 @@
+"""`python -m worker …` as a fork of a process that has imported it: a third of a new interpreter's CPU time.
+
+The fork is a process like any other but for its command line and its parent. That is a server, one for each
+test process, which ends with it: `python -m tests.fakes.forked SOCKET`. A connection carries a request with
+three file descriptors, and back come the process id and then the exit status.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+# Imported by a worker or a command only once it needs them.
+LATER = ("alembic.command", "opentelemetry.sdk.trace", "psycopg", "sqlalchemy.dialects.postgresql.psycopg")
+# With these a new interpreter begins with something that a fork leaves out.
+ONLY_NEW = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "ORGWORKER_SHIFTED_CLOCK")
+
+
+# `python` for a shell: commands are forks, and whatever runs until a signal comes is a process of its own.
+SHIM = """\
+#!{python} -IS
+import json, os, socket, sys
+given = [word for word in sys.argv[1:] if word != "-P"]
+words = iter(given[2:])
+verb = next((word for word in words if word not in ("--config", "--set") or not next(words)), "run")
+if given[:2] != ["-m", "worker"] or verb in ("run", "serve", "demo"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+connection = socket.socket(socket.AF_UNIX)
+connection.connect({server!r})
+request = {{"arguments": given[2:], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}}
+text = json.dumps(request).encode()
+socket.send_fds(connection, [len(text).to_bytes(4, "big")], [0, 1, 2])
+connection.sendall(text)
+received = connection.makefile()
+received.readline()
+code = int(received.readline())
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+def commands(folder: Path) -> Path:
+    """A new folder with a `python` for a shell, to stand in PATH before the real one."""
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(SHIM.format(python=sys.executable, server=str(server())))
+    python.chmod(0o755)
+    return folder
+
+
+class Process:
+    """A started process, with the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = connection.makefile("rb")
+        self.pid = int(self._received.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it runs longer than that.
+        """
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("worker", timeout or 0)
+            self.returncode = int(self._received.readline() or -signal.SIGKILL)
+            self._received.close()
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+_servers: dict[int, Path] = {}
+
+
+def start(
+    command: list[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes]
+) -> Process | subprocess.Popen[bytes]:
+    """Start a command in its own session, without standard input; as a fork if it is `python -m worker …`."""
+    if command[:3] != [sys.executable, "-m", "worker"] or not is_possible():
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(server()))
+    with open(os.devnull, "rb") as nothing:
+        request = {"arguments": command[3:], "cwd": str(cwd), "env": dict(env), "session": True}
+        send(connection, request, [nothing.fileno(), output.fileno(), output.fileno()])
+    return Process(connection)
+
+
+def is_possible() -> bool:
+    """Whether a fork is as good as a new interpreter, which may have to begin with something."""
+    return not any(name in os.environ for name in ONLY_NEW)
+
+
+def server() -> Path:
+    """The socket of this process's server, which is started with the first request."""
+    if os.getpid() not in _servers:
+        folder = tempfile.TemporaryDirectory(prefix="orgworker-forked-")
+        path = Path(folder.name) / "socket"
+        started = subprocess.Popen(
+            [sys.executable, "-m", "tests.fakes.forked", str(path)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+
+        def end() -> None:
+            started.kill()
+            started.wait()
+            folder.cleanup()
+
+        atexit.register(end)
+        until = time.monotonic() + 60
+        while not path.exists():
+            if started.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the server of forks did not start")
+            time.sleep(0.02)
+        _servers[os.getpid()] = path
+    return _servers[os.getpid()]
+
+
+def send(connection: socket.socket, request: dict[str, Any], descriptors: list[int]) -> None:
+    text = json.dumps(request).encode()
+    socket.send_fds(connection, [len(text).to_bytes(4, "big")], descriptors)
+    connection.sendall(text)
+
+
+# ---- the server
+
+
+def serve(path: Path) -> dict[str, Any] | None:
+    """Fork for each request; returns in the fork, with its request, and with None at the end."""
+    import_all()
+    gc.collect()
+    gc.freeze()
+    waking, woken = socket.socketpair()
+    for end in (waking, woken):
+        end.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}.new")
+    listener.listen(50)
+    Path(f"{path}.new").rename(path)
+    running: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([listener, waking, 0], [], [])
+        if 0 in ready:
+            return None
+        if waking in ready:
+            waking.recv(4096)
+            for pid in list(running):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    with contextlib.suppress(OSError), running.pop(pid) as connection:
+                        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+        if listener in ready:
+            connection, _ = listener.accept()
+            length, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+            request = json.loads(read(connection, int.from_bytes(length, "big")))
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for place, descriptor in enumerate(descriptors):
+                    os.dup2(descriptor, place)
+                    os.close(descriptor)
+                for other in (connection, listener, waking, woken, *running.values()):
+                    other.close()
+                return request
+            for descriptor in descriptors:
+                os.close(descriptor)
+            running[pid] = connection
+            connection.sendall(b"%d\n" % pid)
+
+
+def read(connection: socket.socket, length: int) -> bytes:
+    text = b""
+    while len(text) < length:
+        text += connection.recv(length - len(text))
+    return text
+
+
+def import_all() -> None:
+    """Every module of the worker but those that do something when they are imported."""
+    import worker
+
+    for module in pkgutil.walk_packages(worker.__path__, "worker."):
+        if not module.name.endswith("__main__") and not module.name.startswith("worker.testing"):
+            importlib.import_module(module.name)
+    for name in LATER:
+        importlib.import_module(name)
+
+
+def main() -> None:
+    """The server; in a fork, the command."""
+    started_with = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    base = sys.path[1 + len(started_with) :]
+    request = serve(Path(sys.argv[1]))
+    if request is None:
+        return
+    if request["session"]:
+        os.setsid()
+    # Others than those of the server: a pipe is no file.
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    time.tzset()
+    sys.path[:] = [*filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep)), *base]
+    importlib.invalidate_caches()
+    sys.argv[1:] = request["arguments"]
+    runpy.run_module("worker", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
