@@ -94,7 +94,7 @@ def session_of(context: typer.Context) -> Invocation:
 
 
 def change(
-    context: typer.Context, output: Format, operation: Callable[..., dict[str, Any]], *, key: str = "id"
+    context: typer.Context, output: Format, operation: Callable[..., Mapping[str, Any]], *, key: str = "id"
 ) -> None:
     """Call an operation with the database and the actor, and print the row that it returns."""
     session = session_of(context)

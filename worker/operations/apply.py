@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -15,6 +14,7 @@ from worker.definitions.file import DefinitionsFile, TemplateEntry
 from worker.definitions.origins import check_encrypted
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
+from worker.operations import settle
 from worker.operations.changes import (
     Action,
     Change,
@@ -23,7 +23,6 @@ from worker.operations.changes import (
     Row,
     TemplateChange,
     differing,
-    settle_before,
     write_definitions,
     write_templates,
 )
@@ -83,20 +82,20 @@ class _Plan:
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime) -> None:
-    moved: list[dict[str, Any]] = []
+    settled = [change.before for change in plan.definitions if change.before]
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
-            moved += definitions.lock_org(connection, org.id)
-    settled = settle_before(connection, plan.definitions, at=at, also=moved)
-    fresh = {"created_at": at, "updated_at": at}
-    added = [org for org in plan.orgs if org.before is None]
-    orgs.insert_for_all_orgs(
-        connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added]
-    )
-    for org in plan.orgs:
-        if org.before is not None:
-            orgs.change(connection, org.id, org.new, at=at)
-    write_definitions(connection, plan.definitions, settled=settled, actor=actor, at=at)
+            settled += definitions.lock_org(connection, org.id)
+    with settle.rescheduling(connection, settled, at=at):
+        fresh = {"created_at": at, "updated_at": at}
+        added = [org for org in plan.orgs if org.before is None]
+        orgs.insert_for_all_orgs(
+            connection, [{"id": org.id, "code": org.code, **fresh, **org.new} for org in added]
+        )
+        for org in plan.orgs:
+            if org.before is not None:
+                orgs.change(connection, org.id, org.new, at=at)
+        write_definitions(connection, plan.definitions, actor=actor, at=at)
     write_templates(connection, plan.templates, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
     materialise_first(connection, actor=actor, at=at)

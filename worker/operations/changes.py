@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -159,40 +159,21 @@ def change_definitions(
     connection: Connection, changes: Sequence[DefinitionChange], *, actor: str, at: datetime
 ) -> None:
     """Settle and change locked definitions, schedule them from now, and write the audit."""
-    settled = settle_before(connection, changes, at=at)
-    write_definitions(connection, changes, settled=settled, actor=actor, at=at)
+    stored = [change.before for change in changes if change.before]
+    with settle.rescheduling(connection, stored, at=at):
+        write_definitions(connection, changes, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in changes], at=at, actor=actor)
 
 
-def settle_before(
-    connection: Connection, changes: Iterable[DefinitionChange], *, at: datetime, also: Iterable[Row] = ()
-) -> set[DefinitionId]:
-    """Settle locked definitions under the rules still in force; returns their ids.
-
-    `also` are definitions whose org changes what is due.
-    """
-    touched = {change.before["id"]: change.before for change in changes if change.before}
-    touched |= {row["id"]: row for row in also}
-    settle.settle(connection, list(touched.values()), at=at)
-    return set(touched)
-
-
 def write_definitions(
-    connection: Connection,
-    changes: Sequence[DefinitionChange],
-    *,
-    settled: Iterable[DefinitionId],
-    actor: str,
-    at: datetime,
+    connection: Connection, changes: Sequence[DefinitionChange], *, actor: str, at: datetime
 ) -> None:
-    """Write the changes; schedule what was settled, and what is new, from now."""
+    """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
     new = _write_rows(connection, changes, actor, at)
-    settle.schedule_next(connection, definitions.read_for_all_orgs(connection, settled), at=at)
     settle.schedule_next(connection, definitions.read_for_all_orgs(connection, new), at=at, inclusive=True)
     own: set[tuple[OrgId, str]] = set()
     for change in changes:
         if change.action == "close" and change.before:
-            # Backfills and waiting runs end with it.
             org_id, definition_id = change.org_id, change.before["id"]
             backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=at)
             edit_runs.end_waiting(connection, org_id, edit_runs.is_of(definition_id), reason="closed")

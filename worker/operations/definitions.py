@@ -122,7 +122,7 @@ def _set_pause(
     values: Row = {"paused_at": now, "paused_by": actor, "pause_note": note}
     if not pause:
         values = {"paused_at": None, "paused_by": None, "pause_note": None, "consecutive_failures": 0}
-    with settle.rescheduling(connection, row, at=now):
+    with settle.rescheduling(connection, [row], at=now):
         definitions.change(connection, row["org_id"], row["id"], values, at=now, revision=row["revision"])
     action = "definition.pause" if pause else "definition.resume"
     detail = {"note": note} if note else None

@@ -126,7 +126,8 @@ def set_org_state(
             raise Conflict(f"org {org} was removed", fix=f"`orgs add {org}` brings it back")
         if row["state"] != state:
             now = database.now(connection)
-            with settle.rescheduling_org(connection, row["id"], at=now) as rows:
+            rows = definitions.lock_org(connection, row["id"])
+            with settle.rescheduling(connection, rows, at=now):
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
             detail = {"from": row["state"], "note": note} | stopped
@@ -224,10 +225,8 @@ def _change_org(
         return []
     if is_back:
         orgs.set_state(connection, org_id, "active", by=actor, at=at, note=None)
-    if "timezone" in new:
-        with settle.rescheduling_org(connection, org_id, at=at):
-            orgs.change(connection, org_id, new, at=at)
-    else:
+    moved = definitions.lock_org(connection, org_id) if "timezone" in new else []
+    with settle.rescheduling(connection, moved, at=at):
         orgs.change(connection, org_id, new, at=at)
     if is_back:
         return [audit.Entry(org_id, "org.add", entry.code, columns_of(entry))]

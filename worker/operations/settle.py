@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.definition import from_spec
 from worker.errors import WorkerError
-from worker.ids import DefinitionId, OrgId
+from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
@@ -29,29 +29,12 @@ PAGE = 500
 
 
 @contextmanager
-def rescheduling_org(
-    connection: Connection, org_id: OrgId, *, at: datetime
-) -> Iterator[list[dict[str, Any]]]:
-    """Settle an org's definitions, let the caller change the locked org, then schedule them from now.
-
-    Yields their rows from before the change.
-    """
-    rows = definitions.lock_org(connection, org_id)
-    settle(connection, rows, at=at)
-    yield rows
-    # Includes those that the caller closed, which are not due any more.
-    ours = {row["id"] for row in rows}
-    after = definitions.lock_for_all_orgs(connection, [org_id])
-    schedule_next(connection, [row for row in after if row["id"] in ours], at=at)
-
-
-@contextmanager
-def rescheduling(connection: Connection, row: Row, *, at: datetime) -> Iterator[None]:
-    """Settle one locked definition, let the caller change it, then schedule it from now."""
-    settle(connection, [row], at=at)
+def rescheduling(connection: Connection, rows: Iterable[Row], *, at: datetime) -> Iterator[None]:
+    """Settle locked definitions, let the caller change them or their org, then schedule them from now."""
+    before = {row["id"]: row for row in rows}
+    settle(connection, list(before.values()), at=at)
     yield
-    after = definitions.find(connection, row["org_id"], row["name"])
-    schedule_next(connection, [after] if after else [], at=at)
+    schedule_next(connection, definitions.read_for_all_orgs(connection, before), at=at)
 
 
 def settle(connection: Connection, rows: Sequence[Row], *, at: datetime) -> None:
