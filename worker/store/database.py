@@ -199,13 +199,23 @@ class Database:
 
         Cancelling the caller does not undo it: the transaction still commits or fails.
         """
-        return await self.run(functools.partial(self._in_transaction, work, *args, **kwargs))
+
+        def in_transaction() -> T:
+            with self.transaction() as connection:
+                return work(connection, *args, **kwargs)
+
+        return await self.run(in_transaction)
 
     async def call_autocommit(
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run `work` on a connection in autocommit mode, in a thread of the database."""
-        return await self.run(functools.partial(self._in_autocommit, work, *args, **kwargs))
+
+        def in_autocommit() -> T:
+            with self.autocommit() as connection:
+                return work(connection, *args, **kwargs)
+
+        return await self.run(in_autocommit)
 
     async def listen(self, on_hint: Callable[[], None]) -> None:
         """Call `on_hint` at each hint, on PostgreSQL; see `dialect.hint`."""
@@ -225,18 +235,6 @@ class Database:
         self._engine.dispose()
         for other in self._with_deadline.values():
             other.close()
-
-    def _in_transaction(
-        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        with self.transaction() as connection:
-            return work(connection, *args, **kwargs)
-
-    def _in_autocommit(
-        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        with self.autocommit() as connection:
-            return work(connection, *args, **kwargs)
 
     @contextmanager
     def _write_lock(self) -> Iterator[None]:

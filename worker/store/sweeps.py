@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
@@ -26,8 +26,7 @@ SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(NamedTuple):
     """Whether orgs are behind the templates, and whether backfills are unfinished."""
 
     templates: bool
@@ -36,8 +35,7 @@ class Pending:
 
 def pending(connection: Connection) -> Pending:
     """What there is to do now, in one query."""
-    templates, backfills = connection.execute(text(_LOOK)).one()
-    return Pending(bool(templates), bool(backfills))
+    return Pending(*map(bool, connection.execute(text(_LOOK)).one()))
 
 
 # Rows that one transaction changes.

@@ -106,26 +106,35 @@ def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[Owned
     ).all()
     now = database_now(connection)
     ended = [
-        EndedAttempt(
-            run_id=row.id,
-            org_id=row.org_id,
-            definition_id=row.definition_id,
+        _ended(
+            row,
+            now,
             fencing_token=fences[row.id],
-            attempt=row.attempt,
-            started_at=row.started_at,
-            ended_at=now,
             outcome="handed_back",
             state="waiting",
             reason="handed_back",
-            trail=Trail(row.handler),
             detail="the answer to its admission was lost",
-            failures=row.failures,
             recoveries=row.recoveries,
             keep_start_by=True,
         )
         for row in rows
     ]
     return statements(connection).finish(connection, worker_id, ended) if ended else set()
+
+
+def _ended(run: Any, now: datetime, **outcome: Any) -> EndedAttempt:
+    """The current attempt of a stored run, ended now."""
+    return EndedAttempt(
+        run_id=run.id,
+        org_id=run.org_id,
+        definition_id=run.definition_id,
+        attempt=run.attempt,
+        started_at=run.started_at,
+        ended_at=now,
+        trail=Trail(run.handler),
+        failures=run.failures,
+        **outcome,
+    )
 
 
 # Runs recovered by one transaction.
@@ -192,27 +201,12 @@ def _max_recoveries(
 
 
 def _lost(run: AbandonedRun, most: int, now: datetime) -> EndedAttempt:
-    recoveries = run.recoveries + 1
-    again = recoveries <= most
-    return EndedAttempt(
-        run_id=run.id,
-        org_id=run.org_id,
-        definition_id=run.definition_id,
-        fencing_token=run.fencing_token,
-        attempt=run.attempt,
-        started_at=run.started_at,
-        ended_at=now,
-        outcome="lost",
-        state="waiting" if again else "failed",
-        reason="recovered" if again else "lost",
-        trail=Trail(run.handler),
-        failures=run.failures,
-        recoveries=recoveries,
-        error=None
-        if again
-        else {"type": "Lost", "message": f"its worker was lost {recoveries} times in a row"},
-        error_cause=None if again else "lost",
-    )
+    times = run.recoveries + 1
+    fate: dict[str, Any] = {"state": "waiting", "reason": "recovered"}
+    if times > most:
+        error = {"type": "Lost", "message": f"its worker was lost {times} times in a row"}
+        fate = {"state": "failed", "reason": "lost", "error": error, "error_cause": "lost"}
+    return _ended(run, now, fencing_token=run.fencing_token, outcome="lost", recoveries=times, **fate)
 
 
 def load_checkpoint(connection: Connection, run_id: RunId) -> Any | None:

@@ -20,7 +20,7 @@ DIALECTS = {"postgresql": postgresql, "sqlite": sqlite}
 def test_each_dialect_offers_exactly_the_statements(dialect: str) -> None:
     promised = {name for name in vars(Statements) if not name.startswith("_")}
 
-    assert set(DIALECTS[dialect].__all__) == promised
+    assert {name for name, value in vars(DIALECTS[dialect]).items() if inspect.isfunction(value)} == promised
 
 
 @pytest.mark.parametrize("name", sorted(name for name in vars(Statements) if not name.startswith("_")))

@@ -1,31 +1,16 @@
-"""The hot statements on SQLite: one writer at a time, so what was read still holds when it is written."""
+"""The hot statements on SQLite: one writer at a time, so what a transaction reads still holds when it writes."""
 
-from worker.store.sql.sqlite.admit import admit_choose, admit_ring
-from worker.store.sql.sqlite.finish import (
-    add_rollups,
-    append_logs,
-    finish,
-    promote,
-    save_checkpoint,
-    write_progress,
-)
-from worker.store.sql.sqlite.fire import fire_first, fire_lock, fire_skips, fire_write
-from worker.store.sql.sqlite.recover import recover_lock
-from worker.store.sql.sqlite.renew import renew
-
-__all__ = [
-    "add_rollups",
-    "admit_choose",
-    "admit_ring",
-    "append_logs",
-    "finish",
-    "fire_first",
-    "fire_lock",
-    "fire_skips",
-    "fire_write",
-    "promote",
-    "recover_lock",
-    "renew",
-    "save_checkpoint",
-    "write_progress",
-]
+from worker.store.sql.sqlite.admit import admit_choose as admit_choose
+from worker.store.sql.sqlite.admit import admit_ring as admit_ring
+from worker.store.sql.sqlite.finish import add_rollups as add_rollups
+from worker.store.sql.sqlite.finish import append_logs as append_logs
+from worker.store.sql.sqlite.finish import finish as finish
+from worker.store.sql.sqlite.finish import promote as promote
+from worker.store.sql.sqlite.finish import save_checkpoint as save_checkpoint
+from worker.store.sql.sqlite.finish import write_progress as write_progress
+from worker.store.sql.sqlite.fire import fire_first as fire_first
+from worker.store.sql.sqlite.fire import fire_lock as fire_lock
+from worker.store.sql.sqlite.fire import fire_skips as fire_skips
+from worker.store.sql.sqlite.fire import fire_write as fire_write
+from worker.store.sql.sqlite.recover import recover_lock as recover_lock
+from worker.store.sql.sqlite.renew import renew as renew
