@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, text, update
@@ -68,12 +69,8 @@ def failed_in_a_row(
         .order_by(_runs.c.id.desc())
         .limit(most)
     )
-    failed = 0
-    for state in connection.execute(query).scalars():
-        if state not in FAILED:
-            break
-        failed += 1
-    return failed
+    states = connection.execute(query).scalars()
+    return sum(1 for _ in takewhile(lambda state: state in FAILED, states))
 
 
 def last_failed(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> RunId | None:

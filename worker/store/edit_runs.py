@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -175,11 +176,8 @@ class Cancellable:
     reason: str | None = None
 
     def __post_init__(self) -> None:
-        if self.state is not None and self.state not in STATES:
-            raise UsageError(
-                f"{self.state!r} is not a state of a run that can be cancelled",
-                fix=f"one of {', '.join(STATES)}",
-            )
+        if self.state is not None:
+            _check_state(self.state, tuple(STATES), "can be cancelled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +195,12 @@ class Retryable:
     cause: str | None = None
 
     def __post_init__(self) -> None:
-        if self.state not in tables.FINAL_STATES:
-            raise UsageError(
-                f"{self.state!r} is not a state of a run that has ended",
-                fix=f"one of {', '.join(tables.FINAL_STATES)}",
-            )
+        _check_state(self.state, tables.FINAL_STATES, "has ended")
+
+
+def _check_state(state: str, states: Sequence[str], kind: str) -> None:
+    if state not in states:
+        raise UsageError(f"{state!r} is not a state of a run that {kind}", fix=f"one of {', '.join(states)}")
 
 
 def last_match(connection: Connection, which: Cancellable | Retryable) -> Any:

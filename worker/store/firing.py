@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -71,14 +72,10 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     """Lock due definitions, let `decide` turn each into runs and skips, and write those."""
     now, due = statements(connection).fire_lock(connection, limit=limit, specs=specs)
     decisions = [decide(definition, now) for definition in due]
-    return write(
-        connection,
-        [run for decision in decisions for run in decision.runs],
-        [skip for decision in decisions for skip in decision.skips],
-        [decision.next for decision in decisions],
-        now=now,
-        more=len(due) == limit,
-    )
+    runs = [run for decision in decisions for run in decision.runs]
+    skips = [skip for decision in decisions for skip in decision.skips]
+    report = write(connection, runs, skips, [decision.next for decision in decisions])
+    return replace(report, now=now, more=len(due) == limit)
 
 
 def write(
@@ -86,14 +83,11 @@ def write(
     runs: Sequence[NewRun],
     skips: Sequence[NewSkip] = (),
     next_fires: Sequence[NextFire] = (),
-    *,
-    now: datetime | None = None,
-    more: bool = False,
 ) -> FireReport:
     """Insert runs and skips and set the next fire times, under the definitions' locks.
 
     A serial run that overlaps an unfinished one is placed by its policy, or becomes a skip
-    (overlap); an existing run is ignored. `now` and `more` only go into the report.
+    (overlap); an existing run is ignored.
     """
     hot = statements(connection)
     made = hot.fire_write(connection, runs, next_fires)
@@ -101,9 +95,7 @@ def write(
     skips = [*skips, *(_overlap(run) for run in left if run.origin == "schedule")]
     if skips:
         hot.fire_skips(connection, skips)
-    return FireReport(
-        [*made.inserted, *placed], left, skips, next_fire_at=made.next_fire_at, now=now or made.now, more=more
-    )
+    return FireReport([*made.inserted, *placed], left, skips, made.next_fire_at, made.now)
 
 
 def _overlap(run: NewRun) -> NewSkip:

@@ -18,7 +18,7 @@ from worker.store.sql import statements
 from worker.store.sql.contract import Rollups
 
 # `min` uses the index; "is any less" would read every org.
-_LOOK = """
+_PENDING = """
 SELECT COALESCE((SELECT min(templates_seen) FROM orgs)
                 < CAST((SELECT value FROM facts WHERE name = 'templates_change') AS BIGINT), false)
        OR EXISTS (SELECT 1 FROM templates WHERE materialised_at IS NULL),
@@ -35,7 +35,7 @@ class Pending(NamedTuple):
 
 def pending(connection: Connection) -> Pending:
     """What there is to do now, in one query."""
-    return Pending(*map(bool, connection.execute(text(_LOOK)).one()))
+    return Pending(*map(bool, connection.execute(text(_PENDING)).one()))
 
 
 # Rows that one transaction changes.
@@ -62,7 +62,7 @@ class Swept:
 
 
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
-    """Set or clear the reason `no_handler` of due runs, as long as no worker offers their handler.
+    """Set the reason `no_handler` of due runs while no worker offers their handler, else clear it.
 
     Checks `CHECKED` runs after `after`. Returns how many rows changed, and the run to continue
     after, or None at the end. Admission does not read the reason: it is for people.

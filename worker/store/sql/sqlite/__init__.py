@@ -1,4 +1,4 @@
-"""The hot statements on SQLite: one writer at a time, so what a transaction reads still holds when it writes."""
+"""The hot statements on SQLite: with one writer, what a transaction reads still holds when it writes."""
 
 from worker.store.sql.sqlite.admit import admit_choose as admit_choose
 from worker.store.sql.sqlite.admit import admit_ring as admit_ring

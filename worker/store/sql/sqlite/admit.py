@@ -19,6 +19,7 @@ from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import OrgQueue, RingStep, reach
 from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value
 
+Free = Mapping[Isolation, int]
 # A waiting run: the columns of `QUEUES`.
 Candidate = Sequence[Any]
 # Rank, due time, id, run.
@@ -56,11 +57,7 @@ class Limits:
     """How many more runs may start in this transaction: by isolation, handler and definition."""
 
     def __init__(
-        self,
-        cursor: Any,
-        offered: Mapping[str, int | None],
-        running: Mapping[str, int],
-        free: Mapping[Isolation, int],
+        self, cursor: Any, offered: Mapping[str, int | None], running: Mapping[str, int], free: Free
     ) -> None:
         self._cursor = cursor
         self._free: dict[str, int] = {isolation: slots for isolation, slots in free.items() if slots > 0}
@@ -68,10 +65,7 @@ class Limits:
         self._definitions: dict[str, int] = {}
         self.handlers = [name for name in offered if self._handlers.get(name, 1) > 0]
         self.free = sum(self._free.values())
-        self.isolations = (
-            "child" if "child" in self._free else None,
-            "inline" if "inline" in self._free else None,
-        )
+        self.isolations = [kind if kind in self._free else None for kind in ("child", "inline")]
 
     def take(self, run: Candidate) -> bool:
         """Count the run against every limit; False if one is reached."""
