@@ -167,7 +167,7 @@ def _second_of_day(wall: datetime) -> int:
 class Trigger(BaseTrigger):  # type: ignore[misc]
     """The scheduled times of a schedule, aware UTC, from `starts_at` until before `ends_at`."""
 
-    def __init__(self, starts_at: datetime | None, ends_at: datetime | None) -> None:
+    def __init__(self, *, starts_at: datetime | None = None, ends_at: datetime | None = None) -> None:
         self.starts_at = starts_at
         self.ends_at = ends_at
 
@@ -251,10 +251,8 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
 class CronTrigger(Trigger):
     """A crontab line in a zone."""
 
-    def __init__(
-        self, text: str, zone: ZoneInfo, starts_at: datetime | None = None, ends_at: datetime | None = None
-    ) -> None:
-        super().__init__(starts_at, ends_at)
+    def __init__(self, text: str, zone: ZoneInfo, **bounds: datetime | None) -> None:
+        super().__init__(**bounds)
         self.crontab = Crontab(text)
         self.zone = zone
 
@@ -316,10 +314,8 @@ class CronTrigger(Trigger):
 class EveryTrigger(Trigger):
     """Whole multiples of an interval since 1970-01-01T00:00:00Z, in any zone."""
 
-    def __init__(
-        self, interval: timedelta, starts_at: datetime | None = None, ends_at: datetime | None = None
-    ) -> None:
-        super().__init__(starts_at, ends_at)
+    def __init__(self, interval: timedelta, **bounds: datetime | None) -> None:
+        super().__init__(**bounds)
         self.interval = interval
         self._multiples = IntervalTrigger(seconds=interval // _SECOND, start_date=EPOCH, timezone=UTC)
 
@@ -340,10 +336,8 @@ class EveryTrigger(Trigger):
 class AtTrigger(Trigger):
     """One scheduled time."""
 
-    def __init__(
-        self, at: datetime, starts_at: datetime | None = None, ends_at: datetime | None = None
-    ) -> None:
-        super().__init__(starts_at, ends_at)
+    def __init__(self, at: datetime, **bounds: datetime | None) -> None:
+        super().__init__(**bounds)
         self._date = DateTrigger(run_date=at, timezone=UTC)
 
     def _next(self, start: datetime) -> datetime | None:
@@ -359,10 +353,10 @@ class AtTrigger(Trigger):
 
 
 @lru_cache(maxsize=16_384)
-def parse_schedule(
-    text: str, zone: ZoneInfo, *, starts_at: datetime | None = None, ends_at: datetime | None = None
-) -> Trigger:
+def parse_schedule(text: str, zone: ZoneInfo, **bounds: datetime | None) -> Trigger:
     """The trigger of a schedule's text: a crontab line, `@hourly`, `every 15m` or `at 2027-01-01T08:00:00Z`.
+
+    `bounds` are `starts_at` (inclusive) and `ends_at` (exclusive).
 
     Raises:
         InvalidTrigger: the text is not a schedule, or can never fire.
@@ -375,10 +369,10 @@ def parse_schedule(
             interval = parse_duration(rest.strip())
             if interval < _SECOND or interval % _SECOND:
                 raise ValueError(f'"{text}": the interval must be whole seconds, at least one')
-            return EveryTrigger(interval, starts_at, ends_at)
+            return EveryTrigger(interval, **bounds)
         if kind == "at":
             example = "at 2027-01-01T08:00:00Z"
-            return AtTrigger(from_text(rest.strip()), starts_at, ends_at)
+            return AtTrigger(from_text(rest.strip()), **bounds)
     except ValueError as error:
         raise InvalidTrigger(str(error), field="schedule", fix=f'write it as "{example}"') from error
     if kind.startswith("@"):
@@ -386,7 +380,7 @@ def parse_schedule(
             fix = f"use one of {', '.join(NICKNAMES)}"
             raise InvalidTrigger(f'"{text}" is not a schedule', field="schedule", fix=fix)
         text = NICKNAMES[kind]
-    return CronTrigger(text, zone, starts_at, ends_at)
+    return CronTrigger(text, zone, **bounds)
 
 
 def _whole_second(at: datetime) -> datetime:

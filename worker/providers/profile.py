@@ -5,23 +5,17 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from worker.errors import ConfigurationError
 
 ClaimPath = tuple[str, ...]
-Asserter = Literal["client", "grant", "caller"]
-ClientAuthentication = Literal["post", "basic", "private_key_jwt"]
 FailureClass = Literal["credential", "configuration", "throttle", "transient"]
-OrgShape = Literal["text", "list", "keys"]
-ScopesShape = Literal["text", "list"]
-PropertiesShape = Literal["v", "plain"]
-FlagsShape = Literal["t_v", "plain", "names"]
 
 # Only public-key algorithms: a shared key would let each verifier sign (RFC 8725, section 3.1).
 ALGORITHMS = frozenset(
@@ -53,13 +47,13 @@ class Profile:
 
     name: str
     title: str
-    org_asserted_by: Asserter
+    org_asserted_by: Literal["client", "grant", "caller"]
     issuer_suffix: str = ""
     discovery: str = "/.well-known/openid-configuration"
     token: str = ""
     keys: str = ""
 
-    client_authentication: ClientAuthentication = "post"
+    client_authentication: Literal["post", "basic", "private_key_jwt"] = "post"
     assertion_audience: Literal["token_endpoint", "issuer"] = "token_endpoint"
     assertion_type: str = "JWT"
     audience_parameter: str = ""
@@ -76,15 +70,15 @@ class Profile:
     leeway: timedelta = timedelta(seconds=30)
 
     org: ClaimPath = ()
-    org_shape: OrgShape = "text"
+    org_shape: Literal["text", "list", "keys"] = "text"
     org_prefix: str = ""
     client: ClaimPath = ()
     scopes: ClaimPath = ("scope",)
-    scopes_shape: ScopesShape = "text"
+    scopes_shape: Literal["text", "list"] = "text"
     properties: ClaimPath = ()
-    properties_shape: PropertiesShape = "plain"
+    properties_shape: Literal["v", "plain"] = "plain"
     flags: ClaimPath = ()
-    flags_shape: FlagsShape = "plain"
+    flags_shape: Literal["t_v", "plain", "names"] = "plain"
 
 
 @cache
@@ -150,16 +144,7 @@ def parse(text: str, *, source: str) -> Profile:
 
 
 _SEE = "docs/providers/rfc9068.md explains each key of a profile"
-_TYPES = {field.name: str(field.type) for field in fields(Profile)}
-_CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "org_asserted_by": get_args(Asserter),
-    "client_authentication": get_args(ClientAuthentication),
-    "assertion_audience": ("token_endpoint", "issuer"),
-    "org_shape": get_args(OrgShape),
-    "scopes_shape": get_args(ScopesShape),
-    "properties_shape": get_args(PropertiesShape),
-    "flags_shape": get_args(FlagsShape),
-}
+_TYPES = get_type_hints(Profile)
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -167,10 +152,10 @@ def _read(key: str, value: Any, source: str) -> Any:
     """One value of the file, converted to the type of its field."""
     if key not in _TYPES:
         raise ConfigurationError(f"{source}: unknown key {key!r}", fix=_SEE)
-    if key in _CHOICES:
-        read, fix = value if value in _CHOICES[key] else None, f"use one of {', '.join(_CHOICES[key])}"
-    else:
-        read, fix = _converted(key, value), _SEE
+    read, fix = _converted(key, value), _SEE
+    if get_origin(_TYPES[key]) is Literal:
+        choices = get_args(_TYPES[key])
+        read, fix = value if value in choices else None, f"use one of {', '.join(choices)}"
     if read is None:
         raise ConfigurationError(f"{source}: {key} cannot be {value!r}", fix=fix)
     return read
@@ -178,19 +163,21 @@ def _read(key: str, value: Any, source: str) -> Any:
 
 def _converted(key: str, value: Any) -> Any:
     """The value as its field's type, or None if it does not fit."""
-    match _TYPES[key], value:
-        case ("str", str()) | ("bool", bool()):
-            return value
-        case "timedelta", str() if found := re.fullmatch(r"(\d{1,6})([smhd])", value):
-            return timedelta(**{_UNITS[found[2]]: int(found[1])})
-        case (("ClaimPath" | "tuple[str, ...]"), _) if _is_texts(value):
-            return tuple(value)
-        case "frozenset[str]", _ if _is_texts(value):
-            return frozenset(item.lower() if key == "types" else item for item in value)
-        case _, dict() if key == "parameters" and _is_texts(list(value.values())):
-            return value
-        case _, dict() if key == "errors" and all(each in get_args(FailureClass) for each in value.values()):
-            return {**STANDARD_ERRORS, **value}
+    kind = _TYPES[key]
+    if kind in (str, bool):
+        return value if isinstance(value, kind) else None
+    if kind is timedelta and isinstance(value, str):
+        found = re.fullmatch(r"(\d{1,6})([smhd])", value)
+        return timedelta(**{_UNITS[found[2]]: int(found[1])}) if found else None
+    if kind == tuple[str, ...] and _is_texts(value):
+        return tuple(value)
+    if kind == frozenset[str] and _is_texts(value):
+        return frozenset(item.lower() if key == "types" else item for item in value)
+    if key == "parameters" and isinstance(value, dict) and _is_texts(list(value.values())):
+        return value
+    if key == "errors" and isinstance(value, dict):
+        known = all(each in get_args(FailureClass) for each in value.values())
+        return {**STANDARD_ERRORS, **value} if known else None
     return None
 
 

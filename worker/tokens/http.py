@@ -63,13 +63,6 @@ class Reply:
         return body if isinstance(body, dict) else {}
 
 
-@dataclass(frozen=True, slots=True)
-class NoReply:
-    """Why there is no complete response: unreachable, timeout, too_large, encoded, protocol."""
-
-    why: str
-
-
 async def exchange(
     client: httpx.AsyncClient,
     method: str,
@@ -79,30 +72,30 @@ async def exchange(
     limit: int,
     headers: dict[str, str] | None = None,
     form: bytes | None = None,
-) -> Reply | NoReply:
+) -> Reply | str:
     """Send one request and read the response, of at most `limit` bytes, within ten seconds.
 
-    A failure is returned, not raised: httpx's exceptions carry the request, and
-    with it the secret in its body.
+    A failure is returned as unreachable, timeout, too_large, encoded or protocol, not raised:
+    httpx's exceptions carry the request, and with it the secret in its body.
     """
 
-    async def send() -> Reply | NoReply:
+    async def send() -> Reply | str:
         try:
             async with client.stream(method, url, headers=headers, content=form) as response:
                 if response.headers.get("content-encoding", "identity").lower() != "identity":
-                    return NoReply("encoded")
+                    return "encoded"
                 content = bytearray()
                 async for chunk in response.aiter_bytes():
                     content += chunk
                     if len(content) > limit:
-                        return NoReply("too_large")
+                        return "too_large"
                 return Reply(response.status_code, response.headers, bytes(content))
         except httpx.TimeoutException:
-            return NoReply("timeout")
+            return "timeout"
         except httpx.ConnectError:
-            return NoReply("unreachable")
+            return "unreachable"
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
-            return NoReply("protocol")
+            return "protocol"
 
     if form is not None:
         headers = {**(headers or {}), "Content-Type": "application/x-www-form-urlencoded"}
@@ -110,7 +103,7 @@ async def exchange(
     deadline = asyncio.ensure_future(clock.sleep(EXCHANGE_SECONDS))
     try:
         await asyncio.wait({exchanging, deadline}, return_when=asyncio.FIRST_COMPLETED)
-        return exchanging.result() if exchanging.done() else NoReply("timeout")
+        return exchanging.result() if exchanging.done() else "timeout"
     finally:
         exchanging.cancel()
         deadline.cancel()
@@ -122,8 +115,8 @@ async def fetch_json(
 ) -> dict[str, Any] | str:
     """The JSON object at a URL (empty for another JSON value), or a code for what is wrong."""
     reply = await exchange(client, "GET", url, clock=clock, limit=limit)
-    if isinstance(reply, NoReply):
-        return reply.why
+    if isinstance(reply, str):
+        return reply
     if reply.status != 200:
         return f"status_{reply.status}"
     try:

@@ -14,10 +14,9 @@ from worker.errors import ConfigurationError, IssuerUnavailable
 from worker.providers.profile import Profile
 from worker.telemetry.masking import shown_url
 from worker.tokens.http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
-from worker.tokens.single_flight import SingleFlight
+from worker.tokens.single_flight import Document
 
-# Seconds: how often the discovery document is read, and the pause after a failure.
-MAX_AGE, FAILED_PAUSE = 3600.0, 5.0
+PAUSES = (5.0, 5.0)  # seconds, after the discovery document could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +75,7 @@ class Endpoints:
         self._issuer = issuer
         self._client = client
         self._clock = clock
-        self._discovered: Discovered | None = None
-        self._read_at = 0.0
-        self._next_try = 0.0
-        self._fault = ""
-        self._reading: SingleFlight[str, Discovered | None] = SingleFlight()
+        self._document = Document(self._read_document, PAUSES, clock=clock)
 
     async def token(self) -> str:
         """The URL of the token endpoint; raises as `discovered` does, if it needs the document."""
@@ -109,36 +104,19 @@ class Endpoints:
         Raises:
             IssuerUnavailable: it was never read and cannot be now, or it belongs to another issuer.
         """
-        now = self._clock.monotonic()
-        may_read = now >= self._next_try
-        if self._discovered is not None:
-            # The last good document stays in use while the endpoint fails.
-            if may_read and now - self._read_at >= MAX_AGE:
-                self._reading.start(self._issuer.name, self._refresh)
-            return self._discovered
-        read = None
-        if may_read or self._issuer.name in self._reading:
-            read = await self._reading.join(self._issuer.name, self._refresh)
-        if read is None:
+        self._document.refresh_if_old()
+        found = self._document.content or await self._document.fetch()
+        if found is None:
             error = IssuerUnavailable(
-                f"issuer {self._issuer.name}: its discovery document cannot be used: {self._fault}"
+                f"issuer {self._issuer.name}: its discovery document cannot be used: {self._document.fault}"
             )
-            error.retry_after = max(1.0, self._next_try - self._clock.monotonic())
+            error.retry_after = self._document.retry_after
             raise error
-        return read
+        return found
 
     async def close(self) -> None:
         """Cancel a read in progress."""
-        await self._reading.close()
-
-    async def _refresh(self) -> Discovered | None:
-        read = await self._read_document()
-        now = self._clock.monotonic()
-        if isinstance(read, Discovered):
-            self._discovered, self._read_at = read, now
-            return read
-        self._fault, self._next_try = read, now + FAILED_PAUSE
-        return None
+        await self._document.close()
 
     async def _read_document(self) -> Discovered | str:
         """The document's content, or what is wrong with it."""

@@ -22,7 +22,7 @@ from worker.providers.profile import FailureClass
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, Budget, IssuerPaused
 from worker.tokens.credentials import Credential
-from worker.tokens.http import TOKEN_LIMIT, NoReply, Reply, exchange, retry_delay
+from worker.tokens.http import TOKEN_LIMIT, Reply, exchange, retry_delay
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
 from worker.tokens.strict_json import Malformed
@@ -111,7 +111,7 @@ class IssuerClient:
                     return result
                 raise result
 
-    async def _send(self, credential: Credential, audience: str, scopes: frozenset[str]) -> Reply | NoReply:
+    async def _send(self, credential: Credential, audience: str, scopes: frozenset[str]) -> Reply | str:
         profile, endpoint = self.issuer.profile, await self.endpoints.token()
         form = {"grant_type": "client_credentials", **profile.parameters}
         headers: dict[str, str] = {}
@@ -165,12 +165,12 @@ class IssuerClient:
         return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
 
     def _judge(
-        self, reply: Reply | NoReply, credential: Credential
+        self, reply: Reply | str, credential: Credential
     ) -> GrantedToken | TokenError | IssuerUnavailable:
         """The token of a response, or what to raise."""
         name = self.issuer.name
-        if isinstance(reply, NoReply):
-            return IssuerUnavailable(f"issuer {name} did not respond: {reply.why}")
+        if isinstance(reply, str):
+            return IssuerUnavailable(f"issuer {name} did not respond: {reply}")
         try:
             body = reply.json_object()
         except Malformed:

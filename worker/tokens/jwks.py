@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -16,7 +15,7 @@ from worker.errors import IssuerUnavailable
 from worker.providers.profile import ALGORITHMS
 from worker.telemetry.events import emit
 from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.single_flight import SingleFlight
+from worker.tokens.single_flight import Document
 from worker.tokens.verify import MAX_KID, Key, decode_base64url
 
 MAX_KEYS = 100
@@ -31,8 +30,7 @@ RSA_ALGORITHMS = frozenset(name for name in ALGORITHMS if name[:2] in ("RS", "PS
 # All in seconds.
 COOLDOWN = 10.0  # between two fetches caused by unknown key ids
 PUBLICATION = 60.0  # an unknown key id may be published this long after it was first seen
-MAX_AGE = 3600.0  # an older set is refreshed in the background, which drops withdrawn keys
-FAILED_FIRST, FAILED_LAST = 2.0, 60.0  # the pause after a failed fetch, doubling
+PAUSES = (2.0, 60.0)  # the first and the longest after failed fetches
 MAX_REMEMBERED = 1_000
 
 
@@ -46,17 +44,12 @@ class KeySet:
     """The keys of one issuer. Its times are of the monotonic clock."""
 
     def __init__(self, issuer: Issuer, endpoints: Endpoints, *, clock: Clock) -> None:
-        self._issuer = issuer.name
-        self._algorithms = issuer.profile.algorithms
+        self._issuer = issuer
         self._endpoints = endpoints
         self._clock = clock
-        self._keys: dict[str, Key] = {}
-        self._read_at = 0.0
+        self._document = Document(self._read, PAUSES, clock=clock)
         self._next_lookup = 0.0
-        self._failures = 0
-        self._next_try = 0.0
         self._first_seen: OrderedDict[str, float] = OrderedDict()
-        self._reading: SingleFlight[str, None] = SingleFlight()
 
     async def find(self, kid: str) -> Key:
         """The key with this id.
@@ -66,85 +59,66 @@ class KeySet:
             IssuerUnavailable: no set could be read yet.
             TokenRefused: token_invalid(unknown_kid).
         """
-        just_read = not self._keys
-        if just_read:
-            await self._fetch()
-        elif self._clock.monotonic() - self._read_at > MAX_AGE and self._may_read():
-            self._reading.start(self._issuer, self._refresh)
-        if kid not in self._keys:
-            await self._look_for(kid, just_read)
+        self._document.refresh_if_old()
+        keys = self._document.content
+        just_read = keys is None
+        if keys is None:
+            keys = await self._document.fetch()
+        if keys is None:
+            unavailable = IssuerUnavailable(f"the keys of issuer {self._issuer.name} cannot be read")
+            unavailable.retry_after = self._document.retry_after
+            raise unavailable
+        if kid not in keys:
+            keys = await self._look_for(kid, keys, just_read)
         self._first_seen.pop(kid, None)
-        return self._keys[kid]
+        return keys[kid]
 
     async def close(self) -> None:
         """Cancel a fetch in progress."""
-        await self._reading.close()
+        await self._document.close()
 
-    async def _look_for(self, kid: str, just_read: bool) -> None:
-        """Return once the set has the kid, or raise."""
+    async def _look_for(self, kid: str, keys: dict[str, Key], just_read: bool) -> dict[str, Key]:
+        """A newer set that has the kid; raises as `find` does."""
+        document = self._document
         first_seen = self._first_seen.setdefault(kid, self._clock.monotonic())
         while len(self._first_seen) > MAX_REMEMBERED:
             self._first_seen.popitem(last=False)
         if not just_read and self._may_look():
             # If this fails, the last good set stays in use; only this kid has no verdict.
-            with suppress(IssuerUnavailable):
-                await self._fetch()
-        if kid in self._keys:
-            return
+            keys = await document.fetch() or keys
+        if kid in keys:
+            return keys
         now = self._clock.monotonic()
-        if now - first_seen < PUBLICATION or self._read_at < first_seen:
-            error = KeyNotPublished(f"issuer {self._issuer} signed with a key that it does not publish yet")
-            error.retry_after = max(1.0, max(self._next_lookup, self._next_try) - now)
+        if now - first_seen < PUBLICATION or document.read_at < first_seen:
+            name = self._issuer.name
+            error = KeyNotPublished(f"issuer {name} signed with a key that it does not publish yet")
+            error.retry_after = max(document.retry_after, self._next_lookup - now)
             raise error
         raise invalid("unknown_kid", "it is signed with a key that the issuer does not publish")
 
     def _may_look(self) -> bool:
         """Whether an unknown kid may start a fetch, or join one in progress."""
-        if self._issuer in self._reading:
+        if self._document.is_reading:
             return True
-        if self._clock.monotonic() < self._next_lookup or not self._may_read():
+        if self._clock.monotonic() < self._next_lookup or not self._document.may_read:
             return False
         self._next_lookup = self._clock.monotonic() + COOLDOWN
         return True
 
-    def _may_read(self) -> bool:
-        return self._clock.monotonic() >= self._next_try
-
-    async def _fetch(self) -> None:
-        """Read the set, or join a fetch in progress.
-
-        Raises:
-            IssuerUnavailable: it cannot be read, or the pause after a failure is not over.
-        """
-        if self._issuer in self._reading or self._may_read():
-            await self._reading.join(self._issuer, self._refresh)
-            if not self._failures:
-                return
-        unavailable = IssuerUnavailable(f"the keys of issuer {self._issuer} cannot be read")
-        unavailable.retry_after = max(1.0, self._next_try - self._clock.monotonic())
-        raise unavailable
-
-    async def _refresh(self) -> None:
-        keys = _usable(await self._endpoints.read_keys(), self._algorithms)
-        now = self._clock.monotonic()
+    async def _read(self) -> dict[str, Key] | str:
+        """The keys, or a code for what is wrong: an empty set never replaces a good one."""
+        keys = await self._endpoints.read_keys()
         if not isinstance(keys, str):
-            self._keys, self._read_at = keys, now
-            self._failures, self._next_try = 0, 0.0
-            emit("keys.fetched", issuer=self._issuer, keys=len(keys))
-            return
-        self._next_try = now + min(FAILED_FIRST * 2**self._failures, FAILED_LAST)
-        self._failures = min(self._failures + 1, 10)
-        emit("keys.failed", issuer=self._issuer, error=keys)
-
-
-def _usable(document: dict[str, Any] | str, algorithms: frozenset[str]) -> dict[str, Key] | str:
-    """The keys of a document, or a code for what is wrong: an empty set never replaces a good one."""
-    if isinstance(document, str):
-        return document
-    entries = document.get("keys")
-    if not isinstance(entries, list) or len(entries) > MAX_KEYS:
-        return "key_set"
-    return read_keys(entries, algorithms) or "no_key"
+            entries = keys.get("keys")
+            if isinstance(entries, list) and len(entries) <= MAX_KEYS:
+                keys = read_keys(entries, self._issuer.profile.algorithms) or "no_key"
+            else:
+                keys = "key_set"
+        if isinstance(keys, str):
+            emit("keys.failed", issuer=self._issuer.name, error=keys)
+        else:
+            emit("keys.fetched", issuer=self._issuer.name, keys=len(keys))
+        return keys
 
 
 def read_keys(entries: Iterable[Any], wanted: frozenset[str]) -> dict[str, Key]:

@@ -1,4 +1,4 @@
-"""Single flight: concurrent callers share one task, which a caller's cancellation does not end."""
+"""Single flight: concurrent callers share one task; documents that are read this way and kept."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import contextvars
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
+from worker.clock import Clock
 from worker.errors import WorkerError
 from worker.telemetry.events import emit
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+MAX_AGE = 3600.0  # seconds, of a document
 
 
 class SingleFlight(Generic[K, V]):
-    """At most one running task per key."""
+    """At most one running task per key, which a caller's cancellation does not end."""
 
     def __init__(self) -> None:
         self._tasks: dict[K, asyncio.Task[V]] = {}
@@ -51,3 +53,63 @@ class SingleFlight(Generic[K, V]):
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, WorkerError):
             emit("loop.failed", loop="tokens", error=type(error).__name__)
+
+
+class Document(Generic[V]):
+    """A document at an issuer, refreshed in the background, and kept while reading fails.
+
+    `read` returns the content, or a text that says what is wrong; after a failure it is not
+    called for a pause that doubles. Times are monotonic seconds.
+    """
+
+    def __init__(
+        self, read: Callable[[], Coroutine[Any, Any, V | str]], pauses: tuple[float, float], *, clock: Clock
+    ) -> None:
+        self.content: V | None = None
+        self.read_at = self.next_try = 0.0
+        self.fault = ""
+        self._read = read
+        self._pauses = pauses
+        self._failures = 0
+        self._clock = clock
+        self._reading: SingleFlight[None, None] = SingleFlight()
+
+    @property
+    def is_reading(self) -> bool:
+        return None in self._reading
+
+    @property
+    def may_read(self) -> bool:
+        """Whether the pause after a failure is over."""
+        return self._clock.monotonic() >= self.next_try
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds until it may be read again, at least one."""
+        return max(1.0, self.next_try - self._clock.monotonic())
+
+    def refresh_if_old(self) -> None:
+        """Start a read in the background if the content is older than an hour."""
+        is_old = self._clock.monotonic() - self.read_at >= MAX_AGE
+        if self.content is not None and is_old and self.may_read:
+            self._reading.start(None, self._refresh)
+
+    async def fetch(self) -> V | None:
+        """The content, read now; None if that fails, or failed a short time ago."""
+        if not self.is_reading and not self.may_read:
+            return None
+        await self._reading.join(None, self._refresh)
+        return None if self.fault else self.content
+
+    async def close(self) -> None:
+        await self._reading.close()
+
+    async def _refresh(self) -> None:
+        read = await self._read()
+        now, (first, longest) = self._clock.monotonic(), self._pauses
+        if isinstance(read, str):
+            self.fault, self.next_try = read, now + min(first * 2**self._failures, longest)
+            self._failures = min(self._failures + 1, 10)
+        else:
+            self.content, self.read_at = read, now
+            self.fault, self.next_try, self._failures = "", 0.0, 0
