@@ -43,10 +43,7 @@ class Guard:
     `profile` names a provider, or is the path of your own TOML file. `scopes` are
     required of every token. `{org}` in the audience is the code of the org that a
     request addresses. The keys are fetched at the first token and cached; pass `client`
-    to share an HTTP client.
-
-    Raises:
-        ConfigurationError: the issuer's URL is not https, or the profile is unknown.
+    to share an HTTP client. Raises ConfigurationError for an invalid URL or profile.
     """
 
     def __init__(

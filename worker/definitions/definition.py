@@ -166,12 +166,7 @@ class Definition:
 
 
 def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
-    """The definition of an entry of a file, with its schedule and zone checked.
-
-    Raises:
-        DefinitionError: names entry and field of an unknown key or an invalid value.
-        InvalidTrigger: likewise, for a schedule or zone.
-    """
+    """The definition of an entry of a file; raises DefinitionError, InvalidTrigger for a schedule or zone."""
     reader = Fields(values, entry)
     reader.only(["org", "name", "enabled", *_KEYS])
     definition = _read(

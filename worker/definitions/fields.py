@@ -27,11 +27,7 @@ class Fields:
         self.entry = entry
 
     def take(self, name: str, read: Callable[[Any], T], default: T = _MISSING) -> T:
-        """The value of `name` as `read` returns it, or the default if the key is absent or null.
-
-        Raises:
-            DefinitionError: it is invalid, or missing without a default.
-        """
+        """The value of `name` as `read` returns it, or the default if it is absent or null; else an error."""
         value = self._values.get(name)
         if value is None:
             if default is _MISSING:

@@ -58,11 +58,6 @@ def format_of(path: str) -> Format:
     return "json" if PurePath(path).suffix.lower() == ".json" else "toml"
 
 
-def entry_of(definition: Definition) -> str:
-    """A definition's entry as errors name it."""
-    return f"definition {definition.org}/{definition.name}"
-
-
 def parse_file(content: str | bytes, format: Format = "toml") -> DefinitionsFile:
     """The orgs, definitions and templates of a file; raises DefinitionError for the first error in it."""
     values = _load(content, format)

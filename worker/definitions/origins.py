@@ -29,11 +29,7 @@ def origin_of(url: str) -> Origin:
 
 
 def parse_origin(text: str) -> Origin:
-    """The origin in a text such as `https://api.acme.com`.
-
-    Raises:
-        ValueError: it is not an origin, or has more than one, such as a path.
-    """
+    """The origin in a text such as `https://api.acme.com`; raises ValueError for anything more or less."""
     # A bare host has no password; any other malformed text may contain one.
     shown = text if re.fullmatch(r"[\w.-]+(?::\d{1,5})?", text) else shown_url(text)
     problem = f"{shown!r} is not an origin; write scheme, host and port: https://api.acme.com"
@@ -58,11 +54,7 @@ def is_loopback(host: str) -> bool:
 
 
 def unencrypted(origins: Iterable[str], allowed: Iterable[str]) -> list[str]:
-    """The origins that would carry a token unencrypted off this machine, except those `allowed`.
-
-    Raises:
-        ValueError: one of them is not an origin.
-    """
+    """The origins that would carry a token unencrypted off this machine, except those `allowed`."""
     exempt = {parse_origin(origin) for origin in allowed}
     return [
         text

@@ -356,10 +356,7 @@ class AtTrigger(Trigger):
 def parse_schedule(text: str, zone: ZoneInfo, **bounds: datetime | None) -> Trigger:
     """The trigger of a schedule's text: a crontab line, `@hourly`, `every 15m` or `at 2027-01-01T08:00:00Z`.
 
-    `bounds` are `starts_at` (inclusive) and `ends_at` (exclusive).
-
-    Raises:
-        InvalidTrigger: the text is not a schedule, or can never fire.
+    `bounds` are `starts_at` (inclusive) and `ends_at` (exclusive). Raises InvalidTrigger.
     """
     kind, _, rest = text.strip().partition(" ")
     example = ""

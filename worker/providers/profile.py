@@ -83,10 +83,9 @@ class Profile:
 
 @cache
 def load(name: str) -> Profile:
-    """The built-in profile of that name, or the profile in a TOML file if `name` is a path.
+    """The built-in profile of that name, or one in a TOML file if `name` is a path.
 
-    Raises:
-        ConfigurationError: it does not exist, or a key or value is invalid.
+    Raises ConfigurationError if it does not exist, or a key or value is invalid.
     """
     if "/" in name or name.endswith(".toml"):
         try:

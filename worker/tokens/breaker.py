@@ -265,32 +265,26 @@ class Breaker:
         return not self.is_open and not any(seen.failed and seen.at > since for seen in others)
 
     def check(self, org: str) -> None:
-        """Raise IssuerPaused if a request of this org would not be let through now."""
+        """Raise IssuerPaused if the breaker is open, and it is not this org's turn."""
         if self._opened_at is None:
             return
-        now = self._clock.monotonic()
-        healthy = org not in self._failed
-        if org not in self._asking:
-            if healthy and self._failed_in_row < CERTAIN:
-                return
-            if now >= self._next_turn and (healthy or now >= self._healthy_waits_until):
-                return
+        now, healthy = self._clock.monotonic(), org not in self._failed
         paused = IssuerPaused(f"issuer {self._issuer} is not responding; this org asks again later")
         if org in self._asking:
             paused.retry_after = 1.0  # its current request ends soon
-        else:
-            paused.retry_after = self._return_in(org, now)
-            if healthy:
-                self._healthy_waits_until = now + paused.retry_after * RETURN_LATE
+            raise paused
+        if healthy and self._failed_in_row < CERTAIN:
+            return
+        if now >= self._next_turn and (healthy or now >= self._healthy_waits_until):
+            return
+        paused.retry_after = self._return_in(org, now)
+        if healthy:
+            self._healthy_waits_until = now + paused.retry_after * RETURN_LATE
         raise paused
 
     @contextmanager
     def watch(self, org: str) -> Iterator[None]:
-        """Let one request through, and record its outcome.
-
-        Raises:
-            IssuerPaused: the breaker is open, and it is not this org's turn.
-        """
+        """Let one request through, and record its outcome; raises as `check` does."""
         self.check(org)
         asked_at = self._clock.monotonic()
         probes = self._opened_at is not None
@@ -430,11 +424,9 @@ class Parking(Generic[K]):
         return seconds
 
     def release(self, key: K) -> None:
-        """Forget the key's failures."""
         self._keys.pop(key, None)
 
     def release_where(self, matches: Callable[[K], bool]) -> None:
-        """Forget the failures of all matching keys."""
         drop_where(self._keys, matches)
 
     def _parked(self, key: K, credentials: Sequence[Credential]) -> _Parked | None:

@@ -42,7 +42,7 @@ TRIES = 3  # for one request while the issuer fails, unless it already failed fo
 WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
 NO_VERDICT_KEPT = 120.0
 SCOPE_REFUSED = ("invalid_scope", "access_denied")
-MAX_REMEMBERED = 10_000
+MAX_REMEMBERED, MAX_TOKENS = 10_000, 20_000
 MIN_CLAIMS_AGE = 60.0  # the smallest max_claims_age of a definition
 # The last part of a token's life is not handed out: a share of it, at most MARGIN.
 MARGIN_SHARE, MARGIN = 0.2, 30.0
@@ -63,6 +63,11 @@ class TokenRequest(NamedTuple):
     audience: str
     scopes: frozenset[str]
     also_ask: frozenset[str] = frozenset()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The attributes of an event about this request."""
+        return {"org": self.org.code, "issuer": self.issuer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +143,7 @@ class Acquirer:
             remember(self._no_verdict, request, granted, MAX_REMEMBERED)
             raise
         except TokenRefused as refused:
-            emit(
-                "token.refused",
-                org=request.org.code,
-                issuer=request.issuer,
-                reason=refused.reason,
-                detail=refused.detail,
-            )
+            emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
             raise
 
     def forget(self, org_id: OrgId) -> None:
@@ -198,12 +197,7 @@ class Acquirer:
                 raise
             else:
                 break
-        emit(
-            "token.requested",
-            org=request.org.code,
-            issuer=request.issuer,
-            seconds=round(granted.received_at - started_at, 3),
-        )
+        emit("token.requested", **request.labels, seconds=round(granted.received_at - started_at, 3))
         self._note_success(request, credential, credentials)
         await self._count_use(credential, None)
         return granted
@@ -241,13 +235,7 @@ class Acquirer:
         credentials: Sequence[Credential],
     ) -> None:
         seconds = parking.park(key, error, credentials)
-        emit(
-            "org.parked",
-            org=request.org.code,
-            issuer=request.issuer,
-            error=error.detail or error.code,
-            seconds=round(seconds, 1),
-        )
+        emit("org.parked", **request.labels, error=error.detail or error.code, seconds=round(seconds, 1))
 
     async def _count_use(self, credential: Credential, error: str | None) -> None:
         # The count is informational; it must not cost a token.
@@ -257,12 +245,8 @@ class Acquirer:
     async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
         payload = await self.client.verify(granted.text, request.audience)
         claims = decode(payload, self.client.issuer.profile)
-        enforce(
-            claims,
-            org_code=request.org.code,
-            client_id=granted.credential.client_id,
-            scopes=request.scopes,
-        )
+        client_id = granted.credential.client_id
+        enforce(claims, org_code=request.org.code, client_id=client_id, scopes=request.scopes)
         received_at, now = granted.received_at, self._clock.now()
         age = self._clock.monotonic() - received_at
         left = (claims.expires_at - now).total_seconds()
@@ -293,10 +277,8 @@ class Tokens:
         client: httpx.AsyncClient,
         clock: Clock,
         rng: random.Random | None = None,
-        max_tokens: int = 20_000,
     ) -> None:
         self._clock = clock
-        self._max_tokens = max_tokens
         self._generations = Generations(credentials, clock=clock)
         rng = rng or random.SystemRandom()
         self._acquirers = {
@@ -356,7 +338,6 @@ class Tokens:
             acquirer.forget(org_id)
 
     async def close(self) -> None:
-        """Cancel all refreshes."""
         await self._refreshing.close()
         await self._generations.close()
         for acquirer in self._acquirers.values():
@@ -398,9 +379,7 @@ class Tokens:
                 # The org has fewer rights now, which the older token does not show.
                 self._tokens.pop(request, None)
             raise
-        self._tokens[request] = enforced
-        while len(self._tokens) > self._max_tokens:
-            self._tokens.popitem(last=False)
+        remember(self._tokens, request, enforced, MAX_TOKENS)
         return enforced
 
 

@@ -66,8 +66,6 @@ class Credential:
     client_id: str
     secret: Secret
     kind: CredentialKind = "client_secret"
-    # The `kid` under which the issuer knows a private key, if it requires one.
-    signing_key_id: str | None = None
 
 
 def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
@@ -99,11 +97,7 @@ def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
 
 
 def read_reference(reference: str, secrets_dir: Path | None) -> str:
-    """The secret in the file that a reference `file:NAME` names.
-
-    Raises:
-        ConfigurationError: the file is missing, unreadable or not allowed.
-    """
+    """The secret in the file of a reference `file:NAME`; raises ConfigurationError."""
     name = reference.removeprefix("file:")
     fault = "names a file, and secrets_dir is not set" if secrets_dir is None else None
     fault = fault_of_reference(reference, secrets_dir) or fault
@@ -169,11 +163,9 @@ class Generations:
             return known[1]
 
     def forget(self, org_id: OrgId) -> None:
-        """Remove the org's credentials from the cache."""
         self._known.pop(org_id, None)
 
     async def close(self) -> None:
-        """Cancel all reads."""
         await self._reading.close()
 
     async def _read(self, org: OrgRef) -> tuple[Credential, ...]:

@@ -24,10 +24,8 @@ class Issuer:
     """An issuer of tokens (RFC 8414, section 2), as the operator configured it.
 
     `url` is its base URL. `audience` is the default for definitions without one.
-    `token_endpoint` and `keys_url` override the profile and the discovery document.
-
-    Raises:
-        ConfigurationError: a URL is not https (http for loopback addresses only), or the rate is not above 0.
+    `token_endpoint` and `keys_url` override the profile and the discovery document. Raises
+    ConfigurationError for an invalid rate, or a URL that is not https (http for loopback only).
     """
 
     name: str
@@ -99,11 +97,7 @@ class Endpoints:
         return self._issuer.base + path if path else ""
 
     async def discovered(self) -> Discovered:
-        """The issuer's discovery document, refreshed hourly in the background.
-
-        Raises:
-            IssuerUnavailable: it was never read and cannot be now, or it belongs to another issuer.
-        """
+        """The issuer's discovery document; raises IssuerUnavailable if it cannot be used."""
         self._document.refresh_if_old()
         found = self._document.content or await self._document.fetch()
         if found is None:
@@ -115,7 +109,6 @@ class Endpoints:
         return found
 
     async def close(self) -> None:
-        """Cancel a read in progress."""
         await self._document.close()
 
     async def _read_document(self) -> Discovered | str:

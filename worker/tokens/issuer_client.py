@@ -95,7 +95,6 @@ class IssuerClient:
         return await verify(text, issuer=self.issuer, audience=audience, keys=self._keys, clock=self._clock)
 
     async def close(self) -> None:
-        """Cancel reads of keys and the discovery document."""
         await self._keys.close()
         await self.endpoints.close()
 
@@ -151,9 +150,6 @@ class IssuerClient:
             rejected.detail = "private_key"
             raise rejected
         profile, issued_at = self.issuer.profile, int(self._clock.now().timestamp())
-        headers = {"typ": profile.assertion_type}
-        if credential.signing_key_id:
-            headers["kid"] = credential.signing_key_id
         claims = {
             "iss": credential.client_id,
             "sub": credential.client_id,
@@ -162,7 +158,7 @@ class IssuerClient:
             "exp": issued_at + ASSERTION_LIFETIME,
             "jti": secrets.token_hex(16),
         }
-        return jwt.encode(claims, key, algorithm=algorithm, headers=headers)
+        return jwt.encode(claims, key, algorithm=algorithm, headers={"typ": profile.assertion_type})
 
     def _judge(
         self, reply: Reply | str, credential: Credential

@@ -74,7 +74,6 @@ class KeySet:
         return keys[kid]
 
     async def close(self) -> None:
-        """Cancel a fetch in progress."""
         await self._document.close()
 
     async def _look_for(self, kid: str, keys: dict[str, Key], just_read: bool) -> dict[str, Key]:

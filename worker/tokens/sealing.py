@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -37,11 +37,7 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the key ring.
-
-        Raises:
-            ConfigurationError: the file does not exist, cannot be read, or is damaged.
-        """
+        """Read the key ring; raises ConfigurationError if it is missing, unreadable or damaged."""
         try:
             text = path.read_text(encoding="ascii")
         except FileNotFoundError:
@@ -66,11 +62,7 @@ class KeyRing:
 
     @classmethod
     def generate(cls, path: Path) -> Self:
-        """Make a key ring with one new key, in a file that only its owner can read.
-
-        Raises:
-            Conflict: the file already exists; replacing it would lose the secrets that it sealed.
-        """
+        """Make a key ring with one new key, readable by its owner; raises Conflict if the file exists."""
         with _rewriting(path, create=True) as lines:
             lines.append(_new_line())
         return cls.load(path)
@@ -79,10 +71,8 @@ class KeyRing:
     def load_or_generate(cls, path: Path) -> Self:
         """Read the key ring, or make it if it does not exist."""
         if not path.exists():
-            try:
+            with suppress(Conflict):
                 return cls.generate(path)
-            except Conflict:
-                pass
         return cls.load(path)
 
     def with_new_key(self) -> Self:
@@ -92,11 +82,7 @@ class KeyRing:
         return self.load(self.path)
 
     def without(self, key_id: str) -> Self:
-        """Remove a key from the file. The caller has checked that no secret is sealed with it.
-
-        Raises:
-            Conflict: it is the key that seals.
-        """
+        """Remove a key that no secret is sealed with any more; raises Conflict for the key that seals."""
         with _rewriting(self.path) as lines:
             if _key_lines(lines)[-1].split()[0] == key_id:
                 raise Conflict(f"the key {key_id} seals new secrets", fix="`keys rekey` adds another one")
@@ -133,11 +119,9 @@ class KeyRing:
                 fix="put the key's line back into the key ring, or add the credential again",
             )
         nonce, ciphertext = sealed[1 : 1 + NONCE_BYTES], sealed[1 + NONCE_BYTES :]
-        try:
-            if sealed[:1] == FORMAT and len(ciphertext) >= 16:
+        if sealed[:1] == FORMAT and len(ciphertext) >= 16:
+            with suppress(InvalidTag):
                 return key.decrypt(nonce, ciphertext, _row(org_id, credential_id, key_id)).decode()
-        except InvalidTag:
-            pass
         raise ConfigurationError(
             f"the secret of credential {credential_id} does not open: it is damaged, or from another row",
             fix="add the credential again with `python -m worker credentials add`",
@@ -146,12 +130,7 @@ class KeyRing:
 
 @contextmanager
 def _rewriting(path: Path, *, create: bool = False) -> Iterator[list[str]]:
-    """The file's lines, to be edited; they replace the file as a whole, one process at a time.
-
-    Raises:
-        Conflict: `create`, and the file exists.
-        ConfigurationError: it cannot be written.
-    """
+    """The file's lines, to be edited; they replace the file as a whole, one process at a time."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         if create:

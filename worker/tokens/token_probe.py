@@ -118,7 +118,6 @@ class TokenProbe:
         return found
 
     async def close(self) -> None:
-        """Cancel reads of keys and the discovery document."""
         await self._client.close()
 
     async def _probe(self, credential: Credential, need: Need, scopes: frozenset[str]) -> Found:

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from worker.definitions.file import entry_of, format_of, parse_file
+from worker.definitions.file import format_of, parse_file
 from worker.errors import DefinitionError, InvalidTrigger
 from worker.orgs import OrgEntry, Selector
 
@@ -49,7 +49,6 @@ def test_a_file_has_orgs_definitions_and_templates():
         OrgEntry("org_beta", "org_beta", "main", timezone="Europe/Berlin"),
     )
     (definition,) = file.definitions
-    assert entry_of(definition) == "definition org_acme/nightly-digest"
     assert definition.params == {"collection": "faq"}
     (template,) = file.templates
     assert (template.name, template.selector) == ("usage-export", Selector(tags=frozenset({"pro"})))

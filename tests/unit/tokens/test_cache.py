@@ -299,9 +299,9 @@ async def test_secret_and_token_are_masked_and_have_no_readable_form(world: Worl
     assert "secret-a" not in shown
 
 
-async def test_the_cache_is_bounded(world: World) -> None:
+async def test_the_cache_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token used longest ago goes first."""
-    world.tokens._max_tokens = 2
+    monkeypatch.setattr("worker.tokens.cache.MAX_TOKENS", 2)
     others = [world.add_org(number) for number in range(2)]
     for of in (ORG, *others):
         await world.ensure(of)
