@@ -14,7 +14,7 @@ from worker.operations.requirements import OrgDefinitions, load_all_orgs, load_o
 from worker.store.database import Database
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.issuer import Issuer
-from worker.tokens.token_probe import COMMAND, Diagnostic, Found, Need, TokenProbe, kind_of
+from worker.tokens.token_probe import COMMAND, Diagnostic, Need, ProbeResult, TokenProbe, kind_of
 
 Row = dict[str, Any]
 
@@ -27,12 +27,12 @@ class Report:
     issuer: str
     credential: Credential | None
     needs: tuple[Need, ...] = ()
-    probes: tuple[Found, ...] = ()
+    probes: tuple[ProbeResult, ...] = ()
     general: tuple[Diagnostic, ...] = ()
 
     @property
     def findings(self) -> list[Diagnostic]:
-        return [*self.general, *(finding for probe in self.probes for finding in probe.findings)]
+        return [*self.general, *(finding for probe in self.probes for finding in probe.diagnostics)]
 
     @property
     def ok(self) -> bool:
@@ -151,7 +151,7 @@ class Checks:
         discovery = await asyncio.shield(self._discovered[issuer])
         probes = []
         for need in needs:
-            found = await probe.examine(credential, need)
+            found = await probe.probe(credential, need)
             probes.append(found)
             if counts:
                 # The count is informative only: no report is lost for it.

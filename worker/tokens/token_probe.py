@@ -54,16 +54,16 @@ class Diagnostic:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ProbeResult:
     """The diagnostics of one org and audience, with the claims of the verified token or the failure."""
 
-    findings: tuple[Diagnostic, ...]
+    diagnostics: tuple[Diagnostic, ...]
     claims: Claims | None = field(default=None, repr=False)
     failure: TokenError | Unavailable | None = None
 
     @property
     def ok(self) -> bool:
-        return all(each.ok for each in self.findings)
+        return all(each.ok for each in self.diagnostics)
 
     @property
     def transient(self) -> bool:
@@ -101,26 +101,26 @@ class TokenProbe:
             return Diagnostic("discovery", True, "it names the endpoints in use")
         return Diagnostic("discovery", True, f"it names {document.token_endpoint}, but {used[0]} is used")
 
-    async def examine(self, credential: Credential, need: Need) -> Found:
+    async def probe(self, credential: Credential, need: Need) -> ProbeResult:
         """Request a token with this credential, and compare it with what is required.
 
         The first request names no scopes, which shows all that the client has. If required
         ones are missing, a second request names them: some providers grant only those.
         """
-        found = await self._probe(credential, need, frozenset())
-        if found.claims is None:
-            again = isinstance(found.failure, RequestRejected) and bool(need.scopes)
-            return await self._probe(credential, need, need.scopes) if again else found
-        if not need.scopes <= found.claims.scopes and self.issuer.profile.ask_scopes:
-            named = await self._probe(credential, need, need.scopes)
+        result = await self._probe_once(credential, need, frozenset())
+        if result.claims is None:
+            again = isinstance(result.failure, RequestRejected) and bool(need.scopes)
+            return await self._probe_once(credential, need, need.scopes) if again else result
+        if not need.scopes <= result.claims.scopes and self.issuer.profile.ask_scopes:
+            named = await self._probe_once(credential, need, need.scopes)
             if named.claims is not None and need.scopes <= named.claims.scopes:
                 return named
-        return found
+        return result
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def _probe(self, credential: Credential, need: Need, scopes: frozenset[str]) -> Found:
+    async def _probe_once(self, credential: Credential, need: Need, scopes: frozenset[str]) -> ProbeResult:
         responses: list[httpx.Headers] = []
         mark = _responses.set(responses)
         asked_at = self._clock.now().timestamp()
@@ -132,10 +132,10 @@ class TokenProbe:
         except (TokenError, Unavailable) as error:
             check = "verification" if isinstance(error, TokenRefused) else "token"
             failure = Diagnostic(check, False, error.message, _advice(error, credential, self.issuer, need))
-            return Found((failure, _rate(responses)), failure=error)
+            return ProbeResult((failure, _rate(responses)), failure=error)
         finally:
             _responses.reset(mark)
-        return Found(
+        return ProbeResult(
             (
                 Diagnostic("token", True, f"{self.issuer.profile.title} granted one for {need.audience}"),
                 Diagnostic("key", True, "it is signed with a published key"),

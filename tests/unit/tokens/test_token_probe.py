@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, make_token
-from worker.tokens.token_probe import Diagnostic, Found, Need, TokenProbe, watch
+from worker.tokens.token_probe import Diagnostic, Need, ProbeResult, TokenProbe, watch
 
 pytestmark = pytest.mark.anyio
 NEED = Need(AUDIENCE, frozenset({"read:kb"}), definitions=("nightly",))
@@ -25,9 +25,9 @@ class Look:
     app: App
     examiner: TokenProbe
 
-    async def find(self, need: Need = NEED) -> Found:
+    async def find(self, need: Need = NEED) -> ProbeResult:
         credential = FakeCredentials().add(ORG, "client-a", "secret-a")
-        return await self.examiner.examine(credential, need)
+        return await self.examiner.probe(credential, need)
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ async def look(clock: ManualClock) -> AsyncIterator[Look]:
         await examiner.close()
 
 
-def named(found: Found, check: str) -> Diagnostic:
-    return next(finding for finding in found.findings if finding.check == check)
+def named(found: ProbeResult, check: str) -> Diagnostic:
+    return next(finding for finding in found.diagnostics if finding.check == check)
 
 
 async def test_a_good_token_is_told_of_without_any_value(look: Look) -> None:
@@ -144,7 +144,7 @@ async def test_a_token_that_does_not_verify_shows_nothing_of_itself(look: Look) 
 
     assert found.claims is None
     assert not named(found, "verification").ok
-    assert "org" not in [finding.check for finding in found.findings]
+    assert "org" not in [finding.check for finding in found.diagnostics]
 
 
 @pytest.mark.parametrize(("seconds", "ok"), [(9, True), (11, False), (-11, False)])
