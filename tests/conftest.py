@@ -18,9 +18,38 @@ from worker.store import schema
 from worker.telemetry import events
 from worker.telemetry.masking import masker
 
+HERE = Path(__file__).parent
+
 # Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
 hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("worker")
+
+
+# Each file runs in one process: those that take longest begin first, so that none begins last.
+LONGEST = (
+    *(
+        "test_docs",
+        "test_alerts",
+        "test_container",
+        "test_systemd",
+        "test_hostile_handlers",
+        "test_issuer_outage",
+    ),
+    *("test_rotation", "test_newcomer", "test_serve", "test_definitions_alive", "test_health"),
+    *("test_outage", "test_drain", "test_cluster_chaos", "test_kills"),
+)
+ROOMS = ("acceptance", "integration", "migrations", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name, room = item.path.stem, item.path.relative_to(HERE).parts[0]
+        return (
+            LONGEST.index(name) if name in LONGEST else len(LONGEST),
+            ROOMS.index(room) if room in ROOMS else 0,
+        )
+
+    items.sort(key=place)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
