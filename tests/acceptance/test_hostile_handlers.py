@@ -175,7 +175,9 @@ def served(site: Installation) -> Iterator[subprocess.Popen[bytes]]:
     port = free_port()
     command = site.command("--set", f"web.listen=127.0.0.1:{port}", "serve")
     with (site.folder / "serve.log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=site.folder, env=site._environment(), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=site.folder, env=site.process_environment(), stdout=log, stderr=log
+        )
     try:
         wait_until(lambda: ready(port, process), "serve to be ready")
         yield process

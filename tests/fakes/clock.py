@@ -43,11 +43,6 @@ class ManualClock:
         heapq.heappush(self._sleepers, (self._monotonic + seconds, self._count, woken))
         await woken
 
-    @property
-    def sleeping(self) -> int:
-        """How many tasks wait in `sleep`."""
-        return sum(not woken.done() for _, _, woken in self._sleepers)
-
     def set(self, now: datetime) -> None:
         """Set the wall clock alone, as an administrator or NTP would."""
         self._now = now

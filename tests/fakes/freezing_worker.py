@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from worker.cli import main
+from worker.execution.loops import supervisor
 from worker.execution.loops.scheduler import Scheduler
-from worker.execution.loops.supervisor import supervisor
 from worker.runs.run import FireReport
 
 FILE = "FREEZE_WHEN"

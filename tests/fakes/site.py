@@ -97,7 +97,7 @@ write_paths = ["{self.out}"]
 
         With `check` its failure fails the test, with what it printed.
         """
-        with as_process(self.folder, self._environment()):
+        with as_process(self.folder, self.process_environment()):
             done = run_command("--config", str(self.settings), *arguments, stdin=stdin)
         return done.checked(arguments) if check else done
 
@@ -106,7 +106,7 @@ write_paths = ["{self.out}"]
         ended = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
-            env=self._environment(),
+            env=self.process_environment(),
             input=stdin,
             capture_output=True,
             text=True,
@@ -151,7 +151,7 @@ write_paths = ["{self.out}"]
             command[1:3] = [str(launcher)]
         command = [*before, *command]
         with self.log.open("ab") as log:
-            worker = forked.start(command, cwd=self.folder, env=self._environment(), output=log)
+            worker = forked.start(command, cwd=self.folder, env=self.process_environment(), output=log)
         self._workers.append(worker)
         return worker
 
