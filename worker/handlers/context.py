@@ -61,24 +61,20 @@ def finish(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError("a coroutine that must not suspend did")
 
 
+@dataclass(slots=True)
 class HeldToken:
     """The newest token and claims of a run, and whether to renew them before use."""
 
-    def __init__(self, token: AccessToken, claims: Claims, clock: Clock) -> None:
-        self.token = token
-        self.claims = claims
-        self._clock = clock
+    token: AccessToken
+    claims: Claims
+    clock: Clock
 
     @property
     def stale(self) -> bool:
         """Whether so little of the token's life is left that a call might outlast it."""
         life = self.token.expires_at - self.claims.issued_at
         margin = min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
-        return self._clock.now() >= self.token.expires_at - margin
-
-    def take(self, renewed: Granted) -> None:
-        """Store a renewed token with its claims."""
-        self.token, self.claims = renewed
+        return self.clock.now() >= self.token.expires_at - margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +224,7 @@ class _Shared(Generic[P, S]):
     async def _token(self, fresh: bool = False) -> AccessToken:
         held = self._given.held
         if fresh or held.stale:
-            held.take(await self._renew(fresh))
+            held.token, held.claims = await self._renew(fresh)
         return held.token
 
 

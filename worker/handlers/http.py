@@ -10,14 +10,13 @@ from typing import Any
 import httpx
 
 from worker.claims.claims import AccessToken
-from worker.definitions.origins import is_loopback
+from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.handlers.context import Given, finish
 
 Origin = tuple[str, str, int | None]
 # Returns the run's token; a new one if the argument is true.
 TokenSource = Callable[[bool], Awaitable[AccessToken]]
 
-_PORTS = {"http": 80, "https": 443}
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
@@ -30,7 +29,7 @@ def tls_context() -> ssl.SSLContext:
 def origin_of(url: httpx.URL | str) -> Origin:
     """Scheme, host and port of a URL; all must be equal for the token to be sent (RFC 6454, section 4)."""
     url = httpx.URL(url)
-    return url.scheme, url.host, url.port or _PORTS.get(url.scheme)
+    return url.scheme, url.host, url.port or DEFAULT_PORTS.get(url.scheme)
 
 
 class OrgAuth(httpx.Auth):

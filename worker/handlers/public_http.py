@@ -83,10 +83,8 @@ def kind_of(address: str) -> str | None:
 
 def check_addresses(url: httpx.URL, addresses: Iterable[str]) -> None:
     """Raise AddressRefused if one address is not public: the next DNS answer may consist of that one."""
-    try:
-        _check(addresses)
-    except _NotPublic as error:
-        raise AddressRefused(url, str(error)) from None
+    if kind := _first_kind(addresses):
+        raise AddressRefused(url, kind)
 
 
 class _Routes(Generic[T]):
@@ -214,7 +212,8 @@ async def _connect(
         addresses = await resolve()
     except (OSError, ValueError) as error:
         raise httpcore.ConnectError(f"{host} cannot be resolved: {error}") from None
-    _check(addresses)
+    if kind := _first_kind(addresses):
+        raise _NotPublic(kind)
     failure: Exception = httpcore.ConnectError(f"{host} cannot be resolved: it has no address")
     addresses = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
     soon = NEXT_ADDRESS if timeout is None else min(NEXT_ADDRESS, timeout)
@@ -226,11 +225,8 @@ async def _connect(
     raise failure
 
 
-def _check(addresses: Iterable[str]) -> None:
-    for address in addresses:
-        kind = kind_of(address)
-        if kind is not None:
-            raise _NotPublic(kind)
+def _first_kind(addresses: Iterable[str]) -> str | None:
+    return next((kind for address in addresses if (kind := kind_of(address))), None)
 
 
 def _transport(network: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:

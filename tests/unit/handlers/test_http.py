@@ -249,7 +249,7 @@ async def test_a_401_to_a_token_that_was_renewed_meanwhile_mints_none(make: Make
         if request.headers["Authorization"] != "Bearer token-0":
             return httpx.Response(200)
         held = caller.line.held
-        held.take((AccessToken("token-9", held.token.expires_at), held.claims))
+        held.token = AccessToken("token-9", held.token.expires_at)
         return httpx.Response(401)
 
     caller = make(answer)
