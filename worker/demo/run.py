@@ -185,27 +185,25 @@ END;
 """
 
 READ_CHANGES = """
-SELECT c.seq, c.run_id, o.code, d.name, c.state, c.reason, c.detail
+SELECT c.seq, o.code, d.name, c.state, c.reason, c.detail, a.handler, a.handler_started_at
 FROM demo_changes c JOIN definitions d ON d.id = c.definition_id JOIN orgs o ON o.id = d.org_id
+LEFT JOIN attempts a ON a.run_id = c.run_id
+     AND a.attempt = (SELECT max(attempt) FROM attempts WHERE run_id = c.run_id)
 WHERE c.seq > ? ORDER BY c.seq
-"""
-
-LAST_ATTEMPT = """
-SELECT handler, handler_started_at IS NOT NULL FROM attempts
-WHERE run_id = ? ORDER BY attempt DESC LIMIT 1
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A run entered a state."""
+    """A run entered a state; `handler` is that of its last attempt."""
 
-    run_id: str
     org: str
     definition: str
     state: str
     reason: str | None
     detail: str | None
+    handler: str | None
+    handler_started_at: str | None
 
 
 class Journal:
@@ -222,11 +220,6 @@ class Journal:
         if rows:
             self._seq = rows[-1][0]
         return [Change(*row[1:]) for row in rows]
-
-    def last_attempt(self, run_id: str) -> tuple[str, bool] | None:
-        """The handler of the last attempt, and whether it was started."""
-        row = self._connection.execute(LAST_ATTEMPT, (run_id,)).fetchone()
-        return (row[0], bool(row[1])) if row else None
 
     def close(self) -> None:
         self._connection.close()
@@ -257,16 +250,16 @@ class Narrator:
                 self._explain(change)
 
     def _explain(self, change: Change) -> None:
-        handler, handler_started = self._journal.last_attempt(change.run_id) or ("", False)
         if change.state == "succeeded":
             if not self._succeeded:
                 self._succeeded = True
                 elapsed = self._clock.monotonic() - self._started
                 say(f"the first run succeeded {elapsed:.1f} s after the worker's start")
-            which = "on: the new agent" if handler.endswith("_v2") else "off: the old agent"
-            say(f"{change.org}: the flag agent-v2 is {which}, {handler}, answered")
+            new = (change.handler or "").endswith("_v2")
+            which = "on: the new agent" if new else "off: the old agent"
+            say(f"{change.org}: the flag agent-v2 is {which}, {change.handler}, answered")
         elif change.state == "refused":
-            began = "was started" if handler_started else "was not started"
+            began = "was started" if change.handler_started_at else "was not started"
             say(f"{change.org}: the provider returned a token of another org; the handler {began}")
         elif change.reason == "no_token":
             say(f"{change.org}: the provider no longer takes its secret; its runs wait. To fix this:")

@@ -110,20 +110,18 @@ class Schema:
         """Compile a pattern, or return it from the cache; raises UnusablePattern."""
         found = self._patterns.get(text)
         if found is None:
-            found = self._patterns[text] = self._compiled(text, spend)
+            try:
+                cost = cost_of(text)
+                if cost.compiling > self._steps:
+                    raise UnusablePattern("it is too large once its repetitions are written out")
+                spend(len(text) + cost.compiling)
+                found = Pattern(text, cost)
+            except UnusablePattern as error:
+                found = error
+            self._patterns[text] = found
         if isinstance(found, UnusablePattern):
             raise found
         return found
-
-    def _compiled(self, text: str, spend: Callable[[int], None]) -> Pattern | UnusablePattern:
-        try:
-            cost = cost_of(text)
-            if cost.compiling > self._steps:
-                return UnusablePattern("it is too large once its repetitions are written out")
-            spend(len(text) + cost.compiling)
-            return Pattern(text, cost)
-        except UnusablePattern as error:
-            return error
 
     def choices(self, options: Sequence[Any], spend: Callable[[int], None]) -> frozenset[str]:
         """The options of an enum in canonical form."""

@@ -91,4 +91,4 @@ def test_a_change_names_org_and_definition(database, journal):
 
     [change] = journal.read()
 
-    assert (change.org, change.definition, change.run_id) == ("org_acme", "digest", "run")
+    assert (change.org, change.definition, change.handler) == ("org_acme", "digest", None)

@@ -10,18 +10,13 @@ from worker.demo.run import Change, Narrator
 
 
 class FakeJournal:
-    """A journal whose changes a test makes up."""
+    """A journal whose changes come from a test."""
 
-    def __init__(self, handler: str = "assistant.digest", started: bool = True) -> None:
-        self.changes: list[Change] = []
-        self._attempt = (handler, started)
+    changes: list[Change]
 
     def read(self) -> list[Change]:
         changes, self.changes = self.changes, []
         return changes
-
-    def last_attempt(self, run_id: str) -> tuple[str, bool] | None:
-        return self._attempt
 
 
 def tell(clock, journal: FakeJournal, *changes: Change) -> Narrator:
@@ -31,8 +26,11 @@ def tell(clock, journal: FakeJournal, *changes: Change) -> Narrator:
     return narrator
 
 
-def change(state: str, reason: str | None = None, detail: str | None = None) -> Change:
-    return Change("run", "org_acme", "support-digest", state, reason, detail)
+def change(
+    state: str, reason: str | None = None, detail: str | None = None, *, started: bool = True
+) -> Change:
+    at = "2030-01-01T00:00:00Z" if started else None
+    return Change("org_acme", "support-digest", state, reason, detail, "assistant.digest_v2", at)
 
 
 def test_a_change_is_one_line_in_columns(clock, capsys):
@@ -50,7 +48,7 @@ def test_a_change_is_one_line_in_columns(clock, capsys):
 
 
 def test_the_first_success_tells_how_long_it_took_and_by_which_agent(clock, capsys):
-    journal = FakeJournal("assistant.digest_v2")
+    journal = FakeJournal()
     narrator = Narrator(journal, clock, started=clock.monotonic())
     clock.advance(2.5)
     journal.changes = [change("succeeded"), change("succeeded")]
@@ -72,7 +70,7 @@ def test_a_dead_secret_prints_what_to_do(clock, capsys):
 
 @pytest.mark.parametrize(("started", "words"), [(False, "was not started"), (True, "was started")])
 def test_a_refusal_says_whether_the_handler_was_started(clock, capsys, started, words):
-    tell(clock, FakeJournal(started=started), change("refused", "org_mismatch"))
+    tell(clock, FakeJournal(), change("refused", "org_mismatch", started=started))
 
     assert f"the handler {words}" in capsys.readouterr().out
 
