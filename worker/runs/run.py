@@ -158,6 +158,20 @@ class FireReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Swept:
+    """A waiting run that a sweep ended; `org` and `definition` are names, None if that row was deleted."""
+
+    run_id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    org: str | None
+    definition: str | None
+    attempt: int
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recovered:
     """A run taken over from a dead worker: `state` is waiting, or failed after `max_recoveries`.
 

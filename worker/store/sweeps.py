@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
-from worker.ids import DefinitionId, OrgId, RunId
+from worker.ids import OrgId, RunId
+from worker.runs.run import Swept
 from worker.store import tables
-from worker.store.definitions import Names, names_of
+from worker.store.definitions import names_of
 from worker.store.dialect import Instant, chunks, database_now, is_postgresql
 from worker.store.sql import statements
 from worker.store.sql.contract import Rollups
@@ -46,19 +46,6 @@ CHECKED = 5_000
 _live = tables.live_runs
 _runs = tables.runs
 _workers = tables.workers
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """A waiting run that a sweep ended, with the names of its org and definition."""
-
-    run_id: RunId
-    org_id: OrgId
-    definition_id: DefinitionId
-    names: Names
-    attempt: int
-    state: str
-    reason: str
 
 
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
@@ -154,7 +141,7 @@ def end_waiting(
                 )
             )
             named = names[row.definition_id]
-            ended.append(Swept(row.id, row.org_id, row.definition_id, named, row.attempt, state, reason))
+            ended.append(Swept(row.id, row.org_id, row.definition_id, *named, row.attempt, state, reason))
     if ended:
         hot = statements(connection)
         now = database_now(connection)

@@ -14,7 +14,16 @@ from sqlalchemy import Connection, delete, insert, select, tuple_, update
 from worker.errors import NotFound, StoreUnavailable
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
-from worker.runs.run import AdmittedRun, FireReport, Isolation, LogLine, OwnedRun, Recovered, RunContext
+from worker.runs.run import (
+    AdmittedRun,
+    FireReport,
+    Isolation,
+    LogLine,
+    OwnedRun,
+    Recovered,
+    RunContext,
+    Swept,
+)
 from worker.store import firing, sweeps, tables
 from worker.store.database import BatchLoader, Database
 from worker.store.definitions import names_of
@@ -399,7 +408,7 @@ class WorkerStore:
         """Let runs wait again that this worker owns but does not know."""
         return await self.database.call(hand_back, self._worker_id, owned)
 
-    async def sweep(self) -> list[sweeps.Swept]:
+    async def sweep(self) -> list[Swept]:
         """Promote held runs and skip expired ones; returns the expired ones."""
         await self.database.call(sweeps.promote_held)
         return await self.database.call(sweeps.expire_overdue)

@@ -16,9 +16,9 @@ from apscheduler.triggers.interval import IntervalTrigger
 from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts.inflight import InflightRun
-from worker.ids import DefinitionId, OrgId, RunId
+from worker.ids import DefinitionId, OrgId
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import Recovered
+from worker.runs.run import Recovered, Swept
 from worker.telemetry.events import emit
 
 Chore = Callable[[], Awaitable[None]]
@@ -61,30 +61,6 @@ class Housekeeping:
             self._scheduler.shutdown(wait=False)
 
 
-class Names(Protocol):
-    """The names of a run's org and definition, or None if the row is gone."""
-
-    @property
-    def org(self) -> str | None: ...
-    @property
-    def definition(self) -> str | None: ...
-
-
-class Swept(Protocol):
-    """A run that ended without having started."""
-
-    @property
-    def run_id(self) -> RunId: ...
-    @property
-    def names(self) -> Names: ...
-    @property
-    def attempt(self) -> int: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def reason(self) -> str | None: ...
-
-
 class SweepStore(Protocol):
     async def sweep(self) -> Sequence[Swept]:
         """Promote, expire and mark waiting runs; return those that ended by it."""
@@ -94,9 +70,9 @@ async def sweep(store: SweepStore) -> None:
     for swept in await store.sweep():
         emit(
             "run.changed",
-            org=swept.names.org,
+            org=swept.org,
             run=swept.run_id,
-            definition=swept.names.definition,
+            definition=swept.definition,
             attempt=swept.attempt,
             state=swept.state,
             reason=swept.reason,

@@ -14,7 +14,7 @@ from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
-from worker.execution.runners.child.run_line import error_message
+from worker.execution.runners.child.worker_channel import error_message
 from worker.execution.runners.contract import (
     LEASE_LOST,
     RunServices,

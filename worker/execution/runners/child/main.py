@@ -22,8 +22,8 @@ from worker.clock import SystemClock
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import CHANNEL_CLOSED, outcome_message, work_of
-from worker.execution.runners.child.run_line import AwaitedLine, ChannelClosed, RunLine
 from worker.execution.runners.child.sandbox import allow_own_proc
+from worker.execution.runners.child.worker_channel import AsyncPort, ChannelClosed, WorkerChannel
 from worker.execution.runners.contract import Interrupted, Work
 from worker.execution.runners.output import log_to_stderr
 from worker.handlers import denials
@@ -118,24 +118,24 @@ def _lower(what: int, soft: int, hard: int) -> None:
     resource.setrlimit(what, (soft, hard))
 
 
-def main(channel: int) -> NoReturn:
+def main(descriptor: int) -> NoReturn:
     """Run the handler of this process; never returns."""
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
         _open_streams()
-        line = RunLine(socket.socket(fileno=channel))
-        os.register_at_fork(after_in_child=line.disown)
-        work = work_of(line.receive())
+        channel = WorkerChannel(socket.socket(fileno=descriptor))
+        os.register_at_fork(after_in_child=channel.disown)
+        work = work_of(channel.receive())
         if work.traceparent is not None:
             # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
         log_to_stderr()
-        outcome = _run(work, line)
+        outcome = _run(work, channel)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:
             _flush()
-            line.send_end(outcome_message(outcome))
+            channel.send_end(outcome_message(outcome))
         code = 0
     except SystemExit as exit_:
         code = _code_of(exit_)
@@ -149,26 +149,26 @@ def main(channel: int) -> NoReturn:
         os._exit(code)
 
 
-def _run(work: Work, line: RunLine) -> Outcome:
+def _run(work: Work, channel: WorkerChannel) -> Outcome:
     signal.signal(signal.SIGTERM, _raise_interrupted)
     # Processes that the handler forks end at SIGTERM as usual.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         job = load(work.entry_point)
         given = work.given(job, logging.getLogger(work.handler), SystemClock())
-        line.send({"op": "started"})
+        channel.send({"op": "started"})
         if job.is_async:
-            return _run_async(job, given, line)
+            return _run_async(job, given, channel)
         cancelled = BlockingCancellation()
-        line.listen(cancelled.set)
-        return call_blocking(job, BlockingContext(given, line, cancelled))
+        channel.listen(cancelled.set)
+        return call_blocking(job, BlockingContext(given, channel, cancelled))
     except (SystemExit, ChannelClosed):
         raise
     except BaseException as error:
         return outcome_of_error(error)
 
 
-def _run_async(job: Job, given: Given[Any, Any], line: RunLine) -> Outcome:
+def _run_async(job: Job, given: Given[Any, Any], channel: WorkerChannel) -> Outcome:
     home = os.getpid()
 
     async def body() -> Outcome:
@@ -179,13 +179,13 @@ def _run_async(job: Job, given: Given[Any, Any], line: RunLine) -> Outcome:
             cancelled.note(reason)
             loop.call_soon_threadsafe(cancelled.set, reason)
 
-        line.listen(on_stop)
+        channel.listen(on_stop)
         task = asyncio.current_task(loop)
         if task is not None:
             signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
         code = 0
         try:
-            return await call(job, Context(given, AwaitedLine(line), cancelled))
+            return await call(job, Context(given, AsyncPort(channel), cancelled))
         except SystemExit as exit_:
             code = _code_of(exit_)
             raise

@@ -28,7 +28,7 @@ class ChannelClosed(Exception):
     """The worker cannot be reached: it is gone, or the handler has closed the channel's descriptor."""
 
 
-class RunLine:
+class WorkerChannel:
     """The channel of one run, and the `BlockingWorkerPort` of its handler; thread-safe."""
 
     def __init__(self, channel: socket.socket) -> None:
@@ -145,18 +145,18 @@ class RunLine:
         raise ChannelClosed("the channel belongs to another process or is closed")
 
 
-class AwaitedLine:
+class AsyncPort:
     """The `WorkerPort` of an async handler."""
 
-    def __init__(self, line: RunLine) -> None:
-        self._line = line
-        self.progress = line.progress
+    def __init__(self, channel: WorkerChannel) -> None:
+        self._channel = channel
+        self.progress = channel.progress
 
     async def save(self, data_json: str) -> None:
-        await asyncio.wrap_future(self._line.ask({"op": "save", "data": data_json}))
+        await asyncio.wrap_future(self._channel.ask({"op": "save", "data": data_json}))
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
-        answer = await asyncio.wrap_future(self._line.ask({"op": "token", "fresh": fresh}))
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "token", "fresh": fresh}))
         return granted_of(answer["granted"])
 
 
