@@ -14,6 +14,15 @@ RunId = NewType("RunId", str)
 TemplateId = NewType("TemplateId", str)
 WorkerId = NewType("WorkerId", str)
 
+
+class AllOrgs:
+    """The explicit choice to read the rows of every org; see `ALL_ORGS`."""
+
+
+ALL_ORGS = AllOrgs()
+# Whose rows to read: those of the org with this code, or all.
+OrgScope = str | AllOrgs
+
 _lock = threading.Lock()
 _last = 0
 

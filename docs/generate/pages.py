@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generate import builtin, commands, database, files, handlers, settings, signals, testing
+from docs.generate import builtin, commands, database, files, handlers, lists, settings, signals, testing
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,6 +23,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "exit-codes": commands.exit_codes,
     "http-request-params": builtin.http_request_params,
     "job": handlers.job_parameters,
+    "list-columns": lists.columns,
+    "list-parameters": lists.parameters,
     "metrics": signals.metrics,
     "org-keys": files.org_keys,
     "results": handlers.results,

@@ -7,7 +7,7 @@ from typing import Any
 from worker.operations.changes import DefinitionChange, change_definitions
 from worker.store import definitions, orgs
 from worker.store.database import Database
-from worker.store.lists import definitions as definition_lists
+from worker.store.lists import read as lists
 
 
 def close_definition(database: Database, org: str, name: str, *, actor: str) -> dict[str, Any]:
@@ -16,4 +16,4 @@ def close_definition(database: Database, org: str, name: str, *, actor: str) -> 
         row = definitions.require(connection, org_id, org, name, lock=True)
         change = DefinitionChange.close(row)
         change_definitions(connection, [change], actor=actor, at=database.now(connection))
-        return definition_lists.definition(connection, org, name)
+        return lists.definition(connection, org, name)

@@ -33,11 +33,12 @@ VERBS = {
     "doctor": ("checks", "doctor"),
     "completion": ("app", "completion"),
 }
-# A noun's verbs are in `app` of its module.
+# A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
     *("db", "keys", "config"),
 )
+ONLY_LISTED = ("skips", "audit")
 # Options before the verb that take a value.
 WITH_VALUE = ("--config", "--set")
 
@@ -49,7 +50,8 @@ def add(app: typer.Typer, only: str | None) -> None:
             app.command(verb)(getattr(import_module(f"worker.cli.{module}"), function))
     for noun in NOUNS:
         if only in (None, noun):
-            app.add_typer(import_module(f"worker.cli.{noun}").app, name=noun)
+            module, name = ("lists", noun) if noun in ONLY_LISTED else (noun, "app")
+            app.add_typer(getattr(import_module(f"worker.cli.{module}"), name), name=noun)
 
 
 def first(arguments: Sequence[str]) -> str | None:

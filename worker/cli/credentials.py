@@ -5,27 +5,22 @@ from __future__ import annotations
 import asyncio
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from worker.cli.checks import print_report, with_checks
+from worker.cli.lists import add_list
 from worker.cli.options import (
-    DEFAULT_LIMIT,
-    AfterOption,
-    LimitOption,
-    OrgOption,
     OutputOption,
-    SinceOption,
-    StateOption,
     read_duration,
-    read_since,
     read_text,
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
+from worker.store.lists import CREDENTIALS, CredentialRow
 
 if TYPE_CHECKING:
     from worker.operations.check_orgs import Checks
@@ -47,19 +42,6 @@ SecretOption = Annotated[
     typer.Option("--secret-file", metavar="FILE|-", help="The file that holds the secret, or - for stdin."),
 ]
 KindOption = Annotated[Kind, typer.Option("--kind", help="A client secret, or a private key in PEM.")]
-
-COLUMNS = (
-    "org",
-    "generation",
-    "client_id",
-    "kind",
-    "state",
-    "created_at",
-    "created_by",
-    "last_used_at",
-    "uses",
-    "last_error",
-)
 
 
 @app.command("add")
@@ -112,34 +94,7 @@ def add(
     print_row(row, output)
 
 
-@app.command("list")
-def list_(
-    context: typer.Context,
-    org: Annotated[str | None, typer.Argument(metavar="[ORG]", help="Only this org's.")] = None,
-    named: OrgOption = None,
-    output: OutputOption = Format.TABLE,
-    state: StateOption = None,
-    since: SinceOption = None,
-    limit: LimitOption = DEFAULT_LIMIT,
-    after: AfterOption = None,
-) -> None:
-    """List credentials, newest first, without anything secret; `uses` counts token requests."""
-    from worker.store.lists import orgs as org_lists
-
-    session = session_of(context)
-    wanted = org or named
-    narrowed: dict[str, Any] = {
-        "state": state,
-        "since": read_since(since, session.clock),
-        "limit": limit,
-        "after": after,
-    }
-    with session.database() as database, database.autocommit() as connection:
-        if wanted is None:
-            rows = org_lists.credentials_for_all_orgs(connection, **narrowed)
-        else:
-            rows = org_lists.credentials(connection, wanted, **narrowed)
-    print_rows(rows, output, columns=COLUMNS, limit=limit)
+add_list(app, CREDENTIALS, org_argument=True)
 
 
 @app.command("verify")
@@ -190,13 +145,13 @@ def rotate(
     secret = read_text(secret_file).rstrip("\r\n")
     spans = {"quiet": read_duration(quiet, "--quiet"), "timeout": read_duration(timeout, "--timeout")}
 
-    async def change_secret(database: Database, checks: Checks) -> list[dict[str, Any]]:
+    async def change_secret(database: Database, checks: Checks) -> list[CredentialRow]:
         ring = wiring.open_keyring(session.settings, database=database)
         rotation = Rotation(database, ring, checks, org, session.actor, session.clock, report=say)
         return await rotation.run(client_id, secret, kind.value, **spans)
 
     rows = with_checks(session, change_secret)
-    print_rows(rows, output, columns=COLUMNS)
+    print_rows(rows, output, columns=CREDENTIALS.table)
 
 
 @app.command("retire")

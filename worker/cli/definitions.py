@@ -1,4 +1,4 @@
-"""The next instants of a schedule, from the very code that fires, and what is particular about each."""
+"""`definitions`: what each org runs and when, with a preview by the code that fires schedules."""
 
 from __future__ import annotations
 
@@ -11,98 +11,75 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from worker.cli.lists import add_list
 from worker.cli.options import (
-    DEFAULT_LIMIT,
-    AfterOption,
-    DefinitionOption,
-    LimitOption,
     NoteOption,
-    OrgOption,
     OutputOption,
-    SinceOption,
-    StateOption,
-    read_instant,
     read_pairs,
-    read_since,
     split_pairs,
 )
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
-from worker.cli.session import Invocation, change, session_of
-from worker.definitions.units import format_duration
+from worker.cli.session import change, session_of
+from worker.definitions.units import format_duration, parse_time
 from worker.errors import UsageError
+from worker.store.lists import BACKFILLS, DEFINITIONS, DefinitionDetail
 
 Row = dict[str, Any]
 
-_NONE = timedelta(0)
 
-
-def of_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
-    """The first `count` instants of a schedule's text at or after `start`.
+def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
+    """The first `count` scheduled times of a schedule at or after `start`.
 
     Raises:
-        InvalidTrigger: the text or the zone cannot be read, or it never fires.
+        InvalidTrigger: the schedule or the zone is invalid, or it never fires.
     """
     from worker.definitions.triggers import parse_schedule
     from worker.definitions.zones import parse_zone
 
     zone = parse_zone(zone_name)
-    return [_row(instant, zone) for instant in islice(parse_schedule(schedule, zone).instants(start), count)]
+    return [_row(at, zone) for at in islice(parse_schedule(schedule, zone).instants(start), count)]
 
 
-def of_definition(
-    row: Mapping[str, Any],
+def preview_definition(
+    row: DefinitionDetail,
     unfinished: Sequence[Mapping[str, Any]],
     start: datetime | None,
     count: int,
     *,
     now: datetime,
 ) -> list[Row]:
-    """As `of_schedule`, of a row of `definitions show`; what would be skipped or is not due says so.
+    """The next scheduled times of a definition, with a note if one will be skipped.
 
-    Without `start` it begins with what is due and has not fired yet.
+    Without `start` it begins with those that are due and have not fired yet.
     """
     from worker.definitions.zones import parse_zone
     from worker.runs.fire import preview
 
     zone = parse_zone(row["timezone"])
-    upcoming = preview(row, unfinished, now, start=start, count=count)
-    return [_row(scheduled_for, zone, note) for scheduled_for, note in upcoming]
+    return [_row(at, zone, note) for at, note in preview(row, unfinished, now, start=start, count=count)]
 
 
-def _row(instant: datetime, zone: ZoneInfo, note: str = "") -> Row:
-    notes = "; ".join(filter(None, (note, _change(instant, zone))))
-    return {"scheduled_for": instant, "local": instant.astimezone(zone).isoformat(), "note": notes or None}
+def _row(at: datetime, zone: ZoneInfo, note: str = "") -> Row:
+    notes = "; ".join(filter(None, (note, _clock_change(at, zone))))
+    return {"scheduled_for": at, "local": at.astimezone(zone).isoformat(), "note": notes or None}
 
 
-def _change(instant: datetime, zone: ZoneInfo) -> str:
-    """Whether clocks change at this instant, or make its wall time come twice."""
-    local = instant.astimezone(zone)
-    ahead = _offset(local) - _offset((instant - timedelta(seconds=1)).astimezone(zone))
-    if ahead > _NONE:
+def _clock_change(at: datetime, zone: ZoneInfo) -> str:
+    """Whether clocks change at this time, or its wall time occurs twice."""
+    local, before = at.astimezone(zone), (at - timedelta(seconds=1)).astimezone(zone)
+    ahead = _offset(local) - _offset(before)
+    if ahead > timedelta(0):
         return f"clocks go forward {format_duration(ahead)} here"
-    if ahead < _NONE:
+    if ahead < timedelta(0):
         return f"clocks go back {format_duration(-ahead)} here"
     if _offset(local.replace(fold=1 - local.fold)) != _offset(local):
         return f"{'second' if local.fold else 'first'} pass of this wall time"
     return ""
 
 
-def _offset(instant: datetime) -> timedelta:
-    return instant.utcoffset() or _NONE
-
-
-BACKFILL_COLUMNS = (
-    "id",
-    "org",
-    "definition",
-    "range_from",
-    "range_until",
-    "state",
-    "ended",
-    "made",
-    "instants",
-)
+def _offset(local: datetime) -> timedelta:
+    return local.utcoffset() or timedelta(0)
 
 
 def backfill(
@@ -131,71 +108,24 @@ def backfill(
     from worker.operations import backfill as operation
 
     clock = session_of(context).clock
-    first = read_instant(start, clock, option="--from")
-    end = read_instant(until, clock, option="--until")
+    first = parse_time(start, clock, name="--from")
+    end = parse_time(until, clock, name="--until")
     verb = operation.cancel_backfill if cancel else partial(operation.backfill, limit=limit)
     change(context, output, partial(verb, org=org, name=name, start=first, until=end))
-
-
-def backfills(
-    context: typer.Context,
-    output: OutputOption = Format.TABLE,
-    org: OrgOption = None,
-    definition: DefinitionOption = None,
-    limit: LimitOption = DEFAULT_LIMIT,
-    after: AfterOption = None,
-) -> None:
-    """List backfills, newest first, with how many of their instants have run."""
-    from worker.store import backfills as listing
-
-    with session_of(context).database() as database, database.autocommit() as connection:
-        if org is None:
-            rows = listing.backfills_for_all_orgs(connection, definition=definition, limit=limit, after=after)
-        else:
-            rows = listing.backfills(connection, org, definition=definition, limit=limit, after=after)
-    print_rows(rows, output, columns=BACKFILL_COLUMNS, limit=limit)
 
 
 app = typer.Typer(
     help="Definitions: list, show, preview, run now, backfill, edit, pause, resume. `apply` makes them."
 )
 app.command("backfill")(backfill)
-app.command("backfills")(backfills)
+add_list(app, BACKFILLS, "backfills")
 
-COLUMNS = ("org", "name", "handler", "schedule", "timezone", "state", "next_scheduled_for", "revision")
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")
 ]
 
 
-@app.command("list")
-def list_(
-    context: typer.Context,
-    output: OutputOption = Format.TABLE,
-    org: OrgOption = None,
-    definition: DefinitionOption = None,
-    state: StateOption = None,
-    since: SinceOption = None,
-    limit: LimitOption = DEFAULT_LIMIT,
-    after: AfterOption = None,
-) -> None:
-    """List definitions, newest first; closed ones only with --state closed."""
-    from worker.store.lists import definitions as listing
-
-    session = session_of(context)
-    narrowed: dict[str, Any] = {
-        "definition": definition,
-        "state": state,
-        "since": read_since(since, session.clock),
-        "limit": limit,
-        "after": after,
-    }
-    with session.database() as database, database.autocommit() as connection:
-        if org is None:
-            rows = listing.definitions_for_all_orgs(connection, **narrowed)
-        else:
-            rows = listing.definitions(connection, org, **narrowed)
-    print_rows(rows, output, columns=COLUMNS, limit=limit)
+add_list(app, DEFINITIONS)
 
 
 @app.command("show")
@@ -203,7 +133,11 @@ def show(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
     """Show one definition with its whole spec."""
-    print_row(_definition(session_of(context), org, name), output)
+    from worker.store.lists.read import definition
+
+    with session_of(context).database() as database, database.autocommit() as connection:
+        row = definition(connection, org, name)
+    print_row(row, output)
 
 
 @app.command("next")
@@ -219,21 +153,28 @@ def next_(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", metavar="T", help="From this instant on; default from what is due."),
+        typer.Option("--from", metavar="T", help="From this time on; default from those that are due."),
     ] = None,
-    count: Annotated[int, typer.Option("-n", metavar="N", min=1, max=1000, help="How many instants.")] = 10,
+    count: Annotated[int, typer.Option("-n", metavar="N", min=1, max=1000, help="How many times.")] = 10,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Preview the next instants of a definition, or of --schedule, from the very code that fires."""
+    """Preview the next scheduled times of a definition, or of --schedule."""
     session = session_of(context)
-    at = None if start is None else read_instant(start, session.clock, option="--from")
+    at = None if start is None else parse_time(start, session.clock, name="--from")
     if schedule is not None and org is None:
-        rows = of_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
+        rows = preview_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
     elif schedule is None and timezone is None and org is not None and name is not None:
-        rows = _upcoming(session, org, name, at, count)
+        from worker.store.lists.read import definition
+        from worker.store.lists.runs import unfinished
+
+        with session.database() as database, database.autocommit() as connection:
+            row = definition(connection, org, name)
+            serial_runs = unfinished(connection, org, row["id"])
+            now = database.now(connection)
+        rows = preview_definition(row, serial_runs, at, count, now=now)
     else:
         raise UsageError(
-            "it is not said which schedule",
+            "no schedule is named",
             fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)",
         )
     print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
@@ -327,23 +268,3 @@ def resume(
     from worker.operations.definitions import resume_definition
 
     change(context, output, partial(resume_definition, org=org, name=name))
-
-
-def _upcoming(
-    session: Invocation, org: str, name: str, start: datetime | None, count: int
-) -> list[dict[str, Any]]:
-    from worker.store.lists import definitions as definition_lists
-    from worker.store.lists import runs as run_lists
-
-    with session.database() as database, database.autocommit() as connection:
-        row = definition_lists.definition(connection, org, name)
-        unfinished = run_lists.unfinished(connection, org, row["id"])
-        now = database.now(connection)
-    return of_definition(row, unfinished, start, count, now=now)
-
-
-def _definition(session: Invocation, org: str, name: str) -> dict[str, Any]:
-    from worker.store.lists import definitions as definition_lists
-
-    with session.database() as database, database.autocommit() as connection:
-        return definition_lists.definition(connection, org, name)

@@ -6,14 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from worker.cli.options import DEFAULT_LIMIT, LimitOption, OutputOption
+from worker.cli.options import LimitOption, OutputOption
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import NotFound
+from worker.store.lists import DEFAULT_LIMIT, HANDLERS, Page
 
 app = typer.Typer(help="Handlers that installed distributions offer.")
-
-COLUMNS = ("name", "distribution", "version", "isolation", "scopes", "error")
 
 
 @app.command("list")
@@ -26,14 +25,12 @@ def list_(
     ] = None,
 ) -> None:
     """List handlers by name; those that do not load have an error."""
-    from worker.store.lists.paging import check_limit
-
-    check_limit(limit)
+    Page(limit=limit)
     rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]
     # Distributions can share a name: a page ends between names, so that --after skips none.
     while len(rows) > limit and rows[limit]["name"] == rows[limit - 1]["name"] != rows[0]["name"]:
         limit -= 1
-    print_rows(rows[:limit], output, columns=COLUMNS, key="name", limit=limit)
+    print_rows(rows[:limit], output, columns=HANDLERS.table, key="name", limit=limit)
 
 
 @app.command("show")

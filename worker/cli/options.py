@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from worker.cli.output import Format
-from worker.clock import Clock, from_text
-from worker.definitions.units import parse_duration
+from worker.clock import Clock
+from worker.definitions.units import parse_duration, parse_time
 from worker.errors import UsageError
-
-DEFAULT_LIMIT = 50
 
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
@@ -46,38 +44,13 @@ FileArgument = Annotated[str, typer.Argument(metavar="FILE|-", help="A file, or 
 _JSON_STARTS = ('"', "[", "{", "-", *"0123456789")
 
 
-def read_instant(text: str, clock: Clock, *, option: str) -> datetime:
-    """An instant: RFC 3339, a date (its first instant in UTC), or a duration ago.
-
-    Raises:
-        UsageError: the text is none of these.
-    """
-    for read in (
-        from_text,
-        lambda given: datetime.combine(date.fromisoformat(given), time(), UTC),
-        lambda given: clock.now() - parse_duration(given),
-    ):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    raise UsageError(
-        f"{option} {text!r} is no instant",
-        fix="write 2027-01-01T08:00:00Z, 2027-01-01, or a duration ago such as 2h",
-    )
-
-
 def read_since(text: str | None, clock: Clock) -> datetime | None:
-    """What `--since` says, if anything."""
-    return None if text is None else read_instant(text, clock, option="--since")
+    """The value of `--since`, if given."""
+    return None if text is None else parse_time(text, clock, name="--since")
 
 
 def read_duration(text: str, option: str) -> timedelta:
-    """A duration such as 30s or 2h.
-
-    Raises:
-        UsageError: the text is not a duration.
-    """
+    """A duration such as 30s or 2h; raises UsageError."""
     try:
         return parse_duration(text)
     except ValueError as error:
@@ -94,11 +67,7 @@ def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
 
 
 def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
-    """A mapping from `k=v` texts, with the values as they were typed.
-
-    Raises:
-        UsageError: one has no `=`, or no name.
-    """
+    """`NAME=VALUE` texts as a mapping; raises UsageError if one lacks the `=` or the name."""
     typed: dict[str, str] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -128,11 +97,7 @@ def _refuse(constant: str) -> Any:
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or of standard input for `-`.
-
-    Raises:
-        UsageError: it cannot be read, or is not UTF-8.
-    """
+    """A file's text, or standard input's for `-`; raises UsageError."""
     try:
         if path == "-":
             return typer.get_binary_stream("stdin").read().decode("utf-8")

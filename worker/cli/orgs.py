@@ -9,39 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import check_orgs
+from worker.cli.lists import add_list
 from worker.cli.options import (
-    DEFAULT_LIMIT,
-    AfterOption,
     FileArgument,
-    LimitOption,
     NoteOption,
-    OrgOption,
     OutputOption,
-    SinceOption,
-    StateOption,
-    read_since,
     read_text,
 )
-from worker.cli.output import Format, confirmed, print_row, print_rows, say
+from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.session import Invocation, change, session_of
 from worker.errors import UsageError
+from worker.store.lists import ORGS
 
 if TYPE_CHECKING:
     from worker.orgs import OrgState
 
 app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
 
-COLUMNS = (
-    "code",
-    "name",
-    "issuer",
-    "state",
-    "max_concurrent_runs",
-    "weight",
-    "tags",
-    "timezone",
-    "created_at",
-)
 OrgArgument = Annotated[str, typer.Argument(metavar="ORG", help="The org's code, as in its tokens.")]
 
 
@@ -104,34 +88,16 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     print_row(row, output, key="orgs_added")
 
 
-@app.command("list")
-def list_(
-    context: typer.Context,
-    output: OutputOption = Format.TABLE,
-    org: OrgOption = None,
-    state: StateOption = None,
-    since: SinceOption = None,
-    limit: LimitOption = DEFAULT_LIMIT,
-    after: AfterOption = None,
-) -> None:
-    """List orgs, newest first."""
-    from worker.store.lists import orgs as org_lists
-
-    session = session_of(context)
-    with session.database() as database, database.autocommit() as connection:
-        rows = org_lists.orgs_for_all_orgs(
-            connection, org=org, state=state, since=read_since(since, session.clock), limit=limit, after=after
-        )
-    print_rows(rows, output, columns=COLUMNS, limit=limit)
+add_list(app, ORGS)
 
 
 @app.command("show")
 def show(context: typer.Context, code: OrgArgument, output: OutputOption = Format.TABLE) -> None:
     """Show one org with its credentials (never their secrets)."""
-    from worker.store.lists import orgs as org_lists
+    from worker.store.lists.read import org
 
     with session_of(context).database() as database, database.autocommit() as connection:
-        row = org_lists.org(connection, code)
+        row = org(connection, code)
     print_row(row, output)
 
 

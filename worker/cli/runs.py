@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from worker.cli.lists import add_list
 from worker.cli.options import (
-    DEFAULT_LIMIT,
-    AfterOption,
     DefinitionOption,
-    LimitOption,
     OrgOption,
     OutputOption,
     SinceOption,
     StateOption,
-    read_instant,
     read_since,
 )
 from worker.cli.output import Format, in_words, print_log, print_row, print_rows, say
 from worker.cli.session import session_of
+from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
+from worker.ids import ALL_ORGS
+from worker.store.lists import RUNS, LogLine, RunDetail
 
 if TYPE_CHECKING:
     from worker.store.database import Database
@@ -234,7 +234,7 @@ def _try_first(database: Database, changes: Iterator[Row], count: int, rows: lis
         )
 
 
-def _ends(database: Database, runs: Iterable[Row]) -> list[Row]:
+def _ends(database: Database, runs: Iterable[Row]) -> list[RunDetail]:
     """The rows of these runs once all have ended; prints their progress on stderr."""
     from worker.store.lists import runs as run_lists
 
@@ -242,7 +242,7 @@ def _ends(database: Database, runs: Iterable[Row]) -> list[Row]:
     said: dict[str, str] = {}
     while True:
         with database.autocommit() as connection:
-            found = [run_lists.run_for_all_orgs(connection, run_id) for run_id in ids]
+            found = [run_lists.run(connection, ALL_ORGS, run_id) for run_id in ids]
         ended = sum(row["finished_at"] is not None for row in found)
         for row in found:
             now = " ".join(filter(None, (row["state"], row["reason"], in_words(row["progress"]))))
@@ -274,7 +274,7 @@ def why(
         if run is not None and definition is None and at is None:
             found = operation.why(connection, run, org=org)
         elif run is None and org is not None and definition is not None and at is not None:
-            when = read_instant(at, session.clock, option="--at")
+            when = parse_time(at, session.clock, name="--at")
             found = operation.why_time(connection, org, definition, when, now=database.now(connection))
         else:
             raise UsageError(
@@ -292,61 +292,19 @@ app.command("why")(why)
 app.command("retry")(retry)
 app.command("cancel")(cancel)
 
-COLUMNS = (
-    "id",
-    "org",
-    "definition",
-    "state",
-    "reason",
-    "detail",
-    "scheduled_for",
-    "attempt",
-    "started_at",
-    "finished_at",
-    "progress",
-)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")]
 
 
-@app.command("list")
-def list_(
-    context: typer.Context,
-    output: OutputOption = Format.TABLE,
-    org: OrgOption = None,
-    definition: DefinitionOption = None,
-    state: StateOption = None,
-    since: SinceOption = None,
-    limit: LimitOption = DEFAULT_LIMIT,
-    after: AfterOption = None,
-) -> None:
-    """List runs, newest first."""
-    from worker.store.lists import runs as listing
-
-    session = session_of(context)
-    narrowed: dict[str, Any] = {
-        "definition": definition,
-        "state": state,
-        "since": read_since(since, session.clock),
-        "limit": limit,
-        "after": after,
-    }
-    with session.database() as database, database.autocommit() as connection:
-        if org is None:
-            rows = listing.runs_for_all_orgs(connection, **narrowed)
-        else:
-            rows = listing.runs(connection, org, **narrowed)
-    if output is Format.TABLE:
-        rows = [row | {"progress": in_words(row["progress"])} for row in rows]
-    print_rows(rows, output, columns=COLUMNS, limit=limit)
+add_list(app, RUNS, cells={"progress": lambda row: in_words(row["progress"])})
 
 
 @app.command("show")
 def show(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
     """Show one run with its attempts, checkpoint, claims (redacted) and spec."""
-    from worker.store.lists import runs as listing
+    from worker.store.lists import runs as run_lists
 
     with session_of(context).database() as database, database.autocommit() as connection:
-        row = listing.run_for_all_orgs(connection, run)
+        row = run_lists.run(connection, ALL_ORGS, run)
     print_row(row, output)
 
 
@@ -364,12 +322,12 @@ def logs(
 
     if follow and output is Format.JSON:
         raise UsageError("--follow prints line by line", fix="use -o jsonl")
-    rows: list[dict[str, Any]] = []
+    rows: list[LogLine] = []
     with session_of(context).database() as database, database.autocommit() as connection:
         last = run_lists.START
         while True:
-            found = run_lists.run_for_all_orgs(connection, run)
-            page = run_lists.lines_for_all_orgs(connection, found["id"], after=last)
+            found = run_lists.run(connection, ALL_ORGS, run)
+            page = run_lists.lines(connection, ALL_ORGS, found["id"], after=last)
             if output is Format.JSON:
                 rows += page
             else:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
+
+from worker.clock import Clock, from_text, to_text
+from worker.errors import UsageError
 
 MAX_DEPTH = 64
 """The maximum nesting of params, and of a handler's schema."""
@@ -73,6 +76,40 @@ def format_duration(duration: timedelta) -> str:
         if whole:
             parts.append(f"{whole}{unit}")
     return "".join(parts) or "0s"
+
+
+def parse_time(text: str, clock: Clock, *, name: str) -> datetime:
+    """A time from RFC 3339, a date (its start in UTC), or a duration ago; `name` is for errors.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    for read in (
+        from_text,
+        lambda given: datetime.combine(date.fromisoformat(given), time(), UTC),
+        lambda given: clock.now() - parse_duration(given),
+    ):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    raise UsageError(
+        f"{name} {text!r} is not a time",
+        fix="write 2027-01-01T08:00:00Z, 2027-01-01, or a duration ago such as 2h",
+    )
+
+
+def json_default(value: Any) -> Any:
+    """For `json.dumps`: times in RFC 3339 UTC, durations as in worker.toml, anything else as text."""
+    if isinstance(value, datetime):
+        return to_text(value)
+    if isinstance(value, timedelta):
+        return format_duration(value)
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return str(value)
 
 
 def parse_memory(text: str) -> int:

@@ -18,6 +18,8 @@ from worker.operations.runs import new_run, require_active
 from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
+from worker.store.lists import Backfill
+from worker.store.lists import read as lists
 from worker.telemetry.events import emit
 
 Row = dict[str, Any]
@@ -93,7 +95,7 @@ def _next(row: Row, handlers: Handlers, at: datetime) -> tuple[list[NewRun], dat
 
 def backfill(
     database: Database, org: str, name: str, *, start: datetime, until: datetime, limit: int = 1, actor: str
-) -> Row:
+) -> Backfill:
     """Run each scheduled time from `start` until before `until` again; returns the backfill.
 
     At most `limit` of its runs are unfinished at once, whatever the definition's overlap;
@@ -160,16 +162,16 @@ def backfill(
             backfills.change(connection, org_id, backfill_id, values)
             detail["limit"] = limit
         else:
-            return backfills.backfill(connection, org_id, stored["id"])
+            return lists.backfill(connection, org_id, stored["id"])
         entry = audit.Entry(org_id, "definition.backfill", f"{org} {name}", detail)
         audit.record(connection, [entry], at=now, actor=actor)
         _fill(connection, at=now)
-        return backfills.backfill(connection, org_id, backfill_id)
+        return lists.backfill(connection, org_id, backfill_id)
 
 
 def cancel_backfill(
     database: Database, org: str, name: str, *, start: datetime, until: datetime, actor: str
-) -> Row:
+) -> Backfill:
     """Cancel a backfill and its waiting runs, not the running ones; returns the backfill.
 
     Raises:
@@ -195,4 +197,4 @@ def cancel_backfill(
         ended = backfills.end_waiting(connection, org_id, stored["id"])
         entry = audit.Entry(org_id, "definition.cancel_backfill", f"{org} {name}", {"cancelled": ended})
         audit.record(connection, [entry], at=now, actor=actor)
-        return backfills.backfill(connection, org_id, stored["id"])
+        return lists.backfill(connection, org_id, stored["id"])

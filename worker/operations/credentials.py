@@ -23,7 +23,8 @@ from worker.ids import OrgId, new_id
 from worker.operations.check_orgs import Checks, Report
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
-from worker.store.lists import orgs as org_lists
+from worker.store.lists import CREDENTIALS, CredentialRow
+from worker.store.lists.read import read
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind, Secret, fault_of_reference
 
@@ -51,7 +52,7 @@ def add_credential(
     reference: str | None = None,
     secrets_dir: Path | None = None,
     kind: str = "client_secret",
-) -> Row:
+) -> CredentialRow:
     """Add a generation, which is tried first; older ones stay until retired. Returns its row of the list.
 
     Give either `secret` (with `kind` private_key a PEM), which `ring` seals, or `reference`,
@@ -78,10 +79,12 @@ def add_credential(
             row["id"], "credential.add", f"{org} {generation}", {"client_id": client_id, "kind": kind}
         )
         audit.record(connection, [entry], at=now, actor=actor)
-        return org_lists.credentials(connection, org)[0]
+        return read(connection, CREDENTIALS, org)[0]
 
 
-def retire_credential(database: Database, org: str, generation: int, *, actor: str, now: bool = False) -> Row:
+def retire_credential(
+    database: Database, org: str, generation: int, *, actor: str, now: bool = False
+) -> CredentialRow:
     """Retire one generation, so that no token is requested with it; returns its row.
 
     Workers drop its tokens within two seconds. `now`, for a leaked secret, also destroys
@@ -111,7 +114,7 @@ def retire_credential(database: Database, org: str, generation: int, *, actor: s
             credentials.destroy_one(connection, row["id"], generation)
         entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
         audit.record(connection, [entry], at=at, actor=actor)
-        rows = org_lists.credentials(connection, org)
+        rows = read(connection, CREDENTIALS, org)
         return next(row for row in rows if row["generation"] == generation)
 
 
@@ -204,7 +207,7 @@ class Rotation:
         *,
         quiet: timedelta = QUIET,
         timeout: timedelta = TIMEOUT,
-    ) -> list[Row]:
+    ) -> list[CredentialRow]:
         """Verify, add, wait, retire; returns the rows of `credentials list`.
 
         Raises:
@@ -266,7 +269,7 @@ class Rotation:
         reported = ""
         while True:
             with self.database.autocommit() as connection:
-                rows, now = org_lists.credentials(connection, self.org), self.database.now(connection)
+                rows, now = read(connection, CREDENTIALS, self.org), self.database.now(connection)
             older = self._older(newest, rows)
             # Until the new one was there, workers knew no other.
             added_at = next(row["created_at"] for row in rows if row["generation"] == newest)
@@ -286,12 +289,12 @@ class Rotation:
                 )
             await self.clock.sleep(POLL)
 
-    def _older(self, newest: int, rows: Sequence[Row]) -> list[Row]:
+    def _older(self, newest: int, rows: Sequence[CredentialRow]) -> list[CredentialRow]:
         return [row for row in rows if row["state"] == "active" and row["generation"] < newest]
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[CredentialRow]:
         with self.database.autocommit() as connection:
-            return org_lists.credentials(connection, self.org)
+            return read(connection, CREDENTIALS, self.org)
 
 
 def _failure(report: Report) -> CredentialsRejected | IssuerUnavailable:

@@ -18,7 +18,8 @@ from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs
 from worker.store.database import Database
 from worker.store.dialect import database_now
-from worker.store.lists import definitions as definition_lists
+from worker.store.lists import DefinitionDetail
+from worker.store.lists import read as lists
 from worker.telemetry.events import emit
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def edit_definition(
     revision: int | None = None,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
-) -> Row:
+) -> DefinitionDetail:
     """Change keys of a definition, named as in a file, None for the default; returns the definition.
 
     The old revision decides what was due before, and running runs keep it. With
@@ -83,10 +84,12 @@ def edit_definition(
             Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)
             check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
             change_definitions(connection, [change], actor=actor, at=database.now(connection))
-        return definition_lists.definition(connection, org, name)
+        return lists.definition(connection, org, name)
 
 
-def pause_definition(database: Database, org: str, name: str, *, actor: str, note: str | None = None) -> Row:
+def pause_definition(
+    database: Database, org: str, name: str, *, actor: str, note: str | None = None
+) -> DefinitionDetail:
     """Pause a definition and return it; running runs continue. A second pause replaces actor, time and note.
 
     Raises:
@@ -95,10 +98,10 @@ def pause_definition(database: Database, org: str, name: str, *, actor: str, not
     """
     with _locked(database, org, name) as (connection, row):
         _set_pause(connection, row, actor=actor, note=note)
-        return definition_lists.definition(connection, org, name)
+        return lists.definition(connection, org, name)
 
 
-def resume_definition(database: Database, org: str, name: str, *, actor: str) -> Row:
+def resume_definition(database: Database, org: str, name: str, *, actor: str) -> DefinitionDetail:
     """Make a paused definition due again from now on, and return it.
 
     Raises:
@@ -112,7 +115,7 @@ def resume_definition(database: Database, org: str, name: str, *, actor: str) ->
                 fix=f"`definitions next {org} {name}` shows when it is due",
             )
         _set_pause(connection, row, actor=actor, pause=False)
-        return definition_lists.definition(connection, org, name)
+        return lists.definition(connection, org, name)
 
 
 def _set_pause(

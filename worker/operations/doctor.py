@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from worker.errors import ConfigurationError
+from worker.ids import ALL_ORGS
 from worker.operations.capacity import Machine, capacity
 from worker.operations.confinement import OFF, confinement_of, in_words
 from worker.operations.requirements import forecast_tokens
@@ -19,8 +20,8 @@ from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, roles, schema
 from worker.store.database import Database
-from worker.store.lists import orgs as org_lists
-from worker.store.lists import runs as run_lists
+from worker.store.lists import AUDIT, RUNS, Page
+from worker.store.lists.read import read
 from worker.telemetry.masking import shown_url
 from worker.tokens.issuer import Issuer
 from worker.tokens.token_probe import Diagnostic
@@ -216,7 +217,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
         failures = [
             row
             for state in ("failed", "refused")
-            for row in run_lists.runs_for_all_orgs(connection, state=state, limit=health.NEWEST)
+            for row in read(connection, RUNS, ALL_ORGS, Page(state=state, limit=health.NEWEST))
         ]
         return {
             "made_at": now,
@@ -236,7 +237,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "failures": [_run(row, orgs, definitions) for row in failures],
             "changes": [
                 {"at": row["at"], "action": row["action"]}
-                for row in org_lists.audit_for_all_orgs(connection, limit=health.NEWEST)
+                for row in read(connection, AUDIT, ALL_ORGS, Page(limit=health.NEWEST))
             ],
         }
 
@@ -287,7 +288,7 @@ def _handler(row: Row) -> Row:
     return {name: row[name] for name in ("name", "distribution", "version", "isolation")} | {"error": error}
 
 
-def _run(row: Row, orgs: Callable[[str], str], definitions: Callable[[str], str]) -> Row:
+def _run(row: Mapping[str, Any], orgs: Callable[[str], str], definitions: Callable[[str], str]) -> Row:
     kept = {name: row[name] for name in RUN}
     kept["org"] = orgs(row["org"])
     kept["definition"] = definitions(f"{row['org']}/{row['definition']}")

@@ -20,7 +20,8 @@ from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
 from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs
 from worker.store.database import Database
-from worker.store.lists import orgs as org_lists
+from worker.store.lists import OrgDetail
+from worker.store.lists import read as lists
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -68,7 +69,7 @@ def check_entry(entry: OrgEntry, issuers: Collection[str] | None) -> None:
 
 def add_org(
     database: Database, entry: OrgEntry, *, actor: str, issuers: Collection[str] | None = None
-) -> Row:
+) -> OrgDetail:
     """Add an org with the definitions of its templates, and return its row; a removed org comes back.
 
     Raises:
@@ -91,7 +92,7 @@ def add_org(
             trail = _change_org(connection, before, entry, actor=actor, at=now)
         materialise_first(connection, actor=actor, at=now)
         audit.record(connection, trail, at=now, actor=actor)
-        return org_lists.org(connection, entry.code)
+        return lists.org(connection, entry.code)
 
 
 def _new_row(entry: OrgEntry, *, at: datetime) -> Row:
@@ -109,7 +110,7 @@ _VERBS: dict[OrgState, str] = {
 
 def set_org_state(
     database: Database, org: str, state: OrgState, *, actor: str, note: str | None = None
-) -> Row:
+) -> OrgDetail:
     """Move an org to a state, and return it.
 
     `paused`: no runs fire or start. `suspended`: also cancels waiting runs at once, running
@@ -133,7 +134,7 @@ def set_org_state(
             detail = {"from": row["state"], "note": note} | stopped
             entry = audit.Entry(row["id"], f"org.{_VERBS[state]}", org, detail)
             audit.record(connection, [entry], at=now, actor=actor)
-        return org_lists.org(connection, org)
+        return lists.org(connection, org)
 
 
 def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row], at: datetime) -> Row:

@@ -20,8 +20,8 @@ from worker.runs.run import NewRun, Origin
 from worker.store import audit, definitions, edit_runs, firing, orgs
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
+from worker.store.lists import Run, checked_id
 from worker.store.lists import runs as run_lists
-from worker.store.lists.paging import checked_id
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def run_now(
     params: Mapping[str, Any] | None = None,
     typed: Mapping[str, str] | None = None,
     by_org: bool = False,
-) -> Row:
+) -> Run:
     """Make a run that can start at once, also of a paused definition; returns its row of `runs list`.
 
     `params` override the definition's. `typed` has params as they were typed on a command
@@ -85,7 +85,7 @@ def run_now(
 
 def cancel(
     database: Database, run_id: str, *, actor: str, org: str | None = None, state: str | None = None
-) -> Row:
+) -> Run:
     """Cancel a waiting run, or ask a running one to stop by the next renewal; returns its row.
 
     With `org`, only that org's runs are found; with `state`, only a run in it is cancelled.
@@ -122,7 +122,7 @@ def retry(
     from_checkpoint: bool = False,
     once: bool = False,
     by_org: bool = False,
-) -> Row:
+) -> Run:
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
@@ -191,7 +191,7 @@ def cancel_many(
     was left, `state` is None and `left` says why.
     """
 
-    def change(run_id: str) -> Row:
+    def change(run_id: str) -> Run:
         return cancel(database, run_id, actor=actor, org=org, state=which.state)
 
     for run, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
@@ -213,7 +213,7 @@ def retry_many(
     `id` and `state` are the new run's. For a run that was left, `id` is None and `left` says why.
     """
 
-    def change(run_id: str) -> Row:
+    def change(run_id: str) -> Run:
         return retry(database, run_id, actor=actor, org=org, from_checkpoint=from_checkpoint, once=True)
 
     for old, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
@@ -222,8 +222,8 @@ def retry_many(
 
 
 def _change_each(
-    runs: Iterator[Row], change: Callable[[str], Row]
-) -> Iterator[tuple[Row, Row | None, str | None]]:
+    runs: Iterator[Row], change: Callable[[str], Run]
+) -> Iterator[tuple[Row, Run | None, str | None]]:
     """Change runs one after the other: each run, and its new row or why it was left."""
     for run in runs:
         try:

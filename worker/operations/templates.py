@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.file import TemplateEntry, from_template_spec
 from worker.errors import Conflict, NotFound, WorkerError
+from worker.ids import ALL_ORGS
 from worker.operations.changes import (
     DefinitionChange,
     TemplateChange,
@@ -20,7 +21,8 @@ from worker.operations.changes import (
 )
 from worker.store import audit, definitions, templates
 from worker.store.database import Database
-from worker.store.lists import definitions as definition_lists
+from worker.store.lists import TemplateDetail
+from worker.store.lists import read as lists
 from worker.telemetry.events import emit
 
 Row = Mapping[str, Any]
@@ -158,7 +160,7 @@ def _skip_first(database: Database, error: WorkerError) -> Materialised:
     return Materialised(orgs=len(orgs))
 
 
-def close_template(database: Database, name: str, *, actor: str) -> dict[str, Any]:
+def close_template(database: Database, name: str, *, actor: str) -> TemplateDetail:
     """Close a template and return it; its definitions close org by org. `apply` reopens it.
 
     Raises:
@@ -178,4 +180,4 @@ def close_template(database: Database, name: str, *, actor: str) -> dict[str, An
         write_templates(connection, [change], actor=actor, at=now)
         audit.record(connection, [change.audit_entry()], at=now, actor=actor)
         materialise_first(connection, actor=actor, at=now)
-        return definition_lists.template_for_all_orgs(connection, name)
+        return lists.template(connection, ALL_ORGS, name)

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
+from worker.ids import ALL_ORGS
 from worker.runs.why import Why, last_error, why_run
 from worker.store import definitions, health, history, orgs
 from worker.store.dialect import database_now
@@ -42,7 +43,7 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
         NotFound: no such run.
     """
     if org is None:
-        return _why_run(connection, run_lists.run_for_all_orgs(connection, run_id))
+        return _why_run(connection, run_lists.run(connection, ALL_ORGS, run_id))
     return _why_run(connection, run_lists.run(connection, org, run_id))
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, ScalarSelect, func, insert, select, update
 
 from worker.ids import DefinitionId, OrgId
-from worker.store import edit_runs, orgs, tables
-from worker.store.dialect import all_rows, first_row
-from worker.store.lists.paging import DEFAULT_LIMIT, Row, page
+from worker.store import edit_runs, tables
+from worker.store.dialect import Row, all_rows, first_row
 
 _backfills = tables.backfills
 _definitions = tables.definitions
@@ -79,7 +78,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
         .where(
             _backfills.c.finished_at.is_(None),
             _orgs.c.state == "active",
-            _unfinished() < _backfills.c.max_concurrent,
+            unfinished() < _backfills.c.max_concurrent,
         )
         .order_by(_backfills.c.id)
         .limit(limit)
@@ -91,7 +90,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
     query = (
         select(
             _backfills,
-            _unfinished().label("unfinished"),
+            unfinished().label("unfinished"),
             _orgs.c.code.label("org"),
             _orgs.c.timezone.label("org_timezone"),
             _definitions.c.name.label("definition"),
@@ -116,88 +115,8 @@ def is_any_unfinished(connection: Connection) -> bool:
     return connection.execute(query).first() is not None
 
 
-def backfills(
-    connection: Connection,
-    org: str,
-    *,
-    definition: str | None = None,
-    limit: int = DEFAULT_LIMIT,
-    after: str | None = None,
-) -> list[Row]:
-    """One org's backfills, newest first, with the number of their runs that ended.
-
-    Raises:
-        NotFound: no such org.
-        UsageError: `limit` or `after` is invalid.
-    """
-    mine = _backfills.c.org_id == orgs.require(connection, org)["id"]
-    return _page(connection, [mine], definition, limit, after)
-
-
-def backfills_for_all_orgs(
-    connection: Connection,
-    *,
-    definition: str | None = None,
-    limit: int = DEFAULT_LIMIT,
-    after: str | None = None,
-) -> list[Row]:
-    """As `backfills`, of every org."""
-    return _page(connection, [], definition, limit, after)
-
-
-def backfill(connection: Connection, org_id: OrgId, backfill_id: str) -> Row:
-    """One backfill, as in the list."""
-    (row,) = _page(connection, [_backfills.c.org_id == org_id, _backfills.c.id == backfill_id], None, 1, None)
-    return row
-
-
-def _page(
-    connection: Connection,
-    where: Sequence[ColumnElement[bool]],
-    definition: str | None,
-    limit: int,
-    after: str | None,
-) -> list[Row]:
-    query = (
-        select(
-            _backfills,
-            _unfinished().label("unfinished"),
-            _orgs.c.code.label("org"),
-            _definitions.c.name.label("definition"),
-        )
-        .join(_orgs, _orgs.c.id == _backfills.c.org_id)
-        .join(_definitions, _definitions.c.id == _backfills.c.definition_id)
-        .where(*where)
-    )
-    if definition is not None:
-        query = query.where(_definitions.c.name == definition)
-    return [_shown(row) for row in page(connection, query, _backfills.c.id, limit=limit, after=after)]
-
-
-def _shown(row: Row) -> Row:
-    if row["cancelled_at"] is not None:
-        state = "cancelled"
-    else:
-        state = "running" if row["finished_at"] is None else "done"
-    return {
-        "id": row["id"],
-        "org": row["org"],
-        "definition": row["definition"],
-        "range_from": row["range_from"],
-        "range_until": row["range_until"],
-        "state": state,
-        "instants": row["instants"],
-        "made": row["made"],
-        "ended": row["made"] - row["unfinished"],
-        "limit": row["max_concurrent"],
-        "revision": row["revision"],
-        "created_at": row["created_at"],
-        "created_by": row["created_by"],
-        "finished_at": row["finished_at"],
-    }
-
-
-def _unfinished() -> ScalarSelect[int]:
+def unfinished() -> ScalarSelect[int]:
+    """How many runs of a backfill in the outer query have not ended."""
     return (
         select(func.count())
         .select_from(_live)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, exists, insert, select, text, update
 
 from worker.errors import NotFound
-from worker.ids import OrgId
+from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
 
@@ -64,6 +64,11 @@ def require(connection: Connection, code: str, *, lock: bool = False) -> Row:
     if org is None:
         raise NotFound(f"there is no org {code}", fix="`orgs list` lists the orgs, `orgs add` makes one")
     return org
+
+
+def scope_of(connection: Connection, org: OrgScope) -> OrgId | AllOrgs:
+    """The id of the org whose rows a list shows; raises as `require`."""
+    return org if isinstance(org, AllOrgs) else OrgId(require(connection, org)["id"])
 
 
 def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: bool = False) -> dict[str, Row]:

@@ -7,20 +7,22 @@ import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import HTTPConnection
 
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard, bearer_token
-from worker.ids import OrgId
+from worker.ids import ALL_ORGS, OrgId, OrgScope
+from worker.operations.runs import cancel, retry, run_now
 from worker.store import roles
 from worker.store.database import Database
+from worker.store.lists import Run
+from worker.store.lists.redaction import Row, redacted
 from worker.store.orgs import OrgCaller
 from worker.web.clients import Addresses, Limits
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 Role = Literal["viewer", "operator", "admin"]
@@ -55,26 +57,28 @@ class Caller:
         return f"{self.actor} {self.client_id}"
 
     def require(self, role: Role) -> None:
-        """Check that the caller has at least this role.
-
-        Raises:
-            AccessDenied: it has a lesser role.
-        """
+        """Raise AccessDenied unless the caller has at least this role."""
         if RANK[self.role] < RANK[role]:
             raise AccessDenied(
                 f"this needs the role {role}; {self.actor} has {self.role}",
                 fix="use another token, or grant the role: [[web.operators]] or web.org_role in worker.toml",
             )
 
-    def org_asked_for(self, org: str | None) -> str | None:
-        """The org to look at: the caller's own, or for operators the one asked for; None is all.
+    def scope(self, org: str | None = None) -> OrgScope:
+        """Whose rows to read: the caller's own, or for operators those of `org` or of all orgs.
 
         Raises:
-            NotFound: it is another org's, which does not exist for this caller.
+            NotFound: it is another org, which does not exist for this caller.
         """
-        if self.org is None or org is None or org == self.org:
-            return self.org or org
+        if self.org is None:
+            return ALL_ORGS if org is None else org
+        if org in (None, self.org):
+            return self.org
         raise NotFound(f"there is no org {org}", fix=f"leave org out, or ask for your own: {self.org}")
+
+    def sees(self, kind: type, row: Row) -> Row:
+        """A row as this caller sees it; `kind` is the class that declares its columns."""
+        return row if self.org is None else redacted(kind, row, self.org)
 
 
 class CallerDatabase:
@@ -87,37 +91,48 @@ class CallerDatabase:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def of(self, caller: Caller) -> Database:
-        """The database in the caller's role.
+    async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
+        return await self._as(caller).call_autocommit(work)
 
-        Raises:
-            ValueError: the caller is an org that was not confirmed.
-        """
+    async def cancel(self, caller: Caller, run: str) -> Run:
+        """Cancel a run; raises as `operations.runs.cancel`, and AccessDenied for viewers."""
+        return await self._change(caller, cancel, run, actor=caller.actor, org=caller.org)
+
+    async def retry(self, caller: Caller, run: str, *, from_checkpoint: bool = False) -> Run:
+        """Retry a run; raises as `operations.runs.retry`, and AccessDenied for viewers."""
+        by_org = caller.org is not None
+        what = {"from_checkpoint": from_checkpoint, "by_org": by_org}
+        return await self._change(caller, retry, run, actor=caller.actor, org=caller.org, **what)
+
+    async def run_now(
+        self,
+        caller: Caller,
+        org: str,
+        name: str,
+        *,
+        request_key: str | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Run:
+        """Run a definition now; raises as `operations.runs.run_now`, and AccessDenied for viewers."""
+        # First: for an org, another org's definition does not exist.
+        caller.scope(org)
+        by_org = caller.org is not None
+        what = {"request_key": request_key, "params": params, "by_org": by_org}
+        return await self._change(caller, run_now, org, name, actor=caller.actor, **what)
+
+    async def _change(self, caller: Caller, operation: Callable[..., Run], *args: str, **kwargs: Any) -> Run:
+        caller.require("operator")
+        database = self._as(caller)
+        return await database.run(operation, database, *args, **kwargs)
+
+    def _as(self, caller: Caller) -> Database:
+        """The database in the caller's role; raises ValueError for an org that was not confirmed."""
         if caller.org is None:
             return self._database.acting(roles.ALL_ORGS)
         if caller.org_id is None:
             raise ValueError(f"org {caller.org} has no id here: its caller was not confirmed")
         return self._database.acting(roles.Scope.of_org(caller.org_id))
-
-    async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
-        return await self.of(caller).call_autocommit(work)
-
-    async def change(
-        self,
-        caller: Caller,
-        operation: Callable[Concatenate[Database, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Run an operation in a database thread.
-
-        Raises:
-            AccessDenied: the caller has a lesser role than operator.
-        """
-        caller.require("operator")
-        database = self.of(caller)
-        return await database.run(operation, database, *args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +155,8 @@ class Access:
         *,
         org_role: Role,
         org_scope: str = "",
+        limits: Limits,
         addresses: Addresses | None = None,
-        limits: Limits | None = None,
     ) -> None:
         self._operators = operators
         self._guards = guards
@@ -173,7 +188,7 @@ class Access:
         return await self._caller_with(token, connection)
 
     async def log_in(self, token: str, connection: HTTPConnection) -> Caller:
-        """The caller with a login form's token, once `count_login` has counted it; raises as `caller_of`."""
+        """The caller with this token, after `count_login`; raises as `caller_of`."""
         return await self._caller_with(token, connection, is_counted=True)
 
     async def _caller_with(
@@ -186,17 +201,15 @@ class Access:
                 "without an operator only requests from this machine are served",
                 fix="add one to [[web.operators]] in worker.toml",
             )
-        limits = None if is_counted else self._limits
-        if limits is not None:
-            limits.token(token, client)
+        if is_counted:
+            return await self.confirm(self._operator(token) or await self._org(token))
+        self._limits.token(token, client)
         try:
             caller = self._operator(token) or await self._org(token)
         except TokenError:
-            if limits is not None:
-                limits.was_bad(token, client)
+            self._limits.was_bad(token, client)
             raise
-        if limits is not None:
-            limits.was_good(token, client)
+        self._limits.was_good(token, client)
         return await self.confirm(caller)
 
     async def confirm(self, caller: Caller) -> Caller:
@@ -208,8 +221,7 @@ class Access:
                 lacks `[web] org_scope`.
             TooManyRequests: it calls too often.
         """
-        if self._limits is not None:
-            self._limits.caller(caller.key, caller.actor)
+        self._limits.caller(caller.key, caller.actor)
         if caller.org is None:
             return caller
         found = await self._find_caller(caller.org, caller.client_id)
@@ -228,18 +240,12 @@ class Access:
         return replace(caller, org_id=found.id)
 
     def count_login(self, connection: HTTPConnection) -> None:
-        """Count a login.
-
-        Raises:
-            TooManyRequests: too many came from this address.
-        """
-        if self._limits is not None:
-            self._limits.login(self.addresses.client_of(connection))
+        """Count a login; raises TooManyRequests at the limit of its address."""
+        self._limits.login(self.addresses.client_of(connection))
 
     def count_stranger(self, connection: HTTPConnection) -> None:
         """Count a request without a token or session; raises as `count_login` does."""
-        if self._limits is not None:
-            self._limits.stranger(self.addresses.client_of(connection))
+        self._limits.stranger(self.addresses.client_of(connection))
 
     def _operator(self, token: str) -> Caller | None:
         digest = hashlib.sha256(token.encode()).hexdigest()

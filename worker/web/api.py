@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,19 +15,17 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.definitions import fields
-from worker.definitions.units import TOO_DEEP
+from worker.definitions.units import TOO_DEEP, parse_time
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
-from worker.operations.runs import cancel, require_run, retry, run_now
-from worker.store.lists import runs as run_lists
-from worker.store.lists.paging import Row
+from worker.operations.runs import require_run
+from worker.store.lists import LISTS, MAX_LIMIT, Listing, LogLine, Page, Run, RunDetail, runs
+from worker.store.lists.read import read
+from worker.store.lists.redaction import Row
 from worker.web.access import Caller, CallerDatabase
-from worker.web.lists import LISTS, limit_of, read_list
-from worker.web.redaction import Noun, redacted, redacted_row
-from worker.web.responses import encode, json_answer, read_body
+from worker.web.responses import json_response, read_body
 
 BASE = "/api/v1"
-LOG_LINES = 1000
 
 
 class Api:
@@ -39,7 +37,8 @@ class Api:
 
     def routes(self) -> Sequence[Route]:
         lists = [
-            Route(f"{BASE}/{name}", functools.partial(self._list, name), methods=["GET"]) for name in LISTS
+            Route(f"{BASE}/{listing.name}", functools.partial(self._list, listing), methods=["GET"])
+            for listing in LISTS
         ]
         return (
             *lists,
@@ -51,89 +50,62 @@ class Api:
             Route(f"{BASE}/definitions/{{org}}/{{name}}/run", self._run_now, methods=["POST"]),
         )
 
-    async def _list(self, name: Noun, request: Request) -> Response:
-        given = single(request.query_params.multi_items())
-        caller = caller_of(request)
+    async def _list(self, listing: Listing[Any], request: Request) -> Response:
+        given, caller = single(request), caller_of(request)
 
-        def work(connection: Connection) -> tuple[bytes, str | None]:
-            rows = read_list(connection, name, caller, given, self._clock)
-            full = "limit" in LISTS[name].filters and len(rows) == limit_of(given)
-            return encode(rows), rows[-1]["id"] if full and rows else None
-
-        body, last = await self._database.read(caller, work)
-        headers = {}
-        if last is not None:
+        def work(connection: Connection) -> Response:
+            rows, last = read_list(connection, listing, caller, given, self._clock)
             query = urlencode({**given, "after": last})
-            headers["link"] = f'<{request.url.path}?{query}>; rel="next"'
-        return json_answer(body, headers=headers)
+            link = {} if last is None else {"link": f'<{request.url.path}?{query}>; rel="next"'}
+            return json_response(rows, headers=link)
 
-    async def _run(self, request: Request) -> Response:
-        return json_answer(await self._of_run(request, lambda connection, row: row))
+        return await self._database.read(caller, work)
+
+    async def _run(self, request: Request, part: str | None = None) -> Response:
+        caller, run = caller_of(request), request.path_params["run"]
+
+        def work(connection: Connection) -> Response:
+            row = shown_run(connection, caller, run)
+            return json_response(row if part is None else row[part])
+
+        return await self._database.read(caller, work)
 
     async def _attempts(self, request: Request) -> Response:
-        return json_answer(await self._of_run(request, lambda connection, row: row["attempts"]))
+        return await self._run(request, "attempts")
 
     async def _logs(self, request: Request) -> Response:
-        given = single(request.query_params.multi_items())
+        given, caller = single(request), caller_of(request)
         if set(given) - {"after", "limit"}:
             raise UsageError("logs have the parameters after (attempt.seq) and limit")
-        after, limit = _log_place(given.get("after", "0.0")), _log_limit(given.get("limit"))
-        caller = caller_of(request)
+        after = _log_place(given.get("after", "0.0"))
+        limit = Page(limit=_limit(given)).limit or MAX_LIMIT
 
-        def work(connection: Connection) -> bytes:
+        def work(connection: Connection) -> Response:
             run = require_run(connection, request.path_params["run"], caller.org)
-            return encode(shown_lines(connection, caller, run["id"], after=after, limit=limit))
-
-        return json_answer(await self._database.read(caller, work))
-
-    async def _of_run(self, request: Request, part: Callable[[Connection, Row], Any]) -> bytes:
-        caller = caller_of(request)
-
-        def work(connection: Connection) -> bytes:
-            return encode(part(connection, shown_run(connection, caller, request.path_params["run"])))
+            return json_response(shown_lines(connection, caller, run["id"], after=after, limit=limit))
 
         return await self._database.read(caller, work)
 
     async def _cancel(self, request: Request) -> Response:
         await _json_body(request, ())
-        caller, run = caller_of(request), request.path_params["run"]
-        row = await self._database.change(caller, cancel, run, actor=caller.actor, org=caller.org)
-        return json_answer(encode(redacted_row("runs", row, caller)))
+        caller = caller_of(request)
+        row = await self._database.cancel(caller, request.path_params["run"])
+        return json_response(caller.sees(Run, row))
 
     async def _retry(self, request: Request) -> Response:
-        body = await _json_body(request, ("from_checkpoint",))
-        from_checkpoint = body.get("from_checkpoint", False)
+        from_checkpoint = (await _json_body(request, ("from_checkpoint",))).get("from_checkpoint", False)
         if not isinstance(from_checkpoint, bool):
             raise UsageError("from_checkpoint must be true or false")
-        caller = caller_of(request)
-        row = await self._database.change(
-            caller,
-            retry,
-            request.path_params["run"],
-            actor=caller.actor,
-            org=caller.org,
-            from_checkpoint=from_checkpoint,
-            by_org=caller.org is not None,
-        )
-        return _created(row, caller)
+        caller, run = caller_of(request), request.path_params["run"]
+        return _created(await self._database.retry(caller, run, from_checkpoint=from_checkpoint), caller)
 
     async def _run_now(self, request: Request) -> Response:
-        body = await _json_body(request, ("params",))
-        params = body.get("params")
+        params = (await _json_body(request, ("params",))).get("params")
         if params is not None and not isinstance(params, dict):
             raise UsageError("params must be an object")
-        caller, org = caller_of(request), request.path_params["org"]
-        caller.org_asked_for(org)
-        row = await self._database.change(
-            caller,
-            run_now,
-            org,
-            request.path_params["name"],
-            actor=caller.actor,
-            request_key=request.headers.get("idempotency-key"),
-            params=params,
-            by_org=caller.org is not None,
-        )
+        caller, org, name = caller_of(request), request.path_params["org"], request.path_params["name"]
+        key = request.headers.get("idempotency-key")
+        row = await self._database.run_now(caller, org, name, request_key=key, params=params)
         return _created(row, caller)
 
 
@@ -143,15 +115,42 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def shown_run(connection: Connection, caller: Caller, run_id: str) -> Row:
-    """One run with all that this caller may see of it.
+def read_list(
+    connection: Connection, listing: Listing[Any], caller: Caller, given: Mapping[str, str], clock: Clock
+) -> tuple[list[Row], str | None]:
+    """A page of a list as this caller sees it, and its last id if more rows may follow.
 
     Raises:
-        NotFound: there is none, or it is another org's.
+        AccessDenied: the caller has a lesser role.
+        NotFound: the org does not exist, at least for this caller; or `after` is not an id.
+        UsageError: an unknown parameter, or an invalid value.
     """
-    if caller.org is None:
-        return run_lists.run_for_all_orgs(connection, run_id)
-    return redacted_row("runs", run_lists.run(connection, caller.org, run_id), caller)
+    # An org may read its own credentials and audit.
+    if caller.org is None and listing.admin_only:
+        caller.require("admin")
+    known = {"org", *listing.parameters}
+    if unknown := given.keys() - known:
+        names = ", ".join(sorted(known))
+        raise UsageError(
+            f"{listing.name} has no parameter {', '.join(sorted(unknown))}", fix=f"it has {names}"
+        )
+    org = caller.scope(given.get("org"))
+    since = given.get("since")
+    page = Page(
+        definition=given.get("definition"),
+        state=given.get("state"),
+        since=None if since is None else parse_time(since, clock, name="since"),
+        limit=_limit(given),
+        after=given.get("after"),
+    )
+    rows = read(connection, listing, org, page)
+    full = "limit" in listing.parameters and len(rows) == listing.limit_of(org, page)
+    return [caller.sees(listing.row, row) for row in rows], rows[-1]["id"] if full else None
+
+
+def shown_run(connection: Connection, caller: Caller, run_id: str) -> Row:
+    """One run as this caller sees it; raises NotFound also for another org's."""
+    return caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
 
 
 def shown_lines(
@@ -159,24 +158,17 @@ def shown_lines(
     caller: Caller,
     run_id: str,
     *,
-    after: tuple[int, int] = run_lists.START,
-    limit: int = LOG_LINES,
+    after: tuple[int, int] = runs.START,
+    limit: int = MAX_LIMIT,
 ) -> list[Row]:
-    """Lines of the log of a run that this caller may see."""
-    run = RunId(run_id)
-    if caller.org_id is None:
-        lines = run_lists.lines_for_all_orgs(connection, run, after=after, limit=limit)
-    else:
-        lines = run_lists.lines(connection, caller.org_id, run, after=after, limit=limit)
-    return redacted("logs", lines, caller)
+    """Log lines of a run as this caller sees them."""
+    lines = runs.lines(connection, caller.scope(), RunId(run_id), after=after, limit=limit)
+    return [caller.sees(LogLine, line) for line in lines]
 
 
-def single(items: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Parameters, each given once.
-
-    Raises:
-        UsageError: one is given twice.
-    """
+def single(request: Request) -> dict[str, str]:
+    """The parameters of the query; raises UsageError if one is given twice."""
+    items = request.query_params.multi_items()
     given = dict(items)
     if len(given) != len(items):
         raise UsageError("a parameter is given twice")
@@ -202,20 +194,18 @@ async def _json_body(request: Request, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _created(row: Row, caller: Caller) -> Response:
-    body = encode(redacted_row("runs", row, caller))
-    return json_answer(body, 201, {"location": f"{BASE}/runs/{row['id']}"})
+    return json_response(caller.sees(Run, row), 201, {"location": f"{BASE}/runs/{row['id']}"})
 
 
 def _log_place(text: str) -> tuple[int, int]:
     attempt, dot, seq = text.partition(".")
     if not (dot and attempt.isdecimal() and seq.isdecimal() and len(text) < 20):
-        raise NotFound(f"no line of a log is called {text!r}: after is attempt.seq, such as 1.200")
+        raise NotFound(f"{text!r} is not a log line: after is attempt.seq, such as 1.200")
     return int(attempt), int(seq)
 
 
-def _log_limit(text: str | None) -> int:
-    if text is None:
-        return LOG_LINES
-    if not text.isdecimal() or not 1 <= int(text[:9]) <= LOG_LINES:
-        raise UsageError(f"limit {text!r} is not between 1 and {LOG_LINES}")
-    return int(text)
+def _limit(given: Mapping[str, str]) -> int | None:
+    text = given.get("limit")
+    if text is not None and not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"limit {text!r} is not between 1 and {MAX_LIMIT}")
+    return None if text is None else int(text[:9])

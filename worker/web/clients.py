@@ -141,7 +141,6 @@ class Buckets:
         self._full_at[key] = max(self._full_at.get(key, now), now) + 1 / self._rate
 
     def give_back(self, key: str) -> None:
-        """Undo one `take`."""
         if key in self._full_at:
             self._full_at[key] -= 1 / self._rate
 
@@ -170,7 +169,6 @@ class Limits:
         self._good: OrderedDict[bytes, None] = OrderedDict()
 
     def login(self, client: Client) -> None:
-        """Count a login."""
         if not client.is_proxy:
             _require(self._logins.take(client.key), f"too many logins from {client.key}")
 
@@ -180,7 +178,6 @@ class Limits:
             _require(self._strangers.take(client.key), f"too many requests without a token from {client.key}")
 
     def caller(self, key: str, name: str) -> None:
-        """Count a call of a known caller."""
         _require(self._callers.take(key), f"too many calls by {name}")
 
     def token(self, token: str, client: Client) -> None:
@@ -195,7 +192,6 @@ class Limits:
         _require(self._new.take(client.key), f"too many new tokens from {client.key}")
 
     def was_good(self, token: str, client: Client) -> None:
-        """Remember a valid token."""
         digest = _digest(token)
         if digest not in self._good and not client.is_proxy:
             self._new.give_back(client.key)

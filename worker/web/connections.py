@@ -1,8 +1,8 @@
-"""Connections: how long each may keep the server waiting, and how many there may be, in all and per address.
+"""Connections: deadlines for clients, and limits on the number of connections, in all and per address.
 
-uvicorn has no deadline for headers and bodies, and at its limit it answers 503 to everyone,
-health checks included. Here the connection that has waited longest makes room for a new one,
-so idle and slow clients never keep anybody out.
+uvicorn has no deadline for headers and bodies, and at its limit it answers 503 even to health
+checks. Here the connection that has waited longest for its client makes room for a new one,
+so idle and slow clients cannot lock others out.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ from uvicorn.server import ServerState
 
 from worker.telemetry.events import emit
 from worker.web.clients import Addresses, counted_as
-from worker.web.responses import HEADERS, error_answer
+from worker.web.responses import HEADERS, error_response
 
-# Connections of one listener. MOST_REQUESTS in app.py is lower: the difference keeps health reachable
-# while so many requests are being served.
+# Connections of one listener. MOST_REQUESTS in server.py is lower, which keeps health reachable.
 MOST_CONNECTIONS = 600
 
-# Errors alone: anyone could fill the log with uvicorn's warnings of invalid requests.
+# Without uvicorn's warnings about invalid requests, with which anyone could fill the log.
 _log = logging.getLogger("uvicorn.error.requests")
 _log.setLevel(logging.ERROR)
 
-# What a connection waits for: the head of a request, the rest of its body, or the next request.
+# What a connection waits for: a request's headers, the rest of its body, or the next request.
 Phase = Literal["headers", "body", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that a client may take.
+    """Seconds that a client may take; no deadline runs while a response is prepared or sent.
 
-    `headers` runs from the first byte of a request (of the first request: from the
-    connection) to the end of its head, `body` from there to the end of its body, `idle`
-    from a response to the next request. None runs while a response is made or sent.
+    `headers` starts at the first byte of a request, for the first request at the start of
+    the connection. `body` starts after the headers, `idle` after a response.
     """
 
     headers: float = 5.0
@@ -48,20 +46,29 @@ class Deadlines:
 
 
 class _Group:
-    """The connections under one limit; `waiting` holds those that wait for their client, longest first."""
+    """The connections under one limit; `waiting` are those waiting for their client, longest first."""
 
-    __slots__ = ("count", "waiting")
+    __slots__ = ("key", "members", "waiting")
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+        self.members: set[Connection] = set()
         self.waiting: dict[Connection, None] = {}
+
+    def make_room(self, reason: str) -> bool:
+        """Close the connection that has waited longest; False if none waits."""
+        longest = next(iter(self.waiting), None)
+        if longest is None:
+            return False
+        longest.drop(reason)
+        return True
 
 
 class Connections:
     """The open connections of one listener, at most `most`.
 
-    At most `per_address` of them are of one address (0: no limit), or of one /64 network
-    in IPv6; trusted proxies are exempt, since many clients come through one.
+    At most `per_address` come from one address (0: no limit), or from one IPv6 /64 network;
+    trusted proxies are exempt.
     """
 
     def __init__(
@@ -72,64 +79,46 @@ class Connections:
         self._most = most
         self._all = _Group()
         self._by_address: dict[str, _Group] = {}
-        self._groups: dict[Connection, tuple[str, _Group | None]] = {}
+        self._groups: dict[Connection, list[_Group]] = {}
 
     def __len__(self) -> int:
-        return self._all.count
+        return len(self._groups)
 
     def add(self, connection: Connection, address: str) -> bool:
-        """Count a new connection; False if there is no room, since all others are being served."""
-        own = None
-        key = counted_as(address)
+        """Count a new connection; False if there is no room because all others are being served."""
+        limits = [(self._all, self._most, "crowded")]
         if self._per_address and not self._addresses.trusts(address):
-            own = self._by_address.get(key) or _Group()
-            if own.count >= self._per_address and not _make_room(own, "address"):
+            key = counted_as(address)
+            limits.insert(0, (self._by_address.get(key) or _Group(key), self._per_address, "address"))
+        for group, most, reason in limits:
+            if len(group.members) >= most and not group.make_room(reason):
                 return False
-        if self._all.count >= self._most and not _make_room(self._all, "crowded"):
-            return False
-        self._groups[connection] = (key, own)
-        self._all.count += 1
-        if own is not None:
-            own.count += 1
-            self._by_address[key] = own
+        self._groups[connection] = [group for group, _, _ in limits]
+        for group in self._groups[connection]:
+            group.members.add(connection)
+            if group.key:
+                self._by_address[group.key] = group
         return True
 
     def remove(self, connection: Connection) -> None:
-        """Forget a connection that is closed; one that is not counted is ignored."""
-        found = self._groups.pop(connection, None)
-        if found is None:
-            return
-        key, own = found
-        self._all.count -= 1
-        self._all.waiting.pop(connection, None)
-        if own is not None:
-            own.count -= 1
-            own.waiting.pop(connection, None)
-            if not own.count:
-                del self._by_address[key]
+        """Forget a closed connection; one that is not counted is ignored."""
+        for group in self._groups.pop(connection, ()):
+            group.members.discard(connection)
+            group.waiting.pop(connection, None)
+            if not group.members:
+                self._by_address.pop(group.key, None)
 
     def waits(self, connection: Connection, waiting: bool) -> None:
-        """Record that a connection waits for its client from now on, or is being served."""
-        found = self._groups.get(connection)
-        for group in (self._all, found[1]) if found is not None else ():
-            if group is not None:
-                group.waiting.pop(connection, None)
-                if waiting:
-                    group.waiting[connection] = None
+        """Record whether a connection now waits for its client."""
+        for group in self._groups.get(connection, ()):
+            group.waiting.pop(connection, None)
+            if waiting:
+                group.waiting[connection] = None
 
     def close(self) -> None:
-        """Close all of them at once."""
+        """Close all connections at once."""
         for connection in list(self._groups):
             connection.drop("stopped")
-
-
-def _make_room(group: _Group, reason: str) -> bool:
-    """Close the connection of the group that has waited longest, if one waits at all."""
-    longest = next(iter(group.waiting), None)
-    if longest is None:
-        return False
-    longest.drop(reason)
-    return True
 
 
 class Connection(H11Protocol):
@@ -182,14 +171,14 @@ class Connection(H11Protocol):
         self._look()
 
     def send_400_response(self, msg: str) -> None:
-        # uvicorn raises where a response has begun already: an invalid body after an early 401.
+        # uvicorn raises if a response has begun, as for an invalid body after an early 401.
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.drop("invalid")
 
     def drop(self, reason: str) -> None:
-        """Close the connection now, whatever has not been sent."""
+        """Close the connection now and discard unsent data."""
         self._forget()
         if not self.transport.is_closing():
             emit("web.connection_closed", reason=reason)
@@ -200,11 +189,11 @@ class Connection(H11Protocol):
         self._open.remove(self)
 
     def _look(self) -> None:
-        """Set the timer for what the connection waits for now; one that is set for it already goes on."""
-        # uvicorn's own timer is not set where a body ends after its response.
+        """Set the timer for what the connection waits for now, unless it runs already."""
+        # uvicorn leaves its own timer on if a body ends after its response.
         self._unset_keepalive_if_required()
         phase = None if self.transport.is_closing() else self._phase()
-        # A client that does not take its response may make room too; the kernel bounds how long that lasts.
+        # A client that does not read its response may make room too; the kernel limits how long it lasts.
         waits = phase is not None or self.flow.write_paused or self.transport.is_closing()
         changed = (phase, self.cycle) != self._timed
         if changed:
@@ -234,28 +223,28 @@ class Connection(H11Protocol):
 
     def _expire(self, phase: Phase) -> None:
         if phase == "body" and self.flow.read_paused:
-            # What came has not been taken by the application yet: it is late, not the client.
+            # The application has not read the received data yet, so it is late, not the client.
             self._time(phase, self.cycle)
             return
         if phase != "idle":
-            self._answer_408(phase)
+            self._respond_408(phase)
         self.drop(phase)
 
-    def _answer_408(self, phase: Phase) -> None:
-        """Say why, unless a response has begun or nothing was asked."""
+    def _respond_408(self, phase: Phase) -> None:
+        """Answer 408, unless a response has begun or no data arrived."""
         asked = phase == "body" or bool(self.conn.trailing_data[0])
         if not asked or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         seconds: float = getattr(self._deadlines, phase)
-        answer = error_answer(
+        response = error_response(
             408,
             "timeout",
             f"the {phase} of the request did not arrive within {seconds:g} s",
             "send the request without pauses",
         )
         given = {**HEADERS, "connection": "close"}
-        headers = [*answer.raw_headers, *((name.encode(), value.encode()) for name, value in given.items())]
-        body = bytes(answer.body)
+        headers = [*response.raw_headers, *((name.encode(), value.encode()) for name, value in given.items())]
+        body = bytes(response.body)
         for event in (
             h11.Response(status_code=408, headers=headers),
             h11.Data(data=body),
@@ -263,6 +252,6 @@ class Connection(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         if phase == "body":
-            # The application must not answer as well: it sees a disconnected client.
+            # Tell the application that the client has disconnected, so that it does not answer too.
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -1,4 +1,4 @@
-"""Pages: templates as HTML that runs no script and loads nothing from elsewhere."""
+"""The dashboard: HTML pages that run no script and load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -21,15 +21,12 @@ from starlette.types import Scope
 
 from worker.clock import Clock, to_text
 from worker.errors import TokenError
-from worker.operations.runs import cancel, retry, run_now
-from worker.store.lists import definitions as definition_lists
-from worker.store.lists import orgs as org_lists
-from worker.store.lists import runs as run_lists
-from worker.store.lists.paging import Row
+from worker.ids import ALL_ORGS
+from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, Org, OrgDetail, Page, Run
+from worker.store.lists.read import org, read
 from worker.telemetry.events import emit
 from worker.web.access import RANK, Access, CallerDatabase
 from worker.web.api import caller_of, shown_lines, shown_run, single
-from worker.web.redaction import redacted, redacted_row
 from worker.web.sessions import (
     LOGIN,
     LOGIN_COOKIE,
@@ -49,7 +46,7 @@ _HEADERS = {
 }
 
 
-def _instant(value: datetime | None) -> str:
+def _time(value: datetime | None) -> str:
     return "" if value is None else to_text(value)[:19].replace("T", " ") + " UTC"
 
 
@@ -63,17 +60,13 @@ _templates = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
 )
-_templates.filters |= {"instant": _instant, "pretty": _pretty}
+_templates.filters |= {"time": _time, "pretty": _pretty}
 _templates.globals |= {"css": Markup(_CSS), "caller": None, "session": None}  # noqa: S704 - a file of ours
 
 
-def render(name: str, **values: Any) -> bytes:
-    """One page; every value is escaped."""
-    return _templates.get_template(name).render(values).encode()
-
-
-def page(body: bytes, status: int = 200) -> Response:
-    """What `render` made, as a response."""
+def page(template: str, status: int = 200, **values: Any) -> Response:
+    """Render a page; every value is escaped."""
+    body = _templates.get_template(template).render(values)
     return Response(body, status, _HEADERS, media_type="text/html")
 
 
@@ -110,31 +103,30 @@ class Dashboard:
         caller = caller_of(request)
         if caller.org is not None:
             return RedirectResponse(f"/orgs/{quote(caller.org, safe='')}", 303)
-        after = single(request.query_params.multi_items()).get("after")
+        after = single(request).get("after")
         since = self._clock.now() - RECENT
 
         def work(connection: Connection) -> dict[str, Any]:
-            def runs(state: str) -> list[Row]:
-                recent = None if state == "running" else since
-                return run_lists.runs_for_all_orgs(connection, state=state, since=recent, limit=ROWS)
+            def latest(state: str, since: datetime | None) -> list[Run]:
+                return read(connection, RUNS, ALL_ORGS, Page(state=state, since=since, limit=ROWS))
 
-            orgs = org_lists.orgs_for_all_orgs(connection, limit=ROWS, after=after)
-            states = {state: runs(state) for state in ("failed", "refused", "running")}
-            return {"orgs": orgs, "next": _next(orgs), **states}
+            orgs = read(connection, ORGS, ALL_ORGS, Page(limit=ROWS, after=after))
+            recent = {state: latest(state, since) for state in ("failed", "refused")}
+            return {"orgs": orgs, "next": _next(orgs), **recent, "running": latest("running", None)}
 
         return await self._show(request, "overview.html", work)
 
     async def _org(self, request: Request) -> Response:
-        caller = caller_of(request)
-        org = caller.org_asked_for(request.path_params["org"]) or ""
-        after = single(request.query_params.multi_items()).get("after")
+        caller, code = caller_of(request), request.path_params["org"]
+        scope, after = caller.scope(code), single(request).get("after")
 
         def work(connection: Connection) -> dict[str, Any]:
-            runs = run_lists.runs(connection, org, limit=ROWS, after=after)
+            runs = read(connection, RUNS, scope, Page(limit=ROWS, after=after))
+            definitions = read(connection, DEFINITIONS, scope)
             return {
-                "org": redacted_row("orgs", org_lists.org(connection, org), caller),
-                "definitions": redacted("definitions", definition_lists.definitions(connection, org), caller),
-                "runs": redacted("runs", runs, caller),
+                "org": caller.sees(OrgDetail, org(connection, code)),
+                "definitions": [caller.sees(Definition, row) for row in definitions],
+                "runs": [caller.sees(Run, row) for row in runs],
                 "next": _next(runs),
             }
 
@@ -151,26 +143,16 @@ class Dashboard:
 
     async def _cancel(self, request: Request) -> Response:
         await self._checked_form(request)
-        caller, run = caller_of(request), request.path_params["run"]
-        row = await self._database.change(caller, cancel, run, actor=caller.actor, org=caller.org)
-        return _to_run(row)
+        return _to_run(await self._database.cancel(caller_of(request), request.path_params["run"]))
 
     async def _retry(self, request: Request) -> Response:
         await self._checked_form(request)
-        caller, run = caller_of(request), request.path_params["run"]
-        by_org = caller.org is not None
-        row = await self._database.change(
-            caller, retry, run, actor=caller.actor, org=caller.org, by_org=by_org
-        )
-        return _to_run(row)
+        return _to_run(await self._database.retry(caller_of(request), request.path_params["run"]))
 
     async def _run_now(self, request: Request) -> Response:
         await self._checked_form(request)
-        caller, org, name = caller_of(request), request.path_params["org"], request.path_params["name"]
-        caller.org_asked_for(org)
-        by_org = caller.org is not None
-        row = await self._database.change(caller, run_now, org, name, actor=caller.actor, by_org=by_org)
-        return _to_run(row)
+        org, name = request.path_params["org"], request.path_params["name"]
+        return _to_run(await self._database.run_now(caller_of(request), org, name))
 
     async def _login(self, request: Request) -> Response:
         # First, so that forms sent by another site's page use up none of its visitor's logins.
@@ -192,12 +174,7 @@ class Dashboard:
         return response
 
     async def _checked_form(self, request: Request) -> Session:
-        """The session whose page sent this form.
-
-        Raises:
-            TokenError: the request has no session.
-            AccessDenied: another page sent the form.
-        """
+        """The session whose page sent this form; raises TokenError without one, or as `Forms.read`."""
         session: Session | None = request.scope.get("session")
         if session is None:
             raise TokenError("log in first", fix="open / and log in, or send Authorization: Bearer TOKEN")
@@ -209,11 +186,11 @@ class Dashboard:
         if in_api(scope):
             return None
         if status != 401:
-            return page(render("error.html", status=status, message=message, fix=fix), status)
+            return page("error.html", status, code=status, message=message, fix=fix)
         connection = HTTPConnection(scope)
         nonce = self._forms.login_nonce(connection)
         tried, csrf = scope["path"] == LOGIN, self._forms.csrf(nonce)
-        response = page(render("login.html", message=message, tried=tried, csrf=csrf), status)
+        response = page("login.html", status, message=message, tried=tried, csrf=csrf)
         self._forms.set_cookie(connection, response, LOGIN_COOKIE, nonce)
         return response
 
@@ -222,22 +199,22 @@ class Dashboard:
     ) -> Response:
         """Read and render in a database thread: a large page must not delay the loop."""
         caller, session = caller_of(request), request.scope.get("session")
-        values = {
+        values: dict[str, Any] = {
             "caller": caller,
             "session": session,
             "csrf": self._forms.csrf(session.key) if session else None,
             "may_act": session is not None and RANK[caller.role] >= RANK["operator"],
         }
 
-        def rendered(connection: Connection) -> bytes:
-            return render(template, **values, **work(connection))
+        def rendered(connection: Connection) -> Response:
+            return page(template, **values, **work(connection))
 
-        return page(await self._database.read(caller, rendered))
+        return await self._database.read(caller, rendered)
 
 
-def _next(rows: Sequence[Row]) -> str | None:
+def _next(rows: Sequence[Org] | Sequence[Run]) -> str | None:
     return rows[-1]["id"] if len(rows) == ROWS else None
 
 
-def _to_run(row: Row) -> Response:
+def _to_run(row: Run) -> Response:
     return RedirectResponse(f"/runs/{row['id']}", 303)

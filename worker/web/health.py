@@ -1,4 +1,4 @@
-"""Health: whether the loops tick (`/livez`), whether work is taken (`/readyz`), and the metrics."""
+"""Health: whether the loops tick (`/livez`), whether runs are admitted (`/readyz`), and the metrics."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ PATHS = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class Health:
-    """Answers from memory, without the database; `watch` hands in each incarnation's vitals.
-
-    `sandbox` says how far handlers are confined; "" where none runs.
-    """
+    """Health from memory, without the database; `sandbox` is the level of the handlers' sandbox."""
 
     def __init__(self, metrics: Metrics, *, sandbox: str = "") -> None:
         self.metrics = metrics
@@ -30,33 +27,29 @@ class Health:
         self._access: Access | None = None
 
     def protect(self, access: Access) -> None:
-        """Let `access` say who is an operator, for metrics that name orgs; nobody reads those before."""
+        """Set who authenticates operators, for metrics that name orgs; until then they are denied."""
         self._access = access
 
     def watch(self, vitals: Vitals) -> None:
-        """Answer for this incarnation from now on."""
+        """Report the health of this incarnation from now on."""
         self._vitals = vitals
         self.metrics.watch(vitals)
 
     def starting(self) -> None:
-        """An incarnation begins: until it is put together, no loop of the last one is missed."""
+        """Forget the last incarnation's loops while the next one is put together."""
         self._vitals = None
 
     def draining(self) -> bool:
-        """Whether the worker was asked to stop."""
+        """Whether the worker is stopping."""
         return self._vitals is not None and self._vitals.draining()
 
     def stalled(self) -> list[str]:
-        """The loops that do not tick; none is expected to before the first incarnation or in a drain."""
+        """The loops that do not tick; none before the first incarnation or during a drain."""
         vitals = self._vitals
         return [] if vitals is None or self.draining() else vitals.stalled()
 
     def lacking(self) -> list[str]:
-        """What this worker lacks to take work. One org's troubles are never among it.
-
-        The schema was checked before the first incarnation, and a newer one is made to
-        fit this version too.
-        """
+        """What keeps this worker from admitting runs; a single org's trouble never does."""
         vitals = self._vitals
         if vitals is None:
             return ["starting"]
@@ -77,10 +70,10 @@ class Health:
         )
 
     async def _livez(self, request: Request) -> Response:
-        return _answer("stalled", self.stalled())
+        return _response("stalled", self.stalled())
 
     async def _readyz(self, request: Request) -> Response:
-        return _answer("lacking", self.lacking(), **({"sandbox": self._sandbox} if self._sandbox else {}))
+        return _response("lacking", self.lacking(), **({"sandbox": self._sandbox} if self._sandbox else {}))
 
     async def _metrics(self, request: Request) -> Response:
         if self.metrics.name_orgs:
@@ -88,25 +81,19 @@ class Health:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def _require_operator(self, request: Request) -> None:
-        """Let through an operator of any role, on whichever listener it asks.
-
-        Raises:
-            TokenError: no token, or a bad one.
-            AccessDenied: an org's token.
-            TooManyRequests: too many such requests from this address.
-        """
+        """Raise TokenError, AccessDenied or TooManyRequests unless an operator calls."""
         caller = None if self._access is None else await self._access.caller_of(request)
         if caller is None:
             if self._access is not None:
                 self._access.count_stranger(request)
             raise TokenError(
-                "these metrics name orgs: a bearer token of an operator is needed",
+                "these metrics name orgs and need an operator's bearer token",
                 fix="send the header Authorization: Bearer TOKEN, or set web.metrics_top_orgs to 0",
             )
         if caller.org is not None:
-            raise AccessDenied("metrics of all orgs are for operators", fix="ask with an operator's token")
+            raise AccessDenied("metrics of all orgs are for operators", fix="send an operator's token")
 
 
-def _answer(word: str, faults: list[str], **details: str) -> Response:
+def _response(word: str, faults: list[str], **details: str) -> Response:
     body = {"status": "failing" if faults else "ok", word: faults, **details}
     return JSONResponse(body, status_code=503 if faults else 200)

@@ -1,11 +1,10 @@
-"""Requests and responses: bounded bodies, rows as JSON, errors with a status, security headers."""
+"""Requests and responses: limited bodies, rows as JSON, errors with their status, security headers."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
-from datetime import date, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -14,25 +13,28 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from worker.clock import to_text
-from worker.definitions.units import format_duration
+from worker.definitions.units import json_default
 from worker.errors import (
     AccessDenied,
+    Busy,
     Conflict,
     DefinitionError,
+    IssuerUnavailable,
     NotFound,
     RolesMissing,
+    StoreUnavailable,
     TokenError,
     TooManyRequests,
     Unavailable,
     UsageError,
     WorkerError,
 )
+from worker.store.lists.redaction import without_paths
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
-from worker.web.redaction import redacted_error
+from worker.web.access import Caller
 
-# The first class that an error is of gives the status.
+# The first matching class gives the status.
 STATUS: tuple[tuple[type[WorkerError], int], ...] = (
     (UsageError, 400),
     (TokenError, 401),
@@ -55,16 +57,27 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
+# The messages of these errors are about the request. All others are about the server, which is for operators.
+_ABOUT_THE_REQUEST = (
+    *(UsageError, NotFound, Conflict, DefinitionError),
+    *(TokenError, AccessDenied, TooManyRequests),
+)
+_ABOUT_THE_SERVER: tuple[tuple[type[WorkerError], str, str], ...] = (
+    (StoreUnavailable, "the database does not answer", "try again later"),
+    (RolesMissing, "the server may not act for its callers in the database", "an operator can see why"),
+    (
+        IssuerUnavailable,
+        "the token's issuer does not answer, so the token cannot be verified",
+        "try again later",
+    ),
+    (Busy, "the server is busy", "try again in a moment"),
+)
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 
-def encode(rows: Any) -> bytes:
-    """JSON as the command line prints it: instants in RFC 3339 UTC with `Z`."""
-    return json.dumps(rows, default=_plain).encode()
-
-
-def json_answer(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """What `encode` made, as a response."""
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A response with JSON as the command line prints it."""
+    body = json.dumps(value, default=json_default).encode()
     return Response(body, status, headers, media_type="application/json")
 
 
@@ -73,34 +86,34 @@ def status_of(error: WorkerError) -> int:
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
-def error_answer(
+def error_response(
     status: int, code: str, message: str, fix: str, retry_after: float | None = None
 ) -> Response:
-    """`{"error": {code, message, fix}}`, as everywhere."""
+    """`{"error": {code, message, fix}}`"""
     headers = wait_headers(status, retry_after)
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="orgworker"'
-    body = encode({"error": {"code": code, "message": masker.mask(message), "fix": masker.mask(fix)}})
-    return json_answer(body, status, headers)
+    error = {"code": code, "message": masker.mask(message), "fix": masker.mask(fix)}
+    return json_response({"error": error}, status, headers)
 
 
 def wait_headers(status: int, retry_after: float | None) -> dict[str, str]:
-    """When to ask again, where another try may help."""
+    """Retry-After, for errors that another try may avoid."""
     return {"retry-after": str(math.ceil(retry_after or 5))} if status in (429, 503) else {}
 
 
-def _no_page(scope: Scope, status: int, message: str, fix: str) -> None:
+def _json_only(scope: Scope, status: int, message: str, fix: str) -> None:
     return None
 
 
 class ErrorMiddleware:
-    """ASGI middleware, the outermost: adds the headers, and turns what is raised into an answer.
+    """Outermost ASGI middleware: adds security headers, and turns exceptions into responses.
 
-    `page` may answer an error for people instead; it returns None to leave it.
+    `page` may render an error for people; it returns None for JSON.
     """
 
     def __init__(
-        self, app: ASGIApp, page: Callable[[Scope, int, str, str], Response | None] = _no_page
+        self, app: ASGIApp, page: Callable[[Scope, int, str, str], Response | None] = _json_only
     ) -> None:
         self._app = app
         self._page = page
@@ -108,7 +121,7 @@ class ErrorMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        # Starlette's routes then raise what they cannot answer, instead of answering in plain text.
+        # With an app in the scope, Starlette's routes raise errors instead of answering in plain text.
         scope["app"] = self
         started = False
 
@@ -126,15 +139,14 @@ class ErrorMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            # In the middle of its request: there is nobody to answer, and nothing failed here.
             return
         except Exception as error:
-            answer = self._answer(scope, error)
+            response = self._response(scope, error)
             if started:
                 raise
-            await answer(scope, receive, send_with_headers)
+            await response(scope, receive, send_with_headers)
 
-    def _answer(self, scope: Scope, error: Exception) -> Response:
+    def _response(self, scope: Scope, error: Exception) -> Response:
         retry_after: float | None = None
         match error:
             case WorkerError():
@@ -146,38 +158,34 @@ class ErrorMiddleware:
                 code = CODES.get(status, "usage")
                 message = {404: f"there is no {scope['path']}"}.get(status, error.detail)
             case _:
-                status, code, fix = 500, "unexpected", "the worker's log has more"
+                status, code, fix = 500, "unexpected", "see the worker's log"
                 message = f"unexpected {type(error).__name__}"
                 emit("web.failed", method=scope["method"], path=scope["path"], error=type(error).__name__)
         page = self._page(scope, status, message, fix)
         if page is None:
-            return error_answer(status, code, message, fix, retry_after)
+            return error_response(status, code, message, fix, retry_after)
         page.headers.update(wait_headers(status, retry_after))
         return page
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return to_text(value)
-    if isinstance(value, timedelta):
-        return format_duration(value)
-    if isinstance(value, date):
-        return value.isoformat()
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return str(value)
+def redacted_error(error: WorkerError, caller: Caller | None) -> tuple[str, str]:
+    """Message and fix of an error; without details of the server unless an operator calls."""
+    if caller is not None and caller.org is None:
+        return error.message, error.fix
+    for kind, message, fix in _ABOUT_THE_SERVER:
+        if isinstance(error, kind):
+            return message, fix
+    if isinstance(error, _ABOUT_THE_REQUEST):
+        return without_paths(error.message), without_paths(error.fix)
+    return "the server cannot answer this", "an operator can see why"
 
 
-# Params of a run at most; tokens and forms are far smaller.
+# Enough for a run's params; tokens and forms are far smaller.
 MOST_BYTES = 256 * 1024
 
 
 async def read_body(request: Request) -> bytes:
-    """All of it.
-
-    Raises:
-        HTTPException: 413, it is too large.
-    """
+    """The whole body; raises HTTPException 413 if it is larger than MOST_BYTES."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -187,12 +195,8 @@ async def read_body(request: Request) -> bytes:
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """The fields of a form that a browser sends; of one given twice the last.
-
-    Raises:
-        UsageError: it is no such form.
-    """
+    """The fields of a form, of a repeated one the last; raises UsageError if it is not a form."""
     try:
         return dict(parse_qsl((await read_body(request)).decode("ascii"), max_num_fields=50))
     except ValueError:
-        raise UsageError("the body is no form") from None
+        raise UsageError("the body is not a form") from None

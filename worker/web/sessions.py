@@ -59,19 +59,15 @@ class AuthMiddleware:
         if not in_api(connection.scope):
             session = self._sessions.find(self._forms.cookie(connection, SESSION_COOKIE))
             if session is not None:
-                caller = await self._confirmed(session)
+                try:
+                    caller = await self._access.confirm(session.caller)
+                except (AccessDenied, TokenError):
+                    self._sessions.end(session)
+                    raise
                 connection.scope["session"] = session
                 return caller
         self._access.count_stranger(connection)
         raise TokenError("a bearer token is required", fix="send the header Authorization: Bearer TOKEN")
-
-    async def _confirmed(self, session: Session) -> Caller:
-        """The session's caller; the session ends if its org or credential has lost access."""
-        try:
-            return await self._access.confirm(session.caller)
-        except (AccessDenied, TokenError):
-            self._sessions.end(session)
-            raise
 
 
 def in_api(scope: Scope) -> bool:

@@ -10,11 +10,13 @@ import pytest
 from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import whole_hour
 from worker.errors import Conflict, NotFound, UsageError
+from worker.ids import ALL_ORGS
 from worker.operations.backfill import backfill, cancel_backfill, fill_backfills
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
-from worker.store import backfills
 from worker.store.database import Database
+from worker.store.lists import BACKFILLS, Page
+from worker.store.lists.read import read
 
 HOUR = timedelta(hours=1)
 FILE = """
@@ -212,9 +214,9 @@ def test_lists_say_how_far_it_is(database, rows, now):
     rows.set_ended(rows.live_runs[0]["id"], "succeeded", None)
 
     with database.autocommit() as connection:
-        (shown,) = backfills.backfills(connection, "org_acme", definition="digest")
-        (of_all,) = backfills.backfills_for_all_orgs(connection)
-        assert backfills.backfills_for_all_orgs(connection, definition="other") == []
+        (shown,) = read(connection, BACKFILLS, "org_acme", Page(definition="digest"))
+        (of_all,) = read(connection, BACKFILLS, ALL_ORGS)
+        assert read(connection, BACKFILLS, ALL_ORGS, Page(definition="other")) == []
 
     assert shown == of_all
     assert (shown["org"], shown["definition"], shown["limit"]) == ("org_acme", "digest", 2)

@@ -9,13 +9,24 @@ import pytest
 from tests.fakes.closing import close_definition
 from tests.integration.operations.conftest import CATALOGUE
 from worker.errors import NotFound, UsageError
-from worker.ids import new_id
+from worker.ids import ALL_ORGS, new_id
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import catalogue, tables
-from worker.store.lists import definitions as definition_lists
-from worker.store.lists import orgs as org_lists
+from worker.store.lists import (
+    AUDIT,
+    BACKFILLS,
+    DEFINITIONS,
+    LISTS,
+    ORGS,
+    RUNS,
+    SKIPS,
+    Page,
+    Run,
+    columns_of,
+)
 from worker.store.lists import runs as run_lists
+from worker.store.lists.read import definition, org, read
 
 FILE = "".join(
     f"""
@@ -65,51 +76,46 @@ def runs(database, connection):
 
 
 def test_runs_page_newest_first_by_the_row_they_follow(connection, runs):
-    first = run_lists.runs_for_all_orgs(connection, limit=4)
-    rest = run_lists.runs_for_all_orgs(connection, limit=4, after=first[-1]["id"])
+    first = read(connection, RUNS, ALL_ORGS, Page(limit=4))
+    rest = read(connection, RUNS, ALL_ORGS, Page(limit=4, after=first[-1]["id"]))
 
     assert ids(first) + ids(rest) == runs[::-1]
-    assert tuple(first[0]) == run_lists.LISTED
-    assert run_lists.runs_for_all_orgs(connection, after=runs[0]) == []
+    assert tuple(first[0]) == columns_of(Run)
+    assert read(connection, RUNS, ALL_ORGS, Page(after=runs[0])) == []
 
 
 def test_runs_are_narrowed_by_org_definition_state_and_time(connection, runs, rows):
     rows.set_running(runs[0])
     rows.set_ended(runs[1], "refused", "org_mismatch")
 
-    assert ids(run_lists.runs(connection, "org_a")) == runs[2::-1]
-    assert ids(run_lists.runs(connection, "org_a", definition="other")) == [runs[1]]
-    assert ids(run_lists.runs_for_all_orgs(connection, definition="other")) == [runs[4], runs[1]]
-    assert ids(run_lists.runs_for_all_orgs(connection, state="running")) == [runs[0]]
-    assert ids(run_lists.runs_for_all_orgs(connection, state="refused")) == [runs[1]]
-    assert ids(run_lists.runs(connection, "org_a", state="waiting")) == [runs[2]]
+    assert ids(read(connection, RUNS, "org_a")) == runs[2::-1]
+    assert ids(read(connection, RUNS, "org_a", Page(definition="other"))) == [runs[1]]
+    assert ids(read(connection, RUNS, ALL_ORGS, Page(definition="other"))) == [runs[4], runs[1]]
+    assert ids(read(connection, RUNS, ALL_ORGS, Page(state="running"))) == [runs[0]]
+    assert ids(read(connection, RUNS, ALL_ORGS, Page(state="refused"))) == [runs[1]]
+    assert ids(read(connection, RUNS, "org_a", Page(state="waiting"))) == [runs[2]]
     now = rows.now()
-    assert len(run_lists.runs_for_all_orgs(connection, since=now - timedelta(hours=1))) == 6
-    assert run_lists.runs_for_all_orgs(connection, since=now + timedelta(hours=1)) == []
+    assert len(read(connection, RUNS, ALL_ORGS, Page(since=now - timedelta(hours=1)))) == 6
+    assert read(connection, RUNS, ALL_ORGS, Page(since=now + timedelta(hours=1))) == []
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"limit": 1001}, {"state": "held"}])
 def test_what_cannot_be_listed_is_a_usage_error(connection, wrong):
     with pytest.raises(UsageError):
-        run_lists.runs_for_all_orgs(connection, **wrong)
+        read(connection, RUNS, ALL_ORGS, Page(**wrong))
 
 
 def test_nothing_follows_what_is_no_id(connection):
-    with pytest.raises(NotFound, match="is no id"):
-        run_lists.runs_for_all_orgs(connection, after="seven")
+    with pytest.raises(NotFound, match="is not a valid id"):
+        read(connection, RUNS, ALL_ORGS, Page(after="seven"))
 
 
 def test_an_unknown_org_is_not_found_in_any_list(connection):
-    for list_of in (
-        run_lists.runs,
-        definition_lists.definitions,
-        org_lists.skips,
-        org_lists.credentials,
-        org_lists.audit,
-        org_lists.org,
-    ):
+    for listing in (*LISTS, BACKFILLS):
         with pytest.raises(NotFound):
-            list_of(connection, "org_none")
+            read(connection, listing, "org_none")
+    with pytest.raises(NotFound):
+        org(connection, "org_none")
 
 
 def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection, runs, rows):
@@ -140,7 +146,7 @@ def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection
 
     shown = run_lists.run(connection, "org_a", run)
 
-    assert shown.keys() >= {*run_lists.LISTED, "attempts", "checkpoint", "claims", "spec"}
+    assert shown.keys() >= {*columns_of(Run), "attempts", "checkpoint", "claims", "spec"}
     ended, on = shown["attempts"]
     assert (ended["outcome"], ended["error"]["type"]) == ("failed", "ValueError")
     assert (on["attempt"], on["outcome"], on["ended_at"], on["fencing_token"]) == (1, None, None, 1)
@@ -149,40 +155,40 @@ def test_a_running_run_is_shown_with_the_attempt_that_is_on(database, connection
     assert shown["checkpoint"] == {"done": 3}
     assert shown["spec"]["handler"] == "acme.plain"
     with pytest.raises(NotFound):
-        run_lists.run_for_all_orgs(connection, new_id())
+        run_lists.run(connection, ALL_ORGS, new_id())
 
 
 def test_definitions_show_the_schedule_in_force_and_what_is_next(database, connection):
     pause_definition(database, "org_b", "digest", actor="ops")
     close_definition(database, "org_b", "other", actor="ops")
 
-    listed = definition_lists.definitions_for_all_orgs(connection)
+    listed = read(connection, DEFINITIONS, ALL_ORGS)
 
     assert {(row["org"], row["name"], row["state"]) for row in listed} == {
         ("org_a", "digest", "active"),
         ("org_a", "other", "disabled"),
         ("org_b", "digest", "paused"),
     }
-    first = definition_lists.definitions(connection, "org_a", state="active")[0]
+    first = read(connection, DEFINITIONS, "org_a", Page(state="active"))[0]
     assert (first["timezone"], first["schedule"]) == ("Europe/Berlin", "0 3 * * *")
     assert first["next_scheduled_for"].hour in (1, 2)
-    for state in definition_lists.DEFINITION_STATES:
-        assert len(definition_lists.definitions_for_all_orgs(connection, state=state)) == 1
-    assert definition_lists.definition(connection, "org_b", "other")["state"] == "closed"
-    assert definition_lists.definition(connection, "org_a", "other")["spec"]["overlap"] == "allow"
+    for state in DEFINITIONS.states:
+        assert len(read(connection, DEFINITIONS, ALL_ORGS, Page(state=state))) == 1
+    assert definition(connection, "org_b", "other")["state"] == "closed"
+    assert definition(connection, "org_a", "other")["spec"]["overlap"] == "allow"
     with pytest.raises(NotFound):
-        definition_lists.definition(connection, "org_a", "nothing")
+        definition(connection, "org_a", "nothing")
 
 
 def test_skips_have_their_columns(database, connection, rows):
-    definition = next(row for row in rows.definitions if row["name"] == "digest")
+    digest = next(row for row in rows.definitions if row["name"] == "digest")
     at = rows.now()
     with database.transaction() as writing:
         writing.execute(
             tables.skips.insert().values(
                 id=new_id(),
-                org_id=definition["org_id"],
-                definition_id=definition["id"],
+                org_id=digest["org_id"],
+                definition_id=digest["id"],
                 revision=1,
                 skipped_from=at - timedelta(hours=2),
                 skipped_until=at - timedelta(hours=1),
@@ -190,9 +196,9 @@ def test_skips_have_their_columns(database, connection, rows):
                 reason="missed",
             )
         )
-    code = next(org["code"] for org in rows.orgs if org["id"] == definition["org_id"])
+    code = next(org["code"] for org in rows.orgs if org["id"] == digest["org_id"])
 
-    [skip] = org_lists.skips(connection, code, definition="digest")
+    [skip] = read(connection, SKIPS, code, Page(definition="digest"))
 
     assert tuple(skip) == (
         "id",
@@ -205,16 +211,16 @@ def test_skips_have_their_columns(database, connection, rows):
         "reason",
     )
     assert (skip["count"], skip["reason"], skip["org"]) == (7, "missed", code)
-    assert org_lists.skips_for_all_orgs(connection, since=at) == []
-    assert len(org_lists.skips_for_all_orgs(connection, since=at - timedelta(hours=1))) == 1
+    assert read(connection, SKIPS, ALL_ORGS, Page(since=at)) == []
+    assert len(read(connection, SKIPS, ALL_ORGS, Page(since=at - timedelta(hours=1)))) == 1
 
 
 def test_orgs_and_the_audit_are_listed(connection):
-    assert [row["code"] for row in org_lists.orgs_for_all_orgs(connection)] == ["org_b", "org_a"]
-    assert org_lists.orgs_for_all_orgs(connection, state="paused") == []
-    [first, *_] = org_lists.audit(connection, "org_a")
+    assert [row["code"] for row in read(connection, ORGS, ALL_ORGS)] == ["org_b", "org_a"]
+    assert read(connection, ORGS, ALL_ORGS, Page(state="paused")) == []
+    [first, *_] = read(connection, AUDIT, "org_a")
     assert (first["actor"], first["org"]) == ("tester", "org_a")
-    assert len(org_lists.audit_for_all_orgs(connection)) == 6
+    assert len(read(connection, AUDIT, ALL_ORGS)) == 6
 
 
 def test_the_catalogue_keeps_the_broken_ones_and_forgets_what_is_gone(database, connection, rows):

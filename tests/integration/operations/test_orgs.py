@@ -14,7 +14,8 @@ from worker.operations.orgs import add_org, import_orgs
 from worker.operations.runs import run_now
 from worker.orgs import OrgEntry
 from worker.store import tables
-from worker.store.lists import orgs as org_lists
+from worker.store.lists import CREDENTIALS
+from worker.store.lists.read import read
 
 DEFINITION = """
 [[definition]]
@@ -64,7 +65,7 @@ def test_credentials_come_in_generations_and_are_listed_without_secrets(database
 
     assert (second["generation"], second["client_id"], second["state"]) == (2, "c2", "active")
     with database.autocommit() as connection:
-        listed = org_lists.credentials(connection, "org_acme")
+        listed = read(connection, CREDENTIALS, "org_acme")
     assert [row["generation"] for row in listed] == [2, 1]
     assert "sealed" not in listed[0]
     assert SECRET not in repr(listed) + repr(rows.audit)

@@ -8,9 +8,10 @@ from datetime import timedelta
 import pytest
 
 from tests.fakes.stock import Stock
+from worker.ids import ALL_ORGS
 from worker.store import tables
+from worker.store.lists import Page
 from worker.store.lists import runs as run_lists
-from worker.store.lists.runs import Wanted
 
 NAMES = ("digest", "export", "rare")
 STATES = (None, "succeeded", "failed", "refused")
@@ -55,11 +56,8 @@ def test_a_page_is_the_newest_that_meet_every_condition(database, history, monke
         for org, name, state, start in itertools.product(
             (None, *orgs), (None, *NAMES, "nothing"), (*STATES, "waiting"), (None, after)
         ):
-            wanted = Wanted(definition=name, state=state, after=start, limit=4)
-            if org is None:
-                found = run_lists.find_for_all_orgs(connection, wanted)
-            else:
-                found = run_lists.find(connection, org, wanted)
+            page = Page(definition=name, state=state, after=start)
+            found = run_lists.find(connection, ALL_ORGS if org is None else org, page, 4)
             meets = [
                 id_
                 for id_, of, called, ended in history
@@ -72,6 +70,7 @@ def test_runs_made_before_since_are_left_out(database, history, rows):
     with database.autocommit() as connection:
         for state in ("waiting", "succeeded"):
             soon, long_ago = rows.now() + timedelta(hours=1), rows.now() - timedelta(hours=1)
-            find = run_lists.find_for_all_orgs
-            assert find(connection, Wanted(state=state, definition="digest", since=soon)) == []
-            assert find(connection, Wanted(state=state, definition="digest", since=long_ago))
+            find = run_lists.find
+            page = Page(state=state, definition="digest", since=soon)
+            assert find(connection, ALL_ORGS, page, 50) == []
+            assert find(connection, ALL_ORGS, Page(state=state, definition="digest", since=long_ago), 50)

@@ -14,7 +14,9 @@ from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
 from worker.store import catalogue, tables
+from worker.store.lists import RUNS, Page, Run, columns_of
 from worker.store.lists import runs as run_lists
+from worker.store.lists.read import read
 
 FILE = """
 [[org]]
@@ -44,7 +46,7 @@ def site(apply, database):
 
         def runs(self, **narrowed):
             with database.autocommit() as connection:
-                return run_lists.runs(connection, "org_acme", **narrowed)
+                return read(connection, RUNS, "org_acme", Page(**narrowed))
 
         def show(self, run_id):
             with database.autocommit() as connection:
@@ -59,7 +61,7 @@ def test_run_now_makes_a_run_that_may_start_at_once(site, rows):
     assert (run["state"], run["reason"], run["origin"]) == ("waiting", "due", "manual")
     assert run["available_at"] == run["scheduled_for"] <= rows.now()
     assert (run["org"], run["definition"], run["handler"]) == ("org_acme", "digest", "acme.note")
-    assert tuple(run) == run_lists.LISTED
+    assert tuple(run) == columns_of(Run)
     [live] = rows.live_runs
     assert (live["serial"], live["isolation"], live["start_by"]) == (True, "child", None)
     assert rows.runs[0]["created_by"] == "tester"
@@ -204,7 +206,7 @@ def test_what_is_not_there_is_not_found(site, database):
         run_now(database, "org_acme", "nothing", actor="tester")
     with pytest.raises(NotFound):
         cancel(database, new_id(), actor="tester")
-    with pytest.raises(NotFound, match="is no id"):
+    with pytest.raises(NotFound, match="is not a valid id"):
         cancel(database, "seven", actor="tester")
 
 

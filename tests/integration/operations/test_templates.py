@@ -12,6 +12,7 @@ from sqlalchemy import update
 from tests.fakes.closing import close_definition
 from worker.definitions.file import parse_file
 from worker.errors import Conflict, DefinitionError, NotFound
+from worker.ids import ALL_ORGS
 from worker.operations import templates as module
 from worker.operations.apply import apply as apply_file
 from worker.operations.definitions import pause_definition
@@ -20,7 +21,8 @@ from worker.operations.templates import close_template, materialise
 from worker.orgs import OrgEntry
 from worker.store import audit, tables
 from worker.store.database import Database
-from worker.store.lists import definitions as definition_lists
+from worker.store.lists import DEFINITIONS, Page
+from worker.store.lists import read as lists
 
 TEMPLATE = """
 [[template]]
@@ -38,13 +40,13 @@ def org(code: str, *tags: str, issuer: str = "main") -> str:
 def made(database, state: str | None = None) -> dict[str, tuple[str, str, int]]:
     """By org: schedule, template and revision of what it has."""
     with database.autocommit() as connection:
-        rows = definition_lists.definitions_for_all_orgs(connection, state=state, limit=1000)
+        rows = lists.read(connection, DEFINITIONS, ALL_ORGS, Page(state=state, limit=1000))
     return {row["org"]: (row["schedule"], row["template"], row["revision"]) for row in rows}
 
 
 def template(database, name: str = "export"):
     with database.autocommit() as connection:
-        return definition_lists.template_for_all_orgs(connection, name)
+        return lists.template(connection, ALL_ORGS, name)
 
 
 def carry_on(database) -> int:

@@ -9,19 +9,19 @@ import pytest
 
 from tests.fakes.clock import utc
 from tests.fakes.timeline import NAME, ORG, Timeline
-from worker.cli.definitions import of_definition
+from worker.cli.definitions import preview_definition
 from worker.operations.definitions import pause_definition
-from worker.store.lists import definitions as definition_lists
 from worker.store.lists import runs as run_lists
+from worker.store.lists.read import definition
 
 HOUR = timedelta(hours=1)
 
 
 def preview(timeline: Timeline, count: int, start: datetime | None = None) -> list[dict[str, Any]]:
     with timeline.database.autocommit() as connection:
-        row = definition_lists.definition(connection, ORG, NAME)
+        row = definition(connection, ORG, NAME)
         unfinished = run_lists.unfinished(connection, ORG, row["id"])
-    return of_definition(row, unfinished, start, count, now=timeline.clock.now())
+    return preview_definition(row, unfinished, start, count, now=timeline.clock.now())
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from sqlalchemy import select
 from tests.fakes.clock import ManualClock
 from tests.fakes.timeline import Timeline
 from worker.definitions.file import parse_file
+from worker.ids import ALL_ORGS
 from worker.operations.apply import apply
 from worker.operations.templates import materialise
 from worker.store import tables
 from worker.store.database import Database
-from worker.store.lists import definitions as definition_lists
+from worker.store.lists.read import template
 
 ORGS = 10_000
 TEMPLATE = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@hourly"\n'
@@ -35,7 +36,7 @@ def change(timeline: Timeline, text: str) -> int:
     while materialise(timeline.database).orgs:
         batches += 1
     with timeline.database.autocommit() as connection:
-        shown = definition_lists.template_for_all_orgs(connection, "export")
+        shown = template(connection, ALL_ORGS, "export")
     assert shown["orgs_done"] == shown["orgs_total"] == ORGS
     return batches
 

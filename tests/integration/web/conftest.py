@@ -12,6 +12,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from tests.fakes.limits import no_limits
 from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
@@ -22,7 +23,7 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator, Role
-from worker.web.clients import Addresses, Limits
+from worker.web.clients import Addresses
 from worker.web.health import Health
 from worker.web.server import build
 
@@ -76,7 +77,7 @@ class Site:
         self.org_scope = ""
         self.public_url = ""
         self.trusted_proxies: tuple[str, ...] = ()
-        self.limits: Limits | None = None
+        self.limits = no_limits(clock)
         self.top_orgs = 0
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
 

@@ -6,13 +6,14 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import TOKENS, Site
+from worker.ids import ALL_ORGS
 from worker.operations.definitions import pause_definition
 from worker.operations.runs import run_now
 from worker.store import orgs
-from worker.store.lists import runs as run_lists
+from worker.store.lists import LISTS, RUNS, Run, columns_of
+from worker.store.lists.read import read
 from worker.store.tables import live_runs, metadata
 from worker.web.access import Caller, CallerDatabase
-from worker.web.lists import LISTS
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -83,7 +84,7 @@ class TestWhatAnOrgSees:
     async def test_every_list_is_its_own_only(self, site: Site):
         make_run(site, "org_a")
         make_run(site, "org_b")
-        for name in LISTS:
+        for name in (noun.name for noun in LISTS):
             answer = await site.get(f"{API}/{name}", site.token("org_a"))
             assert answer.status_code == 200, (name, answer.text)
             assert "org_b" not in answer.text
@@ -103,12 +104,12 @@ class TestWhatAnOrgSees:
         for path in RUN_PATHS:
             answer = await site.get(f"{API}/runs/{theirs}{path}", token)
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
-        for name in LISTS:
+        for name in (noun.name for noun in LISTS):
             assert (await site.get(f"{API}/{name}?org=org_b", token)).status_code == 404
         for path in (f"runs/{theirs}/cancel", f"runs/{theirs}/retry", "definitions/org_b/digest/run"):
             assert (await site.post(f"{API}/{path}", token)).status_code == 404, path
         with site.database.autocommit() as connection:
-            assert [run["id"] for run in run_lists.runs_for_all_orgs(connection)] == [theirs]
+            assert [run["id"] for run in read(connection, RUNS, ALL_ORGS)] == [theirs]
             assert connection.execute(live_runs.select()).one().cancel_requested_at is None
 
     async def test_an_answer_for_anothers_org_is_that_for_one_that_does_not_exist(self, site: Site):
@@ -134,7 +135,9 @@ class TestWhatAnOrgSees:
             org_id = orgs.require(connection, "org_a")["id"]
         caller = Caller("org_a", "viewer", org="org_a", org_id=org_id)
 
-        runs = await CallerDatabase(site.database).read(caller, run_lists.runs_for_all_orgs)
+        runs = await CallerDatabase(site.database).read(
+            caller, lambda connection: read(connection, RUNS, ALL_ORGS)
+        )
 
         assert [run["org"] for run in runs] == ["org_a"]
 
@@ -156,13 +159,13 @@ class TestOperators:
 
         assert [row["org"] for row in every] == ["org_b", "org_a"]
         assert one == every[:1]
-        assert list(one[0]) == list(run_lists.LISTED)
+        assert list(one[0]) == list(columns_of(Run))
         assert one[0]["scheduled_for"].endswith("Z")
 
     @on_either
     async def test_every_list_and_run_can_be_read_by_an_admin(self, staffed: Site):
         run = make_run(staffed, "org_a")
-        for name in LISTS:
+        for name in (noun.name for noun in LISTS):
             answer = await staffed.get(f"{API}/{name}", TOKENS["admin"])
             assert answer.status_code == 200
             assert isinstance(answer.json(), list)

@@ -9,11 +9,13 @@ import httpx
 import pytest
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition
 from worker.operations.orgs import set_org_state
 from worker.store import orgs
-from worker.store.lists import runs as run_lists
+from worker.store.lists import RUNS
+from worker.store.lists.read import read
 from worker.web.sessions import SESSION_COOKIE
 
 pytestmark = pytest.mark.anyio
@@ -169,7 +171,7 @@ class TestParamsByHand:
 
     def count(self, site: Site) -> int:
         with site.database.autocommit() as connection:
-            return len(run_lists.runs_for_all_orgs(connection))
+            return len(read(connection, RUNS, ALL_ORGS))
 
     @on_either
     async def test_what_is_listed_may_be_given_and_nothing_else(self, chosen: Site):

@@ -27,12 +27,13 @@ import worker.operations.runs
 from tests.fakes import postgres
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import App, FakeIssuer, kinde_issuer
+from tests.fakes.limits import no_limits
 from tests.integration.web.conftest import BASE, OPERATORS, TOKENS, csrf_of, log_in
 from tests.integration.web.test_callers import PERSON, with_scopes
 from worker.definitions.file import parse_file
 from worker.guard import Guard
 from worker.handlers.catalogue import HandlerEntry
-from worker.ids import RunId, new_id
+from worker.ids import ALL_ORGS, OrgScope, RunId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.operations.orgs import set_org_state
@@ -184,7 +185,12 @@ class Installation:
             return await unknown.call_autocommit(orgs.find_caller, code, client_id)
 
         access = Access(
-            OPERATORS, {"main": self.guard}, find_caller, org_role=org_role, org_scope="jobs:read"
+            OPERATORS,
+            {"main": self.guard},
+            find_caller,
+            org_role=org_role,
+            org_scope="jobs:read",
+            limits=no_limits(self.clock),
         )
         return build(Health(Metrics(version="1.0", top_orgs=5)), self.served, access, self.clock)
 
@@ -437,7 +443,7 @@ class Matrix:
 
 
 def test_every_route_of_the_router_has_a_rule(clock: ManualClock):
-    access = Access((), {}, lambda code, client_id: None, org_role="viewer")  # type: ignore[arg-type,return-value]
+    access = Access((), {}, lambda code, client_id: None, org_role="viewer", limits=no_limits())  # type: ignore[arg-type,return-value]
     database = Database.open("sqlite:///unused.db", clock=clock)
     app = build(Health(Metrics(version="1.0")), database, access, clock)
     database.close()
@@ -498,7 +504,7 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
 
 
 def refuse_what_is_for_all_orgs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every function of the store that works for all orgs fail, wherever it was imported."""
+    """Let every function of the store, and every list, that is for all orgs fail."""
 
     def refused(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an org's request has reached what is for all orgs")
@@ -507,6 +513,12 @@ def refuse_what_is_for_all_orgs(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("worker."):
             for attribute in [one for one in vars(module) if one.endswith("_for_all_orgs")]:
                 monkeypatch.setattr(module, attribute, refused)
+    scope_of = orgs.scope_of
+
+    def of_one(connection: Connection, org: OrgScope) -> Any:
+        return refused() if org is ALL_ORGS else scope_of(connection, org)
+
+    monkeypatch.setattr(orgs, "scope_of", of_one)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tests.fakes.limits import no_limits
 from tests.fakes.ports import free_port
 from worker.clock import SystemClock
 from worker.errors import Busy, ConfigurationError
@@ -33,7 +34,7 @@ NOTHING: Any = None
 
 
 def application() -> ASGIApp:
-    access = Access([], {}, NOTHING, org_role="viewer")
+    access = Access([], {}, NOTHING, org_role="viewer", limits=no_limits())
     return build(Health(Metrics(version="1.0")), NOTHING, access, SystemClock())
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.clock import ManualClock, utc
-from worker.cli.options import read_instant, read_pairs, read_since, read_text
+from worker.cli.options import read_pairs, read_since, read_text
+from worker.definitions.units import parse_time
 from worker.errors import UsageError
 
 
@@ -24,13 +25,13 @@ from worker.errors import UsageError
     ],
 )
 def test_an_instant_is_rfc_3339_a_date_or_a_duration_ago(clock: ManualClock, text: str, instant: datetime):
-    assert read_instant(text, clock, option="--since") == instant
+    assert parse_time(text, clock, name="--since") == instant
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2027-01-01T08:00:00", "-2h", "2027-13-01"])
 def test_any_other_instant_is_refused_by_its_option(clock: ManualClock, text: str):
-    with pytest.raises(UsageError, match="--from .* is no instant"):
-        read_instant(text, clock, option="--from")
+    with pytest.raises(UsageError, match="--from .* is not a time"):
+        parse_time(text, clock, name="--from")
 
 
 def test_without_since_there_is_no_bound(clock: ManualClock):

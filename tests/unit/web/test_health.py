@@ -10,6 +10,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp
 
+from tests.fakes.limits import no_limits
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Vitals
 from worker.web.access import Access, Operator
@@ -39,7 +40,9 @@ def whole(health: Health, **given: Any) -> ASGIApp:
     """Everything that `listen` serves."""
     # Health is answered from memory: there is no database behind it here.
     nothing: Any = None
-    return build(health, nothing, Access([], {}, nothing, org_role="viewer"), nothing, **given)
+    return build(
+        health, nothing, Access([], {}, nothing, org_role="viewer", limits=no_limits()), nothing, **given
+    )
 
 
 async def get(health: Health, path: str, **headers: str) -> httpx.Response:
@@ -133,7 +136,9 @@ async def test_metrics_that_name_orgs_need_an_operator_on_any_listener():
         assert (await client.get("/metrics", headers=ada)).status_code == 401
         digest = hashlib.sha256(b"adas-token").hexdigest()
         nothing: Any = None
-        health.protect(Access([Operator("ada", "viewer", digest)], {}, nothing, org_role="viewer"))
+        health.protect(
+            Access([Operator("ada", "viewer", digest)], {}, nothing, org_role="viewer", limits=no_limits())
+        )
         assert (await client.get("/metrics", headers=ada)).status_code == 200
         assert (await client.get("/metrics", headers={"authorization": "Bearer guess"})).status_code == 401
         answer = await client.get("/metrics")
@@ -178,7 +183,7 @@ async def test_while_as_many_requests_as_may_be_are_served_health_is_answered_an
             return None
 
     nothing: Any = None
-    app = build(watched(), nothing, Slow([], {}, nothing, org_role="viewer"), nothing)
+    app = build(watched(), nothing, Slow([], {}, nothing, org_role="viewer", limits=no_limits()), nothing)
     served = [asyncio.create_task(ask(app, "/api/v1/runs")) for _ in range(MOST_REQUESTS)]
     await full.wait()
 

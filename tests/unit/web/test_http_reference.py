@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from worker.store.lists import BACKFILLS, LISTS, columns_of
 from worker.telemetry.alerts import Alert
 from worker.web.api import BASE, Api
-from worker.web.lists import LISTS
 from worker.web.responses import STATUS
 
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "http.md").read_text()
@@ -27,11 +27,19 @@ def test_every_address_of_the_api_is_documented():
 
 
 def test_the_parameters_of_every_list_are_documented():
-    for name, listing in LISTS.items():
-        row = re.search(rf"(?m)^\| `GET /{name}` \| ([^|;]*)", REFERENCE)
+    for listing in LISTS:
+        row = re.search(rf"(?m)^\| `GET /{listing.name}` \| ([^|;]*)", REFERENCE)
         assert row is not None
         named = set(row[1].strip().split(", ")) - {""}
-        assert named - {"org"} == set(listing.filters), name
+        assert named == set(listing.parameters), listing.name
+
+
+def test_a_table_for_people_has_only_declared_columns():
+    computed = {"templates": {"reached"}}
+    for listing in (*LISTS, BACKFILLS):
+        assert set(listing.table) - set(columns_of(listing.row)) == computed.get(listing.name, set()), (
+            listing.name
+        )
 
 
 def test_the_status_of_every_error_is_documented():

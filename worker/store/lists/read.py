@@ -1,0 +1,223 @@
+"""The SQL of the lists: one query each, narrowed and cut into pages in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import ColumnElement, Connection, Select, Table, case, func, literal, select, true
+
+from worker.errors import NotFound, UsageError
+from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
+from worker.store import backfills, orgs, tables
+from worker.store import definitions as definition_rows
+from worker.store.dialect import all_rows, first_row
+from worker.store.lists import (
+    AUDIT,
+    BACKFILLS,
+    CREDENTIALS,
+    DEFINITIONS,
+    HANDLERS,
+    ORGS,
+    RUNS,
+    SKIPS,
+    TEMPLATES,
+    Backfill,
+    DefinitionDetail,
+    Listing,
+    OrgDetail,
+    Page,
+    TemplateDetail,
+    columns_of,
+    runs,
+)
+
+R = TypeVar("R")
+FIRST_PAGE = Page()
+Condition = ColumnElement[bool]
+
+_orgs, _audit, _skips, _credentials = tables.orgs, tables.audit, tables.skips, tables.credentials
+_definitions, _revisions, _schedule = tables.definitions, tables.definition_revisions, tables.schedule
+_templates, _backfills, _catalogue = tables.templates, tables.backfills, tables.catalogue
+
+
+def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page = FIRST_PAGE) -> list[R]:
+    """A page of a list for one org or for all, newest first.
+
+    Raises:
+        NotFound: there is no such org.
+        UsageError: the list has no such state.
+    """
+    if page.state is not None and page.state not in listing.states:
+        raise UsageError(
+            f"{page.state!r} is not a state of {listing.name}", fix=f"one of {', '.join(listing.states)}"
+        )
+    scope, limit = orgs.scope_of(connection, org), listing.limit_of(org, page)
+    if listing is RUNS:
+        return cast(list[R], runs.page_of(connection, scope, page, limit))
+    source = _SOURCES[listing]
+    query = source.query
+    if not isinstance(scope, AllOrgs):
+        query = query.where(source.of_org(scope))
+    for name in ("definition", "state"):
+        if (value := getattr(page, name)) is not None:
+            query = query.where(source.columns[name] == value)
+    if page.state is None and (source.by_default_of_org or isinstance(scope, AllOrgs)):
+        query = query.where(source.by_default)
+    if page.since is not None and source.since is not None:
+        query = query.where(source.since >= page.since)
+        if source.since_bounds_key and source.key is not None:
+            query = query.where(source.key >= lowest_id(page.since))
+    if source.key is not None:
+        if page.after is not None:
+            query = query.where(source.key < page.after)
+        query = query.order_by(source.key.desc()).limit(limit)
+    else:
+        query = query.order_by(_catalogue.c.name, _catalogue.c.distribution)
+    return cast(list[R], all_rows(connection, query))
+
+
+def org(connection: Connection, code: str) -> OrgDetail:
+    """One org with its credentials, without secrets; raises NotFound."""
+    [row] = read(connection, ORGS, code)
+    return {**row, "credentials": read(connection, CREDENTIALS, code)}
+
+
+def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
+    """One definition, closed or not, with its whole spec; raises NotFound."""
+    org_id = orgs.require(connection, org)["id"]
+    definition_rows.require(connection, org_id, org, name)
+    query = _SOURCES[DEFINITIONS].query.add_columns(_revisions.c.spec)
+    query = query.where(_definitions.c.org_id == org_id, _definitions.c.name == name)
+    return cast(DefinitionDetail, first_row(connection, query))
+
+
+def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail:
+    """One template, closed or not, with its whole spec; raises NotFound.
+
+    For an org it exists only if it made one of the org's definitions.
+    """
+    source, scope = _SOURCES[TEMPLATES], orgs.scope_of(connection, org)
+    query = source.query.add_columns(_templates.c.spec).where(_templates.c.name == name)
+    if not isinstance(scope, AllOrgs):
+        query = query.where(source.of_org(scope))
+    row = first_row(connection, query)
+    if row is None:
+        raise NotFound(f"there is no template {name}", fix="`templates list` shows the templates")
+    return cast(TemplateDetail, row)
+
+
+def backfill(connection: Connection, org_id: OrgId, backfill_id: str) -> Backfill:
+    """One existing backfill, as the list shows it."""
+    query = _SOURCES[BACKFILLS].query
+    query = query.where(_backfills.c.org_id == org_id, _backfills.c.id == backfill_id)
+    return cast(Backfill, first_row(connection, query))
+
+
+class _Source:
+    """The query of a list, and what narrows it.
+
+    A column is computed, the code of the org, the name of the definition, or the table's own.
+    `since_bounds_key`: a row that counts as newer than `since` was also created after it.
+    `by_default` narrows the list if no state is asked for, `by_default_of_org` also one org's.
+    """
+
+    def __init__(
+        self,
+        listing: Listing[Any],
+        table: Table,
+        *joined: tuple[Table, Condition],
+        of_org: Callable[[OrgId], Condition] | None = None,
+        since: str = "created_at",
+        since_bounds_key: bool = True,
+        by_default: Condition | None = None,
+        by_default_of_org: bool = True,
+        **computed: ColumnElement[Any],
+    ) -> None:
+        known = {"org": _orgs.c.code, "definition": _definitions.c.name} | computed
+        columns = {name: known[name] if name in known else table.c[name] for name in columns_of(listing.row)}
+        self.query = select(*(column.label(name) for name, column in columns.items())).select_from(table)
+        if "org" in columns:
+            is_optional = bool(table.c.org_id.nullable)
+            self.query = self.query.join(_orgs, _orgs.c.id == table.c.org_id, isouter=is_optional)
+        if "definition" in columns:
+            self.query = self.query.join(_definitions, _definitions.c.id == table.c.definition_id)
+        for other, condition in joined:
+            self.query = self.query.outerjoin(other, condition)
+        self.columns = columns | ({"definition": _definitions.c.name} if listing is DEFINITIONS else {})
+        # A UUIDv7, so newer rows have greater keys. Handlers have none, and no pages.
+        self.key = table.c.get("id")
+        self.of_org = of_org or (lambda org_id: table.c.org_id == org_id)
+        self.since = table.c.get(since)
+        self.since_bounds_key = since_bounds_key
+        self.by_default = true() if by_default is None else by_default
+        self.by_default_of_org = by_default_of_org
+
+
+def _of_spec(key: str, table: Table = _revisions) -> ColumnElement[Any]:
+    return cast(ColumnElement[Any], table.c.spec[key].as_string())
+
+
+def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any]:
+    """Columns of an org's open definitions."""
+    query = select(*columns).select_from(_definitions).join(_revisions, _IN_FORCE)
+    return query.where(_definitions.c.org_id == org_id, _definitions.c.closed_at.is_(None))
+
+
+_IN_FORCE = (_revisions.c.definition_id == _definitions.c.id) & (
+    _revisions.c.revision == _definitions.c.revision
+)
+_SOURCES: Mapping[Listing[Any], _Source] = {
+    ORGS: _Source(ORGS, _orgs, of_org=_orgs.c.id.__eq__),
+    DEFINITIONS: _Source(
+        DEFINITIONS,
+        _definitions,
+        (_revisions, _IN_FORCE),
+        (_schedule, _schedule.c.definition_id == _definitions.c.id),
+        (_templates, _templates.c.id == _definitions.c.template_id),
+        by_default=_definitions.c.closed_at.is_(None),
+        handler=_of_spec("handler"),
+        schedule=_of_spec("schedule"),
+        timezone=func.coalesce(func.nullif(_of_spec("timezone"), ""), _orgs.c.timezone, "UTC"),
+        state=case(
+            (_definitions.c.closed_at.is_not(None), literal("closed")),
+            (_definitions.c.paused_at.is_not(None), literal("paused")),
+            (_definitions.c.enabled, literal("active")),
+            else_=literal("disabled"),
+        ),
+        org_state=_orgs.c.state,
+        next_scheduled_for=_schedule.c.next_scheduled_for,
+        next_fire_at=_schedule.c.next_fire_at,
+        template=_templates.c.name,
+    ),
+    TEMPLATES: _Source(
+        TEMPLATES,
+        _templates,
+        of_org=lambda org_id: _templates.c.id.in_(_open_definitions(org_id, _definitions.c.template_id)),
+        by_default=_templates.c.closed_at.is_(None),
+        by_default_of_org=False,
+        orgs=_templates.c.selector,
+        handler=_of_spec("handler", _templates),
+        schedule=_of_spec("schedule", _templates),
+        state=case((_templates.c.closed_at.is_(None), literal("open")), else_=literal("closed")),
+    ),
+    SKIPS: _Source(SKIPS, _skips, since="skipped_until", since_bounds_key=False),
+    HANDLERS: _Source(
+        HANDLERS,
+        _catalogue,
+        of_org=lambda org_id: _catalogue.c.name.in_(_open_definitions(org_id, _of_spec("handler"))),
+    ),
+    CREDENTIALS: _Source(CREDENTIALS, _credentials),
+    AUDIT: _Source(AUDIT, _audit, since="at"),
+    BACKFILLS: _Source(
+        BACKFILLS,
+        _backfills,
+        state=case(
+            (_backfills.c.cancelled_at.is_not(None), literal("cancelled")),
+            (_backfills.c.finished_at.is_(None), literal("running")),
+            else_=literal("done"),
+        ),
+        ended=_backfills.c.made - backfills.unfinished(),
+        limit=_backfills.c.max_concurrent,
+    ),
+}

@@ -1,0 +1,154 @@
+"""What an org's own token sees of a row: no other org, person, worker or file path of the server.
+
+Each column of a row names its rule. A column without one is left out, so a new column
+stays hidden until someone decides. Operators see rows as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+Row = Mapping[str, Any]
+# The value for the org, from the value, its whole row and the org's code.
+Rule = Callable[[Any, Row, str], Any]
+
+OTHER_ORG = "the token is for another org"
+NOT_LOADED = "it does not load; an operator can see why"
+# Actors: an org sees itself and the worker by name; people appear as OPERATOR.
+WORKER, OPERATOR = "worker", "operator"
+
+# Reasons whose detail is a code or the handler's own text. Other details are the worker's text.
+_DETAILED = {
+    *("error", "retry", "snoozed", "by_handler", "handler_exited", "result_invalid", "flag_off", "expired"),
+    *("org_mismatch", "client_mismatch", "scope_missing", "property_missing", "settings_invalid"),
+    "token_invalid",
+}
+# Top-level folders of a server, besides those that this process uses.
+_FOLDERS = {
+    *("bin", "boot", "dev", "etc", "home", "lib", "lib32", "lib64", "media", "mnt", "nix", "opt", "private"),
+    *("proc", "root", "run", "sbin", "snap", "srv", "sys", "tmp", "usr", "var"),
+}
+
+
+def redacted(kind: type, row: Row, org: str) -> dict[str, Any]:
+    """A row as this org sees it; `kind` is the class that declares its columns."""
+    rules = rules_of(kind)
+    return {name: rules[name](value, row, org) for name, value in row.items() if name in rules}
+
+
+@functools.cache
+def rules_of(kind: type) -> Mapping[str, Rule]:
+    """The rule of each column that an org sees."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def without_paths(text: str) -> str:
+    """The text with `<path>` for each absolute path of a file on the server."""
+    return _paths().sub("<path>", text) if "/" in text else text
+
+
+@functools.cache
+def _paths() -> re.Pattern[str]:
+    import tempfile
+
+    own = [sys.prefix, sys.base_prefix, os.getcwd(), tempfile.gettempdir(), *sys.path]
+    folders = _FOLDERS | {parts[1] for path in own if len(parts := Path(path).parts) > 1}
+    names = "|".join(sorted(map(re.escape, folders)))
+    # After a word it is part of a URL or of another path.
+    return re.compile(rf"(?<![\w.~/-])/+(?:{names})(?:/[^\s'\"<>|:;,)\]}}]*)+")
+
+
+def shown(value: Any, row: Row, org: str) -> Any:
+    return value
+
+
+Shown = Annotated[T, shown]
+
+
+def hidden(value: Any, row: Row, org: str) -> None:
+    return None
+
+
+def text(value: Any, row: Row, org: str) -> Any:
+    """Without file paths, also within JSON."""
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, Mapping):
+        return {key: text(inner, row, org) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [text(inner, row, org) for inner in value]
+    return value
+
+
+def actor(value: Any, row: Row, org: str) -> Any:
+    return value if value is None or value in (f"org:{org}", WORKER) else OPERATOR
+
+
+def note_of(column: str) -> Rule:
+    """The note of the actor in `column`, unless that is an operator."""
+
+    def note(value: Any, row: Row, org: str) -> Any:
+        return None if actor(row.get(column), row, org) == OPERATOR else value
+
+    return note
+
+
+def error(value: Any, row: Row, org: str) -> Any:
+    """Type and message of the error of a run or an attempt; its trace is for operators."""
+    if value is None:
+        return None
+    if row.get("reason") == "org_mismatch":
+        return {"type": value.get("type"), "message": OTHER_ORG}
+    return {name: without_paths(str(value[name])) for name in ("type", "message") if name in value}
+
+
+def error_cause(value: Any, row: Row, org: str) -> Any:
+    return OTHER_ORG if value and row.get("reason") == "org_mismatch" else text(value, row, org)
+
+
+def detail(value: Any, row: Row, org: str) -> Any:
+    if value is None or row.get("reason") in _DETAILED:
+        return text(value, row, org)
+    # For a run without a token, the error's code; the message names files and other orgs.
+    return value.partition(":")[0] if row.get("reason") == "no_token" else None
+
+
+def claims(value: Any, row: Row, org: str) -> Any:
+    return value if value is None or value.get("org_code") == org else None
+
+
+def reference(value: Any, row: Row, org: str) -> Any:
+    """Only that the secret is in a file."""
+    return None if value is None else "file"
+
+
+def audit_detail(value: Any, row: Row, org: str) -> Any:
+    """Without an operator's notes."""
+    if isinstance(value, Mapping) and actor(row.get("actor"), row, org) == OPERATOR:
+        value = {name: each for name, each in value.items() if name not in ("note", "template")}
+    return text(value, row, org)
+
+
+def not_loaded(value: Any, row: Row, org: str) -> Any:
+    return value and NOT_LOADED
+
+
+def rows(kind: type) -> Rule:
+    """A list of rows, each redacted by its own class; a refused attempt has the reason of its run."""
+
+    def redact(value: Any, row: Row, org: str) -> Any:
+        reason = {"reason": row.get("reason")}
+        return [
+            redacted(kind, {**each, **(reason if each.get("outcome") == "refused" else {})}, org)
+            for each in value
+        ]
+
+    return redact
