@@ -27,9 +27,9 @@ def generate(
 ) -> None:
     """Create the key ring, a file that only its owner can read; exit 5 if there is one already.
 
-    It is in secrets_dir, or on SQLite beside the database if secrets_dir is not set. The
-    worker must run as the same user, or get the file. If a lost ring sealed secrets of the
-    database, exits 78 unless --anew is given.
+    It is in secrets_dir; on SQLite it is beside the database, unless secrets_dir has it
+    already. The worker must run as the same user, or get the file. If a lost ring sealed
+    secrets of the database, exits 78 unless --anew is given.
     """
     from worker.tokens.sealing import KeyRing
 

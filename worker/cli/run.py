@@ -10,7 +10,7 @@ from worker.cli.session import session_of
 
 
 def run(context: typer.Context) -> None:
-    """Start the worker, also the default without a command; SIGTERM or Ctrl-C drains it."""
+    """Start the worker; this is the default without a command. SIGTERM or Ctrl-C drains it."""
     from worker.wiring.process import run as run_worker
 
     session = session_of(context)

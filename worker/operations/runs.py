@@ -174,7 +174,7 @@ def matching(
 ) -> Iterator[Row]:
     """The runs that match now, oldest first, read in pages as they are taken, at most `limit`.
 
-    Runs that ask to stop already and runs that were retried do not match.
+    Runs that were asked to stop or were retried already do not match.
 
     Raises:
         NotFound: no such org.
