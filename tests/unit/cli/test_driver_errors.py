@@ -1,4 +1,4 @@
-"""What a database refuses, in our own words."""
+"""Errors of database drivers as errors of the command line."""
 
 from __future__ import annotations
 
