@@ -10,7 +10,8 @@ from typing import Any
 
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers import denials
-from worker.handlers.context import BlockingContext, Context, finish
+from worker.handlers.blocking import finish
+from worker.handlers.context import BlockingContext, Context
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from worker.claims.claims import AccessToken, Claims, flag_value
 from worker.clock import Clock
+from worker.handlers.blocking import finish
 from worker.handlers.json_text import clean, to_json_text
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 P = TypeVar("P")
 S = TypeVar("S")
-T = TypeVar("T")
 
 NOTE_LIMIT = 500
 # The members that are HTTP clients, each created on first use.
@@ -48,17 +48,6 @@ class BlockingWorkerPort(_ReportsProgress, Protocol):
     def save(self, data_json: str) -> None: ...
 
     def token(self, *, fresh: bool) -> Granted: ...
-
-
-def finish(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends, without an event loop, so that blocking code can share it."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    coroutine.close()
-    raise RuntimeError("a coroutine that must not suspend did")
 
 
 @dataclass(slots=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from worker.claims.claims import AccessToken
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback
-from worker.handlers.context import Given, finish
+from worker.handlers.blocking import finish
+
+if TYPE_CHECKING:
+    from worker.handlers.context import Given
 
 Origin = tuple[str, str, int | None]
 # Returns the run's token; a new one if the argument is true.

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import httpcore
 import httpx
 
-from worker.handlers.context import finish
+from worker.handlers.blocking import finish
 from worker.handlers.http import origin_of, tls_context
 from worker.handlers.results import PermanentError
 
