@@ -26,6 +26,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from tests.fakes.cli import Completed
+
 ROOT = Path(__file__).parents[2]
 # Imported by a worker or a command only once it needs them.
 LATER = ("alembic.command", "opentelemetry.sdk.trace", "psycopg", "sqlalchemy.dialects.postgresql.psycopg")
@@ -108,25 +110,60 @@ _servers: dict[int, Path] = {}
 
 
 def start(
-    command: list[str], *, cwd: Path, env: Mapping[str, str], output: IO[bytes]
+    command: list[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    output: IO[bytes],
+    errors: IO[bytes] | None = None,
+    given: IO[bytes] | None = None,
 ) -> Process | subprocess.Popen[bytes]:
-    """Start a command in its own session, without standard input; as a fork if it is `python -m worker …`."""
+    """Start a command in its own session; as a fork if it is `python -m worker …`.
+
+    `errors` defaults to `output`, standard input to nothing.
+    """
     if command[:3] != [sys.executable, "-m", "worker"] or not is_possible():
         return subprocess.Popen(
             command,
             cwd=cwd,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=given or subprocess.DEVNULL,
             stdout=output,
-            stderr=output,
+            stderr=errors or output,
             start_new_session=True,
         )
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(server()))
     with open(os.devnull, "rb") as nothing:
         request = {"arguments": command[3:], "cwd": str(cwd), "env": dict(env), "session": True}
-        send(connection, request, [nothing.fileno(), output.fileno(), output.fileno()])
+        streams = (given or nothing, output, errors or output)
+        send(connection, request, [stream.fileno() for stream in streams])
     return Process(connection)
+
+
+def run(
+    command: list[str], *, cwd: Path, env: Mapping[str, str], stdin: str = "", timeout: float = 90
+) -> Completed:
+    """Run a command to its end.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed after that many seconds.
+    """
+    with (
+        tempfile.TemporaryFile() as output,
+        tempfile.TemporaryFile() as errors,
+        tempfile.TemporaryFile() as given,
+    ):
+        given.write(stdin.encode())
+        given.seek(0)
+        started = start(command, cwd=cwd, env=env, output=output, errors=errors, given=given)
+        try:
+            code = started.wait(timeout)
+        finally:
+            started.kill()
+        for stream in (output, errors):
+            stream.seek(0)
+        return Completed(code, output.read().decode(), errors.read().decode())
 
 
 def is_possible() -> bool:

@@ -103,16 +103,9 @@ write_paths = ["{self.out}"]
 
     def process(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
         """Run one command in its own process, as a user does."""
-        ended = subprocess.run(
-            self.command(*arguments),
-            cwd=self.folder,
-            env=self.process_environment(),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=90,
+        done = forked.run(
+            self.command(*arguments), cwd=self.folder, env=self.process_environment(), stdin=stdin
         )
-        done = Completed(ended.returncode, ended.stdout, ended.stderr)
         return done.checked(arguments) if check else done
 
     def migrate(self) -> None:
@@ -260,7 +253,7 @@ write_paths = ["{self.out}"]
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "worker", "--config", str(self.settings), *arguments]
 
-    def _environment(self) -> dict[str, str]:
+    def process_environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
         path = [str(self.plugins), *filter(None, [os.environ.get("PYTHONPATH")])]
         return kept | {"PYTHONPATH": os.pathsep.join(path)} | self.environment

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from tests.fakes import forked
 from tests.fakes.cli import CommandLine, Completed
 from tests.fakes.site import definition
 from worker.cli.app import build
@@ -101,8 +102,7 @@ def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
 
 def in_a_process(cli: CommandLine, *arguments: str) -> Completed:
     command = [sys.executable, "-m", "worker", "--config", str(cli.settings), *arguments]
-    done = subprocess.run(command, cwd=cli.settings.parent, capture_output=True, text=True, timeout=60)
-    return Completed(done.returncode, done.stdout, done.stderr)
+    return forked.run(command, cwd=cli.settings.parent, env=os.environ)
 
 
 def failing(cli: CommandLine, command: str, *more: str, code: int, stdin: str | None = None) -> None:
