@@ -20,7 +20,6 @@ from worker.operations.changes import (
     Change,
     DefinitionChange,
     OrgChange,
-    Row,
     TemplateChange,
     differing,
     write_definitions,
@@ -32,6 +31,7 @@ from worker.operations.templates import materialise_first
 from worker.orgs import OrgEntry
 from worker.store import audit, definitions, orgs, templates
 from worker.store.database import Database
+from worker.store.dialect import Row
 
 
 def apply(

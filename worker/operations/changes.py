@@ -13,8 +13,8 @@ from worker.definitions.definition import Definition, to_spec
 from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, templates
+from worker.store.dialect import Row
 
-Row = Mapping[str, Any]
 Kind = Literal["org", "definition", "template"]
 Action = Literal["add", "change", "reopen", "close"]
 

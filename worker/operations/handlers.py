@@ -14,8 +14,7 @@ from worker.errors import UnknownHandler
 from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Isolation
 from worker.store import catalogue
-
-Row = Mapping[str, Any]
+from worker.store.dialect import Row
 
 
 @dataclass(slots=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker.errors import ConfigurationError, Conflict, NotFound
 from worker.store import audit, credentials
 from worker.store.database import Database
+from worker.store.dialect import Row
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
-
-Row = dict[str, Any]
 
 BATCH = 500
 

@@ -19,10 +19,9 @@ from worker.operations.handlers import Handlers
 from worker.orgs import OrgRef
 from worker.store import definitions, health, history, orgs
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.tokens.cache import MARGIN, MARGIN_SHARE, MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL
 from worker.tokens.issuer import Issuer
-
-Row = Mapping[str, Any]
 
 PAGE = 500
 DAY = timedelta(days=1)

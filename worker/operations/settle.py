@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -18,10 +17,8 @@ from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.store import audit, definitions, firing, schema
 from worker.store.database import Database
-from worker.store.dialect import chunks
+from worker.store.dialect import Row, chunks
 from worker.telemetry.events import emit
-
-Row = Mapping[str, Any]
 
 ACTOR = "worker"
 # Definitions that one step of `recompute` reads.
