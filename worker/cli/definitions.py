@@ -12,12 +12,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import (
-    NoteOption,
-    OutputOption,
-    read_pairs,
-    split_pairs,
-)
+from worker.cli.options import NoteOption, OutputOption, read_pairs, split_pairs
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
@@ -174,8 +169,7 @@ def next_(
         rows = preview_definition(row, serial_runs, at, count, now=now)
     else:
         raise UsageError(
-            "no schedule is named",
-            fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)",
+            "no schedule is named", fix="name either ORG and NAME, or --schedule TEXT (with --timezone ZONE)"
         )
     print_rows(rows, output, columns=("scheduled_for", "local", "note"), key="scheduled_for")
 

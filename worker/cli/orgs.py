@@ -10,12 +10,7 @@ import typer
 
 from worker.cli.checks import check_orgs
 from worker.cli.lists import add_list
-from worker.cli.options import (
-    FileArgument,
-    NoteOption,
-    OutputOption,
-    read_text,
-)
+from worker.cli.options import FileArgument, NoteOption, OutputOption, read_text
 from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.session import Invocation, change, session_of
 from worker.errors import UsageError

@@ -29,12 +29,7 @@ class Format(StrEnum):
 
 
 def print_rows(
-    rows: Sequence[Row],
-    output: Format,
-    *,
-    columns: Sequence[str],
-    key: str = "id",
-    limit: int | None = None,
+    rows: Sequence[Row], output: Format, *, columns: Sequence[str], key: str = "id", limit: int | None = None
 ) -> None:
     """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after."""
     if output is not Format.TABLE:

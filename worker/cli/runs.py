@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import (
-    DefinitionOption,
-    OrgOption,
-    OutputOption,
-    SinceOption,
-    StateOption,
-    read_since,
-)
+from worker.cli.options import DefinitionOption, OrgOption, OutputOption, SinceOption, StateOption, read_since
 from worker.cli.output import Format, in_words, print_log, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.definitions.units import parse_time

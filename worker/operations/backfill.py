@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -18,11 +17,10 @@ from worker.operations.runs import new_run, require_active
 from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.lists import Backfill
 from worker.store.lists import read as lists
 from worker.telemetry.events import emit
-
-Row = dict[str, Any]
 
 # Backfills that one transaction continues, and the new runs of each.
 BACKFILLS = 50

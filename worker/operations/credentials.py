@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from worker.clock import Clock
 from worker.definitions.units import format_duration
@@ -23,6 +23,7 @@ from worker.ids import OrgId, new_id
 from worker.operations.check_orgs import Checks, Report
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.lists import CREDENTIALS, CredentialRow
 from worker.store.lists.read import read
 from worker.telemetry.masking import masker
@@ -30,8 +31,6 @@ from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind,
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
-
-Row = dict[str, Any]
 
 
 # `Rotation`: how long older generations must be unused, when it gives up, and the seconds between checks.

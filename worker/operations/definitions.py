@@ -17,12 +17,10 @@ from worker.operations.changes import DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs
 from worker.store.database import Database
-from worker.store.dialect import database_now
+from worker.store.dialect import Row, database_now
 from worker.store.lists import DefinitionDetail
 from worker.store.lists import read as lists
 from worker.telemetry.events import emit
-
-Row = dict[str, Any]
 
 ACTOR = "worker"
 

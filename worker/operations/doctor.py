@@ -20,6 +20,7 @@ from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, roles, schema
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
 from worker.store.lists.read import read
 from worker.telemetry.masking import shown_url
@@ -30,8 +31,6 @@ from worker.tokens.token_probe import Diagnostic
 SNAPSHOT_SECONDS = 60.0
 # Transactions that a replica, a slot or a prepared transaction can lag behind.
 SNAPSHOT_TRANSACTIONS = 100_000
-
-Row = dict[str, Any]
 
 
 def examine(database: Database, settings: Settings) -> list[Diagnostic]:

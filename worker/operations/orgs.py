@@ -20,13 +20,12 @@ from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
 from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.lists import OrgDetail
 from worker.store.lists import read as lists
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
-
-Row = dict[str, Any]
 
 
 def columns_of(entry: OrgEntry) -> Row:

@@ -19,11 +19,10 @@ from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
 from worker.store import audit, definitions, edit_runs, firing, orgs
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
 from worker.store.lists import Run, checked_id
 from worker.store.lists import runs as run_lists
-
-Row = dict[str, Any]
 
 # Matching runs read at a time.
 PAGE = 100

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import Connection
 
@@ -21,11 +20,10 @@ from worker.operations.changes import (
 )
 from worker.store import audit, definitions, templates
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.lists import TemplateDetail
 from worker.store.lists import read as lists
 from worker.telemetry.events import emit
-
-Row = Mapping[str, Any]
 
 # Orgs that one transaction brings up to date.
 BATCH = 200
