@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -175,15 +176,14 @@ class RequireToken:
             raise _Denied(503, "temporarily_unavailable", "tokens cannot be verified now") from None
 
 
+@dataclass(eq=False)
 class _Denied(Exception):
     """The response to a request without access."""
 
-    def __init__(self, status: int, error: str, description: str, scope: str = "") -> None:
-        super().__init__(description)
-        self.status = status
-        self.error = error
-        self.description = description
-        self.scope = scope
+    status: int
+    error: str
+    description: str
+    scope: str = ""
 
     async def respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response; a websocket is closed before it is accepted, which servers turn into a 403."""

@@ -12,14 +12,9 @@ from worker.errors import TokenRefused
 from worker.providers.profile import ClaimPath, Profile
 
 FLAG_TYPES = {
-    "b": "boolean",
-    "boolean": "boolean",
-    "s": "string",
-    "string": "string",
-    "i": "number",
-    "n": "number",
-    "integer": "number",
-    "number": "number",
+    **dict.fromkeys(("b", "boolean"), "boolean"),
+    **dict.fromkeys(("s", "string"), "string"),
+    **dict.fromkeys(("i", "n", "integer", "number"), "number"),
 }
 
 

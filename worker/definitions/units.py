@@ -38,16 +38,8 @@ _DURATION = re.compile(rf"(?:{_PART.pattern})+")
 LONGEST = timedelta(days=36_500)
 _LONGEST = LONGEST // timedelta(microseconds=1)
 
-_BYTES = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Longer texts are not parsed.
 _MAX_TEXT = 100
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]i?B|B)")

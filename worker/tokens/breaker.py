@@ -386,19 +386,19 @@ class _Parked(NamedTuple):
     credentials: tuple[Credential, ...]
 
 
+@dataclass(eq=False, repr=False)
 class Parking(Generic[K]):
-    """Keys parked after a failure, for a time that doubles; new credentials release them at once."""
+    """Keys parked after a failure, for `first` to `last` seconds; new credentials release them at once."""
 
-    def __init__(self, first: float, last: float, *, clock: Clock) -> None:
-        self._first = first
-        self._last = last
-        self._clock = clock
-        self._keys: OrderedDict[K, _Parked] = OrderedDict()
+    first: float
+    last: float
+    clock: Clock
+    _keys: OrderedDict[K, _Parked] = field(default_factory=OrderedDict, init=False)
 
     def check(self, key: K, credentials: Sequence[Credential]) -> None:
         """Raise the error that the key is parked for, with `retry_after`, if it is parked now."""
         parked = self._parked(key, credentials)
-        left = parked.until - self._clock.monotonic() if parked else 0.0
+        left = parked.until - self.clock.monotonic() if parked else 0.0
         if parked and left > 0:
             # A copy: each raise of one exception would add to its traceback.
             error = copy.copy(parked.error)
@@ -415,9 +415,9 @@ class Parking(Generic[K]):
     ) -> float:
         """Park the key for `share` of its time; sets the error's `retry_after` and returns the seconds."""
         failures = self.failures(key, credentials)
-        seconds = min(self._first * 2.0**failures, self._last) * share
+        seconds = min(self.first * 2.0**failures, self.last) * share
         seconds = max(seconds, min(error.retry_after or 0.0, ASKED_LONGEST))
-        until = self._clock.monotonic() + seconds
+        until = self.clock.monotonic() + seconds
         parked = _Parked(copy.copy(error), until, min(failures + 1, 20), tuple(credentials))
         remember(self._keys, key, parked, MAX_PARKED)
         error.retry_after = seconds

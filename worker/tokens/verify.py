@@ -22,15 +22,8 @@ MAX_TOKEN = 16 * 1024
 MAX_KID = 256
 # Header parameters that change what is signed or how, or that carry a key (RFC 8725, sections 3.1 and 3.10).
 FORBIDDEN = {
-    "crit": "crit",
-    "b64": "b64",
-    "zip": "zip",
-    "cty": "nested",
-    "enc": "encrypted",
-    "jwk": "embedded_key",
-    "jku": "embedded_key",
-    "x5u": "embedded_key",
-    "x5c": "embedded_key",
+    **{"crit": "crit", "b64": "b64", "zip": "zip", "cty": "nested", "enc": "encrypted"},
+    **dict.fromkeys(("jwk", "jku", "x5u", "x5c"), "embedded_key"),
 }
 YEAR_9999 = 253_402_300_799  # its last second, in Unix time
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
