@@ -38,16 +38,8 @@ class Why:
         return " ".join(f"{_up(clause)}." for clause in clauses if clause) + f" Next: `{self.next}`."
 
     def as_row(self) -> dict[str, Any]:
-        return {
-            **self.facts,
-            "what": self.what,
-            "cause": self.cause,
-            "others": self.others,
-            "kept": self.kept,
-            "retry": self.retry,
-            "next": self.next,
-            "sentence": self.sentence,
-        }
+        names = ("what", "cause", "others", "kept", "retry", "next", "sentence")
+        return {**self.facts, **{name: getattr(self, name) for name in names}}
 
 
 # What each reason means; the names in braces are columns of the run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from worker.clock import Clock, SystemClock
@@ -46,47 +47,37 @@ async def read_entries(settings: Settings, names: Sequence[str]) -> list[Handler
     return [entry async for entry in read_catalogue(names, pass_environment=passed, command=command)]
 
 
+@dataclass
 class CatalogueReader:
     """Reads the catalogue once per process; each handler is offered as soon as it has been read."""
 
-    def __init__(
-        self,
-        database: Database,
-        store: WorkerStore,
-        handlers: HandlerRegistry,
-        clock: Clock,
-        *,
-        on_offered: Callable[[], None],
-        pass_environment: Sequence[str],
-        command: Sequence[str],
-    ) -> None:
-        self._database = database
-        self._store = store
-        self._handlers = handlers
-        self._clock = clock
-        self._on_offered = on_offered
-        self._pass_environment = pass_environment
-        self._command = command
-        self._has_read = False
+    database: Database
+    store: WorkerStore
+    handlers: HandlerRegistry
+    clock: Clock
+    on_offered: Callable[[], None]
+    pass_environment: Sequence[str]
+    command: Sequence[str]
+    _has_read: bool = False
 
     async def run(self) -> None:
         """Read it once, then wait for cancellation."""
         if not self._has_read:
             names: dict[str, set[str]] = {name: set() for name in installed()}
-            reading = read_catalogue(pass_environment=self._pass_environment, command=self._command)
+            reading = read_catalogue(pass_environment=self.pass_environment, command=self.command)
             async for entry in reading:
                 names.setdefault(entry.distribution, set()).add(entry.name)
                 await self._take(entry)
             for distribution, known in names.items():
-                await self._database.call(catalogue.forget, distribution, but=known)
-                offered = sum(self._handlers.get(name) is not None for name in known)
+                await self.database.call(catalogue.forget, distribution, but=known)
+                offered = sum(self.handlers.get(name) is not None for name in known)
                 version = installed().get(distribution)
                 emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
             self._has_read = True
         await asyncio.Event().wait()
 
     async def _take(self, entry: HandlerEntry) -> None:
-        await self._database.call(catalogue.put, [entry], at=self._clock.now())
+        await self.database.call(catalogue.put, [entry], at=self.clock.now())
         if entry.error is not None:
             emit(
                 "handler.broken",
@@ -95,10 +86,10 @@ class CatalogueReader:
                 version=entry.version,
                 error=entry.error,
             )
-        elif self._handlers.add(entry):
+        elif self.handlers.add(entry):
             _report_unchecked(entry)
-            await self._store.handlers_changed(self._handlers.names())
-            self._on_offered()
+            await self.store.handlers_changed(self.handlers.names())
+            self.on_offered()
 
 
 def _report_unchecked(entry: HandlerEntry) -> None:

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from random import SystemRandom
@@ -118,7 +119,6 @@ def run(settings: Settings) -> int:
             raise
 
         def incarnate(signals: Signals) -> Incarnation:
-            health.starting()
             return Incarnation(
                 settings, database, keyring, children, notifier, signals, clock, health, confinement
             )
@@ -179,35 +179,29 @@ async def run_incarnations(
         await children.close()
 
 
+@dataclass
 class Incarnation:
     """A worker's life under one lease: its loops and what they share."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        database: Database,
-        keyring: KeyRing,
-        children: ChildPool,
-        notifier: Notifier,
-        signals: Signals,
-        clock: Clock,
-        health: Health,
-        confinement: Confinement,
-    ) -> None:
+    settings: Settings
+    database: Database
+    keyring: KeyRing
+    children: ChildPool
+    notifier: Notifier
+    signals: Signals
+    clock: Clock
+    health: Health
+    confinement: Confinement
+
+    def __post_init__(self) -> None:
+        self.health.starting()
         self.id = WorkerId(new_id())
-        self._settings = settings
-        self._database = database
-        self._children = children
-        self._notifier = notifier
-        self._signals = signals
-        self._clock = clock
-        self._health = health
-        self._confinement = confinement
-        self._started_at = clock.monotonic()
+        self._started_at = self.clock.monotonic()
         self._is_ready = False
+        settings, database = self.settings, self.database
         self._store = WorkerStore(database, self.id, settings.execution.lease)
         self._handlers = HandlerRegistry(frozenset(settings.execution.inline))
-        self._credentials = OpenedCredentials(database, keyring, settings.secrets_dir, clock)
+        self._credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.clock)
 
     async def run(self) -> int | None:
         """Run until SIGTERM or SIGINT; returns the exit code: 0, or 75 if not everything could be written.
@@ -221,42 +215,42 @@ class Incarnation:
             host=socket.gethostname(),
             pid=os.getpid(),
             version=VERSION,
-            database=self._database.url_shown,
+            database=self.database.url_shown,
         )
-        execution = self._settings.execution
+        execution = self.settings.execution
         capacity = {"children": execution.max_children, "inline": execution.max_inline}
-        await self._database.run(
+        await self.database.run(
             self._store.register, version=VERSION, handlers=self._handlers.names(), capacity=capacity
         )
-        if self._settings.database.sqlite_file is not None:
+        if self.settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
             emit_recovered(await self._store.recover_all_others())
         async with open_client() as client:
-            issuers = issuers_of(self._settings)
-            tokens = Tokens(issuers, self._credentials, client=client, clock=self._clock)
+            issuers = issuers_of(self.settings)
+            tokens = Tokens(issuers, self._credentials, client=client, clock=self.clock)
             supervisor = self._assemble(tokens)
-            self._children.attach()
-            self._signals.pass_to(supervisor.stop)
+            self.children.attach()
+            self.signals.pass_to(supervisor.stop)
             try:
                 unwritten = not await supervisor.run()
             finally:
                 await tokens.close()
-        if supervisor.lost and not self._signals.count:
+        if supervisor.lost and not self.signals.count:
             return None
         # If the database is unavailable, the lease simply expires.
         with suppress(Unavailable):
-            await self._database.run(self._store.unregister)
+            await self.database.run(self._store.unregister)
         exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
         emit("worker.stopped", worker=self.id, exit_code=exit_code)
         return exit_code
 
     def _assemble(self, tokens: Tokens) -> Supervisor:
-        execution, clock, store = self._settings.execution, self._clock, self._store
+        execution, clock, store = self.settings.execution, self.clock, self._store
         poll = execution.poll.total_seconds()
         slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
         inflight_runs = InflightRuns()
         run_log = RunLogWriter(store, clock)
-        origins = {name: issuer.api_origins for name, issuer in self._settings.issuers.items()}
+        origins = {name: issuer.api_origins for name, issuer in self.settings.issuers.items()}
         plans = Plans(
             store,
             clock,
@@ -268,7 +262,7 @@ class Incarnation:
             plans=plans,
             tokens=tokens,
             handlers=self._handlers,
-            runners={"child": self._children, "inline": Inline(clock)},
+            runners={"child": self.children, "inline": Inline(clock)},
             checkpoints=store,
             run_log=run_log,
             clock=clock,
@@ -286,7 +280,7 @@ class Incarnation:
             admission.wake.set()
             wakeups.request()
 
-        chores = Chores(self._database, on_runs=wake_admission)
+        chores = Chores(self.database, on_runs=wake_admission)
         dispatcher = Dispatcher(tools, inflight_runs, store, on_free=wake_admission, on_end=chores.ended)
         admission = Admission(
             store,
@@ -298,7 +292,7 @@ class Incarnation:
             start=dispatcher.start,
             on_admitting=lambda: self._ready(vitals.in_words()),
         )
-        wakeups = Wakeups(self._database.hint, clock)
+        wakeups = Wakeups(self.database.hint, clock)
         scheduler = Scheduler(store, self._handlers, clock, poll=poll, on_fired=on_fired)
 
         def cancel(run_id: RunId, reason: str) -> None:
@@ -311,7 +305,7 @@ class Incarnation:
             inflight_runs,
             store,
             cancel=cancel,
-            on_lease=self._children.renewed,
+            on_lease=self.children.renewed,
             on_lost=lambda: supervisor.give_up(),
         )
 
@@ -326,7 +320,7 @@ class Incarnation:
             clock,
             duration=execution.lease,
             renew=execution.renew.total_seconds(),
-            on_lease=self._children.renewed,
+            on_lease=self.children.renewed,
             on_renewal=on_renewal,
         )
 
@@ -338,14 +332,14 @@ class Incarnation:
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         chores.add_to(housekeeping)
-        retention = Retention(store, ages_of(self._settings.retention), clock)
+        retention = Retention(store, ages_of(self.settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)
         # The loops that a drain ends first must tick.
         liveness = Liveness(
             {"scheduler": lambda: scheduler.ticked_at, "admission": lambda: admission.ticked_at},
-            self._notifier,
+            self.notifier,
             clock,
-            resting=lambda: self._signals.count > 0,
+            resting=lambda: self.signals.count > 0,
             status=lambda: vitals.in_words(),
         )
         vitals = Vitals(
@@ -357,15 +351,15 @@ class Incarnation:
             slots={str(isolation): count for isolation, count in slots.items()},
             used=inflight_runs.used,
         )
-        self._health.watch(vitals)
+        self.health.watch(vitals)
         catalogue = CatalogueReader(
-            self._database,
+            self.database,
             store,
             self._handlers,
             clock,
             on_offered=wake_admission,
             pass_environment=execution.pass_environment,
-            command=self._confinement.describe,
+            command=self.confinement.describe,
         )
         supervisor = Supervisor(
             intake={
@@ -381,7 +375,7 @@ class Incarnation:
                 ),
                 "backfills": chores.backfills,
                 "hints": wakeups.run,
-                "listener": partial(self._database.listen, wake_loops),
+                "listener": partial(self.database.listen, wake_loops),
                 "catalogue": catalogue.run,
             },
             outlet={
@@ -404,10 +398,10 @@ class Incarnation:
         if self._is_ready:
             return
         self._is_ready = True
-        self._notifier.ready(status)
-        emit("worker.ready", worker=self.id, seconds=round(self._clock.monotonic() - self._started_at, 3))
+        self.notifier.ready(status)
+        emit("worker.ready", worker=self.id, seconds=round(self.clock.monotonic() - self._started_at, 3))
 
     def _draining(self, running: int) -> None:
-        seconds = self._settings.execution.drain.total_seconds()
-        self._notifier.stopping(seconds + LAST_FLUSH)
+        seconds = self.settings.execution.drain.total_seconds()
+        self.notifier.stopping(seconds + LAST_FLUSH)
         emit("worker.draining", worker=self.id, running=running, seconds=seconds)
