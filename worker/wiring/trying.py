@@ -6,8 +6,8 @@ import asyncio
 import copy
 import inspect
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -101,10 +101,20 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         DefinitionError: the scopes or the timeout of the handler are invalid.
     """
     subject = _subject(settings, entry, request)
-    async with (
-        _runner(settings, entry, request, clock) as runner,
-        _tokens(settings, request, clock) as tokens,
-    ):
+    async with AsyncExitStack() as stack:
+        # The zygote starts before any key is read.
+        runner = _runner(settings, entry, request, clock, stack)
+        tokens: TokenSource
+        if request.database is None:
+            tokens = FakeTokens(
+                clock, properties=request.properties, flags=request.flags, scopes=request.scopes
+            )
+        else:
+            keyring = find_keyring(settings)
+            source = _UncountedCredentials(request.database, keyring, settings.secrets_dir, clock)
+            client = await stack.enter_async_context(open_client())
+            tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
+            stack.push_async_callback(tokens.close)
         trial = Trial(
             subject,
             [entry],
@@ -153,41 +163,19 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
     )
 
 
-@asynccontextmanager
-async def _runner(
-    settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock
-) -> AsyncIterator[Runner]:
+def _runner(
+    settings: Settings, entry: HandlerEntry, request: TryRequest, clock: Clock, stack: AsyncExitStack
+) -> Runner:
     if request.on_error is not None:
         job = load(entry.entry_point)
         find = partial(_with_on_error, on_error=request.on_error)
-        yield Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
-        return
+        return Inline(clock, find=find, watched=False) if job.is_async else Blocking(clock, find=find)
     # Inline handlers too: they work in a process, and inline brings nothing for one run.
-    children = ChildPool(
-        clock,
-        freezing=False,
-        pass_environment=settings.execution.pass_environment,
-        sandbox=confinement_of(settings).rules,
-    )
+    passed, sandbox = settings.execution.pass_environment, confinement_of(settings).rules
+    children = ChildPool(clock, freezing=False, pass_environment=passed, sandbox=sandbox)
     children.start()
-    try:
-        yield children
-    finally:
-        await children.close()
-
-
-@asynccontextmanager
-async def _tokens(settings: Settings, request: TryRequest, clock: Clock) -> AsyncIterator[TokenSource]:
-    if request.database is None:
-        yield FakeTokens(clock, properties=request.properties, flags=request.flags, scopes=request.scopes)
-        return
-    source = _UncountedCredentials(request.database, find_keyring(settings), settings.secrets_dir, clock)
-    async with open_client() as client:
-        tokens = Tokens(issuers_of(settings), source, client=client, clock=clock)
-        try:
-            yield tokens
-        finally:
-            await tokens.close()
+    stack.push_async_callback(children.close)
+    return children
 
 
 class _UncountedCredentials(OpenedCredentials):
