@@ -103,7 +103,7 @@ class Selector:
         return chosen or "all"
 
 
-def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selector:
+def parse_selector(value: Any, *, entry: str = "") -> Selector:
     """Parse `orgs` of a template.
 
     Raises:
@@ -112,21 +112,22 @@ def parse_selector(value: Any, *, entry: str = "", field: str = "orgs") -> Selec
     if value == "all":
         return Selector()
     if not isinstance(value, Mapping) or not value:
-        raise _refusal(f"{value!r} selects no orgs", entry, field)
+        raise _refusal(f"{value!r} selects no orgs", entry)
     for key in value:
         if key not in ("tags", "issuer"):
-            raise _refusal(f"unknown key {key!r}", entry, f"{field}.{key}")
+            raise _refusal(f"unknown key {key!r}", entry, f".{key}")
     tags = value.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
-        raise _refusal("tags must be a list of strings", entry, f"{field}.tags")
+        raise _refusal("tags must be a list of strings", entry, ".tags")
     if "tags" in value and not tags:
-        raise _refusal("tags must not be empty", entry, f"{field}.tags")
+        raise _refusal("tags must not be empty", entry, ".tags")
     issuer = value.get("issuer")
     if "issuer" in value and not (isinstance(issuer, str) and issuer):
-        raise _refusal("issuer must be a string", entry, f"{field}.issuer")
+        raise _refusal("issuer must be a string", entry, ".issuer")
     return Selector(tags=frozenset(tags), issuer=issuer)
 
 
-def _refusal(problem: str, entry: str, field: str) -> DefinitionError:
+def _refusal(problem: str, entry: str, below: str = "") -> DefinitionError:
+    field = f"orgs{below}"
     place = f"{entry}, {field}" if entry else field
     return DefinitionError(f"{place}: {problem}", entry=entry, field=field, fix=_FIX)

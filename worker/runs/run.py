@@ -210,20 +210,12 @@ class StoredSkip:
     skip: NewSkip
 
 
-@dataclass(frozen=True, slots=True)
-class SkipChanges:
-    """Rows to extend, with their new end and count, and rows to insert."""
-
-    grown: Sequence[StoredSkip]
-    new: Sequence[NewSkip]
-
-
 def fold(
     skips: Iterable[NewSkip],
     last: Mapping[DefinitionId, StoredSkip],
     ran_before: Mapping[tuple[DefinitionId, datetime], datetime | None],
-) -> SkipChanges:
-    """Extend the last row of each definition where possible; other skips become new rows.
+) -> tuple[list[StoredSkip], list[NewSkip]]:
+    """Extend the last row of each definition where possible; returns extended and new rows.
 
     A row can be extended if reason, revision and UTC day are the same and no scheduled run lies in
     between. `ran_before` has, for a definition and the start of a skip, the last scheduled time before
@@ -246,7 +238,7 @@ def fold(
         else:
             open_rows[skip.definition_id] = longer
             new[new.index(so_far)] = longer
-    return SkipChanges(list(grown.values()), new)
+    return list(grown.values()), new
 
 
 def _continues(row: NewSkip, skip: NewSkip, ran_at: datetime | None) -> bool:

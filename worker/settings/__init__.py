@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -177,11 +177,9 @@ def _from_file(path: str | None) -> Sourced:
 
 
 def _config_of(named: str | None, environ: Mapping[str, str]) -> str | None:
-    return named or environ.get(f"{PREFIX}CONFIG") or _found_config(CONFIG_PLACES)
-
-
-def _found_config(places: Sequence[str]) -> str | None:
-    found = [place for place in places if _exists(place)]
+    if chosen := named or environ.get(f"{PREFIX}CONFIG"):
+        return chosen
+    found = [place for place in CONFIG_PLACES if _exists(place)]
     for ignored in found[1:]:
         if ignored not in _reported and not Path(ignored).samefile(found[0]):
             _reported.add(ignored)

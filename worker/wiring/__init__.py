@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
 
 
-def open_database(settings: Settings, *, role: str = "cli") -> Database:
+def open_database(settings: Settings) -> Database:
     """The configured database; it connects at the first query."""
-    return Database.open(settings.database.url, clock=SystemClock(), role=role)
+    return Database.open(settings.database.url, clock=SystemClock(), role="cli")
 
 
 def open_keyring(settings: Settings, *, database: Database | None = None) -> KeyRing:

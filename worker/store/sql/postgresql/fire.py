@@ -209,8 +209,7 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
         ran_before: dict[tuple[DefinitionId, datetime], datetime | None] = {
             (definition_id, since): ran_at for definition_id, since, ran_at in ran
         }
-    changes = fold(skips, last, ran_before)
-    grown, new = changes.grown, changes.new
+    grown, new = fold(skips, last, ran_before)
     with raw.pipeline():
         raw.execute(GROW, GROWN_SKIPS.of(grown))
         raw.execute(SKIP, (plain(new_id() for _ in new), *NEW_SKIPS.of(new)))

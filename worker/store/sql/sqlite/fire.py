@@ -183,10 +183,8 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
     for skip in skips:
         (ran_at,) = cursor.execute(RAN_BEFORE, (skip.definition_id, instant(skip.skipped_from))).fetchone()
         ran_before[skip.definition_id, skip.skipped_from] = None if ran_at is None else from_text(ran_at)
-    changes = fold(skips, last, ran_before)
-    cursor.executemany(
-        GROW, [(instant(row.skip.skipped_until), row.skip.count, row.id) for row in changes.grown]
-    )
+    grown, new = fold(skips, last, ran_before)
+    cursor.executemany(GROW, [(instant(row.skip.skipped_until), row.skip.count, row.id) for row in grown])
     cursor.executemany(
         SKIP,
         [
@@ -200,6 +198,6 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
                 skip.count,
                 skip.reason,
             )
-            for skip in changes.new
+            for skip in new
         ],
     )
