@@ -74,7 +74,7 @@ def parse_time(text: str, clock: Clock, *, name: str) -> datetime:
     """A time from RFC 3339, a date (its start in UTC), or a duration ago; `name` is for errors.
 
     Raises:
-        UsageError: the text is none of these.
+        UsageError: the text has another form.
     """
     for read in (
         from_text,
