@@ -171,7 +171,7 @@ def single(request: Request) -> dict[str, str]:
     items = request.query_params.multi_items()
     given = dict(items)
     if len(given) != len(items):
-        raise UsageError("a parameter is given twice")
+        raise UsageError("a parameter is given twice", fix="give each parameter once")
     return given
 
 
@@ -207,5 +207,5 @@ def _log_place(text: str) -> tuple[int, int]:
 def _limit(given: Mapping[str, str]) -> int | None:
     text = given.get("limit")
     if text is not None and not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"limit {text!r} is not between 1 and {MAX_LIMIT}")
+        raise UsageError(f"limit {text!r} is not between 1 and {MAX_LIMIT}", fix="such as limit=50")
     return None if text is None else int(text[:9])
