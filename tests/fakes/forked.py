@@ -117,12 +117,13 @@ def start(
     output: IO[bytes],
     errors: IO[bytes] | None = None,
     given: IO[bytes] | None = None,
+    fork: bool = True,
 ) -> Process | subprocess.Popen[bytes]:
     """Start a command in its own session; as a fork if it is `python -m worker …`.
 
-    `errors` defaults to `output`, standard input to nothing.
+    `errors` defaults to `output`, standard input to nothing. Without `fork` it is a new interpreter.
     """
-    if command[:3] != [sys.executable, "-m", "worker"] or not is_possible():
+    if command[:3] != [sys.executable, "-m", "worker"] or not (fork and is_possible()):
         return subprocess.Popen(
             command,
             cwd=cwd,

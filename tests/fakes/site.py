@@ -50,6 +50,9 @@ def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T
 class Site:
     """One installation. Close it at the end: its worker is killed if it is still there."""
 
+    # Whether its first worker is a fork; see `forked`.
+    may_fork = True
+
     def __init__(self, folder: Path, database_url: str, provider: Provider) -> None:
         self.folder = folder
         self.database_url = database_url
@@ -143,8 +146,12 @@ write_paths = ["{self.out}"]
         if launcher is not None:
             command[1:3] = [str(launcher)]
         command = [*before, *command]
+        # A restarted one must not be up before what a killed one has left is gone: a fork starts too fast.
+        fork = self.may_fork and not self._workers
         with self.log.open("ab") as log:
-            worker = forked.start(command, cwd=self.folder, env=self.process_environment(), output=log)
+            worker = forked.start(
+                command, cwd=self.folder, env=self.process_environment(), output=log, fork=fork
+            )
         self._workers.append(worker)
         return worker
 
