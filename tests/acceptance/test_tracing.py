@@ -156,6 +156,7 @@ def test_traces_without_the_extra_are_a_fault_of_the_settings_that_names_it(site
     absent.mkdir()
     (absent / "__init__.py").write_text("raise ModuleNotFoundError(name=__name__)\n")
     site.configure(extra="[tracing]\nenabled = true")
+    site.may_fork = False  # a fork has imported the real one
 
     worker = site.start_worker()
 

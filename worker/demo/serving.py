@@ -34,7 +34,9 @@ class ServerThread:
         self.url = url_of(listener)
         self._listener = listener
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            )
         )
         self._thread = threading.Thread(
             target=self._server.run,
