@@ -79,7 +79,7 @@ def with_checks(session: Invocation, ask: Callable[[Database, Checks], Coroutine
 def print_report(report: Report, output: Format) -> int:
     """Print one org's report and return the exit code."""
     if output is Format.TABLE:
-        rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in report.findings]
+        rows = [{"check": each.check, "ok": each.ok, "detail": each.detail} for each in report.diagnostics]
         print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     else:
         print_row(report.as_row(), output, key="org")
@@ -90,7 +90,7 @@ def print_report(report: Report, output: Format) -> int:
 
 
 def _say_problems(report: Report) -> None:
-    for finding in report.findings:
+    for finding in report.diagnostics:
         if not finding.ok:
             say(f"{report.org}: {finding.check}: {finding.detail}")
         if finding.fix:
@@ -164,11 +164,11 @@ def doctor(
     and the last failures. Numbers replace the names of orgs, definitions and machines; it has
     no secrets, tokens, params, results, logs or error messages.
     """
-    from worker.operations.doctor import examine
+    from worker.operations.doctor import run_checks
 
     session = session_of(context)
     with session.database() as database:
-        findings = examine(database, session.settings)
+        findings = run_checks(database, session.settings)
         if bundle is not None:
             _write(bundle, session, database)
     rows = [asdict(finding) for finding in findings]

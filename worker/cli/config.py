@@ -36,7 +36,7 @@ def show(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
         print_row(tree, output)
         return
     rows = [
-        {"setting": ".".join(keys), "value": value, "said_by": _said_by(said, keys)}
+        {"setting": ".".join(keys), "value": value, "said_by": _source_of(said, keys)}
         for keys, value in _flat(tree)
     ]
     print_rows(rows, output, columns=("setting", "value", "said_by"), key="setting")
@@ -64,5 +64,5 @@ def _flat(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*above, key), value
 
 
-def _said_by(said: dict[tuple[str, ...], tuple[Any, str]], keys: tuple[str, ...]) -> str:
+def _source_of(said: dict[tuple[str, ...], tuple[Any, str]], keys: tuple[str, ...]) -> str:
     return said[keys][1] if keys in said else DEFAULT

@@ -33,7 +33,7 @@ def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int)
     from worker.definitions.zones import parse_zone
 
     zone = parse_zone(zone_name)
-    return [_row(at, zone) for at in islice(parse_schedule(schedule, zone).instants(start), count)]
+    return [_row(at, zone) for at in islice(parse_schedule(schedule, zone).occurrences(start), count)]
 
 
 def preview_definition(

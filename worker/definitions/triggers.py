@@ -191,9 +191,9 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
 
     def between(self, start: datetime, until: datetime) -> Iterator[datetime]:
         """The scheduled times from `start` to `until`, both included, oldest first."""
-        return takewhile(lambda at: at <= until, self.instants(start))
+        return takewhile(lambda at: at <= until, self.occurrences(start))
 
-    def instants(self, start: datetime) -> Iterator[datetime]:
+    def occurrences(self, start: datetime) -> Iterator[datetime]:
         """All scheduled times at or after `start`, oldest first."""
         at = self.after(start, inclusive=True)
         while at is not None:

@@ -75,7 +75,7 @@ def _next(row: Row, handlers: Handlers, at: datetime) -> tuple[list[NewRun], dat
     definition = replace(from_spec(row["org"], row["definition"], row["spec"]), starts_at=None)
     trigger = definition.trigger(row["org_timezone"])
     room = min(RUNS, row["max_concurrent"] - row["unfinished"])
-    times = list(islice(trigger.instants(row["next_scheduled_for"]), room + 1))
+    times = list(islice(trigger.occurrences(row["next_scheduled_for"]), room + 1))
     wanted = [time for time in times if time < row["range_until"]]
     stored = {"org_id": row["org_id"], "id": row["definition_id"], "revision": row["revision"]}
     runs = [

@@ -29,12 +29,12 @@ class Report:
     general: tuple[Diagnostic, ...] = ()
 
     @property
-    def findings(self) -> list[Diagnostic]:
-        return [*self.general, *(finding for probe in self.probes for finding in probe.diagnostics)]
+    def diagnostics(self) -> list[Diagnostic]:
+        return [*self.general, *(diagnostic for probe in self.probes for diagnostic in probe.diagnostics)]
 
     @property
     def ok(self) -> bool:
-        return all(finding.ok for finding in self.findings)
+        return all(diagnostic.ok for diagnostic in self.diagnostics)
 
     @property
     def transient(self) -> bool:
@@ -42,7 +42,7 @@ class Report:
         return any(probe.transient for probe in self.probes)
 
     def problems(self) -> list[Diagnostic]:
-        return [finding for finding in self.findings if not finding.ok]
+        return [diagnostic for diagnostic in self.diagnostics if not diagnostic.ok]
 
     def as_row(self) -> Row:
         """The report as it is printed, with names and types of properties and flags but no values."""
@@ -63,10 +63,10 @@ class Report:
             "properties": {name: kind_of(value) for name, value in first.properties.items()} if first else {},
             "flags": {name: flag.type for name, flag in first.flags.items()} if first else {},
             "lifetime": (first.expires_at - first.issued_at).total_seconds() if first else None,
-            "problems": "; ".join(finding.detail for finding in self.problems()) or None,
-            "findings": [
+            "problems": "; ".join(diagnostic.detail for diagnostic in self.problems()) or None,
+            "diagnostics": [
                 {"check": each.check, "ok": each.ok, "detail": each.detail, "fix": each.fix or None}
-                for each in self.findings
+                for each in self.diagnostics
             ],
         }
 
@@ -172,7 +172,7 @@ class Checks:
                 load_all_orgs(connection) if codes is None else (load_org(connection, code) for code in codes)
             )
             issuers = {name: probe.issuer for name, probe in self.probes.items()}
-            return [(org, _needs_of(org, issuers.get(org.issuer), handlers)) for org in orgs]
+            return [(org, _requirements_of(org, issuers.get(org.issuer), handlers)) for org in orgs]
 
     async def _check(self, org: OrgDefinitions, needs: Sequence[Need]) -> Report:
         code = org.org.code
@@ -189,7 +189,7 @@ class Checks:
         return Report(code, org.issuer, None, general=(failed,))
 
 
-def _needs_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handlers) -> tuple[Need, ...]:
+def _requirements_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handlers) -> tuple[Need, ...]:
     """What an org's definitions require, one need for each audience; without definitions, a bare one."""
     default = (issuer.audience if issuer else None) or ""
     needs: dict[str, Need] = {}

@@ -33,7 +33,7 @@ SNAPSHOT_SECONDS = 60.0
 SNAPSHOT_TRANSACTIONS = 100_000
 
 
-def examine(database: Database, settings: Settings) -> list[Diagnostic]:
+def run_checks(database: Database, settings: Settings) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
     Raises:
@@ -226,7 +226,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "database": health.server(connection)
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
-            "doctor": [asdict(found) for found in examine(database, settings)],
+            "doctor": [asdict(found) for found in run_checks(database, settings)],
             "issuers": [each.as_row(issuers.get(each.issuer)) for each in forecast_tokens(database, issuers)],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts(row["host"])} for row in health.workers(connection)],

@@ -64,7 +64,7 @@ def decide_due(
     if run_from is None:
         return Due(skipped=skipped, next=trigger.after(newest))
     runs: list[datetime] = []
-    for scheduled_for in trigger.instants(run_from):
+    for scheduled_for in trigger.occurrences(run_from):
         if scheduled_for > newest or len(runs) == MOST_RUNS:
             return Due(runs, skipped, scheduled_for)
         runs.append(scheduled_for)
@@ -205,7 +205,7 @@ def preview(
     late = set() if due is None else {run.scheduled_for for run in due.runs}
     skips = () if due is None else due.skips
     overlap = _overlap_note(definition, unfinished)
-    for scheduled_for in islice(trigger.instants(start), count):
+    for scheduled_for in islice(trigger.occurrences(start), count):
         skipped = [skip for skip in skips if skip.skipped_from <= scheduled_for <= skip.skipped_until]
         if row["org_state"] != "active":
             note = f"not due: the org is {row['org_state']}"

@@ -1,6 +1,6 @@
 """Outcome: how an attempt ends, and what happens to its run: final, or retried later. Pure.
 
-An attempt has one `Outcome`; `settle` turns it into the `EndedAttempt` that the finisher writes.
+An attempt has one `Outcome`; `end_attempt` turns it into the `EndedAttempt` that the finisher writes.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ NEVER_RETRIED = frozenset({"result_invalid", "result_unstorable"})
 NO_HANDLER_WAIT = timedelta(seconds=5)
 
 
-def settle(
+def end_attempt(
     run: AdmittedRun, outcome: Outcome, trail: Trail, policy: RetryPolicy, *, now: datetime, random: Random
 ) -> EndedAttempt:
     """What the finisher writes for an attempt that ended with `outcome` at `now`.

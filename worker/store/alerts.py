@@ -95,7 +95,7 @@ def is_any(connection: Connection) -> bool:
     return connection.execute(select(_alerts.c.cause).limit(1)).first() is not None
 
 
-def settle(connection: Connection, *, overdue: float) -> None:
+def resolve_ended(connection: Connection, *, overdue: float) -> None:
     """Resolve alerts whose cause is gone; a scheduled time is overdue after `overdue` seconds."""
     now = database_now(connection)
     for kind, (condition, how) in RECOVERED.items():
@@ -144,7 +144,7 @@ def claim(connection: Connection) -> tuple[Alert, int] | None:
     return alert, row["tries"]
 
 
-def told(connection: Connection, alert: Alert) -> None:
+def mark_delivered(connection: Connection, alert: Alert) -> None:
     """Store that it is delivered. A cause that occurred again while its end was delivered opens again."""
     now, mine = database_now(connection), _alerts.c.cause == alert.cause
     if alert.status == "firing":
@@ -159,9 +159,9 @@ def told(connection: Connection, alert: Alert) -> None:
     connection.execute(delete(_strikes).where(forgotten))
 
 
-def untold(connection: Connection, alert: Alert, again: float) -> None:
-    """Store that no receiver took it; the next try is after `again` seconds."""
-    at = database_now(connection) + timedelta(seconds=again)
+def retry_later(connection: Connection, alert: Alert, seconds: float) -> None:
+    """Store that delivery failed; the next try is after `seconds`."""
+    at = database_now(connection) + timedelta(seconds=seconds)
     mine = and_(_alerts.c.cause == alert.cause, _alerts.c.try_at.is_not(None))
     connection.execute(update(_alerts).where(mine).values(tries=_alerts.c.tries + 1, try_at=at))
 

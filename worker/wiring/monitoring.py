@@ -99,7 +99,7 @@ class AlertDispatcher:
                 raise
         if self._is_any():
             with self._database.transaction() as connection:
-                alerts.settle(connection, overdue=self._overdue)
+                alerts.resolve_ended(connection, overdue=self._overdue)
         # A write transaction blocks other writers of SQLite, so it is used only if there are alerts.
         while self._clock.monotonic() >= self._pause_until and self._is_any():
             with self._database.transaction() as connection:
@@ -127,14 +127,14 @@ class AlertDispatcher:
             emit("alert.late", **fields, error=fault)
         if attempts < MAX_ATTEMPTS:
             with self._database.transaction() as connection:
-                alerts.untold(connection, alert, _retry_delay(attempts - 1))
+                alerts.retry_later(connection, alert, _retry_delay(attempts - 1))
         else:
             self._close(alert)
             emit("alert.undelivered", **fields, error=fault)
 
     def _close(self, alert: Alert) -> None:
         with self._database.transaction() as connection:
-            alerts.told(connection, alert)
+            alerts.mark_delivered(connection, alert)
 
     def _run(self) -> None:
         while not self._stop.is_set():

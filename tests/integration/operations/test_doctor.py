@@ -11,7 +11,7 @@ from sqlalchemy import delete
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.operations import doctor
-from worker.operations.doctor import examine, held_snapshots, live_rows, too_old
+from worker.operations.doctor import held_snapshots, live_rows, run_checks, too_old
 from worker.settings import Settings
 from worker.store import tables
 from worker.store.database import Database
@@ -30,7 +30,7 @@ def test_a_healthy_database_passes_every_check(stock):
     stock.put(*(stock.run(org_id) for _ in range(3)))
     stock.finish(worker_id, stock.ended(stock.admit(worker_id, free=1)[0]))
 
-    findings = {finding.check: finding.ok for finding in examine(stock.database, Settings())}
+    findings = {finding.check: finding.ok for finding in run_checks(stock.database, Settings())}
     # What of the machine it looks at, tests/integration/cli/test_doctor.py tests.
     for check in ("held_snapshots", "live_rows", "web_roles", "file_modes", "insecure_origins"):
         assert findings[check], check
@@ -43,7 +43,7 @@ def test_files_that_others_may_read_are_named(migrated_sqlite_url: str, clock: M
     keyring.touch(0o644)
 
     def found() -> tuple[bool, bool]:
-        [finding] = [one for one in examine(database, Settings()) if one.check == "file_modes"]
+        [finding] = [one for one in run_checks(database, Settings()) if one.check == "file_modes"]
         return "keyring" in finding.fix, f"{file.name} " in f"{finding.fix} "
 
     file.parent.chmod(0o700)

@@ -43,7 +43,7 @@ class Ledger:
 
     def settle(self) -> None:
         with self.database.transaction() as connection:
-            alerts.settle(connection, overdue=OVERDUE)
+            alerts.resolve_ended(connection, overdue=OVERDUE)
 
     def claim(self) -> Alert | None:
         with self.database.transaction() as connection:
@@ -52,7 +52,7 @@ class Ledger:
 
     def told(self, alert: Alert) -> None:
         with self.database.transaction() as connection:
-            alerts.told(connection, alert)
+            alerts.mark_delivered(connection, alert)
 
     def deliver(self) -> list[Alert]:
         """Tell all that there is to tell."""
@@ -157,9 +157,9 @@ def test_an_alert_that_is_not_taken_is_claimed_again_later_with_its_tries(ledger
     ledger.note(strike(ledger))
     alert = ledger.claim()
     with ledger.database.transaction() as connection:
-        alerts.untold(connection, alert, 0.0)
+        alerts.retry_later(connection, alert, 0.0)
         assert alerts.claim(connection) == (alert, 1)
-        alerts.untold(connection, alert, 30.0)
+        alerts.retry_later(connection, alert, 30.0)
         assert alerts.claim(connection) is None
 
 

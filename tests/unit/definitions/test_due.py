@@ -266,7 +266,7 @@ def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, start, 
         instant for span in skipped for instant in trigger.between(span.skipped_from, span.skipped_until)
     ]
     decided = list(
-        takewhile(lambda instant: first is None or instant < first, trigger.instants(begun or now))
+        takewhile(lambda instant: first is None or instant < first, trigger.occurrences(begun or now))
     )
     assert sorted(runs + walked) == decided
 

@@ -23,7 +23,7 @@ def schedule(text: str, zone: str = "UTC", **bounds: datetime) -> Trigger:
 
 def local(trigger: Trigger, zone: str, start: datetime, count: int) -> list[str]:
     """The first instants from `start` on, as the zone's wall clock shows them."""
-    shown = (instant.astimezone(ZoneInfo(zone)) for instant in trigger.instants(start))
+    shown = (instant.astimezone(ZoneInfo(zone)) for instant in trigger.occurrences(start))
     return [f"{instant:%d %H:%M %z}" for instant in islice(shown, count)]
 
 
@@ -102,7 +102,7 @@ def test_day_of_month_and_day_of_week_are_joined_by_or():
 
 
 def test_six_fields_lead_with_seconds():
-    found = list(islice(schedule("*/20 0 12 * * *").instants(utc("2026-01-01")), 4))
+    found = list(islice(schedule("*/20 0 12 * * *").occurrences(utc("2026-01-01")), 4))
 
     assert found == [utc(f"2026-01-01T12:00:{s}") for s in ("00", "20", "40")] + [utc("2026-01-02T12:00")]
 
@@ -128,7 +128,7 @@ def test_every_names_whole_multiples_since_1970_in_any_zone():
     trigger = schedule("every 7m", "America/New_York")
     start = utc("2026-03-08T06:59:59.000001")
 
-    found = list(islice(trigger.instants(start), 3))
+    found = list(islice(trigger.occurrences(start), 3))
 
     assert all(int(instant.timestamp()) % 420 == 0 for instant in found)
     assert found[0] == utc("2026-03-08T07:06")
@@ -138,7 +138,7 @@ def test_every_names_whole_multiples_since_1970_in_any_zone():
 def test_starts_at_only_bounds_every_and_does_not_shift_it():
     trigger = schedule("every 15m", starts_at=utc("2026-01-01T00:07"), ends_at=utc("2026-01-01T00:45"))
 
-    assert list(trigger.instants(utc("2020-01-01"))) == [utc("2026-01-01T00:15"), utc("2026-01-01T00:30")]
+    assert list(trigger.occurrences(utc("2020-01-01"))) == [utc("2026-01-01T00:15"), utc("2026-01-01T00:30")]
     assert trigger.count(utc("2020-01-01"), utc("2030-01-01")) == 2
     assert trigger.last(utc("2020-01-01"), utc("2030-01-01")) == utc("2026-01-01T00:30")
 

@@ -30,8 +30,8 @@ from worker.runs.outcome import (
     TimedOut,
     Trail,
     backoff,
+    end_attempt,
     fingerprint,
-    settle,
 )
 from worker.runs.run import AdmittedRun
 from worker.store.tables import ATTEMPT_OUTCOMES, FINAL_STATES, WAITING_REASONS
@@ -70,7 +70,7 @@ class Longest(Random):
 def ended(
     outcome: Outcome, *, policy: RetryPolicy = POLICY, trail: Trail | None = None, **run: Any
 ) -> EndedAttempt:
-    return settle(
+    return end_attempt(
         replace(RUN, **run),
         outcome,
         trail or Trail("acme.digest"),

@@ -49,16 +49,16 @@ class Book:
     def is_any(self, connection: None) -> bool:
         return bool(self.waiting)
 
-    def settle(self, connection: None, *, overdue: float) -> None:
+    def resolve_ended(self, connection: None, *, overdue: float) -> None:
         self.settled = True
 
     def claim(self, connection: None) -> tuple[Alert, int] | None:
         return self.waiting.pop(0) if self.waiting else None
 
-    def told(self, connection: None, alert: Alert) -> None:
+    def mark_delivered(self, connection: None, alert: Alert) -> None:
         self.done.append(alert)
 
-    def untold(self, connection: None, alert: Alert, again: float) -> None:
+    def retry_later(self, connection: None, alert: Alert, again: float) -> None:
         self.later.append((alert, again))
 
     def post(self, alert: Alert) -> str | None:

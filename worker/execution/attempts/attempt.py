@@ -27,7 +27,7 @@ from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits
 from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
 from worker.execution.runners.contract import outcome_of_stop
 from worker.runs import outcome as outcomes
-from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Trail, settle
+from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Trail, end_attempt
 from worker.telemetry.events import emit
 
 # Default and maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
@@ -60,7 +60,9 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
-    return settle(run, redacted(outcome), trail, limits.retry, now=tools.clock.now(), random=tools.random)
+    return end_attempt(
+        run, redacted(outcome), trail, limits.retry, now=tools.clock.now(), random=tools.random
+    )
 
 
 async def _run(

@@ -138,7 +138,7 @@ class Rollups:
     hours: Sequence[tuple[datetime, OrgId, str, int]]
 
 
-def settle(
+def end_runs(
     ended: Iterable[EndedAttempt], locked: Mapping[RunId, LockedRun], now: datetime
 ) -> tuple[list[Ending], list[EndedAttempt]]:
     """Separate the attempts that are still ours from those fenced out, each in the order of run ids.

@@ -49,7 +49,7 @@ def flags(values: Iterable[bool]) -> str:
     return _literal(["t" if value else "f" for value in values])
 
 
-def instants(values: Iterable[datetime | None]) -> str:
+def timestamps(values: Iterable[datetime | None]) -> str:
     return _literal(["NULL" if value is None else value.isoformat() for value in values])
 
 

@@ -14,16 +14,16 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import LogLine
 from worker.store.dialect import driver, shared_json
-from worker.store.sql.contract import LockedRun, Progress, Rollups, settle, sum_up
+from worker.store.sql.contract import LockedRun, Progress, Rollups, end_runs, sum_up
 from worker.store.sql.postgresql.arrays import (
     Columns,
     flags,
-    instants,
     jsons,
     microseconds,
     numbers,
     plain,
     texts,
+    timestamps,
     words,
 )
 
@@ -135,7 +135,7 @@ def wait_again(
         return set(), final, NO_SUMS
     locked = {id_: LockedRun(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
     now = rows[0][4]
-    settled, _ = settle((attempt for attempt in ended if attempt.state == "waiting"), locked, now)
+    settled, _ = end_runs((attempt for attempt in ended if attempt.state == "waiting"), locked, now)
     waiting = [ending for ending in settled if not ending.final]
     cancelled = [ending for ending in settled if ending.final]
     final += [replace(ending.attempt, state=ending.state, reason=ending.reason) for ending in cancelled]
@@ -294,7 +294,7 @@ def add_rollups(connection: Connection, rollups: Rollups) -> None:
         raw.execute(DAYS, tuple(plain(column) for column in days))
         if rollups.hours:
             hours, *rest = [list(column) for column in zip(*rollups.hours, strict=True)]
-            raw.execute(HOURS, (instants(hours), *(plain(column) for column in rest)))
+            raw.execute(HOURS, (timestamps(hours), *(plain(column) for column in rest)))
 
 
 def promote(connection: Connection, definitions: Sequence[DefinitionId] | None) -> int:
@@ -341,7 +341,7 @@ ON CONFLICT DO NOTHING
 """
 
 
-LOG_LINES = Columns((plain, "run_id attempt seq org_id"), (instants, "at"), (texts, "level source text"))
+LOG_LINES = Columns((plain, "run_id attempt seq org_id"), (timestamps, "at"), (texts, "level source text"))
 
 
 def save_checkpoint(

@@ -11,7 +11,7 @@ from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
 from worker.store.sql.contract import Fired, Specs
-from worker.store.sql.postgresql.arrays import Columns, flags, instants, jsons, numbers, plain, texts, words
+from worker.store.sql.postgresql.arrays import Columns, flags, jsons, numbers, plain, texts, timestamps, words
 
 # The clock is in a subquery: called once, it can be compared along an index.
 LOCK = """
@@ -131,7 +131,7 @@ RUNS = Columns(
     (numbers, "revision"),
     (texts, "handler"),
     (words, "origin"),
-    (instants, "scheduled_for"),
+    (timestamps, "scheduled_for"),
     (texts, "created_by request_key"),
     (plain, "backfill_id retry_of"),
     (words, "idempotency_key"),
@@ -141,13 +141,13 @@ RUNS = Columns(
     (plain, "max_concurrent"),
     (numbers, "priority"),
     (flags, "serial"),
-    (instants, "available_at start_by"),
+    (timestamps, "available_at start_by"),
 )
-NEXT_FIRES = Columns((words, "definition_id"), (instants, "next_scheduled_for next_fire_at"))
-GROWN_SKIPS = Columns((plain, "id"), (instants, "skip.skipped_until"), (plain, "skip.count"))
+NEXT_FIRES = Columns((words, "definition_id"), (timestamps, "next_scheduled_for next_fire_at"))
+GROWN_SKIPS = Columns((plain, "id"), (timestamps, "skip.skipped_until"), (plain, "skip.count"))
 NEW_SKIPS = Columns(
     (plain, "org_id definition_id revision"),
-    (instants, "skipped_from skipped_until"),
+    (timestamps, "skipped_from skipped_until"),
     (plain, "count reason"),
 )
 
@@ -198,7 +198,7 @@ def fire_skips(connection: Connection, skips: Sequence[NewSkip]) -> None:
         rows = raw.execute(LAST_SKIPS, (plain({skip.definition_id for skip in skips}),))
         ran = raw.execute(
             RAN_BEFORE,
-            (plain(skip.definition_id for skip in skips), instants(skip.skipped_from for skip in skips)),
+            (plain(skip.definition_id for skip in skips), timestamps(skip.skipped_from for skip in skips)),
         )
         last = {
             definition_id: StoredSkip(

@@ -14,7 +14,7 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
 from worker.store.dialect import driver, file_now, shared_json
-from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, settle, sum_up
+from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, end_runs, sum_up
 from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
 
 # One row for the whole batch: see `values`.
@@ -90,7 +90,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     ).fetchone()
     rows = {row[0]: row for row in json.loads(owned)}
     locked = {id_: LockedRun(row[1], bool(row[5]), row[6]) for id_, row in rows.items()}
-    endings, fenced = settle(ended, locked, now)
+    endings, fenced = end_runs(ended, locked, now)
     final = [ending for ending in endings if ending.final]
     in_one_step(cursor, DELETE, [(ending.attempt.run_id,) for ending in final])
     in_one_step(
