@@ -278,7 +278,9 @@ result = [ok("cat /proc/self/status"), ok("readlink /proc/self/exe"), ok("echo x
     assert await result_of(confined, code) == [False, True, True]
 
 
-async def test_a_replaced_file_of_the_system_is_found_again(tmp_path: Path) -> None:
+async def test_a_replaced_file_of_the_system_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A resolv.conf that a change of the network has replaced is another inode."""
     file = tmp_path / "resolv.conf"
     file.write_text("old")
@@ -286,7 +288,7 @@ async def test_a_replaced_file_of_the_system_is_found_again(tmp_path: Path) -> N
     file.with_name("new").write_text("new")
     file.with_name("new").rename(file)
     # The rules that were prepared before are still there, as where no run has started for long.
-    sandbox._checked_at -= 60.0
+    monkeypatch.setattr("worker.execution.runners.child.sandbox.CHECK_EVERY", 0.0)
 
     assert read_under(sandbox, file, tmp_path) == "new"
 
@@ -342,7 +344,8 @@ async def test_the_own_folder_of_another_run_is_denied(plugin: Path, data: Path)
     runner = ChildPool(SystemClock(), sandbox=rules)
     runner.start()
     try:
-        other = Path(runner._folder(99))
+        own = Path(await result_of(runner, "import os; result = os.getcwd()"))
+        other = own.with_name("99")
         other.mkdir()
         (other / "file").write_text("of another run")
         outcome = await run(runner, f"open('{other}/file').read()")

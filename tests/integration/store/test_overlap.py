@@ -32,7 +32,7 @@ class Line:
 
     def due(self, count: int = 1) -> tuple[list[NewRun], FireReport]:
         """So many instants come at once."""
-        runs = [self._run() for _ in range(count)]
+        runs = [self.run() for _ in range(count)]
         return runs, self.stock.put(*runs)
 
     def start(self) -> list[AdmittedRun]:
@@ -53,7 +53,7 @@ class Line:
     def end(self, run: AdmittedRun, state: str = "succeeded") -> None:
         self.stock.finish(self.worker, self.stock.ended(run, state))
 
-    def _run(self) -> NewRun:
+    def run(self) -> NewRun:
         self.next += MINUTE
         return self.stock.run(
             self.org,
@@ -194,7 +194,7 @@ def test_definitions_that_overlap_at_once_do_not_deadlock_with_their_ends(
 
         with ThreadPoolExecutor(2) as pool:
             ends = pool.submit(stock.finish, worker, *reversed(ended))
-            comes = pool.submit(stock.put, *(line._run() for line in reversed(lines)))
+            comes = pool.submit(stock.put, *(line.run() for line in reversed(lines)))
             ends.result()
             comes.result()
 

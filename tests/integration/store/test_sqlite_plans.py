@@ -30,21 +30,21 @@ class Recorder:
     """A driver's connection that remembers what its cursors were asked, and how often."""
 
     def __init__(self, raw: Any, seen: dict[str, Any], count: Counter[str]) -> None:
-        self._raw, self._seen, self._count = raw, seen, count
+        self.raw, self.seen, self.count = raw, seen, count
 
     def cursor(self) -> Any:
-        recorder, cursor = self, self._raw.cursor()
+        recorder, cursor = self, self.raw.cursor()
 
         class Cursor:
             def execute(self, statement: str, values: Any = ()) -> Any:
-                recorder._seen[statement] = values
-                recorder._count[statement] += 1
+                recorder.seen[statement] = values
+                recorder.count[statement] += 1
                 return cursor.execute(statement, values)
 
             def executemany(self, statement: str, rows: Any) -> Any:
                 for values in (rows := list(rows))[:1]:
-                    recorder._seen[statement] = values
-                recorder._count[statement] += len(rows)
+                    recorder.seen[statement] = values
+                recorder.count[statement] += len(rows)
                 return cursor.executemany(statement, rows)
 
             def __getattr__(self, name: str) -> Any:

@@ -80,14 +80,14 @@ async def test_a_port_that_is_taken_is_waited_for(monkeypatch, emitted):
 async def test_a_server_that_cannot_start_or_dies_is_started_again(monkeypatch, emitted):
     monkeypatch.setattr(module, "AGAIN", 0.05)
     faults: list[BaseException] = [SystemExit(1), OSError("broken"), RuntimeError("broken")]
-    startup = module._Server.startup
+    startup = uvicorn.Server.startup
 
-    async def faulty(self: Any, sockets: Any = None) -> None:
+    async def faulty(self: uvicorn.Server, sockets: Any = None) -> None:
         if faults:
             raise faults.pop()
         await startup(self, sockets=sockets)
 
-    monkeypatch.setattr(module._Server, "startup", faulty)
+    monkeypatch.setattr(uvicorn.Server, "startup", faulty)
     listen = f"127.0.0.1:{free_port()}"
     async with serve(listen, bind(listen)).serving():
         assert await wait_for(f"http://{listen}/livez") == 200

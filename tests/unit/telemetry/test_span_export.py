@@ -6,9 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import pytest
+import requests
 from opentelemetry.exporter.otlp.proto.http import trace_exporter
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from requests.adapters import HTTPAdapter
 
 from worker.telemetry.otel import QuietExporter, otlp_exporter
 
@@ -71,11 +73,25 @@ def test_once_it_is_closed_the_library_speaks_for_itself(way, exporter, caplog):
 
 
 def test_an_exporters_address_and_headers_are_those_of_the_settings_else_of_the_variables(monkeypatch):
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.test:4318")
-    given = otlp_exporter("http://other.test/v1/traces", "authorization=Bearer x=,a=b")
-    standard = otlp_exporter("", "")
+    sent: list[tuple[str, str, str]] = []
 
-    assert given._endpoint == "http://other.test/v1/traces"
-    assert standard._endpoint == "http://collector.test:4318/v1/traces"
-    given.shutdown()
-    standard.shutdown()
+    def send(adapter: object, request: requests.PreparedRequest, **_: object) -> requests.Response:
+        sent.append((request.url or "", request.headers["authorization"], request.headers["a"]))
+        response = requests.Response()
+        response.status_code = 200
+        return response
+
+    monkeypatch.setattr(HTTPAdapter, "send", send)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector.test:4318")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=standard,a=c")
+    for exporter in (
+        otlp_exporter("http://other.test/v1/traces", "authorization=Bearer x=,a=b"),
+        otlp_exporter("", ""),
+    ):
+        assert exporter.export([]) is SpanExportResult.SUCCESS
+        exporter.shutdown()
+
+    assert sent == [
+        ("http://other.test/v1/traces", "Bearer x=", "b"),
+        ("http://collector.test:4318/v1/traces", "standard", "c"),
+    ]

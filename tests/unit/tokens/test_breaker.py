@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, WorkerError
-from worker.tokens.breaker import CERTAIN, MAX_ORGS, Breaker, IssuerPaused
+from worker.tokens.breaker import CERTAIN, MAX_ORGS, RETURN_LAST, TURN_LAST, Breaker, IssuerPaused
 
 
 class Requests:
@@ -210,10 +210,14 @@ def _returns(requests: Requests, of: str) -> float:
 
 
 def test_its_memory_is_bounded(requests: Requests) -> None:
-    """A hundred thousand orgs leave no more than ten thousand numbers."""
-    for each in names(0, 3 * MAX_ORGS):
-        requests.breaker._note_failure(each, requests.clock.monotonic())
-        requests.breaker._return_in(each, requests.clock.monotonic())
-    held = [len(value) for value in vars(requests.breaker).values() if hasattr(value, "__len__")]
+    """It forgets the oldest failures, and the oldest times at which orgs return."""
+    flood = names(0, 3 * MAX_ORGS)
+    requests.fail(*flood[:CERTAIN])
+    for each in flood[CERTAIN:]:
+        requests.clock.advance(TURN_LAST)  # the breaker is open: now it is this org's turn
+        requests.fail(each)
+    assert sum(requests.breaker.doubts(each) for each in flood) == MAX_ORGS
 
-    assert max(held) == MAX_ORGS
+    back = [_returns(requests, each) for each in flood]
+    assert (back[0], back[-1]) == (pytest.approx(4.0), RETURN_LAST)
+    assert _returns(requests, flood[0]) == RETURN_LAST
