@@ -13,7 +13,6 @@ from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
 from worker.claims.claims import AccessToken, Claims, Flag
 from worker.handlers.context import (
-    CLIENTS,
     BlockingCancellation,
     BlockingContext,
     Cancellation,
@@ -117,13 +116,16 @@ async def test_the_clients_that_were_used_are_closed_at_the_end(clock: ManualClo
 
 
 @pytest.mark.anyio
-async def test_no_client_is_made_to_be_closed(clock: ManualClock) -> None:
+async def test_no_client_is_made_to_be_closed(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    for name in ("org_client", "blocking_org_client"):
+        monkeypatch.setattr(f"worker.handlers.http.{name}", lambda *given: made.append(given))
     line: Any = Line()
-    waiting: Context[Any, Any] = Context(given(clock), line, Cancellation())
 
-    await close_http(waiting)
+    await close_http(Context(given(clock), line, Cancellation()))
+    close_blocking_http(blocking(clock, line))
 
-    assert not CLIENTS & vars(waiting).keys()
+    assert made == []
 
 
 def test_both_say_alike_whether_to_stop() -> None:
