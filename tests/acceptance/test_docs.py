@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,16 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from tests.fakes import forked
+from tests.fakes.cli import CommandLine
 from tests.fakes.environments import make_environment
-from tests.fakes.installation import installation
 from tests.fakes.pages import PAGES, ROOT, Block, blocks, missing_lines
 from tests.fakes.ports import free_port
+from tests.fakes.site import definition, wait_until
+from worker.demo.provider import Application, serve_provider
+from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 RUN = [page for page in PAGES if any(block.language == "sh" for block in blocks(page.read_text()))]
 # Addresses that pages name; here each is a free port.
 PORTS = ("8470", "8480", "8490")
+AUDIENCE = "https://api.example.com"
+ORGS = ("acme", "globex")
+NEW = "new-secret-of-both"
 
 
 def commands(page: str, tmp_path: Path) -> str:
@@ -61,6 +72,72 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
             missing = missing_lines(block.text, printed[before.line])
             assert missing == [], f"{page.name}:{before.line} printed\n{printed[before.line]}"
     assert "secret-of" not in log_of(folder) + "".join(printed.values())
+
+
+@contextlib.contextmanager
+def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
+    """The installation in the pages: two orgs, a nightly export each that has failed once, and a worker.
+
+    The API returns 503 while the folder has a file `outage`. The file `new-secret` has the secret of each
+    org's second application.
+    """
+    applications = [
+        Application(f"org_{org}", client, secret, ("read:kb",), (AUDIENCE,))
+        for org in ORGS
+        for client, secret in ((f"m2m-{org}", f"secret-of-{org}"), (f"m2m-{org}-2", NEW))
+    ]
+
+    def export(request: Request) -> Response:
+        down = (folder / "outage").exists()
+        return Response(status_code=503) if down else JSONResponse({"exported": 12})
+
+    provider, provider_thread = serve_provider(applications)
+    listener = bind_loopback()
+    with provider_thread, ServerThread(Starlette(routes=[Route("/export", export)]), listener):
+        line = CommandLine(folder, f"sqlite:///{folder}/worker.db")
+        line.settings.write_text(
+            f'[database]\nurl = "sqlite:///{folder}/worker.db"\n\n[issuers.main]\nprofile = "kinde"\n'
+            f'url = "{provider.url}"\naudience = "{AUDIENCE}"\nmax_requests_per_second = 100\n'
+            f'\n[execution]\nprivate_origins = ["{url_of(listener)}"]\n'
+        )
+        (folder / "outage").touch()
+        (folder / "new-secret").write_text(NEW)
+        keys = {
+            "timezone": "Europe/Berlin",
+            "params": {"url": f"{url_of(listener)}/export"},
+            "scopes": ["read:kb"],
+            "max_attempts": 1,
+        }
+        (folder / "definitions.toml").write_text(
+            "\n".join(
+                definition(f"org_{org}", "nightly-export", "http.request", "0 3 * * *", **keys)
+                for org in ORGS
+            )
+        )
+        line("db", "upgrade")
+        orgs = [
+            {"code": app.org_code, "issuer": "main", "client_id": app.client_id}
+            | {"client_secret": app.client_secret}
+            for app in applications
+            if app.client_secret != NEW
+        ]
+        line("orgs", "import", "-", stdin="\n".join(map(json.dumps, orgs)))
+        line("apply", str(folder / "definitions.toml"))
+        for org in ORGS:
+            line("definitions", "run", f"org_{org}", "nightly-export")
+        with (folder / "worker.log").open("wb") as log:
+            command = [sys.executable, "-m", "worker", "run"]
+            worker = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            wait_until(
+                lambda: len(line("runs", "list", "--state", "failed", "-o", "id").out.split()) == len(ORGS),
+                f"the exports to fail; the worker's log is {folder}/worker.log",
+                timeout=180,
+            )
+            yield
+        finally:
+            worker.kill()
+            worker.wait()
 
 
 def script(page: list[Block], folder: Path, out: Path) -> str:

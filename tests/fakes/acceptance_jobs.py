@@ -1,6 +1,6 @@
-"""The handlers of the acceptance tests; copied into a distribution of its own, so it imports only `worker`.
+"""The handlers of the acceptance tests, copied into their own distribution: import only `worker` here.
 
-Each writes what it does to the file that `params["journal"]` names, a line of JSON each.
+Each writes what it does to the file `params["journal"]`, as lines of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from worker import BlockingContext, Context, job
 
-# A process of the run's own that outlives its parent if nobody kills it.
+# A process of the run that outlives its parent unless it is killed.
 GRANDCHILD = """
 import json, os, sys, time
 while True:
@@ -42,7 +42,7 @@ def write(ctx: Any, **fields: Any) -> None:
 
 @job("acme.note")
 async def note(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Write one line, and return what the run says of itself."""
+    """Write one line, and return what the context says about the run."""
     write(ctx, who="note", org=ctx.org.code)
     return {"org": ctx.org.code, "scheduled_for": ctx.run.scheduled_for.isoformat()}
 
@@ -62,7 +62,7 @@ async def configured(ctx: Context[Any, Settings]) -> dict[str, Any]:
 
 @job("acme.steps")
 async def steps(ctx: Context[Any, Any]) -> dict[str, Any]:
-    """Count to `params["steps"]` with a checkpoint each, beside a process of its own that only writes."""
+    """Count to `params["steps"]` with a checkpoint each, while a subprocess writes."""
     first = (ctx.checkpoint or {"step": 0})["step"]
     write(ctx, who="start", first=first)
     beside = subprocess.Popen([sys.executable, "-c", GRANDCHILD, ctx.params["journal"]])
@@ -108,7 +108,7 @@ async def stuck_inline(ctx: Context[Any, Any]) -> None:
 
 @job("acme.fetch")
 async def fetch(ctx: Context[Any, Any]) -> list[int]:
-    """Get every URL of `params["urls"]`, redirects followed."""
+    """Get every URL of `params["urls"]`, and follow redirects."""
     answers = [await ctx.http.get(url, follow_redirects=True) for url in ctx.params["urls"]]
     return [answer.status_code for answer in answers]
 
@@ -121,20 +121,20 @@ def fetch_blocking(ctx: BlockingContext[Any, Any]) -> list[int]:
 
 @job("acme.traced")
 async def traced(ctx: Context[Any, Any]) -> str | None:
-    """Get the URL, and return the place in a trace that the environment names."""
+    """Get the URL, and return the trace context of the environment."""
     await ctx.http.get(ctx.params["url"])
     return os.environ.get("TRACEPARENT")
 
 
 @job("acme.traced_inline", isolation="inline")
 async def traced_inline(ctx: Context[Any, Any]) -> None:
-    """The same from the worker's own process, whose environment is nobody's."""
+    """The same from the worker's own process."""
     await ctx.http.get(ctx.params["url"])
 
 
 @job("acme.poll", scopes={"read:kb"})
 async def poll(ctx: Context[Any, Any]) -> list[int]:
-    """Get the URL again and again for `params["seconds"]`; the statuses that were not 200."""
+    """Get the URL repeatedly for `params["seconds"]`; the statuses that were not 200."""
     until = time.monotonic() + ctx.params["seconds"]
     bad = []
     while time.monotonic() < until:
@@ -147,7 +147,7 @@ async def poll(ctx: Context[Any, Any]) -> list[int]:
 
 @job("acme.chatty", max_attempts=1)
 def chatty(ctx: BlockingContext[Any, Any]) -> None:
-    """Print `params["lines"]` lines, then log, and crash where `params["crash"]` is set."""
+    """Print `params["lines"]` lines, log, and crash if `params["crash"]` is set."""
     for number in range(ctx.params["lines"]):
         print(f"line {number} {'.' * 80}")
         if "pause" in ctx.params:
@@ -159,7 +159,7 @@ def chatty(ctx: BlockingContext[Any, Any]) -> None:
 
 @job("acme.wants_file", max_attempts=1)
 async def wants_file(ctx: Context[Any, Any]) -> None:
-    """Save how often it was called, then fail unless the file `params["file"]` is there."""
+    """Save the number of calls, then fail unless the file `params["file"]` exists."""
     write(ctx, who="wants_file", org=ctx.org.code, checkpoint=ctx.checkpoint, key=ctx.run.idempotency_key)
     await ctx.save({"calls": (ctx.checkpoint or {"calls": 0})["calls"] + 1})
     if not os.path.exists(ctx.params["file"]):

@@ -1,4 +1,4 @@
-"""Worker processes that admit and end runs through the real store, as fast as they can, and die at times."""
+"""Worker processes that admit and end runs through the real store at full speed, and sometimes die."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def carry(
     seconds: float,
     locked: bool = True,
 ) -> None:
-    """Let so many processes carry what waits for some seconds; without `locked` nobody waits for another."""
+    """Let `workers` processes run waiting runs for `seconds`; `locked=False` disables the lock."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         began = time.time() + 2.0
         some = [
@@ -67,7 +67,7 @@ def _work(
 def _live(
     stock: Stock, chance: random.Random, slots: int, offered: dict[str, int | None], until: float
 ) -> None:
-    """One incarnation: it admits and ends, until it dies with what it holds or time is over."""
+    """One worker: admits and ends runs until it dies with those it holds, or time is up."""
     worker = stock.worker(handlers=tuple(offered))
     admission, held = RingWalk(stock.database, worker), list[AdmittedRun]()
     while time.monotonic() < until:
@@ -84,14 +84,14 @@ def _live(
 
 
 def recover(stock: Stock) -> Sequence[RunId]:
-    """Take the runs of whoever is dead, as any worker does."""
+    """Recover the runs of dead workers."""
     with stock.database.transaction() as connection:
         taken = worker_store.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
     return [run.run_id for run in taken]
 
 
 def end(stock: Stock, run: AdmittedRun, chance: random.Random) -> EndedAttempt:
-    """A retry or a hand-back, which ended when the database locked its row."""
+    """A retry or a hand-back; the database sets its end time."""
     outcome = chance.choice(("retry", "handed_back"))
     later = run.started_at + timedelta(days=1)
     return stock.ended(run, "waiting", outcome=outcome, started_at=run.started_at, ended_at=later)

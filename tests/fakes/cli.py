@@ -1,4 +1,4 @@
-"""The command line called in this process: what hundreds of calls can afford, where not a process each."""
+"""The command line called in this process, which is fast enough for hundreds of calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker.cli.app import invoke
 
 @dataclass(frozen=True)
 class Completed:
-    """How a command ended."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -29,11 +29,7 @@ class Completed:
         return json.loads(self.out)
 
     def checked(self, command: object) -> Completed:
-        """Itself.
-
-        Raises:
-            AssertionError: the command failed; with what it printed.
-        """
+        """Return self, or fail with the output if the command failed."""
         if self.code:
             raise AssertionError(f"{command} exited with {self.code}:\n{self.out}{self.err}")
         return self
@@ -50,7 +46,7 @@ def run_command(*arguments: str, stdin: str = "") -> Completed:
 
 @contextlib.contextmanager
 def as_process(folder: Path, environment: Mapping[str, str]) -> Any:
-    """This process with the working directory, environment and PYTHONPATH of another one."""
+    """Give this process the working directory, environment and PYTHONPATH of another one."""
     path = [*environment.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
     with (
         contextlib.chdir(folder),
@@ -61,7 +57,7 @@ def as_process(folder: Path, environment: Mapping[str, str]) -> Any:
 
 
 class CommandLine:
-    """An installation's folder with its worker.toml, and the commands given there."""
+    """Writes a worker.toml into a folder, and runs commands with it."""
 
     def __init__(self, folder: Path, database_url: str) -> None:
         self.settings = folder / "worker.toml"
@@ -71,6 +67,6 @@ class CommandLine:
         )
 
     def __call__(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
-        """Run one command; with `check` its failure fails the test, with what it printed."""
+        """Run one command; with `check` its failure fails the test and shows the output."""
         done = run_command("--config", str(self.settings), *arguments, stdin=stdin)
         return done.checked(arguments) if check else done

@@ -1,4 +1,4 @@
-"""A clock that tests move by hand, and a short way to write an instant."""
+"""A clock that tests move by hand, and a short way to write a time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 def utc(text: str) -> datetime:
-    """The instant that an ISO text names; without an offset it is UTC."""
+    """The time of an ISO 8601 text; UTC if it has no offset."""
     instant = datetime.fromisoformat(text)
     return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
 
 
 class ManualClock:
-    """Satisfies `worker.clock.Clock`; nothing passes until a test says so.
+    """Satisfies `worker.clock.Clock`; time passes only when a test says so.
 
     `sleep` returns once `advance` has moved the monotonic clock far enough. The
     wall clock may be set anywhere, also back, without the monotonic one moving.
@@ -48,7 +48,7 @@ class ManualClock:
         self._now = now
 
     def advance(self, by: float | timedelta) -> None:
-        """Let time pass on both clocks, in seconds or as a timedelta, and wake who slept that long."""
+        """Let time pass on both clocks, in seconds or as a timedelta, and wake sleepers that are due."""
         passed = by if isinstance(by, timedelta) else timedelta(seconds=by)
         self._now += passed
         self._monotonic += passed.total_seconds()
@@ -68,6 +68,6 @@ class ManualClock:
 
 
 async def settle(turns: int = 20) -> None:
-    """Give every task that can run the turns to do so."""
+    """Let every runnable task run for that many turns of the loop."""
     for _ in range(turns):
         await asyncio.sleep(0)

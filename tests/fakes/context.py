@@ -1,4 +1,4 @@
-"""A handler's context for unit tests: made-up org and run, answers from a mock transport."""
+"""A handler's context for unit tests: a fake org and run, responses from a mock transport."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 @dataclass
 class FakeContext:
-    """As much of `worker.Context` as the built-in handlers touch; what they did stays readable."""
+    """The parts of `worker.Context` that the built-in handlers use; records their calls."""
 
     answer: Answer
     params: Any

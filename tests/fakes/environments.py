@@ -1,4 +1,4 @@
-"""A Python environment of a test's own, to which `pip` adds without a network."""
+"""A virtual environment for one test, whose `pip` installs without a network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ exec {python} -m pip --python {folder}/bin/python "$@"
 
 
 def make_environment(folder: Path) -> Path:
-    """Make it in a folder that does not exist yet, and return that of its commands.
+    """Create a virtual environment in a new folder, and return the folder of its commands.
 
-    What this environment has, it has as well, orgworker included; what is added to it
-    stays its own.
+    It has all packages of this environment, orgworker included; packages added to it stay in it.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     [site] = (folder / "lib").glob("python3*/site-packages")

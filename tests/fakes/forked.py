@@ -1,8 +1,8 @@
 """`python -m worker …` as a fork of a process that has imported it: a third of a new interpreter's CPU time.
 
-The fork is a process like any other but for its command line and its parent. That is a server, one for each
-test process, which ends with it: `python -m tests.fakes.forked SOCKET`. A connection carries a request with
-three file descriptors, and back come the process id and then the exit status.
+Only its command line and its parent differ. The parent is a server, one per test process:
+`python -m tests.fakes.forked SOCKET`. A client sends a request with three file descriptors, and receives the
+process id and later the exit status.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.fakes.cli import Completed
 ROOT = Path(__file__).parents[2]
 # Imported by a worker or a command only once it needs them.
 LATER = ("alembic.command", "opentelemetry.sdk.trace", "psycopg", "sqlalchemy.dialects.postgresql.psycopg")
-# With these a new interpreter begins with something that a fork leaves out.
+# With one of these a new interpreter starts with code that a fork would skip.
 ONLY_NEW = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "ORGWORKER_SHIFTED_CLOCK")
 
 
-# `python` for a shell: commands are forks, and whatever runs until a signal comes is a process of its own.
+# `python` for a shell: short commands are forks, long-running ones are new interpreters.
 SHIM = """\
 #!{python} -IS
 import json, os, socket, sys
@@ -58,7 +58,7 @@ sys.exit(code if code >= 0 else 128 - code)
 
 
 def commands(folder: Path) -> Path:
-    """A new folder with a `python` for a shell, to stand in PATH before the real one."""
+    """Create a folder with a `python` that comes before the real one in PATH."""
     folder.mkdir()
     python = folder / "python"
     python.write_text(SHIM.format(python=sys.executable, server=str(server())))
@@ -168,12 +168,12 @@ def run(
 
 
 def is_possible() -> bool:
-    """Whether a fork is as good as a new interpreter, which may have to begin with something."""
+    """Whether a fork is equivalent to a new interpreter here."""
     return not any(name in os.environ for name in ONLY_NEW)
 
 
 def server() -> Path:
-    """The socket of this process's server, which is started with the first request."""
+    """The socket of this process's server, which the first call starts."""
     if os.getpid() not in _servers:
         folder = tempfile.TemporaryDirectory(prefix="orgworker-forked-")
         path = Path(folder.name) / "socket"
@@ -262,7 +262,7 @@ def read(connection: socket.socket, length: int) -> bytes:
 
 
 def import_all() -> None:
-    """Every module of the worker but those that do something when they are imported."""
+    """Import every module of the worker except those with side effects."""
     import worker
 
     for module in pkgutil.walk_packages(worker.__path__, "worker."):
@@ -281,7 +281,7 @@ def main() -> None:
         return
     if request["session"]:
         os.setsid()
-    # Others than those of the server: a pipe is no file.
+    # New objects: those of the server are pipes.
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.__stderr__ = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115

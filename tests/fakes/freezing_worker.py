@@ -1,4 +1,4 @@
-"""A worker whose scheduler loop hangs as long as a file is there; started in place of `python -m worker`."""
+"""A worker whose scheduler loop hangs while a file exists; replaces `python -m worker`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from worker.execution.loops.scheduler import Scheduler
 from worker.runs.run import FireReport
 
 FILE = "FREEZE_WHEN"
-# Seconds instead of the worker's own patience, so that nobody has to wait.
+# Seconds; shorter than the worker's own, so that the test is fast.
 PATIENCE = 2.0
 
 _fire = Scheduler._fire
 
 
 async def fire_or_hang(scheduler: Scheduler) -> FireReport:
-    while Path(os.environ[FILE]).exists():  # noqa: ASYNC110 - a file says nothing of its end
+    while Path(os.environ[FILE]).exists():  # noqa: ASYNC110 - a file has no event
         await asyncio.sleep(0.05)
     return await _fire(scheduler)
 

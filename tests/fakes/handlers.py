@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +11,20 @@ from tests.fakes.plugins import make_plugin
 
 SOURCE = Path(__file__).with_name("acceptance_jobs.py")
 
-NAMES = {
-    "acme.note": "note",
-    "acme.inline": "inline",
-    "acme.configured": "configured",
-    "acme.steps": "steps",
-    "acme.os_exit": "os_exit",
-    "acme.sys_exit": "sys_exit",
-    "acme.segfault": "segfault",
-    "acme.block": "block",
-    "acme.stuck_inline": "stuck_inline",
-    "acme.fetch": "fetch",
-    "acme.fetch_blocking": "fetch_blocking",
-    "acme.traced": "traced",
-    "acme.traced_inline": "traced_inline",
-    "acme.poll": "poll",
-    "acme.chatty": "chatty",
-    "acme.wants_file": "wants_file",
-    "acme.leak": "leak",
-    "acme.leak_result": "leak_result",
-}
-
 
 def install_handlers(folder: Path) -> None:
-    """Put the distribution `acme-jobs` with all handlers into a folder of PYTHONPATH."""
-    make_plugin(
-        folder,
-        dist="acme-jobs",
-        version="1.0",
-        modules={"acme_jobs": SOURCE.read_text()},
-        entry_points={name: f"acme_jobs:{function}" for name, function in NAMES.items()},
-    )
+    """Put the distribution `acme-jobs` with all handlers into a folder of PYTHONPATH.
+
+    The handler `acme.NAME` is the function NAME.
+    """
+    source = SOURCE.read_text()
+    names = re.findall(r'^@job\("acme\.(\w+)"', source, re.MULTILINE)
+    targets = {f"acme.{name}": f"acme_jobs:{name}" for name in names}
+    make_plugin(folder, modules={"acme_jobs": source}, entry_points=targets)
 
 
 def read_journal(path: Path, who: str | None = None) -> list[dict[str, Any]]:
-    """The lines that handlers wrote, in order; a last line that is not complete yet is left out."""
+    """The lines that handlers wrote, in order; an incomplete last line is left out."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")[:-1]

@@ -1,4 +1,4 @@
-"""A receiver of alerts on loopback, which checks each post with the code of the documentation."""
+"""An alert receiver on loopback that verifies each request with the code of the documentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECRET = "a-secret-shared-with-the-worker"
 
 @dataclass(frozen=True)
 class Post:
-    """One post: when it came (monotonic), its id, the alert in it, and whether the page calls it genuine."""
+    """A request: its monotonic time, its id, its alert, and whether the documented check accepts it."""
 
     at: float
     id: str
@@ -34,7 +34,7 @@ class Post:
 
 @dataclass
 class Hook:
-    """`taken` are the alerts that it took; `turned_down` those it answered 503, as it does while `busy`."""
+    """`taken` are the accepted alerts, `turned_down` those that got a 503 because the receiver was `busy`."""
 
     taken: list[Post] = field(default_factory=list)
     turned_down: list[Post] = field(default_factory=list)
@@ -48,11 +48,11 @@ class Hook:
         self.server = ServerThread(Starlette(routes=routes), bind_loopback(self.port)).start()
 
     def settings(self, **more: str) -> str:
-        """The table `[alerts]` of a worker that tells this receiver; `more` as it stands in TOML."""
+        """The table `[alerts]` of a worker that alerts this receiver; values of `more` are TOML."""
         return settings(self.server.url, **more)
 
     def told(self, kind: str | None = None) -> list[tuple[str, str]]:
-        """Kind and status of each alert that was taken, in order."""
+        """Kind and status of each accepted alert, in order."""
         return [
             (post.alert["kind"], post.alert["status"])
             for post in self.taken
@@ -84,7 +84,7 @@ class Hook:
 
 
 def settings(base_url: str, **more: str) -> str:
-    """The same for a receiver that is not there yet."""
+    """The same for a receiver that has not started yet."""
     given = {"webhook_url": f'"{base_url}/alerts"', "webhook_secret": f'"{SECRET}"'} | more
     return "\n".join(["[alerts]", *(f"{key} = {value}" for key, value in given.items()), ""])
 

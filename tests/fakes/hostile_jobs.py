@@ -1,7 +1,7 @@
-"""Handlers that attack: copied into a distribution of its own, so it imports only `worker`.
+"""Handlers that attack, copied into their own distribution: import only `worker` here.
 
-`hostile.attacks` reads what there is to attack from the file `targets.json` of the folder in which handlers
-may write, tries everything, and returns what became of each attempt: `worked`, or the error.
+`hostile.attacks` reads the targets from `targets.json` in the folder where handlers may write, and returns
+the result of each attack: `worked`, or the error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Targets = dict[str, Any]
 
 @job("hostile.victim")
 def victim(ctx: BlockingContext[Any, Any]) -> None:
-    """Another org's run: it has a file, and a process of its own with a secret in its environment."""
+    """Another org's run: it has a file, and a process with a secret in its environment."""
     Path("file").write_text(SECRET)
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     process = subprocess.Popen(command, env=dict(os.environ) | {"PASSWORD": SECRET})
@@ -133,7 +133,7 @@ def _from_folder(path: str) -> None:
 
 
 def _plant(path: str) -> None:
-    """Write a file, and take it away again, so that it does no harm in this test."""
+    """Write a file, and remove it again."""
     made = not os.path.exists(os.path.dirname(path))
     if made:
         os.mkdir(os.path.dirname(path))

@@ -1,15 +1,13 @@
-"""The image of config/Containerfile without a container engine: its own steps, on overlays of this machine.
+"""The image of config/Containerfile without a container engine: its steps, on overlays of this machine.
 
-This machine's Python stands in for the base image's, and packages that a lock file names
-are copied from this environment in place of their download; all else is what the
-Containerfile says. A container is a mount and a pid namespace in which the tree is
-mounted read-only, with the one volume; the command is process 1 under the image's user.
+This machine's Python replaces that of the base image, and locked packages are copied from this
+environment instead of downloaded. A container has its own mount and pid namespaces, a read-only tree and
+one volume; its command is process 1 under the image's user.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import importlib.metadata
 import json
 import os
@@ -19,18 +17,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NAMESPACES = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# What `pip install … -r LOCK` becomes: pip of that environment cannot download here.
+# pip cannot download here: copying the packages of the lock file replaces this command.
 _LOCKED = re.compile(r"(\S+)/bin/pip install --no-cache-dir --require-hashes -r (\S+)")
 
-# Enters a container: the tree, what engines mount on it, and the image's user without any right.
+# Enters a container: mounts the tree and what engines mount on it, and drops to the image's user.
 _ENTER = """
 set -e
 root=$1 layers=$2 checkout=$3 volume=$4 at=$5 etc=$6 user=$7 workdir=$8
@@ -51,12 +49,23 @@ exec chroot "$root" setpriv --reuid "${user%:*}" --regid "${user#*:}" --clear-gr
     --bounding-set=-all --inh-caps=-all env --ignore-environment --chdir "$workdir" "$@"
 """
 
+# Runs a command as root with the stage's files as the root, and keeps what it writes in the layer.
+_BUILD = """
+set -e
+root=$1 layer=$2 work=$3 workdir=$4
+shift 4
+mount -t overlay overlay -o "lowerdir=/,upperdir=$layer,workdir=$work" "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+exec chroot "$root" env --ignore-environment --chdir "$workdir" "$@"
+"""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Image:
-    """A stage of the Containerfile as far as it has come: its files in `layer`, the rest as written there."""
+    """A stage of the Containerfile, as far as it is built."""
 
-    layer: Path
+    folder: Path
     user: str = "0:0"
     workdir: str = "/"
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
@@ -64,35 +73,47 @@ class Image:
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
 
-    def run(self, volume: Path, etc: Path, *command: str, **environment: str) -> list[str]:
-        """The command line that runs it in a new container.
+    @property
+    def layer(self) -> Path:
+        """The folder with the files of the image that are not this machine's."""
+        return self.folder / "layer"
 
-        `volume` is a folder that the image's user owns, `etc` what /etc/orgworker is to be.
+    def run(self, volume: Path, etc: Path, *command: str, **environment: str) -> list[str]:
+        """The command line that runs a command in a new container.
+
+        `volume` is a folder that the image's user owns, `etc` is mounted at /etc/orgworker.
         """
-        root = self.layer.with_name(f"{self.layer.name}.root")
-        given = [f"{name}={value}" for name, value in (self.environment | environment).items()]
+        root = self.folder / "root"
         arguments = (root, f"{self.layer}:/", ROOT, volume, self.volume, etc, self.user, self.workdir)
-        enter = ["sh", "-c", _ENTER, "sh", *map(str, arguments)]
-        return [*NAMESPACES, *enter, *given, *command]
+        return _in_namespaces(_ENTER, arguments, self.environment | environment, command)
+
+    def build(self, script: str) -> None:
+        """Run a shell script as root with the stage's files as the root, and keep what it writes."""
+        arguments = (self.folder / "root", self.layer, self.folder / "work", self.workdir)
+        command = _in_namespaces(_BUILD, arguments, self.environment, ("sh", "-euc", script))
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"RUN {script} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+
+
+def _in_namespaces(
+    script: str, arguments: Sequence[object], environment: Mapping[str, str], command: Sequence[str]
+) -> list[str]:
+    given = [f"{name}={value}" for name, value in environment.items()]
+    return [*NAMESPACES, "sh", "-c", script, "sh", *map(str, arguments), *given, *command]
 
 
 def why_not() -> str | None:
-    """Why this machine lets nobody make the namespaces of a container, or None."""
+    """Why this machine cannot run a container, or None."""
     if os.getuid() != 0:
         return "only root may mount an image's files"
-    try:
-        subprocess.run([*NAMESPACES, "true"], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "there is no unshare (package util-linux)"
-    except subprocess.CalledProcessError as error:
-        return f"namespaces are refused: {error.stderr.strip()}"
-    return None
+    tried = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
+    return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else None
 
 
 @contextlib.contextmanager
 def built(folder: Path) -> Iterator[Image]:
-    """The image of config/Containerfile, as long as the block lasts; in memory, at the folder."""
-    # A file system of its own, too, since an overlay's layers must not lie in each other.
+    """The image of config/Containerfile, built in memory at the folder."""
+    # In a file system of its own, because an overlay's layers must not contain each other.
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
     try:
         yield _build(folder, (ROOT / "config" / "Containerfile").read_text())
@@ -102,120 +123,83 @@ def built(folder: Path) -> Iterator[Image]:
 
 def _build(folder: Path, containerfile: str) -> Image:
     stages: dict[str, Image] = {}
-    image = None
-    for word, rest in _steps(containerfile):
+    lines = "\n".join(line for line in containerfile.splitlines() if line and not line.startswith("#"))
+    for line in lines.replace("\\\n", " ").splitlines():
+        word, rest = line.split(maxsplit=1)
         if word == "FROM":
             name = rest.partition(" AS ")[2] or "last"
             image = stages[name] = _base(folder / name)
             continue
-        assert image is not None, "a Containerfile begins with FROM"
-        stages[name] = image = _step(image, word, rest, stages)
-    assert image is not None
+        match word:
+            case "RUN":
+                for environment, lock in _LOCKED.findall(rest):
+                    rest = rest.replace(f"{environment}/bin/pip install", "true", 1)
+                    _copy_locked(ROOT / lock, image.layer / environment[1:])
+                image.build(rest)
+            case "COPY" if rest == ". .":
+                _copy_context(image.layer / image.workdir[1:])
+            case "COPY":
+                option, source, target = rest.split()
+                stage = stages[option.removeprefix("--from=")]
+                shutil.copytree(stage.layer / source[1:], image.layer / target[1:], symlinks=True)
+            case "WORKDIR":
+                image.workdir = rest
+                (image.layer / rest[1:]).mkdir(parents=True, exist_ok=True)
+            case "ENV":
+                for name, value in (pair.split("=", 1) for pair in shlex.split(rest)):
+                    image.environment[name] = value.replace("$PATH", image.environment["PATH"])
+            case "USER":
+                image.user = rest
+            case "VOLUME":
+                image.volume = rest
+            case "ENTRYPOINT":
+                image.entrypoint = tuple(json.loads(rest))
+            case "CMD":
+                image.command = tuple(json.loads(rest))
+            case "STOPSIGNAL" | "EXPOSE":
+                pass
+            case _:
+                raise AssertionError(f"this module does not support the step {word} of the Containerfile")
     return image
 
 
-def _steps(text: str) -> list[tuple[str, str]]:
-    lines = "\n".join(line for line in text.splitlines() if line and not line.startswith("#"))
-    steps = [line.partition(" ") for line in lines.replace("\\\n", " ").splitlines()]
-    return [(word, rest.strip()) for word, _, rest in steps]
-
-
-def _base(layer: Path) -> Image:
-    """As python:3.13-slim: a Python named `python`, that everybody may run."""
-    for path in (layer, layer.with_name(f"{layer.name}.work"), layer.with_name(f"{layer.name}.root")):
-        path.mkdir()
-    image = Image(layer)
+def _base(folder: Path) -> Image:
+    """Like python:3.13-slim: a Python named `python` that every user may run."""
+    for name in ("layer", "work", "root"):
+        (folder / name).mkdir(parents=True)
+    image = Image(folder)
     python = Path(sys.executable).resolve()
-    # It may lie in somebody's home folder, which is closed to all others.
-    opened = " ".join(str(folder) for folder in python.parents if folder != Path("/"))
-    # No link: a Python looks for its library beside the name that it was called by.
+    # It may be in a home folder, which is closed to other users.
+    opened = " ".join(str(parent) for parent in python.parents if parent != Path("/"))
+    # Not a link: a Python looks for its library beside the name that it was called by.
     name = "/usr/local/bin/python"
-    _shell(image, f"""rm -f {name}; printf '#!/bin/sh\\nexec {python} "$@"\\n' >{name}; chmod 755 {name}""")
-    _shell(image, f"chmod o+x {opened}; mkdir -p /etc/orgworker")
-    return image
-
-
-def _step(image: Image, word: str, rest: str, stages: dict[str, Image]) -> Image:
-    match word:
-        case "RUN":
-            for environment, lock in _LOCKED.findall(rest):
-                rest = rest.replace(f"{environment}/bin/pip install", "true", 1)
-                site = image.layer / environment[1:] / "lib" / _python() / "site-packages"
-                _copy_locked(ROOT / lock, site)
-            _shell(image, rest)
-        case "COPY" if rest == ". .":
-            _copy_context(image.layer / image.workdir[1:])
-        case "COPY":
-            option, source, target = rest.split()
-            stage = stages[option.removeprefix("--from=")]
-            shutil.copytree(stage.layer / source[1:], image.layer / target[1:], symlinks=True)
-        case "WORKDIR":
-            (image.layer / rest[1:]).mkdir(parents=True, exist_ok=True)
-            return replace(image, workdir=rest)
-        case "ENV":
-            pairs = dict(pair.split("=", 1) for pair in shlex.split(rest))
-            known = image.environment
-            return replace(
-                image, environment=known | {k: v.replace("$PATH", known["PATH"]) for k, v in pairs.items()}
-            )
-        case "USER":
-            return replace(image, user=rest)
-        case "VOLUME":
-            return replace(image, volume=rest)
-        case "ENTRYPOINT":
-            return replace(image, entrypoint=tuple(json.loads(rest)))
-        case "CMD":
-            return replace(image, command=tuple(json.loads(rest)))
-        case "STOPSIGNAL" | "EXPOSE":
-            pass
-        case _:
-            raise AssertionError(f"the Containerfile has a step that this does not know: {word}")
-    return image
-
-
-def _python() -> str:
-    return f"python{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def _shell(image: Image, script: str) -> None:
-    """Run it as root with the stage's files as the root, and keep what it writes."""
-    root, work = (image.layer.with_name(f"{image.layer.name}.{suffix}") for suffix in ("root", "work"))
-    enter = (
-        f"mount -t overlay overlay -o lowerdir=/,upperdir={image.layer},workdir={work} {root}"
-        f" && mount -t proc proc {root}/proc && mount --rbind /dev {root}/dev"
-        f' && exec chroot {root} env --ignore-environment --chdir {image.workdir} "$@"'
+    image.build(
+        f"""rm -f {name}; printf '#!/bin/sh\nexec {python} "$@"\n' >{name}; chmod 755 {name}
+        chmod o+x {opened}; mkdir -p /etc/orgworker"""
     )
-    given = [f"{name}={value}" for name, value in image.environment.items()]
-    command = [*NAMESPACES, "sh", "-c", enter, "sh", *given, "sh", "-euc", script]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"RUN {script} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return image
 
 
 def _copy_context(target: Path) -> None:
-    """The checkout but for what .containerignore names."""
+    """Copy the checkout without what .containerignore names."""
     ignored = [line.removeprefix("**/") for line in (ROOT / ".containerignore").read_text().split()]
-
-    def unwanted(folder: str, names: list[str]) -> list[str]:
-        return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in ignored)]
-
-    shutil.copytree(ROOT, target, ignore=unwanted, dirs_exist_ok=True)
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*ignored), dirs_exist_ok=True)
 
 
-def _copy_locked(lock: Path, site: Path) -> None:
-    """Every package of the run-time lock file, in just that version, from this environment into another.
+def _copy_locked(lock: Path, environment: Path) -> None:
+    """Copy the packages of run.lock into a virtual environment, in the locked versions.
 
-    What only builds is lent, not copied: it is large, and stays out of the image.
+    Packages that only build the wheel stay outside the image: a .pth file adds them.
     """
     here = Path(sysconfig.get_path("purelib"))
+    site = environment / here.relative_to(sys.prefix)
     site.mkdir(parents=True)
     if lock.name != "run.lock":
-        (site / "lent.pth").write_text(str(here))
+        (site / "build.pth").write_text(str(here))
     for name, version in re.findall(r"(?m)^([\w.-]+)==([\w.+!-]+)", lock.read_text()):
         found = importlib.metadata.distribution(name)
         assert found.version == version, f"{lock.name} has {name} {version}, here is {found.version}"
-        if lock.name != "run.lock":
-            continue
-        for file in found.files or ():
+        for file in (found.files or ()) if lock.name == "run.lock" else ():
             if ".." not in file.parts and "__pycache__" not in file.parts:
                 (site / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(here / file, site / file)

@@ -1,8 +1,7 @@
-"""An issuer that answers through httpx.MockTransport, with real keys, and a source of credentials."""
+"""An issuer behind httpx.MockTransport with real keys, and a source of credentials."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import httpx
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
+from jwt.utils import base64url_encode
 
 from tests.fakes.clock import ManualClock
 from worker.ids import OrgId
@@ -35,34 +35,23 @@ def rsa_key(name: str) -> rsa.RSAPrivateKey:
 
 
 def b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    return base64url_encode(raw).decode()
 
 
 def b64_json(value: Any) -> str:
     return b64(json.dumps(value).encode())
 
 
-def b64_number(number: int) -> str:
-    return b64(number.to_bytes((number.bit_length() + 7) // 8, "big"))
-
-
 def jwk(name: str = "k1", **changes: Any) -> dict[str, Any]:
-    """The public part of a key as a key set has it; a change to None leaves that member out."""
-    numbers = rsa_key(name).public_key().public_numbers()
-    entry = {
-        "kty": "RSA",
-        "use": "sig",
-        "alg": "RS256",
-        "kid": name,
-        "n": b64_number(numbers.n),
-        "e": b64_number(numbers.e),
-    }
-    return {key: value for key, value in (entry | changes).items() if value is not None}
+    """The public part of a key, as in a key set; a change to None leaves that member out."""
+    public = RSAAlgorithm.to_jwk(rsa_key(name).public_key(), as_dict=True)
+    entry = public | {"use": "sig", "alg": "RS256", "kid": name, "key_ops": None} | changes
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def sign_text(signed: str, key: str = "k1") -> str:
-    """The two first parts of a token with an RS256 signature added."""
-    signature = rsa_key(key).sign(signed.encode(), padding.PKCS1v15(), hashes.SHA256())
+    """The first two parts of a token with an RS256 signature added."""
+    signature = RSAAlgorithm(RSAAlgorithm.SHA256).sign(signed.encode(), rsa_key(key))
     return f"{signed}.{b64(signature)}"
 
 
@@ -88,7 +77,7 @@ class App:
 
 
 class FakeIssuer:
-    """Kinde's token endpoint and key set; `answer` replaces the token endpoint's answer, `keys` the set's."""
+    """Kinde's token endpoint and key set; `answer` replaces the token response, `keys` the key set."""
 
     def __init__(self, clock: ManualClock) -> None:
         self.clock = clock
@@ -159,7 +148,7 @@ class FakeIssuer:
         return httpx.Response(404)
 
     def grant(self, form: Mapping[str, str]) -> httpx.Response:
-        """What the token endpoint answers when all is well."""
+        """The token endpoint's response without faults."""
         app = self.apps.get(form.get("client_id", ""))
         if app is None or form.get("client_secret") != app.secret:
             return httpx.Response(401, json={"error": "invalid_client"})
@@ -181,7 +170,7 @@ class FakeCredentials:
         self.fault: Exception | None = None
 
     def add(self, org: OrgRef, client_id: str, secret: str) -> Credential:
-        """A new generation, which is the newest."""
+        """Add a generation, which becomes the newest."""
         generations = self.orgs.setdefault(org.id, [])
         generation = max((known.generation for known in generations), default=0) + 1
         credential = Credential(
@@ -206,7 +195,7 @@ class FakeCredentials:
 
 
 def kinde_issuer(**changes: Any) -> Issuer:
-    """The issuer as a worker.toml would have it."""
+    """The issuer as worker.toml configures it."""
     values: dict[str, Any] = {
         "name": "main",
         "profile": load("kinde"),

@@ -1,4 +1,4 @@
-"""Whether this kernel has what the tests of the sandbox need."""
+"""Checks that this kernel can run the tests of the sandbox."""
 
 from __future__ import annotations
 

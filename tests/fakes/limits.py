@@ -1,4 +1,4 @@
-"""Limits that no test reaches by accident."""
+"""Limits that tests do not reach."""
 
 from __future__ import annotations
 

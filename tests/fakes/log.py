@@ -1,4 +1,4 @@
-"""What is wrong with a worker's log, held against the page that documents it."""
+"""Compares a worker's log with the documented events."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs/reference/events.md"
 EVERY_LINE = {"at", "level", "event"}
-# What a library's own record becomes.
+# The fields of a library's log record.
 OF_LIBRARIES = {"logger", "message", "trace"}
 
 
 @functools.cache
 def documented() -> dict[str, set[str]]:
-    """By event, its fields, as the page has them."""
+    """The documented fields by event."""
     rows = re.findall(r"(?m)^\| `([\w.]+)` \| \w+ \| (.*?) \|", PAGE.read_text())
     return {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows} | {"log": OF_LIBRARIES}
 
 
 def faults_of(log: str) -> list[str]:
-    """The lines that are no documented event with its fields, or do not say whose run they speak of."""
+    """The lines with an undocumented event or field, or with a run but without its org and attempt."""
     return [line for line in log.splitlines() if line.startswith("{") and not _is_right(json.loads(line))]
 
 

@@ -1,10 +1,9 @@
-"""Networks for `ctx.public_http` in tests: names resolve as the test says, nothing leaves this machine."""
+"""Networks for `ctx.public_http`: a test sets the addresses of names, and no packet leaves this machine."""
 
 from __future__ import annotations
 
 import socket
-import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +11,13 @@ import httpcore
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
-# An address, or a list of them for each time that the name is resolved; the last one stays.
+# The addresses of a name, or a list of them for each lookup; the last list is repeated.
 Answers = Mapping[str, Sequence[str] | Sequence[Sequence[str]]]
 
 
 @dataclass
 class Names:
-    """Resolves addresses as the system does, and names as the test says."""
+    """Resolves names to the addresses that a test sets, and literal addresses as the system does."""
 
     answers: Answers = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -41,79 +40,53 @@ class Names:
         return self.blocking(host, port)
 
 
-@dataclass
-class Dialled:
-    """What was connected to, and by which names TLS was begun."""
-
-    addresses: list[tuple[str, int]] = field(default_factory=list)
-    tls_names: list[str | None] = field(default_factory=list)
-
-
 class ScriptedNetwork(httpcore.AsyncNetworkBackend):
-    """Answers each connection with the same bytes; `refuses` are addresses that nobody listens on."""
+    """Sends the same bytes over each connection; addresses in `refuses` refuse it.
 
-    def __init__(self, answer: bytes = OK, refuses: Iterable[str] = ()) -> None:
-        self.dialled = Dialled()
+    `addresses` are those that the client tried, `tls_names` the host names of its TLS handshakes.
+    """
+
+    def __init__(self, answer: bytes = OK, refuses: Collection[str] = ()) -> None:
+        self.addresses: list[tuple[str, int]] = []
+        self.tls_names: list[str | None] = []
         self._answer = answer
-        self._refuses = frozenset(refuses)
+        self._refuses = refuses
 
     async def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> Any:
-        self.dialled.addresses.append((host, port))
+        return _Stream(self, self.dial(host, port))
+
+    def dial(self, host: str, port: int) -> list[bytes]:
+        self.addresses.append((host, port))
         if host in self._refuses:
             raise httpcore.ConnectError(f"{host} refuses")
-        return _Stream(self._answer, self.dialled)
+        return [self._answer]
 
 
-class BlockingScriptedNetwork(httpcore.NetworkBackend):
-    """The same for a client that blocks."""
+class BlockingNetwork(httpcore.NetworkBackend):
+    """The same network for a blocking client."""
 
-    def __init__(self, answer: bytes = OK, refuses: Iterable[str] = ()) -> None:
-        self.dialled = Dialled()
-        self._answer = answer
-        self._refuses = frozenset(refuses)
+    def __init__(self, network: ScriptedNetwork) -> None:
+        self._network = network
 
     def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> Any:
-        self.dialled.addresses.append((host, port))
-        if host in self._refuses:
-            raise httpcore.ConnectError(f"{host} refuses")
-        return _BlockingStream(self._answer, self.dialled)
+        return _BlockingStream(self._network, self._network.dial(host, port))
 
 
-class _Stream(httpcore.AsyncNetworkStream):
-    def __init__(self, answer: bytes, dialled: Dialled) -> None:
-        self._answer = answer
-        self._dialled = dialled
+class _Stream(httpcore.AsyncMockStream):
+    def __init__(self, network: ScriptedNetwork, answer: list[bytes]) -> None:
+        super().__init__(answer)
+        self._network = network
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        given, self._answer = self._answer[:max_bytes], self._answer[max_bytes:]
-        return given
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
-
-    async def aclose(self) -> None: ...
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.AsyncNetworkStream:
-        self._dialled.tls_names.append(server_hostname)
+    async def start_tls(self, *args: Any, **kwargs: Any) -> Any:
+        self._network.tls_names.append(kwargs["server_hostname"])
         return self
 
 
-class _BlockingStream(httpcore.NetworkStream):
-    def __init__(self, answer: bytes, dialled: Dialled) -> None:
-        self._answer = answer
-        self._dialled = dialled
+class _BlockingStream(httpcore.MockStream):
+    def __init__(self, network: ScriptedNetwork, answer: list[bytes]) -> None:
+        super().__init__(answer)
+        self._network = network
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        given, self._answer = self._answer[:max_bytes], self._answer[max_bytes:]
-        return given
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
-
-    def close(self) -> None: ...
-
-    def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> httpcore.NetworkStream:
-        self._dialled.tls_names.append(server_hostname)
+    def start_tls(self, *args: Any, **kwargs: Any) -> Any:
+        self._network.tls_names.append(kwargs["server_hostname"])
         return self

@@ -1,4 +1,4 @@
-"""A row for each of some orgs in every table of PostgreSQL, made of nothing but the metadata."""
+"""Inserts a row per org into every table of PostgreSQL, derived from the metadata only."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from worker.ids import new_id
 from worker.store import tables
 from worker.store.dialect import database_now
 
-# What a column may hold is none of this module's business.
 _CHECKS = text("""
 SELECT conrelid::regclass::text, conname FROM pg_constraint
 WHERE contype IN ('c', 'f') AND connamespace = current_schema::regnamespace
 """)
 
 
-# In which table `id` is the id of which thing.
+# The tables whose `id` is the id of an `Owner`'s attribute.
 _THINGS = {"orgs": "org", "definitions": "definition", "runs": "run", "live_runs": "run"}
 
 
 @dataclass(frozen=True)
 class Owner:
-    """An org with one thing of each kind, so that rows that belong together are found together."""
+    """An org with one definition and one run; their rows refer to each other."""
 
     org: str = field(default_factory=new_id)
     definition: str = field(default_factory=new_id)
@@ -35,7 +34,7 @@ class Owner:
 
 
 def fill(connection: Connection, owners: Sequence[Owner]) -> None:
-    """Insert their rows, with the CHECK and foreign key constraints out of the way for good."""
+    """Drop the CHECK and foreign key constraints, and insert the owners' rows."""
     for table, name in connection.execute(_CHECKS).all():
         connection.execute(text(f'ALTER TABLE {table} DROP CONSTRAINT IF EXISTS "{name}"'))
     at = database_now(connection)
@@ -45,7 +44,7 @@ def fill(connection: Connection, owners: Sequence[Owner]) -> None:
 
 
 def row(table: Table, owner: Owner, at: datetime) -> dict[str, Any]:
-    """A row of a table that is the owner's in each column that says whose it is."""
+    """A row of a table with the owner's ids."""
     return {column.name: _value(table, column, owner, at) for column in table.columns}
 
 
@@ -69,4 +68,4 @@ def _value(table: Table, column: Column[Any], owner: Owner, at: datetime) -> Any
             return f"of {owner.org}"
         case "INTEGER" | "BIGINT" | "SMALLINT" | "FLOAT" | "DOUBLE PRECISION":
             return 1
-    raise LookupError(f"{table.name}.{column.name} is {kind}: say here what such a column may hold")
+    raise LookupError(f"{table.name}.{column.name} is {kind}: add a value for this type here")

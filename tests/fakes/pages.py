@@ -1,11 +1,9 @@
-"""Pages of the documentation as tests read them: their fenced blocks, links, headings and commands.
+"""Pages of the documentation: their fenced blocks, links, headings and commands.
 
-A block `sh` is run by a test, all those of a page in order in one shell; with `exit=N`
-it must end so. A block `text` right after one is what it prints, as far as that is
-stable: each of its lines stands in the output, in order, `…` for anything; ids,
-instants and decimals may differ. `<!-- sh` begins a comment that is run, too: what
-happens meanwhile. A block of another language whose first line is `# NAME.EXT` is
-that file. What cannot run here is in blocks `console`, behind `$ `.
+A test runs the `sh` blocks of a page in order in one shell; `exit=N` is the expected exit code. A `text`
+block right after one is its output: each line occurs in order, `…` matches anything, and ids, times and
+decimals may differ. `<!-- sh` begins a hidden block, which also runs. A block of another language whose
+first line is `# NAME.EXT` is that file. `console` blocks with `$ ` do not run.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ _PROGRAM = re.compile(
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, or a comment that is run; `line` is that of its first line in the page."""
+    """A fenced or hidden block; `line` is its first line in the page."""
 
     language: str
     argument: str
@@ -51,7 +49,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that the block is, where it says so."""
+        """The name of the file that the block contains, or None."""
         found = None if self.language in ("sh", "text", "console") else _FILE.match(self.text)
         return found[1] if found else None
 
@@ -74,20 +72,20 @@ def blocks(page: str) -> list[Block]:
 
 
 def links(page: str) -> list[str]:
-    """What the page links to, but for other sites."""
+    """The targets of the page's links, without other sites."""
     prose = _ANY_FENCE.sub("", page)
     found = re.findall(r"\]\(([^)\s]+)\)", prose)
     return [link for link in found if not re.match(r"[a-z]+:", link)]
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub generates for the page's headings."""
     headings = re.findall(r"(?m)^#+ (.+)$", _ANY_FENCE.sub("", page))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def commands(page: str) -> Iterator[str]:
-    """What stands behind `python -m worker` in blocks and in code, and code such as `runs list --org`."""
+    """The words after `python -m worker` in blocks and inline code, and code such as `runs list --org`."""
     groups = {name for name, one in _command_line().commands.items() if hasattr(one, "commands")}
     for block in blocks(page):
         if block.language in ("sh", "console"):
@@ -103,7 +101,7 @@ def commands(page: str) -> Iterator[str]:
 
 def _called(text: str) -> Iterator[str]:
     for rest in _PROGRAM.findall(text):
-        # A command in a command is found by itself.
+        # A nested command is a match of its own.
         yield rest.partition("$(")[0].strip(' "')
 
 
@@ -131,7 +129,7 @@ def unknown_words(command: str) -> list[str]:
                 wrong.append(word)
                 break
             else:
-                break  # VERB, … and other words that stand for something
+                break  # VERB, … and other placeholders
     return wrong
 
 
@@ -151,7 +149,7 @@ def _options(command: object) -> dict[str, bool]:
 
 
 def missing_lines(expected: str, shown: str) -> list[str]:
-    """The lines of a block `text` that the output does not have in this order."""
+    """The lines of a `text` block that the output lacks in this order."""
     lines = [_stable(line) for line in shown.splitlines()]
     missing = []
     at = 0

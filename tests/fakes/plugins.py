@@ -1,4 +1,4 @@
-"""Makes a plug-in distribution in a folder: its modules, and the metadata that pip would have left."""
+"""Makes a plug-in distribution in a folder: its modules, and the metadata that pip would write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def make_plugin(
     modules: Mapping[str, str] | None = None,
     entry_points: Mapping[str, str] | None = None,
 ) -> Path:
-    """Install a distribution into a folder that is to stand on sys.path or in PYTHONPATH.
+    """Install a distribution into a folder for sys.path or PYTHONPATH.
 
     `modules` maps a dotted name to its source; `entry_points` a handler's name to
     `module:attribute`.

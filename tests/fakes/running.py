@@ -1,4 +1,4 @@
-"""What a runner is given in tests: work with made-up claims, and services that record their calls."""
+"""Input of a runner: work with fake claims, and services that record their calls."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def work(handler: str, **fields: Any) -> Work:
 
 @dataclass
 class RecordingServices:
-    """Records what a run asks for; answers `save` and `token` as the test wants."""
+    """Records the calls of a run; a test sets the results of `save` and `token`."""
 
     on_save: Callable[[str], None] = lambda data: None
     renewed: tuple[AccessToken, Claims] | None = None
@@ -102,12 +102,12 @@ class RecordingServices:
         self.closed = True
 
     def text(self) -> str:
-        """All lines, one below the other."""
+        """All lines as one text."""
         return "\n".join(text for _, _, text in self.lines)
 
 
 async def until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:
-    """Wait until the condition holds, and give what it gave."""
+    """Wait until the condition holds, and return its result."""
     async with asyncio.timeout(within):
         while not (found := condition()):  # noqa: ASYNC110 - of other processes, which set no event
             await asyncio.sleep(0.01)
@@ -115,5 +115,5 @@ async def until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """The size of each file, to see who still writes."""
+    """The size of each file, to see which processes still write."""
     return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}

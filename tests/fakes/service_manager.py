@@ -1,4 +1,4 @@
-"""systemd itself as process 1 of its own namespaces, on the files of the image, with the units of config/."""
+"""systemd as process 1 of its own namespaces, on the files of the image, with the units of config/."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE = "/var/lib/orgworker"
 NAMESPACES = ["--mount", "--pid", "--ipc", "--uts", "--cgroup"]
 UNITS = ("worker.service", "worker-upgrade.service")
 
-# Unlike a container's, this root can be written, in memory: what is installed is nobody else's.
+# Unlike a container's, this root is writable, in memory: each manager has its own.
 _BOOT = """
 set -e
 root=$1 layers=$2 upper=$3 work=$4 state=$5
@@ -36,14 +36,14 @@ mkdir -p "$root/outside"
 cd "$root"
 pivot_root . outside
 umount --lazy /outside
-# As a container's manager leaves it: credentials are mounted by a process beside systemd.
+# As container managers do: another process than systemd mounts the credentials.
 mount --make-rshared /
 exec env --ignore-environment container=test "$6" --system --unit=basic.target --log-target=console
 """
 
 
 class ServiceManager:
-    """Boots in `folder`; `state` is what the units find as /var/lib/orgworker.
+    """Boots in `folder`; `state` is mounted at /var/lib/orgworker.
 
     With `installed` the units and the command are where the documentation puts them.
     """
@@ -51,7 +51,7 @@ class ServiceManager:
     def __init__(self, image: Image, folder: Path, state: Path, *, installed: bool) -> None:
         self._log = folder / "systemd.log"
         self._layers = image.layer.parent / folder.name
-        # In the image's memory, where layers may lie beside each other.
+        # In the image's tmpfs, where layers may be siblings.
         self._root, self._files, work = (self._layers / name for name in ("root", "files", "work"))
         for path in (self._root, self._files, work):
             path.mkdir(parents=True)
@@ -89,7 +89,7 @@ class ServiceManager:
         wait_until(booted, f"systemd to boot; its log is {self._log}")
 
     def inside(self, *command: str) -> list[str]:
-        """The command line that runs it as root beside systemd."""
+        """The command line that runs a command as root under this systemd."""
         [process] = psutil.Process(self._outer.pid).children()
         entered = ["--mount", "--pid", "--ipc", "--uts", "--cgroup", "--root", "--wdns=/"]
         return ["nsenter", "--target", str(process.pid), *entered, *command]
@@ -98,14 +98,14 @@ class ServiceManager:
         return subprocess.run(self.inside(*command), capture_output=True, text=True, timeout=300)
 
     def must(self, *command: str) -> str:
-        """What the command prints; it fails the test where the command fails, with the journal's end."""
+        """The output of the command; a failure fails the test and shows the journal."""
         done = self.call(*command)
         journal = self.call("journalctl", "--no-pager", "--unit=worker*").stdout if done.returncode else ""
         assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stderr}\n{journal}"
         return done.stdout
 
     def show(self, unit: str, name: str) -> str:
-        """One property of a unit, as `systemctl show` has it."""
+        """One property of a unit."""
         return self.must("systemctl", "show", f"--property={name}", "--value", unit).strip()
 
     def drop_in(self, unit: str, text: str) -> None:
@@ -114,7 +114,7 @@ class ServiceManager:
         self.must("systemctl", "daemon-reload")
 
     def write(self, path: str, text: str) -> None:
-        """A file of that machine's; from outside its layers must not be written to any more."""
+        """Write a file on that machine; its layers must not be written to from outside while mounted."""
         command = self.inside("install", "-D", "--mode=0644", "/dev/stdin", path)
         subprocess.run(command, input=text, text=True, check=True, timeout=60)
 
@@ -136,10 +136,10 @@ def booted(image: Image, folder: Path, state: Path, *, installed: bool = True) -
 
 
 def _own_cgroup() -> Path:
-    """A new group of the unified hierarchy, which is systemd's whole tree once it is in there."""
+    """A new cgroup, which becomes the root of systemd's tree."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     unified = next((Path(at) for _, at, kind, *_ in mounts if kind == "cgroup2"), None)
-    assert unified is not None, "systemd cannot be tested here: no cgroup2 is mounted"
+    assert unified is not None, "systemd cannot be tested here: cgroup2 is not mounted"
     group = unified / f"orgworker-test-{os.getpid()}"
     group.mkdir()
     return group
@@ -154,6 +154,6 @@ def _removed(group: Path) -> bool:
     try:
         for folder, _, _ in os.walk(group, topdown=False):
             os.rmdir(folder)
-    except OSError:  # a process of it is not quite gone
+    except OSError:  # one of its processes is still ending
         return False
     return True

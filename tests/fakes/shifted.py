@@ -1,8 +1,8 @@
 """Tests at another time of day: `pytest --start-at '2027-03-28T01:59:50 Europe/Berlin'`.
 
-The wall clock of this process and of the Python processes that it starts begins at that instant, and ticks:
-again for each unit test, and for each module of the other tests. Monotonic clocks, file times and PostgreSQL
-keep the real time; tests that need PostgreSQL are left out.
+The wall clock of this process and of its Python children starts at that time and ticks. It restarts for each
+unit test and for each module of the other tests. Monotonic clocks, file times and PostgreSQL keep the real
+time; tests that need PostgreSQL are deselected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import time_machine
 
-# A process reads it as it starts: PYTHONPATH reaches also those whose environment is otherwise their own.
+# Each process reads it at its start: PYTHONPATH also reaches those with an environment of their own.
 SITECUSTOMIZE = """\
 import datetime, pathlib, time
 import time_machine
@@ -30,7 +30,7 @@ time_machine.travel(start, tick=True).start()
 
 
 def parsed(text: str) -> datetime:
-    """An instant with a zone, or in UTC.
+    """A time with a zone, or in UTC.
 
     Raises:
         ValueError: it is not `2028-02-29T12:00` with an optional zone such as `Europe/Berlin` after it.
@@ -55,14 +55,14 @@ class ShiftedClock:
         sys.path.insert(0, str(self.folder))
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Leave out the tests that need PostgreSQL."""
+        """Deselect the tests that need PostgreSQL."""
         apart = [item for item in items if needs_postgres(item)]
         config.hook.pytest_deselected(items=apart)
         items[:] = [item for item in items if not needs_postgres(item)]
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Start the clock again, but not below what a module's fixtures have begun."""
+        """Restart the clock, but not under the fixtures of a module."""
         module = item.path
         if self.travel is None or module != self.module or "unit" in module.parts:
             self.module = module

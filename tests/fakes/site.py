@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 AUDIENCE = "https://api.test.example"
 FINAL = {"succeeded", "failed", "cancelled", "refused", "skipped"}
-# A schedule that fires nothing of itself while a test lasts, however the clock stands.
+# A schedule that never fires during a test, even with a shifted clock.
 NEVER = "at 2099-01-01T00:00:00Z"
 
 
@@ -35,7 +35,7 @@ def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T
     """Poll until the probe returns something true, and return it.
 
     Raises:
-        AssertionError: it did not within `timeout` seconds; names what was waited for and the last answer.
+        AssertionError: it did not within `timeout` seconds; with `what` and the last result.
     """
     until = time.monotonic() + timeout
     while True:
@@ -48,7 +48,7 @@ def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T
 
 
 class Site:
-    """One installation. Close it at the end: its worker is killed if it is still there."""
+    """One installation; `close` kills its workers."""
 
     # Whether its first worker is a fork; see `forked`.
     may_fork = True
@@ -62,7 +62,7 @@ class Site:
         self.log = folder / "worker.log"
         self.environment: dict[str, str] = {}
         self.secrets = folder / "secrets"
-        # The only place besides its own folder where a handler may write.
+        # Besides the run's own folder, a handler may write only here.
         self.out = folder / "out"
         self.out.mkdir(exist_ok=True)
         self.plugins.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ write_paths = ["{self.out}"]
         )
 
     def cli(self, *arguments: str, stdin: str = "", check: bool = True) -> Completed:
-        """Run one command in this process, which takes a tenth of `process`.
+        """Run one command in this process, in a tenth of the time of `process`.
 
         With `check` its failure fails the test, with what it printed.
         """
@@ -137,16 +137,15 @@ write_paths = ["{self.out}"]
     def start_worker(
         self, launcher: Path | None = None, *, before: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
-        """Start `python -m worker run`, or a script that does so after having bent something.
+        """Start `python -m worker run`, or a script in its place; its output is appended to `log`.
 
-        `before` is a command that takes it as its last arguments. The log goes to `log`,
-        one worker behind the other.
+        `before` is a command that takes it as its last arguments.
         """
         command = self.command("run")
         if launcher is not None:
             command[1:3] = [str(launcher)]
         command = [*before, *command]
-        # A restarted one must not be up before what a killed one has left is gone: a fork starts too fast.
+        # A fork starts so fast that the killed worker's processes may still be there.
         fork = self.may_fork and not self._workers
         with self.log.open("ab") as log:
             worker = forked.start(
@@ -164,7 +163,7 @@ write_paths = ["{self.out}"]
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def query(self, statement: str, *parameters: object) -> list[dict[str, Any]]:
-        """Read rows of the database's documented columns; parameters are `?` in order."""
+        """Read rows; parameters are `?` in order."""
         if self.database_url.startswith("postgresql"):
             return self._query_postgres(statement.replace("?", "%s"), parameters)
         if self._connection is None:
@@ -181,7 +180,7 @@ write_paths = ["{self.out}"]
         return list(self._connection.execute(statement, parameters or None).fetchall())
 
     def runs(self, org: str | None = None, definition: str | None = None) -> list[dict[str, Any]]:
-        """The runs as `run_view` has them, oldest first."""
+        """The rows of `run_view`, oldest first."""
         wanted = {"org": org, "definition": definition}
         given = {name: value for name, value in wanted.items() if value is not None}
         where = " AND ".join(f"{name} = ?" for name in given) or "1 = 1"
@@ -191,7 +190,7 @@ write_paths = ["{self.out}"]
         return self.query("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", run_id)
 
     def wait_for_handlers(self, *names: str, timeout: float = 20.0) -> None:
-        """Until a worker that is up offers all of them."""
+        """Wait until the newest worker offers all of them."""
 
         def offered() -> bool:
             rows = self.query("SELECT handlers FROM workers WHERE ended_at IS NULL ORDER BY started_at DESC")
@@ -202,7 +201,7 @@ write_paths = ["{self.out}"]
     def wait_for_end(
         self, org: str | None = None, definition: str | None = None, *, timeout: float = 20.0
     ) -> dict[str, Any]:
-        """Until the first run of the definition has ended; that run."""
+        """Wait until the first run of the definition has ended; returns it."""
 
         def ended() -> dict[str, Any] | None:
             found = self.runs(org, definition)
@@ -215,7 +214,7 @@ write_paths = ["{self.out}"]
     def wait_for_state(
         self, definition: str, state: str, *, attempt: int = 1, timeout: float = 20.0
     ) -> dict[str, Any]:
-        """Until a run of the definition is in that state at that attempt; the run."""
+        """Wait until a run of the definition is in that state at that attempt; returns it."""
 
         def found() -> dict[str, Any] | None:
             for run in self.runs(definition=definition):
@@ -270,12 +269,12 @@ JSON_COLUMNS = {"handlers", "progress", "result", "error", "claims", "flags", "p
 
 
 def from_column(name: str, value: Any) -> Any:
-    """A column of SQLite as PostgreSQL would give it: JSON text as its value."""
+    """A column of SQLite as in PostgreSQL: JSON text becomes its value."""
     return json.loads(value) if name in JSON_COLUMNS and isinstance(value, str) else value
 
 
 def application(org_code: str, **changes: Any) -> Application:
-    """An M2M application for an org, good for AUDIENCE and the scope `read:kb`."""
+    """An M2M application for an org with AUDIENCE and the scope `read:kb`."""
     values: dict[str, Any] = {
         "org_code": org_code,
         "client_id": f"m2m-{org_code}",
@@ -287,7 +286,7 @@ def application(org_code: str, **changes: Any) -> Application:
 
 
 def definition(org: str, name: str, handler: str, schedule: str = NEVER, **keys: Any) -> str:
-    """One [[definition]] of a file for `apply`; further keys as they stand in TOML."""
+    """One [[definition]] of a file for `apply`; further keys as Python values."""
     lines = [f"{key} = {toml_value(value)}" for key, value in keys.items()]
     head = [f"org = {json.dumps(org)}", f"name = {json.dumps(name)}", f"handler = {json.dumps(handler)}"]
     return "\n".join(["[[definition]]", *head, f"schedule = {json.dumps(schedule)}", *lines, ""])
@@ -304,7 +303,7 @@ def toml_value(value: Any) -> str:
 
 @contextlib.contextmanager
 def opened(site: Site) -> Iterator[Site]:
-    """Close it at the end; what its workers have logged must be as documented."""
+    """Close it at the end, and check that its log is as documented."""
     try:
         yield site
     finally:

@@ -1,4 +1,4 @@
-"""A stock of orgs, definitions, workers and runs in a database, and a short way to look at the rows."""
+"""Makes orgs, definitions, workers and runs in a database, and reads their rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Stock:
-    """Makes rows as operations would, and carries runs as a worker would."""
+    """Makes rows as operations do, and runs as a worker does."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -101,7 +101,7 @@ class Stock:
         return worker_id
 
     def run(self, org_id: OrgId, definition_id: DefinitionId | None = None, **values: Any) -> NewRun:
-        """A run to be inserted; by hand and not serial, unless said otherwise."""
+        """A run to insert; manual and not serial by default."""
         at = self.now() - timedelta(seconds=1)
         run = NewRun(
             id=RunId(new_id()),
@@ -122,7 +122,7 @@ class Stock:
             return firing.write(connection, runs)
 
     def hold(self, run: NewRun) -> None:
-        """Insert a run as one that is held back behind an unfinished one."""
+        """Insert a run that is held behind an unfinished one."""
         self.put(replace(run, serial=False))
         self.change(tables.live_runs, run.id, state="held", reason="held", serial=True)
 
@@ -143,7 +143,7 @@ class Stock:
             return statements(connection).finish(connection, worker_id, ended)
 
     def ended(self, run: AdmittedRun, state: str = "succeeded", **values: Any) -> EndedAttempt:
-        """The end of an attempt that lasted two seconds, in that state."""
+        """The end of a two-second attempt in that state."""
         waits = state == "waiting"
         end = EndedAttempt(
             run_id=run.id,
@@ -183,17 +183,17 @@ class Stock:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def change(self, table: Any, id_: str, **values: Any) -> None:
-        """Bend one row past everything that would forbid it."""
+        """Change one row directly."""
         key = next(iter(table.primary_key.columns))
         with self.database.transaction() as connection:
             connection.execute(update(table).where(key == id_).values(**values))
 
     def make_available(self, run_id: str) -> None:
-        """As if the time that a waiting run waits for had come."""
+        """Make a waiting run available now."""
         self.change(tables.live_runs, run_id, available_at=self.now() - timedelta(seconds=1))
 
     def let_lease_pass(self, worker_id: WorkerId) -> None:
-        """As if the worker had not renewed for too long."""
+        """Expire the worker's lease."""
         self.change(tables.workers, worker_id, lease_until=self.now() - timedelta(seconds=1))
 
     def _one(self, table: Any, condition: Any) -> Row | None:

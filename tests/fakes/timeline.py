@@ -1,7 +1,8 @@
-"""An installation on SQLite whose clock is moved by hand: what is applied, fired, started and ended in it."""
+"""An installation on SQLite with a manual clock: applies, fires, starts and ends runs."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, date, datetime, timedelta
@@ -24,7 +25,7 @@ ORG = "org_acme"
 
 
 class Timeline:
-    """One org with one definition; nothing happens until a test says so."""
+    """One org with one definition; everything happens only when a test says so."""
 
     def __init__(self, url: str, clock: ManualClock) -> None:
         self.clock = clock
@@ -40,7 +41,7 @@ class Timeline:
         self.database.close()
 
     def define(self, *, timezone: str | None = None, **keys: Any) -> None:
-        """Apply the definition with these keys, all others at their defaults, in an org of this zone."""
+        """Apply the definition with these keys, in an org of this time zone."""
         zone = f'timezone = "{timezone}"\n' if timezone else ""
         lines = [f"{key} = {_toml(value)}" for key, value in keys.items()]
         text = (
@@ -50,7 +51,7 @@ class Timeline:
         apply(self.database, parse_file(text), actor="tester")
 
     def fire(self) -> None:
-        """Fire everything that is due, as a worker does that is up."""
+        """Fire everything that is due, as a running worker does."""
         while True:
             with self.database.transaction() as connection:
                 report = firing.fire(
@@ -61,7 +62,7 @@ class Timeline:
                 return
 
     def fire_until(self, end: datetime) -> None:
-        """Let time pass until `end`; a worker is up all the while and wakes for each instant."""
+        """Let time pass until `end` with a running worker that wakes for each scheduled time."""
         while True:
             self.fire()
             following = self.next_fire_at
@@ -77,17 +78,17 @@ class Timeline:
         return found
 
     def start(self) -> list[AdmittedRun]:
-        """Start what waits."""
+        """Start the waiting runs."""
         admitted = self.stock.admit(self.worker, offered={HANDLER: None})
         self.running |= {run.id: run for run in admitted}
         return admitted
 
     def end(self, run_id: RunId, state: str = "succeeded", **values: Any) -> None:
-        """Let a running run end."""
+        """End a running run."""
         self.stock.finish(self.worker, self.stock.ended(self.running.pop(run_id), state, **values))
 
     def runs(self) -> list[dict[str, Any]]:
-        """The scheduled runs, by their instants."""
+        """The scheduled runs, by scheduled time."""
         rows = self.stock.all(tables.runs, tables.runs.c.origin == "schedule")
         return sorted(rows, key=lambda row: row["scheduled_for"])
 
@@ -98,7 +99,7 @@ class Timeline:
         return sorted(self.stock.all(tables.skips), key=lambda row: row["skipped_from"])
 
     def skipped(self) -> dict[str, int]:
-        """How many instants were skipped, by reason."""
+        """The number of skipped scheduled times, by reason."""
         counts: Counter[str] = Counter()
         for row in self.skips():
             counts[row["reason"]] += row["count"]
@@ -115,15 +116,11 @@ class Timeline:
 
 
 def days(instants: Iterable[datetime]) -> Counter[date]:
-    """How many instants lie in each UTC day."""
+    """The number of times in each UTC day."""
     return Counter(instant.astimezone(UTC).date() for instant in instants)
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, timedelta):
-        return f'"{value // timedelta(milliseconds=1)}ms"'
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, datetime):
-        return f'"{value.isoformat()}"'
-    return str(value) if isinstance(value, int) else f'"{value}"'
+        value = f"{value // timedelta(milliseconds=1)}ms"
+    return json.dumps(value, default=datetime.isoformat)

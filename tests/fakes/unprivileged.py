@@ -1,4 +1,4 @@
-"""Runs commands as a user without rights where the tests run as root, who may do what no worker should."""
+"""Runs commands as an unprivileged user if the tests run as root."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tests.fakes.postgres import unprivileged_user
 
 ROOT = Path(__file__).parents[2]
 
-# Lets the user reach what is needed below folders that are closed to it. In a mount namespace of its own
-# each of those is an empty folder, open to all, with only what is needed in it, at the same path.
+# Makes the needed paths below closed folders reachable: in a mount namespace, each closed folder is an empty
+# one that is open to all, and contains only the needed paths.
 _REACH = """\
 hold=$1 closed=$2 needed=$3
 shift 3
@@ -24,7 +24,7 @@ exec "$@"
 
 
 def as_unprivileged(hold: Path) -> list[str]:
-    """What to write before a command. `hold` is an empty folder."""
+    """The words to put before a command. `hold` is an empty folder."""
     user = unprivileged_user()
     if user is None:
         return []
@@ -42,7 +42,7 @@ def as_unprivileged(hold: Path) -> list[str]:
 
 
 def hand_over(folder: Path) -> None:
-    """Make the folder and all in it the unprivileged user's."""
+    """Give the folder and its contents to the unprivileged user."""
     user = unprivileged_user()
     if user is not None:
         for path in (folder, *folder.rglob("*")):

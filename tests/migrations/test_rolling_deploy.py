@@ -1,23 +1,29 @@
-"""While a release is rolled out, workers of the one before it run on the schema of the new one.
+"""During a rolling deploy, workers of the previous release run on the schema of the new one.
 
-Tried twice: this tree's worker on the schema of a next release that is made up here, and
-the worker of the git history before the newest migration on this tree's schema. The
-latter from the second migration on: the first has no release before it.
+Tested twice: this tree's worker on the schema of a made-up next release, and the worker of the commit
+before the newest migration on this tree's schema (from the second migration on).
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+from alembic import command
+from alembic.config import Config
 
 from tests.fakes.handlers import install_handlers
-from tests.fakes.releases import ROOT, check_out_the_commit_before, git, make_the_next, start
 from tests.fakes.site import Site, application, definition, opened
 from worker.demo.provider import serve_provider
 from worker.store import schema
 
+ROOT = Path(__file__).parents[2]
 NEWEST = max(schema.folder().glob("versions/[0-9]*_*.py"))
 ADD = 'op.add_column("runs", sa.Column("note", sa.Text(), nullable=True))'
 DROP = 'op.drop_column("runs", "note")'
@@ -100,3 +106,61 @@ def commit(repository: Path, name: str) -> None:
     git(repository, "add", "--all")
     named = ("-c", "user.name=tester", "-c", "user.email=tester@example.com")
     git(repository, *named, "commit", "--quiet", "--message", f"Add {name}")
+
+
+def check_out_the_commit_before(migration: Path, folder: Path, repository: Path = ROOT) -> None:
+    """Put the tree of the commit before the one that added the migration into `folder`.
+
+    Raises:
+        RuntimeError: the history is missing; the message says how to get it.
+    """
+    if git(repository, "rev-parse", "--is-shallow-repository").strip() == "true":
+        raise RuntimeError(
+            "this clone is shallow, and the test needs the release before the newest migration: "
+            "`git fetch --unshallow`, or clone with all of it"
+        )
+    name = str(migration.relative_to(repository))
+    added = git(repository, "log", "--diff-filter=A", "--format=%H", "--", name).split()
+    if not added:
+        raise RuntimeError(f"no commit adds {name}: commit it to test the release before it")
+    folder.mkdir()
+    archive = folder / "tree.tar"
+    git(repository, "archive", "--output", str(archive), f"{added[-1]}^")
+    with tarfile.open(archive) as tree:
+        tree.extractall(folder, filter="data")
+
+
+def make_the_next(folder: Path, *, upgrade: str, downgrade: str) -> Path:
+    """Copy this tree's worker and add a migration made from the template; returns that migration."""
+    for part in ("worker", "migrations"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    config = Config(ROOT / "alembic.ini")
+    config.set_main_option("script_location", str(folder / "migrations"))
+    number = f"{int(schema.head()) + 1:04}"
+    command.revision(config, "Keep a note", rev_id=number)
+    (made,) = (folder / "migrations").glob(f"versions/{number}_*.py")
+    up, name, down = made.read_text().partition("def downgrade")
+    up, down = up.replace("    pass", f"    {upgrade}"), down.replace("    pass", f"    {downgrade}")
+    made.write_text(up + name + down)
+    return made
+
+
+def start(site: Site, tree: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start `python -m worker` of a tree in a site; its output goes to the site's log."""
+    environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{site.plugins}"}
+    with site.log.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "worker", "--config", str(site.settings), *arguments],
+            cwd=tree,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def git(repository: Path, *arguments: str) -> str:
+    """The output of a git command."""
+    done = subprocess.run(["git", "-C", repository, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"git {' '.join(arguments)}: {done.stderr}"
+    return done.stdout

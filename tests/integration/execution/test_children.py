@@ -240,7 +240,7 @@ async def test_errors_carry_type_message_and_the_handlers_own_trace(children: Ch
 
     assert isinstance(outcome, Failed)
     assert outcome.error.type == "httpx.ConnectError"
-    assert outcome.error.message == "nobody there"
+    assert outcome.error.message == "connection refused"
     assert "process_jobs.py" in outcome.error.trace
     assert "worker/execution" not in outcome.error.trace
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.network import OK, BlockingScriptedNetwork, Dialled, Names, ScriptedNetwork
+from tests.fakes.network import OK, BlockingNetwork, Names, ScriptedNetwork
 from worker import PermanentError
 from worker.handlers import public_http
 from worker.handlers.public_http import (
@@ -40,16 +40,13 @@ class Caller:
         refuses: tuple[str, ...] = (),
     ) -> None:
         self.names = names
-        self.dialled: Dialled
+        self.dialled = network = ScriptedNetwork(answer, refuses)
         self._client: Any
         if kind == "async":
-            network = ScriptedNetwork(answer, refuses)
-            self.dialled = network.dialled
             transport = PublicTransport(trusted, resolve=names.resolve, network=network)
             self._client = httpx.AsyncClient(transport=transport)
         else:
-            blocking = BlockingScriptedNetwork(answer, refuses)
-            self.dialled = blocking.dialled
+            blocking = BlockingNetwork(network)
             blocking_transport = BlockingPublicTransport(trusted, resolve=names.blocking, network=blocking)
             self._client = httpx.Client(transport=blocking_transport)
 
