@@ -1,7 +1,7 @@
 """A hostile handler in a worker of an unprivileged user: what it can reach with the sandbox and without.
 
-Every attempt of `tests/fakes/hostile_jobs.py` has to fail in the sandbox, and to work without it, so that the
-first says something. What fails without it, too, stands in DEFENDED with what it is kept by.
+Every attack of `tests/fakes/hostile_jobs.py` must fail in the sandbox, and work without it, as proof that
+it is real. DEFENDED lists those that fail in both cases, with the reason.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,23 @@ import pytest
 from tests.fakes.kernel import require_landlock
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
-from tests.fakes.postgres import Server
+from tests.fakes.postgres import Server, unprivileged_user
 from tests.fakes.site import Site, application, definition, opened, wait_until
-from tests.fakes.unprivileged import as_unprivileged, hand_over
 from worker.demo.provider import Provider
 
-SOURCE = Path(__file__).parents[1] / "fakes" / "hostile_jobs.py"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "tests" / "fakes" / "hostile_jobs.py"
+# Makes the needed paths below closed folders reachable: in a mount namespace, each closed folder is an empty
+# one that is open to all, and contains only the needed paths.
+_REACH = """\
+hold=$1 closed=$2 needed=$3
+shift 3
+mount -t tmpfs -o mode=755 tmpfs "$hold"
+for path in $needed; do mkdir -p "$hold$path"; mount --rbind "$path" "$hold$path"; done
+for path in $closed; do mount -t tmpfs -o mode=755 tmpfs "$path"; done
+for path in $needed; do mkdir -p "$path"; mount --rbind "$hold$path" "$path"; done
+exec "$@"
+"""
 # The worker imports a plug-in to see what it offers: in a child of its own.
 AT_IMPORT = """\
 from pathlib import Path
@@ -49,6 +61,32 @@ DEFENDED = {
 YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 if YAMA.exists() and YAMA.read_text().strip() != "0":
     DEFENDED["read the memory of another run's process"] = "Yama lets only a parent trace a process"
+
+
+def as_unprivileged(hold: Path) -> list[str]:
+    """The words to put before a command. `hold` is an empty folder."""
+    user = unprivileged_user()
+    if user is None:
+        return []
+    drop = ["setpriv", f"--reuid={user[0]}", f"--regid={user[1]}", "--clear-groups"]
+    closed = {}
+    for path in {ROOT, Path(sys.prefix), Path(sys.base_prefix)}:
+        shut = [parent for parent in (path, *path.parents) if not parent.stat().st_mode & 0o001]
+        if shut:
+            closed[path] = shut[-1]
+    if not closed:
+        return drop
+    script = ["sh", "-euc", _REACH, "sh", str(hold)]
+    lists = [" ".join(sorted(map(str, set(paths)))) for paths in (closed.values(), closed)]
+    return ["unshare", "--mount", "--propagation", "private", *script, *lists, *drop]
+
+
+def hand_over(folder: Path) -> None:
+    """Give the folder and its contents to the unprivileged user."""
+    user = unprivileged_user()
+    if user is not None:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, *user)
 
 
 class Installation(Site):

@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.stock import Stock
+from tests.fakes.stock import HANDLER, Stock
 from worker.definitions.file import parse_file
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
@@ -19,7 +19,6 @@ from worker.runs.run import AdmittedRun
 from worker.store import catalogue, firing, tables
 from worker.store.database import Database
 
-HANDLER = "acme.note"
 NAME = "digest"
 ORG = "org_acme"
 

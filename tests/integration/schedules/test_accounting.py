@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import ManualClock, utc
 from tests.fakes.closing import close_definition
-from tests.fakes.timeline import HANDLER, NAME, ORG, Timeline, days
+from tests.fakes.stock import HANDLER
+from tests.fakes.timeline import NAME, ORG, Timeline, days
 from worker.definitions.definition import Definition, parse_definition
 from worker.operations.definitions import (
     edit_definition,
