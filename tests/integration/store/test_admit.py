@@ -11,12 +11,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.fakes.clock import ManualClock
-from tests.fakes.ranking import Running, Share, Waiting, rank
 from tests.fakes.stock import HANDLER, Stock
 from tests.faults.proxy import Proxy
 from tests.faults.watches import muter
-from worker.ids import DefinitionId, RunId, WorkerId, new_id
-from worker.runs.run import AdmittedRun
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
+from worker.runs.run import AdmittedRun, NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.dialect import driver
@@ -229,16 +228,14 @@ def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int) -> Non
 
 @pytest.mark.parametrize("seed", range(6))
 def test_with_every_kind_of_limit_all_that_may_start_starts_and_no_more(stock: Stock, seed: int) -> None:
-    """Slots are given until nothing comes; then the reference finds nothing either, nor a limit passed."""
+    """Admit until no run starts: no limit is ever exceeded, and the reference starts no run either."""
     crowd = _Crowd(stock, random.Random(seed), limited=True)
     while crowd.admit(crowd.chance.randint(1, 12)):
         running = crowd.running()
-        for org, share in crowd.shares.items():
-            assert running.orgs.get(org, 0) <= share.max_concurrent_runs
-        for definition, most in crowd.limits.items():
-            assert most is None or running.definitions.get(definition, 0) <= most
-        for handler, most in crowd.offered.items():
-            assert most is None or running.handlers.get(handler, 0) <= most
+        for org, (limit, _) in crowd.shares.items():
+            assert running[org] <= limit
+        for name, most in (crowd.limits | crowd.offered).items():
+            assert most is None or running[name] <= most
 
     assert crowd.expected(50) == []
 
@@ -249,7 +246,7 @@ class _Crowd:
     def __init__(self, stock: Stock, chance: random.Random, *, limited: bool) -> None:
         self.stock, self.chance = stock, chance
         pairs = ((chance.randint(1, 9), chance.randint(1, 4)) for _ in range(8))
-        self.shares = {stock.org(limit=limit, weight=weight): Share(limit, weight) for limit, weight in pairs}
+        self.shares = {stock.org(limit=limit, weight=weight): (limit, weight) for limit, weight in pairs}
         definitions = {org: [DefinitionId(new_id()) for _ in range(3)] for org in self.shares}
         self.limits: dict[DefinitionId, int | None] = {
             id_: chance.choice((None, 1, 3)) if limited else None
@@ -281,35 +278,36 @@ class _Crowd:
         return admitted
 
     def expected(self, free: int) -> list[RunId]:
-        waiting = (
-            Waiting(
-                run.id,
-                run.org_id,
-                run.definition_id,
-                run.handler,
-                run.available_at,
-                run.isolation,
-                run.priority,
-                run.max_concurrent,
-            )
-            for run in self.left.values()
-        )
-        ranked = rank(
-            waiting,
-            self.running(),
-            shares=self.shares,
-            handler_limits=self.offered,
-            free={"child": free},
-        )
-        return [run.id for run in ranked]
+        """The reference: each org's line by priority, then age; lines merged by held slots per weight.
 
-    def running(self) -> Running:
-        rows = self.stock.all(tables.live_runs, tables.live_runs.c.state == "running")
-        return Running(
-            Counter(row["org_id"] for row in rows),
-            Counter(row["definition_id"] for row in rows),
-            Counter(row["handler"] for row in rows),
+        Exact without limits of definitions and handlers; with them it is empty if no run may start.
+        """
+        running = self.running()
+        lines: dict[OrgId, list[NewRun]] = {}
+        for run in sorted(self.left.values(), key=lambda run: (-run.priority, run.available_at, run.id)):
+            line = lines.setdefault(run.org_id, [])
+            limit, _ = self.shares[run.org_id]
+            if running[run.org_id] + len(line) < limit and self._may_start(run, running):
+                line.append(run)
+        ranks = {
+            run.id: (running[org] + place) / self.shares[org][1]
+            for org, line in lines.items()
+            for place, run in enumerate(line, start=1)
+        }
+        ranked = sorted(ranks, key=lambda id_: (ranks[id_], self.left[id_].available_at, id_))
+        return ranked[:free]
+
+    def _may_start(self, run: NewRun, running: Counter[str]) -> bool:
+        limits = (
+            (run.definition_id, self.limits[run.definition_id]),
+            (run.handler, self.offered[run.handler]),
         )
+        return all(limit is None or running[name] < limit for name, limit in limits)
+
+    def running(self) -> Counter[str]:
+        """The number of running runs by org, definition and handler."""
+        rows = self.stock.all(tables.live_runs, tables.live_runs.c.state == "running")
+        return Counter(row[column] for row in rows for column in ("org_id", "definition_id", "handler"))
 
 
 def test_workers_that_admit_at_once_never_go_beyond_a_limit(postgres: Database) -> None:
