@@ -76,7 +76,7 @@ class Installation:
         """Write worker.toml; `slots` are inline ones."""
         (self.folder / "worker.toml").write_text(
             f"""\
-secrets_dir = "{self.folder}"
+secrets_dir = "{self.folder / "secrets"}"
 [database]
 url = "{self.url}"
 [issuers.main]
@@ -106,7 +106,10 @@ style = "json"
             )
             for app in applications
         ]
-        keyring = KeyRing.load_or_generate(self.folder / "keyring")
+        # Not the folder itself: handlers may not read one that holds secrets, and the plug-in is in it.
+        secrets = self.folder / "secrets"
+        secrets.mkdir(mode=0o700, exist_ok=True)
+        keyring = KeyRing.load_or_generate(secrets / "keyring")
         import_orgs(self.database, keyring, lines, actor="bench")
         with self.database.transaction() as connection:
             connection.execute(text("UPDATE orgs SET max_concurrent_runs = :limit"), {"limit": limit})
