@@ -1,10 +1,12 @@
-"""Every exception of the project.
+"""Every exception of the project, and the result of a check.
 
 The class says what happened and whether a retry may help. The message names the org, the run and the fix.
 No message contains a secret, a token or a full claim set.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 class WorkerError(Exception):
@@ -190,3 +192,13 @@ class Busy(Unavailable):
 
     code = "busy"
     exit_code = 75
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """The result of one check; `fix` says what to do, or what could be better if it is `ok`."""
+
+    check: str
+    ok: bool
+    detail: str
+    fix: str = ""

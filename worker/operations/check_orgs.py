@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from worker.errors import ConfigurationError, NotFound, Unavailable
+from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.operations.handlers import Handlers
 from worker.operations.requirements import OrgDefinitions, load_all_orgs, load_org, scopes_of
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.issuer import Issuer
-from worker.tokens.token_probe import COMMAND, Diagnostic, Need, ProbeResult, TokenProbe, kind_of
+from worker.tokens.token_probe import COMMAND, Need, ProbeResult, TokenProbe, kind_of
 
 
 @dataclass(frozen=True, slots=True)

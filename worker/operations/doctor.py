@@ -7,15 +7,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, Diagnostic
 from worker.ids import ALL_ORGS
-from worker.operations.capacity import Machine, capacity
 from worker.operations.confinement import OFF, confinement_of, in_words
-from worker.operations.requirements import forecast_tokens
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, roles, schema
@@ -24,8 +22,9 @@ from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
 from worker.store.lists.read import read
 from worker.telemetry.masking import shown_url
-from worker.tokens.issuer import Issuer
-from worker.tokens.token_probe import Diagnostic
+
+if TYPE_CHECKING:
+    from worker.tokens.issuer import Issuer
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
@@ -208,6 +207,10 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
     Raises:
         StoreUnavailable: the database did not answer.
     """
+    # The checks do not need these, which take 0.1 s to import.
+    from worker.operations.capacity import Machine, capacity
+    from worker.operations.requirements import forecast_tokens
+
     machine = Machine.here()
     orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, ScalarSelect, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, tables
 from worker.store.dialect import Row, all_rows, first_row
+from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills
 _definitions = tables.definitions
@@ -78,7 +79,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
         .where(
             _backfills.c.finished_at.is_(None),
             _orgs.c.state == "active",
-            unfinished() < _backfills.c.max_concurrent,
+            unfinished_runs() < _backfills.c.max_concurrent,
         )
         .order_by(_backfills.c.id)
         .limit(limit)
@@ -90,7 +91,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
     query = (
         select(
             _backfills,
-            unfinished().label("unfinished"),
+            unfinished_runs().label("unfinished"),
             _orgs.c.code.label("org"),
             _orgs.c.timezone.label("org_timezone"),
             _definitions.c.name.label("definition"),
@@ -113,14 +114,3 @@ def is_any_unfinished(connection: Connection) -> bool:
     """Whether any backfill is unfinished."""
     query = select(_backfills.c.id).where(_backfills.c.finished_at.is_(None)).limit(1)
     return connection.execute(query).first() is not None
-
-
-def unfinished() -> ScalarSelect[int]:
-    """How many runs of a backfill in the outer query have not ended."""
-    return (
-        select(func.count())
-        .select_from(_live)
-        .where(_live.c.backfill_id == _backfills.c.id)
-        .correlate(_backfills)
-        .scalar_subquery()
-    )

@@ -14,6 +14,7 @@ from worker.claims.decode import decode
 from worker.clock import Clock
 from worker.errors import (
     CredentialsRejected,
+    Diagnostic,
     IssuerUnavailable,
     RequestRejected,
     TokenError,
@@ -41,16 +42,6 @@ class Need:
     may: frozenset[str] = frozenset()
     properties: frozenset[str] = frozenset()
     definitions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
-    """The result of one check; `fix` says what to do, or what could be better if it is `ok`."""
-
-    check: str
-    ok: bool
-    detail: str
-    fix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

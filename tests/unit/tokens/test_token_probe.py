@@ -10,7 +10,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, make_token
-from worker.tokens.token_probe import Diagnostic, Need, ProbeResult, TokenProbe, watch
+from worker.errors import Diagnostic
+from worker.tokens.token_probe import Need, ProbeResult, TokenProbe, watch
 
 pytestmark = pytest.mark.anyio
 NEED = Need(AUDIENCE, frozenset({"read:kb"}), definitions=("nightly",))

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, case, func, literal, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    Table,
+    case,
+    func,
+    literal,
+    select,
+    true,
+)
 
 from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
-from worker.store import backfills, orgs, tables
 from worker.store import definitions as definition_rows
+from worker.store import orgs, tables
 from worker.store.dialect import all_rows, first_row
 from worker.store.lists import (
     AUDIT,
@@ -167,6 +178,19 @@ def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any
 _IN_FORCE = (_revisions.c.definition_id == _definitions.c.id) & (
     _revisions.c.revision == _definitions.c.revision
 )
+
+
+def unfinished_runs() -> ScalarSelect[int]:
+    """How many runs of a backfill in the outer query have not ended."""
+    return (
+        select(func.count())
+        .select_from(tables.live_runs)
+        .where(tables.live_runs.c.backfill_id == _backfills.c.id)
+        .correlate(_backfills)
+        .scalar_subquery()
+    )
+
+
 _SOURCES: Mapping[Listing[Any], _Source] = {
     ORGS: _Source(ORGS, _orgs, of_org=_orgs.c.id.__eq__),
     DEFINITIONS: _Source(
@@ -217,7 +241,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
             (_backfills.c.finished_at.is_(None), literal("running")),
             else_=literal("done"),
         ),
-        ended=_backfills.c.made - backfills.unfinished(),
+        ended=_backfills.c.made - unfinished_runs(),
         limit=_backfills.c.max_concurrent,
     ),
 }
