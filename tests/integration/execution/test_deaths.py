@@ -212,6 +212,7 @@ async def test_what_outlives_worker_and_zygote_keeps_the_next_worker_out(
         # The zygote cannot sweep up: it stands still until it is killed.
         os.kill(host.zygote, signal.SIGSTOP)
         host.process.kill()
+        host.process.wait()
         os.kill(host.zygote, signal.SIGKILL)
         await until(lambda: gone(host.zygote), within=2)
 
