@@ -220,7 +220,7 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
         return oldest if oldest is not None and oldest <= until else None
 
     def period(self, at: datetime) -> timedelta | None:
-        """From `at` to the next scheduled time, ignoring `ends_at`; None if there is none."""
+        """From `at` to the next scheduled time, ignoring `ends_at`; None if the schedule has ended."""
         found = self._next(at + _TICK)
         return None if found is None else found - at
 

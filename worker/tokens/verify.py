@@ -39,7 +39,7 @@ class Key:
     public: PublicKeyTypes = field(repr=False, compare=False)
 
     def signed(self, message: bytes, signature: bytes, algorithm: str) -> bool:
-        """Whether this key made the signature; False for an algorithm that is not one of the key's."""
+        """Whether this key made the signature; False if the algorithm does not fit the key."""
         if algorithm not in self.algorithms:
             return False
         return _SIGNATURES[algorithm].verify(message, self.public, signature)
