@@ -21,8 +21,8 @@ from worker.telemetry.events import emit
 from worker.web.access import Access, CallerDatabase
 from worker.web.api import Api
 from worker.web.connections import Connection, Connections, Deadlines
-from worker.web.dashboard import Dashboard
 from worker.web.health import PATHS, Health
+from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
 from worker.web.sessions import AuthMiddleware, Forms, Sessions
 
@@ -80,15 +80,15 @@ def build(
     health.protect(access)
     sessions, forms = Sessions(clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database)
-    dashboard = Dashboard(caller_database, clock, access, sessions, forms)
+    console = Console(caller_database, clock, access, sessions, forms)
     routes = [
         *(health.routes() if with_health else ()),
         *Api(caller_database, clock).routes(),
-        *dashboard.routes(),
+        *console.routes(),
     ]
     router = Router(routes=routes, redirect_slashes=False)
     return ErrorMiddleware(
-        _RequestLimit(AuthMiddleware(router, access, sessions, forms), health), dashboard.error_page
+        _RequestLimit(AuthMiddleware(router, access, sessions, forms), health), console.error_page
     )
 
 

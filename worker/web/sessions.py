@@ -23,6 +23,8 @@ from worker.web.health import PATHS
 from worker.web.responses import read_form
 
 LOGIN = "/login"
+# Style and script, which the login page needs too.
+STATIC = "/static/"
 LASTS = timedelta(hours=12)
 # Sessions of one caller; another one ends its oldest.
 MOST = 50
@@ -31,7 +33,7 @@ _SWEEP = 60.0
 
 
 class AuthMiddleware:
-    """ASGI middleware: authenticates every request except for health and the login form.
+    """ASGI middleware: authenticates every request except for health, static files and the login form.
 
     Puts the `Caller` into `scope["caller"]`, and for the dashboard the session into
     `scope["session"]`. The API ignores session cookies: another site's page can make a
@@ -48,7 +50,7 @@ class AuthMiddleware:
         path, connection = scope["path"], HTTPConnection(scope)
         if path == LOGIN and scope["method"] == "POST":
             self._access.count_stranger(connection)
-        elif path not in PATHS:
+        elif path not in PATHS and not path.startswith(STATIC):
             scope["caller"] = await self._caller(connection)
         await self._app(scope, receive, send)
 

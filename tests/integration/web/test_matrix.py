@@ -124,6 +124,8 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/runs/{{run}}/cancel"): Rule("write", role="operator"),
     ("POST", f"{API}/runs/{{run}}/retry"): Rule("write", role="operator", status=201),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/run"): Rule("run_now", role="operator", status=201),
+    ("GET", "/static/console.css"): Rule("open"),
+    ("GET", "/static/console.js"): Rule("open"),
     ("GET", "/"): Rule("front"),
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("GET", "/runs/{run}"): Rule("own_run"),

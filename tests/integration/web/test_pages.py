@@ -14,7 +14,8 @@ from sqlalchemy import update
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.operations.runs import run_now
 from worker.store import tables
-from worker.web.dashboard import Dashboard
+from worker.web.pages import Console
+from worker.web.pages.rendering import static_url
 from worker.web.sessions import SESSION_COOKIE as COOKIE
 
 pytestmark = pytest.mark.anyio
@@ -70,12 +71,33 @@ async def test_pages_show_failures_with_their_reason_and_escape_what_they_show(s
     for page in pages:
         assert page.status_code == 200
         assert "ValueError: &lt;img" in page.text
-        assert "<script" not in page.text
+        # Ours alone.
+        assert re.findall("<script[^>]*>", page.text) == [f'<script src="{static_url("console.js")}" defer>']
         assert "<img" not in page.text
         assert "<b>org" not in page.text
         policy = page.headers["content-security-policy"]
-        assert "default-src 'none'; style-src 'sha256-" in policy
+        assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
         assert "unsafe" not in policy
+
+
+async def test_static_files_need_no_login_and_are_cached_by_their_hash(staffed: Site):
+    current, other = await staffed.get(static_url("console.css")), await staffed.get("/static/console.css")
+
+    assert (current.status_code, other.status_code) == (200, 200)
+    assert "immutable" in current.headers["cache-control"]
+    assert other.headers["cache-control"] == "no-cache"
+    assert current.headers["content-type"] == "text/css; charset=utf-8"
+
+
+async def test_an_unknown_parameter_names_the_known_ones_and_keeps_the_person_logged_in(staffed: Site):
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get("/orgs/org_a?stat=failed")
+
+    assert page.status_code == 400
+    assert "no parameter stat" in page.text
+    assert "it has: after" in page.text
+    assert "operator:operator" in page.text
+    assert "Log out" in page.text
 
 
 async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed: Site):
@@ -162,7 +184,7 @@ async def test_every_unsafe_route_refuses_what_no_page_of_ours_sent(staffed: Sit
     nothing: Any = None
     routes = [
         route
-        for route in Dashboard(nothing, nothing, nothing, nothing, nothing).routes()
+        for route in Console(nothing, nothing, nothing, nothing, nothing).routes()
         if set(route.methods or ()) - {"GET", "HEAD", "OPTIONS"}
     ]
     assert len(routes) >= 5

@@ -1,0 +1,49 @@
+"""The console: pages for people, rendered on the server; they work without JavaScript."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from worker.clock import Clock
+from worker.web.access import Access, CallerDatabase
+from worker.web.pages.base import Pages
+from worker.web.pages.definitions import DefinitionPages
+from worker.web.pages.login import LoginPages
+from worker.web.pages.morning import MorningPage
+from worker.web.pages.orgs import OrgPages
+from worker.web.pages.rendering import page, static_routes
+from worker.web.pages.runs import RunPages
+from worker.web.sessions import Forms, Sessions, in_api
+
+
+class Console:
+    """All pages, and the page of an error."""
+
+    def __init__(
+        self, database: CallerDatabase, clock: Clock, access: Access, sessions: Sessions, forms: Forms
+    ) -> None:
+        self._pages = Pages(database, clock, access, sessions, forms)
+        self._login = LoginPages(self._pages)
+
+    def routes(self) -> Sequence[Route]:
+        return (
+            *static_routes(),
+            *MorningPage(self._pages).routes(),
+            *OrgPages(self._pages).routes(),
+            *RunPages(self._pages).routes(),
+            *DefinitionPages(self._pages).routes(),
+            *self._login.routes(),
+        )
+
+    def error_page(self, scope: Scope, status: int, message: str, fix: str) -> Response | None:
+        """An error page, or the login page for 401; None if a program sent the request."""
+        if in_api(scope):
+            return None
+        if status == 401:
+            return self._login.page(scope, message)
+        frame = self._pages.frame(scope)
+        return page("error.html", status, **frame, code=status, message=message, fix=fix)

@@ -1,0 +1,98 @@
+"""What every page needs: its caller, its query, the database in the caller's role, and checked forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from worker.clock import Clock
+from worker.errors import TokenError, UsageError
+from worker.web.access import RANK, Access, Caller, CallerDatabase
+from worker.web.pages.rendering import page
+from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
+
+# Rows of a page of a list.
+ROWS = 25
+# Links of the navigation: address, text.
+_OF_OPERATORS = (("/", "Overview"),)
+
+
+class Pages:
+    """What pages share. A session can change things; a bearer token can only read."""
+
+    def __init__(
+        self, database: CallerDatabase, clock: Clock, access: Access, sessions: Sessions, forms: Forms
+    ) -> None:
+        self.database = database
+        self.clock = clock
+        self.access = access
+        self.sessions = sessions
+        self.forms = forms
+
+    async def show(
+        self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
+    ) -> Response:
+        """Read and render in a database thread: a large page must not delay the loop."""
+        caller, frame = caller_of(request), self.frame(request.scope)
+
+        def rendered(connection: Connection) -> Response:
+            return page(template, **frame, **work(connection))
+
+        return await self.database.read(caller, rendered)
+
+    def frame(self, scope: Scope) -> dict[str, Any]:
+        """What the base template shows around every page: caller, session, navigation, search text."""
+        caller: Caller | None = scope.get("caller")
+        session: Session | None = scope.get("session")
+        return {
+            "caller": caller,
+            "session": session,
+            "csrf": self.forms.csrf(session.key) if session else None,
+            "may_act": may_act(caller, session),
+            "navigation": _OF_OPERATORS if caller is not None and caller.org is None else (),
+            "here": scope["path"],
+            "searched": "",
+        }
+
+    async def checked_form(self, request: Request) -> tuple[Session, dict[str, str]]:
+        """The session whose page sent this form, and its fields.
+
+        Raises:
+            TokenError: the request has no session.
+            AccessDenied, UsageError: as `Forms.read`.
+        """
+        session: Session | None = request.scope.get("session")
+        if session is None:
+            raise TokenError("log in first", fix="open / and log in, or send Authorization: Bearer TOKEN")
+        return session, await self.forms.read(request, SESSION_COOKIE)
+
+
+def caller_of(request: Request) -> Caller:
+    """The caller that AuthMiddleware found."""
+    caller: Caller = request.scope["caller"]
+    return caller
+
+
+def may_act(caller: Caller | None, session: Session | None) -> bool:
+    """Whether pages show this caller what changes something."""
+    return caller is not None and session is not None and RANK[caller.role] >= RANK["operator"]
+
+
+def query(request: Request, *names: str) -> dict[str, str]:
+    """The parameters of the query, empty ones left out.
+
+    Raises:
+        UsageError: one is unknown or given twice; the fix names the known ones.
+    """
+    items = request.query_params.multi_items()
+    known = ", ".join(names) or "none"
+    if unknown := sorted({name for name, _ in items} - set(names)):
+        raise UsageError(f"this page has no parameter {', '.join(unknown)}", fix=f"it has: {known}")
+    if len(dict(items)) != len(items):
+        raise UsageError("a parameter is given twice", fix="give each parameter once")
+    return {name: value for name, value in items if value}

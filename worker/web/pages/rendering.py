@@ -1,0 +1,86 @@
+"""Rendering: templates whose values are all escaped, static files by content hash, and the pages' headers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker.clock import to_text
+from worker.web.sessions import STATIC
+
+_WEB = Path(__file__).parents[1]
+_TYPES = {".css": "text/css", ".js": "text/javascript"}
+_FILES: Mapping[str, bytes] = {
+    file.name: file.read_bytes() for file in sorted((_WEB / "static").iterdir()) if file.suffix in _TYPES
+}
+_HASHES = {name: hashlib.sha256(body).hexdigest()[:16] for name, body in _FILES.items()}
+_YEAR = "public, max-age=31536000, immutable"
+
+# No inline script or style, and nothing from elsewhere. The icon is a data URI.
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+}
+
+
+def _time(value: datetime | None) -> str:
+    return "" if value is None else to_text(value)[:19].replace("T", " ") + " UTC"
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def static_url(name: str) -> str:
+    """The address of a static file, which changes with its content; raises KeyError."""
+    return f"{STATIC}{name}?v={_HASHES[name]}"
+
+
+templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_WEB / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    auto_reload=False,
+)
+templates.filters |= {"time": _time, "pretty": _pretty}
+# What `Pages.show` sets for a caller; the login page has none of it.
+templates.globals |= {
+    "static": static_url,
+    "caller": None,
+    "session": None,
+    "csrf": None,
+    "navigation": (),
+    "here": "",
+    "searched": "",
+    "may_act": False,
+}
+
+
+def page(template: str, status: int = 200, **values: Any) -> Response:
+    """Render a page; every value is escaped."""
+    body = templates.get_template(template).render(values)
+    return Response(body, status, HEADERS, media_type="text/html")
+
+
+async def _static_file(request: Request) -> Response:
+    """A static file, cached for a year by the hash of its content."""
+    name = request.url.path.removeprefix(STATIC)
+    is_current = request.query_params.get("v") == _HASHES[name]
+    headers = {"cache-control": _YEAR if is_current else "no-cache"}
+    return Response(_FILES[name], headers=headers, media_type=_TYPES[Path(name).suffix])
+
+
+def static_routes() -> tuple[Route, ...]:
+    """One route a file, so that no path can leave the folder."""
+    return tuple(Route(STATIC + name, _static_file) for name in _FILES)
