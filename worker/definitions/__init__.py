@@ -12,6 +12,17 @@ MisfireMode = Literal["once", "skip", "all"]
 OVERLAPS: tuple[Overlap, ...] = ("skip", "queue_one", "replace", "allow")
 MISFIRE_MODES: tuple[MisfireMode, ...] = ("once", "skip", "all")
 
+# Schedules by name, and the crontab line of each.
+NICKNAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
 MISFIRE_GRACE = timedelta(seconds=60)
 MISFIRE_LIMIT = 100
 # The smallest default of `misfire_within` and `start_deadline`, however short the period.

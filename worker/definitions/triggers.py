@@ -17,6 +17,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from cronsim import CronSim, CronSimError
 
 from worker.clock import EPOCH, from_text
+from worker.definitions import NICKNAMES
 from worker.definitions.units import parse_duration
 from worker.definitions.zones import Stretch, stretches
 from worker.errors import InvalidTrigger
@@ -34,15 +35,6 @@ _LIMITS = {
     "day-of-month": "1-31",
     "month": "1-12 or JAN-DEC",
     "day-of-week": "0-7 or SUN-SAT",
-}
-NICKNAMES = {
-    "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * 0",
-    "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
 }
 
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
-from worker.definitions.triggers import NICKNAMES, Trigger, parse_schedule
+from worker.definitions import NICKNAMES
+from worker.definitions.triggers import Trigger, parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
 

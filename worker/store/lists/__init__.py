@@ -91,6 +91,7 @@ class Definition(TypedDict):
 
 
 class DefinitionDetail(Definition):
+    schedule_in_words: Shown[str]
     spec: dict[str, Json]
 
 

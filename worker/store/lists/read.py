@@ -18,6 +18,7 @@ from sqlalchemy import (
     true,
 )
 
+from worker.definitions.words import in_words
 from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
 from worker.store import definitions as definition_rows
@@ -100,7 +101,9 @@ def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
     definition_rows.require(connection, org_id, org, name)
     query = _SOURCES[DEFINITIONS].query.add_columns(_revisions.c.spec)
     query = query.where(_definitions.c.org_id == org_id, _definitions.c.name == name)
-    return cast(DefinitionDetail, first_row(connection, query))
+    row: Any = first_row(connection, query)
+    more = {"schedule_in_words": in_words(row["schedule"], row["timezone"]), "spec": row.pop("spec")}
+    return cast(DefinitionDetail, {**row, **more})
 
 
 def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail:

@@ -1,0 +1,46 @@
+"""Schedules in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.definitions.words import in_words
+
+
+@pytest.mark.parametrize(
+    ("schedule", "zone", "words"),
+    [
+        ("0 3 * * *", "Europe/Berlin", "At 03:00 every day, Europe/Berlin time"),
+        ("0 9 * * 1-5", "UTC", "At 09:00 on Monday through Friday, UTC"),
+        ("*/15 * * * *", "UTC", "Every 15th minute of every hour, UTC"),
+        ("30 0 3 * * *", "UTC", "At 03:00:30 every day, UTC"),
+        # Two restricted day fields are joined by "or", unless one begins with a star.
+        ("0 3 1 * 1", "UTC", "At 03:00 on the first day of month or on Monday, UTC"),
+        ("0 3 */2 * 1", "UTC", "At 03:00 on every second day of month if it's on Monday, UTC"),
+        ("@hourly", "Asia/Kolkata", "At the start of every hour, Asia/Kolkata time"),
+        ("@daily", "UTC", "At 00:00 every day, UTC"),
+        (" every 15m ", "Asia/Tokyo", "Every 15 minutes, counted from midnight UTC"),
+        ("every 90m", "UTC", "Every 1h30m, counted from midnight UTC"),
+        ("every 7m", "UTC", "Every 7 minutes, counted from 1970-01-01 00:00 UTC"),
+        ("every 1d", "UTC", "Every day at 00:00 UTC"),
+        ("every 1h", "UTC", "Every hour at minute 0"),
+        ("every 2w", "UTC", "Every 14 days, counted from 1970-01-01 00:00 UTC"),
+        ("at 2027-01-01T08:00:00Z", "UTC", "Once, on Friday 1 January 2027 at 08:00 UTC"),
+        (
+            "at 2027-01-01T08:00:00Z",
+            "Asia/Tokyo",
+            "Once, on Friday 1 January 2027 at 08:00 UTC (2027-01-01 17:00 Asia/Tokyo time)",
+        ),
+    ],
+)
+def test_a_schedule_in_words(schedule: str, zone: str, words: str):
+    assert in_words(schedule, zone) == words
+
+
+@pytest.mark.parametrize("schedule", ["61 * * * *", "every soon", "at noon", "@sometimes", "every 0s", ""])
+def test_an_invalid_schedule_stays_as_it_is(schedule: str):
+    assert in_words(schedule, "UTC") == schedule
+
+
+def test_an_unknown_zone_leaves_the_schedule():
+    assert in_words("at 2027-01-01T08:00:00Z", "Nowhere/Land") == "at 2027-01-01T08:00:00Z"

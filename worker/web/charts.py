@@ -1,0 +1,338 @@
+"""Charts as SVG that the server draws: bars, a Gantt of attempts, run lengths. Each has its data as a table.
+
+Positions are percentages across and pixels down, so a chart fills its place while its text keeps its size.
+Colours are CSS classes (`c-KIND`), since the pages allow no inline style. Kinds that mean trouble are
+hatched as well, so that no chart depends on colour. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+_KIND = re.compile(r"[a-z][a-z_-]*")
+# A narrower bar or piece would not be seen, in percent of the width.
+_NARROWEST = 0.6
+_ZERO = timedelta(0)
+# The lines of each hatched kind within a tile of 6 by 6 pixels.
+_HATCHES = {
+    "failed": "M-1,1 l2,-2 M0,6 l6,-6 M5,7 l2,-2",
+    "refused": "M0,3 h6 M3,0 v6",
+    "skipped": "M0,3 h6",
+    "cancelled": "M3,0 v6",
+    "waiting": "M-1,5 l2,2 M0,0 l6,6 M5,-1 l2,2",
+}
+
+
+class Series(NamedTuple):
+    """One layer of stacked bars: its name, its kind (a CSS class), and a value for each bar."""
+
+    name: str
+    kind: str
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a lane of a Gantt was doing, from `start` until `end`."""
+
+    name: str
+    kind: str
+    start: datetime
+    end: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A row of a Gantt: its pieces in order, and a note behind its name."""
+
+    name: str
+    pieces: Sequence[Piece] = field(default=())
+    note: str = ""
+
+
+class Dot(NamedTuple):
+    """One run: its label, seconds, kind (a state), and page."""
+
+    label: str
+    seconds: float
+    kind: str
+    href: str
+
+
+def bars(
+    series: Sequence[Series],
+    labels: Sequence[str],
+    *,
+    title: str,
+    ticks: Sequence[str] | None = None,
+    links: Sequence[str] | None = None,
+    height: int = 160,
+) -> Markup:
+    """Stacked bars, one per label; `ticks` are the shorter texts below some bars ("" for none).
+
+    `links` make the labels of the table links.
+    """
+    totals = [sum(layer.values[at] for layer in series) for at in range(len(labels))]
+    top = _round_up(max(totals, default=0))
+    base, slot = height - 20, 100 / max(len(labels), 1)
+    drawn: list[Markup] = _rules(top, base, _number)
+    for at, label in enumerate(labels):
+        below = 0.0
+        for layer in series:
+            value = layer.values[at]
+            if not value:
+                continue
+            size = max(value / top * (base - 10), 1.5)
+            y = base - below - size
+            below += size
+            x, width = (at + 0.12) * slot, 0.76 * slot
+            place = f'x="{x:.2f}%" y="{y:.1f}" width="{width:.2f}%" height="{size:.1f}"'
+            drawn.append(_block(title, layer.kind, place, f"{label}: {_number(value)} {layer.name}"))
+    for at, tick in enumerate(ticks or ()):
+        if tick:
+            drawn.append(_tick((at + 0.5) * slot, height - 4, tick))
+    total = sum(totals)
+    about = f"{_number(total)} in all"
+    if total:
+        peak = max(range(len(totals)), key=totals.__getitem__)
+        about += f"; most at {labels[peak]}: {_number(totals[peak])}"
+        parts = [(layer.name, sum(layer.values)) for layer in series]
+        about += "; " + ", ".join(f"{_number(value)} {name}" for name, value in parts if value)
+    rows = [
+        [_linked(label, links[at] if links else ""), *(_number(layer.values[at]) for layer in series)]
+        for at, label in enumerate(labels)
+        if totals[at]
+    ]
+    legend = [(layer.name, layer.kind) for layer in series if any(layer.values)]
+    return _figure(title, about, height, drawn, legend, ["", *(layer.name for layer in series)], rows)
+
+
+def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
+    """Lanes below each other on one time line, which ends with the last piece."""
+    pieces = [piece for lane in lanes for piece in lane.pieces]
+    start = min((piece.start for piece in pieces), default=now)
+    end = max((piece.end for piece in pieces), default=now)
+    whole = max((end - start).total_seconds(), 0.001)
+    row, drawn = 40, list[Markup]()
+    height = row * len(lanes) + 24
+    for at, share in enumerate((0, 0.25, 0.5, 0.75, 1)):
+        anchor = "start" if at == 0 else "end" if at == 4 else "middle"
+        text = "0" if at == 0 else f"+{short(timedelta(seconds=whole * share))}"
+        drawn.append(
+            Markup('<line class="rule" x1="{0}%" x2="{0}%" y1="0" y2="{1}"/>').format(
+                share * 100, height - 20
+            )
+        )
+        drawn.append(_tick(share * 100, height - 4, text, anchor, is_minor=at in (1, 3)))
+    rows: list[list[str | Markup]] = []
+    for at, lane in enumerate(lanes):
+        y = at * row
+        drawn.append(
+            Markup('<text class="lane" x="0" y="{}">{}<tspan class="dim">{}</tspan></text>').format(
+                y + 14, lane.name, f"  {lane.note}" if lane.note else ""
+            )
+        )
+        for piece in lane.pieces:
+            left = (piece.start - start).total_seconds() / whole * 100
+            width = max((piece.end - piece.start).total_seconds() / whole * 100, _NARROWEST)
+            left = min(left, 100 - width)
+            place = f'x="{left:.2f}%" y="{y + 19}" width="{width:.2f}%" height="14" rx="2"'
+            took = short(piece.end - piece.start)
+            drawn.append(_block(title, piece.kind, place, f"{lane.name}: {piece.name} {took}"))
+            rows.append([lane.name, piece.name, _clock(piece.start), took])
+    totals: dict[str, timedelta] = {}
+    kinds: dict[str, str] = {}
+    for piece in pieces:
+        totals[piece.name] = totals.get(piece.name, _ZERO) + (piece.end - piece.start)
+        kinds.setdefault(piece.name, piece.kind)
+    about = ", ".join(f"{name} {short(took)}" for name, took in totals.items()) or "nothing yet"
+    legend = [(f"{name} {short(totals[name])}", kind) for name, kind in kinds.items()]
+    return _figure(title, about, height, drawn, legend, ["", "what", "from (UTC)", "for"], rows)
+
+
+def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
+    """How long runs took, oldest first, with lines at the median and the 95th percentile."""
+    values = sorted(dot.seconds for dot in dots)
+    top = _round_up(max(values, default=0))
+    base = height - 8
+    drawn = _rules(top, base, _seconds)
+
+    def y_of(seconds: float) -> float:
+        return base - seconds / top * (base - 14)
+
+    about = f"{len(dots)} runs"
+    if values:
+        middle, high = percentile(values, 0.5), percentile(values, 0.95)
+        about += f"; median {_seconds(middle)}, 95 % within {_seconds(high)}, longest {_seconds(values[-1])}"
+        for kind, value in (("c-median", middle), ("c-most", high)):
+            drawn.append(
+                Markup('<line class="{}" x1="0" x2="100%" y1="{:.1f}" y2="{:.1f}"/>').format(
+                    kind, y_of(value), y_of(value)
+                )
+            )
+    for at, dot in enumerate(dots):
+        x, y = (at + 0.5) * 100 / len(dots), y_of(dot.seconds)
+        about_dot = f"{dot.label}: {dot.kind} after {_seconds(dot.seconds)}"
+        if dot.kind == "succeeded":
+            shape = Markup('<circle class="{}" cx="{:.2f}%" cy="{:.1f}" r="4"><title>{}</title></circle>')
+            drawn.append(shape.format(_class(dot.kind), x, y, about_dot))
+        else:
+            # A square, so that it differs by shape as well.
+            shape = Markup(
+                '<svg x="{:.2f}%" y="{:.1f}" overflow="visible"><rect class="{}" x="-4.5" y="-4.5" '
+                'width="9" height="9"><title>{}</title></rect></svg>'
+            )
+            drawn.append(shape.format(x, y, _class(dot.kind), about_dot))
+    rows: list[list[str | Markup]] = [
+        [_linked(dot.label, dot.href), dot.kind, _seconds(dot.seconds)] for dot in reversed(dots)
+    ]
+    seen = dict.fromkeys(dot.kind for dot in dots)
+    legend = [(kind, kind) for kind in seen]
+    if values:
+        legend += [(f"median {_seconds(middle)}", "median"), (f"95 % within {_seconds(high)}", "most")]
+    return _figure(title, about, height, drawn, legend, ["scheduled for (UTC)", "state", "took"], rows)
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of the ordered values does not exceed."""
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+
+
+def short(duration: timedelta) -> str:
+    """A duration for people, in its two greatest units: `1.2s`, `4m 30s`, `2h 5m`, `3d 4h`."""
+    return _seconds(max(duration.total_seconds(), 0.0))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f}ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f}s".replace(".0s", "s")
+    whole = round(seconds)
+    units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+    at = next(at for at, (_, size) in enumerate(units) if whole >= size)
+    (unit, size), rest = units[at], units[at + 1 : at + 2]
+    text = f"{whole // size}{unit}"
+    for small, part in rest:
+        if left := whole % size // part:
+            text += f" {left}{small}"
+    return text
+
+
+def _figure(
+    title: str,
+    about: str,
+    height: int,
+    drawn: Iterable[Markup],
+    legend: Sequence[tuple[str, str]],
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str | Markup]],
+) -> Markup:
+    """The drawing with its name and description, a legend, and the data as a table."""
+    nothing = Markup("")
+    kinds = dict.fromkeys(kind for _, kind in legend if kind in _HATCHES)
+    hatches = nothing.join(
+        Markup(
+            '<pattern id="{}" width="6" height="6" patternUnits="userSpaceOnUse">'
+            '<path class="hatch" d="{}"/></pattern>'
+        ).format(_hatch(title, kind), _HATCHES[kind])
+        for kind in kinds
+    )
+    keys = nothing.join(
+        Markup('<li><svg class="key" width="12" height="12" aria-hidden="true">{}</svg>{}</li>').format(
+            _block(title, kind, 'x="0" y="0" width="12" height="12"', ""), name
+        )
+        for name, kind in legend
+    )
+    head = nothing.join(Markup('<th scope="col">{}</th>').format(name or "") for name in heads)
+    if not heads[0]:
+        head = Markup("<td></td>") + nothing.join(
+            Markup('<th scope="col">{}</th>').format(name) for name in heads[1:]
+        )
+    body = nothing.join(
+        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
+            row[0], nothing.join(Markup("<td>{}</td>").format(cell) for cell in row[1:])
+        )
+        for row in rows
+    )
+    table = (
+        Markup(
+            '<details class="data"><summary>Show as a table</summary><div class="scroll" tabindex="0" '
+            'role="region" aria-label="{}"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+            "</details>"
+        ).format(f"{title}, as a table", head, body)
+        if rows
+        else nothing
+    )
+    return Markup(
+        '<figure class="chart"><svg role="img" aria-label="{}" width="100%" height="{}"><title>{}</title>'
+        '<desc>{}</desc><defs>{}</defs>{}</svg><figcaption><ul class="legend">{}</ul></figcaption>{}</figure>'
+    ).format(f"{title}: {about}", height, title, about, hatches, nothing.join(drawn), keys, table)
+
+
+def _block(title: str, kind: str, place: str, about: str) -> Markup:
+    """A filled rectangle, hatched if its kind is; `place` is our own attributes."""
+    where = Markup(place)  # noqa: S704 - made from numbers
+    name = Markup("<title>{}</title>").format(about) if about else Markup("")
+    found = Markup('<rect class="{}" {}>{}</rect>').format(_class(kind), where, name)
+    if kind in _HATCHES:
+        found += Markup('<rect class="over" fill="url(#{})" {}>{}</rect>').format(
+            _hatch(title, kind), where, name
+        )
+    return found
+
+
+def _rules(top: float, base: int, shown: Callable[[float], str]) -> list[Markup]:
+    """Horizontal lines at half and at the top of the scale, with their values."""
+    found = [Markup('<line class="axis" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(base)]
+    for share in (0.5, 1.0):
+        y = base - share * (base - 12)
+        found.append(Markup('<line class="rule" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y))
+        found.append(Markup('<text class="dim" x="0" y="{:.1f}">{}</text>').format(y - 2, shown(top * share)))
+    return found
+
+
+def _tick(x: float, y: int, text: str, anchor: str = "middle", *, is_minor: bool = False) -> Markup:
+    kind = "dim minor" if is_minor else "dim"
+    return Markup('<text class="{}" x="{:.2f}%" y="{}" text-anchor="{}">{}</text>').format(
+        kind, x, y, anchor, text
+    )
+
+
+def _linked(text: str, href: str) -> str | Markup:
+    return Markup('<a href="{}">{}</a>').format(href, text) if href else text
+
+
+def _class(kind: str) -> str:
+    if _KIND.fullmatch(kind) is None:
+        raise ValueError(f"{kind!r} is not a kind: lower-case letters only")
+    return f"c-{kind}"
+
+
+def _hatch(title: str, kind: str) -> str:
+    """The id of a pattern; the title keeps two charts of a page apart."""
+    return f"h{hashlib.blake2b(title.encode(), digest_size=4).hexdigest()}-{kind}"
+
+
+def _round_up(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten, at which a scale ends."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value - 1e-12)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def _clock(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S}"
