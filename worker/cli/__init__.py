@@ -13,9 +13,9 @@ def main() -> None:
     """Run this process's command, and exit with its code.
 
     First hides memory and environment, which can hold the database's password, from other processes of
-    the same user. `--help` reads no secrets and skips the import.
+    the same user. `--help` and `-h` read no secrets and skip the import.
     """
-    if "--help" not in sys.argv:
+    if not {"-h", "--help"} & set(sys.argv):
         from worker.execution.runners.child.linux import hide_memory
 
         hide_memory()

@@ -9,13 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from worker.cli.completion import COMPLETION_VARIABLE, limit_time, register_shells
 from worker.cli.output import Format, print_error
 from worker.cli.session import Invocation
 from worker.errors import AccessDenied, ConfigurationError, DefinitionError, UsageError, WorkerError
@@ -31,7 +31,7 @@ VERBS = {
     "new-job": ("new_job", "new_job"),
     "check": ("checks", "check"),
     "doctor": ("checks", "doctor"),
-    "completion": ("app", "completion"),
+    "completion": ("completion", "completion"),
 }
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
@@ -66,6 +66,8 @@ def first(arguments: Sequence[str]) -> str | None:
 
 
 INTERRUPTED = 130
+# Set by config/orgworker: where the worker is a service, a slip must not start another one.
+REQUIRE_COMMAND = "ORGWORKER_REQUIRE_COMMAND"
 BEFORE_THE_VERB = ("--config", "--set", "--debug", "--version")
 
 
@@ -99,6 +101,10 @@ def before_the_verb(
         raise typer.Exit
     context.obj = Invocation(config, _settings(setting or ()))
     if context.invoked_subcommand is None:
+        if REQUIRE_COMMAND in os.environ:
+            raise UsageError(
+                "no command is named", fix="`orgworker --help` lists them; `run` starts a worker"
+            )
         from worker.cli.run import run
 
         run(context)
@@ -107,7 +113,9 @@ def before_the_verb(
 def build(only: str | None = None) -> typer.Typer:
     """The command line with one verb or noun, or with all of them."""
     app = typer.Typer(
-        rich_markup_mode=None, add_completion=False, context_settings={"max_content_width": 110}
+        rich_markup_mode=None,
+        add_completion=False,
+        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(before_the_verb)
     add(app, only)
@@ -134,12 +142,17 @@ def invoke(arguments: Sequence[str]) -> int:
     output = _wanted_output(arguments)
     completes = COMPLETION_VARIABLE in os.environ
     if completes:
-        _register_shells()
+        register_shells()
+        limit_time()
     try:
         # A shell that asks for completions needs every command.
         app = build(None if completes else first(arguments))
         code = typer.main.get_command(app).main(
-            args=list(arguments), prog_name=_program(), standalone_mode=False
+            args=list(arguments),
+            prog_name=_program(),
+            # By default it follows the program's name: under another one, a Tab would start a worker.
+            complete_var=COMPLETION_VARIABLE,
+            standalone_mode=False,
         )
     except WorkerError as error:
         return _failed(error, output)
@@ -237,38 +250,3 @@ def from_driver(error: Exception) -> WorkerError | None:
             "`db upgrade` needs database.owner_url",
         )
     return None
-
-
-COMMAND = "orgworker"
-# Set by the printed completion script when it asks for completions.
-COMPLETION_VARIABLE = "_ORGWORKER_COMPLETE"
-
-
-class Shell(StrEnum):
-    """The shells that completion supports."""
-
-    BASH = "bash"
-    ZSH = "zsh"
-    FISH = "fish"
-
-
-def completion(
-    context: typer.Context, shell: Annotated[Shell, typer.Argument(metavar="SHELL", help="The shell.")]
-) -> None:
-    """Print the completion script of the command orgworker for a shell.
-
-    In bash and zsh: source <(orgworker completion bash). In fish: orgworker completion fish | source.
-    """
-    from typer.completion import shell_complete
-
-    _register_shells()
-    raise typer.Exit(
-        shell_complete(context.find_root().command, {}, COMMAND, COMPLETION_VARIABLE, f"source_{shell.value}")
-    )
-
-
-def _register_shells() -> None:
-    # Typer registers its shells only when it builds its own completion options, which are off here.
-    from typer.completion import get_completion_inspect_parameters
-
-    get_completion_inspect_parameters()

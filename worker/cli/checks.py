@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, as_json, print_row, print_rows, say
 from worker.cli.session import Invocation, session_of
@@ -35,7 +36,9 @@ EVERY = 100
 
 def check_orgs(
     context: typer.Context,
-    org: Annotated[str | None, typer.Argument(metavar="[ORG]", help="One org, or --all.")] = None,
+    org: Annotated[
+        str | None, typer.Argument(metavar="[ORG]", help="One org, or --all.", autocompletion=names("org"))
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every org that can run something.")] = False,
     concurrency: Annotated[
         int,

@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import NoteOption, OutputOption, read_pairs, split_pairs
 from worker.cli.orgs import OrgArgument
@@ -21,6 +22,14 @@ from worker.errors import UsageError
 from worker.store.lists import BACKFILLS, DEFINITIONS, DefinitionDetail
 
 Row = dict[str, Any]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="The definition's name, unique in its org.",
+        autocompletion=names("definition"),
+    ),
+]
 
 
 def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
@@ -80,7 +89,7 @@ def _offset(local: datetime) -> timedelta:
 def backfill(
     context: typer.Context,
     org: OrgArgument,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")],
+    name: NameArgument,
     start: Annotated[
         str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
     ],
@@ -115,11 +124,6 @@ app = typer.Typer(
 app.command("backfill")(backfill)
 add_list(app, BACKFILLS, "backfills")
 
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="The definition's name, unique in its org.")
-]
-
-
 add_list(app, DEFINITIONS)
 
 
@@ -138,8 +142,14 @@ def show(
 @app.command("next")
 def next_(
     context: typer.Context,
-    org: Annotated[str | None, typer.Argument(metavar="ORG", help="The org's code.")] = None,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The definition's name.")] = None,
+    org: Annotated[
+        str | None,
+        typer.Argument(metavar="ORG", help="The org's code.", autocompletion=names("org")),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="The definition's name.", autocompletion=names("definition")),
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", metavar="TEXT", help="Preview this instead of a stored one.")
     ] = None,

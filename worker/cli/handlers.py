@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.options import LimitOption, OutputOption
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
@@ -37,7 +38,12 @@ def list_(
 def show(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The handler's name, as `handlers list` prints it.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="The handler's name, as `handlers list` prints it.",
+            autocompletion=names("handler"),
+        ),
     ],
     output: OutputOption = Format.TABLE,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.options import (
     AfterOption,
     DefinitionOption,
@@ -24,7 +25,9 @@ from worker.ids import ALL_ORGS
 from worker.store.lists import AUDIT, DEFAULT_LIMIT, SKIPS, Listing, Page
 
 R = TypeVar("R")
-_OrgArgument = Annotated[str | None, typer.Argument(metavar="[ORG]", help="Only this org's.")]
+_OrgArgument = Annotated[
+    str | None, typer.Argument(metavar="[ORG]", help="Only this org's.", autocompletion=names("org"))
+]
 _FILTERS = {"org": OrgOption, "definition": DefinitionOption, "state": StateOption, "since": SinceOption}
 
 

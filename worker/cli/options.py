@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worker.cli.completion import names, states
 from worker.cli.output import Format
 from worker.clock import Clock
 from worker.definitions.units import parse_duration, parse_time
@@ -18,12 +19,22 @@ from worker.errors import UsageError
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
 ]
-OrgOption = Annotated[str | None, typer.Option("--org", metavar="ORG", help="Only this org's.")]
+OrgOption = Annotated[
+    str | None,
+    typer.Option("--org", metavar="ORG", help="Only this org's.", autocompletion=names("org")),
+]
 DefinitionOption = Annotated[
-    str | None, typer.Option("--definition", metavar="NAME", help="Only those of definitions with this name.")
+    str | None,
+    typer.Option(
+        "--definition",
+        metavar="NAME",
+        help="Only those of definitions with this name.",
+        autocompletion=names("definition"),
+    ),
 ]
 StateOption = Annotated[
-    str | None, typer.Option("--state", metavar="STATE", help="Only those in this state.")
+    str | None,
+    typer.Option("--state", metavar="STATE", help="Only those in this state.", autocompletion=states),
 ]
 SinceOption = Annotated[
     str | None,

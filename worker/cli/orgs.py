@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import check_orgs
+from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import FileArgument, NoteOption, OutputOption, read_text
 from worker.cli.output import Format, confirmed, print_row, say
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
 
-OrgArgument = Annotated[str, typer.Argument(metavar="ORG", help="The org's code, as in its tokens.")]
+OrgArgument = Annotated[
+    str,
+    typer.Argument(metavar="ORG", help="The org's code, as in its tokens.", autocompletion=names("org")),
+]
 
 
 @app.command("add")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, print_row
@@ -16,7 +17,10 @@ from worker.store.lists import TEMPLATES
 
 app = typer.Typer(help="Templates: list, show, close. `apply` adds and changes them.")
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The template's name.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="The template's name.", autocompletion=names("template")),
+]
 
 add_list(app, TEMPLATES, cells={"reached": lambda row: f"{row['orgs_done']}/{row['orgs_total']} orgs"})
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from worker.cli.completion import names
 from worker.cli.options import OutputOption, read_pairs, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
@@ -35,10 +36,18 @@ Schema = Mapping[str, Any] | None
 def try_(
     context: typer.Context,
     handler: Annotated[
-        str, typer.Argument(metavar="HANDLER", help="Its name, as `handlers list` prints it.")
+        str,
+        typer.Argument(
+            metavar="HANDLER",
+            help="Its name, as `handlers list` prints it.",
+            autocompletion=names("handler"),
+        ),
     ],
     org: Annotated[
-        str | None, typer.Option("--org", metavar="ORG", help=f"Any code (default: {FAKE_ORG}).")
+        str | None,
+        typer.Option(
+            "--org", metavar="ORG", help=f"Any code (default: {FAKE_ORG}).", autocompletion=names("org")
+        ),
     ] = None,
     param: Annotated[
         list[str] | None,

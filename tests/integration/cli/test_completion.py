@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from worker.cli.app import COMPLETION_VARIABLE, invoke
+from tests.fakes.cli import CommandLine, as_process
+from worker.cli import app
+from worker.cli.app import invoke
+from worker.cli.completion import COMPLETION_VARIABLE
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -22,6 +30,21 @@ def test_each_shell_gets_a_script_that_asks_orgworker(shell: str, capfd: pytest.
     assert "orgworker" in script
 
 
+def tab(line: str, program: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """What bash offers for the last word of a line."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash here")
+    words = line.split()
+    script = (
+        f"source <({program} completion bash); "
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f'_orgworker_completion {program}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    )
+    command = [bash, "--norc", "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=dict(environment))
+
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -32,22 +55,103 @@ def test_each_shell_gets_a_script_that_asks_orgworker(shell: str, capfd: pytest.
     ],
 )
 def test_bash_completes_verbs_options_and_values(line: str, offered: list[str], tmp_path: Path):
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("there is no bash here")
     program = tmp_path / "orgworker"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom worker.cli import main\nsys.argv[0] = 'orgworker'\nmain()\n"
     )
     program.chmod(0o755)
-    words = line.split()
-    script = (
-        f"source <({program} completion bash); "
-        f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
-        f'_orgworker_completion {program}; printf "%s\\n" "${{COMPREPLY[@]}}"'
-    )
 
-    done = subprocess.run([bash, "--norc", "-c", script], capture_output=True, text=True, timeout=60)
+    done = tab(line, program, os.environ)
 
     assert done.stderr == ""
     assert done.stdout.split() == offered
+
+
+# As systemd-run: the command gets none of the caller's variables but those that are named.
+SYSTEMD_RUN = """\
+#!{python}
+import os, sys
+words = sys.argv[1:]
+given = [word.removeprefix("--setenv=").partition("=") for word in words if word.startswith("--setenv=")]
+command = words[next(at for at, word in enumerate(words) if not word.startswith("-")):]
+command[0] = "{python}"
+command[command.index("--config") + 1] = "{settings}"
+os.execve(command[0], command, {{"PATH": os.environ["PATH"], "WORKER_CONFIG": "{settings}"}}
+          | {{name: value for name, _, value in given}})
+"""
+
+
+def test_behind_the_wrapper_a_tab_offers_names_and_nothing_but_run_starts_a_worker(
+    tmp_path: Path, cli_on_either: CommandLine
+):
+    fake = tmp_path / "systemd-run"
+    fake.write_text(SYSTEMD_RUN.format(python=sys.executable, settings=cli_on_either.settings))
+    fake.chmod(0o755)
+    environment = dict(os.environ) | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    wrapper = ROOT / "config" / "orgworker"
+    cli_on_either("orgs", "add", "org_acme")
+    cli_on_either("orgs", "add", "org_apex")
+
+    assert tab("orgworker orgs show org_a", wrapper, environment).stdout.split() == ["org_acme", "org_apex"]
+
+    command = [wrapper, "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no command is named" in done.stderr
+
+
+def test_names_and_states_are_offered_from_the_database(
+    cli_on_either: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def offered(line: str) -> list[str]:
+        monkeypatch.setenv("COMP_WORDS", f"orgworker --config {cli_on_either.settings} {line}")
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split()) + 2))
+        with pytest.raises(SystemExit):
+            invoke([])
+        return capsys.readouterr().out.split()
+
+    for code in ("org_a", "org_b", "org_b$(touch x)"):
+        cli_on_either("orgs", "add", code)
+    entry = {"org": "org_a", "name": "nightly", "handler": "x", "schedule": "@daily"}
+    other = entry | {"org": "org_b", "name": "news"}
+    cli_on_either("apply", "-", "--allow-unknown-handlers", stdin=json.dumps({"definition": [entry, other]}))
+    monkeypatch.setenv(COMPLETION_VARIABLE, "complete_bash")
+    monkeypatch.setattr(app, "limit_time", lambda: None)
+
+    # The shell evaluates what it gets, so a name with $ is not offered.
+    assert offered("orgs pause org_b") == ["org_b"]
+    assert offered("definitions show org_a n") == ["nightly"]
+    assert offered("runs list --org org_b --definition n") == ["news"]
+    assert offered("runs list --definition n") == ["news", "nightly"]
+    assert offered("runs list --state failed,r") == ["failed,running", "failed,refused"]
+    assert offered("orgs list --state p") == ["paused"]
+    assert offered("orgs show 100%_") == []
+
+
+def test_a_process_that_is_asked_for_completions_never_runs_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Also where the program's name is not that of the script: it decided which variable counted."""
+    started: list[object] = []
+    monkeypatch.setattr("worker.cli.run.run", started.append)
+    monkeypatch.setattr(app, "limit_time", lambda: None)
+    for asked in ("bash_complete", "complete_bash", "nonsense"):
+        monkeypatch.setenv(COMPLETION_VARIABLE, asked)
+        monkeypatch.setenv("COMP_WORDS", "orgworker ru")
+        monkeypatch.setenv("COMP_CWORD", "1")
+        with pytest.raises(SystemExit):
+            invoke([])
+
+    assert started == []
+
+
+def test_without_a_database_nothing_is_offered_printed_or_made(tmp_path: Path):
+    settings = tmp_path / "worker.toml"
+    settings.write_text(f'[database]\nurl = "sqlite:///{tmp_path}/none.db"\n')
+    asked = {COMPLETION_VARIABLE: "complete_bash", "COMP_WORDS": "orgworker orgs show o", "COMP_CWORD": "3"}
+    with as_process(tmp_path, {**os.environ, **asked}):
+        command = [sys.executable, "-m", "worker"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["worker.toml"]
