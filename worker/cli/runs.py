@@ -102,6 +102,7 @@ def retry(
     from_checkpoint: Annotated[
         bool, typer.Option("--from-checkpoint", help="Start from the old run's last checkpoint.")
     ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Retry RUN even if it was retried already.")] = False,
     dry_run: DryRunOption = False,
     canary: Annotated[
         int, typer.Option("--canary", metavar="N", min=0, help="Retry N, and the rest only if those succeed.")
@@ -129,9 +130,13 @@ def retry(
         cause=cause,
         since=after,
     )
+    if again and run is None:
+        raise UsageError("--again needs a run's id", fix="many runs at once are retried once each")
     with session.database() as database:
         if run is not None:
-            row = operation.retry(database, run, actor=session.actor, from_checkpoint=from_checkpoint)
+            row = operation.retry(
+                database, run, actor=session.actor, from_checkpoint=from_checkpoint, again=again
+            )
             print_row(row, output)
             return
         which = Retryable(**given)

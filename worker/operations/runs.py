@@ -119,15 +119,15 @@ def retry(
     actor: str,
     org: str | None = None,
     from_checkpoint: bool = False,
-    once: bool = False,
+    again: bool = False,
     by_org: bool = False,
 ) -> Run:
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
     hand, and its checkpoint with `from_checkpoint`. With `org`, only that org's runs are
-    found; with `once`, a run is retried only once. With `by_org` the org itself asks: each
-    param must equal the definition's or be among its `params_by_hand`.
+    found. A run is retried only once, unless `again` is set. With `by_org` the org itself
+    asks: each param must equal the definition's or be among its `params_by_hand`.
 
     Raises:
         NotFound: no such run.
@@ -143,8 +143,11 @@ def retry(
             )
         org_id, old_id = OrgId(old["org_id"]), RunId(old["id"])
         row = definitions.require_by_id(connection, org_id, DefinitionId(old["definition_id"]))
-        if once and (newer := edit_runs.retry_of(connection, old_id)) is not None:
-            raise Conflict(f"run {old_id} was retried by run {newer}", fix=f"see `runs show {newer}`")
+        if not again and (newer := edit_runs.retry_of(connection, org_id, old_id)) is not None:
+            raise Conflict(
+                f"run {old_id} was retried already, as run {newer}",
+                fix=f"see `runs why {newer}`; `--again`, or `again` in the API, repeats it",
+            )
         if by_org and old["params"] is not None:
             definition = from_spec(row["org"], row["name"], row["spec"])
             changed = differing(old["params"], definition.params).keys()
@@ -213,7 +216,7 @@ def retry_many(
     """
 
     def change(run_id: str) -> Run:
-        return retry(database, run_id, actor=actor, org=org, from_checkpoint=from_checkpoint, once=True)
+        return retry(database, run_id, actor=actor, org=org, from_checkpoint=from_checkpoint)
 
     for old, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
         made = {"id": row and row["id"], "state": row and row["state"], "left": left, "retry_of": old["id"]}

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, OrgId
 from worker.runs.why import Why, last_error, why_run
 from worker.store import definitions, health, history, orgs
 from worker.store.dialect import database_now
@@ -22,6 +22,8 @@ Row = Mapping[str, Any]
 
 _TICK = timedelta(microseconds=1)
 _HALF_HOUR = timedelta(minutes=30)
+# Retries of retries that are followed.
+_MOST_RETRIES = 20
 _YEAR = timedelta(days=366)
 # Reasons of a run that starts as soon as a slot is free.
 _READY = ("due", "handed_back", "recovered")
@@ -90,6 +92,7 @@ def _why_run(connection: Connection, run: Row) -> Why:
     """The run's own explanation, and how many other orgs have the same problem."""
     org = orgs.require(connection, run["org"])
     org_id = org["id"]
+    retried = _last_retry(connection, org_id, run)
     attempt = last_error(run)
     if attempt is not None:
         around = attempt["ended_at"] - _HALF_HOUR, attempt["ended_at"] + _HALF_HOUR
@@ -97,8 +100,20 @@ def _why_run(connection: Connection, run: Row) -> Why:
     elif run["reason"] == "no_token":
         found = history.others_without_token(connection, org_id)
     else:
-        return _blocked(connection, run, org, why_run(run))
-    return _blocked(connection, run, org, why_run(run, others=found.orgs, more=found.more))
+        return _blocked(connection, run, org, why_run(run, retried=retried))
+    explained = why_run(run, others=found.orgs, more=found.more, retried=retried)
+    return _blocked(connection, run, org, explained)
+
+
+def _last_retry(connection: Connection, org_id: OrgId, run: Row) -> Row | None:
+    """The run that the run's retries led to: the newest retry, or the newest retry of that one."""
+    last, newer = None, run["retried_as"]
+    for _ in range(_MOST_RETRIES):
+        if newer is None:
+            break
+        last = run_lists.row(connection, org_id, newer)
+        newer = last["retried_as"]
+    return last
 
 
 def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
@@ -154,6 +169,7 @@ def _no_run(row: Row, at: datetime, is_what: str, cause: str, command: str) -> W
             "scheduled_for": at,
             "state": None,
             "reason": None,
+            "retried_as": None,
             "other_orgs": None,
         },
     )

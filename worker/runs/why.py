@@ -103,11 +103,11 @@ _NEXT_OF_STATE = {
 }
 
 
-def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
+def why_run(run: Row, *, others: int | None = None, more: bool = False, retried: Row | None = None) -> Why:
     """Explain one run, from its row of `runs show`.
 
     `others` is the number of other orgs with the same error in the hour around it (None if unknown),
-    a minimum with `more`.
+    a minimum with `more`. `retried` is the last run of its retries, if it was retried.
     """
     state, reason = str(run["state"]), run["reason"]
     values = _values(run)
@@ -117,13 +117,16 @@ def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
     command = NEXT.get((state, reason), _NEXT_OF_STATE.get(state, "runs show {id}"))
     if command == "runs retry {id}" and run.get("checkpoint") is not None:
         command += " --from-checkpoint"
+    retry = _retry(run, state)
+    if retried is not None:
+        retry, command = _retried(retried)
     tried = f" at attempt {run['attempt']}" if run["attempt"] else ""
     return Why(
         what=f"Run {run['id']} of {run['org']}/{run['definition']} for {to_text(run['scheduled_for'])} "
         f"{_is(state)}{tried}",
         cause=cause,
         kept=_kept(run, state),
-        retry=_retry(run, state),
+        retry=retry,
         next=command.format_map(values),
         facts={
             "run": run["id"],
@@ -132,6 +135,7 @@ def why_run(run: Row, *, others: int | None = None, more: bool = False) -> Why:
             "scheduled_for": run["scheduled_for"],
             "state": state,
             "reason": reason,
+            "retried_as": run.get("retried_as"),
             "other_orgs": others,
         },
         others=None if others is None else _others(reason, others, more),
@@ -187,6 +191,15 @@ def _retry(run: Row, state: str) -> str:
     if state == "succeeded":
         return "a retry repeats its work, with the same idempotency key"
     return "its handler had started: a retry is safe if it sends the idempotency key, which stays the same"
+
+
+def _retried(run: Row) -> tuple[str, str]:
+    """How the last of its retries went, and the command that shows more."""
+    state = str(run["state"])
+    how = f"it was retried as run {run['id']}, which {_is(state)}"
+    if state == "succeeded":
+        return f"{how}: no other retry is needed", f"runs show {run['id']}"
+    return how, f"runs why {run['id']}"
 
 
 def _had_started(run: Row) -> bool:

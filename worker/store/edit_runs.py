@@ -293,6 +293,7 @@ def _retryable(which: Retryable, until: datetime, after: Row | None) -> _Parts:
     return [_ends.c.state, _runs.c.reason, _runs.c.detail, ended_at], where, [ended_at, id_]
 
 
-def retry_of(connection: Connection, run_id: RunId) -> RunId | None:
-    """The run that retries this one, if there is one."""
-    return connection.execute(select(_runs.c.id).where(_runs.c.retry_of == run_id)).scalars().first()
+def retry_of(connection: Connection, org_id: OrgId, run_id: RunId) -> RunId | None:
+    """The newest run that retries this one, if there is one."""
+    retries = select(_runs.c.id).where(_runs.c.org_id == org_id, _runs.c.retry_of == run_id)
+    return connection.execute(retries.order_by(_runs.c.id.desc()).limit(1)).scalar_one_or_none()

@@ -99,10 +99,12 @@ class CallerDatabase:
         """Cancel a run; raises as `operations.runs.cancel`, and AccessDenied for viewers."""
         return await self._change(caller, cancel, run, actor=caller.actor, org=caller.org)
 
-    async def retry(self, caller: Caller, run: str, *, from_checkpoint: bool = False) -> Run:
+    async def retry(
+        self, caller: Caller, run: str, *, from_checkpoint: bool = False, again: bool = False
+    ) -> Run:
         """Retry a run; raises as `operations.runs.retry`, and AccessDenied for viewers."""
         by_org = caller.org is not None
-        what = {"from_checkpoint": from_checkpoint, "by_org": by_org}
+        what = {"from_checkpoint": from_checkpoint, "again": again, "by_org": by_org}
         return await self._change(caller, retry, run, actor=caller.actor, org=caller.org, **what)
 
     async def run_now(

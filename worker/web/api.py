@@ -93,11 +93,12 @@ class Api:
         return json_response(caller.sees(Run, row))
 
     async def _retry(self, request: Request) -> Response:
-        from_checkpoint = (await _json_body(request, ("from_checkpoint",))).get("from_checkpoint", False)
-        if not isinstance(from_checkpoint, bool):
-            raise UsageError("from_checkpoint must be true or false")
+        body = await _json_body(request, ("from_checkpoint", "again"))
+        for name, value in body.items():
+            if not isinstance(value, bool):
+                raise UsageError(f"{name} must be true or false")
         caller, run = caller_of(request), request.path_params["run"]
-        return _created(await self._database.retry(caller, run, from_checkpoint=from_checkpoint), caller)
+        return _created(await self._database.retry(caller, run, **body), caller)
 
     async def _run_now(self, request: Request) -> Response:
         params = (await _json_body(request, ("params",))).get("params")

@@ -14,7 +14,18 @@ from tests.fakes.plugins import make_plugin
 from tests.fakes.site import definition
 
 RUN_COLUMNS = {
-    *("id", "org", "definition", "handler", "revision", "scheduled_for", "origin", "retry_of", "state"),
+    *(
+        "id",
+        "org",
+        "definition",
+        "handler",
+        "revision",
+        "scheduled_for",
+        "origin",
+        "retry_of",
+        "retried_as",
+        "state",
+    ),
     *("reason", "detail", "available_at", "attempt", "fencing_token", "result_fencing_token", "worker"),
     *("started_at", "finished_at", "progress", "result", "error"),
 }

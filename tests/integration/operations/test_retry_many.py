@@ -139,7 +139,7 @@ def test_two_commands_at_once_make_one_run(ended, database):
     late = racing()
 
     assert late["id"] is None
-    assert f"run {old} was retried" in late["left"]
+    assert f"run {old} was retried already" in late["left"]
 
 
 def test_what_cannot_be_retried_is_left_with_the_reason_and_the_rest_goes_on(ended, database):

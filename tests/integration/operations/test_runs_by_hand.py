@@ -13,6 +13,7 @@ from worker.ids import new_id
 from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
+from worker.operations.why import why
 from worker.store import catalogue, tables
 from worker.store.lists import RUNS, Page, Run, columns_of
 from worker.store.lists import runs as run_lists
@@ -261,6 +262,37 @@ def test_a_retry_is_a_new_run_of_the_same_instant(site, database, rows):
     assert kept[new["id"]]["idempotency_key"] == kept[old["id"]]["idempotency_key"]
     assert kept[new["id"]]["params"] == {"text": "hello", "times": 2}
     assert kept[old["id"]]["state"] == "failed"
+
+
+def test_a_run_is_retried_once_unless_it_is_asked_for_again(site, database, rows):
+    old = site.having("allow").run()
+    assert old["retried_as"] is None
+    rows.set_ended(old["id"])
+    new = retry(database, old["id"], actor="tester")
+
+    with pytest.raises(Conflict, match=f"was retried already, as run {new['id']}") as caught:
+        retry(database, old["id"], actor="tester")
+    assert "--again" in caught.value.fix
+    other = retry(database, old["id"], actor="tester", again=True)
+
+    assert [row["retried_as"] for row in site.runs()] == [None, None, other["id"]]
+    assert site.show(old["id"])["retried_as"] == other["id"]
+
+
+def test_why_follows_the_retries_of_a_failure_to_the_last(site, database, rows):
+    old = site.having("allow").run()
+    rows.set_ended(old["id"])
+    first = retry(database, old["id"], actor="tester")
+    rows.set_ended(first["id"])
+    last = retry(database, first["id"], actor="tester")
+    rows.set_ended(last["id"], "succeeded", None)
+
+    with database.autocommit() as connection:
+        found = why(connection, old["id"])
+
+    assert found.facts["retried_as"] == first["id"]
+    assert found.retry == f"it was retried as run {last['id']}, which succeeded: no other retry is needed"
+    assert found.next == f"runs show {last['id']}"
 
 
 def test_a_retry_may_begin_from_the_old_checkpoint(site, database, rows):

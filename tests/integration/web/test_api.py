@@ -225,10 +225,16 @@ class TestActing:
         cancelled = await site.post(f"{API}/runs/{run}/cancel", token)
         again = await site.post(f"{API}/runs/{run}/cancel", token)
         retried = await site.post(f"{API}/runs/{run}/retry", token, json={"from_checkpoint": False})
+        twice = await site.post(f"{API}/runs/{run}/retry", token)
+        odd = await site.post(f"{API}/runs/{run}/retry", token, json={"again": "yes"})
+        shown = (await site.get(f"{API}/runs/{run}", token)).json()
 
         assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
         assert (again.status_code, again.json()["error"]["code"]) == (409, "conflict")
         assert (retried.status_code, retried.json()["retry_of"]) == (201, run)
+        assert (twice.status_code, twice.json()["error"]["code"]) == (409, "conflict")
+        assert (odd.status_code, odd.json()["error"]["message"]) == (400, "again must be true or false")
+        assert shown["retried_as"] == retried.json()["id"]
 
     @pytest.mark.parametrize("levels", [63, 64, 1_500, 40_000])
     @pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])

@@ -37,7 +37,7 @@ from worker.ids import ALL_ORGS, OrgScope, RunId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
 from worker.operations.orgs import set_org_state
-from worker.operations.runs import run_now
+from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
 from worker.store import catalogue, edit_runs, orgs, roles, tables
 from worker.store.database import Database
@@ -199,6 +199,10 @@ class Installation:
     def waiting(self, org: str) -> str:
         """A new run that waits."""
         return str(run_now(self.admin, org, "digest", actor="tester")["id"])
+
+    def cancelled(self, org: str) -> str:
+        """A new run that has ended, and was not retried yet."""
+        return str(cancel(self.admin, self.waiting(org), actor="tester")["id"])
 
     def callers(self) -> list[Who]:
         org = {role: f"of org_a as {role}" for role in ("viewer", "operator")}
@@ -395,6 +399,8 @@ class Matrix:
         run = self.made.ended[target]
         if path.endswith("/cancel"):
             run = self.made.waiting(target)
+        elif path.endswith("/retry"):
+            run = self.made.cancelled(target)
         url = path.format(run=run, org=target, name="digest")
         if rule.kind == "list":
             url += f"?org={target}"

@@ -59,6 +59,7 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
         "error": {"type": "KeyError", "message": "'title'\nmore"},
         "checkpoint": None,
         "attempts": [],
+        "retried_as": None,
     } | changes
 
 
@@ -94,6 +95,20 @@ def test_a_failure_names_the_error_and_what_is_kept():
     assert why.kept == 'retained: its last checkpoint ({"done": 3}), its attempts and their log'
     assert "idempotency key" in why.retry
     assert why.next == f"runs retry {RUN} --from-checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("state", "says", "command"),
+    [
+        ("succeeded", "it was retried as run r2, which succeeded: no other retry is needed", "runs show r2"),
+        ("failed", "it was retried as run r2, which failed", "runs why r2"),
+        ("waiting", "it was retried as run r2, which is waiting", "runs why r2"),
+    ],
+)
+def test_a_retried_failure_says_how_its_retry_went(state, says, command):
+    why = why_run(run("failed", "error", retried_as="r1"), retried={"id": "r2", "state": state})
+
+    assert (why.retry, why.next, why.facts["retried_as"]) == (says, command, "r1")
 
 
 def test_what_never_started_is_safe_to_retry():

@@ -143,6 +143,7 @@ class Run(TypedDict):
     scheduled_for: Shown[datetime]
     origin: Shown[str]
     retry_of: Shown[RunId | None]
+    retried_as: Shown[RunId | None]
     state: Shown[str]
     reason: Shown[str | None]
     detail: Annotated[str | None, redaction.detail]

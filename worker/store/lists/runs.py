@@ -148,7 +148,18 @@ _view = table(
         for name in names.split()
     ),
 )
-_listed = select(*(_view.c[name] for name in columns_of(Run)))
+# The newest run that retries this one.
+_retries = _runs.alias("retries")
+_retried_as = (
+    select(_retries.c.id)
+    .where(_retries.c.retry_of == _view.c.id, _retries.c.org_id == _view.c.org_id)
+    .order_by(_retries.c.id.desc())
+    .limit(1)
+    .correlate(_view)
+    .scalar_subquery()
+    .label("retried_as")
+)
+_listed = select(*(_retried_as if name == "retried_as" else _view.c[name] for name in columns_of(Run)))
 
 
 class SerialRun(TypedDict):
@@ -177,7 +188,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     Raises:
         NotFound: there is no such org, or it has no such run.
     """
-    query = select(_view).where(_view.c.id == checked_id(run_id))
+    query = select(_view, _retried_as).where(_view.c.id == checked_id(run_id))
     scoped = _in_scope(query, _view.c.org_id, orgs.scope_of(connection, org))
     found = connection.execute(scoped).mappings().first()
     if found is None:
