@@ -34,12 +34,14 @@ def serve(context: typer.Context) -> None:
 def demo(
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="N", min=1, help="Stop after N seconds (default: at Ctrl-C)."),
+        typer.Option(
+            "--seconds", metavar="N", min=1, help="Stop the worker after N seconds (default: at Ctrl-C)."
+        ),
     ] = None,
 ) -> None:
-    """Run a worker with four made-up orgs and a development provider on a temporary database.
+    """Run a worker with four made-up orgs, a day of history and a development provider.
 
-    Needs no account, no service and no settings.
+    Needs no account, no service and no settings, and keeps nothing.
     """
     from worker.demo.run import run as run_demo
 

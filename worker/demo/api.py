@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections import Counter
@@ -53,10 +54,14 @@ class Refusal(Exception):
 
 
 class ChatEndpoint:
-    """`POST /v1/chat/completions` with an API key; `models` counts the requests for each model."""
+    """`POST /v1/chat/completions` with an API key; `models` counts the requests for each model.
 
-    def __init__(self, api_key: str) -> None:
+    It takes `delay` seconds to answer.
+    """
+
+    def __init__(self, api_key: str, *, delay: float = 0.0) -> None:
         self._api_key = api_key
+        self._delay = delay
         self.models: Counter[str] = Counter()
         self.refused = 0
 
@@ -68,6 +73,7 @@ class ChatEndpoint:
             expected, given = f"Bearer {self._api_key}", request.headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), expected.encode()):
                 raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
+            await asyncio.sleep(self._delay)
             return JSONResponse(self._answer(await request.json()))
         except Refusal as refusal:
             self.refused += 1
@@ -130,10 +136,10 @@ MAX_PAGE = 100
 class CustomerApi:
     """The API of a fictional customer. `orgs` maps codes to names; `reads` counts pages by org."""
 
-    def __init__(self, guard: Guard, *, orgs: Mapping[str, str], chat_key: str) -> None:
+    def __init__(self, guard: Guard, *, orgs: Mapping[str, str], chat_key: str, delay: float = 0.0) -> None:
         self._guard = guard
         self._articles = {code: articles_of(name) for code, name in orgs.items()}
-        self.chat = ChatEndpoint(chat_key)
+        self.chat = ChatEndpoint(chat_key, delay=delay)
         self.reads: Counter[str] = Counter()
 
     def asgi(self) -> Starlette:

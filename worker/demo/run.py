@@ -6,8 +6,6 @@ processes that an operator would start.
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 import signal
 import sqlite3
@@ -21,142 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.clock import Clock, SystemClock, to_text
-from worker.demo.api import CustomerApi
-from worker.demo.provider import Application, Fault, serve_provider
-from worker.demo.serving import ServerThread, bind_loopback, url_of
-from worker.guard import Guard
+from worker.demo import history
+from worker.demo.installation import (
+    DemoFailed,
+    Installation,
+    definitions_file,
+    free_address,
+    say,
+    settings_file,
+    world,
+)
 
-AUDIENCE = "https://api.demo.example"
-FLAG = "agent-v2"
 POLL = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Org:
-    """One org of the demo: its application at the provider, and the secret that the operator has."""
-
-    application: Application
-    name: str
-    stored_secret: str
-
-    @property
-    def code(self) -> str:
-        return self.application.org_code
-
-    def as_import_line(self) -> str:
-        credential = {"client_id": self.application.client_id, "client_secret": self.stored_secret}
-        return json.dumps(
-            {"code": self.code, "name": self.name, "issuer": "main", "tags": ["demo"], **credential}
-        )
-
-
-def make_org(
-    name: str, *, model: str = "gpt-4", flags: dict[str, bool] | None = None, dead_secret: bool = False
-) -> Org:
-    code, secret = f"org_{name.lower()}", secrets.token_urlsafe(24)
-    application = Application(
-        org_code=code,
-        client_id=f"m2m-{code}",
-        client_secret=secret,
-        scopes=("read:kb",),
-        audiences=(AUDIENCE,),
-        properties={"model_version": model, "max_tokens": 400, "language": "en"},
-        flags=flags or {},
-    )
-    return Org(application, name, secrets.token_urlsafe(24) if dead_secret else secret)
-
-
-def make_orgs() -> list[Org]:
-    """Acme has the flag, Globex does not, Initech's secret is dead, Umbrella gets Acme's token."""
-    return [
-        make_org("Acme", model="gpt-4o", flags={FLAG: True, "beta-tools": False}),
-        make_org("Globex"),
-        make_org("Initech", dead_secret=True),
-        make_org("Umbrella"),
-    ]
-
-
-def settings_file(database: Path, provider_url: str, api_url: str) -> str:
-    """The demo's worker.toml."""
-    return f"""\
-[database]
-url = "sqlite:///{database}"
-
-[issuers.main]
-profile = "kinde"
-url = "{provider_url}"
-audience = "{AUDIENCE}"
-api_origins = ["{api_url}"]
-
-[execution]
-pass_environment = ["ASSISTANT_API_KEY"]
-drain = "3s"
-
-[web]
-listen = ""
-"""
-
-
-def definitions_file(orgs: list[Org], api_url: str) -> str:
-    """The file for `apply`: the same definition for each org."""
-    return "\n".join(
-        f"""\
-[[definition]]
-org = "{org.code}"
-name = "support-digest"
-handler = "assistant.digest"
-variants = [{{ flag = "{FLAG}", handler = "assistant.digest_v2" }}]
-schedule = "every 3s"
-spread = "off"
-scopes = ["read:kb"]
-params = {{ knowledge_base = "{api_url}", chat = "{api_url}" }}
-"""
-        for org in orgs
-    )
-
-
-class Installation:
-    """The folder of one demo: its files, its environment and its worker."""
-
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
-        self.folder = folder
-        self.database = folder / "demo.db"
-        self.settings = folder / "worker.toml"
-        self.log = folder / "worker.log"
-        self._environment = environment
-
-    def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
-
-    def run(self, *arguments: str) -> None:
-        """Run one command; its failure ends the demo."""
-        say(f"$ python -m worker {' '.join(Path(item).name for item in arguments)}")
-        done = subprocess.run(
-            self._command(*arguments),
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise DemoFailed(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
-
-    def start_worker(self) -> subprocess.Popen[bytes]:
-        # In its own session, so that Ctrl-C reaches only this process, which then drains the worker.
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
-                self._command("run"),
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-
-class DemoFailed(Exception):
-    """A command of the demo failed, or its worker ended unexpectedly."""
 
 
 # Polling `run_view` would miss states that last a few milliseconds, so triggers write a journal.
@@ -273,10 +147,6 @@ class Narrator:
             say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
 
 
-def say(text: str) -> None:
-    print(f"# {text}", flush=True)
-
-
 def print_line(
     time: str, org: str, definition: str, state: str, reason: str | None, detail: str | None
 ) -> None:
@@ -285,7 +155,7 @@ def print_line(
 
 
 def run(seconds: float | None = None) -> int:
-    """Run the demo for `seconds`, or until Ctrl-C; returns the process exit code."""
+    """Run the demo until the worker has run for `seconds`, or until Ctrl-C; returns the process exit code."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
@@ -301,34 +171,28 @@ def run(seconds: float | None = None) -> int:
 
 def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: Clock) -> None:
     """Set up the demo, start the worker and print what it does."""
-    ends_at = None if seconds is None else clock.monotonic() + seconds
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-demo-")))
-    orgs = make_orgs()
-    provider, provider_thread = serve_provider()
-    stack.enter_context(provider_thread)
-    for org in orgs:
-        provider.add(org.application)
-    provider.misbehave(Fault(replace={"org_code": "org_acme"}), "m2m-org_umbrella")
-    chat_key = secrets.token_urlsafe(24)
-    guard = Guard(provider.url, audience=AUDIENCE, scopes={"read:kb"})
-    api = CustomerApi(guard, orgs={org.code: org.name for org in orgs}, chat_key=chat_key)
-    listener = bind_loopback()
-    api_url = url_of(listener)
-    stack.enter_context(ServerThread(api.asgi(), listener))
-    installation = Installation(folder, clean_environment() | {"ASSISTANT_API_KEY": chat_key})
+    around = stack.enter_context(world())
+    installation = Installation(folder, around.environment())
+    listen, token = free_address(), secrets.token_urlsafe(24)
     org_lines, definitions = folder / "orgs.jsonl", folder / "demo.toml"
-    installation.settings.write_text(settings_file(installation.database, provider.url, api_url))
-    org_lines.write_text("".join(f"{org.as_import_line()}\n" for org in orgs))
-    definitions.write_text(definitions_file(orgs, api_url))
-    say(f"a development provider at {provider.url}, a customer API at {api_url}")
+    installation.settings.write_text(settings_file(installation.database, around, listen=listen, token=token))
+    org_lines.write_text(around.import_lines())
+    definitions.write_text(definitions_file(around.orgs, around.api_url))
+    say(f"a development provider at {around.provider.url}, a customer API at {around.api_url}")
     installation.run("db", "upgrade")
-    journal = Journal(installation.database)
-    stack.callback(journal.close)
     installation.run("orgs", "import", str(org_lines))
     installation.run("apply", str(definitions))
+    say("adding what these orgs' jobs did in the last 24 hours")
+    history.add(f"sqlite:///{installation.database}", around.orgs, around.api_url, until=clock.now())
+    # After the past, which it does not tell.
+    journal = Journal(installation.database)
+    stack.callback(journal.close)
+    say(f"the console is at http://{listen}/; log in with the token {token}")
     say("$ python -m worker run")
     print_line("time", "org", "definition", "state", "reason", "detail")
     started = clock.monotonic()
+    ends_at = None if seconds is None else started + seconds
     worker = installation.start_worker()
     stack.callback(end_worker, worker)
     narrator = Narrator(journal, clock, started)
@@ -341,11 +205,6 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     end_worker(worker)
     narrator.narrate()
     narrator.sum_up()
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's environment without worker settings."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
 
 
 def end_worker(worker: subprocess.Popen[bytes]) -> None:

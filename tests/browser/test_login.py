@@ -1,0 +1,26 @@
+"""Logging in and out, as a person does it."""
+
+from __future__ import annotations
+
+from tests.fakes import browser as browsers
+
+
+def test_an_operator_logs_in_with_a_token_and_out_again(browser, console):
+    with browsers.tab(browser, console.base) as tab:
+        tab.log_in(console.token)
+        tab.page.get_by_text("operator:you").first.wait_for()
+
+        tab.page.get_by_role("button", name="Log out").click()
+
+        tab.page.get_by_label("Token").wait_for()
+        tab.go("/orgs/org_acme")
+        assert tab.page.get_by_text("nightly-digest").count() == 0
+        assert tab.wrongs == []
+
+
+def test_a_wrong_token_is_refused_with_a_reason(browser, console):
+    with browsers.tab(browser, console.base) as tab:
+        tab.log_in("wrong")
+
+        tab.page.get_by_text("the token is invalid").first.wait_for()
+        assert tab.wrongs == []
