@@ -10,15 +10,17 @@ from itertools import islice
 from sqlalchemy import Connection
 
 from worker.definitions.definition import from_spec
+from worker.definitions.triggers import Trigger
 from worker.errors import Conflict, NotFound, UsageError, WorkerError
-from worker.ids import new_id
+from worker.ids import OrgId, new_id
+from worker.operations.changes import because
 from worker.operations.handlers import Handlers
 from worker.operations.runs import new_run, require_active
 from worker.runs.run import NewRun
 from worker.store import audit, backfills, definitions, firing, orgs
 from worker.store.database import Database
-from worker.store.dialect import Row
-from worker.store.lists import Backfill
+from worker.store.dialect import Row, database_now
+from worker.store.lists import Backfill, PlannedBackfill
 from worker.store.lists import read as lists
 from worker.telemetry.events import emit
 
@@ -91,60 +93,125 @@ def _next(row: Row, handlers: Handlers, at: datetime) -> tuple[list[NewRun], dat
     return runs, wanted[room] if len(wanted) > room else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """A valid range of an active definition, locked, and the backfill of exactly this range."""
+
+    row: Row
+    trigger: Trigger
+    stored: Row | None
+    start: datetime
+    until: datetime
+
+    @property
+    def last(self) -> datetime:
+        """The latest time that is in the range."""
+        return self.until - _TICK
+
+
+def _read_range(
+    connection: Connection, org: str, name: str, start: datetime, until: datetime, *, lock: bool = True
+) -> _Range:
+    org_id = orgs.require(connection, org, lock=lock)["id"]
+    row = definitions.require(connection, org_id, org, name, lock=lock)
+    require_active(row)
+    start, until = start.astimezone(UTC), until.astimezone(UTC)
+    if start >= until:
+        raise UsageError(
+            "the range is empty: its end is not after its start",
+            fix="the end is the first scheduled time that is left out",
+        )
+    if until > database_now(connection):
+        raise UsageError(
+            "the range ends in the future, where the schedule still makes runs",
+            fix="end it now, or earlier",
+        )
+    trigger = replace(from_spec(org, name, row["spec"]), starts_at=None).trigger(row["org_timezone"])
+    stored = backfills.find(connection, org_id, row["id"], start, until, lock=lock)
+    return _Range(row, trigger, stored, start, until)
+
+
+def _check_limit(limit: int) -> None:
+    if not 1 <= limit <= MAX_LIMIT:
+        raise UsageError(
+            f"limit {limit} is not between 1 and {MAX_LIMIT}",
+            fix="it is the number of runs that can be unfinished at once",
+        )
+
+
+def _count(range_: _Range) -> int:
+    """The number of scheduled times of the range; raises UsageError if there is none."""
+    count = range_.trigger.count(range_.start, range_.last)
+    if not count:
+        org, name = range_.row["org"], range_.row["name"]
+        raise UsageError(
+            f"{org}/{name} has no scheduled time in that range",
+            fix=f"`definitions next {org} {name} --from T` shows them",
+        )
+    return count
+
+
+def planned_backfill(
+    database: Database, org: str, name: str, *, start: datetime, until: datetime, limit: int = 1
+) -> PlannedBackfill:
+    """What `backfill` of this range would do; changes nothing, and raises as it does."""
+    _check_limit(limit)
+    with database.autocommit() as connection:
+        range_ = _read_range(connection, org, name, start, until, lock=False)
+        return {
+            "id": range_.stored["id"] if range_.stored else None,
+            "org": org,
+            "definition": name,
+            "range_from": range_.start,
+            "range_until": range_.until,
+            "instants": _count(range_),
+            "made": range_.stored["made"] if range_.stored else 0,
+            "first": range_.trigger.after(range_.start, inclusive=True),
+            "last": range_.trigger.last(range_.start, range_.last),
+            "limit": limit,
+            "revision": range_.stored["revision"] if range_.stored else range_.row["revision"],
+        }
+
+
 def backfill(
-    database: Database, org: str, name: str, *, start: datetime, until: datetime, limit: int = 1, actor: str
+    database: Database,
+    org: str,
+    name: str,
+    *,
+    start: datetime,
+    until: datetime,
+    limit: int = 1,
+    actor: str,
+    reason: str | None = None,
 ) -> Backfill:
     """Run each scheduled time from `start` until before `until` again; returns the backfill.
 
     At most `limit` of its runs are unfinished at once, whatever the definition's overlap;
     `starts_at` and misfire rules do not apply. The same range again adds nothing; a
-    cancelled backfill continues where it stopped.
+    cancelled backfill continues where it stopped. `reason` is kept in the audit row.
 
     Raises:
         NotFound: no such org or definition.
         Conflict: the definition is closed, or its org is not active.
         UsageError: an empty or unfinished range, or a limit out of range.
     """
-    start, until = start.astimezone(UTC), until.astimezone(UTC)
-    if not 1 <= limit <= MAX_LIMIT:
-        raise UsageError(
-            f"limit {limit} is not between 1 and {MAX_LIMIT}",
-            fix="it is the number of runs that can be unfinished at once",
-        )
+    _check_limit(limit)
     with database.transaction() as connection:
-        org_id = orgs.require(connection, org, lock=True)["id"]
-        row = definitions.require(connection, org_id, org, name, lock=True)
-        now = database.now(connection)
-        require_active(row)
-        if start >= until:
-            raise UsageError(
-                "the range is empty: --until is not after --from",
-                fix="--until is the first scheduled time that is left out",
-            )
-        if until > now:
-            raise UsageError(
-                "the range ends in the future, where the schedule still makes runs",
-                fix="--until now, or earlier",
-            )
-        stored = backfills.find(connection, org_id, row["id"], start, until)
-        detail: Row = {"from": start.isoformat(), "until": until.isoformat()}
+        range_ = _read_range(connection, org, name, start, until)
+        row, stored, now = range_.row, range_.stored, database.now(connection)
+        org_id: OrgId = row["org_id"]
+        detail: Row = {"from": range_.start.isoformat(), "until": range_.until.isoformat()}
         if stored is None:
-            trigger = replace(from_spec(org, name, row["spec"]), starts_at=None).trigger(row["org_timezone"])
-            count = trigger.count(start, until - _TICK)
-            if not count:
-                raise UsageError(
-                    f"{org}/{name} has no scheduled time in that range",
-                    fix=f"`definitions next {org} {name} --from T` shows them",
-                )
+            count = _count(range_)
             backfill_id = new_id()
             values = {
                 "id": backfill_id,
                 "org_id": org_id,
                 "definition_id": row["id"],
                 "revision": row["revision"],
-                "range_from": start,
-                "range_until": until,
-                "next_scheduled_for": trigger.after(start, inclusive=True),
+                "range_from": range_.start,
+                "range_until": range_.until,
+                "next_scheduled_for": range_.trigger.after(range_.start, inclusive=True),
                 "max_concurrent": limit,
                 "instants": count,
                 "created_at": now,
@@ -161,7 +228,7 @@ def backfill(
             detail["limit"] = limit
         else:
             return lists.backfill(connection, org_id, stored["id"])
-        entry = audit.Entry(org_id, "definition.backfill", f"{org} {name}", detail)
+        entry = audit.Entry(org_id, "definition.backfill", f"{org} {name}", detail | because(reason))
         audit.record(connection, [entry], at=now, actor=actor)
         _fill(connection, at=now)
         return lists.backfill(connection, org_id, backfill_id)

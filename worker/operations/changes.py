@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition, to_spec
-from worker.ids import DefinitionId, OrgId, TemplateId, new_id
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, templates
 from worker.store.dialect import Row
@@ -38,6 +38,11 @@ class Change:
         """The columns that `apply` prints."""
         named = {"kind": self.kind, "action": self.action, "org": self.org, "name": self.name}
         return named | {"fields": self.detail}
+
+
+def because(reason: str | None) -> dict[str, str]:
+    """What an audit row adds if somebody gave a reason for the change."""
+    return {"reason": reason} if reason else {}
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -148,21 +153,26 @@ class DefinitionChange:
         after = {**self.spec, "enabled": self.enabled}
         return Change("definition", self.action, self.org, self.name, differing(before, after))
 
-    def audit_entry(self) -> audit.Entry:
-        detail = self.shown().detail
+    def audit_entry(self, reason: str | None = None) -> audit.Entry:
+        detail = self.shown().detail | because(reason)
         if self.template is not None:
             detail["template"] = self.template.name
         return audit.Entry(self.org_id, f"definition.{self.action}", f"{self.org} {self.name}", detail)
 
 
 def change_definitions(
-    connection: Connection, changes: Sequence[DefinitionChange], *, actor: str, at: datetime
+    connection: Connection,
+    changes: Sequence[DefinitionChange],
+    *,
+    actor: str,
+    at: datetime,
+    reason: str | None = None,
 ) -> None:
     """Settle and change locked definitions, schedule them from now, and write the audit."""
     stored = [change.before for change in changes if change.before]
     with settle.rescheduling(connection, stored, at=at):
         write_definitions(connection, changes, actor=actor, at=at)
-    audit.record(connection, [change.audit_entry() for change in changes], at=at, actor=actor)
+    audit.record(connection, [change.audit_entry(reason) for change in changes], at=at, actor=actor)
 
 
 def write_definitions(
@@ -170,7 +180,7 @@ def write_definitions(
 ) -> None:
     """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
     new = _write_rows(connection, changes, actor, at)
-    settle.schedule_next(connection, definitions.read_for_all_orgs(connection, new), at=at, inclusive=True)
+    settle.schedule_next(connection, definitions.read(connection, ALL_ORGS, new), at=at, inclusive=True)
     own: set[tuple[OrgId, str]] = set()
     for change in changes:
         if change.action == "close" and change.before:

@@ -53,11 +53,12 @@ def edit_definition(
     revision: int | None = None,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
+    reason: str | None = None,
 ) -> DefinitionDetail:
     """Change keys of a definition, named as in a file, None for the default; returns the definition.
 
     The old revision decides what was due before, and running runs keep it. With
-    `revision`, the definition must still be at that one.
+    `revision`, the definition must still be at that one. `reason` is kept in the audit row.
 
     Raises:
         NotFound: no such org or definition.
@@ -81,7 +82,7 @@ def edit_definition(
         if change is not None:
             Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)
             check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
-            change_definitions(connection, [change], actor=actor, at=database.now(connection))
+            change_definitions(connection, [change], actor=actor, at=database.now(connection), reason=reason)
         return lists.definition(connection, org, name)
 
 
@@ -123,7 +124,7 @@ def _set_pause(
     values: Row = {"paused_at": now, "paused_by": actor, "pause_note": note}
     if not pause:
         values = {"paused_at": None, "paused_by": None, "pause_note": None, "consecutive_failures": 0}
-    with settle.rescheduling(connection, [row], at=now):
+    with settle.rescheduling(connection, [row], at=now, scope=row["org_id"]):
         definitions.change(connection, row["org_id"], row["id"], values, at=now, revision=row["revision"])
     action = "definition.pause" if pause else "definition.resume"
     detail = {"note": note} if note else None

@@ -14,7 +14,7 @@ from worker.definitions import fields
 from worker.definitions.definition import Definition, from_spec
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import DefinitionId, OrgId, RunId, new_id
-from worker.operations.changes import differing
+from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
 from worker.store import audit, definitions, edit_runs, firing, orgs
@@ -38,13 +38,15 @@ def run_now(
     params: Mapping[str, Any] | None = None,
     typed: Mapping[str, str] | None = None,
     by_org: bool = False,
+    reason: str | None = None,
 ) -> Run:
     """Make a run that can start at once, also of a paused definition; returns its row of `runs list`.
 
     `params` override the definition's. `typed` has params as they were typed on a command
     line: where the handler accepts only text, the typed text is used. With `by_org` the org
     itself asks and can give only the definition's `params_by_hand`. A request key that was
-    used before returns the run that it made, in whatever state.
+    used before returns the run that it made, in whatever state. `reason` is kept in the
+    audit row.
 
     Raises:
         NotFound: no such org or definition.
@@ -77,17 +79,25 @@ def run_now(
             typed=typed,
             request_key=key,
         )
-        entry = audit.Entry(org_id, "definition.run", f"{org} {name}", {"run": run_id, "request_key": key})
+        detail = {"run": run_id, "request_key": key, **because(reason)}
+        entry = audit.Entry(org_id, "definition.run", f"{org} {name}", detail)
         audit.record(connection, [entry], at=now, actor=actor)
         return run_lists.row(connection, org_id, run_id)
 
 
 def cancel(
-    database: Database, run_id: str, *, actor: str, org: str | None = None, state: str | None = None
+    database: Database,
+    run_id: str,
+    *,
+    actor: str,
+    org: str | None = None,
+    state: str | None = None,
+    reason: str | None = None,
 ) -> Run:
     """Cancel a waiting run, or ask a running one to stop by the next renewal; returns its row.
 
     With `org`, only that org's runs are found; with `state`, only a run in it is cancelled.
+    `reason` is kept in the audit row.
 
     Raises:
         NotFound: no such run.
@@ -107,7 +117,8 @@ def cancel(
         if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):
             edit_runs.ask_to_stop(connection, org_id, this, reason="requested", at=now)
         row = run_lists.row(connection, org_id, wanted)
-        entry = audit.Entry(org_id, "run.cancel", wanted, {"definition": row["definition"]})
+        detail = {"definition": row["definition"], **because(reason)}
+        entry = audit.Entry(org_id, "run.cancel", wanted, detail)
         audit.record(connection, [entry], at=now, actor=actor)
         return row
 
@@ -121,13 +132,15 @@ def retry(
     from_checkpoint: bool = False,
     again: bool = False,
     by_org: bool = False,
+    reason: str | None = None,
 ) -> Run:
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
     hand, and its checkpoint with `from_checkpoint`. With `org`, only that org's runs are
     found. A run is retried only once, unless `again` is set. With `by_org` the org itself
-    asks: each param must equal the definition's or be among its `params_by_hand`.
+    asks: each param must equal the definition's or be among its `params_by_hand`. `reason`
+    is kept in the audit row.
 
     Raises:
         NotFound: no such run.
@@ -166,7 +179,7 @@ def retry(
         )
         if from_checkpoint and not edit_runs.copy_checkpoint(connection, org_id, old_id, new_run_id, at=now):
             raise Conflict(f"run {old_id} saved no checkpoint", fix="retry it without one")
-        detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint}
+        detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint, **because(reason)}
         audit.record(connection, [audit.Entry(org_id, "run.retry", new_run_id, detail)], at=now, actor=actor)
         return run_lists.row(connection, org_id, new_run_id)
 

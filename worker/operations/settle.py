@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.definition import from_spec
 from worker.errors import WorkerError
-from worker.ids import DefinitionId
+from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId
 from worker.operations.handlers import Handlers
 from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
@@ -26,15 +26,22 @@ PAGE = 500
 
 
 @contextmanager
-def rescheduling(connection: Connection, rows: Iterable[Row], *, at: datetime) -> Iterator[None]:
-    """Settle locked definitions, let the caller change them or their org, then schedule them from now."""
+def rescheduling(
+    connection: Connection, rows: Iterable[Row], *, at: datetime, scope: OrgId | AllOrgs = ALL_ORGS
+) -> Iterator[None]:
+    """Settle locked definitions, let the caller change them or their org, then schedule them from now.
+
+    With an org as `scope`, all of them are its own, and no statement looks further.
+    """
     before = {row["id"]: row for row in rows}
-    settle(connection, list(before.values()), at=at)
+    settle(connection, list(before.values()), at=at, scope=scope)
     yield
-    schedule_next(connection, definitions.read_for_all_orgs(connection, before), at=at)
+    schedule_next(connection, definitions.read(connection, scope, before), at=at, scope=scope)
 
 
-def settle(connection: Connection, rows: Sequence[Row], *, at: datetime) -> None:
+def settle(
+    connection: Connection, rows: Sequence[Row], *, at: datetime, scope: OrgId | AllOrgs = ALL_ORGS
+) -> None:
     """Decide every scheduled time of locked definitions up to now, by the revision in force.
 
     A time whose spread has not passed yet becomes a run that is available when it has.
@@ -45,7 +52,11 @@ def settle(connection: Connection, rows: Sequence[Row], *, at: datetime) -> None
         runs: list[NewRun] = []
         skips: list[NewSkip] = []
         nexts = [_decide(row, at, handlers, runs, skips) for row in part]
-        firing.write(connection, runs, skips, nexts)
+        if isinstance(scope, AllOrgs):
+            firing.write(connection, runs, skips, nexts)
+        else:
+            # The next times follow: what was decided is not decided again.
+            firing.write_of_org(connection, scope, runs, skips)
 
 
 def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skips: list[NewSkip]) -> NextFire:
@@ -69,7 +80,12 @@ def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skip
 
 
 def schedule_next(
-    connection: Connection, rows: Sequence[Row], *, at: datetime, inclusive: bool = False
+    connection: Connection,
+    rows: Sequence[Row],
+    *,
+    at: datetime,
+    inclusive: bool = False,
+    scope: OrgId | AllOrgs = ALL_ORGS,
 ) -> None:
     """Set the next scheduled time of definitions, counted from now; None for inactive ones.
 
@@ -77,11 +93,9 @@ def schedule_next(
     decided are not decided again, even if the clock has gone back since.
     """
     active = [] if inclusive else [row["id"] for row in rows if _is_active(row)]
-    decided = definitions.last_decided_for_all_orgs(connection, active)
+    decided = definitions.last_decided(connection, scope, active)
     nexts = [(row, _next(row, max(at, decided.get(row["id"], at)), inclusive=inclusive)) for row in rows]
-    definitions.set_next_for_all_orgs(
-        connection, [(row["org_id"], row["id"], *next_) for row, next_ in nexts]
-    )
+    definitions.set_next(connection, [(row["org_id"], row["id"], *next_) for row, next_ in nexts])
 
 
 def _next(row: Row, at: datetime, *, inclusive: bool = False) -> tuple[datetime | None, datetime | None]:

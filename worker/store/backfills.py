@@ -21,16 +21,22 @@ _revisions = tables.definition_revisions
 
 
 def find(
-    connection: Connection, org_id: OrgId, definition_id: DefinitionId, start: datetime, until: datetime
+    connection: Connection,
+    org_id: OrgId,
+    definition_id: DefinitionId,
+    start: datetime,
+    until: datetime,
+    *,
+    lock: bool = True,
 ) -> Row | None:
-    """The backfill of exactly this range."""
+    """The backfill of exactly this range, locked unless asked otherwise."""
     query = select(_backfills).where(
         _backfills.c.org_id == org_id,
         _backfills.c.definition_id == definition_id,
         _backfills.c.range_from == start,
         _backfills.c.range_until == until,
     )
-    return first_row(connection, query.with_for_update())
+    return first_row(connection, query.with_for_update() if lock else query)
 
 
 def add(connection: Connection, values: Mapping[str, Any]) -> None:

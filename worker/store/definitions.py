@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, text, update
 
 from worker.errors import Conflict, NotFound
-from worker.ids import DefinitionId, OrgId, RunId
+from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql, upsert
 
@@ -202,11 +202,18 @@ def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId])
     ]
 
 
-def read_for_all_orgs(connection: Connection, ids: Iterable[DefinitionId]) -> list[Row]:
-    """The definitions with these ids, without a lock."""
+def read(connection: Connection, scope: OrgId | AllOrgs, ids: Iterable[DefinitionId]) -> list[Row]:
+    """The definitions of one org or of all with these ids, without a lock."""
+    which = _in_scope(scope)
     return [
-        row for part in chunks(sorted(set(ids))) for row in _read(connection, _definitions.c.id.in_(part))
+        row
+        for part in chunks(sorted(set(ids)))
+        for row in _read(connection, _definitions.c.id.in_(part), *which)
     ]
+
+
+def _in_scope(scope: OrgId | AllOrgs) -> tuple[ColumnElement[bool], ...]:
+    return () if isinstance(scope, AllOrgs) else (_definitions.c.org_id == scope,)
 
 
 def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[Row]:
@@ -230,8 +237,8 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[str]) -> list[
     return all_rows(connection, query)
 
 
-def last_decided_for_all_orgs(
-    connection: Connection, ids: Iterable[DefinitionId]
+def last_decided(
+    connection: Connection, scope: OrgId | AllOrgs, ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, datetime]:
     """Each definition's newest scheduled time that became a run or a skip, if it has one."""
     newest_run = (
@@ -248,7 +255,8 @@ def last_decided_for_all_orgs(
     )
     found: dict[DefinitionId, datetime] = {}
     for part in chunks(sorted(set(ids))):
-        query = select(_definitions.c.id, newest_run, newest_skip).where(_definitions.c.id.in_(part))
+        query = select(_definitions.c.id, newest_run, newest_skip)
+        query = query.where(_definitions.c.id.in_(part), *_in_scope(scope))
         for id_, *times in connection.execute(query):
             if decided := [time for time in times if time is not None]:
                 found[id_] = max(decided)
@@ -304,7 +312,7 @@ def set_failures(connection: Connection, org_id: OrgId, definition_id: Definitio
     )
 
 
-def set_next_for_all_orgs(
+def set_next(
     connection: Connection, nexts: Sequence[tuple[OrgId, DefinitionId, datetime | None, datetime | None]]
 ) -> None:
     """Set when definitions are due next: (org, definition, scheduled time, the same plus spread)."""

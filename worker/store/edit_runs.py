@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, text, update
 
 from worker.errors import UsageError
 from worker.ids import DefinitionId, OrgId, RunId
@@ -60,6 +60,17 @@ def find_by_request_key(
         _runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.request_key == request_key
     )
     return connection.execute(query).scalar_one_or_none()
+
+
+def is_fired(connection: Connection, org_id: OrgId, run: NewRun) -> bool:
+    """Whether the schedule has made a run of this definition and time already."""
+    query = select(_runs.c.id).where(
+        _runs.c.org_id == org_id,
+        _runs.c.definition_id == run.definition_id,
+        _runs.c.scheduled_for == run.scheduled_for,
+        text("runs.origin = 'schedule'"),
+    )
+    return connection.execute(query.limit(1)).first() is not None
 
 
 def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool = False) -> None:

@@ -6,7 +6,8 @@ the org in `app.org`, or none if that is not set. Only the owner and members of 
 
 The web side runs every statement in `orgworker_web` for an org, with `app.org` set, or in
 `orgworker_operator`, whatever its login is. Neither role reads a secret, changes the schema or alters an
-audit row. They write only what the API and the dashboard write: a new operation there extends `_WRITES`.
+audit row. They write only what the API and the dashboard write: a new operation there extends `_WRITES`, or
+`_OPERATOR_WRITES` if orgs may not do it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _NOT_FOR_ORGS = frozenset({"workers", "alerts", "alert_strikes"})
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
 
-# The API and the dashboard make, cancel and retry runs.
+# The API and the dashboard make, cancel and retry runs, and pause and resume definitions.
 _WRITES: Mapping[str, Sequence[str]] = {
     "runs": (
         "INSERT",
@@ -75,9 +76,20 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
     "rollup_hours": ("INSERT", "UPDATE (runs)"),
-    # One column each, for SELECT FOR UPDATE. Row-level security keeps `org_id` as it is.
-    "definitions": ("UPDATE (updated_at)",),
-    "schedule": ("UPDATE (org_id)",),
+    "definitions": ("UPDATE (updated_at, paused_at, paused_by, pause_note, consecutive_failures)",),
+    "schedule": ("INSERT", "UPDATE (next_scheduled_for, next_fire_at)"),
+    "skips": ("INSERT", "UPDATE (skipped_until, count)"),
+    # For SELECT FOR UPDATE.
+    "orgs": ("UPDATE (updated_at)",),
+}
+# For operators they also edit and backfill definitions.
+_OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
+    "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
+    "definition_revisions": ("INSERT",),
+    "backfills": (
+        "INSERT",
+        "UPDATE (max_concurrent, next_scheduled_for, made, cancelled_at, finished_at)",
+    ),
 }
 
 # A role may exist already, created manually or by a migration of another database.
@@ -173,7 +185,8 @@ def _grants(role: str) -> list[str]:
             column.name for column in tables.metadata.tables[name].c if column.name not in secret
         )
         statements.append(f"GRANT SELECT ({shown}) ON {name} TO {role}")
-    statements += [f"GRANT {', '.join(rights)} ON {name} TO {role}" for name, rights in _WRITES.items()]
+    for writes in (_WRITES, _OPERATOR_WRITES if role == OPERATOR else {}):
+        statements += [f"GRANT {', '.join(rights)} ON {name} TO {role}" for name, rights in writes.items()]
     if role == WEB:
         statements.append(f"GRANT EXECUTE ON FUNCTION find_caller(text, text) TO {role}")
     return statements

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
@@ -15,10 +15,12 @@ from starlette.requests import HTTPConnection
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard, bearer_token
 from worker.ids import ALL_ORGS, OrgId, OrgScope
+from worker.operations.backfill import backfill, planned_backfill
+from worker.operations.definitions import edit_definition, pause_definition, resume_definition
 from worker.operations.runs import cancel, retry, run_now
 from worker.store import roles
 from worker.store.database import Database
-from worker.store.lists import Run
+from worker.store.lists import Backfill, DefinitionDetail, PlannedBackfill, Run
 from worker.store.lists.redaction import Row, redacted
 from worker.store.orgs import OrgCaller
 from worker.web.clients import Addresses, Limits
@@ -27,6 +29,10 @@ T = TypeVar("T")
 
 Role = Literal["viewer", "operator", "admin"]
 RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
+
+# What can be changed through the web side. The second line is for operators only.
+Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill"]
+BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
 
 # `orgs.find_caller` by the org's code and the token's client id.
 FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
@@ -64,6 +70,14 @@ class Caller:
                 fix="use another token, or grant the role: [[web.operators]] or web.org_role in worker.toml",
             )
 
+    def require_may(self, action: Action) -> None:
+        """Raise AccessDenied unless the caller may change this, of an org that it sees."""
+        self.require("operator")
+        if self.org is not None and action not in BY_ORGS:
+            raise AccessDenied(
+                f"only an operator may do this, not {self.actor}", fix="ask the operator of this worker"
+            )
+
     def scope(self, org: str | None = None) -> OrgScope:
         """Whose rows to read: the caller's own, or for operators those of `org` or of all orgs.
 
@@ -85,27 +99,41 @@ class CallerDatabase:
     """The database in the role of a caller; the web side has no other access to it.
 
     On PostgreSQL the server then limits an org to its own rows and hides secrets from
-    operators. SQLite has no roles: there each store function is given the org.
+    operators. SQLite has no roles: there each store function is given the org. `inline` and
+    `insecure_origins` are those of the settings: what an edited definition is checked against.
+
+    Each change raises as its operation, AccessDenied if the caller may not do it, and
+    NotFound for what belongs to another org. A `reason` is kept in the audit row.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, *, inline: Collection[str] = (), insecure_origins: Collection[str] = ()
+    ) -> None:
         self._database = database
+        self._inline = inline
+        self._insecure_origins = insecure_origins
 
     async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
         """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
         return await self._as(caller).call_autocommit(work)
 
-    async def cancel(self, caller: Caller, run: str) -> Run:
-        """Cancel a run; raises as `operations.runs.cancel`, and AccessDenied for viewers."""
-        return await self._change(caller, cancel, run, actor=caller.actor, org=caller.org)
+    async def cancel(self, caller: Caller, run: str, *, reason: str | None = None) -> Run:
+        """Cancel a run."""
+        return await self._change(caller, "cancel", cancel, run, org=caller.org, reason=reason)
 
     async def retry(
-        self, caller: Caller, run: str, *, from_checkpoint: bool = False, again: bool = False
+        self,
+        caller: Caller,
+        run: str,
+        *,
+        from_checkpoint: bool = False,
+        again: bool = False,
+        reason: str | None = None,
     ) -> Run:
-        """Retry a run; raises as `operations.runs.retry`, and AccessDenied for viewers."""
+        """Retry an ended run; one that was retried already only with `again`."""
+        what = {"from_checkpoint": from_checkpoint, "again": again, "reason": reason}
         by_org = caller.org is not None
-        what = {"from_checkpoint": from_checkpoint, "again": again, "by_org": by_org}
-        return await self._change(caller, retry, run, actor=caller.actor, org=caller.org, **what)
+        return await self._change(caller, "retry", retry, run, org=caller.org, by_org=by_org, **what)
 
     async def run_now(
         self,
@@ -115,18 +143,82 @@ class CallerDatabase:
         *,
         request_key: str | None = None,
         params: Mapping[str, Any] | None = None,
+        reason: str | None = None,
     ) -> Run:
-        """Run a definition now; raises as `operations.runs.run_now`, and AccessDenied for viewers."""
-        # First: for an org, another org's definition does not exist.
-        caller.scope(org)
+        """Run a definition now."""
+        what = {"request_key": request_key, "params": params, "reason": reason}
         by_org = caller.org is not None
-        what = {"request_key": request_key, "params": params, "by_org": by_org}
-        return await self._change(caller, run_now, org, name, actor=caller.actor, **what)
+        return await self._change_of(caller, "run", run_now, org, name, by_org=by_org, **what)
 
-    async def _change(self, caller: Caller, operation: Callable[..., Run], *args: str, **kwargs: Any) -> Run:
-        caller.require("operator")
+    async def pause(
+        self, caller: Caller, org: str, name: str, *, note: str | None = None
+    ) -> DefinitionDetail:
+        """Pause a definition."""
+        return await self._change_of(caller, "pause", pause_definition, org, name, note=note)
+
+    async def resume(self, caller: Caller, org: str, name: str) -> DefinitionDetail:
+        """Resume a paused definition."""
+        return await self._change_of(caller, "pause", resume_definition, org, name)
+
+    async def edit(
+        self,
+        caller: Caller,
+        org: str,
+        name: str,
+        changes: Mapping[str, Any],
+        *,
+        revision: int | None = None,
+        reason: str | None = None,
+    ) -> DefinitionDetail:
+        """Change keys of a definition, as `definitions edit`; with `revision`, only if it is at that one."""
+        allowed = {"inline": self._inline, "insecure_origins": self._insecure_origins}
+        what = {"revision": revision, "reason": reason, **allowed}
+        return await self._change_of(caller, "edit", edit_definition, org, name, changes, **what)
+
+    async def backfill(
+        self,
+        caller: Caller,
+        org: str,
+        name: str,
+        since: datetime,
+        until: datetime,
+        *,
+        limit: int = 1,
+        reason: str | None = None,
+    ) -> Backfill:
+        """Run each scheduled time from `since` until before `until` again."""
+        what = {"start": since, "until": until, "limit": limit, "reason": reason}
+        return await self._change_of(caller, "backfill", backfill, org, name, **what)
+
+    async def planned_backfill(
+        self, caller: Caller, org: str, name: str, since: datetime, until: datetime, *, limit: int = 1
+    ) -> PlannedBackfill:
+        """What `backfill` would do; changes nothing."""
+        self._check_of(caller, "backfill", org)
         database = self._as(caller)
-        return await database.run(operation, database, *args, **kwargs)
+        return await database.run(
+            planned_backfill, database, org, name, start=since, until=until, limit=limit
+        )
+
+    async def _change_of(
+        self, caller: Caller, action: Action, operation: Callable[..., T], org: str, *args: Any, **kwargs: Any
+    ) -> T:
+        """Change something of this org."""
+        self._check_of(caller, action, org)
+        return await self._change(caller, action, operation, org, *args, **kwargs)
+
+    async def _change(
+        self, caller: Caller, action: Action, operation: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
+        caller.require_may(action)
+        database = self._as(caller)
+        return await database.run(operation, database, *args, actor=caller.actor, **kwargs)
+
+    @staticmethod
+    def _check_of(caller: Caller, action: Action, org: str) -> None:
+        # First: for an org, what belongs to another org does not exist.
+        caller.scope(org)
+        caller.require_may(action)
 
     def _as(self, caller: Caller) -> Database:
         """The database in the caller's role; raises ValueError for an org that was not confirmed."""

@@ -27,7 +27,7 @@ async def test_a_change_of_what_is_due_is_a_hint_once_it_is_committed(postgres):
     definition_id = stock.definition(org_id)
 
     with postgres.transaction() as connection:
-        definitions.set_next_for_all_orgs(connection, [(org_id, definition_id, None, None)])
+        definitions.set_next(connection, [(org_id, definition_id, None, None)])
         hint(connection)
         await asyncio.sleep(0.1)
         assert heard.empty()

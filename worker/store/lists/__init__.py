@@ -243,6 +243,26 @@ class Backfill(TypedDict):
     finished_at: datetime | None
 
 
+class PlannedBackfill(TypedDict):
+    """What a backfill of a range would do; for operators only.
+
+    `instants` is the number of scheduled times, `made` how many of them a backfill of this
+    range has run already, `id` that backfill if there is one.
+    """
+
+    id: str | None
+    org: str
+    definition: str
+    range_from: datetime
+    range_until: datetime
+    instants: int
+    made: int
+    first: datetime | None
+    last: datetime | None
+    limit: int
+    revision: int
+
+
 def columns_of(kind: type) -> tuple[str, ...]:
     """The columns of a row, in their order."""
     return tuple(kind.__annotations__)

@@ -133,7 +133,7 @@ def reference(value: Any, row: Row, org: str) -> Any:
 def audit_detail(value: Any, row: Row, org: str) -> Any:
     """Without an operator's notes."""
     if isinstance(value, Mapping) and actor(row.get("actor"), row, org) == OPERATOR:
-        value = {name: each for name, each in value.items() if name not in ("note", "template")}
+        value = {name: each for name, each in value.items() if name not in ("note", "reason", "template")}
     return text(value, row, org)
 
 

@@ -1,0 +1,138 @@
+"""Changes in the role of a caller: what an operator may change, and what an org may."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from tests.integration.web.conftest import Site
+from worker.errors import AccessDenied, DefinitionError, NotFound, UsageError
+from worker.ids import ALL_ORGS, OrgId
+from worker.store import definitions, orgs
+from worker.store.lists import AUDIT, RUNS, SKIPS, Page
+from worker.store.lists.read import read
+from worker.web.access import Caller, CallerDatabase
+
+pytestmark = pytest.mark.anyio
+on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+ADA = Caller("ada", "operator")
+VIEWER = Caller("vera", "viewer")
+
+
+def org_caller(site: Site, org: str = "org_a") -> Caller:
+    with site.database.autocommit() as connection:
+        return Caller(org, "operator", org=org, org_id=orgs.require(connection, org)["id"])
+
+
+def last_change(site: Site) -> tuple[str, str, object]:
+    with site.database.autocommit() as connection:
+        [row] = read(connection, AUDIT, ALL_ORGS, Page(limit=1))
+    return row["actor"], row["action"], row["detail"]
+
+
+@on_either
+async def test_an_org_pauses_and_resumes_its_definition_and_what_was_due_is_settled(site: Site):
+    database, caller = CallerDatabase(site.database), org_caller(site)
+    await database.edit(ADA, "org_a", "digest", {"schedule": "* * * * *", "misfire": "all"})
+    with site.database.transaction() as connection:
+        # As if no worker had run for five minutes.
+        [(org_id, id_, due)] = [
+            (row["org_id"], row["id"], row["next_scheduled_for"] - timedelta(minutes=5))
+            for row in definitions.lock_org(connection, caller.org_id or OrgId(""))
+        ]
+        definitions.set_next(connection, [(org_id, id_, due, due)])
+
+    paused = await database.pause(caller, "org_a", "digest", note="moving house")
+    assert (paused["state"], paused["pause_note"], paused["next_scheduled_for"]) == (
+        "paused",
+        "moving house",
+        None,
+    )
+    assert last_change(site) == ("org:org_a", "definition.pause", {"note": "moving house"})
+    resumed = await database.resume(caller, "org_a", "digest")
+
+    assert resumed["state"] == "active"
+    assert resumed["next_scheduled_for"] is not None
+    with site.database.autocommit() as connection:
+        skipped, runs = read(connection, SKIPS, ALL_ORGS), read(connection, RUNS, ALL_ORGS)
+    assert {row["org"] for row in [*skipped, *runs]} == {"org_a"}
+    assert sum(row["count"] for row in skipped) + len(runs) == 5
+    assert runs[0]["origin"] == "schedule"
+
+
+@on_either
+async def test_an_operator_edits_a_definition_and_says_why(site: Site):
+    database = CallerDatabase(site.database)
+
+    edited = await database.edit(ADA, "org_a", "digest", {"priority": 7}, revision=1, reason="ticket 12")
+
+    assert (edited["revision"], edited["spec"]["priority"]) == (2, 7)
+    actor, action, detail = last_change(site)
+    assert (actor, action) == ("operator:ada", "definition.change")
+    assert detail == {"priority": {"before": None, "after": 7}, "reason": "ticket 12"}
+    with pytest.raises(DefinitionError, match="schedule"):
+        await database.edit(ADA, "org_a", "digest", {"schedule": "61 * * * *"})
+
+
+@on_either
+async def test_a_backfill_is_planned_then_made(site: Site):
+    database = CallerDatabase(site.database)
+    with site.database.autocommit() as connection:
+        until = site.database.now(connection)
+    since = until - timedelta(days=3)
+
+    plan = await database.planned_backfill(ADA, "org_a", "digest", since, until, limit=2)
+    assert (plan["id"], plan["instants"], plan["made"]) == (None, 3, 0)
+    with site.database.autocommit() as connection:
+        assert read(connection, RUNS, ALL_ORGS) == []
+    made = await database.backfill(ADA, "org_a", "digest", since, until, limit=2, reason="lost data")
+
+    assert (made["instants"], made["made"], made["limit"]) == (3, 2, 2)
+    assert last_change(site)[2]["reason"] == "lost data"  # type: ignore[index]
+    again = await database.planned_backfill(ADA, "org_a", "digest", since, until)
+    assert (again["id"], again["made"]) == (made["id"], 2)
+    with pytest.raises(UsageError, match="ends in the future"):
+        await database.planned_backfill(ADA, "org_a", "digest", since, until + timedelta(days=9))
+
+
+@on_either
+async def test_a_run_is_run_cancelled_and_retried_with_a_reason(site: Site):
+    database, caller = CallerDatabase(site.database), org_caller(site)
+
+    run = await database.run_now(caller, "org_a", "digest", reason="asked by phone")
+    assert last_change(site)[2]["reason"] == "asked by phone"  # type: ignore[index]
+    await database.cancel(caller, run["id"], reason="by mistake")
+    assert last_change(site) == ("org:org_a", "run.cancel", {"definition": "digest", "reason": "by mistake"})
+    await database.retry(caller, run["id"], reason="after all")
+
+    detail = {"retry_of": run["id"], "from_checkpoint": False, "reason": "after all"}
+    assert last_change(site) == ("org:org_a", "run.retry", detail)
+
+
+@on_either
+async def test_who_may_not_change_it_changes_nothing(site: Site):
+    database, caller = CallerDatabase(site.database), org_caller(site)
+    at = datetime(2020, 1, 1, tzinfo=UTC)
+    before = last_change(site)
+
+    for one, org, refusal in ((VIEWER, "org_a", AccessDenied), (caller, "org_b", NotFound)):
+        for change in (
+            database.pause(one, org, "digest", note="x"),
+            database.resume(one, org, "digest"),
+            database.run_now(one, org, "digest"),
+            database.edit(one, org, "digest", {}),
+            database.backfill(one, org, "digest", at, at),
+            database.planned_backfill(one, org, "digest", at, at),
+        ):
+            with pytest.raises(refusal):
+                await change
+    for of_operators in (
+        database.edit(caller, "org_a", "digest", {"priority": 9}),
+        database.backfill(caller, "org_a", "digest", at, at),
+        database.planned_backfill(caller, "org_a", "digest", at, at),
+    ):
+        with pytest.raises(AccessDenied, match="only an operator"):
+            await of_operators
+
+    assert last_change(site) == before
