@@ -17,6 +17,7 @@ from worker.web.pages.morning import MorningPage
 from worker.web.pages.orgs import OrgPages
 from worker.web.pages.rendering import page, static_routes
 from worker.web.pages.runs import RunPages
+from worker.web.pages.zone import ZonePages
 from worker.web.sessions import Forms, Sessions, in_api
 
 
@@ -36,6 +37,7 @@ class Console:
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),
             *DefinitionPages(self._pages).routes(),
+            *ZonePages(self._pages).routes(),
             *self._login.routes(),
         )
 

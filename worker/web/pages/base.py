@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote, unquote
+from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
 from worker.clock import Clock
-from worker.errors import TokenError, UsageError
+from worker.definitions.zones import parse_zone
+from worker.errors import InvalidTrigger, TokenError, UsageError
 from worker.web.access import RANK, Access, Caller, CallerDatabase
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 
 # Rows of a page of a list.
 ROWS = 25
+ZONE_COOKIE = "orgworker_zone"
+MOST_OF_ZONE = 64
 # Links of the navigation: address, text.
-_OF_OPERATORS = (("/", "Overview"),)
+_OF_OPERATORS = (
+    ("/", "Overview"),
+    ("/orgs", "Orgs"),
+    ("/search", "Runs"),
+    ("/failures", "Failures"),
+    ("/templates", "Templates"),
+    ("/handlers", "Handlers"),
+    ("/credentials", "Credentials"),
+    ("/workers", "Workers"),
+    ("/audit", "Audit"),
+)
 
 
 class Pages:
@@ -41,7 +57,8 @@ class Pages:
         caller, frame = caller_of(request), self.frame(request.scope)
 
         def rendered(connection: Connection) -> Response:
-            return page(template, **frame, **work(connection))
+            # A page may set what the frame shows, such as the text that was searched for.
+            return page(template, **(frame | work(connection)))
 
         return await self.database.read(caller, rendered)
 
@@ -54,10 +71,17 @@ class Pages:
             "session": session,
             "csrf": self.forms.csrf(session.key) if session else None,
             "may_act": may_act(caller, session),
-            "navigation": _OF_OPERATORS if caller is not None and caller.org is None else (),
+            "navigation": _links(caller),
             "here": scope["path"],
             "searched": "",
+            "zone": self.zone(HTTPConnection(scope)),
+            "now": self.clock.now(),
         }
+
+    def zone(self, connection: HTTPConnection) -> ZoneInfo | None:
+        """The viewer's time zone, by their cookie; None for UTC or an unknown one."""
+        name = unquote(self.forms.cookie(connection, ZONE_COOKIE) or "").strip('"')
+        return _zone(name) if name and name != "UTC" and len(name) <= MOST_OF_ZONE else None
 
     async def checked_form(self, request: Request) -> tuple[Session, dict[str, str]]:
         """The session whose page sent this form, and its fields.
@@ -76,6 +100,22 @@ def caller_of(request: Request) -> Caller:
     """The caller that AuthMiddleware found."""
     caller: Caller = request.scope["caller"]
     return caller
+
+
+def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
+    if caller is None:
+        return ()
+    if caller.org is None:
+        return _OF_OPERATORS
+    return ((f"/orgs/{quote(caller.org, safe='')}", "Your org"), ("/search", "Runs"))
+
+
+@functools.lru_cache(maxsize=1000)
+def _zone(name: str) -> ZoneInfo | None:
+    try:
+        return parse_zone(name)
+    except InvalidTrigger:
+        return None
 
 
 def may_act(caller: Caller | None, session: Session | None) -> bool:

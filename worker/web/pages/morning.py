@@ -1,46 +1,276 @@
-"""The front page of operators."""
+"""The morning page: what needs attention over all orgs, most harmful first, and the day around now."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
+from markupsafe import Markup
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.ids import ALL_ORGS
-from worker.store.lists import ORGS, RUNS, Page, Run
-from worker.store.lists.read import read
-from worker.web.pages.base import ROWS, Pages, caller_of, query
+from worker.store.health import oldest_unfired
+from worker.store.lists import failures, morning
+from worker.store.lists.failures import Cause
+from worker.web.charts import Series, bars
+from worker.web.pages.base import Pages, caller_of, query
+from worker.web.pages.rendering import took
 
-RECENT = timedelta(days=1)
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+# A run that could have started so long ago waits for more than a free slot.
+LONG_WAIT = timedelta(minutes=15)
+# A scheduled time is overdue after this.
+OVERDUE = 60.0
+# Causes that the page names; /failures has all.
+CAUSES = 5
+# Characters of a cause that a link searches for.
+MOST_OF_CAUSE = 120
+# The layers of the chart, from the bottom.
+_ENDED = ("succeeded", "skipped", "cancelled", "refused", "failed")
+# What each reason of waiting means for people.
+_WAITS = {
+    "due": "wait for a free slot",
+    "held": "wait for an earlier run of their definition",
+    "retry": "wait for their next attempt",
+    "snoozed": "wait because their handler asked to be called again",
+    "handed_back": "wait since their worker stopped",
+    "recovered": "wait since their worker died",
+    "no_token": "wait for a token of their org",
+    "no_handler": "wait for a worker that offers their handler",
+}
+
+
+_LEVELS = ("bad", "warn", "quiet")
+
+
+@dataclass(frozen=True, slots=True)
+class Matter:
+    """Something that needs attention: how bad, in words, and where to go."""
+
+    level: str
+    title: str
+    about: str
+    href: str
+    link: str
 
 
 class MorningPage:
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
+        self._hours = EndedByHour()
 
     def routes(self) -> Sequence[Route]:
-        return (Route("/", self._overview),)
+        return (Route("/", self._morning),)
 
-    async def _overview(self, request: Request) -> Response:
+    async def _morning(self, request: Request) -> Response:
         caller = caller_of(request)
+        query(request)
         if caller.org is not None:
             return RedirectResponse(f"/orgs/{quote(caller.org, safe='')}", 303)
-        after = query(request, "after").get("after")
-        since = self._pages.clock.now() - RECENT
+        now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
-            def latest(state: str, since: datetime | None) -> list[Run]:
-                return read(connection, RUNS, ALL_ORGS, Page(state=state, since=since, limit=ROWS))
+            ended = self._hours.read(connection, now)
+            due = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
+            return {
+                "matters": matters(connection, now),
+                "running": morning.running_for_all_orgs(connection),
+                "ended": _ended_chart(ended),
+                "due": _due_chart(due, now),
+                "totals": _totals(ended),
+            }
 
-            orgs = read(connection, ORGS, ALL_ORGS, Page(limit=ROWS, after=after))
-            recent = {state: latest(state, since) for state in ("failed", "refused")}
-            following = orgs[-1]["id"] if len(orgs) == ROWS else None
-            return {"orgs": orgs, "next": following, **recent, "running": latest("running", None)}
+        return await self._pages.show(request, "morning.html", work)
 
-        return await self._pages.show(request, "overview.html", work)
+
+class EndedByHour:
+    """Runs that ended by hour and state. Hours that are long over are read once and kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[datetime, Mapping[str, int]] = {}
+
+    def read(self, connection: Connection, now: datetime) -> Mapping[datetime, Mapping[str, int]]:
+        """The last 24 hours, the current one included."""
+        last = _hour(now)
+        hours = [last - HOUR * back for back in reversed(range(24))]
+        kept = self._kept
+        # A worker may write the outcomes of the previous hour late.
+        missing = [hour for hour in hours if hour not in kept or hour >= last - HOUR]
+        found: dict[datetime, dict[str, int]] = {hour: {} for hour in missing}
+        counted = morning.ended_by_hour_for_all_orgs(connection, missing[0], last + HOUR)
+        for (hour, state), runs in counted.items():
+            if hour in found:
+                found[hour][state] = runs
+        # Replaced as a whole: pages are made in several threads.
+        self._kept = {hour: found.get(hour, kept.get(hour, {})) for hour in hours}
+        return self._kept
+
+
+def matters(connection: Connection, now: datetime) -> list[Matter]:
+    """What needs attention, most harmful first."""
+    found = [
+        *_of_workers(connection, now),
+        *_of_causes(connection, "failed", now),
+        *_of_causes(connection, "refused", now),
+        *_of_tokens(connection),
+        *_of_inventory(connection),
+        *_of_waiting(connection, now),
+    ]
+    return sorted(found, key=lambda matter: _LEVELS.index(matter.level))
+
+
+def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
+    up, missing = morning.workers_for_all_orgs(connection, now)
+    if not up:
+        yield Matter("bad", "No worker is running", "Nothing starts until one does.", "/workers", "Workers")
+    if missing:
+        hosts = _some([row["host"] for row in missing])
+        yield Matter(
+            "bad",
+            f"{_count(len(missing), 'worker')} missing",
+            f"{hosts}: the lease expired without a stop. Other workers take over the runs.",
+            "/workers",
+            "Workers",
+        )
+    overdue = oldest_unfired(connection)
+    if overdue is not None and overdue[2] > OVERDUE:
+        org, name, seconds = overdue
+        yield Matter(
+            "bad",
+            "Scheduled times are overdue",
+            f"The oldest, of {org}/{name}, is {took(timedelta(seconds=seconds))} late.",
+            definition_path(org, name),
+            "Definition",
+        )
+
+
+def _of_causes(connection: Connection, state: str, now: datetime) -> Iterator[Matter]:
+    causes, more = failures.by_cause_for_all_orgs(connection, state, now - DAY)
+    unsolved = [cause for cause in causes if cause["open_runs"]]
+    for cause in unsolved[:CAUSES]:
+        retried = cause["runs"] - cause["open_runs"]
+        also = f", {retried} more were retried" if retried else ""
+        yield Matter(
+            "bad",
+            cause["cause"],
+            f"{_count(cause['open_runs'], 'run')} {state} in {_count(cause['open_orgs'], 'org')}{also}. "
+            f"Last: {cause['last_at']:%H:%M} UTC.",
+            cause_path(cause),
+            "Runs",
+        )
+    if len(unsolved) > CAUSES or more:
+        rest = len(unsolved) - CAUSES
+        title = f"{rest} more causes of {state} runs" if rest > 0 else f"More {state} runs than are read here"
+        yield Matter("bad", title, "All causes of the last day.", f"/failures?state={state}", "Failures")
+
+
+def _of_tokens(connection: Connection) -> Iterator[Matter]:
+    dead = morning.dead_credentials_for_all_orgs(connection)
+    if dead.total:
+        orgs = _some([f"{row['org']} ({row['last_error']})" for row in dead.examples], dead.total)
+        title = f"{_count(dead.total, 'credential')} rejected by the issuer"
+        yield Matter("bad", title, orgs, "/credentials?risk=dead", "Credentials")
+    for (issuer, code), runs in morning.without_token_for_all_orgs(connection).items():
+        what = f"Issuer {issuer} is paused" if "paused" in code or "unavailable" in code else "No token"
+        yield Matter(
+            "warn",
+            f"{what}: {code}",
+            f"{_count(runs, 'run')} of issuer {issuer} wait for a token.",
+            search_path("state:waiting reason:no_token"),
+            "Runs",
+        )
+
+
+def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
+    for wait in morning.waiting_for_all_orgs(connection):
+        reason = wait["reason"]
+        if reason == "no_token":
+            continue
+        since = now - wait["since"]
+        is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered")
+        level = "bad" if reason == "no_handler" else "warn" if is_long else "quiet"
+        about = f"In {_count(wait['orgs'], 'org')}."
+        if since > timedelta():
+            about += f" The oldest could have started {took(since)} ago."
+        title = f"{_count(wait['runs'], 'run')} {_WAITS.get(reason, f'wait ({reason})')}"
+        yield Matter(level, title, about, search_path(f"state:waiting reason:{reason}"), "Runs")
+
+
+def _of_inventory(connection: Connection) -> Iterator[Matter]:
+    broken = morning.broken_handlers(connection)
+    if broken.total:
+        names = _some([row["name"] for row in broken.examples], broken.total)
+        title = f"{_count(broken.total, 'handler')} {'does' if broken.total == 1 else 'do'} not load"
+        yield Matter("bad", title, names, "/handlers", "Handlers")
+    paused = morning.paused_definitions_for_all_orgs(connection)
+    if paused.total:
+        names = _some([f"{row['org']}/{row['name']}" for row in paused.examples], paused.total)
+        title = f"{_count(paused.total, 'definition')} paused"
+        yield Matter("warn", title, names, "/definitions?state=paused", "Definitions")
+
+
+def _ended_chart(ended: Mapping[datetime, Mapping[str, int]]) -> Markup:
+    series = [
+        Series(state, state, [by_state.get(state, 0) for by_state in ended.values()]) for state in _ENDED
+    ]
+    labels, ticks = _axis(ended)
+    return bars(series, labels, title="Runs that ended, by hour (UTC)", ticks=ticks)
+
+
+def _due_chart(due: Mapping[datetime, int], now: datetime) -> Markup:
+    hours = [_hour(now) + HOUR * ahead for ahead in range(25)]
+    labels, ticks = _axis(hours)
+    counts = [due.get(hour, 0) for hour in hours]
+    return bars(
+        [Series("definitions", "due", counts)], labels, title="Definitions due, by hour (UTC)", ticks=ticks
+    )
+
+
+def _axis(hours: Iterable[datetime]) -> tuple[list[str], list[str]]:
+    """Labels of all hours, and the ticks of every sixth."""
+    known = list(hours)
+    ticks = [f"{hour:%H:%M}" if at % 6 == 0 else "" for at, hour in enumerate(known)]
+    return [f"{hour:%d %b %H:%M}" for hour in known], ticks
+
+
+def _totals(ended: Mapping[datetime, Mapping[str, int]]) -> dict[str, int]:
+    """Runs of the last day by final state."""
+    return {state: sum(by_state.get(state, 0) for by_state in ended.values()) for state in _ENDED}
+
+
+def _hour(at: datetime) -> datetime:
+    return at.replace(minute=0, second=0, microsecond=0)
+
+
+def search_path(text: str) -> str:
+    """The address of a search."""
+    return f"/search?{urlencode({'q': text})}"
+
+
+def cause_path(cause: Cause) -> str:
+    """A search for the runs of a cause since the day of its first one."""
+    # A quoted value ends at the next quote; the longest part without one finds the same runs.
+    words = max(cause["cause"].split('"'), key=len).strip()[:MOST_OF_CAUSE]
+    return search_path(f'state:{cause["state"]} since:{cause["first_at"]:%Y-%m-%d} cause:"{words}"')
+
+
+def definition_path(org: str, name: str) -> str:
+    return f"/orgs/{quote(org, safe='')}/definitions/{quote(name, safe='')}"
+
+
+def _some(names: Sequence[str], count: int | None = None) -> str:
+    """A few names, and how many more there are."""
+    shown, count = names[: morning.SHOWN], count or len(names)
+    rest = f" and {count - len(shown):,} more" if count > len(shown) else ""
+    return f"{', '.join(shown)}{rest}."
+
+
+def _count(number: int, noun: str) -> str:
+    """The number with its noun; the bound of a count reads as "at least"."""
+    least = "at least " if number >= morning.MOST else ""
+    return f"{least}{number:,} {noun}{'' if number == 1 else 's'}"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+from zoneinfo import ZoneInfo
 
 import jinja2
+from jinja2.runtime import Context
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -36,6 +40,55 @@ def _time(value: datetime | None) -> str:
     return "" if value is None else to_text(value)[:19].replace("T", " ") + " UTC"
 
 
+@jinja2.pass_context
+def _when(context: Context, value: datetime | None, *, seconds: bool = False) -> Markup:
+    """A time in UTC, with the viewer's own beside it; empty for None."""
+    if value is None:
+        return Markup()
+    written = value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S" if seconds else "%Y-%m-%d %H:%M")
+    shown = Markup('<time datetime="{}">{} UTC</time>').format(to_text(value), written)
+    zone: ZoneInfo | None = context.get("zone")
+    if zone is None:
+        return shown
+    there = value.astimezone(zone)
+    day = "" if there.date() == value.astimezone(UTC).date() else there.strftime("%d %b ")
+    local = f"{day}{there.strftime('%H:%M')} {zone.key.rpartition('/')[2].replace('_', ' ')}"
+    return shown + Markup(' <span class="local">{}</span>').format(local)
+
+
+@jinja2.pass_context
+def _ago(context: Context, value: datetime | None) -> str:
+    """How long ago a time is, or how far ahead, to about one digit."""
+    if value is None:
+        return ""
+    now: datetime = context["now"]
+    span = took(abs(now - value))
+    return f"{span} ago" if value <= now else f"in {span}"
+
+
+def took(value: timedelta | None) -> str:
+    """A duration in its two largest units at most, such as `2 min 5 s`."""
+    if value is None:
+        return ""
+    seconds = value.total_seconds()
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    for size, unit, smaller, name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            rest = int(seconds % size // smaller)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{int(seconds)} s"
+
+
+def _path(value: object) -> str:
+    """A value as one segment of a path."""
+    return quote(str(value), safe="")
+
+
 def _pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
@@ -53,7 +106,7 @@ templates = jinja2.Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-templates.filters |= {"time": _time, "pretty": _pretty}
+templates.filters |= {"time": _time, "pretty": _pretty, "ago": _ago, "took": took, "path": _path}
 # What `Pages.show` sets for a caller; the login page has none of it.
 templates.globals |= {
     "static": static_url,
@@ -64,6 +117,8 @@ templates.globals |= {
     "here": "",
     "searched": "",
     "may_act": False,
+    "when": _when,
+    "zone": None,
 }
 
 

@@ -10,3 +10,14 @@ document.addEventListener("keydown", (event) => {
     box.focus();
   }
 });
+
+// Tell the server the viewer's time zone, unless one was chosen; it shows from the next page on.
+(() => {
+  const name = location.protocol === "https:" ? "__Host-orgworker_zone" : "orgworker_zone";
+  const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  const known = document.cookie.split("; ").some((each) => each.startsWith(`${name}=`));
+  if (zone && !known && /^[A-Za-z0-9_+\/-]{1,60}$/.test(zone)) {
+    const secure = location.protocol === "https:" ? "; secure" : "";
+    document.cookie = `${name}=${zone}; path=/; max-age=31536000; samesite=lax${secure}`;
+  }
+})();

@@ -1,0 +1,176 @@
+"""What needs attention over all orgs, and what ended and comes due by hour; every query is bounded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, TypedDict, cast
+
+from sqlalchemy import ColumnElement, Connection, Text, func, select
+from sqlalchemy import cast as sql_cast
+
+from worker.store import tables
+from worker.store.dialect import Row, all_rows, is_postgresql
+
+# Rows that are counted; a count that reaches this means "at least".
+MOST = 10_000
+# Rows that are listed as examples.
+SHOWN = 5
+# Scheduled times that the chart of the next day counts.
+MOST_DUE = 50_000
+
+_live, _orgs, _definitions = tables.live_runs, tables.orgs, tables.definitions
+_credentials, _catalogue, _workers = tables.credentials, tables.catalogue, tables.workers
+_schedule, _hours = tables.schedule, tables.rollup_hours
+
+
+class Waiting(TypedDict):
+    """Unfinished runs of one reason; `since` is the earliest start that has come."""
+
+    reason: str
+    runs: int
+    orgs: int
+    since: datetime
+
+
+class NoToken(NamedTuple):
+    """Why runs wait for a token: the issuer, and the error's code."""
+
+    issuer: str
+    code: str
+
+
+class Counted(NamedTuple):
+    """A number up to MOST, with the newest rows as examples."""
+
+    total: int
+    examples: Sequence[Row]
+
+
+def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
+    """Waiting and held runs by reason, up to MOST of them."""
+    some = (
+        select(_live.c.reason, _live.c.org_id, _live.c.available_at)
+        .where(_live.c.state.in_(("waiting", "held")))
+        .limit(MOST)
+        .subquery()
+    )
+    runs = func.count()
+    query = (
+        select(
+            some.c.reason,
+            runs.label("runs"),
+            func.count(some.c.org_id.distinct()).label("orgs"),
+            func.min(some.c.available_at).label("since"),
+        )
+        .group_by(some.c.reason)
+        .order_by(runs.desc())
+        .limit(len(tables.WAITING_REASONS))
+    )
+    return cast(list[Waiting], all_rows(connection, query))
+
+
+def running_for_all_orgs(connection: Connection) -> int:
+    """The number of running runs, up to MOST."""
+    some = select(_live.c.id).where(_live.c.state == "running").limit(MOST).subquery()
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
+
+
+def without_token_for_all_orgs(connection: Connection) -> Mapping[NoToken, int]:
+    """Runs that wait for a token by issuer and error code, most first."""
+    query = (
+        select(_orgs.c.issuer, _live.c.detail)
+        .join(_orgs, _orgs.c.id == _live.c.org_id)
+        .where(_live.c.state == "waiting", _live.c.reason == "no_token")
+        .limit(MOST)
+    )
+    found: Counter[NoToken] = Counter()
+    for issuer, detail in connection.execute(query):
+        found[NoToken(issuer, (detail or "unknown").partition(":")[0])] += 1
+    return dict(found.most_common(SHOWN))
+
+
+def dead_credentials_for_all_orgs(connection: Connection) -> Counted:
+    """Active credentials whose last request the issuer rejected, newest first."""
+    query = (
+        select(_credentials.c.id, _orgs.c.code.label("org"), _credentials.c.last_error)
+        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
+        .where(_credentials.c.last_error.is_not(None), _credentials.c.state == "active")
+    )
+    return _counted(connection, query, _credentials.c.id)
+
+
+def paused_definitions_for_all_orgs(connection: Connection) -> Counted:
+    """Paused definitions that are not closed, newest first."""
+    columns = (_definitions.c[name] for name in ("name", "paused_at", "paused_by", "pause_note"))
+    query = (
+        select(_definitions.c.id, _orgs.c.code.label("org"), *columns)
+        .join(_orgs, _orgs.c.id == _definitions.c.org_id)
+        .where(_definitions.c.paused_at.is_not(None), _definitions.c.closed_at.is_(None))
+    )
+    return _counted(connection, query, _definitions.c.id)
+
+
+def broken_handlers(connection: Connection) -> Counted:
+    """Handlers that do not load, by name."""
+    query = select(_catalogue.c.name, _catalogue.c.distribution, _catalogue.c.error)
+    rows = all_rows(
+        connection, query.where(_catalogue.c.error.is_not(None)).order_by(_catalogue.c.name).limit(MOST)
+    )
+    return Counted(len(rows), rows[:SHOWN])
+
+
+def workers_for_all_orgs(connection: Connection, now: datetime) -> tuple[int, list[Row]]:
+    """How many workers hold their lease, and those that lost it without an end."""
+    query = select(*(_workers.c[name] for name in ("id", "host", "renewed_at", "lease_until")))
+    rows = all_rows(
+        connection, query.where(_workers.c.ended_at.is_(None)).order_by(_workers.c.lease_until).limit(MOST)
+    )
+    missing = [row for row in rows if row["lease_until"] <= now]
+    return len(rows) - len(missing), missing
+
+
+def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> Counted:
+    some = query.with_only_columns(key.label("id")).limit(MOST).subquery()
+    count = connection.execute(select(func.count()).select_from(some)).scalar_one()
+    examples = all_rows(connection, query.order_by(key.desc()).limit(SHOWN)) if count else []
+    return Counted(count, examples)
+
+
+def ended_by_hour_for_all_orgs(
+    connection: Connection, start: datetime, end: datetime
+) -> dict[tuple[datetime, str], int]:
+    """Runs that ended in [start, end), by hour and final state."""
+    hours = round((end - start) / timedelta(hours=1)) + 1
+    query = (
+        select(_hours.c.hour, _hours.c.state, func.sum(_hours.c.runs).label("runs"))
+        .where(_hours.c.hour >= start, _hours.c.hour < end)
+        .group_by(_hours.c.hour, _hours.c.state)
+        .limit(hours * len(tables.FINAL_STATES))
+    )
+    return {(row["hour"], row["state"]): int(row["runs"]) for row in all_rows(connection, query)}
+
+
+def due_by_hour_for_all_orgs(connection: Connection, start: datetime, end: datetime) -> dict[datetime, int]:
+    """Definitions by the hour of their next run in [start, end), up to MOST_DUE of them.
+
+    Only the next scheduled time of each definition is stored, so one that runs twice counts once.
+    """
+    at = _schedule.c.next_fire_at
+    some = select(at).where(at >= start, at < end).order_by(at).limit(MOST_DUE).subquery()
+    hour = _hour_of(connection, some.c.next_fire_at)
+    count = func.count()
+    hours = round((end - start) / timedelta(hours=1)) + 1
+    query = select(hour.label("hour"), count.label("definitions")).group_by(hour).limit(hours)
+    return {
+        datetime.strptime(row["hour"], "%Y-%m-%dT%H").replace(tzinfo=UTC): row["definitions"]
+        for row in all_rows(connection, query)
+    }
+
+
+def _hour_of(connection: Connection, at: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The hour of an instant as text, in UTC."""
+    if is_postgresql(connection):
+        return func.to_char(func.timezone("UTC", at), 'YYYY-MM-DD"T"HH24')
+    return func.substr(sql_cast(at, Text), 1, 13)
