@@ -94,7 +94,19 @@ class Who:
 
 
 Kind = Literal[
-    "open", "metrics", "list", "own_run", "own_org", "front", "write", "run_now", "login", "logout"
+    "open",
+    "metrics",
+    "list",
+    "own_run",
+    "own_org",
+    "front",
+    "write",
+    "run_now",
+    "login",
+    "logout",
+    "page",
+    "staff",
+    "zone",
 ]
 
 
@@ -126,7 +138,9 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/definitions/{{org}}/{{name}}/run"): Rule("run_now", role="operator", status=201),
     ("GET", "/static/console.css"): Rule("open"),
     ("GET", "/static/console.js"): Rule("open"),
+    ("GET", "/static/htmx.min.js"): Rule("open"),
     ("GET", "/"): Rule("front"),
+    ("GET", "/orgs"): Rule("page"),
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
@@ -134,6 +148,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/orgs/{org}/definitions/{name}/run"): Rule("run_now", role="operator", status=303),
     ("POST", "/login"): Rule("login", status=303),
     ("POST", "/logout"): Rule("logout", status=303),
+    ("POST", "/zone"): Rule("zone", status=303),
 }
 
 
@@ -148,11 +163,16 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool) ->
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    if page and not session and rule.kind in ("write", "run_now", "logout"):
+    if page and not session and rule.kind in ("write", "run_now", "logout", "zone"):
         # A form is taken from a page of ours only.
         return 401
-    if rule.kind == "logout":
+    if rule.kind in ("logout", "zone"):
         return rule.status
+    if rule.kind == "staff" and who.org is not None:
+        return 403
+    if rule.kind in ("page", "staff"):
+        is_lower = who.org is None and RANK[who.role] < RANK[rule.role]
+        return 403 if is_lower else rule.status
     own = who.org in (None, target)
     if rule.kind == "front":
         return 200 if who.org is None else 303
@@ -354,7 +374,7 @@ class Client:
 
     async def ask(self, method: str, path: str, *, session: bool) -> httpx.Response:
         client = self.session if session else self.bearer
-        form = {"data": {"csrf": self.csrf}} if session and method == "POST" else {}
+        form = {"data": {"csrf": self.csrf, "zone": "UTC"}} if session and method == "POST" else {}
         return await client.request(method, path, **form)
 
 

@@ -68,11 +68,14 @@ async def test_pages_show_failures_with_their_reason_and_escape_what_they_show(s
     async with logged_in(staffed, TOKENS["operator"]) as client:
         pages = [await client.get(path) for path in ("/", "/orgs/org_a", f"/runs/{run}")]
 
+    assert "error: &lt;script&gt;" in pages[0].text
+    for page in pages[1:]:
+        assert "ValueError: &lt;img" in page.text
     for page in pages:
         assert page.status_code == 200
-        assert "ValueError: &lt;img" in page.text
         # Ours alone.
-        assert re.findall("<script[^>]*>", page.text) == [f'<script src="{static_url("console.js")}" defer>']
+        scripts = [f'<script src="{static_url(name)}" defer>' for name in ("htmx.min.js", "console.js")]
+        assert re.findall("<script[^>]*>", page.text) == scripts
         assert "<img" not in page.text
         assert "<b>org" not in page.text
         policy = page.headers["content-security-policy"]
@@ -98,6 +101,23 @@ async def test_an_unknown_parameter_names_the_known_ones_and_keeps_the_person_lo
     assert "it has: after" in page.text
     assert "operator:operator" in page.text
     assert "Log out" in page.text
+
+
+async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        csrf = csrf_of(await client.get("/orgs"))
+        form = {"csrf": csrf, "zone": "Asia/Tokyo", "back": "/orgs"}
+        chosen = await client.post("/zone", data=form, headers=OURS)
+        page = await client.get("/orgs")
+        wrong = await client.post("/zone", data=form | {"zone": "Nowhere/Land"}, headers=OURS)
+        away = await client.post("/zone", data=form | {"back": "//evil.example"}, headers=OURS)
+
+    assert (chosen.status_code, chosen.headers["location"]) == (303, "/orgs")
+    assert re.search(
+        r'<time datetime="[^"]+">[\d: -]+ UTC</time> <span class="local">[^<]* Tokyo</span>', page.text
+    )
+    assert (wrong.status_code, "unknown time zone" in wrong.text) == (400, True)
+    assert away.headers["location"] == "/"
 
 
 async def test_an_operator_retries_a_failed_run_and_cancels_the_new_one(staffed: Site):
@@ -325,8 +345,8 @@ async def test_orgs_and_runs_have_further_pages(staffed: Site):
             row = dict(org) | {"id": f"01900000-0000-7000-8000-{number:012}", "code": f"org-{number:02}"}
             connection.execute(tables.orgs.insert().values(row))
     async with logged_in(staffed, TOKENS["viewer"]) as client:
-        first = await client.get("/")
-        more = re.search(r'href="(/\?after=[^"]+)"', first.text)
+        first = await client.get("/orgs")
+        more = re.search(r'href="(/orgs\?after=[^"]+)"', first.text)
         assert more is not None
         second = await client.get(more[1])
 

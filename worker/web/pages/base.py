@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlencode
 from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection
@@ -25,17 +25,7 @@ ROWS = 25
 ZONE_COOKIE = "orgworker_zone"
 MOST_OF_ZONE = 64
 # Links of the navigation: address, text.
-_OF_OPERATORS = (
-    ("/", "Overview"),
-    ("/orgs", "Orgs"),
-    ("/search", "Runs"),
-    ("/failures", "Failures"),
-    ("/templates", "Templates"),
-    ("/handlers", "Handlers"),
-    ("/credentials", "Credentials"),
-    ("/workers", "Workers"),
-    ("/audit", "Audit"),
-)
+_OF_OPERATORS = (("/", "Overview"),)
 
 
 class Pages:
@@ -107,7 +97,7 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
         return ()
     if caller.org is None:
         return _OF_OPERATORS
-    return ((f"/orgs/{quote(caller.org, safe='')}", "Your org"), ("/search", "Runs"))
+    return ((f"/orgs/{quote(caller.org, safe='')}", "Your org"),)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -121,6 +111,13 @@ def _zone(name: str) -> ZoneInfo | None:
 def may_act(caller: Caller | None, session: Session | None) -> bool:
     """Whether pages show this caller what changes something."""
     return caller is not None and session is not None and RANK[caller.role] >= RANK["operator"]
+
+
+def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: int = ROWS) -> str | None:
+    """The address of the rows below these, with the same filters; None if there are no more."""
+    if len(rows) < limit:
+        return None
+    return f"{path}?{urlencode({**given, 'after': rows[-1]['id']})}"
 
 
 def query(request: Request, *names: str) -> dict[str, str]:

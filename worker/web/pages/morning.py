@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from worker.clock import Clock
 from worker.store.health import oldest_unfired
 from worker.store.lists import failures, morning
 from worker.store.lists.failures import Cause
@@ -22,6 +23,8 @@ from worker.web.pages.base import Pages, caller_of, query
 from worker.web.pages.rendering import took
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+# Seconds for which a count is kept.
+MINUTE = 60.0
 # A run that could have started so long ago waits for more than a free slot.
 LONG_WAIT = timedelta(minutes=15)
 # A scheduled time is overdue after this.
@@ -63,6 +66,7 @@ class MorningPage:
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
         self._hours = EndedByHour()
+        self._due = DueByHour(pages.clock)
 
     def routes(self) -> Sequence[Route]:
         return (Route("/", self._morning),)
@@ -76,7 +80,7 @@ class MorningPage:
 
         def work(connection: Connection) -> dict[str, Any]:
             ended = self._hours.read(connection, now)
-            due = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
+            due = self._due.read(connection, now)
             return {
                 "matters": matters(connection, now),
                 "running": morning.running_for_all_orgs(connection),
@@ -111,6 +115,22 @@ class EndedByHour:
         return self._kept
 
 
+class DueByHour:
+    """Definitions by the hour of their next run, counted once a minute for all viewers."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: tuple[float, Mapping[datetime, int]] | None = None
+
+    def read(self, connection: Connection, now: datetime) -> Mapping[datetime, int]:
+        """The next 24 hours, the current one included."""
+        kept = self._kept
+        if kept is None or self._clock.monotonic() >= kept[0]:
+            counted = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
+            kept = self._kept = self._clock.monotonic() + MINUTE, counted
+        return kept[1]
+
+
 def matters(connection: Connection, now: datetime) -> list[Matter]:
     """What needs attention, most harmful first."""
     found = [
@@ -133,7 +153,7 @@ def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
         yield Matter(
             "bad",
             f"{_count(len(missing), 'worker')} missing",
-            f"{hosts}: the lease expired without a stop. Other workers take over the runs.",
+            f"{hosts}. The lease expired without a stop; other workers take over the runs.",
             "/workers",
             "Workers",
         )
@@ -265,9 +285,10 @@ def definition_path(org: str, name: str) -> str:
 
 def _some(names: Sequence[str], count: int | None = None) -> str:
     """A few names, and how many more there are."""
-    shown, count = names[: morning.SHOWN], count or len(names)
-    rest = f" and {count - len(shown):,} more" if count > len(shown) else ""
-    return f"{', '.join(shown)}{rest}."
+    # Two credentials of an org read the same.
+    shown = list(dict.fromkeys(names[: morning.SHOWN]))
+    rest = (len(names) if count is None else count) - min(len(names), morning.SHOWN)
+    return ", ".join(shown) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,123 @@
+"""The grid of an org: what each of its definitions did on each of the last days."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Text, case, func, select
+from sqlalchemy import cast as sql_cast
+
+from worker.ids import OrgId, lowest_id
+from worker.store import tables
+from worker.store.dialect import all_rows, is_postgresql
+
+DAYS = 30
+# The newest runs that are read: about 20 ms.
+MOST_RUNS = 5_000
+MOST_SKIPS = 1_000
+# States of a day, the one that matters most first. `retried`: failed, then its retry succeeded.
+WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
+
+_runs, _skips = tables.runs, tables.skips
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The days, oldest first, and the counts by state of each definition on each day.
+
+    `since` is the time from which it is complete, if there are too many runs for all days.
+    """
+
+    days: Sequence[date]
+    cells: Mapping[tuple[str, date], Mapping[str, int]] = field(default_factory=dict)
+    since: datetime | None = None
+
+    def of(self, definition_id: str, day: date) -> Mapping[str, int]:
+        """Runs and skips by state; empty if nothing was due."""
+        return self.cells.get((definition_id, day), {})
+
+    def worst(self, definition_id: str, day: date) -> str:
+        """The state that matters most, or an empty text."""
+        counts = self.of(definition_id, day)
+        return next((state for state in WORST if counts.get(state)), "")
+
+
+def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
+    """The last DAYS days of an org, by the UTC day that a run was scheduled for."""
+    days = [(now - timedelta(days=back)).date() for back in reversed(range(DAYS))]
+    start = now - timedelta(days=DAYS)
+    newest = (
+        select(_runs.c.id, _runs.c.definition_id, _runs.c.scheduled_for, _runs.c.state, _runs.c.created_at)
+        .where(_runs.c.org_id == org_id, _runs.c.id >= lowest_id(start))
+        .order_by(_runs.c.id.desc())
+        .limit(MOST_RUNS)
+        .subquery("newest")
+    )
+    retry = _runs.alias("retry")
+    # By the index on `retry_of` alone: as conditions, the state or the org would tempt SQLite to another.
+    last_retry = (
+        select(retry.c.state)
+        .where(retry.c.retry_of == newest.c.id)
+        .order_by(retry.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    state = case(
+        (newest.c.state.is_(None), "waiting"),
+        (newest.c.state.in_(("failed", "refused")) & (last_retry == "succeeded"), "retried"),
+        else_=newest.c.state,
+    )
+    day = _day_of(connection, newest.c.scheduled_for)
+    query = (
+        select(
+            newest.c.definition_id,
+            day.label("day"),
+            state.label("state"),
+            func.count().label("runs"),
+            func.min(newest.c.created_at).label("first_at"),
+        )
+        .group_by(newest.c.definition_id, day, state)
+        .limit(MOST_RUNS)
+    )
+    cells: dict[tuple[str, date], dict[str, int]] = {}
+    total, first_at = 0, now
+    for row in all_rows(connection, query):
+        counts = cells.setdefault((row["definition_id"], date.fromisoformat(row["day"])), {})
+        counts[row["state"]] = row["runs"]
+        total += row["runs"]
+        first_at = min(first_at, row["first_at"])
+    _add_skips(connection, org_id, start, days, cells)
+    return Grid(days, cells, first_at if total == MOST_RUNS else None)
+
+
+def _add_skips(
+    connection: Connection,
+    org_id: OrgId,
+    start: datetime,
+    days: Sequence[date],
+    cells: dict[tuple[str, date], dict[str, int]],
+) -> None:
+    """Count a skip on each day of its range; its scheduled times are not stored one by one."""
+    query = (
+        select(_skips.c.definition_id, _skips.c.skipped_from, _skips.c.skipped_until, _skips.c.count)
+        .where(_skips.c.org_id == org_id)
+        .order_by(_skips.c.id.desc())
+        .limit(MOST_SKIPS)
+    )
+    for row in all_rows(connection, query):
+        if row["skipped_until"] < start:
+            continue
+        for day in days:
+            if row["skipped_from"].date() <= day <= row["skipped_until"].date():
+                counts = cells.setdefault((row["definition_id"], day), {})
+                counts["skipped"] = counts.get("skipped", 0) + row["count"]
+
+
+def _day_of(connection: Connection, at: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The UTC day of a time as text."""
+    if is_postgresql(connection):
+        return func.to_char(func.timezone("UTC", at), "YYYY-MM-DD")
+    return func.substr(sql_cast(at, Text), 1, 10)
