@@ -29,7 +29,7 @@ FORECAST_COLUMNS = (
     *("issuer", "orgs", "definitions", "runs_a_day", "token_requests_a_day", "token_lifetime"),
     *("max_requests_per_second", "cold_start"),
 )
-CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "ok")
+CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "wait", "ok")
 # Orgs between two progress messages.
 EVERY = 100
 
@@ -120,9 +120,11 @@ def check(
     get every org's token at the configured rate. Sends no requests; `orgs check` does.
 
     Capacity: starts a second, concurrent runs and their memory at the worst time of the day
-    (`needs`) and on average (`mean`), against workers and machine (`has`); orgs and handlers
-    whose limit is too low; definitions that are due again before they end. It uses the newest
-    runs of each handler. Assumptions about handlers without runs fail nothing.
+    (`needs`) and on average (`mean`), against workers and machine (`has`), and how long runs
+    then wait; orgs and handlers whose limit is too low; definitions that are due again before
+    they end. Not ok: never enough, or a wait of more than 15 minutes; `tight`: a shorter one.
+    It uses the newest run of each definition. Assumptions about handlers without runs fail
+    nothing.
     """
     from worker.operations.capacity import Machine, capacity
     from worker.operations.requirements import forecast_tokens
@@ -138,6 +140,11 @@ def check(
         print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
     if only_capacity or output is Format.TABLE:
         measures = [measure.as_row() for measure in found.measures]
+        if output is Format.TABLE:
+            # Enough on average and at once too little is neither yes nor no.
+            measures = [
+                row | {"ok": "tight" if row["ok"] and row["change"] else row["ok"]} for row in measures
+            ]
         print_rows(measures, output, columns=CAPACITY_COLUMNS, key="what")
     for row in rows:
         if row["lifetime_is_assumed"]:

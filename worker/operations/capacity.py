@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,19 +20,19 @@ from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId
 from worker.operations.handlers import Handlers
+from worker.operations.load import DAY, MINUTE, Load, Peak, Stream
 from worker.operations.requirements import OrgDefinitions, load_all_orgs
 from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
 from worker.store import health
 from worker.store.database import Database
-from worker.store.history import last_attempts
+from worker.store.history import last_attempts, newest_attempts
 
-DAY = 86_400
-# Scheduled times a day above which a schedule counts as an even stream.
-MAX_TIMES = 1_440
-# Definitions of a handler that are read, and runs of each.
-DEFINITIONS = 20
+# Runs that are read of each definition of a handler with few, else the newest one of each.
+FEW = 20
 RUNS = 10
+# A wait for a slot that is too long: an org would ask where its report is.
+MAX_WAIT = timedelta(minutes=15)
 # Assumed for a handler that has not run yet.
 SECONDS = 10.0
 MEMORY = 64 * 2**20
@@ -49,7 +48,8 @@ MIB = 2**20
 class Measure:
     """What the definitions need of one resource at the worst time (`at`) and on average, and what there is.
 
-    `change` is the advice if it is not enough: on average (not `ok`), or at the worst time only.
+    `wait` is how long runs wait for it at the worst time, None if forever. `change` is the advice if it
+    is not enough on average or the wait is too long (not `ok`), or if there is a shorter one.
     """
 
     what: str
@@ -60,6 +60,7 @@ class Measure:
     at: datetime | None
     ok: bool
     change: str | None
+    wait: timedelta | None = timedelta(0)
 
     def as_row(self) -> dict[str, Any]:
         return asdict(self) | {name: round(getattr(self, name), 2) for name in ("needs", "mean", "has")}
@@ -122,113 +123,6 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
     return Capacity(measures, assumed)
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """A number of `definitions` with one trigger; each fires within `window` of it and runs for `seconds`.
-
-    A run of a `serial` one starts only after the last has ended.
-    """
-
-    trigger: Trigger
-    definitions: int
-    window: timedelta
-    seconds: float
-    serial: bool = True
-
-
-class Peak(NamedTuple):
-    """The highest value, and the second of the day at which it begins."""
-
-    amount: float
-    second: int
-
-
-def _two_days() -> list[float]:
-    # Both days are the same, so that the second one has what remains of the first.
-    return [0.0] * (2 * DAY + 1)
-
-
-@dataclass(slots=True)
-class Load:
-    """Starts and concurrent runs of the day from `start`, second by second; runs can weigh bytes."""
-
-    start: datetime
-    mean: float = 0.0
-    starts: float = 0.0
-    # The curve of concurrent runs as its jumps and its changes of slope; starts a second as jumps.
-    _jumps: list[float] = field(default_factory=_two_days)
-    _bends: list[float] = field(default_factory=_two_days)
-    _rates: list[float] = field(default_factory=_two_days)
-    _even: float = 0.0
-    _even_rate: float = 0.0
-
-    @property
-    def end(self) -> datetime:
-        """The last moment of the day."""
-        return self.start + timedelta(days=1) - timedelta(microseconds=1)
-
-    def add(self, stream: Stream, weight: float = 1.0) -> None:
-        """Add a stream, each of its runs with this weight."""
-        count = stream.trigger.count(self.start, self.end)
-        if not count:
-            return
-        self.starts += count * stream.definitions
-        if count > MAX_TIMES:
-            lasting = min(stream.seconds, DAY / count) if stream.serial else stream.seconds
-            rate = stream.definitions * count / DAY
-            self._even_rate += rate
-            self._even += weight * rate * lasting
-            self.mean += weight * rate * lasting
-            return
-        seconds = _seconds(stream.trigger, self.start, self.end)
-        for second, following in zip(seconds, [*seconds[1:], seconds[0] + DAY], strict=True):
-            gap = float(max(following - second, 1))
-            lasting = min(stream.seconds, gap) if stream.serial else stream.seconds
-            self.mean += weight * stream.definitions * lasting / DAY
-            self._add_runs(second, stream.definitions, round(stream.window.total_seconds()), lasting, weight)
-
-    def at_once(self) -> Peak:
-        """The most concurrent runs, by weight."""
-        slopes = [0.0, *accumulate(self._bends)]
-        curve = accumulate(jump + slope for jump, slope in zip(self._jumps, slopes, strict=False))
-        day = list(curve)[DAY : 2 * DAY]
-        second = max(range(DAY), key=day.__getitem__)
-        return Peak(day[second] + self._even, second)
-
-    def starts_a_second(self) -> Peak:
-        """The most starts a second, averaged over a minute."""
-        rates = list(accumulate(self._rates))[DAY : 2 * DAY]
-        minutes = [sum(rates[begin : begin + 60]) / 60 for begin in range(0, DAY, 60)]
-        minute = max(range(len(minutes)), key=minutes.__getitem__)
-        return Peak(minutes[minute] + self._even_rate, minute * 60)
-
-    def _add_runs(self, second: int, count: int, width: int, lasting: float, weight: float) -> None:
-        # In whole seconds: a shorter run counts for its part of one.
-        length = max(1, round(lasting))
-        amount = weight * count * min(1.0, lasting)
-        if width <= 1:
-            _change(self._jumps, (second, amount), (second + length, -amount))
-        else:
-            slope = amount / width
-            _change(self._bends, (second, slope), (second + width, -slope))
-            _change(self._bends, (second + length, -slope), (second + width + length, slope))
-        rate = count / max(width, 1)
-        _change(self._rates, (second, rate), (second + max(width, 1), -rate))
-
-
-def _change(curve: list[float], *changes: tuple[int, float]) -> None:
-    for at, change in changes:
-        for second in (at, at + DAY):
-            if second < len(curve):
-                curve[second] += change
-
-
-@lru_cache(maxsize=8)
-def _seconds(trigger: Trigger, start: datetime, until: datetime) -> tuple[int, ...]:
-    """The seconds after `start` at which a trigger fires; cached, since several loads take one stream."""
-    return tuple(int((at - start).total_seconds()) for at in trigger.between(start, until))
-
-
 class _History(NamedTuple):
     """The mean length of a run in seconds, and the most memory of one in bytes; `known`, or assumed."""
 
@@ -245,7 +139,9 @@ class _Demand:
         self._orgs = orgs
         self._start = start
         self._children, self._inline, self._memory = Load(start), Load(start), Load(start)
-        # Mean concurrent runs by ("org" | "handler" | "isolation", name), of known histories only: an
+        # The part with a known history.
+        self._known: dict[str, Load] = {"child": Load(start), "inline": Load(start)}
+        # Mean concurrent runs by ("org" | "handler", name), of known histories only: an
         # assumption never fails the check.
         self._means: dict[tuple[str, str], float] = defaultdict(float)
         # Definitions that are due again before they end: (runs per period, name, seconds, period).
@@ -265,6 +161,8 @@ class _Demand:
                 streams[self._stream(org, definition)] += 1
         for (trigger, window, history, serial, isolation), count in streams.items():
             stream = Stream(trigger, count, window, history.seconds, serial)
+            if history.known:
+                self._known[isolation].add(stream)
             if isolation == "inline":
                 self._inline.add(stream)
             else:
@@ -285,18 +183,21 @@ class _Demand:
                 lasting = DAY / count
                 name = f"definition {definition.org} {definition.name}"
                 self._slow.append((history.seconds / lasting, name, history.seconds, lasting))
-            for key in ("org", org.org.code), ("handler", definition.handler), ("isolation", isolation):
+            for key in ("org", org.org.code), ("handler", definition.handler):
                 self._means[key] += count * lasting / DAY
         return trigger, window, history, definition.serial, isolation
 
     def _history(self, handler: str) -> _History:
         if handler not in self._histories:
-            rows = [
-                row
-                for org_id, definition_id in self._definitions[handler][:DEFINITIONS]
-                for row in last_attempts(self._connection, org_id, definition_id, limit=RUNS)
-                if row["handler"] == handler
-            ]
+            definitions = self._definitions[handler]
+            if len(definitions) > FEW:
+                rows = newest_attempts(self._connection, handler, [id_ for _, id_ in definitions])
+            else:
+                rows = [
+                    row
+                    for org_id, id_ in definitions
+                    for row in last_attempts(self._connection, org_id, id_, handler, limit=RUNS)
+                ]
             peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
             # To three digits, so that similar handlers are counted together.
             seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
@@ -319,13 +220,16 @@ class _Demand:
         total = children.starts + inline.starts
         cost = (children.starts * CHILD_COST + inline.starts * INLINE_COST) / total if total else CHILD_COST
         peaks = (children.starts_a_second(), inline.starts_a_second())
+        starts = Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second)
+        # Of the runs that start in the worst minute, the last one.
+        wait = max(0.0, starts.amount / (machine.processors / cost) - 1) * MINUTE
         yield self._measure(
             "starts",
-            Peak(sum(peak.amount for peak in peaks), max(peaks, key=lambda peak: peak.amount).second),
-            total / DAY,
+            starts,
             total / DAY,
             machine.processors / cost,
             "a second",
+            (wait, wait),
             "`spread` definitions that fire together, or give the workers more processors",
         )
         # Bytes of the mean child.
@@ -339,9 +243,10 @@ class _Demand:
         }
         for kind, isolation, load in ("children", "child", children), ("inline", "inline", inline):
             if load is children or load.starts:
-                known = self._means["isolation", isolation]
+                known = self._known[isolation].longest_wait(slots[kind]).amount
+                waits = (load.longest_wait(slots[kind]).amount, known)
                 yield self._measure(
-                    kind, load.at_once(), load.mean, known, slots[kind], "runs at once", advice[kind]
+                    kind, load.at_once(), load.mean, slots[kind], "runs at once", waits, advice[kind]
                 )
         peak = self._memory.at_once()
         # Slots limit it: if all are taken, then by mean children.
@@ -359,22 +264,37 @@ class _Demand:
         )
 
     def _measure(
-        self, what: str, peak: Peak, mean: float, known: float, has: float, unit: str, advice: str
+        self,
+        what: str,
+        peak: Peak,
+        mean: float,
+        has: float,
+        unit: str,
+        waits: tuple[float, float],
+        advice: str,
     ) -> Measure:
-        """A resource of which the mean is `mean`; only the part with a `known` history can exceed it."""
+        """A resource of which the mean is `mean`; `waits` in seconds of all runs, and of known ones.
+
+        Only the runs with a known history can exceed it.
+        """
         at = self._start + timedelta(seconds=peak.second) if peak.amount else None
+        longest, known = waits
+        wait = None if math.isinf(longest) else timedelta(seconds=round(longest))
         change = None
-        if at is not None and peak.amount > has:
-            waits = f"runs wait for a while at {to_text(at)}"
-            change = f"{waits if known <= has else 'never enough, at any time of the day'}; {advice}"
-        return Measure(what, peak.amount, mean, has, unit, at, known <= has, change)
+        if wait is None:
+            change = f"runs wait ever longer: it is never enough, at any time of the day; {advice}"
+        elif at is not None and peak.amount > has:
+            lasting = f", up to {format_duration(wait)}" if wait else ""
+            change = f"runs wait for a while at {to_text(at)}{lasting}; {advice}"
+        ok = known <= MAX_WAIT.total_seconds()
+        return Measure(what, peak.amount, mean, has, unit, at, ok, change, wait)
 
     def slow_definitions(self) -> Iterator[Measure]:
         """Definitions that are due again before they end, worst first."""
         for ratio, name, seconds, period in sorted(self._slow, reverse=True)[:MAX_NAMED]:
             lasts, every = (format_duration(timedelta(seconds=round(each))) for each in (seconds, period))
             change = f"a run takes {lasts} and is due every {every}: run it less often, or make it shorter"
-            yield Measure(name, ratio, ratio, 1, "runs at once", None, False, change)
+            yield Measure(name, ratio, ratio, 1, "runs at once", None, False, change, None)
 
     def low_limits(self) -> Iterator[Measure]:
         """Orgs and handlers whose limit is below their mean, so that they fall behind; worst first."""
@@ -392,4 +312,5 @@ class _Demand:
         for excess, kind, name, limit in sorted(over, reverse=True)[:MAX_NAMED]:
             if excess > 0:
                 mean = self._means[kind, name]
-                yield Measure(f"{kind} {name}", mean, mean, limit, "runs at once", None, False, advice[kind])
+                change = advice[kind]
+                yield Measure(f"{kind} {name}", mean, mean, limit, "runs at once", None, False, change, None)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from worker.definitions import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import Row, first_row
+from worker.store.dialect import Row, chunks, first_row
 
 # Rows that are read before the answer is "at least": a broken release fails a hundred times a second.
 MOST = 10_000
@@ -148,25 +148,52 @@ def last_change(
 
 
 def last_attempts(
-    connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, limit: int
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, handler: str, *, limit: int
 ) -> list[Row]:
-    """The newest attempts of a definition that ended by themselves: handler, seconds, peak_memory."""
+    """The newest attempts of a definition with this handler that ended by themselves: seconds, peak_memory.
+
+    An attempt that a flag gave to a variant counts for the definition's handler.
+    """
     newest = (
         select(_runs.c.id)
-        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.handler == handler)
         .order_by(_runs.c.id.desc())
         .limit(limit)
     )
-    query = select(
-        _attempts.c.handler, _attempts.c.started_at, _attempts.c.ended_at, _attempts.c.peak_memory
-    ).where(_attempts.c.run_id.in_(newest.subquery().select()), _attempts.c.outcome.in_(OWN_ENDS))
+    return _lengths(connection, _attempts.c.run_id.in_(newest.subquery().select()))
+
+
+def newest_attempts(connection: Connection, handler: str, definitions: Sequence[DefinitionId]) -> list[Row]:
+    """As `last_attempts`, of the newest ended run of each of these definitions of any orgs."""
+    newest = (
+        select(_runs.c.id)
+        .where(
+            _runs.c.definition_id == tables.definitions.c.id,
+            _runs.c.state.is_not(None),
+            _runs.c.handler == handler,
+        )
+        .order_by(_runs.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    found: list[Row] = []
+    for part in chunks(definitions):
+        query = select(newest).where(tables.definitions.c.id.in_(part))
+        # A step of its own: with both in one, PostgreSQL may read the table of attempts instead of its index.
+        ids = [id_ for id_ in connection.execute(query).scalars() if id_ is not None]
+        found += _lengths(connection, _attempts.c.run_id.in_(ids)) if ids else []
+    return found
+
+
+def _lengths(connection: Connection, which: ColumnElement[bool]) -> list[Row]:
+    query = select(_attempts.c.started_at, _attempts.c.ended_at, _attempts.c.peak_memory)
+    rows = connection.execute(query.where(which, _attempts.c.outcome.in_(OWN_ENDS))).mappings()
     return [
         {
-            "handler": row["handler"],
             "seconds": (row["ended_at"] - row["started_at"]).total_seconds(),
             "peak_memory": row["peak_memory"],
         }
-        for row in connection.execute(query).mappings()
+        for row in rows
     ]
 
 

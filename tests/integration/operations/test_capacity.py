@@ -51,7 +51,9 @@ def nightly(apply):
 def ran(database, rows):
     """As if a definition had run once, for so long and with so much memory."""
 
-    def run(org: str, name: str, *, seconds: float, memory: int | None = None) -> None:
+    def run(
+        org: str, name: str, *, seconds: float, memory: int | None = None, handler: str = "acme.plain"
+    ) -> None:
         made = run_now(database, org, name, actor="kim")
         at = rows.now()
         with database.transaction() as connection:
@@ -62,7 +64,7 @@ def ran(database, rows):
                     org_id=orgs.require(connection, org)["id"],
                     worker_id=new_id(),
                     fencing_token=1,
-                    handler="acme.plain",
+                    handler=handler,
                     started_at=at - timedelta(seconds=seconds),
                     ended_at=at,
                     outcome="succeeded",
@@ -137,6 +139,27 @@ def test_more_at_once_than_there_are_slots_wait_and_it_says_what_to_change(night
     assert "acme.plain" not in " ".join(found.assumed)
     # No more are on than there are slots.
     assert (memory.needs, memory.ok) == (400.0, True)
+
+
+def test_a_history_counts_whichever_org_has_it_and_a_long_wait_is_not_ok(apply, ran, ask):
+    """Of 40 orgs only the last has run, and by a variant of the handler."""
+    apply(
+        "".join(
+            ORG.format(org=f"org_{n}", most=10)
+            + DEFINITION.format(org=f"org_{n}", name="night", schedule="0 3 * * *", overlap="skip")
+            for n in range(40)
+        )
+    )
+    ran("org_39", "night", seconds=600.0, handler="acme.variant")
+    found = ask(max_children=4)
+
+    assert not [line for line in found.assumed if "no run is known" in line]
+    children = of(found, "children")
+    assert (children.needs, children.has, children.ok) == (40, 4, False)
+    assert children.wait == timedelta(minutes=90)
+    assert "runs wait for a while at " in children.change
+    assert ", up to 1h30m; " in children.change
+    assert of(ask(max_children=40), "children").ok
 
 
 def test_memory_that_does_not_suffice_fails_and_names_how_many_children_fit(nightly, ran, ask):
