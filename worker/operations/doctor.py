@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from worker.clock import to_text
+from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
 from worker.ids import ALL_ORGS
 from worker.operations.confinement import OFF, confinement_of, in_words
@@ -28,12 +31,29 @@ if TYPE_CHECKING:
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0
+# Seconds after which a scheduled time should have been fired.
+OVERDUE_SECONDS = 60.0
 # Transactions that a replica, a slot or a prepared transaction can lag behind.
 SNAPSHOT_TRANSACTIONS = 100_000
 
 
-def run_checks(database: Database, settings: Settings) -> list[Diagnostic]:
+Named = Callable[[str], str]
+
+
+def _as_it_is(name: str) -> str:
+    return name
+
+
+def run_checks(
+    database: Database,
+    settings: Settings,
+    *,
+    org: Named = _as_it_is,
+) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
+
+    `org` is how a diagnostic names an org. Diagnostics name no machine and quote no handler's message, so that
+    they can be sent to others.
 
     Raises:
         StoreUnavailable: the database did not answer.
@@ -41,7 +61,78 @@ def run_checks(database: Database, settings: Settings) -> list[Diagnostic]:
     return [
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
         *(check(settings) for check in (insecure_origins, sandbox, trusted_code, database_password)),
+        workers(database),
+        credentials(database, org),
+        handlers(database),
     ]
+
+
+def workers(database: Database) -> Diagnostic:
+    """A worker that died holds its runs until another one takes over; without one, nothing runs."""
+    name = "workers"
+    with database.autocommit() as connection:
+        lost = health.lost_workers(connection)
+        alive = len(health.live_workers(connection))
+        overdue = health.oldest_unfired(connection)
+    if lost:
+        first = lost[0]
+        detail = f"worker {first['id']} (process {first['pid']}) is dead: its lease"
+        how = f"{alive} live ones take" if alive else "start one (`systemctl start worker`): it takes"
+        return Diagnostic(
+            name,
+            False,
+            f"{detail} expired at {to_text(first['lease_until'])}{_and_more(lost)}",
+            f"{how} over its runs within the length of a lease; the log of the dead one says why it died",
+        )
+    if alive:
+        return Diagnostic(name, True, f"{alive} hold their lease")
+    if overdue is not None and overdue[2] > OVERDUE_SECONDS:
+        late = format_duration(timedelta(seconds=round(overdue[2])))
+        detail = f"no worker is up, and what has been due for {late} does not run"
+        return Diagnostic(
+            name, False, detail, "start one: `python -m worker run`, or `systemctl start worker`"
+        )
+    return Diagnostic(name, True, "no worker is up, and nothing is due")
+
+
+def credentials(database: Database, org: Named = _as_it_is) -> Diagnostic:
+    """An org whose credentials are all rejected gets no token: its runs wait."""
+    name = "credentials"
+    with database.autocommit() as connection:
+        dead = health.dead_credentials(connection)
+    if not dead:
+        return Diagnostic(name, True, "no issuer has rejected all credentials of an active org")
+    code = org(dead[0]["code"])
+    return Diagnostic(
+        name,
+        False,
+        f"{code} gets no token: {dead[0]['last_error']}{_and_more(dead)}",
+        f"`credentials rotate {code} --client-id ID --secret-file FILE` stores a new secret; "
+        f"`orgs check {code}` tries it",
+    )
+
+
+def handlers(database: Database) -> Diagnostic:
+    """A handler that does not load: the runs of its definitions wait."""
+    name = "handlers"
+    with database.autocommit() as connection:
+        broken = [row for row in catalogue.entries(connection) if row["error"] is not None]
+    if not broken:
+        return Diagnostic(name, True, "every handler loads")
+    first = broken[0]
+    place = f"{first['name']} of {first['distribution']} {first['version']}"
+    return Diagnostic(
+        name,
+        False,
+        f"{place} does not load: {_type_of(first['error'])}{_and_more(broken)}",
+        f"install a fixed version and restart the workers; `handlers show {first['name']}` shows why",
+    )
+
+
+def _and_more(found: Sequence[object]) -> str:
+    if len(found) < 2:
+        return ""
+    return f"; and {'at least ' if len(found) == health.NEWEST else ''}{len(found) - 1} more"
 
 
 def held_snapshots(database: Database) -> Diagnostic:
@@ -214,6 +305,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
     machine = Machine.here()
     orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures
+    checks = run_checks(database, settings, org=orgs)
     with database.autocommit() as connection:
         now = database.now(connection)
         failures = [
@@ -229,7 +321,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "database": health.server(connection)
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
-            "doctor": [asdict(found) for found in run_checks(database, settings)],
+            "doctor": [asdict(found) for found in checks],
             "issuers": [each.as_row(issuers.get(each.issuer)) for each in forecast_tokens(database, issuers)],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts(row["host"])} for row in health.workers(connection)],
@@ -285,9 +377,13 @@ def _version(name: str) -> str | None:
 
 
 def _handler(row: Row) -> Row:
-    # The type of the error only: its message comes from the plug-in's import.
-    error = None if row["error"] is None else str(row["error"]).partition(":")[0][:80]
+    error = None if row["error"] is None else _type_of(row["error"])
     return {name: row[name] for name in ("name", "distribution", "version", "isolation")} | {"error": error}
+
+
+def _type_of(error: str) -> str:
+    """The type of an error only: its message comes from the plug-in's import."""
+    return error.partition(":")[0][:80]
 
 
 def _run(row: Mapping[str, Any], orgs: Callable[[str], str], definitions: Callable[[str], str]) -> Row:

@@ -285,14 +285,36 @@ def backoff(policy: RetryPolicy, failures: int, random: Random) -> timedelta:
 
 def fingerprint(error: Error) -> str:
     """The cause of an error: equal for errors that differ only in numbers, ids, URLs or quoted text."""
-    message = error.message.split("\n", 1)[0]
+    return _without_variables(error.type, error.message.split("\n", 1)[0])
+
+
+def summary(error: Mapping[str, str]) -> str:
+    """An error for people, as one line: its cause, with the status of an HTTP response."""
+    message = _HTTPX.sub(r"\1\2", error["message"].split("\n", 1)[0])
+    message = _STATUS.sub(lambda found: found[0].translate(_KEPT), message)
+    return _without_variables(error["type"], message).translate(_DIGITS)
+
+
+def _without_variables(kind: str, message: str) -> str:
     for pattern, placeholder in _VARIABLE:
         message = pattern.sub(placeholder, message)
-    return f"{error.type}: {message}"[:200]
+    return f"{kind}: {message}"[:200]
 
 
+# Private characters for the digits of a status, which the patterns of variable parts do not match.
+_KEPT = {ord("0") + digit: 0xE000 + digit for digit in range(10)}
+_DIGITS = {kept: digit for digit, kept in _KEPT.items()}
+# As httpx quotes it: Server error '503 Service Unavailable' for url 'https://…'.
+_HTTPX = re.compile(r"\b((?:Client|Server) error )'([45]\d\d [A-Z][A-Za-z ]{1,40})'")
+_STATUS = re.compile(
+    r"\b(?:HTTP(?:/[\d.]{1,3})?|status(?:[ _]code)?|answer(?:s|ed)?|respon(?:ds|ded|se)|replie[sd]|error)"
+    r"(?: code| status)?(?: with)?[ :=(]{1,3}[1-5]\d\d\b(?![.\d])"
+    r"|\b[45]\d\d (?:Client|Server) Error\b",
+    re.IGNORECASE,
+)
 _VARIABLE = (
-    (re.compile(r"https?://\S+"), "<url>"),
+    # Not the quotes or brackets around it.
+    (re.compile(r"https?://[^\s'\"<>()]+"), "<url>"),
     (re.compile(r"(?<!\w)'[^']*'|\"[^\"]*\""), "<text>"),
     (re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"), "<id>"),
     (re.compile(r"\b(?:0x)?(?=[0-9a-fA-F]*\d)[0-9a-fA-F]{8,}\b"), "<id>"),

@@ -186,6 +186,35 @@ def workers(connection: Connection) -> list[Row]:
     return all_rows(connection, query)
 
 
+def lost_workers(connection: Connection, *, most: int = NEWEST) -> list[Row]:
+    """The newest workers whose lease has expired and that neither stopped nor were taken over."""
+    workers = tables.workers
+    lost = (workers.c.ended_at.is_(None), workers.c.lease_until <= database_now(connection))
+    query = select(workers.c.id, workers.c.host, workers.c.pid, workers.c.lease_until).where(*lost)
+    return all_rows(connection, query.order_by(workers.c.id.desc()).limit(most))
+
+
+def dead_credentials(connection: Connection, *, most: int = NEWEST) -> list[Row]:
+    """Active orgs whose issuer rejected each of their active credentials, with its answer, by code."""
+    orgs, of_org = tables.orgs, tables.credentials
+    good = of_org.alias()
+    works = select(good.c.id).where(
+        good.c.org_id == of_org.c.org_id, good.c.state == "active", good.c.last_error.is_(None)
+    )
+    query = (
+        select(orgs.c.code, func.max(of_org.c.last_error).label("last_error"))
+        .join(orgs, orgs.c.id == of_org.c.org_id)
+        .where(
+            of_org.c.state == "active",
+            of_org.c.last_error.is_not(None),
+            orgs.c.state == "active",
+            ~works.exists(),
+        )
+        .group_by(orgs.c.code)
+    )
+    return all_rows(connection, query.order_by(orgs.c.code).limit(most))
+
+
 def live_workers(connection: Connection) -> list[Row]:
     """Host and capacity of the workers that hold their lease."""
     workers = tables.workers

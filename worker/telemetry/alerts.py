@@ -147,7 +147,8 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             return "refused", (handler, reason, detail), f"{handler} is refused: {reason} ({detail})"
         case "run.ended", _:
             why = fields.get("error_cause") or reason
-            summary = f"{handler} fails: {reason}" + (f" ({why})" if why != reason else "")
+            shown = fields.get("error_summary") or why
+            summary = f"{handler} fails: {reason}" + (f" ({shown})" if shown != reason else "")
             return "failed", (handler, why), summary
         case "run.recovered", _:
             return "failed", (None, "lost"), "runs fail because their workers died too often"

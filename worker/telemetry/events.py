@@ -46,8 +46,8 @@ def _event(level: Level, name: str, fields: str, meaning: str) -> Event:
 _debug, _info, _warning, _error = (partial(_event, level) for level in ("debug", "info", "warning", "error"))
 
 # `org` is the org's code, `definition` its name, `run` the run's id, `seconds` a duration, `error` the class
-# of an exception or its stable code, `error_cause` the same for all errors with one cause. No field holds a
-# secret or a claim set.
+# of an exception or its stable code, `error_cause` the same for all errors with one cause, `error_summary`
+# the cause of a failed run with the status of an HTTP response. No field holds a secret or a claim set.
 _ROWS = (
     # The worker.
     _info("worker.started", "worker host pid version database", "a worker incarnation has started"),
@@ -96,7 +96,7 @@ _ROWS = (
     _debug("run.changed", "org run definition attempt state reason detail", "a run changed state"),
     _info(
         "run.ended",
-        "org run definition handler attempt outcome state reason detail seconds error_cause",
+        "org run definition handler attempt outcome state reason detail seconds error_cause error_summary",
         "an attempt ended with `outcome`; the run is now in `state`",
     ),
     _warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import psycopg
@@ -10,10 +11,12 @@ from sqlalchemy import delete
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import new_id
 from worker.operations import doctor
 from worker.operations.doctor import held_snapshots, live_rows, run_checks, too_old
 from worker.settings import Settings
-from worker.store import tables
+from worker.store import catalogue, tables
 from worker.store.database import Database
 from worker.store.health import Holder
 
@@ -102,6 +105,72 @@ def test_a_session_is_judged_by_time_and_a_slot_by_how_far_it_lies_back():
     assert too_old(Holder("session", "pid 1", "replica", "walsender", None, 900_000))
     assert too_old(Holder("slot", "old", "pgoutput", "inactive", None, 900_000))
     assert not too_old(Holder("slot", "new", "pgoutput", "active", None, 10))
+
+
+def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, clock):
+    stock.worker()
+    assert doctor.workers(stock.database).ok
+
+    now = stock.now()
+    with stock.database.transaction() as connection:
+        connection.execute(tables.workers.update().values(lease_until=now - timedelta(seconds=1)))
+    dead = doctor.workers(stock.database)
+    assert not dead.ok
+    assert "is dead: its lease expired at " in dead.detail
+    assert "systemctl start worker" in dead.fix
+
+    with stock.database.transaction() as connection:
+        connection.execute(tables.workers.update().values(ended_at=now))
+    assert doctor.workers(stock.database).ok
+
+
+def test_without_a_worker_only_what_is_due_is_a_fault(stock):
+    stock.definition(stock.org(), due_at=stock.now() + timedelta(hours=1))
+    assert doctor.workers(stock.database).ok
+
+    stock.definition(stock.org(), due_at=stock.now() - timedelta(hours=2))
+    late = doctor.workers(stock.database)
+    assert not late.ok
+    assert "no worker is up, and what has been due for 2h" in late.detail
+    stock.worker()
+    assert doctor.workers(stock.database).ok
+
+
+def test_an_org_is_named_whose_credentials_are_all_rejected(stock):
+    def credential(org_id: str, generation: int, error: str | None, state: str = "active") -> None:
+        row = {"id": new_id(), "org_id": org_id, "generation": generation, "client_id": "m2m", "state": state}
+        row |= {"created_at": stock.now(), "created_by": "kim", "last_error": error, "key_id": "k"}
+        with stock.database.transaction() as connection:
+            connection.execute(tables.credentials.insert().values(sealed=b"x", **row))
+
+    for org_id in (stock.org(), stock.org(state="paused")):
+        credential(org_id, 1, "invalid_client")
+    rotated = stock.org()
+    credential(rotated, 1, None)
+    credential(rotated, 2, "invalid_client")
+    replaced = stock.org()
+    credential(replaced, 1, "invalid_client", state="retired")
+    credential(replaced, 2, None)
+
+    dead = doctor.credentials(stock.database)
+
+    assert (dead.ok, dead.detail) == (False, "org_1 gets no token: invalid_client")
+    assert "credentials rotate org_1 " in dead.fix
+
+
+def test_a_handler_that_does_not_load_is_named_with_its_error(stock):
+    assert doctor.handlers(stock.database).ok
+    entry = HandlerEntry(
+        "acme.bad", "acme-jobs", "2.0", "acme:bad", error="ImportError: no module named canary"
+    )
+    with stock.database.transaction() as connection:
+        catalogue.put(connection, [entry], at=stock.now())
+
+    broken = doctor.handlers(stock.database)
+
+    assert not broken.ok
+    assert broken.detail == "acme.bad of acme-jobs 2.0 does not load: ImportError"
+    assert "handlers show acme.bad" in broken.fix
 
 
 def remove(stock: Stock, table: object) -> None:

@@ -32,6 +32,7 @@ from worker.runs.outcome import (
     backoff,
     end_attempt,
     fingerprint,
+    summary,
 )
 from worker.runs.run import AdmittedRun
 from worker.store.tables import ATTEMPT_OUTCOMES, FINAL_STATES, WAITING_REASONS
@@ -215,10 +216,37 @@ def test_errors_that_differ_in_values_only_have_one_cause(one, other):
     assert fingerprint(Error("E", one)) == fingerprint(Error("E", other))
 
 
-@pytest.mark.parametrize("piece", ["_", "a_", "0x", "'", '"', "f", "1.", "https://"])
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("the CRM answers 503 for article 4711", "the CRM answers 503 for article <n>"),
+        (
+            "Server error '503 Service Unavailable' for url 'https://crm.acme.com/contacts?page=3'",
+            "Server error 503 Service Unavailable for url <text>",
+        ),
+        (
+            "503 Server Error: Service Unavailable for url: https://crm.acme.com/x/1",
+            "503 Server Error: Service Unavailable for url: <url>",
+        ),
+        ("HTTP 429 after 17 tries", "HTTP 429 after <n> tries"),
+        ("status_code=404, id 404", "status_code=404, id <n>"),
+        ("cannot read (https://crm.acme.com/a)", "cannot read (<url>)"),
+        ("503 rows of 504", "<n> rows of <n>"),
+        ("error 503.5 in 2 steps", "error <n> in <n> steps"),
+    ],
+)
+def test_a_summary_keeps_the_status_of_a_response_and_no_half_of_a_pair_of_quotes(message: str, cause: str):
+    assert summary({"type": "E", "message": message}) == f"E: {cause}"
+    assert "'" not in fingerprint(Error("E", message))
+
+
+@pytest.mark.parametrize(
+    "piece", ["_", "error ", "HTTP/1.", "Server error '5", "a_", "0x", "'", '"', "f", "1.", "https://"]
+)
 def test_the_cause_of_a_long_message_is_found_in_linear_time(piece):
     """It took a second for 4,000 underscores, and four times as long for twice as many."""
     assert len(fingerprint(Error("E", piece * 1_000_000))) <= 200
+    assert len(summary({"type": "E", "message": piece * 1_000_000})) <= 200
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,14 @@ def test_a_hundred_failures_of_one_cause_are_one_strike_that_knows_whom_it_struc
     assert heard.taken() == []
 
 
+def test_a_summary_has_the_status_that_its_cause_leaves_out(heard):
+    fail(error_summary="HTTPError: the CRM answers 503")
+    fail(error_summary="HTTPError: the CRM answers 502")
+
+    [strike] = heard.taken()
+    assert strike.summary == "acme.digest fails: error (HTTPError: the CRM answers 503)"
+
+
 def test_another_cause_is_another_strike(heard):
     fail()
     fail(error_cause="KeyError")

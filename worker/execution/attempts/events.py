@@ -15,7 +15,7 @@ from worker.definitions.definition import Definition
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import AttemptPlan
 from worker.ids import RunId
-from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.outcome import EndedAttempt, Trail, summary
 from worker.runs.run import AdmittedRun
 from worker.telemetry import tracing
 from worker.telemetry.events import emit
@@ -97,6 +97,8 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         detail=ended.detail,
         seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
         error_cause=ended.error_cause,
+        # `lost` and the like are causes without an error of a handler.
+        error_summary=summary(ended.error) if ended.error and ended.state == "failed" else None,
     )
     tracer = tracing.in_use()
     if tracer is not None:
