@@ -52,8 +52,8 @@ def run_checks(
 ) -> list[Diagnostic]:
     """Every check, in reading order. An `ok` one with a `fix` is a warning.
 
-    `org` is how a diagnostic names an org. Diagnostics name no machine and quote no handler's message, so that
-    they can be sent to others.
+    `org` is how a diagnostic names an org. They name no machine and quote no handler's message, so
+    that they can be sent to others.
 
     Raises:
         StoreUnavailable: the database did not answer.

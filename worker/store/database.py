@@ -300,12 +300,35 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+# What SQLite's codes mean and how to fix it; a file has no server that could be down.
+_SQLITE_FAULTS: dict[int, tuple[str, str]] = {
+    sqlite3.SQLITE_BUSY: (
+        "the database is locked",
+        "another process has been writing for too long: `fuser -v FILE` shows which; end it, or try again",
+    ),
+    sqlite3.SQLITE_READONLY: (
+        "the database file is read-only for this user",
+        "run the command as the worker's user, or let this user write the file of database.url, its -wal and "
+        "-shm files and their folder (`ls -la`); check that the file system is not mounted read-only",
+    ),
+    sqlite3.SQLITE_IOERR: ("the disk fails", "look for disk errors in the log of the kernel (`dmesg`)"),
+    sqlite3.SQLITE_FULL: ("the disk is full", "make room on the file system of database.url"),
+    sqlite3.SQLITE_CANTOPEN: (
+        "the database file cannot be opened",
+        "let this user read and write the file of database.url and its folder (`ls -la`), and check the path",
+    ),
+}
+_SQLITE_FAULTS[sqlite3.SQLITE_LOCKED] = _SQLITE_FAULTS[sqlite3.SQLITE_BUSY]
+
+
 def _unavailable(error: BaseException) -> StoreUnavailable:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return StoreUnavailable(
-        f"the database did not answer: {reason}",
-        fix="is it running, and does database.url in worker.toml name it?",
-    )
+    what = "the database did not answer"
+    fix = "is it running, and does database.url in worker.toml name it?"
+    if isinstance(error, sqlite3.Error):
+        fault = _SQLITE_FAULTS.get(getattr(error, "sqlite_errorcode", 1) & 0xFF)
+        what, fix = fault or (what, "does database.url in worker.toml name a file that works?")
+    return StoreUnavailable(f"{what}: {reason}", fix=fix)
 
 
 K = TypeVar("K", bound=Hashable)
