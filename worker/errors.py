@@ -6,7 +6,11 @@ No message contains a secret, a token or a full claim set.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
 
 
 class WorkerError(Exception):
@@ -36,10 +40,25 @@ class UsageError(WorkerError):
 
 
 class NotFound(WorkerError):
-    """The named object does not exist or belongs to another org."""
+    """The named object does not exist or belongs to another org.
+
+    `sought` is what was named: its kind and name, and the org of a definition. The command line, whose
+    user may see all names, suggests similar ones.
+    """
 
     code = "not_found"
     exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fix: str = "",
+        retry_after: float | None = None,
+        sought: tuple[Literal["org", "definition", "template", "handler"], str, str | None] | None = None,
+    ) -> None:
+        super().__init__(message, fix=fix, retry_after=retry_after)
+        self.sought = sought
 
 
 class Conflict(WorkerError):
@@ -192,6 +211,25 @@ class Busy(Unavailable):
 
     code = "busy"
     exit_code = 75
+
+
+# Names that share only a prefix such as org_ are not close.
+_CLOSE = 0.7
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """`did you mean org_acme?` for a wrong name, with the closest known ones; empty if none is close.
+
+    A name that contains the wrong one as a word is close, too, as org_acme is to acme.
+    """
+    names = sorted(set(known))
+    words = [one for one in names if name.lower() in re.split(r"[_.\-\s]+", one.lower())]
+    # A word of many, such as org, says nothing.
+    words = words if len(words) <= most else []
+    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=most, cutoff=_CLOSE)])][:most]
+    if not close:
+        return ""
+    return f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,14 @@ import typer
 from worker.cli.completion import COMPLETION_VARIABLE, limit_time, register_shells
 from worker.cli.output import Format, print_error
 from worker.cli.session import Invocation
-from worker.errors import AccessDenied, ConfigurationError, DefinitionError, UsageError, WorkerError
+from worker.errors import (
+    AccessDenied,
+    ConfigurationError,
+    DefinitionError,
+    UsageError,
+    WorkerError,
+    did_you_mean,
+)
 from worker.telemetry.masking import masker
 
 # Module and function of each verb.
@@ -159,12 +166,22 @@ def invoke(arguments: Sequence[str]) -> int:
     except typer.Abort:
         return INTERRUPTED
     except typer.TyperException as error:
-        print_error(UsageError.code, error.format_message().replace("\n", " "), _usage_fix(error), output)
+        print_error(UsageError.code, _usage_message(error), _usage_fix(error), output)
         return UsageError.exit_code
     except Exception as error:
         known = from_driver(error)
         return _unexpected(error, arguments, output) if known is None else _failed(known, output)
     return code if isinstance(code, int) else 0
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """What is wrong with a command line; for an unknown option, with the closest one first."""
+    option, possible = getattr(error, "option_name", None), getattr(error, "possibilities", None)
+    if option and possible:
+        close = did_you_mean(option, possible) or f"did you mean {' or '.join(sorted(possible))}?"
+        return f"{error.message}. {close.capitalize()}"
+    # A library's word for any invalid value.
+    return error.format_message().replace("\n", " ").replace("Value error, ", "")
 
 
 def _usage_fix(error: typer.TyperException) -> str:

@@ -10,7 +10,7 @@ from worker.cli.completion import names
 from worker.cli.options import LimitOption, OutputOption
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
-from worker.errors import NotFound
+from worker.errors import ConfigurationError, NotFound, did_you_mean
 from worker.store.lists import DEFAULT_LIMIT, HANDLERS, Page
 
 app = typer.Typer(help="Handlers that installed distributions offer.")
@@ -25,7 +25,10 @@ def list_(
         str | None, typer.Option("--after", metavar="NAME", help="Continue the list after this name.")
     ] = None,
 ) -> None:
-    """List handlers by name; those that do not load have an error."""
+    """List handlers by name; those that do not load have an error.
+
+    Without a database, lists those of the plug-ins that are installed here, and says so.
+    """
     Page(limit=limit)
     rows = [entry for entry in _entries(context) if after is None or entry["name"] > after]
     # Distributions can share a name: a page ends between names, so that --after skips none.
@@ -56,7 +59,11 @@ def show(
 
     entries = _entries(context, name)
     if not entries:
-        raise NotFound(f"no installed distribution offers a handler {name}", fix="`handlers list` lists them")
+        close = did_you_mean(name, (entry["name"] for entry in _entries(context)))
+        raise NotFound(
+            f"no installed distribution offers a handler {name}",
+            fix=f"{close} `handlers list` lists them".strip(),
+        )
     entry = min(entries, key=lambda entry: entry["error"] is not None)
     print_row(entry, output, key="name")
     schema = schema_of(entry["params_schema"])
@@ -65,11 +72,20 @@ def show(
 
 
 def _entries(context: typer.Context, name: str | None = None) -> list[dict[str, Any]]:
+    """The handlers of the database, or without one those installed here; all, or those of one name."""
     from worker.store import catalogue
-    from worker.wiring.catalogue import store_unknown
+    from worker.wiring.catalogue import installed_entries, store_unknown
 
     session = session_of(context)
-    with session.database() as database:
-        store_unknown(session.settings, database)
-        with database.autocommit() as connection:
-            return catalogue.entries(connection, name)
+    settings = session.settings
+    try:
+        session.require_database()
+    except ConfigurationError as error:
+        say(f"{error.message}; these are the handlers of the plug-ins installed here")
+    else:
+        with session.database() as database:
+            store_unknown(settings, database)
+            with database.autocommit() as connection:
+                return catalogue.entries(connection, name)
+    rows = (catalogue.as_row(entry) | {"seen_at": None} for entry in installed_entries(settings))
+    return [row for row in rows if name in (None, row["name"])]

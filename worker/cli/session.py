@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,7 @@ import typer
 
 from worker.cli.output import Format, print_row
 from worker.clock import Clock, SystemClock
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, NotFound, WorkerError, did_you_mean
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -80,8 +80,23 @@ class Invocation:
                 with database.autocommit() as connection:
                     schema.check(connection)
             yield database
+        except NotFound as error:
+            if error.sought is not None:
+                error.fix = _with_suggestion(database, error)
+            raise
         finally:
             database.close()
+
+
+def _with_suggestion(database: Database, error: NotFound) -> str:
+    """The fix of an error, after the names that are close to the one that was sought."""
+    from worker.store.names import around
+
+    # If the database is gone meanwhile, the first error is the one to report.
+    with suppress(WorkerError), database.autocommit() as connection:
+        kind, name, org = error.sought or ("org", "", None)
+        return f"{did_you_mean(name, around(connection, kind, name, org))} {error.fix}".strip()
+    return error.fix
 
 
 def session_of(context: typer.Context) -> Invocation:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition
 from worker.definitions.fields import refusal
-from worker.errors import UnknownHandler
+from worker.errors import UnknownHandler, did_you_mean
 from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Isolation
 from worker.store import catalogue
@@ -103,7 +103,7 @@ class Handlers:
         return self._schemas[name]
 
     def _unknown(self, name: str, entry: str, field: str) -> UnknownHandler:
-        broken = self.named(name)
+        broken, close = self.named(name), ""
         if broken:
             row = broken[0]
             problem = (
@@ -111,11 +111,13 @@ class Handlers:
             )
         else:
             problem = f"no installed distribution offers a handler {name!r}"
+            close = did_you_mean(name, self._rows or ())
         return UnknownHandler(
             f"{entry}, {field}: {problem}",
             entry=entry,
             field=field,
-            fix="`handlers list` lists those there are; --allow-unknown-handlers stores it anyway",
+            fix=f"{close} `handlers list` lists those there are; --allow-unknown-handlers stores it "
+            "anyway".strip(),
         )
 
 

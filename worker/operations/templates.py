@@ -168,7 +168,11 @@ def close_template(database: Database, name: str, *, actor: str) -> TemplateDeta
     with database.transaction() as connection:
         before = templates.find(connection, name)
         if before is None:
-            raise NotFound(f"there is no template {name}", fix="`templates list` lists the templates")
+            raise NotFound(
+                f"there is no template {name}",
+                fix="`templates list` lists the templates",
+                sought=("template", name, None),
+            )
         if before["closed_at"] is not None:
             raise Conflict(
                 f"template {name} is closed already", fix="`apply` a file that has it opens it again"

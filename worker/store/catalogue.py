@@ -20,14 +20,15 @@ _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 
 def put(connection: Connection, entries: Iterable[HandlerEntry], *, at: datetime) -> None:
     """Store reported handlers, one row per name and distribution."""
-    rows = [
-        {name: value for name, value in asdict(entry).items() if name in _COLUMNS} | {"seen_at": at}
-        for entry in entries
-    ]
-    for row in rows:
-        row["scopes"] = sorted(row["scopes"])
+    rows = [as_row(entry) | {"seen_at": at} for entry in entries]
     if rows:
         connection.execute(upsert(connection, _catalogue, _KEY, _REPLACED), rows)
+
+
+def as_row(entry: HandlerEntry) -> Row:
+    """A reported handler with the names of the columns."""
+    row = {name: value for name, value in asdict(entry).items() if name in _COLUMNS}
+    return row | {"scopes": sorted(entry.scopes)}
 
 
 def forget(connection: Connection, distribution: str, *, but: Iterable[str] = ()) -> None:

@@ -140,6 +140,7 @@ def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock:
         raise NotFound(
             f"org {org} has no definition {name}",
             fix=f"`definitions list --org {org}` lists its definitions, `apply` makes one",
+            sought=("definition", name, org),
         )
     return rows[0]
 

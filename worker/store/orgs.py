@@ -62,7 +62,11 @@ def require(connection: Connection, code: str, *, lock: bool = False) -> Row:
     """
     org = find(connection, code, lock=lock)
     if org is None:
-        raise NotFound(f"there is no org {code}", fix="`orgs list` lists the orgs, `orgs add` makes one")
+        raise NotFound(
+            f"there is no org {code}",
+            fix="`orgs list` lists the orgs, `orgs add` makes one",
+            sought=("org", code, None),
+        )
     return org
 
 

@@ -41,6 +41,12 @@ def store_unknown(settings: Settings, database: Database) -> None:
             catalogue.put(connection, entries, at=SystemClock().now())
 
 
+def installed_entries(settings: Settings) -> list[HandlerEntry]:
+    """The handlers of all installed distributions, by name, without a database."""
+    entries = asyncio.run(read_entries(settings, [found.name for found in distributions()]))
+    return sorted(entries, key=lambda entry: (entry.name, entry.distribution))
+
+
 async def read_entries(settings: Settings, names: Sequence[str]) -> list[HandlerEntry]:
     """The handlers of these distributions, each read in a process of its own."""
     passed, command = settings.execution.pass_environment, confinement_of(settings).describe

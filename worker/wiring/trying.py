@@ -14,7 +14,7 @@ from typing import Any
 
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE
-from worker.errors import Conflict, NotFound
+from worker.errors import Conflict, NotFound, did_you_mean
 from worker.execution.attempts.run_services import TokenSource
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner
@@ -79,10 +79,9 @@ async def find_handler(name: str, settings: Settings) -> HandlerEntry:
     offering = [found.name for found in distributions() if any(point.name == name for point in found.points)]
     entry = next((entry for entry in await read_entries(settings, offering) if entry.name == name), None)
     if entry is None:
-        raise NotFound(
-            f"no installed distribution offers a handler {name}",
-            fix=f"install its distribution, or create the handler with `new-job {name}`",
-        )
+        close = did_you_mean(name, (point.name for found in distributions() for point in found.points))
+        fix = f"install its distribution, or create the handler with `new-job {name}`"
+        raise NotFound(f"no installed distribution offers a handler {name}", fix=f"{close} {fix}".strip())
     if entry.error is not None:
         raise NotFound(
             f"handler {name} of {entry.distribution} {entry.version} cannot be loaded: {entry.error}",

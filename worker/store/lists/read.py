@@ -117,7 +117,11 @@ def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail
         query = query.where(source.of_org(scope))
     row = first_row(connection, query)
     if row is None:
-        raise NotFound(f"there is no template {name}", fix="`templates list` shows the templates")
+        raise NotFound(
+            f"there is no template {name}",
+            fix="`templates list` shows the templates",
+            sought=("template", name, None),
+        )
     return cast(TemplateDetail, row)
 
 
