@@ -55,8 +55,10 @@ _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 
 # Columns that the web side never reads.
 SECRETS: Mapping[str, frozenset[str]] = {"credentials": frozenset({"sealed"})}
-# Tables that no org reads: they name machines, or several orgs.
-_NOT_FOR_ORGS = frozenset({"workers", "alerts", "alert_strikes"})
+# Tables that no org reads: they name machines, or several orgs, or say who may log in.
+_NOT_FOR_ORGS = frozenset(
+    {"workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"}
+)
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
 
@@ -90,6 +92,10 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
         "INSERT",
         "UPDATE (max_concurrent, next_scheduled_for, made, cancelled_at, finished_at)",
     ),
+    # Logins are kept before a caller is known, in this role: an org's has no right to them, so nothing that
+    # an org sends can read or open a session.
+    "sessions": ("INSERT", "DELETE"),
+    "login_transactions": ("INSERT", "DELETE"),
 }
 
 # A role may exist already, created manually or by a migration of another database.

@@ -25,7 +25,7 @@ from worker.store.database import Database
 from worker.store.dialect import database_now
 from worker.store.roles import Scope
 
-NOT_OF_ORGS = {"workers", "catalogue", "facts"}
+NOT_OF_ORGS = {"workers", "catalogue", "facts", "operators", "sessions", "login_transactions"}
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
 NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes"}
 # All that API and dashboard write, and no right more: by table, the columns of its UPDATE.
@@ -57,6 +57,9 @@ OPERATOR_WRITES = WRITES | {
     ),
     "definition_revisions": ("INSERT",),
     "backfills": ("INSERT", "UPDATE cancelled_at finished_at made max_concurrent next_scheduled_for"),
+    # Logins are kept before a caller is known, in this role; an org's role has no right to them.
+    "sessions": ("INSERT", "DELETE"),
+    "login_transactions": ("INSERT", "DELETE"),
 }
 ORG_COLUMNS = """
 SELECT c.relname, c.relrowsecurity AND c.relforcerowsecurity AND EXISTS (
@@ -241,6 +244,14 @@ def test_an_org_moves_no_row_to_another(logins, owners):
 def test_the_web_side_may_write_what_its_pages_write_and_no_more(logins, migrated, role: str, writes: dict):
     with acting(logins["owner"]) as connection:
         assert rights_of(connection, role) == {name: set(rights) for name, rights in writes.items()}
+        for name in ("operators", "sessions", "login_transactions"):
+            for right in ("SELECT", "INSERT", "UPDATE", "DELETE"):
+                may = connection.execute(
+                    text("SELECT has_table_privilege(:role, :name, :right)"),
+                    {"role": role, "name": name, "right": right},
+                ).scalar_one()
+                is_ours = right == "SELECT" or (right in writes.get(name, ()))
+                assert may == (role == roles.OPERATOR and is_ours), (name, right)
 
 
 @pytest.mark.parametrize("scope", [roles.NOBODY, roles.ALL_ORGS])

@@ -1,6 +1,7 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
-Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs.
+Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
+`tables/sign_in.py` those of logins.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -34,6 +35,9 @@ from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
 from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
+from worker.store.tables.sign_in import login_transactions as login_transactions
+from worker.store.tables.sign_in import operators as operators
+from worker.store.tables.sign_in import sessions as sessions
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
 

@@ -1,0 +1,136 @@
+"""Logins: the sessions of browsers, logins that have begun, and operators.
+
+Everything is found by a SHA-256, in lower-case hexadecimal. The caller passes the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, exists, insert, select
+
+from worker.store import tables
+from worker.store.dialect import Row, all_rows, first_row
+
+# Expired rows that one login removes.
+SWEPT = 500
+
+_operators = tables.operators
+_sessions = tables.sessions
+_logins = tables.login_transactions
+
+
+def sha256(text: str) -> str:
+    """The form in which tokens and keys are stored."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_session(connection: Connection, key_sha256: str, *, at: datetime) -> Row | None:
+    """The session with this key, unless it has ended."""
+    query = select(_sessions).where(_sessions.c.key_sha256 == key_sha256, _sessions.c.until > at)
+    return first_row(connection, query)
+
+
+def begin_session(connection: Connection, row: Mapping[str, Any], *, most: int) -> None:
+    """Insert a session. Its caller keeps the newest `most`, this one included; removes expired ones."""
+    _sweep(connection, _sessions, row["created_at"])
+    kept = (
+        select(_sessions.c.key_sha256)
+        .where(_sessions.c.caller == row["caller"])
+        .order_by(_sessions.c.created_at.desc(), _sessions.c.key_sha256)
+        .limit(most - 1)
+    )
+    older = (_sessions.c.caller == row["caller"], _sessions.c.key_sha256.not_in(kept))
+    connection.execute(delete(_sessions).where(*older))
+    connection.execute(insert(_sessions), dict(row))
+
+
+def end_session(connection: Connection, key_sha256: str) -> None:
+    """Delete one session."""
+    connection.execute(delete(_sessions).where(_sessions.c.key_sha256 == key_sha256))
+
+
+def end_sessions_of(connection: Connection, org: str) -> int:
+    """Delete the sessions of an org and of its people; returns their number."""
+    of_org = (_sessions.c.org == org) | (_sessions.c.home == org)
+    return connection.execute(delete(_sessions).where(of_org)).rowcount
+
+
+def end_sessions_on(connection: Connection, basis: str) -> int:
+    """Delete the sessions that rest on an operator's token; returns their number."""
+    mine = (_sessions.c.kind == "operator", _sessions.c.basis == basis)
+    return connection.execute(delete(_sessions).where(*mine)).rowcount
+
+
+def begin_login(connection: Connection, row: Mapping[str, Any], *, most: int) -> None:
+    """Insert a login that has begun. Its client keeps the newest `most`; removes expired ones."""
+    _sweep(connection, _logins, row["created_at"])
+    kept = (
+        select(_logins.c.key_sha256)
+        .where(_logins.c.client == row["client"])
+        .order_by(_logins.c.created_at.desc(), _logins.c.key_sha256)
+        .limit(most - 1)
+    )
+    older = (_logins.c.client == row["client"], _logins.c.key_sha256.not_in(kept))
+    connection.execute(delete(_logins).where(*older))
+    connection.execute(insert(_logins), dict(row))
+
+
+def use_login(
+    connection: Connection, key_sha256: str, *, kind: str, browser_sha256: str = "", at: datetime
+) -> Row | None:
+    """Delete a login that this browser began and return it; None if there is none, or it has expired.
+
+    Of two calls at once one gets the row.
+    """
+    mine = (
+        _logins.c.key_sha256 == key_sha256,
+        _logins.c.kind == kind,
+        _logins.c.browser_sha256 == browser_sha256,
+        _logins.c.until > at,
+    )
+    return first_row(connection, delete(_logins).where(*mine).returning(_logins))
+
+
+def _sweep(connection: Connection, table: Table, at: datetime) -> None:
+    expired = select(table.c.key_sha256).where(table.c.until <= at).limit(SWEPT)
+    connection.execute(delete(table).where(table.c.key_sha256.in_(expired)))
+
+
+def find_operator(connection: Connection, token_sha256: str) -> Row | None:
+    """The operator with this token: `name` and `role`."""
+    query = select(_operators.c.name, _operators.c.role).where(_operators.c.token_sha256 == token_sha256)
+    return first_row(connection, query)
+
+
+def has_operators(connection: Connection) -> bool:
+    """Whether there is any operator."""
+    return bool(connection.execute(select(exists().select_from(_operators))).scalar())
+
+
+def list_operators(connection: Connection, *, limit: int) -> list[Row]:
+    """Operators by name, without the hashes of their tokens."""
+    names = ("id", "name", "role", "created_at", "created_by")
+    return all_rows(connection, select(*_columns(names)).order_by(_operators.c.name).limit(limit))
+
+
+def add_operator(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Insert an operator; the name must be free."""
+    connection.execute(insert(_operators), dict(row))
+
+
+def remove_operator(connection: Connection, name: str) -> Row | None:
+    """Delete an operator and return it, with the hash of its token; None if there is none."""
+    return first_row(connection, delete(_operators).where(_operators.c.name == name).returning(_operators))
+
+
+def operator_named(connection: Connection, name: str) -> Row | None:
+    """The operator of that name: `name` and `role`."""
+    return first_row(connection, select(*_columns(("name", "role"))).where(_operators.c.name == name))
+
+
+def _columns(names: Iterable[str]) -> list[Any]:
+    return [_operators.c[name] for name in names]
