@@ -63,7 +63,7 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_sessions_caller_created_at", "sessions", ["caller", "created_at"])
-    op.create_index("ix_sessions_org", "sessions", ["org"])
+    op.create_index("ix_sessions_home", "sessions", ["home"])
     op.create_index("ix_sessions_until", "sessions", ["until"])
     op.create_table(
         "login_transactions",

@@ -18,7 +18,7 @@ from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
-from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs
+from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs, sign_in
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import OrgDetail
@@ -130,6 +130,9 @@ def set_org_state(
             with settle.rescheduling(connection, rows, at=now):
                 orgs.set_state(connection, row["id"], state, by=actor, at=now, note=note)
                 stopped = _stop(connection, row["id"], state, rows, now)
+            ends = state in ("suspended", "removed")
+            if ends and (ended := sign_in.end_sessions_of_people(connection, org)):
+                stopped["sessions_ended"] = ended
             detail = {"from": row["state"], "note": note} | stopped
             entry = audit.Entry(row["id"], f"org.{_VERBS[state]}", org, detail)
             audit.record(connection, [entry], at=now, actor=actor)

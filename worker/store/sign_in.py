@@ -53,10 +53,10 @@ def end_session(connection: Connection, key_sha256: str) -> None:
     connection.execute(delete(_sessions).where(_sessions.c.key_sha256 == key_sha256))
 
 
-def end_sessions_of(connection: Connection, org: str) -> int:
-    """Delete the sessions of an org and of its people; returns their number."""
-    of_org = (_sessions.c.org == org) | (_sessions.c.home == org)
-    return connection.execute(delete(_sessions).where(of_org)).rowcount
+def end_sessions_of_people(connection: Connection, org: str) -> int:
+    """Delete the sessions of an org's people; returns their number."""
+    theirs = (_sessions.c.home == org, _sessions.c.kind == "person")
+    return connection.execute(delete(_sessions).where(*theirs)).rowcount
 
 
 def end_sessions_on(connection: Connection, basis: str) -> int:

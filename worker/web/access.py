@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
@@ -24,13 +22,18 @@ from worker.store.lists import Backfill, DefinitionDetail, PlannedBackfill, Run
 from worker.store.lists.redaction import Row, redacted
 from worker.store.orgs import OrgCaller
 from worker.web.clients import Addresses, Limits
+from worker.web.operators import Operator as Operator
+from worker.web.operators import Operators, StoredOperators
 
 T = TypeVar("T")
 
-Role = Literal["viewer", "operator", "admin"]
-RANK: Mapping[Role, int] = {"viewer": 0, "operator": 1, "admin": 2}
+# `member` and `manager` are roles of people in their own org.
+Role = Literal["viewer", "operator", "admin", "member", "manager"]
+RANK: Mapping[Role, int] = {"member": 0, "manager": 0, "viewer": 0, "operator": 1, "admin": 2}
+Kind = Literal["operator", "org", "person", "link"]
 
-# What can be changed through the web side. The second line is for operators only.
+# What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
+# only, and `[web.portal] may` says which of BY_ORGS a manager may do.
 Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill"]
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
 
@@ -40,21 +43,31 @@ FindCaller = Callable[[str, str], Awaitable[OrgCaller | None]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: an operator, or an org with its own token, which sees only its own data."""
+    """Who calls: an operator, a person, or an org with its own token; `org` is all that it sees, or None."""
 
     name: str
     role: Role
     org: str | None = None
     org_id: OrgId | None = None
     until: datetime | None = None
-    # From an org's token, so that each later request of its session is checked again.
+    kind: Kind = "operator"
+    # From the token of an org or a person, so that each later request of its session is checked again.
     issuer: str = ""
     client_id: str = ""
     has_org_scope: bool = False
+    # A person's `sub`, and the org of the token, which an operator's `org` does not say.
+    subject: str = ""
+    home: str = ""
+    # A hash of what a session rests on; the session ends when that is gone.
+    basis: str = field(default="", repr=False)
+    # What a manager may do.
+    portal: frozenset[str] = frozenset()
 
     @property
     def actor(self) -> str:
         """The name in audit rows and as the origin of runs."""
+        if self.kind == "person":
+            return f"person:{self.subject}@{self.home}"
         return f"operator:{self.name}" if self.org is None else f"org:{self.org}"
 
     @property
@@ -70,13 +83,27 @@ class Caller:
                 fix="use another token, or grant the role: [[web.operators]] or web.org_role in worker.toml",
             )
 
+    def may(self, action: Action) -> bool:
+        """Whether the caller may change this, of an org that it sees."""
+        if self.org is not None and action not in BY_ORGS:
+            return False
+        if self.role == "manager":
+            return action in self.portal
+        return RANK[self.role] >= RANK["operator"]
+
     def require_may(self, action: Action) -> None:
         """Raise AccessDenied unless the caller may change this, of an org that it sees."""
-        self.require("operator")
-        if self.org is not None and action not in BY_ORGS:
+        if self.may(action):
+            return
+        if self.kind == "person" and self.org is not None:
             raise AccessDenied(
-                f"only an operator may do this, not {self.actor}", fix="ask the operator of this worker"
+                f"your role in {self.org} is {self.role}, which may not do this ({action})",
+                fix="ask the people who run this service",
             )
+        self.require("operator")
+        raise AccessDenied(
+            f"only an operator may do this, not {self.actor}", fix="ask the operator of this worker"
+        )
 
     def scope(self, org: str | None = None) -> OrgScope:
         """Whose rows to read: the caller's own, or for operators those of `org` or of all orgs.
@@ -229,17 +256,12 @@ class CallerDatabase:
         return self._database.acting(roles.Scope.of_org(caller.org_id))
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """A person or program that works for all orgs; `token_sha256` in lower-case hexadecimal."""
-
-    name: str
-    role: Role
-    token_sha256: str
-
-
 class Access:
-    """Authenticates operators by the hash of their token, and orgs by their issuer's guard."""
+    """Authenticates operators by the hash of their token, and orgs by their issuer's guard.
+
+    `login_basis` is a hash of the rules by which people log in, or empty if they cannot. `portal`
+    is what managers may do.
+    """
 
     def __init__(
         self,
@@ -251,8 +273,13 @@ class Access:
         org_scope: str = "",
         limits: Limits,
         addresses: Addresses | None = None,
+        stored: StoredOperators | None = None,
+        login_basis: str = "",
+        portal: Iterable[str] = (),
     ) -> None:
-        self._operators = operators
+        self._operators = Operators(operators, stored)
+        self._login_basis = login_basis
+        self._portal = frozenset(portal)
         self._guards = guards
         self._find_caller = find_caller
         self._org_role = org_role
@@ -289,21 +316,36 @@ class Access:
         self, token: str, connection: HTTPConnection, *, is_counted: bool = False
     ) -> Caller:
         client = self.addresses.client_of(connection)
-        if not self._operators and not client.is_local:
+        if not (client.is_local or self._login_basis or await self._operators.has_any()):
             self.count_stranger(connection)
             raise AccessDenied(
                 "without an operator only requests from this machine are served",
-                fix="add one to [[web.operators]] in worker.toml",
+                fix="add one with `operators add`, or to [[web.operators]] in worker.toml",
             )
         if is_counted:
-            return await self.confirm(self._operator(token) or await self._org(token))
+            return await self.confirm(await self._operator(token) or await self._org(token))
         self._limits.token(token, client)
         try:
-            caller = self._operator(token) or await self._org(token)
+            caller = await self._operator(token) or await self._org(token)
         except TokenError:
             self._limits.was_bad(token, client)
             raise
         self._limits.was_good(token, client)
+        return await self.confirm(caller)
+
+    async def confirm_session(self, caller: Caller) -> Caller:
+        """As `confirm`, for the caller of a session: also check that what it rests on is still there.
+
+        Raises:
+            TokenError: the operator's token is gone, or the rules for logins have changed.
+        """
+        if caller.kind == "operator":
+            operator = await self._operators.with_hash(caller.basis)
+            if operator is None:
+                raise TokenError("the token of this session was removed", fix="log in with another token")
+            caller = replace(caller, name=operator.name, role=operator.role)
+        if caller.kind == "person" and caller.basis != self._login_basis:
+            raise TokenError("the rules for logins have changed", fix="log in again")
         return await self.confirm(caller)
 
     async def confirm(self, caller: Caller) -> Caller:
@@ -325,6 +367,8 @@ class Access:
                 f"org {caller.org} may not use this worker",
                 fix="`orgs list` shows the known orgs with their issuers and states",
             )
+        if caller.kind == "person":
+            return replace(caller, org_id=found.id, portal=self._portal)
         if not (found.is_credential or caller.has_org_scope):
             raise TokenError(
                 f"the token's client is not an active credential of org {caller.org}",
@@ -341,14 +385,11 @@ class Access:
         """Count a request without a token or session; raises as `count_login` does."""
         self._limits.stranger(self.addresses.client_of(connection))
 
-    def _operator(self, token: str) -> Caller | None:
-        digest = hashlib.sha256(token.encode()).hexdigest()
-        found = None
-        # All are compared, so that the time taken does not reveal which one matched.
-        for operator in self._operators:
-            if hmac.compare_digest(operator.token_sha256, digest):
-                found = Caller(operator.name, operator.role)
-        return found
+    async def _operator(self, token: str) -> Caller | None:
+        operator = await self._operators.with_token(token)
+        if operator is None:
+            return None
+        return Caller(operator.name, operator.role, basis=operator.token_sha256)
 
     async def _org(self, token: str) -> Caller:
         """The org that the token was issued for. `confirm` checks whether it has access."""
@@ -366,6 +407,7 @@ class Access:
                     code,
                     self._org_role,
                     org=code,
+                    kind="org",
                     until=claims.expires_at,
                     issuer=issuer,
                     client_id=claims.client_id,

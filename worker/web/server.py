@@ -78,7 +78,7 @@ def build(
     Without `with_health`, health has a listener of its own.
     """
     health.protect(access)
-    sessions, forms = Sessions(clock), Forms(public_url, access.addresses)
+    sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database)
     console = Console(caller_database, clock, access, sessions, forms)
     routes = [

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from urllib.parse import urlsplit
 
@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError
+from worker.store import roles, sign_in
+from worker.store.database import Database
 from worker.web.access import Access, Caller
 from worker.web.api import BASE
 from worker.web.clients import Addresses
@@ -28,8 +30,6 @@ STATIC = "/static/"
 LASTS = timedelta(hours=12)
 # Sessions of one caller; another one ends its oldest.
 MOST = 50
-# Seconds between two removals of expired sessions.
-_SWEEP = 60.0
 
 
 class AuthMiddleware:
@@ -59,12 +59,12 @@ class AuthMiddleware:
         if caller is not None:
             return caller
         if not in_api(connection.scope):
-            session = self._sessions.find(self._forms.cookie(connection, SESSION_COOKIE))
+            session = await self._sessions.find(self._forms.cookie(connection, SESSION_COOKIE))
             if session is not None:
                 try:
-                    caller = await self._access.confirm(session.caller)
+                    caller = await self._access.confirm_session(session.caller)
                 except (AccessDenied, TokenError):
-                    self._sessions.end(session)
+                    await self._sessions.end(session)
                     raise
                 connection.scope["session"] = session
                 return caller
@@ -82,54 +82,58 @@ def in_api(scope: Scope) -> bool:
 class Session:
     """A caller who logged in; `key` is the value of its cookie."""
 
-    key: str
+    key: str = field(repr=False)
     caller: Caller
     until: datetime
 
 
 class Sessions:
-    """Sessions in memory, a limited number for each caller; a restart ends them all."""
+    """Sessions as rows, which all processes share; a limited number for each caller.
 
-    def __init__(self, clock: Clock) -> None:
+    A row has only the hash of its key. Each request reads its session, so one that has ended is
+    over at once everywhere.
+    """
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
         self._clock = clock
-        self._open: dict[str, Session] = {}
-        # By the caller's key, oldest first.
-        self._of: dict[str, list[Session]] = {}
-        self._sweep_at = 0.0
 
-    def begin(self, caller: Caller) -> Session:
+    async def begin(self, caller: Caller) -> Session:
         """Open a session, which ends when the caller's token expires, or after 12 hours."""
         now = self._clock.now()
-        self._sweep(now)
         until = min(now + LASTS, caller.until or now + LASTS)
         session = Session(secrets.token_urlsafe(32), caller, until)
-        mine = self._of.setdefault(caller.key, [])
-        while len(mine) >= MOST:
-            del self._open[mine.pop(0).key]
-        mine.append(session)
-        self._open[session.key] = session
+        row = {name: getattr(caller, name) for name in _STORED}
+        row |= {"key_sha256": sign_in.sha256(session.key), "caller": caller.key}
+        row |= {"created_at": now, "until": until}
+        await self._acting().call(sign_in.begin_session, row, most=MOST)
         return session
 
-    def find(self, key: str | None) -> Session | None:
+    async def find(self, key: str | None) -> Session | None:
         """The open session with this key."""
-        session = self._open.get(key or "")
-        return session if session is not None and session.until > self._clock.now() else None
+        if not key:
+            return None
+        row = await self._acting().call_autocommit(
+            sign_in.find_session, sign_in.sha256(key), at=self._clock.now()
+        )
+        if row is None:
+            return None
+        return Session(key, Caller(**{name: row[name] for name in _STORED}), row["until"])
 
-    def end(self, session: Session) -> None:
-        if self._open.pop(session.key, None) is None:
-            return
-        mine = self._of[session.caller.key]
-        mine.remove(session)
-        if not mine:
-            del self._of[session.caller.key]
+    async def end(self, session: Session) -> None:
+        """End a session; it may have ended already."""
+        await self._acting().call(sign_in.end_session, sign_in.sha256(session.key))
 
-    def _sweep(self, now: datetime) -> None:
-        if self._clock.monotonic() >= self._sweep_at:
-            self._sweep_at = self._clock.monotonic() + _SWEEP
-            for session in [session for session in self._open.values() if session.until <= now]:
-                self.end(session)
+    def _acting(self) -> Database:
+        """In the operators' role: the caller is not known yet, and an org's role may not see these rows."""
+        return self._database.acting(roles.ALL_ORGS)
 
 
+# What a session keeps of its caller; the rest is read again at each request.
+_STORED = (
+    *("kind", "name", "role", "org", "subject", "home"),
+    *("issuer", "client_id", "has_org_scope", "basis"),
+)
 SESSION_COOKIE = "orgworker_session"
 # Holds the nonce of the login form, which has no session yet.
 LOGIN_COOKIE = "orgworker_login"
@@ -144,7 +148,6 @@ class Forms:
     def __init__(self, public_url: str, addresses: Addresses) -> None:
         self._public_origin = _origin(public_url) if public_url else None
         self._addresses = addresses
-        self._key = secrets.token_bytes(32)
 
     def cookie(self, connection: HTTPConnection, name: str) -> str | None:
         """The value of one of the dashboard's cookies."""
@@ -172,8 +175,11 @@ class Forms:
         return given if _NONCE.fullmatch(given) else secrets.token_urlsafe(32)
 
     def csrf(self, value: str) -> str:
-        """The CSRF token of forms in a browser whose cookie has this value."""
-        return hmac.new(self._key, value.encode(), hashlib.sha256).hexdigest()
+        """The CSRF token of forms in a browser whose cookie has this value, the same in every process.
+
+        It does not reveal the cookie, and only the page of the browser with the cookie has it.
+        """
+        return hmac.new(value.encode(), b"orgworker csrf", hashlib.sha256).hexdigest()
 
     def check_origin(self, request: Request) -> None:
         """Check that one of our own pages sent the request, according to the browser.

@@ -29,6 +29,7 @@ from worker.web.access import Access, FindCaller, Operator
 from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections
 from worker.web.health import Health
+from worker.web.operators import StoredOperators
 from worker.web.server import WebServer, bind, build, build_health
 from worker.wiring.secrets import issuers_of
 
@@ -109,7 +110,7 @@ class Web:
         return build(
             self._health,
             database,
-            self._access(guards, find_caller),
+            self._access(guards, find_caller, StoredOperators(database, self._clock)),
             self._clock,
             public_url=web.public_url,
             with_health=not web.health_listen,
@@ -122,7 +123,9 @@ class Web:
         connections = Connections(web.connections_per_address, Addresses(web.trusted_proxies))
         return WebServer(app, listen, listener, self._clock, connections=connections).serving()
 
-    def _access(self, guards: Mapping[str, Guard], find_caller: FindCaller) -> Access:
+    def _access(
+        self, guards: Mapping[str, Guard], find_caller: FindCaller, stored: StoredOperators | None = None
+    ) -> Access:
         web = self._settings.web
         return Access(
             [Operator(one.name, one.role, one.token_sha256) for one in web.operators],
@@ -131,6 +134,7 @@ class Web:
             org_role=web.org_role,
             org_scope=web.org_scope,
             addresses=Addresses(web.trusted_proxies),
+            stored=stored,
             limits=Limits(
                 self._clock, logins_per_minute=web.logins_per_minute, calls_per_second=web.calls_per_second
             ),

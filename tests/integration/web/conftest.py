@@ -25,6 +25,7 @@ from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator, Role
 from worker.web.clients import Addresses
 from worker.web.health import Health
+from worker.web.operators import StoredOperators
 from worker.web.server import build
 
 BASE = "http://127.0.0.1:8470"
@@ -100,6 +101,7 @@ class Site:
             org_scope=self.org_scope,
             addresses=Addresses(self.trusted_proxies),
             limits=self.limits,
+            stored=StoredOperators(self.database, self.clock),
         )
         health = Health(Metrics(version="1.0", top_orgs=self.top_orgs))
         app = build(health, self.database, access, self.clock, public_url=self.public_url)

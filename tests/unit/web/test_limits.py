@@ -8,9 +8,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.errors import TooManyRequests
-from worker.web.access import Caller
 from worker.web.clients import Buckets, Client, Limits
-from worker.web.sessions import LASTS, MOST, Sessions
 
 ALICE, BOB = (Client(ip_address(address)) for address in ("198.51.100.1", "198.51.100.2"))
 
@@ -165,37 +163,3 @@ def test_full_buckets_are_forgotten_first(clock: ManualClock):
         buckets.take(key)
 
     assert all(buckets.wait(key) > 0 for key in busy + new)
-
-
-class TestSessions:
-    ADA, BEN = Caller("ada", "admin"), Caller("ben", "viewer")
-
-    def test_a_caller_ends_its_own_oldest_session_and_no_other_callers(self, clock: ManualClock):
-        sessions = Sessions(clock)
-        theirs = sessions.begin(self.BEN)
-        mine = [sessions.begin(self.ADA) for _ in range(5000)]
-
-        assert sessions.find(theirs.key) is theirs
-        assert [sessions.find(one.key) for one in mine[-MOST:]] == mine[-MOST:]
-        assert all(sessions.find(one.key) is None for one in mine[:-MOST])
-
-    def test_two_clients_of_an_org_are_two_callers(self, clock: ManualClock):
-        sessions = Sessions(clock)
-        one = sessions.begin(Caller("org_a", "viewer", org="org_a", client_id="m2m-1"))
-        for _ in range(MOST + 1):
-            sessions.begin(Caller("org_a", "viewer", org="org_a", client_id="m2m-2"))
-
-        assert sessions.find(one.key) is one
-
-    def test_sessions_that_are_over_are_forgotten(self, clock: ManualClock):
-        sessions = Sessions(clock)
-        mine = [sessions.begin(self.ADA) for _ in range(6)]
-        sessions.end(mine[-1])
-        sessions.end(mine[-1])
-        began = clock.now()
-        clock.advance(LASTS.total_seconds())
-
-        assert sessions.find(sessions.begin(self.BEN).key) is not None
-        # A session that is only expired would be open again.
-        clock.set(began)
-        assert [sessions.find(session.key) for session in mine] == [None] * 6

@@ -21,7 +21,7 @@ Rule = Callable[[Any, Row, str], Any]
 
 OTHER_ORG = "the token is for another org"
 NOT_LOADED = "it does not load; an operator can see why"
-# Actors: an org sees itself and the worker by name; people appear as OPERATOR.
+# Actors: an org sees itself, its own people and the worker; everyone else appears as OPERATOR.
 WORKER, OPERATOR = "worker", "operator"
 
 # Reasons whose detail is a code or the handler's own text. Other details are the worker's text.
@@ -89,7 +89,10 @@ def text(value: Any, row: Row, org: str) -> Any:
 
 
 def actor(value: Any, row: Row, org: str) -> Any:
-    return value if value is None or value in (f"org:{org}", WORKER) else OPERATOR
+    if value is None or value in (f"org:{org}", WORKER):
+        return value
+    is_ours = isinstance(value, str) and value.startswith("person:") and value.endswith(f"@{org}")
+    return value if is_ours else OPERATOR
 
 
 def note_of(column: str) -> Rule:

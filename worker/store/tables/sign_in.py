@@ -51,7 +51,7 @@ sessions = Table(
     required("created_at", Instant),
     required("until", Instant, "When it ends."),
     Index("ix_sessions_caller_created_at", "caller", "created_at"),
-    Index("ix_sessions_org", "org"),
+    Index("ix_sessions_home", "home"),
     Index("ix_sessions_until", "until"),
     CheckConstraint(one_of("kind", SESSION_KINDS), name="kind"),
     CheckConstraint(one_of("role", ROLES), name="role"),

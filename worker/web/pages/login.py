@@ -32,7 +32,7 @@ class LoginPages:
         access.count_login(request)
         token = (await forms.read(request, LOGIN_COOKIE)).get("token", "").strip()
         caller = await access.log_in(token, request)
-        session = self._pages.sessions.begin(caller)
+        session = await self._pages.sessions.begin(caller)
         emit("web.login", caller=caller.actor, role=caller.role)
         response = RedirectResponse("/", 303)
         forms.set_cookie(request, response, SESSION_COOKIE, session.key)
@@ -41,7 +41,7 @@ class LoginPages:
 
     async def _logout(self, request: Request) -> Response:
         session, _ = await self._pages.checked_form(request)
-        self._pages.sessions.end(session)
+        await self._pages.sessions.end(session)
         response = RedirectResponse("/", 303)
         self._pages.forms.set_cookie(request, response, SESSION_COOKIE, None)
         return response

@@ -1,0 +1,83 @@
+"""Operators of the database: add one with a new token, list them, remove one."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Collection
+
+from worker.errors import Conflict, NotFound, UsageError
+from worker.ids import new_id
+from worker.store import audit, sign_in
+from worker.store.database import Database
+from worker.store.dialect import Row
+from worker.store.tables import OPERATOR_ROLES
+
+# Distinguishes them from the tokens of orgs, and lets scanners of source code find them.
+TOKEN_PREFIX = "orgworker_op_"  # noqa: S105 - not a secret
+MOST = 1000
+_NAME = re.compile(r"[^\s:][^\n:]{0,99}")
+
+
+def add_operator(database: Database, name: str, role: str, *, taken: Collection[str], actor: str) -> Row:
+    """Add an operator and return its row with the `token`, which is not stored and not shown again.
+
+    `taken` are the names of `[[web.operators]]`: two operators of one name would look the same in the audit.
+
+    Raises:
+        UsageError: an invalid name or role.
+        Conflict: there is an operator of that name.
+    """
+    if not (_NAME.fullmatch(name) and name.isprintable()):
+        raise UsageError(
+            f"{name!r} is not an operator's name", fix="write 1 to 100 characters without a colon"
+        )
+    if role not in OPERATOR_ROLES:
+        raise UsageError(f"there is no role {role!r}", fix=f"use one of {', '.join(OPERATOR_ROLES)}")
+    if name in taken:
+        raise Conflict(
+            f"[[web.operators]] of worker.toml has an operator {name}",
+            fix="choose another name, or remove that entry first",
+        )
+    token = TOKEN_PREFIX + secrets.token_urlsafe(32)
+    with database.transaction() as connection:
+        if sign_in.operator_named(connection, name) is not None:
+            raise Conflict(
+                f"there is an operator {name} already",
+                fix=f"`operators remove {name}` first; the token then changes",
+            )
+        now = database.now(connection)
+        row = {"id": new_id(), "name": name, "role": role, "created_at": now, "created_by": actor}
+        sign_in.add_operator(connection, row | {"token_sha256": sign_in.sha256(token)})
+        entry = audit.Entry(None, "operator.add", name, {"role": role})
+        audit.record(connection, [entry], at=now, actor=actor)
+    return row | {"token": token}
+
+
+def list_operators(database: Database) -> list[Row]:
+    """The operators of the database by name, without the hashes of their tokens."""
+    with database.autocommit() as connection:
+        return sign_in.list_operators(connection, limit=MOST)
+
+
+def remove_operator(database: Database, name: str, *, configured: Collection[str], actor: str) -> Row:
+    """Remove an operator, end its sessions and return its row.
+
+    `configured` are the names of `[[web.operators]]`, for the error.
+
+    Raises:
+        NotFound: the database has no such operator.
+    """
+    with database.transaction() as connection:
+        removed = sign_in.remove_operator(connection, name)
+        if removed is None:
+            fix = "`operators list` lists them"
+            if name in configured:
+                fix = "it is in [[web.operators]] of worker.toml: remove it there and restart"
+            raise NotFound(f"there is no operator {name}", fix=fix)
+        token_sha256 = removed.pop("token_sha256")
+        ended = sign_in.end_sessions_on(connection, token_sha256)
+        now = database.now(connection)
+        detail = {"role": removed["role"], "sessions_ended": ended}
+        audit.record(connection, [audit.Entry(None, "operator.remove", name, detail)], at=now, actor=actor)
+    return removed
