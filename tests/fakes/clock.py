@@ -1,10 +1,14 @@
-"""A clock that tests move by hand, and a short way to write a time."""
+"""A clock that tests move by hand, a PostgreSQL database that follows it, and a short way to write a time."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+
+import psycopg
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -27,6 +31,7 @@ class ManualClock:
         self._monotonic = 1000.0
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._count = 0
+        self._on_change: Callable[[datetime], object] = lambda now: None
 
     def now(self) -> datetime:
         return self._now
@@ -46,11 +51,12 @@ class ManualClock:
     def set(self, now: datetime) -> None:
         """Set the wall clock alone, as an administrator or NTP would."""
         self._now = now
+        self._on_change(now)
 
     def advance(self, by: float | timedelta) -> None:
         """Let time pass on both clocks, in seconds or as a timedelta, and wake sleepers that are due."""
         passed = by if isinstance(by, timedelta) else timedelta(seconds=by)
-        self._now += passed
+        self.set(self._now + passed)
         self._monotonic += passed.total_seconds()
         while self._sleepers and self._sleepers[0][0] <= self._monotonic:
             woken = heapq.heappop(self._sleepers)[2]
@@ -65,6 +71,31 @@ class ManualClock:
             self.advance(min(stride, left))
             left -= stride
             await settle()
+
+    @contextlib.contextmanager
+    def moves(self, url: str) -> Iterator[None]:
+        """Move the time of a database with this clock, for sessions that begin later.
+
+        On PostgreSQL the store asks for it by `clock_timestamp()`, and finds a function of that name in the
+        schema `public` first. A store on SQLite has a clock injected instead.
+        """
+        if not url.startswith("postgresql"):
+            yield
+            return
+        with psycopg.connect(url, autocommit=True) as connection:
+
+            def move(now: datetime) -> None:
+                connection.execute(
+                    "CREATE OR REPLACE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql"
+                    f" AS $$ SELECT timestamptz '{now.isoformat()}' $$"
+                )
+
+            name = connection.info.dbname
+            connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
+            move(self._now)
+            self._on_change = move
+            yield
+            self._on_change = lambda now: None
 
 
 async def settle(turns: int = 20) -> None:

@@ -117,11 +117,6 @@ async def test_a_run_has_limits_of_its_own(children: ChildPool) -> None:
     assert 1024**3 < limits["DATA"][0] < 2 * 1024**3
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read every process")
-async def test_a_run_can_read_the_memory_of_neither_zygote_nor_worker(children: ChildPool) -> None:
-    assert result(await children.run(work("spies"), RecordingServices(), StopSignal())) == []
-
-
 async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: ChildPool) -> None:
     first = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))
     second = result(await children.run(work("surroundings"), RecordingServices(), StopSignal()))

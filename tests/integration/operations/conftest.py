@@ -41,14 +41,15 @@ CATALOGUE = (
 
 @pytest.fixture
 def database(migrated_url: str, clock: ManualClock) -> Iterator[Database]:
-    """A database with the schema of this release and handlers in its catalogue."""
+    """A database with the schema of this release and handlers in its catalogue; its time is `clock`."""
     # Not on an instant of any schedule, as it would never be in life.
     clock.advance(123.456)
-    opened = Database.open(migrated_url, clock=clock)
-    with opened.transaction() as connection:
-        catalogue.put(connection, CATALOGUE, at=opened.now(connection))
-    yield opened
-    opened.close()
+    with clock.moves(migrated_url):
+        opened = Database.open(migrated_url, clock=clock)
+        with opened.transaction() as connection:
+            catalogue.put(connection, CATALOGUE, at=opened.now(connection))
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

@@ -84,13 +84,8 @@ def test_a_missed_instant_names_its_skip_and_the_backfill(ask, database, rows):
 
 def test_an_overlap_names_the_run_that_was_on(ask, database, rows, clock):
     on = run_now(database, "org_acme", "digest", actor="kim")
-    hour = whole_hour(rows.now()) + (HOUR if database.dialect == "sqlite" else timedelta())
-    if database.dialect == "sqlite":
-        clock.set(hour)
-    else:
-        # Its clock cannot be moved: the run was made before the hour began.
-        with database.transaction() as connection:
-            connection.execute(update(tables.runs).values(created_at=hour - HOUR))
+    hour = whole_hour(rows.now()) + HOUR
+    clock.set(hour)
     rows.make_due_since(hour)
     fire(database)
 
@@ -121,8 +116,6 @@ def test_what_is_still_to_come_says_whether_it_will(ask, database, rows):
 
 
 def test_a_pause_that_is_over_is_still_the_cause(ask, database, rows, clock):
-    if database.dialect == "postgresql":
-        pytest.skip("its clock cannot be moved")
     pause_definition(database, "org_acme", "digest", actor="kim", note="broken")
     clock.advance(5 * HOUR)
     resume_definition(database, "org_acme", "digest", actor="kim")
@@ -134,8 +127,6 @@ def test_a_pause_that_is_over_is_still_the_cause(ask, database, rows, clock):
 
 
 def test_an_orgs_pause_is_the_cause(ask, database, rows, clock):
-    if database.dialect == "postgresql":
-        pytest.skip("its clock cannot be moved")
     set_org_state(database, "org_acme", "paused", actor="kim")
     clock.advance(5 * HOUR)
 
@@ -158,8 +149,6 @@ def test_before_the_definition_was_made_nothing_was_due(ask, rows):
 
 
 def test_a_run_by_hand_of_that_very_instant_is_found(ask, database, rows, clock):
-    if database.dialect == "postgresql":
-        pytest.skip("its clock cannot be moved")
     clock.set(whole_hour(clock.now()) + HOUR)
     run = run_now(database, "org_acme", "digest", actor="kim")
 
@@ -251,8 +240,6 @@ def test_more_rows_than_are_looked_at_are_at_least_so_many(database, failed, mon
 
 
 def test_a_closed_definition_is_the_cause_of_what_did_not_come(ask, database, rows, clock):
-    if database.dialect == "postgresql":
-        pytest.skip("its clock cannot be moved")
     close_definition(database, "org_acme", "digest", actor="kim")
     clock.advance(5 * HOUR)
 

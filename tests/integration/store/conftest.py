@@ -13,10 +13,11 @@ from worker.store.database import Database
 
 @pytest.fixture
 def database(migrated_url: str, clock: ManualClock) -> Iterator[Database]:
-    """A database of either kind with the schema of this release."""
-    opened = Database.open(migrated_url, clock=clock)
-    yield opened
-    opened.close()
+    """A database of either kind with the schema of this release; its time is `clock`."""
+    with clock.moves(migrated_url):
+        opened = Database.open(migrated_url, clock=clock)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture
