@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import copied
 from tests.fakes.handlers import install_handlers, read_journal
 from tests.fakes.image import Image
 from tests.fakes.site import Site, application, definition, opened, wait_until
@@ -32,8 +33,12 @@ class Container(Site):
         self.configure(execution='drain = "2s"')
         (self.etc / "worker.toml").write_text(self.inside(self.settings.read_text()))
         self.settings.unlink()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Give the volume and its contents to the image's user."""
         for path in (self.volume, *self.volume.rglob("*")):
-            os.chown(path, *map(int, image.user.split(":")))
+            os.chown(path, *map(int, self.image.user.split(":")))
 
     def inside(self, text: str) -> str:
         """The text with paths of the volume as they are in a container."""
@@ -115,8 +120,11 @@ def test_a_worker_runs_children_as_process_1_leaves_no_zombie_and_drains(contain
     assert [path.name for path in container.volume.glob("orgworker-*")] == []
 
 
-def test_a_second_container_on_the_same_file_names_the_first_and_is_to_be_tried_later(container: Container):
-    container.migrate()
+def test_a_second_container_on_the_same_file_names_the_first_and_is_to_be_tried_later(
+    container: Container, migrated_sqlite_file: Path
+):
+    copied(migrated_sqlite_file, container.volume)
+    container.hand_over()
     container.start_worker()
     container.wait_for_handlers("acme.note")
 

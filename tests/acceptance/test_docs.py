@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tests.conftest import copied
 from tests.fakes import forked
 from tests.fakes.cli import CommandLine
 from tests.fakes.environments import make_environment
@@ -34,17 +36,19 @@ ORGS = ("acme", "globex")
 NEW = "new-secret-of-both"
 
 
-def commands(page: str, tmp_path: Path) -> str:
-    """PATH with `python`, and where the page has `pip` that of an environment that may be added to."""
-    if "pip install" in page:
-        return str(make_environment(tmp_path / "venv"))
-    real = str(Path(sys.executable).parent)
-    return f"{forked.commands(tmp_path / 'bin')}:{real}" if forked.is_possible() else real
+def commands(page: list[Block], tmp_path: Path) -> str:
+    """PATH with `python`, and if the page calls `pip` that of an environment that may be added to."""
+    real = Path(sys.executable).parent
+    if any(block.language == "sh" and "pip install" in block.text for block in page):
+        real = make_environment(tmp_path / "venv")
+    if not forked.is_possible():
+        return str(real)
+    return f"{forked.commands(tmp_path / 'bin', str(real / 'python'))}:{real}"
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_file: Path):
     text = page.read_text(encoding="utf-8")
     ports = {port: str(free_port()) for port in PORTS}
     for port, free in ports.items():
@@ -53,7 +57,7 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
     folder.mkdir()
     out.mkdir()
     environment = {
-        "PATH": f"{commands(text, tmp_path)}:{os.defpath}",
+        "PATH": f"{commands(blocks(text), tmp_path)}:{os.defpath}",
         "HOME": str(tmp_path),
         "WORKER_WEB__LISTEN": f"127.0.0.1:{ports['8470']}",
     }
@@ -61,6 +65,7 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
     with contextlib.ExitStack() as stack:
         stack.callback(stop_what_is_left, tmp_path)
         if "<!-- installation: acme -->" in text:
+            copied(migrated_sqlite_file, folder)
             stack.enter_context(installation(folder, environment))
         code = run(script(blocks(text), folder, out), folder, environment, out / "shell")
     printed = {int(file.name): file.read_text() for file in out.glob("[0-9]*")}
@@ -76,7 +81,9 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path):
 
 @contextlib.contextmanager
 def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    """The installation in the pages: two orgs, a nightly export each that has failed once, and a worker.
+    """The installation in the pages, in a folder with a migrated database.
+
+    It has two orgs, a nightly export each that has failed once, and a worker.
 
     The API returns 503 while the folder has a file `outage`. The file `new-secret` has the secret of each
     org's second application.
@@ -114,7 +121,6 @@ def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
                 for org in ORGS
             )
         )
-        line("db", "upgrade")
         orgs = [
             {"code": app.org_code, "issuer": "main", "client_id": app.client_id}
             | {"client_secret": app.client_secret}
@@ -129,11 +135,13 @@ def installation(folder: Path, environment: dict[str, str]) -> Iterator[None]:
             command = [sys.executable, "-m", "worker", "run"]
             worker = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
-            wait_until(
-                lambda: len(line("runs", "list", "--state", "failed", "-o", "id").out.split()) == len(ORGS),
-                f"the exports to fail; the worker's log is {folder}/worker.log",
-                timeout=180,
-            )
+            with contextlib.closing(sqlite3.connect(folder / "worker.db", timeout=10)) as connection:
+                failed = "SELECT COUNT(*) FROM runs WHERE state = 'failed'"
+                wait_until(
+                    lambda: connection.execute(failed).fetchone()[0] == len(ORGS),
+                    f"the exports to fail; the worker's log is {folder}/worker.log",
+                    timeout=180,
+                )
             yield
         finally:
             worker.kill()

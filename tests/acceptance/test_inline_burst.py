@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import UTC, datetime, timedelta
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.site import application, definition, wait_until
@@ -15,21 +14,21 @@ def test_300_inline_runs_due_at_once_succeed_once_each(site_on_either, journal):
     site = site_on_either
     site.configure(execution='inline = ["acme-jobs"]')
     site.add_orgs(*(application(f"org_{number:02}") for number in range(ORGS)))
-    at = (datetime.now(UTC) + timedelta(seconds=15)).strftime("%Y-%m-%dT%H:%M:%SZ")
-    site.apply(
-        "".join(
+    worker = site.start_worker()
+    site.wait_for_handlers("acme.inline")
+    site.apply_for_soon(
+        lambda schedule: "".join(
             definition(
                 f"org_{number:02}",
                 f"job-{each}",
                 "acme.inline",
-                f"at {at}",
+                schedule,
                 params={"journal": str(journal)},
             )
             for number in range(ORGS)
             for each in range(EACH)
         )
     )
-    worker = site.start_worker()
 
     def ended() -> bool:
         return site.query("SELECT COUNT(*) AS n FROM runs WHERE state IS NOT NULL")[0]["n"] >= ORGS * EACH

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fakes import forked
 from tests.fakes.environments import make_environment
 from tests.fakes.site import AUDIENCE, Completed, application, definition, wait_until
 from worker.demo.provider import Provider
@@ -32,7 +35,10 @@ class Newcomer:
         self.folder = folder / "home"
         self.folder.mkdir()
         self._bin = make_environment(folder / "venv")
-        self._environment = {"PATH": f"{self._bin}:/usr/bin:/bin", "HOME": str(folder)}
+        bins = str(self._bin)
+        if forked.is_possible():
+            bins = f"{forked.commands(folder / 'bin', str(self._bin / 'python'))}:{bins}"
+        self._environment = {"PATH": f"{bins}:/usr/bin:/bin", "HOME": str(folder)}
         self._worker: subprocess.Popen[bytes] | None = None
 
     def __call__(self, *command: str, stdin: str = "", code: int = 0, **environment: str) -> Completed:
@@ -70,12 +76,14 @@ class Newcomer:
         return self.ended(run)
 
     def ended(self, run: str) -> dict[str, object]:
-        def found() -> dict[str, object] | None:
-            shown = self.worker("runs", "show", run, "-o", "json").json()
-            return shown if shown["finished_at"] else None
-
-        row = wait_until(found, f"the end of run {run}; the log is {self.folder}/worker.log", timeout=30)
-        assert row is not None
+        with contextlib.closing(sqlite3.connect(self.folder / "worker.db", timeout=10)) as connection:
+            finished = "SELECT finished_at FROM runs WHERE id = ?"
+            wait_until(
+                lambda: connection.execute(finished, [run]).fetchone()[0],
+                f"the end of run {run}; the log is {self.folder}/worker.log",
+                timeout=30,
+            )
+        row: dict[str, object] = self.worker("runs", "show", run, "-o", "json").json()
         return row
 
     def close(self) -> None:

@@ -166,6 +166,14 @@ async def wants_file(ctx: Context[Any, Any]) -> None:
         raise RuntimeError(f"no file at try {ctx.run.attempt}")
 
 
+@job("acme.wants_file_inline", isolation="inline", max_attempts=1)
+async def wants_file_inline(ctx: Context[Any, Any]) -> None:
+    """Wait a moment, then fail unless the file exists."""
+    await asyncio.sleep(0.1)
+    if not os.path.exists(ctx.params["file"]):
+        raise RuntimeError(f"no file at try {ctx.run.attempt}")
+
+
 @job("acme.leak", max_attempts=1)
 async def leak(ctx: Context[Any, Any]) -> None:
     """Print, log and raise the token, as a careless handler might."""

@@ -17,6 +17,7 @@ import pkgutil
 import runpy
 import select
 import signal
+import site
 import socket
 import subprocess
 import sys
@@ -47,6 +48,7 @@ if given[:2] != ["-m", "worker"] or verb in ("run", "serve", "demo"):
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({server!r})
 request = {{"arguments": given[2:], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}}
+request["python"] = {python!r}
 text = json.dumps(request).encode()
 socket.send_fds(connection, [len(text).to_bytes(4, "big")], [0, 1, 2])
 connection.sendall(text)
@@ -57,12 +59,15 @@ sys.exit(code if code >= 0 else 128 - code)
 """
 
 
-def commands(folder: Path) -> Path:
-    """Create a folder with a `python` that comes before the real one in PATH."""
+def commands(folder: Path, python: str = sys.executable) -> Path:
+    """Create a folder with a `python` that comes before this one in PATH.
+
+    It may be that of a virtual environment that adds to the server's, see `environments`.
+    """
     folder.mkdir()
-    python = folder / "python"
-    python.write_text(SHIM.format(python=sys.executable, server=str(server())))
-    python.chmod(0o755)
+    shim = folder / "python"
+    shim.write_text(SHIM.format(python=python, server=str(server())))
+    shim.chmod(0o755)
     return folder
 
 
@@ -290,6 +295,11 @@ def main() -> None:
     os.environ.update(request["env"])
     time.tzset()
     sys.path[:] = [*filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep)), *base]
+    if request.get("python", sys.executable) != sys.executable:
+        sys.executable = request["python"]
+        sys.prefix = str(Path(sys.executable).parents[1])
+        [added] = Path(sys.prefix).glob("lib/python3*/site-packages")
+        site.addsitedir(str(added))
     importlib.invalidate_caches()
     sys.argv[1:] = request["arguments"]
     runpy.run_module("worker", run_name="__main__", alter_sys=True)

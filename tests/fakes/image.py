@@ -200,6 +200,6 @@ def _copy_locked(lock: Path, environment: Path) -> None:
         found = importlib.metadata.distribution(name)
         assert found.version == version, f"{lock.name} has {name} {version}, here is {found.version}"
         for file in (found.files or ()) if lock.name == "run.lock" else ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
+            if ".." not in file.parts and (here / file).exists():
                 (site / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(here / file, site / file)

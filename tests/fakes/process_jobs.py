@@ -298,23 +298,6 @@ async def fork_exits_async(ctx: Context[Any, Any]) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-@job("spies")
-def spies(ctx: BlockingContext[Any, Any]) -> list[str]:
-    """Which files of the zygote and the worker are readable."""
-    parent = os.getppid()
-    worker = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-    readable = []
-    for pid in (parent, worker):
-        for name in ("mem", "environ", "maps"):
-            try:
-                with open(f"/proc/{pid}/{name}", "rb") as file:
-                    file.read(0)
-                readable.append(f"{pid}/{name}")
-            except PermissionError:
-                continue
-    return readable
-
-
 # Ways to end
 
 
