@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 from sqlalchemy import update
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from worker.ids import new_id
 from worker.operations.runs import run_now
 from worker.store import tables
 from worker.web.pages import Console
@@ -98,9 +101,82 @@ async def test_an_unknown_parameter_names_the_known_ones_and_keeps_the_person_lo
 
     assert page.status_code == 400
     assert "no parameter stat" in page.text
-    assert "it has: after" in page.text
+    assert "It has: after" in page.text
     assert "operator:operator" in page.text
     assert "Log out" in page.text
+
+
+async def test_the_overview_pages_escape_what_they_show(staffed: Site):
+    """With markup in every text that a handler, an operator or a plug-in can choose."""
+    evil = "<script>alert(1)</script>"
+    for run in (make_run(staffed, "org_a"), make_run(staffed, "org_b")):
+        fail(staffed, run)
+    with staffed.database.transaction() as connection:
+        at = staffed.database.now(connection)
+        connection.execute(
+            update(tables.orgs).values(name=evil, tags=[evil], state_note=evil, state="paused")
+        )
+        paused = {"paused_at": at, "paused_by": evil, "pause_note": evil}
+        connection.execute(update(tables.definitions).values(**paused))
+        connection.execute(update(tables.credentials).values(last_error=evil, client_id=evil))
+        schema = {
+            "type": "object",
+            "properties": {evil: {"type": evil, "description": evil, "default": evil}},
+        }
+        connection.execute(update(tables.catalogue).values(params_schema=schema, settings_schema=schema))
+        connection.execute(
+            update(tables.catalogue).where(tables.catalogue.c.name == "acme.other").values(error=evil)
+        )
+    paths = (
+        "/",
+        "/orgs",
+        "/orgs/org_a",
+        "/definitions",
+        "/templates",
+        "/handlers",
+        "/credentials",
+        "/workers",
+    )
+    async with logged_in(staffed, TOKENS["admin"]) as client:
+        for path in (*paths, "/failures", "/failures?state=" + quote(evil), "/" + quote(evil)):
+            page = await client.get(path)
+            assert "<script>" not in page.text, path
+            assert "operator:admin" in page.text, path
+            assert page.status_code in (200, 400, 404), path
+
+
+async def test_an_error_page_says_where_to_go_instead_of_commands(staffed: Site):
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        lost = [await client.get(path) for path in ("/runs/x", "/orgs/nobody", "/nothing", "/audit")]
+
+    assert [page.status_code for page in lost] == [404, 404, 404, 403]
+    for page in lost:
+        assert re.search(r"`|<code>|worker\.toml", page.text) is None
+        assert "Where to go" in page.text
+        assert "Log out" in page.text
+    assert 'href="/failures"' in lost[0].text
+
+
+async def test_nothing_needs_attention_where_all_is_well(staffed: Site):
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        idle = await client.get("/")
+        with staffed.database.transaction() as connection:
+            now = staffed.database.now(connection)
+            connection.execute(
+                tables.workers.insert().values(
+                    id=new_id(), host="here", pid=1, version="1", started_at=now, renewed_at=now,
+                    lease_until=now + timedelta(minutes=1), handlers=[], capacity={},
+                )
+            )  # fmt: skip
+        well = await client.get("/")
+        fail(staffed, make_run(staffed, "org_a"))
+        worse = await client.get("/")
+
+    assert "No worker is running" in idle.text
+    assert "Nothing needs attention" in well.text
+    assert "Nothing needs attention" not in worse.text
+    assert "1 run failed in 1 org" in worse.text
+    assert re.search(r'href="/search\?q=state%3Afailed[^"]*cause%3A', worse.text)
 
 
 async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
@@ -116,7 +192,7 @@ async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
     assert re.search(
         r'<time datetime="[^"]+">[\d: -]+ UTC</time> <span class="local">[^<]* Tokyo</span>', page.text
     )
-    assert (wrong.status_code, "unknown time zone" in wrong.text) == (400, True)
+    assert (wrong.status_code, "Unknown time zone" in wrong.text) == (400, True)
     assert away.headers["location"] == "/"
 
 

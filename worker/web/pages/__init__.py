@@ -10,12 +10,15 @@ from starlette.types import Scope
 
 from worker.clock import Clock
 from worker.web.access import Access, CallerDatabase
+from worker.web.pages import errors
 from worker.web.pages.base import Pages
 from worker.web.pages.definitions import DefinitionPages
+from worker.web.pages.failures import FailurePages
+from worker.web.pages.inventory import InventoryPages
 from worker.web.pages.login import LoginPages
 from worker.web.pages.morning import MorningPage
 from worker.web.pages.orgs import OrgPages
-from worker.web.pages.rendering import page, static_routes
+from worker.web.pages.rendering import static_routes
 from worker.web.pages.runs import RunPages
 from worker.web.pages.zone import ZonePages
 from worker.web.sessions import Forms, Sessions, in_api
@@ -37,6 +40,8 @@ class Console:
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),
             *DefinitionPages(self._pages).routes(),
+            *FailurePages(self._pages).routes(),
+            *InventoryPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),
             *self._login.routes(),
         )
@@ -47,5 +52,4 @@ class Console:
             return None
         if status == 401:
             return self._login.page(scope, message)
-        frame = self._pages.frame(scope)
-        return page("error.html", status, **frame, code=status, message=message, fix=fix)
+        return errors.error_page(scope, self._pages.frame(scope), status, message, fix)

@@ -24,8 +24,24 @@ from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 ROWS = 25
 ZONE_COOKIE = "orgworker_zone"
 MOST_OF_ZONE = 64
-# Links of the navigation: address, text.
-_OF_OPERATORS = (("/", "Overview"),)
+# Links of the navigation: address, text, whether only admins see them.
+_OF_OPERATORS = (
+    ("/", "Overview", False),
+    ("/orgs", "Orgs", False),
+    ("/definitions", "Definitions", False),
+    ("/failures", "Failures", False),
+    ("/templates", "Templates", False),
+    ("/handlers", "Handlers", False),
+    ("/credentials", "Credentials", True),
+    ("/workers", "Workers", False),
+    ("/audit", "Audit", True),
+)
+_OF_ORGS = (
+    ("/definitions", "Definitions"),
+    ("/handlers", "Handlers"),
+    ("/credentials", "Credentials"),
+    ("/audit", "Audit"),
+)
 
 
 class Pages:
@@ -96,8 +112,11 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
     if caller is None:
         return ()
     if caller.org is None:
-        return _OF_OPERATORS
-    return ((f"/orgs/{quote(caller.org, safe='')}", "Your org"),)
+        is_admin = caller.role == "admin"
+        return [
+            (address, text) for address, text, only_admins in _OF_OPERATORS if is_admin or not only_admins
+        ]
+    return [(f"/orgs/{quote(caller.org, safe='')}", "Your org"), *_OF_ORGS]
 
 
 @functools.lru_cache(maxsize=1000)

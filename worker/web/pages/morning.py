@@ -82,7 +82,7 @@ class MorningPage:
             ended = self._hours.read(connection, now)
             due = self._due.read(connection, now)
             return {
-                "matters": matters(connection, now),
+                "matters": matters(connection, now, is_admin=caller.role == "admin"),
                 "running": morning.running_for_all_orgs(connection),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
@@ -131,13 +131,13 @@ class DueByHour:
         return kept[1]
 
 
-def matters(connection: Connection, now: datetime) -> list[Matter]:
+def matters(connection: Connection, now: datetime, *, is_admin: bool) -> list[Matter]:
     """What needs attention, most harmful first."""
     found = [
         *_of_workers(connection, now),
         *_of_causes(connection, "failed", now),
         *_of_causes(connection, "refused", now),
-        *_of_tokens(connection),
+        *_of_tokens(connection, is_admin=is_admin),
         *_of_inventory(connection),
         *_of_waiting(connection, now),
     ]
@@ -189,12 +189,14 @@ def _of_causes(connection: Connection, state: str, now: datetime) -> Iterator[Ma
         yield Matter("bad", title, "All causes of the last day.", f"/failures?state={state}", "Failures")
 
 
-def _of_tokens(connection: Connection) -> Iterator[Matter]:
+def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
     dead = morning.dead_credentials_for_all_orgs(connection)
     if dead.total:
         orgs = _some([f"{row['org']} ({row['last_error']})" for row in dead.examples], dead.total)
         title = f"{_count(dead.total, 'credential')} rejected by the issuer"
-        yield Matter("bad", title, orgs, "/credentials?risk=dead", "Credentials")
+        # The page of credentials is for admins.
+        href, link = ("/credentials", "Credentials") if is_admin else ("/orgs?broken=true", "Orgs")
+        yield Matter("bad", title, orgs, href, link)
     for (issuer, code), runs in morning.without_token_for_all_orgs(connection).items():
         what = f"Issuer {issuer} is paused" if "paused" in code or "unavailable" in code else "No token"
         yield Matter(

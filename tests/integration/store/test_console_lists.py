@@ -1,0 +1,234 @@
+"""What the overview pages of the console read: causes, waits, what is broken, and the grid of an org."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.stock import Stock
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
+from worker.runs.run import NewRun
+from worker.store import tables
+from worker.store.database import Database
+from worker.store.lists import failures, inventory, morning
+from worker.store.lists.grid import Grid, grid
+
+DAY, HOUR = timedelta(days=1), timedelta(hours=1)
+
+
+def end(stock: Stock, org: OrgId, definition: DefinitionId, state: str = "failed", **values: Any) -> RunId:
+    """A run of the definition that has ended in this state."""
+    return ended(stock, stock.run(org, definition), state, **values)
+
+
+def ended(stock: Stock, run: NewRun, state: str, **values: Any) -> RunId:
+    stock.put(run)
+    worker = stock.worker()
+    (admitted,) = stock.admit(worker)
+    reason = {"failed": "error", "refused": "scope_missing"}.get(state)
+    stock.finish(worker, stock.ended(admitted, state, reason=reason, **values))
+    return run.id
+
+
+def retry(stock: Stock, run: RunId, state: str = "succeeded") -> RunId:
+    """A retry of the run, ended in this state."""
+    old = stock.stored(run)
+    new = stock.run(old["org_id"], old["definition_id"], origin="retry", retry_of=run)
+    return ended(stock, new, state)
+
+
+def blame(stock: Stock, run: RunId, cause: str) -> None:
+    stock.change(tables.attempts, run, error_cause=cause)
+
+
+def causes(database: Database, state: str = "failed") -> list[tuple[Any, ...]]:
+    with database.autocommit() as connection:
+        found, _ = failures.by_cause_for_all_orgs(connection, state, database.now(connection) - DAY)
+    return [(row["cause"], row["runs"], row["open_runs"], row["orgs"], row["open_orgs"]) for row in found]
+
+
+def test_failures_are_counted_by_cause_and_a_retried_one_is_no_longer_open(database: Database, stock: Stock):
+    first, second = stock.org(), stock.org()
+    one, other = stock.definition(first), stock.definition(second)
+    full = [end(stock, first, one), end(stock, first, one), end(stock, second, other)]
+    for run in full:
+        blame(stock, run, 'OSError: "disk" <n> is full')
+    gone = end(stock, second, other)
+    retry(stock, full[2])
+
+    assert causes(database) == [
+        ('OSError: "disk" <n> is full', 3, 2, 2, 1),
+        # Without an error: why it ended.
+        ("error", 1, 1, 1, 1),
+    ]
+    with database.autocommit() as connection:
+        found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
+    assert (found[0]["run"], found[1]["run"], more) == (full[2], gone, False)
+
+
+def test_a_retry_that_failed_stands_for_the_run_that_it_retried(database: Database, stock: Stock):
+    org = stock.org()
+    run = end(stock, org, stock.definition(org))
+    retry(stock, run, "failed")
+
+    assert causes(database) == [("error", 2, 1, 1, 1)]
+
+
+def test_refused_runs_are_grouped_by_reason_and_detail(database: Database, stock: Stock):
+    org = stock.org()
+    for detail in ("jobs:read", "jobs:read", "jobs:write"):
+        end(stock, org, stock.definition(org), "refused", detail=detail)
+
+    assert causes(database, "refused") == [
+        ("scope_missing: jobs:read", 2, 2, 1, 1),
+        ("scope_missing: jobs:write", 1, 1, 1, 1),
+    ]
+
+
+def test_failures_beyond_the_bound_are_reported_as_more(database: Database, stock: Stock, monkeypatch: Any):
+    monkeypatch.setattr(failures, "MOST", 2)
+    org = stock.org()
+    for _ in range(3):
+        end(stock, org, stock.definition(org))
+
+    with database.autocommit() as connection:
+        found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
+    assert (found[0]["runs"], more) == (2, True)
+
+
+def test_waiting_runs_are_counted_by_reason(database: Database, stock: Stock):
+    orgs = [stock.org(), stock.org()]
+    runs = [stock.run(org, stock.definition(org)) for org in (*orgs, orgs[0])]
+    stock.put(*runs)
+    stock.change(tables.live_runs, runs[0].id, reason="no_token", detail="issuer_paused: issuer main rests")
+
+    with database.autocommit() as connection:
+        waiting = morning.waiting_for_all_orgs(connection)
+        tokens = morning.without_token_for_all_orgs(connection)
+        running = morning.running_for_all_orgs(connection)
+    assert [(row["reason"], row["runs"], row["orgs"]) for row in waiting] == [
+        ("due", 2, 2),
+        ("no_token", 1, 1),
+    ]
+    assert (tokens, running) == ({("main", "issuer_paused"): 1}, 0)
+
+
+def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stock, clock: ManualClock):
+    org = stock.org()
+    definition = stock.definition(org)
+    stock.definition(org)
+    lost = stock.worker()
+    stock.worker()
+    with database.transaction() as connection:
+        at = database.now(connection)
+        for number, error in enumerate((None, "invalid_client")):
+            connection.execute(
+                tables.credentials.insert().values(
+                    id=new_id(), org_id=org, generation=number + 1, client_id=f"client-{number}",
+                    reference="file:x", created_at=at, created_by="tester", last_error=error,
+                )
+            )  # fmt: skip
+        for name, error in (("acme.good", None), ("acme.bad", "ImportError: gone")):
+            connection.execute(
+                tables.catalogue.insert().values(
+                    name=name, distribution="acme", version="1", entry_point="a:b", scopes=[], error=error,
+                    seen_at=at,
+                )
+            )  # fmt: skip
+    stock.change(tables.definitions, definition, paused_at=at, paused_by="ada")
+    stock.let_lease_pass(lost)
+
+    with database.autocommit() as connection:
+        dead = morning.dead_credentials_for_all_orgs(connection)
+        paused = morning.paused_definitions_for_all_orgs(connection)
+        broken = morning.broken_handlers(connection)
+        up, missing = morning.workers_for_all_orgs(connection, database.now(connection))
+        rejected = inventory.credentials(connection, ALL_ORGS, "dead", after=None, limit=10)
+        old = inventory.credentials(connection, ALL_ORGS, "old", after=None, limit=10)
+        every = inventory.credentials(connection, ALL_ORGS, "all", after=None, limit=1)
+        rest = inventory.credentials(connection, ALL_ORGS, "all", after=every[0]["id"], limit=10)
+    assert (dead.total, dead.examples[0]["last_error"]) == (1, "invalid_client")
+    assert (paused.total, paused.examples[0]["paused_by"]) == (1, "ada")
+    assert (broken.total, broken.examples[0]["name"]) == (1, "acme.bad")
+    assert (up, [row["id"] for row in missing]) == (1, [lost])
+    assert [row["client_id"] for row in (*rejected, *old)] == ["client-1", "client-0"]
+    assert [row["client_id"] for row in (*every, *rest)] == ["client-0", "client-1"]
+
+
+def test_hours_are_counted_by_state_and_by_what_is_due(database: Database, stock: Stock):
+    org = stock.org()
+    definition = stock.definition(org)
+    end(stock, org, definition)
+    end(stock, org, definition, "succeeded")
+    now = stock.now()
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    for ahead in (HOUR, HOUR, 3 * HOUR, 40 * HOUR):
+        stock.definition(org, due_at=hour + ahead + timedelta(minutes=59))
+
+    with database.autocommit() as connection:
+        ended = morning.ended_by_hour_for_all_orgs(connection, hour - HOUR, hour + HOUR)
+        due = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
+    assert sum(ended.values()) == 2
+    assert {state for _, state in ended} == {"failed", "succeeded"}
+    assert due == {hour + HOUR: 2, hour + 3 * HOUR: 1}
+
+
+def seen(database: Database, org: OrgId) -> Grid:
+    with database.autocommit() as connection:
+        return grid(connection, org, database.now(connection))
+
+
+def test_the_grid_shows_the_worst_of_each_day_and_a_recovered_failure_as_retried(
+    database: Database, stock: Stock
+):
+    org, other = stock.org(), stock.org()
+    failed, recovered, quiet = (stock.definition(org) for _ in range(3))
+    end(stock, org, failed)
+    end(stock, org, failed, "succeeded")
+    retry(stock, end(stock, org, recovered))
+    end(stock, other, stock.definition(other))
+    stock.put(stock.run(org, quiet, scheduled_for=stock.now() - 2 * DAY))
+    today = (stock.now() - timedelta(seconds=1)).date()
+
+    found = seen(database, org)
+
+    assert found.worst(failed, today) == "failed"
+    assert dict(found.of(failed, today)) == {"failed": 1, "succeeded": 1}
+    assert found.worst(recovered, today) == "retried"
+    assert found.worst(quiet, today) == ""
+    assert found.worst(quiet, (stock.now() - 2 * DAY).date()) == "waiting"
+    assert (len(found.days), found.days[-1], found.since) == (30, stock.now().date(), None)
+
+
+def test_the_grid_counts_a_skip_on_each_day_of_its_range(database: Database, stock: Stock):
+    org = stock.org()
+    definition = stock.definition(org)
+    now = stock.now()
+    with database.transaction() as connection:
+        connection.execute(
+            tables.skips.insert().values(
+                id=new_id(), org_id=org, definition_id=definition, revision=1, skipped_from=now - 3 * DAY,
+                skipped_until=now - DAY, count=3, reason="missed",
+            )
+        )  # fmt: skip
+
+    found = seen(database, org)
+
+    states = [found.worst(definition, (now - back * DAY).date()) for back in range(5)]
+    assert states == ["", "skipped", "skipped", "skipped", ""]
+
+
+def test_a_grid_of_too_many_runs_says_since_when_it_is_complete(
+    database: Database, stock: Stock, monkeypatch: Any
+):
+    monkeypatch.setattr("worker.store.lists.grid.MOST_RUNS", 2)
+    org = stock.org()
+    definition = stock.definition(org)
+    for _ in range(3):
+        end(stock, org, definition)
+
+    found = seen(database, org)
+
+    assert found.since is not None
+    assert sum(sum(counts.values()) for counts in found.cells.values()) == 2

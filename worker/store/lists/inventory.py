@@ -1,0 +1,67 @@
+"""Credentials by risk, and the runs of each worker."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from sqlalchemy import Connection, func, literal_column, select
+
+from worker.ids import AllOrgs, OrgScope, WorkerId
+from worker.store import orgs, tables
+from worker.store.dialect import all_rows
+from worker.store.lists import CredentialRow, checked_id
+from worker.store.lists.redaction import Shown
+
+# Running runs that are counted.
+MOST = 10_000
+
+_credentials, _orgs, _live = tables.credentials, tables.orgs, tables.live_runs
+
+
+class Credential(CredentialRow):
+    """A credential with its org's name and state."""
+
+    org_name: Shown[str]
+    org_state: Shown[str]
+
+
+def credentials(
+    connection: Connection, org: OrgScope, risk: str, *, after: str | None, limit: int
+) -> list[Credential]:
+    """Active credentials by risk, those that the issuer rejected (`dead`), or `all`, oldest first.
+
+    `old` leaves out the rejected ones. `after` is the id of the last row of the page before.
+
+    Raises:
+        NotFound: no such org, or `after` is not an id.
+    """
+    names = [name for name in CredentialRow.__annotations__ if name != "org"]
+    is_active = _credentials.c.state == literal_column("'active'")
+    query = (
+        select(
+            _orgs.c.code.label("org"),
+            *(_credentials.c[name] for name in names),
+            _orgs.c.name.label("org_name"),
+            _orgs.c.state.label("org_state"),
+        )
+        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
+        .where(is_active)
+    )
+    if risk == "dead":
+        query = query.where(_credentials.c.last_error.is_not(None))
+    elif risk == "old":
+        query = query.where(_credentials.c.last_error.is_(None))
+    scope = orgs.scope_of(connection, org)
+    if not isinstance(scope, AllOrgs):
+        query = query.where(_credentials.c.org_id == scope)
+    if after is not None:
+        query = query.where(_credentials.c.id > checked_id(after))
+    return cast(list[Credential], all_rows(connection, query.order_by(_credentials.c.id).limit(limit)))
+
+
+def running_by_worker_for_all_orgs(connection: Connection) -> dict[WorkerId, int]:
+    """The number of running runs of each worker, up to MOST in all."""
+    some = select(_live.c.worker_id).where(_live.c.state == "running").limit(MOST).subquery()
+    count = func.count()
+    query = select(some.c.worker_id, count.label("runs")).group_by(some.c.worker_id).limit(MOST)
+    return {row["worker_id"]: row["runs"] for row in all_rows(connection, query)}

@@ -1,0 +1,189 @@
+"""What is installed and stored: definitions, templates, handlers, credentials, workers and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker.errors import AccessDenied, UsageError
+from worker.ids import ALL_ORGS
+from worker.store import health
+from worker.store.lists import (
+    AUDIT,
+    DEFINITIONS,
+    HANDLERS,
+    TEMPLATES,
+    Listing,
+    Page,
+    inventory,
+)
+from worker.store.lists.read import read
+from worker.web.access import Caller
+from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
+
+R = TypeVar("R")
+RISKS = ("dead", "old", "all")
+
+
+class InventoryPages:
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+
+    def routes(self) -> Sequence[Route]:
+        return (
+            Route("/definitions", self._definitions),
+            Route("/templates", self._templates),
+            Route("/handlers", self._handlers),
+            Route("/credentials", self._credentials),
+            Route("/workers", self._workers),
+            Route("/audit", self._audit),
+        )
+
+    async def _definitions(self, request: Request) -> Response:
+        return await self._list(request, DEFINITIONS, "definitions.html", "org", "definition", "state")
+
+    async def _templates(self, request: Request) -> Response:
+        return await self._list(request, TEMPLATES, "templates.html", "state")
+
+    async def _audit(self, request: Request) -> Response:
+        require_admin(caller_of(request))
+        return await self._list(request, AUDIT, "audit.html", "org")
+
+    async def _list(self, request: Request, listing: Listing[R], template: str, *filters: str) -> Response:
+        """A page of a list, newest first, with its filters."""
+        caller, given = caller_of(request), query(request, *filters, "after")
+
+        def work(connection: Connection) -> dict[str, Any]:
+            page = Page(
+                definition=given.get("definition"),
+                state=given.get("state"),
+                after=given.get("after"),
+                limit=ROWS,
+            )
+            rows: list[Any] = read(connection, listing, caller.scope(given.get("org")), page)
+            return {
+                "rows": [caller.sees(listing.row, row) for row in rows],
+                "states": listing.states,
+                "given": dict.fromkeys(filters, "") | given,
+                "next": next_page(request.url.path, given, rows),
+            }
+
+        return await self._pages.show(request, template, work)
+
+    async def _handlers(self, request: Request) -> Response:
+        caller = caller_of(request)
+        query(request)
+
+        def work(connection: Connection) -> dict[str, Any]:
+            rows = read(connection, HANDLERS, ALL_ORGS if caller.org is None else caller.org)
+            # Those that do not load first.
+            rows.sort(key=lambda row: (row["error"] is None, row["name"], row["distribution"]))
+            return {"rows": [shown_handler(caller.sees(HANDLERS.row, row)) for row in rows]}
+
+        return await self._pages.show(request, "handlers.html", work)
+
+    async def _credentials(self, request: Request) -> Response:
+        caller, given = caller_of(request), query(request, "risk", "after")
+        require_admin(caller)
+        risk = given.get("risk", "dead")
+        if risk not in RISKS:
+            raise UsageError(f"{risk!r} is not a risk", fix=f"one of {', '.join(RISKS)}")
+
+        def work(connection: Connection) -> dict[str, Any]:
+            rows = inventory.credentials(
+                connection, caller.scope(), risk, after=given.get("after"), limit=ROWS
+            )
+            return {
+                "rows": [caller.sees(inventory.Credential, row) for row in rows],
+                "risk": risk,
+                "risks": RISKS,
+                "next": next_page("/credentials", {"risk": risk}, rows),
+            }
+
+        return await self._pages.show(request, "credentials.html", work)
+
+    async def _workers(self, request: Request) -> Response:
+        if caller_of(request).org is not None:
+            raise AccessDenied("the page of workers is for operators", fix="open the page of your org")
+        query(request)
+        now = self._pages.clock.now()
+
+        def work(connection: Connection) -> dict[str, Any]:
+            running = inventory.running_by_worker_for_all_orgs(connection)
+            workers = [
+                {**row, "state": _state_of(row, now), "running": running.get(row["id"], 0)}
+                for row in health.workers(connection)
+            ]
+            workers.sort(key=lambda row: ("missing", "late", "up", "stopped").index(row["state"]))
+            return {"workers": workers}
+
+        return await self._pages.show(request, "workers.html", work)
+
+
+def require_admin(caller: Caller) -> None:
+    """As in the API: the role admin for operators; an org sees its own rows."""
+    if caller.org is None:
+        caller.require("admin")
+
+
+def _state_of(worker: Mapping[str, Any], now: Any) -> str:
+    """`up`, `late` (it should have renewed its lease by now), `missing` or `stopped`."""
+    if worker["ended_at"] is not None:
+        return "stopped"
+    if worker["lease_until"] <= now:
+        return "missing"
+    # Leases are renewed at least four times while they last.
+    whole = worker["lease_until"] - worker["renewed_at"]
+    return "late" if now - worker["renewed_at"] > whole / 2 else "up"
+
+
+def shown_handler(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A handler with its schemas as rows for people."""
+    return {
+        **row,
+        "params": schema_rows(row.get("params_schema")),
+        "settings": schema_rows(row.get("settings_schema")),
+    }
+
+
+def schema_rows(schema: Any) -> list[dict[str, Any]]:
+    """The properties of a JSON Schema: name, type, whether required, default and meaning."""
+    if not isinstance(schema, Mapping) or not isinstance(schema.get("properties"), Mapping):
+        return []
+    required = schema.get("required")
+    return [
+        {
+            "name": name,
+            "type": _type_of(part, schema),
+            "required": isinstance(required, list) and name in required,
+            "default": part.get("default") if isinstance(part, Mapping) else None,
+            "about": part.get("description", "") if isinstance(part, Mapping) else "",
+        }
+        for name, part in schema["properties"].items()
+    ]
+
+
+def _type_of(part: Any, schema: Mapping[str, Any]) -> str:
+    """The type of a value in words: `string`, `integer or null`, `one of a, b`."""
+    if not isinstance(part, Mapping):
+        return "any value"
+    if isinstance(part.get("enum"), list):
+        return f"one of {', '.join(str(each) for each in part['enum'][:20])}"
+    if isinstance(part.get("$ref"), str):
+        name = part["$ref"].rpartition("/")[2]
+        definitions = schema.get("$defs")
+        found = definitions.get(name) if isinstance(definitions, Mapping) else None
+        # One level: a schema may refer to itself.
+        is_ref = isinstance(found, Mapping) and "$ref" in found
+        return name if found is None or is_ref else _type_of(found, {})
+    for key in ("anyOf", "oneOf"):
+        if isinstance(part.get(key), list):
+            return " or ".join(_type_of(each, {}) for each in part[key][:10])
+    kind = part.get("type", "any value")
+    text = " or ".join(map(str, kind)) if isinstance(kind, list) else str(kind)
+    return f"{text} ({part['format']})" if isinstance(part.get("format"), str) else text
