@@ -91,7 +91,10 @@ def _model(section: str) -> tuple[type[BaseModel], str]:
         return Settings, PREFIX
     if section.startswith("issuers."):
         return types.IssuerSettings, f"{PREFIX}ISSUERS__MAIN__"
-    return type(Settings.model_fields[section].default), f"{PREFIX}{section.upper()}__"
+    model: type[BaseModel] = Settings
+    for name in section.split("."):
+        model = type(model.model_fields[name].default)
+    return model, f"{PREFIX}{section.upper().replace('.', '__')}__"
 
 
 def _row(entry: Entry, info: FieldInfo, variable: str) -> tuple[str, ...]:

@@ -15,6 +15,13 @@ from worker.errors import ConfigurationError
 from worker.settings import IssuerSettings, Settings, gather, load
 
 SHIPPED_PLACES = settings_module.CONFIG_PLACES
+LOGIN = """
+[issuers.main]
+url = "https://acme.kinde.com"
+[web.login]
+issuer = "main"
+client_id = "console"
+"""
 SHIPPED = Path(__file__).parents[2] / "config" / "worker.toml"
 
 
@@ -222,6 +229,34 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ("[web]\norg_scope = 'two words'", "web.org_scope: write one scope"),
         ("[web]\nlogins_per_minute = 0", "web.logins_per_minute: Input should be greater than or equal to 1"),
         ("[web]\ncalls_per_second = 0", "web.calls_per_second: Input should be greater than or equal to 1"),
+        (
+            f"{LOGIN}[[web.login.roles]]\nclaim = 'permissions'\nvalue = 'jobs:support'\nrole = 'viewer'",
+            "the role viewer sees all orgs, and customers can grant 'jobs:support' to their own people; "
+            'add org = "CODE"',
+        ),
+        (
+            f"{LOGIN}[[web.login.roles]]\nclam = 'x'",
+            "unknown setting web.login.roles.clam; did you mean claim?",
+        ),
+        (
+            f"{LOGIN}default_rol = 'member'",
+            "unknown setting web.login.default_rol; did you mean default_role?",
+        ),
+        (LOGIN, "web.login: the rules give no role to anyone: add [[web.login.roles]]"),
+        (f"{LOGIN}scopes = ['email']", 'web.login: scopes must contain "openid"'),
+        ("[web.login]\nissuer = 'main'", "web.login: issuer and client_id must be given together"),
+        (
+            "[web.login]\nissuer = 'main'\nclient_id = 'c'\ndefault_role = 'member'",
+            "web.login.issuer: there is no issuer 'main'; worker.toml has none",
+        ),
+        (
+            f"{LOGIN}default_role = 'member'\nclaims_from = 'access_token'",
+            'web.login.claims_from = "access_token" needs an audience',
+        ),
+        (
+            "[web.portal]\nmay = ['delete']",
+            "web.portal.may: Input should be 'run', 'pause', 'retry' or 'cancel'",
+        ),
         ("[alerts]\nwebhook_url = 'example.com'", "alerts.webhook_url: not a URL"),
         ("[alerts]\nwebhook_url = 'https://a'", "webhook_url needs webhook_secret"),
     ],
@@ -231,6 +266,30 @@ def test_a_bad_file_is_refused_with_the_place_named(text: str, message: str):
         load(written(text), environ={})
 
     assert caught.value.exit_code == 78
+
+
+def test_rules_for_logins_are_read_with_the_operators_org():
+    text = f"""{LOGIN}
+[[web.login.roles]]
+claim = "permissions"
+value = "jobs:support"
+role = "operator"
+org = "org_vendor"
+[[web.login.roles]]
+claim = "permissions"
+value = "jobs:manage"
+role = "manager"
+[web.portal]
+may = ["run"]
+"""
+    web = load(written(text), environ={}).web
+
+    assert [(rule.role, rule.org) for rule in web.login.roles] == [
+        ("operator", "org_vendor"),
+        ("manager", ""),
+    ]
+    assert web.portal.may == ("run",)
+    assert Settings().web.portal.may == ("run", "pause", "retry")
 
 
 def test_a_bad_variable_is_refused_by_its_own_name():

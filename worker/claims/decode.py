@@ -27,8 +27,8 @@ def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
         TokenRefused: token_invalid; a claim has another type or shape than the provider gives it.
     """
     return Claims(
-        org_code=_org(payload, profile),
-        client_id=_text(_at(payload, profile.client), "client_type"),
+        org_code=org_of(payload, profile),
+        client_id=client_of(payload, profile),
         scopes=_scopes(_at(payload, profile.scopes), profile),
         properties=_properties(_at(payload, profile.properties), profile),
         flags=_flags(_at(payload, profile.flags), profile),
@@ -42,6 +42,11 @@ def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
 def invalid(code: str, what: str) -> TokenRefused:
     """The refusal of an invalid token; `code` names the check that failed."""
     return TokenRefused("token_invalid", code, f"token refused: {what} ({code})")
+
+
+def client_of(payload: Mapping[str, Any], profile: Profile) -> str:
+    """The client that a payload was issued to, or empty; raises as `decode`."""
+    return _text(_at(payload, profile.client), "client_type")
 
 
 def _at(payload: Mapping[str, Any], path: ClaimPath) -> Any:
@@ -60,7 +65,8 @@ def _text(value: Any, code: str) -> str:
     return value
 
 
-def _org(payload: Mapping[str, Any], profile: Profile) -> str:
+def org_of(payload: Mapping[str, Any], profile: Profile) -> str:
+    """The code of the org in a payload, or empty; raises as `decode`."""
     value = _at(payload, profile.org)
     if value is None:
         return _org_in_audience(payload, profile)

@@ -43,7 +43,7 @@ VERBS = {
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
-    *("db", "keys", "config"),
+    *("operators", "db", "keys", "config"),
 )
 ONLY_LISTED = ("skips", "audit")
 # Options before the verb that take a value.

@@ -9,17 +9,22 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from worker.demo.api import CustomerApi
+from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 from worker.guard import Guard
 
 AUDIENCE = "https://api.demo.example"
 FLAG = "agent-v2"
+# The org of the people who run the installation, the console's client id, and the folder with its secret.
+VENDOR = "org_vendor"
+CONSOLE = "console"
+SECRETS = "secrets"
 # Seconds that the chat endpoint takes to answer, so that progress can be watched.
 CHAT_DELAY = 0.2
 
@@ -102,8 +107,14 @@ def world(*, delay: float = CHAT_DELAY) -> Iterator[World]:
 
 
 def settings_file(database: Path, surroundings: World, *, listen: str, token: str) -> str:
-    """The demo's worker.toml; `token` is the operator's, for the console at `listen`."""
+    """The demo's worker.toml; `token` is the operator's, for the console at `listen`.
+
+    Registers that console at the provider, with people; its secret there is a file beside the database.
+    """
+    add_people(surroundings.provider, database.parent, surroundings.orgs, listen)
     return f"""\
+secrets_dir = "{database.parent / SECRETS}"
+
 [database]
 url = "sqlite:///{database}"
 
@@ -124,7 +135,44 @@ listen = "{listen}"
 name = "you"
 role = "admin"
 token_sha256 = "{hashlib.sha256(token.encode()).hexdigest()}"
+
+[web.login]
+issuer = "main"
+client_id = "{CONSOLE}"
+
+[[web.login.roles]]
+claim = "permissions"
+value = "jobs:support"
+role = "operator"
+org = "{VENDOR}"
+
+[[web.login.roles]]
+claim = "permissions"
+value = "jobs:manage"
+role = "manager"
+
+[[web.login.roles]]
+claim = "permissions"
+value = "jobs:read"
+role = "member"
 """
+
+
+def add_people(provider: Provider, folder: Path, orgs: Iterable[Org], listen: str) -> None:
+    """People at the provider, and the console's application there; its secret is a file of `folder`."""
+    secret = secrets.token_urlsafe(24)
+    (folder / SECRETS).mkdir(mode=0o700, exist_ok=True)
+    (folder / SECRETS / "login__main").write_text(secret, encoding="utf-8")
+    console = f"http://{listen}"
+    provider.people.add_application(
+        WebApplication(CONSOLE, secret, (f"{console}/login/callback",), (f"{console}/login",))
+    )
+    provider.people.add(Person("kp_sam", "Sam, support", "sam@vendor.example", VENDOR, ("jobs:support",)))
+    for org in orgs:
+        for name, permission in (("manager", "jobs:manage"), ("member", "jobs:read")):
+            who = f"{org.code.removeprefix('org_')}_{name}"
+            email = f"{name}@{org.code.removeprefix('org_')}.example"
+            provider.people.add(Person(f"kp_{who}", f"{org.name}, {name}", email, org.code, (permission,)))
 
 
 def definitions_file(orgs: list[Org], api_url: str) -> str:

@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
+from worker.demo.people import CodeRefused, People, Person, WebApplication, claims_of
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
 T = TypeVar("T")
@@ -204,6 +205,7 @@ class Provider:
         self.issued: deque[str] = deque(maxlen=10_000)
         self.jwks_fault: Fault | None = None
         self._clock = clock or SystemClock()
+        self.people = People(url, self._clock)
 
     def add(self, application: Application) -> None:
         """Add an application, or replace the one with its client id."""
@@ -222,6 +224,7 @@ class Provider:
                 Route("/oauth2/token", self._token, methods=["POST"]),
                 Route("/.well-known/openid-configuration", self._discovery),
                 Route("/.well-known/jwks", self._jwks),
+                *self.people.routes(),
                 Mount("/control", routes=control_routes(self)),
             ]
         )
@@ -235,7 +238,8 @@ class Provider:
         if failure := await failed(fault):
             return failure
         try:
-            return JSONResponse(self._grant(fields, fault), headers=NO_STORE)
+            grant = self._grant_code if fields.get("grant_type") == "authorization_code" else self._grant
+            return JSONResponse(grant(fields, fault), headers=NO_STORE)
         except TokenRefusal as refusal:
             return refusal.as_response()
 
@@ -274,6 +278,35 @@ class Provider:
             "token_type": "bearer",
         }
 
+    def _grant_code(self, fields: Mapping[str, str], fault: Fault) -> dict[str, Any]:
+        """The tokens of a person; raises TokenRefusal."""
+        try:
+            application, granted = self.people.redeem(fields)
+        except CodeRefused as refused:
+            status = 401 if str(refused) == "invalid_client" else 400
+            raise TokenRefusal(str(refused), "The code cannot be redeemed", status) from None
+        issued_at = int(self._clock.now().timestamp()) - fault.age
+        lifetime = 3600 if fault.lifetime is None else fault.lifetime
+        common = {
+            "iss": self.url,
+            "azp": application.client_id,
+            "iat": issued_at,
+            "exp": issued_at + lifetime,
+            "auth_time": issued_at,
+            **claims_of(granted.person, granted.request),
+        }
+        audience = granted.request.get("audience")
+        both = {
+            "id_token": common | {"aud": [application.client_id]},
+            "access_token": common | {"aud": [audience] if audience else [], "jti": secrets.token_hex(16)},
+        }
+        body: dict[str, Any] = {"expires_in": lifetime, "token_type": "bearer"}
+        for name, claims in both.items():
+            kept = {key: value for key, value in claims.items() if key not in fault.drop}
+            body[name] = self.keys.sign(kept | dict(fault.replace), typ=fault.typ, forged=fault.forged)
+            self.issued.append(body[name])
+        return body
+
     def _claims(self, app: Application, audience: str, scopes: Sequence[str], fault: Fault) -> dict[str, Any]:
         issued_at = int(self._clock.now().timestamp()) - fault.age
         lifetime = app.lifetime if fault.lifetime is None else fault.lifetime
@@ -298,9 +331,13 @@ class Provider:
         return JSONResponse(
             {
                 "issuer": self.url,
+                "authorization_endpoint": f"{self.url}/oauth2/auth",
                 "token_endpoint": f"{self.url}/oauth2/token",
+                "end_session_endpoint": f"{self.url}/logout",
                 "jwks_uri": f"{self.url}/.well-known/jwks",
-                "grant_types_supported": ["client_credentials"],
+                "grant_types_supported": ["client_credentials", "authorization_code"],
+                "response_types_supported": ["code"],
+                "code_challenge_methods_supported": ["S256"],
                 "token_endpoint_auth_methods_supported": ["client_secret_post"],
                 "id_token_signing_alg_values_supported": ["RS256"],
             }
@@ -352,6 +389,7 @@ def control_routes(provider: Provider) -> list[Route]:
     """The routes under `/control`: a test in another process changes the provider's behaviour with them.
 
     `GET /` counts and kids · `PUT /apps/{client_id}` an application ·
+    `PUT /people/{sub}` a person · `PUT /web-apps/{client_id}` an application that people log in to ·
     `PUT|DELETE /faults/{client_id}` a fault, with `*` for all clients and `jwks`
     for the key set · `POST /rotate` {publish, retire} · `POST /publish`.
 
@@ -367,6 +405,16 @@ def control_routes(provider: Provider) -> list[Route]:
     async def put_application(request: Request) -> Response:
         data = await read_object(request) | {"client_id": request.path_params["client_id"]}
         provider.add(parse(Application, data))
+        return Response(status_code=204)
+
+    async def put_person(request: Request) -> Response:
+        data = await read_object(request) | {"sub": request.path_params["sub"]}
+        provider.people.add(parse(Person, data))
+        return Response(status_code=204)
+
+    async def put_web_application(request: Request) -> Response:
+        data = await read_object(request) | {"client_id": request.path_params["client_id"]}
+        provider.people.add_application(parse(WebApplication, data))
         return Response(status_code=204)
 
     async def set_fault(request: Request) -> Response:
@@ -388,6 +436,8 @@ def control_routes(provider: Provider) -> list[Route]:
     return [
         Route("/", guarded(show)),
         Route("/apps/{client_id}", guarded(put_application), methods=["PUT"]),
+        Route("/people/{sub}", guarded(put_person), methods=["PUT"]),
+        Route("/web-apps/{client_id}", guarded(put_web_application), methods=["PUT"]),
         Route("/faults/{client_id}", guarded(set_fault), methods=["PUT", "DELETE"]),
         Route("/rotate", guarded(rotate), methods=["POST"]),
         Route("/publish", guarded(publish), methods=["POST"]),

@@ -29,6 +29,8 @@ from worker.demo.installation import (
     settings_file,
     world,
 )
+from worker.operations.sign_in import make_link
+from worker.store.database import Database
 
 POLL = 0.05
 
@@ -188,7 +190,12 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     # After the past, which it does not tell.
     journal = Journal(installation.database)
     stack.callback(journal.close)
-    say(f"the console is at http://{listen}/; log in with the token {token}")
+    database = Database.open(f"sqlite:///{installation.database}", clock=clock)
+    link = make_link(database, "demo", at=clock.now())
+    database.close()
+    say(f"the console is at http://{listen}/")
+    say(f"log in once, within ten minutes: http://{listen}{link}")
+    say(f"or with the token {token}, or as a person of the provider")
     say("$ python -m worker run")
     print_line("time", "org", "definition", "state", "reason", "detail")
     started = clock.monotonic()

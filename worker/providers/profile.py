@@ -60,6 +60,7 @@ class Profile:
     org_parameter: str = ""
     ask_scopes: bool = True
     parameters: Mapping[str, str] = field(default_factory=dict)
+    logout_parameter: str = "post_logout_redirect_uri"
     reset_headers: tuple[str, ...] = ("RateLimit-Reset", "X-RateLimit-Reset")
     errors: Mapping[str, FailureClass] = field(default_factory=lambda: STANDARD_ERRORS)
 

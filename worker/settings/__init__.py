@@ -21,8 +21,11 @@ from worker.settings.sections import (
     ExecutionSettings,
     IssuerName,
     IssuerSettings,
+    LoginRole,
+    LoginSettings,
     LogSettings,
     OperatorSettings,
+    PortalSettings,
     RetentionSettings,
     Section,
     TracingSettings,
@@ -34,6 +37,8 @@ PREFIX = "WORKER_"
 # Searched for worker.toml in this order: a handler could have written one to the working directory.
 CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
+
+_OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
 # URLs whose path may be a secret.
 _SECRET_PATHS = ("webhook_url", "deadman_url", "endpoint")
@@ -136,6 +141,18 @@ def check(values: Sourced) -> Settings:
         raise ConfigurationError(
             "; ".join(faults), fix="config/worker.toml explains every setting with its unit and default"
         ) from None
+    login = settings.web.login
+    if login.issuer and login.issuer not in settings.issuers:
+        raise ConfigurationError(
+            f"web.login.issuer: there is no issuer {login.issuer!r}; worker.toml has "
+            f"{', '.join(sorted(settings.issuers)) or 'none'}",
+            fix=f"add a table [issuers.{login.issuer}] to worker.toml, or correct the name",
+        )
+    if login.issuer and login.claims_from == "access_token" and not settings.issuers[login.issuer].audience:
+        raise ConfigurationError(
+            'web.login.claims_from = "access_token" needs an audience to verify that token for',
+            fix=f"set audience in [issuers.{login.issuer}]",
+        )
     for name, issuer in settings.issuers.items():
         for origin in unencrypted(issuer.api_origins, settings.execution.insecure_origins):
             setting = ("issuers", name, "api_origins")
@@ -264,5 +281,9 @@ def _names_beside(keys: Keys) -> list[str]:
         return list(Settings.model_fields)
     if keys[:2] == ("web", "operators"):
         return list(OperatorSettings.model_fields)
+    if keys[:3] == ("web", "login", "roles"):
+        return list(LoginRole.model_fields)
+    if keys[0] == "web" and len(keys) > 2 and keys[1] in _OF_WEB:
+        return list(_OF_WEB[keys[1]].model_fields)
     section = IssuerSettings if keys[0] == "issuers" else Settings.model_fields[keys[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -94,7 +94,7 @@ def _public_url(value: Any) -> Any:
     return value
 
 
-def _operators(value: Any) -> Any:
+def _tables(value: Any) -> Any:
     """A variable or secret file has a JSON array of objects."""
     return json.loads(value) if isinstance(value, str) else value
 
@@ -178,7 +178,66 @@ class OperatorSettings(Section):
     ] = Field(repr=False)
 
 
-Operators = Annotated[tuple[OperatorSettings, ...], BeforeValidator(_operators)]
+Operators = Annotated[tuple[OperatorSettings, ...], BeforeValidator(_tables)]
+
+
+OVER_ALL_ORGS = ("viewer", "operator", "admin")
+
+
+class LoginRole(Section):
+    """`[[web.login.roles]]`: the role of people whose token has a claim."""
+
+    claim: Annotated[str, _matching(r"\S{1,200}", "the name of a claim, such as permissions")]
+    value: Annotated[str, _matching(r".{1,200}", "the text that the claim has, or that is in its list")]
+    role: Literal["viewer", "operator", "admin", "manager", "member"]
+    org: str = ""
+
+    @model_validator(mode="after")
+    def _of_the_operators_org(self) -> LoginRole:
+        if self.role in OVER_ALL_ORGS and not self.org:
+            raise ValueError(
+                f"the role {self.role} sees all orgs, and customers can grant {self.value!r} to their own "
+                'people; add org = "CODE", the code of your own org at the provider'
+            )
+        return self
+
+
+LoginRoles = Annotated[tuple[LoginRole, ...], BeforeValidator(_tables)]
+
+
+class LoginSettings(Section):
+    """`[web.login]`: people log in at an identity provider; not without an `issuer`."""
+
+    issuer: str = ""
+    client_id: str = ""
+    claims_from: Literal["id_token", "access_token"] = "id_token"
+    default_role: Literal["none", "member"] = "none"
+    scopes: Texts = ("openid", "profile", "email")
+    acr: Texts = ()
+    max_age: Duration = Field(timedelta(), ge=timedelta())
+    roles: LoginRoles = ()
+
+    @model_validator(mode="after")
+    def _complete(self) -> LoginSettings:
+        if bool(self.issuer) != bool(self.client_id):
+            raise ValueError("issuer and client_id must be given together")
+        if self.issuer and "openid" not in self.scopes:
+            raise ValueError('scopes must contain "openid"')
+        if self.issuer and not self.roles and self.default_role == "none":
+            raise ValueError(
+                'the rules give no role to anyone: add [[web.login.roles]], or default_role = "member"'
+            )
+        return self
+
+
+class PortalSettings(Section):
+    """`[web.portal]`: what people with the role manager may do in their org."""
+
+    may: Annotated[tuple[Literal["run", "pause", "retry", "cancel"], ...], BeforeValidator(_listed)] = (
+        "run",
+        "pause",
+        "retry",
+    )
 
 
 class WebSettings(Section):
@@ -195,6 +254,8 @@ class WebSettings(Section):
     logins_per_minute: int = Field(10, ge=1, le=100_000)
     calls_per_second: int = Field(50, ge=1, le=100_000)
     metrics_top_orgs: int = Field(0, ge=0, le=1000)
+    login: LoginSettings = LoginSettings()
+    portal: PortalSettings = PortalSettings()
 
     @model_validator(mode="after")
     def _two_addresses(self) -> WebSettings:

@@ -60,10 +60,12 @@ class Issuer:
 
 @dataclass(frozen=True, slots=True)
 class Discovered:
-    """The members of a discovery document that are used."""
+    """The members of a discovery document that are used; the last two are empty if they are unusable."""
 
     token_endpoint: str
     keys_url: str
+    authorization_endpoint: str = ""
+    end_session_endpoint: str = ""
 
 
 class Endpoints:
@@ -79,6 +81,24 @@ class Endpoints:
         """The URL of the token endpoint; raises as `discovered` does, if it needs the document."""
         known = self._issuer.token_endpoint or self._from_profile(self._issuer.profile.token)
         return known or (await self.discovered()).token_endpoint
+
+    async def authorization(self) -> str:
+        """The URL of the login page.
+
+        Raises:
+            IssuerUnavailable: there is no usable discovery document, or it names none.
+        """
+        found = (await self.discovered()).authorization_endpoint
+        if not found:
+            raise IssuerUnavailable(
+                f"issuer {self._issuer.name}: its discovery document names no authorization endpoint at its "
+                "own origin"
+            )
+        return found
+
+    async def end_session(self) -> str:
+        """The URL that logs people out, or empty if there is none; raises as `discovered`."""
+        return (await self.discovered()).end_session_endpoint
 
     async def keys(self) -> str:
         """The URL of the key set; raises as `token` does."""
@@ -124,7 +144,15 @@ class Endpoints:
             # The first receives secrets, the second decides which tokens are trusted.
             if not isinstance(found, str) or _fault_of(found) or origin_of(found) != origin_of(url):
                 return "one of its endpoints is not at the issuer's own origin"
-        return Discovered(str(endpoint), str(keys_url))
+        # Only logins need these. People are sent there, so they must not be elsewhere either.
+        pages = [document.get(name) for name in ("authorization_endpoint", "end_session_endpoint")]
+        usable = [
+            page
+            if isinstance(page, str) and not _fault_of(page) and origin_of(page) == origin_of(url)
+            else ""
+            for page in pages
+        ]
+        return Discovered(str(endpoint), str(keys_url), *usable)
 
 
 def _fault_of(url: str) -> str | None:

@@ -49,8 +49,18 @@ class Keys(Protocol):
     async def find(self, kid: str) -> Key: ...
 
 
-async def verify(text: str, *, issuer: Issuer, audience: str, keys: Keys, clock: Clock) -> Mapping[str, Any]:
+async def verify(
+    text: str,
+    *,
+    issuer: Issuer,
+    audience: str,
+    keys: Keys,
+    clock: Clock,
+    beside: frozenset[str] = frozenset(),
+) -> Mapping[str, Any]:
     """The payload of a valid token of this issuer for exactly this audience.
+
+    `beside` are audiences that it may have as well: some providers put themselves into ID tokens.
 
     The key is looked up last, so that a forged token rarely causes a request for keys.
 
@@ -60,7 +70,7 @@ async def verify(text: str, *, issuer: Issuer, audience: str, keys: Keys, clock:
     """
     header, payload, signed, signature = _parse(text)
     algorithm, kid = _check_header(header, issuer)
-    _check_claims(payload, issuer, audience, clock.now().timestamp())
+    _check_claims(payload, issuer, audience, beside, clock.now().timestamp())
     key = await keys.find(kid)
     if algorithm not in key.algorithms:
         raise invalid("key_algorithm", "its algorithm does not fit its key")
@@ -124,10 +134,12 @@ def _check_header(header: Mapping[str, Any], issuer: Issuer) -> tuple[str, str]:
     return algorithm, kid
 
 
-def _check_claims(payload: Mapping[str, Any], issuer: Issuer, audience: str, now: float) -> None:
+def _check_claims(
+    payload: Mapping[str, Any], issuer: Issuer, audience: str, beside: frozenset[str], now: float
+) -> None:
     if payload.get("iss") != issuer.iss:
         raise invalid("issuer", "another issuer made it")
-    _check_audience(payload.get("aud"), audience)
+    _check_audience(payload.get("aud"), audience, beside)
     profile = issuer.profile
     expires_at, issued_at = _seconds(payload, "exp"), _seconds(payload, "iat")
     leeway = profile.leeway.total_seconds()
@@ -142,13 +154,13 @@ def _check_claims(payload: Mapping[str, Any], issuer: Issuer, audience: str, now
         raise invalid("not_yet_valid", "it is not valid yet")
 
 
-def _check_audience(claim: Any, audience: str) -> None:
+def _check_audience(claim: Any, audience: str, beside: frozenset[str]) -> None:
     if claim is None:
         raise invalid("audience_missing", "it has no audience")
     audiences = [claim] if isinstance(claim, str) else claim
     if not isinstance(audiences, list) or audience not in audiences:
         raise invalid("audience", "it is for another audience")
-    if len(audiences) > 1:
+    if len([entry for entry in audiences if entry not in beside]) > 1:
         # Any other audience could replay the token here, or be attacked with it.
         raise invalid("audience_wider", "it is for other audiences as well")
 

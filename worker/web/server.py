@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 from starlette.routing import Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.clock import Clock
 from worker.errors import Busy, ConfigurationError
@@ -22,6 +22,7 @@ from worker.web.access import Access, CallerDatabase
 from worker.web.api import Api
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health
+from worker.web.login import Login, Transactions
 from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
 from worker.web.sessions import AuthMiddleware, Forms, Sessions
@@ -64,6 +65,27 @@ class _RequestLimit:
             self._serving -= 1
 
 
+class _LogoutAtProvider:
+    """ASGI middleware: lets the pages' forms lead to the provider, where people are logged out."""
+
+    def __init__(self, app: ASGIApp, origin: str) -> None:
+        self._app = app
+        self._widened = f"form-action 'self' {origin}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_widened(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    (name, value.replace(b"form-action 'self'", self._widened))
+                    if name == b"content-security-policy"
+                    else (name, value)
+                    for name, value in message["headers"]
+                ]
+            await send(message)
+
+        await self._app(scope, receive, send_widened)
+
+
 def build(
     health: Health,
     database: Database,
@@ -72,24 +94,27 @@ def build(
     *,
     public_url: str = "",
     with_health: bool = True,
+    login: Login | None = None,
 ) -> ASGIApp:
-    """The application; browsers reach it at `public_url`.
+    """The application; browsers reach it at `public_url`, and people log in by `login`.
 
     Without `with_health`, health has a listener of its own.
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database)
-    console = Console(caller_database, clock, access, sessions, forms)
+    transactions = Transactions(database, clock)
+    console = Console(caller_database, clock, access, sessions, forms, login=login, transactions=transactions)
     routes = [
         *(health.routes() if with_health else ()),
         *Api(caller_database, clock).routes(),
         *console.routes(),
     ]
     router = Router(routes=routes, redirect_slashes=False)
-    return ErrorMiddleware(
+    app = ErrorMiddleware(
         _RequestLimit(AuthMiddleware(router, access, sessions, forms), health), console.error_page
     )
+    return app if login is None else _LogoutAtProvider(app, login.origin)
 
 
 def build_health(health: Health) -> ASGIApp:

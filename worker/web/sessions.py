@@ -33,7 +33,7 @@ MOST = 50
 
 
 class AuthMiddleware:
-    """ASGI middleware: authenticates every request except for health, static files and the login form.
+    """ASGI middleware: authenticates every request except for health, static files and logins.
 
     Puts the `Caller` into `scope["caller"]`, and for the dashboard the session into
     `scope["session"]`. The API ignores session cookies: another site's page can make a
@@ -48,7 +48,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, connection = scope["path"], HTTPConnection(scope)
-        if path == LOGIN and scope["method"] == "POST":
+        if path == LOGIN or path.startswith(f"{LOGIN}/"):
             self._access.count_stranger(connection)
         elif path not in PATHS and not path.startswith(STATIC):
             scope["caller"] = await self._caller(connection)
@@ -146,7 +146,7 @@ class Forms:
     """Cookies, and CSRF tokens bound to them. `public_url` is the dashboard's address; "" if unknown."""
 
     def __init__(self, public_url: str, addresses: Addresses) -> None:
-        self._public_origin = _origin(public_url) if public_url else None
+        self.public_origin = _origin(public_url) if public_url else None
         self._addresses = addresses
 
     def cookie(self, connection: HTTPConnection, name: str) -> str | None:
@@ -192,8 +192,8 @@ class Forms:
             raise _foreign()
         if origin is None:
             return
-        if self._public_origin is not None:
-            ours = origin == self._public_origin
+        if self.public_origin is not None:
+            ours = origin == self.public_origin
         else:
             # The scheme that a proxy before this server uses is unknown.
             ours = urlsplit(origin).netloc == request.headers.get("host", "")
@@ -219,8 +219,8 @@ class Forms:
         return f"{PREFIX}{name}" if self._is_https(connection) else name
 
     def _is_https(self, connection: HTTPConnection) -> bool:
-        if self._public_origin is not None:
-            return self._public_origin.startswith("https:")
+        if self.public_origin is not None:
+            return self.public_origin.startswith("https:")
         return self._addresses.is_https(connection)
 
 

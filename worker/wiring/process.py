@@ -127,6 +127,7 @@ def run(settings: Settings) -> int:
             own_connection = heartbeat_database(database, execution.lease)
             with traces, monitoring(settings.alerts, own_connection, clock, health):
                 async with web.serving():
+                    await database.run(web.print_link, database)
                     return await run_incarnations(incarnate, children, notifier, clock)
 
         return asyncio.run(serve())

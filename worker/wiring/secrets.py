@@ -16,6 +16,7 @@ from worker.settings import Settings
 from worker.store import credentials
 from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential, Secret, read_reference
 from worker.tokens.http import open_client
 from worker.tokens.issuer import Issuer
@@ -42,6 +43,26 @@ def issuers_of(settings: Settings) -> dict[str, Issuer]:
         )
         for name, issuer in settings.issuers.items()
     }
+
+
+def login_secret(issuer: str, secrets_dir: str) -> str:
+    """The secret of the console's own client at an issuer: the file `login__NAME` in `secrets_dir`.
+
+    Raises ConfigurationError if it cannot be read.
+    """
+    name = f"login__{issuer}"
+    fix = f"put the client's secret into the file {name} in secrets_dir, readable by the worker's user"
+    if not secrets_dir:
+        raise ConfigurationError("web.login needs a client secret, and secrets_dir is not set", fix=fix)
+    try:
+        secret = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"web.login: the secret {name} cannot be read: {why}", fix=fix) from None
+    if not secret:
+        raise ConfigurationError(f"web.login: the secret {name} is empty", fix=fix)
+    masker.register(secret)
+    return secret
 
 
 class OpenedCredentials:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import pwd
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from importlib.metadata import version
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
+import httpx
 from starlette.types import ASGIApp
 
 from worker.clock import Clock, SystemClock
 from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
+from worker.operations.sign_in import make_link
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
 from worker.store.database import Database
@@ -29,9 +36,10 @@ from worker.web.access import Access, FindCaller, Operator
 from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections
 from worker.web.health import Health
+from worker.web.login import Login, basis_of
 from worker.web.operators import StoredOperators
 from worker.web.server import WebServer, bind, build, build_health
-from worker.wiring.secrets import issuers_of
+from worker.wiring.secrets import issuers_of, login_secret
 
 # Seconds between two database checks of `serve`, and the timeout of each.
 CHECK_EVERY = 5.0
@@ -75,6 +83,31 @@ class Web:
             if required or "listen" in web.model_fields_set:
                 raise
 
+    def print_link(self, database: Database) -> None:
+        """On a terminal, print a link that logs in once, if this machine's browser can reach the console."""
+        origin = self._local_origin()
+        if origin is None or not sys.stderr.isatty():
+            return
+        path = make_link(database, user_name(), at=self._clock.now())
+        print(
+            f"log in once, within ten minutes, on this machine: {origin}{path}", file=sys.stderr, flush=True
+        )
+
+    def _local_origin(self) -> str | None:
+        """The console's address on the loopback interface, or None."""
+        host = urlsplit(self._settings.web.public_url).hostname
+        if self._listener is None or host not in (None, "localhost", "127.0.0.1", "::1"):
+            # A form from another address than public_url would be refused.
+            return None
+        if host is not None:
+            return self._settings.web.public_url.rstrip("/")
+        address = ip_address(self._listener.getsockname()[0])
+        if not (address.is_loopback or address.is_unspecified):
+            return None
+        shown = "127.0.0.1" if address.is_unspecified else str(address)
+        port = self._listener.getsockname()[1]
+        return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Serve within the block."""
@@ -107,6 +140,9 @@ class Web:
             for name, issuer in issuers_of(self._settings).items()
             if issuer.audience
         }
+        login = self._login(client)
+        if login is not None:
+            stack.push_async_callback(login.close)
         return build(
             self._health,
             database,
@@ -114,7 +150,24 @@ class Web:
             self._clock,
             public_url=web.public_url,
             with_health=not web.health_listen,
+            login=login,
         )
+
+    def _login(self, client: httpx.AsyncClient) -> Login | None:
+        """How people log in, if they can.
+
+        Raises:
+            ConfigurationError: the client's secret cannot be read, or the issuer is not usable.
+        """
+        rules, folder = self._settings.web.login, self._settings.secrets_dir
+        if not rules.issuer:
+            return None
+
+        def secret() -> str:
+            return login_secret(rules.issuer, folder)
+
+        secret()
+        return Login(rules, issuers_of(self._settings)[rules.issuer], client, secret, clock=self._clock)
 
     def _server(
         self, app: ASGIApp, listen: str, listener: socket.socket | None
@@ -135,10 +188,20 @@ class Web:
             org_scope=web.org_scope,
             addresses=Addresses(web.trusted_proxies),
             stored=stored,
+            login_basis=basis_of(web.login),
+            portal=web.portal.may,
             limits=Limits(
                 self._clock, logins_per_minute=web.logins_per_minute, calls_per_second=web.calls_per_second
             ),
         )
+
+
+def user_name() -> str:
+    """The OS user of this process, or its number if it has no name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 async def _no_org(code: str, client_id: str) -> None:

@@ -25,6 +25,7 @@ from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator, Role
 from worker.web.clients import Addresses
 from worker.web.health import Health
+from worker.web.login import Login
 from worker.web.operators import StoredOperators
 from worker.web.server import build
 
@@ -79,6 +80,9 @@ class Site:
         self.public_url = ""
         self.trusted_proxies: tuple[str, ...] = ()
         self.limits = no_limits(clock)
+        self.login: Login | None = None
+        self.login_basis = ""
+        self.portal: tuple[str, ...] = ("run", "pause", "retry")
         self.top_orgs = 0
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
 
@@ -102,9 +106,11 @@ class Site:
             addresses=Addresses(self.trusted_proxies),
             limits=self.limits,
             stored=StoredOperators(self.database, self.clock),
+            login_basis=self.login_basis,
+            portal=self.portal,
         )
         health = Health(Metrics(version="1.0", top_orgs=self.top_orgs))
-        app = build(health, self.database, access, self.clock, public_url=self.public_url)
+        app = build(health, self.database, access, self.clock, public_url=self.public_url, login=self.login)
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url=base, headers=headers)

@@ -43,9 +43,10 @@ from worker.store import catalogue, edit_runs, orgs, roles, tables
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import RANK, Access, Role
+from worker.web.access import RANK, Access, Caller, Role
 from worker.web.health import Health
 from worker.web.server import build, build_health
+from worker.web.sessions import SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio
 
@@ -73,6 +74,11 @@ schedule = "@hourly"
 """
     for org in ORGS
 )
+# The org of the people who run the installation; it is not one of those served.
+VENDOR = "org_v"
+LOGIN_RULES = "the hash of the rules of [web.login]"
+# What managers may do here.
+PORTAL = ("run", "retry")
 # What a request may change.
 CHANGED = ("runs", "live_runs", "checkpoints", "audit", "definitions", "schedule", "rollup_days", "run_logs")
 
@@ -87,6 +93,14 @@ class Who:
     token: str | None = None
     org_role: Role = "viewer"
     refused: int | None = None
+    # The `sub` of a person, who has a session and no token.
+    person: str = ""
+
+    @property
+    def actor(self) -> str:
+        if self.person:
+            return f"person:{self.person}@{self.org or VENDOR}"
+        return f"operator:{self.role}" if self.org is None else f"org:{self.org}"
 
     @property
     def is_operator(self) -> bool:
@@ -148,18 +162,26 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
     ("POST", "/orgs/{org}/definitions/{name}/run"): Rule("run_now", role="operator", status=303),
+    ("GET", "/login"): Rule("open"),
     ("POST", "/login"): Rule("login", status=303),
+    # There is no provider here; tests/integration/web/test_login.py has one.
+    ("GET", "/login/start"): Rule("open", status=404),
+    ("GET", "/login/callback"): Rule("open", status=404),
+    ("GET", "/login/once/{code}"): Rule("open"),
+    ("POST", "/login/once/{code}"): Rule("open", status=403),
     ("POST", "/logout"): Rule("logout", status=303),
     ("POST", "/zone"): Rule("zone", status=303),
 }
 
 
-def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool) -> int:
+def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, path: str = "") -> int:
     """The status that this caller has to get for a thing of the org `target`."""
     if rule.kind == "open":
         return rule.status
     if who.refused is not None:
         return who.refused
+    if who.person and not session:
+        return 401
     if rule.kind == "metrics":
         # They name orgs here.
         return 200 if who.org is None else 403
@@ -180,6 +202,8 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool) ->
         return 200 if who.org is None else 303
     if rule.kind == "run_now" and not own:
         return 404
+    if who.role == "manager" and path.rpartition("/")[2] in PORTAL:
+        return rule.status if own else 404
     if RANK[who.role] < RANK[rule.role] and (who.org is None or rule.kind in ("write", "run_now")):
         return 403
     return rule.status if own else 404
@@ -215,6 +239,8 @@ class Installation:
             org_role=org_role,
             org_scope="jobs:read",
             limits=no_limits(self.clock),
+            login_basis=LOGIN_RULES,
+            portal=PORTAL,
         )
         return build(Health(Metrics(version="1.0", top_orgs=5)), self.served, access, self.clock)
 
@@ -242,6 +268,9 @@ class Installation:
             Who("by scope", "viewer", "org_a", self.token("org_a", **with_scopes("jobs:read"))),
             Who("of org_b as operator", "operator", "org_b", self.token("org_b"), org_role="operator"),
             *(Who(f"an operator as {role}", role, token=token) for role, token in TOKENS.items()),
+            Who("a member of org_a", "member", "org_a", person="kp_ann"),
+            Who("a manager of org_a", "manager", "org_a", person="kp_max"),
+            Who("a person of the vendor", "operator", person="kp_sue"),
         ]
 
     def state(self) -> dict[str, dict[str, list[tuple[Any, ...]]]]:
@@ -354,7 +383,8 @@ async def made(
 class Client:
     """One caller at one application: by its bearer token, and by a session that the token opened."""
 
-    def __init__(self, app: Any, who: Who) -> None:
+    def __init__(self, app: Any, who: Who, made: Installation) -> None:
+        self.served, self.clock = made.served, made.clock
         headers = {} if who.token is None else {"authorization": f"Bearer {who.token}"}
         self.bearer = self._client(app, headers)
         self.session = self._client(app, {"origin": BASE})
@@ -369,6 +399,16 @@ class Client:
     async def open(self, run: str) -> int:
         """Log in; the status of that."""
         self.session.cookies.clear()
+        if self.who.person:
+            who, home = self.who, self.who.org or VENDOR
+            person = Caller(
+                "Pat", who.role, who.org, kind="person", subject=who.person, home=home, issuer="main",
+                basis=LOGIN_RULES,
+            )  # fmt: skip
+            opened = await Sessions(self.served, self.clock).begin(person)
+            self.session.cookies.set(SESSION_COOKIE, opened.key)
+            self.csrf = csrf_of(await self.session.get(f"/runs/{run}"))
+            return 303
         answer = await log_in(self.session, self.who.token or "")
         if answer.status_code == 303:
             self.csrf = csrf_of(await self.session.get(f"/runs/{run}"))
@@ -403,7 +443,7 @@ class Matrix:
 
     async def run(self, rules: Mapping[tuple[str, str], Rule] = RULES) -> None:
         for who in self.made.callers():
-            client = Client(self.apps[who.org_role], who)
+            client = Client(self.apps[who.org_role], who, self.made)
             own = self.made.ended[who.org or "org_a"]
             status = await client.open(own)
             self.judge(who, "POST /login", status, who.refused or 303)
@@ -423,10 +463,10 @@ class Matrix:
             run = self.made.waiting(target)
         elif path.endswith("/retry"):
             run = self.made.cancelled(target)
-        url = path.format(run=run, org=target, name="digest")
+        url = path.format(run=run, org=target, name="digest", code="x")
         if rule.kind == "list":
             url += f"?org={target}"
-        wanted = expected(rule, who, target, session=session, page=page)
+        wanted = expected(rule, who, target, session=session, page=page, path=path)
         if session and who.refused is not None and rule.kind != "open":
             wanted = 401
         if session and not page and rule.kind != "open":
@@ -471,9 +511,8 @@ class Matrix:
         if changed != ({target} if done else set()):
             self.wrong.append(f"{who.name}: {called}: changed {sorted(changed) or 'nothing'}")
         elif done:
-            actor = f"operator:{who.role}" if who.org is None else f"org:{who.org}"
             rows = [row for row in after[target]["audit"] if row not in before[target]["audit"]]
-            if len(rows) != 1 or repr(actor) not in rows[0]:
+            if len(rows) != 1 or repr(who.actor) not in rows[0]:
                 self.wrong.append(f"{who.name}: {called}: audit rows {rows}")
 
 
@@ -514,16 +553,16 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
     runs = {org: [made.waiting(org) for _ in range(4)] for org in ("org_a", "org_b")}
     with traced() as statements:
         made.served = Database.open(made.served_url, clock=made.clock, role="web")
-        client = Client(made.app(who.org_role), who)
+        client = Client(made.app(who.org_role), who, made)
         assert await client.open(made.ended["org_a"]) == 303
         done = 0
         for method, path in RULES:
             for target in ("org_a", "org_b"):
                 for session in (False, True):
                     run = runs[target].pop() if path.endswith("/cancel") else made.ended[target]
-                    if path not in ("/login", "/logout"):
+                    if not path.startswith(("/login", "/logout")):
                         answer = await client.ask(
-                            method, path.format(run=run, org=target, name="digest"), session=session
+                            method, path.format(run=run, org=target, name="digest", code="x"), session=session
                         )
                         done += answer.status_code in (200, 201, 303)
         made.served.close()
@@ -602,10 +641,10 @@ async def test_without_its_roles_the_web_side_serves_nobody_and_tells_operators_
     postgres_server.execute(f"REVOKE {roles.WEB}, {roles.OPERATOR} FROM {login}")
     app = made.app("operator")
     for who in made.callers():
-        client = Client(app, who)
-        if who.is_operator or who.org is not None:
+        client = Client(app, who, made)
+        if (who.is_operator or who.org is not None) and not who.person:
             for method, path in ((m, p) for m, p in RULES if p.startswith(API)):
-                url = path.format(run=made.ended["org_a"], org="org_a", name="digest")
+                url = path.format(run=made.ended["org_a"], org="org_a", name="digest", code="x")
                 answer = await client.ask(method, url, session=False)
                 if RANK[who.role] < RANK[RULES[method, path].role]:
                     assert answer.status_code in (403, 503), (who.name, path)

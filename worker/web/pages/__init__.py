@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from worker.clock import Clock
 from worker.web.access import Access, CallerDatabase
+from worker.web.login import Login, Transactions
 from worker.web.pages import errors
 from worker.web.pages.base import Pages
 from worker.web.pages.definitions import DefinitionPages
@@ -28,10 +29,18 @@ class Console:
     """All pages, and the page of an error."""
 
     def __init__(
-        self, database: CallerDatabase, clock: Clock, access: Access, sessions: Sessions, forms: Forms
+        self,
+        database: CallerDatabase,
+        clock: Clock,
+        access: Access,
+        sessions: Sessions,
+        forms: Forms,
+        *,
+        login: Login | None,
+        transactions: Transactions,
     ) -> None:
         self._pages = Pages(database, clock, access, sessions, forms)
-        self._login = LoginPages(self._pages)
+        self._login = LoginPages(self._pages, login, transactions)
 
     def routes(self) -> Sequence[Route]:
         return (

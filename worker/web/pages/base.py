@@ -16,7 +16,7 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, TokenError, UsageError
-from worker.web.access import RANK, Access, Caller, CallerDatabase
+from worker.web.access import BY_ORGS, Access, Caller, CallerDatabase
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 
@@ -129,7 +129,7 @@ def _zone(name: str) -> ZoneInfo | None:
 
 def may_act(caller: Caller | None, session: Session | None) -> bool:
     """Whether pages show this caller what changes something."""
-    return caller is not None and session is not None and RANK[caller.role] >= RANK["operator"]
+    return caller is not None and session is not None and any(map(caller.may, BY_ORGS))
 
 
 def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: int = ROWS) -> str | None:

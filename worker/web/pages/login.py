@@ -1,56 +1,193 @@
-"""Logging in by a token, and logging out."""
+"""Logging in: by a token, at the identity provider, or by a link of this machine's terminal; logging out."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
+from ipaddress import ip_address
+from urllib.parse import urlencode
 
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from worker.errors import AccessDenied, NotFound, TokenError
 from worker.telemetry.events import emit
-from worker.web.pages.base import Pages
+from worker.web.access import Caller
+from worker.web.login import Login, Transactions, local_path, new_login
+from worker.web.pages.base import Pages, query
 from worker.web.pages.rendering import page
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
 
+START, CALLBACK, ONCE = f"{LOGIN}/start", f"{LOGIN}/callback", f"{LOGIN}/once/"
+
 
 class LoginPages:
-    def __init__(self, pages: Pages) -> None:
+    """`login` is None where people cannot log in at a provider."""
+
+    def __init__(self, pages: Pages, login: Login | None, transactions: Transactions) -> None:
         self._pages = pages
+        self._at_provider = login
+        self._transactions = transactions
 
     def routes(self) -> Sequence[Route]:
         return (
+            Route(LOGIN, self._form),
             Route(LOGIN, self._login, methods=["POST"]),
+            Route(START, self._start),
+            Route(CALLBACK, self._callback),
+            Route(ONCE + "{code}", self._link),
+            Route(ONCE + "{code}", self._use_link, methods=["POST"]),
             Route("/logout", self._logout, methods=["POST"]),
         )
+
+    async def _form(self, request: Request) -> Response:
+        given = query(request, "return_to")
+        return self._page(request, 200, return_to=given.get("return_to", "/"))
 
     async def _login(self, request: Request) -> Response:
         forms, access = self._pages.forms, self._pages.access
         # First, so that forms sent by another site's page use up none of its visitor's logins.
         forms.check_origin(request)
         access.count_login(request)
-        token = (await forms.read(request, LOGIN_COOKIE)).get("token", "").strip()
-        caller = await access.log_in(token, request)
-        session = await self._pages.sessions.begin(caller)
+        form = await forms.read(request, LOGIN_COOKIE)
+        caller = await access.log_in(form.get("token", "").strip(), request)
+        return await self._opened(request, caller, form.get("return_to", "/"))
+
+    async def _start(self, request: Request) -> Response:
+        """Send the person to the provider. A link, not a form: providers redirect on to further origins."""
+        login, forms = self._provider(), self._pages.forms
+        given = query(request, "return_to")
+        self._pages.access.count_login(request)
+        begun = new_login(given.get("return_to", "/"))
+        browser = forms.login_nonce(request)
+        client = self._pages.access.addresses.client_of(request).key
+        state = await self._transactions.begin(begun, browser=browser, client=client)
+        url = await login.start(state, begun, self._url_of(request, CALLBACK))
+        response = RedirectResponse(url, 303)
+        forms.set_cookie(request, response, LOGIN_COOKIE, browser)
+        return response
+
+    async def _callback(self, request: Request) -> Response:
+        login, forms = self._provider(), self._pages.forms
+        self._pages.access.count_login(request)
+        parameters = dict(request.query_params)
+        browser = forms.cookie(request, LOGIN_COOKIE) or secrets.token_urlsafe(32)
+        begun = await self._transactions.use(parameters.get("state", ""), browser=browser)
+        try:
+            caller = await login.finish(parameters, begun, self._url_of(request, CALLBACK))
+            caller = await self._pages.access.confirm(caller)
+        except (AccessDenied, TokenError) as error:
+            emit("web.login_refused", error=error.message)
+            if isinstance(error, TokenError):
+                # Not 401: the page of an error says what happened, the login page would not.
+                raise AccessDenied(error.message, fix=error.fix or "open /login and log in again") from error
+            raise
+        return await self._opened(request, caller, begun.return_to)
+
+    async def _link(self, request: Request) -> Response:
+        """A page with a button: a program that only fetches the link does not use it up."""
+        self._require_this_machine(request)
+        nonce = self._pages.forms.login_nonce(request)
+        values = {"code": request.path_params["code"], "csrf": self._pages.forms.csrf(nonce)}
+        response = page("login_once.html", **values)
+        self._pages.forms.set_cookie(request, response, LOGIN_COOKIE, nonce)
+        return response
+
+    async def _use_link(self, request: Request) -> Response:
+        self._require_this_machine(request)
+        self._pages.forms.check_origin(request)
+        self._pages.access.count_login(request)
+        await self._pages.forms.read(request, LOGIN_COOKIE)
+        name = await self._transactions.use_link(request.path_params["code"])
+        return await self._opened(request, Caller(name, "admin", kind="link"), "/")
+
+    async def _opened(self, request: Request, caller: Caller, return_to: str) -> Response:
+        """Open a session in place of the browser's former one."""
+        forms, sessions = self._pages.forms, self._pages.sessions
+        former = await sessions.find(forms.cookie(request, SESSION_COOKIE))
+        if former is not None:
+            await sessions.end(former)
+        session = await sessions.begin(caller)
         emit("web.login", caller=caller.actor, role=caller.role)
-        response = RedirectResponse("/", 303)
+        response = RedirectResponse(local_path(return_to), 303)
         forms.set_cookie(request, response, SESSION_COOKIE, session.key)
         forms.set_cookie(request, response, LOGIN_COOKIE, None)
         return response
 
     async def _logout(self, request: Request) -> Response:
-        session, _ = await self._pages.checked_form(request)
+        """Log out here, and for a person also at the provider, unless the form says `here`."""
+        session, form = await self._pages.checked_form(request)
         await self._pages.sessions.end(session)
-        response = RedirectResponse("/", 303)
+        url = None
+        if session.caller.kind == "person" and self._at_provider and "here" not in form:
+            url = await self._at_provider.end_url(self._url_of(request, LOGIN))
+        response = RedirectResponse(url or "/", 303)
         self._pages.forms.set_cookie(request, response, SESSION_COOKIE, None)
         return response
 
     def page(self, scope: Scope, message: str) -> Response:
         """The login page, in place of a page that needs a caller."""
         connection = HTTPConnection(scope)
-        nonce = self._pages.forms.login_nonce(connection)
-        tried, csrf = scope["path"] == LOGIN, self._pages.forms.csrf(nonce)
-        response = page("login.html", 401, message=message, tried=tried, csrf=csrf)
+        path, question = scope["path"], scope.get("query_string", b"").decode("latin-1")
+        there = f"{path}?{question}" if question else path
+        return self._page(
+            connection,
+            401,
+            message=message if path == LOGIN else "",
+            return_to=there if scope["method"] == "GET" else "/",
+        )
+
+    def _page(
+        self, connection: HTTPConnection, status: int, *, message: str = "", return_to: str = "/"
+    ) -> Response:
+        nonce, return_to = self._pages.forms.login_nonce(connection), local_path(return_to)
+        provider = None
+        if self._at_provider is not None:
+            link = f"{START}?{urlencode({'return_to': return_to})}" if return_to != "/" else START
+            provider = {"title": self._at_provider.title, "link": link}
+        response = page(
+            "login.html",
+            status,
+            message=message,
+            provider=provider,
+            return_to=return_to,
+            csrf=self._pages.forms.csrf(nonce),
+        )
         self._pages.forms.set_cookie(connection, response, LOGIN_COOKIE, nonce)
         return response
+
+    def _provider(self) -> Login:
+        if self._at_provider is None:
+            raise NotFound("this console has no login at a provider", fix="log in with a token at /login")
+        return self._at_provider
+
+    def _url_of(self, connection: HTTPConnection, path: str) -> str:
+        """The address of one of our pages, as registered at the provider."""
+        origin = self._pages.forms.public_origin
+        if origin is None:
+            if not _is_loopback(connection.url.hostname):
+                raise AccessDenied(
+                    "the address of this console is not known, so a provider cannot send you back",
+                    fix="set web.public_url in worker.toml to the address that your browser shows",
+                )
+            origin = f"{connection.url.scheme}://{connection.url.netloc}"
+        return origin + path
+
+    def _require_this_machine(self, connection: HTTPConnection) -> None:
+        client = self._pages.access.addresses.client_of(connection)
+        if not (client.is_local and _is_loopback(connection.url.hostname)):
+            raise AccessDenied(
+                "such a link works only on the machine of the worker itself",
+                fix="open it there, or log in with a token at /login",
+            )
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host or "").is_loopback
+    except ValueError:
+        return False
