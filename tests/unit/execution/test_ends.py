@@ -128,7 +128,7 @@ async def test_a_later_request_shortens_the_grace_and_never_lengthens_it() -> No
 
 async def test_a_stop_notifies_then_interrupts_and_a_later_kill_ends_the_grace() -> None:
     stop, calls = StopSignal(), list[str]()
-    stop.request("drain", 0.02)
+    stop.request("drain", 0.4)
     stopping = asyncio.create_task(stop.escalate(calls.append, lambda: calls.append("interrupt")))
     await stopping
     assert calls == ["drain", "interrupt"]
