@@ -104,12 +104,26 @@ def running_demo(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         demo.kill()
 
 
-def test_ctrl_c_stops_everything(running_demo):
-    assert running_demo.stdout is not None
-    for line in running_demo.stdout:
+def family_at_work(demo: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The demo's worker, its zygote and a run."""
+    assert demo.stdout is not None
+    for line in demo.stdout:
         if "  running  " in line:
             break
-    family = psutil.Process(running_demo.pid).children(recursive=True)
+    return psutil.Process(demo.pid).children(recursive=True)
+
+
+def test_a_demo_that_is_killed_takes_its_worker_and_the_runs_with_it(running_demo):
+    family = family_at_work(running_demo)
+
+    running_demo.kill()
+
+    assert family
+    wait_until(lambda: not any(alive(process) for process in family), "the demo's processes to end")
+
+
+def test_ctrl_c_stops_everything(running_demo):
+    family = family_at_work(running_demo)
 
     running_demo.send_signal(signal.SIGINT)
 

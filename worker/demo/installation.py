@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from worker.demo.api import CustomerApi
+from worker.demo.attached import attached
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
@@ -258,10 +259,11 @@ class Installation:
             raise DemoFailed(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
 
     def start_worker(self) -> subprocess.Popen[bytes]:
-        # In its own session, so that Ctrl-C reaches only this process, which then drains the worker.
+        # In its own session, so that Ctrl-C reaches only this process, which then drains the worker; if this
+        # process is killed, so is the worker, and with that its runs.
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                self._command("run"),
+                attached(self._command("run")),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
