@@ -13,7 +13,14 @@ import typer
 
 from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import NoteOption, OutputOption, read_pairs, split_pairs
+from worker.cli.options import (
+    FromOption,
+    NoteOption,
+    OutputOption,
+    UntilOption,
+    read_pairs,
+    split_pairs,
+)
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
@@ -90,13 +97,8 @@ def backfill(
     context: typer.Context,
     org: OrgArgument,
     name: NameArgument,
-    start: Annotated[
-        str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
-    ],
-    until: Annotated[
-        str,
-        typer.Option("--until", metavar="T", help="End of the range, itself excluded; not in the future."),
-    ],
+    start: FromOption,
+    until: UntilOption,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", min=1, help="At most N runs are unfinished at once.")
     ] = 1,

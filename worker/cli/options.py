@@ -44,6 +44,13 @@ SinceOption = Annotated[
         help="Only those since then: 2h, 1d (ago), 2027-01-01 or 2027-01-01T08:00:00Z.",
     ),
 ]
+FromOption = Annotated[
+    str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
+]
+UntilOption = Annotated[
+    str,
+    typer.Option("--until", metavar="T", help="End of the range, itself excluded; not in the future."),
+]
 LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="At most N rows, up to 1000.")]
 AfterOption = Annotated[
     str | None, typer.Option("--after", metavar="ID", help="Continue the list after this row.")

@@ -13,6 +13,7 @@ from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import FileArgument, NoteOption, OutputOption, read_text
 from worker.cli.output import Format, confirmed, print_row, say
+from worker.cli.progress import Progress
 from worker.cli.session import Invocation, change, session_of
 from worker.errors import UsageError
 from worker.store.lists import ORGS
@@ -83,7 +84,8 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     lines, issuers = read_text(file).splitlines(), session.settings.issuers
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
-        row = import_orgs(database, ring, lines, actor=session.actor, issuers=issuers)
+        with Progress("orgs", len(lines)) as progress:
+            row = import_orgs(database, ring, lines, actor=session.actor, issuers=issuers, report=progress.at)
     print_row(row, output, key="orgs_added")
 
 

@@ -12,6 +12,7 @@ import typer
 from worker.cli.lists import add_list
 from worker.cli.options import DefinitionOption, OrgOption, OutputOption, SinceOption, StateOption, read_since
 from worker.cli.output import Format, in_words, print_log, print_row, print_rows, say
+from worker.cli.progress import shown
 from worker.cli.session import session_of
 from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
@@ -192,7 +193,7 @@ def _carry_out(
     rows: list[Row] = []
     try:
         first(rows)
-        rows.extend(changes)
+        rows.extend(shown(changes, "runs"))
     except BaseException:
         if rows:
             _print_outcomes(rows, output, columns)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import OutputOption
-from worker.cli.output import Format, print_row
+from worker.cli.options import FromOption, OutputOption, UntilOption
+from worker.cli.output import Format, print_row, print_rows, say
+from worker.cli.progress import shown
 from worker.cli.session import change, session_of
+from worker.definitions.units import parse_time
+from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS
 from worker.store.lists import TEMPLATES
 
-app = typer.Typer(help="Templates: list, show, close. `apply` adds and changes them.")
+app = typer.Typer(help="Templates: list, show, backfill, close. `apply` adds and changes them.")
 
 NameArgument = Annotated[
     str,
     typer.Argument(metavar="NAME", help="The template's name.", autocompletion=names("template")),
 ]
+
+Row = dict[str, Any]
+BACKFILLED = ("org", "definition", "instants", "made", "left")
+# Orgs that are counted for the progress.
+MOST = 100_000
 
 add_list(app, TEMPLATES, cells={"reached": lambda row: f"{row['orgs_done']}/{row['orgs_total']} orgs"})
 
@@ -41,3 +49,68 @@ def close(context: typer.Context, name: NameArgument, output: OutputOption = For
     from worker.operations.templates import close_template
 
     change(context, output, partial(close_template, name=name))
+
+
+@app.command("backfill")
+def backfill(
+    context: typer.Context,
+    name: NameArgument,
+    start: FromOption,
+    until: UntilOption,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", metavar="N", min=1, help="At most N runs of each org are unfinished at once."
+        ),
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the orgs, with the number of their scheduled times.")
+    ] = False,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Cancel the backfills of this range; running runs continue.")
+    ] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Run every scheduled time in a range again, for each org that has the template's definition.
+
+    Prints a row for each org; `left` says why one was left out. The same range again adds
+    nothing, so after an interruption the command continues with what is left.
+    """
+    from worker.operations.backfill import backfill_template
+    from worker.store.lists.read import template
+    from worker.store.templates import count_definitions
+
+    if dry_run and cancel:
+        raise UsageError("--dry-run and --cancel exclude each other", fix="leave one of them out")
+    session = session_of(context)
+    first = parse_time(start, session.clock, name="--from")
+    end = parse_time(until, session.clock, name="--until")
+    rows: list[Row] = []
+    with session.database() as database:
+        with database.autocommit() as connection:
+            total = count_definitions(connection, template(connection, ALL_ORGS, name)["id"], most=MOST)
+        changes = backfill_template(
+            database,
+            name,
+            start=first,
+            until=end,
+            limit=limit,
+            actor=session.actor,
+            dry_run=dry_run,
+            cancel=cancel,
+        )
+        try:
+            rows.extend(shown(changes, "backfill", total))
+        finally:
+            # Also what was done before an error or Ctrl-C.
+            if rows or output is not Format.TABLE:
+                print_rows(rows, output, columns=BACKFILLED, key="org")
+    left = [row for row in rows if row["left"] is not None]
+    times = sum(row["instants"] for row in rows)
+    done = "cancelled" if cancel else "would run again" if dry_run else "run again"
+    say(f"{times} scheduled times of {len(rows) - len(left)} orgs {done}")
+    if left:
+        raise Conflict(
+            f"{len(left)} of {len(rows)} orgs were left out: {left[0]['org']}: {left[0]['left']}",
+            fix="repeat the command once nothing blocks them; orgs that have the backfill already keep it",
+        )

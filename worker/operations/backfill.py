@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
+from typing import Any
 
 from sqlalchemy import Connection
 
 from worker.definitions.definition import from_spec
 from worker.definitions.triggers import Trigger
-from worker.errors import Conflict, NotFound, UsageError, WorkerError
-from worker.ids import OrgId, new_id
+from worker.errors import Conflict, DefinitionError, NotFound, UsageError, WorkerError
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
 from worker.operations.changes import because
 from worker.operations.handlers import Handlers
 from worker.operations.runs import new_run, require_active
 from worker.runs.run import NewRun
-from worker.store import audit, backfills, definitions, firing, orgs
+from worker.store import audit, backfills, definitions, firing, orgs, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.lists import Backfill, PlannedBackfill
@@ -28,6 +29,8 @@ from worker.telemetry.events import emit
 BACKFILLS = 50
 RUNS = 200
 MAX_LIMIT = 1000
+# Definitions of a template that are read at a time.
+PAGE = 500
 _TICK = timedelta(microseconds=1)
 
 
@@ -116,6 +119,13 @@ def _read_range(
     row = definitions.require(connection, org_id, org, name, lock=lock)
     require_active(row)
     start, until = start.astimezone(UTC), until.astimezone(UTC)
+    _check_range(connection, start, until)
+    trigger = replace(from_spec(org, name, row["spec"]), starts_at=None).trigger(row["org_timezone"])
+    stored = backfills.find(connection, org_id, row["id"], start, until, lock=lock)
+    return _Range(row, trigger, stored, start, until)
+
+
+def _check_range(connection: Connection, start: datetime, until: datetime) -> None:
     if start >= until:
         raise UsageError(
             "the range is empty: its end is not after its start",
@@ -126,9 +136,6 @@ def _read_range(
             "the range ends in the future, where the schedule still makes runs",
             fix="end it now, or earlier",
         )
-    trigger = replace(from_spec(org, name, row["spec"]), starts_at=None).trigger(row["org_timezone"])
-    stored = backfills.find(connection, org_id, row["id"], start, until, lock=lock)
-    return _Range(row, trigger, stored, start, until)
 
 
 def _check_limit(limit: int) -> None:
@@ -263,3 +270,64 @@ def cancel_backfill(
         entry = audit.Entry(org_id, "definition.cancel_backfill", f"{org} {name}", {"cancelled": ended})
         audit.record(connection, [entry], at=now, actor=actor)
         return lists.backfill(connection, org_id, stored["id"])
+
+
+def backfill_template(
+    database: Database,
+    name: str,
+    *,
+    start: datetime,
+    until: datetime,
+    limit: int = 1,
+    actor: str,
+    dry_run: bool = False,
+    cancel: bool = False,
+) -> Iterator[Row]:
+    """Backfill the range of each open definition that a template made, as it is taken; yields the outcomes.
+
+    A row has org, definition, id, instants, made and `left`: why an org was left out, else None. Orgs are
+    changed one by one, and the same range again adds nothing, so an interrupted call can be repeated.
+    `limit` is that of each org. With `dry_run` nothing is changed; with `cancel` the backfills of exactly
+    this range are cancelled that have not ended.
+
+    Raises:
+        NotFound: no such template.
+        UsageError: an empty or unfinished range, or a limit out of range.
+    """
+    _check_limit(limit)
+    start, until = start.astimezone(UTC), until.astimezone(UTC)
+    with database.autocommit() as connection:
+        template_id = TemplateId(lists.template(connection, ALL_ORGS, name)["id"])
+        _check_range(connection, start, until)
+
+    def change(org: str, definition: str) -> Mapping[str, Any]:
+        if dry_run:
+            return planned_backfill(database, org, definition, start=start, until=until, limit=limit)
+        if cancel:
+            return cancel_backfill(database, org, definition, start=start, until=until, actor=actor)
+        return backfill(database, org, definition, start=start, until=until, limit=limit, actor=actor)
+
+    after: DefinitionId | None = None
+    while True:
+        with database.autocommit() as connection:
+            page = templates.definitions_of_for_all_orgs(connection, template_id, after=after, limit=PAGE)
+        for row in page:
+            outcome: Row = {
+                "org": row["org"],
+                "definition": row["name"],
+                "id": None,
+                "instants": 0,
+                "made": 0,
+            }
+            try:
+                changed = change(row["org"], row["name"])
+                yield outcome | {key: changed[key] for key in ("id", "instants", "made")} | {"left": None}
+            except UsageError:
+                # The range is right: this schedule has no time in it.
+                yield outcome | {"left": None}
+            except (Conflict, NotFound, DefinitionError) as error:
+                if not cancel:
+                    yield outcome | {"left": error.message}
+        if len(page) < PAGE:
+            return
+        after = page[-1]["id"]

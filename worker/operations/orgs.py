@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -174,9 +174,11 @@ def import_orgs(
     *,
     actor: str,
     issuers: Collection[str] | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Row:
     """Add or change the orgs of JSON lines, and add each line's credential; returns the counts.
 
+    `report` gets the number of lines that are done and of all lines.
     A credential that equals the org's newest active one is not added, so the same file
     again changes nothing. Org states stay, but a removed org comes back.
 
@@ -191,7 +193,8 @@ def import_orgs(
         new_orgs: list[Row] = []
         new_credentials: list[Row] = []
         trail: list[audit.Entry] = []
-        for line in parsed:
+        for done, line in enumerate(parsed):
+            report(done, len(parsed))
             before = stored.get(line.org.code)
             if before is None:
                 new_orgs.append(_new_row(line.org, at=now))

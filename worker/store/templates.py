@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, case, func, insert, select, text, update
 
-from worker.ids import OrgId, TemplateId
+from worker.ids import DefinitionId, OrgId, TemplateId
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row
 
@@ -33,6 +33,28 @@ def find(connection: Connection, name: str) -> Row | None:
     """The template of that name, open or closed, locked against other changes."""
     query = select(_templates).where(_templates.c.name == name)
     return first_row(connection, query.with_for_update(key_share=True))
+
+
+def definitions_of_for_all_orgs(
+    connection: Connection, template_id: TemplateId, *, after: DefinitionId | None, limit: int
+) -> list[Row]:
+    """The next open definitions that the template made: id, org, name."""
+    made = tables.definitions
+    query = (
+        select(made.c.id, _orgs.c.code.label("org"), made.c.name)
+        .join(_orgs, _orgs.c.id == made.c.org_id)
+        .where(made.c.template_id == template_id, made.c.closed_at.is_(None))
+    )
+    if after is not None:
+        query = query.where(made.c.id > after)
+    return all_rows(connection, query.order_by(made.c.id).limit(limit))
+
+
+def count_definitions(connection: Connection, template_id: TemplateId, *, most: int) -> int:
+    """The number of open definitions that the template made, up to `most`."""
+    made = tables.definitions
+    some = select(made.c.id).where(made.c.template_id == template_id, made.c.closed_at.is_(None)).limit(most)
+    return connection.execute(select(func.count()).select_from(some.subquery())).scalar_one()
 
 
 def every(connection: Connection) -> list[Row]:

@@ -62,6 +62,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "definitions resume": (("org_acme", "tick"), ""),
     "templates list": ((), ""),
     "templates show": (("export",), ""),
+    "templates backfill": (("nightly", "--from", "2026-01-01", "--until", "2026-01-02"), ""),
     "templates close": (("export",), ""),
     "runs why": ((RUN,), ""),
     "runs retry": ((RUN,), ""),

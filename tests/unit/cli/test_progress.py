@@ -1,0 +1,91 @@
+"""What is drawn of a command's progress, and where nothing is."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from worker.cli import progress
+from worker.cli.progress import Progress, shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """What was drawn, one drawing after the other."""
+        return self.getvalue().split("\r\033[K")[1:]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    made = Terminal()
+    # pytest puts its own stderr in place when the test begins.
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=made))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    return made
+
+
+def test_a_bar_grows_says_what_is_left_and_goes(terminal: Terminal, clock: ManualClock):
+    with Progress("orgs", 200, monotonic=clock.monotonic) as bar:
+        bar.at(1)
+        clock.advance(10)
+        bar.at(100)
+        clock.advance(0.01)
+        bar.at(101)
+        clock.advance(9.99)
+        bar.at(200)
+
+    half, full, gone = terminal.lines()
+    assert half == f"orgs [{'#' * 15}{'.' * 15}] 100/200  0:10 left"
+    assert full == f"orgs [{'#' * 30}] 200/200"
+    assert gone == ""
+
+
+def test_without_a_total_the_number_is_counted(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+
+    assert list(shown("abc", "runs")) == ["a", "b", "c"]
+    assert terminal.lines() == ["runs 1", "runs 2", "runs 3", ""]
+
+
+def test_a_long_line_is_cut_at_the_width_of_the_terminal(
+    terminal: Terminal, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "20")
+    with Progress("orgs", 200, monotonic=clock.monotonic) as bar:
+        clock.advance(1)
+        bar.at(100)
+
+    assert len(terminal.lines()[0]) == 19
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_nothing_is_drawn_in_a_pipe_or_on_a_dumb_terminal(
+    term: str, terminal: Terminal, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    if term == "xterm":
+        monkeypatch.setattr(terminal, "isatty", lambda: False)
+    monkeypatch.setenv("TERM", term)
+    with Progress("orgs", 2, monotonic=clock.monotonic) as bar:
+        clock.advance(1)
+        bar.at(1)
+
+    assert terminal.getvalue() == ""
+
+
+def test_the_line_goes_before_an_error_is_printed(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+
+    def failing():
+        yield 1
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        list(shown(failing(), "runs"))
+    assert terminal.lines() == ["runs 1", ""]
