@@ -11,11 +11,13 @@ from typing import Any
 
 from worker.clock import to_text
 from worker.definitions.units import json_default
+from worker.runs.traces import trimmed
 from worker.telemetry.masking import masker
 
 Row = Mapping[str, Any]
 
 WIDEST_CELL = 80
+_TRACE = "Traceback (most recent call last):"
 NOTHING = "-"
 
 
@@ -61,15 +63,35 @@ def print_row(row: Row, output: Format, *, key: str = "id") -> None:
             print(f"    {line}")
 
 
+class Lines(tuple[str, ...]):
+    """A value of `print_row` that is printed as these lines."""
+
+
+def in_lines(error: Mapping[str, Any] | None) -> Lines | None:
+    """An error for people: type and message, and its trace without the frames of libraries."""
+    if error is None:
+        return None
+    # A trace ends with type and message.
+    text = trimmed(error["trace"]) if error.get("trace") else f"{error['type']}: {error['message']}"
+    return Lines(map(printable, text.splitlines()))
+
+
 def print_log(lines: Sequence[Row], output: Format) -> None:
-    """Print log lines in full, at once."""
+    """Print log lines in full, at once; for people, the frames of libraries in a trace are only counted.
+
+    A trace is indented, so that no line of it can pass for another one of the log.
+    """
     for line in lines:
         if output is Format.JSONL:
             print(json.dumps(line, default=json_default))
         elif output is Format.ID:
             print(f"{line['attempt']}.{line['seq']}")
         else:
-            print(f"{to_text(line['at'])} {line['level']:<7} {printable(line['text'])}")
+            text = line["text"]
+            shown = trimmed(text).splitlines() if _TRACE in text else [text]
+            print(f"{to_text(line['at'])} {line['level']:<7} {printable(shown[0])}")
+            for more in shown[1:]:
+                print(f"    {printable(more)}")
     sys.stdout.flush()
 
 
@@ -130,6 +152,8 @@ def _table(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
 
 def _nested(value: Any) -> list[str]:
     """Lines for values that do not fit on one: lists of rows, and mappings."""
+    if isinstance(value, Lines):
+        return list(value)
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
         return _table(value, dict.fromkeys(name for entry in value for name in entry))
     if isinstance(value, Mapping) and value:

@@ -21,7 +21,7 @@ _CLEAR = "\r\033[K"
 class Progress:
     """Draws how many of `total` are done, or only how many if that is unknown; also a context manager.
 
-    Nothing is drawn where stderr is no terminal that can rewrite a line.
+    Draws nothing if stderr is not a terminal that can rewrite a line.
     """
 
     def __init__(

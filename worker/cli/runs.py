@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from worker.cli.lists import add_list
 from worker.cli.options import DefinitionOption, OrgOption, OutputOption, SinceOption, StateOption, read_since
-from worker.cli.output import Format, in_words, print_log, print_row, print_rows, say
+from worker.cli.output import Format, in_lines, in_words, print_log, print_row, print_rows, say
 from worker.cli.progress import shown
 from worker.cli.session import session_of
+from worker.clock import to_text
 from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
 from worker.ids import ALL_ORGS
@@ -304,7 +307,17 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
 
     with session_of(context).database() as database, database.autocommit() as connection:
         row = run_lists.run(connection, ALL_ORGS, run)
-    print_row(row, output)
+    print_row(_for_people(row) if output is Format.TABLE else row, output)
+
+
+def _for_people(run: RunDetail) -> Row:
+    """A run with readable errors; an attempt's has no trace, which that of the run is for."""
+    attempts = [
+        {name: value for name, value in attempt.items() if name != "error_cause"}
+        | {"error": attempt["error"] and f"{attempt['error']['type']}: {attempt['error']['message']}"}
+        for attempt in run["attempts"]
+    ]
+    return {**run, "error": in_lines(run["error"]), "attempts": attempts}
 
 
 @app.command("logs")
@@ -316,26 +329,58 @@ def logs(
     ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
-    """Print what a run logged and printed, all attempts one after the other."""
+    """Print what a run logged and printed, all attempts one after the other, and the error of each.
+
+    The frames of libraries in a traceback are only counted; `runs show -o json` has all of them.
+    """
     from worker.store.lists import runs as run_lists
 
     if follow and output is Format.JSON:
         raise UsageError("--follow prints line by line", fix="use -o jsonl")
     rows: list[LogLine] = []
     with session_of(context).database() as database, database.autocommit() as connection:
-        last = run_lists.START
+        last, errors = run_lists.START, _Errors(output)
         while True:
             found = run_lists.run(connection, ALL_ORGS, run)
             page = run_lists.lines(connection, ALL_ORGS, found["id"], after=last)
-            if output is Format.JSON:
-                rows += page
-            else:
-                print_log(page, output)
+            for attempt, lines in groupby(page, key=lambda line: line["attempt"]):
+                errors.print(found, before=attempt)
+                if output is Format.JSON:
+                    rows += lines
+                else:
+                    print_log(list(lines), output)
             if page:
                 last = (page[-1]["attempt"], page[-1]["seq"])
-            elif not follow or found["finished_at"] is not None:
+                continue
+            errors.print(found)
+            if not follow or found["finished_at"] is not None:
                 break
-            else:
-                time.sleep(POLL)
+            time.sleep(POLL)
     if output is Format.JSON:
         print_rows(rows, output, columns=())
+    elif last == run_lists.START and not errors.printed:
+        state = " ".join(filter(None, (found["state"], found["reason"])))
+        say(f"run {found['id']} has logged nothing ({state})")
+
+
+class _Errors:
+    """Prints the error of each attempt once, for people, behind the attempt's lines."""
+
+    def __init__(self, output: Format) -> None:
+        self._output = output
+        self._last = 0
+        self.printed = False
+
+    def print(self, run: RunDetail, before: int | None = None) -> None:
+        """Print those of the attempts that have ended, or of those before this one."""
+        for attempt in run["attempts"]:
+            number = attempt["attempt"]
+            if attempt["ended_at"] is None or not self._last < number < (before or number + 1):
+                continue
+            self._last = number
+            if attempt["error"] is not None and self._output is Format.TABLE:
+                self.printed = True
+                print(f"{to_text(attempt['ended_at'])} attempt {number} {attempt['outcome']}:")
+                for line in in_lines(attempt["error"]) or ():
+                    print(f"    {line}")
+        sys.stdout.flush()

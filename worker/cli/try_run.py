@@ -20,6 +20,7 @@ from worker.cli.options import OutputOption, read_pairs, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
+from worker.runs.traces import trimmed
 
 if TYPE_CHECKING:
     from worker.handlers.catalogue import HandlerEntry
@@ -125,7 +126,7 @@ def try_(
         tried = asyncio.run(trying.try_once(session.settings, entry, request, session.clock))
     row = _row(tried, entry, request.org, None if real else properties)
     if not pdb and not _has_invalid_params(tried.ended.error):
-        for line in (tried.ended.error or {}).get("trace", "").splitlines():
+        for line in trimmed((tried.ended.error or {}).get("trace", "")).splitlines():
             say(line)
     for remark in _unknown_properties(entry.settings_schema, properties):
         say(remark)

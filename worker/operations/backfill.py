@@ -285,7 +285,7 @@ def backfill_template(
 ) -> Iterator[Row]:
     """Backfill the range of each open definition that a template made, as it is taken; yields the outcomes.
 
-    A row has org, definition, id, instants, made and `left`: why an org was left out, else None. Orgs are
+    A row has the columns of `definitions backfills`, and `left`: why an org was left out, else None. Orgs are
     changed one by one, and the same range again adds nothing, so an interrupted call can be repeated.
     `limit` is that of each org. With `dry_run` nothing is changed; with `cancel` the backfills of exactly
     this range are cancelled that have not ended.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,7 +18,7 @@ from worker.clock import to_text
 from worker.definitions.definition import Definition
 from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
-from worker.ids import DefinitionId, OrgId
+from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.operations.load import DAY, MINUTE, Load, Peak, Stream
 from worker.operations.requirements import OrgDefinitions, load_all_orgs
@@ -26,10 +26,11 @@ from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
 from worker.store import health
 from worker.store.database import Database
+from worker.store.dialect import Row
 from worker.store.history import last_attempts, newest_attempts
 
-# Runs that are read of each definition of a handler with few, else the newest one of each.
-FEW = 20
+# Runs that are read of each definition if there are few, else the newest one of each.
+FEW = 100
 RUNS = 10
 # A wait for a slot that is too long: an org would ask where its report is.
 MAX_WAIT = timedelta(minutes=15)
@@ -131,6 +132,14 @@ class _History(NamedTuple):
     known: bool
 
 
+def _history_of(rows: Sequence[Row]) -> _History:
+    """The history that these attempts are, or the assumed one."""
+    peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
+    # To three digits, so that similar definitions are counted together.
+    seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
+    return _History(seconds, max(peaks, default=MEMORY), known=bool(rows))
+
+
 class _Demand:
     """What all definitions need together. Equal ones are computed once."""
 
@@ -147,14 +156,12 @@ class _Demand:
         # Definitions that are due again before they end: (runs per period, name, seconds, period).
         self._slow: list[tuple[float, str, float, float]] = []
         self._handlers = Handlers(connection)
-        self._histories: dict[str, _History] = {}
-        self._definitions: dict[str, list[tuple[OrgId, DefinitionId]]] = defaultdict(list)
+        # Of the definitions with a handler and a name, such as those of a template; of a handler by None.
+        self._histories: dict[tuple[str, str | None], _History] = {}
 
     def add_up(self) -> None:
         """Count all definitions that are due."""
-        for org in self._orgs:
-            for definition in org.definitions:
-                self._definitions[definition.handler].append((org.org.id, org.ids[definition.name]))
+        self._read_histories()
         streams: Counter[tuple[Trigger, timedelta, _History, bool, str]] = Counter()
         for org in self._orgs:
             for definition in org.due:
@@ -173,7 +180,7 @@ class _Demand:
         self, org: OrgDefinitions, definition: Definition
     ) -> tuple[Trigger, timedelta, _History, bool, str]:
         trigger = definition.trigger(org.timezone)
-        history = self._history(definition.handler)
+        history = self._history(definition)
         isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
         window = window_of(definition.schedule, trigger, definition.spread)
         count = trigger.count(self._start, self._children.end)
@@ -187,26 +194,35 @@ class _Demand:
                 self._means[key] += count * lasting / DAY
         return trigger, window, history, definition.serial, isolation
 
-    def _history(self, handler: str) -> _History:
-        if handler not in self._histories:
-            definitions = self._definitions[handler]
-            if len(definitions) > FEW:
-                rows = newest_attempts(self._connection, handler, [id_ for _, id_ in definitions])
-            else:
+    def _read_histories(self) -> None:
+        named: dict[str, dict[DefinitionId, str]] = defaultdict(dict)
+        for org in self._orgs:
+            for definition in org.definitions:
+                named[definition.handler][org.ids[definition.name]] = definition.name
+        few = sum(map(len, named.values())) <= FEW
+        for handler, names in named.items():
+            if few:
                 rows = [
-                    row
-                    for org_id, id_ in definitions
-                    for row in last_attempts(self._connection, org_id, id_, handler, limit=RUNS)
+                    row for id_ in names for row in last_attempts(self._connection, id_, handler, limit=RUNS)
                 ]
-            peaks = [row["peak_memory"] for row in rows if row["peak_memory"]]
-            # To three digits, so that similar handlers are counted together.
-            seconds = float(f"{fmean(row['seconds'] for row in rows):.3g}") if rows else SECONDS
-            self._histories[handler] = _History(seconds, max(peaks, default=MEMORY), known=bool(rows))
-        return self._histories[handler]
+            else:
+                rows = newest_attempts(self._connection, handler, list(names))
+            by_name: dict[str | None, list[Row]] = defaultdict(list)
+            for row in rows:
+                by_name[names[row["definition_id"]]].append(row)
+            # One that has not run yet is taken to be like the others of its handler.
+            by_name[None] = rows
+            for name, known in by_name.items():
+                self._histories[handler, name] = _history_of(known)
+
+    def _history(self, definition: Definition) -> _History:
+        of_handler = self._histories[definition.handler, None]
+        return self._histories.get((definition.handler, definition.name), of_handler)
 
     def assumed(self) -> list[str]:
         """The assumption about handlers that have not run."""
-        unknown = sorted(handler for handler, history in self._histories.items() if not history.known)
+        histories = self._histories.items()
+        unknown = sorted(handler for (handler, name), each in histories if name is None and not each.known)
         if not unknown:
             return []
         named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")

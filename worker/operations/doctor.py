@@ -85,7 +85,7 @@ def workers(database: Database) -> Diagnostic:
             f"{how} over its runs within the length of a lease; the log of the dead one says why it died",
         )
     if alive:
-        return Diagnostic(name, True, f"{alive} hold their lease")
+        return Diagnostic(name, True, "1 worker is up" if alive == 1 else f"{alive} workers are up")
     if overdue is not None and overdue[2] > OVERDUE_SECONDS:
         late = format_duration(timedelta(seconds=round(overdue[2])))
         detail = f"no worker is up, and what has been due for {late} does not run"

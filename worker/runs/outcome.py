@@ -290,7 +290,8 @@ def fingerprint(error: Error) -> str:
 
 def summary(error: Mapping[str, str]) -> str:
     """An error for people, as one line: its cause, with the status of an HTTP response."""
-    message = _HTTPX.sub(r"\1\2", error["message"].split("\n", 1)[0])
+    # The part that can be shown, with room for what is left out.
+    message = _HTTPX.sub(r"\1\2", error["message"].split("\n", 1)[0][:1_000])
     message = _STATUS.sub(lambda found: found[0].translate(_KEPT), message)
     return _without_variables(error["type"], message).translate(_DIGITS)
 
@@ -307,7 +308,8 @@ _DIGITS = {kept: digit for digit, kept in _KEPT.items()}
 # As httpx quotes it: Server error '503 Service Unavailable' for url 'https://…'.
 _HTTPX = re.compile(r"\b((?:Client|Server) error )'([45]\d\d [A-Z][A-Za-z ]{1,40})'")
 _STATUS = re.compile(
-    r"\b(?:HTTP(?:/[\d.]{1,3})?|status(?:[ _]code)?|answer(?:s|ed)?|respon(?:ds|ded|se)|replie[sd]|error)"
+    r"\b(?:HTTP(?:/[\d.]{1,3})?|status(?:[ _]code)?|answer(?:s|ed)?|return(?:s|ed)"
+    r"|respon(?:ds|ded|se)|replie[sd]|error)"
     r"(?: code| status)?(?: with)?[ :=(]{1,3}[1-5]\d\d\b(?![.\d])"
     r"|\b[45]\d\d (?:Client|Server) Error\b",
     re.IGNORECASE,

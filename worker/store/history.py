@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, select
 
 from worker.definitions import MISFIRE_GRACE
 from worker.ids import DefinitionId, OrgId, RunId
@@ -148,7 +148,7 @@ def last_change(
 
 
 def last_attempts(
-    connection: Connection, org_id: OrgId, definition_id: DefinitionId, handler: str, *, limit: int
+    connection: Connection, definition_id: DefinitionId, handler: str, *, limit: int
 ) -> list[Row]:
     """The newest attempts of a definition with this handler that ended by themselves: seconds, peak_memory.
 
@@ -156,11 +156,11 @@ def last_attempts(
     """
     newest = (
         select(_runs.c.id)
-        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id, _runs.c.handler == handler)
+        .where(_runs.c.definition_id == definition_id, _runs.c.handler == handler)
         .order_by(_runs.c.id.desc())
         .limit(limit)
     )
-    return _lengths(connection, _attempts.c.run_id.in_(newest.subquery().select()))
+    return _lengths(connection, dict.fromkeys(connection.execute(newest).scalars(), definition_id))
 
 
 def newest_attempts(connection: Connection, handler: str, definitions: Sequence[DefinitionId]) -> list[Row]:
@@ -178,22 +178,24 @@ def newest_attempts(connection: Connection, handler: str, definitions: Sequence[
     )
     found: list[Row] = []
     for part in chunks(definitions):
-        query = select(newest).where(tables.definitions.c.id.in_(part))
+        query = select(newest, tables.definitions.c.id).where(tables.definitions.c.id.in_(part))
+        runs = {run_id: id_ for run_id, id_ in connection.execute(query) if run_id is not None}
         # A step of its own: with both in one, PostgreSQL may read the table of attempts instead of its index.
-        ids = [id_ for id_ in connection.execute(query).scalars() if id_ is not None]
-        found += _lengths(connection, _attempts.c.run_id.in_(ids)) if ids else []
+        found += _lengths(connection, runs)
     return found
 
 
-def _lengths(connection: Connection, which: ColumnElement[bool]) -> list[Row]:
-    query = select(_attempts.c.started_at, _attempts.c.ended_at, _attempts.c.peak_memory)
-    rows = connection.execute(query.where(which, _attempts.c.outcome.in_(OWN_ENDS))).mappings()
+def _lengths(connection: Connection, runs: Mapping[RunId, DefinitionId]) -> list[Row]:
+    query = select(
+        _attempts.c.run_id, _attempts.c.started_at, _attempts.c.ended_at, _attempts.c.peak_memory
+    ).where(_attempts.c.run_id.in_(list(runs)), _attempts.c.outcome.in_(OWN_ENDS))
     return [
         {
+            "definition_id": runs[row["run_id"]],
             "seconds": (row["ended_at"] - row["started_at"]).total_seconds(),
             "peak_memory": row["peak_memory"],
         }
-        for row in rows
+        for row in connection.execute(query).mappings()
     ]
 
 

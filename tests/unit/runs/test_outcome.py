@@ -228,6 +228,7 @@ def test_errors_that_differ_in_values_only_have_one_cause(one, other):
             "503 Server Error: Service Unavailable for url: https://crm.acme.com/x/1",
             "503 Server Error: Service Unavailable for url: <url>",
         ),
+        ("GET http://crm.acme.com/contacts returned 503", "GET <url> returned 503"),
         ("HTTP 429 after 17 tries", "HTTP 429 after <n> tries"),
         ("status_code=404, id 404", "status_code=404, id <n>"),
         ("cannot read (https://crm.acme.com/a)", "cannot read (<url>)"),
