@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal
 
 
@@ -222,6 +221,9 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
 
     A name that contains the wrong one as a word is close, too, as org_acme is to acme.
     """
+    # Not on the way of any process that has no such error.
+    from difflib import get_close_matches
+
     names = sorted(set(known))
     words = [one for one in names if name.lower() in re.split(r"[_.\-\s]+", one.lower())]
     # A word of many, such as org, says nothing.
