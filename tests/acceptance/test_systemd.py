@@ -76,6 +76,10 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
     manager, journal = machine.manager, machine.out / "journal"
     manager.must("systemctl", "start", "worker-upgrade")
     machine.add_orgs(application("org_a"))
+    # A Tab of bash, as root: systemd passes the words on, and the wrapper starts nothing without a verb.
+    asked = ["_ORGWORKER_COMPLETE=complete_bash", "COMP_WORDS=orgworker\norgs\nshow\norg_", "COMP_CWORD=3"]
+    assert manager.must("env", *asked, "/usr/local/bin/orgworker").split() == ["org_a"]
+    assert "no command is named" in manager.call("/usr/local/bin/orgworker").stderr
     params = {"journal": machine.inside(str(journal)), "steps": 300, "pause": 0.2}
     machine.apply(
         definition("org_a", "note", "acme.note", "every 5s", params=params)

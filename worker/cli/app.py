@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from worker.cli.completion import COMPLETION_VARIABLE, limit_time, register_shells
+from worker.cli.completion import COMPLETION_VARIABLE, register_shells
 from worker.cli.output import Format, print_error
 from worker.cli.session import Invocation
 from worker.errors import (
@@ -150,7 +150,6 @@ def invoke(arguments: Sequence[str]) -> int:
     completes = COMPLETION_VARIABLE in os.environ
     if completes:
         register_shells()
-        limit_time()
     try:
         # A shell that asks for completions needs every command.
         app = build(None if completes else first(arguments))

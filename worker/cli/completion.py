@@ -10,8 +10,8 @@ import io
 import os
 import re
 import signal
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +24,7 @@ COMMAND = "orgworker"
 # Set by the printed completion script when it asks for completions.
 COMPLETION_VARIABLE = "_ORGWORKER_COMPLETE"
 # A database that does not answer within this many seconds offers nothing.
-PATIENCE = 2.0
+PATIENCE = 5.0
 
 # The scripts evaluate what they get, so a name with any other character is not offered.
 _SAFE = re.compile(r"[A-Za-z0-9_.@+-]+")
@@ -61,10 +61,16 @@ def register_shells() -> None:
     get_completion_inspect_parameters()
 
 
-def limit_time() -> None:
-    """End this process, which completes, in silence if it takes too long."""
+@contextmanager
+def limited() -> Iterator[None]:
+    """End this process, which completes, in silence if the block takes too long."""
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        # An exit can take a while on a busy machine, and then has no handler any more.
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def names(kind: Kind) -> Callable[[typer.Context, str], list[str]]:
@@ -72,7 +78,7 @@ def names(kind: Kind) -> Callable[[typer.Context, str], list[str]]:
 
     def offer(context: typer.Context, incomplete: str) -> list[str]:
         # A warning of a library would land in the middle of the person's line.
-        with suppress(Exception), redirect_stderr(io.StringIO()):
+        with suppress(Exception), redirect_stderr(io.StringIO()), limited():
             return _read(context, kind, incomplete)
         return []
 

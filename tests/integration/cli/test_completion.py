@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.fakes.cli import CommandLine, as_process
-from worker.cli import app
 from worker.cli.app import invoke
 from worker.cli.completion import COMPLETION_VARIABLE
 
@@ -63,7 +63,7 @@ def test_bash_completes_verbs_options_and_values(line: str, offered: list[str], 
 
     done = tab(line, program, os.environ)
 
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == offered
 
 
@@ -116,7 +116,6 @@ def test_names_and_states_are_offered_from_the_database(
     other = entry | {"org": "org_b", "name": "news"}
     cli_on_either("apply", "-", "--allow-unknown-handlers", stdin=json.dumps({"definition": [entry, other]}))
     monkeypatch.setenv(COMPLETION_VARIABLE, "complete_bash")
-    monkeypatch.setattr(app, "limit_time", lambda: None)
 
     # The shell evaluates what it gets, so a name with $ is not offered.
     assert offered("orgs pause org_b") == ["org_b"]
@@ -134,7 +133,6 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
     """Also where the program's name is not that of the script: it decided which variable counted."""
     started: list[object] = []
     monkeypatch.setattr("worker.cli.run.run", started.append)
-    monkeypatch.setattr(app, "limit_time", lambda: None)
     for asked in ("bash_complete", "complete_bash", "nonsense"):
         monkeypatch.setenv(COMPLETION_VARIABLE, asked)
         monkeypatch.setenv("COMP_WORDS", "orgworker ru")
@@ -145,6 +143,22 @@ def test_a_process_that_is_asked_for_completions_never_runs_a_command(
     assert started == []
 
 
+def test_a_database_that_hangs_ends_the_tab_in_silence(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://worker@127.0.0.1:{silent.getsockname()[1]}/orgworker?connect_timeout=60"
+        program = "from worker.cli import completion, main\ncompletion.PATIENCE = 0.5\nmain()"
+        asked = {
+            COMPLETION_VARIABLE: "complete_bash",
+            "COMP_WORDS": "orgworker orgs show o",
+            "COMP_CWORD": "3",
+        }
+        environment = {**os.environ, **asked, "WORKER_DATABASE__URL": url}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_without_a_database_nothing_is_offered_printed_or_made(tmp_path: Path):
     settings = tmp_path / "worker.toml"
     settings.write_text(f'[database]\nurl = "sqlite:///{tmp_path}/none.db"\n')
@@ -153,5 +167,5 @@ def test_without_a_database_nothing_is_offered_printed_or_made(tmp_path: Path):
         command = [sys.executable, "-m", "worker"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=tmp_path)
 
-    assert (done.stdout.strip(), done.stderr) == ("", "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["worker.toml"]
