@@ -105,6 +105,9 @@ def backfill(
     cancel: Annotated[
         bool, typer.Option("--cancel", help="Cancel the backfill of this range; running runs continue.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print how many runs it would make, and for which times.")
+    ] = False,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Run every scheduled time in a range again, and print the backfill.
@@ -113,9 +116,16 @@ def backfill(
     """
     from worker.operations import backfill as operation
 
-    clock = session_of(context).clock
-    first = parse_time(start, clock, name="--from")
-    end = parse_time(until, clock, name="--until")
+    if dry_run and cancel:
+        raise UsageError("--dry-run and --cancel exclude each other", fix="leave one of them out")
+    session = session_of(context)
+    first = parse_time(start, session.clock, name="--from")
+    end = parse_time(until, session.clock, name="--until")
+    if dry_run:
+        with session.database() as database:
+            row = operation.planned_backfill(database, org, name, start=first, until=end, limit=limit)
+        print_row(row, output)
+        return
     verb = operation.cancel_backfill if cancel else partial(operation.backfill, limit=limit)
     change(context, output, partial(verb, org=org, name=name, start=first, until=end))
 

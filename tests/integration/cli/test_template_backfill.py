@@ -83,3 +83,17 @@ def test_a_schedule_without_a_time_in_the_range_is_not_a_fault(site: CommandLine
     done = site("templates", "backfill", "june", *RANGE, "-o", "json", check=False)
 
     assert [(row["instants"], row["left"]) for row in done.json()][:2] == [(0, None), (0, None)]
+
+
+def test_one_definition_is_planned_before_it_runs_again(cli: CommandLine):
+    cli("orgs", "add", "org_x")
+    cli("apply", "-", stdin=TEMPLATE.format(name="daily", schedule="@daily"))
+
+    planned = cli("definitions", "backfill", "org_x", "daily", *RANGE, "--dry-run", "-o", "json").json()
+
+    assert (planned["instants"], planned["made"], planned["id"]) == (3, 0, None)
+    assert (planned["first"], planned["last"]) == (
+        "2026-01-01T00:00:00.000000Z",
+        "2026-01-03T00:00:00.000000Z",
+    )
+    assert cli("definitions", "backfills", "-o", "json").json() == []
