@@ -37,7 +37,7 @@ from worker.web.access import Caller, Role
 # How long a login may take at the provider, and a link is valid.
 LASTS = timedelta(minutes=10)
 # Logins that have begun, of one client; another one ends its oldest.
-MOST = 20
+MOST = 50
 _CODE = re.compile(r"[!-~]{1,2048}")
 _ERROR = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # A person's `sub`: at most 255 ASCII characters (OpenID Connect Core, section 2).

@@ -22,7 +22,7 @@ from worker.web.access import Access, CallerDatabase
 from worker.web.api import Api
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health
-from worker.web.login import Login, Transactions
+from worker.web.login import Login
 from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
 from worker.web.sessions import AuthMiddleware, Forms, Sessions
@@ -103,8 +103,7 @@ def build(
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
     caller_database = CallerDatabase(database)
-    transactions = Transactions(database, clock)
-    console = Console(caller_database, clock, access, sessions, forms, login=login, transactions=transactions)
+    console = Console(caller_database, clock, access, sessions, forms, login=login)
     routes = [
         *(health.routes() if with_health else ()),
         *Api(caller_database, clock).routes(),

@@ -22,6 +22,7 @@ from worker.web.access import Access, Caller
 from worker.web.api import BASE
 from worker.web.clients import Addresses
 from worker.web.health import PATHS
+from worker.web.login import Transactions
 from worker.web.responses import read_form
 
 LOGIN = "/login"
@@ -91,12 +92,13 @@ class Sessions:
     """Sessions as rows, which all processes share; a limited number for each caller.
 
     A row has only the hash of its key. Each request reads its session, so one that has ended is
-    over at once everywhere.
+    over at once everywhere. `begun` are the logins that have begun.
     """
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database = database
         self._clock = clock
+        self.begun = Transactions(database, clock)
 
     async def begin(self, caller: Caller) -> Session:
         """Open a session, which ends when the caller's token expires, or after 12 hours."""

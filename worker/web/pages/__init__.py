@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from worker.clock import Clock
 from worker.web.access import Access, CallerDatabase
-from worker.web.login import Login, Transactions
+from worker.web.login import Login
 from worker.web.pages import errors
 from worker.web.pages.base import Pages
 from worker.web.pages.definitions import DefinitionPages
@@ -36,11 +36,10 @@ class Console:
         sessions: Sessions,
         forms: Forms,
         *,
-        login: Login | None,
-        transactions: Transactions,
+        login: Login | None = None,
     ) -> None:
         self._pages = Pages(database, clock, access, sessions, forms)
-        self._login = LoginPages(self._pages, login, transactions)
+        self._login = LoginPages(self._pages, login)
 
     def routes(self) -> Sequence[Route]:
         return (

@@ -15,7 +15,7 @@ from starlette.types import Scope
 from worker.errors import AccessDenied, NotFound, TokenError
 from worker.telemetry.events import emit
 from worker.web.access import Caller
-from worker.web.login import Login, Transactions, local_path, new_login
+from worker.web.login import Login, local_path, new_login
 from worker.web.pages.base import Pages, query
 from worker.web.pages.rendering import page
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
@@ -26,10 +26,9 @@ START, CALLBACK, ONCE = f"{LOGIN}/start", f"{LOGIN}/callback", f"{LOGIN}/once/"
 class LoginPages:
     """`login` is None where people cannot log in at a provider."""
 
-    def __init__(self, pages: Pages, login: Login | None, transactions: Transactions) -> None:
+    def __init__(self, pages: Pages, login: Login | None) -> None:
         self._pages = pages
         self._at_provider = login
-        self._transactions = transactions
 
     def routes(self) -> Sequence[Route]:
         return (
@@ -63,18 +62,18 @@ class LoginPages:
         begun = new_login(given.get("return_to", "/"))
         browser = forms.login_nonce(request)
         client = self._pages.access.addresses.client_of(request).key
-        state = await self._transactions.begin(begun, browser=browser, client=client)
+        state = await self._pages.sessions.begun.begin(begun, browser=browser, client=client)
         url = await login.start(state, begun, self._url_of(request, CALLBACK))
         response = RedirectResponse(url, 303)
         forms.set_cookie(request, response, LOGIN_COOKIE, browser)
         return response
 
     async def _callback(self, request: Request) -> Response:
+        # Not counted as a login again: its start was.
         login, forms = self._provider(), self._pages.forms
-        self._pages.access.count_login(request)
         parameters = dict(request.query_params)
         browser = forms.cookie(request, LOGIN_COOKIE) or secrets.token_urlsafe(32)
-        begun = await self._transactions.use(parameters.get("state", ""), browser=browser)
+        begun = await self._pages.sessions.begun.use(parameters.get("state", ""), browser=browser)
         try:
             caller = await login.finish(parameters, begun, self._url_of(request, CALLBACK))
             caller = await self._pages.access.confirm(caller)
@@ -100,7 +99,7 @@ class LoginPages:
         self._pages.forms.check_origin(request)
         self._pages.access.count_login(request)
         await self._pages.forms.read(request, LOGIN_COOKIE)
-        name = await self._transactions.use_link(request.path_params["code"])
+        name = await self._pages.sessions.begun.use_link(request.path_params["code"])
         return await self._opened(request, Caller(name, "admin", kind="link"), "/")
 
     async def _opened(self, request: Request, caller: Caller, return_to: str) -> Response:
