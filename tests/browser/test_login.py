@@ -24,3 +24,21 @@ def test_a_wrong_token_is_refused_with_a_reason(browser, console):
 
         tab.page.get_by_text("the token is invalid").first.wait_for()
         assert tab.wrongs == []
+
+
+def test_a_person_logs_in_at_the_provider_and_out_there_too(browser, console):
+    """The form that logs out leads to another origin, which the pages' policy has to allow."""
+    with browsers.tab(browser, console.base) as tab:
+        tab.go("/orgs/org_acme")
+        tab.page.get_by_role("link", name="Log in with Kinde").click()
+        tab.page.get_by_role("button", name="Acme, manager").click()
+
+        tab.page.get_by_text("person:kp_acme_manager@org_acme").first.wait_for()
+        assert tab.page.url == f"{console.base}/orgs/org_acme"
+        tab.page.get_by_role("button", name="Log out", exact=True).click()
+
+        tab.page.get_by_role("link", name="Log in with Kinde").wait_for()
+        assert tab.page.url == f"{console.base}/login"
+        tab.go("/orgs/org_acme")
+        assert tab.page.get_by_text("nightly-digest").count() == 0
+        assert tab.wrongs == []
