@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from worker.definitions import fields
 from worker.definitions.definition import Definition, from_spec
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
-from worker.ids import DefinitionId, OrgId, RunId, new_id
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
@@ -249,13 +249,13 @@ def _change_each(
 
 def _matching(database: Database, which: Cancellable | Retryable, org: str | None) -> Iterator[Row]:
     with database.autocommit() as connection:
-        org_id = None if org is None else orgs.require(connection, org)["id"]
+        scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
         # Runs that are made or end after this do not match.
         until = edit_runs.last_match(connection, which)
     after: Row | None = None
     while until is not None:
         with database.autocommit() as connection:
-            page = edit_runs.page(connection, org_id, which, until=until, after=after, limit=PAGE)
+            page = edit_runs.page(connection, scope, which, until=until, after=after, limit=PAGE)
         yield from page
         if len(page) < PAGE:
             return
@@ -269,10 +269,8 @@ def require_run(connection: Connection, run_id: str, org: str | None) -> Row:
         NotFound: no such run, or no such org.
     """
     wanted = RunId(checked_id(run_id))
-    if org is None:
-        row = edit_runs.find_for_all_orgs(connection, wanted)
-    else:
-        row = edit_runs.find(connection, orgs.require(connection, org)["id"], wanted)
+    scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
+    row = edit_runs.find(connection, scope, wanted)
     if row is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` lists the runs")
     return row

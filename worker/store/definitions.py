@@ -30,19 +30,17 @@ class Names(NamedTuple):
 
 
 def names_of(
-    connection: Connection, org_id: OrgId | None, definition_ids: Iterable[DefinitionId]
+    connection: Connection, scope: OrgId | AllOrgs, definition_ids: Iterable[DefinitionId]
 ) -> dict[DefinitionId, Names]:
-    """The names of each of these definitions of one org, or of all orgs if `org_id` is None."""
+    """The names of each of these definitions of one org or of all."""
     wanted = sorted(set(definition_ids))
     found = dict.fromkeys(wanted, Names())
     for part in chunks(wanted):
         query = (
             select(_definitions.c.id, _orgs.c.code, _definitions.c.name)
             .join(_orgs, _orgs.c.id == _definitions.c.org_id)
-            .where(_definitions.c.id.in_(part))
+            .where(_definitions.c.id.in_(part), *_in_scope(scope))
         )
-        if org_id is not None:
-            query = query.where(_definitions.c.org_id == org_id)
         found |= {id_: Names(code, name) for id_, code, name in connection.execute(query)}
     return found
 

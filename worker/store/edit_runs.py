@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, text, update
 
 from worker.errors import UsageError
-from worker.ids import DefinitionId, OrgId, RunId
+from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.store import sweeps, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, hint
@@ -35,15 +35,10 @@ def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionI
     return all_rows(connection, query)
 
 
-def find(connection: Connection, org_id: OrgId, run_id: RunId) -> Row | None:
-    """The row of `runs` of one run of this org."""
-    query = select(_runs).where(_runs.c.id == run_id, _runs.c.org_id == org_id)
-    return first_row(connection, query)
-
-
-def find_for_all_orgs(connection: Connection, run_id: RunId) -> Row | None:
-    """As `find`, of any org."""
-    return first_row(connection, select(_runs).where(_runs.c.id == run_id))
+def find(connection: Connection, scope: OrgId | AllOrgs, run_id: RunId) -> Row | None:
+    """The row of `runs` of one run, of this org or of any."""
+    mine = () if isinstance(scope, AllOrgs) else (_runs.c.org_id == scope,)
+    return first_row(connection, select(_runs).where(_runs.c.id == run_id, *mine))
 
 
 def lock(connection: Connection, org_id: OrgId, run_id: RunId) -> bool:
@@ -226,14 +221,14 @@ def last_match(connection: Connection, which: Cancellable | Retryable) -> Any:
 
 def page(
     connection: Connection,
-    org_id: OrgId | None,
+    scope: OrgId | AllOrgs,
     which: Cancellable | Retryable,
     *,
     until: Any,
     after: Row | None,
     limit: int,
 ) -> list[Row]:
-    """The first `limit` runs that match and follow the row `after`; of all orgs if `org_id` is None.
+    """The first `limit` runs of one org or of all that match and follow the row `after`.
 
     Oldest first, by id or by end, up to `until` from `last_match`.
     """
@@ -241,8 +236,8 @@ def page(
         _retryable(which, until, after) if isinstance(which, Retryable) else _cancellable(which, until, after)
     )
     source = order[-1].table
-    if org_id is not None:
-        where.append(source.c.org_id == org_id)
+    if not isinstance(scope, AllOrgs):
+        where.append(source.c.org_id == scope)
     if which.definition is not None:
         where.append(_definitions.c.name == which.definition)
     query = (

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
-from worker.ids import OrgId, RunId
+from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
 from worker.runs.run import Swept
 from worker.store import tables
 from worker.store.definitions import names_of
@@ -99,7 +99,7 @@ def expire_overdue(connection: Connection) -> list[Swept]:
         .limit(BATCH)
     )
     overdue = connection.execute(query).scalars().all()
-    return end_waiting(connection, None, overdue, state="skipped", reason="expired")
+    return end_waiting(connection, ALL_ORGS, overdue, state="skipped", reason="expired")
 
 
 def promote_held(connection: Connection) -> int:
@@ -108,10 +108,10 @@ def promote_held(connection: Connection) -> int:
 
 
 def end_waiting(
-    connection: Connection, org_id: OrgId | None, run_ids: Sequence[RunId], *, state: str, reason: str
+    connection: Connection, scope: OrgId | AllOrgs, run_ids: Sequence[RunId], *, state: str, reason: str
 ) -> list[Swept]:
-    """End those of these runs that wait or are held, without another attempt; `org_id` None: of all orgs."""
-    mine = () if org_id is None else (_live.c.org_id == org_id,)
+    """End those of these runs that wait or are held, of one org or of all, without another attempt."""
+    mine = () if isinstance(scope, AllOrgs) else (_live.c.org_id == scope,)
     ended: list[Swept] = []
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
@@ -123,7 +123,7 @@ def end_waiting(
         if not rows:
             continue
         ids = {row.definition_id for row in rows}
-        names = names_of(connection, org_id, ids)
+        names = names_of(connection, scope, ids)
         now = database_now(connection)
         connection.execute(delete(_live).where(*mine, _live.c.id.in_([row.id for row in rows])))
         for row in rows:

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy import Connection, delete, insert, select, tuple_, update
 
 from worker.errors import NotFound, StoreUnavailable
-from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import (
     AdmittedRun,
@@ -172,7 +172,7 @@ def recover(
     if not abandoned:
         return []
     most = _max_recoveries(connection, abandoned, max_recoveries)
-    names = names_of(connection, None, (run.definition_id for run in abandoned))
+    names = names_of(connection, ALL_ORGS, (run.definition_id for run in abandoned))
     now = database_now(connection)
     recovered: list[Recovered] = []
     for worker_id in sorted({run.worker_id for run in abandoned}):
