@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fakes import freezing_worker
+from tests.acceptance import freezing_worker
 from tests.fakes.hook import Hook
 from tests.fakes.ports import free_port
 from tests.fakes.site import AUDIENCE, Site, application, definition, wait_until

@@ -1,6 +1,6 @@
 """A hostile handler in a worker of an unprivileged user: what it can reach with the sandbox and without.
 
-Every attack of `tests/fakes/hostile_jobs.py` must fail in the sandbox, and work without it, as proof that
+Every attack of `hostile_jobs.py` must fail in the sandbox, and work without it, as proof that
 it is real. DEFENDED lists those that fail in both cases, with the reason.
 """
 
@@ -29,7 +29,7 @@ from tests.fakes.site import Site, application, definition, opened, wait_until
 from worker.demo.provider import Provider
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests" / "fakes" / "hostile_jobs.py"
+SOURCE = Path(__file__).with_name("hostile_jobs.py")
 # Makes the needed paths below closed folders reachable: in a mount namespace, each closed folder is an empty
 # one that is open to all, and contains only the needed paths.
 _REACH = """\

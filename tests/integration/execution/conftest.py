@@ -15,7 +15,7 @@ from worker.clock import SystemClock
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.child.sandbox import Planner
 
-SOURCE = Path(__file__).parents[2] / "fakes" / "process_jobs.py"
+SOURCE = Path(__file__).with_name("process_jobs.py")
 
 
 @pytest.fixture(scope="module")

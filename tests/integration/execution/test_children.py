@@ -126,27 +126,28 @@ async def test_a_runs_folder_is_empty_at_first_and_gone_afterwards(children: Chi
 
 
 @pytest.mark.parametrize(
-    ("count", "outcome"),
+    ("answer", "outcome"),
     [
-        (0, Retried(timedelta(minutes=5), "soon")),
-        (1, Snoozed(timedelta(seconds=90))),
-        (2, Cancelled("by_handler", "not needed")),
-        (3, HandedBack()),
-        (4, Succeeded(None)),
-        (5, Succeeded("7")),
-        (6, Succeeded('"text"')),
-        (7, Succeeded('{"a":[null]}')),
+        ("worker.Retry('5m', 'soon')", Retried(timedelta(minutes=5), "soon")),
+        ("worker.Snooze(90)", Snoozed(timedelta(seconds=90))),
+        ("worker.Cancel('not needed')", Cancelled("by_handler", "not needed")),
+        ("worker.HandBack()", HandedBack()),
+        ("None", Succeeded(None)),
+        ("7", Succeeded("7")),
+        ("'text'", Succeeded('"text"')),
+        ("{'a': [None]}", Succeeded('{"a":[null]}')),
     ],
 )
-async def test_an_answer_becomes_its_outcome(children: ChildPool, count: int, outcome: Outcome) -> None:
-    assert (
-        await children.run(work("answer", params={"count": count}), RecordingServices(), StopSignal())
-        == outcome
-    )
+async def test_an_answer_becomes_its_outcome(children: ChildPool, answer: str, outcome: Outcome) -> None:
+    given = work("code", params={"code": f"import worker; result = {answer}"})
+
+    assert await children.run(given, RecordingServices(), StopSignal()) == outcome
 
 
 async def test_a_permanent_error_is_told_apart(children: ChildPool) -> None:
-    outcome = await children.run(work("permanent"), RecordingServices(), StopSignal())
+    given = work("code", params={"code": "import worker; raise worker.PermanentError('no use')"})
+
+    outcome = await children.run(given, RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.permanent
@@ -215,7 +216,9 @@ async def test_a_lost_lease_ends_a_run_that_saves(children: ChildPool) -> None:
 
 
 async def test_a_checkpoint_that_is_no_json_is_the_handlers_error(children: ChildPool) -> None:
-    outcome = await children.run(work("save_badly"), RecordingServices(), StopSignal())
+    given = work("code", params={"code": "ctx.save({'n': float('nan')})"})
+
+    outcome = await children.run(given, RecordingServices(), StopSignal())
 
     assert isinstance(outcome, Failed)
     assert outcome.error.message == "the checkpoint is not JSON: NaN and infinity cannot be written as JSON"

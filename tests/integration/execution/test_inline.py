@@ -78,17 +78,17 @@ async def test_context_variables_are_fresh(inline: Inline, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("handler", "reason", "detail"),
+    ("code", "reason", "detail"),
     [
-        ("sys_exit_async", "handler_exited", "exit code 3"),
-        ("keyboard_interrupt", "error", None),
-        ("connects", "error", None),
+        ("import sys; sys.exit(3)", "handler_exited", "exit code 3"),
+        ("raise KeyboardInterrupt", "error", None),
+        ("import httpx; raise httpx.ConnectError('connection refused')", "error", None),
     ],
 )
 async def test_what_is_raised_ends_the_run_and_not_the_worker(
-    inline: Inline, handler: str, reason: str, detail: str | None
+    inline: Inline, code: str, reason: str, detail: str | None
 ) -> None:
-    outcome = await run(inline, handler, **({"count": 3} if "exit" in handler else {}))
+    outcome = await run(inline, "code_async", code=code)
 
     assert isinstance(outcome, Failed)
     assert (outcome.reason, outcome.detail) == (reason, detail)

@@ -20,6 +20,9 @@ from worker.runs.outcome import Failed, Outcome, Succeeded, TimedOut
 
 pytestmark = pytest.mark.anyio
 
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIG"
+HUGE = "result = 'x' * 50_000_000"
+
 
 @pytest.fixture(autouse=True)
 async def _neighbour_and_worker_are_unharmed(children: ChildPool) -> Any:
@@ -46,18 +49,18 @@ async def run(
 @pytest.mark.parametrize(
     ("handler", "params", "detail"),
     [
-        ("os_exit", {"count": 0}, "exit code 0"),
-        ("os_exit", {"count": 3}, "exit code 3"),
-        ("sys_exit", {"count": 0}, "exit code 0"),
-        ("sys_exit", {"count": 3}, "exit code 3"),
-        ("sys_exit_async", {"count": 0}, "exit code 0"),
-        ("sys_exit_async", {"count": 3}, "exit code 3"),
+        ("code", {"code": "import os; os._exit(0)"}, "exit code 0"),
+        ("code", {"code": "import os; os._exit(3)"}, "exit code 3"),
+        ("code", {"code": "import sys; sys.exit(0)"}, "exit code 0"),
+        ("code", {"code": "import sys; sys.exit(3)"}, "exit code 3"),
+        ("code_async", {"code": "import sys; sys.exit(0)"}, "exit code 0"),
+        ("code_async", {"code": "import sys; sys.exit(3)"}, "exit code 3"),
         ("sys_exit_in_a_task", {}, "exit code 4"),
-        ("sys_exit_text", {}, "exit code 1"),
+        ("code", {"code": "import sys; sys.exit('last words')"}, "exit code 1"),
         ("segfault", {}, "signal SIGSEGV"),
-        ("segfault_silently", {}, "signal SIGSEGV"),
-        ("kills_itself", {}, "signal SIGKILL"),
-        ("closes_everything", {}, "its channel to the worker was closed"),
+        ("code", {"code": f"import faulthandler; faulthandler.disable(); {KILL}SEGV)"}, "signal SIGSEGV"),
+        ("code", {"code": f"{KILL}KILL)"}, "signal SIGKILL"),
+        ("code", {"code": "import os; os.closerange(0, 4096)"}, "its channel to the worker was closed"),
     ],
 )
 async def test_a_process_that_ends_early_is_handler_exited(
@@ -71,19 +74,24 @@ async def test_a_process_that_ends_early_is_handler_exited(
 
 
 @pytest.mark.parametrize(
-    ("handler", "kind", "message"),
+    ("handler", "code", "kind", "message"),
     [
-        ("keyboard_interrupt", "KeyboardInterrupt", ""),
-        ("base_exception", "BaseException", "odd"),
-        ("bad_message", "process_jobs.bad_message.<locals>.Odd", "(its message cannot be formatted)"),
-        ("raises", "ValueError", "a ? surrogate and a � NUL"),
-        ("recurses", "RecursionError", "maximum recursion depth exceeded"),
+        ("code_async", "raise KeyboardInterrupt", "KeyboardInterrupt", ""),
+        ("code", "raise BaseException('odd')", "BaseException", "odd"),
+        ("bad_message", "", "process_jobs.bad_message.<locals>.Odd", "(its message cannot be formatted)"),
+        (
+            "code",
+            r"raise ValueError('a \udc80 lone \0 NUL')",
+            "ValueError",
+            "a ? lone � NUL",
+        ),
+        ("recurses", "", "RecursionError", "maximum recursion depth exceeded"),
     ],
 )
 async def test_whatever_is_raised_is_an_error_of_the_handler(
-    children: ChildPool, handler: str, kind: str, message: str
+    children: ChildPool, handler: str, code: str, kind: str, message: str
 ) -> None:
-    outcome = await run(children, handler)
+    outcome = await run(children, handler, **({"code": code} if code else {}))
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "error"
@@ -101,33 +109,45 @@ async def test_recursion_without_a_limit_is_a_crash(children: ChildPool) -> None
 
 
 @pytest.mark.parametrize(
-    ("count", "message"),
+    ("code", "message"),
     [
-        (0, "the result is not JSON: NaN and infinity cannot be written as JSON"),
-        (1, "the result is not JSON: NaN and infinity cannot be written as JSON"),
-        (2, "the result contains a lone surrogate, which is not valid text"),
-        (3, "the result contains a NUL character, which databases cannot store"),
-        (4, "the result is 47.7 MiB of JSON; the maximum is 1 MiB"),
-        (5, "the result is not JSON: a object cannot be written as JSON"),
-        (6, "the result is not JSON: keys must be str, int, float, bool or None, not tuple"),
-        (7, "the result is not JSON: Circular reference detected"),
-        (8, "the result is not JSON: a bytes cannot be written as JSON"),
-        (11, "the result is not JSON: Exceeds the limit"),
+        ("result = float('nan')", "the result is not JSON: NaN and infinity cannot be written as JSON"),
+        ("result = [float('-inf')]", "the result is not JSON: NaN and infinity cannot be written as JSON"),
+        (r"result = 'a \ud800 surrogate'", "the result contains a lone surrogate, which is not valid text"),
+        (
+            r"result = {'key': '\0'}",
+            "the result contains a NUL character, which databases cannot store",
+        ),
+        (HUGE, "the result is 47.7 MiB of JSON; the maximum is 1 MiB"),
+        ("result = object()", "the result is not JSON: a object cannot be written as JSON"),
+        (
+            "result = {(1, 2): 3}",
+            "the result is not JSON: keys must be str, int, float, bool or None, not tuple",
+        ),
+        ("result = []; result.append(result)", "the result is not JSON: Circular reference detected"),
+        ("result = b'bytes'", "the result is not JSON: a bytes cannot be written as JSON"),
+        ("result = 10**5000", "the result is not JSON: Exceeds the limit"),
     ],
 )
 async def test_a_result_that_cannot_be_stored_is_result_invalid(
-    children: ChildPool, count: int, message: str
+    children: ChildPool, code: str, message: str
 ) -> None:
-    outcome = await run(children, "result", count=count)
+    outcome = await run(children, "code", code=code)
 
     assert isinstance(outcome, Failed)
     assert outcome.reason == "result_invalid"
     assert outcome.error.message.startswith(message)
 
 
-@pytest.mark.parametrize(("count", "text"), [(9, '{"at":1}'), (10, '{"text":"a \\\\u0000 that is none"}')])
-async def test_a_result_that_only_looks_bad_is_stored(children: ChildPool, count: int, text: str) -> None:
-    assert await run(children, "result", count=count) == Succeeded(text)
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("from process_jobs import Report; result = Report()", '{"at":1}'),
+        (r"result = {'text': 'a \\u0000 that is none'}", '{"text":"a \\\\u0000 that is none"}'),
+    ],
+)
+async def test_a_result_that_only_looks_bad_is_stored(children: ChildPool, code: str, text: str) -> None:
+    assert await run(children, "code", code=code) == Succeeded(text)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +214,8 @@ async def test_memory_of_a_runs_own_processes_counts(children: ChildPool) -> Non
 
 
 async def test_memory_that_is_taken_faster_than_watched_is_refused_by_the_kernel(children: ChildPool) -> None:
-    greedy = work("one_big_piece", memory=256 * 1024 * 1024)
+    params = {"code": "result = len(bytearray(4_000_000_000))"}
+    greedy = work("code", params=params, memory=256 * 1024 * 1024)
 
     outcome = await children.run(greedy, RecordingServices(), StopSignal())
 
@@ -228,7 +249,7 @@ async def test_the_worker_has_its_memory_back_after_100_mb_of_output_and_a_huge_
 ) -> None:
     async def once(lines: int) -> None:
         assert await run(children, "prints", count=lines) == Succeeded('"printed"')
-        assert isinstance(await run(children, "result", count=4), Failed)
+        assert isinstance(await run(children, "code", code=HUGE), Failed)
 
     await once(20_000)
     gc.collect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import faulthandler
 import fcntl
 import logging
 import multiprocessing
@@ -26,12 +25,8 @@ from pydantic import BaseModel, Field
 
 from worker import (
     BlockingContext,
-    Cancel,
     Context,
     HandBack,
-    PermanentError,
-    Retry,
-    Snooze,
     job,
 )
 
@@ -48,6 +43,24 @@ class Settings(BaseModel):
 
     model_version: str = "gpt-4"
     max_tokens: int = Field(1000, ge=1)
+
+
+class Code(BaseModel):
+    """The body of a handler; it may set `result`."""
+
+    code: str
+
+
+@job("code", params=Code)
+def code(ctx: BlockingContext[Code, Any]) -> Any:
+    names: dict[str, Any] = {"ctx": ctx}
+    exec(ctx.params.code, names)
+    return names.get("result")
+
+
+@job("code_async", params=Code)
+async def code_async(ctx: Context[Code, Any]) -> None:
+    exec(ctx.params.code, {})
 
 
 # Well-behaved
@@ -105,37 +118,11 @@ async def surroundings(ctx: Context[Any, Any]) -> dict[str, Any]:
     }
 
 
-@job("answer", params=Params)
-def answer(ctx: BlockingContext[Params, Any]) -> Any:
-    answers = [
-        Retry("5m", "soon"),
-        Snooze(90),
-        Cancel("not needed"),
-        HandBack(),
-        None,
-        7,
-        "text",
-        {"a": [None]},
-    ]
-    return answers[ctx.params.count]
-
-
-@job("permanent")
-async def permanent(ctx: Context[Any, Any]) -> None:
-    raise PermanentError("no use")
-
-
 @job("renew")
 async def renew(ctx: Context[Any, Any]) -> list[str]:
     before = ctx.claims.properties["n"]
     token = await ctx.token()
     return [before, token.reveal(), ctx.claims.properties["n"]]
-
-
-@job("fetch", params=Params)
-async def fetch(ctx: Context[Params, Any]) -> int:
-    response = await ctx.http.get(ctx.params.folder)
-    return response.status_code
 
 
 # Handlers that are asked to stop
@@ -301,42 +288,12 @@ async def fork_exits_async(ctx: Context[Any, Any]) -> int:
 # Ways to end
 
 
-@job("os_exit", params=Params)
-def os_exit(ctx: BlockingContext[Params, Any]) -> None:
-    os._exit(ctx.params.count)
-
-
-@job("sys_exit", params=Params)
-def sys_exit(ctx: BlockingContext[Params, Any]) -> None:
-    sys.exit(ctx.params.count)
-
-
-@job("sys_exit_async", params=Params)
-async def sys_exit_async(ctx: Context[Params, Any]) -> None:
-    sys.exit(ctx.params.count)
-
-
 @job("sys_exit_in_a_task")
 async def sys_exit_in_a_task(ctx: Context[Any, Any]) -> None:
     async def end() -> None:
         sys.exit(4)
 
     await asyncio.gather(end(), asyncio.sleep(600))
-
-
-@job("sys_exit_text")
-def sys_exit_text(ctx: BlockingContext[Any, Any]) -> None:
-    sys.exit("last words")
-
-
-@job("keyboard_interrupt")
-async def keyboard_interrupt(ctx: Context[Any, Any]) -> None:
-    raise KeyboardInterrupt
-
-
-@job("base_exception")
-def base_exception(ctx: BlockingContext[Any, Any]) -> None:
-    raise BaseException("odd")
 
 
 @job("bad_message")
@@ -348,26 +305,10 @@ def bad_message(ctx: BlockingContext[Any, Any]) -> None:
     raise Odd
 
 
-@job("raises")
-def raises(ctx: BlockingContext[Any, Any]) -> None:
-    raise ValueError("a \udc80 surrogate and a \0 NUL")
-
-
 @job("segfault")
 def segfault(ctx: BlockingContext[Any, Any]) -> None:
     print("about to crash")
     ctypes.string_at(0)
-
-
-@job("segfault_silently")
-def segfault_silently(ctx: BlockingContext[Any, Any]) -> None:
-    faulthandler.disable()
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-@job("kills_itself")
-def kills_itself(ctx: BlockingContext[Any, Any]) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @job("recurses")
@@ -383,12 +324,6 @@ def recurses_deeper(ctx: BlockingContext[Any, Any]) -> None:
 
     sys.setrecursionlimit(10**9)
     repr(Deep())
-
-
-@job("closes_everything")
-def closes_everything(ctx: BlockingContext[Any, Any]) -> str:
-    os.closerange(0, 4096)
-    return "unheard"
 
 
 @job("closes_and_opens", params=Params)
@@ -442,27 +377,6 @@ class Report(BaseModel):
     at: int = 1
 
 
-@job("result", params=Params)
-def result(ctx: BlockingContext[Params, Any]) -> Any:
-    itself: list[Any] = []
-    itself.append(itself)
-    results = [
-        float("nan"),
-        [float("-inf")],
-        "a \ud800 surrogate",
-        {"key": "a \0 NUL"},
-        "x" * 50_000_000,
-        object(),
-        {(1, 2): 3},
-        itself,
-        b"bytes",
-        Report(),
-        {"text": "a \\u0000 that is none"},
-        10**5000,
-    ]
-    return results[ctx.params.count]
-
-
 # Memory and output
 
 
@@ -480,11 +394,6 @@ def children_take_memory(ctx: BlockingContext[Params, Any]) -> None:
     for _ in range(ctx.params.count):
         subprocess.Popen([sys.executable, "-c", take], start_new_session=True)
     time.sleep(600)
-
-
-@job("one_big_piece")
-def one_big_piece(ctx: BlockingContext[Any, Any]) -> int:
-    return len(bytearray(4_000_000_000))
 
 
 @job("prints", params=Params)
@@ -512,11 +421,6 @@ async def hurries(ctx: Context[Params, Any]) -> str:
         ctx.progress(number)
     await asyncio.sleep(0.3)
     return "done"
-
-
-@job("save_badly")
-async def save_badly(ctx: Context[Any, Any]) -> None:
-    await ctx.save({"n": float("nan")})
 
 
 @job("connects", params=Params)
