@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
 from functools import partial
-from itertools import islice
-from typing import Annotated, Any
-from zoneinfo import ZoneInfo
+from typing import Annotated
 
 import typer
 
@@ -24,11 +20,10 @@ from worker.cli.options import (
 from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
-from worker.definitions.units import format_duration, parse_time
+from worker.definitions.units import parse_time
 from worker.errors import UsageError
-from worker.store.lists import BACKFILLS, DEFINITIONS, DefinitionDetail
+from worker.store.lists import BACKFILLS, DEFINITIONS
 
-Row = dict[str, Any]
 NameArgument = Annotated[
     str,
     typer.Argument(
@@ -37,60 +32,6 @@ NameArgument = Annotated[
         autocompletion=names("definition"),
     ),
 ]
-
-
-def preview_schedule(schedule: str, zone_name: str, start: datetime, count: int) -> list[Row]:
-    """The first `count` scheduled times of a schedule at or after `start`.
-
-    Raises:
-        InvalidTrigger: the schedule or the zone is invalid, or it never fires.
-    """
-    from worker.definitions.triggers import parse_schedule
-    from worker.definitions.zones import parse_zone
-
-    zone = parse_zone(zone_name)
-    return [_row(at, zone) for at in islice(parse_schedule(schedule, zone).occurrences(start), count)]
-
-
-def preview_definition(
-    row: DefinitionDetail,
-    unfinished: Sequence[Mapping[str, Any]],
-    start: datetime | None,
-    count: int,
-    *,
-    now: datetime,
-) -> list[Row]:
-    """The next scheduled times of a definition, with a note if one will be skipped.
-
-    Without `start` it begins with those that are due and have not fired yet.
-    """
-    from worker.definitions.zones import parse_zone
-    from worker.runs.fire import preview
-
-    zone = parse_zone(row["timezone"])
-    return [_row(at, zone, note) for at, note in preview(row, unfinished, now, start=start, count=count)]
-
-
-def _row(at: datetime, zone: ZoneInfo, note: str = "") -> Row:
-    notes = "; ".join(filter(None, (note, _clock_change(at, zone))))
-    return {"scheduled_for": at, "local": at.astimezone(zone).isoformat(), "note": notes or None}
-
-
-def _clock_change(at: datetime, zone: ZoneInfo) -> str:
-    """Whether clocks change at this time, or its wall time occurs twice."""
-    local, before = at.astimezone(zone), (at - timedelta(seconds=1)).astimezone(zone)
-    ahead = _offset(local) - _offset(before)
-    if ahead > timedelta(0):
-        return f"clocks go forward {format_duration(ahead)} here"
-    if ahead < timedelta(0):
-        return f"clocks go back {format_duration(-ahead)} here"
-    if _offset(local.replace(fold=1 - local.fold)) != _offset(local):
-        return f"{'second' if local.fold else 'first'} pass of this wall time"
-    return ""
-
-
-def _offset(local: datetime) -> timedelta:
-    return local.utcoffset() or timedelta(0)
 
 
 def backfill(
@@ -179,8 +120,11 @@ def next_(
     session = session_of(context)
     at = None if start is None else parse_time(start, session.clock, name="--from")
     if schedule is not None and org is None:
+        from worker.runs.preview import preview_schedule
+
         rows = preview_schedule(schedule, timezone or "UTC", at or session.clock.now(), count)
     elif schedule is None and timezone is None and org is not None and name is not None:
+        from worker.runs.preview import preview_definition
         from worker.store.lists.read import definition
         from worker.store.lists.runs import unfinished
 

@@ -202,6 +202,13 @@ def to_spec(definition: Definition) -> dict[str, Any]:
     }
 
 
+def values_of(definition: Definition) -> dict[str, Any]:
+    """Every key but org and name, written as in a file; None where the default is not the definition's."""
+    values = {key: getattr(definition, key) for key in _KEYS}
+    written = {key: None if value is None else _KEYS[key].write(value) for key, value in values.items()}
+    return written | {"enabled": definition.enabled}
+
+
 def _read(reader: Fields, *, org: str, name: str, enabled: bool) -> Definition:
     handler, schedule = reader.take("handler", text), reader.take("schedule", text)
     given = {key: reader.take(key, _KEYS[key].read) for key in reader.given(_OPTIONAL)}

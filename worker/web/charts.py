@@ -247,7 +247,7 @@ def _figure(
         for kind in kinds
     )
     keys = nothing.join(
-        Markup('<li><svg class="key" width="12" height="12" aria-hidden="true">{}</svg>{}</li>').format(
+        Markup('<li><svg class="swatch" width="12" height="12" aria-hidden="true">{}</svg>{}</li>').format(
             _block(title, kind, 'x="0" y="0" width="12" height="12"', ""), name
         )
         for name, kind in legend

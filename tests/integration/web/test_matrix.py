@@ -8,12 +8,14 @@ not an operator, or if the database has changed other than it says.
 
 from __future__ import annotations
 
+import itertools
 import re
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import ALL_ORGS, OrgScope, RunId, new_id
 from worker.operations.apply import apply
 from worker.operations.credentials import add_credential
+from worker.operations.definitions import pause_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, run_now
 from worker.operations.templates import materialise
@@ -79,6 +82,7 @@ VENDOR = "org_v"
 LOGIN_RULES = "the hash of the rules of [web.login]"
 # What managers may do here.
 PORTAL = ("run", "retry")
+NUMBERS = itertools.count(1)
 # What a request may change.
 CHANGED = ("runs", "live_runs", "checkpoints", "audit", "definitions", "schedule", "rollup_days", "run_logs")
 
@@ -134,6 +138,7 @@ class Rule:
 
 
 API = "/api/v1"
+BY_STAFF = Rule("by_staff", role="operator", status=303)
 RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/livez"): Rule("open"),
     ("GET", "/readyz"): Rule("open", status=503),
@@ -159,9 +164,19 @@ RULES: Mapping[tuple[str, str], Rule] = {
     **{("GET", f"/{page}"): Rule("staff") for page in ("workers", "failures")},
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("GET", "/runs/{run}"): Rule("own_run"),
+    ("GET", "/runs/{run}/log"): Rule("own_run"),
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
-    ("POST", "/orgs/{org}/definitions/{name}/run"): Rule("run_now", role="operator", status=303),
+    ("GET", "/orgs/{org}/definitions/{name}"): Rule("own_org"),
+    **{
+        ("POST", f"/orgs/{{org}}/definitions/{{name}}/{verb}"): Rule("run_now", role="operator", status=303)
+        for verb in ("run", "pause", "resume")
+    },
+    **{
+        (method, f"/orgs/{{org}}/definitions/{{name}}/{verb}"): rule
+        for verb in ("edit", "backfill")
+        for method, rule in (("GET", replace(BY_STAFF, status=200)), ("POST", BY_STAFF))
+    },
     ("GET", "/login"): Rule("open"),
     ("POST", "/login"): Rule("login", status=303),
     # There is no provider here; tests/integration/web/test_login.py has one.
@@ -187,7 +202,8 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 200 if who.org is None else 403
     if rule.kind == "login":
         return rule.status
-    if page and not session and rule.kind in ("write", "run_now", "logout", "zone"):
+    is_form = rule.kind in ("write", "run_now", "logout", "zone") or rule == BY_STAFF
+    if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
     if rule.kind in ("logout", "zone"):
@@ -200,8 +216,10 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
     own = who.org in (None, target)
     if rule.kind == "front":
         return 200 if who.org is None else 303
-    if rule.kind == "run_now" and not own:
+    if rule.kind in ("run_now", "by_staff") and not own:
         return 404
+    if rule.kind == "by_staff" and who.org is not None:
+        return 403
     if who.role == "manager" and path.rpartition("/")[2] in PORTAL:
         return rule.status if own else 404
     if RANK[who.role] < RANK[rule.role] and (who.org is None or rule.kind in ("write", "run_now")):
@@ -416,8 +434,16 @@ class Client:
 
     async def ask(self, method: str, path: str, *, session: bool) -> httpx.Response:
         client = self.session if session else self.bearer
-        form = {"data": {"csrf": self.csrf, "zone": "UTC"}} if session and method == "POST" else {}
+        data = {"csrf": self.csrf, "zone": "UTC"} | self.fields(path)
+        form = {"data": data} if session and method == "POST" else {}
         return await client.request(method, path, **form)
+
+    def fields(self, path: str) -> dict[str, str]:
+        """The fields that a form of this path has, each time others, so that they change something."""
+        if path.endswith("/backfill"):
+            start = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(days=next(NUMBERS))
+            return {"from": start.isoformat(), "until": (start + timedelta(days=1)).isoformat()}
+        return {"confirmed": "1", "key.priority": str(next(NUMBERS))} if path.endswith("/edit") else {}
 
 
 async def routes_of(app: Any) -> set[tuple[str, str]]:
@@ -439,6 +465,8 @@ class Matrix:
         self.made = made
         self.apps = {role: made.app(role) for role in ("viewer", "operator")}
         self.asked = 0
+        # What the last change left, which no reading may change.
+        self.known: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
         self.wrong: list[str] = []
 
     async def run(self, rules: Mapping[tuple[str, str], Rule] = RULES) -> None:
@@ -457,12 +485,14 @@ class Matrix:
         self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
     ) -> None:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
-        writes = rule.kind in ("write", "run_now")
+        writes = rule.kind in ("write", "run_now", "by_staff") and method == "POST"
         run = self.made.ended[target]
         if path.endswith("/cancel"):
             run = self.made.waiting(target)
         elif path.endswith("/retry"):
             run = self.made.cancelled(target)
+        elif path.endswith("/resume"):
+            pause_definition(self.made.admin, target, "digest", actor="tester")
         url = path.format(run=run, org=target, name="digest", code="x")
         if rule.kind == "list":
             url += f"?org={target}"
@@ -472,7 +502,8 @@ class Matrix:
         if session and not page and rule.kind != "open":
             # A cookie opens pages, never the API.
             wanted = 401
-        before = self.made.state() if writes else None
+        is_prepared = path.endswith(("/cancel", "/retry", "/resume"))
+        before = (self.known if self.known and not is_prepared else self.made.state()) if writes else None
         answer = await client.ask(method, url, session=session)
         called = f"{method} {path} of {target}{' in a session' if session else ''}"
         self.judge(who, called, answer.status_code, wanted)
@@ -506,7 +537,7 @@ class Matrix:
     def judge_effect(
         self, who: Who, called: str, target: str, before: Mapping[str, Any], *, done: bool
     ) -> None:
-        after = self.made.state()
+        after = self.known = self.made.state()
         changed = {org for org in after if after[org] != before[org]}
         if changed != ({target} if done else set()):
             self.wrong.append(f"{who.name}: {called}: changed {sorted(changed) or 'nothing'}")
@@ -530,6 +561,7 @@ async def test_every_route_of_the_router_has_a_rule(clock: ManualClock):
     assert heads == {path for method, path in RULES if method == "GET"}
 
 
+@pytest.mark.timeout(300)
 async def test_no_answer_is_wrong(made: Installation):
     matrix = Matrix(made)
 

@@ -24,7 +24,7 @@ from worker.errors import NotFound
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, json_type
-from worker.store.lists import Attempt, LogLine, Page, Run, RunDetail, checked_id, columns_of
+from worker.store.lists import MAX_LIMIT, Attempt, LogLine, Page, Run, RunDetail, checked_id, columns_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000
@@ -176,6 +176,20 @@ def page_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: i
     return cast(list[Run], all_rows(connection, query)) if ids else []
 
 
+def of_definition(
+    connection: Connection, org_id: OrgId, definition_id: DefinitionId, *, limit: int
+) -> list[Run]:
+    """The newest runs of one definition, newest first."""
+    newest = (
+        select(_runs.c.id)
+        .where(_runs.c.org_id == org_id, _runs.c.definition_id == definition_id)
+        .order_by(_runs.c.id.desc())
+    )
+    ids = list(connection.execute(newest.limit(limit)).scalars())
+    query = _listed.where(_view.c.id.in_(ids), _view.c.org_id == org_id).order_by(_view.c.id.desc())
+    return cast(list[Run], all_rows(connection, query)) if ids else []
+
+
 def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:
     """An existing run as the list shows it."""
     [found] = all_rows(connection, _listed.where(_view.c.id == run_id, _view.c.org_id == org_id))
@@ -183,7 +197,7 @@ def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:
 
 
 def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
-    """One run with its attempts, checkpoint, claims (redacted) and spec.
+    """One run with its newest attempts, checkpoint, claims (redacted) and spec.
 
     Raises:
         NotFound: there is no such org, or it has no such run.
@@ -198,8 +212,9 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         connection,
         select(_attempts, _attempts.c.worker_id.label("worker"))
         .where(_attempts.c.run_id == id_, _attempts.c.org_id == org_id)
-        .order_by(_attempts.c.attempt),
-    )
+        .order_by(_attempts.c.attempt.desc())
+        .limit(MAX_LIMIT),
+    )[::-1]
     attempts = [{name: attempt[name] for name in columns_of(Attempt)} for attempt in ended]
     if found["state"] == "running":
         known = ("attempt", "worker", "fencing_token", "handler", "started_at")
@@ -232,7 +247,8 @@ def unfinished(connection: Connection, org: str, definition_id: DefinitionId) ->
         _live.c.definition_id == definition_id,
         _live.c.serial,
     )
-    return cast(list[SerialRun], all_rows(connection, query.order_by(_live.c.id)))
+    # One unfinished and one held, as unique indexes ensure.
+    return cast(list[SerialRun], all_rows(connection, query.order_by(_live.c.id).limit(2)))
 
 
 def lines(

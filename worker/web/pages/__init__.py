@@ -13,6 +13,7 @@ from worker.web.access import Access, CallerDatabase
 from worker.web.login import Login
 from worker.web.pages import errors
 from worker.web.pages.base import Pages
+from worker.web.pages.definition_edit import EditPages
 from worker.web.pages.definitions import DefinitionPages
 from worker.web.pages.failures import FailurePages
 from worker.web.pages.inventory import InventoryPages
@@ -50,6 +51,7 @@ class Console:
             *DefinitionPages(self._pages).routes(),
             *FailurePages(self._pages).routes(),
             *InventoryPages(self._pages).routes(),
+            *EditPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),
             *self._login.routes(),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import quote, unquote, urlencode
 from zoneinfo import ZoneInfo
 
@@ -16,7 +16,7 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, TokenError, UsageError
-from worker.web.access import BY_ORGS, Access, Caller, CallerDatabase
+from worker.web.access import BY_ORGS, Access, Action, Caller, CallerDatabase
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 
@@ -59,12 +59,16 @@ class Pages:
     async def show(
         self, request: Request, template: str, work: Callable[[Connection], dict[str, Any]]
     ) -> Response:
-        """Read and render in a database thread: a large page must not delay the loop."""
+        """Read and render in a database thread: a large page must not delay the loop.
+
+        Of the values that `work` returns, `status` is the response's; default 200.
+        """
         caller, frame = caller_of(request), self.frame(request.scope)
 
         def rendered(connection: Connection) -> Response:
             # A page may set what the frame shows, such as the text that was searched for.
-            return page(template, **(frame | work(connection)))
+            values = frame | work(connection)
+            return page(template, values.pop("status", 200), **values)
 
         return await self.database.read(caller, rendered)
 
@@ -137,6 +141,14 @@ def next_page(path: str, given: Mapping[str, str], rows: Sequence[Any], limit: i
     if len(rows) < limit:
         return None
     return f"{path}?{urlencode({**given, 'after': rows[-1]['id']})}"
+
+
+def allowed(request: Request) -> frozenset[Action]:
+    """What this caller may change with the pages' forms; nothing without a session."""
+    caller = caller_of(request)
+    if request.scope.get("session") is None:
+        return frozenset()
+    return frozenset(action for action in get_args(Action) if caller.may(action))
 
 
 def query(request: Request, *names: str) -> dict[str, str]:

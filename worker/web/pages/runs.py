@@ -1,20 +1,36 @@
-"""The page of a run, and its changes."""
+"""The page of a run: the answer first, then its attempts, log and values; and the changes of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.ids import RunId
-from worker.store.lists import LogLine, Run, RunDetail, runs
-from worker.web.pages.base import Pages, caller_of, query
+from worker.errors import Conflict, DefinitionError, WorkerError
+from worker.ids import OrgId, RunId
+from worker.operations.runs import require_run
+from worker.runs.trace import Part, parts_of
+from worker.store.lists import Run, RunDetail, runs
+from worker.web.access import Caller
+from worker.web.charts import gantt
+from worker.web.pages.answer import answer_of
+from worker.web.pages.base import Pages, allowed, caller_of, query
+from worker.web.pages.forms import problem_of, reason_of
+from worker.web.pages.run_log import page_after, page_before, place_of
+from worker.web.pages.timeline import lanes_of
 
-LINES = 500
+# Characters of a value such as params that a page shows at most.
+VALUE = 8_000
+# Attempts that the table lists, the newest.
+ATTEMPTS = 25
+# Characters of a cause that a link searches for.
+MOST_OF_CAUSE = 120
 
 
 class RunPages:
@@ -23,31 +39,119 @@ class RunPages:
 
     def routes(self) -> Sequence[Route]:
         return (
-            Route("/runs/{run}", self._run),
+            Route("/runs/{run}", self._run, methods=["GET"]),
+            Route("/runs/{run}/log", self._log, methods=["GET"]),
             Route("/runs/{run}/cancel", self._cancel, methods=["POST"]),
             Route("/runs/{run}/retry", self._retry, methods=["POST"]),
         )
 
     async def _run(self, request: Request) -> Response:
-        caller, run_id = caller_of(request), request.path_params["run"]
         query(request)
+        return await self._page(request)
+
+    async def _page(self, request: Request, problem: WorkerError | None = None) -> Response:
+        """The page of a run; after a change that was refused, with its problem."""
+        caller, run_id = caller_of(request), request.path_params["run"]
+        now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
             run = caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
-            lines = runs.lines(connection, caller.scope(), RunId(run["id"]), limit=LINES)
-            return {"run": run, "lines": [caller.sees(LogLine, line) for line in lines]}
+            failed = next((each for each in reversed(run["attempts"]) if each["error"]), None)
+            return {
+                "run": run,
+                "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
+                "answer": answer_of(connection, caller, run),
+                "chart": gantt(lanes_of(run, now), title="Waiting and running, by attempt", now=now),
+                "trace": _trace_of(failed),
+                "failed": failed,
+                "log": page_before(connection, caller, run["id"]),
+                "is_live": run["state"] in ("waiting", "held", "running"),
+                "values": _values_of(run),
+                **problem_of(problem),
+                "may": allowed(request),
+                "others_href": _others_href(failed) if caller.org is None else None,
+                "now": now,
+            }
 
         return await self._pages.show(request, "run.html", work)
 
+    async def _log(self, request: Request) -> Response:
+        caller, given = caller_of(request), query(request, "before", "after")
+        places = {name: place_of(text) for name, text in given.items()}
+
+        def work(connection: Connection) -> dict[str, Any]:
+            run = caller.sees(Run, shown(connection, caller, request.path_params["run"]))
+            if "after" in places:
+                log = page_after(connection, caller, run["id"], places["after"])
+            else:
+                log = page_before(connection, caller, run["id"], places.get("before"))
+            return {"run": run, "log": log}
+
+        return await self._pages.show(request, "run_log.html", work)
+
     async def _cancel(self, request: Request) -> Response:
-        await self._pages.checked_form(request)
-        run = await self._pages.database.cancel(caller_of(request), request.path_params["run"])
-        return to_run(run)
+        _, form = await self._pages.checked_form(request)
+        caller, run_id = caller_of(request), request.path_params["run"]
+        try:
+            await self._pages.database.cancel(caller, run_id, reason=reason_of(form))
+        except (Conflict, DefinitionError) as error:
+            return await self._page(request, error)
+        return RedirectResponse(f"/runs/{run_id}", 303)
 
     async def _retry(self, request: Request) -> Response:
-        await self._pages.checked_form(request)
-        run = await self._pages.database.retry(caller_of(request), request.path_params["run"])
+        _, form = await self._pages.checked_form(request)
+        caller, run_id = caller_of(request), request.path_params["run"]
+        try:
+            run = await self._pages.database.retry(
+                caller,
+                run_id,
+                from_checkpoint="from_checkpoint" in form,
+                again="again" in form,
+                reason=reason_of(form),
+            )
+        except (Conflict, DefinitionError) as error:
+            return await self._page(request, error)
         return to_run(run)
+
+
+def shown(connection: Connection, caller: Caller, run_id: str) -> Run:
+    """The row of a run that this caller may see, as `runs list` has it; raises NotFound."""
+    found = require_run(connection, run_id, caller.org)
+    return runs.row(connection, OrgId(found["org_id"]), RunId(found["id"]))
+
+
+def _others_href(failed: Mapping[str, Any] | None) -> str | None:
+    """The search for runs that failed with the same cause."""
+    cause = failed and failed["error_cause"]
+    if not cause:
+        return None
+    words = str(cause)[:MOST_OF_CAUSE].replace('"', " ").strip()
+    return "/search?" + urlencode({"q": f'cause:"{words}"'})
+
+
+def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
+    trace = attempt["error"].get("trace") if attempt is not None else None
+    return parts_of(trace) if trace else []
+
+
+class Value(NamedTuple):
+    """A value of a run as JSON text; `left` is the number of characters that do not fit."""
+
+    name: str
+    text: str
+    left: int
+
+
+def _values_of(run: Mapping[str, Any]) -> list[Value]:
+    """Result, checkpoint, params, claims and spec, those that the run has."""
+    names = ("result", "checkpoint", "params", "claims", "spec")
+    return [value_of(name, run[name]) for name in names if run.get(name) is not None]
+
+
+def value_of(name: str, value: Any) -> Value:
+    """A value as indented JSON, cut to what a page shows."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return Value(name, text[:VALUE], max(len(text) - VALUE, 0))
 
 
 def to_run(row: Run) -> Response:

@@ -21,3 +21,88 @@ document.addEventListener("keydown", (event) => {
     document.cookie = `${name}=${zone}; path=/; max-age=31536000; samesite=lax${secure}`;
   }
 })();
+
+// The page of an unfinished run follows its stream of events, or asks for the page again every few seconds.
+const POLL = 5000, MOST_LINES = 2000;
+let following = null;
+
+function after(line, place) {
+  const [attempt, seq] = place.split(".").map(Number);
+  return line.attempt > attempt || (line.attempt === attempt && line.seq > seq);
+}
+
+function addLine(list, line) {
+  if (!after(line, list.dataset.newest)) return;
+  const item = document.createElement("li"), time = document.createElement("time");
+  const level = document.createElement("b"), text = document.createElement("span");
+  item.className = ["debug", "info", "warning", "error", "critical"].includes(line.level) ? line.level : "info";
+  time.dateTime = line.at;
+  time.textContent = line.at.slice(11, 19);
+  level.textContent = line.source === "log" ? line.level : line.source;
+  text.textContent = line.text.length > 2000 ? `${line.text.slice(0, 2000)} …` : line.text;
+  item.append(time, " ", level, " ", text);
+  list.append(item);
+  list.dataset.newest = `${line.attempt}.${line.seq}`;
+  while (list.children.length > MOST_LINES) list.firstElementChild.remove();
+  list.parentElement.classList.remove("nothing");
+  document.querySelector("#log-empty")?.remove();
+}
+
+function showProgress(progress) {
+  const place = document.querySelector("#progress");
+  // The first report needs the card that the server draws.
+  if (!progress || !place) return progress ? redraw() : undefined;
+  const bar = place.querySelector("progress"), total = progress.total ? ` of ${progress.total}` : "";
+  if (bar && progress.total) [bar.max, bar.value] = [progress.total, progress.done];
+  place.querySelector("p").textContent = `${progress.done}${total}${progress.note ? ` · ${progress.note}` : ""}`;
+}
+
+// Replace the page's content by what the server shows now, unless somebody is about to change something.
+async function redraw() {
+  if (document.querySelector("details.confirm[open]")) return;
+  const answer = await fetch(location.pathname, { headers: { accept: "text/html" } }).catch(() => null);
+  if (!answer?.ok) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = page.querySelector("#main"), focused = document.activeElement?.id;
+  const opened = [...document.querySelectorAll("#main details[open][id]")].map((each) => each.id);
+  if (!fresh || document.querySelector("details.confirm[open]")) return;
+  document.title = page.title;
+  document.querySelector("#main").replaceChildren(...fresh.childNodes);
+  for (const id of opened) document.getElementById(id)?.setAttribute("open", "");
+  if (focused) document.getElementById(focused)?.focus();
+  follow();
+}
+
+function follow() {
+  const live = document.querySelector("[data-live]");
+  following?.stop();
+  following = null;
+  if (!live) return;
+  const list = document.querySelector("#log-lines"), status = document.querySelector("#live-state");
+  let timer = 0;
+  const poll = () => { timer ||= setInterval(redraw, POLL); };
+  const source = new EventSource(`${live.dataset.live}?after=${list.dataset.newest}`);
+  following = { stop() { source.close(); clearInterval(timer); } };
+  source.addEventListener("open", () => { status.textContent = "Live: new lines appear as they are written."; });
+  source.addEventListener("log", (event) => [JSON.parse(event.data)].flat().forEach((line) => addLine(list, line)));
+  source.addEventListener("progress", (event) => showProgress(JSON.parse(event.data)));
+  source.addEventListener("state", (event) => {
+    if (JSON.parse(event.data).state !== live.dataset.state) redraw();
+  });
+  source.addEventListener("error", () => {
+    // It connects again by itself, unless the server refused.
+    if (source.readyState === EventSource.CLOSED) poll();
+  });
+}
+follow();
+
+// A link to a change, such as the next step of a run, opens its confirmation.
+function openTarget() {
+  const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (target && target.matches("details")) {
+    target.open = true;
+    target.querySelector("input:not([type=hidden]), button")?.focus();
+  }
+}
+addEventListener("hashchange", openTarget);
+openTarget();

@@ -1,0 +1,319 @@
+"""The page of a run: the answer, its changes, its log in pages, and what an org does not see there."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from html.parser import HTMLParser
+from typing import Any
+from urllib.parse import parse_qs
+
+import httpx
+import pytest
+from sqlalchemy import insert, select, update
+
+from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
+from worker.ids import ALL_ORGS, RunId, new_id
+from worker.operations.runs import run_now
+from worker.store import tables
+from worker.store.lists import AUDIT, Page, runs
+from worker.store.lists.read import read
+
+pytestmark = pytest.mark.anyio
+on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+OURS = {"origin": BASE}
+EVIL = "</pre><script>alert(1)</script><img src=x onerror=alert(1)>"
+TRACE = (
+    "Traceback (most recent call last):\n"
+    '  File "/srv/jobs/acme/digest.py", line 41, in digest\n    fetch()\n'
+    '  File "/srv/.venv/lib/python3.13/site-packages/httpx/_client.py", line 9, in get\n    raise\n'
+    "CrmDown: CRM answers 503\n"
+)
+ERROR = {"type": "CrmDown", "message": "CRM answers 503", "trace": TRACE}
+
+
+@asynccontextmanager
+async def logged_in(site: Site, token: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with site.client() as client:
+        assert (await log_in(client, token)).status_code == 303
+        yield client
+
+
+def ended(site: Site, org: str = "org_a", *, state: str = "failed", error: Any = ERROR, **values: Any) -> str:
+    """A run that ended at its second attempt, with all that a run can have."""
+    run_id = run_now(site.database, org, "digest", actor="tester")["id"]
+    now = site.clock.now()
+    with site.database.transaction() as connection:
+        table = tables.runs
+        row = connection.execute(select(table).where(table.c.id == run_id)).mappings().one()
+        connection.execute(tables.live_runs.delete().where(tables.live_runs.c.id == run_id))
+        ends = {
+            "state": state,
+            "reason": "error",
+            "error": error,
+            "attempt": 2,
+            "worker_id": new_id(),
+        } | values
+        connection.execute(
+            update(table)
+            .where(table.c.id == run_id)
+            .values(
+                created_at=now - timedelta(seconds=90),
+                started_at=now - timedelta(seconds=30),
+                finished_at=now,
+                **ends,
+            )
+        )
+        for attempt in (1, 2):
+            start = now - timedelta(seconds=90 - 30 * attempt)
+            connection.execute(
+                insert(tables.attempts).values(
+                    run_id=run_id, attempt=attempt, org_id=row["org_id"], worker_id=ends["worker_id"],
+                    fencing_token=attempt, handler="acme.digest", started_at=start, token_ready_at=start,
+                    handler_started_at=start, ended_at=start + timedelta(seconds=30), outcome="failed",
+                    error=error, error_cause="CRM answers N", claims={"org_code": org, "sub": "…"},
+                )
+            )  # fmt: skip
+        connection.execute(
+            insert(tables.checkpoints).values(
+                run_id=run_id,
+                org_id=row["org_id"],
+                attempt=1,
+                fencing_token=1,
+                saved_at=now,
+                data={"page": 7},
+            )
+        )
+    return run_id
+
+
+def log(site: Site, run_id: str, texts: Sequence[str], attempt: int = 1) -> None:
+    with site.database.transaction() as connection:
+        org_id = connection.execute(
+            select(tables.runs.c.org_id).where(tables.runs.c.id == run_id)
+        ).scalar_one()
+        rows = [
+            {
+                "run_id": run_id, "attempt": attempt, "seq": seq, "org_id": org_id, "at": site.clock.now(),
+                "level": "info", "source": "log", "text": text,
+            }
+            for seq, text in enumerate(texts, 1)
+        ]  # fmt: skip
+        for start in range(0, len(rows), 1000):
+            connection.execute(insert(tables.run_logs), rows[start : start + 1000])
+
+
+class _Dangers(HTMLParser):
+    """Collects tags and attributes that could run something, but our own script files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        is_ours = tag == "script" and (given.get("src") or "").startswith("/static/")
+        if tag in ("script", "img", "iframe", "object", "style", "base") and not is_ours:
+            self.found.append(tag)
+        self.found += [name for name in given if name == "style" or name.startswith("on")]
+        self.found += [href for href in given.values() if (href or "").strip().startswith("javascript:")]
+
+
+def dangers(html: str) -> list[str]:
+    """What of a page could run a script."""
+    parser = _Dangers()
+    parser.feed(html)
+    return parser.found
+
+
+def last_change(site: Site) -> tuple[str, str, Any]:
+    with site.database.autocommit() as connection:
+        [row] = read(connection, AUDIT, ALL_ORGS, Page(limit=1))
+    return row["actor"], row["action"], row["detail"]
+
+
+@on_either
+async def test_the_answer_comes_first_with_the_next_step_in_the_console(staffed: Site):
+    run, other = ended(staffed), ended(staffed, "org_b")
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get(f"/runs/{run}")
+
+    assert page.status_code == 200
+    text = page.text
+    for sentence in (
+        "Failed at attempt 2: its handler raised CrmDown: CRM answers 503.",
+        "1 other org had the same error in the hour around it.",
+        "Retained: its last checkpoint ({&#34;page&#34;: 7}), its attempts and their log.",
+        "Its handler had started: a retry is safe if it sends the idempotency key, which stays the same.",
+    ):
+        assert sentence in text
+    assert text.index("Failed at attempt 2") < text.index('<form method="post" action="/runs/')
+    assert '<a href="#retry-from-checkpoint">Retry it from its checkpoint</a>' in text
+    assert "runs retry" not in text
+    assert "1 frame in httpx" in text
+    assert "/srv/jobs/acme/digest.py" in text
+    assert "attempt 2" in text.lower()
+    assert "<desc>waiting" in text
+    assert other not in text
+
+
+@on_either
+async def test_a_retry_from_the_checkpoint_says_why_and_a_second_one_only_again(staffed: Site):
+    run = ended(staffed)
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        csrf = csrf_of(await client.get(f"/runs/{run}"))
+        form = {"csrf": csrf, "from_checkpoint": "1", "reason": " the CRM is back "}
+        retried = await client.post(f"/runs/{run}/retry", data=form, headers=OURS)
+        new = retried.headers["location"].rpartition("/")[2]
+        detail = {"retry_of": run, "from_checkpoint": True, "reason": "the CRM is back"}
+        assert last_change(staffed) == ("operator:operator", "run.retry", detail)
+
+        page = await client.get(f"/runs/{run}")
+        assert f'It was retried as <a href="/runs/{new}">' in page.text
+        assert "This run was retried already." in page.text
+        assert f'This is a retry of <a href="/runs/{run}">' in (await client.get(f"/runs/{new}")).text
+
+        refused = await client.post(f"/runs/{run}/retry", data={"csrf": csrf}, headers=OURS)
+        assert (refused.status_code, "Nothing was changed." in refused.text) == (409, True)
+        assert "Log out" in refused.text
+        again = await client.post(f"/runs/{run}/retry", data={"csrf": csrf, "again": "1"}, headers=OURS)
+
+    assert again.status_code == 303
+    with staffed.database.autocommit() as connection:
+        row = runs.run(connection, ALL_ORGS, new)
+    assert (row["checkpoint"], row["retry_of"]) == ({"page": 7}, run)
+
+
+@on_either
+async def test_a_waiting_run_is_cancelled_after_its_confirmation(staffed: Site):
+    run = run_now(staffed.database, "org_a", "digest", actor="tester")["id"]
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get(f"/runs/{run}")
+        assert "ends as cancelled and does not start" in page.text
+        form = {"csrf": csrf_of(page), "reason": "by mistake"}
+        answer = await client.post(f"/runs/{run}/cancel", data=form, headers=OURS)
+        assert (answer.status_code, answer.headers["location"]) == (303, f"/runs/{run}")
+        assert last_change(staffed)[1:] == ("run.cancel", {"definition": "digest", "reason": "by mistake"})
+        twice = await client.post(f"/runs/{run}/cancel", data=form, headers=OURS)
+        long = await client.post(f"/runs/{run}/retry", data=form | {"reason": "x" * 501}, headers=OURS)
+
+    assert (twice.status_code, long.status_code) == (409, 400)
+
+
+async def test_those_who_may_not_change_a_run_see_no_forms(staffed: Site):
+    run = ended(staffed)
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        in_session = await client.get(f"/runs/{run}")
+    by_token = await staffed.get(f"/runs/{run}", TOKENS["admin"])
+
+    for page in (in_session, by_token):
+        assert page.status_code == 200
+        assert f"/runs/{run}/retry" not in page.text
+        assert "#retry" not in page.text
+
+
+@on_either
+async def test_an_org_sees_neither_trace_nor_worker_nor_path_nor_other_orgs(staffed: Site):
+    message = {**ERROR, "message": "no file /srv/secrets/org_b.json"}
+    run = ended(staffed, error=message)
+    ended(staffed, "org_b", error=message)
+    log(staffed, run, ["opened /srv/secrets/key", "and read it"])
+    org, operator = [
+        await staffed.get(f"/runs/{run}", token) for token in (staffed.token("org_a"), TOKENS["viewer"])
+    ]
+
+    assert org.status_code == operator.status_code == 200
+    with staffed.database.autocommit() as connection:
+        worker = str(runs.run(connection, ALL_ORGS, run)["worker"])
+    # The control: the same page shows an operator all of it.
+    for hidden in (worker, "/srv/jobs/acme", "Traceback", "1 other org", "/srv/secrets/key"):
+        assert hidden in operator.text
+        assert hidden not in org.text
+    assert "CrmDown: no file &lt;path&gt;" in org.text
+    assert "and read it" in org.text
+    assert (await staffed.get(f"/runs/{run}", staffed.token("org_c"))).status_code in (403, 404)
+
+
+@on_either
+async def test_the_log_shows_its_tail_and_pages_back_and_forth(staffed: Site):
+    run = ended(staffed)
+    log(staffed, run, [f"line <{n}>" for n in range(1, 451)])
+    log(staffed, run, ["the last"], attempt=2)
+    pages, path = [], f"/runs/{run}"
+    while path:
+        page = await staffed.get(path, TOKENS["viewer"])
+        pages.append(re.findall(r"line &lt;(\d+)&gt;", page.text))
+        found = re.search(rf'href="(/runs/{run}/log\?before=[\d.]+)"', page.text)
+        path = found[1] if found else ""
+
+    assert [len(page) for page in pages] == [199, 200, 51]
+    assert [int(n) for page in reversed(pages) for n in page] == list(range(1, 451))
+    forth = await staffed.get(f"/runs/{run}/log?after=1.400", TOKENS["viewer"])
+    assert re.findall(r"line &lt;(\d+)&gt;", forth.text) == [str(n) for n in range(401, 451)]
+    assert "the last" in forth.text
+    for query, status in (
+        ("before=1", 404),
+        ("before=-1.2", 404),
+        ("page=2", 400),
+        ("before=9999999999.1", 200),
+    ):
+        assert (await staffed.get(f"/runs/{run}/log?{query}", TOKENS["viewer"])).status_code == status
+
+
+@on_either
+async def test_hostile_texts_of_a_run_stay_texts(staffed: Site):
+    error = {"type": EVIL, "message": EVIL, "trace": f"{TRACE}{EVIL}"}
+    run = ended(
+        staffed, error=error, detail=EVIL, result={EVIL: EVIL}, params={EVIL: [EVIL]},
+        progress={"done": 1, "total": 2, "note": EVIL}, request_key=EVIL,
+    )  # fmt: skip
+    log(staffed, run, [EVIL, "\u202e\x1b[31m"])
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        pages = [await client.get(path) for path in (f"/runs/{run}", f"/runs/{run}/log")]
+
+    for page in pages:
+        assert page.status_code == 200
+        assert "alert(1)" in page.text
+        assert dangers(page.text) == []
+
+
+@on_either
+async def test_the_page_of_a_run_with_a_long_log_and_many_attempts_stays_small_and_quick(staffed: Site):
+    run = ended(staffed, result={"rows": ["x" * 100] * 5000})
+    log(staffed, run, ["y" * 16_000] * 300 + [f"a line of usual length, number {n}" for n in range(20_000)])
+    with staffed.database.transaction() as connection:
+        row = (
+            connection.execute(
+                select(tables.attempts).where(tables.attempts.c.run_id == run, tables.attempts.c.attempt == 1)
+            )
+            .mappings()
+            .one()
+        )
+        rows = [{**row, "attempt": attempt, "error": ERROR} for attempt in range(3, 2003)]
+        connection.execute(insert(tables.attempts), rows)
+    for path in (f"/runs/{run}", f"/runs/{run}/log?before=1.250"):
+        took = []
+        for _ in range(4):
+            start = time.process_time()
+            page = await staffed.get(path, TOKENS["viewer"])
+            took.append(time.process_time() - start)
+        assert page.status_code == 200
+        assert len(gzip.compress(page.content)) < 60_000
+        # Processor time, so that other tests do not matter; a page has 50 ms.
+        assert min(took) < 0.25
+    with staffed.database.autocommit() as connection:
+        assert len(runs.run(connection, ALL_ORGS, RunId(run))["attempts"]) == 1000
+
+
+async def test_a_link_searches_for_others_with_the_same_cause(staffed: Site):
+    run = ended(staffed)
+    ended(staffed, "org_b")
+    page = await staffed.get(f"/runs/{run}", TOKENS["viewer"])
+
+    found = re.search(r'href="/search\?([^"]+)">Show them', page.text)
+    assert found is not None
+    assert parse_qs(found[1]) == {"q": ['cause:"CRM answers N"']}

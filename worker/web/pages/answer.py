@@ -1,0 +1,114 @@
+"""What happened to a run, in the console's terms: the clauses of `runs why`, and its next step as a link."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from sqlalchemy import Connection
+
+from worker.ids import RunId
+from worker.operations import why as explanations
+from worker.runs.why import Why, why_run
+from worker.store import orgs
+from worker.store.lists import runs
+from worker.web.access import Caller
+
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z")
+_WORKER = re.compile(r" on worker (?:[0-9a-f-]{36}|none)(?= since )")
+_TONES = {"failed": "bad", "refused": "bad", "waiting": "warn", "skipped": "warn", "cancelled": "warn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A next step: its text and the page that it leads to; `action` is a change that this page offers."""
+
+    text: str
+    href: str
+    action: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Sentences in the order in which they are read; None for one that does not apply."""
+
+    lead: str
+    others: str | None
+    other_orgs: int | None
+    kept: str
+    retry: str
+    step: Step | None
+    tone: str
+
+
+def answer_of(connection: Connection, caller: Caller, run: Mapping[str, Any]) -> Answer:
+    """The answer about a run as this caller sees it; an org learns nothing of other orgs."""
+    if caller.org is None:
+        return answer(explanations.why(connection, run["id"]), run)
+    newer = run["retried_as"]
+    retried = None
+    if newer is not None:
+        org_id = orgs.require(connection, caller.org)["id"]
+        retried = runs.row(connection, org_id, RunId(newer))
+    return answer(why_run(run, retried=retried), run)
+
+
+def answer(why: Why, run: Mapping[str, Any]) -> Answer:
+    """The clauses as sentences; `run` is its row."""
+    tried = f" at attempt {run['attempt']}" if run["attempt"] else ""
+    # The page has the worker's id below.
+    cause = _WORKER.sub("", why.cause)
+    return Answer(
+        _sentence(f"{run['state']}{tried}: {cause}"),
+        None if why.others is None else _sentence(why.others),
+        why.facts.get("other_orgs"),
+        _sentence(why.kept),
+        _sentence(why.retry),
+        step_of(why.next, str(run["id"])),
+        _TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
+    )
+
+
+def step_of(command: str, run_id: str) -> Step | None:
+    """The page for a command of the command line; None if it is the page of this run."""
+    words = shlex.split(command)
+    noun, verb, rest = words[0], " ".join(words[1:2]), words[2:]
+    match noun, verb:
+        case "runs", "retry":
+            if "--from-checkpoint" in rest:
+                return Step("Retry it from its checkpoint", "#retry-from-checkpoint", "retry")
+            return Step("Retry it", "#retry", "retry")
+        case "runs", "list":
+            options = dict(zip(rest[::2], rest[1::2], strict=False))
+            keys = (("org", "--org"), ("definition", "--definition"), ("state", "--state"))
+            terms = [f"{key}:{_quoted(options[name])}" for key, name in keys if name in options]
+            return Step("See its other runs", f"/search?{urlencode({'q': ' '.join(terms)})}")
+        case "runs", "logs":
+            return Step("Read its log", "#log")
+        case "runs", _ if rest and rest[0] != run_id:
+            return Step("Open the retry", f"/runs/{quote(rest[0], safe='')}")
+        case "orgs", "check":
+            return Step("Check the org's credentials and claims", f"/orgs/{quote(rest[0], safe='')}")
+        case "orgs", _:
+            return Step("Open the org", f"/orgs/{quote(rest[0], safe='')}")
+        case "definitions", _:
+            org, name = (quote(word, safe="") for word in rest[:2])
+            return Step("Open the definition", f"/orgs/{org}/definitions/{name}")
+        case "handlers", _:
+            return Step("See the handlers", "/handlers")
+        case "doctor", _:
+            return Step("See the workers", "/workers")
+    return None
+
+
+def _sentence(clause: str) -> str:
+    text = _TIME.sub(r"\1 \2 UTC", clause)
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _quoted(word: str) -> str:
+    return f'"{word}"' if re.search(r"[\s\"]", word) else word
