@@ -15,6 +15,8 @@ from worker.store.dialect import Row, all_rows, upsert
 _catalogue = tables.catalogue
 _KEY = ("name", "distribution")
 _COLUMNS = tuple(column.name for column in _catalogue.columns)
+# More than any installation's plug-ins offer.
+MOST = 10_000
 _REPLACED = tuple(name for name in _COLUMNS if name not in _KEY)
 
 
@@ -51,4 +53,4 @@ def entries(connection: Connection, name: str | None = None) -> list[Row]:
     query = select(_catalogue).order_by(_catalogue.c.name, _catalogue.c.distribution)
     if name is not None:
         query = query.where(_catalogue.c.name == name)
-    return all_rows(connection, query)
+    return all_rows(connection, query.limit(MOST))

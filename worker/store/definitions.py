@@ -105,7 +105,9 @@ def _query() -> Select[Any]:
     )
 
 
-def _read(connection: Connection, *which: ColumnElement[bool], lock: bool = False) -> list[Row]:
+def _read(
+    connection: Connection, *which: ColumnElement[bool], lock: bool = False, most: int | None = None
+) -> list[Row]:
     """These definitions, by id; `lock` keeps firing and other edits out until the transaction ends."""
     if lock and is_postgresql(connection):
         # The rows are read by a later statement: on PostgreSQL a statement that waited for
@@ -118,12 +120,12 @@ def _read(connection: Connection, *which: ColumnElement[bool], lock: bool = Fals
             .order_by(_schedule.c.definition_id)
             .with_for_update()
         ).all()
-    return all_rows(connection, _query().where(*which))
+    return all_rows(connection, _query().where(*which).limit(most))
 
 
 def find(connection: Connection, org_id: OrgId, name: str) -> Row | None:
     """The definition of that name, closed or not, without a lock."""
-    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name)
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name, most=1)
     return rows[0] if rows else None
 
 
@@ -133,7 +135,7 @@ def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock:
     Raises:
         NotFound: the org has no such definition.
     """
-    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name, lock=lock)
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.name == name, lock=lock, most=1)
     if not rows:
         raise NotFound(
             f"org {org} has no definition {name}",
@@ -145,7 +147,7 @@ def require(connection: Connection, org_id: OrgId, org: str, name: str, *, lock:
 
 def find_by_id(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> Row | None:
     """The definition with this id, closed or not, without a lock."""
-    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.id == definition_id)
+    rows = _read(connection, _definitions.c.org_id == org_id, _definitions.c.id == definition_id, most=1)
     return rows[0] if rows else None
 
 

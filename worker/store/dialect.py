@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, DateTime, Executable, String, Table, TypeDecorator, text
+from sqlalchemy import Connection, DateTime, Executable, Select, String, Table, TypeDecorator, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import JSON, TypeEngine
@@ -65,7 +65,8 @@ def all_rows(connection: Connection, query: Executable) -> list[Row]:
 
 def first_row(connection: Connection, query: Executable) -> Row | None:
     """The first row of a query, or None."""
-    row = connection.execute(query).mappings().first()
+    one = query.limit(1) if isinstance(query, Select) else query
+    row = connection.execute(one).mappings().first()
     return None if row is None else dict(row)
 
 

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from worker.errors import NotFound
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
-from worker.store.dialect import Id, Instant, all_rows, json_type
+from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
 from worker.store.lists import MAX_LIMIT, Attempt, LogLine, Page, Run, RunDetail, checked_id, columns_of
 
 # Runs examined under one condition: about 20 ms on SQLite.
@@ -204,7 +204,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     """
     query = select(_view, _retried_as).where(_view.c.id == checked_id(run_id))
     scoped = _in_scope(query, _view.c.org_id, orgs.scope_of(connection, org))
-    found = connection.execute(scoped).mappings().first()
+    found = first_row(connection, scoped)
     if found is None:
         raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
     org_id, id_ = found["org_id"], found["id"]
@@ -234,8 +234,8 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     more = {
         "claims": next((each["claims"] for each in reversed(ended) if each["claims"] is not None), None),
         "attempts": attempts,
-        "checkpoint": connection.execute(checkpoint).scalar_one_or_none(),
-        "spec": connection.execute(spec).scalar_one_or_none(),
+        "checkpoint": connection.execute(checkpoint.limit(1)).scalar_one_or_none(),
+        "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
 
