@@ -47,5 +47,15 @@ def lowest_id(since: datetime) -> str:
     A time in the future counts as now: tests set a clock that ids do not follow.
     """
     moment = min(int(since.timestamp() * 1000), time.time_ns() // 1_000_000) - 3_600_000
-    head = f"{max(moment, 0):012x}"
+    return _id_at(moment)
+
+
+def highest_id(until: datetime) -> str:
+    """An id higher than all ids made before `until`, with a tolerance of one hour for clock skew."""
+    return _id_at(int(until.timestamp() * 1000) + 3_600_000)
+
+
+def _id_at(moment: int) -> str:
+    """The first id of a millisecond, or of the first or last one that an id can have."""
+    head = f"{min(max(moment, 0), 2**48 - 1):012x}"
     return f"{head[:8]}-{head[8:]}-7000-8000-000000000000"

@@ -51,7 +51,7 @@ def row(table: Table, owner: Owner, at: datetime) -> dict[str, Any]:
 def _value(table: Table, column: Column[Any], owner: Owner, at: datetime) -> Any:
     kind = str(column.type.compile(dialect=dialect()))
     thing = _THINGS.get(table.name, "") if column.name == "id" else column.name.removesuffix("_id")
-    match kind.partition("(")[0]:
+    match kind.partition("(")[0].partition(" COLLATE")[0]:
         case "UUID":
             return getattr(owner, thing, None) or new_id()
         case "TIMESTAMP WITH TIME ZONE":

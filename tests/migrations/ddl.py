@@ -9,12 +9,29 @@ RUN_ENDS = {
     "sqlite": (
         "CREATE VIEW run_ends AS "
         "SELECT state, finished_at, id AS run_id, org_id, definition_id FROM runs WHERE state IS NOT NULL",
+        *(
+            f"""
+            CREATE TRIGGER {name} AFTER {event} ON runs
+            WHEN NEW.state IN ('failed', 'refused') AND NEW.origin <> 'backfill' BEGIN
+              INSERT INTO failing_definitions (definition_id, org_id, run_id)
+              VALUES (NEW.definition_id, NEW.org_id, NEW.id)
+              ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;
+            END
+            """
+            for name, event in (("runs_failing", "UPDATE OF state"), ("runs_failing_put", "INSERT"))
+        ),
     ),
     "postgresql": (
         """
         CREATE FUNCTION runs_ended() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
           INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
           SELECT state, finished_at, id, org_id, definition_id FROM changed WHERE state IS NOT NULL;
+          IF EXISTS (SELECT 1 FROM changed WHERE state IN ('failed', 'refused') AND origin <> 'backfill') THEN
+            INSERT INTO failing_definitions (definition_id, org_id, run_id)
+            SELECT DISTINCT ON (definition_id) definition_id, org_id, id FROM changed
+            WHERE state IN ('failed', 'refused') AND origin <> 'backfill' ORDER BY definition_id, id DESC
+            ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;
+          END IF;
           RETURN NULL;
         END $$
         """,
@@ -26,6 +43,11 @@ RUN_ENDS = {
         CREATE FUNCTION runs_put() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
           INSERT INTO run_ends (state, finished_at, run_id, org_id, definition_id)
           VALUES (NEW.state, NEW.finished_at, NEW.id, NEW.org_id, NEW.definition_id) ON CONFLICT DO NOTHING;
+          IF NEW.state IN ('failed', 'refused') AND NEW.origin <> 'backfill' THEN
+            INSERT INTO failing_definitions (definition_id, org_id, run_id)
+            VALUES (NEW.definition_id, NEW.org_id, NEW.id)
+            ON CONFLICT (definition_id) DO UPDATE SET run_id = excluded.run_id;
+          END IF;
           RETURN NULL;
         END $$
         """,

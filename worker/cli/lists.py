@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -15,20 +15,45 @@ from worker.cli.options import (
     LimitOption,
     OrgOption,
     OutputOption,
+    QueryOption,
     SinceOption,
     StateOption,
+    read_query,
     read_since,
 )
-from worker.cli.output import Format, Row, print_rows
+from worker.cli.output import Format, Row, print_rows, say
 from worker.cli.session import session_of
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, OrgScope
 from worker.store.lists import AUDIT, DEFAULT_LIMIT, SKIPS, Listing, Page
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 R = TypeVar("R")
 _OrgArgument = Annotated[
     str | None, typer.Argument(metavar="[ORG]", help="Only this org's.", autocompletion=names("org"))
 ]
-_FILTERS = {"org": OrgOption, "definition": DefinitionOption, "state": StateOption, "since": SinceOption}
+_FILTERS: Mapping[str, tuple[Any, Any]] = {
+    "org": (OrgOption, None),
+    "definition": (DefinitionOption, None),
+    "state": (StateOption, None),
+    "since": (SinceOption, None),
+    "q": (QueryOption, None),
+    "broken": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--broken",
+                help="Only those with a dead credential, or a newest run that failed and no retry fixed.",
+            ),
+        ],
+        False,
+    ),
+}
+_WordsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORD]...", help="Only those whose name or code has words that begin so."),
+]
 
 
 def add_list(
@@ -38,15 +63,20 @@ def add_list(
     *,
     cells: Mapping[str, Callable[[R], Any]] | None = None,
     org_argument: bool = False,
+    words_argument: bool = False,
+    titles: bool = False,
 ) -> None:
     """Add the verb with an option for each of the filters.
 
-    `cells` computes columns of the table for people. With `org_argument` the org may also be
-    given without `--org`.
+    `cells` computes columns of the table for people, whose names are in capitals with `titles`.
+    With `org_argument` the org may also be given without `--org`; with `words_argument` the
+    words of a search without `-q`.
     """
     options: dict[str, tuple[Any, Any]] = {"code": (_OrgArgument, None)} if org_argument else {}
+    if words_argument:
+        options["words"] = (_WordsArgument, None)
     options["output"] = (OutputOption, Format.TABLE)
-    options |= {name: (_FILTERS[name], None) for name in listing.filters}
+    options |= {name: _FILTERS[name] for name in listing.filters}
     options |= {"limit": (LimitOption, DEFAULT_LIMIT), "after": (AfterOption, None)}
 
     def list_(context: typer.Context, **given: Any) -> None:
@@ -55,14 +85,20 @@ def add_list(
         session, output = session_of(context), given.pop("output")
         org = given.pop("code", None) or given.pop("org", None)
         given.pop("org", None)
+        text = " ".join([*(given.pop("words", None) or ()), *filter(None, [given.pop("q", None)])])
+        given["query"] = read_query(text or None, session.clock)
         page = Page(**given | {"since": read_since(given.get("since"), session.clock)})
+        scope = ALL_ORGS if org is None else org
         with session.database() as database, database.autocommit() as connection:
-            found = read(connection, listing, ALL_ORGS if org is None else org, page)
+            found = read(connection, listing, scope, page)
+            hints = _hints(connection, listing, scope, page, len(found))
         rows = cast(list[Row], found)
         if output is Format.TABLE and cells:
             computed = [{name: cell(row) for name, cell in cells.items()} for row in found]
             rows = [{**row, **more} for row, more in zip(rows, computed, strict=True)]
-        print_rows(rows, output, columns=listing.table, limit=page.limit)
+        print_rows(rows, output, columns=listing.table, limit=page.limit, titles=titles)
+        for hint in hints:
+            say(hint)
 
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -72,6 +108,23 @@ def add_list(
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     vars(list_)["__signature__"] = inspect.Signature([context, *parameters])
     app.command(verb, help=listing.about)(list_)
+
+
+def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, rows: int) -> list[str]:
+    """For a search that found few rows: the words that no org has, and where it stopped."""
+    if page.query is None or rows == page.limit:
+        return []
+    from worker.store.lists import search
+
+    hints = []
+    for wrong in search.suggestions(connection, scope, page.query) if not rows else ():
+        near = f"; did you mean {' or '.join(wrong.near)}?" if wrong.near else ""
+        hints.append(f"no org has a word that begins with {wrong.word!r}{near}")
+    if listing.name == "runs" and not hints:
+        stopped = search.page_of(connection, scope, page.query, page).next
+        if stopped is not None:
+            hints.append(f"only the newest runs were searched: --after {stopped} continues")
+    return hints
 
 
 skips = typer.Typer(help="Scheduled times that never became a run, because they were missed or overlapped.")

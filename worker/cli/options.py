@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from worker.cli.output import Format
 from worker.clock import Clock
 from worker.definitions.units import parse_duration, parse_time
 from worker.errors import UsageError
+
+if TYPE_CHECKING:
+    from worker.search import Query
 
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
@@ -34,14 +37,25 @@ DefinitionOption = Annotated[
 ]
 StateOption = Annotated[
     str | None,
-    typer.Option("--state", metavar="STATE", help="Only those in this state.", autocompletion=states),
+    typer.Option(
+        "--state",
+        metavar="STATE",
+        help="Only those in this state, or in one of several: failed,refused.",
+        autocompletion=states,
+    ),
 ]
 SinceOption = Annotated[
     str | None,
     typer.Option(
         "--since",
         metavar="WHEN",
-        help="Only those since then: 2h, 1d (ago), 2027-01-01 or 2027-01-01T08:00:00Z.",
+        help="Only those since then: 2h, 1d (ago), yesterday, monday, 2027-01-01 or 2027-01-01T08:00 (UTC).",
+    ),
+]
+QueryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--query", "-q", metavar="TEXT", help="Only those that match a search: 'acme state:failed since:2h'."
     ),
 ]
 FromOption = Annotated[
@@ -65,6 +79,15 @@ _JSON_STARTS = ('"', "[", "{", "-", *"0123456789")
 def read_since(text: str | None, clock: Clock) -> datetime | None:
     """The value of `--since`, if given."""
     return None if text is None else parse_time(text, clock, name="--since")
+
+
+def read_query(text: str | None, clock: Clock) -> Query | None:
+    """The value of `--query`, if given; raises UsageError."""
+    if text is None:
+        return None
+    from worker.search import parsed
+
+    return parsed(text, now=clock.now())
 
 
 def read_duration(text: str, option: str) -> timedelta:

@@ -89,7 +89,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     print_row(row, output, key="orgs_added")
 
 
-add_list(app, ORGS)
+add_list(app, ORGS, words_argument=True)
 
 
 @app.command("show")

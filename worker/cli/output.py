@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -31,15 +33,25 @@ class Format(StrEnum):
 
 
 def print_rows(
-    rows: Sequence[Row], output: Format, *, columns: Sequence[str], key: str = "id", limit: int | None = None
+    rows: Sequence[Row],
+    output: Format,
+    *,
+    columns: Sequence[str],
+    key: str = "id",
+    limit: int | None = None,
+    titles: bool = False,
 ) -> None:
-    """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after."""
+    """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after.
+
+    A table fits the terminal, with its states in colour. With `titles` the names of its columns
+    are in capitals.
+    """
     if output is not Format.TABLE:
         _print_for_programs(list(rows), rows, output, key)
     elif not rows:
         say("none")
     else:
-        for line in _table(rows, columns):
+        for line in _table(rows, columns, width=terminal_width(), colour=has_colour(), titles=titles):
             print(line)
         if limit is not None and len(rows) == limit:
             say(f"there may be more: --after {rows[-1][key]}")
@@ -140,14 +152,62 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _table(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    shown = [list(columns)]
-    shown += [[_short(_cell(row[name])) for name in shown[0]] for row in rows]
+def terminal_width() -> int | None:
+    """The columns of the terminal; None in a pipe, where tables have their full width."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def has_colour() -> bool:
+    """Whether standard output is a terminal that shows colours, and NO_COLOR is not set."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# People copy or compare these cells: they are not cut.
+_WHOLE = frozenset({"id", "run", "retry_of", "state", "took", "attempt", "revision", "scheduled_for"})
+# The width that every column keeps.
+_LEAST = 6
+_COLOURS = {
+    **dict.fromkeys(("failed", "refused", "removed"), "31"),
+    **dict.fromkeys(("succeeded", "active", "done"), "32"),
+    **dict.fromkeys(("waiting", "paused", "suspended", "retired"), "33"),
+    "running": "36",
+    **dict.fromkeys(("cancelled", "skipped", "closed", "disabled"), "2"),
+}
+
+
+def _table(
+    rows: Sequence[Row],
+    columns: Iterable[str],
+    *,
+    width: int | None = None,
+    colour: bool = False,
+    titles: bool = False,
+) -> list[str]:
+    names = list(columns)
+    shown = [[name.upper() if titles else name for name in names]]
+    shown += [[_short(_cell(row[name])) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in shown
-    ]
+    if width is not None:
+        _shrink(widths, names, width)
+    lines = []
+    for number, line in enumerate(shown):
+        cells = []
+        for name, cell, most in zip(names, line, widths, strict=True):
+            text = f"{_short(cell, most):<{most}}"
+            paint = _COLOURS.get(cell) if colour and number and name == "state" else None
+            cells.append(text if paint is None else f"\x1b[{paint}m{text}\x1b[0m")
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _shrink(widths: list[int], names: Sequence[str], width: int) -> None:
+    """Narrow the widest columns until the table fits, or no column can be narrower."""
+    places = [place for place, name in enumerate(names) if name not in _WHOLE]
+    for _ in range(sum(widths) + 2 * (len(widths) - 1) - width):
+        widest = max(places, key=widths.__getitem__, default=None)
+        if widest is None or widths[widest] <= _LEAST:
+            return
+        widths[widest] -= 1
 
 
 def _nested(value: Any) -> list[str]:
@@ -175,5 +235,5 @@ def _cell(value: Any) -> str:
     return printable(str(json_default(value)))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= WIDEST_CELL else text[: WIDEST_CELL - 1] + "…"
+def _short(text: str, most: int = WIDEST_CELL) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.lists import add_list
-from worker.cli.options import DefinitionOption, OrgOption, OutputOption, SinceOption, StateOption, read_since
+from worker.cli.options import (
+    DefinitionOption,
+    OrgOption,
+    OutputOption,
+    QueryOption,
+    SinceOption,
+    StateOption,
+    read_query,
+    read_since,
+)
 from worker.cli.output import Format, in_lines, in_words, print_log, print_row, print_rows, say
 from worker.cli.progress import shown
+from worker.cli.run_table import CELLS
 from worker.cli.session import session_of
 from worker.clock import to_text
 from worker.definitions.units import parse_time
@@ -45,6 +55,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only list the run
 def cancel(
     context: typer.Context,
     run: OptionalRun = None,
+    query: QueryOption = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     state: StateOption = None,
@@ -65,11 +76,20 @@ def cancel(
     from worker.store.edit_runs import Cancellable
 
     session = session_of(context)
-    after = read_since(since, session.clock)
-    given = _filters(run, org, dry_run, definition=definition, state=state, reason=reason, since=after)
+    after, searched = read_since(since, session.clock), read_query(query, session.clock)
+    given = _filters(
+        run,
+        org,
+        dry_run,
+        definition=definition,
+        state=state,
+        reason=reason,
+        since=after,
+        query=searched,
+    )
     with session.database() as database:
         if run is not None:
-            print_row(operation.cancel(database, run, actor=session.actor), output)
+            print_row(operation.cancel(database, _whole(database, run), actor=session.actor), output)
             return
         which = Cancellable(**given)
         if dry_run:
@@ -89,12 +109,15 @@ def cancel(
 def retry(
     context: typer.Context,
     run: OptionalRun = None,
+    query: QueryOption = None,
     org: OrgOption = None,
     definition: DefinitionOption = None,
     state: StateOption = None,
     since: Annotated[
         str | None,
-        typer.Option("--since", metavar="WHEN", help="Only those that ended since then: 2h (ago)."),
+        typer.Option(
+            "--since", metavar="WHEN", help="Only those that ended since then: 2h (ago), yesterday, monday."
+        ),
     ] = None,
     reason: Annotated[
         str | None, typer.Option("--reason", metavar="REASON", help="Only those that ended for this reason.")
@@ -123,11 +146,12 @@ def retry(
     from worker.store.edit_runs import Retryable
 
     session = session_of(context)
-    after = read_since(since, session.clock)
+    after, searched = read_since(since, session.clock), read_query(query, session.clock)
     given = _filters(
         run,
         org,
         dry_run or canary > 0,
+        query=searched,
         definition=definition,
         state=state,
         reason=reason,
@@ -139,7 +163,11 @@ def retry(
     with session.database() as database:
         if run is not None:
             row = operation.retry(
-                database, run, actor=session.actor, from_checkpoint=from_checkpoint, again=again
+                database,
+                _whole(database, run),
+                actor=session.actor,
+                from_checkpoint=from_checkpoint,
+                again=again,
             )
             print_row(row, output)
             return
@@ -161,6 +189,14 @@ def retry(
             f"{len(left)} of {len(rows)} runs were not retried: {left[0]['left']}",
             fix="repeat the command once nothing blocks them",
         )
+
+
+def _whole(database: Database, run: str) -> str:
+    """The id of the run that this text begins."""
+    from worker.store.lists import runs as run_lists
+
+    with database.autocommit() as connection:
+        return run_lists.resolve(connection, run)
 
 
 def _filters(run: str | None, org: str | None, is_bulk: bool, **options: Any) -> Row:
@@ -270,11 +306,12 @@ def why(
 ) -> None:
     """Explain the state of a run, or why a scheduled time has no run; what is retained, and what to do."""
     from worker.operations import why as operation
+    from worker.store.lists import runs as run_lists
 
     session = session_of(context)
     with session.database() as database, database.autocommit() as connection:
         if run is not None and definition is None and at is None:
-            found = operation.why(connection, run, org=org)
+            found = operation.why(connection, run_lists.resolve(connection, run), org=org)
         elif run is None and org is not None and definition is not None and at is not None:
             when = parse_time(at, session.clock, name="--at")
             found = operation.why_time(connection, org, definition, when, now=database.now(connection))
@@ -297,7 +334,7 @@ app.command("cancel")(cancel)
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")]
 
 
-add_list(app, RUNS, cells={"progress": lambda row: in_words(row["progress"])})
+add_list(app, RUNS, cells=CELLS, titles=True)
 
 
 @app.command("show")
@@ -306,7 +343,7 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
     from worker.store.lists import runs as run_lists
 
     with session_of(context).database() as database, database.autocommit() as connection:
-        row = run_lists.run(connection, ALL_ORGS, run)
+        row = run_lists.run(connection, ALL_ORGS, run_lists.resolve(connection, run))
     print_row(_for_people(row) if output is Format.TABLE else row, output)
 
 
@@ -340,6 +377,7 @@ def logs(
     rows: list[LogLine] = []
     with session_of(context).database() as database, database.autocommit() as connection:
         last, errors = run_lists.START, _Errors(output)
+        run = run_lists.resolve(connection, run)
         while True:
             found = run_lists.run(connection, ALL_ORGS, run)
             page = run_lists.lines(connection, ALL_ORGS, found["id"], after=last)

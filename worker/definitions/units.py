@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from typing import Any
 
 from worker.clock import Clock, from_text, to_text
@@ -70,25 +70,56 @@ def format_duration(duration: timedelta) -> str:
     return "".join(parts) or "0s"
 
 
+# As `datetime.weekday` counts.
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+
 def parse_time(text: str, clock: Clock, *, name: str) -> datetime:
-    """A time from RFC 3339, a date (its start in UTC), or a duration ago; `name` is for errors.
+    """As `time_of`, at the clock's time and in UTC."""
+    return time_of(text, now=clock.now(), name=name)
+
+
+def time_of(text: str, *, now: datetime, zone: tzinfo = UTC, name: str) -> datetime:
+    """A time from RFC 3339, a day or a time without an offset in `zone`, or a duration ago, in UTC.
+
+    A day is a date, `today`, `yesterday` or the last such weekday, and means its start. `name` is
+    for errors.
 
     Raises:
         UsageError: the text has another form.
     """
     for read in (
         from_text,
-        lambda given: datetime.combine(date.fromisoformat(given), time(), UTC),
-        lambda given: clock.now() - parse_duration(given),
+        lambda given: datetime.combine(_day(given, now.astimezone(zone).date()), time(), zone),
+        lambda given: _local(given, zone),
+        lambda given: now - parse_duration(given),
     ):
         try:
-            return read(text)
-        except ValueError:
+            return read(text).astimezone(UTC)
+        except (ValueError, OverflowError):
             continue
     raise UsageError(
         f"{name} {text!r} is not a time",
-        fix="write 2027-01-01T08:00:00Z, 2027-01-01, or a duration ago such as 2h",
+        fix="write 2027-01-01T08:00:00Z, 2027-01-01, yesterday, monday, or a duration ago such as 2h",
     )
+
+
+def _local(text: str, zone: tzinfo) -> datetime:
+    """A time without an offset; raises ValueError."""
+    local = datetime.fromisoformat(text)
+    if local.tzinfo is not None:
+        raise ValueError(f"{text!r} has an offset")
+    return local.replace(tzinfo=zone)
+
+
+def _day(text: str, today: date) -> date:
+    """A date, or the name of a day that is not in the future; raises ValueError."""
+    word = text.lower()
+    if word in ("today", "yesterday"):
+        return today - timedelta(days=word == "yesterday")
+    if word in _WEEKDAYS:
+        return today - timedelta(days=(today.weekday() - _WEEKDAYS.index(word)) % 7)
+    return date.fromisoformat(text)
 
 
 def json_default(value: Any) -> Any:

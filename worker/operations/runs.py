@@ -91,12 +91,12 @@ def cancel(
     *,
     actor: str,
     org: str | None = None,
-    state: str | None = None,
+    states: Collection[str] = (),
     reason: str | None = None,
 ) -> Run:
     """Cancel a waiting run, or ask a running one to stop by the next renewal; returns its row.
 
-    With `org`, only that org's runs are found; with `state`, only a run in it is cancelled.
+    With `org`, only that org's runs are found; with `states`, only a run in one is cancelled.
     `reason` is kept in the audit row.
 
     Raises:
@@ -111,7 +111,7 @@ def cancel(
         found = run_lists.row(connection, org_id, wanted)["state"]
         if not unfinished:
             raise Conflict(f"run {wanted} has ended: {found}", fix=f"see `runs show {wanted}`")
-        if state is not None and found != state:
+        if states and found not in states:
             raise Conflict(f"run {wanted} is now {found}", fix=f"`runs cancel {wanted}` cancels it anyway")
         this = edit_runs.is_run(wanted)
         if not edit_runs.end_waiting(connection, org_id, this, reason="requested"):
@@ -207,7 +207,7 @@ def cancel_many(
     """
 
     def change(run_id: str) -> Run:
-        return cancel(database, run_id, actor=actor, org=org, state=which.state)
+        return cancel(database, run_id, actor=actor, org=org, states=which.states)
 
     for run, row, left in _change_each(matching(database, which, org=org, limit=limit), change):
         kept = {name: run[name] for name in ("id", "org", "definition", "scheduled_for")}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, text, update
 
-from worker.errors import UsageError
 from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
+from worker.search import Query, states_of
 from worker.store import sweeps, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, hint
+from worker.store.lists import search
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -164,13 +164,11 @@ def is_serial() -> ColumnElement[bool]:
     return _live.c.serial
 
 
-# The states that a filter names, and those of `live_runs` that they stand for.
-STATES = {"waiting": ("waiting", "held"), "running": ("running",)}
-
-
 @dataclass(frozen=True, slots=True)
 class Cancellable:
     """A filter for unfinished runs without a cancellation request; `since` is their earliest creation.
+
+    `state` is one or more, separated by commas; `query` is a search that they match, too.
 
     Raises:
         UsageError: an unfinished run cannot have this state.
@@ -180,33 +178,49 @@ class Cancellable:
     definition: str | None = None
     since: datetime | None = None
     reason: str | None = None
+    query: Query | None = None
 
     def __post_init__(self) -> None:
-        if self.state is not None:
-            _check_state(self.state, tuple(STATES), "can be cancelled")
+        for states in _states_in(self.state, self.query):
+            states_of(states, tuple(tables.UNFINISHED), what="a run that can be cancelled")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return tuple(tables.UNFINISHED) if self.state is None else states_of(self.state)
 
 
 @dataclass(frozen=True, slots=True)
 class Retryable:
     """A filter for ended runs without a retry; `since` is their earliest end, `cause` the last `error_cause`.
 
+    `state` is one or more, separated by commas: failed ones if neither it nor `query`, a search that
+    they match, too, says so.
+
     Raises:
         UsageError: an ended run cannot have this state.
     """
 
-    state: str = "failed"
+    state: str | None = None
     definition: str | None = None
     since: datetime | None = None
     reason: str | None = None
     cause: str | None = None
+    query: Query | None = None
 
     def __post_init__(self) -> None:
-        _check_state(self.state, tables.FINAL_STATES, "has ended")
+        for states in _states_in(self.state, self.query):
+            states_of(states, tables.FINAL_STATES, what="a run that has ended")
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        if self.state is not None:
+            return states_of(self.state)
+        return tuple(self.query.states) if self.query is not None and self.query.states else ("failed",)
 
 
-def _check_state(state: str, states: Sequence[str], kind: str) -> None:
-    if state not in states:
-        raise UsageError(f"{state!r} is not a state of a run that {kind}", fix=f"one of {', '.join(states)}")
+def _states_in(state: str | None, query: Query | None) -> list[str]:
+    """The texts that name states, to be checked."""
+    return [text for text in (state, ",".join(sorted(query.states)) if query else None) if text]
 
 
 def last_match(connection: Connection, which: Cancellable | Retryable) -> Any:
@@ -240,6 +254,9 @@ def page(
         where.append(source.c.org_id == scope)
     if which.definition is not None:
         where.append(_definitions.c.name == which.definition)
+    if which.query is not None:
+        where += search.conditions(scope, which.query, _runs.c)
+        where += search.orgs_that_match(connection, scope, which.query, _orgs.c.id)
     query = (
         select(
             order[-1].label("id"),
@@ -269,7 +286,7 @@ def _cancellable(which: Cancellable, until: RunId, after: Row | None) -> _Parts:
     if after is not None:
         where.append(_live.c.id > after["id"])
     if which.state is not None:
-        where.append(_live.c.state.in_(STATES[which.state]))
+        where.append(_live.c.state.in_([kept for each in which.states for kept in tables.UNFINISHED[each]]))
     if which.since is not None:
         where.append(_runs.c.created_at >= which.since)
     if which.reason is not None:
@@ -280,7 +297,7 @@ def _cancellable(which: Cancellable, until: RunId, after: Row | None) -> _Parts:
 def _retryable(which: Retryable, until: datetime, after: Row | None) -> _Parts:
     newer = _runs.alias("newer")
     ended_at, id_ = _ends.c.finished_at, _ends.c.run_id
-    where = [_ends.c.state == which.state, ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
+    where = [_ends.c.state.in_(which.states), ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
     if after is not None:
         at, run_id = after["finished_at"], after["id"]
         where += [ended_at >= at, or_(ended_at > at, and_(ended_at == at, id_ > run_id))]

@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, exists, insert, select, text, update
+from sqlalchemy import Connection, delete, exists, insert, select, text, update
 
 from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope
+from worker.search import words_of
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
+_words = tables.org_words
 _FIND_CALLER = text("SELECT id, issuer, state, is_credential FROM find_caller(:code, :client_id)")
 
 
@@ -98,6 +100,12 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
     """Insert new orgs; each row has every column except those of `state`."""
     if rows:
         connection.execute(insert(_orgs), [dict(row) for row in rows])
+        words = [
+            {"word": word, "org_id": row["id"]}
+            for row in rows
+            for word in sorted(words_of(row["code"], row["name"]))
+        ]
+        connection.execute(insert(_words), words)
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
@@ -105,6 +113,11 @@ def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, 
     if values.keys() & {"tags", "issuer"}:
         values = {**values, "templates_seen": 0}
     connection.execute(update(_orgs).where(_orgs.c.id == org_id).values(**values, updated_at=at))
+    if "name" in values:
+        code = connection.execute(select(_orgs.c.code).where(_orgs.c.id == org_id)).scalar_one()
+        connection.execute(delete(_words).where(_words.c.org_id == org_id))
+        words = sorted(words_of(code, values["name"]))
+        connection.execute(insert(_words), [{"word": word, "org_id": org_id} for word in words])
 
 
 def set_state(

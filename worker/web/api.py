@@ -19,6 +19,7 @@ from worker.definitions.units import TOO_DEEP, parse_time
 from worker.errors import NotFound, UsageError
 from worker.ids import RunId
 from worker.operations.runs import require_run
+from worker.search import parsed
 from worker.store.lists import LISTS, MAX_LIMIT, Listing, LogLine, Page, Run, RunDetail, runs
 from worker.store.lists.read import read
 from worker.store.lists.redaction import Row
@@ -143,6 +144,8 @@ def read_list(
         since=None if since is None else parse_time(since, clock, name="since"),
         limit=_limit(given),
         after=given.get("after"),
+        query=parsed(given["q"], now=clock.now()) if "q" in given else None,
+        broken=_flag(given, "broken"),
     )
     rows = read(connection, listing, org, page)
     full = "limit" in listing.parameters and len(rows) == listing.limit_of(org, page)
@@ -203,6 +206,13 @@ def _log_place(text: str) -> tuple[int, int]:
     if not (dot and attempt.isdecimal() and seq.isdecimal() and len(text) < 20):
         raise NotFound(f"{text!r} is not a log line: after is attempt.seq, such as 1.200")
     return int(attempt), int(seq)
+
+
+def _flag(given: Mapping[str, str], name: str) -> bool:
+    text = given.get(name, "false")
+    if text not in ("true", "false"):
+        raise UsageError(f"{name} {text!r} is not true or false", fix=f"such as {name}=true")
+    return text == "true"
 
 
 def _limit(given: Mapping[str, str]) -> int | None:

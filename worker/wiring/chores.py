@@ -17,6 +17,7 @@ from worker.operations.templates import materialise
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Recovered
 from worker.settings.sections import RetentionSettings
+from worker.store import failing
 from worker.store.database import Database
 from worker.store.sweeps import pending
 from worker.telemetry.events import emit
@@ -123,3 +124,11 @@ class Chores:
 
     async def _forget(self) -> None:
         self._failures.forget_sound()
+        after = None
+        while True:
+            checked = await self._database.call_autocommit(failing.check, after)
+            if checked.sound:
+                await self._database.call(failing.remove, checked.sound)
+            if checked.next is None:
+                return
+            after = checked.next

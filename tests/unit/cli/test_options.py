@@ -20,6 +20,9 @@ from worker.errors import UsageError
         ("2027-01-01T08:00:00Z", utc("2027-01-01T08:00")),
         ("2027-01-01T08:00:00+02:00", utc("2027-01-01T06:00")),
         ("2027-01-01", utc("2027-01-01T00:00")),
+        ("2027-01-01T08:00", utc("2027-01-01T08:00")),
+        ("yesterday", utc("2029-12-31T00:00")),
+        ("monday", utc("2029-12-31T00:00")),
         ("2h", utc("2029-12-31T22:00")),
         ("1d", utc("2029-12-31T00:00")),
     ],
@@ -28,7 +31,9 @@ def test_an_instant_is_rfc_3339_a_date_or_a_duration_ago(clock: ManualClock, tex
     assert parse_time(text, clock, name="--since") == instant
 
 
-@pytest.mark.parametrize("text", ["", "yesterday", "2027-01-01T08:00:00", "-2h", "2027-13-01"])
+@pytest.mark.parametrize(
+    "text", ["", "someday", "2027-01-01T25:00", "-2h", "2027-13-01", "0001-01-01T00:00+23:00"]
+)
 def test_any_other_instant_is_refused_by_its_option(clock: ManualClock, text: str):
     with pytest.raises(UsageError, match="--from .* is not a time"):
         parse_time(text, clock, name="--from")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Generic, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypedDict, TypeVar, get_args
 from uuid import UUID
 
 from worker.errors import NotFound, UsageError
@@ -17,6 +17,9 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, OrgScope, RunId, TemplateI
 from worker.orgs import OrgState
 from worker.store.lists import redaction
 from worker.store.lists.redaction import Shown
+
+if TYPE_CHECKING:
+    from worker.search import Query
 
 R = TypeVar("R")
 Json = Any
@@ -272,6 +275,8 @@ def columns_of(kind: type) -> tuple[str, ...]:
 class Page:
     """What narrows a list, and which page of it; newest rows first, starting below the row `after`.
 
+    `state` is one state, or several separated by commas.
+
     Raises:
         UsageError: the limit is out of range.
         NotFound: `after` is not a valid id.
@@ -282,6 +287,10 @@ class Page:
     since: datetime | None = None
     limit: int | None = None
     after: str | None = None
+    query: Query | None = None
+    """Of runs and orgs: what to search for."""
+    broken: bool = False
+    """Of orgs: only broken ones."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and not 1 <= self.limit <= MAX_LIMIT:
@@ -290,6 +299,11 @@ class Page:
             )
         if self.after is not None:
             object.__setattr__(self, "after", checked_id(self.after))
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The states, or none for those that the list shows by default."""
+        return () if self.state is None else tuple(part.strip() for part in self.state.split(","))
 
 
 def checked_id(text: str) -> str:
@@ -337,7 +351,7 @@ ORGS = Listing(
     Org,
     "List orgs, newest first.",
     ("code", "name", "issuer", "state", "max_concurrent_runs", "weight", "tags", "timezone", "created_at"),
-    filters=("org", "state", "since"),
+    filters=("org", "state", "since", "q", "broken"),
     states=get_args(OrgState),
 )
 DEFINITIONS = Listing(
@@ -362,11 +376,8 @@ RUNS = Listing(
     "runs",
     Run,
     "List runs, newest first.",
-    (
-        *("id", "org", "definition", "state", "reason", "detail", "scheduled_for", "attempt"),
-        *("started_at", "finished_at", "progress"),
-    ),
-    filters=("org", "definition", "state", "since"),
+    ("state", "org", "definition", "scheduled_for", "took", "why", "id"),
+    filters=("org", "definition", "state", "since", "q"),
     states=("waiting", "running", "succeeded", "failed", "cancelled", "refused", "skipped"),
 )
 SKIPS = Listing(

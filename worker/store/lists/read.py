@@ -21,6 +21,7 @@ from sqlalchemy import (
 from worker.definitions.words import in_words
 from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
+from worker.search import Query, states_of
 from worker.store import definitions as definition_rows
 from worker.store import orgs, tables
 from worker.store.dialect import all_rows, first_row
@@ -42,6 +43,7 @@ from worker.store.lists import (
     TemplateDetail,
     columns_of,
     runs,
+    search,
 )
 
 R = TypeVar("R")
@@ -60,33 +62,39 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
         NotFound: there is no such org.
         UsageError: the list has no such state.
     """
-    if page.state is not None and page.state not in listing.states:
-        raise UsageError(
-            f"{page.state!r} is not a state of {listing.name}", fix=f"one of {', '.join(listing.states)}"
-        )
+    if page.state is not None:
+        states_of(page.state, listing.states, what=listing.name)
     scope, limit = orgs.scope_of(connection, org), listing.limit_of(org, page)
     if listing is RUNS:
+        if page.query is not None:
+            return cast(list[R], search.runs_of(connection, org, page.query, page))
         return cast(list[R], runs.page_of(connection, scope, page, limit))
+    if listing is ORGS and (page.query is not None or page.broken):
+        query = page.query or Query()
+        if query.is_of_runs:
+            raise UsageError("orgs have no such keys", fix="search for orgs by words, or by org:NAME")
+        return cast(list[R], search.orgs_of(connection, org, query, page))
     source = _SOURCES[listing]
-    query = source.query
+    statement = source.query
     if not isinstance(scope, AllOrgs):
-        query = query.where(source.of_org(scope))
-    for name in ("definition", "state"):
-        if (value := getattr(page, name)) is not None:
-            query = query.where(source.columns[name] == value)
+        statement = statement.where(source.of_org(scope))
+    if page.definition is not None:
+        statement = statement.where(source.columns["definition"] == page.definition)
+    if page.states:
+        statement = statement.where(source.columns["state"].in_(page.states))
     if page.state is None and (source.by_default_of_org or isinstance(scope, AllOrgs)):
-        query = query.where(source.by_default)
+        statement = statement.where(source.by_default)
     if page.since is not None and source.since is not None:
-        query = query.where(source.since >= page.since)
+        statement = statement.where(source.since >= page.since)
         if source.since_bounds_key and source.key is not None:
-            query = query.where(source.key >= lowest_id(page.since))
+            statement = statement.where(source.key >= lowest_id(page.since))
     if source.key is not None:
         if page.after is not None:
-            query = query.where(source.key < page.after)
-        query = query.order_by(source.key.desc()).limit(limit)
+            statement = statement.where(source.key < page.after)
+        statement = statement.order_by(source.key.desc()).limit(limit)
     else:
-        query = query.order_by(_catalogue.c.name, _catalogue.c.distribution)
-    return cast(list[R], all_rows(connection, query))
+        statement = statement.order_by(_catalogue.c.name, _catalogue.c.distribution)
+    return cast(list[R], all_rows(connection, statement))
 
 
 def org(connection: Connection, code: str) -> OrgDetail:

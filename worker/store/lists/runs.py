@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, cast
 
 from sqlalchemy import (
@@ -20,8 +21,9 @@ from sqlalchemy import (
     tuple_,
 )
 
-from worker.errors import NotFound
+from worker.errors import NotFound, UsageError
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
+from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
 from worker.store.lists import MAX_LIMIT, Attempt, LogLine, Page, Run, RunDetail, checked_id, columns_of
@@ -39,16 +41,22 @@ _LOOKED_AT = (_runs.c.id, _runs.c.org_id, _runs.c.definition_id, _runs.c.state)
 _ENDED = (_ends.c.run_id.label("id"), _ends.c.org_id, _ends.c.definition_id, _ends.c.state)
 
 Condition = ColumnElement[bool]
-Met = dict[str, str | Select[Any]]
+Met = dict[str, str | list[str] | Select[Any]]
 
 
 def find(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[RunId]:
     """The ids of a page of runs."""
     met = _met(scope, page.definition)
-    if page.state is not None and page.state not in tables.FINAL_STATES:
-        return _unfinished(connection, met, page, limit)
-    if page.state is not None:
-        met["state"] = page.state
+    final = [state for state in page.states if state in tables.FINAL_STATES]
+    kept = [kept for state in page.states for kept in tables.UNFINISHED.get(state, ())]
+    if kept:
+        unfinished = _unfinished(connection, met, kept, page, limit)
+        if not final:
+            return unfinished
+        ended = find(connection, scope, replace(page, state=",".join(final)), limit)
+        return sorted({*ended, *unfinished}, reverse=True)[:limit]
+    if final:
+        met["state"] = final
     # The runs of one org or definition are in order in an index; those of a state or of a name are not.
     if len(met) > 1 or page.state is not None or (page.definition is not None and scope is ALL_ORGS):
         for alone in ((), ("state",), ("org_id",), ("definition_id",)):
@@ -62,9 +70,8 @@ def find(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int)
     return _ids(connection, query, _runs.c.id, limit)
 
 
-def _unfinished(connection: Connection, met: Met, page: Page, limit: int) -> list[RunId]:
+def _unfinished(connection: Connection, met: Met, kept: Sequence[str], page: Page, limit: int) -> list[RunId]:
     """Search the unfinished runs, which are few and in a table of their own."""
-    kept = ("running",) if page.state == "running" else ("waiting", "held")
     query = select(_live.c.id).where(
         _live.c.state.in_(kept), *_that_meet(_live, met), *_bounds(_live.c.id, page)
     )
@@ -87,7 +94,7 @@ def _met(scope: OrgId | AllOrgs, definition: str | None) -> Met:
 
 def _that_meet(rows: FromClause, met: Met) -> list[Condition]:
     return [
-        rows.c[name].in_(value) if isinstance(value, Select) else rows.c[name] == value
+        rows.c[name] == value if isinstance(value, str) else rows.c[name].in_(value)
         for name, value in met.items()
     ]
 
@@ -162,6 +169,22 @@ _retried_as = (
 _listed = select(*(_retried_as if name == "retried_as" else _view.c[name] for name in columns_of(Run)))
 
 
+def resolve(connection: Connection, text: str) -> str:
+    """The id of the only run whose id begins so, of any org; other texts as they are.
+
+    Raises:
+        UsageError: several runs have ids that begin so.
+    """
+    span = ids_of(text)
+    if span is None or span[0] == span[1]:
+        return text
+    some = select(_runs.c.id).where(_runs.c.id.between(*span)).order_by(_runs.c.id).limit(2)
+    found = connection.execute(some).scalars().all()
+    if len(found) > 1:
+        raise UsageError(f"the ids of several runs begin with {text}", fix="`-o id` prints whole ids")
+    return found[0] if found else text
+
+
 class SerialRun(TypedDict):
     """An unfinished run of a definition whose runs may not overlap."""
 
@@ -171,7 +194,11 @@ class SerialRun(TypedDict):
 
 def page_of(connection: Connection, scope: OrgId | AllOrgs, page: Page, limit: int) -> list[Run]:
     """A page of the runs of one org or of all, newest first."""
-    ids = find(connection, scope, page, limit)
+    return rows_of(connection, scope, find(connection, scope, page, limit))
+
+
+def rows_of(connection: Connection, scope: OrgId | AllOrgs, ids: Sequence[RunId]) -> list[Run]:
+    """These runs as the list shows them, newest first."""
     query = _in_scope(_listed.where(_view.c.id.in_(ids)), _view.c.org_id, scope).order_by(_view.c.id.desc())
     return cast(list[Run], all_rows(connection, query)) if ids else []
 

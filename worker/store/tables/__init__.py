@@ -25,6 +25,7 @@ from sqlalchemy import (
 from worker.store.dialect import Id, Instant, json_type
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
+from worker.store.tables.runs import UNFINISHED as UNFINISHED
 from worker.store.tables.runs import UPDATED, count, one_of, partial, required
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
@@ -67,6 +68,20 @@ orgs = Table(
     info={"meaning": "The customer organisations."},
 )
 
+org_words = Table(
+    "org_words",
+    metadata,
+    Column(
+        "word",
+        Text().with_variant(Text(collation="C"), "postgresql"),
+        primary_key=True,
+        doc="Without case and accents.",
+    ),
+    Column("org_id", Id, ForeignKey("orgs.id"), primary_key=True),
+    Index("ix_org_words_org_id_word", "org_id", "word"),
+    info={"meaning": "The words of the orgs' names and codes, for the search by their beginnings."},
+)
+
 credentials = Table(
     "credentials",
     metadata,
@@ -88,6 +103,9 @@ credentials = Table(
     UniqueConstraint("org_id", "generation"),
     CheckConstraint(one_of("state", ("active", "retired")), name="state"),
     CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
+    Index(
+        "ix_credentials_rejected_org_id", "org_id", **partial("last_error IS NOT NULL AND state = 'active'")
+    ),
     info={"meaning": "An org's client ids and secrets at its issuer."},
 )
 
@@ -130,6 +148,19 @@ definitions = Table(
     UniqueConstraint("org_id", "name"),
     Index("ix_definitions_template_id", "template_id", **partial("template_id IS NOT NULL")),
     info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
+)
+
+failing_definitions = Table(
+    "failing_definitions",
+    metadata,
+    Column("definition_id", Id, primary_key=True),
+    required("org_id", Id),
+    required("run_id", Id, "The run that failed or was refused last."),
+    Index("ix_failing_definitions_org_id", "org_id"),
+    info={
+        "meaning": "Definitions that may be broken. Triggers add one when a run fails; a chore of the "
+        "worker removes those that work again."
+    },
 )
 
 definition_revisions = Table(

@@ -1,0 +1,222 @@
+"""The search of runs and orgs: every key, words and ids, pages by key, what is near a wrong word."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import insert, update
+
+from worker.errors import NotFound
+from worker.ids import ALL_ORGS, new_id
+from worker.operations.orgs import add_org
+from worker.operations.runs import retry, run_now
+from worker.orgs import OrgEntry
+from worker.search import parsed
+from worker.store import tables
+from worker.store.lists import Page
+from worker.store.lists import search as search_module
+from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
+
+FILE = """
+[[org]]
+code = "{code}"
+name = "{name}"
+issuer = "main"
+
+[[definition]]
+org = "{code}"
+name = "digest"
+handler = "acme.plain"
+schedule = "0 3 1 1 *"
+overlap = "allow"
+
+[[definition]]
+org = "{code}"
+name = "export"
+handler = "acme.note"
+params = {{ text = "x" }}
+schedule = "0 3 1 1 *"
+overlap = "allow"
+"""
+ORGS = {"org_acme": "Acme GmbH", "org_beta": "Müller & Söhne West", "acme-two": "Second"}
+
+
+@pytest.fixture
+def site(apply, database, rows):
+    for code, name in ORGS.items():
+        apply(FILE.format(code=code, name=name))
+
+    class Site:
+        def run(self, org="org_acme", name="digest", state=None, reason="error", cause=None):
+            run = run_now(database, org, name, actor="tester")["id"]
+            if state is not None:
+                rows.set_ended(run, state, None if state == "succeeded" else reason)
+            if cause is not None:
+                self.fail_with(run, cause)
+            return run
+
+        def fail_with(self, run, cause):
+            [row] = [row for row in rows.runs if row["id"] == run]
+            at = rows.now()
+            with database.transaction() as connection:
+                connection.execute(
+                    insert(tables.attempts).values(
+                        run_id=run, attempt=1, org_id=row["org_id"], worker_id=new_id(), fencing_token=1,
+                        handler="acme.plain", started_at=at, ended_at=at, outcome="failed", error_cause=cause,
+                    )
+                )  # fmt: skip
+
+        def find(self, text, scope=ALL_ORGS, **page):
+            with database.autocommit() as connection:
+                query = parsed(text, now=database.now(connection))
+                return [row["id"] for row in runs_of(connection, scope, query, Page(**page))]
+
+        def orgs(self, text, scope=ALL_ORGS, **page):
+            with database.autocommit() as connection:
+                query = parsed(text, now=database.now(connection))
+                return [row["code"] for row in orgs_of(connection, scope, query, Page(**page))]
+
+        def near(self, text, scope=ALL_ORGS):
+            with database.autocommit() as connection:
+                return suggestions(connection, scope, parsed(text, now=database.now(connection)))
+
+    return Site()
+
+
+def test_each_key_narrows_the_runs(site, database, rows):
+    failed = site.run(state="failed", cause="CrmError: CRM answers <n>")
+    refused = site.run(state="refused", reason="scope_missing")
+    export = site.run(name="export", state="failed", reason="timed_out")
+    other = site.run("org_beta", state="succeeded")
+    waiting = site.run("org_beta")
+    again = retry(database, failed, actor="tester")["id"]
+
+    every = [again, waiting, other, export, refused, failed]
+    found = {
+        text: site.find(text)
+        for text in (
+            "", "org:org_acme", "org:acme", "org:gmbh", "org:müller", "acme", "muller söhne", "acme muller",
+            "state:failed,refused", "state:waiting", "state:waiting,succeeded", "state:running",
+            "definition:export", "handler:acme.note", "handler:acme", "reason:scope_missing", "reason:due",
+            "origin:retry", 'cause:"crm ANSWERS"', 'acme cause:crm state:failed', "cause:%", "cause:_rm",
+            "since:1h", "until:1h", "acme state:failed definition:digest", "org:nothing", failed, failed[:24],
+        )
+    }  # fmt: skip
+
+    assert found == {
+        "": every,
+        "org:org_acme": [again, export, refused, failed],
+        "org:acme": [again, export, refused, failed],
+        "org:gmbh": [again, export, refused, failed],
+        "org:müller": [waiting, other],
+        "acme": [again, export, refused, failed],
+        "muller söhne": [waiting, other],
+        "acme muller": [],
+        "state:failed,refused": [export, refused, failed],
+        "state:waiting": [again, waiting],
+        "state:waiting,succeeded": [again, waiting, other],
+        "state:running": [],
+        "definition:export": [export],
+        "handler:acme.note": [export],
+        "handler:acme": [],
+        "reason:scope_missing": [refused],
+        "reason:due": [again, waiting],
+        "origin:retry": [again],
+        'cause:"crm ANSWERS"': [failed],
+        "acme cause:crm state:failed": [failed],
+        "cause:%": [],
+        "cause:_rm": [],
+        "since:1h": every,
+        "until:1h": [],
+        "acme state:failed definition:digest": [failed],
+        "org:nothing": [],
+        failed: [failed],
+        failed[:24]: [failed],
+    }
+
+
+def test_an_org_finds_only_its_own_runs_and_words(site):
+    mine, other = site.run(cause="Error: x"), site.run("org_beta", cause="Error: x")
+
+    for text in ("", "cause:error", "state:waiting", other, "müller", "org:org_beta"):
+        assert other not in site.find(text, "org_acme"), text
+    assert site.find("cause:error", "org_acme") == [mine]
+    assert (site.find("acme", "org_acme"), site.find("müller", "org_acme")) == ([mine], [])
+    assert site.orgs("", "org_acme") == ["org_acme"]
+    assert site.near("mulle gmbx", "org_acme") == [Suggestion("mulle", []), Suggestion("gmbx", ["gmbh"])]
+    with pytest.raises(NotFound):
+        site.find("", "org_nobody")
+
+
+def test_words_begin_in_name_or_code_and_follow_a_new_name(site, database, apply):
+    assert site.orgs("acme") == ["acme-two", "org_acme"]
+    assert site.orgs("acme-t") == site.orgs("SECOND") == ["acme-two"]
+    assert site.orgs("mull sohn") == ["org_beta"]
+    assert site.orgs("cme") == site.orgs("acme muller") == []
+    assert site.orgs("org", limit=1) == ["org_beta"]
+    assert site.orgs("org:acme-two") == ["acme-two"]
+
+    apply(FILE.format(code="org_beta", name="Gamma"))
+    with database.transaction() as connection:
+        connection.execute(update(tables.orgs).where(tables.orgs.c.code == "acme-two").values(state="paused"))
+
+    assert (site.orgs("mull"), site.orgs("gam"), site.orgs("beta")) == ([], ["org_beta"], ["org_beta"])
+    assert site.orgs("acme", state="paused") == ["acme-two"]
+
+
+def test_a_wrong_word_is_told_what_is_near(site):
+    assert site.near("acne") == [Suggestion("acne", ["acme"])]
+    assert site.near("acm state:failed org:gmbh") == []
+    assert site.near("org:mullr zzz") == [Suggestion("zzz", []), Suggestion("mullr", ["muller"])]
+
+
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypatch, window):
+    monkeypatch.setattr(search_module, "WINDOW", window)
+    monkeypatch.setattr(search_module, "AMONG", window)
+    monkeypatch.setattr(search_module, "WINDOWS", (window, window, window))
+    states = itertools.cycle(("failed", "succeeded", None))
+    made = [site.run(org, state=next(states)) for org in (*ORGS, *ORGS, *ORGS)]
+    for run in made:
+        site.fail_with(run, "Error: x")
+    wanted = {
+        "": made,
+        "state:failed": made[::3],
+        "state:waiting,failed": [run for place, run in enumerate(made) if place % 3 != 1],
+        "acme": [run for place, run in enumerate(made) if place % 3 != 1],
+        "acme state:failed": made[::3],
+        "org:org_beta state:waiting": [],
+        "cause:x": made,
+    }
+
+    for text, runs in wanted.items():
+        found, after = [], None
+        for _ in range(20):
+            with database.autocommit() as connection:
+                query = parsed(text, now=database.now(connection))
+                page = page_of(connection, ALL_ORGS, query, Page(limit=2, after=after))
+            assert len(page.runs) <= 2
+            found += [row["id"] for row in page.runs]
+            after = page.next
+            if after is None:
+                break
+        assert found == runs[::-1], text
+
+
+def test_the_page_narrows_the_query(site, rows):
+    failed = site.run(state="failed")
+    export = site.run(name="export", state="refused")
+
+    assert site.find("acme", state="failed,refused") == [export, failed]
+    assert site.find("state:failed", state="refused") == []
+    assert site.find("", definition="export") == [export]
+    assert site.find("since:2h", since=rows.now() + timedelta(hours=1)) == []
+
+
+def test_an_imported_org_is_found_at_once(database, site):
+    entry = OrgEntry(code="org_new", name="Brand New", issuer="main")
+    add_org(database, entry, actor="tester")
+
+    assert site.orgs("brand") == ["org_new"]

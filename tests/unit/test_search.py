@@ -1,0 +1,111 @@
+"""The search language: what a text asks for, and what each mistake is told."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker import search
+from worker.errors import UsageError
+from worker.search import Query, ids_of, parsed, words_of
+
+# A Thursday.
+NOW = datetime(2026, 11, 26, 9, 30, tzinfo=UTC)
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def at(*parts: int, zone=UTC) -> datetime:
+    return datetime(*parts, tzinfo=zone).astimezone(UTC)
+
+
+def test_the_example_of_the_console():
+    text = 'org:acme state:failed,refused since:yesterday handler:kb.digest cause:"CRM answers"'
+
+    assert parsed(text, now=NOW) == Query(
+        org="acme",
+        states=frozenset({"failed", "refused"}),
+        since=at(2026, 11, 25),
+        handler="kb.digest",
+        cause="CRM answers",
+    )
+
+
+def test_bare_words_and_quoted_ones_are_words():
+    assert parsed('acme  "west coast" 0192aaaa', now=NOW).words == ("acme", "west", "coast", "0192aaaa")
+    assert parsed('"org:acme"', now=NOW).words == ("org:acme",)
+    assert parsed("  ", now=NOW) == Query()
+
+
+@pytest.mark.parametrize(
+    ("text", "since"),
+    [
+        ("today", at(2026, 11, 26, zone=BERLIN)),
+        ("yesterday", at(2026, 11, 25, zone=BERLIN)),
+        ("monday", at(2026, 11, 23, zone=BERLIN)),
+        ("Thursday", at(2026, 11, 26, zone=BERLIN)),
+        ("friday", at(2026, 11, 20, zone=BERLIN)),
+        ("2026-11-26", at(2026, 11, 26, zone=BERLIN)),
+        ("2026-11-26T08:00", at(2026, 11, 26, 8, zone=BERLIN)),
+        ("2026-11-26T08:00:00Z", at(2026, 11, 26, 8)),
+        ("2h", NOW - timedelta(hours=2)),
+    ],
+)
+def test_since_is_in_the_zone_of_who_asks(text, since):
+    assert parsed(f"since:{text} until:{text}", now=NOW, zone=BERLIN) == Query(since=since, until=since)
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "fix"),
+    [
+        ("hanlder:kb.digest", "no key hanlder:", "did you mean handler? "),
+        ("state:faild", "'faild' is not a state", "did you mean failed? "),
+        ("state:failed,", "'' is not a state", "one of "),
+        ("reason:timedout", "'timedout' is not a reason", "did you mean timed_out? "),
+        ("origin:cron", "'cron' is not an origin", "one of schedule, "),
+        ("since:someday", "since: 'someday' is not a time", "yesterday"),
+        ("state:failed state:refused", "state: twice", "once"),
+        ("org:", "org: has no value", "code"),
+        ('org:""', "org: has no value", "code"),
+        ('cause:"CRM', "quote in the wrong place", 'cause:"CRM answers"'),
+        ("a\0b", "not printable", "remove"),
+        ("a" * 501, "more than 500", "less"),
+        ("a b c d e f g h i", "more than 8 words", "fewer"),
+    ],
+)
+def test_a_mistake_is_named_with_what_helps(text, message, fix):
+    with pytest.raises(UsageError) as caught:
+        parsed(text, now=NOW)
+
+    assert message in caught.value.message
+    assert fix in caught.value.fix
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_query_or_a_usage_error(text):
+    try:
+        found = parsed(text, now=NOW)
+    except UsageError:
+        return
+    assert isinstance(found, Query)
+
+
+def test_words_are_compared_without_case_and_accents():
+    assert words_of("org_Acme", "Müller & Söhne-West GmbH") == {
+        *("org_acme", "org", "acme", "muller", "&", "sohne-west", "sohne", "west", "gmbh"),
+    }
+    assert search.folded("MÜLLER") == "muller"
+    assert all(len(word) <= search.MAX_WORD for word in words_of("x" * 200))
+
+
+def test_the_beginning_of_an_id_is_a_range_of_ids():
+    assert ids_of("0192AAAA") == (
+        "0192aaaa-0000-0000-0000-000000000000",
+        "0192aaaa-ffff-ffff-ffff-ffffffffffff",
+    )
+    whole = "0192aaaa-0000-7000-8000-000000000001"
+    assert ids_of(whole) == ids_of(whole.replace("-", "")) == (whole, whole)
+    assert [ids_of(word) for word in ("0192aaa", "acme", "0192-aaaa", whole + "0", "deadbeefs")] == [None] * 5

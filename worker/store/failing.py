@@ -1,0 +1,103 @@
+"""Broken orgs: those whose newest runs failed without a retry that succeeded, or whose credential is dead.
+
+Triggers on `runs` add a definition to `failing_definitions` when a run of it fails. Whether it still is
+broken is decided when it is read; `check` and `remove` drop those that work again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, or_, select, text, union_all
+
+from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
+from worker.store import tables
+
+_failing, _credentials, _orgs = tables.failing_definitions, tables.credentials, tables.orgs
+
+# Definitions that one call of `check` examines.
+CHECKED = 500
+
+# A definition's newest run of its own that succeeded, failed or was refused: cancelled and skipped runs
+# say nothing about it, and a backfill or a retry is about an older time. Retries of retries share its key.
+NEWEST = """
+SELECT r.id FROM runs r WHERE r.definition_id = failing_definitions.definition_id
+AND r.origin IN ('schedule', 'manual') AND r.state IN ('succeeded', 'failed', 'refused')
+ORDER BY r.id DESC LIMIT 1
+"""
+_IS_BROKEN = f"""
+EXISTS (SELECT 1 FROM definitions d WHERE d.id = failing_definitions.definition_id AND d.closed_at IS NULL)
+AND EXISTS (
+  SELECT 1 FROM runs n WHERE n.id = ({NEWEST}) AND n.state <> 'succeeded'
+  AND NOT EXISTS (
+    SELECT 1 FROM runs t WHERE t.definition_id = n.definition_id AND t.id > n.id AND t.origin = 'retry'
+    AND t.idempotency_key = n.idempotency_key AND t.state = 'succeeded'
+  )
+)
+"""
+
+
+# As the index of these credentials says it: with a parameter, SQLite would not use it.
+REJECTED = "credentials.last_error IS NOT NULL AND credentials.state = 'active'"
+
+
+def is_broken() -> ColumnElement[bool]:
+    """A condition on `failing_definitions`: the definition is open and its newest run needs a fix."""
+    return and_(text(f"({_IS_BROKEN})"))
+
+
+def is_sound() -> ColumnElement[bool]:
+    """The opposite of `is_broken`."""
+    return and_(text(f"(NOT ({_IS_BROKEN}))"))
+
+
+def is_dead() -> ColumnElement[bool]:
+    """A condition on `orgs`: its issuer rejected each of its active credentials when it was last used."""
+    mine = _credentials.alias("mine")
+    active = and_(mine.c.org_id == _orgs.c.id, mine.c.state == "active")
+    rejected = exists().where(active, mine.c.last_error.is_not(None))
+    return and_(rejected, ~exists().where(active, mine.c.last_error.is_(None)))
+
+
+def broken_orgs(scope: OrgId | AllOrgs) -> ColumnElement[bool]:
+    """A condition on `orgs`: it is not removed and it is broken."""
+    failing = select(_failing.c.org_id)
+    rejected = select(_credentials.c.org_id).where(text(REJECTED))
+    if not isinstance(scope, AllOrgs):
+        failing, rejected = (
+            failing.where(_failing.c.org_id == scope),
+            rejected.where(_credentials.c.org_id == scope),
+        )
+    of_org = exists().where(_failing.c.org_id == _orgs.c.id, is_broken())
+    candidates = union_all(failing, rejected)
+    return and_(_orgs.c.state != "removed", _orgs.c.id.in_(candidates), or_(of_org, is_dead()))
+
+
+class Checked(NamedTuple):
+    """The definitions of a page that are not broken, each with the run that failed last."""
+
+    sound: Sequence[tuple[DefinitionId, RunId]]
+    next: DefinitionId | None
+    """Where to continue; None at the end."""
+
+
+def check(connection: Connection, after: DefinitionId | None = None) -> Checked:
+    """Check the next `CHECKED` definitions after `after`."""
+    page = select(_failing.c.definition_id).order_by(_failing.c.definition_id).limit(CHECKED)
+    if after is not None:
+        page = page.where(_failing.c.definition_id > after)
+    ids = connection.execute(page).scalars().all()
+    sound = select(_failing.c.definition_id, _failing.c.run_id).where(
+        _failing.c.definition_id.in_(ids), is_sound()
+    )
+    found = [(DefinitionId(definition), RunId(run)) for definition, run in connection.execute(sound)]
+    return Checked(found, DefinitionId(ids[-1]) if len(ids) == CHECKED else None)
+
+
+def remove(connection: Connection, sound: Sequence[tuple[DefinitionId, RunId]]) -> None:
+    """Remove these definitions, unless another run of one has failed meanwhile."""
+    for definition_id, run_id in sorted(sound):
+        connection.execute(
+            delete(_failing).where(_failing.c.definition_id == definition_id, _failing.c.run_id == run_id)
+        )
