@@ -70,9 +70,12 @@ class Web:
 
         Raises:
             Busy: another process uses the port.
-            ConfigurationError: the address does not belong to this machine or is not allowed.
+            ConfigurationError: the address does not belong to this machine or is not allowed, or the
+                secret of `[web.login]` cannot be read.
         """
         web = self._settings.web
+        if web.listen and web.login.issuer:
+            login_secret(web.login.issuer, self._settings.secrets_dir)
         if web.health_listen:
             self._health_listener = bind(web.health_listen, "health_listen")
         if not web.listen:
@@ -154,11 +157,7 @@ class Web:
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:
-        """How people log in, if they can.
-
-        Raises:
-            ConfigurationError: the client's secret cannot be read, or the issuer is not usable.
-        """
+        """How people log in, if they can; raises ConfigurationError if the issuer is not usable for it."""
         rules, folder = self._settings.web.login, self._settings.secrets_dir
         if not rules.issuer:
             return None
@@ -166,7 +165,6 @@ class Web:
         def secret() -> str:
             return login_secret(rules.issuer, folder)
 
-        secret()
         return Login(rules, issuers_of(self._settings)[rules.issuer], client, secret, clock=self._clock)
 
     def _server(
