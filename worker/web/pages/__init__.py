@@ -13,6 +13,7 @@ from worker.web.access import Access, CallerDatabase
 from worker.web.login import Login
 from worker.web.pages import errors
 from worker.web.pages.base import Pages
+from worker.web.pages.bulk import BulkPages
 from worker.web.pages.definition_edit import EditPages
 from worker.web.pages.definitions import DefinitionPages
 from worker.web.pages.failures import FailurePages
@@ -22,6 +23,7 @@ from worker.web.pages.morning import MorningPage
 from worker.web.pages.orgs import OrgPages
 from worker.web.pages.rendering import static_routes
 from worker.web.pages.runs import RunPages
+from worker.web.pages.search import SearchPages
 from worker.web.pages.zone import ZonePages
 from worker.web.sessions import Forms, Sessions, in_api
 
@@ -41,6 +43,7 @@ class Console:
     ) -> None:
         self._pages = Pages(database, clock, access, sessions, forms)
         self._login = LoginPages(self._pages, login)
+        self._search = SearchPages(self._pages)
 
     def routes(self) -> Sequence[Route]:
         return (
@@ -49,6 +52,8 @@ class Console:
             *OrgPages(self._pages).routes(),
             *RunPages(self._pages).routes(),
             *DefinitionPages(self._pages).routes(),
+            *self._search.routes(),
+            *BulkPages(self._pages, self._search).routes(),
             *FailurePages(self._pages).routes(),
             *InventoryPages(self._pages).routes(),
             *EditPages(self._pages).routes(),

@@ -29,6 +29,7 @@ _OF_OPERATORS = (
     ("/", "Overview", False),
     ("/orgs", "Orgs", False),
     ("/definitions", "Definitions", False),
+    ("/search", "Runs", False),
     ("/failures", "Failures", False),
     ("/templates", "Templates", False),
     ("/handlers", "Handlers", False),
@@ -37,6 +38,7 @@ _OF_OPERATORS = (
     ("/audit", "Audit", True),
 )
 _OF_ORGS = (
+    ("/search", "Runs"),
     ("/definitions", "Definitions"),
     ("/handlers", "Handlers"),
     ("/credentials", "Credentials"),

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, UsageError
 from worker.store.lists import failures
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.morning import cause_path
+from worker.web.pages.morning import cause_text, search_path
 
 STATES = ("failed", "refused")
 # How far back the page looks, and the words for it.
@@ -43,7 +43,10 @@ class FailurePages:
         def work(connection: Connection) -> dict[str, Any]:
             causes, more = failures.by_cause_for_all_orgs(connection, state, start)
             return {
-                "causes": [{**cause, "href": cause_path(cause)} for cause in causes],
+                "causes": [
+                    {**cause, "text": cause_text(cause), "href": search_path(cause_text(cause))}
+                    for cause in causes
+                ],
                 "more": more,
                 "most": failures.MOST,
                 "state": state,

@@ -180,7 +180,7 @@ def _of_causes(connection: Connection, state: str, now: datetime) -> Iterator[Ma
             cause["cause"],
             f"{_count(cause['open_runs'], 'run')} {state} in {_count(cause['open_orgs'], 'org')}{also}. "
             f"Last: {cause['last_at']:%H:%M} UTC.",
-            cause_path(cause),
+            search_path(cause_text(cause)),
             "Runs",
         )
     if len(unsolved) > CAUSES or more:
@@ -274,11 +274,16 @@ def search_path(text: str) -> str:
     return f"/search?{urlencode({'q': text})}"
 
 
-def cause_path(cause: Cause) -> str:
-    """A search for the runs of a cause since the day of its first one."""
-    # A quoted value ends at the next quote; the longest part without one finds the same runs.
-    words = max(cause["cause"].split('"'), key=len).strip()[:MOST_OF_CAUSE]
-    return search_path(f'state:{cause["state"]} since:{cause["first_at"]:%Y-%m-%d} cause:"{words}"')
+def cause_text(cause: Cause) -> str:
+    """The search that finds the runs of a cause, from the day before its first one."""
+    since = cause["first_at"] - DAY
+    begin = f"state:{cause['state']} since:{since:%Y-%m-%d}"
+    # Without an error the cause is the reason and its detail.
+    if cause["cause"].partition(": ")[0] == cause["reason"]:
+        return f"{begin} reason:{cause['reason']}"
+    # A quoted value ends at the next quote: the longest part without one finds the same runs.
+    part = max(cause["cause"].split('"'), key=len).strip()[:MOST_OF_CAUSE]
+    return f'{begin} cause:"{part}"'
 
 
 def definition_path(org: str, name: str) -> str:

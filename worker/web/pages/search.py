@@ -1,0 +1,91 @@
+"""The search over orgs and runs, with the grammar that the command line has too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from worker.errors import NotFound, UsageError
+from worker.search import KEYS, Query, parsed
+from worker.store.lists import Org, Page, Run, runs, search
+from worker.web.access import Caller
+from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
+from worker.web.pages.morning import search_path
+from worker.web.pages.rendering import page
+
+# Orgs that the page shows above the runs.
+MOST_ORGS = 8
+
+
+class SearchPages:
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+
+    def routes(self) -> Sequence[Route]:
+        return (Route("/search", self._search),)
+
+    async def _search(self, request: Request) -> Response:
+        caller, given = caller_of(request), query(request, "q", "after")
+        text = given.get("q", "").strip()
+        frame = {**self._pages.frame(request.scope), "searched": text, "keys": KEYS}
+        try:
+            wanted = self.query_of(request, text)
+        except UsageError as error:
+            return page("search.html", 400, **frame, error=error)
+        run_id = _id_of(text)
+
+        def work(connection: Connection) -> Response:
+            if run_id is not None and _exists(connection, caller, run_id):
+                return RedirectResponse(f"/runs/{run_id}", 303)
+            return page("search.html", **frame, **_found(connection, caller, wanted, given), error=None)
+
+        return await self._pages.database.read(caller, work)
+
+    def query_of(self, request: Request, text: str) -> Query:
+        """The query of a text, its days in the viewer's time zone; raises UsageError."""
+        return parsed(text, now=self._pages.clock.now(), zone=self._pages.zone(request) or UTC)
+
+
+def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[str, str]) -> dict[str, Any]:
+    """The orgs and runs of a query; near words if there are none."""
+    scope, after = caller.scope(), given.get("after")
+    has_words = bool(wanted.words or wanted.org)
+    orgs = search.orgs_of(connection, scope, wanted, Page(limit=MOST_ORGS)) if has_words and not after else []
+    found = search.page_of(connection, scope, wanted, Page(limit=ROWS, after=after))
+    near = search.suggestions(connection, scope, wanted) if has_words and not (orgs or found.runs) else []
+    text = given.get("q", "")
+    following = [] if found.next is None else [{"id": found.next}]
+    return {
+        "orgs": [caller.sees(Org, row) for row in orgs],
+        "runs": [caller.sees(Run, row) for row in found.runs],
+        # The search may have stopped before the page was full.
+        "next": next_page("/search", given, following, limit=1),
+        "near": [
+            (each.word, [(word, search_path(text.replace(each.word, word, 1))) for word in each.near])
+            for each in near
+        ],
+        "is_retriable": bool(wanted.states) and wanted.states <= {"failed", "refused", "cancelled"},
+    }
+
+
+def _id_of(text: str) -> str | None:
+    """The run id, if the whole text is one."""
+    try:
+        return str(UUID(text)) if len(text) in (32, 36) else None
+    except ValueError:
+        return None
+
+
+def _exists(connection: Connection, caller: Caller, run_id: str) -> bool:
+    try:
+        runs.run(connection, caller.scope(), run_id)
+    except NotFound:
+        return False
+    return True
