@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Text, case, func, select
+from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_column, select
 from sqlalchemy import cast as sql_cast
 
 from worker.ids import OrgId, lowest_id
 from worker.store import tables
 from worker.store.dialect import all_rows, is_postgresql
+from worker.store.lists import Run
+from worker.store.lists import runs as run_lists
 
 DAYS = 30
 # The newest runs that are read: about 20 ms.
@@ -21,7 +23,7 @@ MOST_SKIPS = 1_000
 # States of a day, the one that matters most first. `retried`: failed, then its retry succeeded.
 WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
 
-_runs, _skips = tables.runs, tables.skips
+_runs, _skips, _live = tables.runs, tables.skips, tables.live_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,15 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
         first_at = min(first_at, row["first_at"])
     _add_skips(connection, org_id, start, days, cells)
     return Grid(days, cells, first_at if total == MOST_RUNS else None)
+
+
+def open_waits(connection: Connection, org_id: OrgId, *, limit: int) -> list[Run]:
+    """Runs of an org that wait, in the order in which they start, up to `limit`."""
+    # As the condition of the index has it: a parameter would hide it from SQLite's planner.
+    waits = select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == literal_column("'waiting'"))
+    order = (_live.c.priority.desc(), _live.c.available_at, _live.c.id)
+    ids = list(connection.execute(waits.order_by(*order).limit(limit)).scalars())
+    return run_lists.rows_of(connection, org_id, ids) if ids else []
 
 
 def _add_skips(

@@ -36,12 +36,12 @@ def error_page(scope: Scope, frame: dict[str, Any], status: int, message: str, f
         "title": _TITLES.get(status, "This did not work"),
         "message": f"{message[:1].upper()}{message[1:].rstrip('.')}.",
         "fix": fix and f"{fix.rstrip('.')}.",
-        "ways": _ways(scope, frame["caller"]),
+        "ways": _ways(scope, frame["caller"], status),
     }
     return page("error.html", status, **frame, **values)
 
 
-def _ways(scope: Scope, caller: Caller | None) -> Sequence[tuple[str, str]]:
+def _ways(scope: Scope, caller: Caller | None, status: int) -> Sequence[tuple[str, str]]:
     """Where the person can go from here: what the path is about, then what they may see."""
     if caller is None:
         return [("/", "Log in")]
@@ -56,6 +56,6 @@ def _ways(scope: Scope, caller: Caller | None) -> Sequence[tuple[str, str]]:
         ways.insert(0, ("/orgs", "All orgs"))
     elif parts[1] == "runs":
         ways.insert(0, ("/failures", "Failed runs by cause"))
-    elif scope["method"] == "GET":
+    elif status == 400 and scope["method"] == "GET":
         ways.insert(0, (quote(path), "This page without filters"))
     return ways

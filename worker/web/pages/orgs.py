@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 from typing import Any
 
 from sqlalchemy import Connection
@@ -10,10 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from worker.errors import UsageError
 from worker.ids import ALL_ORGS
+from worker.search import parsed
 from worker.store import history, orgs
-from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, Page, Run, RunDetail
-from worker.store.lists.grid import grid
+from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, Page, Run, RunDetail, broken
+from worker.store.lists.broken import Broken
+from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
 
@@ -31,16 +35,30 @@ class OrgPages:
 
     async def _orgs(self, request: Request) -> Response:
         caller = caller_of(request)
-        given = query(request, "state", "after")
+        given = query(request, "q", "state", "broken", "after")
+        if given.get("broken", "true") != "true":
+            raise UsageError(
+                f"{given['broken']!r} is not a value of broken", fix="use broken=true, or leave it out"
+            )
+        zone = self._pages.zone(request) or UTC
+        words = parsed(given["q"], now=self._pages.clock.now(), zone=zone) if "q" in given else None
+        if words is not None and words.is_of_runs:
+            raise UsageError("orgs are found by words and org:", fix="use the search above for runs")
 
         def work(connection: Connection) -> dict[str, Any]:
             scope = ALL_ORGS if caller.org is None else caller.org
-            page = Page(state=given.get("state"), after=given.get("after"), limit=ROWS)
+            page = Page(
+                state=given.get("state"),
+                after=given.get("after"),
+                limit=ROWS,
+                query=words,
+                broken="broken" in given,
+            )
             rows = read(connection, ORGS, scope, page)
             return {
                 "orgs": [caller.sees(OrgDetail, row) for row in rows],
                 "states": ORGS.states,
-                "given": given,
+                "given": dict.fromkeys(("q", "state", "broken"), "") | given,
                 "next": next_page("/orgs", given, rows),
             }
 
@@ -54,18 +72,20 @@ class OrgPages:
         def work(connection: Connection) -> dict[str, Any]:
             org_id = orgs.require(connection, code)["id"]
             runs = read(connection, RUNS, scope, Page(limit=ROWS, after=after))
-            waiting = read(connection, RUNS, scope, Page(state="waiting", limit=SHOWN))
+            waiting = open_waits(connection, org_id, limit=SHOWN)
             definitions = read(connection, DEFINITIONS, scope, Page(limit=MOST_DEFINITIONS))
             definitions.sort(key=lambda row: row["name"])
             due = [row for row in definitions if row["next_scheduled_for"] and row["state"] == "active"]
             due.sort(key=lambda row: row["next_scheduled_for"] or now)
             claims = caller.sees(RunDetail, {"claims": history.last_claims(connection, org_id)})["claims"]
+            faults = broken.page_of(connection, Page(limit=SHOWN), code)
             return {
                 "org": caller.sees(OrgDetail, org(connection, code)),
                 "definitions": [caller.sees(Definition, row) for row in definitions],
                 "due": [caller.sees(Definition, row) for row in due[:SHOWN]],
                 "runs": [caller.sees(Run, row) for row in runs],
                 "waiting": [caller.sees(Run, row) for row in waiting],
+                "broken": [caller.sees(Broken, row) for row in faults],
                 "grid": grid(connection, org_id, now),
                 "claims": claims,
                 "is_newest": after is None,
