@@ -56,8 +56,9 @@ def is_dead() -> ColumnElement[bool]:
     """A condition on `orgs`: its issuer rejected each of its active credentials when it was last used."""
     mine = _credentials.alias("mine")
     active = and_(mine.c.org_id == _orgs.c.id, mine.c.state == "active")
-    rejected = exists().where(active, mine.c.last_error.is_not(None))
-    return and_(rejected, ~exists().where(active, mine.c.last_error.is_(None)))
+    # Not `SELECT *`: the web side may not read every column.
+    rejected = select(mine.c.id).where(active, mine.c.last_error.is_not(None)).exists()
+    return and_(rejected, ~select(mine.c.id).where(active, mine.c.last_error.is_(None)).exists())
 
 
 def broken_orgs(scope: OrgId | AllOrgs) -> ColumnElement[bool]:

@@ -6,6 +6,7 @@ import re
 from urllib.parse import quote
 
 import pytest
+from sqlalchemy import select, update
 
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of
 from tests.integration.web.test_pages import OURS, fail, logged_in, make_run
@@ -144,6 +145,25 @@ async def test_an_org_retries_only_its_own_runs_in_bulk(site: Site, role: str):
 
     assert answer.status_code == 303
     assert retries_of(site) == [own]
+
+
+@EITHER
+async def test_orgs_are_narrowed_to_the_broken_ones_and_by_name(staffed: Site):
+    with staffed.database.transaction() as connection:
+        org = connection.execute(select(tables.orgs.c.id).where(tables.orgs.c.code == "org_b")).scalar_one()
+        rejected = update(tables.credentials).where(tables.credentials.c.org_id == org)
+        connection.execute(rejected.values(last_error="invalid_client"))
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        broken, named = await client.get("/orgs?broken=true"), await client.get("/orgs?q=org_c")
+        page = await client.get("/orgs/org_b")
+        wrong = [
+            await client.get(path) for path in ("/orgs?broken=yes", "/orgs?q=state:failed", "/orgs?state=x")
+        ]
+
+    assert set(re.findall(r'href="/orgs/([^"]+)"', broken.text)) == {"org_b"}
+    assert set(re.findall(r'href="/orgs/([^"]+)"', named.text)) == {"org_c"}
+    assert "Its credential is rejected by the issuer (invalid_client)" in page.text
+    assert [answer.status_code for answer in wrong] == [400, 400, 400]
 
 
 async def test_hostile_searches_are_shown_as_text(staffed: Site):
