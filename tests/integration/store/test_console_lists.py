@@ -143,7 +143,9 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
         dead = morning.dead_credentials_for_all_orgs(connection)
         paused = morning.paused_definitions_for_all_orgs(connection)
         broken = morning.broken_handlers(connection)
-        up, missing = morning.workers_for_all_orgs(connection, database.now(connection))
+        now = database.now(connection)
+        up, late, missing = morning.workers_for_all_orgs(connection, now)
+        slow = morning.workers_for_all_orgs(connection, now + timedelta(seconds=20))
         rejected = inventory.credentials(connection, ALL_ORGS, "dead", after=None, limit=10)
         old = inventory.credentials(connection, ALL_ORGS, "old", after=None, limit=10)
         every = inventory.credentials(connection, ALL_ORGS, "all", after=None, limit=1)
@@ -151,7 +153,8 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
     assert (dead.total, dead.examples[0]["last_error"]) == (1, "invalid_client")
     assert (paused.total, paused.examples[0]["paused_by"]) == (1, "ada")
     assert (broken.total, broken.examples[0]["name"]) == (1, "acme.bad")
-    assert (up, [row["id"] for row in missing]) == (1, [lost])
+    assert (up, late, [row["id"] for row in missing]) == (1, [], [lost])
+    assert (slow.up, len(slow.late), len(slow.missing)) == (1, 1, 1)
     assert [row["client_id"] for row in (*rejected, *old)] == ["client-1", "client-0"]
     assert [row["client_id"] for row in (*every, *rest)] == ["client-0", "client-1"]
 

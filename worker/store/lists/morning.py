@@ -48,6 +48,14 @@ class Counted(NamedTuple):
     examples: Sequence[Row]
 
 
+class Workers(NamedTuple):
+    """How many workers hold their lease, those of them that are late, and those that lost it."""
+
+    up: int
+    late: Sequence[Row]
+    missing: Sequence[Row]
+
+
 def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
     """Waiting and held runs by reason, up to MOST of them."""
     some = (
@@ -122,14 +130,23 @@ def broken_handlers(connection: Connection) -> Counted:
     return Counted(len(rows), rows[:SHOWN])
 
 
-def workers_for_all_orgs(connection: Connection, now: datetime) -> tuple[int, list[Row]]:
-    """How many workers hold their lease, and those that lost it without an end."""
+def workers_for_all_orgs(connection: Connection, now: datetime) -> Workers:
+    """Workers that have not ended, by their lease, up to MOST."""
     query = select(*(_workers.c[name] for name in ("id", "host", "renewed_at", "lease_until")))
     rows = all_rows(
         connection, query.where(_workers.c.ended_at.is_(None)).order_by(_workers.c.lease_until).limit(MOST)
     )
-    missing = [row for row in rows if row["lease_until"] <= now]
-    return len(rows) - len(missing), missing
+    states = [(lease_state(row["renewed_at"], row["lease_until"], now), row) for row in rows]
+    missing, late = ([row for state, row in states if state == wanted] for wanted in ("missing", "late"))
+    return Workers(len(rows) - len(missing), late, missing)
+
+
+def lease_state(renewed_at: datetime, lease_until: datetime, now: datetime) -> str:
+    """`up`, `late` (it should have renewed its lease by now) or `missing` (the lease has expired)."""
+    if lease_until <= now:
+        return "missing"
+    # Leases are renewed at least four times while they last.
+    return "late" if now - renewed_at > (lease_until - renewed_at) / 2 else "up"
 
 
 def _counted(connection: Connection, query: Any, key: ColumnElement[Any]) -> Counted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
@@ -22,6 +23,7 @@ from worker.store.lists import (
     Page,
     inventory,
 )
+from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
 from worker.web.access import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
@@ -131,15 +133,11 @@ def require_admin(caller: Caller) -> None:
         caller.require("admin")
 
 
-def _state_of(worker: Mapping[str, Any], now: Any) -> str:
-    """`up`, `late` (it should have renewed its lease by now), `missing` or `stopped`."""
+def _state_of(worker: Mapping[str, Any], now: datetime) -> str:
+    """`stopped`, or as `lease_state`."""
     if worker["ended_at"] is not None:
         return "stopped"
-    if worker["lease_until"] <= now:
-        return "missing"
-    # Leases are renewed at least four times while they last.
-    whole = worker["lease_until"] - worker["renewed_at"]
-    return "late" if now - worker["renewed_at"] > whole / 2 else "up"
+    return lease_state(worker["renewed_at"], worker["lease_until"], now)
 
 
 def shown_handler(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,18 +145,22 @@ def matters(connection: Connection, now: datetime, *, is_admin: bool) -> list[Ma
 
 
 def _of_workers(connection: Connection, now: datetime) -> Iterator[Matter]:
-    up, missing = morning.workers_for_all_orgs(connection, now)
-    if not up:
+    workers = morning.workers_for_all_orgs(connection, now)
+    if not workers.up:
         yield Matter("bad", "No worker is running", "Nothing starts until one does.", "/workers", "Workers")
-    if missing:
-        hosts = _some([row["host"] for row in missing])
-        yield Matter(
+    for level, rows, state, about in (
+        (
             "bad",
-            f"{_count(len(missing), 'worker')} missing",
-            f"{hosts}. The lease expired without a stop; other workers take over the runs.",
-            "/workers",
-            "Workers",
-        )
+            workers.missing,
+            "missing",
+            "The lease expired without a stop; others take over the runs.",
+        ),
+        ("warn", workers.late, "late", "It should have renewed its lease by now."),
+    ):
+        if rows:
+            hosts = _some([row["host"] for row in rows])
+            title = f"{_count(len(rows), 'worker')} {state}"
+            yield Matter(level, title, f"{hosts}. {about}", "/workers", "Workers")
     overdue = oldest_unfired(connection)
     if overdue is not None and overdue[2] > OVERDUE:
         org, name, seconds = overdue
