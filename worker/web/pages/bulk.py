@@ -42,9 +42,12 @@ class BulkPages:
         )
 
     async def _show(self, request: Request) -> Response:
-        caller, given = caller_of(request), query(request, "q", "after")
+        return await self._page(request, query(request, "q", "after"), [])
+
+    async def _page(self, request: Request, given: Mapping[str, str], left: Sequence[str]) -> Response:
+        """The runs of a search without a retry, the retries of the others, and why runs were `left`."""
+        caller, after = caller_of(request), given.get("after") or None
         text, wanted = self._wanted(request, given)
-        after = given.get("after")
 
         def work(connection: Connection) -> dict[str, Any]:
             found = search.page_of(connection, caller.scope(), wanted, Page(limit=MOST, after=after))
@@ -61,6 +64,7 @@ class BulkPages:
                 "states": states,
                 "is_moving": bool(states["waiting"] or states["running"]),
                 "next": following,
+                "left": list(dict.fromkeys(left)),
                 "back": search_path(text),
             }
 
@@ -80,12 +84,14 @@ class BulkPages:
             return search.page_of(connection, caller.scope(), wanted, Page(limit=MOST, after=after)).runs
 
         found = await self._pages.database.read(caller, work)
+        left: list[str] = []
         for row in [row for row in found if not row["retried_as"]][:count]:
             try:
                 await self._pages.database.retry(caller, row["id"], reason=reason)
-            except (Conflict, DefinitionError):
-                # Retried by someone else meanwhile, or its org or definition runs nothing: the page shows it.
-                continue
+            except (Conflict, DefinitionError) as error:
+                left.append(f"{row['org']}/{row['definition']}: {error.message}")
+        if left:
+            return await self._page(request, form, left)
         again = {"q": text} | ({"after": after} if after else {})
         return RedirectResponse(f"/retry?{urlencode(again)}", 303)
 

@@ -22,7 +22,7 @@ from worker.store.lists.read import org, read
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
 
 # Definitions in the grid, and next times and open waits beside it.
-MOST_DEFINITIONS = 100
+MOST_DEFINITIONS = 40
 SHOWN = 10
 
 
@@ -81,6 +81,7 @@ class OrgPages:
             faults = broken.page_of(connection, Page(limit=SHOWN), code)
             return {
                 "org": caller.sees(OrgDetail, org(connection, code)),
+                "has_more": len(definitions) == MOST_DEFINITIONS,
                 "definitions": [caller.sees(Definition, row) for row in definitions],
                 "due": [caller.sees(Definition, row) for row in due[:SHOWN]],
                 "runs": [caller.sees(Run, row) for row in runs],
