@@ -62,9 +62,6 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
         )
         .select_from(newest)
         .join(_runs, _runs.c.id == newest.c.run_id)
-        .outerjoin(
-            _attempts, (_attempts.c.run_id == newest.c.run_id) & (_attempts.c.attempt == _runs.c.attempt)
-        )
         .subquery("each")
     )
     rows = func.count(each.c.run_id)
@@ -94,5 +91,12 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
 
 def _cause() -> ColumnElement[Any]:
     """The error of the last attempt without what varies; else why the run ended, and its detail."""
+    # By its key: as a join, PostgreSQL would read all attempts.
+    of_attempt = (
+        select(_attempts.c.error_cause)
+        .where(_attempts.c.run_id == _runs.c.id, _attempts.c.attempt == _runs.c.attempt)
+        .limit(1)
+        .scalar_subquery()
+    )
     detail = func.coalesce(literal(": ") + _runs.c.detail, literal(""))
-    return func.coalesce(_attempts.c.error_cause, func.coalesce(_runs.c.reason, literal("error")) + detail)
+    return func.coalesce(of_attempt, func.coalesce(_runs.c.reason, literal("error")) + detail)

@@ -35,18 +35,19 @@ def credentials(
     Raises:
         NotFound: no such org, or `after` is not an id.
     """
-    names = [name for name in CredentialRow.__annotations__ if name != "org"]
+    names = [column for column in CredentialRow.__annotations__ if column != "org"]
     is_active = _credentials.c.state == literal_column("'active'")
-    query = (
-        select(
-            _orgs.c.code.label("org"),
-            *(_credentials.c[name] for name in names),
-            _orgs.c.name.label("org_name"),
-            _orgs.c.state.label("org_state"),
-        )
-        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
-        .where(is_active)
+    # By the org's key: as a join, PostgreSQL would read all orgs.
+    code, name, state = (
+        select(_orgs.c[column]).where(_orgs.c.id == _credentials.c.org_id).limit(1).scalar_subquery()
+        for column in ("code", "name", "state")
     )
+    query = select(
+        code.label("org"),
+        *(_credentials.c[column] for column in names),
+        name.label("org_name"),
+        state.label("org_state"),
+    ).where(is_active)
     if risk == "dead":
         query = query.where(_credentials.c.last_error.is_not(None))
     elif risk == "old":

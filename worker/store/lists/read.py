@@ -31,6 +31,7 @@ from worker.store.lists import (
     CREDENTIALS,
     DEFINITIONS,
     HANDLERS,
+    MAX_LIMIT,
     ORGS,
     RUNS,
     SKIPS,
@@ -98,7 +99,8 @@ def read(connection: Connection, listing: Listing[R], org: OrgScope, page: Page 
             statement = statement.where(source.key < page.after)
         statement = statement.order_by(source.key.desc()).limit(limit)
     else:
-        statement = statement.order_by(_catalogue.c.name, _catalogue.c.distribution)
+        # What is installed is few.
+        statement = statement.order_by(_catalogue.c.name, _catalogue.c.distribution).limit(MAX_LIMIT)
     return cast(list[R], all_rows(connection, statement))
 
 

@@ -147,6 +147,7 @@ definitions = Table(
     Column("closed_at", Instant, doc="When it was closed: nothing runs any more. Rows are never deleted."),
     UniqueConstraint("org_id", "name"),
     Index("ix_definitions_template_id", "template_id", **partial("template_id IS NOT NULL")),
+    Index("ix_definitions_name_id", "name", "id"),
     Index("ix_definitions_paused_id", "id", **partial("paused_at IS NOT NULL AND closed_at IS NULL")),
     info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
 )

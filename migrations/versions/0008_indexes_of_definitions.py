@@ -1,4 +1,4 @@
-"""An index of the paused definitions, which are few, for the console's front page and their list.
+"""Indexes of definitions for the console: the paused ones, which are few, and definitions by name.
 
 Expand first: the previous release does not notice it.
 
@@ -29,7 +29,9 @@ def upgrade() -> None:
         postgresql_where=sa.text(PAUSED),
         sqlite_where=sa.text(PAUSED),
     )
+    op.create_index("ix_definitions_name_id", "definitions", ["name", "id"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_definitions_name_id", "definitions")
     op.drop_index("ix_definitions_paused_id", "definitions")
