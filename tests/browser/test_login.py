@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from tests.fakes import browser as browsers
+from worker.clock import SystemClock
+from worker.operations.sign_in import make_link
+from worker.store.database import Database
 
 
 def test_an_operator_logs_in_with_a_token_and_out_again(browser, console):
@@ -42,3 +47,19 @@ def test_a_person_logs_in_at_the_provider_and_out_there_too(browser, console):
         tab.go("/orgs/org_acme")
         assert tab.page.get_by_text("nightly-digest").count() == 0
         assert tab.wrongs == []
+
+
+def test_a_link_logs_in_once(browser, console):
+    database = Database.open(f"sqlite:///{console.folder / 'worker.db'}", clock=SystemClock())
+    link = make_link(database, "tester", at=datetime.now(UTC))
+    database.close()
+    for works in (True, False):
+        with browsers.tab(browser, console.base) as tab:
+            tab.go(link)
+            tab.page.get_by_role("button", name="Log in", exact=True).click()
+
+            if works:
+                tab.page.get_by_role("button", name="Log out", exact=True).wait_for()
+            else:
+                tab.page.get_by_text("the link was used already").first.wait_for()
+            assert tab.wrongs == []

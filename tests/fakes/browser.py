@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -52,6 +54,19 @@ def launched() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def is_ready(base: str) -> bool:
+    """Whether a console answers at this address."""
+    try:
+        return httpx.get(f"{base}/readyz").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def quoted(text: str) -> str:
+    """The text for a query of an address; what cannot be encoded is replaced."""
+    return quote(text.encode("utf-8", "replace"), safe="")
 
 
 @dataclass
@@ -101,10 +116,14 @@ class Tab:
         self.page.get_by_label("Token").fill(token)
         self.page.get_by_role("button", name="Log in", exact=True).click()
 
-    def violations(self) -> list[str]:
+    def violations(self, *, colours_only: bool = False) -> list[str]:
         """What axe-core finds on the page with its default rules."""
-        self.page.evaluate("() => typeof axe") == "object" or self.page.evaluate(AXE.read_text())
-        found = self.page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        if self.page.evaluate("() => typeof axe") != "object":
+            self.page.evaluate(AXE.read_text())
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        if colours_only:
+            options["runOnly"] = ["color-contrast", "link-in-text-block"]
+        found = self.page.evaluate("options => axe.run(document, options)", options)
         return [
             f"{rule['id']} ({rule['impact']}): {node['target']} {node['html'][:160]}"
             for rule in found["violations"]

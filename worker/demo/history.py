@@ -262,9 +262,9 @@ Traceback (most recent call last):
     written = await read(chat, state["digest"], page)
   File "jobs/assistant_digest.py", line 101, in append_summary
     summary = await chat.ask("Sum up these help articles.", page.as_text())
-  File "jobs/assistant_digest.py", line 90, in ask
-    return str(response.json()["choices"][0]["message"]["content"])
-KeyError: 'choices'
+  File "jobs/assistant_digest.py", line 88, in ask
+    raise PermanentError(f"the chat endpoint responded with {response.status_code}")
+worker.handlers.results.PermanentError: the chat endpoint responded with 402
 """
 
 
@@ -308,7 +308,7 @@ class Story:
             )
             return [Try(NoToken(timedelta(minutes=15), detail), 0.2)]
         if org.name == "Umbrella" and since >= timedelta(hours=4):
-            message = "the token is for the org org_acme, not for org_umbrella"
+            message = "the token is for the org 'org_acme', not for org_umbrella"
             return [Try(Refused("org_mismatch", "other_org", message), 0.2)]
         if name == "nightly-digest":
             return self._digest(org, at)
@@ -337,9 +337,8 @@ class Story:
         pages = [("info", f"page {number} of the knowledge base is summed up") for number in range(1, 8)]
         if org.name == "Acme" and at >= self.night:
             saved = {"next": 3, "articles": 3, "digest": "Passwords are reset under Security."}
-            error = Error("KeyError", "'choices'", TRACE)
-            line = ("error", "the chat endpoint responded with 200 and without choices")
-            return [Try(Failed(error), 140.0, [*pages[:3], line], saved, done=3)]
+            error = Error("PermanentError", "the chat endpoint responded with 402", TRACE)
+            return [Try(Failed(error, permanent=True), 140.0, pages[:3], saved, done=3)]
         result = {"agent": "v1", "articles": 7, "digest": "Seven articles, none out of date."}
         seconds = self.replay.random.uniform(300, 2200)
         return [Try(Succeeded(json.dumps(result)), seconds, pages, done=7)]
