@@ -192,7 +192,7 @@ async def test_a_handler_that_is_gone_is_no_handler(children: ChildPool) -> None
 
 async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: ChildPool) -> None:
     link = RecordingServices(renewed=(token("token-two"), claims(n="two")))
-    old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
+    old = work("renew", token=token("token-one", timedelta(minutes=-1)), claims=claims(n="one"))
 
     assert result(await children.run(old, link, StopSignal())) == ["one", "token-two", "two"]
     assert link.tokens_asked == [False]
@@ -200,7 +200,7 @@ async def test_a_token_at_its_end_is_renewed_and_the_claims_follow(children: Chi
 
 async def test_no_token_in_the_middle_of_a_run_is_no_failure_of_it(children: ChildPool) -> None:
     link = RecordingServices(refuses=IssuerUnavailable("the issuer does not answer"))
-    old = work("renew", token=token("token-one", timedelta(seconds=1)), claims=claims(n="one"))
+    old = work("renew", token=token("token-one", timedelta(minutes=-1)), claims=claims(n="one"))
 
     outcome = await children.run(old, link, StopSignal())
 
