@@ -266,12 +266,13 @@ class _Demand:
                 )
         peak = self._memory.at_once()
         # Slots limit it: if all are taken, then by mean children.
-        needed = min(peak.amount, slots["children"] * memory)
+        most_used = slots["children"] * memory
+        needed = min(peak.amount, most_used)
         fits = needed <= machine.memory
         yield Measure(
             "memory",
             needed / MIB,
-            self._memory.mean / MIB,
+            min(self._memory.mean, most_used) / MIB,
             machine.memory / MIB,
             "MiB",
             self._start + timedelta(seconds=peak.second) if needed else None,
