@@ -15,6 +15,7 @@ import typer
 from worker.cli.output import Format, print_row
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, WorkerError, did_you_mean
+from worker.ids import ALL_ORGS
 
 if TYPE_CHECKING:
     from worker.settings import Settings
@@ -90,12 +91,20 @@ class Invocation:
 
 def _with_suggestion(database: Database, error: NotFound) -> str:
     """The fix of an error, after the names that are close to the one that was sought."""
+    from worker.search import Query
+    from worker.store.lists import Page, search
     from worker.store.names import around
 
     # If the database is gone meanwhile, the first error is the one to report.
     with suppress(WorkerError), database.autocommit() as connection:
         kind, name, org = error.sought or ("org", "", None)
-        return f"{did_you_mean(name, around(connection, kind, name, org))} {error.fix}".strip()
+        question = did_you_mean(name, around(connection, kind, name, org))
+        if kind == "org" and not question:
+            # A customer is known by its name; one that fits several says nothing.
+            found = search.orgs_of(connection, ALL_ORGS, Query(words=(name,)), Page(limit=2))
+            if len(found) == 1:
+                question = f"did you mean {found[0]['code']} ({found[0]['name']})?"
+        return f"{question} {error.fix}".strip()
     return error.fix
 
 

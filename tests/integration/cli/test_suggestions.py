@@ -14,6 +14,7 @@ TEMPLATE = '[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\n
 def site(cli_on_either: CommandLine) -> CommandLine:
     for code in ("org_acme", "org_globex", "org_initech"):
         cli_on_either("orgs", "add", code)
+    cli_on_either("orgs", "add", "org_0815", "--name", "Hooli Holdings")
     cli_on_either("apply", "-", stdin=TEMPLATE)
     return cli_on_either
 
@@ -23,6 +24,7 @@ def test_a_wrong_name_gets_the_closest_right_one(site: CommandLine):
         ("orgs show org_acmee", 3, "did you mean org_acme? "),
         ("orgs show globex", 3, "did you mean org_globex? "),
         ("orgs show nothing-like-it", 3, None),
+        ("orgs show Hooli", 3, "did you mean org_0815 (Hooli Holdings)? "),
         ("runs list --org org_intech", 3, "did you mean org_initech? "),
         ("definitions show org_acme exprot", 3, "did you mean export? "),
         ("definitions pause org_acem export", 3, "did you mean org_acme? "),
