@@ -667,7 +667,7 @@ async def test_a_write_that_forgets_its_org_is_seen_here_and_kept_in_by_row_leve
     """The control: with an operation that looks a run up in all orgs, SQLite's matrix is wrong."""
 
     def forgetful(connection: Connection, run_id: str, org: str | None) -> Any:
-        row = edit_runs.find_for_all_orgs(connection, RunId(run_id))
+        row = edit_runs.find(connection, ALL_ORGS, RunId(run_id))
         return row or require_run(connection, run_id, org)
 
     require_run = worker.operations.runs.require_run
