@@ -67,6 +67,10 @@ class Conflict(WorkerError):
     exit_code = 5
 
 
+class PreconditionFailed(Conflict):
+    """The object is no longer at the revision that the change was made for."""
+
+
 class CanaryFailed(WorkerError):
     """Not all of the first few succeeded; the others were not changed."""
 

@@ -6,7 +6,18 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs.generate import builtin, commands, database, files, handlers, lists, settings, signals, testing
+from docs.generate import (
+    builtin,
+    commands,
+    database,
+    endpoints,
+    files,
+    handlers,
+    lists,
+    settings,
+    signals,
+    testing,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,6 +30,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "context": handlers.context,
     "database": database.database,
     "definition-keys": files.definition_keys,
+    "endpoints": endpoints.endpoints,
     "events": signals.events,
     "exit-codes": commands.exit_codes,
     "http-request-params": builtin.http_request_params,

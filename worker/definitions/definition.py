@@ -301,6 +301,8 @@ _KEYS: dict[str, _Form] = {
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
 }
+# The keys that an edit may change.
+EDITABLE = (*_KEYS, "enabled")
 _OPTIONAL = frozenset(_KEYS) - {"handler", "schedule"}
 _DEFAULTS: dict[str, Any] = {
     each.name: {} if each.name == "params" else each.default

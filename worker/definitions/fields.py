@@ -61,7 +61,7 @@ def refusal(problem: str, entry: str, field: str = "", *, fix: str = "") -> Defi
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"expected text, not {_shown(value)}")
-    _check_text(value, "the text")
+    check_text(value, "the text")
     return value.strip()
 
 
@@ -150,13 +150,13 @@ def json_table(value: Any) -> Mapping[str, Any]:
 def _check_json(value: Any, path: str) -> None:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _check_text(str(key), f"a key of {path}" if path else "a key")
+            check_text(str(key), f"a key of {path}" if path else "a key")
             _check_json(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             _check_json(inner, f"{path}[{index}]")
     elif isinstance(value, str):
-        _check_text(value, path)
+        check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{path} is {value}, which JSON cannot represent")
@@ -164,7 +164,8 @@ def _check_json(value: Any, path: str) -> None:
         raise ValueError(f"{path} is a {type(value).__name__}, which JSON cannot represent; write it as text")
 
 
-def _check_text(value: str, what: str) -> None:
+def check_text(value: str, what: str) -> None:
+    """Refuse text that a database cannot store; raises ValueError."""
     if "\0" in value:
         raise ValueError(f"{what} has a NUL character, which a database cannot store")
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):

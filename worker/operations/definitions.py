@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from worker.definitions.definition import parse_definition
 from worker.definitions.origins import check_encrypted
-from worker.errors import Conflict, Unavailable, WorkerError
+from worker.errors import Conflict, PreconditionFailed, Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
 from worker.operations.changes import DefinitionChange, change_definitions
@@ -72,7 +72,7 @@ def edit_definition(
                 f"{entry} is made by a template", fix="change the template, for every org that it selects"
             )
         if revision is not None and revision != row["revision"]:
-            raise Conflict(
+            raise PreconditionFailed(
                 f"{entry} is now at revision {row['revision']}, not {revision}: somebody has changed it",
                 fix=f"look at it with `definitions show {org} {name}` and try again",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from starlette.requests import HTTPConnection
@@ -26,6 +26,7 @@ from worker.web.operators import Operator as Operator
 from worker.web.operators import Operators, StoredOperators
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # `member` and `manager` are roles of people in their own org.
 Role = Literal["viewer", "operator", "admin", "member", "manager"]
@@ -143,6 +144,12 @@ class CallerDatabase:
     async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
         """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
         return await self._as(caller).call_autocommit(work)
+
+    async def watch(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Read rows of several orgs for event streams; each stream was admitted in its caller's own role."""
+        return await self._database.acting(roles.ALL_ORGS).call_autocommit(work, *args, **kwargs)
 
     async def cancel(self, caller: Caller, run: str, *, reason: str | None = None) -> Run:
         """Cancel a run."""

@@ -1,10 +1,12 @@
-"""Requests and responses: limited bodies, rows as JSON, errors with their status, security headers."""
+"""Requests and responses: limited bodies, rows as JSON, errors as problems (RFC 9457), security headers."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -21,6 +23,7 @@ from worker.errors import (
     DefinitionError,
     IssuerUnavailable,
     NotFound,
+    PreconditionFailed,
     RolesMissing,
     StoreUnavailable,
     TokenError,
@@ -40,6 +43,7 @@ STATUS: tuple[tuple[type[WorkerError], int], ...] = (
     (TokenError, 401),
     (AccessDenied, 403),
     (NotFound, 404),
+    (PreconditionFailed, 412),
     (Conflict, 409),
     (TooManyRequests, 429),
     (DefinitionError, 422),
@@ -73,6 +77,28 @@ _ABOUT_THE_SERVER: tuple[tuple[type[WorkerError], str, str], ...] = (
     (Busy, "the server is busy", "try again in a moment"),
 )
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+PROBLEM = "application/problem+json"
+# The title of each code; those of other codes are the status' own.
+TITLES: Mapping[str, str] = {
+    "usage": "The request is invalid",
+    "token": "The token is missing or invalid",
+    "denied": "The caller may not do this",
+    "not_found": "There is no such thing",
+    "method_not_allowed": "The address does not take this method",
+    "timeout": "The request did not arrive in time",
+    "conflict": "The current state does not allow it",
+    "precondition_failed": "It was changed meanwhile",
+    "too_large": "The body is too large",
+    "definition": "The definition or the params are invalid",
+    "invalid_trigger": "The schedule or its time zone is invalid",
+    "unknown_handler": "There is no such handler, or it does not load",
+    "too_many_requests": "Too many requests",
+    "unexpected": "The server failed",
+    "busy": "The server is busy",
+    "database_unavailable": "The database does not answer",
+    "issuer_unavailable": "The issuer does not answer",
+    "roles_missing": "The server may not act for its callers",
+}
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -86,15 +112,41 @@ def status_of(error: WorkerError) -> int:
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
+def fresh(request: Request, response: Response, *, prefix: str = "") -> Response:
+    """The response with an ETag, which begins with `prefix`; 304 if the client has it already."""
+    etag = f'"{prefix}{hashlib.sha256(response.body).hexdigest()[:16]}"'
+    response.headers["etag"] = etag
+    given = (one.strip().removeprefix("W/") for one in request.headers.get("if-none-match", "").split(","))
+    if request.method not in ("GET", "HEAD") or etag not in given:
+        return response
+    kept = {name: response.headers[name] for name in ("etag", "link") if name in response.headers}
+    return Response(status_code=304, headers=kept)
+
+
 def error_response(
-    status: int, code: str, message: str, fix: str, retry_after: float | None = None
+    status: int, code: str, message: str, fix: str, retry_after: float | None = None, *, field: str = ""
 ) -> Response:
-    """`{"error": {code, message, fix}}`"""
+    """A problem (RFC 9457); its member `error` is `{code, message, fix}`, as the command line prints it.
+
+    `field` is the key of a definition that is invalid.
+    """
     headers = wait_headers(status, retry_after)
     if status == 401:
         headers["www-authenticate"] = 'Bearer realm="orgworker"'
-    error = {"code": code, "message": masker.mask(message), "fix": masker.mask(fix)}
-    return json_response({"error": error}, status, headers)
+    message, fix = masker.mask(message), masker.mask(fix)
+    problem = {
+        "type": f"urn:orgworker:problem:{code}",
+        "title": TITLES.get(code) or HTTPStatus(status).phrase,
+        "status": status,
+        "detail": message,
+        "code": code,
+        "fix": fix,
+        **({"field": field} if field else {}),
+        "error": {"code": code, "message": message, "fix": fix},
+    }
+    response = json_response(problem, status, headers)
+    response.headers["content-type"] = PROBLEM
+    return response
 
 
 def wait_headers(status: int, retry_after: float | None) -> dict[str, str]:
@@ -148,13 +200,17 @@ class ErrorMiddleware:
 
     def _response(self, scope: Scope, error: Exception) -> Response:
         retry_after: float | None = None
+        field, more = "", {}
         match error:
             case WorkerError():
                 status, code = status_of(error), error.code
                 message, fix = redacted_error(error, scope.get("caller"))
                 retry_after = error.retry_after
+                field = error.field if isinstance(error, DefinitionError) else ""
             case HTTPException():
                 status, fix = error.status_code, ""
+                # The methods that a 405 allows.
+                more = dict(error.headers or {})
                 code = CODES.get(status, "usage")
                 message = {404: f"there is no {scope['path']}"}.get(status, error.detail)
             case _:
@@ -163,8 +219,8 @@ class ErrorMiddleware:
                 emit("web.failed", method=scope["method"], path=scope["path"], error=type(error).__name__)
         page = self._page(scope, status, message, fix)
         if page is None:
-            return error_response(status, code, message, fix, retry_after)
-        page.headers.update(wait_headers(status, retry_after))
+            page = error_response(status, code, message, fix, retry_after, field=field)
+        page.headers.update({**wait_headers(status, retry_after), **more})
         return page
 
 

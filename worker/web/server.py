@@ -7,11 +7,11 @@ import contextlib
 import errno
 import functools
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any
 
 import uvicorn
-from starlette.routing import Router
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.clock import Clock
@@ -20,8 +20,10 @@ from worker.store.database import Database
 from worker.telemetry.events import emit
 from worker.web.access import Access, CallerDatabase
 from worker.web.api import Api
+from worker.web.compression import Compression
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health
+from worker.web.live import Live
 from worker.web.login import Login
 from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
@@ -59,10 +61,19 @@ class _RequestLimit:
         if self._serving >= MOST_REQUESTS:
             raise Busy(f"{MOST_REQUESTS} requests are being served", fix="try again in a moment")
         self._serving += 1
+        counted = True
+
+        def release() -> None:
+            nonlocal counted
+            self._serving -= counted
+            counted = False
+
+        # An event stream has limits of its own.
+        scope["release"] = release
         try:
             await self._app(scope, receive, send)
         finally:
-            self._serving -= 1
+            release()
 
 
 class _LogoutAtProvider:
@@ -95,24 +106,28 @@ def build(
     public_url: str = "",
     with_health: bool = True,
     login: Login | None = None,
+    inline: Collection[str] = (),
+    insecure_origins: Collection[str] = (),
 ) -> ASGIApp:
     """The application; browsers reach it at `public_url`, and people log in by `login`.
 
-    Without `with_health`, health has a listener of its own.
+    Without `with_health`, health has a listener of its own. `inline` and `insecure_origins`
+    are those of the settings, for edited definitions.
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
-    caller_database = CallerDatabase(database)
+    caller_database = CallerDatabase(database, inline=inline, insecure_origins=insecure_origins)
+    live = Live(caller_database, clock, health.draining)
     console = Console(caller_database, clock, access, sessions, forms, login=login)
     routes = [
         *(health.routes() if with_health else ()),
-        *Api(caller_database, clock).routes(),
+        *Api(caller_database, clock, live.events).routes(),
+        Route("/runs/{run}/live", live.events),
         *console.routes(),
     ]
     router = Router(routes=routes, redirect_slashes=False)
-    app = ErrorMiddleware(
-        _RequestLimit(AuthMiddleware(router, access, sessions, forms), health), console.error_page
-    )
+    limited = _RequestLimit(AuthMiddleware(router, access, sessions, forms), health)
+    app: ASGIApp = Compression(ErrorMiddleware(limited, console.error_page))
     return app if login is None else _LogoutAtProvider(app, login.origin)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import re
@@ -53,6 +54,8 @@ class AuthMiddleware:
             self._access.count_stranger(connection)
         elif path not in PATHS and not path.startswith(STATIC):
             scope["caller"] = await self._caller(connection)
+            # An event stream asks again whether its caller still has access.
+            scope["authenticate"] = functools.partial(self._caller, connection)
         await self._app(scope, receive, send)
 
     async def _caller(self, connection: HTTPConnection) -> Caller:

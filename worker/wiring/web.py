@@ -154,6 +154,8 @@ class Web:
             public_url=web.public_url,
             with_health=not web.health_listen,
             login=login,
+            inline=self._settings.execution.inline,
+            insecure_origins=self._settings.execution.insecure_origins,
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:
@@ -230,6 +232,9 @@ class WebHealth(Health):
 
     def stopping(self) -> None:
         self._lacking = ("draining",)
+
+    def draining(self) -> bool:
+        return self._lacking == ("draining",)
 
 
 def serve(settings: Settings) -> int:

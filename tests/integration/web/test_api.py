@@ -343,7 +343,7 @@ async def test_an_error_that_nobody_expected_is_told_without_its_message(
     def broken(*_: object) -> None:
         raise ValueError("a secret")
 
-    monkeypatch.setattr("worker.web.api.read_list", broken)
+    monkeypatch.setattr("worker.web.api.server.read_list", broken)
 
     answer = await staffed.get(f"{API}/runs", TOKENS["viewer"])
 

@@ -120,6 +120,7 @@ Kind = Literal[
     "front",
     "write",
     "run_now",
+    "document",
     "login",
     "logout",
     "page",
@@ -157,7 +158,15 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", f"{API}/runs/{{run}}/logs"): Rule("own_run"),
     ("POST", f"{API}/runs/{{run}}/cancel"): Rule("write", role="operator"),
     ("POST", f"{API}/runs/{{run}}/retry"): Rule("write", role="operator", status=201),
+    ("GET", f"{API}/runs/{{run}}/events"): Rule("own_run"),
+    ("GET", f"{API}/orgs/{{org}}"): Rule("own_org"),
+    ("GET", f"{API}/definitions/{{org}}/{{name}}"): Rule("own_org"),
+    ("PATCH", f"{API}/definitions/{{org}}/{{name}}"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/run"): Rule("run_now", role="operator", status=201),
+    ("POST", f"{API}/definitions/{{org}}/{{name}}/pause"): Rule("run_now", role="operator"),
+    ("POST", f"{API}/definitions/{{org}}/{{name}}/resume"): Rule("run_now", role="operator"),
+    ("POST", f"{API}/definitions/{{org}}/{{name}}/backfill"): replace(BY_STAFF, status=200),
+    ("GET", f"{API}/openapi.json"): Rule("document"),
     ("GET", "/static/console.css"): Rule("open"),
     ("GET", "/static/console.js"): Rule("open"),
     ("GET", "/static/htmx.min.js"): Rule("open"),
@@ -171,6 +180,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("GET", "/runs/{run}/log"): Rule("own_run"),
+    ("GET", "/runs/{run}/live"): Rule("own_run"),
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
     ("GET", "/orgs/{org}/definitions/{name}"): Rule("own_org"),
@@ -215,7 +225,7 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
     if page and not session and is_form:
         # A form is taken from a page of ours only.
         return 401
-    if rule.kind in ("logout", "zone"):
+    if rule.kind in ("logout", "zone", "document"):
         return rule.status
     if rule.kind == "bulk":
         if rule.status == 303 and not session:
@@ -448,9 +458,14 @@ class Client:
 
     async def ask(self, method: str, path: str, *, session: bool) -> httpx.Response:
         client = self.session if session else self.bearer
-        data = {"csrf": self.csrf, "zone": "UTC", "q": NOTHING, "reason": "why"} | self.fields(path)
-        form = {"data": data} if session and method == "POST" else {}
-        return await client.request(method, path, **form)
+        fields, request = self.fields(path), {}
+        if method == "PATCH":
+            request = {"json": {"priority": next(NUMBERS)}}
+        elif path.startswith(API):
+            request = {"json": fields} if fields else {}
+        elif session and method == "POST":
+            request = {"data": {"csrf": self.csrf, "zone": "UTC", "q": NOTHING, "reason": "why"} | fields}
+        return await client.request(method, path, **request)
 
     def fields(self, path: str) -> dict[str, str]:
         """The fields that a form of this path has, each time others, so that they change something."""
@@ -501,7 +516,7 @@ class Matrix:
         self, client: Client, method: str, path: str, rule: Rule, target: str, *, session: bool
     ) -> None:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
-        writes = rule.kind in ("write", "run_now", "by_staff") and method == "POST"
+        writes = rule.kind in ("write", "run_now", "by_staff") and method != "GET"
         run = self.made.ended[target]
         if path.endswith("/cancel"):
             run = self.made.waiting(target)
@@ -693,7 +708,9 @@ async def test_without_its_roles_the_web_side_serves_nobody_and_tells_operators_
     for who in made.callers():
         client = Client(app, who, made)
         if (who.is_operator or who.org is not None) and not who.person:
-            for method, path in ((m, p) for m, p in RULES if p.startswith(API)):
+            for method, path in ((m, p) for (m, p), rule in RULES.items() if rule.kind != "document"):
+                if not path.startswith(API):
+                    continue
                 url = path.format(run=made.ended["org_a"], org="org_a", name="digest", code="x")
                 answer = await client.ask(method, url, session=False)
                 if RANK[who.role] < RANK[RULES[method, path].role]:

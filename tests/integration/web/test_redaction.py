@@ -296,7 +296,7 @@ async def test_an_error_of_the_server_tells_only_operators_what_it_is(
     def broken(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("worker.web.api.read_list", broken)
+    monkeypatch.setattr("worker.web.api.server.read_list", broken)
 
     org = await staffed.get(f"{API}/runs", staffed.token("org_a"))
     operator = await staffed.get(f"{API}/runs", TOKENS["viewer"])

@@ -223,6 +223,27 @@ def row(connection: Connection, org_id: OrgId, run_id: RunId) -> Run:
     return cast(Run, found)
 
 
+def rows_for_all_orgs(connection: Connection, ids: Sequence[RunId]) -> list[Run]:
+    """Runs as the list shows them, in no order."""
+    return cast(list[Run], all_rows(connection, _listed.where(_view.c.id.in_(ids))))
+
+
+def with_org(connection: Connection, scope: OrgId | AllOrgs, run_id: str) -> tuple[Run, OrgId]:
+    """A run as the list shows it, and its org.
+
+    Raises:
+        NotFound: there is no such run in this scope.
+    """
+    query = _in_scope(
+        _listed.add_columns(_view.c.org_id).where(_view.c.id == checked_id(run_id)), _view.c.org_id, scope
+    )
+    row = first_row(connection, query)
+    if row is None:
+        raise NotFound(f"there is no run {run_id}", fix="`runs list` shows the runs")
+    org_id = OrgId(row.pop("org_id"))
+    return cast(Run, row), org_id
+
+
 def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     """One run with its newest attempts, checkpoint, claims (redacted) and spec.
 

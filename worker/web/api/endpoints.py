@@ -1,0 +1,262 @@
+"""The API's endpoints, declared once: for the router, the checks of queries and bodies, and OpenAPI.
+
+The schema of a parameter or a body member is what requests are checked against, and what
+the document says. Lists declare theirs in `store.lists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from worker.definitions.definition import EDITABLE
+from worker.store.lists import (
+    LISTS,
+    MAX_LIMIT,
+    Attempt,
+    Backfill,
+    DefinitionDetail,
+    Listing,
+    LogLine,
+    OrgDetail,
+    PlannedBackfill,
+    Run,
+    RunDetail,
+)
+from worker.web.access import Role
+
+BASE = "/api/v1"
+# Every operation may answer these; 404 for what does not exist, or belongs to another org.
+ALWAYS = (400, 401, 403, 404, 429, 503)
+MOST_TEXT = 500
+
+Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A parameter of a query or header, or a member of a body."""
+
+    name: str
+    schema: Schema
+    about: str
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Endpoint:
+    """One operation: `answer` is the class of the row that it returns, or a schema."""
+
+    operation: str
+    method: str
+    path: str
+    about: str
+    answer: Any = None
+    status: int = 200
+    is_list: bool = False
+    query: tuple[Field, ...] = ()
+    headers: tuple[Field, ...] = ()
+    body: tuple[Field, ...] | None = None
+    errors: tuple[int, ...] = ()
+    role: Role = "viewer"
+    media: str = "application/json"
+    # Headers of the answer.
+    returns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def statuses(self) -> Sequence[int]:
+        """The statuses of its errors."""
+        with_body = (409, 413, 422) if self.body is not None else ()
+        return sorted({*ALWAYS, *self.errors, *with_body})
+
+
+def _text(most: int = MOST_TEXT) -> Schema:
+    return {"type": "string", "minLength": 1, "maxLength": most}
+
+
+BOOLEAN: Schema = {"type": "boolean"}
+LIMIT: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
+UUID: Schema = {"type": "string"}
+TIME: Schema = {"type": "string", "maxLength": 64}
+REASON = Field("reason", _text(), "Why; it is kept in the audit.")
+
+# How each filter of a list is written in a query.
+FILTERS: Mapping[str, tuple[Schema, str]] = {
+    "org": ({"type": "string"}, "An org's code."),
+    "definition": ({"type": "string"}, "A definition's name."),
+    "since": (TIME, "The earliest time: `2027-01-01T08:00:00Z`, `2027-01-01`, or `2h` (ago)."),
+    "limit": (LIMIT, "Rows of a page, 50 by default."),
+    "after": (UUID, "The id of the last row of the page before."),
+    "q": ({"type": "string", "maxLength": MOST_TEXT}, "A search, as `runs list -q` takes it."),
+    "broken": ({"enum": ["true", "false"]}, "Only broken orgs."),
+}
+
+RUN_PATH = "/runs/{run}"
+DEFINITION_PATH = "/definitions/{org}/{name}"
+
+
+def parameters_of(listing: Listing[Any]) -> tuple[str, ...]:
+    """The parameters of a list; each may be narrowed to one org."""
+    return tuple(dict.fromkeys(("org", *listing.parameters)))
+
+
+def list_endpoint(listing: Listing[Any]) -> Endpoint:
+    """The endpoint of a list."""
+    query = []
+    for name in parameters_of(listing):
+        if name == "state":
+            schema: Schema = {"type": "string"}
+            about = f"One state, or several with commas: {', '.join(listing.states)}."
+        else:
+            schema, about = FILTERS[name]
+        query.append(Field(name, schema, about))
+    return Endpoint(
+        f"list_{listing.name}",
+        "GET",
+        f"/{listing.name}",
+        listing.about,
+        listing.row,
+        is_list=True,
+        query=tuple(query),
+        role="admin" if listing.admin_only else "viewer",
+        errors=(304,),
+        returns={"Link": 'The next page, with `rel="next"`, if this one is full.'},
+    )
+
+
+RUN = Endpoint("show_run", "GET", RUN_PATH, "One run with its attempts, claims and spec.", RunDetail)
+ATTEMPTS = Endpoint(
+    "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", Attempt, is_list=True
+)
+LOGS = Endpoint(
+    "list_logs",
+    "GET",
+    f"{RUN_PATH}/logs",
+    "Log lines of a run, oldest first.",
+    LogLine,
+    is_list=True,
+    query=(
+        Field("limit", LIMIT, f"Lines of a page, {MAX_LIMIT} by default."),
+        Field("after", {"type": "string"}, "`attempt.seq` of the last line of the page before."),
+    ),
+)
+EVENTS = Endpoint(
+    "watch_run",
+    "GET",
+    f"{RUN_PATH}/events",
+    "Server-sent events of a run: `state` (the run, as lists show it), `progress`, `log` (a line). The "
+    "stream ends with the last state of the run; 204 if there is nothing after `Last-Event-ID`.",
+    {"type": "string"},
+    query=(Field("after", {"type": "string"}, "Lines after this `attempt.seq`; all of them by default."),),
+    headers=(Field("Last-Event-ID", {"type": "string"}, "Resume after this event."),),
+    errors=(204,),
+    media="text/event-stream",
+)
+CANCEL = Endpoint(
+    "cancel_run",
+    "POST",
+    f"{RUN_PATH}/cancel",
+    "Cancel a run; a running one stops after its grace period.",
+    Run,
+    body=(REASON,),
+    role="operator",
+)
+RETRY = Endpoint(
+    "retry_run",
+    "POST",
+    f"{RUN_PATH}/retry",
+    "Make a new run of an ended one.",
+    Run,
+    status=201,
+    body=(
+        Field("from_checkpoint", BOOLEAN, "Start from the checkpoint of the old run."),
+        Field("again", BOOLEAN, "Also if it was retried already."),
+        REASON,
+    ),
+    role="operator",
+    returns={"Location": "The new run."},
+)
+ORG = Endpoint("show_org", "GET", "/orgs/{org}", "One org with its credentials, never a secret.", OrgDetail)
+DEFINITION = Endpoint(
+    "show_definition",
+    "GET",
+    DEFINITION_PATH,
+    "One definition with its whole spec.",
+    DefinitionDetail,
+    errors=(304,),
+    returns={"ETag": "What `If-Match` of a change takes."},
+)
+EDIT = Endpoint(
+    "edit_definition",
+    "PATCH",
+    DEFINITION_PATH,
+    "Change keys of a definition, as in a file for `apply`; null restores the default. Only operators.",
+    DefinitionDetail,
+    headers=(Field("If-Match", {"type": "string"}, "An ETag: 412 if the definition was edited since."),),
+    body=(
+        *(Field(key, {}, f"The key `{key}` of a definition.") for key in EDITABLE),
+        REASON,
+    ),
+    errors=(412,),
+    role="operator",
+    returns={"ETag": "What `If-Match` of a change takes."},
+)
+RUN_NOW = Endpoint(
+    "run_definition",
+    "POST",
+    f"{DEFINITION_PATH}/run",
+    "Run a definition now.",
+    Run,
+    status=201,
+    headers=(Field("Idempotency-Key", {"type": "string"}, "Requests with one key make one run."),),
+    body=(
+        Field("params", {"type": "object"}, "Params of this run, laid over the definition's."),
+        REASON,
+    ),
+    role="operator",
+    returns={"Location": "The new run."},
+)
+PAUSE = Endpoint(
+    "pause_definition",
+    "POST",
+    f"{DEFINITION_PATH}/pause",
+    "Pause a definition: it is not due until it is resumed; a running run continues.",
+    DefinitionDetail,
+    body=(Field("note", _text(), "Why; it is shown with the definition."),),
+    role="operator",
+)
+RESUME = Endpoint(
+    "resume_definition",
+    "POST",
+    f"{DEFINITION_PATH}/resume",
+    "Resume a paused definition from now on; the times meanwhile are not replayed.",
+    DefinitionDetail,
+    body=(),
+    role="operator",
+)
+BACKFILL = Endpoint(
+    "backfill_definition",
+    "POST",
+    f"{DEFINITION_PATH}/backfill",
+    "Run every scheduled time of a past range again; with `dry_run` only say which. Only operators.",
+    {"anyOf": [Backfill, PlannedBackfill]},
+    body=(
+        Field("from", TIME, "The first time: `2027-01-01T08:00:00Z`, or `2d` (ago).", required=True),
+        Field("until", TIME, "The end of the range, itself excluded; not in the future.", required=True),
+        Field("limit", LIMIT, "The number of its runs that can be unfinished at once, 1 by default."),
+        Field("dry_run", BOOLEAN, "Change nothing."),
+        REASON,
+    ),
+    role="operator",
+)
+
+DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type": "object"}, errors=(304,))
+
+LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *LIST_ENDPOINTS,
+    *(ORG, RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY),
+    *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
+    DOCUMENT,
+)

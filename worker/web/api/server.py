@@ -1,0 +1,259 @@
+"""The API's handlers. Responses are encoded in a database thread: a large one must not delay the loop."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlencode
+
+from sqlalchemy import Connection
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker.clock import Clock
+from worker.definitions.units import parse_time
+from worker.errors import PreconditionFailed
+from worker.operations.runs import require_run
+from worker.search import parsed, states_of
+from worker.store.lists import (
+    MAX_LIMIT,
+    RUNS,
+    Backfill,
+    DefinitionDetail,
+    Listing,
+    LogLine,
+    OrgDetail,
+    Page,
+    PlannedBackfill,
+    Run,
+    RunDetail,
+    runs,
+    search,
+)
+from worker.store.lists import read as lists
+from worker.store.lists.redaction import Row
+from worker.web.access import Caller, CallerDatabase
+from worker.web.api import endpoints
+from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
+from worker.web.api.openapi import document
+from worker.web.api.requests import body_of, caller_of, flag_of, limit_of, log_place, query_of
+from worker.web.responses import fresh, json_response
+
+Handler = Callable[[Request], Awaitable[Response]]
+_REVISION = re.compile(r'\s*(?:W/)?"(\d{1,9})-[0-9a-f]*"\s*')
+
+
+class Api:
+    """The API's routes, one for each endpoint. `watch` answers with the events of a run."""
+
+    def __init__(self, database: CallerDatabase, clock: Clock, watch: Handler) -> None:
+        self._database = database
+        self._clock = clock
+        self._handlers: Mapping[Endpoint, Handler] = {
+            endpoints.ORG: self._org,
+            endpoints.RUN: self._run,
+            endpoints.ATTEMPTS: self._attempts,
+            endpoints.LOGS: self._logs,
+            endpoints.EVENTS: watch,
+            endpoints.CANCEL: self._cancel,
+            endpoints.RETRY: self._retry,
+            endpoints.DEFINITION: self._definition,
+            endpoints.EDIT: self._edit,
+            endpoints.RUN_NOW: self._run_now,
+            endpoints.PAUSE: self._pause,
+            endpoints.RESUME: self._resume,
+            endpoints.BACKFILL: self._backfill,
+            endpoints.DOCUMENT: self._document,
+        }
+
+    def routes(self) -> Sequence[Route]:
+        """One route for each path: a method that a path does not have answers 405 with the others."""
+        by_path: dict[str, dict[str, Handler]] = {}
+        for one, listing in LIST_ENDPOINTS.items():
+            by_path[one.path] = {one.method: functools.partial(self._list, listing)}
+        for endpoint, handler in self._handlers.items():
+            by_path.setdefault(endpoint.path, {})[endpoint.method] = handler
+        return [
+            Route(f"{BASE}{path}", _by_method(methods), methods=list(methods))
+            for path, methods in by_path.items()
+        ]
+
+    async def _list(self, listing: Listing[Any], request: Request) -> Response:
+        given, caller = query_of(request, parameters_of(listing), listing.name), caller_of(request)
+
+        def work(connection: Connection) -> Response:
+            rows, last = read_list(connection, listing, caller, given, self._clock)
+            query = urlencode({**given, "after": last})
+            link = {} if last is None else {"link": f'<{request.url.path}?{query}>; rel="next"'}
+            return fresh(request, json_response(rows, headers=link))
+
+        return await self._database.read(caller, work)
+
+    async def _org(self, request: Request) -> Response:
+        caller, code = caller_of(request), request.path_params["org"]
+        caller.scope(code)
+        query_of(request, (), "an org")
+
+        def work(connection: Connection) -> Response:
+            return fresh(request, json_response(caller.sees(OrgDetail, lists.org(connection, code))))
+
+        return await self._database.read(caller, work)
+
+    async def _run(self, request: Request, part: str | None = None) -> Response:
+        caller, run = caller_of(request), request.path_params["run"]
+        query_of(request, (), "a run")
+
+        def work(connection: Connection) -> Response:
+            row = caller.sees(RunDetail, runs.run(connection, caller.scope(), run))
+            return json_response(row if part is None else row[part])
+
+        return await self._database.read(caller, work)
+
+    async def _attempts(self, request: Request) -> Response:
+        return await self._run(request, "attempts")
+
+    async def _logs(self, request: Request) -> Response:
+        given, caller = query_of(request, ("after", "limit"), "a log"), caller_of(request)
+        after = log_place(given.get("after", "0.0"))
+        limit = Page(limit=limit_of(given)).limit or MAX_LIMIT
+
+        def work(connection: Connection) -> Response:
+            run = require_run(connection, request.path_params["run"], caller.org)
+            lines = runs.lines(connection, caller.scope(), run["id"], after=after, limit=limit)
+            return json_response([caller.sees(LogLine, line) for line in lines])
+
+        return await self._database.read(caller, work)
+
+    async def _cancel(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.CANCEL), caller_of(request)
+        return json_response(caller.sees(Run, await self._database.cancel(caller, _run_id(request), **body)))
+
+    async def _retry(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.RETRY), caller_of(request)
+        return _created(await self._database.retry(caller, _run_id(request), **body), caller)
+
+    async def _definition(self, request: Request) -> Response:
+        caller, (org, name) = caller_of(request), _named(request)
+        caller.scope(org)
+        query_of(request, (), "a definition")
+
+        def work(connection: Connection) -> Response:
+            row = lists.definition(connection, org, name)
+            return fresh(request, _shown(caller, row), prefix=f"{row['revision']}-")
+
+        return await self._database.read(caller, work)
+
+    async def _edit(self, request: Request) -> Response:
+        changes, caller = await body_of(request, endpoints.EDIT), caller_of(request)
+        reason, revision = changes.pop("reason", None), _revision(request)
+        row = await self._database.edit(caller, *_named(request), changes, revision=revision, reason=reason)
+        return fresh(request, _shown(caller, row), prefix=f"{row['revision']}-")
+
+    async def _run_now(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.RUN_NOW), caller_of(request)
+        key = request.headers.get("idempotency-key")
+        return _created(
+            await self._database.run_now(caller, *_named(request), request_key=key, **body), caller
+        )
+
+    async def _pause(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.PAUSE), caller_of(request)
+        return _shown(caller, await self._database.pause(caller, *_named(request), **body))
+
+    async def _resume(self, request: Request) -> Response:
+        await body_of(request, endpoints.RESUME)
+        caller = caller_of(request)
+        return _shown(caller, await self._database.resume(caller, *_named(request)))
+
+    async def _backfill(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.BACKFILL), caller_of(request)
+        times = [parse_time(body[name], self._clock, name=name) for name in ("from", "until")]
+        limit, reason = body.get("limit", 1), body.get("reason")
+        org, name = _named(request)
+        if body.get("dry_run"):
+            plan = await self._database.planned_backfill(caller, org, name, *times, limit=limit)
+            return json_response(caller.sees(PlannedBackfill, plan))
+        row = await self._database.backfill(caller, org, name, *times, limit=limit, reason=reason)
+        return json_response(caller.sees(Backfill, row))
+
+    async def _document(self, request: Request) -> Response:
+        query_of(request, (), "the document")
+        return fresh(request, json_response(document()))
+
+
+def _by_method(handlers: Mapping[str, Handler]) -> Handler:
+    """A handler that chooses by the method; HEAD is answered as GET, and the server drops the body."""
+    if len(handlers) == 1:
+        [only] = handlers.values()
+        return only
+
+    async def choose(request: Request) -> Response:
+        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+
+    return choose
+
+
+def read_list(
+    connection: Connection, listing: Listing[Any], caller: Caller, given: Mapping[str, str], clock: Clock
+) -> tuple[list[Row], str | None]:
+    """A page of a list as this caller sees it, and its last id if more rows may follow.
+
+    Raises:
+        AccessDenied: the caller has a lesser role.
+        NotFound: the org does not exist, at least for this caller; or `after` is not an id.
+        UsageError: an invalid value.
+    """
+    # An org may read its own credentials and audit.
+    if caller.org is None and listing.admin_only:
+        caller.require("admin")
+    org = caller.scope(given.get("org"))
+    since = given.get("since")
+    page = Page(
+        definition=given.get("definition"),
+        state=given.get("state"),
+        since=None if since is None else parse_time(since, clock, name="since"),
+        limit=limit_of(given),
+        after=given.get("after"),
+        query=parsed(given["q"], now=clock.now()) if "q" in given else None,
+        broken=flag_of(given, "broken"),
+    )
+    if listing is RUNS and page.query is not None:
+        if page.state is not None:
+            states_of(page.state, listing.states, what=listing.name)
+        found = search.page_of(connection, org, page.query, page)
+        return [caller.sees(Run, row) for row in found.runs], found.next
+    rows = lists.read(connection, listing, org, page)
+    full = "limit" in listing.parameters and len(rows) == listing.limit_of(org, page)
+    return [caller.sees(listing.row, row) for row in rows], rows[-1]["id"] if full else None
+
+
+def _run_id(request: Request) -> str:
+    return str(request.path_params["run"])
+
+
+def _named(request: Request) -> tuple[str, str]:
+    return request.path_params["org"], request.path_params["name"]
+
+
+def _revision(request: Request) -> int | None:
+    """The revision in `If-Match`, None without it or for `*`; raises PreconditionFailed for anything else."""
+    given = request.headers.get("if-match", "*").strip()
+    if given == "*":
+        return None
+    found = _REVISION.fullmatch(given)
+    if found is None:
+        raise PreconditionFailed(
+            "If-Match is not the ETag of a definition", fix="send the ETag of the GET of the same address"
+        )
+    return int(found[1])
+
+
+def _shown(caller: Caller, row: DefinitionDetail) -> Response:
+    return json_response(caller.sees(DefinitionDetail, row))
+
+
+def _created(row: Run, caller: Caller) -> Response:
+    return json_response(caller.sees(Run, row), 201, {"location": f"{BASE}/runs/{row['id']}"})
