@@ -251,7 +251,7 @@ def _matching(database: Database, which: Cancellable | Retryable, org: str | Non
     with database.autocommit() as connection:
         scope = orgs.scope_of(connection, ALL_ORGS if org is None else org)
         # Runs that are made or end after this do not match.
-        until = edit_runs.last_match(connection, which)
+        until = edit_runs.last_match(connection, scope, which)
     after: Row | None = None
     while until is not None:
         with database.autocommit() as connection:

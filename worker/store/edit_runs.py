@@ -223,14 +223,16 @@ def _states_in(state: str | None, query: Query | None) -> list[str]:
     return [text for text in (state, ",".join(sorted(query.states)) if query else None) if text]
 
 
-def last_match(connection: Connection, which: Cancellable | Retryable) -> Any:
+def last_match(connection: Connection, scope: OrgId | AllOrgs, which: Cancellable | Retryable) -> Any:
     """`until` of the pages of a command given now: it does not affect runs made or ended later.
 
     The newest unfinished run, or None if there is none; for ended runs the time.
     """
     if isinstance(which, Retryable):
         return database_now(connection)
-    return connection.execute(select(_live.c.id).order_by(_live.c.id.desc()).limit(1)).scalars().first()
+    mine = () if isinstance(scope, AllOrgs) else (_live.c.org_id == scope,)
+    newest = select(_live.c.id).where(*mine).order_by(_live.c.id.desc()).limit(1)
+    return connection.execute(newest).scalars().first()
 
 
 def page(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
@@ -13,18 +14,23 @@ from starlette.requests import HTTPConnection
 from worker.errors import AccessDenied, NotFound, TokenError, TokenRefused, Unavailable
 from worker.guard import Guard, bearer_token
 from worker.ids import ALL_ORGS, OrgId, OrgScope
+from worker.operations import bulk
 from worker.operations.backfill import backfill, planned_backfill
 from worker.operations.definitions import edit_definition, pause_definition, resume_definition
 from worker.operations.runs import cancel, retry, run_now
+from worker.search import Query
 from worker.store import roles
 from worker.store.database import Database
-from worker.store.lists import Backfill, DefinitionDetail, PlannedBackfill, Run
+from worker.store.edit_runs import Cancellable, Retryable
+from worker.store.lists import MAX_LIMIT, Backfill, Bulk, BulkRow, DefinitionDetail, PlannedBackfill, Run
 from worker.store.lists.redaction import Row, redacted
 from worker.store.orgs import OrgCaller
 from worker.web.clients import Addresses, Limits
 from worker.web.operators import Operator as Operator
 from worker.web.operators import Operators, StoredOperators
 
+# Runs that one step of a bulk change takes.
+STEP = 20
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -233,6 +239,83 @@ class CallerDatabase:
         return await database.run(
             planned_backfill, database, org, name, start=since, until=until, limit=limit
         )
+
+    async def retry_many(
+        self,
+        caller: Caller,
+        query: Query,
+        *,
+        canary: int | None = None,
+        reason: str | None = None,
+        limit: int = MAX_LIMIT,
+        after: str | None = None,
+        dry_run: bool = False,
+    ) -> Bulk:
+        """Retry the runs that match and were not retried yet, oldest end first, at most `limit`.
+
+        With `canary` it stops after that number, and `next` continues once they have succeeded.
+        """
+        by_org = caller.org is not None
+        change = partial(retry, actor=caller.actor, org=caller.org, by_org=by_org, reason=reason)
+        which = Retryable(query=query)
+        most = min(limit, canary or MAX_LIMIT)
+        return await self._many(caller, "retry", which, change, most, canary, after, dry_run=dry_run)
+
+    async def cancel_many(
+        self,
+        caller: Caller,
+        query: Query,
+        *,
+        canary: int | None = None,
+        reason: str | None = None,
+        limit: int = MAX_LIMIT,
+        after: str | None = None,
+        dry_run: bool = False,
+    ) -> Bulk:
+        """Cancel the unfinished runs that match, oldest first; as `retry_many`."""
+        which = Cancellable(query=query)
+        change = partial(cancel, actor=caller.actor, org=caller.org, states=which.states, reason=reason)
+        most = min(limit, canary or MAX_LIMIT)
+        return await self._many(caller, "cancel", which, change, most, canary, after, dry_run=dry_run)
+
+    async def _many(
+        self,
+        caller: Caller,
+        action: Action,
+        which: Cancellable | Retryable,
+        change: Callable[..., Run],
+        most: int,
+        canary: int | None,
+        after: str | None,
+        *,
+        dry_run: bool,
+    ) -> Bulk:
+        caller.require_may(action)
+        database = self._as(caller)
+        place: bulk.Place | None
+        if after is not None:
+            place = bulk.Place.read(which, after)
+        else:
+            place = await database.run(bulk.begin, database, which, org=caller.org)
+        rows: list[BulkRow] = []
+        while place is not None and len(rows) < most:
+            # In steps: others need the database's threads, too.
+            done, place = await database.run(
+                bulk.step,
+                database,
+                which,
+                place,
+                org=caller.org,
+                most=min(STEP, most - len(rows)),
+                change=None if dry_run else partial(change, database),
+            )
+            rows += done
+        return {
+            "dry_run": dry_run,
+            "canary": canary,
+            "runs": rows,
+            "next": None if place is None else str(place),
+        }
 
     async def _change_of(
         self, caller: Caller, action: Action, operation: Callable[..., T], org: str, *args: Any, **kwargs: Any

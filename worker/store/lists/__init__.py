@@ -266,6 +266,27 @@ class PlannedBackfill(TypedDict):
     revision: int
 
 
+class BulkRow(TypedDict):
+    """A run that a bulk change has passed: `left` says why it was left as it is."""
+
+    id: Shown[RunId]
+    org: Shown[str]
+    definition: Shown[str]
+    scheduled_for: Shown[datetime]
+    state: Shown[str]
+    retried_as: Shown[RunId | None]
+    left: Annotated[str | None, redaction.text]
+
+
+class Bulk(TypedDict):
+    """What a bulk change has done; `next` continues it."""
+
+    dry_run: Shown[bool]
+    canary: Shown[int | None]
+    runs: Annotated[list[BulkRow], redaction.rows(BulkRow)]
+    next: Shown[str | None]
+
+
 def columns_of(kind: type) -> tuple[str, ...]:
     """The columns of a row, in their order."""
     return tuple(kind.__annotations__)

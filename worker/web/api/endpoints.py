@@ -16,6 +16,7 @@ from worker.store.lists import (
     MAX_LIMIT,
     Attempt,
     Backfill,
+    Bulk,
     DefinitionDetail,
     Listing,
     LogLine,
@@ -147,7 +148,6 @@ EVENTS = Endpoint(
     f"{RUN_PATH}/events",
     "Server-sent events of a run: `state` (the run, as lists show it), `progress`, `log` (a line). The "
     "stream ends with the last state of the run; 204 if there is nothing after `Last-Event-ID`.",
-    {"type": "string"},
     query=(Field("after", {"type": "string"}, "Lines after this `attempt.seq`; all of them by default."),),
     headers=(Field("Last-Event-ID", {"type": "string"}, "Resume after this event."),),
     errors=(204,),
@@ -176,6 +176,32 @@ RETRY = Endpoint(
     ),
     role="operator",
     returns={"Location": "The new run."},
+)
+_MANY = (
+    Field("q", {"type": "string", "minLength": 1, "maxLength": MOST_TEXT}, "A search.", required=True),
+    Field("dry_run", BOOLEAN, "Change nothing, only say which."),
+    Field("canary", LIMIT, "Stop after this number; `next` continues."),
+    REASON,
+    Field("after", _text(), "`next` of the call before."),
+)
+RETRY_MANY = Endpoint(
+    "retry_runs",
+    "POST",
+    "/runs:retry",
+    f"Retry the runs that match and were not retried yet, oldest end first, at most {MAX_LIMIT}: failed ones "
+    "unless the search names other states.",
+    Bulk,
+    body=_MANY,
+    role="operator",
+)
+CANCEL_MANY = Endpoint(
+    "cancel_runs",
+    "POST",
+    "/runs:cancel",
+    f"Cancel the unfinished runs that match, oldest first, at most {MAX_LIMIT}.",
+    Bulk,
+    body=_MANY,
+    role="operator",
 )
 ORG = Endpoint("show_org", "GET", "/orgs/{org}", "One org with its credentials, never a secret.", OrgDetail)
 DEFINITION = Endpoint(
@@ -256,7 +282,7 @@ DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type"
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
-    *(ORG, RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY),
+    *(ORG, RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
     DOCUMENT,
 )

@@ -86,12 +86,13 @@ def document() -> dict[str, Any]:
 
 
 def _operation(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, Any]:
-    schema = _schema(endpoint.answer, schemas)
-    if endpoint.is_list:
-        schema = {"type": "array", "items": schema}
+    content: dict[str, Any] = {}
+    if endpoint.answer is not None:
+        schema = _schema(endpoint.answer, schemas)
+        content["schema"] = {"type": "array", "items": schema} if endpoint.is_list else schema
     success: dict[str, Any] = {
         "description": HTTPStatus(endpoint.status).phrase,
-        "content": {endpoint.media: {"schema": schema}},
+        "content": {endpoint.media: content},
     }
     if endpoint.returns:
         success["headers"] = {

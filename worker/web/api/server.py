@@ -22,6 +22,7 @@ from worker.store.lists import (
     MAX_LIMIT,
     RUNS,
     Backfill,
+    Bulk,
     DefinitionDetail,
     Listing,
     LogLine,
@@ -60,6 +61,8 @@ class Api:
             endpoints.EVENTS: watch,
             endpoints.CANCEL: self._cancel,
             endpoints.RETRY: self._retry,
+            endpoints.RETRY_MANY: functools.partial(self._many, endpoints.RETRY_MANY),
+            endpoints.CANCEL_MANY: functools.partial(self._many, endpoints.CANCEL_MANY),
             endpoints.DEFINITION: self._definition,
             endpoints.EDIT: self._edit,
             endpoints.RUN_NOW: self._run_now,
@@ -134,6 +137,12 @@ class Api:
     async def _retry(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.RETRY), caller_of(request)
         return _created(await self._database.retry(caller, _run_id(request), **body), caller)
+
+    async def _many(self, endpoint: Endpoint, request: Request) -> Response:
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        query, database = parsed(body.pop("q"), now=self._clock.now()), self._database
+        change = database.retry_many if endpoint is endpoints.RETRY_MANY else database.cancel_many
+        return json_response(caller.sees(Bulk, await change(caller, query, **body)))
 
     async def _definition(self, request: Request) -> Response:
         caller, (org, name) = caller_of(request), _named(request)
