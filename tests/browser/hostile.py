@@ -196,3 +196,13 @@ def strings() -> list[str]:
     made = [*_SCRIPTS, *_ATTRIBUTES, *_CODE]
     made += itertools.islice((text for text in broken_out if text not in made), 200 - len(made))
     return made
+
+
+def searches() -> list[str]:
+    """The same as texts to search for: what could run alone, the rest by fours, which saves half the time."""
+    alone = len(_SCRIPTS) + len(_ATTRIBUTES)
+    made = strings()
+    return [
+        *made[:alone],
+        *(" ".join(four) for four in (made[at : at + 4] for at in range(alone, len(made), 4))),
+    ]

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from tests.browser.crawling import crawl
-from tests.browser.hostile import strings
+from tests.browser.hostile import searches, strings
 from tests.conftest import copied
 from tests.fakes import browser as browsers
 from tests.fakes import forked
@@ -208,7 +208,7 @@ def test_no_search_runs_any_of_it(browser, evil_site):
     base, state, _ = evil_site
     with browsers.tab(browser, base, state=state) as tab:
         armed(tab)
-        for evil in EVIL:
+        for evil in searches():
             query = browsers.quoted(evil[:1000])
             assert tab.go(f"/search?q={query}") in (200, 400), evil
             assert tab.page.evaluate(RUNNING) == [], evil
