@@ -10,7 +10,7 @@ from worker.ids import ALL_ORGS
 from worker.operations.credentials import add_credential
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import retry, run_now
-from worker.store import failing, tables
+from worker.store import failing, roles, tables
 from worker.store.lists import ORGS, Page, broken
 from worker.store.lists.read import read
 
@@ -49,11 +49,11 @@ def site(apply, database, rows):
                 rows.set_ended(run, state, None if state == "succeeded" else "error")
 
         def broken(self, scope=ALL_ORGS, **page):
-            with database.autocommit() as connection:
+            with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 return [row["code"] for row in read(connection, ORGS, scope, Page(broken=True, **page))]
 
         def rows(self, scope=ALL_ORGS, **page):
-            with database.autocommit() as connection:
+            with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 return broken.page_of(connection, Page(**page), scope)
 
         def prune(self):

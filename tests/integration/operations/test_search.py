@@ -14,7 +14,7 @@ from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
 from worker.orgs import OrgEntry
 from worker.search import parsed
-from worker.store import tables
+from worker.store import roles, tables
 from worker.store.lists import Page
 from worker.store.lists import search as search_module
 from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
@@ -69,17 +69,17 @@ def site(apply, database, rows):
                 )  # fmt: skip
 
         def find(self, text, scope=ALL_ORGS, **page):
-            with database.autocommit() as connection:
+            with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 query = parsed(text, now=database.now(connection))
                 return [row["id"] for row in runs_of(connection, scope, query, Page(**page))]
 
         def orgs(self, text, scope=ALL_ORGS, **page):
-            with database.autocommit() as connection:
+            with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 query = parsed(text, now=database.now(connection))
                 return [row["code"] for row in orgs_of(connection, scope, query, Page(**page))]
 
         def near(self, text, scope=ALL_ORGS):
-            with database.autocommit() as connection:
+            with database.acting(roles.ALL_ORGS).autocommit() as connection:
                 return suggestions(connection, scope, parsed(text, now=database.now(connection)))
 
     return Site()

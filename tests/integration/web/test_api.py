@@ -112,6 +112,45 @@ class TestWhatAnOrgSees:
             assert [run["id"] for run in read(connection, RUNS, ALL_ORGS)] == [theirs]
             assert connection.execute(live_runs.select()).one().cancel_requested_at is None
 
+    @on_either
+    async def test_a_search_finds_only_what_the_caller_sees(self, staffed: Site):
+        site = staffed
+        runs = {org: make_run(site, org) for org in ("org_a", "org_b")}
+
+        async def found(query: str, token: str, noun: str = "runs") -> list[str]:
+            answer = await site.get(f"{API}/{noun}?{query}", token)
+            assert answer.status_code == 200, answer.text
+            return [row["id"] if noun == "runs" else row["code"] for row in answer.json()]
+
+        for query in (
+            "q=state:waiting,failed",
+            "q=org definition:digest",
+            f"q={runs['org_b']}",
+            "state=waiting,failed",
+        ):
+            assert set(await found(query, site.token("org_a"))) <= {runs["org_a"]}, query
+            assert runs["org_b"] in await found(query, TOKENS["viewer"]), query
+        assert await found("q=org", site.token("org_a"), "orgs") == ["org_a"]
+        assert await found("q=org:org_b", site.token("org_a"), "orgs") == []
+        assert await found("broken=true", site.token("org_a"), "orgs") == []
+        assert "org_b" in await found("q=org", TOKENS["viewer"], "orgs")
+        assert await found("broken=true", TOKENS["viewer"], "orgs") == []
+
+    @pytest.mark.parametrize(
+        ("path", "fix"),
+        [
+            ("runs?q=sate:failed", "did you mean state?"),
+            ("runs?state=faild", "did you mean failed?"),
+            ("orgs?q=state:failed", "org:NAME"),
+            ("orgs?broken=1", "broken=true"),
+        ],
+    )
+    async def test_a_mistake_in_a_search_is_named_with_what_is_near(self, staffed: Site, path: str, fix: str):
+        answer = await staffed.get(f"{API}/{path}", TOKENS["viewer"])
+
+        assert answer.status_code == 400
+        assert fix in answer.json()["error"]["fix"]
+
     async def test_an_answer_for_anothers_org_is_that_for_one_that_does_not_exist(self, site: Site):
         token = site.token("org_a")
         theirs = (await site.get(f"{API}/runs?org=org_b", token)).text
