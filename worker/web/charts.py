@@ -168,7 +168,7 @@ def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
     def y_of(seconds: float) -> float:
         return base - seconds / top * (base - 14)
 
-    about = f"{len(dots)} runs"
+    about = "1 run" if len(dots) == 1 else f"{len(dots)} runs"
     if values:
         middle, high = percentile(values, 0.5), percentile(values, 0.95)
         about += f"; median {_seconds(middle)}, 95 % within {_seconds(high)}, longest {_seconds(values[-1])}"

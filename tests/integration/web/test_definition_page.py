@@ -61,7 +61,7 @@ async def test_the_page_says_when_it_runs_with_which_values_and_what_changed(sta
     assert "params.top before: 5 after: 7" in text
     assert "params.filter.lang" in text.partition("Revision 3")[2].partition("Revision 2")[0]
     assert "schedule before: 0 3 * * * after: 30 2 * * *" in text
-    assert "Run lengths, oldest first: 1 runs; median 30s" in page.text
+    assert "Run lengths, oldest first: 1 run; median 30s" in page.text
     assert "<button" not in page.text.partition('id="main"')[2]
 
 

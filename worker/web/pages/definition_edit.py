@@ -118,7 +118,6 @@ class EditPages:
                 "groups": _fields(row, orgs.require(connection, org)["timezone"], given, named, fault),
                 "open": OPEN,
                 **problem_of(fault),
-                "fix": fault.fix if fault and named else "",
                 "named": named if named in current else "",
                 "differences": found,
                 "nothing": is_sent and fault is None and not found,

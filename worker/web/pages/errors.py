@@ -29,16 +29,21 @@ _COMMAND = re.compile(r"`[^`]*`|\[\[?[a-z_.]+\]\]?|worker\.toml|Authorization:")
 
 
 def error_page(scope: Scope, frame: dict[str, Any], status: int, message: str, fix: str) -> Response:
-    """An error page that keeps its person logged in. A fix for the command line is left out."""
-    fix = "" if _COMMAND.search(fix) else fix[:1].upper() + fix[1:]
+    """An error page that keeps its person logged in."""
+    fix = fix_of(fix)
     values = {
         "code": status,
         "title": _TITLES.get(status, "This did not work"),
         "message": f"{message[:1].upper()}{message[1:].rstrip('.')}.",
-        "fix": fix and f"{fix.rstrip('.')}.",
+        "fix": fix,
         "ways": _ways(scope, frame["caller"], status),
     }
     return page("error.html", status, **frame, **values)
+
+
+def fix_of(fix: str) -> str:
+    """The fix as a sentence; empty if it is for the command line or for worker.toml."""
+    return "" if not fix or _COMMAND.search(fix) else f"{fix[:1].upper()}{fix[1:].rstrip('.')}."
 
 
 def _ways(scope: Scope, caller: Caller | None, status: int) -> Sequence[tuple[str, str]]:

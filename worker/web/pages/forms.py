@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from worker.errors import UsageError, WorkerError
+from worker.web.pages.errors import fix_of
 from worker.web.responses import status_of
 
 MOST_OF_REASON = 500
@@ -30,7 +31,9 @@ def problem_of(problem: WorkerError | None) -> dict[str, Any]:
     """What a page shows after a change that was refused, and its status."""
     if problem is None:
         return {"problem": None}
-    return {"problem": f"{problem.message[:1].upper()}{problem.message[1:]}.", "status": status_of(problem)}
+    message = f"{problem.message[:1].upper()}{problem.message[1:].rstrip('.')}."
+    shown = " ".join(filter(None, (message, fix_of(problem.fix))))
+    return {"problem": shown, "status": status_of(problem)}
 
 
 def as_text(value: Any) -> str:

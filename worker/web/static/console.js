@@ -85,7 +85,7 @@ function follow() {
   following = { stop() { source.close(); clearInterval(timer); } };
   source.addEventListener("open", () => { status.textContent = "Live: new lines appear as they are written."; });
   source.addEventListener("log", (event) => [JSON.parse(event.data)].flat().forEach((line) => addLine(list, line)));
-  source.addEventListener("progress", (event) => showProgress(JSON.parse(event.data)));
+  source.addEventListener("progress", (event) => showProgress(JSON.parse(event.data).progress));
   source.addEventListener("state", (event) => {
     if (JSON.parse(event.data).state !== live.dataset.state) redraw();
   });
