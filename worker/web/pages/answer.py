@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,41 +67,46 @@ def answer(why: Why, run: Mapping[str, Any]) -> Answer:
         why.facts.get("other_orgs"),
         _sentence(why.kept),
         _sentence(why.retry),
-        step_of(why.next, str(run["id"])),
+        step_of(why.next, run),
         _TONES.get(str(run["state"]), "good" if run["state"] == "succeeded" else "busy"),
     )
 
 
-def step_of(command: str, run_id: str) -> Step | None:
-    """The page for a command of the command line; None if it is the page of this run."""
-    words = shlex.split(command)
-    noun, verb, rest = words[0], " ".join(words[1:2]), words[2:]
+def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
+    """The page for the next command of a run; None if it is the run's own page."""
+    noun, verb, *rest = [*command.split(), ""]
+    org = f"/orgs/{quote(str(run['org']), safe='')}"
     match noun, verb:
         case "runs", "retry":
             if "--from-checkpoint" in rest:
                 return Step("Retry it from its checkpoint", "#retry-from-checkpoint", "retry")
             return Step("Retry it", "#retry", "retry")
         case "runs", "list":
-            options = dict(zip(rest[::2], rest[1::2], strict=False))
-            keys = (("org", "--org"), ("definition", "--definition"), ("state", "--state"))
-            terms = [f"{key}:{_quoted(options[name])}" for key, name in keys if name in options]
-            return Step("See its other runs", f"/search?{urlencode({'q': ' '.join(terms)})}")
+            state = ("state", rest[rest.index("--state") + 1]) if "--state" in rest else ("state", "")
+            href = search_of(("org", run["org"]), ("definition", run["definition"]), state)
+            return Step("See its other runs", href)
         case "runs", "logs":
             return Step("Read its log", "#log")
-        case "runs", _ if rest and rest[0] != run_id:
+        case "runs", _ if rest[0] != run["id"]:
             return Step("Open the retry", f"/runs/{quote(rest[0], safe='')}")
         case "orgs", "check":
-            return Step("Check the org's credentials and claims", f"/orgs/{quote(rest[0], safe='')}")
+            return Step("Check the org's credentials and claims", org)
         case "orgs", _:
-            return Step("Open the org", f"/orgs/{quote(rest[0], safe='')}")
+            return Step("Open the org", org)
         case "definitions", _:
-            org, name = (quote(word, safe="") for word in rest[:2])
-            return Step("Open the definition", f"/orgs/{org}/definitions/{name}")
+            name = quote(str(run["definition"]), safe="")
+            return Step("Open the definition", f"{org}/definitions/{name}")
         case "handlers", _:
             return Step("See the handlers", "/handlers")
         case "doctor", _:
             return Step("See the workers", "/workers")
     return None
+
+
+def search_of(*terms: tuple[str, str]) -> str:
+    """The address of the search for runs with these keys and values, those without a value left out."""
+    words = [f"{key}:{_quoted(value)}" for key, value in terms if value]
+    return f"/search?{urlencode({'q': ' '.join(words)})}"
 
 
 def _sentence(clause: str) -> str:
@@ -111,4 +115,6 @@ def _sentence(clause: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    return f'"{word}"' if re.search(r"[\s\"]", word) else word
+    # The grammar has no escape: a quote within becomes a blank.
+    plain = word.replace('"', " ").strip()
+    return f'"{plain}"' if re.search(r"\s", plain) or plain != word else word

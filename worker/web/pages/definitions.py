@@ -28,6 +28,7 @@ from worker.store.lists.runs import of_definition, unfinished
 from worker.web.access import Caller
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
+from worker.web.pages.answer import search_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 
@@ -93,6 +94,7 @@ class DefinitionPages:
                 "may": allowed(request),
                 **problem_of(problem),
                 "base": path_of(org, name),
+                "runs_href": search_of(("org", org), ("definition", name)),
             }
 
         return await self._pages.show(request, "definition.html", work)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -19,7 +18,7 @@ from worker.runs.trace import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
 from worker.web.access import Caller
 from worker.web.charts import gantt
-from worker.web.pages.answer import answer_of
+from worker.web.pages.answer import answer_of, search_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.run_log import page_after, page_before, place_of
@@ -125,8 +124,7 @@ def _others_href(failed: Mapping[str, Any] | None) -> str | None:
     cause = failed and failed["error_cause"]
     if not cause:
         return None
-    words = str(cause)[:MOST_OF_CAUSE].replace('"', " ").strip()
-    return "/search?" + urlencode({"q": f'cause:"{words}"'})
+    return search_of(("cause", str(cause)[:MOST_OF_CAUSE]))
 
 
 def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
