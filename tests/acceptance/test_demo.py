@@ -35,7 +35,9 @@ class Told:
         return [dict(zip(COLUMNS, row, strict=True)) for row in table[1:]]
 
     def of(self, org: str) -> list[tuple[str, str]]:
-        return [(row["state"], row["reason"]) for row in self.rows() if row["org"] == org]
+        """The states of an org's digests; its other jobs are due at certain minutes, or expire then."""
+        rows = [row for row in self.rows() if row["definition"] == "support-digest"]
+        return [(row["state"], row["reason"]) for row in rows if row["org"] == org]
 
 
 def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
