@@ -176,7 +176,7 @@ async def test_nothing_needs_attention_where_all_is_well(staffed: Site):
     assert "Nothing needs attention" in well.text
     assert "Nothing needs attention" not in worse.text
     assert "1 run failed in 1 org" in worse.text
-    assert re.search(r'href="/search\?q=state%3Afailed[^"]*cause%3A', worse.text)
+    assert re.search(r'href="/search\?q=state%3Afailed[^"]*reason%3Aerror', worse.text)
 
 
 async def test_times_are_shown_in_the_viewers_zone_too(staffed: Site):
