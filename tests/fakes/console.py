@@ -60,10 +60,12 @@ def serving(folder: Path, browser: Browser) -> Iterator[Console]:
         settings = installation.settings_file(database, world, listen=listen, token=token)
         (folder / "worker.toml").write_text(settings)
         (folder / "orgs.jsonl").write_text(world.import_lines())
-        (folder / "demo.toml").write_text(installation.definitions_file(world.orgs, world.api_url))
+        now = datetime.now(UTC)
+        file = installation.definitions_file(world.orgs, world.api_url, now=now)
+        (folder / "demo.toml").write_text(file)
         made.cli("orgs", "import", str(folder / "orgs.jsonl"))
         made.cli("apply", str(folder / "demo.toml"))
-        history.add(url, world.orgs, world.api_url, until=datetime.now(UTC))
+        history.add(url, world.orgs, world.api_url, until=now)
         with (folder / "worker.log").open("ab") as log:
             worker = forked.start(
                 made.command("run"), cwd=folder, env=world.environment(), output=log, fork=True

@@ -12,13 +12,13 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, update
 
 from worker.claims.claims import Claims, Flag
 from worker.definitions.definition import from_spec
-from worker.demo.installation import Org
+from worker.demo.installation import Org, last_night
 from worker.demo.provider import Application
 from worker.execution.attempts.events import record_claims
 from worker.ids import OrgId, RunId, WorkerId
@@ -33,7 +33,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.sql import statements
 
-SPAN = timedelta(hours=27)
+SPAN = timedelta(hours=25)
 # Nothing of the past ends later than this before the demo starts.
 GAP = timedelta(minutes=1)
 # How long ago a person paused Globex's usage report.
@@ -226,7 +226,7 @@ def _replayed(
         pid=1,
         version="yesterday",
     )
-    story = Story(replay, api_url, night=_night(until))
+    story = Story(replay, api_url, night=last_night(until))
     for org in orgs_of_demo:
         org_id = orgs.require(connection, org.code)["id"]
         _predate(connection, org_id, clock.at)
@@ -236,12 +236,6 @@ def _replayed(
                 story.schedule(org, row, Handlers(connection))
     replay.play()
     return replay.worker
-
-
-def _night(until: datetime) -> datetime:
-    """The last 2 a.m. UTC, at which the nightly digests start, but one that has ended."""
-    night = until.astimezone(UTC).replace(hour=2, minute=0, second=0, microsecond=0)
-    return night if night < until - timedelta(hours=2) else night - timedelta(days=1)
 
 
 def _predate(connection: Connection, org_id: OrgId, at: datetime) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from worker.demo.api import CustomerApi
@@ -176,8 +177,21 @@ def add_people(provider: Provider, folder: Path, orgs: Iterable[Org], listen: st
             provider.people.add(Person(f"kp_{who}", f"{org.name}, {name}", email, org.code, (permission,)))
 
 
-def definitions_file(orgs: list[Org], api_url: str) -> str:
+def last_night(now: datetime) -> datetime:
+    """When the nightly digests last started: seven hours ago, at whatever time the demo is watched."""
+    return now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=7)
+
+
+def zone_of(night: datetime) -> str:
+    """A zone in which that was two in the morning."""
+    ahead = (2 - night.hour + 12) % 24 - 12
+    # The sign of these names is that of POSIX: Etc/GMT-2 is two hours ahead of UTC.
+    return f"Etc/GMT{-ahead:+d}" if ahead else "UTC"
+
+
+def definitions_file(orgs: list[Org], api_url: str, *, now: datetime) -> str:
     """The file for `apply`: a digest every three seconds for each org, and what ran yesterday too."""
+    zone = zone_of(last_night(now))
     digest = f'knowledge_base = "{api_url}", chat = "{api_url}"'
     articles = f'url = "{api_url}/v1/collections/faq/articles"'
     tables = []
@@ -209,6 +223,7 @@ org = "{org.code}"
 name = "nightly-digest"
 handler = "assistant.digest"
 schedule = "0 2 * * *"
+timezone = "{zone}"
 spread = "off"
 scopes = ["read:kb"]
 params = {{ {digest}, page_size = 1 }}

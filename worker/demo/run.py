@@ -180,7 +180,7 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     org_lines, definitions = folder / "orgs.jsonl", folder / "demo.toml"
     installation.settings.write_text(settings_file(installation.database, around, listen=listen, token=token))
     org_lines.write_text(around.import_lines())
-    definitions.write_text(definitions_file(around.orgs, around.api_url))
+    definitions.write_text(definitions_file(around.orgs, around.api_url, now=clock.now()))
     say(f"a development provider at {around.provider.url}, a customer API at {around.api_url}")
     installation.run("db", "upgrade")
     installation.run("orgs", "import", str(org_lines))

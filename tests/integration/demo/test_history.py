@@ -24,11 +24,11 @@ from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
 
-@pytest.fixture(scope="module", params=["2030-01-01T09:07:13", "2030-01-01T03:30:00"])
+@pytest.fixture(scope="module", params=["2030-01-01T09:07:13", "2030-01-01T23:30:00"])
 def past(
     request: pytest.FixtureRequest, migrated_sqlite_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Database]:
-    """The demo's database after its history, at nine, and at an hour at which the night is not over."""
+    """The demo's database after its history, in the morning and late at night."""
     now, demo, folder = utc(request.param), make_orgs(), tmp_path_factory.mktemp("past")
     url = copied(migrated_sqlite_file, folder)
     database = Database.open(url, clock=ManualClock(now))
@@ -38,7 +38,7 @@ def past(
         catalogue.put(connection, entries, at=now)
     keyring = KeyRing.load_or_generate(folder / "keyring")
     import_orgs(database, keyring, [org.as_import_line() for org in demo], actor="tester")
-    apply(database, parse_file(definitions_file(demo, "http://127.0.0.1:1")), actor="tester")
+    apply(database, parse_file(definitions_file(demo, "http://127.0.0.1:1", now=now)), actor="tester")
     history.add(url, demo, "http://127.0.0.1:1", until=now)
     yield database
     database.close()
