@@ -14,7 +14,7 @@ from starlette.routing import Route
 from worker.errors import Conflict, DefinitionError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
-from worker.runs.trace import Part, parts_of
+from worker.runs.traces import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
 from worker.web.access import Caller
 from worker.web.charts import gantt
