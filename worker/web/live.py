@@ -29,8 +29,8 @@ from worker.ids import OrgId, RunId
 from worker.store.lists import LogLine, Run, live, runs
 from worker.store.lists.redaction import Row
 from worker.store.tables import FINAL_STATES
-from worker.web.access import Caller, CallerDatabase
 from worker.web.api.requests import caller_of, log_place, query_of
+from worker.web.callers import Caller, CallerDatabase
 
 # Seconds between two reads, between two checks of access, and between two comments of a quiet stream.
 EVERY = 1.0

@@ -32,7 +32,7 @@ from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
 from worker.tokens.strict_json import Malformed
 from worker.tokens.verify import verify
-from worker.web.access import Caller, Role
+from worker.web.callers import Caller, Role
 
 # How long a login may take at the provider, and a link is valid.
 LASTS = timedelta(minutes=10)

@@ -35,7 +35,7 @@ from worker.errors import (
 from worker.store.lists.redaction import without_paths
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
-from worker.web.access import Caller
+from worker.web.callers import Caller
 
 # The first matching class gives the status.
 STATUS: tuple[tuple[type[WorkerError], int], ...] = (

@@ -18,8 +18,9 @@ from worker.clock import Clock
 from worker.errors import Busy, ConfigurationError
 from worker.store.database import Database
 from worker.telemetry.events import emit
-from worker.web.access import Access, CallerDatabase
+from worker.web.access import Access
 from worker.web.api import Api
+from worker.web.callers import CallerDatabase
 from worker.web.compression import Compression
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health

@@ -19,8 +19,9 @@ from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError
 from worker.store import roles, sign_in
 from worker.store.database import Database
-from worker.web.access import Access, Caller
+from worker.web.access import Access
 from worker.web.api import BASE
+from worker.web.callers import Caller
 from worker.web.clients import Addresses
 from worker.web.health import PATHS
 from worker.web.login import Transactions

@@ -22,7 +22,8 @@ from worker.store import catalogue, orgs
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import Access, Operator, Role
+from worker.web.access import Access, Operator
+from worker.web.callers import Role
 from worker.web.clients import Addresses
 from worker.web.health import Health
 from worker.web.login import Login

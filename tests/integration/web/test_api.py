@@ -13,7 +13,7 @@ from worker.store import orgs
 from worker.store.lists import LISTS, RUNS, Run, columns_of
 from worker.store.lists.read import read
 from worker.store.tables import live_runs, metadata
-from worker.web.access import Caller, CallerDatabase
+from worker.web.callers import Caller, CallerDatabase
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)

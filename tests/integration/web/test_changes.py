@@ -12,7 +12,7 @@ from worker.ids import ALL_ORGS, OrgId
 from worker.store import definitions, orgs
 from worker.store.lists import AUDIT, RUNS, SKIPS, Page
 from worker.store.lists.read import read
-from worker.web.access import Caller, CallerDatabase
+from worker.web.callers import Caller, CallerDatabase
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)

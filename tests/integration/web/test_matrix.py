@@ -46,7 +46,8 @@ from worker.store import catalogue, edit_runs, orgs, roles, tables
 from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
-from worker.web.access import RANK, Access, Caller, Role
+from worker.web.access import Access
+from worker.web.callers import RANK, Caller, Role
 from worker.web.health import Health
 from worker.web.server import build, build_health
 from worker.web.sessions import SESSION_COOKIE, Sessions

@@ -19,7 +19,7 @@ from worker.store.database import Database
 from worker.store.lists import read
 from worker.store.lists import runs as run_lists
 from worker.store.lists.redaction import NOT_LOADED, OTHER_ORG, rules_of, without_paths
-from worker.web.access import Caller
+from worker.web.callers import Caller
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)

@@ -15,7 +15,7 @@ from worker.operations.orgs import set_org_state
 from worker.store import orgs, roles, sign_in, tables
 from worker.store.lists import AUDIT
 from worker.store.lists.read import read
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.sessions import LASTS, MOST, SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import AccessDenied, ConfigurationError
 from worker.settings.sections import LoginSettings
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.login import Login, basis_of, local_path
 
 VENDOR = "org_vendor"

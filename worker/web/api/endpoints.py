@@ -25,7 +25,7 @@ from worker.store.lists import (
     Run,
     RunDetail,
 )
-from worker.web.access import Role
+from worker.web.callers import Role
 
 BASE = "/api/v1"
 # Every operation may answer these; 404 for what does not exist, or belongs to another org.

@@ -14,8 +14,8 @@ from worker.definitions.units import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.handlers.schema import Schema
 from worker.store.lists import MAX_LIMIT
-from worker.web.access import Caller
 from worker.web.api.endpoints import BOOLEAN, Endpoint, Field
+from worker.web.callers import Caller
 from worker.web.responses import read_body
 
 

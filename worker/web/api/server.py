@@ -36,11 +36,11 @@ from worker.store.lists import (
 )
 from worker.store.lists import read as lists
 from worker.store.lists.redaction import Row
-from worker.web.access import Caller, CallerDatabase
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document
 from worker.web.api.requests import body_of, caller_of, flag_of, limit_of, log_place, query_of
+from worker.web.callers import Caller, CallerDatabase
 from worker.web.responses import fresh, json_response
 
 Handler = Callable[[Request], Awaitable[Response]]

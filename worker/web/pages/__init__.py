@@ -9,7 +9,8 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from worker.clock import Clock
-from worker.web.access import Access, CallerDatabase
+from worker.web.access import Access
+from worker.web.callers import CallerDatabase
 from worker.web.login import Login
 from worker.web.pages import errors
 from worker.web.pages.base import Pages

@@ -15,7 +15,7 @@ from worker.operations import why as explanations
 from worker.runs.why import Why, why_run
 from worker.store import orgs
 from worker.store.lists import runs
-from worker.web.access import Caller
+from worker.web.callers import Caller
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z")
 _WORKER = re.compile(r" on worker (?:[0-9a-f-]{36}|none)(?= since )")

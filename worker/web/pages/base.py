@@ -16,7 +16,8 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, TokenError, UsageError
-from worker.web.access import BY_ORGS, Access, Action, Caller, CallerDatabase
+from worker.web.access import Access
+from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 

@@ -25,7 +25,7 @@ from worker.store.lists import BACKFILLS, DefinitionDetail, Page, Run
 from worker.store.lists.definition_history import Length, Revision, lengths, revisions
 from worker.store.lists.read import definition, read
 from worker.store.lists.runs import of_definition, unfinished
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
 from worker.web.pages.answer import search_of

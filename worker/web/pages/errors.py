@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.responses import Response
 from starlette.types import Scope
 
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.pages.rendering import page
 
 _TITLES = {

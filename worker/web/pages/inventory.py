@@ -25,7 +25,7 @@ from worker.store.lists import (
 )
 from worker.store.lists.morning import lease_state
 from worker.store.lists.read import read
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
 
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from worker.errors import AccessDenied, NotFound, TokenError
 from worker.telemetry.events import emit
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.login import Login, local_path, new_login
 from worker.web.pages.base import Pages, query
 from worker.web.pages.rendering import page

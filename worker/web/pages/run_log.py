@@ -12,7 +12,7 @@ from worker.errors import NotFound
 from worker.ids import RunId
 from worker.store.lists import LogLine, runs
 from worker.store.lists.run_logs import newest_lines
-from worker.web.access import Caller
+from worker.web.callers import Caller
 
 Row = Mapping[str, Any]
 Place = tuple[int, int]

@@ -16,7 +16,7 @@ from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
 from worker.runs.traces import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.charts import gantt
 from worker.web.pages.answer import answer_of, search_of
 from worker.web.pages.base import Pages, allowed, caller_of, query

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from worker.errors import NotFound, UsageError
 from worker.search import KEYS, Query, parsed
 from worker.store.lists import Org, Page, Run, runs, search
-from worker.web.access import Caller
+from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
 from worker.web.pages.morning import search_path
 from worker.web.pages.rendering import page
