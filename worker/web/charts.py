@@ -81,9 +81,11 @@ def bars(
     `links` make the labels of the table links.
     """
     totals = [sum(layer.values[at] for layer in series) for at in range(len(labels))]
-    top = _round_up(max(totals, default=0))
+    # Half of it is a whole number, too.
+    top = 2 * _round_up(max([2, *totals]) / 2)
     base, slot = height - 20, 100 / max(len(labels), 1)
-    drawn: list[Markup] = _rules(top, base, _number)
+    lines, values = _rules(top, base, _number)
+    drawn = list(lines)
     for at, label in enumerate(labels):
         below = 0.0
         for layer in series:
@@ -99,6 +101,7 @@ def bars(
     for at, tick in enumerate(ticks or ()):
         if tick:
             drawn.append(_tick((at + 0.5) * slot, height - 4, tick))
+    drawn += values
     total = sum(totals)
     about = f"{_number(total)} in all"
     if total:
@@ -163,7 +166,8 @@ def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
     values = sorted(dot.seconds for dot in dots)
     top = _round_up(max(values, default=0))
     base = height - 8
-    drawn = _rules(top, base, _seconds)
+    lines, texts = _rules(top, base, _seconds)
+    drawn = list(lines)
 
     def y_of(seconds: float) -> float:
         return base - seconds / top * (base - 14)
@@ -191,6 +195,7 @@ def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
                 'width="9" height="9"><title>{}</title></rect></svg>'
             )
             drawn.append(shape.format(x, y, _class(dot.kind), about_dot))
+    drawn += texts
     rows: list[list[str | Markup]] = [
         [_linked(dot.label, dot.href), dot.kind, _seconds(dot.seconds)] for dot in reversed(dots)
     ]
@@ -290,14 +295,17 @@ def _block(title: str, kind: str, place: str, about: str) -> Markup:
     return found
 
 
-def _rules(top: float, base: int, shown: Callable[[float], str]) -> list[Markup]:
-    """Horizontal lines at half and at the top of the scale, with their values."""
-    found = [Markup('<line class="axis" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(base)]
+def _rules(top: float, base: int, shown: Callable[[float], str]) -> tuple[list[Markup], list[Markup]]:
+    """Horizontal lines at half and at the top of the scale, and their values, to draw over the rest."""
+    lines = [Markup('<line class="axis" x1="0" x2="100%" y1="{0}" y2="{0}"/>').format(base)]
+    values = []
     for share in (0.5, 1.0):
         y = base - share * (base - 12)
-        found.append(Markup('<line class="rule" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y))
-        found.append(Markup('<text class="dim" x="0" y="{:.1f}">{}</text>').format(y - 2, shown(top * share)))
-    return found
+        lines.append(Markup('<line class="rule" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>').format(y))
+        values.append(
+            Markup('<text class="dim" x="0" y="{:.1f}">{}</text>').format(y - 2, shown(top * share))
+        )
+    return lines, values
 
 
 def _tick(x: float, y: int, text: str, anchor: str = "middle", *, is_minor: bool = False) -> Markup:

@@ -54,7 +54,7 @@ function showProgress(progress) {
   if (!progress || !place) return progress ? redraw() : undefined;
   const bar = place.querySelector("progress"), total = progress.total ? ` of ${progress.total}` : "";
   if (bar && progress.total) [bar.max, bar.value] = [progress.total, progress.done];
-  place.querySelector("p").textContent = `${progress.done}${total}${progress.note ? ` · ${progress.note}` : ""}`;
+  place.querySelector("p").textContent = `${progress.done}${total} done${progress.note ? ` · ${progress.note}` : ""}`;
 }
 
 // Replace the page's content by what the server shows now, unless somebody is about to change something.
