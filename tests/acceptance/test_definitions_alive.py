@@ -126,8 +126,8 @@ def test_a_definition_that_keeps_failing_is_paused_by_the_worker(site):
     assert str(paused["pause_note"]).startswith("2 failures in a row")
     assert paused["next_fire_at"] is None
     assert "definition.paused" in site.log_text()
-    site.cli("definitions", "resume", "org_acme", "bad")
-    assert shown()["consecutive_failures"] == 0
+    resumed = site.cli("definitions", "resume", "org_acme", "bad", "-o", "json").json()
+    assert resumed["consecutive_failures"] == 0
     assert site.stop_worker(worker) == 0
 
 

@@ -144,7 +144,7 @@ async def test_an_edit_shows_what_will_change_and_then_changes_it(staffed: Site)
         done = await client.post(f"{PAGE}/edit", data=hidden | {"reason": "slow CRM"}, headers=OURS)
         assert done.status_code == 303
         late = await client.post(f"{PAGE}/edit", data=hidden | {"key.timeout": "1h"}, headers=OURS)
-        assert (late.status_code, "somebody has changed it" in late.text) == (409, True)
+        assert (late.status_code, "somebody has changed it" in late.text) == (412, True)
 
     row = stored(staffed)
     assert row["spec"]["timeout"] == "10m"
