@@ -1,9 +1,8 @@
 """Compression: gzip for large answers, made outside of the event loop if it takes long.
 
 Compressing a secret beside text that an attacker chooses would reveal it by the length
-(BREACH). The API's answers hold no secret. The only secret of a page is its CSRF token, and a
-site that makes a visitor's browser send requests gets no cookie with them (`SameSite`), so its
-text never appears beside that token.
+(BREACH). The API's answers hold no secret. The only secret of a page is its CSRF token, which is
+another in each answer.
 """
 
 from __future__ import annotations

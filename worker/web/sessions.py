@@ -145,6 +145,8 @@ SESSION_COOKIE = "orgworker_session"
 LOGIN_COOKIE = "orgworker_login"
 # A browser accepts a cookie with this prefix only from this host itself, over https.
 PREFIX = "__Host-"
+# Characters of the salt that a CSRF token begins with.
+_SALT = 16
 _NONCE = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
@@ -181,11 +183,12 @@ class Forms:
         return given if _NONCE.fullmatch(given) else secrets.token_urlsafe(32)
 
     def csrf(self, value: str) -> str:
-        """The CSRF token of forms in a browser whose cookie has this value, the same in every process.
+        """A CSRF token for forms in a browser whose cookie has this value; every process accepts it.
 
-        It does not reveal the cookie, and only the page of the browser with the cookie has it.
+        It does not reveal the cookie, and only the page of the browser with the cookie has it. Each is
+        another, since the length of a compressed page would reveal one that stays (BREACH).
         """
-        return hmac.new(value.encode(), b"orgworker csrf", hashlib.sha256).hexdigest()
+        return _csrf(value, secrets.token_hex(_SALT // 2))
 
     def check_origin(self, request: Request) -> None:
         """Check that one of our own pages sent the request, according to the browser.
@@ -215,9 +218,10 @@ class Forms:
         """
         self.check_origin(request)
         form = await read_form(request)
+        given = form.get("csrf", "")
         # Without a cookie no token fits.
-        expected = self.csrf(self.cookie(request, cookie) or secrets.token_urlsafe(32))
-        if not hmac.compare_digest(form.get("csrf", "").encode(), expected.encode()):
+        expected = _csrf(self.cookie(request, cookie) or secrets.token_urlsafe(32), given[:_SALT])
+        if not hmac.compare_digest(given.encode(), expected.encode()):
             raise _foreign()
         return form
 
@@ -228,6 +232,10 @@ class Forms:
         if self.public_origin is not None:
             return self.public_origin.startswith("https:")
         return self._addresses.is_https(connection)
+
+
+def _csrf(value: str, salt: str) -> str:
+    return salt + hmac.new(value.encode(), f"orgworker csrf {salt}".encode(), hashlib.sha256).hexdigest()
 
 
 def _origin(url: str) -> str:

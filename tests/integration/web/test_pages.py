@@ -236,6 +236,19 @@ async def test_a_form_of_another_page_does_nothing(staffed: Site, form: dict, he
         assert "waiting" in (await client.get(f"/runs/{run}")).text
 
 
+async def test_each_page_has_another_csrf_token_and_each_is_taken(staffed: Site):
+    """The length of a compressed page, which may show what an attacker wrote, would reveal one that stays."""
+    async with staffed.client() as client:
+        await log_in(client, TOKENS["operator"])
+        tokens = [csrf_of(await client.get("/orgs")) for _ in range(2)]
+        assert tokens[0] != tokens[1]
+        for token in tokens:
+            zone = {"csrf": token, "zone": "Asia/Tokyo", "back": "/orgs"}
+            assert (await client.post("/zone", data=zone, headers=OURS)).status_code == 303
+            mixed = zone | {"csrf": tokens[1][:16] + tokens[0][16:]}
+            assert (await client.post("/zone", data=mixed, headers=OURS)).status_code == 403
+
+
 async def test_a_login_sent_by_another_page_is_refused(staffed: Site):
     async with staffed.client() as client:
         answer = await log_in(client, TOKENS["admin"], origin="https://evil.example")
