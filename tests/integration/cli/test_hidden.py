@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import copied
+
 WORKER = [sys.executable, "-P", "-m", "worker"]
 # As root every process may be read: the owner of the commands and who spies on them is nobody then.
 NOBODY: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.getuid() == 0 else {}
@@ -47,7 +49,7 @@ main()
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
+def folder(migrated_sqlite_file: Path) -> Iterator[Path]:
     """An installation of nobody, with a setting in a secret file and a password in the environment."""
     with tempfile.TemporaryDirectory() as name:
         made = Path(name)
@@ -57,6 +59,8 @@ def folder() -> Iterator[Path]:
             f'secrets_dir = "{made}/secrets"\n[database]\nurl = "sqlite:///{made}/var/worker.db"\n'
             '[web]\nlisten = "127.0.0.1:0"\n'
         )
+        (made / "var").mkdir()
+        copied(migrated_sqlite_file, made / "var")
         for path in (made, *made.rglob("*")):
             if NOBODY:
                 os.chown(path, NOBODY["user"], NOBODY["group"])
@@ -93,7 +97,6 @@ ADD = ("credentials", "add", "org_a", "--client-id", "one", "--secret-file", "-"
 
 @pytest.mark.parametrize("arguments", [["serve"], ["run"], ADD], ids=["serve", "run", "credentials add"])
 def test_no_other_process_of_the_user_reads_a_command(folder: Path, arguments: list[str]) -> None:
-    assert called(folder, "db", "upgrade").returncode == 0
     process = started(folder, *WORKER, "--config", str(folder / "worker.toml"), *arguments)
     try:
         until = time.monotonic() + 30
@@ -134,7 +137,6 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_memory_is_hidden_before_settings_and_secrets_are_read(folder: Path, name: str) -> None:
-    assert called(folder, "db", "upgrade").returncode == 0
     arguments = ["--config", str(folder / "worker.toml"), *COMMANDS[name]]
 
     command = [sys.executable, "-P", "-c", WATCH, str(folder), *arguments]
@@ -146,7 +148,6 @@ def test_memory_is_hidden_before_settings_and_secrets_are_read(folder: Path, nam
 
 def test_a_hidden_command_reads_and_writes_what_it_is_given(folder: Path) -> None:
     """What belongs to a hidden process in /proc is root's: descriptors by name must open all the same."""
-    assert called(folder, "db", "upgrade").returncode == 0
     given = ["--set", "issuers.main.url=https://acme.kinde.com"]
     command = shlex.join([*WORKER, "--config", "worker.toml", *given, "orgs", "import"])
 

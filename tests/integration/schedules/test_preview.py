@@ -35,18 +35,18 @@ def preview(timeline: Timeline, count: int, start: datetime | None = None) -> li
         ("@hourly", "Africa/Cairo", "2026-04-10"),
     ],
 )
-def test_a_thousand_instants_are_those_that_are_inserted(
+def test_hundreds_of_instants_are_those_that_are_inserted(
     timeline: Timeline, schedule: str, zone: str, start: str
 ) -> None:
     """Across the nights in which clocks change, with a worker that wakes for each instant."""
     timeline.clock.set(utc(start) + timedelta(milliseconds=500))
     timeline.define(timezone=zone, schedule=schedule, overlap="allow", spread="7m")
-    shown = preview(timeline, 1000)
+    shown = preview(timeline, 600)
     changes = {row["local"][-6:] for row in shown}
 
     timeline.fire_until(shown[-1]["scheduled_for"] + timedelta(minutes=10))
 
-    inserted = timeline.runs()[:1000]
+    inserted = timeline.runs()[:600]
     assert [run["scheduled_for"] for run in inserted] == [row["scheduled_for"] for row in shown]
     assert len({run["created_at"] - run["scheduled_for"] for run in inserted}) == 1, "not at its spread"
     assert timeline.skips() == []
