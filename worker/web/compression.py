@@ -2,7 +2,7 @@
 
 Compressing a secret beside text that an attacker chooses would reveal it by the length
 (BREACH). The API's answers hold no secret. The only secret of a page is its CSRF token, which is
-another in each answer.
+new in each answer.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ class Forms:
     def csrf(self, value: str) -> str:
         """A CSRF token for forms in a browser whose cookie has this value; every process accepts it.
 
-        It does not reveal the cookie, and only the page of the browser with the cookie has it. Each is
-        another, since the length of a compressed page would reveal one that stays (BREACH).
+        It does not reveal the cookie, and only the page of the browser with the cookie has it. Each call
+        makes a new one: the length of compressed pages would reveal one that stays (BREACH).
         """
         return _csrf(value, secrets.token_hex(_SALT // 2))
 
