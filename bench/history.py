@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
+from worker.search import words_of
 from worker.store import schema
 from worker.store.database import Database
 from worker.store.dialect import driver
@@ -112,6 +113,15 @@ class _History:
             "orgs",
             ("id", "code", "name", "issuer", "tags", "created_at", "updated_at"),
             ((id_, f"org_{n}", _name(n), "main", "[]", begin, begin) for n, id_ in enumerate(self._orgs)),
+        )
+        yield (
+            "org_words",
+            ("word", "org_id"),
+            (
+                (word, id_)
+                for number, id_ in enumerate(self._orgs)
+                for word in sorted(words_of(f"org_{number}", _name(number)))
+            ),
         )
         yield (
             "definitions",
