@@ -70,7 +70,7 @@ def list_(context: typer.Context, output: OutputOption = Format.TABLE) -> None:
 
 @app.command("remove")
 def remove(context: typer.Context, name: NameArgument, output: OutputOption = Format.TABLE) -> None:
-    """Remove an operator and end its sessions; the token is refused within 2 s. Exit 3 if there is none."""
+    """Remove an operator and end its sessions; the token is refused within 2 s. Exit 3 if it is unknown."""
     from worker.operations.operators import remove_operator
 
     session = session_of(context)

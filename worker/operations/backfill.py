@@ -147,7 +147,7 @@ def _check_limit(limit: int) -> None:
 
 
 def _count(range_: _Range) -> int:
-    """The number of scheduled times of the range; raises UsageError if there is none."""
+    """The number of scheduled times of the range; raises UsageError if the range has none."""
     count = range_.trigger.count(range_.start, range_.last)
     if not count:
         org, name = range_.row["org"], range_.row["name"]

@@ -50,7 +50,7 @@ def why(connection: Connection, run_id: str, *, org: str | None = None) -> Why:
 
 
 def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: datetime) -> Why:
-    """The run of a definition at a scheduled time, or why there is none.
+    """The run of a definition at a scheduled time, or why there was no run.
 
     Raises:
         NotFound: no such org or definition.

@@ -82,7 +82,7 @@ def begin_login(connection: Connection, row: Mapping[str, Any], *, most: int) ->
 def use_login(
     connection: Connection, key_sha256: str, *, kind: str, browser_sha256: str = "", at: datetime
 ) -> Row | None:
-    """Delete a login that this browser began and return it; None if there is none, or it has expired.
+    """Delete a login that this browser began and return it; None if it does not exist or has expired.
 
     Of two calls at once one gets the row.
     """
@@ -123,7 +123,7 @@ def add_operator(connection: Connection, row: Mapping[str, Any]) -> None:
 
 
 def remove_operator(connection: Connection, name: str) -> Row | None:
-    """Delete an operator and return it, with the hash of its token; None if there is none."""
+    """Delete an operator and return it, with the hash of its token; None if it does not exist."""
     return first_row(connection, delete(_operators).where(_operators.c.name == name).returning(_operators))
 
 

@@ -97,7 +97,7 @@ class Endpoints:
         return found
 
     async def end_session(self) -> str:
-        """The URL that logs people out, or empty if there is none; raises as `discovered`."""
+        """The URL that logs people out, or empty if the issuer has none; raises as `discovered`."""
         return (await self.discovered()).end_session_endpoint
 
     async def keys(self) -> str:

@@ -244,7 +244,7 @@ class CallerDatabase:
     ) -> Bulk:
         """Retry the runs that match and were not retried yet, oldest end first, at most `limit`.
 
-        With `canary` it stops after that number, and `next` continues once they have succeeded.
+        With `canary` it stops after that number; `next` continues.
         """
         by_org = caller.org is not None
         change = partial(retry, actor=caller.actor, org=caller.org, by_org=by_org, reason=reason)

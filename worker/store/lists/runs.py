@@ -322,5 +322,26 @@ def lines(
     return cast(list[LogLine], all_rows(connection, scoped))
 
 
+def newest_lines(
+    connection: Connection,
+    org: OrgScope,
+    run_id: RunId,
+    *,
+    before: tuple[int, int] | None = None,
+    limit: int,
+) -> list[LogLine]:
+    """The last `limit` lines of a run, or the last ones before (attempt, seq); oldest first.
+
+    Raises:
+        NotFound: there is no such org.
+    """
+    query = select(*(_logs.c[name] for name in columns_of(LogLine))).where(_logs.c.run_id == run_id)
+    if before is not None:
+        query = query.where(tuple_(_logs.c.attempt, _logs.c.seq) < tuple_(*before))
+    query = query.order_by(_logs.c.attempt.desc(), _logs.c.seq.desc()).limit(limit)
+    scoped = _in_scope(query, _logs.c.org_id, orgs.scope_of(connection, org))
+    return cast(list[LogLine], all_rows(connection, scoped)[::-1])
+
+
 def _in_scope(query: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:
     return query if isinstance(scope, AllOrgs) else query.where(org_id == scope)

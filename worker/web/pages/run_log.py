@@ -11,7 +11,7 @@ from worker.clock import to_text
 from worker.errors import NotFound
 from worker.ids import RunId
 from worker.store.lists import LogLine, runs
-from worker.store.lists.run_logs import newest_lines
+from worker.store.lists.runs import newest_lines
 from worker.web.callers import Caller
 
 Row = Mapping[str, Any]
