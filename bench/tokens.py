@@ -27,10 +27,11 @@ from typing import Any
 from worker.clock import SystemClock
 from worker.ids import OrgId
 from worker.orgs import OrgRef
+from worker.outbound.http import open_client
 from worker.providers.profile import load
+from worker.secret import Secret
 from worker.tokens.cache import Tokens
-from worker.tokens.credentials import Credential, Secret
-from worker.tokens.http import open_client
+from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
 from worker.tokens.verify import verify

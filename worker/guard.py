@@ -17,8 +17,8 @@ from worker.claims.claims import Claims
 from worker.claims.decode import decode, enforce, invalid
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, TokenRefused, Unavailable
+from worker.outbound.http import open_client
 from worker.providers.profile import load
-from worker.tokens.http import open_client
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeyNotPublished, KeySet
 from worker.tokens.verify import verify

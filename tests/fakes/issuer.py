@@ -17,9 +17,10 @@ from jwt.utils import base64url_encode
 from tests.fakes.clock import ManualClock
 from worker.ids import OrgId
 from worker.orgs import OrgRef
+from worker.outbound.http import open_client
 from worker.providers.profile import Profile, load
-from worker.tokens.credentials import Credential, Secret
-from worker.tokens.http import open_client
+from worker.secret import Secret
+from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Issuer
 
 URL = "https://acme.kinde.com"

@@ -21,13 +21,14 @@ from worker.errors import (
 )
 from worker.ids import OrgId, new_id
 from worker.operations.check_orgs import Checks, Report
+from worker.secret import Secret
 from worker.store import audit, credentials, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import CREDENTIALS, CredentialRow
 from worker.store.lists.read import read
 from worker.telemetry.masking import masker
-from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind, Secret, fault_of_reference
+from worker.tokens.credentials import REFERENCE_FIX, Credential, CredentialKind, fault_of_reference
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing

@@ -1,18 +1,18 @@
-"""An org's credentials: its generations newest first; their secrets have no readable repr."""
+"""An org's credentials: its generations newest first."""
 
 from __future__ import annotations
 
-import hmac
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol
+from typing import Literal, Protocol
 
 from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
 from worker.ids import OrgId
 from worker.orgs import OrgRef
+from worker.secret import Secret
 from worker.tokens.single_flight import SingleFlight
 
 CredentialKind = Literal["client_secret", "private_key"]
@@ -24,35 +24,6 @@ REFERENCE_FIX = (
     "put only the client secret into a file of its own in secrets_dir, without __ in its name; "
     "`config show` prints the folder"
 )
-
-
-class Secret:
-    """A client secret or private key. Only `reveal()` gives its text; repr, str, pickle and copies do not."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """The text; call it only to build the request that needs it."""
-        return self._text
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Secret):
-            return NotImplemented
-        return hmac.compare_digest(self._text.encode(), other._text.encode())
-
-    def __hash__(self) -> int:
-        return hash(Secret)
-
-    def __repr__(self) -> str:
-        return "<Secret>"
-
-    __str__ = __repr__
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is not pickled")
 
 
 @dataclass(frozen=True, slots=True)

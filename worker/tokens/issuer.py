@@ -11,9 +11,9 @@ import httpx
 from worker.clock import Clock
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback, origin_of
 from worker.errors import ConfigurationError, IssuerUnavailable
+from worker.outbound.http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
 from worker.providers.profile import Profile
 from worker.telemetry.masking import shown_url
-from worker.tokens.http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
 from worker.tokens.single_flight import Document
 
 PAUSES = (5.0, 5.0)  # seconds, after the discovery document could not be read

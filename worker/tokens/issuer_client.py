@@ -18,14 +18,14 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
+from worker.outbound.http import TOKEN_LIMIT, Reply, exchange, retry_delay
+from worker.outbound.strict_json import Malformed
 from worker.providers.profile import FailureClass
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, Budget, IssuerPaused
 from worker.tokens.credentials import Credential
-from worker.tokens.http import TOKEN_LIMIT, Reply, exchange, retry_delay
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
-from worker.tokens.strict_json import Malformed
 from worker.tokens.verify import MAX_TOKEN, verify
 
 # Seconds; full jitter: a retry waits between 0 and these, doubling.

@@ -14,9 +14,9 @@ from jwt.algorithms import get_default_algorithms
 
 from worker.claims.decode import invalid
 from worker.clock import Clock
+from worker.outbound.strict_json import Malformed, loads
 from worker.providers.profile import ALGORITHMS
 from worker.tokens.issuer import Issuer
-from worker.tokens.strict_json import Malformed, loads
 
 MAX_TOKEN = 16 * 1024
 MAX_KID = 256

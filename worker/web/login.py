@@ -23,14 +23,14 @@ import httpx
 from worker.claims.decode import client_of, invalid, org_of
 from worker.clock import Clock
 from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, TokenError, TokenRefused
+from worker.outbound.http import TOKEN_LIMIT, Reply, exchange
+from worker.outbound.strict_json import Malformed
 from worker.settings.sections import OVER_ALL_ORGS, LoginSettings
 from worker.store import roles, sign_in
 from worker.store.database import Database
 from worker.telemetry.masking import masker
-from worker.tokens.http import TOKEN_LIMIT, Reply, exchange
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
-from worker.tokens.strict_json import Malformed
 from worker.tokens.verify import verify
 from worker.web.callers import Caller, Role
 

@@ -35,6 +35,7 @@ from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement, confinement_of
 from worker.operations.keys import check_ring
+from worker.outbound.http import open_client
 from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store import schema
@@ -45,7 +46,6 @@ from worker.telemetry import logs
 from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier, Vitals
 from worker.tokens.cache import Tokens
-from worker.tokens.http import open_client
 from worker.tokens.sealing import KeyRing
 from worker.web.health import Health
 from worker.wiring import open_keyring

@@ -11,14 +11,15 @@ from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
+from worker.outbound.http import open_client
 from worker.providers import profile
+from worker.secret import Secret
 from worker.settings import Settings
 from worker.store import credentials
 from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
-from worker.tokens.credentials import Credential, Secret, read_reference
-from worker.tokens.http import open_client
+from worker.tokens.credentials import Credential, read_reference
 from worker.tokens.issuer import Issuer
 from worker.tokens.sealing import KeyRing
 from worker.tokens.token_probe import TokenProbe, watch

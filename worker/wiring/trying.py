@@ -27,13 +27,13 @@ from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.operations.confinement import confinement_of
 from worker.orgs import OrgRef
+from worker.outbound.http import open_client
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
 from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
 from worker.tokens.cache import Tokens
-from worker.tokens.http import open_client
 from worker.wiring import find_keyring
 from worker.wiring.catalogue import read_entries
 from worker.wiring.secrets import OpenedCredentials, issuers_of

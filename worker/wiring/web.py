@@ -23,6 +23,7 @@ from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
 from worker.operations.sign_in import make_link
+from worker.outbound.http import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
 from worker.store.database import Database
@@ -31,7 +32,6 @@ from worker.telemetry import events, logs
 from worker.telemetry.events import emit
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
-from worker.tokens.http import open_client
 from worker.web.access import Access, FindCaller, Operator
 from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections

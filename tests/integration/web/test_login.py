@@ -21,11 +21,11 @@ from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
 from worker.operations.orgs import set_org_state
 from worker.operations.sign_in import make_link
+from worker.outbound.http import open_client
 from worker.providers.profile import load
 from worker.settings.sections import LoginSettings
 from worker.store import tables
 from worker.store.database import Database
-from worker.tokens.http import open_client
 from worker.tokens.issuer import Issuer
 from worker.web.login import LASTS, MOST, Login, basis_of, local_path
 from worker.web.sessions import SESSION_COOKIE

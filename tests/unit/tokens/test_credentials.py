@@ -13,7 +13,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, FakeCredentials
 from worker.errors import ConfigurationError, CredentialsRejected, StoreUnavailable
-from worker.tokens.credentials import Generations, Secret, fault_of_reference, read_reference
+from worker.secret import Secret
+from worker.tokens.credentials import Generations, fault_of_reference, read_reference
 
 pytestmark = pytest.mark.anyio
 

@@ -17,9 +17,10 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, URL, kinde_issuer, profile, rsa_key
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled
 from worker.ids import OrgId
+from worker.outbound.http import open_client
 from worker.providers.profile import load
-from worker.tokens.credentials import Credential, Secret
-from worker.tokens.http import open_client
+from worker.secret import Secret
+from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
 

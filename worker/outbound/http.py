@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from worker.clock import Clock
-from worker.tokens.strict_json import Malformed, loads
+from worker.outbound.strict_json import Malformed, loads
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
