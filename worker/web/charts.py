@@ -78,7 +78,8 @@ def bars(
 ) -> Markup:
     """Stacked bars, one per label; `ticks` are the shorter texts below some bars ("" for none).
 
-    `links` make the labels of the table links.
+    `links` lead from each bar and from the label of its row in the table. Those of the bars are for
+    pointers only: a keyboard and a screen reader find the same links in the table.
     """
     totals = [sum(layer.values[at] for layer in series) for at in range(len(labels))]
     # Half of it is a whole number, too.
@@ -115,7 +116,8 @@ def bars(
         if totals[at]
     ]
     legend = [(layer.name, layer.kind) for layer in series if any(layer.values)]
-    return _figure(title, about, height, drawn, legend, ["", *(layer.name for layer in series)], rows)
+    heads = ["", *(layer.name for layer in series)]
+    return _figure(title, about, height, drawn, legend, heads, rows, over=_targets(links, totals, labels))
 
 
 def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
@@ -240,6 +242,7 @@ def _figure(
     legend: Sequence[tuple[str, str]],
     heads: Sequence[str],
     rows: Sequence[Sequence[str | Markup]],
+    over: str | Markup = "",
 ) -> Markup:
     """The drawing with its name and description, a legend, and the data as a table."""
     nothing = Markup("")
@@ -278,9 +281,10 @@ def _figure(
         else nothing
     )
     return Markup(
-        '<figure class="chart"><svg role="img" aria-label="{}" width="100%" height="{}"><title>{}</title>'
-        '<desc>{}</desc><defs>{}</defs>{}</svg><figcaption><ul class="legend">{}</ul></figcaption>{}</figure>'
-    ).format(f"{title}: {about}", height, title, about, hatches, nothing.join(drawn), keys, table)
+        '<figure class="chart"><div class="plot"><svg role="img" aria-label="{}" width="100%" height="{}">'
+        "<title>{}</title><desc>{}</desc><defs>{}</defs>{}</svg>{}</div><figcaption>"
+        '<ul class="legend">{}</ul></figcaption>{}</figure>'
+    ).format(f"{title}: {about}", height, title, about, hatches, nothing.join(drawn), over, keys, table)
 
 
 def _block(title: str, kind: str, place: str, about: str) -> Markup:
@@ -317,6 +321,19 @@ def _tick(x: float, y: int, text: str, anchor: str = "middle", *, is_minor: bool
 
 def _linked(text: str, href: str) -> str | Markup:
     return Markup('<a href="{}">{}</a>').format(href, text) if href else text
+
+
+def _targets(links: Sequence[str] | None, totals: Sequence[float], labels: Sequence[str]) -> Markup:
+    """A link over each bar; places are the grid's, since the pages allow no inline style."""
+    if not links or not any(totals):
+        return Markup()
+    each = Markup().join(
+        Markup('<a href="{}" tabindex="-1" title="{}: {}"></a>').format(href, label, _number(total))
+        if total
+        else Markup("<span></span>")
+        for href, total, label in zip(links, totals, labels, strict=True)
+    )
+    return Markup('<div class="bar-links" aria-hidden="true">{}</div>').format(each)
 
 
 def _class(kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from worker.runs.run import NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists import failures, inventory, morning
+from worker.store.lists.due import timings_for_all_orgs
 from worker.store.lists.grid import Grid, grid
 
 DAY, HOUR = timedelta(days=1), timedelta(hours=1)
@@ -52,8 +54,10 @@ def test_failures_are_counted_by_cause_and_a_retried_one_is_no_longer_open(datab
     first, second = stock.org(), stock.org()
     one, other = stock.definition(first), stock.definition(second)
     full = [end(stock, first, one), end(stock, first, one), end(stock, second, other)]
-    for run in full:
+    for number, run in enumerate(full, 1):
         blame(stock, run, 'OSError: "disk" <n> is full')
+        error = {"type": "OSError", "message": f'"disk" {number} is full'}
+        stock.change(tables.attempts, run, error=error)
     gone = end(stock, second, other)
     retry(stock, full[2])
 
@@ -65,6 +69,8 @@ def test_failures_are_counted_by_cause_and_a_retried_one_is_no_longer_open(datab
     with database.autocommit() as connection:
         found, more = failures.by_cause_for_all_orgs(connection, "failed", database.now(connection) - DAY)
     assert (found[0]["run"], found[1]["run"], more) == (full[2], gone, False)
+    # The newest error as it was; without one the cause.
+    assert (found[0]["message"], found[1]["message"]) == ('OSError: "disk" 3 is full', "error")
 
 
 def test_a_retry_that_failed_stands_for_the_run_that_it_retried(database: Database, stock: Stock):
@@ -159,22 +165,36 @@ def test_what_is_broken_is_counted_with_examples(database: Database, stock: Stoc
     assert [row["client_id"] for row in (*every, *rest)] == ["client-0", "client-1"]
 
 
-def test_hours_are_counted_by_state_and_by_what_is_due(database: Database, stock: Stock):
+def test_ended_runs_are_counted_by_hour_and_state(database: Database, stock: Stock):
     org = stock.org()
     definition = stock.definition(org)
     end(stock, org, definition)
     end(stock, org, definition, "succeeded")
-    now = stock.now()
-    hour = now.replace(minute=0, second=0, microsecond=0)
-    for ahead in (HOUR, HOUR, 3 * HOUR, 40 * HOUR):
-        stock.definition(org, due_at=hour + ahead + timedelta(minutes=59))
+    hour = stock.now().replace(minute=0, second=0, microsecond=0)
 
     with database.autocommit() as connection:
         ended = morning.ended_by_hour_for_all_orgs(connection, hour - HOUR, hour + HOUR)
-        due = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
     assert sum(ended.values()) == 2
     assert {state for _, state in ended} == {"failed", "succeeded"}
-    assert due == {hour + HOUR: 2, hour + 3 * HOUR: 1}
+
+
+def test_timings_are_counted_page_by_page_in_the_zone_of_definition_or_org(database: Database, stock: Stock):
+    org, abroad, now = stock.org(), stock.org(), stock.now()
+    stock.change(tables.orgs, abroad, timezone="Asia/Tokyo")
+    hourly = {"handler": "acme.note", "schedule": "0 * * * *"}
+    for _ in range(2):
+        stock.definition(org, due_at=now + HOUR, spec=hourly)
+    stock.definition(abroad, due_at=now + HOUR, spec=hourly)
+    stock.definition(abroad, due_at=now + HOUR, spec={**hourly, "timezone": "UTC"})
+    stock.definition(org, due_at=now + 2 * DAY, spec=hourly)
+    stock.definition(org, spec={"handler": "acme.note"})
+
+    with database.autocommit() as connection:
+        first = timings_for_all_orgs(connection, now + DAY, None, 2)
+        rest = timings_for_all_orgs(connection, now + DAY, first.last, 20)
+    counted = Counter(first.counted) + Counter(rest.counted)
+    assert rest.last is None
+    assert {timing.timezone: number for timing, number in counted.items()} == {"UTC": 3, "Asia/Tokyo": 1}
 
 
 def seen(database: Database, org: OrgId) -> Grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, TypedDict, cast
 
@@ -22,7 +23,8 @@ _ends, _runs, _attempts, _orgs = tables.run_ends, tables.runs, tables.attempts, 
 class Cause(TypedDict):
     """Failures with the same error, numbers and quoted texts aside.
 
-    `open_runs` are those without a retry, in `open_orgs` orgs; `run` is the newest one.
+    `open_runs` are those without a retry, in `open_orgs` orgs; `run` is the newest one, and `message` its
+    error as it was.
     """
 
     state: str
@@ -35,6 +37,7 @@ class Cause(TypedDict):
     first_at: datetime
     last_at: datetime
     run: str
+    message: str
 
 
 def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -> tuple[list[Cause], bool]:
@@ -84,9 +87,30 @@ def by_cause_for_all_orgs(connection: Connection, state: str, since: datetime) -
         .order_by(open_runs.desc(), rows.desc(), each.c.cause)
         .limit(CAUSES)
     )
-    found = cast(list[Cause], all_rows(connection, query))
+    rows_found = all_rows(connection, query)
+    messages = _messages(connection, [row["run"] for row in rows_found])
+    found = cast(
+        list[Cause],
+        [{**row, "message": messages.get(str(row["run"])) or row["cause"]} for row in rows_found],
+    )
     size = connection.execute(select(func.count()).select_from(newest)).scalar_one() if found else 0
     return found, size == MOST
+
+
+def _messages(connection: Connection, runs: Sequence[str]) -> dict[str, str]:
+    """The error of each run's last attempt, if it has one."""
+    if not runs:
+        return {}
+    query = (
+        select(_runs.c.id, _attempts.c.error)
+        .join(_attempts, (_attempts.c.run_id == _runs.c.id) & (_attempts.c.attempt == _runs.c.attempt))
+        .where(_runs.c.id.in_(runs), _attempts.c.error.is_not(None))
+        .limit(CAUSES)
+    )
+    return {
+        str(row["id"]): f"{row['error'].get('type', 'error')}: {row['error'].get('message', '')}"
+        for row in all_rows(connection, query)
+    }
 
 
 def _cause() -> ColumnElement[Any]:

@@ -1,28 +1,25 @@
-"""What needs attention over all orgs, and what ended and comes due by hour; every query is bounded."""
+"""What needs attention over all orgs, and what ended by hour; every query is bounded."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypedDict, cast
 
-from sqlalchemy import ColumnElement, Connection, Text, func, literal_column, select
-from sqlalchemy import cast as sql_cast
+from sqlalchemy import ColumnElement, Connection, func, literal_column, select
 
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, is_postgresql
+from worker.store.dialect import Row, all_rows
 
 # Rows that are counted; a count that reaches this means "at least".
 MOST = 10_000
 # Rows that are listed as examples.
 SHOWN = 5
-# Scheduled times that the chart of the next day counts.
-MOST_DUE = 20_000
 
 _live, _orgs, _definitions = tables.live_runs, tables.orgs, tables.definitions
 _credentials, _catalogue, _workers = tables.credentials, tables.catalogue, tables.workers
-_schedule, _hours = tables.schedule, tables.rollup_hours
+_hours = tables.rollup_hours
 
 
 class Waiting(TypedDict):
@@ -168,27 +165,3 @@ def ended_by_hour_for_all_orgs(
         .limit(hours * len(tables.FINAL_STATES))
     )
     return {(row["hour"], row["state"]): int(row["runs"]) for row in all_rows(connection, query)}
-
-
-def due_by_hour_for_all_orgs(connection: Connection, start: datetime, end: datetime) -> dict[datetime, int]:
-    """Definitions by the hour of their next run in [start, end), up to MOST_DUE of them.
-
-    Only the next scheduled time of each definition is stored, so one that runs twice counts once.
-    """
-    at = _schedule.c.next_fire_at
-    some = select(at).where(at >= start, at < end).order_by(at).limit(MOST_DUE).subquery()
-    hour = _hour_of(connection, some.c.next_fire_at)
-    count = func.count()
-    hours = round((end - start) / timedelta(hours=1)) + 1
-    query = select(hour.label("hour"), count.label("definitions")).group_by(hour).limit(hours)
-    return {
-        datetime.strptime(row["hour"], "%Y-%m-%dT%H").replace(tzinfo=UTC): row["definitions"]
-        for row in all_rows(connection, query)
-    }
-
-
-def _hour_of(connection: Connection, at: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The hour of a time as text, in UTC."""
-    if is_postgresql(connection):
-        return func.to_char(func.timezone("UTC", at), 'YYYY-MM-DD"T"HH24')
-    return func.substr(sql_cast(at, Text), 1, 13)

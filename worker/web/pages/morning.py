@@ -14,17 +14,15 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.clock import Clock
 from worker.store.health import oldest_unfired
 from worker.store.lists import failures, morning
 from worker.store.lists.failures import Cause
 from worker.web.charts import Series, bars
 from worker.web.pages.base import Pages, caller_of, query
+from worker.web.pages.due import HOUR, HOURS, MOST_DEFINITIONS, Due, DueByHour, hour_of
 from worker.web.pages.rendering import took
 
-DAY, HOUR = timedelta(days=1), timedelta(hours=1)
-# Seconds for which a count is kept.
-MINUTE = 60.0
+DAY = timedelta(days=1)
 # A run that could have started so long ago waits for more than a free slot.
 LONG_WAIT = timedelta(minutes=15)
 # A scheduled time is overdue after this.
@@ -48,6 +46,15 @@ _WAITS = {
 }
 
 
+# What the error of a token request says about its issuer; the pauses among them.
+_PAUSES = ("issuer_paused", "issuer_unavailable", "throttled")
+_NO_TOKEN = {
+    "issuer_paused": "Issuer {} is paused: it does not respond",
+    "issuer_unavailable": "Issuer {} does not respond",
+    "throttled": "Issuer {} is paused: it throttles token requests",
+    "credentials_rejected": "Issuer {} rejects credentials",
+}
+
 _LEVELS = ("bad", "warn", "quiet")
 
 
@@ -66,7 +73,7 @@ class MorningPage:
     def __init__(self, pages: Pages) -> None:
         self._pages = pages
         self._hours = EndedByHour()
-        self._due = DueByHour(pages.clock)
+        self._due = DueByHour(pages.database, pages.clock)
 
     def routes(self) -> Sequence[Route]:
         return (Route("/", self._morning),)
@@ -77,15 +84,16 @@ class MorningPage:
         if caller.org is not None:
             return RedirectResponse(f"/orgs/{quote(caller.org, safe='')}", 303)
         now = self._pages.clock.now()
+        due = await self._due.read(caller)
 
         def work(connection: Connection) -> dict[str, Any]:
             ended = self._hours.read(connection, now)
-            due = self._due.read(connection, now)
             return {
                 "matters": matters(connection, now, is_admin=caller.role == "admin"),
                 "running": morning.running_for_all_orgs(connection),
                 "ended": _ended_chart(ended),
                 "due": _due_chart(due, now),
+                "due_of": MOST_DEFINITIONS if due.is_part else None,
                 "totals": _totals(ended),
             }
 
@@ -100,7 +108,7 @@ class EndedByHour:
 
     def read(self, connection: Connection, now: datetime) -> Mapping[datetime, Mapping[str, int]]:
         """The last 24 hours, the current one included."""
-        last = _hour(now)
+        last = hour_of(now)
         hours = [last - HOUR * back for back in reversed(range(24))]
         kept = self._kept
         # A worker may write the outcomes of the previous hour late.
@@ -113,22 +121,6 @@ class EndedByHour:
         # Replaced as a whole: pages are made in several threads.
         self._kept = {hour: found.get(hour, kept.get(hour, {})) for hour in hours}
         return self._kept
-
-
-class DueByHour:
-    """Definitions by the hour of their next run, counted once a minute for all viewers."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._kept: tuple[float, Mapping[datetime, int]] | None = None
-
-    def read(self, connection: Connection, now: datetime) -> Mapping[datetime, int]:
-        """The next 24 hours, the current one included."""
-        kept = self._kept
-        if kept is None or self._clock.monotonic() >= kept[0]:
-            counted = morning.due_by_hour_for_all_orgs(connection, now, now + DAY)
-            kept = self._kept = self._clock.monotonic() + MINUTE, counted
-        return kept[1]
 
 
 def matters(connection: Connection, now: datetime, *, is_admin: bool) -> list[Matter]:
@@ -181,7 +173,7 @@ def _of_causes(connection: Connection, state: str, now: datetime) -> Iterator[Ma
         also = f", {retried} more were retried" if retried else ""
         yield Matter(
             "bad",
-            cause["cause"],
+            cause["message"],
             f"{_count(cause['open_runs'], 'run')} {state} in {_count(cause['open_orgs'], 'org')}{also}. "
             f"Last: {cause['last_at']:%H:%M} UTC.",
             search_path(cause_text(cause)),
@@ -202,11 +194,13 @@ def _of_tokens(connection: Connection, *, is_admin: bool) -> Iterator[Matter]:
         href, link = ("/credentials", "Credentials") if is_admin else ("/orgs?broken=true", "Orgs")
         yield Matter("bad", title, orgs, href, link)
     for (issuer, code), runs in morning.without_token_for_all_orgs(connection).items():
-        what = f"Issuer {issuer} is paused" if "paused" in code or "unavailable" in code else "No token"
+        what = _NO_TOKEN.get(code, "No token from issuer {}").format(issuer)
+        # Each worker pauses an issuer for itself, in memory: the waiting runs are the common record.
+        own = " Each worker pauses the issuer for itself; these runs say why they wait." * (code in _PAUSES)
         yield Matter(
             "warn",
-            f"{what}: {code}",
-            f"{_count(runs, 'run')} of issuer {issuer} wait for a token.",
+            f"{what} ({code})",
+            f"{_count(runs, 'run')} of its orgs wait for a token.{own}",
             search_path("state:waiting reason:no_token"),
             "Runs",
         )
@@ -245,15 +239,31 @@ def _ended_chart(ended: Mapping[datetime, Mapping[str, int]]) -> Markup:
         Series(state, state, [by_state.get(state, 0) for by_state in ended.values()]) for state in _ENDED
     ]
     labels, ticks = _axis(ended)
-    return bars(series, labels, title="Runs that ended, by hour (UTC)", ticks=ticks)
-
-
-def _due_chart(due: Mapping[datetime, int], now: datetime) -> Markup:
-    hours = [_hour(now) + HOUR * ahead for ahead in range(25)]
-    labels, ticks = _axis(hours)
-    counts = [due.get(hour, 0) for hour in hours]
     return bars(
-        [Series("definitions", "due", counts)], labels, title="Definitions due, by hour (UTC)", ticks=ticks
+        series,
+        labels,
+        title="Runs that ended, by hour (UTC)",
+        ticks=ticks,
+        links=[hour_path(hour, by_state) for hour, by_state in ended.items()],
+    )
+
+
+def hour_path(hour: datetime, by_state: Mapping[str, int]) -> str:
+    """The search for the runs made in an hour, of those that failed or were refused if there are any."""
+    harmed = [state for state in ("failed", "refused") if by_state.get(state)]
+    states = f"state:{','.join(harmed)} " if harmed else ""
+    return search_path(f"{states}since:{hour:%Y-%m-%dT%H:%M} until:{hour + HOUR:%Y-%m-%dT%H:%M}")
+
+
+def _due_chart(due: Due, now: datetime) -> Markup:
+    hours = [hour_of(now) + HOUR * ahead for ahead in range(HOURS)]
+    labels, ticks = _axis(hours)
+    counts = [due.by_hour.get(hour, 0) for hour in hours]
+    return bars(
+        [Series("due", "due", counts)],
+        labels,
+        title="Scheduled times that come due, by hour (UTC)",
+        ticks=ticks,
     )
 
 
@@ -267,10 +277,6 @@ def _axis(hours: Iterable[datetime]) -> tuple[list[str], list[str]]:
 def _totals(ended: Mapping[datetime, Mapping[str, int]]) -> dict[str, int]:
     """Runs of the last day by final state."""
     return {state: sum(by_state.get(state, 0) for by_state in ended.values()) for state in _ENDED}
-
-
-def _hour(at: datetime) -> datetime:
-    return at.replace(minute=0, second=0, microsecond=0)
 
 
 def search_path(text: str) -> str:
