@@ -54,7 +54,7 @@ ORG = "org_7"
 SEARCHES = (
     *("acme", "acme 7", "org:org_7", "state:failed", "state:failed,refused since:1d", "handler:http.request"),
     *('cause:"OSError: disk"', "org:org_7 state:failed", "definition:d3 state:failed", "state:waiting"),
-    "definition:rare state:refused",
+    *("definition:rare state:refused", "77 state:failed", "acme definition:d3 state:failed cause:disk"),
 )
 
 

@@ -321,4 +321,5 @@ def _retryable(which: Retryable, until: datetime, after: Row | None) -> _Parts:
 def retry_of(connection: Connection, org_id: OrgId, run_id: RunId) -> RunId | None:
     """The newest run that retries this one, if there is one."""
     retries = select(_runs.c.id).where(_runs.c.org_id == org_id, _runs.c.retry_of == run_id)
-    return connection.execute(retries.order_by(_runs.c.id.desc()).limit(1)).scalar_one_or_none()
+    # By id, SQLite would look through all runs of the org.
+    return connection.execute(retries.order_by(_runs.c.created_at.desc()).limit(1)).scalar_one_or_none()

@@ -57,16 +57,24 @@ def site(apply, database, rows):
                 self.fail_with(run, cause)
             return run
 
-        def fail_with(self, run, cause):
+        def fail_with(self, run, cause, attempt=1):
             [row] = [row for row in rows.runs if row["id"] == run]
             at = rows.now()
             with database.transaction() as connection:
                 connection.execute(
                     insert(tables.attempts).values(
-                        run_id=run, attempt=1, org_id=row["org_id"], worker_id=new_id(), fencing_token=1,
-                        handler="acme.plain", started_at=at, ended_at=at, outcome="failed", error_cause=cause,
+                        run_id=run,
+                        attempt=attempt,
+                        org_id=row["org_id"],
+                        worker_id=new_id(),
+                        fencing_token=1,
+                        handler="acme.plain",
+                        started_at=at,
+                        ended_at=at,
+                        outcome="failed",
+                        error_cause=cause,
                     )
-                )  # fmt: skip
+                )
 
         def find(self, text, scope=ALL_ORGS, **page):
             with database.acting(roles.ALL_ORGS).autocommit() as connection:
@@ -172,15 +180,16 @@ def test_a_wrong_word_is_told_what_is_near(site):
     assert site.near("org:mullr zzz") == [Suggestion("zzz", []), Suggestion("mullr", ["muller"])]
 
 
-@pytest.mark.parametrize("window", [1, 3, 1000])
-def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypatch, window):
-    monkeypatch.setattr(search_module, "WINDOW", window)
-    monkeypatch.setattr(search_module, "AMONG", window)
+@pytest.mark.parametrize(("window", "few"), [(1, 20), (3, 20), (1000, 20), (3, 0)])
+def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypatch, window, few):
     monkeypatch.setattr(search_module, "WINDOWS", (window, window, window))
+    monkeypatch.setattr(search_module, "FEW", few)
+    monkeypatch.setattr(search_module, "FEW_CAUSES", few)
     states = itertools.cycle(("failed", "succeeded", None))
     made = [site.run(org, state=next(states)) for org in (*ORGS, *ORGS, *ORGS)]
     for run in made:
         site.fail_with(run, "Error: x")
+        site.fail_with(run, "Other: x", attempt=2)
     wanted = {
         "": made,
         "state:failed": made[::3],
@@ -189,6 +198,9 @@ def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypat
         "acme state:failed": made[::3],
         "org:org_beta state:waiting": [],
         "cause:x": made,
+        "cause:error": made,
+        "acme cause:x state:failed": made[::3],
+        "definition:digest state:failed,refused": made[::3],
     }
 
     for text, runs in wanted.items():

@@ -15,16 +15,18 @@ from sqlalchemy import (
     Connection,
     FromClause,
     Select,
+    Text,
     and_,
     exists,
-    false,
     func,
     literal,
+    literal_column,
     or_,
     select,
     text,
     union_all,
 )
+from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, highest_id, lowest_id
 from worker.search import Query, folded, ids_of, near
@@ -34,21 +36,14 @@ from worker.store.lists import DEFAULT_LIMIT, Org, Page, Run, columns_of
 from worker.store.lists import runs as run_lists
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
-WINDOW = 10_000
-WINDOWS = (500, WINDOW, WINDOW)
-# Runs that are looked up one by one, from an index without their columns.
-AMONG = 2_500
-# Matching orgs whose runs are read org by org; with more, the newest runs of all orgs are read.
-FEW_ORGS = 20
+WINDOWS = (500, 2_000, 5_000)
+# Matching orgs or definitions whose runs are read one by one; with more, the newest runs of all are read.
+FEW = 20
 # Different causes that are compared, and used.
 CAUSES = 2_000
 FEW_CAUSES = 50
 # Words compared for a suggestion.
 NEAR = 3_000
-
-# Ended runs in a rare state of which the newest by id are examined.
-ENDS = 50_000
-RARE = frozenset({"failed", "refused", "cancelled", "skipped"})
 
 _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends, tables.attempts
 _orgs, _words, _definitions = tables.orgs, tables.org_words, tables.definitions
@@ -56,6 +51,8 @@ _EXAMINED = tuple(
     _runs.c[name]
     for name in ("id", "org_id", "definition_id", "handler", "origin", "state", "reason", "created_at")
 )
+# As the indexes say it: with a parameter, SQLite would not use one.
+_IS_RARE = _ends.c.state != literal_column("'succeeded'")
 # Each step is one look into the index, however many attempts have the same cause.
 _ALL_CAUSES = text("""
 WITH RECURSIVE causes (cause) AS (
@@ -124,7 +121,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     org_id = orgs.scope_of(connection, scope)
     statement = select(*(_orgs.c[name] for name in columns_of(Org)))
     few = _few_orgs(connection, org_id, query)
-    if few is not None and len(few) <= FEW_ORGS:
+    if few is not None and len(few) <= FEW:
         statement = statement.where(_orgs.c.id.in_(few))
     else:
         statement = statement.where(*orgs_that_match(connection, org_id, query, _orgs.c.id))
@@ -215,7 +212,19 @@ def _few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> l
         longest = max([*query.words, *(query.org or "").split()], key=len)
         conditions = orgs_that_match(connection, scope, query, _words.c.org_id)
         statement = select(_words.c.org_id).distinct().where(_begins(longest), *conditions)
-    return [OrgId(id_) for id_ in connection.execute(statement.limit(FEW_ORGS + 1)).scalars()]
+    return [OrgId(id_) for id_ in connection.execute(statement.limit(FEW + 1)).scalars()]
+
+
+class _Source(NamedTuple):
+    """Ids that an index has in their order: those of a table's rows that meet a condition."""
+
+    id: ColumnElement[Any]
+    conditions: tuple[Condition, ...] = ()
+
+    @property
+    def is_of_runs(self) -> bool:
+        """Whether its rows have the columns that are examined."""
+        return self.id is _runs.c.id
 
 
 class _Search:
@@ -225,15 +234,12 @@ class _Search:
         self, connection: Connection, scope: OrgId | AllOrgs, query: Query, page: Page, limit: int
     ) -> None:
         states = frozenset(page.states) & query.states if query.states else frozenset(page.states)
-        self.is_empty = bool(page.states) and not states
         since = max(filter(None, (query.since, page.since)), default=None)
-        self.query = replace(query, states=states or query.states, since=since)
-        self.connection, self.scope, self.limit = connection, scope, limit
-        self.definition = None if page.definition is None else Query(definition=page.definition)
-        self.after = page.after
-        # Where the ids of a word are, and the orgs that match if they are few.
-        self.span: tuple[str, str] | None = None
-        self.of_orgs: list[OrgId] | None = None
+        definition = query.definition or page.definition
+        self.is_empty = (bool(page.states) and not states) or page.definition not in (None, definition)
+        # What is left to compare: the sources have only runs that match the rest.
+        self.query = replace(query, states=states or query.states, since=since, definition=definition)
+        self.connection, self.scope, self.limit, self.after = connection, scope, limit, page.after
         # Where the search stopped, if it did before the end.
         self.stopped: RunId | None = None
 
@@ -242,134 +248,109 @@ class _Search:
         return ids[-1] if len(ids) == self.limit else self.stopped
 
     def ids(self) -> list[RunId]:
-        """The ids of the page."""
-        if self.is_empty:
-            return []
-        self._take_id()
-        org_ids = _few_orgs(self.connection, self.scope, self.query)
-        if org_ids is not None and not org_ids:
-            return []
-        self.of_orgs = None if org_ids is None or len(org_ids) > FEW_ORGS else org_ids
-        if self.of_orgs is None or self.span is not None:
-            found, self.stopped = self._of_many()
-        else:
-            found, self.stopped = self._by_org(self.of_orgs)
+        """The ids of the page: of the newest runs of all sources together, those that match."""
+        sources = [] if self.is_empty else self._sources()
+        found: list[RunId] = []
+        after = None if self.after is None else RunId(self.after)
+        for window in WINDOWS if sources else ():
+            each = max(window // len(sources), self.limit)
+            stop = self._stop_of(sources, after, each)
+            run = self._examined(sources, after, each).c
+            matching = select(run.id).distinct().where(*self._that_match(run))
+            if stop is not None:
+                matching = matching.where(run.id >= stop)
+            found += self._ids(matching.order_by(run.id.desc()).limit(self.limit - len(found)))
+            if len(found) == self.limit or stop is None:
+                return found
+            after = stop
+        self.stopped = after if sources else None
         return found
 
-    def _take_id(self) -> None:
-        """Take a word that begins a run's id as that; it is then no longer a word of an org."""
+    def _sources(self) -> list[_Source]:
+        """Where the runs that match are, in the index that leaves out most others; no longer in the query."""
+        query = self.query
+        if (span := self._take_id()) is not None:
+            return [_Source(_runs.c.id, (_runs.c.id.between(*span),))]
+        org_ids = _few_orgs(self.connection, self.scope, query)
+        if org_ids is not None and len(org_ids) <= FEW:
+            self.query = replace(query, words=(), org=None)
+            return [_Source(_runs.c.id, (_runs.c.org_id == org_id,)) for org_id in org_ids]
+        if query.definition is not None and (named := self._few_definitions(query.definition)) is not None:
+            self.query = replace(query, definition=None)
+            return [_Source(_runs.c.id, (_runs.c.definition_id == id_,)) for id_ in named]
+        if query.cause is not None and (causes := self._few_causes(query.cause)) is not None:
+            self.query = replace(query, cause=None)
+            return [_Source(_attempts.c.run_id, (_attempts.c.error_cause == cause,)) for cause in causes]
+        if not query.states or "succeeded" in query.states:
+            return [_Source(_runs.c.id)]
+        self.query = replace(query, states=frozenset())
+        ended = query.states & set(tables.FINAL_STATES)
+        sources = [_Source(_ends.c.run_id, (_ends.c.state == state, _IS_RARE)) for state in sorted(ended)]
+        if kept := _kept(query.states):
+            sources.append(_Source(_live.c.id, (_live.c.state.in_(kept),)))
+        return sources
+
+    def _take_id(self) -> tuple[str, str] | None:
+        """The first and last id of a word that begins a run's id; it is then no longer a word of an org."""
         for word in self.query.words:
             if (span := ids_of(word)) is None:
                 continue
             some = select(_runs.c.id).where(_runs.c.id.between(*span))
             if self._ids(_in_scope(some, _runs.c.org_id, self.scope).limit(1)):
                 words = tuple(other for other in self.query.words if other != word)
-                self.query, self.span = replace(self.query, words=words), span
-                return
+                self.query = replace(self.query, words=words)
+                return span
+        return None
 
-    def _by_org(self, org_ids: Sequence[OrgId]) -> tuple[list[RunId], RunId | None]:
-        """The newest runs of a few orgs."""
-        most = max(WINDOW // len(org_ids), self.limit)
-        windows = [min(window, most) for window in WINDOWS]
-        parts = [self._scan([_runs.c.org_id == org_id], windows) for org_id in org_ids]
-        # Below the place where the first of them stopped, runs of that org can be missing.
-        stopped = max((stop for _, stop in parts if stop is not None), default=None)
-        found = sorted((id_ for ids, _ in parts for id_ in ids), reverse=True)
-        return [id_ for id_ in found if stopped is None or id_ >= stopped][: self.limit], stopped
+    def _few_definitions(self, name: str) -> list[str] | None:
+        """The ids of the definitions with this name; None if they are many."""
+        named = select(_definitions.c.id).where(_definitions.c.name == name)
+        ids = self.connection.execute(_in_scope(named, _definitions.c.org_id, self.scope).limit(FEW + 1))
+        found = list(ids.scalars())
+        return found if len(found) <= FEW else None
 
-    def _of_many(self) -> tuple[list[RunId], RunId | None]:
-        """The newest runs of many orgs, or of all."""
-        query = self.query
-        if query.states and query.states <= tables.UNFINISHED.keys():
-            live = select(_live.c.id).where(_live.c.state.in_(_kept(query.states)))
-            return self._among(live.where(*self._bounds(_live.c.id, self.after)))
-        within = [] if self.span is None else [_runs.c.id.between(*self.span)]
-        by_cause = query.cause is not None and isinstance(self.scope, AllOrgs)
-        is_rare = bool(query.states) and query.states <= RARE
-        if within or not (by_cause or is_rare):
-            return self._scan(within, WINDOWS)
-        found, stopped = self._scan(within, WINDOWS[:1])
-        if stopped is None:
-            return found, None
-        if query.cause is not None and by_cause:
-            return self._among(self._with_cause(query.cause))
-        ended = select(_ends.c.run_id.label("id")).where(
-            _ends.c.state.in_(query.states), *self._bounds(_ends.c.run_id, self.after)
-        )
-        if query.since is not None:
-            ended = ended.where(_ends.c.finished_at >= query.since)
-        return self._among(ended.order_by(_ends.c.finished_at.desc()).limit(ENDS))
+    def _few_causes(self, text: str) -> list[str] | None:
+        """The causes that contain the text; None if they are many, or too many to look at them all."""
+        every = self.connection.execute(_ALL_CAUSES, {"limit": CAUSES}).scalars().all()
+        causes = [cause for cause in every if folded(text) in folded(cause)]
+        return causes if len(every) < CAUSES and len(causes) <= FEW_CAUSES else None
 
-    def _scan(self, within: Sequence[Condition], windows: Sequence[int]) -> tuple[list[RunId], RunId | None]:
-        """The newest runs that match, and where the search stopped if it did not reach the end.
-
-        The conditions `within` come with an index in the order of ids.
-        """
-        found: list[RunId] = []
-        after = None if self.after is None else RunId(self.after)
-        for window in windows:
-            some = select(*_EXAMINED).where(*within, *self._bounds(_runs.c.id, after))
-            part = some.order_by(_runs.c.id.desc()).limit(window).subquery("part")
-            matching = select(part.c.id).where(*self._that_match(part.c))
-            found += self._ids(matching.order_by(part.c.id.desc()).limit(self.limit - len(found)))
-            if len(found) == self.limit:
-                return found, None
-            size, after = self._end_of(part)
-            if size < window:
-                return found, None
-        return found, after
-
-    def _among(self, source: Select[Any]) -> tuple[list[RunId], RunId | None]:
-        """As `_scan`, among the runs whose ids `source` selects: the newest by id are examined."""
-        some = source.subquery("some")
-        part = select(some.c.id).distinct().order_by(some.c.id.desc()).limit(AMONG).subquery("part")
-        # A limit keeps the planner from looking for the other conditions first.
-        rows = select(*_EXAMINED).join(part, part.c.id == _runs.c.id)
-        run = rows.order_by(_runs.c.id.desc()).limit(AMONG).subquery("run").c
-        matching = select(run.id).where(*self._that_match(run))
-        found = self._ids(matching.order_by(run.id.desc()).limit(self.limit))
-        if len(found) == self.limit:
-            return found, None
-        size, last = self._end_of(part)
-        return found, last if size == AMONG else None
-
-    def _with_cause(self, text: str) -> Select[Any]:
-        """The newest attempts of the causes that contain the text."""
-        causes = [
-            cause
-            for cause in self.connection.execute(_ALL_CAUSES, {"limit": CAUSES}).scalars()
-            if folded(text) in folded(cause)
-        ][:FEW_CAUSES]
+    def _newest(
+        self, sources: Sequence[_Source], after: RunId | None, each: int, *columns: Any
+    ) -> FromClause:
+        """The newest ids of each source, with its number, or with `columns` of its rows."""
         parts = [
-            select(_attempts.c.run_id.label("id"))
-            .where(_attempts.c.error_cause == cause, *self._bounds(_attempts.c.run_id, self.after))
-            .order_by(_attempts.c.ended_at.desc())
-            .limit(max(WINDOW // len(causes), self.limit))
-            .subquery()
-            for cause in causes
+            select(source.id.label("id"), *(columns or (literal_column(str(number)).label("number"),)))
+            .where(*source.conditions, *self._bounds(source.id, after))
+            .order_by(source.id.desc())
+            .limit(each)
+            for number, source in enumerate(sources)
         ]
-        if not parts:
-            return select(_attempts.c.run_id.label("id")).where(false())
-        return select(union_all(*(select(part.c.id) for part in parts)).subquery("newest").c.id)
+        if len(parts) == 1:
+            return parts[0].subquery("newest")
+        return union_all(*(part.subquery().select() for part in parts)).subquery("newest")
 
-    def _end_of(self, part: FromClause) -> tuple[int, RunId | None]:
-        """The number of runs that were examined, and the last of them."""
-        size = self.connection.execute(select(func.count()).select_from(part)).scalar_one()
-        last = select(part.c.id).order_by(part.c.id).limit(1)
-        return size, self.connection.execute(last).scalar()
+    def _stop_of(self, sources: Sequence[_Source], after: RunId | None, each: int) -> RunId | None:
+        """The last id above which no source has more than `each`; None if they all have less."""
+        newest = self._newest(sources, after, each).c
+        # PostgreSQL has no min(uuid) before version 18.
+        last = func.min(sql_cast(newest.id, Text))
+        stops = select(last).group_by(newest.number).having(func.count() == each)
+        return next(iter(self._ids(stops.order_by(last.desc()).limit(1))), None)
+
+    def _examined(self, sources: Sequence[_Source], after: RunId | None, each: int) -> FromClause:
+        """The columns of the newest runs of each source."""
+        if sources[0].is_of_runs:
+            return self._newest(sources, after, each, *_EXAMINED[1:])
+        newest = self._newest(sources, after, each)
+        rows = select(*_EXAMINED).join(newest, newest.c.id == _runs.c.id)
+        # A limit keeps the planner from looking for the other conditions first.
+        return rows.order_by(_runs.c.id.desc()).limit(each * len(sources)).subquery("run")
 
     def _that_match(self, run: Any) -> list[Condition]:
-        """What the query and the page say of the columns of a run."""
-        found = conditions(self.scope, self.query, run)
-        if self.definition is not None:
-            found += conditions(self.scope, self.definition, run)
-        if self.span is not None:
-            found.append(run.id.between(*self.span))
-        if self.of_orgs is not None:
-            found.append(run.org_id.in_(self.of_orgs))
-        else:
-            found += orgs_that_match(self.connection, self.scope, self.query, run.org_id)
-        return found
+        """What the rest of the query says of the columns of a run."""
+        of_org = orgs_that_match(self.connection, self.scope, self.query, run.org_id)
+        return [*conditions(self.scope, self.query, run), *of_org]
 
     def _ids(self, statement: Select[Any]) -> list[RunId]:
         return [RunId(id_) for id_ in self.connection.execute(statement).scalars()]
@@ -402,8 +383,9 @@ def conditions(scope: OrgId | AllOrgs, query: Query, run: Any) -> list[Condition
     if query.reason is not None:
         found.append(or_(run.reason == query.reason, _is_live(run, _unended.c.reason == query.reason)))
     if query.states:
-        ended = run.state.in_(query.states & set(tables.FINAL_STATES))
-        found.append(or_(ended, _is_live(run, _unended.c.state.in_(_kept(query.states)))))
+        ended, kept = query.states & set(tables.FINAL_STATES), _kept(query.states)
+        each = [run.state.in_(ended)] if ended else []
+        found.append(or_(*each, *([_is_live(run, _unended.c.state.in_(kept))] if kept else [])))
     if query.cause is not None:
         cause = func.lower(_tried.c.error_cause).contains(query.cause.lower(), autoescape=True)
         found.append(_is_any(_tried.c.run_id == run.id, _tried.c.org_id == run.org_id, cause))
