@@ -111,16 +111,19 @@ def add_list(
 
 
 def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: Page, rows: int) -> list[str]:
-    """For a search that found few rows: the words that no org has, and where it stopped."""
-    if page.query is None or rows == page.limit:
+    """For a search that found few rows: the words and names that are unknown, and where it stopped."""
+    is_listed = page.query is None and (page.definition is None or listing.name == "definitions")
+    if is_listed or rows == page.limit:
         return []
+    from worker.search import Query
     from worker.store.lists import search
 
     hints = []
-    for wrong in search.suggestions(connection, scope, page.query) if not rows else ():
+    query = page.query or Query(definition=page.definition)
+    for wrong in search.suggestions(connection, scope, query) if not rows else ():
         near = f"; did you mean {' or '.join(wrong.near)}?" if wrong.near else ""
-        hints.append(f"no org has a word that begins with {wrong.word!r}{near}")
-    if listing.name == "runs" and not hints:
+        hints.append(f"{wrong.what}{near}")
+    if listing.name == "runs" and page.query is not None and not hints:
         stopped = search.page_of(connection, scope, page.query, page).next
         if stopped is not None:
             hints.append(f"only the newest runs were searched: --after {stopped} continues")

@@ -46,6 +46,8 @@ def test_a_wrong_word_and_a_wrong_key_are_told_what_is_near(cli: CommandLine, ru
         in cli("runs", "list", "-q", "acne").err
     )
     assert "did you mean acme?" in cli("orgs", "list", "acne").err
+    for option in (("--definition", "tck"), ("-q", "definition:tck")):
+        assert "there is no definition 'tck'; did you mean tick?" in cli("runs", "list", *option).err
 
     for arguments, fix in (
         (("runs", "list", "-q", "sate:failed"), "did you mean state?"),

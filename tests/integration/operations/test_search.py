@@ -145,7 +145,7 @@ def test_each_key_narrows_the_runs(site, database, rows):
     }
 
 
-def test_an_org_finds_only_its_own_runs_and_words(site):
+def test_an_org_finds_only_its_own_runs_and_words(site, apply):
     mine, other = site.run(cause="Error: x"), site.run("org_beta", cause="Error: x")
 
     for text in ("", "cause:error", "state:waiting", other, "müller", "org:org_beta"):
@@ -154,6 +154,9 @@ def test_an_org_finds_only_its_own_runs_and_words(site):
     assert (site.find("acme", "org_acme"), site.find("müller", "org_acme")) == ([mine], [])
     assert site.orgs("", "org_acme") == ["org_acme"]
     assert site.near("mulle gmbx", "org_acme") == [Suggestion("mulle", []), Suggestion("gmbx", ["gmbh"])]
+    apply(FILE.format(code="org_beta", name="Beta").replace('"export"', '"payroll"'))
+    assert site.near("definition:payrol") == [Suggestion("payrol", ["payroll"], "definition")]
+    assert site.near("definition:payroll", "org_acme") == [Suggestion("payroll", [], "definition")]
     with pytest.raises(NotFound):
         site.find("", "org_nobody")
 
@@ -177,6 +180,8 @@ def test_words_begin_in_name_or_code_and_follow_a_new_name(site, database, apply
 def test_a_wrong_word_is_told_what_is_near(site):
     assert site.near("acne") == [Suggestion("acne", ["acme"])]
     assert site.near("acm state:failed org:gmbh") == []
+    assert site.near("definition:digst state:failed") == [Suggestion("digst", ["digest"], "definition")]
+    assert site.near("definition:digest") == []
     assert site.near("org:mullr zzz") == [Suggestion("zzz", []), Suggestion("mullr", ["muller"])]
 
 

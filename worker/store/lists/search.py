@@ -34,6 +34,7 @@ from worker.store import failing, orgs, tables
 from worker.store.dialect import all_rows
 from worker.store.lists import DEFAULT_LIMIT, Org, Page, Run, columns_of
 from worker.store.lists import runs as run_lists
+from worker.store.names import around
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
 WINDOWS = (500, 2_000, 5_000)
@@ -80,10 +81,18 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A word that no org's name or code has, and the nearest words that some org has."""
+    """A word that no org's name or code has, or the unknown name of a `kind`; and the nearest known ones."""
 
     word: str
     near: list[str]
+    kind: str = "org"
+
+    @property
+    def what(self) -> str:
+        """What is wrong, as the beginning of a sentence."""
+        if self.kind == "org":
+            return f"no org has a word that begins with {self.word!r}"
+        return f"there is no {self.kind} {self.word!r}"
 
 
 def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[Run]:
@@ -138,7 +147,7 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
 
 
 def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[Suggestion]:
-    """The words of the query that no visible org has, each with the nearest known ones.
+    """The query's words that no visible org has, and its unknown names; each with the nearest known ones.
 
     Raises:
         NotFound: there is no org of the scope.
@@ -146,7 +155,26 @@ def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[S
     org_id = orgs.scope_of(connection, scope)
     wanted = [*query.words, *(query.org or "").split()]
     wrong = [word for word in wanted if ids_of(word) is None and not _is_known(connection, org_id, word)]
-    return [Suggestion(word, _near(connection, org_id, folded(word))) for word in wrong]
+    found = [Suggestion(word, _near(connection, org_id, folded(word))) for word in wrong]
+    if query.definition is not None:
+        found += _of_definition(connection, org_id, query.definition)
+    if query.handler is not None:
+        known = connection.execute(select(tables.catalogue.c.name).distinct().limit(NEAR)).scalars().all()
+        # Before a worker has reported its handlers, none is known.
+        if known and query.handler not in known:
+            found.append(Suggestion(query.handler, near(query.handler, known), "handler"))
+    return found
+
+
+def _of_definition(connection: Connection, scope: OrgId | AllOrgs, name: str) -> list[Suggestion]:
+    names = _in_scope(select(_definitions.c.name), _definitions.c.org_id, scope)
+    if connection.execute(names.where(_definitions.c.name == name).limit(1)).first() is not None:
+        return []
+    if isinstance(scope, AllOrgs):
+        known = around(connection, "definition", name)
+    else:
+        known = iter(connection.execute(names.limit(NEAR)).scalars())
+    return [Suggestion(name, near(name, known), "definition")]
 
 
 def _is_known(connection: Connection, scope: OrgId | AllOrgs, word: str) -> bool:

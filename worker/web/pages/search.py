@@ -57,9 +57,10 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     """The orgs and runs of a query; near words if there are none."""
     scope, after = caller.scope(), given.get("after")
     has_words = bool(wanted.words or wanted.org)
+    has_names = has_words or bool(wanted.definition or wanted.handler)
     orgs = search.orgs_of(connection, scope, wanted, Page(limit=MOST_ORGS)) if has_words and not after else []
     found = search.page_of(connection, scope, wanted, Page(limit=ROWS, after=after))
-    near = search.suggestions(connection, scope, wanted) if has_words and not (orgs or found.runs) else []
+    near = search.suggestions(connection, scope, wanted) if has_names and not (orgs or found.runs) else []
     text = given.get("q", "")
     following = [] if found.next is None else [{"id": found.next}]
     return {
@@ -68,7 +69,7 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
         # The search may have stopped before the page was full.
         "next": next_page("/search", given, following, limit=1),
         "near": [
-            (each.word, [(word, search_path(text.replace(each.word, word, 1))) for word in each.near])
+            (each.what, [(word, search_path(text.replace(each.word, word, 1))) for word in each.near])
             for each in near
         ],
         "is_retriable": bool(wanted.states) and wanted.states <= {"failed", "refused", "cancelled"},
