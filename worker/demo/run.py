@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -193,25 +194,46 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     database = Database.open(f"sqlite:///{installation.database}", clock=clock)
     link = make_link(database, "demo", at=clock.now())
     database.close()
-    say(f"the console is at http://{listen}/")
-    say(f"log in once, within ten minutes: http://{listen}{link}")
-    say(f"or with the token {token}, or as a person of the provider")
     say("$ python -m worker run")
-    print_line("time", "org", "definition", "state", "reason", "detail")
     started = clock.monotonic()
     ends_at = None if seconds is None else started + seconds
     worker = installation.start_worker()
     stack.callback(end_worker, worker)
+    # The link works as soon as it is seen.
+    while not stop.is_set() and not answers(listen):
+        wait_for(worker, stop, installation.log)
+    print(flush=True)
+    say(f"OPEN THIS in a browser: http://{listen}{link}")
+    say("It logs in once, within ten minutes, on this machine: what went wrong last night, why, what to do.")
+    say(f"Later: http://{listen}/ with the token {token}, or as a person of the provider.")
+    say("Ctrl-C ends the demo.")
+    print(flush=True)
+    print_line("time", "org", "definition", "state", "reason", "detail")
     narrator = Narrator(journal, clock, started)
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):
         narrator.narrate()
-        if worker.poll() is not None:
-            raise DemoFailed(f"the worker ended with {worker.returncode}\n{tail(installation.log)}")
-        stop.wait(POLL)
+        wait_for(worker, stop, installation.log)
     say("stopping: the worker drains")
     end_worker(worker)
     narrator.narrate()
     narrator.sum_up()
+
+
+def wait_for(worker: subprocess.Popen[bytes], stop: threading.Event, log: Path) -> None:
+    """Wait a moment; raises DemoFailed if the worker has ended."""
+    if worker.poll() is not None:
+        raise DemoFailed(f"the worker ended with {worker.returncode}\n{tail(log)}")
+    stop.wait(POLL)
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at this address of this machine."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def end_worker(worker: subprocess.Popen[bytes]) -> None:
