@@ -93,10 +93,7 @@ def add_list(
             found = read(connection, listing, scope, page)
             hints = _hints(connection, listing, scope, page, len(found))
         rows = cast(list[Row], found)
-        if output is Format.TABLE and cells:
-            computed = [{name: cell(row) for name, cell in cells.items()} for row in found]
-            rows = [{**row, **more} for row, more in zip(rows, computed, strict=True)]
-        print_rows(rows, output, columns=listing.table, limit=page.limit, titles=titles)
+        print_rows(rows, output, columns=listing.table, limit=page.limit, titles=titles, cells=cells)
         for hint in hints:
             say(hint)
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -40,18 +40,20 @@ def print_rows(
     key: str = "id",
     limit: int | None = None,
     titles: bool = False,
+    cells: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> None:
     """Print a list. A table has only `columns`, JSON every key. For a full page, mention --after.
 
     A table fits the terminal, with its states in colour. With `titles` the names of its columns
-    are in capitals.
+    are in capitals. `cells` computes columns of the table from a row.
     """
     if output is not Format.TABLE:
         _print_for_programs(list(rows), rows, output, key)
     elif not rows:
         say("none")
     else:
-        for line in _table(rows, columns, width=terminal_width(), colour=has_colour(), titles=titles):
+        shown = [{**row, **{name: cell(row) for name, cell in (cells or {}).items()}} for row in rows]
+        for line in _table(shown, columns, width=terminal_width(), colour=has_colour(), titles=titles):
             print(line)
         if limit is not None and len(rows) == limit:
             say(f"there may be more: --after {rows[-1][key]}")

@@ -202,12 +202,12 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     # The link works as soon as it is seen.
     while not stop.is_set() and not answers(listen):
         wait_for(worker, stop, installation.log)
-    print(flush=True)
+    say("")
     say(f"OPEN THIS in a browser: http://{listen}{link}")
     say("It logs in once, within ten minutes, on this machine: what went wrong last night, why, what to do.")
     say(f"Later: http://{listen}/ with the token {token}, or as a person of the provider.")
     say("Ctrl-C ends the demo.")
-    print(flush=True)
+    say("")
     print_line("time", "org", "definition", "state", "reason", "detail")
     narrator = Narrator(journal, clock, started)
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):

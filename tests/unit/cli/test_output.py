@@ -65,9 +65,12 @@ def test_an_empty_list_is_an_empty_array_and_for_people_a_word_on_stderr(
 
 
 def test_a_full_page_says_how_to_go_on(capsys: pytest.CaptureFixture[str]):
-    print_rows(RUNS, Format.TABLE, columns=COLUMNS, limit=2)
+    # With the whole id, even if the table has a part of it.
+    print_rows(RUNS, Format.TABLE, columns=COLUMNS, limit=2, cells={"id": lambda row: f"short {row['id']}"})
 
-    assert capsys.readouterr().err == "there may be more: --after 1\n"
+    printed = capsys.readouterr()
+    assert printed.err == "there may be more: --after 1\n"
+    assert "short 2" in printed.out
 
 
 def test_one_thing_is_an_object_in_json_and_a_line_a_key_for_people(capsys: pytest.CaptureFixture[str]):
