@@ -6,7 +6,7 @@ from docs.generate.tables import code, table
 from worker.web.api import ENDPOINTS, LIST_ENDPOINTS
 from worker.web.api.endpoints import Endpoint
 
-_PLACES = {"{run}": "ID", "{org}": "ORG", "{name}": "NAME"}
+_PLACES = {"{run}": "ID", "{org}": "ORG", "{name}": "NAME", "{generation}": "GENERATION"}
 
 
 def endpoints() -> str:

@@ -96,22 +96,19 @@ def retire_credential(
     """
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
-        found = credentials.find(connection, row["id"], generation)
-        if found is None:
+        if not credentials.has_generation(connection, row["id"], generation):
             raise NotFound(
                 f"org {org} has no credential of generation {generation}",
                 fix=f"`credentials list {org}` lists them",
             )
         at = database.now(connection)
-        has_secret = found["sealed"] is not None or found["reference"] is not None
         retired = credentials.retire(connection, row["id"], generation, at=at)
-        if not retired and not (now and has_secret):
+        destroyed = now and credentials.destroy_one(connection, row["id"], generation)
+        if not (retired or destroyed):
             raise Conflict(
                 f"generation {generation} of org {org} is retired already",
                 fix=f"`credentials list {org} --state active` lists those that are not",
             )
-        if now:
-            credentials.destroy_one(connection, row["id"], generation)
         entry = audit.Entry(row["id"], "credential.retire", f"{org} {generation}", {"now": now})
         audit.record(connection, [entry], at=at, actor=actor)
         rows = read(connection, CREDENTIALS, org)

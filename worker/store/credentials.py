@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, func, insert, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, chunks
 
 _credentials = tables.credentials
 
@@ -59,12 +59,12 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
     return found
 
 
-def find(connection: Connection, org_id: OrgId, generation: int) -> Row | None:
-    """One generation of the org's credentials."""
-    query = select(_credentials).where(
+def has_generation(connection: Connection, org_id: OrgId, generation: int) -> bool:
+    """Whether the org ever had a credential of this generation."""
+    query = select(_credentials.c.id).where(
         _credentials.c.org_id == org_id, _credentials.c.generation == generation
     )
-    return first_row(connection, query)
+    return connection.execute(query).first() is not None
 
 
 def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
@@ -81,13 +81,15 @@ def retire(connection: Connection, org_id: OrgId, generation: int, *, at: dateti
     return retired.rowcount == 1
 
 
-def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> None:
-    """Delete the secret of one generation."""
-    connection.execute(
+def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> bool:
+    """Delete the secret of one generation; False if it has none."""
+    has_secret = or_(_credentials.c.sealed.is_not(None), _credentials.c.reference.is_not(None))
+    destroyed = connection.execute(
         update(_credentials)
-        .where(_credentials.c.org_id == org_id, _credentials.c.generation == generation)
+        .where(_credentials.c.org_id == org_id, _credentials.c.generation == generation, has_secret)
         .values(sealed=None, reference=None, key_id=None)
     )
+    return destroyed.rowcount == 1
 
 
 def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:

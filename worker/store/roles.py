@@ -1,7 +1,7 @@
 """Roles on PostgreSQL: their rights, and the rows that they see.
 
-Row-level security protects every table with org data (migrations 0001 and 0005): a session sees the rows of
-the org in `app.org`, or none if that is not set. Only the owner and members of `orgworker_worker` and
+Row-level security protects every table with org data (migrations 0001, 0005 and 0010): a session sees the
+rows of the org in `app.org`, or none if that is not set. Only the owner and members of `orgworker_worker` and
 `orgworker_operator` see all rows.
 
 The web side runs every statement in `orgworker_web` for an org, with `app.org` set, or in
@@ -84,8 +84,11 @@ _WRITES: Mapping[str, Sequence[str]] = {
     # For SELECT FOR UPDATE.
     "orgs": ("UPDATE (updated_at)",),
 }
-# For operators they also edit and backfill definitions.
+# For operators they also edit and backfill definitions, pause orgs, and add and retire credentials.
 _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
+    "orgs": ("UPDATE (state, state_by, state_at, state_note, templates_seen)",),
+    # A secret comes in, sealed, and never goes out.
+    "credentials": ("INSERT", "UPDATE (state, retired_at)"),
     "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
     "definition_revisions": ("INSERT",),
     "backfills": (

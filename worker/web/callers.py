@@ -6,23 +6,41 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 
-from worker.errors import AccessDenied, NotFound
+from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
 from worker.operations import bulk
 from worker.operations.backfill import backfill, planned_backfill
+from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition, pause_definition, resume_definition
+from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
 from worker.search import Query
 from worker.store import roles
 from worker.store.database import Database
 from worker.store.edit_runs import Cancellable, Retryable
-from worker.store.lists import MAX_LIMIT, Backfill, Bulk, BulkRow, DefinitionDetail, PlannedBackfill, Run
+from worker.store.lists import (
+    MAX_LIMIT,
+    Backfill,
+    Bulk,
+    BulkRow,
+    CredentialRow,
+    DefinitionDetail,
+    OrgDetail,
+    PlannedBackfill,
+    Run,
+)
 from worker.store.lists.redaction import Row, redacted
 
+if TYPE_CHECKING:
+    from worker.tokens.sealing import KeyRing
+
+# Opens the key ring; None in a process that has none.
+OpenRing = Callable[[], "KeyRing | None"]
 # Runs that one step of a bulk change takes.
 STEP = 20
 T = TypeVar("T")
@@ -35,8 +53,18 @@ Kind = Literal["operator", "org", "person", "link"]
 
 # What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
 # only, and `[web.portal] may` says which of BY_ORGS a manager may do.
-Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill"]
+Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "credentials"]
+BY_ADMINS: frozenset[Action] = frozenset({"credentials"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
+
+
+def no_ring() -> None:
+    """The key ring of a process that has none."""
+
+
+def _role_for(action: Action) -> Role:
+    """The least role of an operator that may do this."""
+    return "admin" if action in BY_ADMINS else "operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +115,7 @@ class Caller:
             return False
         if self.role == "manager":
             return action in self.portal
-        return RANK[self.role] >= RANK["operator"]
+        return RANK[self.role] >= RANK[_role_for(action)]
 
     def require_may(self, action: Action) -> None:
         """Raise AccessDenied unless the caller may change this, of an org that it sees."""
@@ -98,7 +126,7 @@ class Caller:
                 f"your role in {self.org} is {self.role}, which may not do this ({action})",
                 fix="ask the people who run this service",
             )
-        self.require("operator")
+        self.require(_role_for(action))
         raise AccessDenied(
             f"only an operator may do this, not {self.actor}", fix="ask the operator of this worker"
         )
@@ -126,17 +154,27 @@ class CallerDatabase:
     On PostgreSQL the server then limits an org to its own rows and hides secrets from
     operators. SQLite has no roles: there each store function is given the org. `inline` and
     `insecure_origins` are those of the settings: what an edited definition is checked against.
+    `open_ring` opens the key ring that seals new secrets, if this process may have one, and
+    `secrets_dir` is the folder that holds secrets in files.
 
     Each change raises as its operation, AccessDenied if the caller may not do it, and
     NotFound for what belongs to another org. A `reason` is kept in the audit row.
     """
 
     def __init__(
-        self, database: Database, *, inline: Collection[str] = (), insecure_origins: Collection[str] = ()
+        self,
+        database: Database,
+        *,
+        inline: Collection[str] = (),
+        insecure_origins: Collection[str] = (),
+        open_ring: OpenRing = no_ring,
+        secrets_dir: Path | None = None,
     ) -> None:
         self._database = database
         self._inline = inline
         self._insecure_origins = insecure_origins
+        self._open_ring = open_ring
+        self._secrets_dir = secrets_dir
 
     async def read(self, caller: Caller, work: Callable[[Connection], T]) -> T:
         """Run `work` in a database thread, in autocommit mode so that SQLite's writers do not wait."""
@@ -190,6 +228,47 @@ class CallerDatabase:
     async def resume(self, caller: Caller, org: str, name: str) -> DefinitionDetail:
         """Resume a paused definition."""
         return await self._change_of(caller, "pause", resume_definition, org, name)
+
+    async def pause_org(self, caller: Caller, org: str, *, note: str | None = None) -> OrgDetail:
+        """Pause an org: none of its runs fires or starts."""
+        return await self._change_of(caller, "pause_org", set_org_state, org, "paused", note=note)
+
+    async def resume_org(self, caller: Caller, org: str, *, note: str | None = None) -> OrgDetail:
+        """Resume a paused or suspended org from now on."""
+        return await self._change_of(caller, "pause_org", set_org_state, org, "active", note=note)
+
+    async def add_credential(
+        self,
+        caller: Caller,
+        org: str,
+        *,
+        client_id: str,
+        secret: str | None = None,
+        reference: str | None = None,
+        kind: str = "client_secret",
+    ) -> CredentialRow:
+        """Add a generation of an org's credentials: a secret, sealed here, or the name of its file."""
+        what = {"client_id": client_id, "secret": secret, "reference": reference, "kind": kind}
+        return await self._change_of(caller, "credentials", self._add_credential, org, **what)
+
+    def _add_credential(
+        self, database: Database, org: str, *, secret: str | None, actor: str, **what: Any
+    ) -> CredentialRow:
+        # Opened each time: its keys may have changed.
+        ring = None if secret is None else self._open_ring()
+        if secret is not None and ring is None:
+            raise Conflict(
+                "this process has no key ring to seal a secret",
+                fix="send it to a worker's own port (`[web] listen` of `python -m worker run`), or use "
+                "`credentials add` where the key ring is",
+            )
+        return add_credential(
+            database, ring, org, secret=secret, secrets_dir=self._secrets_dir, actor=actor, **what
+        )
+
+    async def retire_credential(self, caller: Caller, org: str, generation: int) -> CredentialRow:
+        """Retire a generation, so that no token is requested with it."""
+        return await self._change_of(caller, "credentials", retire_credential, org, generation)
 
     async def edit(
         self,

@@ -8,6 +8,7 @@ import errno
 import functools
 import socket
 from collections.abc import AsyncIterator, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -20,7 +21,7 @@ from worker.store.database import Database
 from worker.telemetry.events import emit
 from worker.web.access import Access
 from worker.web.api import Api
-from worker.web.callers import CallerDatabase
+from worker.web.callers import CallerDatabase, OpenRing, no_ring
 from worker.web.compression import Compression
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health
@@ -109,15 +110,23 @@ def build(
     login: Login | None = None,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
+    open_ring: OpenRing = no_ring,
+    secrets_dir: Path | None = None,
 ) -> ASGIApp:
     """The application; browsers reach it at `public_url`, and people log in by `login`.
 
-    Without `with_health`, health has a listener of its own. `inline` and `insecure_origins`
-    are those of the settings, for edited definitions.
+    Without `with_health`, health has a listener of its own. The rest is what `CallerDatabase`
+    needs for changes.
     """
     health.protect(access)
     sessions, forms = Sessions(database, clock), Forms(public_url, access.addresses)
-    caller_database = CallerDatabase(database, inline=inline, insecure_origins=insecure_origins)
+    caller_database = CallerDatabase(
+        database,
+        inline=inline,
+        insecure_origins=insecure_origins,
+        open_ring=open_ring,
+        secrets_dir=secrets_dir,
+    )
     live = Live(caller_database, clock, health.draining)
     console = Console(caller_database, clock, access, sessions, forms, login=login)
     routes = [

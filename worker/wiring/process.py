@@ -48,7 +48,7 @@ from worker.telemetry.vitals import Notifier, Vitals
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.web.health import Health
-from worker.wiring import open_keyring
+from worker.wiring import find_keyring, open_keyring
 from worker.wiring.catalogue import CatalogueReader
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.monitoring import monitoring, traces_of
@@ -90,7 +90,7 @@ def run(settings: Settings) -> int:
         with database.autocommit() as connection:
             schema.check(connection)
         health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
-        web = Web(settings, clock, health)
+        web = Web(settings, clock, health, open_ring=partial(find_keyring, settings))
         web.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, str(settings.keyring_file))

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from importlib.metadata import version
 from ipaddress import ip_address
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -33,6 +34,7 @@ from worker.telemetry.events import emit
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier
 from worker.web.access import Access, FindCaller, Operator
+from worker.web.callers import OpenRing, no_ring
 from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections
 from worker.web.health import Health
@@ -53,14 +55,17 @@ def metrics_of(settings: Settings, *, version: str) -> Metrics:
 
 
 class Web:
-    """Health, metrics, API and dashboard of one process."""
+    """Health, metrics, API and dashboard of one process; `open_ring` if it may have the key ring."""
 
-    def __init__(self, settings: Settings, clock: Clock, health: Health) -> None:
+    def __init__(
+        self, settings: Settings, clock: Clock, health: Health, *, open_ring: OpenRing = no_ring
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._listener: socket.socket | None = None
         self._health_listener: socket.socket | None = None
         self._health = health
+        self._open_ring = open_ring
 
     def bind(self, *, required: bool = False) -> None:
         """Bind the addresses, before the worker starts anything else.
@@ -156,6 +161,8 @@ class Web:
             login=login,
             inline=self._settings.execution.inline,
             insecure_origins=self._settings.execution.insecure_origins,
+            open_ring=self._open_ring,
+            secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
         )
 
     def _login(self, client: httpx.AsyncClient) -> Login | None:

@@ -49,8 +49,10 @@ WRITES = {
     "skips": ("INSERT", "UPDATE count skipped_until"),
     "orgs": ("UPDATE updated_at",),
 }
-# For operators it also edits and backfills definitions.
+# For operators it also edits and backfills definitions, pauses orgs, and adds and retires credentials.
 OPERATOR_WRITES = WRITES | {
+    "orgs": ("UPDATE state state_at state_by state_note templates_seen updated_at",),
+    "credentials": ("INSERT", "UPDATE retired_at state"),
     "definitions": (
         "UPDATE closed_at consecutive_failures enabled pause_note paused_at paused_by revision template_id "
         "template_revision updated_at",
@@ -180,27 +182,64 @@ def test_with_an_org_set_the_web_role_writes_its_rows_only(logins, owners):
                     insert(web, table, other)
 
 
-@pytest.mark.parametrize("name", ["runs", "live_runs"])
-def test_an_org_makes_no_run_of_anothers_definition(logins, owners, name: str):
+# What of another org a row must not name.
+REFERS = {
+    "runs": ("definition",),
+    "live_runs": ("definition", "run"),
+    "schedule": ("definition",),
+    "skips": ("definition",),
+    "run_ends": ("definition", "run"),
+    "checkpoints": ("run",),
+}
+
+
+@pytest.mark.parametrize("name", REFERS)
+def test_an_org_writes_no_row_of_anothers_definition_or_run(logins, owners, name: str):
     mine, other = owners
     table = tables.metadata.tables[name]
     with acting(logins["serve"], of(mine)) as web:
-        for thing in ("definition",) if name == "runs" else ("definition", "run"):
-            mixed = Owner(
-                **{"org": mine.org, "definition": mine.definition, "run": mine.run}
-                | {thing: getattr(other, thing)}
-            )
+        for mixed in mixed_with(other, mine, name):
             with pytest.raises(ProgrammingError, match="violates row-level security"):
                 insert(web, table, mixed)
-        # With nothing of another's in it, it is only there already.
-        with pytest.raises(DBAPIError, match="duplicate key"):
+        if name in ("skips", "run_ends"):
+            # Its key has an id or a time of its own.
             insert(web, table, mine)
+        else:
+            # With nothing of another's in it, it is only there already.
+            with pytest.raises(DBAPIError, match="duplicate key"):
+                insert(web, table, mine)
+
+
+@pytest.mark.parametrize("name", REFERS)
+def test_without_the_check_an_org_would_write_such_a_row(logins, owners, name: str):
+    mine, other = owners
+    table = tables.metadata.tables[name]
+    with acting(logins["owner"]) as owner:
+        org = "NULLIF(current_setting('app.org', true), '')::uuid"
+        owner.execute(text(f"ALTER POLICY one_org ON {name} WITH CHECK (org_id = {org})"))
+        # As if that definition had no scheduled time yet, and no other row of that key.
+        owner.execute(table.delete())
+        owner.commit()
+
+    with acting(logins["serve"], of(mine)) as web:
+        for mixed in mixed_with(other, mine, name):
+            nested = web.begin_nested()
+            insert(web, table, mixed)
+            assert count(web, name) == 1
+            nested.rollback()
+
+
+def mixed_with(other: Owner, mine: Owner, name: str) -> Iterator[Owner]:
+    """An org's row of this table that names something of another's, for each such thing."""
+    for thing in REFERS[name]:
+        own = {"org": mine.org, "definition": mine.definition, "run": mine.run}
+        yield Owner(**own | {thing: getattr(other, thing)})
 
 
 @pytest.mark.usefixtures("migrated")
 def test_for_a_worker_and_an_owner_the_policies_are_planned_away(logins):
     """Each run that is fired or ends goes through these tables: nothing may be asked for each row."""
-    for name in ("runs", "live_runs", "checkpoints"):
+    for name in REFERS:
         for login, scope in (("worker", None), ("owner", None), ("serve", of(Owner()))):
             with acting(logins[login], scope) as connection:
                 assert asks_each_row(connection, name) == (login == "serve"), (login, name)

@@ -23,7 +23,7 @@ from worker.store.database import Database
 from worker.store.orgs import OrgCaller
 from worker.telemetry.metrics import Metrics
 from worker.web.access import Access, Operator
-from worker.web.callers import Role
+from worker.web.callers import OpenRing, Role, no_ring
 from worker.web.clients import Addresses
 from worker.web.health import Health
 from worker.web.login import Login
@@ -86,6 +86,8 @@ class Site:
         self.portal: tuple[str, ...] = ("run", "pause", "retry")
         self.top_orgs = 0
         self.guard = Guard(kinde_issuer(), client=self.issuer.client(), clock=clock)
+        # As `serve`: without a key ring.
+        self.open_ring: OpenRing = no_ring
 
     def token(self, code: str, **claims: Any) -> str:
         return self.issuer.token(self.apps[code], **claims)
@@ -111,7 +113,15 @@ class Site:
             portal=self.portal,
         )
         health = Health(Metrics(version="1.0", top_orgs=self.top_orgs))
-        app = build(health, self.database, access, self.clock, public_url=self.public_url, login=self.login)
+        app = build(
+            health,
+            self.database,
+            access,
+            self.clock,
+            public_url=self.public_url,
+            login=self.login,
+            open_ring=self.open_ring,
+        )
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         transport = httpx.ASGITransport(app, client=(address, 40000), raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url=base, headers=headers)

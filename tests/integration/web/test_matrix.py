@@ -85,7 +85,17 @@ LOGIN_RULES = "the hash of the rules of [web.login]"
 PORTAL = ("run", "retry")
 NUMBERS = itertools.count(1)
 # What a request may change.
-CHANGED = ("runs", "live_runs", "checkpoints", "audit", "definitions", "schedule", "rollup_days", "run_logs")
+CHANGED = (
+    "runs",
+    "live_runs",
+    "checkpoints",
+    "audit",
+    "definitions",
+    "schedule",
+    "rollup_days",
+    "run_logs",
+    "credentials",
+)
 # How each of these is read, and the place of its org.
 READ = [
     (
@@ -173,6 +183,11 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/runs:retry"): Rule("api_bulk", role="operator"),
     ("POST", f"{API}/runs:cancel"): Rule("api_bulk", role="operator"),
     ("GET", f"{API}/orgs/{{org}}"): Rule("own_org"),
+    # Each pause is undone by the next rule.
+    ("POST", f"{API}/orgs/{{org}}/pause"): replace(BY_STAFF, status=200),
+    ("POST", f"{API}/orgs/{{org}}/resume"): replace(BY_STAFF, status=200),
+    ("POST", f"{API}/credentials/{{org}}"): replace(BY_STAFF, role="admin", status=201),
+    ("POST", f"{API}/credentials/{{org}}/{{generation}}/retire"): replace(BY_STAFF, role="admin", status=200),
     ("GET", f"{API}/definitions/{{org}}/{{name}}"): Rule("own_org"),
     ("PATCH", f"{API}/definitions/{{org}}/{{name}}"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/run"): Rule("run_now", role="operator", status=201),
@@ -191,6 +206,8 @@ RULES: Mapping[tuple[str, str], Rule] = {
     **{("GET", f"/{page}"): Rule("page", role="admin") for page in ("credentials", "audit")},
     **{("GET", f"/{page}"): Rule("staff") for page in ("workers", "failures")},
     ("GET", "/orgs/{org}"): Rule("own_org"),
+    ("POST", "/orgs/{org}/pause"): BY_STAFF,
+    ("POST", "/orgs/{org}/resume"): BY_STAFF,
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("GET", "/runs/{run}/log"): Rule("own_run"),
     ("GET", "/runs/{run}/live"): Rule("own_run"),
@@ -309,6 +326,11 @@ class Installation:
     def cancelled(self, org: str) -> str:
         """A new run that has ended, and was not retried yet."""
         return str(cancel(self.admin, self.waiting(org), actor="tester")["id"])
+
+    def new_credential(self, org: str) -> int:
+        """The generation of another credential."""
+        row = add_credential(self.admin, None, org, client_id="m2m-more", actor="tester", reference="absent")
+        return row["generation"]
 
     def callers(self) -> list[Who]:
         org = {role: f"of org_a as {role}" for role in ("viewer", "operator")}
@@ -489,6 +511,8 @@ class Client:
         if ":" in path:
             # Of whatever the caller reaches, which tests/integration/web/test_bulk.py judges.
             return {"q": "state:succeeded" if path.endswith("retry") else "state:running"}
+        if path.startswith(f"{API}/credentials/") and not path.endswith("/retire"):
+            return {"client_id": f"m2m-{next(NUMBERS)}", "reference": "absent"}
         if path.endswith("/backfill"):
             start = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(days=next(NUMBERS))
             return {"from": start.isoformat(), "until": (start + timedelta(days=1)).isoformat()}
@@ -542,9 +566,10 @@ class Matrix:
             run = self.made.waiting(target)
         elif path.endswith("/retry"):
             run = self.made.cancelled(target)
-        elif path.endswith("/resume"):
+        elif path.endswith("/{name}/resume"):
             pause_definition(self.made.admin, target, "digest", actor="tester")
-        url = path.format(run=run, org=target, name="digest", code="x")
+        generation = self.made.new_credential(target) if path.endswith("/retire") else 0
+        url = path.format(run=run, org=target, name="digest", code="x", generation=generation)
         if rule.kind == "bulk":
             url += f"?q={NOTHING}" if method == "GET" else ""
         if rule.kind == "list":
@@ -555,7 +580,7 @@ class Matrix:
         if session and not page and rule.kind != "open":
             # A cookie opens pages, never the API.
             wanted = 401
-        is_prepared = path.endswith(("/cancel", "/retry", "/resume"))
+        is_prepared = path.endswith(("/cancel", "/retry", "/resume", "/retire"))
         before = (self.known if self.known and not is_prepared else self.made.state()) if writes else None
         answer = await client.ask(method, url, session=session)
         called = f"{method} {path} of {target}{' in a session' if session else ''}"
@@ -647,7 +672,9 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
                     run = runs[target].pop() if path.endswith("/cancel") else made.ended[target]
                     if not path.startswith(("/login", "/logout")):
                         answer = await client.ask(
-                            method, path.format(run=run, org=target, name="digest", code="x"), session=session
+                            method,
+                            path.format(run=run, org=target, name="digest", code="x", generation=1),
+                            session=session,
                         )
                         done += answer.status_code in (200, 201, 303)
         made.served.close()
@@ -731,7 +758,8 @@ async def test_without_its_roles_the_web_side_serves_nobody_and_tells_operators_
             for method, path in ((m, p) for (m, p), rule in RULES.items() if rule.kind != "document"):
                 if not path.startswith(API):
                     continue
-                url = path.format(run=made.ended["org_a"], org="org_a", name="digest", code="x")
+                names = {"org": "org_a", "name": "digest", "code": "x", "generation": 1}
+                url = path.format(run=made.ended["org_a"], **names)
                 answer = await client.ask(method, url, session=False)
                 if RANK[who.role] < RANK[RULES[method, path].role]:
                     assert answer.status_code in (403, 503), (who.name, path)

@@ -17,6 +17,7 @@ from worker.store.lists import (
     Attempt,
     Backfill,
     Bulk,
+    CredentialRow,
     DefinitionDetail,
     Listing,
     LogLine,
@@ -80,6 +81,8 @@ BOOLEAN: Schema = {"type": "boolean"}
 LIMIT: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}
 UUID: Schema = {"type": "string"}
 TIME: Schema = {"type": "string", "maxLength": 64}
+# Never shown, not even in an error: `body_of` has a check of its own for it.
+SECRET: Schema = {"type": "string", "minLength": 1, "maxLength": 16_384, "writeOnly": True}
 REASON = Field("reason", _text(), "Why; it is kept in the audit.")
 
 # How each filter of a list is written in a query.
@@ -94,6 +97,7 @@ FILTERS: Mapping[str, tuple[Schema, str]] = {
 }
 
 RUN_PATH = "/runs/{run}"
+ORG_PATH = "/orgs/{org}"
 DEFINITION_PATH = "/definitions/{org}/{name}"
 
 
@@ -203,7 +207,50 @@ CANCEL_MANY = Endpoint(
     body=_MANY,
     role="operator",
 )
-ORG = Endpoint("show_org", "GET", "/orgs/{org}", "One org with its credentials, never a secret.", OrgDetail)
+ORG = Endpoint("show_org", "GET", ORG_PATH, "One org with its credentials, never a secret.", OrgDetail)
+PAUSE_ORG = Endpoint(
+    "pause_org",
+    "POST",
+    f"{ORG_PATH}/pause",
+    "Pause an org: no runs fire or start; running ones continue. Only operators.",
+    OrgDetail,
+    body=(Field("note", _text(), "Why; it is shown with the org."),),
+    role="operator",
+)
+RESUME_ORG = Endpoint(
+    "resume_org",
+    "POST",
+    f"{ORG_PATH}/resume",
+    "Resume a paused or suspended org from now on; the times meanwhile are not replayed. Only operators.",
+    OrgDetail,
+    body=(Field("note", _text(), "Why; it is shown with the org."),),
+    role="operator",
+)
+ADD_CREDENTIAL = Endpoint(
+    "add_credential",
+    "POST",
+    "/credentials/{org}",
+    "Add a generation of an org's credentials, which is tried first; the secret is sealed and never shown. "
+    "Give `client_secret` or `reference`. 409 for a secret in a process without the key ring. Only admins.",
+    CredentialRow,
+    status=201,
+    body=(
+        Field("client_id", _text(), "The client id at the issuer.", required=True),
+        Field("client_secret", SECRET, "The secret, or a private key in PEM."),
+        Field("reference", _text(), "Instead of a secret: `file:NAME`, a file in `secrets_dir`."),
+        Field("kind", {"enum": ["client_secret", "private_key"]}, "What it is; `client_secret` by default."),
+    ),
+    role="admin",
+)
+RETIRE_CREDENTIAL = Endpoint(
+    "retire_credential",
+    "POST",
+    "/credentials/{org}/{generation}/retire",
+    "Retire a generation: it gets no more tokens, and workers drop cached ones within 2 s. Only admins.",
+    CredentialRow,
+    body=(),
+    role="admin",
+)
 DEFINITION = Endpoint(
     "show_definition",
     "GET",
@@ -282,7 +329,8 @@ DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type"
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
-    *(ORG, RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
+    *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
+    *(RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
     DOCUMENT,
 )

@@ -14,7 +14,7 @@ from worker.definitions.units import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.handlers.schema import Schema
 from worker.store.lists import MAX_LIMIT
-from worker.web.api.endpoints import BOOLEAN, Endpoint, Field
+from worker.web.api.endpoints import BOOLEAN, SECRET, Endpoint, Field
 from worker.web.callers import Caller
 from worker.web.responses import read_body
 
@@ -67,6 +67,8 @@ async def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     if unknown := sorted(body.keys() - {member.name for member in members}):
         raise UsageError(f"the body has an unknown member {unknown[0]!r:.80}", fix=f"it may have {names}")
     for member in members:
+        if member.schema is SECRET and member.name in body:
+            _check_secret(body[member.name], member.name)
         if member.schema is BOOLEAN and not isinstance(body.get(member.name, False), bool):
             raise UsageError(f"{member.name} must be true or false", fix=fix)
     problem = _schema_of(endpoint).problem(body)
@@ -76,6 +78,15 @@ async def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
         if isinstance(value, str):
             _storable(value, name)
     return body
+
+
+def _check_secret(value: Any, name: str) -> None:
+    """Refuse an invalid secret without quoting it, as the schema's messages would."""
+    if not isinstance(value, str) or not 0 < len(value) <= SECRET["maxLength"]:
+        raise UsageError(
+            f"{name} must be a string of 1 to {SECRET['maxLength']} characters",
+            fix=f'send {{"{name}": "..."}} with the secret that the provider shows',
+        )
 
 
 @cache
@@ -126,7 +137,7 @@ def _storable(value: str, name: str) -> None:
     try:
         fields.check_text(value, name)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error), fix="leave that character out") from None
 
 
 def _no_number(text: str) -> Any:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.definitions.units import parse_time
-from worker.errors import PreconditionFailed
+from worker.errors import NotFound, PreconditionFailed, UsageError
 from worker.operations.runs import require_run
 from worker.search import parsed, states_of
 from worker.store.lists import (
@@ -23,6 +23,7 @@ from worker.store.lists import (
     RUNS,
     Backfill,
     Bulk,
+    CredentialRow,
     DefinitionDetail,
     Listing,
     LogLine,
@@ -44,6 +45,7 @@ from worker.web.callers import Caller, CallerDatabase
 from worker.web.responses import fresh, json_response
 
 Handler = Callable[[Request], Awaitable[Response]]
+_GENERATION = re.compile(r"[0-9]{1,9}")
 _REVISION = re.compile(r'\s*(?:W/)?"(\d{1,9})-[0-9a-f]*"\s*')
 
 
@@ -55,6 +57,10 @@ class Api:
         self._clock = clock
         self._handlers: Mapping[Endpoint, Handler] = {
             endpoints.ORG: self._org,
+            endpoints.PAUSE_ORG: functools.partial(self._move_org, endpoints.PAUSE_ORG),
+            endpoints.RESUME_ORG: functools.partial(self._move_org, endpoints.RESUME_ORG),
+            endpoints.ADD_CREDENTIAL: self._add_credential,
+            endpoints.RETIRE_CREDENTIAL: self._retire_credential,
             endpoints.RUN: self._run,
             endpoints.ATTEMPTS: self._attempts,
             endpoints.LOGS: self._logs,
@@ -104,6 +110,39 @@ class Api:
             return fresh(request, json_response(caller.sees(OrgDetail, lists.org(connection, code))))
 
         return await self._database.read(caller, work)
+
+    async def _move_org(self, endpoint: Endpoint, request: Request) -> Response:
+        body, caller = await body_of(request, endpoint), caller_of(request)
+        move = self._database.pause_org if endpoint is endpoints.PAUSE_ORG else self._database.resume_org
+        return json_response(caller.sees(OrgDetail, await move(caller, request.path_params["org"], **body)))
+
+    async def _add_credential(self, request: Request) -> Response:
+        caller, org = caller_of(request), request.path_params["org"]
+        # Before anything is read: only an admin's text reaches the key ring.
+        caller.scope(org)
+        caller.require_may("credentials")
+        query_of(request, (), "a new credential")
+        body = await body_of(request, endpoints.ADD_CREDENTIAL)
+        if ("client_secret" in body) == ("reference" in body):
+            raise UsageError(
+                "the body needs client_secret or reference, one of the two",
+                fix="give the secret, or the name of its file in secrets_dir",
+            )
+        secret = body.pop("client_secret", None)
+        row = await self._database.add_credential(caller, org, secret=secret, **body)
+        return json_response(caller.sees(CredentialRow, row), 201)
+
+    async def _retire_credential(self, request: Request) -> Response:
+        await body_of(request, endpoints.RETIRE_CREDENTIAL)
+        caller, org = caller_of(request), request.path_params["org"]
+        generation = request.path_params["generation"]
+        if not _GENERATION.fullmatch(generation):
+            caller.scope(org)
+            raise NotFound(
+                f"{generation!r:.80} is not a generation", fix="use a number that GET /credentials lists"
+            )
+        row = await self._database.retire_credential(caller, org, int(generation))
+        return json_response(caller.sees(CredentialRow, row))
 
     async def _run(self, request: Request, part: str | None = None) -> Response:
         caller, run = caller_of(request), request.path_params["run"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from datetime import UTC
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 from sqlalchemy import Connection
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from worker.errors import UsageError
+from worker.errors import Conflict, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.search import parsed
 from worker.store import history, orgs
@@ -19,7 +21,8 @@ from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, P
 from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
-from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
+from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
+from worker.web.pages.forms import problem_of, reason_of
 
 # Definitions in the grid, and next times and open waits beside it.
 MOST_DEFINITIONS = 40
@@ -31,7 +34,12 @@ class OrgPages:
         self._pages = pages
 
     def routes(self) -> Sequence[Route]:
-        return (Route("/orgs", self._orgs), Route("/orgs/{org}", self._org))
+        return (
+            Route("/orgs", self._orgs),
+            Route("/orgs/{org}", self._org),
+            Route("/orgs/{org}/pause", functools.partial(self._move, "pause"), methods=["POST"]),
+            Route("/orgs/{org}/resume", functools.partial(self._move, "resume"), methods=["POST"]),
+        )
 
     async def _orgs(self, request: Request) -> Response:
         caller = caller_of(request)
@@ -64,9 +72,25 @@ class OrgPages:
 
         return await self._pages.show(request, "orgs.html", work)
 
+    async def _move(self, verb: Literal["pause", "resume"], request: Request) -> Response:
+        _, form = await self._pages.checked_form(request)
+        code, database = request.path_params["org"], self._pages.database
+        move = database.pause_org if verb == "pause" else database.resume_org
+        try:
+            await move(caller_of(request), code, note=reason_of(form, "note"))
+        except Conflict as error:
+            return await self._page(request, problem=error)
+        return RedirectResponse(f"/orgs/{quote(code, safe='')}", 303)
+
     async def _org(self, request: Request) -> Response:
+        return await self._page(request, query(request, "after").get("after"))
+
+    async def _page(
+        self, request: Request, after: str | None = None, problem: WorkerError | None = None
+    ) -> Response:
+        """The page; after a change that was refused, with its problem."""
         caller, code = caller_of(request), request.path_params["org"]
-        scope, after = caller.scope(code), query(request, "after").get("after")
+        scope = caller.scope(code)
         now = self._pages.clock.now()
 
         def work(connection: Connection) -> dict[str, Any]:
@@ -81,6 +105,8 @@ class OrgPages:
             faults = broken.page_of(connection, Page(limit=SHOWN), code)
             return {
                 "org": caller.sees(OrgDetail, org(connection, code)),
+                "may": allowed(request),
+                **problem_of(problem),
                 "has_more": len(definitions) == MOST_DEFINITIONS,
                 "definitions": [caller.sees(Definition, row) for row in definitions],
                 "due": [caller.sees(Definition, row) for row in due[:SHOWN]],
