@@ -113,7 +113,9 @@ class People:
         wanted = dict(request.query_params)
         if fault := self._fault_of(wanted):
             return HTMLResponse(f"<!doctype html><title>Refused</title><p>{html.escape(fault)}</p>", 400)
-        return HTMLResponse(_page(self._people.values(), wanted), headers={"cache-control": "no-store"})
+        org = wanted.get("org_code")
+        people = [person for person in self._people.values() if org in (None, "", person.org_code)]
+        return HTMLResponse(_page(people, wanted), headers={"cache-control": "no-store"})
 
     async def _choose(self, request: Request) -> Response:
         wanted = dict(parse_qsl((await request.body()).decode("utf-8", "replace"), keep_blank_values=True))

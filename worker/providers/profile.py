@@ -42,7 +42,8 @@ class Profile:
 
     A claim's path is a list of keys, empty if the provider has no such claim. An
     endpoint's path is relative to the issuer's URL; an empty one is discovered.
-    `org_prefix` precedes the org in `aud` if no other claim names the org.
+    `org_prefix` precedes the org in `aud` if no other claim names the org. `login_org` is the
+    claim of a person's ID token with a list of orgs, where that is another one than `org`.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Profile:
     ask_scopes: bool = True
     parameters: Mapping[str, str] = field(default_factory=dict)
     logout_parameter: str = "post_logout_redirect_uri"
+    login_org_parameter: str = ""
     reset_headers: tuple[str, ...] = ("RateLimit-Reset", "X-RateLimit-Reset")
     errors: Mapping[str, FailureClass] = field(default_factory=lambda: STANDARD_ERRORS)
 
@@ -73,6 +75,7 @@ class Profile:
     org: ClaimPath = ()
     org_shape: Literal["text", "list", "keys"] = "text"
     org_prefix: str = ""
+    login_org: ClaimPath = ()
     client: ClaimPath = ()
     scopes: ClaimPath = ("scope",)
     scopes_shape: Literal["text", "list"] = "text"

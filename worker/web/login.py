@@ -163,8 +163,16 @@ class Login:
         parts = urlsplit(self._issuer.base)
         return f"{parts.scheme}://{parts.netloc}"
 
-    async def start(self, state: str, begun: Begun, redirect_uri: str) -> str:
-        """The URL that begins a login at the provider; raises IssuerUnavailable."""
+    @property
+    def takes_org(self) -> bool:
+        """Whether the provider's login page can be asked for one org."""
+        return bool(self._issuer.profile.login_org_parameter)
+
+    async def start(self, state: str, begun: Begun, redirect_uri: str, *, org: str = "") -> str:
+        """The URL that begins a login at the provider; raises IssuerUnavailable.
+
+        `org` is a wish: which org the person is logged in to is what the token says.
+        """
         # Where people cannot log in, Authlib need not be imported.
         from authlib.oauth2.rfc6749.parameters import prepare_grant_uri
         from authlib.oauth2.rfc7636 import create_s256_code_challenge
@@ -173,6 +181,8 @@ class Login:
         more: dict[str, str] = {}
         if rules.claims_from == "access_token" and profile.audience_parameter:
             more[profile.audience_parameter] = self._issuer.audience or ""
+        if org and self.takes_org:
+            more[profile.login_org_parameter] = org
         if rules.acr:
             more["acr_values"] = " ".join(rules.acr)
         if rules.max_age:
@@ -342,7 +352,10 @@ class Login:
 
     def _caller(self, identity: Mapping[str, Any], claims: Mapping[str, Any]) -> Caller:
         """Who this is here; `Access.confirm` then checks that the org has access."""
-        org = org_of(claims, self._issuer.profile)
+        profile = self._issuer.profile
+        if profile.login_org and self._rules.claims_from == "id_token":
+            profile = replace(profile, org=profile.login_org, org_shape="list")
+        org = org_of(claims, profile)
         if not org:
             raise AccessDenied(
                 "your login names no organisation",

@@ -136,6 +136,23 @@ async def test_a_member_sees_its_own_org_and_no_other(portal: Portal):
     assert rows(portal.site.database, tables.login_transactions) == []
 
 
+async def test_a_person_of_several_orgs_chooses_one(portal: Portal):
+    async with portal.site.client() as browser:
+        page = await browser.get("/login", params={"org": "org_b", "return_to": "/search"})
+        link = html.unescape(re.search(r'href="(/login/start[^"]*)"', page.text)[1])  # type: ignore[index]
+        asked = parse_qs(urlsplit((await browser.get(link)).headers["location"]).query)
+        plain = parse_qs(urlsplit(await portal.begin(browser)).query)
+        wrong = await browser.get("/login/start", params={"org": "a b"})
+
+        # The wish decides nothing: the token does.
+        await portal.log_in(browser, "kp_ann")
+        assert "as a member of org_b" in page.text
+        assert "person:kp_ann@org_a (member)" in (await browser.get("/orgs/org_a")).text
+    assert asked["org_code"] == ["org_b"]
+    assert "org_code" not in plain
+    assert wrong.status_code == 400
+
+
 async def test_the_request_has_state_nonce_and_a_challenge_and_the_exact_address(portal: Portal):
     async with portal.site.client() as browser:
         asked = parse_qs(urlsplit(await portal.begin(browser)).query)

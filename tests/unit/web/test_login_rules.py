@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
-from worker.errors import AccessDenied, ConfigurationError
+from worker.errors import AccessDenied, ConfigurationError, TokenRefused
+from worker.providers.profile import load
 from worker.settings.sections import LoginSettings
+from worker.tokens.issuer import Issuer
 from worker.web.callers import Caller
 from worker.web.login import Login, basis_of, local_path
 
@@ -92,6 +94,21 @@ def test_the_default_role_is_in_the_own_org():
     assert caller({}, default_role="member").org == "org_a"
     with pytest.raises(AccessDenied, match="organisation"):
         caller({"org_code": None}, default_role="member")
+
+
+def test_an_id_token_of_logto_names_the_only_org_of_a_person_in_a_list():
+    settings = LoginSettings(issuer="main", client_id="console", default_role="member")
+    client = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(404)))
+    issuer = Issuer("main", load("logto"), "https://acme.logto.app/oidc")
+    login = Login(settings, issuer, client, lambda: "secret", clock=ManualClock())
+    identity = {"sub": "p_1"}
+
+    assert login._caller(identity, {"organizations": ["o1"]}).org == "o1"
+    for orgs in ([], None):
+        with pytest.raises(AccessDenied, match="names no organisation"):
+            login._caller(identity, {"organizations": orgs})
+    with pytest.raises(TokenRefused, match="several orgs"):
+        login._caller(identity, {"organizations": ["o1", "o2"]})
 
 
 def test_a_change_of_the_rules_changes_their_hash():

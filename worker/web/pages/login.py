@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlencode
 
@@ -12,7 +13,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from worker.errors import AccessDenied, NotFound, TokenError
+from worker.errors import AccessDenied, NotFound, TokenError, UsageError
 from worker.telemetry.events import emit
 from worker.web.callers import Caller
 from worker.web.login import Login, local_path, new_login
@@ -20,6 +21,7 @@ from worker.web.pages.base import Pages, query
 from worker.web.pages.rendering import page
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
 
+_ORG = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 START, CALLBACK, ONCE = f"{LOGIN}/start", f"{LOGIN}/callback", f"{LOGIN}/once/"
 
 
@@ -42,8 +44,9 @@ class LoginPages:
         )
 
     async def _form(self, request: Request) -> Response:
-        given = query(request, "return_to")
-        return self._page(request, 200, return_to=given.get("return_to", "/"))
+        given = query(request, "return_to", "org")
+        org = _org_of(given)
+        return self._page(request, 200, return_to=given.get("return_to", "/"), org=org)
 
     async def _login(self, request: Request) -> Response:
         forms, access = self._pages.forms, self._pages.access
@@ -57,13 +60,14 @@ class LoginPages:
     async def _start(self, request: Request) -> Response:
         """Send the person to the provider. A link, not a form: providers redirect on to further origins."""
         login, forms = self._provider(), self._pages.forms
-        given = query(request, "return_to")
+        given = query(request, "return_to", "org")
+        org = _org_of(given)
         self._pages.access.count_login(request)
         begun = new_login(given.get("return_to", "/"))
         browser = forms.login_nonce(request)
         client = self._pages.access.addresses.client_of(request).key
         state = await self._pages.sessions.begun.begin(begun, browser=browser, client=client)
-        url = await login.start(state, begun, self._url_of(request, CALLBACK))
+        url = await login.start(state, begun, self._url_of(request, CALLBACK), org=org)
         response = RedirectResponse(url, 303)
         forms.set_cookie(request, response, LOGIN_COOKIE, browser)
         return response
@@ -139,13 +143,25 @@ class LoginPages:
         )
 
     def _page(
-        self, connection: HTTPConnection, status: int, *, message: str = "", return_to: str = "/"
+        self,
+        connection: HTTPConnection,
+        status: int,
+        *,
+        message: str = "",
+        return_to: str = "/",
+        org: str = "",
     ) -> Response:
         nonce, return_to = self._pages.forms.login_nonce(connection), local_path(return_to)
         provider = None
         if self._at_provider is not None:
-            link = f"{START}?{urlencode({'return_to': return_to})}" if return_to != "/" else START
-            provider = {"title": self._at_provider.title, "link": link}
+            wishes = {"return_to": return_to if return_to != "/" else "", "org": org}
+            question = urlencode({name: value for name, value in wishes.items() if value})
+            provider = {
+                "title": self._at_provider.title,
+                "link": f"{START}?{question}" if question else START,
+                "takes_org": self._at_provider.takes_org,
+                "org": org,
+            }
         response = page(
             "login.html",
             status,
@@ -181,6 +197,14 @@ class LoginPages:
                 "such a link works only on the machine of the worker itself",
                 fix="open it there, or log in with a token at /login",
             )
+
+
+def _org_of(given: Mapping[str, str]) -> str:
+    """The org that a person wants to log in to, or empty; raises UsageError."""
+    org = given.get("org", "")
+    if org and _ORG.fullmatch(org) is None:
+        raise UsageError("org is not the code of an org", fix="letters, digits, '_', '-' and '.' only")
+    return org
 
 
 def _is_loopback(host: str | None) -> bool:
