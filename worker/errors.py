@@ -202,6 +202,56 @@ class IssuerUnavailable(Unavailable):
     )
 
 
+class ProviderUnavailable(Unavailable):
+    """The provider's management API did not respond, or with a 5xx or a malformed response."""
+
+    code = "provider_unavailable"
+    usual_fix = (
+        "try again; if it persists, check that url in [issuers.NAME.management] is correct and reachable"
+    )
+
+
+class Unclear(ProviderUnavailable):
+    """A change was sent to the provider, and no response says whether it was carried out.
+
+    Look up what happened before sending it again.
+    """
+
+    code = "unclear"
+    usual_fix = "run the command again: it looks up what happened, and goes on from there"
+
+
+class ProviderRefused(WorkerError):
+    """The provider refuses the request; `detail` is its error code, or empty."""
+
+    code = "provider_refused"
+    usual_fix = "look at the org and its applications at the provider, and at what your plan there allows"
+
+    def __init__(self, message: str, *, detail: str = "", fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.detail = detail
+
+
+class ForeignApplication(WorkerError):
+    """The provider's response names an application that is not the one asked for; nothing was changed."""
+
+    code = "foreign_application"
+    usual_fix = (
+        "compare the application's name at the provider with the org; if it was renamed, name it as before"
+    )
+
+
+class WebhookRefused(AccessDenied):
+    """A webhook is not genuine, too old or malformed; `detail` is the code of the check that failed."""
+
+    code = "webhook_refused"
+    usual_fix = "let only the provider send webhooks here; check this machine's clock and the issuer's url"
+
+    def __init__(self, detail: str, message: str) -> None:
+        super().__init__(f"the webhook was refused: {message}")
+        self.detail = detail
+
+
 class StoreUnavailable(Unavailable):
     """The database did not respond."""
 

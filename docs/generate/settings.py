@@ -28,6 +28,7 @@ KINDS: dict[Any, str] = {
     str: "text",
     timedelta: "a duration",
     tuple[str, ...]: "a list of texts",
+    dict[str, str]: "a table of texts",
 }
 
 
@@ -89,10 +90,12 @@ def _joined(lines: list[str]) -> str:
 def _model(section: str) -> tuple[type[BaseModel], str]:
     if not section:
         return Settings, PREFIX
-    if section.startswith("issuers."):
-        return types.IssuerSettings, f"{PREFIX}ISSUERS__MAIN__"
     model: type[BaseModel] = Settings
-    for name in section.split("."):
+    names = section.split(".")
+    if names[0] == "issuers":
+        # The name of the issuer is the operator's.
+        model, names = types.IssuerSettings, names[2:]
+    for name in names:
         model = type(model.model_fields[name].default)
     return model, f"{PREFIX}{section.upper().replace('.', '__')}__"
 

@@ -372,3 +372,55 @@ def test_settings_know_the_file_they_come_from():
     assert load(file, environ={}).config_file == file
     assert load(environ={"WORKER_CONFIG": file}).config_file == file
     assert Settings().config_file == ""
+
+
+MANAGEMENT = """
+[issuers.main]
+url = "https://acme.kinde.com"
+[issuers.main.management]
+client_id = "manager"
+[issuers.main.management.tags]
+pro = "properties.plan=pro"
+"big customer" = "external_id"
+[provisioning]
+overlap = "2h"
+max_suspended = "2.5%"
+"""
+
+
+def test_management_and_provisioning_are_sections(tmp_path: Path):
+    """The secret lies beside the others and is no setting, so that no worker reads it with its settings."""
+    (tmp_path / "management__main").write_text("canary-management-secret")
+    settings = load(written(MANAGEMENT), {"secrets_dir": str(tmp_path)}, environ={})
+
+    management = settings.issuers["main"].management
+    assert (management.client_id, management.url, management.max_requests_per_second) == ("manager", "", 0)
+    assert management.tags == {"pro": "properties.plan=pro", "big customer": "external_id"}
+    assert settings.provisioning.overlap == timedelta(hours=2)
+    assert settings.provisioning.suspended_share == 0.025
+    assert Settings().provisioning.suspended_share == 0.05
+    assert "canary" not in settings.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('client_id = "manager"', ""), "client_id is missing"),
+        (('client_id = "manager"', 'client_id = "a b"'), "write the client id"),
+        (('client_id = "manager"', 'client = "manager"'), "did you mean client_id"),
+        (
+            ('client_id = "manager"', 'client_id = "m"\nurl = "https://acme.kinde.com/api"'),
+            "scheme, host and port",
+        ),
+        (("properties.plan=pro", "plan=pro"), "tag 'pro': write FIELD or FIELD=VALUE"),
+        (('"2.5%"', '"2.5"'), "a share of the orgs, such as 5%"),
+        (('"2.5%"', '"101%"'), "a share of the orgs, such as 5%"),
+        (('overlap = "2h"', 'overlap = "two"'), "provisioning.overlap"),
+        (('overlap = "2h"', 'overlapp = "2h"'), "did you mean overlap"),
+        (('overlap = "2h"', 'listen = "8480"'), "write host and port"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_of_provisioning_is_named(change: tuple[str, str], message: str):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load(written(MANAGEMENT.replace(*change)), environ={})

@@ -124,10 +124,11 @@ def check(
     then wait; orgs and handlers whose limit is too low; definitions that are due again before
     they end. Not ok: never enough, or a wait of more than 15 minutes; `tight`: a shorter one.
     It uses the newest run of each definition. Assumptions about handlers without runs fail
-    nothing.
+    nothing. Warns if this user may read the secret of a management API, as workers must not.
     """
     from worker.operations.capacity import Machine, capacity
     from worker.operations.requirements import forecast_tokens
+    from worker.wiring.management import readable_management_secrets
     from worker.wiring.secrets import issuers_of
 
     session = session_of(context)
@@ -153,6 +154,11 @@ def check(
             say(f"{row['issuer']}: {row['problem']}")
     for assumption in found.assumed:
         say(assumption)
+    for name in readable_management_secrets(session.settings):
+        say(
+            f"warning: this user may read the secret {name}, which opens every org's secret at the provider; "
+            "if workers run as this user, move the file to a secrets_dir that only provisioning uses"
+        )
     for measure in found.measures:
         if measure.change:
             say(f"{'better' if measure.ok else 'fix'}: {measure.what}: {measure.change}")

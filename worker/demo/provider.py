@@ -29,6 +29,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from worker.clock import Clock, SystemClock
+from worker.demo.management import ManagementApi
 from worker.demo.people import CodeRefused, People, Person, WebApplication, claims_of
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 
@@ -42,9 +43,10 @@ class SigningKey:
         self.kid = secrets.token_hex(8)
         self.published = published
         self.private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self.public = self.private.public_key()
 
     def as_jwk(self) -> dict[str, Any]:
-        jwk: dict[str, Any] = json.loads(RSAAlgorithm.to_jwk(self.private.public_key()))
+        jwk: dict[str, Any] = json.loads(RSAAlgorithm.to_jwk(self.public))
         jwk.pop("key_ops", None)
         return jwk | {"kid": self.kid, "use": "sig", "alg": "RS256"}
 
@@ -81,13 +83,27 @@ class KeyRotation:
             key = self._foreign = self._foreign or SigningKey()
         return jwt.encode(dict(claims), key.private, algorithm="RS256", headers=headers)
 
+    def read(self, text: str, *, audience: str) -> dict[str, Any]:
+        """The claims of a token signed by one of the keys, expired or not; raises jwt.PyJWTError."""
+        kid = jwt.get_unverified_header(text).get("kid")
+        for key in self._keys:
+            if key.kid == kid:
+                return jwt.decode(
+                    text,
+                    key.public,
+                    algorithms=["RS256"],
+                    audience=audience,
+                    options={"verify_exp": False, "verify_iat": False},
+                )
+        raise jwt.InvalidKeyError("unknown kid")
+
 
 FLAG_TYPES = {bool: "b", int: "i", float: "i"}
 
 
 @dataclass(slots=True)
 class Application:
-    """An M2M application of one org.
+    """An M2M application of one org, or of none if `org_code` is empty.
 
     `properties` and `flags` are plain values; tokens have them in Kinde's form. `lifetime` is in seconds.
     """
@@ -101,14 +117,14 @@ class Application:
     flags: dict[str, Any] = field(default_factory=dict)
     lifetime: int = 86400
     enabled: bool = True
+    name: str = ""
 
     def accepts(self, client_secret: str) -> bool:
         return self.enabled and secrets.compare_digest(self.client_secret.encode(), client_secret.encode())
 
     def as_claims(self) -> dict[str, Any]:
         """Org, properties and flags as in a Kinde token."""
-        return {
-            "org_code": self.org_code,
+        return ({"org_code": self.org_code} if self.org_code else {}) | {
             "application_properties": {
                 name: {"v": as_property(value)} for name, value in self.properties.items()
             },
@@ -206,6 +222,17 @@ class Provider:
         self.jwks_fault: Fault | None = None
         self._clock = clock or SystemClock()
         self.people = People(url, self._clock)
+        self.management = ManagementApi(self)
+
+    def now(self) -> int:
+        """The provider's Unix time."""
+        return int(self._clock.now().timestamp())
+
+    def make_application(self, name: str, org_code: str) -> Application:
+        """A new application without APIs and scopes, with ids of its own."""
+        made = Application(org_code, secrets.token_hex(16), secrets.token_urlsafe(32), name=name)
+        self.add(made)
+        return made
 
     def add(self, application: Application) -> None:
         """Add an application, or replace the one with its client id."""
@@ -225,6 +252,7 @@ class Provider:
                 Route("/.well-known/openid-configuration", self._discovery),
                 Route("/.well-known/jwks", self._jwks),
                 *self.people.routes(),
+                *self.management.routes(),
                 Mount("/control", routes=control_routes(self)),
             ]
         )

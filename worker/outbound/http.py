@@ -1,4 +1,4 @@
-"""HTTP for tokens: one shared client, a deadline for each exchange, a size limit for each response."""
+"""HTTP to providers: one shared client, a deadline for each exchange, a size limit for each response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from worker.clock import Clock
-from worker.outbound.strict_json import Malformed, loads
+from worker.outbound.strict_json import MAX_MEMBERS, Malformed, loads
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
@@ -57,9 +57,9 @@ class Reply:
     headers: httpx.Headers = field(repr=False)
     content: bytes = field(repr=False)
 
-    def json_object(self) -> dict[str, Any]:
+    def json_object(self, *, max_members: int = MAX_MEMBERS) -> dict[str, Any]:
         """The body's JSON object, empty if it is another JSON value; raises Malformed."""
-        body = loads(self.content)
+        body = loads(self.content, max_members=max_members)
         return body if isinstance(body, dict) else {}
 
 
@@ -72,8 +72,11 @@ async def exchange(
     limit: int,
     headers: dict[str, str] | None = None,
     form: bytes | None = None,
+    json: bytes | None = None,
 ) -> Reply | str:
     """Send one request and read the response, of at most `limit` bytes, within ten seconds.
+
+    `form` and `json` are encoded bodies; pass one of them at most.
 
     A failure is returned as unreachable, timeout, too_large, encoded or protocol, not raised:
     httpx's exceptions carry the request, and with it the secret in its body.
@@ -81,7 +84,7 @@ async def exchange(
 
     async def send() -> Reply | str:
         try:
-            async with client.stream(method, url, headers=headers, content=form) as response:
+            async with client.stream(method, url, headers=headers, content=body) as response:
                 if response.headers.get("content-encoding", "identity").lower() != "identity":
                     return "encoded"
                 content = bytearray()
@@ -97,8 +100,10 @@ async def exchange(
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
             return "protocol"
 
-    if form is not None:
-        headers = {**(headers or {}), "Content-Type": "application/x-www-form-urlencoded"}
+    body = json if form is None else form
+    if body is not None:
+        kind = "application/json" if form is None else "application/x-www-form-urlencoded"
+        headers = {**(headers or {}), "Content-Type": kind}
     exchanging = asyncio.ensure_future(send())
     deadline = asyncio.ensure_future(clock.sleep(EXCHANGE_SECONDS))
     try:

@@ -22,11 +22,11 @@ class Malformed(Exception):
         self.code = code
 
 
-def loads(raw: bytes) -> Any:
-    """The value of a JSON text in UTF-8 (RFC 8259); raises Malformed."""
+def loads(raw: bytes, *, max_members: int = MAX_MEMBERS) -> Any:
+    """The value of a JSON text in UTF-8 (RFC 8259) of about that many members; raises Malformed."""
     try:
         text = raw.decode("utf-8")
-        _check_size(text)
+        _check_size(text, max_members)
         value = json.loads(
             text,
             object_pairs_hook=_members,
@@ -47,8 +47,8 @@ def loads(raw: bytes) -> Any:
     return value
 
 
-def _check_size(text: str) -> None:
-    if text.count(",") > MAX_MEMBERS:
+def _check_size(text: str, max_members: int) -> None:
+    if text.count(",") > max_members:
         raise Malformed("members")
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return

@@ -24,8 +24,10 @@ from worker.settings.sections import (
     LoginRole,
     LoginSettings,
     LogSettings,
+    ManagementSettings,
     OperatorSettings,
     PortalSettings,
+    ProvisioningSettings,
     RetentionSettings,
     Section,
     TracingSettings,
@@ -58,6 +60,7 @@ class Settings(Section):
     web: WebSettings = WebSettings()
     alerts: AlertSettings = AlertSettings()
     tracing: TracingSettings = TracingSettings()
+    provisioning: ProvisioningSettings = ProvisioningSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
 
@@ -285,5 +288,7 @@ def _names_beside(keys: Keys) -> list[str]:
         return list(LoginRole.model_fields)
     if keys[0] == "web" and len(keys) > 2 and keys[1] in _OF_WEB:
         return list(_OF_WEB[keys[1]].model_fields)
+    if keys[0] == "issuers" and len(keys) > 3 and keys[2] == "management":
+        return list(ManagementSettings.model_fields)
     section = IssuerSettings if keys[0] == "issuers" else Settings.model_fields[keys[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

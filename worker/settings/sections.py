@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from worker.definitions.origins import parse_origin
 from worker.definitions.units import parse_duration
+from worker.providers.management.mapping import parse_rule
 
 
 def _duration(value: Any) -> Any:
@@ -99,6 +100,13 @@ def _tables(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _tags(tags: dict[str, str]) -> dict[str, str]:
+    for tag, rule in tags.items():
+        parse_rule(tag, rule)
+    return tags
+
+
+Tags = Annotated[dict[str, str], BeforeValidator(_tables), AfterValidator(_tags)]
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Paths = Annotated[tuple[str, ...], _each(_path)]
@@ -127,6 +135,25 @@ class DatabaseSettings(Section):
         return Path(named[1]) if named else None
 
 
+class ManagementSettings(Section):
+    """`[issuers.NAME.management]`: the provider's management API, if it has a `client_id`.
+
+    Its secret is not a setting: `wiring.management` reads it, for the commands that need it.
+    """
+
+    client_id: Annotated[str, _matching(r"\S{0,200}", "the client id of an application at the provider")] = ""
+    url: PublicUrl = ""
+    audience: str = ""
+    max_requests_per_second: float = Field(0.0, ge=0, le=10_000)
+    tags: Tags = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _complete(self) -> ManagementSettings:
+        if not self.client_id and self.model_fields_set and self != ManagementSettings():
+            raise ValueError("client_id is missing: that of the application that may use the management API")
+        return self
+
+
 class IssuerSettings(Section):
     """`[issuers.NAME]`: an identity provider."""
 
@@ -137,6 +164,7 @@ class IssuerSettings(Section):
     max_requests_per_second: float = Field(10.0, gt=0, le=10_000)
     token_endpoint: str = ""
     keys_url: str = ""
+    management: ManagementSettings = ManagementSettings()
 
 
 class ExecutionSettings(Section):
@@ -289,6 +317,26 @@ class TracingSettings(Section):
         str, _matching(r"|[^=,]+=[^,]*(,[^=,]+=[^,]*)*", "NAME=VALUE, separated by commas")
     ] = Field("", repr=False)
     dashboard_url: Url = ""
+
+
+class ProvisioningSettings(Section):
+    """`[provisioning]`: orgs and credentials that come from the provider."""
+
+    every: Duration = Field(timedelta(minutes=15), ge=timedelta(seconds=1))
+    listen: Listen = ""
+    announce: Duration = Field(timedelta(), ge=timedelta())
+    overlap: Duration = Field(timedelta(hours=1), ge=timedelta())
+    rotate_after: Duration = Field(timedelta(), ge=timedelta())
+    trim_scopes: bool = False
+    max_suspended: Annotated[
+        str, _matching(r"(100|\d{1,2}(\.\d{1,3})?)%", "a share of the orgs, such as 5%")
+    ] = "5%"
+    concurrency: int = Field(8, ge=1, le=64)
+
+    @property
+    def suspended_share(self) -> float:
+        """`max_suspended` as a fraction."""
+        return float(self.max_suspended.removesuffix("%")) / 100
 
 
 class RetentionSettings(Section):

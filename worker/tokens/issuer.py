@@ -40,7 +40,7 @@ class Issuer:
     def __post_init__(self) -> None:
         fix = f"correct it in [issuers.{self.name}] of worker.toml"
         for url in (self.url, self.token_endpoint, self.keys_url):
-            if url and (fault := _fault_of(url)):
+            if url and (fault := fault_of_url(url)):
                 raise ConfigurationError(f"issuer {self.name}: {shown_url(url)} {fault}", fix=fix)
         if not 0 < self.max_requests_per_second <= 10_000:
             raise ConfigurationError(
@@ -142,20 +142,20 @@ class Endpoints:
         endpoint, keys_url = document.get("token_endpoint"), document.get("jwks_uri")
         for found in (endpoint, keys_url):
             # The first receives secrets, the second decides which tokens are trusted.
-            if not isinstance(found, str) or _fault_of(found) or origin_of(found) != origin_of(url):
+            if not isinstance(found, str) or fault_of_url(found) or origin_of(found) != origin_of(url):
                 return "one of its endpoints is not at the issuer's own origin"
         # Only logins need these. People are sent there, so they must not be elsewhere either.
         pages = [document.get(name) for name in ("authorization_endpoint", "end_session_endpoint")]
         usable = [
             page
-            if isinstance(page, str) and not _fault_of(page) and origin_of(page) == origin_of(url)
+            if isinstance(page, str) and not fault_of_url(page) and origin_of(page) == origin_of(url)
             else ""
             for page in pages
         ]
         return Discovered(str(endpoint), str(keys_url), *usable)
 
 
-def _fault_of(url: str) -> str | None:
+def fault_of_url(url: str) -> str | None:
     """Why a secret must not be sent to this URL, or None: https, or http to a loopback address."""
     try:
         parts = urlsplit(url)

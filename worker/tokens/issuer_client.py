@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote_plus, urlencode
@@ -26,7 +26,7 @@ from worker.tokens.breaker import Breaker, Budget, IssuerPaused
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
-from worker.tokens.verify import MAX_TOKEN, verify
+from worker.tokens.verify import MAX_TOKEN, verify, verify_message
 
 # Seconds; full jitter: a retry waits between 0 and these, doubling.
 RETRY_FIRST, RETRY_LAST = 0.5, 4.0
@@ -94,6 +94,12 @@ class IssuerClient:
         """The payload of a token of this issuer; raises as `verify.verify` does."""
         return await verify(text, issuer=self.issuer, audience=audience, keys=self._keys, clock=self._clock)
 
+    async def verify_message(
+        self, text: str, check: Callable[[Mapping[str, Any]], object]
+    ) -> Mapping[str, Any]:
+        """The payload of a message signed by this issuer; raises as `verify.verify_message` does."""
+        return await verify_message(text, issuer=self.issuer, keys=self._keys, check=check)
+
     async def close(self) -> None:
         await self._keys.close()
         await self.endpoints.close()
@@ -130,7 +136,7 @@ class IssuerClient:
         is_org = profile.org_prefix and audience.startswith(profile.org_prefix)
         if profile.audience_parameter and not is_org:
             form[profile.audience_parameter] = audience
-        if profile.org_parameter:
+        if profile.org_parameter and credential.org_code:
             form[profile.org_parameter] = credential.org_code
         if profile.ask_scopes and scopes:
             form["scope"] = " ".join(sorted(scopes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -71,12 +71,34 @@ async def verify(
     header, payload, signed, signature = _parse(text)
     algorithm, kid = _check_header(header, issuer)
     _check_claims(payload, issuer, audience, beside, clock.now().timestamp())
-    key = await keys.find(kid)
+    _check_signature(await keys.find(kid), algorithm, signed, signature)
+    return payload
+
+
+async def verify_message(
+    text: str, *, issuer: Issuer, keys: Keys, check: Callable[[Mapping[str, Any]], object]
+) -> Mapping[str, Any]:
+    """The payload of a message that this issuer signed but that is not a token, such as a webhook.
+
+    `check` must refuse all payloads that are not such messages, above all tokens: only the
+    signature says who made it. It is called before the key is looked up.
+
+    Raises as `verify` and `check` do.
+    """
+    header, payload, signed, signature = _parse(text)
+    algorithm, kid = _check_header(header, issuer)
+    if str(header.get("typ", "jwt")).lower().removeprefix("application/") != "jwt":
+        raise invalid("type", "its typ is that of a token, not of a message")
+    check(payload)
+    _check_signature(await keys.find(kid), algorithm, signed, signature)
+    return payload
+
+
+def _check_signature(key: Key, algorithm: str, signed: bytes, signature: bytes) -> None:
     if algorithm not in key.algorithms:
         raise invalid("key_algorithm", "its algorithm does not fit its key")
     if not key.signed(signed, signature, algorithm):
         raise invalid("signature", "its signature does not match its key")
-    return payload
 
 
 def _parse(text: str) -> tuple[Mapping[str, Any], Mapping[str, Any], bytes, bytes]:

@@ -1,0 +1,1 @@
+"""Kinde's management API on loopback: state, faults, webhooks, and the published OpenAPI document."""

@@ -1,0 +1,315 @@
+"""Kinde's management API of the development provider: orgs, applications, APIs with scopes, properties.
+
+Routes, parameters and responses are those of Kinde's published OpenAPI document. It shares no code
+with what it tests.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import jwt
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+if TYPE_CHECKING:
+    from worker.demo.provider import Application, Provider
+
+LARGEST_PAGE, PAGE = 500, 10
+MANAGEMENT = "management"  # the id of the management API itself
+
+
+@dataclass(slots=True)
+class Organization:
+    """An organization; its properties are text or booleans."""
+
+    code: str
+    name: str
+    external_id: str | None = None
+    handle: str | None = None
+    is_default: bool = False
+    properties: dict[str, Any] = field(default_factory=dict)
+
+    def as_item(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "name": self.name,
+            "handle": self.handle,
+            "is_default": self.is_default,
+            "external_id": self.external_id,
+            "is_auto_membership_enabled": False,
+        }
+
+
+@dataclass(slots=True)
+class Api:
+    """An API that tokens can be requested for; `scopes` are its scopes' keys by id."""
+
+    id: str
+    name: str
+    audience: str
+    scopes: dict[str, str] = field(default_factory=dict)
+
+    def as_item(self, *, scopes: bool) -> dict[str, Any]:
+        item = {
+            "id": self.id,
+            "name": self.name,
+            "audience": self.audience,
+            "is_management_api": self.id == MANAGEMENT,
+        }
+        listed = [{"id": id, "key": key} for id, key in self.scopes.items()]
+        return item | ({"scopes": listed} if scopes else {})
+
+
+class Refusal(Exception):
+    """A 400 response with an error code."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def errors(code: str, status: int) -> JSONResponse:
+    text = code.replace("_", " ").capitalize()
+    return JSONResponse({"errors": [{"code": code, "message": text}]}, status_code=status)
+
+
+def done(code: str, **members: Any) -> dict[str, Any]:
+    return {"code": code, "message": "Success", **members}
+
+
+class ManagementApi:
+    """State and routes; its applications are those of the provider.
+
+    `carried_out` counts requests with a success by method and route. `others` are listed
+    applications that are not machine-to-machine.
+    """
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+        self.orgs: dict[str, Organization] = {}
+        self.apis: dict[str, Api] = {}
+        self.org_properties: set[str] = set()
+        self.application_properties: set[str] = set()
+        self.others: list[dict[str, str]] = []
+        self.carried_out: Counter[str] = Counter()
+        self.add_api("Management API", f"{provider.url}/api", (), id=MANAGEMENT)
+
+    def add_org(self, code: str, name: str, **values: Any) -> Organization:
+        self.orgs[code] = Organization(code, name, **values)
+        return self.orgs[code]
+
+    def add_api(self, name: str, audience: str, scopes: Sequence[str], *, id: str = "") -> Api:
+        api = Api(id or secrets.token_hex(8), name, audience, {secrets.token_hex(8): key for key in scopes})
+        self.apis[api.id] = api
+        return api
+
+    def routes(self) -> list[Route]:
+        application = "/api/v1/applications/{application_id}"
+        scope = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
+        return [
+            self._route("GET", "/api/v1/organizations", "read:organizations", self._list_orgs),
+            self._route("GET", "/api/v1/organization", "read:organizations", self._show_org),
+            self._route(
+                "GET",
+                "/api/v1/organizations/{org_code}/properties",
+                "read:organization_properties",
+                self._org_properties,
+            ),
+            self._route(
+                "PATCH",
+                "/api/v1/organizations/{org_code}/properties",
+                "update:organization_properties",
+                self._set_org_properties,
+            ),
+            self._route("GET", "/api/v1/applications", "read:applications", self._list_applications),
+            self._route("POST", "/api/v1/applications", "create:applications", self._make, status=201),
+            self._route("GET", application, "read:applications", self._show),
+            self._route("DELETE", application, "delete:applications", self._delete),
+            self._route("GET", f"{application}/properties", "read:application_properties", self._properties),
+            self._route(
+                "PUT",
+                f"{application}/properties/{{property_key}}",
+                "update:application_properties",
+                self._set_property,
+            ),
+            self._route("GET", "/api/v1/apis", "read:apis", self._list_apis),
+            self._route("PATCH", "/api/v1/apis/{api_id}/applications", "update:apis", self._authorise),
+            self._route("POST", scope, "create:api_application_scopes", self._add_scope),
+            self._route("DELETE", scope, "delete:apis_application_scopes", self._remove_scope),
+        ]
+
+    def _route(
+        self,
+        method: str,
+        path: str,
+        scope: str,
+        work: Callable[[Request, Mapping[str, Any]], dict[str, Any] | None],
+        status: int = 200,
+    ) -> Route:
+        async def endpoint(request: Request) -> Response:
+            if (denied := self._denied(request, scope)) is not None:
+                return denied
+            try:
+                body = json.loads(await request.body() or b"{}")
+                answer = work(request, body)
+            except Refusal as refusal:
+                return errors(refusal.code, 400)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                return errors("INVALID_REQUEST", 400)
+            self.carried_out[f"{method} {path}"] += 1
+            return Response(status_code=status) if answer is None else JSONResponse(answer, status)
+
+        return Route(path, endpoint, methods=[method])
+
+    def _denied(self, request: Request, scope: str) -> Response | None:
+        text = request.headers.get("authorization", "").removeprefix("Bearer ")
+        try:
+            claims = self._provider.keys.read(text, audience=f"{self._provider.url}/api")
+        except jwt.PyJWTError:
+            return errors("TOKEN_INVALID", 401)
+        now = self._provider.now()
+        if claims["exp"] <= now or claims.get("azp") not in self._provider.applications:
+            return errors("TOKEN_INVALID", 401)
+        return None if scope in claims["scp"] else errors("INSUFFICIENT_SCOPE", 403)
+
+    def _page(self, request: Request, keys: Sequence[str]) -> tuple[Sequence[str], dict[str, Any]]:
+        size = int(request.query_params.get("page_size", PAGE))
+        if not 0 < size <= LARGEST_PAGE:
+            raise Refusal("PAGE_SIZE_LIMIT_EXCEEDED")
+        after = request.query_params.get("next_token")
+        start = keys.index(after) + 1 if after else 0
+        page = keys[start : start + size]
+        more = start + size < len(keys)
+        return page, {"next_token": page[-1]} if more else {}
+
+    def _list_orgs(self, request: Request, _: Any) -> dict[str, Any]:
+        page, more = self._page(request, list(self.orgs))
+        return done("OK", organizations=[self.orgs[code].as_item() for code in page], **more)
+
+    def _show_org(self, request: Request, _: Any) -> dict[str, Any]:
+        return self._org(request.query_params["code"]).as_item()
+
+    def _org_properties(self, request: Request, _: Any) -> dict[str, Any]:
+        org = self._org(request.path_params["org_code"])
+        return done("OK", properties=_listed(self.org_properties, org.properties))
+
+    def _set_org_properties(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
+        org = self._org(request.path_params["org_code"])
+        if not set(body["properties"]) <= self.org_properties:
+            raise Refusal("PROPERTY_NOT_FOUND")
+        org.properties.update(body["properties"])
+        return done("PROPERTIES_UPDATED")
+
+    def _list_applications(self, request: Request, _: Any) -> dict[str, Any]:
+        items = {
+            app.client_id: {"id": app.client_id, "name": app.name, "type": "m2m"}
+            for app in self._provider.applications.values()
+        }
+        items |= {other["id"]: other for other in self.others}
+        page, more = self._page(request, list(items))
+        return done("OK", applications=[items[id] for id in page], **more)
+
+    def _make(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
+        if body["type"] != "m2m":
+            raise Refusal("INVALID_TYPE")
+        if body.get("org_code"):
+            self._org(body["org_code"])
+        app = self._provider.make_application(body["name"], body.get("org_code") or "")
+        made = {"id": app.client_id, "client_id": app.client_id, "client_secret": app.client_secret}
+        return done("APPLICATION_CREATED", application=made)
+
+    def _show(self, request: Request, _: Any) -> dict[str, Any]:
+        app = self._application(request)
+        shown = {"id": app.client_id, "name": app.name, "type": "m2m"}
+        secret = {"client_id": app.client_id, "client_secret": app.client_secret}
+        return done("OK", application=shown | secret)
+
+    def _delete(self, request: Request, _: Any) -> dict[str, Any]:
+        del self._provider.applications[self._application(request).client_id]
+        return done("APPLICATION_DELETED")
+
+    def _properties(self, request: Request, _: Any) -> dict[str, Any]:
+        app = self._application(request)
+        return done("OK", properties=_listed(self.application_properties, app.properties))
+
+    def _set_property(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
+        app, key = self._application(request), request.path_params["property_key"]
+        if key not in self.application_properties:
+            raise Refusal("PROPERTY_NOT_FOUND")
+        app.properties[key] = body["value"]
+        return done("PROPERTY_UPDATED")
+
+    def _list_apis(self, request: Request, _: Any) -> dict[str, Any]:
+        scopes = request.query_params.get("expand") == "scopes"
+        return done("OK", apis=[api.as_item(scopes=scopes) for api in self.apis.values()])
+
+    def _authorise(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
+        api = self._api(request)
+        changed: dict[bool, list[str]] = {True: [], False: []}
+        for entry in body["applications"]:
+            app = self._provider.applications.get(entry["id"])
+            if app is None:
+                raise Refusal("APPLICATION_NOT_FOUND")
+            connects = entry.get("operation") != "delete"
+            others = tuple(audience for audience in app.audiences if audience != api.audience)
+            app.audiences = (*others, api.audience) if connects else others
+            changed[connects].append(app.client_id)
+        return done(
+            "API_APPLICATIONS_UPDATED",
+            applications_connected=changed[True],
+            applications_disconnected=changed[False],
+        )
+
+    def _add_scope(self, request: Request, _: Any) -> None:
+        app, key = self._application(request), self._scope(request)
+        if key in app.scopes:
+            raise Refusal("SCOPE_ALREADY_ADDED")
+        app.scopes = (*app.scopes, key)
+
+    def _remove_scope(self, request: Request, _: Any) -> None:
+        app, key = self._application(request), self._scope(request)
+        if key not in app.scopes:
+            raise Refusal("SCOPE_NOT_FOUND")
+        app.scopes = tuple(scope for scope in app.scopes if scope != key)
+
+    def _org(self, code: str) -> Organization:
+        if code not in self.orgs:
+            raise Refusal("ORGANIZATION_NOT_FOUND")
+        return self.orgs[code]
+
+    def _application(self, request: Request) -> Application:
+        app = self._provider.applications.get(request.path_params["application_id"])
+        if app is None:
+            raise Refusal("APPLICATION_NOT_FOUND")
+        return app
+
+    def _api(self, request: Request) -> Api:
+        api = self.apis.get(request.path_params["api_id"])
+        if api is None:
+            raise Refusal("API_NOT_FOUND")
+        return api
+
+    def _scope(self, request: Request) -> str:
+        api = self._api(request)
+        if api.audience not in self._application(request).audiences:
+            raise Refusal("API_NOT_CONNECTED")
+        key = api.scopes.get(request.path_params["scope_id"])
+        if key is None:
+            raise Refusal("SCOPE_NOT_FOUND")
+        return key
+
+
+def _listed(keys: set[str], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All defined properties; those without a value have null."""
+    shown = {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+    return [
+        {"id": f"prop_{key}", "key": key, "name": key, "description": None, "value": shown.get(key)}
+        for key in sorted(keys)
+    ]

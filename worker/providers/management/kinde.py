@@ -1,0 +1,427 @@
+"""Kinde's management API: the requests and responses of its published OpenAPI document."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+from worker.clock import Clock
+from worker.errors import (
+    ConfigurationError,
+    ForeignApplication,
+    ProviderRefused,
+    ProviderUnavailable,
+    Throttled,
+    Unclear,
+)
+from worker.providers.management.calls import Calls, Response
+from worker.providers.management.contract import (
+    ApplicationName,
+    ListedApplication,
+    Notice,
+    OrgApplication,
+    PropertyValue,
+    ProviderOrg,
+)
+from worker.providers.management.webhooks import SignedMessage, read_notice
+from worker.secret import Secret
+from worker.telemetry.masking import masker
+
+PAGE_SIZE = 500  # the most that Kinde gives
+MAX_PAGES = 2_000
+DELETIONS = 3
+# Seconds: how long the APIs and their scopes are cached, and the pause before they are read again for an
+# unknown audience or scope.
+APIS_CACHED, APIS_READ_AGAIN = 300.0, 10.0
+SHORTEST_TEXT, LONGEST_TEXT = 1, 1_000
+_CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+
+ORGS = "/api/v1/organizations"
+ORG = "/api/v1/organization"
+ORG_PROPERTIES = "/api/v1/organizations/{org_code}/properties"
+APPLICATIONS = "/api/v1/applications"
+APPLICATION = "/api/v1/applications/{application_id}"
+PROPERTIES = "/api/v1/applications/{application_id}/properties"
+PROPERTY = "/api/v1/applications/{application_id}/properties/{property_key}"
+APIS = "/api/v1/apis"
+API_APPLICATIONS = "/api/v1/apis/{api_id}/applications"
+API_SCOPE = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
+
+# All that the application in [issuers.NAME.management] needs.
+SCOPES = (
+    "read:organizations",
+    "read:organization_properties",
+    "update:organization_properties",
+    "read:applications",
+    "create:applications",
+    "delete:applications",
+    "read:application_properties",
+    "update:application_properties",
+    "read:apis",
+    "update:apis",
+    "create:api_application_scopes",
+    "delete:apis_application_scopes",
+)
+
+
+class Api:
+    """An API of the provider: its id, and its scopes' ids by key."""
+
+    def __init__(self, id: str, scopes: Mapping[str, str]) -> None:
+        self.id = id
+        self.scopes = scopes
+
+
+class KindeManagement:
+    """Implements `contract.Management` for one Kinde environment.
+
+    Kinde's responses about an application name no org. What proves the org is the name that orgworker
+    gave, read again by id before anything is written, or a client id that a verified token had.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        verify_message: Callable[[str, SignedMessage], Awaitable[Mapping[str, Any]]],
+        *,
+        clock: Clock,
+    ) -> None:
+        self._calls = calls
+        self._verify_message = verify_message
+        self._clock = clock
+        self._apis: dict[str, Api] = {}
+        self._apis_read_at: float | None = None
+        self._reading_apis = asyncio.Lock()
+        # The name of each id that a response had: a client id that belongs to another name is refused.
+        self._names: dict[str, str] = {}
+
+    @property
+    def carried_out(self) -> Mapping[str, int]:
+        return self._calls.carried_out
+
+    async def orgs(self) -> AsyncIterator[Sequence[ProviderOrg]]:
+        async for items in self._pages(ORGS, "organizations", "read:organizations"):
+            yield [self._read_org(item) for item in items]
+
+    async def org(self, code: str) -> ProviderOrg | None:
+        response = await self._calls.read(ORG, ORG, scope="read:organizations", query={"code": code})
+        if response.status in (400, 404):
+            return None
+        self._accept(response, f"org {code}")
+        org = self._read_org(response.body)
+        if org.code != code:
+            raise ProviderUnavailable(f"{self._who}: asked for org {code}, it responded with another one")
+        return org
+
+    async def org_properties(self, code: str) -> Mapping[str, PropertyValue]:
+        path = _filled(ORG_PROPERTIES, org_code=code)
+        response = await self._calls.read(ORG_PROPERTIES, path, scope="read:organization_properties")
+        return self._read_properties(self._accept(response, f"the properties of org {code}"))
+
+    async def set_org_property(self, code: str, key: str, value: PropertyValue | None) -> None:
+        # Not the route for one property: it takes the value in the URL, which proxies log.
+        response = await self._calls.write(
+            "PATCH",
+            ORG_PROPERTIES,
+            _filled(ORG_PROPERTIES, org_code=code),
+            scope="update:organization_properties",
+            body={"properties": {key: "" if value is None else value}},
+            repeatable=True,
+        )
+        self._accept(response, f"property {key} of org {code}", fix=_PROPERTY_FIX)
+
+    async def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
+        async for items in self._pages(APPLICATIONS, "applications", "read:applications"):
+            page = []
+            for item in items:
+                id, name = self._text(item, "id"), self._text(item, "name")
+                self._names[id] = name
+                if item.get("type") == "m2m":
+                    page.append(ListedApplication(id, name, ApplicationName.parse(name)))
+            yield page
+
+    async def application(
+        self, id: str, *, org: str, name: ApplicationName | None = None, client_id: str | None = None
+    ) -> OrgApplication | None:
+        if (name is None) == (client_id is None):
+            raise ValueError("pass the name or the client id that the application must have")
+        path = _filled(APPLICATION, application_id=id)
+        response = await self._calls.read(APPLICATION, path, scope="read:applications")
+        if response.status in (400, 404):
+            return None
+        body = self._accept(response, f"application {id}").get("application")
+        if not isinstance(body, dict):
+            raise self._malformed("application")
+        found = self._read_application(body, org)
+        made_as = ApplicationName.parse(found.name)
+        mismatch = (
+            found.id != id
+            or body.get("type", "m2m") != "m2m"
+            or (name is not None and (made_as != name or name.org != org))
+            or (client_id is not None and found.client_id != client_id)
+            or (made_as is not None and made_as.org != org)
+            # Not documented, but then it counts.
+            or body.get("org_code") not in (None, "", org)
+            # Its list may have told another name for that client.
+            or self._names.get(found.client_id, found.name) != found.name
+        )
+        if mismatch:
+            raise ForeignApplication(
+                f"{self._who}: it responded with another application than that of org {org}: {id}"
+            )
+        self._names[found.id] = found.name
+        masker.register(found.secret.reveal())
+        return found
+
+    async def make(self, name: ApplicationName) -> OrgApplication:
+        what = f"an application of org {name.org}"
+        response = await self._calls.write(
+            "POST",
+            APPLICATIONS,
+            APPLICATIONS,
+            scope="create:applications",
+            body={"name": str(name), "type": "m2m", "org_code": name.org},
+        )
+        made = self._accept(response, what).get("application")
+        id = made.get("id") if isinstance(made, dict) else None
+        if not isinstance(id, str) or not id:
+            raise Unclear(f"{self._who}: the response to making {what} names none")
+        # That response has no name: only by this one is known whose application the id is.
+        try:
+            found = await self.application(id, org=name.org, name=name)
+        except (ProviderUnavailable, Throttled, ConfigurationError) as error:
+            raise Unclear(f"{self._who}: it made {what}, and does not show it: {error.message}") from None
+        if found is None:
+            raise Unclear(f"{self._who}: it made {what}, and does not know it yet")
+        return found
+
+    async def delete(self, id: str, *, org: str, name: ApplicationName) -> bool:
+        for _ in range(DELETIONS):
+            if await self.application(id, org=org, name=name) is None:
+                return False
+            path = _filled(APPLICATION, application_id=id)
+            try:
+                response = await self._calls.write("DELETE", APPLICATION, path, scope="delete:applications")
+            except Unclear:
+                continue
+            if response.ok:
+                return True
+            if await self.application(id, org=org, name=name) is None:
+                return False  # Kinde answers 400 for an unknown application
+            self._refuse(response, f"to delete application {id} of org {org}")
+        raise Unclear(f"{self._who}: application {id} of org {org} may or may not be deleted")
+
+    async def authorise(self, application: OrgApplication, audience: str) -> None:
+        api = await self._api(audience)
+        what = f"to let application {application.id} of org {application.org} use {audience}"
+        response = await self._calls.write(
+            "PATCH",
+            API_APPLICATIONS,
+            _filled(API_APPLICATIONS, api_id=api.id),
+            scope="update:apis",
+            body={"applications": [{"id": application.client_id}]},
+            repeatable=True,
+        )
+        connected = self._accept(response, what).get("applications_connected", [])
+        own = (application.client_id, application.id)
+        if not isinstance(connected, list) or not all(each in own for each in connected):
+            raise ForeignApplication(f"{self._who}: asked {what}, it did so for another one")
+
+    async def scopes(self, application: OrgApplication, audience: str) -> frozenset[str] | None:
+        return None  # no route tells them
+
+    async def add_scopes(self, application: OrgApplication, audience: str, scopes: Collection[str]) -> None:
+        await self._change_scopes("POST", "create:api_application_scopes", application, audience, scopes)
+
+    async def remove_scopes(
+        self, application: OrgApplication, audience: str, scopes: Collection[str]
+    ) -> None:
+        await self._change_scopes("DELETE", "delete:apis_application_scopes", application, audience, scopes)
+
+    async def properties(self, application: OrgApplication) -> Mapping[str, PropertyValue]:
+        path = _filled(PROPERTIES, application_id=application.id)
+        response = await self._calls.read(PROPERTIES, path, scope="read:application_properties")
+        return self._read_properties(
+            self._accept(response, f"the properties of application {application.id} of org {application.org}")
+        )
+
+    async def set_property(self, application: OrgApplication, key: str, value: PropertyValue | None) -> None:
+        response = await self._calls.write(
+            "PUT",
+            PROPERTY,
+            _filled(PROPERTY, application_id=application.id, property_key=key),
+            scope="update:application_properties",
+            # No route removes a value.
+            body={"value": "" if value is None else value},
+            repeatable=True,
+        )
+        self._accept(
+            response,
+            f"property {key} of application {application.id} of org {application.org}",
+            fix=_PROPERTY_FIX,
+        )
+
+    async def webhook(self, body: bytes) -> Notice:
+        return await read_notice(body, self._verify_message, now=self._clock.now())
+
+    @property
+    def _who(self) -> str:
+        return f"issuer {self._calls.issuer}"
+
+    async def _change_scopes(
+        self, method: str, needed: str, application: OrgApplication, audience: str, scopes: Collection[str]
+    ) -> None:
+        api = await self._api(audience, scopes)
+        for scope in sorted(scopes):
+            path = _filled(
+                API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope]
+            )
+            response = await self._calls.write(method, API_SCOPE, path, scope=needed, repeatable=True)
+            # The document does not say what a scope that is there already is answered with. The
+            # application, the API and the scope were just read, so 400 means that; a token shows it.
+            if not response.ok and response.status != 400:
+                self._refuse(response, f"scope {scope} for application {application.id}")
+
+    async def _api(self, audience: str, scopes: Collection[str] = ()) -> Api:
+        """The API of an audience; it has these scopes."""
+        for attempt in range(2):
+            await self._read_apis(again=bool(attempt))
+            api = self._apis.get(audience)
+            if api is not None and all(scope in api.scopes for scope in scopes):
+                return api
+        if api is None:
+            raise ProviderRefused(
+                f"{self._who}: it has no API with the audience {audience}",
+                detail="unknown_audience",
+                fix=f"register an API with the identifier {audience} there, or correct the audience",
+            )
+        missing = ", ".join(sorted(scope for scope in scopes if scope not in api.scopes))
+        raise ProviderRefused(
+            f"{self._who}: the API {audience} has no scope {missing}",
+            detail="unknown_scope",
+            fix="add the scope to the API at the provider, or correct the definitions that need it",
+        )
+
+    async def _read_apis(self, *, again: bool) -> None:
+        async with self._reading_apis:
+            now = self._clock.monotonic()
+            age = APIS_READ_AGAIN if again else APIS_CACHED
+            if self._apis_read_at is None or now - self._apis_read_at >= age:
+                self._apis, self._apis_read_at = await self._fetch_apis(), now
+
+    async def _fetch_apis(self) -> dict[str, Api]:
+        response = await self._calls.read(APIS, APIS, scope="read:apis", query={"expand": "scopes"})
+        found: dict[str, Api] = {}
+        for entry in self._items(self._accept(response, "the APIs"), "apis"):
+            if entry.get("is_management_api") is True:
+                continue
+            scopes = {self._text(each, "key"): self._text(each, "id") for each in entry.get("scopes") or ()}
+            audience = self._text(entry, "audience")
+            if audience in found:
+                raise ProviderUnavailable(f"{self._who}: two APIs have the audience {audience}")
+            found[audience] = Api(self._text(entry, "id"), scopes)
+        return found
+
+    async def _pages(self, route: str, member: str, scope: str) -> AsyncIterator[list[dict[str, Any]]]:
+        """The items of each page, each id or code once; raises if the pages do not end."""
+        query, tokens, known = {"page_size": str(PAGE_SIZE)}, set[str](), set[str]()
+        key = "code" if member == "organizations" else "id"
+        for _ in range(MAX_PAGES):
+            response = await self._calls.read(route, route, scope=scope, query=query)
+            body = self._accept(response, f"the list of {member}")
+            items = []
+            for item in self._items(body, member):
+                # Those that are made meanwhile may move others to the next page.
+                if (identity := self._text(item, key)) not in known:
+                    known.add(identity)
+                    items.append(item)
+            yield items
+            token = body.get("next_token")
+            if token is None or token == "":
+                return
+            if not isinstance(token, str) or token in tokens:
+                break
+            tokens.add(token)
+            query = query | {"next_token": token}
+        raise ProviderUnavailable(f"{self._who}: the list of {member} does not end")
+
+    def _items(self, body: Mapping[str, Any], member: str) -> list[dict[str, Any]]:
+        items = body.get(member)
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise self._malformed(member)
+        return items
+
+    def _read_org(self, body: Mapping[str, Any]) -> ProviderOrg:
+        return ProviderOrg(
+            code=self._text(body, "code"),
+            name=self._text(body, "name"),
+            external_id=self._optional_text(body, "external_id"),
+            handle=self._optional_text(body, "handle"),
+            is_default=body.get("is_default") is True,
+        )
+
+    def _read_application(self, body: Mapping[str, Any], org: str) -> OrgApplication:
+        return OrgApplication(
+            org=org,
+            id=self._text(body, "id"),
+            client_id=self._text(body, "client_id"),
+            secret=Secret(self._text(body, "client_secret")),
+            name=self._text(body, "name"),
+        )
+
+    def _read_properties(self, body: Mapping[str, Any]) -> dict[str, PropertyValue]:
+        values: dict[str, PropertyValue] = {}
+        for item in self._items(body, "properties"):
+            value = item.get("value")
+            if value is not None and not isinstance(value, str | bool):
+                raise self._malformed("value")
+            if value is not None and value != "":
+                values[self._text(item, "key")] = value
+        return values
+
+    def _text(self, body: Mapping[str, Any], member: str) -> str:
+        value = body.get(member) if isinstance(body, Mapping) else None
+        if not isinstance(value, str) or not SHORTEST_TEXT <= len(value) <= LONGEST_TEXT:
+            raise self._malformed(member)
+        return value
+
+    def _optional_text(self, body: Mapping[str, Any], member: str) -> str | None:
+        return None if body.get(member) in (None, "") else self._text(body, member)
+
+    def _malformed(self, member: str) -> ProviderUnavailable:
+        return ProviderUnavailable(f"{self._who}: a malformed response: {member}")
+
+    def _accept(self, response: Response, what: str, *, fix: str = "") -> Mapping[str, Any]:
+        """The body of a success; raises ProviderRefused."""
+        if not response.ok:
+            self._refuse(response, what, fix=fix)
+        return response.body
+
+    def _refuse(self, response: Response, what: str, *, fix: str = "") -> NoReturn:
+        code = _code_of(response)
+        raise ProviderRefused(
+            f"{self._who}: it refuses {what}: status {response.status}{f', {code}' if code else ''}",
+            detail=code,
+            fix=fix,
+        )
+
+
+_PROPERTY_FIX = "define the property at the provider, for applications or for organizations, then set it"
+
+
+def _code_of(response: Response) -> str:
+    """The code of the first error; the provider's own prose is never repeated."""
+    errors = response.body.get("errors")
+    first = errors[0] if isinstance(errors, list) and errors else None
+    code = first.get("code") if isinstance(first, dict) else None
+    return code if isinstance(code, str) and _CODE.fullmatch(code) else ""
+
+
+def _filled(route: str, **parts: str) -> str:
+    """The path of a route; a part is one segment, whatever it contains."""
+    # A segment of only dots would be resolved away by clients and proxies.
+    quoted = {name: quote(part, safe="").replace(".", "%2E") for name, part in parts.items()}
+    return route.format(**quoted)

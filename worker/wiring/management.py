@@ -1,0 +1,107 @@
+"""The management API of a configured issuer, for the commands that provision orgs. Workers never open it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from worker.clock import Clock
+from worker.errors import ConfigurationError, NotFound
+from worker.outbound.http import open_client
+from worker.providers.management.calls import Calls
+from worker.providers.management.contract import Management
+from worker.providers.management.kinde import KindeManagement
+from worker.secret import Secret
+from worker.settings import Settings
+from worker.telemetry.masking import masker, shown_url
+from worker.tokens.issuer import fault_of_url
+from worker.tokens.issuer_client import IssuerClient
+from worker.tokens.management_token import ManagementToken
+from worker.wiring.secrets import issuers_of
+
+
+@asynccontextmanager
+async def open_management(settings: Settings, issuer: str, clock: Clock) -> AsyncIterator[Management]:
+    """The management API of an issuer; reads its secret.
+
+    Raises:
+        NotFound: worker.toml has no such issuer.
+        ConfigurationError: it has no management table or no secret, or no adapter fits its profile.
+    """
+    configured = issuers_of(settings).get(issuer)
+    if configured is None:
+        known = ", ".join(sorted(settings.issuers)) or "none"
+        raise NotFound(f"there is no issuer {issuer!r}", fix=f"worker.toml has {known}")
+    chosen = settings.issuers[issuer].management
+    if not chosen.client_id:
+        raise ConfigurationError(
+            f"issuer {issuer} has no management API",
+            fix=f"add [issuers.{issuer}.management] to worker.toml; docs/providers/kinde.md shows how",
+        )
+    if configured.profile.name != "kinde":
+        raise ConfigurationError(
+            f"issuer {issuer}: there is no management adapter for {configured.profile.title}",
+            fix="add its orgs and credentials with `orgs add` and `credentials add`",
+        )
+    secret = management_secret(issuer, settings.secrets_dir)
+    origin = (chosen.url or configured.base).rstrip("/")
+    if fault := fault_of_url(origin):
+        raise ConfigurationError(
+            f"issuer {issuer}: management.url {shown_url(origin)} {fault}",
+            fix=f"correct it in [issuers.{issuer}.management] of worker.toml",
+        )
+    async with open_client() as client:
+        tokens = IssuerClient(configured, client, clock=clock)
+        bearer = ManagementToken(
+            tokens,
+            client_id=chosen.client_id,
+            secret=secret,
+            audience=chosen.audience or f"{origin}/api",
+            clock=clock,
+        )
+        calls = Calls(
+            issuer,
+            origin,
+            client,
+            bearer,
+            clock=clock,
+            per_second=chosen.max_requests_per_second or configured.max_requests_per_second,
+            connections=settings.provisioning.concurrency,
+            reset_headers=configured.profile.reset_headers,
+        )
+        try:
+            yield KindeManagement(calls, tokens.verify_message, clock=clock)
+        finally:
+            await tokens.close()
+
+
+def management_secret(issuer: str, secrets_dir: str) -> Secret:
+    """The secret of the management credentials of an issuer: the file `management__NAME` in `secrets_dir`.
+
+    Raises ConfigurationError if it cannot be read.
+    """
+    name = f"management__{issuer}"
+    fix = f"put the application's secret into the file {name} in secrets_dir, readable by this user only"
+    if not secrets_dir:
+        raise ConfigurationError(
+            f"issuer {issuer}: its management API needs a secret, and secrets_dir is not set", fix=fix
+        )
+    try:
+        text = (Path(secrets_dir) / name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigurationError(f"the secret {name} cannot be read: {why}", fix=fix) from None
+    if not text:
+        raise ConfigurationError(f"the secret {name} is empty", fix=fix)
+    masker.register(text)
+    return Secret(text)
+
+
+def readable_management_secrets(settings: Settings) -> list[str]:
+    """The management secrets that this process may read, as a worker of the same user and folder could."""
+    if not settings.secrets_dir:
+        return []
+    names = (f"management__{name}" for name in settings.issuers)
+    return [name for name in names if os.access(Path(settings.secrets_dir) / name, os.R_OK)]
