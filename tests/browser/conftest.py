@@ -1,7 +1,12 @@
-"""One browser and one installation for all tests of a process: the demo's, with its day of history."""
+"""One browser and one installation for all tests of a process: the demo's, with its day of history.
+
+On SQLite; `BROWSER=full` runs everything on PostgreSQL too, and looks at more.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +17,10 @@ from tests.conftest import copied
 from tests.fakes import browser as browsers
 from tests.fakes.browser import Tab
 from tests.fakes.console import Console, serving
+from worker.store import schema
+
+FULL = os.environ.get("BROWSER") == "full"
+DATABASES = ("sqlite", "postgresql") if FULL else ("sqlite",)
 
 
 @pytest.fixture(scope="package")
@@ -21,14 +30,30 @@ def browser() -> Iterator[Browser]:
         yield opened
 
 
+@pytest.fixture(scope="package", params=DATABASES)
+def dialect(request: pytest.FixtureRequest) -> str:
+    """The database that the tests run on."""
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def migrated(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    """The URL of a migrated database of the test's dialect, an SQLite file in the folder."""
+    if request.getfixturevalue("dialect") == "sqlite":
+        yield copied(request.getfixturevalue("migrated_sqlite_file"), folder)
+        return
+    server = request.getfixturevalue("postgres_server")
+    with server.new_database(server.template("migrated", schema.upgrade)) as url:
+        yield url
+
+
 @pytest.fixture(scope="package")
 def console(
-    tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, browser: Browser
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, browser: Browser, dialect: str
 ) -> Iterator[Console]:
     """A worker with the demo's four orgs and its history, and an operator who is logged in."""
-    folder = tmp_path_factory.mktemp("console")
-    copied(migrated_sqlite_file, folder)
-    with serving(folder, browser) as made:
+    folder = tmp_path_factory.mktemp(f"console-{dialect}")
+    with migrated(request, folder) as url, serving(folder, browser, url) as made:
         yield made
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 
+from tests.browser.conftest import FULL
 from tests.browser.crawling import crawl
 from tests.fakes import browser as browsers
 from tests.fakes.browser import AXE, DESKTOP, PHONE, Tab
 from tests.fakes.console import Console
 
-FULL = os.environ.get("BROWSER") == "full"
 # Kinds of pages that the crawl finds at least.
 MOST_KNOWN = 16
 

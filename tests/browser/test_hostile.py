@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 import sys
@@ -18,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
+from tests.browser.conftest import migrated
 from tests.browser.crawling import crawl
 from tests.browser.hostile import searches, strings
-from tests.conftest import copied
 from tests.fakes import browser as browsers
 from tests.fakes import forked
 from tests.fakes.browser import Tab
@@ -148,11 +149,17 @@ def first_run(connection: Connection) -> str:
 
 @pytest.fixture(scope="module")
 def evil_site(
-    tmp_path_factory: pytest.TempPathFactory, migrated_sqlite_file: Path, browser: Browser
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, browser: Browser, dialect: str
 ) -> Iterator[tuple[str, Any, str]]:
     """The address of a console full of hostile text, the cookies of an operator, and a run."""
-    folder, port = tmp_path_factory.mktemp("hostile"), free_port()
-    url, digest = copied(migrated_sqlite_file, folder), hashlib.sha256(TOKEN.encode()).hexdigest()
+    folder = tmp_path_factory.mktemp(f"hostile-{dialect}")
+    with migrated(request, folder) as url, serving(folder, browser, url) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(folder: Path, browser: Browser, url: str) -> Iterator[tuple[str, Any, str]]:
+    port, digest = free_port(), hashlib.sha256(TOKEN.encode()).hexdigest()
     (folder / "worker.toml").write_text(
         f'[database]\nurl = "{url}"\n[web]\nlisten = "127.0.0.1:{port}"\ncalls_per_second = 10000\n'
         f'[[web.operators]]\nname = "ada"\nrole = "admin"\ntoken_sha256 = "{digest}"\n'

@@ -50,7 +50,7 @@ def test_a_person_logs_in_at_the_provider_and_out_there_too(browser, console):
 
 
 def test_a_link_logs_in_once(browser, console):
-    database = Database.open(f"sqlite:///{console.folder / 'worker.db'}", clock=SystemClock())
+    database = Database.open(console.url, clock=SystemClock())
     link = make_link(database, "tester", at=datetime.now(UTC))
     database.close()
     for works in (True, False):

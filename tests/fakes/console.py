@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser
+from sqlalchemy import delete, insert, select, text
 
 from tests.fakes import browser as browsers
 from tests.fakes import forked
 from tests.fakes.site import wait_until
+from worker.clock import SystemClock
 from worker.demo import history, installation
 from worker.demo.installation import World
-from worker.store import schema
+from worker.store import schema, tables
+from worker.store.database import Database
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Console:
     """The running console; `state` has the cookies of an operator who is logged in."""
 
     folder: Path
+    url: str
     base: str
     token: str
     world: World
@@ -47,16 +51,37 @@ class Console:
         return rows
 
 
+def copy_rows(source: str, target: str) -> None:
+    """Copy the rows of all tables to a new database on PostgreSQL."""
+    with (
+        contextlib.closing(Database.open(source, clock=SystemClock())) as old,
+        contextlib.closing(Database.open(target, clock=SystemClock())) as new,
+        old.transaction() as reading,
+        new.transaction() as writing,
+    ):
+        # No trigger adds to the rows, and no foreign key wants an order of them.
+        writing.execute(text("SET LOCAL session_replication_role = replica"))
+        for table in tables.metadata.sorted_tables:
+            writing.execute(delete(table))
+            if rows := [dict(row) for row in reading.execute(select(table)).mappings()]:
+                writing.execute(insert(table), rows)
+
+
 @contextlib.contextmanager
-def serving(folder: Path, browser: Browser) -> Iterator[Console]:
-    """Start it in this folder, on a database of its own or one that is already migrated there."""
+def serving(folder: Path, browser: Browser, url: str = "") -> Iterator[Console]:
+    """Start it in this folder, on a migrated database, or without `url` on a new one in the folder.
+
+    The history is made in an SQLite file, at times of its own; on PostgreSQL its rows are copied, because
+    there the server's clock would give their times.
+    """
     database, token = folder / "worker.db", secrets.token_urlsafe(24)
-    url = f"sqlite:///{database}"
+    file_url = f"sqlite:///{database}"
     if not database.exists():
-        schema.upgrade(url)
+        schema.upgrade(file_url)
+    url = url or file_url
     with installation.world() as world:
         listen = installation.free_address()
-        made = Console(folder, f"http://{listen}", token, world)
+        made = Console(folder, url, f"http://{listen}", token, world)
         settings = installation.settings_file(database, world, listen=listen, token=token)
         (folder / "worker.toml").write_text(settings)
         (folder / "orgs.jsonl").write_text(world.import_lines())
@@ -65,7 +90,13 @@ def serving(folder: Path, browser: Browser) -> Iterator[Console]:
         (folder / "demo.toml").write_text(file)
         made.cli("orgs", "import", str(folder / "orgs.jsonl"))
         made.cli("apply", str(folder / "demo.toml"))
-        history.add(url, world.orgs, world.api_url, until=now)
+        history.add(file_url, world.orgs, world.api_url, until=now)
+        if url != file_url:
+            copy_rows(file_url, url)
+            # Beside a file the key ring is there too, else among the secrets.
+            (folder / "keyring").rename(folder / installation.SECRETS / "keyring")
+            assert file_url in settings
+            (folder / "worker.toml").write_text(settings.replace(file_url, url))
         with (folder / "worker.log").open("ab") as log:
             worker = forked.start(
                 made.command("run"), cwd=folder, env=world.environment(), output=log, fork=True
