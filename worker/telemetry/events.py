@@ -151,7 +151,9 @@ _ROWS = (
     _info("traces.back", "spans", "the collector accepts spans again; `spans` were dropped"),
     _info("web.listening", "address", "the web server listens on this address"),
     _warning("web.unavailable", "address error", "cannot listen on this address; retrying, the worker runs"),
-    _error("web.failed", "method path error", "unexpected error in a request"),
+    _error(
+        "web.failed", "method path error place", "unexpected error in a request, and the line of our code"
+    ),
     _warning(
         "web.rights",
         "detail",

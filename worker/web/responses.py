@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -216,12 +217,26 @@ class ErrorMiddleware:
             case _:
                 status, code, fix = 500, "unexpected", "see the worker's log"
                 message = f"unexpected {type(error).__name__}"
-                emit("web.failed", method=scope["method"], path=scope["path"], error=type(error).__name__)
+                emit(
+                    "web.failed",
+                    method=scope["method"],
+                    path=scope["path"],
+                    error=type(error).__name__,
+                    place=_place_of(error),
+                )
         page = self._page(scope, status, message, fix)
         if page is None:
             page = error_response(status, code, message, fix, retry_after, field=field)
         page.headers.update({**wait_headers(status, retry_after), **more})
         return page
+
+
+def _place_of(error: BaseException) -> str:
+    """Module and line of our code that called what failed. The message may hold a secret, this does not."""
+    places = [
+        f"{frame.f_globals.get('__name__')}:{line}" for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return next((place for place in reversed(places) if place.startswith("worker.")), "")
 
 
 def redacted_error(error: WorkerError, caller: Caller | None) -> tuple[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 
@@ -388,4 +390,7 @@ async def test_an_error_that_nobody_expected_is_told_without_its_message(
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "unexpected")
     assert "secret" not in answer.text
-    assert emitted[-1].fields == {"method": "GET", "path": f"{API}/runs", "error": "ValueError"}
+    fields = dict(emitted[-1].fields)
+    # The line of our code, so that somebody can look for it.
+    assert re.fullmatch(r"worker\.[\w.]+:\d+", fields.pop("place"))
+    assert fields == {"method": "GET", "path": f"{API}/runs", "error": "ValueError"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -19,6 +19,7 @@ from tests.fakes.clock import ManualClock
 from tests.integration.web.conftest import BASE, Site, csrf_of
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
+from worker.errors import ConfigurationError
 from worker.operations.orgs import set_org_state
 from worker.operations.sign_in import make_link
 from worker.outbound.http import open_client
@@ -28,7 +29,7 @@ from worker.store import tables
 from worker.store.database import Database
 from worker.tokens.issuer import Issuer
 from worker.web.login import LASTS, MOST, Login, basis_of, local_path
-from worker.web.sessions import SESSION_COOKIE
+from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 
 pytestmark = pytest.mark.anyio
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
@@ -64,7 +65,7 @@ class Portal:
         self.http = open_client(httpx.ASGITransport(self.provider.asgi()))
         self.configure()
 
-    def configure(self, **changes: Any) -> None:
+    def configure(self, *, secret: Callable[[], str] = lambda: SECRET, **changes: Any) -> None:
         """The login as `[web.login]` has it."""
         values: dict[str, Any] = {
             "issuer": "main",
@@ -73,7 +74,7 @@ class Portal:
         }
         rules = LoginSettings(**values | changes)
         issuer = Issuer("main", load("kinde"), PROVIDER, audience=AUDIENCE)
-        self.site.login = Login(rules, issuer, self.http, lambda: SECRET, clock=self.site.clock)
+        self.site.login = Login(rules, issuer, self.http, secret, clock=self.site.clock)
         self.site.login_basis = basis_of(rules)
 
     async def at_provider(self, url: str, sub: str) -> str:
@@ -418,12 +419,119 @@ async def test_logging_out_ends_the_session_here_and_leads_to_the_provider(porta
             assert gone.status_code == 401
 
 
-async def test_a_provider_that_is_down_is_said_to_be(portal: Portal):
-    portal.provider.jwks_fault = Fault(status=500)
-    async with portal.site.client() as browser:
-        answer = await portal.log_in(browser, "kp_ann")
+class TestCallback:
+    """Whoever opens the address of the callback, in whatever state: a page that says what to do."""
 
-    assert answer.status_code == 503
+    # The query, and what the page says; CODE and STATE are those of a login that has begun.
+    REFUSED = (
+        ("", "begun no such login"),
+        ("state=", "begun no such login"),
+        ("state=x", "begun no such login"),
+        ("state=x&code=CODE", "begun no such login"),
+        ("state=%ff%fe%00&code=%00", "begun no such login"),
+        (f"state={'x' * 8000}", "begun no such login"),
+        ("state=STATE&state=x&code=CODE", "begun no such login"),
+        ("state=STATE", "sent no code"),
+        ("state=STATE&code=", "sent no code"),
+        ("state=STATE&code=a%20b", "sent no code"),
+        (f"state=STATE&code={'x' * 2049}", "sent no code"),
+        ("state=STATE&code=another", "does not accept the code"),
+        ("state=STATE&error=access_denied", "did not log you in: access_denied"),
+        ("state=STATE&error=%3Cscript%3E", "did not log you in: an unknown error"),
+        ("state=STATE&code=CODE&iss=http://127.0.0.1:9401", "nother provider"),
+    )
+    COOKIES = ("", "x", "\xff\xfe", "y" * 43)
+
+    async def opened(self, portal: Portal, query: str, cookie: str | None) -> httpx.Response:
+        """Begin a login and open the callback with this query; `cookie` in place of the browser's."""
+        async with portal.site.client() as browser:
+            given = parse_qs(urlsplit(await portal.at_provider(await portal.begin(browser), "kp_ann")).query)
+            query = query.replace("STATE", given["state"][0]).replace("CODE", given["code"][0])
+            headers = {}
+            if cookie is not None:
+                browser.cookies.clear()
+                headers = {"cookie": f"{LOGIN_COOKIE}={cookie}".encode("latin-1")} if cookie else {}
+            return await browser.get(f"/login/callback?{query}", headers=headers)  # type: ignore[arg-type]
+
+    @on_either
+    async def test_every_state_but_the_right_one_is_refused(self, portal: Portal):
+        for query, said in self.REFUSED:
+            answer = await self.opened(portal, query, None)
+            assert (answer.status_code, said in answer.text) == (403, True), (query, answer.text)
+            assert SESSION_COOKIE not in answer.headers.get("set-cookie", "")
+        for cookie in self.COOKIES:
+            answer = await self.opened(portal, "state=STATE&code=CODE", cookie)
+            assert (answer.status_code, "begun no such login" in answer.text) == (403, True), cookie
+        # The control: the browser that began it, with what the provider sent.
+        assert (await self.opened(portal, "state=STATE&code=CODE", None)).status_code == 303
+        assert rows(portal.site.database, tables.sessions) != []
+
+    async def test_without_a_provider_there_is_no_such_page(self, portal: Portal):
+        login, portal.site.login = portal.site.login, None
+        async with portal.site.client() as browser:
+            for query, _ in self.REFUSED:
+                assert (await browser.get(f"/login/callback?{query}")).status_code == 404
+            assert (await browser.get("/login/start")).status_code == 404
+            assert (await browser.post("/login/callback")).status_code == 405
+        portal.site.login = login
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            Fault(status=500),
+            Fault(status=502, body="<html>Bad gateway</html>"),
+            Fault(status=429, headers={"retry-after": "30"}),
+            Fault(status=302, headers={"location": "https://evil.example/"}),
+            Fault(status=200, body="<html>Down for maintenance</html>"),
+            Fault(status=200, body="[]"),
+            Fault(status=200, body=""),
+        ],
+        ids=lambda fault: f"{fault.status}-{(fault.body or '')[:6]}",
+    )
+    async def test_a_provider_that_is_down_is_said_to_be(self, portal: Portal, fault: Fault):
+        portal.provider.misbehave(fault)
+        self.is_said_to_be_down(await self.opened(portal, "state=STATE&code=CODE", None))
+        portal.provider.misbehave(None)
+        portal.provider.jwks_fault = fault
+        self.is_said_to_be_down(await self.opened(portal, "state=STATE&code=CODE", None))
+        assert rows(portal.site.database, tables.sessions) == []
+
+    async def test_a_provider_without_a_discovery_document_is_said_to_be_down(self, portal: Portal):
+        """Also to a worker that completes a login which another one has begun."""
+        async with portal.site.client() as browser:
+            callback = await portal.at_provider(await portal.begin(browser), "kp_ann")
+
+            def refuse(request: httpx.Request) -> httpx.Response:
+                raise httpx.ConnectError("connection refused", request=request)
+
+            async with open_client(httpx.MockTransport(refuse)) as nothing:
+                portal.http, former = nothing, portal.http
+                portal.configure()
+                async with portal.site.client() as other:
+                    other.cookies = browser.cookies
+                    self.is_said_to_be_down(await other.get("/login/start"))
+                    self.is_said_to_be_down(await other.get(callback))
+                # Not there: logging out here works all the same.
+                assert portal.site.login is not None
+                assert await portal.site.login.end_url(BASE) is None
+                await portal.site.login.close()
+                portal.http = former
+                portal.configure()
+
+    async def test_a_secret_that_is_gone_is_no_error_of_the_server(self, portal: Portal):
+        def gone() -> str:
+            raise ConfigurationError("web.login: the secret login__main cannot be read: no such file")
+
+        portal.configure(secret=gone)
+        answer = await self.opened(portal, "state=STATE&code=CODE", None)
+
+        self.is_said_to_be_down(answer)
+        assert "login__main" not in answer.text
+
+    def is_said_to_be_down(self, answer: httpx.Response) -> None:
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, True), answer.text
+        assert "Kinde cannot log you in right now" in answer.text
+        assert SESSION_COOKIE not in answer.headers.get("set-cookie", "")
 
 
 class TestLinks:

@@ -13,12 +13,22 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from worker.errors import AccessDenied, NotFound, TokenError, UsageError
+from worker.errors import (
+    AccessDenied,
+    ConfigurationError,
+    IssuerUnavailable,
+    NotFound,
+    TokenError,
+    UsageError,
+    WorkerError,
+)
 from worker.telemetry.events import emit
 from worker.web.callers import Caller
 from worker.web.login import Login, local_path, new_login
 from worker.web.pages.base import Pages, query
+from worker.web.pages.errors import error_page
 from worker.web.pages.rendering import page
+from worker.web.responses import wait_headers
 from worker.web.sessions import LOGIN, LOGIN_COOKIE, SESSION_COOKIE
 
 _ORG = re.compile(r"[A-Za-z0-9_.-]{1,200}")
@@ -67,7 +77,10 @@ class LoginPages:
         browser = forms.login_nonce(request)
         client = self._pages.access.addresses.client_of(request).key
         state = await self._pages.sessions.begun.begin(begun, browser=browser, client=client)
-        url = await login.start(state, begun, self._url_of(request, CALLBACK), org=org)
+        try:
+            url = await login.start(state, begun, self._url_of(request, CALLBACK), org=org)
+        except IssuerUnavailable as error:
+            return self._unavailable(request, login, error)
         response = RedirectResponse(url, 303)
         forms.set_cookie(request, response, LOGIN_COOKIE, browser)
         return response
@@ -81,6 +94,8 @@ class LoginPages:
         try:
             caller = await login.finish(parameters, begun, self._url_of(request, CALLBACK))
             caller = await self._pages.access.confirm(caller)
+        except (IssuerUnavailable, ConfigurationError) as error:
+            return self._unavailable(request, login, error)
         except (AccessDenied, TokenError) as error:
             emit("web.login_refused", error=error.message)
             if isinstance(error, TokenError):
@@ -88,6 +103,14 @@ class LoginPages:
                 raise AccessDenied(error.message, fix=error.fix or "open /login and log in again") from error
             raise
         return await self._opened(request, caller, begun.return_to)
+
+    def _unavailable(self, request: Request, login: Login, error: WorkerError) -> Response:
+        """503: the provider does not respond, or the client's secret cannot be read. The log says which."""
+        emit("web.login_refused", error=error.message)
+        frame, message = self._pages.frame(request.scope), f"{login.title} cannot log you in right now"
+        response = error_page(request.scope, frame, 503, message, "log in again in a moment, or with a token")
+        response.headers.update(wait_headers(503, error.retry_after))
+        return response
 
     async def _link(self, request: Request) -> Response:
         """A page with a button: a program that only fetches the link does not use it up."""
