@@ -40,6 +40,11 @@ async def inline(ctx):
     return None
 
 
+@job("bench.fails", isolation="inline", max_attempts=1)
+async def fails(ctx):
+    raise RuntimeError("the CRM answered with status 503")
+
+
 @job("bench.child")
 def child(ctx):
     return None
@@ -114,13 +119,19 @@ style = "json"
         with self.database.transaction() as connection:
             connection.execute(text("UPDATE orgs SET max_concurrent_runs = :limit"), {"limit": limit})
 
-    def define(self, handler: str, *, due_at: list[datetime] | None = None, spec: dict[str, object]) -> None:
-        """Add a definition for each org, or with `due_at` one for each scheduled time, orgs in turn."""
+    def define(
+        self,
+        handler: str,
+        *,
+        count: int | None = None,
+        due_at: list[datetime] | None = None,
+        spec: dict[str, object],
+    ) -> None:
+        """Add a definition for each org, so many, or with `due_at` one for each time; orgs in turn."""
         with self.database.transaction() as connection:
             orgs = list(connection.execute(select(tables.orgs.c.id)).scalars())
             at = self.database.now(connection)
-            count = len(orgs) if due_at is None else len(due_at)
-            ids = [new_id() for _ in range(count)]
+            ids = [new_id() for _ in range(count or len(due_at or orgs))]
             common = {"revision": 1, "enabled": True, "created_at": at, "updated_at": at}
             rows = [
                 {"id": id_, "org_id": orgs[n % len(orgs)], "name": f"d{n}"} | common
@@ -201,9 +212,9 @@ style = "json"
             log.close()
 
     def ended(self) -> int:
-        """How many runs have succeeded."""
+        """How many runs have succeeded or failed."""
         with self.database.autocommit() as connection:
-            query = text("SELECT count(*) FROM runs WHERE state = 'succeeded'")
+            query = text("SELECT count(*) FROM runs WHERE state IN ('succeeded', 'failed')")
             return int(connection.execute(query).scalar_one())
 
     def server_cpu(self) -> float:
@@ -216,7 +227,7 @@ style = "json"
     def rate(self, *, leave: float = 0.25) -> float:
         """Runs per second by the database's clock, without the first quarter, which fetches tokens."""
         with self.database.autocommit() as connection:
-            query = select(tables.runs.c.finished_at).where(tables.runs.c.state == "succeeded")
+            query = select(tables.runs.c.finished_at).where(tables.runs.c.state.in_(("succeeded", "failed")))
             ends = sorted(connection.execute(query).scalars())
         first = int(len(ends) * leave)
         return (len(ends) - first) / (ends[-1] - ends[first]).total_seconds()
@@ -247,7 +258,9 @@ def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[In
             plugins,
             dist="orgworker-bench",
             modules={"orgworker_bench": HANDLERS},
-            entry_points={"bench.inline": "orgworker_bench:inline", "bench.child": "orgworker_bench:child"},
+            entry_points={
+                f"bench.{name}": f"orgworker_bench:{name}" for name in ("inline", "fails", "child")
+            },
         )
         provider, thread = serve_provider()
         stack.enter_context(thread)
