@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -143,6 +144,18 @@ async def test_the_overview_pages_escape_what_they_show(staffed: Site):
             assert "<script>" not in page.text, path
             assert "operator:admin" in page.text, path
             assert page.status_code in (200, 400, 404), path
+
+
+async def test_a_day_of_the_grid_leads_to_its_runs_in_any_zone(staffed: Site):
+    fail(staffed, make_run(staffed, "org_a"))
+    async with logged_in(staffed, TOKENS["admin"]) as client:
+        client.cookies.set("orgworker_zone", "Pacific/Kiritimati")
+        page = await client.get("/orgs/org_a")
+        [href] = re.findall('class="day failed" href="([^"]*)', page.text)
+        found = await client.get(html.unescape(href))
+
+    assert "state%3Afailed+since%3A" in href
+    assert (found.status_code, found.text.count('class="chip failed"')) == (200, 1)
 
 
 async def test_an_error_page_says_where_to_go_instead_of_commands(staffed: Site):

@@ -1,12 +1,14 @@
-"""How often a schedule is due in each hour."""
+"""How often a schedule is due in each hour, and where the hours lead."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from urllib.parse import unquote_plus
 
 from worker.store.lists.due import Timing
 from worker.web.pages.due import HOUR, by_hour
+from worker.web.pages.morning import hour_path
 
 START = datetime(2030, 3, 30, 12, 30, tzinfo=UTC)
 END = datetime(2030, 3, 31, 13, tzinfo=UTC)
@@ -42,3 +44,10 @@ def test_a_rare_schedule_counts_in_its_zone_and_within_its_bounds():
 def test_a_schedule_of_another_release_counts_as_nothing():
     assert counted("fortnightly") == {}
     assert counted("0 * * * *", "Mars/Olympus") == {}
+
+
+def test_an_hour_leads_to_the_harmed_runs_made_in_it_in_utc():
+    assert unquote_plus(hour_path(at(30, 13), {"succeeded": 3})) == (
+        "/search?q=since:2030-03-30T13:00Z until:2030-03-30T14:00Z"
+    )
+    assert "q=state:failed,refused since:" in unquote_plus(hour_path(at(30, 13), {"refused": 1, "failed": 2}))

@@ -252,7 +252,7 @@ def hour_path(hour: datetime, by_state: Mapping[str, int]) -> str:
     """The search for the runs made in an hour, of those that failed or were refused if there are any."""
     harmed = [state for state in ("failed", "refused") if by_state.get(state)]
     states = f"state:{','.join(harmed)} " if harmed else ""
-    return search_path(f"{states}since:{hour:%Y-%m-%dT%H:%M} until:{hour + HOUR:%Y-%m-%dT%H:%M}")
+    return search_path(f"{states}since:{hour:%Y-%m-%dT%H:%MZ} until:{hour + HOUR:%Y-%m-%dT%H:%MZ}")
 
 
 def _due_chart(due: Due, now: datetime) -> Markup:

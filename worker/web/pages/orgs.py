@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from datetime import UTC
+from datetime import UTC, date, timedelta
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -21,6 +21,7 @@ from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, P
 from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
+from worker.web.pages.answer import search_of
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
 
@@ -114,9 +115,19 @@ class OrgPages:
                 "waiting": [caller.sees(Run, row) for row in waiting],
                 "broken": [caller.sees(Broken, row) for row in faults],
                 "grid": grid(connection, org_id, now),
+                "day_path": functools.partial(day_path, code),
                 "claims": claims,
                 "is_newest": after is None,
                 "next": next_page("", {}, runs),
             }
 
         return await self._pages.show(request, "org.html", work)
+
+
+def day_path(org: str, definition: str, day: date, worst: str) -> str:
+    """The search for a definition's runs of a UTC day, or only for the failed or refused ones, if any."""
+    harmed = worst if worst in ("failed", "refused") else ""
+    since, until = (f"{one:%Y-%m-%d}T00:00Z" for one in (day, day + timedelta(days=1)))
+    return search_of(
+        ("org", org), ("definition", definition), ("state", harmed), ("since", since), ("until", until)
+    )
