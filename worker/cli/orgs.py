@@ -14,8 +14,8 @@ from worker.cli.lists import add_list
 from worker.cli.options import FileArgument, NoteOption, OutputOption, read_text
 from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.progress import Progress
-from worker.cli.session import Invocation, change, session_of
-from worker.errors import UsageError
+from worker.cli.session import change, session_of
+from worker.cli.sync import IssuerOption, only_issuer, sync
 from worker.store.lists import ORGS
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def add(
     context: typer.Context,
     code: OrgArgument,
     name: Annotated[str | None, typer.Option("--name", help="A name for people (default: the code).")] = None,
-    issuer: Annotated[
-        str | None,
-        typer.Option("--issuer", help="A table [issuers.NAME] of worker.toml (default: the only one)."),
-    ] = None,
+    issuer: IssuerOption = None,
     tag: Annotated[
         list[str] | None, typer.Option("--tag", help="A tag that templates select by; repeatable.")
     ] = None,
@@ -61,7 +58,7 @@ def add(
     entry = OrgEntry(
         code=code,
         name=name or code,
-        issuer=issuer or _only_issuer(session),
+        issuer=issuer or only_issuer(session),
         max_concurrent_runs=max_concurrent_runs,
         weight=weight,
         tags=frozenset(tag or ()),
@@ -148,19 +145,10 @@ def remove(
 
 
 app.command("check")(check_orgs)
+app.command("sync")(sync)
 
 
 def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:
     from worker.operations.orgs import set_org_state
 
     change(context, output, partial(set_org_state, org=code, state=state, note=note))
-
-
-def _only_issuer(session: Invocation) -> str:
-    names = sorted(session.settings.issuers)
-    if len(names) != 1:
-        raise UsageError(
-            f"--issuer is missing; worker.toml has {', '.join(names) or 'none'}",
-            fix="name one of them" if names else "add a table [issuers.main] to worker.toml",
-        )
-    return names[0]

@@ -84,7 +84,7 @@ def add_org(
                 f"there is an org {entry.code} already", fix="to change it, name it in a file for `apply`"
             )
         if before is None:
-            row = _new_row(entry, at=now)
+            row = new_row(entry, at=now)
             orgs.insert_for_all_orgs(connection, [row])
             trail = [audit.Entry(row["id"], "org.add", entry.code, columns_of(entry))]
         else:
@@ -94,7 +94,8 @@ def add_org(
         return lists.org(connection, entry.code)
 
 
-def _new_row(entry: OrgEntry, *, at: datetime) -> Row:
+def new_row(entry: OrgEntry, *, at: datetime) -> Row:
+    """The row of `orgs` of a new org."""
     fresh = {"id": OrgId(new_id()), "code": entry.code, "created_at": at, "updated_at": at}
     return fresh | columns_of(entry)
 
@@ -197,7 +198,7 @@ def import_orgs(
             report(done, len(parsed))
             before = stored.get(line.org.code)
             if before is None:
-                new_orgs.append(_new_row(line.org, at=now))
+                new_orgs.append(new_row(line.org, at=now))
                 org_id = new_orgs[-1]["id"]
                 trail.append(audit.Entry(org_id, "org.add", line.org.code, columns_of(line.org)))
             else:

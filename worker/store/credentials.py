@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, func, insert, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _credentials = tables.credentials
 
@@ -30,8 +30,30 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
     if not rows:
         return
     connection.execute(insert(_credentials), [dict(row) for row in rows])
-    live, at = tables.live_runs, rows[0]["created_at"]
-    for part in chunks(sorted({row["org_id"] for row in rows})):
+    try_again_for_all_orgs(connection, {row["org_id"] for row in rows}, at=rows[0]["created_at"])
+
+
+def insert_pending(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Insert a credential that workers do not use yet."""
+    connection.execute(insert(_credentials), {**row, "state": "pending"})
+
+
+def activate(connection: Connection, org_id: OrgId, credential_id: str, *, at: datetime) -> bool:
+    """Let workers use a pending credential from now on; False if it is not pending."""
+    activated = connection.execute(
+        update(_credentials)
+        .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
+        .where(_credentials.c.state == "pending")
+        .values(state="active")
+    )
+    try_again_for_all_orgs(connection, {org_id}, at=at)
+    return activated.rowcount == 1
+
+
+def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, at: datetime) -> None:
+    """Let runs of these orgs that wait for a token try again now."""
+    live = tables.live_runs
+    for part in chunks(sorted(set(org_ids))):
         connection.execute(
             update(live)
             .where(live.c.org_id.in_(part), live.c.state == "waiting", live.c.reason == "no_token")
@@ -67,6 +89,12 @@ def has_generation(connection: Connection, org_id: OrgId, generation: int) -> bo
     return connection.execute(query).first() is not None
 
 
+def by_id(connection: Connection, org_id: OrgId, credential_id: str) -> Row | None:
+    """One of the org's credentials."""
+    query = select(_credentials).where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
+    return first_row(connection, query)
+
+
 def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
     """Retire one generation and keep its secret; False if it is already retired or does not exist."""
     retired = connection.execute(
@@ -74,7 +102,7 @@ def retire(connection: Connection, org_id: OrgId, generation: int, *, at: dateti
         .where(
             _credentials.c.org_id == org_id,
             _credentials.c.generation == generation,
-            _credentials.c.state == "active",
+            _credentials.c.state != "retired",
         )
         .values(state="retired", retired_at=at)
     )
@@ -97,7 +125,7 @@ def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
     mine = _credentials.c.org_id == org_id
     connection.execute(
         update(_credentials)
-        .where(mine, _credentials.c.state == "active")
+        .where(mine, _credentials.c.state != "retired")
         .values(state="retired", retired_at=at)
     )
     destroyed = connection.execute(

@@ -13,14 +13,21 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Concatenate, Generic, Literal, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError, TimeoutError
 
 from worker.clock import Clock
 from worker.errors import StoreUnavailable
 from worker.store import roles
 from worker.store.dialect import database_now, driver, hint
-from worker.store.engine import BUSY_SECONDS, STATEMENT_DEADLINE, libpq_arguments, open_engine, read_url
+from worker.store.engine import (
+    BUSY_SECONDS,
+    STATEMENT_DEADLINE,
+    libpq_arguments,
+    lock_beside,
+    open_engine,
+    read_url,
+)
 from worker.telemetry.events import emit
 from worker.telemetry.masking import shown_url
 
@@ -70,6 +77,11 @@ class Connectivity:
         if reported and lost_at is not None:
             emit("database.back", seconds=round(self._clock.monotonic() - lost_at, 1))
 
+
+# The first half of the keys of advisory locks by name.
+_EXCLUSIVE = 6_070_312
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(:kind, hashtext(:name))")
+_UNLOCK = text("SELECT pg_advisory_unlock(:kind, hashtext(:name))")
 
 Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")
@@ -182,6 +194,31 @@ class Database:
             return
         with self._reporting(), self._connection() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def exclusively(self, name: str) -> Iterator[bool]:
+        """Hold a lock of this database until the block ends or this process dies.
+
+        Yields False, without waiting, if another process holds the lock of that name. On PostgreSQL it is
+        an advisory lock of a session of its own, on SQLite a file beside the database.
+        """
+        if self.dialect == "sqlite":
+            lock = lock_beside(self._engine.url, name)
+            try:
+                yield lock is not None
+            finally:
+                if lock is not None:
+                    lock.release()
+            return
+        with translated(), self._engine.connect() as connection:
+            session = connection.execution_options(isolation_level="AUTOCOMMIT")
+            key = {"kind": _EXCLUSIVE, "name": name}
+            held = bool(session.execute(_TRY_LOCK, key).scalar_one())
+            try:
+                yield held
+            finally:
+                if held:
+                    session.execute(_UNLOCK, key)
 
     def now(self, connection: Connection) -> datetime:
         """The time that rows are compared with: PostgreSQL's clock, or the injected one."""

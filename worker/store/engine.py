@@ -73,6 +73,20 @@ def lock_sqlite_file(url: str, *, clock: Clock | None = None) -> FileLock:
     return FileLock(path, fd)
 
 
+def lock_beside(url: URL, name: str) -> FileLock | None:
+    """Lock `<file>.<name>.lock` beside a SQLite file for this process; None if another process holds it."""
+    path = Path(f"{url.database}.{name}.lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in _TAKEN:
+            return None
+        raise
+    return FileLock(path, fd)
+
+
 def _lock_range(fd: int, kind: int) -> None:
     """Lock or unlock the whole file for this open file alone; raises OSError if a run has locked it."""
     # struct flock: type, whence, start, length (0: the whole file), pid.

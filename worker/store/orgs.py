@@ -87,6 +87,11 @@ def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: boo
     return found
 
 
+def of_issuer_for_all_orgs(connection: Connection, issuer: str) -> list[Row]:
+    """All orgs of an issuer, in any state."""
+    return all_rows(connection, select(_orgs).where(_orgs.c.issuer == issuer).order_by(_orgs.c.code))
+
+
 def active_for_all_orgs(connection: Connection, *, after: str | None = None, limit: int = 500) -> list[Row]:
     """Active and paused orgs by code, those after `after`."""
     names = ("id", "code", "issuer", "timezone", "state", "max_concurrent_runs")

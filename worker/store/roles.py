@@ -57,7 +57,7 @@ _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 SECRETS: Mapping[str, frozenset[str]] = {"credentials": frozenset({"sealed"})}
 # Tables that no org reads: they name machines, or several orgs, or say who may log in.
 _NOT_FOR_ORGS = frozenset(
-    {"workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"}
+    {"workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions", "applications"}
 )
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})

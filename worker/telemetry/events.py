@@ -127,6 +127,21 @@ _ROWS = (
     _info("issuer.resumed", "issuer", "the issuer returns tokens again"),
     _info("keys.fetched", "issuer keys", "fetched the issuer's keys; `keys` is their number"),
     _warning("keys.failed", "issuer error", "cannot fetch the issuer's keys; the last good set stays in use"),
+    # Orgs and their applications at the provider.
+    _info(
+        "orgs.synced",
+        "issuer changed failed",
+        "orgs were added, changed or suspended as the provider lists them",
+    ),
+    _info("application.made", "org issuer client", "made a machine-to-machine application at the provider"),
+    _info(
+        "credential.pending",
+        "org issuer client seconds",
+        "a token of a new client is verified; runs use this client after `seconds`",
+    ),
+    _info("credential.activated", "org issuer client generation", "runs use this client from now on"),
+    _info("application.deleted", "org issuer client", "deleted an application that runs used before"),
+    _error("provisioning.failed", "org issuer error", "an org's application could not be made or changed"),
     # Processes and plug-ins.
     _info("zygote.started", "pid", "the process that forks the runs has started"),
     _error(

@@ -425,7 +425,7 @@ CREDENTIALS = Listing(
         *("last_used_at", "uses", "last_error"),
     ),
     filters=("org", "state", "since"),
-    states=("active", "retired"),
+    states=("pending", "active", "retired"),
     admin_only=True,
     few_per_org=True,
     not_in_api=("since",),

@@ -1,7 +1,7 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
-`tables/sign_in.py` those of logins.
+`tables/sign_in.py` those of logins, `tables/provisioning.py` that of applications at providers.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -23,6 +23,8 @@ from sqlalchemy import (
 )
 
 from worker.store.dialect import Id, Instant, json_type
+from worker.store.tables.provisioning import APPLICATION_STATES as APPLICATION_STATES
+from worker.store.tables.provisioning import applications as applications
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
 from worker.store.tables.runs import UNFINISHED as UNFINISHED
@@ -42,6 +44,7 @@ from worker.store.tables.sign_in import operators as operators
 from worker.store.tables.sign_in import sessions as sessions
 
 ORG_STATES = ("active", "paused", "suspended", "removed")
+CREDENTIAL_STATES = ("pending", "active", "retired")
 
 orgs = Table(
     "orgs",
@@ -93,7 +96,7 @@ credentials = Table(
     Column("reference", Text, doc="`file:NAME` in `secrets_dir`."),
     Column("key_id", Text, doc="The key of the key ring that seals it."),
     required("kind", Text, "`client_secret` or `private_key`.", server_default="client_secret"),
-    required("state", Text, "`active` or `retired`.", server_default="active"),
+    required("state", Text, "`pending` (not used yet), `active` or `retired`.", server_default="active"),
     required("created_at", Instant),
     required("created_by", Text),
     Column("retired_at", Instant, doc="When it was retired; `retire --now` also destroys the secret."),
@@ -101,11 +104,12 @@ credentials = Table(
     count("uses", "The number of token requests with it.", type_=BigInteger),
     Column("last_error", Text, doc="The issuer's answer, if the last request failed."),
     UniqueConstraint("org_id", "generation"),
-    CheckConstraint(one_of("state", ("active", "retired")), name="state"),
+    CheckConstraint(one_of("state", CREDENTIAL_STATES), name="state"),
     CheckConstraint(one_of("kind", ("client_secret", "private_key")), name="kind"),
     Index(
         "ix_credentials_rejected_org_id", "org_id", **partial("last_error IS NOT NULL AND state = 'active'")
     ),
+    Index("ix_credentials_client_id", "client_id"),
     info={"meaning": "An org's client ids and secrets at its issuer."},
 )
 

@@ -1,0 +1,119 @@
+"""`orgs sync` from nothing to verified credentials, over HTTP against a provider with faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fakes.cli import CommandLine
+from tests.fakes.kinde.faults import Script
+from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+
+AUDIENCE = "https://api.acme.com"
+ORGS = 6
+TEMPLATE = """
+[[template]]
+name = "nightly"
+orgs = "all"
+handler = "acme.fetch"
+schedule = "0 3 * * *"
+scopes = ["read:kb"]
+"""
+
+
+@pytest.fixture
+def kinde() -> Iterator[Kinde]:
+    with serve_kinde() as served:
+        served.api.add_api("Acme's API", AUDIENCE, ("read:kb", "write:kb"))
+        served.add_orgs(ORGS)
+        yield served
+        assert served.undocumented() == []
+
+
+@pytest.fixture
+def cli(cli_on_either: CommandLine, kinde: Kinde) -> CommandLine:
+    cli = cli_on_either
+    folder = cli.settings.parent
+    before = cli.settings.read_text()
+    cli.settings.write_text(
+        before[: before.index("[issuers.main]")]
+        + f"""
+[issuers.main]
+url = "{kinde.url}"
+audience = "{AUDIENCE}"
+max_requests_per_second = 1000
+[issuers.main.management]
+client_id = "{MANAGER}"
+tags = {{ eu = "handle=eu" }}
+"""
+    )
+    (folder / "management__main").write_text(kinde.secret)
+    (folder / "templates.toml").write_text(TEMPLATE)
+    cli("apply", str(folder / "templates.toml"))
+    return cli
+
+
+def test_from_orgs_at_the_provider_to_credentials(cli: CommandLine, kinde: Kinde) -> None:
+    planned = json.loads(cli("orgs", "sync", "--provision", "--dry-run", "-o", "json").out)
+    before, tokens = kinde.carried_out(), kinde.token_requests()
+    done = cli("orgs", "sync", "--provision", "-o", "json")
+    rows = json.loads(done.out)
+
+    # Made, read again for its org, authorised, one scope; the orgs and the APIs are listed for all.
+    assert kinde.carried_out() - before <= 4 * ORGS + 3
+    assert kinde.token_requests() - tokens == ORGS + 1
+    assert [row["org"] for row in planned] == [row["org"] for row in rows]
+    assert [row["changes"] for row in rows] == [["added", "provisioned"]] * ORGS
+    assert json.loads(cli("orgs", "sync", "--provision", "-o", "json").out) == []
+    credentials = json.loads(cli("credentials", "list", "-o", "json").out)
+    assert {row["org"]: row["client_id"] for row in credentials} == {
+        row["org"]: row["client_id"] for row in rows
+    }
+    assert {row["state"] for row in credentials} == {"active"}
+    checked = json.loads(cli("orgs", "check", "--all", "-o", "json").out)
+    assert {(row["ok"], tuple(row["scopes"])) for row in checked} == {(True, ("read:kb",))}
+    everything = done.out + done.err + cli("audit", "list", "-o", "json").out
+    assert not any(app.client_secret in everything for app in kinde.provider.applications.values())
+
+
+def test_a_provider_with_faults_costs_no_duplicate_and_no_orphan(cli: CommandLine, kinde: Kinde) -> None:
+    kinde.script = Script(
+        seed=1, throttle=0.05, error=0.1, late_error=0.1, slow=0.1, cut=0.1, retry_after="0"
+    )
+    for _ in range(5):
+        done = cli("orgs", "sync", "--provision", "-o", "json", check=False)
+        assert done.code in (0, 1, 69), done.err
+        if done.code == 0:
+            break
+    kinde.script = Script()
+    cli("orgs", "sync", "--provision")
+
+    assert all(len(kinde.applications_of(f"org_{n}")) == 1 for n in range(1, ORGS + 1))
+    assert json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out) == []
+
+
+def test_orphans_are_listed_and_deleted(cli: CommandLine, kinde: Kinde) -> None:
+    cli("orgs", "sync", "--provision")
+    cli("orgs", "remove", "org_1", "--yes")
+
+    (orphan,) = json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out)
+    assert orphan["org"] == "org_1" and orphan["id"] and not orphan["deleted"]
+    (deleted,) = json.loads(cli("orgs", "sync", "--orphans", "--delete", "-o", "json").out)
+    assert deleted["id"] == orphan["id"] and deleted["deleted"]
+    assert kinde.applications_of("org_1") == []
+    assert json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out) == []
+    # A removed org stays removed, although the provider lists it.
+    assert json.loads(cli("orgs", "sync", "-o", "json").out) == []
+
+
+def test_what_cannot_be_done_says_why(cli: CommandLine, kinde: Kinde) -> None:
+    assert cli("orgs", "sync", "--org", "nobody", check=False).code == 3
+    assert cli("orgs", "sync", "--delete", check=False).code == 2
+    assert cli("orgs", "sync", "--issuer", "other", check=False).code == 3
+    (cli.settings.parent / "management__main").write_text("wrong")
+    refused = cli("orgs", "sync", check=False)
+    assert refused.code == 78 and "management__main" in refused.err
+    (cli.settings.parent / "management__main").unlink()
+    assert cli("orgs", "sync", check=False).code == 78

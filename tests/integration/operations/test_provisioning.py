@@ -1,0 +1,306 @@
+"""Orgs from the provider, and an application for each: nothing is made twice, whatever interrupts it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
+from tests.fakes.management import MemoryManagement
+from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
+from worker.operations import sync
+from worker.operations.check_orgs import Checks
+from worker.operations.orgs import set_org_state
+from worker.operations.provisioning import Provisioned, Provisioner, exclusive
+from worker.providers.management.mapping import parse_rules
+from worker.store.database import Database
+from worker.tokens.sealing import KeyRing
+from worker.tokens.token_probe import TokenProbe, watch
+from worker.wiring.secrets import OpenedCredentials
+
+pytestmark = pytest.mark.anyio
+
+NIGHTLY = """
+[[template]]
+name = "nightly"
+orgs = "all"
+handler = "acme.note"
+schedule = "0 3 * * *"
+params = { text = "x" }
+"""
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+class Passing(ManualClock):
+    """A clock on which every sleep is over at once, and has taken its time."""
+
+    async def sleep(self, seconds: float) -> None:
+        self.advance(seconds)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def clock() -> Passing:
+    return Passing()
+
+
+@dataclass
+class Place:
+    """An installation and its provider."""
+
+    database: Database
+    ring: KeyRing
+    management: MemoryManagement
+    checks: Checks
+    clock: Passing
+
+    def provisioner(self, **changes: Any) -> Provisioner:
+        values: dict[str, Any] = {
+            "database": self.database,
+            "ring": self.ring,
+            "management": self.management,
+            "checks": self.checks,
+            "issuer": "main",
+            "actor": "ops",
+            "clock": self.clock,
+        }
+        return Provisioner(**values | changes)
+
+    async def provision(self, org: str | None = None) -> dict[str, Provisioned]:
+        with exclusive(self.database, "main"):
+            return {each.org: each for each in await self.provisioner().provision(org)}
+
+    async def sync(self, only: str | None = None, **rules: Any) -> dict[str, sync.SyncRow]:
+        rule = sync.Rules("main", **rules)
+        listed = await sync.read_orgs(self.management, rule, only)
+        made = sync.planned(self.database, listed, rule, only)
+        rows = sync.apply(self.database, made, rule, actor="ops", issuers=["main"])
+        made.check_suspended(rule)
+        return {row["org"]: row for row in rows}
+
+
+@pytest.fixture
+async def place(database: Database, keyring: KeyRing, clock: Passing, apply: Any) -> AsyncIterator[Place]:
+    # A clock of its own that stands still, since a request's deadline is a sleep as well.
+    at_the_issuer = ManualClock(clock.now())
+    issuer = FakeIssuer(at_the_issuer)
+    management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcdefgh"})
+    source = OpenedCredentials(database, keyring, "", clock)
+    apply(NIGHTLY)
+    async with issuer.client() as client:
+        watch(client)
+        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
+        yield Place(database, keyring, management, Checks(database, source, {"main": probe}), clock)
+        await probe.close()
+
+
+def check_one_each(place: Place, rows: Any) -> None:
+    """Each org has one application at the provider, which its one active credential names."""
+    active = [row for row in rows.credentials if row["state"] == "active"]
+    assert len(active) == len(rows.orgs) == len(place.management.made)
+    codes = {row["id"]: row["code"] for row in rows.orgs}
+    clients = {row["client_id"]: codes[row["org_id"]] for row in active}
+    assert clients == {made.app.client_id: made.app.org_code for made in place.management.made.values()}
+    assert {row["state"] for row in rows.applications} == {"active"}
+
+
+async def test_every_org_of_the_provider_gets_a_verified_credential(place: Place, rows: Any) -> None:
+    synced = await place.sync()
+    results = await place.provision()
+
+    assert {row["org"]: row["changes"] for row in synced.values()} == {
+        code: ["added"] for code in place.management.listed
+    }
+    assert [result.error for result in results.values()] == [None] * 8
+    check_one_each(place, rows)
+    assert {tuple(made.audiences[AUDIENCE]) for made in place.management.made.values()} == {("read:kb",)}
+    # Of one org: made, authorised, one scope, one token. Three pages of orgs.
+    calls = place.management.calls
+    assert {call: calls.count(call) for call in calls} == {
+        "orgs": 3,
+        "make": 8,
+        "authorise": 8,
+        "add_scopes": 8,
+    }
+    assert place.management.issuer.count() == 8
+
+
+async def test_a_second_call_makes_nothing(place: Place, rows: Any) -> None:
+    await place.sync()
+    await place.provision()
+    before = rows.everything()
+
+    assert await place.sync() == {}
+    assert await place.provision() == {}
+    assert rows.everything() == before
+
+
+async def test_a_second_provisioner_is_refused(place: Place) -> None:
+    with exclusive(place.database, "main"), pytest.raises(Busy, match="another process"):
+        await place.provision()
+    await place.provision()
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    await place.sync()
+    left = [0]
+
+    def may_die(call: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    for _ in range(8):
+        place.management.before = place.management.after = may_die
+        left[0] = rng.randrange(1, 40)
+        try:
+            await place.provision()
+        except BaseException as error:
+            # A group may have a part in it that only cancellation ended.
+            if not isinstance(error, Killed | BaseExceptionGroup) or "Killed" not in repr(error):
+                raise
+    place.management.before = place.management.after = lambda call: None
+    await place.provision()
+
+    check_one_each(place, rows)
+
+
+@pytest.mark.parametrize("is_carried_out", [True, False])
+async def test_an_unclear_request_makes_no_second_application(
+    place: Place, rows: Any, is_carried_out: bool
+) -> None:
+    rng = random.Random(7)
+
+    def may_fail(call: str) -> None:
+        if call != "applications" and rng.random() < 0.3:
+            raise Unclear(f"{call} was cut off")
+
+    await place.sync()
+    setattr(place.management, "after" if is_carried_out else "before", may_fail)
+    for _ in range(4):
+        await place.provision()
+    place.management.after = place.management.before = lambda call: None
+    results = await place.provision()
+
+    assert all(result.error is None for result in results.values())
+    check_one_each(place, rows)
+
+
+async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> None:
+    def fail(call: str) -> None:
+        if call == "make" and len(place.management.made) == 2:
+            place.management.before = lambda call: None
+            raise ProviderUnavailable("the provider failed")
+
+    await place.sync()
+    place.management.before = fail
+    results = await place.provision()
+
+    failed = [org for org, result in results.items() if result.error is not None]
+    assert len(failed) == 1 and len(results) == 8
+    (row,) = (row for row in rows.applications if row["state"] == "making")
+    assert row["last_error"] == "the provider failed"
+    assert (await place.provision())[failed[0]].error is None
+    check_one_each(place, rows)
+
+
+async def test_a_token_of_another_org_activates_nothing(place: Place, rows: Any) -> None:
+    await place.sync()
+    place.management.after = lambda call: (
+        [made.app.replace.update(org_code="org_b") for made in place.management.made.values()] and None
+    )
+    results = await place.provision("org_a")
+
+    assert "org_b" in str(results["org_a"].error)
+    assert [row["state"] for row in rows.credentials] == ["pending"]
+    assert "secret-1" not in str(results) + str(rows.applications) + str(rows.audit)
+
+
+async def test_the_application_of_another_org_is_refused(place: Place, rows: Any) -> None:
+    await place.sync()
+    await place.provision("org_a")
+    place.management._count = 0  # It answers with app-1 again, which is org_a's.
+    made = place.management.made["app-1"]
+    results = await place.provision("org_b")
+
+    assert isinstance(results["org_b"].error, ForeignApplication)
+    assert [row["state"] for row in rows.credentials] == ["active"]
+    assert made is not place.management.made["app-1"]
+
+
+async def test_an_org_is_renamed_and_tagged_and_keeps_its_own_tags(place: Place, rows: Any) -> None:
+    place.management.listed = {"org_a": "Acme"}
+    place.management.tags = {"org_a": {"plan": "pro", "eu": True}}
+    tags = parse_rules({"pro": "properties.plan=pro", "free": "properties.plan=free", "eu": "properties.eu"})
+    await place.sync(tags=tags)
+    assert rows.orgs[0]["tags"] == ["eu", "pro"]
+
+    place.management.listed = {"org_a": "Acme Ltd"}
+    place.management.tags = {"org_a": {"plan": "free"}}
+    changed = await place.sync(tags=tags)
+
+    assert changed["org_a"]["changes"] == ["renamed", "tagged"]
+    assert (rows.orgs[0]["name"], rows.orgs[0]["tags"]) == ("Acme Ltd", ["free"])
+
+
+async def test_orgs_that_are_gone_are_kept_unless_asked(place: Place, rows: Any) -> None:
+    await place.sync()
+    del place.management.listed["org_h"]
+
+    assert await place.sync() == {}
+    assert (await place.sync(absent="suspend"))["org_h"]["changes"] == ["suspended"]
+    place.management.listed["org_h"] = "H"
+    assert (await place.sync())["org_h"]["changes"] == ["resumed"]
+
+
+async def test_only_an_org_that_sync_suspended_is_resumed(place: Place, rows: Any) -> None:
+    await place.sync()
+    set_org_state(place.database, "org_a", "suspended", actor="ops", note="owes us")
+
+    assert await place.sync(absent="suspend") == {}
+    assert next(row["state"] for row in rows.orgs if row["code"] == "org_a") == "suspended"
+
+
+async def test_too_many_that_are_gone_suspend_nobody(place: Place, rows: Any) -> None:
+    await place.sync()
+    for code in ("org_g", "org_h"):
+        del place.management.listed[code]
+    place.management.listed["org_a"] = "Renamed"
+
+    with pytest.raises(Conflict, match="2 of 8 orgs"):
+        await place.sync(absent="suspend")
+
+    assert {row["state"] for row in rows.orgs} == {"active"}
+    assert next(row["name"] for row in rows.orgs if row["code"] == "org_a") == "Renamed"
+    await place.sync(absent="suspend", most_suspended=None)
+    assert sorted(row["state"] for row in rows.orgs).count("suspended") == 2
+
+
+async def test_an_empty_or_broken_list_changes_nothing(place: Place, rows: Any) -> None:
+    await place.sync()
+    before = rows.everything()
+
+    def break_off(call: str) -> None:
+        if place.management.calls.count("orgs") > 4:
+            raise ProviderUnavailable("cut off")
+
+    place.management.before = break_off
+    with pytest.raises(ProviderUnavailable, match="cut off"):
+        await place.sync(absent="suspend", most_suspended=None)
+    place.management.before = lambda call: None
+    place.management.listed = {}
+    with pytest.raises(ProviderUnavailable, match="lists no orgs"):
+        await place.sync(absent="suspend", most_suspended=None)
+
+    assert rows.everything() == before

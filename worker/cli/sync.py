@@ -1,0 +1,170 @@
+"""`orgs sync`: orgs, and applications for them, from the provider."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import typer
+
+from worker.cli.completion import names
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, print_rows, say
+from worker.cli.progress import Progress
+from worker.cli.session import Invocation, session_of
+from worker.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from worker.operations.provisioning import Provisioner
+
+T = TypeVar("T")
+
+FAILED = 1
+COLUMNS = ("org", "name", "changes", "client_id", "error")
+ORPHAN_COLUMNS = ("id", "name", "org", "deleted")
+
+IssuerOption = Annotated[
+    str | None,
+    typer.Option("--issuer", metavar="NAME", help="A table [issuers.NAME] (default: the only one)."),
+]
+
+
+class Absent(StrEnum):
+    """What happens to an org that the provider does not list."""
+
+    KEEP = "keep"
+    SUSPEND = "suspend"
+
+
+def sync(
+    context: typer.Context,
+    issuer: IssuerOption = None,
+    org: Annotated[
+        str | None,
+        typer.Option("--org", metavar="CODE", help="Only this org.", autocompletion=names("org")),
+    ] = None,
+    provision: Annotated[
+        bool,
+        typer.Option("--provision", help="Make an application for each org without a working credential."),
+    ] = False,
+    absent: Annotated[
+        Absent, typer.Option("--absent", help="What to do with orgs that the provider does not list.")
+    ] = Absent.KEEP,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Suspend more orgs at once than max_suspended allows.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what would be done; changes nothing.")
+    ] = False,
+    orphans: Annotated[
+        bool,
+        typer.Option("--orphans", help="List applications of this installation that no org uses, instead."),
+    ] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="With --orphans: delete them.")] = False,
+    output: OutputOption = Format.TABLE,
+) -> int:
+    """Add and rename the provider's orgs, and set their tags; exit 1 if any org failed.
+
+    --provision also makes a machine-to-machine application for each org without a working
+    credential, with the scopes of its definitions, and verifies a token of it. After an
+    interruption the same command continues. Exit 75 while another process does the same.
+
+    Orgs that are gone stay, or are suspended with --absent suspend; an org that returns is
+    resumed if this command suspended it. Exit 5 if more are gone than max_suspended, 69 if
+    the provider's list is empty or broken: no org is suspended then.
+    """
+    if delete and not orphans:
+        raise UsageError("--delete is for --orphans", fix="`orgs sync --orphans --delete`")
+    session = session_of(context)
+    name = issuer or only_issuer(session)
+    if orphans:
+        return with_provisioner(session, name, lambda made: _orphans(made, delete, output))
+    return with_provisioner(
+        session,
+        name,
+        lambda made: _sync(
+            session, made, org, output, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
+        ),
+    )
+
+
+def only_issuer(session: Invocation) -> str:
+    """The only issuer of worker.toml; raises UsageError if there are several, or none."""
+    found = sorted(session.settings.issuers)
+    if len(found) != 1:
+        raise UsageError(
+            f"--issuer is missing; worker.toml has {', '.join(found) or 'none'}",
+            fix="name one of them" if found else "add a table [issuers.main] to worker.toml",
+        )
+    return found[0]
+
+
+def with_provisioner(session: Invocation, issuer: str, work: Callable[[Provisioner], Awaitable[T]]) -> T:
+    """The result of `work`, called with the provisioner of an issuer, which no other process is meanwhile."""
+    from worker.operations.provisioning import exclusive
+    from worker.wiring.provisioning import open_provisioner
+
+    async def run() -> T:
+        async with open_provisioner(
+            session.settings, database, issuer, session.clock, actor=session.actor
+        ) as provisioner:
+            return await work(provisioner)
+
+    with session.database() as database, exclusive(database, issuer):
+        return asyncio.run(run())
+
+
+async def _sync(
+    session: Invocation,
+    provisioner: Provisioner,
+    org: str | None,
+    output: Format,
+    *,
+    provision: bool,
+    absent: Literal["keep", "suspend"],
+    yes: bool,
+    dry_run: bool,
+) -> int:
+    from worker.operations import sync as operation
+    from worker.wiring.provisioning import rules_of
+
+    database, settings = provisioner.database, session.settings
+    rules = rules_of(settings, provisioner.issuer, absent=absent, any_number=yes)
+    listed = await operation.read_orgs(provisioner.management, rules, org)
+    made = await database.run(operation.planned, database, listed, rules, org)
+    if made.is_unknown:
+        raise NotFound(
+            f"neither the provider nor this installation has an org {org}",
+            fix="`orgs sync --dry-run` shows the provider's orgs that are new",
+        )
+    if dry_run:
+        rows = operation.describe(made, rules)
+        if provision:
+            rows = operation.with_planned(rows, made, await database.run(provisioner.lacking, org))
+    else:
+        rows = await database.run(
+            operation.apply, database, made, rules, actor=session.actor, issuers=list(settings.issuers)
+        )
+        if provision:
+            with Progress("applications") as progress:
+                provisioner.report = progress.at
+                rows = operation.with_results(rows, await provisioner.provision(org))
+    shown = [{**row, "changes": ", ".join(row["changes"])} for row in rows]
+    print_rows(rows if output is not Format.TABLE else shown, output, columns=COLUMNS, key="org")
+    for row in rows:
+        for text in filter(None, (row["error"], row["warning"])):
+            say(f"{row['org']}: {text}")
+        if row["fix"]:
+            say(f"fix: {row['fix']}")
+    made.check_suspended(rules)
+    return FAILED if any(row["error"] for row in rows) else 0
+
+
+async def _orphans(provisioner: Provisioner, delete: bool, output: Format) -> int:
+    rows = await provisioner.orphans(delete=delete)
+    print_rows(rows, output, columns=ORPHAN_COLUMNS)
+    if output is Format.TABLE and rows and not delete:
+        say("`orgs sync --orphans --delete` deletes them")
+    return 0

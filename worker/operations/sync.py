@@ -1,0 +1,320 @@
+"""Orgs from the provider: add, rename, tag and, if asked, suspend them, in small transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Literal, TypedDict
+
+from sqlalchemy import Connection
+
+from worker.errors import Conflict, ProviderUnavailable
+from worker.ids import OrgId
+from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
+from worker.operations.provisioning import Provisioned
+from worker.operations.templates import materialise, materialise_first
+from worker.orgs import OrgEntry
+from worker.providers.management.contract import Management, PropertyValue, ProviderOrg
+from worker.providers.management.mapping import TagRule, mapped_tags, need_properties
+from worker.store import audit, orgs
+from worker.store.database import Database
+from worker.store.dialect import Row, chunks
+from worker.telemetry.events import emit
+
+Absent = Literal["keep", "suspend"]
+# Orgs that one transaction changes.
+BATCH = 200
+MAX_NAME = 200
+
+
+class SyncRow(TypedDict):
+    """What `orgs sync` did with one org; `changes` is empty if it failed before anything was changed."""
+
+    org: str
+    name: str
+    changes: list[str]
+    client_id: str | None
+    error: str | None
+    warning: str | None
+    fix: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How orgs follow the provider.
+
+    `most_suspended` is the share of the issuer's orgs that may be suspended at once, or None for any number.
+    """
+
+    issuer: str
+    tags: Sequence[TagRule] = ()
+    absent: Absent = "keep"
+    most_suspended: float | None = 0.05
+
+    @property
+    def actor(self) -> str:
+        """Who suspends an org that is gone; only such an org is resumed when it returns."""
+        return f"sync:{self.issuer}"
+
+
+@dataclass(slots=True)
+class Listed:
+    """An org of the provider, with its properties if the mapping of tags needs them."""
+
+    org: ProviderOrg
+    properties: Mapping[str, PropertyValue] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a sync is to do."""
+
+    add: list[Listed] = field(default_factory=list)
+    change: list[tuple[Row, Listed]] = field(default_factory=list)
+    suspend: list[Row] = field(default_factory=list)
+    resume: list[Row] = field(default_factory=list)
+    failed: list[SyncRow] = field(default_factory=list)
+    known: int = 0
+    """The issuer's orgs that were active or paused before."""
+    is_unknown: bool = False
+    """Whether neither the provider nor this installation has the one org that was asked for."""
+
+    def check_suspended(self, rules: Rules) -> None:
+        """Check that no more orgs are gone than may be suspended at once: a share of all, but at least one.
+
+        Raises:
+            Conflict: there are more; `apply` suspends none of them.
+        """
+        if not self._suspends_too_many(rules):
+            return
+        raise Conflict(
+            f"{len(self.suspend)} of {self.known} orgs of issuer {rules.issuer} are gone at the provider, "
+            "more than max_suspended; none was suspended",
+            fix="if that is right, call `orgs sync --absent suspend --yes`",
+        )
+
+    def suspended(self, rules: Rules) -> list[Row]:
+        """The orgs to suspend: none if they are too many."""
+        return [] if self._suspends_too_many(rules) else self.suspend
+
+    def _suspends_too_many(self, rules: Rules) -> bool:
+        if rules.most_suspended is None:
+            return False
+        return len(self.suspend) > max(1, int(self.known * rules.most_suspended))
+
+
+async def read_orgs(management: Management, rules: Rules, only: str | None) -> list[Listed]:
+    """The provider's orgs, or one of them, with their tags if the mapping has any.
+
+    Raises:
+        ProviderUnavailable: the list is empty, or it cannot be read to its end.
+        ProviderRefused, ConfigurationError: the provider refuses it.
+    """
+    found: dict[str, Listed] = {}
+    if only is not None:
+        one = await management.org(only)
+        if one is not None:
+            found[one.code] = Listed(one)
+    else:
+        async for page in management.orgs():
+            for each in page:
+                found.setdefault(each.code, Listed(each))
+        if not found:
+            raise ProviderUnavailable(
+                f"the provider of issuer {rules.issuer} lists no orgs; nothing was changed",
+                fix=f"check url and client_id in [issuers.{rules.issuer}.management]: the right environment?",
+            )
+    if need_properties(rules.tags):
+        for listed in found.values():
+            listed.properties = await management.org_properties(listed.org.code)
+    return list(found.values())
+
+
+def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: Rules, *, only: str | None) -> Plan:
+    """Compare the stored orgs (of all issuers) with the provider's; pure."""
+    made = Plan()
+    by_code = {row["code"]: row for row in stored}
+    made.is_unknown = only is not None and not listed and only not in by_code
+    codes = {each.org.code for each in listed}
+    for each in listed:
+        row = by_code.get(each.org.code)
+        if fault := _fault(each, row, rules):
+            made.failed.append(fault)
+        elif row is None:
+            made.add.append(each)
+        elif row["state"] != "removed":
+            if _entry(row, each, rules) != _entry_of(row):
+                made.change.append((row, each))
+            if row["state"] == "suspended" and row["state_by"] == rules.actor:
+                made.resume.append(row)
+    for row in by_code.values():
+        if row["issuer"] != rules.issuer or row["state"] not in ("active", "paused"):
+            continue
+        made.known += 1
+        is_asked = only is None or row["code"] == only
+        if rules.absent == "suspend" and is_asked and row["code"] not in codes:
+            made.suspend.append(row)
+    return made
+
+
+def apply(
+    database: Database, made: Plan, rules: Rules, *, actor: str, issuers: Iterable[str]
+) -> list[SyncRow]:
+    """Carry out a plan in small transactions; returns a row for each org that changed or failed.
+
+    No org is suspended if more are gone than may be suspended at once; see `Plan.check_suspended`.
+    """
+    rows = {row["org"]: row for row in made.failed}
+    names = set(issuers)
+
+    def note(org: str, name: str, change: str) -> None:
+        rows.setdefault(org, _row(org, name))["changes"].append(change)
+
+    for part in chunks([*((None, each) for each in made.add), *made.change], BATCH):
+        with database.transaction() as connection:
+            at = database.now(connection)
+            for org, name, change in _write(connection, part, rules, names, actor=actor, at=at):
+                note(org, name, change)
+            materialise_first(connection, actor=actor, at=at)
+    for row in made.resume:
+        set_org_state(database, row["code"], "active", actor=rules.actor, note="listed by the provider again")
+        note(row["code"], row["name"], "resumed")
+    for row in made.suspended(rules):
+        set_org_state(database, row["code"], "suspended", actor=rules.actor, note="gone at the provider")
+        note(row["code"], row["name"], "suspended")
+    while materialise(database).orgs:
+        pass
+    changed = [row for row in rows.values() if row["changes"]]
+    if changed:
+        emit("orgs.synced", issuer=rules.issuer, changed=len(changed), failed=len(made.failed))
+    return list(rows.values())
+
+
+def planned(database: Database, listed: Sequence[Listed], rules: Rules, only: str | None) -> Plan:
+    """What a sync is to do, by the orgs that are stored."""
+    with database.autocommit() as connection:
+        found = {row["code"]: row for row in orgs.of_issuer_for_all_orgs(connection, rules.issuer)}
+        others = [each.org.code for each in listed if each.org.code not in found]
+        stored = [*found.values(), *orgs.find_for_all_orgs(connection, others).values()]
+    return plan(stored, listed, rules, only=only)
+
+
+def describe(made: Plan, rules: Rules) -> list[SyncRow]:
+    """The rows that `apply` would return, for a dry run."""
+    rows = {row["org"]: row for row in made.failed}
+    named = [
+        *((each.org.code, each.org.name, "added") for each in made.add),
+        *((row["code"], each.org.name, "changed") for row, each in made.change),
+        *((row["code"], row["name"], "resumed") for row in made.resume),
+        *((row["code"], row["name"], "suspended") for row in made.suspended(rules)),
+    ]
+    for org, name, change in named:
+        rows.setdefault(org, _row(org, name))["changes"].append(change)
+    return list(rows.values())
+
+
+def with_results(rows: Sequence[SyncRow], results: Sequence[Provisioned]) -> list[SyncRow]:
+    """The rows of a sync, with what became of the applications."""
+    by_org = {row["org"]: row for row in rows}
+    for result in results:
+        row = by_org.setdefault(result.org, _row(result.org, result.org))
+        row["client_id"] = result.client_id
+        if result.error is not None:
+            row["error"], row["fix"] = result.error.message, result.error.fix or None
+        else:
+            row["changes"].append("provisioned")
+            row["warning"] = result.warning or None
+    return list(by_org.values())
+
+
+def with_planned(rows: Sequence[SyncRow], made: Plan, lacking: Sequence[str]) -> list[SyncRow]:
+    """The rows of a dry run, with the applications that would be made for new orgs and for `lacking` ones."""
+    gone = {row["code"] for row in made.suspend}
+    codes = [*(each.org.code for each in made.add), *(code for code in lacking if code not in gone)]
+    return with_results(rows, [Provisioned(code) for code in codes])
+
+
+def _row(org: str, name: str, *, error: str | None = None, fix: str | None = None) -> SyncRow:
+    return SyncRow(org=org, name=name, changes=[], client_id=None, error=error, warning=None, fix=fix)
+
+
+def _fault(each: Listed, row: Row | None, rules: Rules) -> SyncRow | None:
+    """The row of an org that cannot be taken over, or None."""
+    code = each.org.code
+    if row is not None and row["issuer"] != rules.issuer:
+        return _row(
+            code,
+            each.org.name,
+            error=f"org {code} exists already, with issuer {row['issuer']}",
+            fix="two issuers cannot share an org: change its code at one of the providers",
+        )
+    if not code or not code.isprintable() or "/" in code or len(code) > MAX_NAME:
+        return _row(
+            code[:MAX_NAME],
+            each.org.name,
+            error="the provider names an org by a code that cannot be used",
+            fix="a code has 1 to 200 printable characters without a slash",
+        )
+    return None
+
+
+def _entry_of(row: Row) -> OrgEntry:
+    return OrgEntry(
+        row["code"],
+        row["name"],
+        row["issuer"],
+        row["max_concurrent_runs"],
+        row["weight"],
+        frozenset(row["tags"]),
+        row["timezone"],
+    )
+
+
+def _entry(row: Row | None, each: Listed, rules: Rules) -> OrgEntry:
+    """The org as it should be: the name of the provider, and the tags of the mapping; all else stays."""
+    name = "".join(letter for letter in each.org.name if letter.isprintable()).strip()[:MAX_NAME]
+    before = OrgEntry(each.org.code, "", rules.issuer) if row is None else _entry_of(row)
+    tags = mapped_tags(each.org, each.properties, rules.tags, before.tags)
+    return replace(before, name=name or before.code, tags=tags)
+
+
+def _write(
+    connection: Connection,
+    part: Sequence[tuple[Row | None, Listed]],
+    rules: Rules,
+    issuers: set[str],
+    *,
+    actor: str,
+    at: datetime,
+) -> list[tuple[str, str, str]]:
+    """Add or change these orgs; returns org, name and change of each that changed."""
+    stored = orgs.find_for_all_orgs(connection, (each.org.code for _, each in part), lock=True)
+    done: list[tuple[str, str, str]] = []
+    new: list[Row] = []
+    trail: list[audit.Entry] = []
+    for _, each in part:
+        row = stored.get(each.org.code)
+        if row is not None and (row["issuer"] != rules.issuer or row["state"] == "removed"):
+            continue
+        entry = _entry(row, each, rules)
+        check_entry(entry, issuers)
+        if row is None:
+            new.append(new_row(entry, at=at))
+            trail.append(audit.Entry(new[-1]["id"], "org.add", entry.code, columns_of(entry)))
+            done.append((entry.code, entry.name, "added"))
+            continue
+        before = _entry_of(row)
+        values: Row = {"name": entry.name} if entry.name != before.name else {}
+        if entry.tags != before.tags:
+            values |= {"tags": sorted(entry.tags)}
+        if values:
+            orgs.change(connection, OrgId(row["id"]), values, at=at)
+            trail.append(audit.Entry(row["id"], "org.change", entry.code, values))
+            done += [(entry.code, entry.name, _CHANGED[column]) for column in values]
+    orgs.insert_for_all_orgs(connection, new)
+    audit.record(connection, trail, at=at, actor=actor)
+    return done
+
+
+_CHANGED = {"name": "renamed", "tags": "tagged"}

@@ -1,0 +1,154 @@
+"""Applications that this installation makes at providers: what is about to be made is a row first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection, insert, select, update
+
+from worker.ids import OrgId, new_id
+from worker.providers.management.contract import ApplicationName
+from worker.store import schema, tables
+from worker.store.dialect import Row, all_rows, chunks, first_row
+
+_applications, _orgs, _credentials = tables.applications, tables.orgs, tables.credentials
+# The fact with the key that the names of this installation's applications begin with.
+INSTALLATION = "installation"
+UNFINISHED = ("making", "made", "announced")
+USED = (*UNFINISHED, "active", "overlapping", "retired")
+
+
+def installation_key(connection: Connection) -> str:
+    """The key of this installation, made at the first call."""
+    key = schema.read(connection, INSTALLATION)
+    if key is None:
+        key = uuid4().hex[:12]
+        schema.write(connection, INSTALLATION, key)
+    return key
+
+
+def insert_for_all_orgs(
+    connection: Connection,
+    orgs: Sequence[tuple[OrgId, str]],
+    *,
+    issuer: str,
+    installation: str,
+    actor: str,
+    at: datetime,
+) -> list[str]:
+    """Insert a row in state `making` for each org (id and code); returns their ids in the same order."""
+    rows = [
+        {
+            "id": (row_id := new_id()),
+            "org_id": org_id,
+            "issuer": issuer,
+            "name": str(ApplicationName(installation, row_id, code)),
+            "state": "making",
+            "created_at": at,
+            "created_by": actor,
+            "updated_at": at,
+        }
+        for org_id, code in orgs
+    ]
+    if rows:
+        connection.execute(insert(_applications), rows)
+    return [str(row["id"]) for row in rows]
+
+
+def find(connection: Connection, row_id: str, *, lock: bool = False) -> Row | None:
+    """One row, with the org's code as `org` and its state as `org_state`."""
+    query = _with_org().where(_applications.c.id == row_id)
+    return first_row(connection, query.with_for_update(of=_applications) if lock else query)
+
+
+def by_name(connection: Connection, name: str) -> Row | None:
+    """The row of an application of that name."""
+    return first_row(connection, _with_org().where(_applications.c.name == name))
+
+
+def in_states(
+    connection: Connection,
+    issuer: str,
+    states: Sequence[str],
+    *,
+    org_id: OrgId | None = None,
+    after: str = "",
+    limit: int = 500,
+) -> list[Row]:
+    """A page of the rows in these states, as `find`, by id after `after`."""
+    query = _with_org().where(_applications.c.issuer == issuer, _applications.c.state.in_(states))
+    if org_id is not None:
+        query = query.where(_applications.c.org_id == org_id)
+    if after:
+        query = query.where(_applications.c.id > after)
+    return all_rows(connection, query.order_by(_applications.c.id).limit(limit))
+
+
+def of_orgs(connection: Connection, org_ids: Sequence[OrgId], states: Sequence[str]) -> list[Row]:
+    """The rows of these orgs in these states, oldest first."""
+    found: list[Row] = []
+    for part in chunks(org_ids):
+        query = _with_org().where(_applications.c.org_id.in_(part), _applications.c.state.in_(states))
+        found += all_rows(connection, query.order_by(_applications.c.id))
+    return found
+
+
+def known_ids(connection: Connection, issuer: str, application_ids: Sequence[str]) -> set[str]:
+    """Those of the provider's ids that a row has which is not deleted."""
+    found: set[str] = set()
+    for part in chunks(application_ids):
+        query = select(_applications.c.application_id).where(
+            _applications.c.issuer == issuer,
+            _applications.c.application_id.in_(part),
+            _applications.c.state != "deleted",
+        )
+        found |= set(connection.execute(query).scalars())
+    return found
+
+
+def owner_of_client(connection: Connection, issuer: str, client_id: str, *, but: OrgId) -> str | None:
+    """The code of another org of the issuer that has a credential of this client, or None."""
+    query = (
+        select(_orgs.c.code)
+        .join(_credentials, _credentials.c.org_id == _orgs.c.id)
+        .where(_orgs.c.issuer == issuer, _orgs.c.id != but, _credentials.c.client_id == client_id)
+        .where(_credentials.c.state != "retired")
+    )
+    return connection.execute(query.limit(1)).scalar_one_or_none()
+
+
+def change(connection: Connection, row_id: str, values: Mapping[str, Any], *, at: datetime) -> None:
+    """Change columns of one row; a new state sets `updated_at`, and a row that goes on has no error."""
+    if "state" in values:
+        values = {"last_error": None, "not_before": None, **values, "updated_at": at}
+    connection.execute(update(_applications).where(_applications.c.id == row_id).values(**values))
+
+
+def orgs_without_credential(
+    connection: Connection, issuer: str, *, org: str | None = None, after: str = "", limit: int = 500
+) -> list[Row]:
+    """A page of active orgs without a working credential, by code: id and code.
+
+    A credential works if it is active and its last use was not rejected; no token is requested to find out.
+    """
+    works = (
+        select(_credentials.c.id)
+        .where(_credentials.c.org_id == _orgs.c.id, _credentials.c.state == "active")
+        .where(_credentials.c.last_error.is_(None))
+        .exists()
+    )
+    query = select(_orgs.c.id, _orgs.c.code).where(
+        _orgs.c.issuer == issuer, _orgs.c.state.in_(("active", "paused")), ~works
+    )
+    if org is not None:
+        query = query.where(_orgs.c.code == org)
+    return all_rows(connection, query.where(_orgs.c.code > after).order_by(_orgs.c.code).limit(limit))
+
+
+def _with_org() -> Any:
+    return select(_applications, _orgs.c.code.label("org"), _orgs.c.state.label("org_state")).join(
+        _orgs, _orgs.c.id == _applications.c.org_id
+    )

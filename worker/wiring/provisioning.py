@@ -1,0 +1,53 @@
+"""The provisioner of an issuer, from the settings; workers never open it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from worker.clock import Clock
+from worker.operations.provisioning import Provisioner
+from worker.operations.sync import Absent, Rules
+from worker.providers.management.mapping import parse_rules
+from worker.settings import Settings
+from worker.store.database import Database
+from worker.wiring import open_keyring
+from worker.wiring.management import open_management
+from worker.wiring.secrets import open_checks
+
+
+@asynccontextmanager
+async def open_provisioner(
+    settings: Settings, database: Database, issuer: str, clock: Clock, *, actor: str
+) -> AsyncIterator[Provisioner]:
+    """The provisioner of one issuer; reads the secret of its management credentials.
+
+    Raises:
+        NotFound, ConfigurationError: as `open_management`, or there is no key ring.
+    """
+    # First: on SQLite a missing one is generated, which the checks then find.
+    ring = open_keyring(settings, database=database)
+    async with (
+        open_management(settings, issuer, clock) as management,
+        open_checks(settings, database, clock) as checks,
+    ):
+        yield Provisioner(
+            database,
+            ring,
+            management,
+            checks,
+            issuer,
+            actor,
+            clock,
+            concurrency=settings.provisioning.concurrency,
+        )
+
+
+def rules_of(settings: Settings, issuer: str, *, absent: Absent, any_number: bool = False) -> Rules:
+    """How the orgs of an issuer follow the provider; `any_number` of them may be suspended at once."""
+    return Rules(
+        issuer,
+        parse_rules(settings.issuers[issuer].management.tags),
+        absent,
+        None if any_number else settings.provisioning.suspended_share,
+    )
