@@ -389,8 +389,8 @@ max_suspended = "2.5%"
 
 
 def test_management_and_provisioning_are_sections(tmp_path: Path):
-    """The secret lies beside the others and is no setting, so that no worker reads it with its settings."""
-    (tmp_path / "management__main").write_text("canary-management-secret")
+    """The secret lies beside the others and is not read: it is not even text, as each setting must be."""
+    (tmp_path / "management__main").write_bytes(b"\xff canary-management-secret")
     settings = load(written(MANAGEMENT), {"secrets_dir": str(tmp_path)}, environ={})
 
     management = settings.issuers["main"].management

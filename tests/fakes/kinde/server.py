@@ -112,6 +112,19 @@ class Kinde:
     def settings(self, secrets_dir: object, **changes: object) -> Settings:
         return Settings(secrets_dir=str(secrets_dir), issuers={"main": self.issuer_settings(**changes)})
 
+    def reset(self) -> None:
+        """Forget all but the address, the keys and the management application."""
+        self.provider.applications.clear()
+        self.provider.add(
+            Application("", MANAGER, self.secret, SCOPES, (f"{self.url}/api",), name="orgworker")
+        )
+        self.provider.requests.clear()
+        self.provider.token_requests.clear()
+        self.provider.management = ManagementApi(self.provider)
+        self.recorded.app = self.provider.asgi()
+        self.recorded.exchanges.clear()
+        self.script = Script()
+
     def __enter__(self) -> Kinde:
         self.thread.start()
         return self
@@ -124,9 +137,8 @@ def serve_kinde(*, clock: Clock | None = None, port: int = 0) -> Kinde:
     """An environment without orgs, whose management application has the scopes that orgworker names."""
     listener = bind_loopback(port)
     provider = Provider(url_of(listener), clock=clock)
-    secret = secrets.token_urlsafe(32)
-    audience = f"{provider.url}/api"
-    provider.add(Application("", MANAGER, secret, SCOPES, (audience,), name="orgworker"))
     recorded = Recorded(provider.asgi())
     faulty = Faulty(recorded, Script())
-    return Kinde(provider, recorded, faulty, ServerThread(faulty, listener), secret)
+    made = Kinde(provider, recorded, faulty, ServerThread(faulty, listener), secrets.token_urlsafe(32))
+    made.reset()
+    return made

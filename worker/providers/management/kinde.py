@@ -36,6 +36,8 @@ DELETIONS = 3
 # Seconds: how long the APIs and their scopes are cached, and the pause before they are read again for an
 # unknown audience or scope.
 APIS_CACHED, APIS_READ_AGAIN = 300.0, 10.0
+# Codes of 400: an API or scope that was read before is gone; an application is.
+STALE, UNKNOWN = ("API_NOT_FOUND", "SCOPE_NOT_FOUND"), ("APPLICATION_NOT_FOUND", "APPLICATION_REQUIRED")
 SHORTEST_TEXT, LONGEST_TEXT = 1, 1_000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
@@ -131,16 +133,18 @@ class KindeManagement:
             body={"properties": {key: "" if value is None else value}},
             repeatable=True,
         )
-        self._accept(response, f"property {key} of org {code}", fix=_PROPERTY_FIX)
+        self._accept(response, f"property {key} of org {code}", fix=_property_fix(response))
 
     async def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
         async for items in self._pages(APPLICATIONS, "applications", "read:applications"):
             page = []
             for item in items:
-                id, name = self._text(item, "id"), self._text(item, "name")
+                id, name = self._text(item, "id"), self._optional_text(item, "name") or ""
                 self._names[id] = name
-                if item.get("type") == "m2m":
-                    page.append(ListedApplication(id, name, ApplicationName.parse(name)))
+                made_as = ApplicationName.parse(name)
+                # The document does not say how lists write the type.
+                if made_as is not None or "m2m" in str(item.get("type")).lower():
+                    page.append(ListedApplication(id, name, made_as))
             yield page
 
     async def application(
@@ -166,7 +170,7 @@ class KindeManagement:
             # Not documented, but then it counts.
             or body.get("org_code") not in (None, "", org)
             # Its list may have told another name for that client.
-            or self._names.get(found.client_id, found.name) != found.name
+            or (name is not None and self._names.get(found.client_id, found.name) != found.name)
         )
         if mismatch:
             raise ForeignApplication(
@@ -234,12 +238,30 @@ class KindeManagement:
         return None  # no route tells them
 
     async def add_scopes(self, application: OrgApplication, audience: str, scopes: Collection[str]) -> None:
-        await self._change_scopes("POST", "create:api_application_scopes", application, audience, scopes)
+        for scope in sorted(scopes):
+            response = await self._add_scope(application, audience, scope)
+            if _code_of(response) in STALE:
+                # Made again meanwhile, with another id.
+                self._apis_read_at = None
+                response = await self._add_scope(application, audience, scope)
+            # The document does not say how Kinde responds to a scope that the application has already.
+            # It is taken for that unless the code says otherwise; a token shows what is there.
+            if not response.ok and (response.status != 400 or _code_of(response) in (*STALE, *UNKNOWN)):
+                self._refuse(response, f"scope {scope} for application {application.id}")
 
     async def remove_scopes(
         self, application: OrgApplication, audience: str, scopes: Collection[str]
     ) -> None:
-        await self._change_scopes("DELETE", "delete:apis_application_scopes", application, audience, scopes)
+        api = await self._api(audience)
+        for scope in sorted(api.scopes.keys() & set(scopes)):
+            path = _filled(
+                API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope]
+            )
+            needed = "delete:apis_application_scopes"
+            response = await self._calls.write("DELETE", API_SCOPE, path, scope=needed, repeatable=True)
+            # Likewise for one that it does not have.
+            if not response.ok and (response.status not in (400, 404) or _code_of(response) in UNKNOWN):
+                self._refuse(response, f"to take scope {scope} from application {application.id}")
 
     async def properties(self, application: OrgApplication) -> Mapping[str, PropertyValue]:
         path = _filled(PROPERTIES, application_id=application.id)
@@ -261,7 +283,7 @@ class KindeManagement:
         self._accept(
             response,
             f"property {key} of application {application.id} of org {application.org}",
-            fix=_PROPERTY_FIX,
+            fix=_property_fix(response),
         )
 
     async def webhook(self, body: bytes) -> Notice:
@@ -271,19 +293,11 @@ class KindeManagement:
     def _who(self) -> str:
         return f"issuer {self._calls.issuer}"
 
-    async def _change_scopes(
-        self, method: str, needed: str, application: OrgApplication, audience: str, scopes: Collection[str]
-    ) -> None:
-        api = await self._api(audience, scopes)
-        for scope in sorted(scopes):
-            path = _filled(
-                API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope]
-            )
-            response = await self._calls.write(method, API_SCOPE, path, scope=needed, repeatable=True)
-            # The document does not say what a scope that is there already is answered with. The
-            # application, the API and the scope were just read, so 400 means that; a token shows it.
-            if not response.ok and response.status != 400:
-                self._refuse(response, f"scope {scope} for application {application.id}")
+    async def _add_scope(self, application: OrgApplication, audience: str, scope: str) -> Response:
+        api = await self._api(audience, [scope])
+        path = _filled(API_SCOPE, api_id=api.id, application_id=application.id, scope_id=api.scopes[scope])
+        needed = "create:api_application_scopes"
+        return await self._calls.write("POST", API_SCOPE, path, scope=needed, repeatable=True)
 
     async def _api(self, audience: str, scopes: Collection[str] = ()) -> Api:
         """The API of an audience; it has these scopes."""
@@ -355,9 +369,10 @@ class KindeManagement:
         return items
 
     def _read_org(self, body: Mapping[str, Any]) -> ProviderOrg:
+        code = self._text(body, "code")
         return ProviderOrg(
-            code=self._text(body, "code"),
-            name=self._text(body, "name"),
+            code=code,
+            name=self._optional_text(body, "name") or code,
             external_id=self._optional_text(body, "external_id"),
             handle=self._optional_text(body, "handle"),
             is_default=body.get("is_default") is True,
@@ -409,7 +424,10 @@ class KindeManagement:
         )
 
 
-_PROPERTY_FIX = "define the property at the provider, for applications or for organizations, then set it"
+def _property_fix(response: Response) -> str:
+    if _code_of(response) in (*UNKNOWN, "ORGANIZATION_NOT_FOUND"):
+        return ""
+    return "define the property at the provider, for applications or for organizations, then set it"
 
 
 def _code_of(response: Response) -> str:
