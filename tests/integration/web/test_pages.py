@@ -99,10 +99,12 @@ async def test_static_files_need_no_login_and_are_cached_by_their_hash(staffed: 
 async def test_an_unknown_parameter_names_the_known_ones_and_keeps_the_person_logged_in(staffed: Site):
     async with logged_in(staffed, TOKENS["operator"]) as client:
         page = await client.get("/orgs/org_a?stat=failed")
+        near = await client.get("/orgs?stat=active")
 
     assert page.status_code == 400
     assert "no parameter stat" in page.text
     assert "It has: after" in page.text
+    assert "Did you mean state? it has: q, state" in near.text
     assert "operator:operator" in page.text
     assert "Log out" in page.text
 

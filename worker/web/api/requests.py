@@ -13,6 +13,7 @@ from worker.definitions import fields
 from worker.definitions.units import TOO_DEEP
 from worker.errors import NotFound, UsageError
 from worker.handlers.schema import Schema
+from worker.search import hint_of
 from worker.store.lists import MAX_LIMIT
 from worker.web.api.endpoints import BOOLEAN, SECRET, Endpoint, Field
 from worker.web.callers import Caller
@@ -36,8 +37,8 @@ def query_of(request: Request, known: Sequence[str], what: str) -> dict[str, str
     if len(given) != len(items):
         raise UsageError("a parameter is given twice", fix="give each parameter once")
     if unknown := given.keys() - set(known):
-        names = ", ".join(known) or "none"
-        raise UsageError(f"{what} has no parameter {', '.join(sorted(unknown))}", fix=f"it has {names}")
+        fix = f"{hint_of(min(unknown), known)}it has {', '.join(known) or 'none'}"
+        raise UsageError(f"{what} has no parameter {', '.join(sorted(unknown))}", fix=fix)
     for name, value in given.items():
         _storable(value, name)
     return given
@@ -65,7 +66,10 @@ async def body_of(request: Request, endpoint: Endpoint) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise UsageError("the body is not a JSON object", fix=fix)
     if unknown := sorted(body.keys() - {member.name for member in members}):
-        raise UsageError(f"the body has an unknown member {unknown[0]!r:.80}", fix=f"it may have {names}")
+        hint = hint_of(unknown[0], (member.name for member in members))
+        raise UsageError(
+            f"the body has an unknown member {unknown[0]!r:.80}", fix=f"{hint}it may have {names}"
+        )
     for member in members:
         if member.schema is SECRET and member.name in body:
             _check_secret(body[member.name], member.name)

@@ -16,6 +16,7 @@ from starlette.types import Scope
 from worker.clock import Clock
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger, TokenError, UsageError
+from worker.search import hint_of
 from worker.web.access import Access
 from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
 from worker.web.pages.rendering import page
@@ -163,7 +164,10 @@ def query(request: Request, *names: str) -> dict[str, str]:
     items = request.query_params.multi_items()
     known = ", ".join(names) or "none"
     if unknown := sorted({name for name, _ in items} - set(names)):
-        raise UsageError(f"this page has no parameter {', '.join(unknown)}", fix=f"it has: {known}")
+        raise UsageError(
+            f"this page has no parameter {', '.join(unknown)}",
+            fix=f"{hint_of(unknown[0], names)}it has: {known}",
+        )
     if len(dict(items)) != len(items):
         raise UsageError("a parameter is given twice", fix="give each parameter once")
     return {name: value for name, value in items if value}
