@@ -46,6 +46,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "orgs suspend": (("org_acme",), ""),
     "orgs remove": (("org_acme",), ""),
     "orgs check": (("org_acme",), ""),
+    "orgs sync": ((), ""),
     "credentials add": (("org_acme", *CREDENTIAL), SECRET),
     "credentials list": ((), ""),
     "credentials verify": (("org_acme",), ""),
