@@ -21,6 +21,9 @@ from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.management_token import ManagementToken
 from worker.wiring.secrets import issuers_of
 
+# By the name of the provider's profile.
+ADAPTERS = {"kinde": KindeManagement}
+
 
 @asynccontextmanager
 async def open_management(settings: Settings, issuer: str, clock: Clock) -> AsyncIterator[Management]:
@@ -40,10 +43,12 @@ async def open_management(settings: Settings, issuer: str, clock: Clock) -> Asyn
             f"issuer {issuer} has no management API",
             fix=f"add [issuers.{issuer}.management] to worker.toml; docs/providers/kinde.md shows how",
         )
-    if configured.profile.name != "kinde":
+    adapter = ADAPTERS.get(configured.profile.name)
+    if adapter is None:
         raise ConfigurationError(
             f"issuer {issuer}: there is no management adapter for {configured.profile.title}",
-            fix="add its orgs and credentials with `orgs add` and `credentials add`",
+            fix="add its orgs and credentials with `orgs import` and `credentials add`; "
+            "docs/providers/adapter.md says how to write an adapter",
         )
     secret = management_secret(issuer, settings.secrets_dir)
     origin = (chosen.url or configured.base).rstrip("/")
@@ -72,7 +77,7 @@ async def open_management(settings: Settings, issuer: str, clock: Clock) -> Asyn
             reset_headers=configured.profile.reset_headers,
         )
         try:
-            yield KindeManagement(calls, tokens.verify_message, clock=clock)
+            yield adapter(calls, tokens.verify_message, clock=clock)
         finally:
             await tokens.close()
 

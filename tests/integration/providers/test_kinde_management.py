@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.fakes.kinde import webhooks
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker.clock import SystemClock
@@ -21,6 +25,8 @@ from worker.errors import (
     ProviderRefused,
     ProviderUnavailable,
     Unclear,
+    WebhookRefused,
+    WorkerError,
 )
 from worker.providers.management.contract import ApplicationName, Management, OrgApplication
 from worker.providers.management.kinde import KindeManagement
@@ -390,6 +396,65 @@ async def test_pages_that_lead_back_are_an_error(
     async with lying(kinde, monkeypatch, lambda code, body: body.update(next_token="org_1")):
         with pytest.raises(ProviderUnavailable, match="does not end"):
             await listed(management.orgs())
+
+
+@pytest.mark.parametrize("lie", [{"id": "another"}, {"name": 7}], ids=["foreign", "malformed"])
+async def test_no_error_log_or_frame_has_a_secret(
+    kinde: Kinde,
+    management: Management,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    lie: dict[str, Any],
+):
+    """Some services for errors report the variables of each frame."""
+    caplog.set_level(logging.DEBUG)
+    kinde.add_orgs(1)
+    made = await management.make(name_of("org_1"))
+
+    def shows(code: str, body: dict[str, Any]) -> None:
+        if code == "OK" and "application" in body:
+            body["application"] |= lie
+
+    async with lying(kinde, monkeypatch, shows):
+        for work in (
+            management.application(made.id, org="org_1", name=name_of("org_1")),
+            management.make(name_of("org_1", "0193beef")),
+        ):
+            with pytest.raises(WorkerError) as raised:
+                await work
+            told = traceback.TracebackException.from_exception(raised.value, capture_locals=True)
+            # The frames of this test hold the provider with all of its secrets.
+            frames = [frame for frame in told.stack if "/worker/" in frame.filename]
+            shown = f"{[frame.locals for frame in frames]}{raised.value!r}{caplog.text}"
+            assert len(frames) >= 1
+            secrets = [app.client_secret for app in kinde.provider.applications.values()]
+            tokens = [token.rpartition(".")[2] for token in kinde.provider.issued]
+            assert [each for each in (*secrets, *tokens) if each in shown] == []
+    kinde.recorded.exchanges.clear()
+
+
+async def test_a_webhook_is_read_with_the_keys_of_the_issuer(kinde: Kinde, management: Management):
+    """Over HTTP, as the provisioner gets it; tests/unit has the table of what is refused."""
+    kinde.add_orgs(1)
+    made = await management.make(name_of("org_1"))
+    await management.authorise(made, AUDIENCE)
+    content = webhooks.payload("organization.created", "org_1", at=datetime.now(UTC))
+    keys = kinde.provider.keys
+
+    notice = await management.webhook(webhooks.signed(keys, content).encode())
+    assert (notice.kind, notice.org) == ("org_created", "org_1")
+    before = state(kinde)
+
+    messages = {
+        "signature": webhooks.signed(keys, content, forged=True),
+        "token": keys.sign(await token_claims(kinde, made) | content),
+        "type": webhooks.signed(keys, content, typ="at+jwt"),
+    }
+    for detail, message in messages.items():
+        with pytest.raises(WebhookRefused) as raised:
+            await management.webhook(message.encode())
+        assert raised.value.detail == detail
+    assert state(kinde) == before
 
 
 async def test_credentials_without_a_scope_are_an_error_that_names_it(kinde: Kinde, management: Management):

@@ -38,7 +38,7 @@ DELETIONS = 3
 APIS_CACHED, APIS_READ_AGAIN = 300.0, 10.0
 # Codes of 400: an API or scope that was read before is gone; an application is.
 STALE, UNKNOWN = ("API_NOT_FOUND", "SCOPE_NOT_FOUND"), ("APPLICATION_NOT_FOUND", "APPLICATION_REQUIRED")
-SHORTEST_TEXT, LONGEST_TEXT = 1, 1_000
+LONGEST_TEXT = 1_000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 
 ORGS = "/api/v1/organizations"
@@ -156,19 +156,20 @@ class KindeManagement:
         response = await self._calls.read(APPLICATION, path, scope="read:applications")
         if response.status in (400, 404):
             return None
-        body = self._accept(response, f"application {id}").get("application")
-        if not isinstance(body, dict):
+        self._accept(response, f"application {id}")
+        shown = _read_application(response, org)
+        if shown is None:
             raise self._malformed("application")
-        found = self._read_application(body, org)
+        found, kind, org_shown = shown
         made_as = ApplicationName.parse(found.name)
         mismatch = (
             found.id != id
-            or body.get("type", "m2m") != "m2m"
+            or kind != "m2m"
             or (name is not None and (made_as != name or name.org != org))
             or (client_id is not None and found.client_id != client_id)
             or (made_as is not None and made_as.org != org)
             # Not documented, but then it counts.
-            or body.get("org_code") not in (None, "", org)
+            or org_shown not in (None, "", org)
             # Its list may have told another name for that client.
             or (name is not None and self._names.get(found.client_id, found.name) != found.name)
         )
@@ -189,9 +190,9 @@ class KindeManagement:
             scope="create:applications",
             body={"name": str(name), "type": "m2m", "org_code": name.org},
         )
-        made = self._accept(response, what).get("application")
-        id = made.get("id") if isinstance(made, dict) else None
-        if not isinstance(id, str) or not id:
+        self._accept(response, what)
+        id = _id_of_made(response)
+        if id is None:
             raise Unclear(f"{self._who}: the response to making {what} names none")
         # That response has no name: only by this one is known whose application the id is.
         try:
@@ -378,15 +379,6 @@ class KindeManagement:
             is_default=body.get("is_default") is True,
         )
 
-    def _read_application(self, body: Mapping[str, Any], org: str) -> OrgApplication:
-        return OrgApplication(
-            org=org,
-            id=self._text(body, "id"),
-            client_id=self._text(body, "client_id"),
-            secret=Secret(self._text(body, "client_secret")),
-            name=self._text(body, "name"),
-        )
-
     def _read_properties(self, body: Mapping[str, Any]) -> dict[str, PropertyValue]:
         values: dict[str, PropertyValue] = {}
         for item in self._items(body, "properties"):
@@ -399,9 +391,9 @@ class KindeManagement:
 
     def _text(self, body: Mapping[str, Any], member: str) -> str:
         value = body.get(member) if isinstance(body, Mapping) else None
-        if not isinstance(value, str) or not SHORTEST_TEXT <= len(value) <= LONGEST_TEXT:
+        if not _is_text(value):
             raise self._malformed(member)
-        return value
+        return str(value)
 
     def _optional_text(self, body: Mapping[str, Any], member: str) -> str | None:
         return None if body.get(member) in (None, "") else self._text(body, member)
@@ -422,6 +414,29 @@ class KindeManagement:
             detail=code,
             fix=fix,
         )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_TEXT
+
+
+# These two raise nothing: no frame of an error may have a body with a secret.
+def _read_application(response: Response, org: str) -> tuple[OrgApplication, Any, Any] | None:
+    """The application that a response shows, its type and org (if it says them); None if malformed."""
+    body = response.body.get("application")
+    if not isinstance(body, dict):
+        return None
+    if not all(_is_text(body.get(member)) for member in ("id", "client_id", "client_secret", "name")):
+        return None
+    secret = Secret(body["client_secret"])
+    found = OrgApplication(org, body["id"], body["client_id"], secret, body["name"])
+    return found, body.get("type", "m2m"), body.get("org_code")
+
+
+def _id_of_made(response: Response) -> str | None:
+    body = response.body.get("application")
+    id = body.get("id") if isinstance(body, dict) else None
+    return id if _is_text(id) else None
 
 
 def _property_fix(response: Response) -> str:
