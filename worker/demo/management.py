@@ -140,6 +140,7 @@ class ManagementApi:
                 self._set_property,
             ),
             self._route("GET", "/api/v1/apis", "read:apis", self._list_apis),
+            self._route("GET", "/api/v1/apis/{api_id}/scopes", "read:api_scopes", self._list_scopes),
             self._route("PATCH", "/api/v1/apis/{api_id}/applications", "update:apis", self._authorise),
             self._route("POST", scope, "create:api_application_scopes", self._add_scope),
             self._route("DELETE", scope, "delete:apis_application_scopes", self._remove_scope),
@@ -249,6 +250,9 @@ class ManagementApi:
     def _list_apis(self, request: Request, _: Any) -> dict[str, Any]:
         scopes = request.query_params.get("expand") == "scopes"
         return done("OK", apis=[api.as_item(scopes=scopes) for api in self.apis.values()])
+
+    def _list_scopes(self, request: Request, _: Any) -> dict[str, Any]:
+        return done("OK", scopes=self._api(request).as_item(scopes=True)["scopes"])
 
     def _authorise(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
         api = self._api(request)

@@ -186,6 +186,23 @@ async def test_an_unknown_audience_or_scope_is_named_and_nothing_is_written(
     assert kinde.carried_out() - before == kinde.api.carried_out["GET /api/v1/apis"]
 
 
+async def test_scopes_that_the_list_of_apis_leaves_out_are_read_by_api(
+    kinde: Kinde, management: Management, monkeypatch: pytest.MonkeyPatch
+):
+    kinde.add_orgs(1)
+    made = await management.make(name_of("org_1"))
+
+    def without(code: str, body: dict[str, Any]) -> None:
+        for api in body.get("apis", ()):
+            api.pop("scopes", None)
+
+    async with lying(kinde, monkeypatch, without):
+        await management.authorise(made, AUDIENCE)
+        await management.add_scopes(made, AUDIENCE, ["write:kb"])
+
+    assert kinde.applications_of("org_1")[0].scopes == ("write:kb",)
+
+
 async def test_a_scope_that_was_made_again_is_found_by_its_new_id(kinde: Kinde, management: Management):
     kinde.add_orgs(1)
     made = await management.make(name_of("org_1"))

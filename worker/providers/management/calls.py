@@ -16,7 +16,6 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception,
-    stop_after_attempt,
     wait_random_exponential,
 )
 
@@ -29,7 +28,8 @@ from worker.secret import Secret
 RESPONSE_LIMIT = 4 * 1024 * 1024  # bytes; a page of 500 orgs has about 100 KiB
 MAX_MEMBERS = 50_000
 CONNECTIONS = 8
-TRIES = 6
+# Of a request with a broken response, of one that finds no connection, and of one that gets no token.
+TRIES, CONNECT_TRIES, TOKEN_TRIES = 10, 6, 3
 # Seconds; full jitter: a repeated request waits between 0 and these, doubling.
 RETRY_FIRST, RETRY_LAST = 0.5, 8.0
 # Throttles of one request in a row; the pause if the provider names none, doubling; the longest accepted one.
@@ -38,6 +38,10 @@ PAUSE_FIRST, PAUSE_LAST, PAUSE_LONGEST = 1.0, 60.0, 300.0
 # Requests bunch up on their way; this slack keeps the rate at the provider's end.
 SLACK = 1.05
 _jitter = wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST)
+
+
+class NoConnection(ProviderUnavailable):
+    """Nothing was sent: no connection to the management API."""
 
 
 class Bearer(Protocol):
@@ -153,7 +157,7 @@ class Calls:
     def _retrying(self, may_repeat: Any) -> AsyncRetrying:
         return AsyncRetrying(
             sleep=self._clock.sleep,
-            stop=stop_after_attempt(TRIES),
+            stop=_tried_enough,
             wait=_wait_before_retry,
             retry=retry_if_exception(lambda error: isinstance(error, Unavailable) and may_repeat(error)),
             reraise=True,
@@ -220,7 +224,7 @@ class Calls:
         what = f"issuer {self.issuer}: {method} {route}"
         if isinstance(reply, str):
             if reply == "unreachable":
-                raise ProviderUnavailable(f"{what}: no connection to the management API")
+                raise NoConnection(f"{what}: no connection to the management API")
             raise self._failed(method, f"{what}: no usable response: {reply}")
         if reply.status in (401, 403):
             raise ConfigurationError(
@@ -246,6 +250,13 @@ class Calls:
         if method == "GET":
             return ProviderUnavailable(message)
         return Unclear(f"{message}; it may or may not have been carried out")
+
+
+def _tried_enough(state: RetryCallState) -> bool:
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, NoConnection):
+        return state.attempt_number >= CONNECT_TRIES
+    return state.attempt_number >= (TRIES if isinstance(error, ProviderUnavailable) else TOKEN_TRIES)
 
 
 def _wait_before_retry(state: RetryCallState) -> float:

@@ -49,6 +49,7 @@ APPLICATION = "/api/v1/applications/{application_id}"
 PROPERTIES = "/api/v1/applications/{application_id}/properties"
 PROPERTY = "/api/v1/applications/{application_id}/properties/{property_key}"
 APIS = "/api/v1/apis"
+API_SCOPES = "/api/v1/apis/{api_id}/scopes"
 API_APPLICATIONS = "/api/v1/apis/{api_id}/applications"
 API_SCOPE = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_id}"
 
@@ -63,6 +64,7 @@ SCOPES = (
     "read:application_properties",
     "update:application_properties",
     "read:apis",
+    "read:api_scopes",
     "update:apis",
     "create:api_application_scopes",
     "delete:apis_application_scopes",
@@ -333,11 +335,17 @@ class KindeManagement:
         for entry in self._items(self._accept(response, "the APIs"), "apis"):
             if entry.get("is_management_api") is True:
                 continue
-            scopes = {self._text(each, "key"): self._text(each, "id") for each in entry.get("scopes") or ()}
-            audience = self._text(entry, "audience")
+            audience, id = self._text(entry, "audience"), self._text(entry, "id")
             if audience in found:
                 raise ProviderUnavailable(f"{self._who}: two APIs have the audience {audience}")
-            found[audience] = Api(self._text(entry, "id"), scopes)
+            shown: Mapping[str, Any] = entry
+            if "scopes" not in entry:
+                path = _filled(API_SCOPES, api_id=id)
+                response = await self._calls.read(API_SCOPES, path, scope="read:api_scopes")
+                shown = self._accept(response, f"the scopes of {audience}")
+            listed = self._items(shown, "scopes")
+            scopes = {self._text(each, "key"): self._text(each, "id") for each in listed}
+            found[audience] = Api(id, scopes)
         return found
 
     async def _pages(self, route: str, member: str, scope: str) -> AsyncIterator[list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import ConfigurationError, IssuerUnavailable, ProviderUnavailable, Throttled, Unclear
 from worker.outbound.http import open_client
-from worker.providers.management.calls import TRIES, Calls, Response
+from worker.providers.management.calls import CONNECT_TRIES, TOKEN_TRIES, TRIES, Calls, Response
 from worker.secret import Secret
 
 pytestmark = pytest.mark.anyio
@@ -163,8 +163,18 @@ async def test_a_provider_that_stays_away_ends_the_read(clock: ManualClock):
     with pytest.raises(ProviderUnavailable, match="no connection") as raised:
         await finished(clock, read(calls_of(server)))
 
-    assert len(server.seen) == TRIES
+    assert len(server.seen) == CONNECT_TRIES
     assert not isinstance(raised.value, Unclear)
+
+
+async def test_an_issuer_that_gives_no_token_ends_the_write(clock: ManualClock):
+    server, tokens = Server(clock, ok()), Tokens()
+    tokens.faults = [IssuerUnavailable("no token now") for _ in range(TOKEN_TRIES)]
+
+    with pytest.raises(IssuerUnavailable):
+        await finished(clock, write(calls_of(server, tokens)))
+
+    assert server.seen == []
 
 
 @pytest.mark.parametrize("header", ["Retry-After", "RateLimit-Reset"])
