@@ -131,6 +131,20 @@ FIND_CALLER = {
     ),
 }
 
+# The words of a renamed org are added again by whoever renames it, or by a chore.
+ORGS_RENAMED = {
+    "sqlite": (
+        "CREATE TRIGGER orgs_renamed AFTER UPDATE OF name ON orgs WHEN NEW.name <> OLD.name "
+        "BEGIN DELETE FROM org_words WHERE org_id = NEW.id; END",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION orgs_renamed() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN DELETE FROM org_words WHERE org_id = NEW.id; RETURN NULL; END $$",
+        "CREATE TRIGGER orgs_renamed AFTER UPDATE OF name ON orgs FOR EACH ROW "
+        "WHEN (NEW.name <> OLD.name) EXECUTE FUNCTION orgs_renamed()",
+    ),
+}
+
 # An audit row never changes and is never deleted, whatever the role. SQLite's REPLACE does not fire
 # the DELETE trigger.
 APPEND_ONLY = {

@@ -118,6 +118,7 @@ def from_metadata(url: str) -> Snapshot:
             *ddl.RUN_ENDS[dialect],
             *ddl.APPEND_ONLY[dialect],
             *ddl.FIND_CALLER[dialect],
+            *ddl.ORGS_RENAMED[dialect],
         ):
             connection.execute(text(statement))
         return snapshot(connection)

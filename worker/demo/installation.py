@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from worker.demo.api import CustomerApi
-from worker.demo.attached import attached
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
@@ -27,6 +26,17 @@ FLAG = "agent-v2"
 VENDOR = "org_vendor"
 CONSOLE = "console"
 SECRETS = "secrets"
+# Becomes the command in its arguments, which the kernel kills when the thread that started it ends. A parent
+# that was gone before sends no signal.
+ATTACHED = """
+import os, sys
+from worker.execution.runners.child.linux import die_with_parent
+
+parent, *command = sys.argv[1:]
+die_with_parent()
+if os.getppid() == int(parent):
+    os.execv(command[0], command)
+"""
 # Seconds that the chat endpoint takes to answer, so that progress can be watched.
 CHAT_DELAY = 0.2
 
@@ -278,7 +288,7 @@ class Installation:
         # process is killed, so is the worker, and with that its runs.
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                attached(self._command("run")),
+                [sys.executable, "-P", "-c", ATTACHED, str(os.getpid()), *self._command("run")],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

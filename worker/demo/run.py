@@ -30,7 +30,7 @@ from worker.demo.installation import (
     settings_file,
     world,
 )
-from worker.operations.sign_in import make_link
+from worker.operations.operators import make_link
 from worker.store.database import Database
 
 POLL = 0.05

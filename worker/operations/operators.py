@@ -1,10 +1,11 @@
-"""Operators of the database: add one with a new token, list them, remove one."""
+"""Operators of the database: add one with a new token, list them, remove one; links that log in once."""
 
 from __future__ import annotations
 
 import re
 import secrets
 from collections.abc import Collection
+from datetime import datetime, timedelta
 
 from worker.errors import Conflict, NotFound, UsageError
 from worker.ids import new_id
@@ -16,6 +17,9 @@ from worker.store.tables import OPERATOR_ROLES
 # Distinguishes them from the tokens of orgs, and lets scanners of source code find them.
 TOKEN_PREFIX = "orgworker_op_"  # noqa: S105 - not a secret
 MOST = 1000
+# How long a link is valid, and links of one user at a time; another one replaces the oldest.
+LINK_LASTS = timedelta(minutes=10)
+MOST_LINKS = 5
 _NAME = re.compile(r"[^\s:][^\n:]{0,99}")
 
 
@@ -81,3 +85,25 @@ def remove_operator(database: Database, name: str, *, configured: Collection[str
         detail = {"role": removed["role"], "sessions_ended": ended}
         audit.record(connection, [audit.Entry(None, "operator.remove", name, detail)], at=now, actor=actor)
     return removed
+
+
+def make_link(database: Database, user: str, *, at: datetime) -> str:
+    """Store a link for one login as an administrator, and return its path; only its hash is stored.
+
+    It is for the person at the terminal of a worker, before there is any operator.
+    """
+    code = secrets.token_urlsafe(32)
+    row = {
+        "key_sha256": sign_in.sha256(code),
+        "kind": "link",
+        "client": f"{user} (terminal)",
+        "browser_sha256": "",
+        "nonce": "",
+        "verifier": "",
+        "return_to": "/",
+        "created_at": at,
+        "until": at + LINK_LASTS,
+    }
+    with database.transaction() as connection:
+        sign_in.begin_login(connection, row, most=MOST_LINKS)
+    return f"/login/once/{code}"

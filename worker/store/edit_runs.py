@@ -226,7 +226,7 @@ def _states_in(state: str | None, query: Query | None) -> list[str]:
 def last_match(connection: Connection, scope: OrgId | AllOrgs, which: Cancellable | Retryable) -> Any:
     """`until` of the pages of a command given now: it does not affect runs made or ended later.
 
-    The newest unfinished run, or None if there is none; for ended runs the time.
+    For unfinished runs the newest one, None without any; for ended runs the time.
     """
     if isinstance(which, Retryable):
         return database_now(connection)

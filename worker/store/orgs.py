@@ -12,11 +12,13 @@ from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.search import words_of
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
+from worker.store.dialect import Row, all_rows, chunks, first_row, insert_into, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
 _words = tables.org_words
+# Orgs in one page of `without_words_for_all_orgs`.
+FILLED = 500
 _FIND_CALLER = text("SELECT id, issuer, state, is_credential FROM find_caller(:code, :client_id)")
 
 
@@ -105,12 +107,37 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
     """Insert new orgs; each row has every column except those of `state`."""
     if rows:
         connection.execute(insert(_orgs), [dict(row) for row in rows])
-        words = [
-            {"word": word, "org_id": row["id"]}
-            for row in rows
-            for word in sorted(words_of(row["code"], row["name"]))
-        ]
-        connection.execute(insert(_words), words)
+        _add_words(connection, rows)
+
+
+def without_words_for_all_orgs(connection: Connection, after: OrgId | None = None) -> Sequence[OrgId]:
+    """Up to `FILLED` orgs after `after` that the search does not find by a word.
+
+    Workers of an older release add and rename orgs without their words.
+    """
+    has_words = exists().where(_words.c.org_id == _orgs.c.id)
+    query = select(_orgs.c.id).where(~has_words)
+    if after is not None:
+        query = query.where(_orgs.c.id > after)
+    return connection.execute(query.order_by(_orgs.c.id).limit(FILLED)).scalars().all()
+
+
+def add_words_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> None:
+    """Add the words of these orgs; another worker may have added them meanwhile."""
+    query = select(_orgs.c.id, _orgs.c.code, _orgs.c.name).where(_orgs.c.id.in_(org_ids))
+    # Locked, so that a rename waits until its words are there.
+    _add_words(connection, all_rows(connection, query.order_by(_orgs.c.id).with_for_update()))
+
+
+def _add_words(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add the words of orgs, which may be there already; a code of accents alone has none."""
+    words = [
+        {"word": word, "org_id": row["id"]}
+        for row in rows
+        for word in sorted(words_of(row["code"], row["name"]))
+    ]
+    if words:
+        connection.execute(insert_into(connection, _words).on_conflict_do_nothing(), words)
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
@@ -121,8 +148,7 @@ def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, 
     if "name" in values:
         code = connection.execute(select(_orgs.c.code).where(_orgs.c.id == org_id)).scalar_one()
         connection.execute(delete(_words).where(_words.c.org_id == org_id))
-        words = sorted(words_of(code, values["name"]))
-        connection.execute(insert(_words), [{"word": word, "org_id": org_id} for word in words])
+        _add_words(connection, [{"id": org_id, "code": code, "name": values["name"]}])
 
 
 def set_state(

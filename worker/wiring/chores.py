@@ -17,14 +17,15 @@ from worker.operations.templates import materialise
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Recovered
 from worker.settings.sections import RetentionSettings
-from worker.store import failing
+from worker.store import failing, orgs
 from worker.store.database import Database
 from worker.store.sweeps import pending
 from worker.telemetry.events import emit
 
 # Seconds between two looks; a new org has the definitions of its templates after at most two looks.
 EVERY = 2.0
-# Seconds after which a success here makes failures on other workers count again.
+# Seconds after which a success here makes failures on other workers count again, and between two searches for
+# orgs without words.
 FORGET = 60.0
 
 
@@ -55,6 +56,7 @@ class Chores:
         """Schedule all chores as one job: a tick costs more than a look."""
         housekeeping.every(EVERY, "schedules", self._look)
         housekeeping.every(FORGET, "failures.forget", self._forget)
+        housekeeping.every(FORGET, "orgs.words", self.words)
 
     def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
         """Record the end of an attempt after it is written."""
@@ -74,6 +76,13 @@ class Chores:
             # After an outage of the database the next look starts it again.
             with suppress(Unavailable):
                 await self._fill()
+
+    async def words(self) -> None:
+        """Let the search find the orgs that a worker of an older release added or renamed."""
+        after = None
+        while found := await self._database.call_autocommit(orgs.without_words_for_all_orgs, after):
+            await self._database.call(orgs.add_words_for_all_orgs, found)
+            after = found[-1]
 
     async def _look(self) -> None:
         await self._count_failures()

@@ -23,7 +23,7 @@ from worker.clock import Clock, SystemClock
 from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
-from worker.operations.sign_in import make_link
+from worker.operations.operators import make_link
 from worker.outbound.http import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema

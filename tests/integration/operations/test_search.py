@@ -6,7 +6,7 @@ import itertools
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import delete, insert, update
 
 from worker.errors import NotFound
 from worker.ids import ALL_ORGS, new_id
@@ -14,10 +14,11 @@ from worker.operations.orgs import add_org
 from worker.operations.runs import retry, run_now
 from worker.orgs import OrgEntry
 from worker.search import parsed
-from worker.store import roles, tables
+from worker.store import orgs, roles, tables
 from worker.store.lists import Page
 from worker.store.lists import search as search_module
 from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
+from worker.wiring.chores import Chores
 
 FILE = """
 [[org]]
@@ -237,3 +238,39 @@ def test_an_imported_org_is_found_at_once(database, site):
     add_org(database, entry, actor="tester")
 
     assert site.orgs("brand") == ["org_new"]
+
+
+@pytest.mark.anyio
+async def test_an_org_that_an_older_release_adds_or_renames_is_found_by_its_words_soon(site, database):
+    """Its workers write `orgs` alone, during a rolling deploy."""
+    with database.transaction() as connection:
+        at = database.now(connection)
+        row = {"id": new_id(), "code": "org_gamma", "name": "Gämma Labs", "issuer": "main", "tags": []}
+        connection.execute(insert(tables.orgs).values(**row, created_at=at, updated_at=at))
+        renamed = update(tables.orgs).where(tables.orgs.c.code == "org_acme")
+        connection.execute(renamed.values(name="Apex GmbH"))
+    # Not by its old name either.
+    assert (site.orgs("gamma"), site.orgs("apex"), site.orgs("acme")) == ([], [], ["acme-two"])
+
+    chores = Chores(database, on_runs=lambda: None)
+    await chores.words()
+    await chores.words()
+
+    assert (site.orgs("gamma labs"), site.orgs("gam")) == (["org_gamma"], ["org_gamma"])
+    assert (site.orgs("apex"), site.orgs("gmbh")) == (["org_acme"], ["org_acme"])
+    with database.autocommit() as connection:
+        assert orgs.without_words_for_all_orgs(connection) == []
+
+
+@pytest.mark.anyio
+async def test_pages_of_orgs_without_words_end_also_if_a_code_has_none(site, database, monkeypatch):
+    """A code of accents alone is no word."""
+    monkeypatch.setattr(orgs, "FILLED", 1)
+    for code in ("\u0301", "\u0300", "org_delta"):
+        add_org(database, OrgEntry(code, "", "main"), actor="tester")
+    with database.transaction() as connection:
+        connection.execute(delete(tables.org_words))
+
+    await Chores(database, on_runs=lambda: None).words()
+
+    assert (site.orgs("delta"), site.orgs("acme")) == (["org_delta"], ["acme-two", "org_acme"])

@@ -20,8 +20,8 @@ from tests.integration.web.conftest import BASE, Site, csrf_of
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
 from worker.errors import ConfigurationError
+from worker.operations.operators import make_link
 from worker.operations.orgs import set_org_state
-from worker.operations.sign_in import make_link
 from worker.outbound.http import open_client
 from worker.providers.profile import load
 from worker.settings.sections import LoginSettings
