@@ -28,7 +28,6 @@ class Exchange:
     body: bytes
     status: int
     response: bytes
-    content_type: str = ""
 
 
 class Document:

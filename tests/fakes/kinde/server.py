@@ -43,12 +43,16 @@ class Recorded:
             nonlocal status
             status = message.get("status", status)
             told.extend(message.get("body", b""))
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                # Before the client has it: a test may go on as soon as it does.
+                query = scope["query_string"].decode()
+                path = scope.get("raw_path", b"").decode() or scope["path"]
+                self.exchanges.append(
+                    Exchange(scope["method"], path, query, bytes(asked), status, bytes(told))
+                )
             await send(message)
 
         await self.app(scope, receive_and_keep, send_and_keep)
-        query = scope["query_string"].decode()
-        path = scope.get("raw_path", b"").decode() or scope["path"]
-        self.exchanges.append(Exchange(scope["method"], path, query, bytes(asked), status, bytes(told)))
 
 
 @dataclass
