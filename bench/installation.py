@@ -138,7 +138,7 @@ style = "json"
                 for n, id_ in enumerate(ids)
             ]
             whole = {"handler": handler, "schedule": "every 1h", "isolation": "inline"} | spec
-            for part in range(0, count, BATCH):
+            for part in range(0, len(ids), BATCH):
                 some = rows[part : part + BATCH]
                 connection.execute(insert(tables.definitions), some)
                 connection.execute(
