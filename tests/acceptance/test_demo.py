@@ -64,6 +64,13 @@ def test_the_demo_stops_by_itself_with_0(told):
     assert told.code == 0, told.lines
 
 
+def test_orgs_and_credentials_come_from_the_provider(told):
+    commands = [line.removeprefix("$ ") for _, line in told.captions() if line.startswith("$ ")]
+
+    assert "python -m worker orgs sync --provision" in commands
+    assert not [line for line in commands if "import" in line or " add" in line]
+
+
 def test_the_first_run_succeeds_within_six_seconds_of_the_workers_start(told):
     started = next(at for at, line in told.captions() if line.endswith("worker run"))
     succeeded = next(at for at, line in told.lines if "  succeeded  " in line)
@@ -89,6 +96,7 @@ def test_a_dead_secret_waits_and_what_to_do_is_printed(told):
     assert ("waiting", "no_token") in states
     assert {state for state, _ in states} == {"waiting", "running"}
     assert any("credentials add org_initech" in line for _, line in told.captions())
+    assert any("orgs sync --provision --org org_initech" in line for _, line in told.captions())
 
 
 def test_another_orgs_token_is_refused_and_the_handler_not_started(told):

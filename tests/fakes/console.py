@@ -17,11 +17,12 @@ from sqlalchemy import delete, insert, select, text
 
 from tests.fakes import browser as browsers
 from tests.fakes import forked
+from tests.fakes.cli import Completed
 from tests.fakes.site import wait_until
 from worker.clock import SystemClock
 from worker.demo import history, installation
 from worker.demo.installation import World
-from worker.store import schema, tables
+from worker.store import tables
 from worker.store.database import Database
 
 
@@ -38,9 +39,12 @@ class Console:
 
     def cli(self, *arguments: str) -> Any:
         """The JSON that a command prints."""
-        command = [*self.command(*arguments), "-o", "json"]
-        done = forked.run(command, cwd=self.folder, env=self.world.environment())
-        return done.checked(arguments).json()
+        return self.run(*arguments, "-o", "json").json()
+
+    def run(self, *arguments: str) -> Completed:
+        """A command that succeeds."""
+        done = forked.run(self.command(*arguments), cwd=self.folder, env=self.world.environment())
+        return done.checked(arguments)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "worker", "--config", str(self.folder / "worker.toml"), *arguments]
@@ -76,20 +80,14 @@ def serving(folder: Path, browser: Browser, url: str = "") -> Iterator[Console]:
     """
     database, token = folder / "worker.db", secrets.token_urlsafe(24)
     file_url = f"sqlite:///{database}"
-    if not database.exists():
-        schema.upgrade(file_url)
     url = url or file_url
     with installation.world() as world:
         listen = installation.free_address()
         made = Console(folder, url, f"http://{listen}", token, world)
         settings = installation.settings_file(database, world, listen=listen, token=token)
         (folder / "worker.toml").write_text(settings)
-        (folder / "orgs.jsonl").write_text(world.import_lines())
         now = datetime.now(UTC)
-        file = installation.definitions_file(world.orgs, world.api_url, now=now)
-        (folder / "demo.toml").write_text(file)
-        made.cli("orgs", "import", str(folder / "orgs.jsonl"))
-        made.cli("apply", str(folder / "demo.toml"))
+        installation.begin(folder, world, made.run, now=now)
         history.add(file_url, world.orgs, world.api_url, until=now)
         if url != file_url:
             copy_rows(file_url, url)

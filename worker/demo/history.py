@@ -18,8 +18,7 @@ from sqlalchemy import Connection, update
 
 from worker.claims.claims import Claims, Flag
 from worker.definitions.definition import from_spec
-from worker.demo.installation import Org, last_night
-from worker.demo.provider import Application
+from worker.demo.installation import SCOPE, Org, last_night
 from worker.execution.attempts.events import record_claims
 from worker.ids import OrgId, RunId, WorkerId
 from worker.operations.definitions import pause_definition
@@ -91,6 +90,7 @@ class Replay:
     random: random.Random
     until: datetime
     worker: WorkerId
+    clients: dict[str, str] = field(default_factory=dict)
     _agenda: list[tuple[datetime, int, Callable[[], None]]] = field(default_factory=list)
     _scripts: dict[str, Scripted] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -136,7 +136,7 @@ class Replay:
         attempted, trail = script.next_try(), Trail(run.handler)
         begun = self.clock.at + timedelta(milliseconds=self.random.randint(40, 180))
         if not isinstance(attempted.outcome, NoToken | Refused):
-            record_claims(trail, claims_of(script.org.application, self.clock.at), begun)
+            record_claims(trail, claims_of(script.org, self.clients[script.org.code], self.clock.at), begun)
             trail.handler_started_at = begun + timedelta(milliseconds=self.random.randint(5, 30))
             trail.peak_memory = self.random.randint(38, 61) * 1024 * 1024
         if attempted.done:
@@ -180,16 +180,16 @@ class Replay:
             credentials.used(self.connection, org_id, row["id"], at=now, error="invalid_client")
 
 
-def claims_of(app: Application, at: datetime) -> Claims:
+def claims_of(org: Org, client_id: str, at: datetime) -> Claims:
     """The claims of a token that the demo's provider would have issued."""
     return Claims(
-        org_code=app.org_code,
-        client_id=app.client_id,
-        scopes=frozenset(app.scopes),
-        properties=app.properties,
-        flags={name: Flag("boolean", value) for name, value in app.flags.items()},
+        org_code=org.code,
+        client_id=client_id,
+        scopes=frozenset({SCOPE}),
+        properties=org.properties,
+        flags={name: Flag("boolean", value) for name, value in org.flags.items()},
         issued_at=at,
-        expires_at=at + timedelta(seconds=app.lifetime),
+        expires_at=at + timedelta(days=1),
         jti=f"{int(at.timestamp()):x}",
     )
 
@@ -229,6 +229,7 @@ def _replayed(
     story = Story(replay, api_url, night=last_night(until))
     for org in orgs_of_demo:
         org_id = orgs.require(connection, org.code)["id"]
+        replay.clients[org.code] = credentials.active(connection, org_id)[0]["client_id"]
         _predate(connection, org_id, clock.at)
         for name in ("crm-sync", "usage-report", "nightly-digest"):
             row = definitions.find(connection, org_id, name)

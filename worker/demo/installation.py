@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from worker.demo.api import CustomerApi
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Application, Fault, Provider, serve_provider
 from worker.demo.serving import ServerThread, bind_loopback, url_of
 from worker.guard import Guard
+from worker.providers.management.kinde import SCOPES
 
 AUDIENCE = "https://api.demo.example"
+SCOPE = "read:kb"
+# The definition that every org has from a template; the demo tells its story.
+DIGEST = "support-digest"
 FLAG = "agent-v2"
-# The org of the people who run the installation, the console's client id, and the folder with its secret.
+# The org of the people who run the installation, the console's client id, and the folder with secrets.
 VENDOR = "org_vendor"
 CONSOLE = "console"
+# The client id of the application that manages the others.
+MANAGER = "orgworker"
 SECRETS = "secrets"
 # Becomes the command in its arguments, which the kernel kills when the thread that started it ends. A parent
 # that was gone before sends no signal.
@@ -43,45 +50,28 @@ CHAT_DELAY = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Org:
-    """One org of the demo: its application at the provider, and the secret that the operator has."""
+    """One org of the demo: its name, and what its tokens carry."""
 
-    application: Application
     name: str
-    stored_secret: str
+    plan: str = "free"
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    flags: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def code(self) -> str:
-        return self.application.org_code
-
-    def as_import_line(self) -> str:
-        credential = {"client_id": self.application.client_id, "client_secret": self.stored_secret}
-        return json.dumps(
-            {"code": self.code, "name": self.name, "issuer": "main", "tags": ["demo"], **credential}
-        )
+        return f"org_{self.name.lower()}"
 
 
-def make_org(
-    name: str, *, model: str = "gpt-4", flags: dict[str, bool] | None = None, dead_secret: bool = False
-) -> Org:
-    code, secret = f"org_{name.lower()}", secrets.token_urlsafe(24)
-    application = Application(
-        org_code=code,
-        client_id=f"m2m-{code}",
-        client_secret=secret,
-        scopes=("read:kb",),
-        audiences=(AUDIENCE,),
-        properties={"model_version": model, "max_tokens": 400, "language": "en"},
-        flags=flags or {},
-    )
-    return Org(application, name, secrets.token_urlsafe(24) if dead_secret else secret)
+def make_org(name: str, *, model: str = "gpt-4", plan: str = "free", **flags: bool) -> Org:
+    return Org(name, plan, {"model_version": model, "max_tokens": 400, "language": "en"}, flags)
 
 
 def make_orgs() -> list[Org]:
-    """Acme has the flag, Globex does not, Initech's secret is dead, Umbrella gets Acme's token."""
+    """Acme has the flag, Globex does not; Initech and Umbrella are about to have trouble."""
     return [
-        make_org("Acme", model="gpt-4o", flags={FLAG: True, "beta-tools": False}),
-        make_org("Globex"),
-        make_org("Initech", dead_secret=True),
+        make_org("Acme", model="gpt-4o", plan="pro", **{FLAG: True, "beta-tools": False}),
+        make_org("Globex", plan="pro"),
+        make_org("Initech"),
         make_org("Umbrella"),
     ]
 
@@ -94,36 +84,63 @@ class World:
     provider: Provider
     api_url: str
     chat_key: str
+    management_secret: str
 
     def environment(self) -> dict[str, str]:
         """The environment of the commands and the worker."""
         return clean_environment() | {"ASSISTANT_API_KEY": self.chat_key}
 
-    def import_lines(self) -> str:
-        """The input of `orgs import`."""
-        return "".join(f"{org.as_import_line()}\n" for org in self.orgs)
+    def break_two(self) -> None:
+        """Revoke the secret of Initech, and let Umbrella get tokens of Acme; both have an application."""
+        applications = {app.org_code: app for app in self.provider.applications.values()}
+        applications["org_initech"].client_secret = secrets.token_urlsafe(24)
+        self.provider.misbehave(
+            Fault(replace={"org_code": "org_acme"}), applications["org_umbrella"].client_id
+        )
 
 
 @contextlib.contextmanager
 def world(*, delay: float = CHAT_DELAY) -> Iterator[World]:
     """Serve the provider and the API from threads; the chat endpoint takes `delay` seconds to answer."""
     orgs = make_orgs()
-    chat_key = secrets.token_urlsafe(24)
-    provider, provider_thread = serve_provider(org.application for org in orgs)
-    provider.misbehave(Fault(replace={"org_code": "org_acme"}), "m2m-org_umbrella")
-    guard = Guard(provider.url, audience=AUDIENCE, scopes={"read:kb"})
+    chat_key, secret = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+    provider, provider_thread = serve_provider()
+    add_orgs(provider, orgs, secret)
+    guard = Guard(provider.url, audience=AUDIENCE, scopes={SCOPE})
     api = CustomerApi(guard, orgs={org.code: org.name for org in orgs}, chat_key=chat_key, delay=delay)
     listener = bind_loopback()
     with provider_thread, ServerThread(api.asgi(), listener):
-        yield World(orgs, provider, url_of(listener), chat_key)
+        yield World(orgs, provider, url_of(listener), chat_key, secret)
+
+
+def add_orgs(provider: Provider, orgs: Iterable[Org], management_secret: str) -> None:
+    """Add the orgs, the API and the application that manages others; the orgs have no application yet."""
+    management = provider.management
+    management.add_api("Knowledge base", AUDIENCE, (SCOPE,))
+    management.org_properties.add("plan")
+    for org in orgs:
+        management.add_org(
+            org.code,
+            org.name,
+            properties={"plan": org.plan},
+            token_properties=dict(org.properties),
+            token_flags=dict(org.flags),
+        )
+        management.application_properties |= org.properties.keys()
+    audience = f"{provider.url}/api"
+    provider.add(Application("", MANAGER, management_secret, SCOPES, (audience,), name=MANAGER))
 
 
 def settings_file(database: Path, surroundings: World, *, listen: str, token: str) -> str:
     """The demo's worker.toml; `token` is the operator's, for the console at `listen`.
 
-    Registers that console at the provider, with people; its secret there is a file beside the database.
+    Registers that console at the provider, with people. Its secret there, and that of the application
+    that manages the others, are files beside the database.
     """
-    add_people(surroundings.provider, database.parent, surroundings.orgs, listen)
+    folder = database.parent / SECRETS
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "management__main").write_text(surroundings.management_secret, encoding="utf-8")
+    add_people(surroundings.provider, folder, surroundings.orgs, listen)
     return f"""\
 secrets_dir = "{database.parent / SECRETS}"
 
@@ -135,6 +152,11 @@ profile = "kinde"
 url = "{surroundings.provider.url}"
 audience = "{AUDIENCE}"
 api_origins = ["{surroundings.api_url}"]
+
+[issuers.main.management]
+client_id = "{MANAGER}"
+max_requests_per_second = 100
+tags = {{ pro = "properties.plan=pro" }}
 
 [execution]
 pass_environment = ["ASSISTANT_API_KEY"]
@@ -173,8 +195,7 @@ role = "member"
 def add_people(provider: Provider, folder: Path, orgs: Iterable[Org], listen: str) -> None:
     """People at the provider, and the console's application there; its secret is a file of `folder`."""
     secret = secrets.token_urlsafe(24)
-    (folder / SECRETS).mkdir(mode=0o700, exist_ok=True)
-    (folder / SECRETS / "login__main").write_text(secret, encoding="utf-8")
+    (folder / "login__main").write_text(secret, encoding="utf-8")
     console = f"http://{listen}"
     provider.people.add_application(
         WebApplication(CONSOLE, secret, (f"{console}/login/callback",), (f"{console}/login",))
@@ -199,25 +220,28 @@ def zone_of(night: datetime) -> str:
     return f"Etc/GMT{-ahead:+d}" if ahead else "UTC"
 
 
-def definitions_file(orgs: list[Org], api_url: str, *, now: datetime) -> str:
-    """The file for `apply`: a digest every three seconds for each org, and what ran yesterday too."""
-    zone = zone_of(last_night(now))
-    digest = f'knowledge_base = "{api_url}", chat = "{api_url}"'
-    articles = f'url = "{api_url}/v1/collections/faq/articles"'
-    tables = []
-    for org in orgs:
-        tables += [
-            f"""\
-[[definition]]
-org = "{org.code}"
-name = "support-digest"
+def template_file(api_url: str) -> str:
+    """The file for the first `apply`: a digest every three seconds, for every org that comes."""
+    return f"""\
+[[template]]
+name = "{DIGEST}"
+orgs = "all"
 handler = "assistant.digest"
 variants = [{{ flag = "{FLAG}", handler = "assistant.digest_v2" }}]
 schedule = "every 3s"
 spread = "off"
-scopes = ["read:kb"]
-params = {{ {digest} }}
-""",
+scopes = ["{SCOPE}"]
+params = {{ {_services(api_url)} }}
+"""
+
+
+def definitions_file(orgs: list[Org], api_url: str, *, now: datetime) -> str:
+    """The file for the second `apply`: what each org ran yesterday, too."""
+    zone = zone_of(last_night(now))
+    articles = f'url = "{api_url}/v1/collections/faq/articles"'
+    tables = []
+    for org in orgs:
+        tables += [
             f"""\
 [[definition]]
 org = "{org.code}"
@@ -235,11 +259,11 @@ handler = "assistant.digest"
 schedule = "0 2 * * *"
 timezone = "{zone}"
 spread = "off"
-scopes = ["read:kb"]
-params = {{ {digest}, page_size = 1 }}
+scopes = ["{SCOPE}"]
+params = {{ {_services(api_url)}, page_size = 1 }}
 """,
         ]
-        if org.name in ("Acme", "Globex"):
+        if org.plan == "pro":
             tables.append(f"""\
 [[definition]]
 org = "{org.code}"
@@ -250,6 +274,25 @@ spread = "off"
 params = {{ {articles} }}
 """)
     return "\n".join(tables)
+
+
+def _services(api_url: str) -> str:
+    return f'knowledge_base = "{api_url}", chat = "{api_url}"'
+
+
+def begin(folder: Path, around: World, run: Callable[..., object], *, now: datetime) -> None:
+    """Bring the orgs of the provider here and give them definitions; `run` runs a command.
+
+    What breaks comes after: an application is active only once a token of it is verified.
+    """
+    template, definitions = folder / "template.toml", folder / "demo.toml"
+    template.write_text(template_file(around.api_url), encoding="utf-8")
+    definitions.write_text(definitions_file(around.orgs, around.api_url, now=now), encoding="utf-8")
+    run("db", "upgrade")
+    run("apply", str(template))
+    run("orgs", "sync", "--provision")
+    around.break_two()
+    run("apply", str(definitions))
 
 
 class DemoFailed(Exception):
@@ -268,6 +311,10 @@ class Installation:
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
+
+    def command_line(self) -> str:
+        """What runs a command on this installation, as text for a shell in any folder."""
+        return shlex.join(self._command())
 
     def run(self, *arguments: str) -> None:
         """Run one command; its failure ends the demo."""

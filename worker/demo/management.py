@@ -27,7 +27,10 @@ MANAGEMENT = "management"  # the id of the management API itself
 
 @dataclass(slots=True)
 class Organization:
-    """An organization; its properties are text or booleans."""
+    """An organization; its properties are text or booleans.
+
+    Its new applications have these `token_properties` and `token_flags`, as if people had set them.
+    """
 
     code: str
     name: str
@@ -35,6 +38,8 @@ class Organization:
     handle: str | None = None
     is_default: bool = False
     properties: dict[str, Any] = field(default_factory=dict)
+    token_properties: dict[str, Any] = field(default_factory=dict)
+    token_flags: dict[str, Any] = field(default_factory=dict)
 
     def as_item(self) -> dict[str, Any]:
         return {

@@ -231,6 +231,9 @@ class Provider:
     def make_application(self, name: str, org_code: str) -> Application:
         """A new application without APIs and scopes, with ids of its own."""
         made = Application(org_code, secrets.token_hex(16), secrets.token_urlsafe(32), name=name)
+        if org := self.management.orgs.get(org_code):
+            made.properties = {key: as_property(value) for key, value in org.token_properties.items()}
+            made.flags = dict(org.token_flags)
         self.add(made)
         return made
 

@@ -17,14 +17,15 @@ import threading
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from worker.clock import Clock, SystemClock, to_text
-from worker.demo import history
 from worker.demo.installation import (
+    DIGEST,
     DemoFailed,
     Installation,
-    definitions_file,
+    begin,
     free_address,
     say,
     settings_file,
@@ -62,7 +63,9 @@ END;
 """
 
 READ_CHANGES = """
-SELECT c.seq, o.code, d.name, c.state, c.reason, c.detail, a.handler, a.handler_started_at
+SELECT c.seq, o.code, d.name, c.state, c.reason, c.detail, a.handler, a.handler_started_at,
+       (SELECT client_id FROM credentials k WHERE k.org_id = o.id AND k.state = 'active'
+        ORDER BY generation DESC LIMIT 1)
 FROM demo_changes c JOIN definitions d ON d.id = c.definition_id JOIN orgs o ON o.id = d.org_id
 LEFT JOIN attempts a ON a.run_id = c.run_id
      AND a.attempt = (SELECT max(attempt) FROM attempts WHERE run_id = c.run_id)
@@ -72,7 +75,7 @@ WHERE c.seq > ? ORDER BY c.seq
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A run entered a state; `handler` is that of its last attempt."""
+    """A run entered a state; `handler` is that of its last attempt, `client_id` the org's newest."""
 
     org: str
     definition: str
@@ -81,6 +84,7 @@ class Change:
     detail: str | None
     handler: str | None
     handler_started_at: str | None
+    client_id: str | None
 
 
 class Journal:
@@ -103,9 +107,13 @@ class Journal:
 
 
 class Narrator:
-    """Prints each change of a run's state, and explains it once for each org."""
+    """Prints each change of a run's state, and explains those of the digests once for each org.
 
-    def __init__(self, journal: Journal, clock: Clock, started: float) -> None:
+    `command` is what runs a command on this installation from anywhere.
+    """
+
+    def __init__(self, journal: Journal, clock: Clock, started: float, command: str) -> None:
+        self._command = command
         self._journal = journal
         self._clock = clock
         self._started = started
@@ -122,7 +130,7 @@ class Narrator:
             if change.state not in ("waiting", "running"):
                 self._ends[change.org, change.state] += 1
             key = (change.org, change.state, change.reason)
-            if key not in self._explained:
+            if change.definition == DIGEST and key not in self._explained:
                 self._explained.add(key)
                 self._explain(change)
 
@@ -140,8 +148,10 @@ class Narrator:
             say(f"{change.org}: the provider returned a token of another org; the handler {began}")
         elif change.reason == "no_token":
             say(f"{change.org}: the provider no longer takes its secret; its runs wait. To fix this:")
-            command = f"credentials add {change.org} --client-id m2m-{change.org} --secret-file FILE"
-            say(f"    python -m worker {command}")
+            client = change.client_id or "ID"
+            say(f"    python -m worker credentials add {change.org} --client-id {client} --secret-file FILE")
+            say("or let orgworker make another application, in another terminal:")
+            say(f"    {self._command} orgs sync --provision --org {change.org}")
 
     def sum_up(self) -> None:
         """Print the outcomes of each org's runs, or the state of its latest run if none has ended."""
@@ -178,14 +188,13 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     around = stack.enter_context(world())
     installation = Installation(folder, around.environment())
     listen, token = free_address(), secrets.token_urlsafe(24)
-    org_lines, definitions = folder / "orgs.jsonl", folder / "demo.toml"
     installation.settings.write_text(settings_file(installation.database, around, listen=listen, token=token))
-    org_lines.write_text(around.import_lines())
-    definitions.write_text(definitions_file(around.orgs, around.api_url, now=clock.now()))
     say(f"a development provider at {around.provider.url}, a customer API at {around.api_url}")
-    installation.run("db", "upgrade")
-    installation.run("orgs", "import", str(org_lines))
-    installation.run("apply", str(definitions))
+    # Meanwhile the commands run in processes of their own.
+    threading.Thread(target=import_module, args=("worker.demo.history",), daemon=True).start()
+    begin(installation.folder, around, installation.run, now=clock.now())
+    from worker.demo import history
+
     say("adding what these orgs' jobs did in the last 24 hours")
     history.add(f"sqlite:///{installation.database}", around.orgs, around.api_url, until=clock.now())
     # After the past, which it does not tell.
@@ -209,7 +218,7 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     say("Ctrl-C ends the demo.")
     say("")
     print_line("time", "org", "definition", "state", "reason", "detail")
-    narrator = Narrator(journal, clock, started)
+    narrator = Narrator(journal, clock, started, installation.command_line())
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):
         narrator.narrate()
         wait_for(worker, stop, installation.log)

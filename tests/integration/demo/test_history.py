@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
@@ -37,7 +38,10 @@ def past(
         entries = [HandlerEntry(name, "orgworker", "1.0", "jobs:x") for name in names]
         catalogue.put(connection, entries, at=now)
     keyring = KeyRing.load_or_generate(folder / "keyring")
-    import_orgs(database, keyring, [org.as_import_line() for org in demo], actor="tester")
+    lines = [
+        {"code": org.code, "issuer": "main", "client_id": "m2m", "client_secret": "s3cret"} for org in demo
+    ]
+    import_orgs(database, keyring, [json.dumps(line) for line in lines], actor="tester")
     apply(database, parse_file(definitions_file(demo, "http://127.0.0.1:1", now=now)), actor="tester")
     history.add(url, demo, "http://127.0.0.1:1", until=now)
     yield database

@@ -8,6 +8,8 @@ import pytest
 
 from worker.demo.run import Change, Narrator
 
+COMMAND = "python -m worker --config /tmp/demo/worker.toml"
+
 
 class FakeJournal:
     """A journal whose changes come from a test."""
@@ -20,7 +22,7 @@ class FakeJournal:
 
 
 def tell(clock, journal: FakeJournal, *changes: Change) -> Narrator:
-    narrator = Narrator(journal, clock, started=clock.monotonic())
+    narrator = Narrator(journal, clock, clock.monotonic(), COMMAND)
     journal.changes = list(changes)
     narrator.narrate()
     return narrator
@@ -30,7 +32,7 @@ def change(
     state: str, reason: str | None = None, detail: str | None = None, *, started: bool = True
 ) -> Change:
     at = "2030-01-01T00:00:00Z" if started else None
-    return Change("org_acme", "support-digest", state, reason, detail, "assistant.digest_v2", at)
+    return Change("org_acme", "support-digest", state, reason, detail, "assistant.digest_v2", at, "3f0c")
 
 
 def test_a_change_is_one_line_in_columns(clock, capsys):
@@ -49,7 +51,7 @@ def test_a_change_is_one_line_in_columns(clock, capsys):
 
 def test_the_first_success_tells_how_long_it_took_and_by_which_agent(clock, capsys):
     journal = FakeJournal()
-    narrator = Narrator(journal, clock, started=clock.monotonic())
+    narrator = Narrator(journal, clock, clock.monotonic(), COMMAND)
     clock.advance(2.5)
     journal.changes = [change("succeeded"), change("succeeded")]
 
@@ -65,7 +67,9 @@ def test_the_first_success_tells_how_long_it_took_and_by_which_agent(clock, caps
 def test_a_dead_secret_prints_what_to_do(clock, capsys):
     tell(clock, FakeJournal(), change("waiting", "no_token"))
 
-    assert "credentials add org_acme --client-id m2m-org_acme --secret-file FILE" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "credentials add org_acme --client-id 3f0c --secret-file FILE" in printed
+    assert f"{COMMAND} orgs sync --provision --org org_acme" in printed
 
 
 @pytest.mark.parametrize(("started", "words"), [(False, "was not started"), (True, "was started")])
