@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from worker.store import tables
 from worker.store.dialect import all_rows
 
 _schedule, _orgs = tables.schedule, tables.orgs
 _definitions, _revisions = tables.definitions, tables.definition_revisions
+
+
+# Between the keys of a timing, in one text: no key of a definition has it.
+_BETWEEN = "\x1f"
 
 
 class Timing(NamedTuple):
@@ -34,36 +38,32 @@ class Timings(NamedTuple):
 
 def timings_for_all_orgs(connection: Connection, until: datetime, after: str | None, limit: int) -> Timings:
     """Definitions whose next run is before `until`, of the `limit` definitions after this one by id."""
-    some = select(_schedule.c.definition_id, _schedule.c.next_fire_at)
+    # By their keys: as joins, PostgreSQL would read all definitions for each page.
+    current = select(_definitions.c.revision).where(_definitions.c.id == _schedule.c.definition_id)
+    keys = [func.coalesce(_revisions.c.spec[key].as_string(), "") for key in Timing._fields]
+    written: ColumnElement[str] = keys[0]
+    for key in keys[1:]:
+        written = written + _BETWEEN + key
+    timing_of = (
+        select(written)
+        .where(
+            _revisions.c.definition_id == _schedule.c.definition_id,
+            _revisions.c.revision == current.correlate(_schedule).scalar_subquery(),
+        )
+        .correlate(_schedule)
+        .scalar_subquery()
+    )
+    zone = select(_orgs.c.timezone).where(_orgs.c.id == _schedule.c.org_id).scalar_subquery()
+    query = select(
+        _schedule.c.definition_id, _schedule.c.next_fire_at, timing_of.label("timing"), zone.label("zone")
+    )
     if after is not None:
-        some = some.where(_schedule.c.definition_id > after)
-    page = some.order_by(_schedule.c.definition_id).limit(limit).subquery()
-    spec = _revisions.c.spec
-    query = (
-        select(
-            page.c.definition_id,
-            page.c.next_fire_at,
-            spec["schedule"].as_string().label("schedule"),
-            func.coalesce(func.nullif(spec["timezone"].as_string(), ""), _orgs.c.timezone, "UTC").label(
-                "timezone"
-            ),
-            spec["starts_at"].as_string().label("starts_at"),
-            spec["ends_at"].as_string().label("ends_at"),
-        )
-        .join(_definitions, _definitions.c.id == page.c.definition_id)
-        .join(_orgs, _orgs.c.id == _definitions.c.org_id)
-        .join(
-            _revisions,
-            (_revisions.c.definition_id == _definitions.c.id)
-            & (_revisions.c.revision == _definitions.c.revision),
-        )
-        .order_by(page.c.definition_id)
-        .limit(limit)
-    )
-    rows = all_rows(connection, query)
-    counted = Counter(
-        Timing(row["schedule"], row["timezone"], row["starts_at"] or None, row["ends_at"] or None)
-        for row in rows
-        if row["schedule"] and row["next_fire_at"] is not None and row["next_fire_at"] < until
-    )
-    return Timings(counted, str(rows[-1]["definition_id"]) if len(rows) == limit else None)
+        query = query.where(_schedule.c.definition_id > after)
+    rows = all_rows(connection, query.order_by(_schedule.c.definition_id).limit(limit))
+    counted: Counter[Timing] = Counter()
+    for row in rows:
+        if row["timing"] and row["next_fire_at"] is not None and row["next_fire_at"] < until:
+            schedule, timezone, starts_at, ends_at = row["timing"].split(_BETWEEN)
+            timing = Timing(schedule, timezone or row["zone"] or "UTC", starts_at or None, ends_at or None)
+            counted[timing] += bool(schedule)
+    return Timings(+counted, str(rows[-1]["definition_id"]) if len(rows) == limit else None)
