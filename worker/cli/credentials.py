@@ -11,8 +11,7 @@ import typer
 
 from worker.cli.checks import print_report, with_checks
 from worker.cli.lists import add_list
-from worker.cli.options import OutputOption, read_duration, read_text
-from worker.cli.orgs import OrgArgument
+from worker.cli.options import OrgArgument, OutputOption, read_duration, read_text
 from worker.cli.output import Format, print_row, print_rows, say
 from worker.cli.session import session_of
 from worker.errors import UsageError

@@ -12,12 +12,12 @@ from worker.cli.lists import add_list
 from worker.cli.options import (
     FromOption,
     NoteOption,
+    OrgArgument,
     OutputOption,
     UntilOption,
     read_pairs,
     split_pairs,
 )
-from worker.cli.orgs import OrgArgument
 from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
 from worker.definitions.units import parse_time

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 OutputOption = Annotated[
     Format, typer.Option("--output", "-o", help="Output format: for people, for programs, or ids only.")
 ]
+OrgArgument = Annotated[
+    str,
+    typer.Argument(metavar="ORG", help="The org's code, as in its tokens.", autocompletion=names("org")),
+]
 OrgOption = Annotated[
     str | None,
     typer.Option("--org", metavar="ORG", help="Only this org's.", autocompletion=names("org")),

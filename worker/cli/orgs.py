@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import check_orgs
-from worker.cli.completion import names
 from worker.cli.lists import add_list
-from worker.cli.options import FileArgument, NoteOption, OutputOption, read_text
+from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, read_text
+from worker.cli.org_claims import diff, properties
 from worker.cli.output import Format, confirmed, print_row, say
 from worker.cli.progress import Progress
 from worker.cli.session import change, session_of
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from worker.orgs import OrgState
 
 app = typer.Typer(help="Customer organisations: add, list, pause, suspend, remove, check.")
-
-OrgArgument = Annotated[
-    str,
-    typer.Argument(metavar="ORG", help="The org's code, as in its tokens.", autocompletion=names("org")),
-]
 
 
 @app.command("add")
@@ -146,6 +141,8 @@ def remove(
 
 app.command("check")(check_orgs)
 app.command("sync")(sync)
+app.command("properties")(properties)
+app.command("diff")(diff)
 
 
 def _move(context: typer.Context, code: str, state: OrgState, note: str | None, output: Format) -> None:

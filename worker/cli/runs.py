@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from worker.claims.digests import without_digests
 from worker.cli.lists import add_list
 from worker.cli.options import (
     DefinitionOption,
@@ -348,13 +349,14 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
 
 
 def _for_people(run: RunDetail) -> Row:
-    """A run with readable errors; an attempt's has no trace, which that of the run is for."""
+    """A run with readable errors and without digests; an attempt's error has no trace."""
     attempts = [
         {name: value for name, value in attempt.items() if name != "error_cause"}
         | {"error": attempt["error"] and f"{attempt['error']['type']}: {attempt['error']['message']}"}
         for attempt in run["attempts"]
     ]
-    return {**run, "error": in_lines(run["error"]), "attempts": attempts}
+    claims = without_digests(run["claims"])
+    return {**run, "claims": claims, "error": in_lines(run["error"]), "attempts": attempts}
 
 
 @app.command("logs")

@@ -136,7 +136,9 @@ class Replay:
         attempted, trail = script.next_try(), Trail(run.handler)
         begun = self.clock.at + timedelta(milliseconds=self.random.randint(40, 180))
         if not isinstance(attempted.outcome, NoToken | Refused):
-            record_claims(trail, claims_of(script.org, self.clients[script.org.code], self.clock.at), begun)
+            record_claims(
+                trail, claims_of(script.org, self.clients[script.org.code], self.clock.at), begun, None
+            )
             trail.handler_started_at = begun + timedelta(milliseconds=self.random.randint(5, 30))
             trail.peak_memory = self.random.randint(38, 61) * 1024 * 1024
         if attempted.done:

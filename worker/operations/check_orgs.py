@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.operations.handlers import Handlers
 from worker.operations.requirements import OrgDefinitions, load_all_orgs, load_org, scopes_of
+from worker.store import history
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
@@ -27,10 +29,25 @@ class Report:
     needs: tuple[Need, ...] = ()
     probes: tuple[ProbeResult, ...] = ()
     general: tuple[Diagnostic, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Properties and flags of its tokens that no handler of its definitions reads."""
+    last: Row | None = None
+    """Its last run with a token: `run`, `definition`, `at`, `claims`."""
+    changes: tuple[ClaimChange, ...] = ()
+    """What the next token changes against the last run."""
 
     @property
     def diagnostics(self) -> list[Diagnostic]:
-        return [*self.general, *(diagnostic for probe in self.probes for diagnostic in probe.diagnostics)]
+        of_probes = (diagnostic for probe in self.probes for diagnostic in probe.diagnostics)
+        return [*self.general, *of_probes, *self._of_claims()]
+
+    def _of_claims(self) -> Iterator[Diagnostic]:
+        """What is not wrong, but of use to know."""
+        if self.unread:
+            yield Diagnostic("unread", True, f"no handler reads {', '.join(self.unread)}")
+        if self.last is not None and any(probe.claims is not None for probe in self.probes):
+            changed = ", ".join(f"{each.kind} {each.name} {each.change}" for each in self.changes)
+            yield Diagnostic("next token", True, f"against the last run: {changed or 'nothing changes'}")
 
     @property
     def ok(self) -> bool:
@@ -62,6 +79,8 @@ class Report:
             "unused": sorted(granted - allowed),
             "properties": {name: kind_of(value) for name, value in first.properties.items()} if first else {},
             "flags": {name: flag.type for name, flag in first.flags.items()} if first else {},
+            "unread": list(self.unread),
+            "changes": [asdict(change) for change in self.changes],
             "lifetime": (first.expires_at - first.issued_at).total_seconds() if first else None,
             "problems": "; ".join(diagnostic.detail for diagnostic in self.problems()) or None,
             "diagnostics": [
@@ -78,6 +97,8 @@ class Checks:
     database: Database
     source: CredentialSource
     probes: Mapping[str, TokenProbe]
+    digests: Callable[[str], Digests | None] = lambda key_id: None
+    """The digests of claims by the id of a key."""
     _discovered: dict[str, asyncio.Task[Diagnostic]] = field(default_factory=dict, init=False)
 
     async def check_all(
@@ -155,7 +176,32 @@ class Checks:
                 # The count is informative only: no report is lost for it.
                 with suppress(Unavailable):
                     await self.source.used(credential.id, found.rejected)
-        return Report(code, issuer, credential, tuple(needs), tuple(probes), (discovery,))
+        report = Report(code, issuer, credential, tuple(needs), tuple(probes), (discovery,))
+        return self._with_claims(report, org)
+
+    def _with_claims(self, report: Report, org: OrgDefinitions) -> Report:
+        """The report with what its tokens' claims mean for the org's definitions."""
+        granted = [probe.claims for probe in report.probes if probe.claims is not None]
+        if not granted:
+            return report
+        with self.database.autocommit() as connection:
+            last = history.last_token(connection, org.org.id)
+            readers = Handlers(connection).readers(org.definitions)
+        unread = tuple(sorted({name for claims in granted for name in readers.unread(claims)}))
+        if last is None:
+            return replace(report, unread=unread)
+        # The token that the definition of that run gets; audiences can have different ones.
+        now = next(
+            (
+                probe.claims
+                for need, probe in zip(report.needs, report.probes, strict=True)
+                if last["definition"] in need.definitions and probe.claims is not None
+            ),
+            granted[0],
+        )
+        key_id = (last["claims"].get(DIGESTS) or {}).get("key", "")
+        changes = tuple(compare(last["claims"], now, self.digests(key_id)))
+        return replace(report, unread=unread, last=last, changes=changes)
 
     def read(self, code: str) -> tuple[OrgDefinitions, tuple[Need, ...]]:
         """One org and what its definitions require.

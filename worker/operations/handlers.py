@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
+from worker.claims.claims import Claims
 from worker.definitions.definition import Definition
 from worker.definitions.fields import refusal
 from worker.errors import UnknownHandler, did_you_mean
@@ -15,6 +16,28 @@ from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Isolation
 from worker.store import catalogue
 from worker.store.dialect import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Properties that settings take or definitions require, and flags that definitions depend on.
+
+    A handler can also read claims in its code, which cannot be seen from outside. `is_open`: one of the
+    handlers is unknown.
+    """
+
+    properties: frozenset[str]
+    flags: frozenset[str]
+    is_open: bool = False
+
+    def unread(self, claims: Claims) -> list[str]:
+        """The properties and flags that are not declared anywhere; none if one of the handlers is unknown."""
+        if self.is_open:
+            return []
+        # A property of a flag's name takes its place, and a flag can be a setting.
+        read = self.properties | self.flags
+        properties = [f"property {name}" for name in sorted(claims.properties.keys() - read)]
+        return properties + [f"flag {name}" for name in sorted(claims.flags.keys() - read)]
 
 
 @dataclass(slots=True)
@@ -42,6 +65,24 @@ class Handlers:
         """The scopes that the handler needs; none for an unknown handler."""
         row = self._usable(name)
         return frozenset() if row is None else frozenset(row["scopes"])
+
+    def readers(self, definitions: Iterable[Definition]) -> Readers:
+        """What the handlers of these definitions read of a token."""
+        properties: set[str] = set()
+        flags: set[str] = set()
+        open_ended = False
+        for definition in definitions:
+            properties |= set(definition.requires_properties)
+            conditions = [definition.requires_flag, *(variant.flag for variant in definition.variants)]
+            flags |= {condition.name for condition in conditions if condition is not None}
+            for name in definition.handlers:
+                row = self._usable(name)
+                settings = None if row is None else row["settings_schema"]
+                if isinstance(settings, Mapping):
+                    properties |= set(settings.get("properties", {}))
+                elif row is None:
+                    open_ended = True
+        return Readers(frozenset(properties), frozenset(flags), open_ended)
 
     def check(
         self, definition: Definition, entry: str, *, inline: Collection[str], allow_unknown: bool

@@ -201,12 +201,25 @@ def _lengths(connection: Connection, runs: Mapping[RunId, DefinitionId]) -> list
 
 def last_claims(connection: Connection, org_id: OrgId) -> Row | None:
     """The redacted claims of the org's last run that got a token, or None."""
+    last = last_token(connection, org_id)
+    return None if last is None else dict(last["claims"])
+
+
+def last_token(connection: Connection, org_id: OrgId) -> Row | None:
+    """`run`, `definition` (its name), `at` and `claims` of the org's last run that got a token, or None."""
     newest = select(_runs.c.id).where(_runs.c.org_id == org_id).order_by(_runs.c.id.desc()).limit(20)
+    named = tables.definitions
     query = (
-        select(_attempts.c.claims)
+        select(
+            _attempts.c.run_id.label("run"),
+            named.c.name.label("definition"),
+            _attempts.c.token_ready_at.label("at"),
+            _attempts.c.claims,
+        )
+        .join(_runs, _runs.c.id == _attempts.c.run_id)
+        .join(named, named.c.id == _runs.c.definition_id)
         .where(_attempts.c.run_id.in_(newest.subquery().select()), _attempts.c.claims.is_not(None))
         .order_by(_attempts.c.run_id.desc(), _attempts.c.attempt.desc())
         .limit(1)
     )
-    claims: Row | None = connection.execute(query).scalar()
-    return claims
+    return first_row(connection, query)

@@ -15,12 +15,16 @@ from typing import Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from worker.claims.digests import Digests
 from worker.errors import ConfigurationError, Conflict
 
 NONCE_BYTES = 12
 KEY_BYTES = 32
 FORMAT = b"\x01"
+DIGEST_PURPOSE = b"orgworker: digests of claims"
 _RESTORE = "restore the ring from its copy; no other ring opens what it sealed"
 HEADER = "# Keys that seal the client secrets in the database. The last line seals, all of them open."
 
@@ -34,6 +38,7 @@ class KeyRing:
 
     path: Path
     _keys: Mapping[str, AESGCMSIV] = field(repr=False)
+    _digest_keys: Mapping[str, bytes] = field(repr=False)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -51,14 +56,16 @@ class KeyRing:
                 fix="let the user of this command read it, as the worker's user does",
             ) from None
         keys: dict[str, AESGCMSIV] = {}
+        digest_keys: dict[str, bytes] = {}
         for number, words in enumerate(map(str.split, _key_lines(text.splitlines())), 1):
             key = _decode_key(words[1]) if len(words) == 2 else None
             if key is None or words[0] in keys:
                 raise ConfigurationError(f"the key ring {path} is damaged at key {number}", fix=_RESTORE)
             keys[words[0]] = AESGCMSIV(key)
+            digest_keys[words[0]] = _derived(key, DIGEST_PURPOSE)
         if not keys:
             raise ConfigurationError(f"the key ring {path} has no key in it", fix=_RESTORE)
-        return cls(path, keys)
+        return cls(path, keys, digest_keys)
 
     @classmethod
     def generate(cls, path: Path) -> Self:
@@ -98,6 +105,12 @@ class KeyRing:
     def sealing_key_id(self) -> str:
         """The id of the key that seals."""
         return self.key_ids[-1]
+
+    def digests(self, key_id: str | None = None) -> Digests | None:
+        """The digests of claims by a key of the ring, by default the newest; None if it is not there."""
+        named = key_id or self.sealing_key_id
+        key = self._digest_keys.get(named)
+        return None if key is None else Digests(named, key)
 
     def seal(self, secret: str, *, org_id: str, credential_id: str) -> tuple[bytes, str]:
         """The secret sealed for one row, and the id of the key that sealed it."""
@@ -175,6 +188,11 @@ def _row(org_id: str, credential_id: str, key_id: str) -> bytes:
 def _new_line() -> str:
     key = base64.b64encode(AESGCMSIV.generate_key(KEY_BYTES * 8)).decode()
     return f"k{secrets.token_hex(4)} {key}"
+
+
+def _derived(key: bytes, purpose: bytes) -> bytes:
+    """A key for another purpose (RFC 5869): it tells nothing about the key that seals."""
+    return HKDF(SHA256(), length=KEY_BYTES, salt=None, info=purpose).derive(key)
 
 
 def _decode_key(text: str) -> bytes | None:

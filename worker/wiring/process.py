@@ -268,6 +268,7 @@ class Incarnation:
             run_log=run_log,
             clock=clock,
             random=SystemRandom(),
+            digests=self.keyring.digests(),
         )
 
         def wake_admission() -> None:

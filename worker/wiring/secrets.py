@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from worker.claims.digests import Digests
 from worker.clock import Clock
 from worker.errors import ConfigurationError
 from worker.ids import OrgId
@@ -145,14 +146,19 @@ async def open_checks(settings: Settings, database: Database, clock: Clock) -> A
 
     Raises ConfigurationError if an issuer or the key ring is not usable.
     """
-    source = OpenedCredentials(database, find_keyring(settings), settings.secrets_dir, clock)
+    ring = find_keyring(settings)
+    source = OpenedCredentials(database, ring, settings.secrets_dir, clock)
+
+    def digests(key_id: str) -> Digests | None:
+        return ring.digests(key_id) if ring is not None and key_id else None
+
     async with open_client() as client:
         watch(client)
         probes = {
             name: TokenProbe(issuer, client, clock=clock) for name, issuer in issuers_of(settings).items()
         }
         try:
-            yield Checks(database, source, probes)
+            yield Checks(database, source, probes, digests)
         finally:
             for probe in probes.values():
                 await probe.close()

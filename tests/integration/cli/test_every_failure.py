@@ -47,6 +47,8 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "orgs remove": (("org_acme",), ""),
     "orgs check": (("org_acme",), ""),
     "orgs sync": ((), ""),
+    "orgs properties": (("org_acme",), ""),
+    "orgs diff": (("org_acme",), ""),
     "credentials add": (("org_acme", *CREDENTIAL), SECRET),
     "credentials list": ((), ""),
     "credentials verify": (("org_acme",), ""),

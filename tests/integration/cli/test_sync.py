@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import insert, select
 
 from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
+from worker import settings, wiring
+from worker.claims.claims import Claims
+from worker.clock import SystemClock
+from worker.execution.attempts.events import record_claims
+from worker.runs.outcome import Trail
+from worker.store import tables
+from worker.wiring.secrets import open_checks
 
 AUDIENCE = "https://api.acme.com"
 ORGS = 6
+CANARY = "canary-Zq7-4421"
 TEMPLATE = """
 [[template]]
 name = "nightly"
@@ -117,3 +128,66 @@ def test_what_cannot_be_done_says_why(cli: CommandLine, kinde: Kinde) -> None:
     assert refused.code == 78 and "management__main" in refused.err
     (cli.settings.parent / "management__main").unlink()
     assert cli("orgs", "sync", check=False).code == 78
+
+
+def test_properties_are_changed_and_named_but_never_stored(cli: CommandLine, kinde: Kinde) -> None:
+    kinde.api.application_properties |= {"plan", "secret_name", "beta"}
+    cli("orgs", "sync", "--provision", "--org", "org_1")
+    cli("orgs", "properties", "org_1", "--set", f"plan={CANARY}", "--set", "beta=true")
+    run_with_token(cli, "org_1")
+
+    assert json.loads(cli("orgs", "diff", "org_1", "-o", "json").out)["changes"] == []
+    changed = cli("orgs", "properties", "org_1", "--set", "plan=free", "--unset", "beta", "-o", "json")
+    told = [cli("orgs", "diff", "org_1", "-o", "json"), cli("orgs", "check", "org_1", "-o", "json")]
+
+    assert json.loads(changed.out) == [{"name": "plan", "value": "free"}]
+    diff, check = (json.loads(each.out) for each in told)
+    assert [(each["kind"], each["name"], each["change"]) for each in diff["changes"]] == [
+        # At Kinde an unset property is an empty text.
+        ("property", "beta", "changed"),
+        ("property", "plan", "changed"),
+    ]
+    assert check[0]["changes"] == diff["changes"] and check[0]["unread"] == ["property beta", "property plan"]
+    audit = cli("audit", "list", "-o", "json").out
+    assert {row["subject"] for row in json.loads(audit) if row["action"].startswith("property.")} == {
+        "org_1 plan",
+        "org_1 beta",
+    }
+    everything = "".join([audit, *(each.out + each.err for each in told)])
+    assert CANARY not in everything
+    assert all(CANARY.encode() not in file.read_bytes() for file in cli.settings.parent.glob("*.db*"))
+    unknown = cli("orgs", "properties", "org_1", "--set", "nonsense=1", check=False)
+    assert unknown.code == 1 and "define the property" in unknown.err
+
+
+def run_with_token(cli: CommandLine, org: str) -> None:
+    """As if a worker had run something of the org: the attempt keeps its claims."""
+    run_id = cli("definitions", "run", org, "nightly", "-o", "id").out.strip()
+    config = settings.load(str(cli.settings), environ={})
+    database = wiring.open_database(config)
+
+    async def claims() -> Claims:
+        async with open_checks(config, database, SystemClock()) as checks:
+            report = await checks.verify(org)
+        assert report.probes[0].claims is not None
+        return report.probes[0].claims
+
+    trail = Trail("acme.fetch")
+    record_claims(trail, asyncio.run(claims()), datetime.now(UTC), wiring.open_keyring(config).digests())
+    with database.transaction() as connection:
+        now = database.now(connection)
+        row = {
+            "run_id": run_id,
+            "attempt": 1,
+            "org_id": connection.execute(select(tables.runs.c.org_id)).scalar_one(),
+            "worker_id": run_id,
+            "fencing_token": 1,
+            "handler": "acme.fetch",
+            "started_at": now,
+            "token_ready_at": now,
+            "ended_at": now,
+            "outcome": "succeeded",
+            "claims": trail.claims,
+        }
+        connection.execute(insert(tables.attempts), row)
+    database.close()

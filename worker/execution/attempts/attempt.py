@@ -87,7 +87,7 @@ async def _run(
     if enforced is None:
         return outcome_of_stop(inflight.stop)
     claims = enforced.claims
-    events.record_claims(trail, claims, tools.clock.now())
+    events.record_claims(trail, claims, tools.clock.now(), tools.digests)
 
     # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
     properties = definition.requires_properties

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from worker.claims.claims import Claims
+from worker.claims.digests import DIGESTS, Digests
 from worker.clock import to_text
 from worker.definitions.definition import Definition
 from worker.execution.attempts.inflight import InflightRun
@@ -36,11 +37,11 @@ class _Snapshot:
 _snapshots: dict[int, _Snapshot] = {}
 
 
-def record_claims(trail: Trail, claims: Claims, at: datetime) -> None:
-    """Record a token's claims; of properties only names and types, since a value may be a secret."""
+def record_claims(trail: Trail, claims: Claims, at: datetime, digests: Digests | None) -> None:
+    """Record a token's claims; of properties names, types and digests, since a value may be a secret."""
     snapshot = _snapshots.get(id(claims))
     if snapshot is None or snapshot.claims is not claims:
-        snapshot = _snapshots[id(claims)] = _snapshot_of(claims)
+        snapshot = _snapshots[id(claims)] = _snapshot_of(claims, digests)
         if len(_snapshots) > MAX_SNAPSHOTS:
             del _snapshots[next(iter(_snapshots))]
     trail.token_ready_at = at
@@ -50,10 +51,10 @@ def record_claims(trail: Trail, claims: Claims, at: datetime) -> None:
     trail.claims_hash = snapshot.fingerprint
 
 
-def _snapshot_of(claims: Claims) -> _Snapshot:
+def _snapshot_of(claims: Claims, digests: Digests | None) -> _Snapshot:
     flags = {name: flag.value for name, flag in claims.flags.items()}
     scopes = sorted(claims.scopes)
-    shown = {
+    shown: dict[str, Any] = {
         "org_code": claims.org_code,
         "client_id": claims.client_id,
         "scopes": scopes,
@@ -61,9 +62,13 @@ def _snapshot_of(claims: Claims) -> _Snapshot:
         "issued_at": to_text(claims.issued_at),
         "expires_at": to_text(claims.expires_at),
     }
+    if digests is not None:
+        shown[DIGESTS] = digests.of(claims)
     # Equal for tokens that configure a handler alike, so without lifetimes.
     content = {"scopes": scopes, "properties": claims.properties, "flags": flags}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    if digests is not None:
+        return _Snapshot(claims, flags, shown, digests.digest(text))
     return _Snapshot(claims, flags, shown, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 

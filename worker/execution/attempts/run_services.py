@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import enforce
+from worker.claims.digests import Digests
 from worker.clock import Clock
 from worker.errors import LeaseLost, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
@@ -93,6 +94,7 @@ class Tools:
     run_log: RunLogWriter
     clock: Clock
     random: Random
+    digests: Digests | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
+from worker.claims.digests import without_digests
+
 T = TypeVar("T")
 Row = Mapping[str, Any]
 # The value for the org, from the value, its whole row and the org's code.
@@ -125,7 +127,8 @@ def detail(value: Any, row: Row, org: str) -> Any:
 
 
 def claims(value: Any, row: Row, org: str) -> Any:
-    return value if value is None or value.get("org_code") == org else None
+    """Those of the org's own token, without digests."""
+    return without_digests(value) if value is not None and value.get("org_code") == org else None
 
 
 def reference(value: Any, row: Row, org: str) -> Any:

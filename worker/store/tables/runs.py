@@ -273,10 +273,14 @@ attempts = Table(
     Column(
         "error_cause", Text, doc="The error without numbers, ids and quoted texts: equal for equal causes."
     ),
-    Column("claims", json_type(), doc="The redacted claims of its token."),
+    Column(
+        "claims",
+        json_type(),
+        doc="The redacted claims of its token, with a keyed digest per property and flag.",
+    ),
     Column("flags", json_type(), doc="The value of each feature flag in its token."),
     Column("jti", Text, doc="The token's id."),
-    Column("claims_hash", Text, doc="Equal for equal claims."),
+    Column("claims_hash", Text, doc="Keyed; equal for equal claims."),
     Column("peak_memory", BigInteger, doc="The largest memory use of one of its processes, in bytes."),
     CheckConstraint(one_of("outcome", ATTEMPT_OUTCOMES), name="outcome"),
     Index(

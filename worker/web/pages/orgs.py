@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from worker.claims.digests import without_digests
 from worker.errors import Conflict, UsageError, WorkerError
 from worker.ids import ALL_ORGS
 from worker.search import parsed
@@ -116,7 +117,7 @@ class OrgPages:
                 "broken": [caller.sees(Broken, row) for row in faults],
                 "grid": grid(connection, org_id, now),
                 "day_path": functools.partial(day_path, code),
-                "claims": claims,
+                "claims": without_digests(claims),
                 "is_newest": after is None,
                 "next": next_page("", {}, runs),
             }

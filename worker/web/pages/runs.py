@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from worker.claims.digests import without_digests
 from worker.errors import Conflict, DefinitionError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
@@ -142,8 +143,9 @@ class Value(NamedTuple):
 
 def _values_of(run: Mapping[str, Any]) -> list[Value]:
     """Result, checkpoint, params, claims and spec, those that the run has."""
+    values = {**run, "claims": without_digests(run.get("claims"))}
     names = ("result", "checkpoint", "params", "claims", "spec")
-    return [value_of(name, run[name]) for name in names if run.get(name) is not None]
+    return [value_of(name, values[name]) for name in names if values.get(name) is not None]
 
 
 def value_of(name: str, value: Any) -> Value:

@@ -1,0 +1,100 @@
+"""`orgs properties` and `orgs diff`: what an org's tokens say, and what the next one changes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from worker.cli.checks import FAILED, print_report, with_checks
+from worker.cli.options import OrgArgument, OutputOption
+from worker.cli.output import Format, print_row, print_rows, say
+from worker.cli.session import session_of
+from worker.errors import UsageError
+
+if TYPE_CHECKING:
+    from worker.operations.properties import PropertyRow
+    from worker.providers.management.contract import PropertyValue
+
+CHANGE_COLUMNS = ("kind", "name", "change")
+
+
+def properties(
+    context: typer.Context,
+    org: OrgArgument,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="Set a property; true and false are booleans. Repeatable."),
+    ] = None,
+    unset: Annotated[
+        list[str] | None, typer.Option("--unset", metavar="K", help="Unset a property; repeatable.")
+    ] = None,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Show the properties of the org's application at the provider, and change them.
+
+    Tokens that are requested from then on have them. Needs [issuers.NAME.management]. Values
+    are neither stored here nor in the audit; give no secret on a command line.
+    """
+    from worker.operations.properties import change_properties, show_properties
+    from worker.store import orgs
+    from worker.wiring.management import open_management
+
+    changes = _changes(set_ or [], unset or [])
+    session = session_of(context)
+
+    async def run() -> list[PropertyRow]:
+        async with open_management(session.settings, issuer, session.clock) as management:
+            if changes:
+                return await change_properties(database, management, org, changes, actor=session.actor)
+            return await show_properties(database, management, org)
+
+    with session.database() as database:
+        with database.autocommit() as connection:
+            issuer = orgs.require(connection, org)["issuer"]
+        rows = asyncio.run(run())
+    print_rows(rows, output, columns=("name", "value"), key="name")
+    if changes and output is Format.TABLE:
+        say(f"tokens that are requested from now on have them; `orgs diff {org}` requests one and compares")
+
+
+def diff(context: typer.Context, org: OrgArgument, output: OutputOption = Format.TABLE) -> int:
+    """Request a token, and say what it changes against the org's last run; exit 1 without a valid one.
+
+    Names scopes, properties and flags, never a value: runs keep a keyed digest of each.
+    `unknown`: the run has no digest, or its key is no longer in the key ring.
+    """
+    report = with_checks(session_of(context), lambda _, checks: checks.verify(org))
+    last, changes = report.last, [asdict(change) for change in report.changes]
+    if not any(probe.claims is not None for probe in report.probes):
+        return print_report(report, output) or FAILED
+    if output is not Format.TABLE:
+        run = None if last is None else last["run"]
+        row = {"org": org, "run": run, "run_at": last and last["at"], "changes": changes}
+        print_row(row, output, key="org")
+    elif last is None:
+        say(f"org {org} has had no run with a token yet")
+    elif changes:
+        print_rows(changes, output, columns=CHANGE_COLUMNS, key="name")
+    else:
+        say(f"nothing changes against run {last['run']}")
+    return 0
+
+
+def _changes(given: list[str], unset: list[str]) -> dict[str, PropertyValue | None]:
+    """The values by key, None for those to unset; raises UsageError."""
+    values: dict[str, PropertyValue | None] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--set {text!r} is not K=V", fix="--set plan=pro; --unset plan")
+        if not value:
+            raise UsageError(f"--set {key}= has no value", fix=f"--unset {key}")
+        values[key] = value == "true" if value in ("true", "false") else value
+    for key in unset:
+        if key in values:
+            raise UsageError(f"{key} is both set and unset", fix="give one of the two")
+        values[key] = None
+    return values
