@@ -193,7 +193,7 @@ class TestPausedOrgs:
     async def test_the_page_of_an_org_says_what_a_pause_does_and_takes_a_note(self, staffed: Site):
         async with logged_in(staffed, TOKENS["operator"]) as client:
             page = await client.get("/orgs/org_a")
-            assert "None of the definitions of org_a is due" in page.text
+            assert "no definition of it is due" in page.text
             form = {"csrf": csrf_of(page), "note": "<b>moving</b>"}
             answer = await client.post("/orgs/org_a/pause", data=form, headers=OURS)
             assert (answer.status_code, answer.headers["location"]) == (303, "/orgs/org_a")
