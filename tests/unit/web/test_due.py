@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import unquote_plus
 
-from worker.store.lists.due import Timing
+import pytest
+
+from tests.fakes.clock import ManualClock, settle
+from worker.errors import StoreUnavailable
+from worker.store.lists.due import Timing, Timings
+from worker.web.callers import Caller
+from worker.web.pages import due
 from worker.web.pages.due import HOUR, by_hour
 from worker.web.pages.morning import hour_path
 
@@ -51,3 +59,45 @@ def test_an_hour_leads_to_the_harmed_runs_made_in_it_in_utc():
         "/search?q=since:2030-03-30T13:00Z until:2030-03-30T14:00Z"
     )
     assert "q=state:failed,refused since:" in unquote_plus(hour_path(at(30, 13), {"refused": 1, "failed": 2}))
+
+
+class FakeDatabase:
+    """Two pages of definitions; each read fails while `is_down`."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.is_down = False
+
+    async def read(self, caller: Any, work: Callable[[Any], Any]) -> Any:
+        self.reads += 1
+        await asyncio.sleep(0)
+        if self.is_down:
+            raise StoreUnavailable("it is down")
+        return work(None)
+
+
+@pytest.mark.anyio
+async def test_a_count_is_kept_and_shown_while_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch):
+    def page(connection: Any, until: datetime, after: str | None, limit: int) -> Timings:
+        return Timings({Timing("0 * * * *", "UTC", None, None): 2}, "1" if after is None else None)
+
+    monkeypatch.setattr(due, "timings_for_all_orgs", page)
+    database, clock, caller = FakeDatabase(), ManualClock(START), Caller("ada", "viewer")
+    hours = due.DueByHour(database, clock)  # type: ignore[arg-type]
+
+    database.is_down = True
+    with pytest.raises(StoreUnavailable):
+        await hours.read(caller)
+    database.is_down = False
+    first, same = await asyncio.gather(hours.read(caller), hours.read(caller))
+    assert first is same
+    assert (first.by_hour[at(30, 13)], first.is_part, database.reads) == (4, False, 3)
+
+    clock.advance(timedelta(seconds=due.KEPT))
+    database.is_down = True
+    assert await hours.read(caller) is first
+    await settle()
+    database.is_down = False
+    assert await hours.read(caller) is first
+    await settle()
+    assert await hours.read(caller) is not first
