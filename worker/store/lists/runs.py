@@ -155,12 +155,12 @@ _view = table(
         for name in names.split()
     ),
 )
-# The newest run that retries this one. By id, SQLite would look through all runs of the org.
+# The newest run that retries this one. By id alone, SQLite would look through all runs of the org.
 _retries = _runs.alias("retries")
 _retried_as = (
     select(_retries.c.id)
     .where(_retries.c.retry_of == _view.c.id, _retries.c.org_id == _view.c.org_id)
-    .order_by(_retries.c.created_at.desc())
+    .order_by(_retries.c.created_at.desc(), _retries.c.id.desc())
     .limit(1)
     .correlate(_view)
     .scalar_subquery()
