@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # xdist's controller runs no test, and its clock would be its processes' from the start.
     if text and (hasattr(config, "workerinput") or not config.getoption("numprocesses", None)):
         config.pluginmanager.register(shifted.ShiftedClock(shifted.parsed(text)))
+
+
+def pytest_sessionfinish() -> None:
+    """Save what coverage has measured: xdist kills a process that takes ten seconds to end."""
+    if "coverage" in sys.modules and (measuring := sys.modules["coverage"].Coverage.current()) is not None:
+        measuring.save()
 
 
 @pytest.fixture
