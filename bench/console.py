@@ -212,8 +212,8 @@ def paths_of(app: Any, run: str) -> list[str]:
         address = re.sub(r"\{org(:\w+)?\}", ORG, path)
         address = re.sub(r"\{(name|definition)(:\w+)?\}", "d3", address)
         address = re.sub(r"\{(run|id|run_id)(:\w+)?\}", run, address)
-        if address == "/retry":  # of the runs of a search
-            address += "?q=state%3Afailed"
+        # Of the runs of a search.
+        address += {"/retry": "?q=state%3Afailed", "/cancel": "?q=state%3Awaiting"}.get(address, "")
         if "{" not in address and not address.endswith(("/live", "/events")):
             filled.append(address)
     if "/search" in filled:

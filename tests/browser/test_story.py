@@ -151,3 +151,25 @@ def test_a_retry_from_the_checkpoint_is_watched_live(console: Console, tab: Tab)
     assert not [url for url in tab.requests[loads:] if "/static/" in url], "the page was loaded again"
     row = console.cli("runs", "show", run_of(tab))
     assert (row["origin"], row["retry_of"], row["result"]["articles"]) == ("retry", run, 7)
+
+
+def test_failed_runs_are_retried_in_bulk_while_the_page_shows_it(console: Console, tab: Tab):
+    """The last story: it leaves no failed run to the others."""
+    before = set(failed_runs(console, "crm-sync"))
+    tab.go("/search?q=org:org_acme state:failed definition:crm-sync")
+    tab.page.get_by_role("link", name="Retry these runs").click()
+
+    tab.page.get_by_label("Reason").fill("the CRM is back")
+    tab.page.get_by_role("button", name="Retry all that match").click()
+
+    expect(tab.page.locator("#live h2")).to_contain_text("Retries since")
+    # One at a time of a definition: the others are named, and can be retried later.
+    expect(tab.page.get_by_role("alert")).to_contain_text("not retried")
+    done = before - set(failed_runs(console, "crm-sync"))
+    assert done
+    assert all(reasons(console, retry) == ["the CRM is back"] for retry in retries_of(console, done))
+
+
+def retries_of(console: Console, runs: set[str]) -> list[str]:
+    rows = console.runs("--org", "org_acme", "--limit", "100")
+    return [row["id"] for row in rows if row["retry_of"] in runs]

@@ -6,7 +6,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Select,
+    and_,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    text,
+    union_all,
+    update,
+)
 
 from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
@@ -21,6 +35,9 @@ _ends = tables.run_ends
 _orgs = tables.orgs
 _definitions = tables.definitions
 _attempts = tables.attempts
+
+# Runs that one statement examines for those that match, first and at most.
+FIRST, WINDOW = 500, 20_000
 
 
 def unfinished(connection: Connection, org_id: OrgId, definition_id: DefinitionId) -> list[Row]:
@@ -246,76 +263,93 @@ def page(
 ) -> list[Row]:
     """The first `limit` runs of one org or of all that match and follow the row `after`.
 
-    Oldest first, by id or by end, up to `until` from `last_match`.
+    Oldest first, by id or by end, up to `until` from `last_match`. Each statement examines a bounded number
+    of runs in the order of an index; there are as many as it takes.
     """
-    columns, where, order = (
-        _retryable(which, until, after) if isinstance(which, Retryable) else _cancellable(which, until, after)
-    )
-    source = order[-1].table
-    if not isinstance(scope, AllOrgs):
-        where.append(source.c.org_id == scope)
-    if which.definition is not None:
-        where.append(_definitions.c.name == which.definition)
-    if which.query is not None:
-        where += search.conditions(scope, which.query, _runs.c)
-        where += search.orgs_that_match(connection, scope, which.query, _orgs.c.id)
-    query = (
-        select(
-            order[-1].label("id"),
-            _orgs.c.code.label("org"),
-            _definitions.c.name.label("definition"),
-            _runs.c.scheduled_for,
-            *columns,
-        )
-        .select_from(source)
-        .join(_runs, _runs.c.id == order[-1])
-        .join(_orgs, _orgs.c.id == source.c.org_id)
-        .join(_definitions, _definitions.c.id == source.c.definition_id)
-        .where(*where)
-        .order_by(*order)
-        .limit(limit)
-    )
-    return all_rows(connection, query)
+    rows, order = (_ends, ("finished_at", "id")) if isinstance(which, Retryable) else (_live, ("id",))
+    few = [] if isinstance(scope, AllOrgs) else [rows.c.org_id == scope]
+    if which.query is not None and (ids := search.few_orgs(connection, scope, which.query)) is not None:
+        few.append(rows.c.org_id.in_(ids))
+    found: list[Row] = []
+    size = FIRST
+    while True:
+        if isinstance(which, Retryable):
+            sources = _ended(which, until, after)
+        else:
+            sources = [_unfinished(which, until, after)]
+        parts = [source.where(*few).order_by(*order).limit(size).subquery() for source in sources]
+        window = union_all(*map(select, parts)).order_by(*order).limit(size).subquery("examined")
+        matching = _matching(window, scope, which).order_by(*(window.c[name] for name in order))
+        if which.query is not None and not few:
+            matching = matching.where(
+                *search.orgs_that_match(connection, scope, which.query, window.c.org_id)
+            )
+        found += all_rows(connection, matching.limit(limit - len(found)))
+        if len(found) == limit:
+            return found
+        last = select(*(window.c[name] for name in order), func.count().over().label("size"))
+        row = first_row(connection, last.order_by(*(window.c[name].desc() for name in order)).limit(1))
+        if row is None or row.pop("size") < size:
+            return found
+        after, size = row, min(4 * size, WINDOW)
 
 
-# The columns of a selection, its conditions, and the columns that order it.
-_Parts = tuple[list[Any], list[ColumnElement[bool]], list[Any]]
-
-
-def _cancellable(which: Cancellable, until: RunId, after: Row | None) -> _Parts:
+def _unfinished(which: Cancellable, until: RunId, after: Row | None) -> Select[Any]:
+    """The unfinished runs in the order of their ids."""
     state = func.replace(_live.c.state, "held", "waiting").label("state")
     where = [_live.c.id <= until, _live.c.cancel_requested_at.is_(None)]
     if after is not None:
         where.append(_live.c.id > after["id"])
     if which.state is not None:
         where.append(_live.c.state.in_([kept for each in which.states for kept in tables.UNFINISHED[each]]))
-    if which.since is not None:
-        where.append(_runs.c.created_at >= which.since)
     if which.reason is not None:
         where.append(_live.c.reason == which.reason)
-    return [state, _live.c.reason, _live.c.detail, _live.c.started_at], where, [_live.c.id]
+    names = ("id", "org_id", "definition_id", "reason", "detail", "started_at")
+    return select(*(_live.c[name] for name in names), state).where(*where)
 
 
-def _retryable(which: Retryable, until: datetime, after: Row | None) -> _Parts:
-    newer = _runs.alias("newer")
+def _ended(which: Retryable, until: datetime, after: Row | None) -> list[Select[Any]]:
+    """The ended runs in the order of their ends: one selection a state, as their index has them."""
     ended_at, id_ = _ends.c.finished_at, _ends.c.run_id
-    where = [_ends.c.state.in_(which.states), ended_at <= until, ~exists().where(newer.c.retry_of == id_)]
+    where = [ended_at <= until]
     if after is not None:
         at, run_id = after["finished_at"], after["id"]
         where += [ended_at >= at, or_(ended_at > at, and_(ended_at == at, id_ > run_id))]
-    if which.since is not None:
-        where.append(ended_at >= which.since)
-    if which.reason is not None:
-        where.append(_runs.c.reason == which.reason)
-    if which.cause is not None:
-        last = (
-            select(_attempts.c.error_cause)
-            .where(_attempts.c.run_id == _runs.c.id)
-            .order_by(_attempts.c.attempt.desc())
-            .limit(1)
-        )
-        where.append(last.scalar_subquery() == which.cause)
-    return [_ends.c.state, _runs.c.reason, _runs.c.detail, ended_at], where, [ended_at, id_]
+    # A run ends after it was made.
+    where += [ended_at >= since for since in (which.since, which.query and which.query.since) if since]
+    columns = (id_.label("id"), _ends.c.org_id, _ends.c.definition_id, _ends.c.state, ended_at)
+    return [select(*columns).where(_ends.c.state == state, *where) for state in which.states]
+
+
+def _matching(window: FromClause, scope: OrgId | AllOrgs, which: Cancellable | Retryable) -> Select[Any]:
+    """The rows of a window that match what its own columns do not say."""
+    row = window.c
+    # Looked up row by row: as joins, PostgreSQL would rather read all orgs.
+    org = select(_orgs.c.code).where(_orgs.c.id == row.org_id).scalar_subquery()
+    definition = select(_definitions.c.name).where(_definitions.c.id == row.definition_id).scalar_subquery()
+    where = [] if which.query is None else search.conditions(scope, which.query, _runs.c)
+    if which.definition is not None:
+        where.append(definition == which.definition)
+    if isinstance(which, Retryable):
+        columns = [_runs.c.reason, _runs.c.detail, row.finished_at]
+        newer = _runs.alias("newer")
+        where.append(~exists().where(newer.c.retry_of == row.id))
+        if which.reason is not None:
+            where.append(_runs.c.reason == which.reason)
+        if which.cause is not None:
+            last = select(_attempts.c.error_cause).where(_attempts.c.run_id == row.id)
+            last = last.order_by(_attempts.c.attempt.desc()).limit(1)
+            where.append(last.scalar_subquery() == which.cause)
+    else:
+        columns = [row.reason, row.detail, row.started_at]
+        if which.since is not None:
+            where.append(_runs.c.created_at >= which.since)
+    return (
+        select(row.id, org.label("org"), definition.label("definition"), _runs.c.scheduled_for, row.state)
+        .add_columns(*columns)
+        .join(_runs, _runs.c.id == row.id)
+        .where(*where)
+    )
 
 
 def retry_of(connection: Connection, org_id: OrgId, run_id: RunId) -> RunId | None:

@@ -148,6 +148,21 @@ class Caller:
         return row if self.org is None else redacted(kind, row, self.org)
 
 
+@dataclass(frozen=True, slots=True)
+class Many:
+    """A bulk change: of which runs, and how many in this call; `after` is the `next` of the call before.
+
+    With `canary` it stops after that number. `dry_run` only says which runs it would change.
+    """
+
+    query: Query
+    canary: int | None = None
+    reason: str | None = None
+    limit: int = MAX_LIMIT
+    after: str | None = None
+    dry_run: bool = False
+
+
 class CallerDatabase:
     """The database in the role of a caller; the web side has no other access to it.
 
@@ -310,43 +325,17 @@ class CallerDatabase:
             planned_backfill, database, org, name, start=since, until=until, limit=limit
         )
 
-    async def retry_many(
-        self,
-        caller: Caller,
-        query: Query,
-        *,
-        canary: int | None = None,
-        reason: str | None = None,
-        limit: int = MAX_LIMIT,
-        after: str | None = None,
-        dry_run: bool = False,
-    ) -> Bulk:
-        """Retry the runs that match and were not retried yet, oldest end first, at most `limit`.
-
-        With `canary` it stops after that number; `next` continues.
-        """
+    async def retry_many(self, caller: Caller, many: Many) -> Bulk:
+        """Retry the runs that match and were not retried yet, oldest end first."""
         by_org = caller.org is not None
-        change = partial(retry, actor=caller.actor, org=caller.org, by_org=by_org, reason=reason)
-        which = Retryable(query=query)
-        most = min(limit, canary or MAX_LIMIT)
-        return await self._many(caller, "retry", which, change, most, canary, after, dry_run=dry_run)
+        change = partial(retry, actor=caller.actor, org=caller.org, by_org=by_org, reason=many.reason)
+        return await self._many(caller, "retry", Retryable(query=many.query), change, many)
 
-    async def cancel_many(
-        self,
-        caller: Caller,
-        query: Query,
-        *,
-        canary: int | None = None,
-        reason: str | None = None,
-        limit: int = MAX_LIMIT,
-        after: str | None = None,
-        dry_run: bool = False,
-    ) -> Bulk:
-        """Cancel the unfinished runs that match, oldest first; as `retry_many`."""
-        which = Cancellable(query=query)
-        change = partial(cancel, actor=caller.actor, org=caller.org, states=which.states, reason=reason)
-        most = min(limit, canary or MAX_LIMIT)
-        return await self._many(caller, "cancel", which, change, most, canary, after, dry_run=dry_run)
+    async def cancel_many(self, caller: Caller, many: Many) -> Bulk:
+        """Cancel the unfinished runs that match, oldest first."""
+        which = Cancellable(query=many.query)
+        change = partial(cancel, actor=caller.actor, org=caller.org, states=which.states, reason=many.reason)
+        return await self._many(caller, "cancel", which, change, many)
 
     async def _many(
         self,
@@ -354,17 +343,14 @@ class CallerDatabase:
         action: Action,
         which: Cancellable | Retryable,
         change: Callable[..., Run],
-        most: int,
-        canary: int | None,
-        after: str | None,
-        *,
-        dry_run: bool,
+        many: Many,
     ) -> Bulk:
         caller.require_may(action)
         database = self._as(caller)
         place: bulk.Place | None
-        if after is not None:
-            place = bulk.Place.read(which, after)
+        most = min(many.limit, many.canary or MAX_LIMIT)
+        if many.after is not None:
+            place = bulk.Place.read(which, many.after)
         else:
             place = await database.run(bulk.begin, database, which, org=caller.org)
         rows: list[BulkRow] = []
@@ -377,12 +363,12 @@ class CallerDatabase:
                 place,
                 org=caller.org,
                 most=min(STEP, most - len(rows)),
-                change=None if dry_run else partial(change, database),
+                change=None if many.dry_run else partial(change, database),
             )
             rows += done
         return {
-            "dry_run": dry_run,
-            "canary": canary,
+            "dry_run": many.dry_run,
+            "canary": many.canary,
             "runs": rows,
             "next": None if place is None else str(place),
         }

@@ -1,14 +1,17 @@
-"""The console's search, and retrying the runs of a search in bulk."""
+"""The console's search, and retrying or cancelling the runs of a search in bulk."""
 
 from __future__ import annotations
 
+import html
 import re
 from urllib.parse import quote
 
+import httpx
 import pytest
 from sqlalchemy import select, update
 
-from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of
+from tests.integration.web.conftest import TOKENS, Site, csrf_of
+from tests.integration.web.test_bulk import failed
 from tests.integration.web.test_pages import OURS, fail, logged_in, make_run
 from worker.store import tables
 
@@ -90,61 +93,118 @@ async def test_an_org_finds_its_own_runs_only(site: Site):
 
 @EITHER
 async def test_runs_of_a_search_are_retried_one_first_and_then_the_rest(staffed: Site):
-    runs = [make_run(staffed, "org_a") for _ in range(3)]
-    kept = make_run(staffed, "org_b")
-    for run in (*runs, kept):
-        fail(staffed, run)
-    form = {"q": "org:org_a state:failed", "reason": "CRM is back", "after": ""}
+    runs = [failed(staffed, "org_a") for _ in range(4)]
+    failed(staffed, "org_b")
     async with logged_in(staffed, TOKENS["operator"]) as client:
-        page = await client.get("/retry", params={"q": form["q"]})
-        csrf = {"csrf": csrf_of(page)}
-        first = await client.post("/retry", data=form | csrf | {"only": "first"}, headers=OURS)
+        found = await client.get("/search", params={"q": "org:org_a state:failed"})
+        page = await client.get(href_of(found, "Retry these runs…"))
+        first = await send(client, page, reason="CRM is back", only="first", first="1")
         after_one = await client.get(first.headers["location"])
-        rest = await client.post("/retry", data=form | csrf | {"only": ""}, headers=OURS)
-        done = await client.get(rest.headers["location"])
-        again = await client.post("/retry", data=form | csrf | {"only": ""}, headers=OURS)
+        tried = retries_of(staffed)
+        part = await client.get((await send(client, after_one, only="", most="2")).headers["location"])
+        in_part = retries_of(staffed)
+        done = await client.get((await send(client, part, only="")).headers["location"])
+        again = await send(client, page, reason="why", only="")
 
     assert shown(page.text) == set(runs)
-    assert (first.status_code, rest.status_code, again.status_code) == (303, 303, 303)
-    assert "Retry all 2 below" in after_one.text
-    assert "Retry all" not in done.text
-    made = retries_of(staffed)
-    assert sorted(made) == sorted(runs)
-    assert kept not in made
-    reasons = audited(staffed)
-    assert reasons == ["CRM is back"] * 3
+    assert "Retry all that match" in page.text
+    assert (tried, sorted(in_part)) == (runs[:1], sorted(runs[:3]))
+    # The page after the canary shows its retry, and goes on after it, with the same reason.
+    [made] = retried_as(staffed, runs[0])
+    assert shown(after_one.text) == {made, *runs[1:]}
+    assert "Retry the rest" in after_one.text
+    assert 'hx-get="/retry?q=' in after_one.text
+    assert "data-parts" not in done.text
+    assert again.status_code == 303
+    assert sorted(retries_of(staffed)) == sorted(runs)
+    assert audited(staffed, "run.retry") == ["CRM is back"] * 4
 
 
-async def test_a_bulk_retry_needs_a_reason_a_role_and_runs_that_can_be_retried(staffed: Site):
-    fail(staffed, make_run(staffed, "org_a"))
-    form = {"q": "state:failed", "reason": "why", "only": ""}
+@EITHER
+async def test_unfinished_runs_of_a_search_are_cancelled(staffed: Site):
+    runs, kept = [make_run(staffed, "org_a") for _ in range(3)], make_run(staffed, "org_b")
     async with logged_in(staffed, TOKENS["operator"]) as client:
-        csrf = csrf_of(await client.get("/retry?q=state:failed"))
-        bad = [
-            await client.post("/retry", data=form | {"csrf": csrf} | change, headers=OURS)
-            for change in ({"reason": " "}, {"q": ""}, {"q": "state:running"})
-        ]
-    async with logged_in(staffed, TOKENS["viewer"]) as client:
-        page = await client.get("/retry?q=state:failed")
-        refused = await client.post("/retry", data=form | {"csrf": csrf_of(page)}, headers=OURS)
+        found = await client.get("/search", params={"q": "org:org_a state:waiting"})
+        page = await client.get(href_of(found, "Cancel these runs…"))
+        first = await client.get(
+            (await send(client, page, reason="stop", only="first", first="2")).headers["location"]
+        )
+        done = await client.get((await send(client, first, only="")).headers["location"])
+        listed = await client.get("/search?q=state:waiting")
 
-    assert [answer.status_code for answer in bad] == [400, 400, 400]
-    assert (refused.status_code, "Retry all" in page.text) == (403, False)
+    assert shown(page.text) == set(runs)
+    assert "<b>2</b>" in first.text
+    assert "Cancel the rest" in first.text
+    assert "<b>3</b>" in done.text
+    assert shown(listed.text) == {kept}
+    assert audited(staffed, "run.cancel") == ["stop"] * 3
+
+
+async def test_runs_that_a_bulk_retry_leaves_are_named_with_the_reason(staffed: Site):
+    run = failed(staffed, "org_a")
+    with staffed.database.transaction() as connection:
+        connection.execute(update(tables.orgs).where(tables.orgs.c.code == "org_a").values(state="suspended"))
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get("/retry?q=state:failed")
+        left = await send(client, page, reason="why", only="")
+
+    assert left.status_code == 200
+    assert "org_a/digest: org org_a is suspended" in left.text
+    assert shown(left.text) == {run}
     assert retries_of(staffed) == []
 
 
-@pytest.mark.parametrize("role", ["operator"])
-async def test_an_org_retries_only_its_own_runs_in_bulk(site: Site, role: str):
+async def test_a_bulk_change_needs_a_reason_a_role_and_runs_in_the_right_state(staffed: Site):
+    fail(staffed, make_run(staffed, "org_a"))
+    waiting = make_run(staffed, "org_b")
+    wrong: tuple[dict[str, str], ...] = (
+        {"reason": " "},
+        {"reason": "x" * 501},
+        {"q": ""},
+        {"q": "state:running"},
+        {"only": "first", "first": "0"},
+        {"only": "first", "first": "1000"},
+        {"most": "5000"},
+        {"after": "nowhere"},
+        {"began": "yesterday"},
+    )
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get("/retry?q=state:failed")
+        bad = [await send(client, page, **{"reason": "why", "only": ""} | change) for change in wrong]
+        cancel = await client.get("/cancel?q=state:failed")
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        pages = [await client.get("/retry?q=state:failed"), await client.get("/cancel?q=state:waiting")]
+        csrf = csrf_of(pages[0])
+        refused = [
+            await client.post(path, data={"q": "org_b", "reason": "why", "csrf": csrf}, headers=OURS)
+            for path in ("/retry", "/cancel")
+        ]
+
+    assert [answer.status_code for answer in bad] == [400] * len(wrong)
+    assert cancel.status_code == 400
+    assert "cannot be cancelled" in cancel.text
+    assert shown(pages[1].text) == {waiting}
+    assert [answer.status_code for answer in refused] == [403, 403]
+    assert not any("data-parts" in page.text for page in pages)
+    assert retries_of(staffed) == []
+
+
+async def test_an_org_changes_only_its_own_runs_in_bulk(site: Site):
     own, other = make_run(site, "org_a"), make_run(site, "org_b")
     fail(site, own)
     fail(site, other)
+    waiting, kept = make_run(site, "org_a"), make_run(site, "org_b")
     async with logged_in(site, site.token("org_a")) as client:
-        csrf = csrf_of(await client.get("/search"))
-        form = {"csrf": csrf, "q": "state:failed", "reason": "why", "only": ""}
-        answer = await client.post("/retry", data=form, headers={"origin": BASE})
+        retry = await send(client, await client.get("/retry?q=state:failed"), reason="why", only="")
+        cancel = await send(client, await client.get("/cancel?q=state:waiting"), reason="why", only="")
+        done = await client.get(cancel.headers["location"])
 
-    assert answer.status_code == 303
+    assert (retry.status_code, cancel.status_code) == (303, 303)
     assert retries_of(site) == [own]
+    assert waiting in shown(done.text)
+    assert not {other, kept} & shown(done.text)
+    with site.database.autocommit() as connection:
+        assert kept in connection.execute(select(tables.live_runs.c.id)).scalars().all()
 
 
 @EITHER
@@ -185,6 +245,29 @@ async def test_hostile_searches_are_shown_as_text(staffed: Site):
             assert ">49<" not in page.text
 
 
+def href_of(page: httpx.Response, text: str) -> str:
+    """Where the link with this text leads."""
+    found = re.search(f'href="([^"]+)">{text}<', page.text)
+    assert found is not None, page.text
+    return html.unescape(found[1])
+
+
+async def send(client: httpx.AsyncClient, page: httpx.Response, **changes: str) -> httpx.Response:
+    """Send the form of a bulk change as a page shows it, with these changes of its fields."""
+    [form] = re.findall(r'<form class="stacked".*?</form>', page.text, re.DOTALL)
+    fields = dict(re.findall(r'<input[^>]* name="(\w+)" [^>]*value="([^"]*)"', form))
+    action = re.search(r'action="([^"]+)"', form)
+    assert action is not None
+    given = {name: html.unescape(value) for name, value in fields.items()} | changes
+    return await client.post(action[1], data=given, headers=OURS)
+
+
+def retried_as(site: Site, run: str) -> list[str]:
+    with site.database.autocommit() as connection:
+        found = connection.execute(select(tables.runs.c.id).where(tables.runs.c.retry_of == run))
+        return list(found.scalars())
+
+
 def retries_of(site: Site) -> list[str]:
     runs = tables.runs
     with site.database.autocommit() as connection:
@@ -192,8 +275,8 @@ def retries_of(site: Site) -> list[str]:
         return [row["retry_of"] for row in found]
 
 
-def audited(site: Site) -> list[str]:
+def audited(site: Site, action: str) -> list[str]:
     audit = tables.audit
     with site.database.autocommit() as connection:
-        found = connection.execute(audit.select().where(audit.c.action == "run.retry")).mappings()
+        found = connection.execute(audit.select().where(audit.c.action == action)).mappings()
         return [row["detail"]["reason"] for row in found]

@@ -232,9 +232,12 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", "/login/once/{code}"): Rule("open", status=403),
     ("POST", "/logout"): Rule("logout", status=303),
     ("POST", "/zone"): Rule("zone", status=303),
-    ("GET", "/retry"): Rule("bulk"),
-    # Of a search that finds nothing; test_console.py has those that retry runs.
-    ("POST", "/retry"): Rule("bulk", role="operator", status=303),
+    # Of a search that finds nothing; test_console.py has those that change runs.
+    **{
+        (method, f"/{verb}"): rule
+        for verb in ("retry", "cancel")
+        for method, rule in (("GET", Rule("bulk")), ("POST", Rule("bulk", role="operator", status=303)))
+    },
 }
 
 
@@ -260,7 +263,7 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
     if rule.kind == "bulk":
         if rule.status == 303 and not session:
             return 401
-        may = "retry" in PORTAL if who.role == "manager" else RANK[who.role] >= RANK[rule.role]
+        may = path[1:] in PORTAL if who.role == "manager" else RANK[who.role] >= RANK[rule.role]
         return rule.status if may or rule.status == 200 else 403
     if rule.kind == "staff" and who.org is not None:
         return 403
@@ -562,9 +565,9 @@ class Matrix:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
         writes = rule.kind in ("write", "run_now", "by_staff") and method != "GET"
         run = self.made.ended[target]
-        if path.endswith("/cancel"):
+        if path.endswith("{run}/cancel"):
             run = self.made.waiting(target)
-        elif path.endswith("/retry"):
+        elif path.endswith("{run}/retry"):
             run = self.made.cancelled(target)
         elif path.endswith("/{name}/resume"):
             pause_definition(self.made.admin, target, "digest", actor="tester")
@@ -669,7 +672,7 @@ async def test_every_statement_of_an_orgs_request_on_sqlite_names_its_org(
         for method, path in RULES:
             for target in ("org_a", "org_b"):
                 for session in (False, True):
-                    run = runs[target].pop() if path.endswith("/cancel") else made.ended[target]
+                    run = runs[target].pop() if path.endswith("}/cancel") else made.ended[target]
                     if not path.startswith(("/login", "/logout")):
                         answer = await client.ask(
                             method,

@@ -10,7 +10,7 @@ import pytest
 from tests.fakes.clock import START
 from worker.runs.why import CAUSES, why_run
 from worker.web.pages.answer import Step, answer, step_of
-from worker.web.pages.timeline import MOST_LANES, lanes_of
+from worker.web.pages.runs import MOST_LANES, lanes_of
 
 RUN = "01900000-0000-7000-8000-000000000001"
 OTHER = "01900000-0000-7000-8000-000000000002"

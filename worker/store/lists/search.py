@@ -129,11 +129,11 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
     """
     org_id = orgs.scope_of(connection, scope)
     statement = select(*(_orgs.c[name] for name in columns_of(Org)))
-    few = _few_orgs(connection, org_id, query)
-    if few is not None and len(few) <= FEW:
-        statement = statement.where(_orgs.c.id.in_(few))
-    else:
+    few = few_orgs(connection, org_id, query)
+    if few is None:
         statement = statement.where(*orgs_that_match(connection, org_id, query, _orgs.c.id))
+    else:
+        statement = statement.where(_orgs.c.id.in_(few))
     if page.broken:
         statement = statement.where(failing.broken_orgs(org_id))
     if page.states:
@@ -228,8 +228,8 @@ def _org_with_code(connection: Connection, scope: OrgId | AllOrgs, code: str) ->
     return connection.execute(statement).scalar_one_or_none()
 
 
-def _few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> list[OrgId] | None:
-    """The ids of the orgs that match if they are few, else one more than that; None if every org does."""
+def few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> list[OrgId] | None:
+    """The ids of the orgs that match; None if they are many."""
     if query.org is None and not query.words:
         return None if isinstance(scope, AllOrgs) else [scope]
     conditions = orgs_that_match(connection, scope, query, _orgs.c.id)
@@ -240,7 +240,8 @@ def _few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> l
         longest = max([*query.words, *(query.org or "").split()], key=len)
         conditions = orgs_that_match(connection, scope, query, _words.c.org_id)
         statement = select(_words.c.org_id).distinct().where(_begins(longest), *conditions)
-    return [OrgId(id_) for id_ in connection.execute(statement.limit(FEW + 1)).scalars()]
+    ids = [OrgId(id_) for id_ in connection.execute(statement.limit(FEW + 1)).scalars()]
+    return ids if len(ids) <= FEW else None
 
 
 class _Source(NamedTuple):
@@ -299,8 +300,7 @@ class _Search:
         query = self.query
         if (span := self._take_id()) is not None:
             return [_Source(_runs.c.id, (_runs.c.id.between(*span),))]
-        org_ids = _few_orgs(self.connection, self.scope, query)
-        if org_ids is not None and len(org_ids) <= FEW:
+        if (org_ids := few_orgs(self.connection, self.scope, query)) is not None:
             self.query = replace(query, words=(), org=None)
             return [_Source(_runs.c.id, (_runs.c.org_id == org_id,)) for org_id in org_ids]
         if query.definition is not None and (named := self._few_definitions(query.definition)) is not None:

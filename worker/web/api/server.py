@@ -41,7 +41,7 @@ from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document
 from worker.web.api.requests import body_of, caller_of, flag_of, limit_of, log_place, query_of
-from worker.web.callers import Caller, CallerDatabase
+from worker.web.callers import Caller, CallerDatabase, Many
 from worker.web.responses import fresh, json_response
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -181,7 +181,7 @@ class Api:
         body, caller = await body_of(request, endpoint), caller_of(request)
         query, database = parsed(body.pop("q"), now=self._clock.now()), self._database
         change = database.retry_many if endpoint is endpoints.RETRY_MANY else database.cancel_many
-        return json_response(caller.sees(Bulk, await change(caller, query, **body)))
+        return json_response(caller.sees(Bulk, await change(caller, Many(query, **body))))
 
     async def _definition(self, request: Request) -> Response:
         caller, (org, name) = caller_of(request), _named(request)

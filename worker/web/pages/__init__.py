@@ -13,7 +13,7 @@ from worker.web.access import Access
 from worker.web.callers import CallerDatabase
 from worker.web.login import Login
 from worker.web.pages import errors
-from worker.web.pages.base import Pages
+from worker.web.pages.base import Pages, ZonePages
 from worker.web.pages.bulk import BulkPages
 from worker.web.pages.definition_edit import EditPages
 from worker.web.pages.definitions import DefinitionPages
@@ -25,7 +25,6 @@ from worker.web.pages.orgs import OrgPages
 from worker.web.pages.rendering import static_routes
 from worker.web.pages.runs import RunPages
 from worker.web.pages.search import SearchPages
-from worker.web.pages.zone import ZonePages
 from worker.web.sessions import Forms, Sessions, in_api
 
 

@@ -10,12 +10,13 @@ from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection
 from starlette.requests import HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 from starlette.types import Scope
 
 from worker.clock import Clock
 from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger, TokenError, UsageError
+from worker.errors import InvalidTrigger, TokenError, UsageError, WorkerError
 from worker.search import hint_of
 from worker.web.access import Access
 from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
@@ -110,6 +111,27 @@ class Pages:
         return session, await self.forms.read(request, SESSION_COOKIE)
 
 
+class ZonePages:
+    """The form that chooses the viewer's time zone; the console's script sets the same cookie."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+
+    def routes(self) -> Sequence[Route]:
+        return (Route("/zone", self._choose, methods=["POST"]),)
+
+    async def _choose(self, request: Request) -> Response:
+        _, form = await self._pages.checked_form(request)
+        name = form.get("zone", "").strip()
+        try:
+            zone = parse_zone(name[: MOST_OF_ZONE + 1])
+        except WorkerError as error:
+            raise UsageError(error.message, fix=error.fix) from None
+        response = RedirectResponse(_own_path(form.get("back", "/")), 303)
+        self._pages.forms.set_cookie(request, response, ZONE_COOKIE, zone.key)
+        return response
+
+
 def caller_of(request: Request) -> Caller:
     """The caller that AuthMiddleware found."""
     caller: Caller = request.scope["caller"]
@@ -171,3 +193,9 @@ def query(request: Request, *names: str) -> dict[str, str]:
     if len(dict(items)) != len(items):
         raise UsageError("a parameter is given twice", fix="give each parameter once")
     return {name: value for name, value in items if value}
+
+
+def _own_path(path: str) -> str:
+    """The path if it is one of this server; a browser would read `//` or a backslash as another host."""
+    is_own = path.startswith("/") and not path.startswith("//") and "\\" not in path
+    return path if is_own and path.isprintable() else "/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -18,17 +19,18 @@ from worker.operations.runs import require_run
 from worker.runs.traces import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
 from worker.web.callers import Caller
-from worker.web.charts import gantt
+from worker.web.charts import Lane, Piece, gantt
 from worker.web.pages.answer import answer_of, search_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import problem_of, reason_of
 from worker.web.pages.run_log import page_after, page_before, place_of
-from worker.web.pages.timeline import lanes_of
 
 # Characters of a value such as params that a page shows at most.
 VALUE = 8_000
 # Attempts that the table lists, the newest.
 ATTEMPTS = 25
+# Attempts that the chart draws; a run without a token may have thousands.
+MOST_LANES = 12
 # Characters of a cause that a link searches for.
 MOST_OF_CAUSE = 120
 
@@ -152,6 +154,42 @@ def value_of(name: str, value: Any) -> Value:
     """A value as indented JSON, cut to what a page shows."""
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
     return Value(name, text[:VALUE], max(len(text) - VALUE, 0))
+
+
+def lanes_of(run: Mapping[str, Any], now: datetime) -> list[Lane]:
+    """One lane an attempt, oldest first, and one for what the run waits for now."""
+    attempts: Sequence[Mapping[str, Any]] = run["attempts"]
+    lanes = []
+    since: datetime = run["created_at"]
+    for attempt in attempts:
+        end = attempt["ended_at"] or now
+        # When an attempt got its token is stored at its end.
+        is_running = attempt["ended_at"] is None
+        marks = (
+            ("waiting", "waiting", since),
+            ("token", "token", None if is_running else attempt["started_at"]),
+            ("starting", "starting", attempt["token_ready_at"]),
+            ("running", "running", attempt["started_at" if is_running else "handler_started_at"]),
+        )
+        lanes.append(
+            Lane(f"Attempt {attempt['attempt']}", _pieces(marks, end), attempt["outcome"] or "running")
+        )
+        since = end
+    if run["state"] == "waiting" and now > since:
+        note = run["reason"] or ""
+        lanes.append(Lane("Now", [Piece("waiting", "waiting", since, now)], note.replace("_", " ")))
+    return lanes[-MOST_LANES:]
+
+
+def _pieces(marks: Sequence[tuple[str, str, datetime | None]], end: datetime) -> list[Piece]:
+    """Each mark until the next one that was reached; none without a length."""
+    reached = [(name, kind, at) for name, kind, at in marks if at is not None]
+    pieces = []
+    for at, (name, kind, start) in enumerate(reached):
+        until = reached[at + 1][2] if at + 1 < len(reached) else end
+        if until > start or (name == "running" and until == start):
+            pieces.append(Piece(name, kind, start, until))
+    return pieces
 
 
 def to_run(row: Run) -> Response:

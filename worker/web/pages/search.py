@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import Connection
@@ -22,6 +22,11 @@ from worker.web.pages.rendering import page
 
 # Orgs that the page shows above the runs.
 MOST_ORGS = 8
+# What can be done to all runs of a search, and the states that they must be in.
+CHANGEABLE: Mapping[Literal["retry", "cancel"], frozenset[str]] = {
+    "retry": frozenset({"failed", "refused", "cancelled"}),
+    "cancel": frozenset({"waiting", "running"}),
+}
 
 
 class SearchPages:
@@ -72,7 +77,11 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
             (each.what, [(word, search_path(text.replace(each.word, word, 1))) for word in each.near])
             for each in near
         ],
-        "is_retriable": bool(wanted.states) and wanted.states <= {"failed", "refused", "cancelled"},
+        "changes": [
+            action
+            for action, states in CHANGEABLE.items()
+            if wanted.states and wanted.states <= states and caller.may(action)
+        ],
     }
 
 

@@ -106,3 +106,31 @@ function openTarget() {
 }
 addEventListener("hashchange", openTarget);
 openTarget();
+
+// A change of many runs goes on in parts while its page is open, so that the progress shows. Without a
+// script one form changes up to 1,000 runs.
+const PART = 25;
+document.addEventListener("submit", async (event) => {
+  let form = event.target;
+  if (!form.matches("form[data-parts]") || event.submitter?.value === "first") return;
+  event.preventDefault();
+  const main = document.querySelector("#main");
+  while (form) {
+    const body = new URLSearchParams(new FormData(form));
+    body.set("most", PART);
+    form.querySelectorAll("button").forEach((button) => { button.disabled = true; });
+    const answer = await fetch(form.action, { method: "POST", body }).catch(() => null);
+    if (!answer) {
+      form.querySelectorAll("button").forEach((button) => { button.disabled = false; });
+      return;
+    }
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const left = [...main.querySelectorAll(".notice.left")];
+    main.replaceChildren(...page.querySelector("#main").childNodes);
+    main.prepend(...left);
+    if (answer.redirected) history.replaceState(null, "", answer.url);
+    window.htmx?.process(main);
+    form = answer.ok ? main.querySelector("form[data-parts]") : null;
+    if (form && !form.elements.after.value) form = null;
+  }
+});
