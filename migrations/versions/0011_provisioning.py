@@ -30,11 +30,14 @@ ORG = "NULLIF(current_setting('app.org', true), '')::uuid"
 BEFORE, NOW = "state IN ('active', 'retired')", "state IN ('pending', 'active', 'retired')"
 REJECTED = "last_error IS NOT NULL AND state = 'active'"
 UNFINISHED = "state IN ('making', 'made', 'announced')"
+KINDS_BEFORE = "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead')"
+KINDS = "kind IN ('failed', 'refused', 'overdue', 'paused', 'credential_dead', 'provisioning_failed')"
 STATES = "state IN ('making', 'made', 'announced', 'active', 'overlapping', 'retired', 'deleted')"
 
 
 def upgrade() -> None:
     allow_states(NOW)
+    allow_kinds(KINDS)
     op.create_index("ix_credentials_client_id", "credentials", ["client_id"])
     op.create_table(
         "applications",
@@ -82,6 +85,8 @@ def downgrade() -> None:
     op.drop_index("ix_credentials_client_id", "credentials")
     op.execute("UPDATE credentials SET state = 'retired' WHERE state = 'pending'")
     allow_states(BEFORE)
+    op.execute("DELETE FROM alerts WHERE kind = 'provisioning_failed'")
+    allow_kinds(KINDS_BEFORE)
 
 
 def allow_states(condition: str) -> None:
@@ -121,3 +126,35 @@ def allow_states(condition: str) -> None:
     op.create_index(
         "ix_credentials_rejected_org_id", "credentials", ["org_id"], sqlite_where=sa.text(REJECTED)
     )
+
+
+def allow_kinds(condition: str) -> None:
+    """Replace the condition on the kinds of alerts, as `allow_states` does."""
+    if op.get_bind().dialect.name == "postgresql":
+        op.drop_constraint(op.f("ck_alerts_kind"), "alerts", type_="check")
+        op.create_check_constraint(op.f("ck_alerts_kind"), "alerts", condition)
+        return
+    op.execute("CREATE TEMP TABLE kept AS SELECT * FROM alerts")
+    op.drop_table("alerts")
+    op.create_table(
+        "alerts",
+        sa.Column("cause", sa.Text, nullable=False),
+        sa.Column("id", sa.Text, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("summary", sa.Text, nullable=False),
+        sa.Column("fields", JSON, nullable=False),
+        sa.Column("since", INSTANT, nullable=False),
+        sa.Column("struck_at", INSTANT, nullable=False),
+        sa.Column("count", sa.BigInteger, nullable=False),
+        sa.Column("over_at", INSTANT),
+        sa.Column("over_how", sa.Text),
+        sa.Column("told", sa.Text),
+        sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("try_at", INSTANT),
+        sa.PrimaryKeyConstraint("cause", name=op.f("pk_alerts")),
+        sa.CheckConstraint(condition, name=op.f("ck_alerts_kind")),
+        sa.CheckConstraint("told IS NULL OR told = 'firing'", name=op.f("ck_alerts_told")),
+        sa.CheckConstraint("(over_at IS NULL) = (over_how IS NULL)", name=op.f("ck_alerts_over")),
+    )
+    op.execute("INSERT INTO alerts SELECT * FROM kept")
+    op.execute("DROP TABLE kept")

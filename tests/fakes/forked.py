@@ -43,7 +43,7 @@ import json, os, socket, sys
 given = [word for word in sys.argv[1:] if word != "-P"]
 words = iter(given[2:])
 verb = next((word for word in words if word not in ("--config", "--set") or not next(words)), "run")
-if given[:2] != ["-m", "worker"] or verb in ("run", "serve", "demo"):
+if given[:2] != ["-m", "worker"] or verb in ("run", "serve", "demo", "provision"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({server!r})

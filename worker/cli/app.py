@@ -33,6 +33,7 @@ VERBS = {
     "run": ("run", "run"),
     "serve": ("run", "serve"),
     "demo": ("run", "demo"),
+    "provision": ("sync", "provision"),
     "apply": ("apply", "apply"),
     "try": ("try_run", "try_"),
     "new-job": ("new_job", "new_job"),

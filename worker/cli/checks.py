@@ -128,8 +128,7 @@ def check(
     """
     from worker.operations.capacity import Machine, capacity
     from worker.operations.requirements import forecast_tokens
-    from worker.wiring.management import readable_management_secrets
-    from worker.wiring.secrets import issuers_of
+    from worker.wiring.secrets import issuers_of, readable_management_secrets
 
     session = session_of(context)
     issuers = issuers_of(session.settings)

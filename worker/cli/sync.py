@@ -1,4 +1,4 @@
-"""`orgs sync`: orgs, and applications for them, from the provider."""
+"""`orgs sync` and `provision`: orgs, and applications for them, from the provider."""
 
 from __future__ import annotations
 
@@ -88,6 +88,34 @@ def sync(
             session, made, org, output, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
         ),
     )
+
+
+def provision(
+    context: typer.Context,
+    issuer: Annotated[
+        str | None,
+        typer.Option(
+            "--issuer", metavar="NAME", help="Only this issuer (default: each with a management API)."
+        ),
+    ] = None,
+    absent: Annotated[
+        Absent, typer.Option("--absent", help="What to do with orgs that the provider does not list.")
+    ] = Absent.KEEP,
+) -> None:
+    """Keep orgs and their applications as the provider has them; SIGTERM or Ctrl-C stops it.
+
+    Does what `orgs sync --provision` does, at the start, every provisioning.every, and for
+    one org as soon as the provider's webhook names it, on provisioning.listen. Adds the
+    scopes that definitions need since, takes unused ones away with provisioning.trim_scopes,
+    and rotates credentials older than provisioning.rotate_after. While another process
+    provisions the same issuer, it waits. It holds a secret that opens those of all orgs, so
+    run it as a user of its own; workers need no access to it.
+    """
+    from worker.wiring.provision import provision as run_provision
+
+    session = session_of(context)
+    session.require_database()
+    raise typer.Exit(run_provision(session.settings, issuer=issuer, absent=absent.value))
 
 
 def only_issuer(session: Invocation) -> str:

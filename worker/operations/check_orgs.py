@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.operations.handlers import Handlers
-from worker.operations.requirements import OrgDefinitions, load_all_orgs, load_org, scopes_of
+from worker.operations.requirements import (
+    OrgDefinitions,
+    load_all_orgs,
+    load_next_orgs,
+    load_org,
+    scopes_of,
+)
 from worker.store import history
 from worker.store.database import Database
 from worker.store.dialect import Row
@@ -167,7 +173,11 @@ class Checks:
         # One discovery for all orgs; cancelling its first caller does not cancel it for the others.
         if issuer not in self._discovered:
             self._discovered[issuer] = asyncio.create_task(probe.discovery())
-        discovery = await asyncio.shield(self._discovered[issuer])
+        discovering = self._discovered[issuer]
+        discovery = await asyncio.shield(discovering)
+        if not discovery.ok and self._discovered.get(issuer) is discovering:
+            # A process that runs for long tries again.
+            del self._discovered[issuer]
         probes = []
         for need in needs:
             found = await probe.probe(credential, need)
@@ -210,6 +220,21 @@ class Checks:
             NotFound: no such org.
         """
         return self._read([code])[0]
+
+    def read_next(
+        self, issuer: str, after: str, limit: int
+    ) -> tuple[list[tuple[OrgDefinitions, tuple[Need, ...]]], str | None]:
+        """As `read`, of the orgs of an issuer among the next `limit` orgs by code that can run something.
+
+        Also the last of those codes, None at the end.
+        """
+        with self.database.autocommit() as connection:
+            found, last = load_next_orgs(connection, after, limit)
+            of_issuer = [org for org in found if org.issuer == issuer]
+            handlers = Handlers(connection) if of_issuer else None
+            probe = self.probes.get(issuer)
+            used = probe.issuer if probe else None
+            return [(org, _requirements_of(org, used, handlers)) for org in of_issuer if handlers], last
 
     def _read(self, codes: Iterable[str] | None) -> list[tuple[OrgDefinitions, tuple[Need, ...]]]:
         with self.database.autocommit() as connection:

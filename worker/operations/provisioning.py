@@ -34,6 +34,7 @@ from worker.errors import (
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks, Report
 from worker.operations.credentials import credential_row
+from worker.operations.requirements import OrgDefinitions
 from worker.providers.management.contract import (
     ApplicationName,
     ListedApplication,
@@ -47,6 +48,7 @@ from worker.store.dialect import Row
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential
+from worker.tokens.token_probe import Need
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -84,7 +86,7 @@ def exclusive(database: Database, issuer: str) -> Iterator[None]:
         if not held:
             raise Busy(
                 f"another process provisions the orgs of issuer {issuer}",
-                fix="wait until it ends; `python -m worker provision` is one, and does the same by itself",
+                fix="try again in a moment; `python -m worker provision` is one, and does the same by itself",
             )
         yield
 
@@ -112,6 +114,11 @@ class Provisioner:
         """
         fresh, earlier = await self.database.run(self._begin, org)
         return await self.complete(fresh, earlier)
+
+    async def provision_next(self, after: str, limit: int) -> tuple[list[Provisioned], str | None]:
+        """As `provision`, for the next `limit` orgs by code; also the last one's code, None at the end."""
+        fresh, earlier, last = await self.database.run(self._begin_next, after, limit)
+        return await self.complete(fresh, earlier), last
 
     async def complete(self, fresh: Sequence[Row], earlier: Sequence[Row] = ()) -> list[Provisioned]:
         """Take rows of `applications` to `active`; `earlier` ones may be at the provider already.
@@ -207,22 +214,30 @@ class Provisioner:
 
     def _begin(self, org: str | None) -> tuple[list[Row], list[Row]]:
         """The rows of all orgs without a working credential: new ones, and those of earlier calls."""
-        # Before the orgs: the last transaction of a dead process may be committed in between.
-        begun = {row["org_id"]: row for row in self._unfinished()}
         fresh: list[Row] = []
         earlier: list[Row] = []
-        after = ""
-        while True:
-            with self.database.transaction() as connection:
-                page = applications.orgs_without_credential(
-                    connection, self.issuer, org=org, after=after, limit=BATCH
-                )
-                if not page:
-                    return fresh, earlier
-                after = page[-1]["code"]
-                earlier += [begun[row["id"]] for row in page if row["id"] in begun]
-                new = [(OrgId(row["id"]), row["code"]) for row in page if row["id"] not in begun]
-                fresh += self.begin(connection, new)
+        last: str | None = ""
+        while last is not None:
+            new, old, last = self._begin_next(last, BATCH, org)
+            fresh += new
+            earlier += old
+        return fresh, earlier
+
+    def _begin_next(
+        self, after: str, limit: int, org: str | None = None
+    ) -> tuple[list[Row], list[Row], str | None]:
+        """As `_begin`, for the next orgs by code; also the last one's code, None if there are no more."""
+        # Before the orgs: the last transaction of a dead process may be committed in between.
+        begun = {row["org_id"]: row for row in self._unfinished()}
+        with self.database.transaction() as connection:
+            page = applications.orgs_without_credential(
+                connection, self.issuer, org=org, after=after, limit=limit
+            )
+            if not page:
+                return [], [], None
+            new = [(OrgId(row["id"]), row["code"]) for row in page if row["id"] not in begun]
+            earlier = [begun[row["id"]] for row in page if row["id"] in begun]
+            return self.begin(connection, new), earlier, page[-1]["code"]
 
     def _unfinished(self) -> Iterator[Row]:
         after = ""
@@ -274,7 +289,7 @@ class Provisioner:
                 warning = await self.verify(row)
             await self.database.run(self._activate, row_id)
         except WorkerError as error:
-            await self.database.run(self._note_error, row_id, error)
+            await self.database.run(self.note_error, row_id, error)
             return Provisioned(org, row["client_id"], error=error)
         return Provisioned(org, row["client_id"], warning=warning)
 
@@ -285,7 +300,7 @@ class Provisioner:
             raise Conflict(f"application {row_id} is gone from the database", fix="call it again")
         return row
 
-    def _note_error(self, row_id: str, error: WorkerError) -> None:
+    def note_error(self, row_id: str, error: WorkerError) -> None:
         with self.database.transaction() as connection:
             applications.change(
                 connection,
@@ -359,23 +374,14 @@ class Provisioner:
             raise ConfigurationError(
                 f"issuer {self.issuer} has no audience", fix=f"set audience in [issuers.{self.issuer}]"
             )
-        credential = await self.database.run(self._credential, row)
+        credential = await self.database.run(self.credential_of, row)
         application = OrgApplication(
             row["org"], row["application_id"], row["client_id"], credential.secret, row["name"]
         )
         for audience, names in scopes.items():
             await self.management.authorise(application, audience)
             await self.management.add_scopes(application, audience, names)
-        report = await self.checks.probe(org, needs, credential, counts=False)
-        for seconds in TRIES:
-            if not _faults(report):
-                break
-            # A new client can be unknown to parts of the provider for a moment.
-            await self.clock.sleep(seconds)
-            report = await self.checks.probe(org, needs, credential, counts=False)
-        if faults := _faults(report):
-            kind = IssuerUnavailable if report.transient else CredentialsRejected
-            raise kind(f"no valid token of the new application: {faults[0].detail}", fix=faults[0].fix)
+        report = await self.confirm(org, needs, credential)
         lifetimes = [
             (probe.claims.expires_at - probe.claims.issued_at).total_seconds()
             for probe in report.probes
@@ -388,12 +394,30 @@ class Provisioner:
         )
         return "; ".join(each.detail for each in report.problems())
 
+    async def confirm(self, org: OrgDefinitions, needs: Sequence[Need], credential: Credential) -> Report:
+        """The report of an org with new rights, as soon as its token is valid.
+
+        Raises:
+            CredentialsRejected, IssuerUnavailable: it gives no token, or one that fails verification.
+        """
+        report = await self.checks.probe(org, needs, credential, counts=False)
+        for seconds in TRIES:
+            if not _faults(report):
+                break
+            # A new client or scope can be unknown to parts of the provider for a moment.
+            await self.clock.sleep(seconds)
+            report = await self.checks.probe(org, needs, credential, counts=False)
+        if faults := _faults(report):
+            kind = IssuerUnavailable if report.transient else CredentialsRejected
+            raise kind(f"no valid token of the application: {faults[0].detail}", fix=faults[0].fix)
+        return report
+
     def _note_verified(self, row_id: str, values: Row) -> None:
         with self.database.transaction() as connection:
             applications.change(connection, row_id, values, at=self.database.now(connection))
 
-    def _credential(self, row: Row) -> Credential:
-        """The pending credential of a row, opened."""
+    def credential_of(self, row: Row) -> Credential:
+        """The credential of a row, opened."""
         with self.database.autocommit() as connection:
             stored = credentials.by_id(connection, OrgId(row["org_id"]), row["credential_id"])
         if stored is None or stored["sealed"] is None:

@@ -61,10 +61,16 @@ def load_org(connection: Connection, code: str) -> OrgDefinitions:
 
 def load_all_orgs(connection: Connection) -> Iterator[OrgDefinitions]:
     """Every org that can run something, by code."""
-    after: str | None = None
-    while rows := orgs.active_for_all_orgs(connection, after=after, limit=PAGE):
-        yield from _load(connection, rows)
-        after = rows[-1]["code"]
+    after: str | None = ""
+    while after is not None:
+        found, after = load_next_orgs(connection, after, PAGE)
+        yield from found
+
+
+def load_next_orgs(connection: Connection, after: str, limit: int) -> tuple[list[OrgDefinitions], str | None]:
+    """The next orgs by code that can run something, and the last one's code, None at the end."""
+    rows = orgs.active_for_all_orgs(connection, after=after, limit=limit)
+    return _load(connection, rows), rows[-1]["code"] if rows else None
 
 
 def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinitions]:

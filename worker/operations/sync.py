@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, TypedDict
@@ -79,6 +79,13 @@ class Plan:
     """The issuer's orgs that were active or paused before."""
     is_unknown: bool = False
     """Whether neither the provider nor this installation has the one org that was asked for."""
+
+    def leave(self, codes: Collection[str]) -> None:
+        """Leave these orgs as they are: they were read again after the list was."""
+        self.add = [each for each in self.add if each.org.code not in codes]
+        self.change = [(row, each) for row, each in self.change if row["code"] not in codes]
+        self.suspend = [row for row in self.suspend if row["code"] not in codes]
+        self.resume = [row for row in self.resume if row["code"] not in codes]
 
     def check_suspended(self, rules: Rules) -> None:
         """Check that no more orgs are gone than may be suspended at once: a share of all, but at least one.
@@ -194,6 +201,9 @@ def apply(
 def planned(database: Database, listed: Sequence[Listed], rules: Rules, only: str | None) -> Plan:
     """What a sync is to do, by the orgs that are stored."""
     with database.autocommit() as connection:
+        if only is not None:
+            codes = {only, *(each.org.code for each in listed)}
+            return plan(orgs.find_for_all_orgs(connection, codes).values(), listed, rules, only=only)
         found = {row["code"]: row for row in orgs.of_issuer_for_all_orgs(connection, rules.issuer)}
         others = [each.org.code for each in listed if each.org.code not in found]
         stored = [*found.values(), *orgs.find_for_all_orgs(connection, others).values()]

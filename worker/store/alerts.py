@@ -41,14 +41,21 @@ _HAS_TOKEN = (
     OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
     "it got a token again",
 )
+_PROVISIONED = (
+    """NOT EXISTS (SELECT 1 FROM applications a
+        WHERE a.org_id = subject_id AND a.last_error IS NOT NULL AND a.state <> 'deleted')
+    OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
+    "the application of each affected org is as it should be",
+)
 # When an affected definition or org has recovered, and how the alert says that all have.
 RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "failed": _SUCCEEDED,
     "refused": _SUCCEEDED,
     "paused": _RESUMED,
     "credential_dead": _HAS_TOKEN,
+    "provisioning_failed": _PROVISIONED,
 }
-MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead")
+MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead", "provisioning_failed")
 
 
 def note(connection: Connection, strikes: Sequence[Strike]) -> None:

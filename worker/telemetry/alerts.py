@@ -19,7 +19,7 @@ from worker.clock import Clock, to_text
 from worker.telemetry.events import Emitted
 from worker.telemetry.masking import masker
 
-Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead"]
+Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed"]
 Status = Literal["firing", "resolved"]
 
 # Maximum open alerts; more than these have one common cause, which has been reported by then.
@@ -133,7 +133,7 @@ class Strikes:
             strike.runs[affected] = fields["run"]
         elif kind == "paused":
             strike.definitions.add((str(org), str(definition)))
-        elif kind == "credential_dead":
+        elif org is not None and kind in ("credential_dead", "provisioning_failed"):
             strike.orgs.add(str(org))
         return strike
 
@@ -159,6 +159,14 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             seconds = fields.get("seconds")
             summary = f"no worker fires schedules: {definition} of {org} has been due for {seconds} s"
             return "overdue", (), summary
+        case "provisioning.failed", _:
+            issuer, error = fields.get("issuer"), fields.get("error")
+            summary = f"orgs of issuer {issuer} cannot be provisioned: {error}"
+            return "provisioning_failed", ("org", issuer, error), summary
+        case "provisioning.unavailable", _:
+            issuer, error = fields.get("issuer"), fields.get("error")
+            summary = f"orgs of issuer {issuer} are not compared with the provider's: {error}"
+            return "provisioning_failed", ("issuer", issuer, error), summary
         case _:
             return "credential_dead", (org,), f"{org} gets no token: {fields.get('error')}"
 
@@ -171,6 +179,8 @@ _STATES: Mapping[str, frozenset[str | None]] = {
     "org.parked": frozenset({None}),
     "credential.unusable": frozenset({None}),
     "schedule.overdue": frozenset({None}),
+    "provisioning.failed": frozenset({None}),
+    "provisioning.unavailable": frozenset({None}),
 }
 
 

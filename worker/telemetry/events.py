@@ -142,6 +142,37 @@ _ROWS = (
     _info("credential.activated", "org issuer client generation", "runs use this client from now on"),
     _info("application.deleted", "org issuer client", "deleted an application that runs used before"),
     _error("provisioning.failed", "org issuer error", "an org's application could not be made or changed"),
+    _info(
+        "application.scopes",
+        "org issuer client added removed",
+        "an application has other scopes, as the definitions of its org need",
+    ),
+    _info("provisioning.started", "issuers address pid", "`provision` has started; it listens on `address`"),
+    _info("provisioning.stopped", "exit_code", "`provision` has ended; the next start goes on from there"),
+    _info(
+        "provisioning.round",
+        "issuer seconds changed failed ended",
+        "all orgs were compared with the provider's; `ended` is the end in Unix time",
+    ),
+    _debug("provisioning.counted", "issuer result orgs", "the orgs of a round or a webhook, by result"),
+    _debug("provisioning.requests", "issuer request count", "management requests that were carried out"),
+    _info("provisioning.waiting", "issuer", "another process provisions this issuer; this one waits"),
+    _error(
+        "provisioning.unavailable",
+        "issuer error detail",
+        "a round or a webhook could not be completed; it is tried again",
+    ),
+    _debug(
+        "webhook.received",
+        "issuer status reason",
+        "a provider's webhook was answered; `reason` is the check that failed",
+    ),
+    _info("webhook.taken", "issuer org kind", "a genuine webhook names this org; it is read again"),
+    _warning(
+        "management.exposed",
+        "secret",
+        "this worker may read the secret of a management API, which opens the secrets of all orgs",
+    ),
     # Processes and plug-ins.
     _info("zygote.started", "pid", "the process that forks the runs has started"),
     _error(

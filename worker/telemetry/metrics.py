@@ -94,6 +94,23 @@ METRICS: tuple[Metric, ...] = (
     _gauge("issuer_paused", "issuer", "1 while requests to an issuer are paused", "issuer.paused", "1"),
     _gauge("issuer_paused", "issuer", "", "issuer.resumed", "0"),
     _counter("keys_failed_total", "issuer", "failed fetches of an issuer's keys", "keys.failed"),
+    # Orgs and their applications at the provider; in the process `provision`.
+    _counter("provisioned_orgs_total", "issuer result", "orgs by result", "provisioning.counted", "orgs"),
+    _gauge(
+        "provisioning_success_timestamp_seconds",
+        "issuer",
+        "end of the last complete round in Unix time",
+        "provisioning.round",
+        "ended",
+    ),
+    _counter(
+        "management_requests_total",
+        "issuer request",
+        "management requests that were carried out, by method and route",
+        "provisioning.requests",
+        "count",
+    ),
+    _counter("webhooks_total", "issuer status", "webhooks by status of the response", "webhook.received"),
     # The worker itself.
     _gauge("info", "version", "always 1; the version of the worker"),
     _gauge("admitting", "", "1 while this worker can admit runs"),

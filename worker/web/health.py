@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -62,6 +62,10 @@ class Health:
         }
         return [name for name, lacking in lacks.items() if lacking]
 
+    def details(self) -> Mapping[str, str]:
+        """What /readyz tells besides."""
+        return {"sandbox": self._sandbox} if self._sandbox else {}
+
     def routes(self) -> Sequence[Route]:
         return (
             Route("/livez", self._livez),
@@ -73,7 +77,7 @@ class Health:
         return _response("stalled", self.stalled())
 
     async def _readyz(self, request: Request) -> Response:
-        return _response("lacking", self.lacking(), **({"sandbox": self._sandbox} if self._sandbox else {}))
+        return _response("lacking", self.lacking(), **self.details())
 
     async def _metrics(self, request: Request) -> Response:
         if self.metrics.name_orgs:

@@ -25,6 +25,7 @@ from worker.web.callers import CallerDatabase, OpenRing, no_ring
 from worker.web.compression import Compression
 from worker.web.connections import Connection, Connections, Deadlines
 from worker.web.health import PATHS, Health
+from worker.web.hooks import Hooks
 from worker.web.live import Live
 from worker.web.login import Login
 from worker.web.pages import Console
@@ -146,10 +147,17 @@ def build_health(health: Health) -> ASGIApp:
     return ErrorMiddleware(_RequestLimit(Router(routes=health.routes(), redirect_slashes=False), health))
 
 
-def bind(listen: str, setting: str = "listen") -> socket.socket:
+def build_hooks(health: Health, hooks: Hooks) -> ASGIApp:
+    """Webhooks of providers, /livez and /readyz; no metrics, since providers reach this listener."""
+    probes = [route for route in health.routes() if route.path != "/metrics"]
+    router = Router(routes=[*probes, *hooks.routes()], redirect_slashes=False)
+    return ErrorMiddleware(_RequestLimit(router, health))
+
+
+def bind(listen: str, setting: str = "[web] listen") -> socket.socket:
     """Open a listening socket on `host:port`; for a name with several addresses, on the first.
 
-    `setting` is the key of [web] that names the address, for error messages.
+    `setting` names the address in error messages.
 
     Raises:
         Busy: another process has the port.
@@ -170,11 +178,11 @@ def bind(listen: str, setting: str = "listen") -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise Busy(
-                f"[web] {setting}: another process has {listen}",
+                f"{setting}: another process has {listen}",
                 fix='stop it, or set another port, or "" for none',
             ) from None
         raise ConfigurationError(
-            f"[web] {setting}: cannot listen on {listen}: {error.strerror}",
+            f"{setting}: cannot listen on {listen}: {error.strerror}",
             fix="use an address of this machine and a port above 1023",
         ) from None
 

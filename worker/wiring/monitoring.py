@@ -43,16 +43,26 @@ HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 def monitoring(settings: AlertSettings, database: Database, clock: Clock, health: Health) -> Iterator[None]:
     """Run the overdue monitor and, if a webhook is configured, deliver alerts, in threads of their own."""
     with contextlib.ExitStack() as stack:
-        if settings.webhook_url:
-            webhook = Webhook(settings.webhook_url, settings.webhook_secret, clock)
-            stack.callback(webhook.close)
-            dispatcher = AlertDispatcher(database, webhook, clock, overdue=settings.overdue.total_seconds())
-            dispatcher.start()
-            stack.callback(dispatcher.stop)
-            stack.callback(events.listen(dispatcher.strikes.hear))
+        stack.enter_context(alerting(settings, database, clock))
         monitor = OverdueMonitor(partial(_oldest_unfired, database), clock, settings, health)
         monitor.start()
         stack.callback(monitor.stop)
+        yield
+
+
+@contextlib.contextmanager
+def alerting(settings: AlertSettings, database: Database, clock: Clock) -> Iterator[None]:
+    """If a webhook is configured, deliver alerts, in a thread of its own."""
+    if not settings.webhook_url:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        webhook = Webhook(settings.webhook_url, settings.webhook_secret, clock)
+        stack.callback(webhook.close)
+        dispatcher = AlertDispatcher(database, webhook, clock, overdue=settings.overdue.total_seconds())
+        dispatcher.start()
+        stack.callback(dispatcher.stop)
+        stack.callback(events.listen(dispatcher.strikes.hear))
         yield
 
 

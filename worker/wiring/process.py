@@ -52,7 +52,7 @@ from worker.wiring import find_keyring, open_keyring
 from worker.wiring.catalogue import CatalogueReader
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.monitoring import monitoring, traces_of
-from worker.wiring.secrets import OpenedCredentials, issuers_of
+from worker.wiring.secrets import OpenedCredentials, issuers_of, readable_management_secrets
 from worker.wiring.web import Web, metrics_of
 
 VERSION = version("orgworker")
@@ -83,6 +83,8 @@ def run(settings: Settings) -> int:
     execution = settings.execution
     confinement = confinement_of(settings)
     confinement.warn()
+    for secret in readable_management_secrets(settings):
+        emit("management.exposed", secret=secret)
     on_file = settings.database.sqlite_file is not None
     lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
     database = Database.open(settings.database.url, clock=clock)

@@ -82,7 +82,7 @@ class Web:
         if web.listen and web.login.issuer:
             login_secret(web.login.issuer, self._settings.secrets_dir)
         if web.health_listen:
-            self._health_listener = bind(web.health_listen, "health_listen")
+            self._health_listener = bind(web.health_listen, "[web] health_listen")
         if not web.listen:
             return
         try:

@@ -112,6 +112,17 @@ def test_pauses_dead_credentials_and_what_is_overdue_strike_whom_they_name(heard
     assert (lost.kind, list(lost.runs.values())) == ("failed", ["r"])
 
 
+def test_failures_of_provisioning_are_one_cause_for_each_error(heard):
+    for org in ("org_a", "org_b"):
+        emit("provisioning.failed", org=org, issuer="main", error="provider_refused")
+    emit("provisioning.failed", org="org_c", issuer="main", error="unclear")
+    emit("provisioning.unavailable", issuer="main", error="unclear", detail="no usable response")
+
+    refused, unclear, round_ = heard.taken()
+    assert {strike.kind for strike in (refused, unclear, round_)} == {"provisioning_failed"}
+    assert [strike.orgs for strike in (refused, unclear, round_)] == [{"org_a", "org_b"}, {"org_c"}, set()]
+
+
 def test_a_run_that_will_be_tried_again_or_was_not_to_be_is_no_strike(heard):
     end_run("waiting", reason="retry", error_cause="KeyError")
     end_run("succeeded")
@@ -127,7 +138,7 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
         emit(name, **dict.fromkeys(event.fields))
         emit(name, **dict.fromkeys(event.fields) | ({"state": "failed"} if "state" in event.fields else {}))
 
-    assert set(heard.kinds()) == {"failed", "paused", "credential_dead", "overdue"}
+    assert set(heard.kinds()) == {"failed", "paused", "credential_dead", "overdue", "provisioning_failed"}
 
 
 def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(heard):

@@ -59,7 +59,7 @@ def test_seconds_are_measured_by_what_events_give_in_seconds():
     measured = [metric for metric in METRICS if metric.event and "_seconds" in metric.name]
 
     assert measured
-    assert {metric.value for metric in measured} == {"seconds", "lateness"}
+    assert {metric.value for metric in measured} == {"seconds", "lateness", "ended"}
     assert list(SECONDS) == sorted(set(SECONDS))
 
 
@@ -72,7 +72,8 @@ def test_no_label_takes_a_value_for_each_org_run_or_error():
     }
 
     of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop"}
-    assert labels == of_what_is_installed | {"event", "outcome", "state", "reason", "kind", "status"}
+    closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request"}
+    assert labels == of_what_is_installed | closed
 
 
 def test_the_page_has_exactly_these_metrics_and_labels():

@@ -300,14 +300,16 @@ rollup_hours = Table(
     info={"meaning": "Sums by hour, org and state. They are kept when the runs are deleted."},
 )
 
-ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead")
+ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed")
 
 alerts = Table(
     "alerts",
     metadata,
     Column("cause", Text, primary_key=True, doc="The cause of the trouble."),
     required("id", Text, "The `id` in its posts."),
-    required("kind", Text, "`failed`, `refused`, `overdue`, `paused` or `credential_dead`."),
+    required(
+        "kind", Text, "`failed`, `refused`, `overdue`, `paused`, `credential_dead` or `provisioning_failed`."
+    ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),
     required("since", Instant, "When it first occurred."),

@@ -1,0 +1,192 @@
+"""The process `provision`: follows every issuer with a management API, and takes its webhooks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from importlib.metadata import version
+
+from worker.clock import Clock, SystemClock
+from worker.errors import ConfigurationError, NotFound, Unavailable
+from worker.execution.runners.child.linux import allow_many_descriptors
+from worker.operations.provision_loop import LAST_TURN, ProvisionLoop
+from worker.operations.scopes import Scopes
+from worker.operations.sync import Absent
+from worker.settings import Settings
+from worker.store import schema
+from worker.store.database import Database
+from worker.telemetry import logs
+from worker.telemetry.events import emit
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.vitals import Notifier
+from worker.web.clients import Addresses
+from worker.web.connections import Connections
+from worker.web.health import Health
+from worker.web.hooks import Hooks, Receiver
+from worker.web.server import WebServer, bind, build_health, build_hooks
+from worker.wiring.monitoring import alerting
+from worker.wiring.provisioning import open_provisioner, rules_of
+from worker.wiring.web import metrics_of
+
+ACTOR = "provision"
+# Seconds between two database checks, and the timeout of each.
+CHECK_EVERY = 5.0
+EXIT_OK = 0
+
+
+class ProvisionHealth(Health):
+    """Ready while the database responds and has this release's schema."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__(metrics)
+        self._lacking: tuple[str, ...] = ("starting",)
+        self._loops: Mapping[str, ProvisionLoop] = {}
+
+    def follow(self, loops: Mapping[str, ProvisionLoop]) -> None:
+        """Tell what these loops do, by issuer."""
+        self._loops = loops
+
+    def lacking(self) -> list[str]:
+        return list(self._lacking)
+
+    def details(self) -> Mapping[str, str]:
+        return {f"issuer {name}": loop.doing for name, loop in self._loops.items()}
+
+    def in_words(self) -> str:
+        """One line for `systemctl status`."""
+        lacking = [f"no {name}" for name in self._lacking]
+        return "; ".join([*lacking, *(f"{name}: {loop.doing}" for name, loop in self._loops.items())])
+
+    async def check(self, database: Database) -> None:
+        """Query the database once."""
+        try:
+            async with asyncio.timeout(CHECK_EVERY):
+                await database.call_autocommit(schema.check)
+        except (Unavailable, TimeoutError):
+            self._lacking = ("database",)
+        except ConfigurationError:
+            self._lacking = ("schema",)
+        else:
+            self._lacking = ()
+
+    def stopping(self) -> None:
+        self._lacking = ("draining",)
+
+
+def provision(settings: Settings, *, issuer: str | None, absent: Absent) -> int:
+    """Follow the providers until SIGTERM or SIGINT; returns the exit code of the process.
+
+    Raises:
+        NotFound: worker.toml has no such issuer.
+        ConfigurationError: no issuer has a management API, or its settings or secret are not usable.
+        Busy: another process uses the port.
+        StoreUnavailable: the database does not respond at the start.
+    """
+    names = _issuers(settings, issuer)
+    clock = SystemClock()
+    logs.configure(settings.log.style or None, level=settings.log.level)
+    allow_many_descriptors()
+    notifier = Notifier()
+    health = ProvisionHealth(metrics_of(settings, version=version("orgworker")))
+    # More threads than a command has: two for each issuer, and one for the lock that it holds meanwhile.
+    database = Database.open(settings.database.url, clock=clock, role="provision", threads=3 * len(names))
+    watched = Database.open(settings.database.url, clock=clock, role="provision", threads=1)
+    try:
+        with database.autocommit() as connection:
+            schema.check(connection)
+        listeners = _bind(settings)
+        with alerting(settings.alerts, watched, clock):
+            asyncio.run(
+                _provision(settings, names, absent, database, watched, health, notifier, clock, listeners)
+            )
+    finally:
+        database.close()
+        watched.close()
+    emit("provisioning.stopped", exit_code=EXIT_OK)
+    return EXIT_OK
+
+
+def _issuers(settings: Settings, issuer: str | None) -> list[str]:
+    """The issuers to follow."""
+    if issuer is not None and issuer not in settings.issuers:
+        known = ", ".join(sorted(settings.issuers)) or "none"
+        raise NotFound(f"there is no issuer {issuer!r}", fix=f"worker.toml has {known}")
+    managed = [name for name, each in sorted(settings.issuers.items()) if each.management.client_id]
+    if issuer is None and not managed:
+        raise ConfigurationError(
+            "no issuer has a management API: there is nothing to provision",
+            fix="add [issuers.NAME.management] to worker.toml; docs/providers/kinde.md shows how",
+        )
+    # One without a management API is refused when it is opened.
+    return managed if issuer is None else [issuer]
+
+
+def _bind(settings: Settings) -> dict[str, socket.socket]:
+    """The listening sockets by setting."""
+    addresses = {
+        "[provisioning] listen": settings.provisioning.listen,
+        "[web] health_listen": settings.web.health_listen,
+    }
+    return {setting: bind(address, setting) for setting, address in addresses.items() if address}
+
+
+async def _provision(
+    settings: Settings,
+    names: Sequence[str],
+    absent: Absent,
+    database: Database,
+    watched: Database,
+    health: ProvisionHealth,
+    notifier: Notifier,
+    clock: Clock,
+    listeners: Mapping[str, socket.socket],
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    web, listen = settings.web, settings.provisioning.listen
+    async with AsyncExitStack() as stack:
+        loops: dict[str, ProvisionLoop] = {}
+        for name in names:
+            provisioner = await stack.enter_async_context(
+                open_provisioner(settings, database, name, clock, actor=ACTOR)
+            )
+            loops[name] = ProvisionLoop(
+                provisioner,
+                rules_of(settings, name, absent=absent),
+                list(settings.issuers),
+                settings.provisioning.every,
+                Scopes(provisioner, settings.provisioning.trim_scopes),
+            )
+        health.follow(loops)
+        if (listener := listeners.get("[web] health_listen")) is not None:
+            server = WebServer(build_health(health), web.health_listen, listener, clock)
+            await stack.enter_async_context(server.serving())
+        if (listener := listeners.get("[provisioning] listen")) is not None:
+            receivers = {
+                name: Receiver(loop.provisioner.management, loop.notify) for name, loop in loops.items()
+            }
+            addresses = Addresses(web.trusted_proxies)
+            app = build_hooks(health, Hooks(receivers, clock, addresses))
+            connections = Connections(web.connections_per_address, addresses)
+            server = WebServer(app, listen, listener, clock, connections=connections)
+            await stack.enter_async_context(server.serving())
+        emit("provisioning.started", issuers=", ".join(names), address=listen or None, pid=os.getpid())
+        running = asyncio.gather(*(loop.run(stop) for loop in loops.values()))
+        ready = False
+        while not stop.is_set() and not running.done():
+            await health.check(watched)
+            if not ready and not health.lacking():
+                ready = True
+                notifier.ready(health.in_words())
+            notifier.status(health.in_words())
+            notifier.alive()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), CHECK_EVERY)
+        health.stopping()
+        notifier.stopping(LAST_TURN + CHECK_EVERY)
+        await running
