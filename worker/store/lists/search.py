@@ -37,7 +37,7 @@ from worker.store.lists import runs as run_lists
 from worker.store.names import around
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
-WINDOWS = (500, 2_000, 5_000)
+WINDOWS = (500, 2_000, 3_000)
 # Matching orgs or definitions whose runs are read one by one; with more, the newest runs of all are read.
 FEW = 20
 # Different causes that are compared, and used.
