@@ -57,7 +57,8 @@ async def test_an_org_pauses_and_resumes_its_definition_and_what_was_due_is_sett
     with site.database.autocommit() as connection:
         skipped, runs = read(connection, SKIPS, ALL_ORGS), read(connection, RUNS, ALL_ORGS)
     assert {row["org"] for row in [*skipped, *runs]} == {"org_a"}
-    assert sum(row["count"] for row in skipped) + len(runs) == 5
+    # On PostgreSQL, whose clock goes on, another minute may begin meanwhile.
+    assert sum(row["count"] for row in skipped) + len(runs) in (5, 6)
     assert runs[0]["origin"] == "schedule"
 
 
