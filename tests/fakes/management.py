@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +43,10 @@ class MemoryManagement:
         self.before: Callable[[str], None] = lambda call: None
         self.after: Callable[[str], None] = lambda call: None
         self._count = 0
+
+    @property
+    def carried_out(self) -> Mapping[str, int]:
+        return Counter(self.calls)
 
     async def orgs(self) -> AsyncIterator[Sequence[ProviderOrg]]:
         listed = [ProviderOrg(code, name) for code, name in self.listed.items()]

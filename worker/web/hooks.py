@@ -14,6 +14,7 @@ from worker.clock import Clock
 from worker.errors import Busy, IssuerUnavailable, NotFound, TooManyRequests, WebhookRefused
 from worker.providers.management.contract import Management, Notice
 from worker.telemetry.events import emit
+from worker.tokens.jwks import KeyNotPublished
 from worker.web.clients import Addresses, Buckets
 from worker.web.responses import error_response
 
@@ -67,6 +68,9 @@ class Hooks:
             return _too_large(), "oversize"
         except WebhookRefused as refused:
             return _refusal(refused.detail), refused.detail
+        except KeyNotPublished:
+            # If it is genuine after all, the provider sends it again, and publishes its key meanwhile.
+            return _refusal("unknown_kid"), "unknown_kid"
         except (IssuerUnavailable, Busy) as error:
             response = error_response(
                 503, error.code, "this webhook cannot be taken now", "send it again later", AGAIN

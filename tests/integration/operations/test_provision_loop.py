@@ -1,0 +1,259 @@
+"""The loop of `provision`: rounds, scopes, the lock that others hold, and what a webhook starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
+from tests.fakes.management import MemoryManagement
+from worker.errors import ProviderRefused, ProviderUnavailable
+from worker.operations.check_orgs import Checks
+from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
+from worker.operations.provisioning import Provisioner, exclusive
+from worker.operations.scopes import Scopes
+from worker.operations.sync import Absent, Rules
+from worker.providers.management.contract import Notice, NoticeKind
+from worker.store.database import Database
+from worker.telemetry import events
+from worker.tokens.sealing import KeyRing
+from worker.tokens.token_probe import TokenProbe, watch
+from worker.wiring.secrets import OpenedCredentials
+
+pytestmark = pytest.mark.anyio
+EVERY = timedelta(minutes=15)
+NIGHTLY = """
+[[template]]
+name = "nightly"
+orgs = "all"
+handler = "acme.note"
+schedule = "0 3 * * *"
+params = { text = "x" }
+scopes = %s
+"""
+
+
+@dataclass
+class Place:
+    """An installation and its provider, whose time passes by `pass_`."""
+
+    database: Database
+    management: MemoryManagement
+    provisioner: Provisioner
+    clock: ManualClock
+    heard: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def loop(self, *, absent: Absent = "keep", trim: bool = False) -> ProvisionLoop:
+        rules = Rules("main", absent=absent)
+        scopes = Scopes(self.provisioner, trim)
+        return ProvisionLoop(self.provisioner, rules, ["main"], EVERY, scopes)
+
+    def notice(self, org: str, kind: NoticeKind = "org_created") -> Notice:
+        return Notice(kind, org, self.clock.now())
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.heard]
+
+    async def until(self, holds: Callable[[], bool], *, seconds: float = 0.0) -> None:
+        """Let `seconds` pass as soon as something sleeps, then wait until it holds."""
+        await asyncio.sleep(0.05)
+        self.clock.advance(seconds)
+        for _ in range(400):
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"it does not hold; heard: {self.heard[-5:]}")
+
+
+@pytest.fixture
+async def place(database: Database, keyring: KeyRing, clock: ManualClock, apply: Any) -> AsyncIterator[Place]:
+    # A clock of its own that stands still, since a request's deadline is a sleep as well.
+    at_the_issuer = ManualClock(clock.now())
+    issuer = FakeIssuer(at_the_issuer)
+    management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcd"})
+    source = OpenedCredentials(database, keyring, "", clock)
+    apply(NIGHTLY % '["read:kb"]')
+    async with issuer.client() as client:
+        watch(client)
+        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
+        checks = Checks(database, source, {"main": probe})
+        provisioner = Provisioner(database, keyring, management, checks, "main", "provision", clock)
+        made = Place(database, management, provisioner, clock)
+        end = events.listen(lambda emitted: made.heard.append((emitted.event.name, dict(emitted.fields))))
+        yield made
+        end()
+        await probe.close()
+
+
+@pytest.fixture
+def running(place: Place) -> Callable[[ProvisionLoop], Awaitable[Callable[[], Awaitable[None]]]]:
+    """Start a loop and wait for its first round; returns what stops it."""
+
+    async def start(loop: ProvisionLoop) -> Callable[[], Awaitable[None]]:
+        stop = asyncio.Event()
+        task = asyncio.create_task(loop.run(stop))
+        await place.until(lambda: "provisioning.round" in place.names() or loop.doing == "waiting")
+
+        async def end() -> None:
+            stop.set()
+            async with asyncio.timeout(5):
+                await task
+
+        return end
+
+    return start
+
+
+def scopes_of(place: Place) -> set[tuple[str, ...]]:
+    return {tuple(sorted(made.audiences[AUDIENCE])) for made in place.management.made.values()}
+
+
+async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any) -> None:
+    await place.loop().round()
+    assert scopes_of(place) == {("read:kb",)}
+    apply(NIGHTLY % '["read:kb", "write:kb"]')
+    calls = len(place.management.calls)
+    await place.loop().round()
+
+    assert scopes_of(place) == {("read:kb", "write:kb")}
+    # One request for the one new scope of each org; the list of orgs has two pages.
+    assert sorted(place.management.calls[calls:]) == ["add_scopes"] * 4 + ["orgs"] * 2
+    assert {tuple(row["scopes"][AUDIENCE]) for row in rows.applications} == {("read:kb", "write:kb")}
+    changes = [fields for name, fields in place.heard if name == "application.scopes"]
+    assert {(each["added"], each["removed"]) for each in changes} == {("write:kb", "")} and len(changes) == 4
+    audited = [row for row in rows.audit if row["action"] == "application.scopes"]
+    assert {row["actor"] for row in audited} == {"provision"} and len(audited) == 4
+
+    apply(NIGHTLY % '["write:kb"]')
+    await place.loop().round()
+    assert scopes_of(place) == {("read:kb", "write:kb")}
+    await place.loop(trim=True).round()
+    assert scopes_of(place) == {("write:kb",)}
+    settled = rows.everything()
+    await place.loop(trim=True).round()
+    assert rows.everything() == settled
+
+
+async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
+    place: Place, rows: Any, apply: Any
+) -> None:
+    await place.loop().round()
+    apply(NIGHTLY % '["read:kb", "write:kb"]')
+    refused = {"app-2"}
+
+    def refuse(call: str) -> None:
+        if call == "add_scopes" and refused:
+            refused.pop()
+            raise ProviderRefused("no such scope", detail="scope_unknown")
+
+    place.management.before = refuse
+    await place.loop().round()
+    assert sum(row["last_error"] is not None for row in rows.applications) == 1
+    [(_, failed)] = [each for each in place.heard if each[0] == "provisioning.failed"]
+    assert failed["error"] == "provider_refused"
+    await place.loop().round()
+    assert [row["last_error"] for row in rows.applications] == [None] * 4
+    assert scopes_of(place) == {("read:kb", "write:kb")}
+
+
+async def test_it_waits_while_another_process_provisions(place: Place, running: Any, rows: Any) -> None:
+    loop = place.loop()
+    with exclusive(place.database, "main"):
+        end = await running(loop)
+        loop.notify(place.notice("org_a"))
+        await place.until(lambda: place.names().count("provisioning.waiting") == 1, seconds=5)
+        assert loop.doing == "waiting" and rows.orgs == []
+    await place.until(lambda: "provisioning.round" in place.names(), seconds=5)
+    await end()
+    assert len(rows.orgs) == 4 and len(place.management.made) == 4
+
+
+async def test_it_ends_at_once_while_it_waits(place: Place, running: Any) -> None:
+    with exclusive(place.database, "main"):
+        end = await running(place.loop())
+        await end()
+
+
+async def test_a_new_org_is_read_again_until_the_provider_knows_it(
+    place: Place, running: Any, rows: Any
+) -> None:
+    loop = place.loop()
+    end = await running(loop)
+    loop.notify(place.notice("org_new"))
+    # Others do not wait for it.
+    place.management.listed["org_e"] = "E"
+    loop.notify(place.notice("org_e"))
+    await place.until(lambda: len(place.management.made) == 5)
+    place.management.listed["org_new"] = "New"
+    await place.until(lambda: len(place.management.made) == 6, seconds=NOTICE_AGAIN[0])
+    await place.until(lambda: loop.doing == "idle")
+    await end()
+    assert sorted(row["code"] for row in rows.orgs)[-2:] == ["org_e", "org_new"]
+    assert {row["state"] for row in rows.applications} == {"active"}
+
+
+async def test_a_failed_round_is_repeated_soon_and_is_an_alert(place: Place, running: Any) -> None:
+    failing = True
+
+    def fail(call: str) -> None:
+        if failing:
+            raise ProviderUnavailable("status 503")
+
+    place.management.before = fail
+    task_end = asyncio.create_task(running(place.loop()))
+    await place.until(lambda: "provisioning.unavailable" in place.names())
+    failing = False
+    await place.until(lambda: "provisioning.round" in place.names(), seconds=ROUND_AGAIN)
+    await (await task_end)()
+    assert len(place.management.made) == 4
+
+
+async def test_deletions_suspend_only_as_many_as_a_round_may(place: Place, running: Any, rows: Any) -> None:
+    def states() -> dict[str, str]:
+        return {row["code"]: row["state"] for row in rows.orgs}
+
+    loop = place.loop(absent="suspend")
+    end = await running(loop)
+    for org in ("org_a", "org_b"):
+        del place.management.listed[org]
+        loop.notify(place.notice(org, "org_deleted"))
+    await place.until(lambda: loop._soon.is_set() and loop.doing == "idle")
+    await place.until(lambda: "provisioning.unavailable" in place.names(), seconds=COLLECT)
+    assert set(states().values()) == {"active"}
+
+    place.management.listed["org_a"] = "A"
+    loop.notify(place.notice("org_b", "org_deleted"))
+    await place.until(lambda: loop._soon.is_set() and loop.doing == "idle")
+    await place.until(lambda: states()["org_b"] == "suspended", seconds=COLLECT)
+    await end()
+    assert states()["org_a"] == "active"
+
+
+async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
+    place: Place, rows: Any
+) -> None:
+    loop = place.loop(absent="suspend")
+    await loop.round()
+    del place.management.listed["org_d"]
+    listed = 0
+
+    def come(call: str) -> None:
+        nonlocal listed
+        listed += call == "orgs"
+        if listed == 1:
+            listed += 1
+            loop._newer.add("org_d")
+
+    place.management.after = come
+    await loop.round()
+    assert {row["state"] for row in rows.orgs} == {"active"}
+    # The control: without a webhook in between the org is gone.
+    place.management.after = lambda call: None
+    await loop.round()
+    assert [row["code"] for row in rows.orgs if row["state"] == "suspended"] == ["org_d"]
