@@ -20,8 +20,10 @@ from worker import settings as places
 from worker.definitions.units import parse_duration
 from worker.errors import ConfigurationError
 from worker.execution.loops.supervisor import LAST_FLUSH, PATIENCE
+from worker.operations.provision_loop import LAST_TURN
 from worker.settings import Settings
 from worker.web.health import PATHS
+from worker.wiring.provision import CHECK_EVERY
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
@@ -60,7 +62,7 @@ HARDENING = {
     "MemoryDenyWriteExecute": "yes",
     "SystemCallArchitectures": "native",
 }
-UNITS = ("worker.service", "worker-upgrade.service")
+UNITS = ("worker.service", "worker-upgrade.service", "worker-provision.service")
 ANALYZE = shutil.which("systemd-analyze")
 
 
@@ -111,6 +113,29 @@ def test_the_schema_is_upgraded_once_and_by_the_owner_alone(service):
     assert "database__owner_url" not in service["LoadCredential"]
 
 
+def test_only_the_provisioner_gets_the_management_secret(service):
+    provision = unit("worker-provision.service")
+    holders = {
+        name: unit(name)["LoadCredential"] for name in UNITS if "management" in unit(name)["LoadCredential"]
+    }
+    command = service["ExecStart"]
+
+    assert set(holders) == {"worker-provision.service"}
+    assert provision["ExecStart"] == command.removesuffix("run") + "provision"
+    assert provision["User"] != service["User"]
+    assert (provision["Type"], provision["NotifyAccess"]) == ("notify", "main")
+    # A watchdog bites later than the pause between two signs of life.
+    assert parse_duration(provision["WatchdogSec"]).total_seconds() > 2 * CHECK_EVERY
+    assert parse_duration(provision["TimeoutStopSec"]).total_seconds() > LAST_TURN + CHECK_EVERY
+    assert provision["RestartPreventExitStatus"] == str(ConfigurationError.exit_code)
+    assert provision["Environment"] != service["Environment"]
+    [compose_holder] = [
+        n for n, each in compose()["services"].items() if "management__main" in each["secrets"]
+    ]
+    assert compose_holder == "provision"
+    assert compose()["services"]["provision"]["command"] == ["provision"]
+
+
 @pytest.mark.parametrize("name", [*UNITS, "orgworker"])
 def test_a_credential_is_a_setting_or_the_key_ring_and_may_be_missing(name: str):
     text = (CONFIG / name).read_text()
@@ -120,7 +145,7 @@ def test_a_credential_is_a_setting_or_the_key_ring_and_may_be_missing(name: str)
     for credential, path in credentials:
         # Without a / it is looked up in the credential stores; the start does not fail if it is in none.
         assert path == f"orgworker.{credential}"
-        assert credential == "keyring" or is_setting(credential)
+        assert credential in ("keyring", "management__main") or is_setting(credential)
     assert "#LoadCredential" not in text
 
 
@@ -137,7 +162,8 @@ def test_the_command_runs_what_the_service_runs_with_the_same_credentials(servic
 def test_the_exposure_is_at_most_1_5(name: str):
     """Measured where systemd is; elsewhere only what it was measured of is compared."""
     directives = unit(name)
-    assert {key: directives.get(key) for key in HARDENING} == HARDENING
+    user = "orgworker-provision" if name == "worker-provision.service" else "orgworker"
+    assert {key: directives.get(key) for key in HARDENING} == HARDENING | {"User": user}
     # A worker confines its runs by Landlock.
     landlock = ["landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"]
     needed = ["@system-service", *(landlock if name == "worker.service" else [])]
@@ -216,7 +242,7 @@ def test_compose_upgrades_the_schema_before_two_workers_begin():
     assert services["upgrade"]["command"] == ["db", "upgrade"]
 
 
-@pytest.mark.parametrize("name", ["upgrade", "worker"])
+@pytest.mark.parametrize("name", ["upgrade", "worker", "provision"])
 def test_a_container_of_compose_can_write_its_volume_only(name: str, containerfile):
     service = compose()["services"][name]
     uid, gid = containerfile["USER"].split(":")
@@ -251,9 +277,10 @@ def test_each_service_of_compose_is_shown_the_secrets_it_needs_and_no_other():
 
     assert shown["worker"] == {"keyring", "database__url"}
     assert shown["upgrade"] == {"database__url", "database__owner_url"}
+    assert shown["provision"] == {"keyring", "database__url", "management__main"}
     assert set.union(*shown.values()) == set(loaded["secrets"])
     for name in loaded["secrets"]:
-        assert name in ("keyring", "superuser") or is_setting(name)
+        assert name in ("keyring", "superuser", "management__main") or is_setting(name)
 
 
 # ---- Kubernetes
@@ -264,19 +291,27 @@ def manifests() -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all(path.read_text())
 
 
-def manifest(kind: str) -> dict[str, Any]:
-    [found] = [one for one in manifests() if one["kind"] == kind]
+def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
+    """The manifest of a kind; `of` is `provision` for what is in provision.yaml."""
+    [found] = [
+        one
+        for one in manifests()
+        if one["kind"] == kind and (one.get("metadata", {}).get("name") == "provision") == (of == "provision")
+    ]
     return found
 
 
-def pod(kind: str) -> dict[str, Any]:
-    spec: dict[str, Any] = manifest(kind)["spec"]["template"]["spec"]
+def pod(kind: str, *, of: str = "worker") -> dict[str, Any]:
+    spec: dict[str, Any] = manifest(kind, of=of)["spec"]["template"]["spec"]
     return spec
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "Job"])
-def test_a_pod_has_no_rights_and_can_write_its_volume_only(kind: str, containerfile):
-    spec = pod(kind)
+PODS = [("Deployment", "worker"), ("Job", "worker"), ("Deployment", "provision")]
+
+
+@pytest.mark.parametrize(("kind", "of"), PODS)
+def test_a_pod_has_no_rights_and_can_write_its_volume_only(kind: str, of: str, containerfile):
+    spec = pod(kind, of=of)
     uid, gid = map(int, containerfile["USER"].split(":"))
 
     assert spec["securityContext"] == {
@@ -297,9 +332,9 @@ def test_a_pod_has_no_rights_and_can_write_its_volume_only(kind: str, containerf
     assert unknown_words(" ".join(container["args"])) == []
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "Job"])
-def test_what_is_mounted_lies_where_the_worker_looks(kind: str, containerfile):
-    spec = pod(kind)
+@pytest.mark.parametrize(("kind", "of"), PODS)
+def test_what_is_mounted_lies_where_the_worker_looks(kind: str, of: str, containerfile):
+    spec = pod(kind, of=of)
     [container] = spec["containers"]
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
 
@@ -317,6 +352,26 @@ def test_the_owners_url_is_shown_to_the_upgrade_only():
 
     assert workers["secretName"] == "worker-secrets"
     assert [one["secret"]["name"] for one in upgrade["sources"]] == ["worker-secrets", "owner-secrets"]
+
+
+def test_the_provisioner_of_the_cluster_has_the_management_secret_and_is_apart_from_the_workers():
+    spec = pod("Deployment", of="provision")
+    [projected] = [volume["projected"] for volume in spec["volumes"] if "projected" in volume]
+    [container] = spec["containers"]
+    labels = manifest("Deployment", of="provision")["spec"]["template"]["metadata"]["labels"]
+
+    assert [one["secret"]["name"] for one in projected["sources"]] == ["worker-secrets", "provision-secrets"]
+    assert container["args"] == ["provision"]
+    assert spec["terminationGracePeriodSeconds"] > LAST_TURN + CHECK_EVERY
+    assert manifest("Deployment", of="provision")["spec"]["selector"]["matchLabels"] == labels
+    assert manifest("NetworkPolicy", of="provision")["spec"]["podSelector"]["matchLabels"] == labels
+    assert manifest("Service", of="provision")["spec"]["selector"] == labels
+    assert labels != manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
+    # Providers reach the port of webhooks only, by way of the proxy.
+    [served] = manifest("Service", of="provision")["spec"]["ports"]
+    assert served["targetPort"] == "hooks"
+    rules = manifest("NetworkPolicy", of="provision")["spec"]["ingress"]
+    assert [rule["ports"][0]["port"] for rule in rules] == ["hooks", "health"]
 
 
 def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
@@ -438,7 +493,8 @@ def test_nothing_that_is_shipped_imports_from_its_working_directory():
     starts = {name: len(_STARTS.findall(text)) for name, text in texts.items() if _STARTS.search(text)}
 
     assert {Path(name).name for name in starts} >= {
-        *("worker.service", "worker-upgrade.service", "orgworker", "Containerfile", "dev"),
+        *("worker.service", "worker-upgrade.service", "worker-provision.service", "orgworker"),
+        *("Containerfile", "dev"),
         *("installation.py", "pool.py", "catalogue.py"),
     }
     assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}

@@ -190,6 +190,8 @@ def evaluate(expr: Any) -> Result:
             return evaluate(expr.expr)
         case promql.VectorSelector():
             return of_selector(expr)
+        case promql.Call() if expr.func.name == "time":
+            return Result(frozenset(), is_number=True)
         case promql.Call():
             return of_call(expr.func.name, expr.args[-1])
         case promql.AggregateExpr():
