@@ -21,7 +21,7 @@ class Script:
     `throttle`: 429 with Retry-After, nothing done. `error`: 503, nothing done. `late_error`: 502 after the
     request was carried out. `slow`: answered after `delay` seconds. `cut`: carried out, and the
     connection is closed in the middle of the response. `only` chooses the requests, by
-    method and path; `first` is used up before any share counts.
+    method and path, and `tokens` adds those for tokens; `first` is used up before any share counts.
     """
 
     seed: int = 0
@@ -33,6 +33,7 @@ class Script:
     delay: float = 0.05
     retry_after: str = "1"
     only: Callable[[str, str], bool] = lambda method, path: True
+    tokens: bool = False
     first: list[Kind] = field(default_factory=list)
     done: Counter[str] = field(default_factory=Counter)
 
@@ -59,14 +60,15 @@ class Script:
 
 
 class Faulty:
-    """An application whose requests below /api/ meet the faults of a script."""
+    """An application whose requests below /api/, and for tokens if so, meet the faults of a script."""
 
     def __init__(self, app: ASGIApp, script: Script) -> None:
         self.app = app
         self.script = script
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_call = scope["type"] == "http" and scope["path"].startswith("/api/")
+        path = scope["path"] if scope["type"] == "http" else ""
+        is_call = path.startswith("/api/") or (self.script.tokens and path == "/oauth2/token")
         kind = self.script.next(scope["method"], scope["path"]) if is_call else None
         match kind:
             case "throttle":
