@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tests.conftest import copied
 from tests.fakes import forked
 from tests.fakes.cli import CommandLine
 from tests.fakes.environments import make_environment
+from tests.fakes.kinde.server import MANAGER, serve_kinde
 from tests.fakes.pages import PAGES, ROOT, Block, blocks, missing_lines
 from tests.fakes.ports import free_port
 from tests.fakes.site import definition, wait_until
@@ -64,6 +67,8 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
 
     with contextlib.ExitStack() as stack:
         stack.callback(stop_what_is_left, tmp_path)
+        if "<!-- provider: kinde -->" in text:
+            text = stack.enter_context(kinde(text, tmp_path, environment))
         if "<!-- installation: acme -->" in text:
             copied(migrated_sqlite_file, folder)
             stack.enter_context(installation(folder, environment))
@@ -77,6 +82,30 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, migrated_sqlite_fi
             missing = missing_lines(block.text, printed[before.line])
             assert missing == [], f"{page.name}:{before.line} printed\n{printed[before.line]}"
     assert "secret-of" not in log_of(folder) + "".join(printed.values())
+
+
+@contextlib.contextmanager
+def kinde(text: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """The page with the addresses of a Kinde environment with two orgs, and of an API.
+
+    `management-secret` beside the page's folder has the secret of the client that the page names.
+    """
+    listener = bind_loopback()
+    healthy = Starlette(routes=[Route("/health", lambda request: JSONResponse({"ok": True}))])
+    api = url_of(listener)
+    environment["WORKER_EXECUTION__PRIVATE_ORIGINS"] = json.dumps([api])
+    with serve_kinde() as served, ServerThread(healthy, listener):
+        served.api.add_api("Acme's API", api, ("read:kb",))
+        served.api.application_properties.add("model_version")
+        for code, name in (("org_1a2b3c4d", "Acme"), ("org_5e6f7a8b", "Globex")):
+            served.api.add_org(code, name)
+        manager = served.provider.applications[MANAGER]
+        named = re.search(r'client_id = "([0-9a-f]{32})"', text)
+        assert named is not None
+        served.provider.add(replace(manager, client_id=named[1]))
+        (folder / "management-secret").write_text(served.secret)
+        yield text.replace("https://acme.kinde.com", served.url).replace("https://api.acme.com", api)
+        assert served.undocumented() == []
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, mis
 from worker import settings
 from worker.definitions.file import parse_file
 from worker.handlers.job import Job
+from worker.providers.management.kinde import SCOPES
 from worker.providers.profile import parse as parse_profile
 from worker.runs.why import CAUSES
 
@@ -152,3 +153,10 @@ def test_what_is_printed_may_differ_in_ids_and_instants_only():
     assert missing_lines("id org state\n… org_acme failed 2027-01-01T02:00:00Z 1.5 s\n", shown) == []
     assert missing_lines("… org_acme succeeded …\n", shown) == ["… org_acme succeeded …"]
     assert missing_lines("… org_acme …\nid org state\n", shown) == ["id org state"]
+
+
+def test_the_page_about_kinde_names_the_scopes_that_its_adapter_needs():
+    page = (ROOT / "docs" / "providers" / "kinde.md").read_text()
+    step = page.partition("## 2. ")[2].partition("\n## ")[0]
+
+    assert re.findall(r"`(\w+:\w+)`", step) == list(SCOPES)
