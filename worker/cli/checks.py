@@ -127,8 +127,9 @@ def check(
     nothing. Warns if this user may read the secret of a management API, as workers must not.
     """
     from worker.operations.capacity import Machine, capacity
+    from worker.operations.confinement import readable_management_secrets
     from worker.operations.requirements import forecast_tokens
-    from worker.wiring.secrets import issuers_of, readable_management_secrets
+    from worker.wiring.secrets import issuers_of
 
     session = session_of(context)
     issuers = issuers_of(session.settings)

@@ -78,6 +78,14 @@ def in_words(narrowed: Narrowed) -> str:
     return f"{_found_in(narrowed)}: {rest}"
 
 
+def readable_management_secrets(settings: Settings) -> list[str]:
+    """The management secrets that this process may read, as a worker of the same user and folder could."""
+    if not settings.secrets_dir:
+        return []
+    names = (f"management__{name}" for name in settings.issuers)
+    return [name for name in names if os.access(os.path.join(settings.secrets_dir, name), os.R_OK)]
+
+
 def _found_in(narrowed: Narrowed) -> str:
     secret = narrowed.secret
     return f"{narrowed.root} is open to handlers and contains {secret.name} ({secret.path})"

@@ -16,7 +16,7 @@ from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
 from worker.ids import ALL_ORGS
-from worker.operations.confinement import OFF, confinement_of, in_words
+from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
 from worker.store import catalogue, health, roles, schema
@@ -60,7 +60,8 @@ def run_checks(
     """
     return [
         *(check(database) for check in (held_snapshots, live_rows, web_roles, file_modes)),
-        *(check(settings) for check in (insecure_origins, sandbox, trusted_code, database_password)),
+        *(check(settings) for check in (insecure_origins, sandbox, trusted_code)),
+        *(check(settings) for check in (management_secrets, database_password)),
         workers(database),
         credentials(database, org),
         handlers(database),
@@ -252,6 +253,20 @@ def trusted_code(settings: Settings) -> Diagnostic:
     trusted = {"preload": execution.preload, "inline": execution.inline}
     named = [f"{setting}: {', '.join(names)}" for setting, names in trusted.items() if names]
     return Diagnostic("trusted_code", True, "; ".join(named) or "none: each handler has its own process")
+
+
+def management_secrets(settings: Settings) -> Diagnostic:
+    """The secret of a management API opens those of all orgs, so workers must not be able to read it."""
+    name = "management_secrets"
+    readable = readable_management_secrets(settings)
+    if not readable:
+        return Diagnostic(name, True, "this user cannot read the secret of a management API")
+    return Diagnostic(
+        name,
+        True,
+        f"this user may read {', '.join(readable)}",
+        "if workers run as this user, move it to a secrets_dir that only provisioning uses",
+    )
 
 
 def database_password(settings: Settings) -> Diagnostic:

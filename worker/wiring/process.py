@@ -33,7 +33,7 @@ from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
-from worker.operations.confinement import Confinement, confinement_of
+from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
 from worker.operations.keys import check_ring
 from worker.outbound.http import open_client
 from worker.runs.run import Isolation, Recovered
@@ -52,7 +52,7 @@ from worker.wiring import find_keyring, open_keyring
 from worker.wiring.catalogue import CatalogueReader
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.monitoring import monitoring, traces_of
-from worker.wiring.secrets import OpenedCredentials, issuers_of, readable_management_secrets
+from worker.wiring.secrets import OpenedCredentials, issuers_of
 from worker.wiring.web import Web, metrics_of
 
 VERSION = version("orgworker")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -66,14 +65,6 @@ def login_secret(issuer: str, secrets_dir: str) -> str:
         raise ConfigurationError(f"web.login: the secret {name} is empty", fix=fix)
     masker.register(secret)
     return secret
-
-
-def readable_management_secrets(settings: Settings) -> list[str]:
-    """The management secrets that this process may read, as a worker of the same user and folder could."""
-    if not settings.secrets_dir:
-        return []
-    names = (f"management__{name}" for name in settings.issuers)
-    return [name for name in names if os.access(Path(settings.secrets_dir) / name, os.R_OK)]
 
 
 class OpenedCredentials:

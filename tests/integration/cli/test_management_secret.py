@@ -22,6 +22,9 @@ def test_check_warns_of_a_readable_management_secret(
 
     done = cli("check")
     assert "warning: this user may read the secret management__main" in done.err
+    assert (
+        "warning: management_secrets: this user may read management__main" in cli("doctor", check=False).err
+    )
     shown = [cli("config", "show", "-o", "json"), cli("doctor", check=False), done]
     assert not [each for each in shown if "canary" in each.out + each.err]
 

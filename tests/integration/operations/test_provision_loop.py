@@ -39,6 +39,10 @@ scopes = %s
 """
 
 
+# What does not depend on the database is tested on one.
+once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
+
+
 @dataclass
 class Place:
     """An installation and its provider, whose time passes by `pass_`."""
@@ -140,6 +144,7 @@ async def test_scopes_follow_the_definitions(place: Place, rows: Any, apply: Any
     assert rows.everything() == settled
 
 
+@once
 async def test_a_refused_scope_is_an_error_of_its_org_until_it_is_given(
     place: Place, rows: Any, apply: Any
 ) -> None:
@@ -174,12 +179,14 @@ async def test_it_waits_while_another_process_provisions(place: Place, running: 
     assert len(rows.orgs) == 4 and len(place.management.made) == 4
 
 
+@once
 async def test_it_ends_at_once_while_it_waits(place: Place, running: Any) -> None:
     with exclusive(place.database, "main"):
         end = await running(place.loop())
         await end()
 
 
+@once
 async def test_a_new_org_is_read_again_until_the_provider_knows_it(
     place: Place, running: Any, rows: Any
 ) -> None:
@@ -198,6 +205,7 @@ async def test_a_new_org_is_read_again_until_the_provider_knows_it(
     assert {row["state"] for row in rows.applications} == {"active"}
 
 
+@once
 async def test_a_failed_round_is_repeated_soon_and_is_an_alert(place: Place, running: Any) -> None:
     failing = True
 
@@ -214,6 +222,7 @@ async def test_a_failed_round_is_repeated_soon_and_is_an_alert(place: Place, run
     assert len(place.management.made) == 4
 
 
+@once
 async def test_deletions_suspend_only_as_many_as_a_round_may(place: Place, running: Any, rows: Any) -> None:
     def states() -> dict[str, str]:
         return {row["code"]: row["state"] for row in rows.orgs}
@@ -235,6 +244,7 @@ async def test_deletions_suspend_only_as_many_as_a_round_may(place: Place, runni
     assert states()["org_a"] == "active"
 
 
+@once
 async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
     place: Place, rows: Any
 ) -> None:

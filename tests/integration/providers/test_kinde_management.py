@@ -28,10 +28,10 @@ from worker.errors import (
     WebhookRefused,
     WorkerError,
 )
+from worker.operations.confinement import readable_management_secrets
 from worker.providers.management.contract import ApplicationName, Management, OrgApplication
 from worker.providers.management.kinde import KindeManagement
 from worker.wiring.management import management_secret, open_management
-from worker.wiring.secrets import readable_management_secrets
 
 pytestmark = pytest.mark.anyio
 AUDIENCE = "https://api.acme.com"
