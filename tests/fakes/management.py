@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from dataclasses import dataclass, field
 
 from tests.fakes.issuer import App, FakeIssuer
-from worker.errors import ForeignApplication
+from worker.errors import ForeignApplication, ProviderRefused
 from worker.providers.management.contract import (
     ApplicationName,
     ListedApplication,
@@ -99,6 +99,8 @@ class MemoryManagement:
     async def delete(self, id: str, *, org: str, name: ApplicationName) -> bool:
         self.before("delete")
         self.calls.append("delete")
+        if id in self.made and self.made[id].name != str(name):
+            raise ForeignApplication(f"{id} has another name")
         made = self.made.pop(id, None)
         if made is not None:
             del self.issuer.apps[made.app.client_id]
@@ -108,14 +110,14 @@ class MemoryManagement:
     async def authorise(self, application: OrgApplication, audience: str) -> None:
         self.before("authorise")
         self.calls.append("authorise")
-        made = self.made[application.id]
+        made = self._known(application)
         made.audiences.setdefault(audience, set())
         made.app.replace = {"aud": list(made.audiences)}
         self.after("authorise")
 
     async def scopes(self, application: OrgApplication, audience: str) -> frozenset[str] | None:
         self._called("scopes")
-        return frozenset(self.made[application.id].audiences.get(audience, ()))
+        return frozenset(self._known(application).audiences.get(audience, ()))
 
     async def add_scopes(self, application: OrgApplication, audience: str, scopes: Collection[str]) -> None:
         self._change_scopes("add_scopes", application, audience, lambda had: had | set(scopes))
@@ -127,12 +129,12 @@ class MemoryManagement:
 
     async def properties(self, application: OrgApplication) -> Mapping[str, PropertyValue]:
         self._called("properties")
-        return dict(self.made[application.id].app.properties)
+        return dict(self._known(application).app.properties)
 
     async def set_property(self, application: OrgApplication, key: str, value: PropertyValue | None) -> None:
         self.before("set_property")
         self.calls.append("set_property")
-        app = self.made[application.id].app
+        app = self._known(application).app
         app.properties = (
             {**app.properties, key: value}
             if value is not None
@@ -148,6 +150,11 @@ class MemoryManagement:
         self.calls.append(call)
         self.after(call)
 
+    def _known(self, application: OrgApplication) -> Made:
+        if application.id not in self.made:
+            raise ProviderRefused(f"there is no application {application.id}")
+        return self.made[application.id]
+
     def _answer(self, id: str) -> OrgApplication:
         made = self.made[id]
         return OrgApplication(made.app.org_code, id, made.app.client_id, Secret(made.app.secret), made.name)
@@ -157,7 +164,7 @@ class MemoryManagement:
     ) -> None:
         self.before(call)
         self.calls.append(call)
-        made = self.made[application.id]
+        made = self._known(application)
         made.audiences[audience] = change(made.audiences[audience])
         made.app.scopes = tuple(sorted(set().union(*made.audiences.values())))
         self.after(call)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from worker.cli.checks import print_report, with_checks
+from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import OrgArgument, OutputOption, read_duration, read_text
 from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.session import session_of
+from worker.cli.rotation import rotate_fleet
+from worker.cli.session import Invocation, session_of
+from worker.cli.sync import IssuerOption
 from worker.errors import UsageError
 from worker.store.lists import CREDENTIALS, CredentialRow
 
@@ -32,9 +35,8 @@ class Kind(StrEnum):
 
 
 ClientOption = Annotated[str, typer.Option("--client-id", metavar="ID", help="The client id at the issuer.")]
-SecretOption = Annotated[
-    str,
-    typer.Option("--secret-file", metavar="FILE|-", help="The file that holds the secret, or - for stdin."),
+OptionalOrgArgument = Annotated[
+    str | None, typer.Argument(metavar="ORG", help="The code of one org.", autocompletion=names("org"))
 ]
 KindOption = Annotated[Kind, typer.Option("--kind", help="A client secret, or a private key in PEM.")]
 
@@ -112,9 +114,16 @@ def verify(
 @app.command("rotate")
 def rotate(
     context: typer.Context,
-    org: OrgArgument,
-    client_id: ClientOption,
-    secret_file: SecretOption,
+    org: OptionalOrgArgument = None,
+    client_id: Annotated[
+        str | None, typer.Option("--client-id", metavar="ID", help="The client id at the issuer.")
+    ] = None,
+    secret_file: Annotated[
+        str | None,
+        typer.Option(
+            "--secret-file", metavar="FILE|-", help="The file that holds the secret, or - for stdin."
+        ),
+    ] = None,
     kind: KindOption = Kind.CLIENT_SECRET,
     quiet: Annotated[
         str, typer.Option("--quiet", metavar="DURATION", help="How long older generations must be unused.")
@@ -125,18 +134,95 @@ def rotate(
             "--timeout", metavar="DURATION", help="When to give up: exit 75, with older ones still active."
         ),
     ] = "10m",
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--older-than",
+            metavar="DURATION",
+            help="Instead of one org: all whose credential orgworker made longer ago.",
+        ),
+    ] = None,
+    issuer: IssuerOption = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="With --older-than: at most N orgs, oldest first."),
+    ] = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            "--overlap",
+            metavar="DURATION",
+            help="With --older-than: how long the old one stays usable (default: provisioning.overlap).",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --older-than: only list the orgs; changes nothing.")
+    ] = False,
     output: OutputOption = Format.TABLE,
-) -> None:
-    """Move to a new secret: verify it, add it, wait until the old one is unused, retire that.
+) -> int:
+    """Move one org to a new secret, or with --older-than all orgs to new applications.
 
-    Does not ask for confirmation. Keep the old secret valid at the provider until this ends.
-    A secret that the provider rejects changes nothing. After an interruption, repeat the
-    command.
+    One org: verify the secret, add it, wait until the old one is unused, retire that. Does not
+    ask for confirmation. Keep the old secret valid at the provider until this ends. A secret
+    that the provider rejects changes nothing.
+
+    --older-than: for each org whose credential orgworker made longer ago, make a second
+    application with the same scopes and properties, verify a token of it, and let runs use it.
+    After the overlap, and when no run uses the old token, retire the old one and delete it at
+    the provider. Waits until all of that is over; exit 1 if any org failed, 75 while another
+    process does the same.
+
+    After an interruption, repeat the command: it continues.
     """
+    given = _given(context, "issuer", "limit", "overlap", "dry_run")
+    of_one = _given(context, "org", "client_id", "secret_file", "kind", "quiet", "timeout")
+    session = session_of(context)
+    if older_than is not None:
+        if of_one:
+            raise UsageError(
+                f"{of_one[0]} is for one org, --older-than for all of an issuer",
+                fix="`credentials rotate --older-than 90d`, "
+                "or `credentials rotate ORG --client-id ID --secret-file FILE`",
+            )
+        age = read_duration(older_than, "--older-than")
+        span = None if overlap is None else read_duration(overlap, "--overlap")
+        return rotate_fleet(session, issuer, age, output, limit=limit, overlap=span, dry_run=dry_run)
+    if given:
+        raise UsageError(
+            f"{given[0]} is for the rotation of all orgs",
+            fix="add --older-than, such as --older-than 90d",
+        )
+    if org is None or client_id is None or secret_file is None:
+        missing = "an org" if org is None else "--client-id" if client_id is None else "--secret-file"
+        raise UsageError(
+            f"{missing} is missing",
+            fix="`credentials rotate ORG --client-id ID --secret-file FILE`, "
+            "or `credentials rotate --older-than 90d` for all orgs",
+        )
+    _rotate_one(session, org, client_id, secret_file, kind, quiet, timeout, output)
+    return 0
+
+
+def _given(context: typer.Context, *names: str) -> list[str]:
+    """Those of the parameters that were typed, as they are typed."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    typed = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    return ["ORG" if name == "org" else f"--{name.replace('_', '-')}" for name in typed]
+
+
+def _rotate_one(
+    session: Invocation,
+    org: str,
+    client_id: str,
+    secret_file: str,
+    kind: Kind,
+    quiet: str,
+    timeout: str,
+    output: Format,
+) -> None:
     from worker import wiring
     from worker.operations.credentials import Rotation
 
-    session = session_of(context)
     secret = read_text(secret_file).rstrip("\r\n")
     spans = {"quiet": read_duration(quiet, "--quiet"), "timeout": read_duration(timeout, "--timeout")}
 

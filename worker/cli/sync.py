@@ -191,7 +191,9 @@ async def _sync(
 
 
 async def _orphans(provisioner: Provisioner, delete: bool, output: Format) -> int:
-    rows = await provisioner.orphans(delete=delete)
+    from worker.operations.orphans import orphans
+
+    rows = await orphans(provisioner, delete=delete)
     print_rows(rows, output, columns=ORPHAN_COLUMNS)
     if output is Format.TABLE and rows and not delete:
         say("`orgs sync --orphans --delete` deletes them")

@@ -4,7 +4,8 @@ Each step is safe to repeat, and what is about to be made is a row first: after 
 adopts what it finds at the provider, by the name of the row, and makes nothing twice. The steps of one org:
 
     making  → the application is at the provider, its secret is sealed in a pending credential
-    made    → it is authorised, with exactly the scopes of the org's definitions, and a token is verified
+    made    → it has the scopes of the org's definitions, and those and the properties of the application that
+              it replaces; a token is verified
     active  → runs use the credential
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
+from worker.claims.claims import Claims
 from worker.clock import Clock
 from worker.errors import (
     Busy,
@@ -28,10 +30,12 @@ from worker.errors import (
     Diagnostic,
     ForeignApplication,
     IssuerUnavailable,
+    ProviderRefused,
     Unclear,
     WorkerError,
 )
 from worker.ids import OrgId
+from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks, Report
 from worker.operations.credentials import credential_row
 from worker.operations.requirements import OrgDefinitions
@@ -40,6 +44,7 @@ from worker.providers.management.contract import (
     ListedApplication,
     Management,
     OrgApplication,
+    PropertyValue,
 )
 from worker.secret import Secret
 from worker.store import applications, audit, credentials
@@ -120,10 +125,14 @@ class Provisioner:
         fresh, earlier, last = await self.database.run(self._begin_next, after, limit)
         return await self.complete(fresh, earlier), last
 
-    async def complete(self, fresh: Sequence[Row], earlier: Sequence[Row] = ()) -> list[Provisioned]:
+    async def complete(
+        self, fresh: Sequence[Row], earlier: Sequence[Row] = (), *, announce: timedelta | None = None
+    ) -> list[Provisioned]:
         """Take rows of `applications` to `active`; `earlier` ones may be at the provider already.
 
-        An org that fails leaves its row where it is, for the next call, and stops no other org.
+        With `announce` only to `announced`, to be used when that has passed. A row whose application is
+        gone at the provider, or whose credential was retired by hand, is replaced by another. An org that
+        fails leaves its row where it is, for the next call, and stops no other org.
 
         Raises:
             ProviderUnavailable, ProviderRefused, ConfigurationError: as `provision`.
@@ -132,13 +141,16 @@ class Provisioner:
         doubtful = [row for row in earlier if row["state"] == "making"]
         rows = [*fresh, *(row for row in earlier if row["state"] != "making")]
         for _ in range(PASSES):
-            there = await self._applications() if doubtful else {}
-            outcomes = await self._complete_all([*rows, *doubtful], there)
+            there = await self.listed() if doubtful else {}
+            outcomes = await self._complete_all([*rows, *doubtful], there, announce)
             results |= {row["org"]: outcome for row, outcome in outcomes}
-            rows, doubtful = [], [row for row, outcome in outcomes if isinstance(outcome.error, Unclear)]
-            if not doubtful:
+            doubtful = [row for row, outcome in outcomes if isinstance(outcome.error, Unclear)]
+            lost = [row for row, outcome in outcomes if isinstance(outcome.error, _Lost)]
+            rows = await self.database.run(self._begin_again, lost)
+            if not doubtful and not rows:
                 break
-            await self.clock.sleep(SETTLES)
+            if doubtful:
+                await self.clock.sleep(SETTLES)
         for result in results.values():
             if result.error is not None:
                 emit("provisioning.failed", org=result.org, issuer=self.issuer, error=result.error.code)
@@ -156,49 +168,9 @@ class Provisioner:
                 return codes
             codes += [row["code"] for row in page]
 
-    async def orphans(self, *, delete: bool) -> list[Row]:
-        """The applications of this installation that no org uses, and delete them if asked.
-
-        Each has `id` and `name` at the provider, `org` and `deleted`.
-
-        Raises:
-            ProviderUnavailable, ProviderRefused, ConfigurationError: as `provision`.
-        """
-        there = await self._applications()
-        used = await self.database.run(self._used_names)
-        rows: list[Row] = []
-        for name, found in there.items():
-            if name in used or found.made_as is None:
-                continue
-            rows.append({"id": found.id, "name": name, "org": found.made_as.org, "deleted": False})
-            if delete:
-                await self.management.delete(found.id, org=found.made_as.org, name=found.made_as)
-                await self.database.run(self._note_deleted, found)
-                rows[-1]["deleted"] = True
-        return rows
-
-    def _used_names(self) -> set[str]:
-        """The names of applications that an org uses, will use, or uses until its overlap has ended."""
-        names: set[str] = set()
-        after = ""
-        while True:
-            with self.database.autocommit() as connection:
-                page = applications.in_states(connection, self.issuer, applications.USED, after=after)
-            names |= {row["name"] for row in page if row["org_state"] != "removed"}
-            if not page:
-                return names
-            after = page[-1]["id"]
-
-    def _note_deleted(self, found: ListedApplication) -> None:
-        """Store that an application is deleted, if there is a row of it."""
-        with self.database.transaction() as connection:
-            at = self.database.now(connection)
-            row = applications.by_name(connection, found.name)
-            if row is not None:
-                applications.change(connection, row["id"], {"state": "deleted"}, at=at)
-            org_id = None if row is None else OrgId(row["org_id"])
-            entry = audit.Entry(org_id, "application.delete", found.name, {"id": found.id})
-            audit.record(connection, [entry], at=at, actor=self.actor)
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.database, self.issuer, self.actor)
 
     def begin(self, connection: Connection, orgs: Sequence[tuple[OrgId, str]]) -> list[Row]:
         """Insert the rows of applications that are about to be made for these orgs (id and code)."""
@@ -239,6 +211,15 @@ class Provisioner:
             earlier = [begun[row["id"]] for row in page if row["id"] in begun]
             return self.begin(connection, new), earlier, page[-1]["code"]
 
+    def _begin_again(self, lost: Sequence[Row]) -> list[Row]:
+        """The rows that replace those whose applications are lost."""
+        if not lost:
+            return []
+        with self.database.transaction() as connection:
+            now = [applications.find(connection, row["id"]) or row for row in lost]
+            orgs = [(OrgId(row["org_id"]), row["org"]) for row in now if row["org_state"] != "removed"]
+            return self.begin(connection, orgs)
+
     def _unfinished(self) -> Iterator[Row]:
         after = ""
         while True:
@@ -251,7 +232,7 @@ class Provisioner:
                 return
             after = page[-1]["id"]
 
-    async def _applications(self) -> dict[str, ListedApplication]:
+    async def listed(self) -> dict[str, ListedApplication]:
         """The applications of this installation at the provider, by name."""
         with self.database.transaction() as connection:
             installation = applications.installation_key(connection)
@@ -263,14 +244,14 @@ class Provisioner:
         return found
 
     async def _complete_all(
-        self, rows: Sequence[Row], there: Mapping[str, ListedApplication]
+        self, rows: Sequence[Row], there: Mapping[str, ListedApplication], announce: timedelta | None
     ) -> list[tuple[Row, Provisioned]]:
         """The result of each row, `concurrency` at a time."""
         left, results = iter(rows), []
 
         async def complete_next() -> None:
             for row in left:
-                results.append((row, await self._complete(row, there.get(row["name"]))))
+                results.append((row, await self._complete(row, there.get(row["name"]), announce)))
                 self.report(len(results), len(rows))
 
         async with asyncio.TaskGroup() as group:
@@ -278,40 +259,88 @@ class Provisioner:
                 group.create_task(complete_next())
         return results
 
-    async def _complete(self, row: Row, found: ListedApplication | None) -> Provisioned:
-        org, row_id = row["org"], row["id"]
+    async def _complete(
+        self, row: Row, found: ListedApplication | None, announce: timedelta | None
+    ) -> Provisioned:
+        org, row_id, warning = row["org"], row["id"], ""
         try:
-            row = await self.database.run(self._read, row_id)
+            row = await self.database.run(self.steps.read, row_id)
             if row["state"] == "making":
-                row = await self._make(row, found)
-            warning = ""
+                await self._make(row, found)
+                row = await self.database.run(self.steps.read, row_id)
+            if row["state"] in ("made", "announced") and row["credential_state"] != "pending":
+                await self.database.run(self.steps.abandon, row_id)
+                raise _Lost(f"the new credential of org {org} was retired before it was used")
             if row["state"] == "made":
-                warning = await self.verify(row)
-            await self.database.run(self._activate, row_id)
+                warning = await self._ready(row)
+            if announce is None:
+                await self.database.run(self.steps.activate, row_id)
+            else:
+                await self.database.run(self.steps.announce, row_id, announce)
         except WorkerError as error:
-            await self.database.run(self.note_error, row_id, error)
-            return Provisioned(org, row["client_id"], error=error)
+            failed = error
+            if isinstance(error, ProviderRefused | CredentialsRejected) and await self._is_gone(row):
+                await self.database.run(self.steps.gone, row_id)
+                failed = _Lost(f"the new application of org {org} is gone at the provider")
+            else:
+                await self.database.run(self.steps.note_error, row_id, error)
+            return Provisioned(org, row["client_id"], error=failed)
         return Provisioned(org, row["client_id"], warning=warning)
 
-    def _read(self, row_id: str) -> Row:
-        with self.database.autocommit() as connection:
-            row = applications.find(connection, row_id)
-        if row is None:
-            raise Conflict(f"application {row_id} is gone from the database", fix="call it again")
-        return row
+    async def _is_gone(self, row: Row) -> bool:
+        """Whether the provider says that it has no such application any more."""
+        if row["state"] != "made":
+            return False
+        try:
+            name = name_of(row)
+            return await self.management.application(row["application_id"], org=row["org"], name=name) is None
+        except WorkerError:
+            return False
 
-    def note_error(self, row_id: str, error: WorkerError) -> None:
-        with self.database.transaction() as connection:
-            applications.change(
-                connection,
-                row_id,
-                {"last_error": masker.mask(error.message)},
-                at=self.database.now(connection),
-            )
+    async def _ready(self, row: Row) -> str:
+        """Give an application what the one that it replaces has, and verify it; returns as `verify`."""
+        older = await self.database.run(self._older, row)
+        if older is None:
+            return await self.verify(row)
+        found = await self.management.application(
+            older["application_id"], org=row["org"], name=name_of(older)
+        )
+        stored: Mapping[str, Sequence[str]] = older["scopes"] or {}
+        scopes: dict[str, Sequence[str]] = {}
+        properties: dict[str, PropertyValue] = {}
+        for audience, known in stored.items():
+            told = None if found is None else await self.management.scopes(found, audience)
+            if told is None:
+                claims = await self._claims(older, audience)
+                told = frozenset(known) | (claims.scopes if claims else frozenset())
+                properties |= _booleans(claims)
+            scopes[audience] = sorted(told)
+        # One that was deleted by hand has taken its properties along.
+        if found is not None:
+            credential = await self.database.run(self.credential_of, row)
+            application = _application_of(row, credential)
+            for key, value in (await self.management.properties(found)).items():
+                # A provider may list a boolean as text; the token has its type.
+                is_boolean = str(properties.get(key)).lower() == value
+                await self.management.set_property(application, key, properties[key] if is_boolean else value)
+        return await self.verify(row | {"scopes": scopes})
+
+    async def _claims(self, row: Row, audience: str) -> Claims | None:
+        """The claims of a token of an application; None if it gets no valid one."""
+        org, _ = self.checks.read(row["org"])
+        credential = await self.database.run(self.credential_of, row)
+        report = await self.checks.probe(org, [Need(audience)], credential, counts=False)
+        return next((probe.claims for probe in report.probes), None)
+
+    def _older(self, row: Row) -> Row | None:
+        """The application that the org uses now, if orgworker made it."""
+        with self.database.autocommit() as connection:
+            found = applications.of_orgs(connection, [OrgId(row["org_id"])], ("active", "overlapping"))
+        return found[-1] if found else None
 
     async def _make(self, row: Row, found: ListedApplication | None) -> Row:
         """Make the application, or adopt the one that an earlier call has made; returns the row."""
-        name = _name_of(row)
+        name = name_of(row)
         application = None
         if found is not None:
             application = await self.management.application(found.id, org=row["org"], name=name)
@@ -367,20 +396,22 @@ class Provisioner:
         """
         org, needs = self.checks.read(row["org"])
         before: Mapping[str, Sequence[str]] = row["scopes"] or {}
-        scopes = {need.audience: sorted(need.scopes | need.may) for need in needs}
-        for audience, kept in before.items():
-            scopes[audience] = sorted({*scopes.get(audience, ()), *kept})
-        if not scopes:
+        scopes = {need.audience: need.scopes | need.may for need in needs}
+        if not scopes and not before:
             raise ConfigurationError(
                 f"issuer {self.issuer} has no audience", fix=f"set audience in [issuers.{self.issuer}]"
             )
         credential = await self.database.run(self.credential_of, row)
-        application = OrgApplication(
-            row["org"], row["application_id"], row["client_id"], credential.secret, row["name"]
-        )
+        application = _application_of(row, credential)
         for audience, names in scopes.items():
             await self.management.authorise(application, audience)
             await self.management.add_scopes(application, audience, names)
+        for audience, kept in before.items():
+            needed = scopes.get(audience)
+            more = set(kept) - (needed or set())
+            more = await self._keep(application, audience, more, is_needed=needed is not None)
+            scopes[audience] = (needed or frozenset()) | more
+        given = {audience: sorted(names) for audience, names in scopes.items()}
         report = await self.confirm(org, needs, credential)
         lifetimes = [
             (probe.claims.expires_at - probe.claims.issued_at).total_seconds()
@@ -388,9 +419,9 @@ class Provisioner:
             if probe.claims is not None
         ]
         await self.database.run(
-            self._note_verified,
+            self.steps.note,
             row["id"],
-            {"scopes": scopes, "token_seconds": int(max(lifetimes, default=0))},
+            {"scopes": given, "token_seconds": int(max(lifetimes, default=0))},
         )
         return "; ".join(each.detail for each in report.problems())
 
@@ -412,9 +443,23 @@ class Provisioner:
             raise kind(f"no valid token of the application: {faults[0].detail}", fix=faults[0].fix)
         return report
 
-    def _note_verified(self, row_id: str, values: Row) -> None:
-        with self.database.transaction() as connection:
-            applications.change(connection, row_id, values, at=self.database.now(connection))
+    async def _keep(
+        self, application: OrgApplication, audience: str, scopes: set[str], *, is_needed: bool
+    ) -> set[str]:
+        """Give it scopes that no definition needs now; returns those that the provider still has."""
+        try:
+            if not is_needed:
+                await self.management.authorise(application, audience)
+            if scopes:
+                await self.management.add_scopes(application, audience, scopes)
+        except ProviderRefused as refused:
+            if refused.detail not in ("unknown_audience", "unknown_scope"):
+                raise
+            if len(scopes) < 2:
+                return set()
+            kept = [await self._keep(application, audience, {each}, is_needed=is_needed) for each in scopes]
+            return set().union(*kept)
+        return scopes
 
     def credential_of(self, row: Row) -> Credential:
         """The credential of a row, opened."""
@@ -437,41 +482,27 @@ class Provisioner:
             Secret(secret),
         )
 
-    def _activate(self, row_id: str, overlap: timedelta = timedelta()) -> None:
-        """Let runs use a verified application; the org's earlier one ends after `overlap`."""
-        with self.database.transaction() as connection:
-            row = applications.find(connection, row_id, lock=True)
-            if row is None or row["state"] not in ("made", "announced"):
-                return
-            org_id, at = OrgId(row["org_id"]), self.database.now(connection)
-            if not credentials.activate(connection, org_id, row["credential_id"], at=at):
-                raise Conflict(
-                    f"org {row['org']} was removed, or its new credential retired",
-                    fix="`orgs sync --orphans --delete` deletes the application",
-                )
-            for older in applications.of_orgs(connection, [org_id], ("active",)):
-                ends = {"state": "overlapping", "not_before": at + overlap}
-                applications.change(connection, older["id"], ends, at=at)
-            applications.change(connection, row_id, {"state": "active"}, at=at)
-            stored = credentials.by_id(connection, org_id, row["credential_id"])
-            generation = 0 if stored is None else stored["generation"]
-            subject, detail = f"{row['org']} {generation}", {"client_id": row["client_id"]}
-            entry = audit.Entry(org_id, "credential.add", subject, detail)
-            audit.record(connection, [entry], at=at, actor=self.actor)
-        emit(
-            "credential.activated",
-            org=row["org"],
-            issuer=self.issuer,
-            client=row["client_id"],
-            generation=generation,
-        )
+
+class _Lost(Conflict):
+    """An application that is never going to be used: it is gone, or its credential was retired."""
 
 
-def _name_of(row: Row) -> ApplicationName:
+def _application_of(row: Row, credential: Credential) -> OrgApplication:
+    return OrgApplication(row["org"], row["application_id"], row["client_id"], credential.secret, row["name"])
+
+
+def name_of(row: Row) -> ApplicationName:
+    """The name of a row's application; raises Conflict if it was changed by hand."""
     name = ApplicationName.parse(row["name"])
     if name is None:
         raise Conflict(f"{row['name']!r} is not the name of an application", fix="correct it in the database")
     return name
+
+
+def _booleans(claims: Claims | None) -> dict[str, PropertyValue]:
+    """The properties in a token that are booleans."""
+    values = {} if claims is None else claims.properties
+    return {name: value for name, value in values.items() if isinstance(value, bool)}
 
 
 def _faults(report: Report) -> list[Diagnostic]:

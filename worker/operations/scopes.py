@@ -56,7 +56,7 @@ class Scopes:
         try:
             await self._change(change)
         except WorkerError as error:
-            await provisioner.database.run(provisioner.note_error, row["id"], error)
+            await provisioner.database.run(provisioner.steps.note_error, row["id"], error)
             emit("provisioning.failed", org=row["org"], issuer=provisioner.issuer, error=error.code)
             return Provisioned(row["org"], row["client_id"], error=error)
         return Provisioned(row["org"], row["client_id"])

@@ -21,6 +21,44 @@ UNFINISHED = ("making", "made", "announced")
 USED = (*UNFINISHED, "active", "overlapping", "retired")
 
 
+def _with_what_belongs() -> Any:
+    other, newer = _applications.alias("other"), _credentials.alias("newer")
+    replaces = (
+        select(other.c.client_id)
+        .where(other.c.org_id == _applications.c.org_id, other.c.state.in_(("active", "overlapping")))
+        .where(other.c.id < _applications.c.id)
+        .order_by(other.c.id.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    replaced_by = (
+        select(newer.c.client_id)
+        .where(newer.c.org_id == _applications.c.org_id, newer.c.state == "active")
+        .where(newer.c.generation > _credentials.c.generation)
+        .order_by(newer.c.generation.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    return (
+        select(
+            _applications,
+            _orgs.c.code.label("org"),
+            _orgs.c.state.label("org_state"),
+            _credentials.c.generation,
+            _credentials.c.state.label("credential_state"),
+            _credentials.c.retired_at,
+            _credentials.c.last_used_at,
+            replaces.label("replaces"),
+            replaced_by.label("replaced_by"),
+        )
+        .join(_orgs, _orgs.c.id == _applications.c.org_id)
+        .outerjoin(_credentials, _credentials.c.id == _applications.c.credential_id)
+    )
+
+
+_WITH_ORG = _with_what_belongs()
+
+
 def installation_key(connection: Connection) -> str:
     """The key of this installation, made at the first call."""
     key = schema.read(connection, INSTALLATION)
@@ -59,14 +97,19 @@ def insert_for_all_orgs(
 
 
 def find(connection: Connection, row_id: str, *, lock: bool = False) -> Row | None:
-    """One row, with the org's code as `org` and its state as `org_state`."""
-    query = _with_org().where(_applications.c.id == row_id)
+    """One row, with what belongs to it.
+
+    The org's code is `org`, its state `org_state`. The `generation` of its credential, and that one's
+    `credential_state`, `retired_at`, `last_used_at`. `replaces` is the client of the org's application
+    that was in use before it, `replaced_by` that of the org's newest active credential, if that is newer.
+    """
+    query = _WITH_ORG.where(_applications.c.id == row_id)
     return first_row(connection, query.with_for_update(of=_applications) if lock else query)
 
 
 def by_name(connection: Connection, name: str) -> Row | None:
     """The row of an application of that name."""
-    return first_row(connection, _with_org().where(_applications.c.name == name))
+    return first_row(connection, _WITH_ORG.where(_applications.c.name == name))
 
 
 def in_states(
@@ -79,7 +122,7 @@ def in_states(
     limit: int = 500,
 ) -> list[Row]:
     """A page of the rows in these states, as `find`, by id after `after`."""
-    query = _with_org().where(_applications.c.issuer == issuer, _applications.c.state.in_(states))
+    query = _WITH_ORG.where(_applications.c.issuer == issuer, _applications.c.state.in_(states))
     if org_id is not None:
         query = query.where(_applications.c.org_id == org_id)
     if after:
@@ -91,7 +134,7 @@ def of_orgs(connection: Connection, org_ids: Sequence[OrgId], states: Sequence[s
     """The rows of these orgs in these states, oldest first."""
     found: list[Row] = []
     for part in chunks(org_ids):
-        query = _with_org().where(_applications.c.org_id.in_(part), _applications.c.state.in_(states))
+        query = _WITH_ORG.where(_applications.c.org_id.in_(part), _applications.c.state.in_(states))
         found += all_rows(connection, query.order_by(_applications.c.id))
     return found
 
@@ -148,7 +191,62 @@ def orgs_without_credential(
     return all_rows(connection, query.where(_orgs.c.code > after).order_by(_orgs.c.code).limit(limit))
 
 
-def _with_org() -> Any:
-    return select(_applications, _orgs.c.code.label("org"), _orgs.c.state.label("org_state")).join(
-        _orgs, _orgs.c.id == _applications.c.org_id
+def rotatable(
+    connection: Connection,
+    issuer: str,
+    *,
+    before: datetime,
+    org_ids: Sequence[OrgId] | None = None,
+    after: str = "",
+    limit: int = 500,
+) -> list[Row]:
+    """A page of the newest active credentials that were made before that time, oldest first.
+
+    Of orgs that may run something. `id` is the credential's, to continue after; `application_id` that of the
+    row of its application, null if a person added it. `begun` if the org has an application that is not in
+    use yet.
+    """
+    newer, unfinished = _credentials.alias("newer"), _applications.alias("unfinished")
+    is_newest = (
+        ~select(newer.c.id)
+        .where(newer.c.org_id == _credentials.c.org_id, newer.c.state == "active")
+        .where(newer.c.generation > _credentials.c.generation)
+        .exists()
     )
+    begun = (
+        select(unfinished.c.id)
+        .where(unfinished.c.org_id == _credentials.c.org_id, unfinished.c.state.in_(UNFINISHED))
+        .exists()
+    )
+    query = (
+        select(
+            _credentials.c.id,
+            _credentials.c.org_id,
+            _orgs.c.code.label("org"),
+            _credentials.c.client_id,
+            _credentials.c.created_at,
+            _applications.c.id.label("application_id"),
+            begun.label("begun"),
+        )
+        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
+        .outerjoin(
+            _applications,
+            (_applications.c.org_id == _credentials.c.org_id)
+            & (_applications.c.credential_id == _credentials.c.id)
+            & _applications.c.state.in_(("active", "overlapping")),
+        )
+        .where(_credentials.c.state == "active", _credentials.c.created_at <= before, is_newest)
+        .where(_orgs.c.issuer == issuer, _orgs.c.state.in_(("active", "paused")))
+    )
+    if org_ids is not None:
+        query = query.where(_credentials.c.org_id.in_(org_ids))
+    if after:
+        query = query.where(_credentials.c.id > after)
+    return all_rows(connection, query.order_by(_credentials.c.id).limit(limit))
+
+
+def has_running(connection: Connection, org_id: OrgId, before: datetime) -> bool:
+    """Whether a run of the org is running that began before that time."""
+    live = tables.live_runs
+    query = select(live.c.id).where(live.c.org_id == org_id, live.c.state == "running")
+    return connection.execute(query.where(live.c.started_at < before).limit(1)).first() is not None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 from worker.clock import Clock
+from worker.operations.fleet import Fleet
 from worker.operations.provisioning import Provisioner
 from worker.operations.sync import Absent, Rules
 from worker.providers.management.mapping import parse_rules
@@ -41,6 +43,17 @@ async def open_provisioner(
             clock,
             concurrency=settings.provisioning.concurrency,
         )
+
+
+def fleet_of(settings: Settings, provisioner: Provisioner, *, overlap: timedelta | None = None) -> Fleet:
+    """The rotation of a provisioner's orgs; `overlap` replaces that of the settings."""
+    chosen = settings.provisioning
+    return Fleet(
+        provisioner,
+        announce=chosen.announce,
+        overlap=chosen.overlap if overlap is None else overlap,
+        per_second=settings.issuers[provisioner.issuer].max_requests_per_second,
+    )
 
 
 def rules_of(settings: Settings, issuer: str, *, absent: Absent, any_number: bool = False) -> Rules:

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
-from tests.fakes.management import MemoryManagement
+from tests.fakes.issuer import AUDIENCE
+from tests.fakes.provisioned import Killed, Passing, Place, opened_place
 from worker.errors import Busy, Conflict, ForeignApplication, ProviderUnavailable, Unclear
-from worker.operations import sync
-from worker.operations.check_orgs import Checks
 from worker.operations.orgs import set_org_state
-from worker.operations.provisioning import Provisioned, Provisioner, exclusive
+from worker.operations.provisioning import exclusive
 from worker.providers.management.mapping import parse_rules
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
-from worker.tokens.token_probe import TokenProbe, watch
-from worker.wiring.secrets import OpenedCredentials
 
 pytestmark = pytest.mark.anyio
-
-NIGHTLY = """
-[[template]]
-name = "nightly"
-orgs = "all"
-handler = "acme.note"
-schedule = "0 3 * * *"
-params = { text = "x" }
-"""
-
-
-class Killed(BaseException):
-    """The process dies here."""
-
-
-class Passing(ManualClock):
-    """A clock on which every sleep is over at once, and has taken its time."""
-
-    async def sleep(self, seconds: float) -> None:
-        self.advance(seconds)
-        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -53,54 +25,10 @@ def clock() -> Passing:
     return Passing()
 
 
-@dataclass
-class Place:
-    """An installation and its provider."""
-
-    database: Database
-    ring: KeyRing
-    management: MemoryManagement
-    checks: Checks
-    clock: Passing
-
-    def provisioner(self, **changes: Any) -> Provisioner:
-        values: dict[str, Any] = {
-            "database": self.database,
-            "ring": self.ring,
-            "management": self.management,
-            "checks": self.checks,
-            "issuer": "main",
-            "actor": "ops",
-            "clock": self.clock,
-        }
-        return Provisioner(**values | changes)
-
-    async def provision(self, org: str | None = None) -> dict[str, Provisioned]:
-        with exclusive(self.database, "main"):
-            return {each.org: each for each in await self.provisioner().provision(org)}
-
-    async def sync(self, only: str | None = None, **rules: Any) -> dict[str, sync.SyncRow]:
-        rule = sync.Rules("main", **rules)
-        listed = await sync.read_orgs(self.management, rule, only)
-        made = sync.planned(self.database, listed, rule, only)
-        rows = sync.apply(self.database, made, rule, actor="ops", issuers=["main"])
-        made.check_suspended(rule)
-        return {row["org"]: row for row in rows}
-
-
 @pytest.fixture
 async def place(database: Database, keyring: KeyRing, clock: Passing, apply: Any) -> AsyncIterator[Place]:
-    # A clock of its own that stands still, since a request's deadline is a sleep as well.
-    at_the_issuer = ManualClock(clock.now())
-    issuer = FakeIssuer(at_the_issuer)
-    management = MemoryManagement(issuer, {f"org_{letter}": letter.upper() for letter in "abcdefgh"})
-    source = OpenedCredentials(database, keyring, "", clock)
-    apply(NIGHTLY)
-    async with issuer.client() as client:
-        watch(client)
-        probe = TokenProbe(kinde_issuer(max_requests_per_second=1000), client, clock=at_the_issuer)
-        yield Place(database, keyring, management, Checks(database, source, {"main": probe}), clock)
-        await probe.close()
+    async with opened_place(database, keyring, clock, apply) as opened:
+        yield opened
 
 
 def check_one_each(place: Place, rows: Any) -> None:
