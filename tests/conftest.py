@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import shutil
 import signal
@@ -20,6 +22,9 @@ from worker.telemetry import events
 from worker.telemetry.masking import masker
 
 HERE = Path(__file__).parent
+
+# Imported modules and collected tests are never garbage; see pytest_collection_finish.
+gc.disable()
 
 # Timings say nothing on a shared machine; a gate that all changes pass tries the same examples each time.
 hypothesis.settings.register_profile("worker", deadline=None, derandomize="CI" in os.environ)
@@ -43,14 +48,22 @@ ROOMS = ("acceptance", "integration", "migrations", "unit")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[int, int]:
-        name, room = item.path.stem, item.path.relative_to(HERE).parts[0]
+    @functools.cache
+    def place(path: Path) -> tuple[int, int]:
+        name, room = path.stem, path.relative_to(HERE).parts[0]
         return (
             LONGEST.index(name) if name in LONGEST else len(LONGEST),
             ROOMS.index(room) if room in ROOMS else 0,
         )
 
-    items.sort(key=place)
+    items.sort(key=lambda item: place(item.path))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Exclude modules and collected tests from garbage collection, which took a quarter of the CPU time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
