@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
+import re
 import resource
 import tempfile
 import time
@@ -23,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.server import own_server
+from tests.fakes.cli import Completed
 from tests.fakes.kinde.faults import Script
 from tests.fakes.provisioning import MOST_REQUESTS, Fleet, fleet
 from worker.store import schema
@@ -44,6 +47,13 @@ def used() -> float:
     """Processor seconds of the commands so far."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def errors(calls: list[Completed]) -> Counter[str]:
+    """Why orgs failed in one call, without their codes."""
+    rows = [json.loads(line) for call in calls for line in call.out.splitlines() if line.startswith("{")]
+    texts = (row["error"] for row in rows if row.get("error"))
+    return Counter(re.sub(r"org_\d+|[0-9a-f]{16,}", "…", text) for text in texts)
 
 
 def judged(made: Fleet, before: int) -> list[str]:
@@ -73,6 +83,8 @@ def fill(orgs: int, dialect: str, concurrency: int) -> list[str]:
         took = time.monotonic() - began
         print(f"{orgs} orgs, {dialect}, load {os.getloadavg()[0]:.0f}: {took:.0f} s", flush=True)
         print(f"  calls: {len(calls)}, exit codes {[call.code for call in calls]}")
+        for error, times in errors(calls).most_common(10):
+            print(f"  {times} times: {error}")
         print(f"  processor time of the commands: {used() - processor:.0f} s")
         print(f"  faults: {dict(made.kinde.script.done)}")
         return judged(made, before)
