@@ -138,7 +138,7 @@ class Fleet:
         self.calls[code] += 1
         return bool(code == -signal.SIGKILL)
 
-    def kill_often(self, kills: int, seed: int, *, most: int = 12, fork: bool = True) -> int:
+    def kill_often(self, kills: int, seed: int, *, most: int = 20, fork: bool = True) -> int:
         """Kill the command at random points until it has nothing left to do; returns the number of kills."""
         numbers, done = random.Random(seed), 0
         while done < kills:
