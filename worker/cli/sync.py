@@ -106,10 +106,10 @@ def provision(
 
     Does what `orgs sync --provision` does, at the start, every provisioning.every, and for
     one org as soon as the provider's webhook names it, on provisioning.listen. Adds the
-    scopes that definitions need since, and takes unused ones away with
-    provisioning.trim_scopes. While another process provisions the same issuer, it waits. It
-    holds a secret that opens those of all orgs, so run it as a user of its own; workers need
-    no access to it.
+    scopes that definitions need since, takes unused ones away with provisioning.trim_scopes,
+    and rotates credentials older than provisioning.rotate_after. While another process
+    provisions the same issuer, it waits. It holds a secret that opens those of all orgs, so
+    run it as a user of its own; workers need no access to it.
     """
     from worker.wiring.provision import provision as run_provision
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +16,7 @@ from typing import Literal
 
 from worker.errors import Busy, Conflict, NotFound, WorkerError
 from worker.operations import sync
+from worker.operations.fleet import Fleet
 from worker.operations.provisioning import Provisioned, Provisioner, exclusive
 from worker.operations.scopes import Scopes
 from worker.operations.sync import Rules
@@ -40,14 +41,15 @@ Doing = Literal["starting", "idle", "working", "waiting"]
 
 @dataclass(slots=True)
 class ProvisionLoop:
-    """Follows one issuer. `rotate` carries the rotations of its credentials one step on, within a turn."""
+    """Follows one issuer. `fleet` makes what rotates credentials older than `rotate_after` (0: none)."""
 
     provisioner: Provisioner
     rules: Rules
     issuers: Collection[str]
     every: timedelta
     scopes: Scopes
-    rotate: Callable[[], Awaitable[Sequence[Provisioned]]] | None = None
+    fleet: Callable[[], Fleet]
+    rotate_after: timedelta = timedelta()
     doing: Doing = field(default="starting", init=False)
     """`waiting`: another process provisions the issuer."""
     _queue: dict[str, Notice] = field(default_factory=dict, init=False)
@@ -79,7 +81,7 @@ class ProvisionLoop:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop`; a turn that has begun may end, for LAST_TURN seconds."""
-        tasks = [asyncio.create_task(self._rounds()), asyncio.create_task(self._notices())]
+        tasks = [asyncio.create_task(work()) for work in (self._rounds, self._notices, self._rotations)]
         stopped = asyncio.ensure_future(stop.wait())
         try:
             await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -130,15 +132,11 @@ class ProvisionLoop:
                 results, after = await provisioner.provision_next(after, provisioner.concurrency)
             _count(counts, "provisioned", results)
         await self._change_scopes(counts)
-        if self.rotate is not None:
-            async with self._turn():
-                _count(counts, "rotated", await self.rotate())
-        issuer = provisioner.issuer
-        for result in ("synced", "provisioned", "scopes", "rotated", "failed"):
-            emit("provisioning.counted", issuer=issuer, result=result, orgs=counts[result])
+        for result in ("synced", "provisioned", "scopes", "failed"):
+            self._counted(result, counts[result])
         emit(
             "provisioning.round",
-            issuer=issuer,
+            issuer=provisioner.issuer,
             seconds=round(clock.monotonic() - started, 3),
             changed=counts.total() - counts["failed"],
             failed=counts["failed"],
@@ -174,10 +172,33 @@ class ProvisionLoop:
                 self._soon.set()
             return
         for result in await provisioner.provision(code):
-            kind = "provisioned" if result.error is None else "failed"
-            emit("provisioning.counted", issuer=provisioner.issuer, result=kind, orgs=1)
+            self._counted("provisioned" if result.error is None else "failed", 1)
             if result.error is not None:
                 raise result.error
+
+    async def rotate(self, until: float) -> None:
+        """Begin to rotate what is old enough, and carry on all rotations, those of commands too.
+
+        Ends when all are over, or at the time `until` of the monotonic clock; the next call continues.
+
+        Raises:
+            ProviderUnavailable, ProviderRefused, ConfigurationError, StoreUnavailable: try again later.
+        """
+        provisioner, fleet = self.provisioner, self.fleet()
+        clock = provisioner.clock
+        if self.rotate_after:
+            chosen, _ = await provisioner.database.run(fleet.candidates, self.rotate_after)
+            fleet.choose(chosen)
+        seconds: float | None = 0.0
+        try:
+            while seconds is not None and clock.monotonic() + seconds < until:
+                await clock.sleep(seconds)
+                async with self._turn():
+                    seconds = await fleet.advance()
+        finally:
+            results = fleet.results.values()
+            self._counted("rotated", sum(each.is_over for each in results))
+            self._counted("failed", sum(each.error is not None for each in results))
 
     async def _change_scopes(self, counts: Counter[str]) -> None:
         provisioner = self.provisioner
@@ -208,6 +229,21 @@ class ProvisionLoop:
             if self.doing == "starting":
                 self.doing = "idle"
             await self._sleep(pause)
+
+    async def _rotations(self) -> None:
+        """Rotate without end; a new look for old credentials every `every`."""
+        clock, every = self.provisioner.clock, self.every.total_seconds()
+        while True:
+            until = clock.monotonic() + every
+            try:
+                await self.rotate(until)
+            except WorkerError as error:
+                until = min(until, clock.monotonic() + ROUND_AGAIN)
+                self._report(error)
+            except Exception as error:
+                emit("loop.failed", loop="rotation", error=type(error).__name__)
+            self._count_requests()
+            await clock.sleep(max(until - clock.monotonic(), LOOK_AGAIN))
 
     async def _sleep(self, seconds: float) -> None:
         """Wait until the next round: `seconds`, or COLLECT after a deletion."""
@@ -299,6 +335,9 @@ class ProvisionLoop:
             error=error.code,
             detail=error.message,
         )
+
+    def _counted(self, result: str, orgs: int) -> None:
+        emit("provisioning.counted", issuer=self.provisioner.issuer, result=result, orgs=orgs)
 
     def _count_requests(self) -> None:
         """Report the management requests since the last call."""

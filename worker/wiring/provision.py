@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from importlib.metadata import version
 
 from worker.clock import Clock, SystemClock
@@ -29,7 +30,7 @@ from worker.web.health import Health
 from worker.web.hooks import Hooks, Receiver
 from worker.web.server import WebServer, bind, build_health, build_hooks
 from worker.wiring.monitoring import alerting
-from worker.wiring.provisioning import open_provisioner, rules_of
+from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 from worker.wiring.web import metrics_of
 
 ACTOR = "provision"
@@ -161,6 +162,8 @@ async def _provision(
                 list(settings.issuers),
                 settings.provisioning.every,
                 Scopes(provisioner, settings.provisioning.trim_scopes),
+                partial(fleet_of, settings, provisioner),
+                settings.provisioning.rotate_after,
             )
         health.follow(loops)
         if (listener := listeners.get("[web] health_listen")) is not None:

@@ -15,6 +15,7 @@ from tests.fakes.issuer import AUDIENCE, FakeIssuer, kinde_issuer
 from tests.fakes.management import MemoryManagement
 from worker.errors import ProviderRefused, ProviderUnavailable
 from worker.operations.check_orgs import Checks
+from worker.operations.fleet import Fleet
 from worker.operations.provision_loop import COLLECT, NOTICE_AGAIN, ROUND_AGAIN, ProvisionLoop
 from worker.operations.provisioning import Provisioner, exclusive
 from worker.operations.scopes import Scopes
@@ -53,10 +54,15 @@ class Place:
     clock: ManualClock
     heard: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def loop(self, *, absent: Absent = "keep", trim: bool = False) -> ProvisionLoop:
+    def loop(
+        self, *, absent: Absent = "keep", trim: bool = False, rotate_after: timedelta = timedelta()
+    ) -> ProvisionLoop:
         rules = Rules("main", absent=absent)
         scopes = Scopes(self.provisioner, trim)
-        return ProvisionLoop(self.provisioner, rules, ["main"], EVERY, scopes)
+        return ProvisionLoop(self.provisioner, rules, ["main"], EVERY, scopes, self.new_fleet, rotate_after)
+
+    def new_fleet(self) -> Fleet:
+        return Fleet(self.provisioner, announce=timedelta(), overlap=timedelta(hours=1), per_second=1000)
 
     def notice(self, org: str, kind: NoticeKind = "org_created") -> Notice:
         return Notice(kind, org, self.clock.now())
@@ -65,13 +71,12 @@ class Place:
         return [name for name, _ in self.heard]
 
     async def until(self, holds: Callable[[], bool], *, seconds: float = 0.0) -> None:
-        """Let `seconds` pass as soon as something sleeps, then wait until it holds."""
-        await asyncio.sleep(0.05)
-        self.clock.advance(seconds)
+        """Let time pass, `seconds` at a time, until it holds."""
         for _ in range(400):
             if holds():
                 return
             await asyncio.sleep(0.01)
+            self.clock.advance(seconds)
         raise AssertionError(f"it does not hold; heard: {self.heard[-5:]}")
 
 
@@ -267,3 +272,33 @@ async def test_an_org_that_comes_while_the_list_is_read_is_not_taken_for_gone(
     place.management.after = lambda call: None
     await loop.round()
     assert [row["code"] for row in rows.orgs if row["state"] == "suspended"] == ["org_d"]
+
+
+@once
+async def test_old_credentials_are_rotated_across_restarts(place: Place, rows: Any) -> None:
+    """The overlap of an hour is longer than a process that looks every 15 minutes may live."""
+    await place.loop(rotate_after=timedelta(days=90)).round()
+    before = set(place.management.made)
+
+    async def rotate_for(span: timedelta) -> None:
+        place.heard.clear()
+        until = place.clock.monotonic() + span.total_seconds()
+        rotating = asyncio.create_task(place.loop(rotate_after=timedelta(days=90)).rotate(until))
+        while not rotating.done():
+            await asyncio.sleep(0.005)
+            place.clock.advance(15)
+        await rotating
+
+    await rotate_for(EVERY)
+    assert set(place.management.made) == before
+    place.clock.advance(timedelta(days=91))
+    await rotate_for(EVERY)
+    assert before < set(place.management.made) and len(place.management.made) == 8
+    for _ in range(6):
+        await rotate_for(EVERY)
+
+    assert len(place.management.made) == 4 and not before & set(place.management.made)
+    assert {row["state"] for row in rows.applications} == {"active", "deleted"}
+    active = {row["client_id"] for row in rows.credentials if row["state"] == "active"}
+    assert active == {made.app.client_id for made in place.management.made.values()}
+    assert {row["actor"] for row in rows.audit if row["action"] == "application.delete"} == {"provision"}

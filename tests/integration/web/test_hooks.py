@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from worker.web.clients import Addresses
 from worker.web.health import Health
 from worker.web.hooks import BURST, MAX_BODY, Hooks, Receiver
 from worker.web.server import build_hooks
-from worker.wiring.provisioning import open_provisioner, rules_of
+from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 
 pytestmark = pytest.mark.anyio
 AUDIENCE = "https://api.acme.com"
@@ -58,7 +59,14 @@ async def loop(kinde: Kinde, migrated_sqlite_url: str, tmp_path: Path) -> AsyncI
     database = Database.open(migrated_sqlite_url, clock=clock)
     async with open_provisioner(settings, database, "main", clock, actor="provision") as provisioner:
         rules = rules_of(settings, "main", absent="keep")
-        made = ProvisionLoop(provisioner, rules, ["main"], timedelta(hours=1), Scopes(provisioner, False))
+        made = ProvisionLoop(
+            provisioner,
+            rules,
+            ["main"],
+            timedelta(hours=1),
+            Scopes(provisioner, False),
+            partial(fleet_of, settings, provisioner),
+        )
         following = asyncio.create_task(made._notices())
         yield made
         following.cancel()
