@@ -268,9 +268,11 @@ class Busy(Unavailable):
 
 # Names that share only a prefix such as org_ are not close.
 _CLOSE = 0.7
+# Names that are suggested.
+_MOST = 3
 
 
-def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`did you mean org_acme?` for a wrong name, with the closest known ones; empty if none is close.
 
     A name that contains the wrong one as a word is close, too, as org_acme is to acme.
@@ -281,8 +283,8 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     names = sorted(set(known))
     words = [one for one in names if name.lower() in re.split(r"[_.\-\s]+", one.lower())]
     # A word of many, such as org, says nothing.
-    words = words if len(words) <= most else []
-    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=most, cutoff=_CLOSE)])][:most]
+    words = words if len(words) <= _MOST else []
+    close = [*dict.fromkeys([*words, *get_close_matches(name, names, n=_MOST, cutoff=_CLOSE)])][:_MOST]
     if not close:
         return ""
     return f"did you mean {' or '.join(filter(None, (', '.join(close[:-1]), close[-1])))}?"

@@ -56,7 +56,7 @@ class ClaimChange:
 
 
 def compare(before: Mapping[str, Any], now: Claims, digests: Digests | None) -> list[ClaimChange]:
-    """What differs between the redacted claims of a run and a token. Give the digests of the run's key.
+    """What differs between the redacted claims of a run and a token; `digests` are those of the run's key.
 
     Without them, or without digests in the run's claims, a value that may have changed is `unknown`.
     """
@@ -64,9 +64,8 @@ def compare(before: Mapping[str, Any], now: Claims, digests: Digests | None) -> 
     changes = [ClaimChange("scope", name, "added") for name in sorted(now.scopes - scopes)]
     changes += [ClaimChange("scope", name, "removed") for name in sorted(scopes - now.scopes)]
     stored = before.get(DIGESTS)
-    made = None if digests is None or stored is None else digests.of(now)
-    if made is not None and stored is not None and made["key"] != stored["key"]:
-        made = None
+    is_comparable = digests is not None and stored is not None and stored["key"] == digests.key_id
+    made = digests.of(now) if digests is not None and is_comparable else None
     had: Mapping[str, Mapping[str, Any]] = stored or {"properties": before.get("properties", {})}
     changes += _compare("property", had["properties"], now.properties, made and made["properties"])
     if "flags" in had:

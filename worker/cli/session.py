@@ -117,11 +117,9 @@ def session_of(context: typer.Context) -> Invocation:
     return cast(Invocation, context.obj)
 
 
-def change(
-    context: typer.Context, output: Format, operation: Callable[..., Mapping[str, Any]], *, key: str = "id"
-) -> None:
+def change(context: typer.Context, output: Format, operation: Callable[..., Mapping[str, Any]]) -> None:
     """Call an operation with the database and the actor, and print the row that it returns."""
     session = session_of(context)
     with session.database() as database:
         row = operation(database, actor=session.actor)
-    print_row(row, output, key=key)
+    print_row(row, output)

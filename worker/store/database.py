@@ -33,6 +33,10 @@ from worker.telemetry.masking import shown_url
 
 # Seconds between two reported losses: one of many sessions may break again and again.
 QUIET = 5.0
+# The first half of the keys of advisory locks by name.
+_EXCLUSIVE = 6_070_312
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(:kind, hashtext(:name))")
+_UNLOCK = text("SELECT pg_advisory_unlock(:kind, hashtext(:name))")
 
 
 class Connectivity:
@@ -77,11 +81,6 @@ class Connectivity:
         if reported and lost_at is not None:
             emit("database.back", seconds=round(self._clock.monotonic() - lost_at, 1))
 
-
-# The first half of the keys of advisory locks by name.
-_EXCLUSIVE = 6_070_312
-_TRY_LOCK = text("SELECT pg_try_advisory_lock(:kind, hashtext(:name))")
-_UNLOCK = text("SELECT pg_advisory_unlock(:kind, hashtext(:name))")
 
 Dialect = Literal["sqlite", "postgresql"]
 P = ParamSpec("P")

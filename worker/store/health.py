@@ -50,7 +50,7 @@ FROM live_runs l LEFT JOIN runs r ON r.id = l.id WHERE r.id IS NULL OR r.state I
 UNION ALL
 SELECT r.id, 'an unfinished run without a live row'
 FROM runs r LEFT JOIN live_runs l ON l.id = r.id WHERE r.state IS NULL AND l.id IS NULL
-LIMIT :most
+LIMIT 20
 """
 
 
@@ -117,9 +117,9 @@ def oldest_unfired(connection: Connection) -> tuple[str, str, float] | None:
     return None if row is None else (row[0], row[1], (now - row[2]).total_seconds())
 
 
-def strayed(connection: Connection, *, most: int = 20) -> Sequence[tuple[RunId, str]]:
+def strayed(connection: Connection) -> Sequence[tuple[RunId, str]]:
     """Runs whose live row and own row disagree, each with the fault; one statement, one snapshot."""
-    return [(id_, fault) for id_, fault in connection.execute(text(STRAYED), {"most": most})]
+    return [(id_, fault) for id_, fault in connection.execute(text(STRAYED))]
 
 
 # Unfinished runs that are counted; tables are never counted whole.
@@ -186,15 +186,15 @@ def workers(connection: Connection) -> list[Row]:
     return all_rows(connection, query)
 
 
-def lost_workers(connection: Connection, *, most: int = NEWEST) -> list[Row]:
+def lost_workers(connection: Connection) -> list[Row]:
     """The newest workers whose lease has expired and that neither stopped nor were taken over."""
     workers = tables.workers
     lost = (workers.c.ended_at.is_(None), workers.c.lease_until <= database_now(connection))
     query = select(workers.c.id, workers.c.host, workers.c.pid, workers.c.lease_until).where(*lost)
-    return all_rows(connection, query.order_by(workers.c.id.desc()).limit(most))
+    return all_rows(connection, query.order_by(workers.c.id.desc()).limit(NEWEST))
 
 
-def dead_credentials(connection: Connection, *, most: int = NEWEST) -> list[Row]:
+def dead_credentials(connection: Connection) -> list[Row]:
     """Active orgs whose issuer rejected each of their active credentials, with its answer, by code."""
     orgs, of_org = tables.orgs, tables.credentials
     good = of_org.alias()
@@ -212,7 +212,7 @@ def dead_credentials(connection: Connection, *, most: int = NEWEST) -> list[Row]
         )
         .group_by(orgs.c.code)
     )
-    return all_rows(connection, query.order_by(orgs.c.code).limit(most))
+    return all_rows(connection, query.order_by(orgs.c.code).limit(NEWEST))
 
 
 def live_workers(connection: Connection) -> list[Row]:

@@ -21,6 +21,8 @@ _KIND = re.compile(r"[a-z][a-z_-]*")
 # A narrower bar or piece would not be seen, in percent of the width.
 _NARROWEST = 0.6
 _ZERO = timedelta(0)
+# Heights of the charts, in pixels.
+BARS, LENGTHS = 160, 170
 # The lines of each hatched kind within a tile of 6 by 6 pixels.
 _HATCHES = {
     "failed": "M-1,1 l2,-2 M0,6 l6,-6 M5,7 l2,-2",
@@ -74,7 +76,6 @@ def bars(
     title: str,
     ticks: Sequence[str] | None = None,
     links: Sequence[str] | None = None,
-    height: int = 160,
 ) -> Markup:
     """Stacked bars, one per label; `ticks` are the shorter texts below some bars ("" for none).
 
@@ -84,7 +85,7 @@ def bars(
     totals = [sum(layer.values[at] for layer in series) for at in range(len(labels))]
     # Half of it is a whole number, too.
     top = 2 * _round_up(max([2, *totals]) / 2)
-    base, slot = height - 20, 100 / max(len(labels), 1)
+    base, slot = BARS - 20, 100 / max(len(labels), 1)
     lines, values = _rules(top, base, _number)
     drawn = list(lines)
     for at, label in enumerate(labels):
@@ -101,7 +102,7 @@ def bars(
             drawn.append(_block(title, layer.kind, place, f"{label}: {_number(value)} {layer.name}"))
     for at, tick in enumerate(ticks or ()):
         if tick:
-            drawn.append(_tick((at + 0.5) * slot, height - 4, tick))
+            drawn.append(_tick((at + 0.5) * slot, BARS - 4, tick))
     drawn += values
     total = sum(totals)
     about = f"{_number(total)} in all"
@@ -117,7 +118,7 @@ def bars(
     ]
     legend = [(layer.name, layer.kind) for layer in series if any(layer.values)]
     heads = ["", *(layer.name for layer in series)]
-    return _figure(title, about, height, drawn, legend, heads, rows, over=_targets(links, totals, labels))
+    return _figure(title, about, BARS, drawn, legend, heads, rows, over=_targets(links, totals, labels))
 
 
 def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
@@ -163,11 +164,11 @@ def gantt(lanes: Sequence[Lane], *, title: str, now: datetime) -> Markup:
     return _figure(title, about, height, drawn, legend, ["", "what", "from (UTC)", "for"], rows)
 
 
-def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
+def lengths(dots: Sequence[Dot], *, title: str) -> Markup:
     """How long runs took, oldest first, with lines at the median and the 95th percentile."""
     values = sorted(dot.seconds for dot in dots)
     top = _round_up(max(values, default=0))
-    base = height - 8
+    base = LENGTHS - 8
     lines, texts = _rules(top, base, _seconds)
     drawn = list(lines)
 
@@ -205,7 +206,7 @@ def lengths(dots: Sequence[Dot], *, title: str, height: int = 170) -> Markup:
     legend = [(kind, kind) for kind in seen]
     if values:
         legend += [(f"median {_seconds(middle)}", "median"), (f"95 % within {_seconds(high)}", "most")]
-    return _figure(title, about, height, drawn, legend, ["scheduled for (UTC)", "state", "took"], rows)
+    return _figure(title, about, LENGTHS, drawn, legend, ["scheduled for (UTC)", "state", "took"], rows)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -154,7 +154,7 @@ class Calls:
         retrying = self._retrying(lambda error: repeatable or not isinstance(error, Unclear))
         return await retrying(self._send, method, route, path, scope, content)
 
-    def _retrying(self, may_repeat: Any) -> AsyncRetrying:
+    def _retrying(self, may_repeat: Callable[[Unavailable], bool]) -> AsyncRetrying:
         return AsyncRetrying(
             sleep=self._clock.sleep,
             stop=_tried_enough,

@@ -14,8 +14,6 @@ from worker.store.dialect import all_rows
 
 _schedule, _orgs = tables.schedule, tables.orgs
 _definitions, _revisions = tables.definitions, tables.definition_revisions
-
-
 # Between the keys of a timing, in one text: no key of a definition has it.
 _BETWEEN = "\x1f"
 

@@ -29,7 +29,7 @@ _TICK = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """Scheduled times by hour; `is_part` if there are more than MOST_DEFINITIONSinitions."""
+    """Scheduled times by hour; `is_part` if there are more than MOST_DEFINITIONS definitions."""
 
     by_hour: Mapping[datetime, int]
     is_part: bool = False

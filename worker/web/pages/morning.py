@@ -44,8 +44,6 @@ _WAITS = {
     "no_token": "wait for a token of their org",
     "no_handler": "wait for a worker that offers their handler",
 }
-
-
 # What the error of a token request says about its issuer; the pauses among them.
 _PAUSES = ("issuer_paused", "issuer_unavailable", "throttled")
 _NO_TOKEN = {
@@ -54,7 +52,6 @@ _NO_TOKEN = {
     "throttled": "Issuer {} is paused: it throttles token requests",
     "credentials_rejected": "Issuer {} rejects credentials",
 }
-
 _LEVELS = ("bad", "warn", "quiet")
 
 
