@@ -16,7 +16,7 @@ from worker.store.lists.due import Timing, Timings
 from worker.web.callers import Caller
 from worker.web.pages import due
 from worker.web.pages.due import HOUR, by_hour
-from worker.web.pages.morning import hour_path
+from worker.web.pages.links import hour_path
 
 START = datetime(2030, 3, 30, 12, 30, tzinfo=UTC)
 END = datetime(2030, 3, 31, 13, tzinfo=UTC)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode
 
 from sqlalchemy import Connection
 
@@ -16,6 +15,7 @@ from worker.runs.why import Why, why_run
 from worker.store import orgs
 from worker.store.lists import runs
 from worker.web.callers import Caller
+from worker.web.pages.links import definition_path, org_path, search_of
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?Z")
 _WORKER = re.compile(r" on worker (?:[0-9a-f-]{36}|none)(?= since )")
@@ -75,7 +75,7 @@ def answer(why: Why, run: Mapping[str, Any]) -> Answer:
 def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
     """The page for the next command of a run; None if it is the run's own page."""
     noun, verb, *rest = [*command.split(), ""]
-    org = f"/orgs/{quote(str(run['org']), safe='')}"
+    org: str = run["org"]
     match noun, verb:
         case "runs", "retry":
             if "--from-checkpoint" in rest:
@@ -83,19 +83,18 @@ def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
             return Step("Retry it", "#retry", "retry")
         case "runs", "list":
             state = ("state", rest[rest.index("--state") + 1]) if "--state" in rest else ("state", "")
-            href = search_of(("org", run["org"]), ("definition", run["definition"]), state)
+            href = search_of(("org", org), ("definition", run["definition"]), state)
             return Step("See its other runs", href)
         case "runs", "logs":
             return Step("Read its log", "#log")
         case "runs", _ if rest[0] != run["id"]:
-            return Step("Open the retry", f"/runs/{quote(rest[0], safe='')}")
+            return Step("Open the retry", f"/runs/{rest[0]}")
         case "orgs", "check":
-            return Step("Check the org's credentials and claims", org)
+            return Step("Check the org's credentials and claims", org_path(org))
         case "orgs", _:
-            return Step("Open the org", org)
+            return Step("Open the org", org_path(org))
         case "definitions", _:
-            name = quote(str(run["definition"]), safe="")
-            return Step("Open the definition", f"{org}/definitions/{name}")
+            return Step("Open the definition", definition_path(org, run["definition"]))
         case "handlers", _:
             return Step("See the handlers", "/handlers")
         case "doctor", _:
@@ -103,18 +102,6 @@ def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
     return None
 
 
-def search_of(*terms: tuple[str, str]) -> str:
-    """The address of the search for runs with these keys and values, those without a value left out."""
-    words = [f"{key}:{_quoted(value)}" for key, value in terms if value]
-    return f"/search?{urlencode({'q': ' '.join(words)})}"
-
-
 def _sentence(clause: str) -> str:
     text = _TIME.sub(r"\1 \2 UTC", clause)
     return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def _quoted(word: str) -> str:
-    # The grammar has no escape: a quote within becomes a blank.
-    plain = word.replace('"', " ").strip()
-    return f'"{plain}"' if re.search(r"\s", plain) or plain != word else word

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import unquote, urlencode
 from zoneinfo import ZoneInfo
 
 from sqlalchemy import Connection
@@ -20,6 +20,7 @@ from worker.errors import InvalidTrigger, TokenError, UsageError, WorkerError
 from worker.search import hint_of
 from worker.web.access import Access
 from worker.web.callers import BY_ORGS, Action, Caller, CallerDatabase
+from worker.web.pages.links import org_path
 from worker.web.pages.rendering import page
 from worker.web.sessions import SESSION_COOKIE, Forms, Session, Sessions
 
@@ -146,7 +147,7 @@ def _links(caller: Caller | None) -> Sequence[tuple[str, str]]:
         return [
             (address, text) for address, text, only_admins in _OF_OPERATORS if is_admin or not only_admins
         ]
-    return [(f"/orgs/{quote(caller.org, safe='')}", "Your org"), *_OF_ORGS]
+    return [(org_path(caller.org), "Your org"), *_OF_ORGS]
 
 
 @functools.lru_cache(maxsize=1000)

@@ -29,7 +29,7 @@ from worker.store.lists import MAX_LIMIT, Page, Run, changes, runs, search
 from worker.web.callers import Many
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, query
 from worker.web.pages.forms import reason_of
-from worker.web.pages.morning import search_path
+from worker.web.pages.links import search_path
 from worker.web.pages.search import CHANGEABLE, SearchPages
 
 # Runs of the search that are looked at for those to show.

@@ -20,8 +20,9 @@ from worker.store import orgs
 from worker.store.lists import DefinitionDetail
 from worker.store.lists.read import definition
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.definitions import Difference, differences, path_of
+from worker.web.pages.definitions import Difference, differences
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
+from worker.web.pages.links import definition_path
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "overlap": OVERLAPS,
@@ -80,7 +81,7 @@ class EditPages:
             )
         except (Conflict, DefinitionError) as error:
             return await self._page(request, typed, problem=error, cleared=form.get("cleared", ""))
-        return RedirectResponse(f"{path_of(org, name)}#revisions", 303)
+        return RedirectResponse(f"{definition_path(org, name)}#revisions", 303)
 
     async def _page(
         self,
@@ -124,7 +125,7 @@ class EditPages:
                 "changed": {key: text for key, text in changed.items() if text},
                 "cleared": " ".join(key for key, text in changed.items() if not text),
                 "reason": reason,
-                "base": path_of(org, name),
+                "base": definition_path(org, name),
             }
 
         return await self._pages.show(request, "definition_edit.html", work)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -28,9 +27,9 @@ from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot
 from worker.web.charts import lengths as lengths_chart
-from worker.web.pages.answer import search_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
+from worker.web.pages.links import definition_path, search_of
 
 TIMES = 10
 RECENT = 8
@@ -93,7 +92,7 @@ class DefinitionPages:
                 "params": row["spec"].get("params", {}),
                 "may": allowed(request),
                 **problem_of(problem),
-                "base": path_of(org, name),
+                "base": definition_path(org, name),
                 "runs_href": search_of(("org", org), ("definition", name)),
             }
 
@@ -117,7 +116,7 @@ class DefinitionPages:
             await self._pages.database.pause(caller_of(request), org, name, note=reason_of(form, "note"))
         except Conflict as error:
             return await self._page(request, problem=error)
-        return RedirectResponse(path_of(org, name), 303)
+        return RedirectResponse(definition_path(org, name), 303)
 
     async def _resume(self, request: Request) -> Response:
         await self._pages.checked_form(request)
@@ -126,7 +125,7 @@ class DefinitionPages:
             await self._pages.database.resume(caller_of(request), org, name)
         except Conflict as error:
             return await self._page(request, problem=error)
-        return RedirectResponse(path_of(org, name), 303)
+        return RedirectResponse(definition_path(org, name), 303)
 
     async def _plan(self, request: Request) -> Response:
         """What a backfill would do, and the form that starts it; changes nothing."""
@@ -154,7 +153,7 @@ class DefinitionPages:
                 "given": given,
                 "plan": plan,
                 **problem_of(problem),
-                "base": path_of(org, name),
+                "base": definition_path(org, name),
             }
 
         return await self._pages.show(request, "backfill.html", work)
@@ -169,7 +168,7 @@ class DefinitionPages:
             )
         except (UsageError, Conflict) as error:
             return await self._plan_page(request, form, error)
-        return RedirectResponse(f"{path_of(org, name)}#backfills", 303)
+        return RedirectResponse(f"{definition_path(org, name)}#backfills", 303)
 
     def _range(self, given: Mapping[str, str]) -> tuple[datetime, datetime, int]:
         """The range of a backfill, and how many of its runs may be unfinished at once."""
@@ -188,11 +187,6 @@ class DefinitionPages:
         except ValueError:
             return parse_time(text, self._pages.clock, name=name)
         return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-
-
-def path_of(org: str, name: str) -> str:
-    """The address of a definition's page."""
-    return f"/orgs/{quote(org, safe='')}/definitions/{quote(name, safe='')}"
 
 
 def _named(request: Request) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from worker.web.callers import Caller
+from worker.web.pages.links import org_path
 from worker.web.pages.rendering import page
 
 _TITLES = {
@@ -52,11 +53,11 @@ def _ways(scope: Scope, caller: Caller | None, status: int) -> Sequence[tuple[st
         return [("/", "Log in")]
     path: str = scope["path"]
     if caller.org is not None:
-        return [(f"/orgs/{quote(caller.org, safe='')}", "The page of your org")]
+        return [(org_path(caller.org), "The page of your org")]
     ways = [("/", "What needs attention")]
     parts = path.split("/")
     if parts[1] == "orgs" and len(parts) > 3:
-        ways.insert(0, (f"/orgs/{quote(parts[2], safe='')}", f"The page of {parts[2]}"))
+        ways.insert(0, (org_path(parts[2]), f"The page of {parts[2]}"))
     elif parts[1] == "orgs":
         ways.insert(0, ("/orgs", "All orgs"))
     elif parts[1] == "runs":

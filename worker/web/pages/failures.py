@@ -14,7 +14,7 @@ from starlette.routing import Route
 from worker.errors import AccessDenied, UsageError
 from worker.store.lists import failures
 from worker.web.pages.base import Pages, caller_of, query
-from worker.web.pages.morning import cause_text, search_path
+from worker.web.pages.links import cause_text, search_path
 
 STATES = ("failed", "refused")
 # How far back the page looks, and the words for it.

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import quote, urlencode
 
 from markupsafe import Markup
 from sqlalchemy import Connection
@@ -16,10 +15,10 @@ from starlette.routing import Route
 
 from worker.store.health import oldest_unfired
 from worker.store.lists import failures, morning
-from worker.store.lists.failures import Cause
 from worker.web.charts import Series, bars
 from worker.web.pages.base import Pages, caller_of, query
 from worker.web.pages.due import HOUR, HOURS, MOST_DEFINITIONS, Due, DueByHour, hour_of
+from worker.web.pages.links import cause_text, definition_path, hour_path, org_path, search_path
 from worker.web.pages.rendering import took
 
 DAY = timedelta(days=1)
@@ -29,8 +28,6 @@ LONG_WAIT = timedelta(minutes=15)
 OVERDUE = 60.0
 # Causes that the page names; /failures has all.
 CAUSES = 5
-# Characters of a cause that a link searches for.
-MOST_OF_CAUSE = 120
 # The layers of the chart, from the bottom.
 _ENDED = ("succeeded", "skipped", "cancelled", "refused", "failed")
 # What each reason of waiting means for people.
@@ -79,7 +76,7 @@ class MorningPage:
         caller = caller_of(request)
         query(request)
         if caller.org is not None:
-            return RedirectResponse(f"/orgs/{quote(caller.org, safe='')}", 303)
+            return RedirectResponse(org_path(caller.org), 303)
         now = self._pages.clock.now()
         due = await self._due.read(caller)
 
@@ -245,13 +242,6 @@ def _ended_chart(ended: Mapping[datetime, Mapping[str, int]]) -> Markup:
     )
 
 
-def hour_path(hour: datetime, by_state: Mapping[str, int]) -> str:
-    """The search for the runs made in an hour, of those that failed or were refused if there are any."""
-    harmed = [state for state in ("failed", "refused") if by_state.get(state)]
-    states = f"state:{','.join(harmed)} " if harmed else ""
-    return search_path(f"{states}since:{hour:%Y-%m-%dT%H:%MZ} until:{hour + HOUR:%Y-%m-%dT%H:%MZ}")
-
-
 def _due_chart(due: Due, now: datetime) -> Markup:
     hours = [hour_of(now) + HOUR * ahead for ahead in range(HOURS)]
     labels, ticks = _axis(hours)
@@ -274,27 +264,6 @@ def _axis(hours: Iterable[datetime]) -> tuple[list[str], list[str]]:
 def _totals(ended: Mapping[datetime, Mapping[str, int]]) -> dict[str, int]:
     """Runs of the last day by final state."""
     return {state: sum(by_state.get(state, 0) for by_state in ended.values()) for state in _ENDED}
-
-
-def search_path(text: str) -> str:
-    """The address of a search."""
-    return f"/search?{urlencode({'q': text})}"
-
-
-def cause_text(cause: Cause) -> str:
-    """The search that finds the runs of a cause, from the day before its first one."""
-    since = cause["first_at"] - DAY
-    begin = f"state:{cause['state']} since:{since:%Y-%m-%d}"
-    # Without an error the cause is the reason and its detail.
-    if cause["cause"].partition(": ")[0] == cause["reason"]:
-        return f"{begin} reason:{cause['reason']}"
-    # A quoted value ends at the next quote: the longest part without one finds the same runs.
-    part = max(cause["cause"].split('"'), key=len).strip()[:MOST_OF_CAUSE]
-    return f'{begin} cause:"{part}"'
-
-
-def definition_path(org: str, name: str) -> str:
-    return f"/orgs/{quote(org, safe='')}/definitions/{quote(name, safe='')}"
 
 
 def _some(names: Sequence[str], count: int | None = None) -> str:

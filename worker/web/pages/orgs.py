@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from datetime import UTC, date, timedelta
+from datetime import UTC
 from typing import Any, Literal
-from urllib.parse import quote
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -22,9 +21,9 @@ from worker.store.lists import DEFINITIONS, ORGS, RUNS, Definition, OrgDetail, P
 from worker.store.lists.broken import Broken
 from worker.store.lists.grid import grid, open_waits
 from worker.store.lists.read import org, read
-from worker.web.pages.answer import search_of
 from worker.web.pages.base import ROWS, Pages, allowed, caller_of, next_page, query
 from worker.web.pages.forms import problem_of, reason_of
+from worker.web.pages.links import day_path, org_path
 
 # Definitions in the grid, and next times and open waits beside it.
 MOST_DEFINITIONS = 40
@@ -82,7 +81,7 @@ class OrgPages:
             await move(caller_of(request), code, note=reason_of(form, "note"))
         except Conflict as error:
             return await self._page(request, problem=error)
-        return RedirectResponse(f"/orgs/{quote(code, safe='')}", 303)
+        return RedirectResponse(org_path(code), 303)
 
     async def _org(self, request: Request) -> Response:
         return await self._page(request, query(request, "after").get("after"))
@@ -123,12 +122,3 @@ class OrgPages:
             }
 
         return await self._pages.show(request, "org.html", work)
-
-
-def day_path(org: str, definition: str, day: date, worst: str) -> str:
-    """The search for a definition's runs of a UTC day, or only for the failed or refused ones, if any."""
-    harmed = worst if worst in ("failed", "refused") else ""
-    since, until = (f"{one:%Y-%m-%d}T00:00Z" for one in (day, day + timedelta(days=1)))
-    return search_of(
-        ("org", org), ("definition", definition), ("state", harmed), ("since", since), ("until", until)
-    )

@@ -20,9 +20,10 @@ from worker.runs.traces import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
 from worker.web.callers import Caller
 from worker.web.charts import Lane, Piece, gantt
-from worker.web.pages.answer import answer_of, search_of
+from worker.web.pages.answer import answer_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import problem_of, reason_of
+from worker.web.pages.links import cause_path
 from worker.web.pages.run_log import page_after, page_before, place_of
 
 # Characters of a value such as params that a page shows at most.
@@ -31,8 +32,6 @@ VALUE = 8_000
 ATTEMPTS = 25
 # Attempts that the chart draws; a run without a token may have thousands.
 MOST_LANES = 12
-# Characters of a cause that a link searches for.
-MOST_OF_CAUSE = 120
 
 
 class RunPages:
@@ -59,6 +58,8 @@ class RunPages:
         def work(connection: Connection) -> dict[str, Any]:
             run = caller.sees(RunDetail, runs.run(connection, caller.scope(), run_id))
             failed = next((each for each in reversed(run["attempts"]) if each["error"]), None)
+            cause = failed and failed["error_cause"]
+            others = cause_path(cause) if cause and caller.org is None else None
             return {
                 "run": run,
                 "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
@@ -71,7 +72,7 @@ class RunPages:
                 "values": _values_of(run),
                 **problem_of(problem),
                 "may": allowed(request),
-                "others_href": _others_href(failed) if caller.org is None else None,
+                "others_href": others,
                 "now": now,
             }
 
@@ -120,14 +121,6 @@ def shown(connection: Connection, caller: Caller, run_id: str) -> Run:
     """The row of a run that this caller may see, as `runs list` has it; raises NotFound."""
     found = require_run(connection, run_id, caller.org)
     return runs.row(connection, OrgId(found["org_id"]), RunId(found["id"]))
-
-
-def _others_href(failed: Mapping[str, Any] | None) -> str | None:
-    """The search for runs that failed with the same cause."""
-    cause = failed and failed["error_cause"]
-    if not cause:
-        return None
-    return search_of(("cause", str(cause)[:MOST_OF_CAUSE]))
 
 
 def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:

@@ -17,7 +17,7 @@ from worker.search import KEYS, Query, parsed
 from worker.store.lists import Org, Page, Run, runs, search
 from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
-from worker.web.pages.morning import search_path
+from worker.web.pages.links import search_path
 from worker.web.pages.rendering import page
 
 # Orgs that the page shows above the runs.

@@ -1,0 +1,80 @@
+"""Addresses of the console: the page of an org or a definition, and searches with their filters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, timedelta
+from urllib.parse import quote, urlencode
+
+from worker.store.lists.failures import Cause
+
+# Characters of a cause that a link searches for.
+MOST_OF_CAUSE = 120
+
+
+def org_path(org: str) -> str:
+    """The address of an org's page."""
+    return f"/orgs/{quote(org, safe='')}"
+
+
+def definition_path(org: str, name: str) -> str:
+    """The address of a definition's page."""
+    return f"{org_path(org)}/definitions/{quote(name, safe='')}"
+
+
+def search_path(text: str) -> str:
+    """The address of a search."""
+    return f"/search?{urlencode({'q': text})}"
+
+
+def search_of(*terms: tuple[str, str]) -> str:
+    """The address of the search for runs with these keys and values, those without a value left out."""
+    return search_path(" ".join(f"{key}:{_quoted(value)}" for key, value in terms if value))
+
+
+def cause_path(cause: str) -> str:
+    """The search for the runs that failed with a cause."""
+    return search_path(_cause_term(cause))
+
+
+def cause_text(cause: Cause) -> str:
+    """The text of the search for the runs of a cause, from the day before its first one."""
+    since = cause["first_at"] - timedelta(days=1)
+    begin = f"state:{cause['state']} since:{since:%Y-%m-%d}"
+    # Without an error the cause is the reason and its detail.
+    if cause["cause"].partition(": ")[0] == cause["reason"]:
+        return f"{begin} reason:{cause['reason']}"
+    return f"{begin} {_cause_term(cause['cause'])}"
+
+
+def hour_path(hour: datetime, by_state: Mapping[str, int]) -> str:
+    """The search for the runs made in an hour, of those that failed or were refused if there are any."""
+    harmed = [state for state in ("failed", "refused") if by_state.get(state)]
+    until = hour + timedelta(hours=1)
+    return search_of(
+        ("state", ",".join(harmed)),
+        ("since", f"{hour:%Y-%m-%dT%H:%MZ}"),
+        ("until", f"{until:%Y-%m-%dT%H:%MZ}"),
+    )
+
+
+def day_path(org: str, definition: str, day: date, worst: str) -> str:
+    """The search for a definition's runs of a UTC day, or only for the failed or refused ones, if any."""
+    harmed = worst if worst in ("failed", "refused") else ""
+    since, until = (f"{one:%Y-%m-%d}T00:00Z" for one in (day, day + timedelta(days=1)))
+    return search_of(
+        ("org", org), ("definition", definition), ("state", harmed), ("since", since), ("until", until)
+    )
+
+
+def _cause_term(cause: str) -> str:
+    # A quoted value ends at the next quote: the longest part without one finds the same runs.
+    part = max(cause.split('"'), key=len).strip()[:MOST_OF_CAUSE]
+    return f'cause:"{part}"'
+
+
+def _quoted(word: str) -> str:
+    # The grammar has no escape: a quote within becomes a blank.
+    plain = word.replace('"', " ").strip()
+    return f'"{plain}"' if re.search(r"\s", plain) or plain != word else word
