@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,17 +124,25 @@ class Fleet:
             output.seek(0)
             return Completed(code, output.read().decode(), "")
 
-    def kill_at(self, request: int, moment: Moment, *, delay: float = 0.0, fork: bool = True) -> bool:
-        """Provision until a certain request; False if the command ended before."""
+    def kill_at(
+        self,
+        request: int,
+        moment: Moment,
+        *,
+        delay: float = 0.0,
+        fork: bool = True,
+        command: Sequence[str] = ("orgs", "sync", "--provision", "-o", "jsonl"),
+    ) -> bool:
+        """Run a command, by default `orgs sync`, until a certain request; False if it ended before."""
         self.killer.aim(request, moment, delay)
         with tempfile.TemporaryFile() as output:
-            process = self.start("orgs", "sync", "--provision", "-o", "jsonl", output=output, fork=fork)
+            process = self.start(*command, output=output, fork=fork)
             self.killer.fire(process.pid)
             code = process.wait(90)
             self.killer.left = 0
             output.seek(0)
             if code not in (0, FAILED, BUSY, -signal.SIGKILL):
-                raise AssertionError(f"orgs sync ended with {code}: {output.read().decode()}")
+                raise AssertionError(f"{command} ended with {code}: {output.read().decode()}")
         self.calls[code] += 1
         return bool(code == -signal.SIGKILL)
 
