@@ -22,7 +22,8 @@ from typing import TypedDict
 from worker.definitions.units import format_duration
 from worker.errors import Conflict, WorkerError
 from worker.ids import OrgId
-from worker.operations.provisioning import Provisioned, Provisioner, name_of
+from worker.operations.application_rights import name_of
+from worker.operations.provisioning import Provisioned, Provisioner
 from worker.store import applications
 from worker.store.dialect import Row
 from worker.telemetry.events import emit

@@ -68,7 +68,7 @@ class Scopes:
     async def _change(self, change: ScopeChange) -> None:
         provisioner, row = self.provisioner, change.row
         management = provisioner.management
-        credential = await provisioner.database.run(provisioner.credential_of, row)
+        credential = await provisioner.database.run(provisioner.rights.credential_of, row)
         application = OrgApplication(
             row["org"], row["application_id"], row["client_id"], credential.secret, row["name"]
         )
@@ -79,7 +79,7 @@ class Scopes:
         for audience, scopes in change.remove.items():
             await management.remove_scopes(application, audience, scopes)
         if change.add:
-            await provisioner.confirm(change.org, change.needs, credential)
+            await provisioner.rights.confirm(change.org, change.needs, credential)
         await provisioner.database.run(self._store, change)
 
     def _store(self, change: ScopeChange) -> None:

@@ -318,6 +318,18 @@ async def test_a_new_one_that_was_retired_in_the_overlap_is_replaced(place: Plac
     check_rotated(place, rows)
 
 
+async def test_a_leaked_secret_is_replaced_by_another_application(place: Place, rows: Any) -> None:
+    for made in place.management.made.values():
+        made.app.properties = {"plan": "pro"}
+    retire_credential(place.database, "org_a", 1, actor="ops", now=True)
+    assert (await place.provision())["org_a"].error is None
+
+    assert states(rows, "org_a") == ["overlapping", "active"]
+    await rotate(place, limit=0)
+    check_rotated(place, rows, ["org_a"])
+    assert [made.app.properties for made in place.management.made.values()] == [{"plan": "pro"}] * 4
+
+
 async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> None:
     def fail(call: str) -> None:
         if call == "delete":
