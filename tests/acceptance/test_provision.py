@@ -75,7 +75,7 @@ def test_a_webhook_leads_to_the_first_run_within_ten_seconds(site: Site, kinde: 
         site.wait_for_handlers("acme.note")
         assert site.wait_for_end("org_2")["state"] == "succeeded"
         ready = httpx.get(f"http://127.0.0.1:{port}/readyz")
-        assert (ready.status_code, ready.json()["issuer main"]) == (200, "idle")
+        assert (ready.status_code, ready.json()["issuers"]) == (200, {"main": "idle"})
 
         kinde.api.add_org("org_new", "New")
         sent_at = time.monotonic()
@@ -92,7 +92,10 @@ def test_a_webhook_leads_to_the_first_run_within_ten_seconds(site: Site, kinde: 
         assert provision.wait(timeout=5) == 0
     finally:
         provision.kill()
-    text = log.read_text()
+    bundle = site.folder / "bundle.json"
+    site.cli("doctor", "--bundle", str(bundle), check=False)
+    shown = [site.cli(noun, "list", "-o", "json").out for noun in ("audit", "credentials", "orgs")]
+    text = log.read_text() + bundle.read_text() + site.log_text() + "".join(shown)
     assert "provisioning.stopped" in text
     assert kinde.secret not in text
     assert not any(app.client_secret in text for app in kinde.provider.applications.values())

@@ -144,8 +144,10 @@ class ProvisionLoop:
         )
         made.check_suspended(self.rules)
 
-    async def follow(self, notice: Notice) -> None:
+    async def follow(self, notice: Notice) -> list[Provisioned]:
         """Read the org of a notice from the provider, and provision it; within a turn.
+
+        Returns what became of its application, if it had no working credential.
 
         Raises:
             ProviderUnavailable, ProviderRefused, ConfigurationError, StoreUnavailable: try again later.
@@ -170,11 +172,11 @@ class ProvisionLoop:
         if not listed:
             if self.rules.absent == "suspend":
                 self._soon.set()
-            return
-        for result in await provisioner.provision(code):
+            return []
+        results = await provisioner.provision(code)
+        for result in results:
             self._counted("provisioned" if result.error is None else "failed", 1)
-            if result.error is not None:
-                raise result.error
+        return results
 
     async def rotate(self, until: float) -> None:
         """Begin to rotate what is old enough, and carry on all rotations, those of commands too.
@@ -266,25 +268,31 @@ class ProvisionLoop:
             while self._queue:
                 codes = list(self._queue)[: self.provisioner.concurrency]
                 taken = [self._queue.pop(code) for code in codes]
+                failed = taken
                 try:
                     async with self._turn():
-                        results = await asyncio.gather(*map(self._follow, taken))
+                        done = await asyncio.gather(*map(self._follow, taken))
+                        failed = [notice for notice, ok in zip(taken, done, strict=True) if not ok]
                 except WorkerError as error:
                     self._report(error)
-                    results = [error] * len(taken)
+                except Exception as error:
+                    emit("loop.failed", loop="webhooks", error=type(error).__name__)
                 self._count_requests()
-                failed = [notice for notice, error in zip(taken, results, strict=True) if error is not None]
                 self._put_back(failed)
 
-    async def _follow(self, notice: Notice) -> WorkerError | None:
-        """Why the org could not be followed, or None."""
+    async def _follow(self, notice: Notice) -> bool:
+        """Whether the org could be followed."""
         try:
-            await self.follow(notice)
+            results = await self.follow(notice)
+        except NotFound:
+            return False
         except WorkerError as error:
-            return error
+            self._report(error)
+            return False
         except Exception as error:
             emit("loop.failed", loop="webhooks", error=type(error).__name__)
-        return None
+            return False
+        return all(result.error is None for result in results)
 
     def _put_back(self, failed: Sequence[Notice]) -> None:
         """Queue again what failed, each after a pause; what failed often is left to the next round."""

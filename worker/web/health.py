@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -62,7 +63,7 @@ class Health:
         }
         return [name for name, lacking in lacks.items() if lacking]
 
-    def details(self) -> Mapping[str, str]:
+    def details(self) -> Mapping[str, Any]:
         """What /readyz tells besides."""
         return {"sandbox": self._sandbox} if self._sandbox else {}
 
@@ -98,6 +99,6 @@ class Health:
             raise AccessDenied("metrics of all orgs are for operators", fix="send an operator's token")
 
 
-def _response(word: str, faults: list[str], **details: str) -> Response:
+def _response(word: str, faults: list[str], **details: Any) -> Response:
     body = {"status": "failing" if faults else "ok", word: faults, **details}
     return JSONResponse(body, status_code=503 if faults else 200)

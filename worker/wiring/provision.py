@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, NotFound, Unavailable
@@ -54,8 +55,8 @@ class ProvisionHealth(Health):
     def lacking(self) -> list[str]:
         return list(self._lacking)
 
-    def details(self) -> Mapping[str, str]:
-        return {f"issuer {name}": loop.doing for name, loop in self._loops.items()}
+    def details(self) -> Mapping[str, Any]:
+        return {"issuers": {name: loop.doing for name, loop in self._loops.items()}}
 
     def in_words(self) -> str:
         """One line for `systemctl status`."""

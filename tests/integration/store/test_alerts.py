@@ -231,6 +231,28 @@ def test_a_credential_is_dead_until_the_issuer_has_given_a_token_for_the_org(led
     assert ledger.briefly() == [("credential_dead", "resolved")]
 
 
+def test_provisioning_fails_until_no_step_of_an_application_is_in_error(ledger, stock):
+    org, at = stock.org(), stock.now()
+    row = {
+        "id": new_id(),
+        "org_id": org,
+        "issuer": "main",
+        "name": "orgworker 0000 0000 o",
+        "state": "active",
+    }
+    made = {"created_at": at, "created_by": "provision", "updated_at": at, "last_error": "refused"}
+    with ledger.database.transaction() as connection:
+        connection.execute(insert(tables.applications).values(**row, **made))
+        code = connection.execute(select(tables.orgs.c.code)).scalar_one()
+    ledger.note(strike(ledger, "provisioning_failed", orgs={code}))
+    ledger.settle()
+    assert ledger.briefly() == [("provisioning_failed", "firing")]
+    stock.change(tables.applications, row["id"], last_error=None)
+    ledger.settle()
+
+    assert ledger.briefly() == [("provisioning_failed", "resolved")]
+
+
 def test_overdue_is_over_when_nothing_that_has_come_is_unfired_for_so_long(ledger, stock):
     stock.definition(stock.org(), due_at=stock.now() - timedelta(seconds=OVERDUE + 5))
     ledger.note(strike(ledger, "overdue"))
