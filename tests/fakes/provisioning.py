@@ -108,21 +108,24 @@ class Fleet:
     killer: Killer
     calls: Counter[int] = field(default_factory=Counter)
 
-    def start(self, *arguments: str, output: Any, fork: bool = True) -> Any:
+    def start(self, *arguments: str, output: Any, errors: Any = None, fork: bool = True) -> Any:
         command = [sys.executable, "-m", "worker", "--config", str(self.folder / "worker.toml"), *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKER_")}
-        return forked.start(command, cwd=self.folder, env=environment, output=output, fork=fork)
+        return forked.start(
+            command, cwd=self.folder, env=environment, output=output, errors=errors, fork=fork
+        )
 
     def run(self, *arguments: str, timeout: float = 90, fork: bool = True) -> Completed:
-        """Run a command to its end; what it prints is `out`."""
-        with tempfile.TemporaryFile() as output:
-            process = self.start(*arguments, output=output, fork=fork)
+        """Run a command to its end."""
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = self.start(*arguments, output=output, errors=errors, fork=fork)
             try:
                 code = process.wait(timeout)
             finally:
                 process.kill()
             output.seek(0)
-            return Completed(code, output.read().decode(), "")
+            errors.seek(0)
+            return Completed(code, output.read().decode(), errors.read().decode())
 
     def kill_at(
         self,
@@ -146,7 +149,7 @@ class Fleet:
         self.calls[code] += 1
         return bool(code == -signal.SIGKILL)
 
-    def kill_often(self, kills: int, seed: int, *, most: int = 20, fork: bool = True) -> int:
+    def kill_often(self, kills: int, seed: int, *, most: int = 24, fork: bool = True) -> int:
         """Kill the command at random points until it has nothing left to do; returns the number of kills."""
         numbers, done = random.Random(seed), 0
         while done < kills:
@@ -168,7 +171,7 @@ class Fleet:
             made.append(done)
             if done.code == 0:
                 return made
-        raise AssertionError(f"orgs still fail: {made[-1].out[-4000:]}")
+        raise AssertionError(f"orgs still fail: {made[-1].err[-4000:]}")
 
     def requests(self) -> int:
         """The management and token requests that were carried out."""
