@@ -128,7 +128,7 @@ def cli(
     (folder / "templates.toml").write_text(TEMPLATE)
     made("apply", str(folder / "templates.toml"), "--allow-unknown-handlers")
     monkeypatch.setattr("worker.operations.provisioning.SETTLES", 0.01)
-    monkeypatch.setattr("worker.operations.provisioning.TRIES", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("worker.operations.application_rights.TRIES", (0.01, 0.01, 0.01))
     monkeypatch.setattr("worker.providers.management.calls._jitter", wait_none())
     return made
 
