@@ -94,8 +94,13 @@ class ManualClock:
             connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, pg_catalog')
             move(self._now)
             self._on_change = move
-            yield
-            self._on_change = lambda now: None
+            try:
+                yield
+            finally:
+                self._on_change = lambda now: None
+                # As it was: only an unchanged database is used again by the next test.
+                connection.execute("DROP FUNCTION public.clock_timestamp()")
+                connection.execute(f'ALTER DATABASE "{name}" RESET search_path')
 
 
 async def settle(turns: int = 20) -> None:

@@ -199,7 +199,10 @@ FINGERPRINT = """
         UNION ALL SELECT (oid, xmin, 0::real, 0) FROM pg_constraint WHERE oid >= 16384
         UNION ALL SELECT (attrelid, xmin, 0::real, attnum::int) FROM pg_attribute WHERE attrelid >= 16384
     ) AS parts(part)"""
-DATABASE = "SELECT datdba, datacl, datconnlimit FROM pg_database WHERE datname = current_database()"
+DATABASE = """
+    SELECT datdba, datacl, datconnlimit, (
+        SELECT array_agg(setconfig ORDER BY setrole) FROM pg_db_role_setting WHERE setdatabase = d.oid
+    ) FROM pg_database AS d WHERE datname = current_database()"""
 END_OTHERS = """
     SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid()"""

@@ -8,6 +8,8 @@ import signal
 import psycopg
 import pytest
 
+from worker.store import schema
+
 
 def test_each_test_gets_a_database_of_its_own(postgres_server):
     with postgres_server.new_database() as first, postgres_server.new_database() as second:
@@ -26,6 +28,26 @@ def test_a_template_is_filled_once(postgres_server):
             pass
 
     assert len(filled) == 1
+
+
+def test_a_database_is_used_again_after_a_test_that_changed_rows_and_the_time(postgres_server, clock):
+    """A new one costs 20 times as much, in each test on PostgreSQL."""
+    template = postgres_server.template("migrated", schema.upgrade)
+    with (
+        postgres_server.new_database(template) as first,
+        clock.moves(first),
+        psycopg.connect(first) as connection,
+    ):
+        assert connection.execute("SELECT clock_timestamp()").fetchone() == (clock.now(),)
+        connection.execute("DELETE FROM facts")
+
+    with postgres_server.new_database(template) as second, psycopg.connect(second) as connection:
+        assert connection.execute("SELECT count(*) > 0 FROM facts").fetchone() == (True,)
+        assert connection.execute("SELECT clock_timestamp() < '2029-12-31'").fetchone() == (True,)
+        connection.execute("ALTER TABLE orgs ADD COLUMN more int")
+
+    with postgres_server.new_database(template) as third:
+        assert second == first != third
 
 
 def test_a_server_of_ones_own_keeps_its_data_over_a_crash_and_a_restart(own_postgres):
