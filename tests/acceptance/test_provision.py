@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -69,6 +70,9 @@ def test_a_webhook_leads_to_the_first_run_within_ten_seconds(site: Site, kinde: 
         "WORKER_PROVISIONING__LISTEN": f"127.0.0.1:{port}",
     }
     log = site.folder / "provision.log"
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(site.folder / "notify"))
+    environment["NOTIFY_SOCKET"] = str(site.folder / "notify")
     with log.open("ab") as output:
         provision = forked.start(site.command("provision"), cwd=site.folder, env=environment, output=output)
     try:
@@ -90,8 +94,11 @@ def test_a_webhook_leads_to_the_first_run_within_ten_seconds(site: Site, kinde: 
 
         provision.send_signal(signal.SIGTERM)
         assert provision.wait(timeout=5) == 0
+        notified = "".join(manager.recv(4096).decode() + "\n" for _ in range(3))
+        assert "READY=1" in notified and "WATCHDOG=1" in notified
     finally:
         provision.kill()
+        manager.close()
     bundle = site.folder / "bundle.json"
     site.cli("doctor", "--bundle", str(bundle), check=False)
     shown = [site.cli(noun, "list", "-o", "json").out for noun in ("audit", "credentials", "orgs")]

@@ -302,3 +302,28 @@ async def test_old_credentials_are_rotated_across_restarts(place: Place, rows: A
     active = {row["client_id"] for row in rows.credentials if row["state"] == "active"}
     assert active == {made.app.client_id for made in place.management.made.values()}
     assert {row["actor"] for row in rows.audit if row["action"] == "application.delete"} == {"provision"}
+
+
+@pytest.mark.parametrize("migrated_url", ["postgresql"], indirect=True)
+async def test_a_lost_session_ends_the_lock_and_the_next_round_takes_it_again(
+    place: Place, running: Any, rows: Any
+) -> None:
+    def end_sessions(call: str) -> None:
+        if call == "make" and not place.names().count("provisioning.unavailable"):
+            with place.database.autocommit() as connection:
+                connection.exec_driver_sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+                    " AND granted AND pid <> pg_backend_pid()"
+                )
+
+    place.management.before = end_sessions
+    starting = asyncio.create_task(running(place.loop()))
+    await place.until(lambda: "provisioning.unavailable" in place.names())
+    await place.until(lambda: "provisioning.round" in place.names(), seconds=ROUND_AGAIN)
+    await (await starting)()
+
+    assert [fields["error"] for name, fields in place.heard if name == "provisioning.unavailable"] == [
+        "database_unavailable"
+    ]
+    assert len(place.management.made) == 4
+    assert {row["state"] for row in rows.applications} == {"active"}

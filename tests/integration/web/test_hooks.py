@@ -145,6 +145,8 @@ async def test_only_a_genuine_webhook_changes_something(kinde: Kinde, loop: Prov
         genuine = signed(kinde.provider.keys, content())
         assert (await client.post("/hooks/other", content=genuine)).status_code == 404
         assert (await client.get("/hooks/main")).status_code == 405
+        of_people = signed(kinde.provider.keys, content() | {"type": "user.created"})
+        assert (await client.post("/hooks/main", content=of_people)).status_code == 204
         await asyncio.sleep(0.05)
         assert not loop._queue and everything(database) == before
         assert kinde.carried_out() == requests
