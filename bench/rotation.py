@@ -32,7 +32,7 @@ def rotate(orgs: int, kills: int, dialect: str, every: int, rate: int) -> list[s
         rotating(Path(folder), orgs, url, every=every, rate=rate, fork=False) as made,
     ):
         print(f"{orgs} orgs have applications; load {os.getloadavg()[0]:.0f}", flush=True)
-        time.sleep(every)
+        made.warm_up(timeout=20 * every)
         before, began = made.fleet.requests(), time.monotonic()
         done = made.kill_often(kills, SEED, most=max(10, 8 * orgs // max(1, kills)), fork=False)
         killed_in = time.monotonic() - began
@@ -56,7 +56,7 @@ def main() -> None:
     options.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")
     options.add_argument("--orgs", type=int, default=1000)
     options.add_argument("--kills", type=int, default=50)
-    options.add_argument("--every", type=int, default=40, help="seconds between runs of a definition")
+    options.add_argument("--every", type=int, default=30, help="seconds between runs of a definition")
     options.add_argument("--rate", type=int, default=100, help="max_requests_per_second of the issuer")
     given = options.parse_args()
     wrong = rotate(given.orgs, given.kills, given.database, given.every, given.rate)

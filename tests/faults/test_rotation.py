@@ -16,7 +16,7 @@ def test_a_fleet_is_rotated_under_load_in_spite_of_kills(
 ) -> None:
     orgs, kills, every = (1000, 50, 20) if full else (8, 3, 2)
     with rotating(tmp_path, orgs, migrated_postgres_url, every=every) as made:
-        time.sleep(every)
+        made.warm_up(timeout=20 * every)
         done = made.kill_often(kills, seed=14, most=200 if full else 30)
         made.finish(timeout=1500)
         time.sleep(every)

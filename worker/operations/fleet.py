@@ -24,6 +24,7 @@ from worker.errors import Conflict, WorkerError
 from worker.ids import OrgId
 from worker.operations.application_rights import name_of
 from worker.operations.provisioning import Provisioned, Provisioner
+from worker.operations.requirements import load_org
 from worker.store import applications
 from worker.store.dialect import Row
 from worker.telemetry.events import emit
@@ -242,7 +243,8 @@ class Fleet:
                     await database.run(steps.activate, row["id"], self.overlap)
             except WorkerError as error:
                 await self._failed(row, error)
-            await self.provisioner.clock.sleep(pause)
+            tokens = await database.run(self._tokens, row) if row["state"] == "overlapping" else 1
+            await self.provisioner.clock.sleep(pause * tokens)
         left = iter([row for row in rows if row["state"] == "retired"])
 
         async def delete_next() -> None:
@@ -253,6 +255,12 @@ class Fleet:
         async with asyncio.TaskGroup() as group:
             for _ in range(self.provisioner.concurrency):
                 group.create_task(delete_next())
+
+    def _tokens(self, row: Row) -> int:
+        """How many tokens of an org each worker requests when its credential is retired, at most."""
+        with self.provisioner.database.autocommit() as connection:
+            definitions = load_org(connection, row["org"]).definitions
+        return max(1, len({(each.audience, each.handler, each.scopes) for each in definitions}))
 
     def _due_at(self, row: Row) -> datetime:
         """When the next step of a row may be taken, at the earliest."""

@@ -23,6 +23,9 @@ from worker.tokens.sealing import KeyRing
 
 pytestmark = pytest.mark.anyio
 
+# What does not depend on the database is tested on one.
+once = pytest.mark.parametrize("migrated_url", ["sqlite"], indirect=True)
+
 OLD = timedelta(days=90)
 OVERLAP = timedelta(minutes=5)
 ORGS = [f"org_{letter}" for letter in "abcd"]
@@ -247,6 +250,7 @@ async def test_an_org_that_is_removed_or_suspended_meanwhile(place: Place, rows:
     assert all(result.error is None and result.is_over for result in made.results.values())
 
 
+@once
 async def test_an_old_application_that_was_deleted_by_hand(place: Place, rows: Any) -> None:
     [client] = clients_of(place, "org_a")
     [id] = [id for id, made in place.management.made.items() if made.app.client_id == client]
@@ -259,6 +263,7 @@ async def test_an_old_application_that_was_deleted_by_hand(place: Place, rows: A
     assert place.management.made[f"app-{len(ORGS) + 1}"].audiences == {AUDIENCE: {"read:kb"}}
 
 
+@once
 async def test_a_pending_credential_that_was_retired_by_hand_is_replaced(place: Place, rows: Any) -> None:
     made = began(place, "org_a", announce=OVERLAP)
     await go_on(place, made, timedelta(seconds=5))
@@ -270,6 +275,7 @@ async def test_a_pending_credential_that_was_retired_by_hand_is_replaced(place: 
     check_rotated(place, rows)
 
 
+@once
 async def test_a_new_application_that_is_gone_at_the_provider_is_replaced(place: Place, rows: Any) -> None:
     def lose(call: str) -> None:
         if call == "authorise":
@@ -285,6 +291,7 @@ async def test_a_new_application_that_is_gone_at_the_provider_is_replaced(place:
     assert states(rows, result.org) == ["deleted", "deleted", "active"]
 
 
+@once
 async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, rows: Any) -> None:
     made = began(place, "org_a")
     await go_on(place, made, timedelta(seconds=5))
@@ -306,6 +313,7 @@ async def test_the_old_one_stays_while_the_new_one_is_rejected(place: Place, row
     check_rotated(place, rows, ["org_a"])
 
 
+@once
 async def test_a_new_one_that_was_retired_in_the_overlap_is_replaced(place: Place, rows: Any) -> None:
     made = began(place, "org_a")
     await go_on(place, made, timedelta(seconds=5))
@@ -318,6 +326,7 @@ async def test_a_new_one_that_was_retired_in_the_overlap_is_replaced(place: Plac
     check_rotated(place, rows)
 
 
+@once
 async def test_a_leaked_secret_is_replaced_by_another_application(place: Place, rows: Any) -> None:
     for made in place.management.made.values():
         made.app.properties = {"plan": "pro"}
@@ -330,6 +339,7 @@ async def test_a_leaked_secret_is_replaced_by_another_application(place: Place, 
     assert [made.app.properties for made in place.management.made.values()] == [{"plan": "pro"}] * 4
 
 
+@once
 async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> None:
     def fail(call: str) -> None:
         if call == "delete":
@@ -346,6 +356,7 @@ async def test_one_org_that_fails_stops_no_other(place: Place, rows: Any) -> Non
     check_rotated(place, rows)
 
 
+@once
 async def test_an_application_of_another_name_is_not_deleted(place: Place, rows: Any) -> None:
     made = began(place, "org_a")
     await go_on(place, made, timedelta(seconds=5))
