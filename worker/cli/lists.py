@@ -114,10 +114,11 @@ def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: P
         return []
     from worker.search import Query
     from worker.store.lists import search
+    from worker.store.lists.suggestions import suggestions
 
     hints = []
     query = page.query or Query(definition=page.definition)
-    for wrong in search.suggestions(connection, scope, query) if not rows else ():
+    for wrong in suggestions(connection, scope, query) if not rows else ():
         near = f"; did you mean {' or '.join(wrong.near)}?" if wrong.near else ""
         hints.append(f"{wrong.what}{near}")
     if listing.name == "runs" and page.query is not None and not hints:

@@ -27,7 +27,7 @@ from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, hint
-from worker.store.lists import search
+from worker.store.lists.matching import conditions, few_orgs, orgs_that_match
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -268,7 +268,7 @@ def page(
     """
     rows, order = (_ends, ("finished_at", "id")) if isinstance(which, Retryable) else (_live, ("id",))
     few = [] if isinstance(scope, AllOrgs) else [rows.c.org_id == scope]
-    if which.query is not None and (ids := search.few_orgs(connection, scope, which.query)) is not None:
+    if which.query is not None and (ids := few_orgs(connection, scope, which.query)) is not None:
         few.append(rows.c.org_id.in_(ids))
     found: list[Row] = []
     size = FIRST
@@ -281,9 +281,7 @@ def page(
         window = union_all(*map(select, parts)).order_by(*order).limit(size).subquery("examined")
         matching = _matching(window, scope, which).order_by(*(window.c[name] for name in order))
         if which.query is not None and not few:
-            matching = matching.where(
-                *search.orgs_that_match(connection, scope, which.query, window.c.org_id)
-            )
+            matching = matching.where(*orgs_that_match(connection, scope, which.query, window.c.org_id))
         found += all_rows(connection, matching.limit(limit - len(found)))
         if len(found) == limit:
             return found
@@ -327,7 +325,7 @@ def _matching(window: FromClause, scope: OrgId | AllOrgs, which: Cancellable | R
     # Looked up row by row: as joins, PostgreSQL would rather read all orgs.
     org = select(_orgs.c.code).where(_orgs.c.id == row.org_id).scalar_subquery()
     definition = select(_definitions.c.name).where(_definitions.c.id == row.definition_id).scalar_subquery()
-    where = [] if which.query is None else search.conditions(scope, which.query, _runs.c)
+    where = [] if which.query is None else conditions(scope, which.query, _runs.c)
     if which.definition is not None:
         where.append(definition == which.definition)
     if isinstance(which, Retryable):

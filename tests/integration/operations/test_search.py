@@ -15,9 +15,10 @@ from worker.operations.runs import retry, run_now
 from worker.orgs import OrgEntry
 from worker.search import parsed
 from worker.store import orgs, roles, tables
-from worker.store.lists import Page
+from worker.store.lists import Page, matching
 from worker.store.lists import search as search_module
-from worker.store.lists.search import Suggestion, orgs_of, page_of, runs_of, suggestions
+from worker.store.lists.search import orgs_of, page_of, runs_of
+from worker.store.lists.suggestions import Suggestion, suggestions
 from worker.wiring.chores import Chores
 
 FILE = """
@@ -190,6 +191,7 @@ def test_a_wrong_word_is_told_what_is_near(site):
 def test_pages_go_on_by_key_until_every_match_was_seen(site, database, monkeypatch, window, few):
     monkeypatch.setattr(search_module, "WINDOWS", (window, window, window))
     monkeypatch.setattr(search_module, "FEW", few)
+    monkeypatch.setattr(matching, "FEW", few)
     monkeypatch.setattr(search_module, "FEW_CAUSES", few)
     states = itertools.cycle(("failed", "succeeded", None))
     made = [site.run(org, state=next(states)) for org in (*ORGS, *ORGS, *ORGS)]

@@ -6,8 +6,8 @@ after `WINDOWS` windows, and `page_of` says from where to continue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import (
@@ -16,12 +16,8 @@ from sqlalchemy import (
     FromClause,
     Select,
     Text,
-    and_,
-    exists,
     func,
-    literal,
     literal_column,
-    or_,
     select,
     text,
     union_all,
@@ -29,25 +25,30 @@ from sqlalchemy import (
 from sqlalchemy import cast as sql_cast
 
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, highest_id, lowest_id
-from worker.search import Query, folded, ids_of, near
+from worker.search import Query, folded, ids_of
 from worker.store import failing, orgs, tables
 from worker.store.dialect import all_rows
 from worker.store.lists import DEFAULT_LIMIT, Org, Page, Run, columns_of
 from worker.store.lists import runs as run_lists
-from worker.store.names import around
+from worker.store.lists.matching import (
+    Condition,
+    conditions,
+    few_orgs,
+    in_scope,
+    kept_states,
+    orgs_that_match,
+)
 
 # Runs examined by one statement: few first, since most searches find a page among the newest runs.
 WINDOWS = (500, 2_000, 3_000)
-# Matching orgs or definitions whose runs are read one by one; with more, the newest runs of all are read.
+# Definitions of one name whose runs are read one by one; with more, the newest runs of all are read.
 FEW = 20
 # Different causes that are compared, and used.
 CAUSES = 2_000
 FEW_CAUSES = 50
-# Words compared for a suggestion.
-NEAR = 3_000
 
 _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends, tables.attempts
-_orgs, _words, _definitions = tables.orgs, tables.org_words, tables.definitions
+_orgs, _definitions = tables.orgs, tables.definitions
 _EXAMINED = tuple(
     _runs.c[name]
     for name in ("id", "org_id", "definition_id", "handler", "origin", "state", "reason", "created_at")
@@ -64,12 +65,7 @@ WITH RECURSIVE causes (cause) AS (
 )
 SELECT cause FROM causes WHERE cause IS NOT NULL LIMIT :limit
 """)
-# Other names, for conditions within statements that read these tables.
-_named, _unended, _tried = _definitions.alias("named"), _live.alias("unended"), _attempts.alias("tried")
-Condition = ColumnElement[bool]
 FIRST_PAGE = Page()
-# Greater than every letter.
-_LAST = "\U0010ffff"
 
 
 class Found(NamedTuple):
@@ -77,22 +73,6 @@ class Found(NamedTuple):
 
     runs: list[Run]
     next: RunId | None
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """A word that no org's name or code has, or the unknown name of a `kind`; and the nearest known ones."""
-
-    word: str
-    near: list[str]
-    kind: str = "org"
-
-    @property
-    def what(self) -> str:
-        """What is wrong, as the beginning of a sentence."""
-        if self.kind == "org":
-            return f"no org has a word that begins with {self.word!r}"
-        return f"there is no {self.kind} {self.word!r}"
 
 
 def runs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = FIRST_PAGE) -> list[Run]:
@@ -144,104 +124,6 @@ def orgs_of(connection: Connection, scope: OrgScope, query: Query, page: Page = 
         statement = statement.where(_orgs.c.id < page.after)
     statement = statement.order_by(_orgs.c.id.desc()).limit(page.limit or DEFAULT_LIMIT)
     return cast(list[Org], all_rows(connection, statement))
-
-
-def suggestions(connection: Connection, scope: OrgScope, query: Query) -> list[Suggestion]:
-    """The query's words that no visible org has, and its unknown names; each with the nearest known ones.
-
-    Raises:
-        NotFound: there is no org of the scope.
-    """
-    org_id = orgs.scope_of(connection, scope)
-    wanted = [*query.words, *(query.org or "").split()]
-    wrong = [word for word in wanted if ids_of(word) is None and not _is_known(connection, org_id, word)]
-    found = [Suggestion(word, _near(connection, org_id, folded(word))) for word in wrong]
-    if query.definition is not None:
-        found += _of_definition(connection, org_id, query.definition)
-    if query.handler is not None:
-        known = connection.execute(select(tables.catalogue.c.name).distinct().limit(NEAR)).scalars().all()
-        # Before a worker has reported its handlers, none is known.
-        if known and query.handler not in known:
-            found.append(Suggestion(query.handler, near(query.handler, known), "handler"))
-    return found
-
-
-def _of_definition(connection: Connection, scope: OrgId | AllOrgs, name: str) -> list[Suggestion]:
-    names = _in_scope(select(_definitions.c.name), _definitions.c.org_id, scope)
-    if connection.execute(names.where(_definitions.c.name == name).limit(1)).first() is not None:
-        return []
-    if isinstance(scope, AllOrgs):
-        known = around(connection, "definition", name)
-    else:
-        known = iter(connection.execute(names.limit(NEAR)).scalars())
-    return [Suggestion(name, near(name, known), "definition")]
-
-
-def _is_known(connection: Connection, scope: OrgId | AllOrgs, word: str) -> bool:
-    some = _in_scope(select(_words.c.word).where(_begins(word)), _words.c.org_id, scope).limit(1)
-    return connection.execute(some).first() is not None
-
-
-def _near(connection: Connection, scope: OrgId | AllOrgs, word: str) -> list[str]:
-    """Known words with the same beginning that are most like this one."""
-    for length in (3, 2, 1):
-        begins = _in_scope(
-            select(_words.c.word).distinct().where(_begins(word[:length])), _words.c.org_id, scope
-        )
-        known = connection.execute(begins.order_by(_words.c.word).limit(NEAR)).scalars().all()
-        if found := near(word, known):
-            return found
-    return []
-
-
-def _begins(word: str, column: ColumnElement[Any] = _words.c.word) -> Condition:
-    """The words that begin with this one."""
-    start = folded(word)
-    return and_(column >= start, column < start + _LAST)
-
-
-def _in_scope(statement: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:
-    return statement if isinstance(scope, AllOrgs) else statement.where(org_id == scope)
-
-
-def _has_words(org_id: ColumnElement[Any], words: Sequence[str]) -> list[Condition]:
-    """Conditions on the id of an org: each word begins one of its name or code."""
-    own = _words.alias("own")
-    return [exists().where(own.c.org_id == org_id, _begins(word, own.c.word)) for word in words]
-
-
-def orgs_that_match(
-    connection: Connection, scope: OrgId | AllOrgs, query: Query, org_id: ColumnElement[Any]
-) -> list[Condition]:
-    """Conditions on the id of an org; the code of `org:` wins over names that begin so."""
-    found = _has_words(org_id, query.words)
-    if not isinstance(scope, AllOrgs):
-        found.append(org_id == scope)
-    if query.org is not None:
-        named = _org_with_code(connection, scope, query.org)
-        found += _has_words(org_id, query.org.split()) if named is None else [org_id == named]
-    return found
-
-
-def _org_with_code(connection: Connection, scope: OrgId | AllOrgs, code: str) -> OrgId | None:
-    statement = _in_scope(select(_orgs.c.id).where(_orgs.c.code == code), _orgs.c.id, scope).limit(1)
-    return connection.execute(statement).scalar_one_or_none()
-
-
-def few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> list[OrgId] | None:
-    """The ids of the orgs that match; None if they are many."""
-    if query.org is None and not query.words:
-        return None if isinstance(scope, AllOrgs) else [scope]
-    conditions = orgs_that_match(connection, scope, query, _orgs.c.id)
-    statement = select(_orgs.c.id).where(*conditions)
-    of_code = query.org is not None and _org_with_code(connection, scope, query.org) is not None
-    if isinstance(scope, AllOrgs) and not of_code:
-        # From the words in the order of their index, which stops as soon as there are many.
-        longest = max([*query.words, *(query.org or "").split()], key=len)
-        conditions = orgs_that_match(connection, scope, query, _words.c.org_id)
-        statement = select(_words.c.org_id).distinct().where(_begins(longest), *conditions)
-    ids = [OrgId(id_) for id_ in connection.execute(statement.limit(FEW + 1)).scalars()]
-    return ids if len(ids) <= FEW else None
 
 
 class _Source(NamedTuple):
@@ -314,7 +196,7 @@ class _Search:
         self.query = replace(query, states=frozenset())
         ended = query.states & set(tables.FINAL_STATES)
         sources = [_Source(_ends.c.run_id, (_ends.c.state == state, _IS_RARE)) for state in sorted(ended)]
-        if kept := _kept(query.states):
+        if kept := kept_states(query.states):
             sources.append(_Source(_live.c.id, (_live.c.state.in_(kept),)))
         return sources
 
@@ -324,7 +206,7 @@ class _Search:
             if (span := ids_of(word)) is None:
                 continue
             some = select(_runs.c.id).where(_runs.c.id.between(*span))
-            if self._ids(_in_scope(some, _runs.c.org_id, self.scope).limit(1)):
+            if self._ids(in_scope(some, _runs.c.org_id, self.scope).limit(1)):
                 words = tuple(other for other in self.query.words if other != word)
                 self.query = replace(self.query, words=words)
                 return span
@@ -333,7 +215,7 @@ class _Search:
     def _few_definitions(self, name: str) -> list[str] | None:
         """The ids of the definitions with this name; None if they are many."""
         named = select(_definitions.c.id).where(_definitions.c.name == name)
-        ids = self.connection.execute(_in_scope(named, _definitions.c.org_id, self.scope).limit(FEW + 1))
+        ids = self.connection.execute(in_scope(named, _definitions.c.org_id, self.scope).limit(FEW + 1))
         found = list(ids.scalars())
         return found if len(found) <= FEW else None
 
@@ -391,47 +273,3 @@ class _Search:
         if self.query.until is not None:
             bounds.append(id_ < highest_id(self.query.until))
         return bounds
-
-
-def conditions(scope: OrgId | AllOrgs, query: Query, run: Any) -> list[Condition]:
-    """What the keys of a query, but `org:`, say of the columns of a run."""
-    found: list[Condition] = []
-    if query.definition is not None:
-        name = select(_named.c.name).where(_named.c.id == run.definition_id).limit(1)
-        name = _in_scope(name, _named.c.org_id, scope)
-        found.append(name.scalar_subquery() == query.definition)
-    if query.handler is not None:
-        found.append(run.handler == query.handler)
-    if query.origin is not None:
-        found.append(run.origin == query.origin)
-    if query.since is not None:
-        found.append(run.created_at >= query.since)
-    if query.until is not None:
-        found.append(run.created_at < query.until)
-    if query.reason is not None:
-        found.append(or_(run.reason == query.reason, _is_live(run, _unended.c.reason == query.reason)))
-    if query.states:
-        ended, kept = query.states & set(tables.FINAL_STATES), _kept(query.states)
-        each = [run.state.in_(ended)] if ended else []
-        found.append(or_(*each, *([_is_live(run, _unended.c.state.in_(kept))] if kept else [])))
-    if query.cause is not None:
-        cause = func.lower(_tried.c.error_cause).contains(query.cause.lower(), autoescape=True)
-        found.append(_is_any(_tried.c.run_id == run.id, _tried.c.org_id == run.org_id, cause))
-    return found
-
-
-def _kept(states: Iterable[str]) -> list[str]:
-    """The states of `live_runs` that these states of runs stand for."""
-    return [kept for state in states for kept in tables.UNFINISHED.get(state, ())]
-
-
-def _is_live(run: Any, condition: Condition) -> Condition:
-    """The run is unfinished, and its row in `live_runs` meets the condition."""
-    return and_(
-        run.state.is_(None), _is_any(_unended.c.id == run.id, _unended.c.org_id == run.org_id, condition)
-    )
-
-
-def _is_any(*conditions: Condition) -> Condition:
-    """As EXISTS; but looked up row by row, where PostgreSQL would rather read the whole other table."""
-    return select(literal(1)).where(*conditions).limit(1).scalar_subquery().is_not(None)

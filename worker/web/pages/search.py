@@ -15,6 +15,7 @@ from starlette.routing import Route
 from worker.errors import NotFound, UsageError
 from worker.search import KEYS, Query, parsed
 from worker.store.lists import Org, Page, Run, runs, search
+from worker.store.lists.suggestions import suggestions
 from worker.web.callers import Caller
 from worker.web.pages.base import ROWS, Pages, caller_of, next_page, query
 from worker.web.pages.links import search_path
@@ -65,7 +66,7 @@ def _found(connection: Connection, caller: Caller, wanted: Query, given: dict[st
     has_names = has_words or bool(wanted.definition or wanted.handler)
     orgs = search.orgs_of(connection, scope, wanted, Page(limit=MOST_ORGS)) if has_words and not after else []
     found = search.page_of(connection, scope, wanted, Page(limit=ROWS, after=after))
-    near = search.suggestions(connection, scope, wanted) if has_names and not (orgs or found.runs) else []
+    near = suggestions(connection, scope, wanted) if has_names and not (orgs or found.runs) else []
     text = given.get("q", "")
     following = [] if found.next is None else [{"id": found.next}]
     return {

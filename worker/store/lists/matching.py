@@ -1,0 +1,116 @@
+"""Conditions that a query of `worker.search` puts on orgs and runs; the orgs that match, if they are few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, literal, or_, select
+
+from worker.ids import AllOrgs, OrgId
+from worker.search import Query, folded
+from worker.store import tables
+
+# Matching orgs whose runs are read one by one; with more, the newest runs of all are read.
+FEW = 20
+Condition = ColumnElement[bool]
+_orgs, _words = tables.orgs, tables.org_words
+# Other names, for conditions within statements that read these tables.
+_named, _unended = tables.definitions.alias("named"), tables.live_runs.alias("unended")
+_tried = tables.attempts.alias("tried")
+# Greater than every letter.
+_LAST = "\U0010ffff"
+
+
+def orgs_that_match(
+    connection: Connection, scope: OrgId | AllOrgs, query: Query, org_id: ColumnElement[Any]
+) -> list[Condition]:
+    """Conditions on the id of an org; the code of `org:` wins over names that begin so."""
+    found = _has_words(org_id, query.words)
+    if not isinstance(scope, AllOrgs):
+        found.append(org_id == scope)
+    if query.org is not None:
+        named = _org_with_code(connection, scope, query.org)
+        found += _has_words(org_id, query.org.split()) if named is None else [org_id == named]
+    return found
+
+
+def few_orgs(connection: Connection, scope: OrgId | AllOrgs, query: Query) -> list[OrgId] | None:
+    """The ids of the orgs that match; None if they are many."""
+    if query.org is None and not query.words:
+        return None if isinstance(scope, AllOrgs) else [scope]
+    conditions = orgs_that_match(connection, scope, query, _orgs.c.id)
+    statement = select(_orgs.c.id).where(*conditions)
+    of_code = query.org is not None and _org_with_code(connection, scope, query.org) is not None
+    if isinstance(scope, AllOrgs) and not of_code:
+        # From the words in the order of their index, which stops as soon as there are many.
+        longest = max([*query.words, *(query.org or "").split()], key=len)
+        conditions = orgs_that_match(connection, scope, query, _words.c.org_id)
+        statement = select(_words.c.org_id).distinct().where(begins(longest), *conditions)
+    ids = [OrgId(id_) for id_ in connection.execute(statement.limit(FEW + 1)).scalars()]
+    return ids if len(ids) <= FEW else None
+
+
+def conditions(scope: OrgId | AllOrgs, query: Query, run: Any) -> list[Condition]:
+    """What the keys of a query, but `org:`, say of the columns of a run."""
+    found: list[Condition] = []
+    if query.definition is not None:
+        name = select(_named.c.name).where(_named.c.id == run.definition_id).limit(1)
+        name = in_scope(name, _named.c.org_id, scope)
+        found.append(name.scalar_subquery() == query.definition)
+    if query.handler is not None:
+        found.append(run.handler == query.handler)
+    if query.origin is not None:
+        found.append(run.origin == query.origin)
+    if query.since is not None:
+        found.append(run.created_at >= query.since)
+    if query.until is not None:
+        found.append(run.created_at < query.until)
+    if query.reason is not None:
+        found.append(or_(run.reason == query.reason, _is_live(run, _unended.c.reason == query.reason)))
+    if query.states:
+        ended, kept = query.states & set(tables.FINAL_STATES), kept_states(query.states)
+        each = [run.state.in_(ended)] if ended else []
+        found.append(or_(*each, *([_is_live(run, _unended.c.state.in_(kept))] if kept else [])))
+    if query.cause is not None:
+        cause = func.lower(_tried.c.error_cause).contains(query.cause.lower(), autoescape=True)
+        found.append(_is_any(_tried.c.run_id == run.id, _tried.c.org_id == run.org_id, cause))
+    return found
+
+
+def begins(word: str, column: ColumnElement[Any] = _words.c.word) -> Condition:
+    """The words that begin with this one."""
+    start = folded(word)
+    return and_(column >= start, column < start + _LAST)
+
+
+def in_scope(statement: Select[Any], org_id: ColumnElement[Any], scope: OrgId | AllOrgs) -> Select[Any]:
+    return statement if isinstance(scope, AllOrgs) else statement.where(org_id == scope)
+
+
+def kept_states(states: Iterable[str]) -> list[str]:
+    """The states of `live_runs` that these states of runs stand for."""
+    return [kept for state in states for kept in tables.UNFINISHED.get(state, ())]
+
+
+def _has_words(org_id: ColumnElement[Any], words: Sequence[str]) -> list[Condition]:
+    """Conditions on the id of an org: each word begins one of its name or code."""
+    own = _words.alias("own")
+    return [exists().where(own.c.org_id == org_id, begins(word, own.c.word)) for word in words]
+
+
+def _org_with_code(connection: Connection, scope: OrgId | AllOrgs, code: str) -> OrgId | None:
+    statement = in_scope(select(_orgs.c.id).where(_orgs.c.code == code), _orgs.c.id, scope).limit(1)
+    return connection.execute(statement).scalar_one_or_none()
+
+
+def _is_live(run: Any, condition: Condition) -> Condition:
+    """The run is unfinished, and its row in `live_runs` meets the condition."""
+    return and_(
+        run.state.is_(None), _is_any(_unended.c.id == run.id, _unended.c.org_id == run.org_id, condition)
+    )
+
+
+def _is_any(*conditions: Condition) -> Condition:
+    """As EXISTS; but looked up row by row, where PostgreSQL would rather read the whole other table."""
+    return select(literal(1)).where(*conditions).limit(1).scalar_subquery().is_not(None)
