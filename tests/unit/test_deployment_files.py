@@ -393,7 +393,7 @@ def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
     ]
     [endpoint] = manifest("PodMonitor")["spec"]["podMetricsEndpoints"]
     assert (endpoint["path"] in PATHS, endpoint["port"]) == (True, "health")
-    # The Service leads to API and dashboard only.
+    # The Service leads to API and console only.
     [served] = manifest("Service")["spec"]["ports"]
     assert (served["port"], served["targetPort"]) == (PORT, "http")
 

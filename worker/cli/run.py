@@ -19,7 +19,7 @@ def run(context: typer.Context) -> None:
 
 
 def serve(context: typer.Context) -> None:
-    """Serve API, dashboard and health on web.listen, and run no jobs; SIGTERM or Ctrl-C stops it.
+    """Serve API, console and health on web.listen, and run no jobs; SIGTERM or Ctrl-C stops it.
 
     A worker serves them too. This is for a separate machine, next to workers whose
     web.listen is "". /readyz says whether the database answers.

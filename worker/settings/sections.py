@@ -269,7 +269,7 @@ class PortalSettings(Section):
 
 
 class WebSettings(Section):
-    """`[web]`: health, metrics, API and dashboard; an empty address turns a listener off."""
+    """`[web]`: health, metrics, API and console; an empty address turns a listener off."""
 
     listen: Listen = "127.0.0.1:8470"
     health_listen: Listen = ""

@@ -6,7 +6,7 @@ rows of the org in `app.org`, or none if that is not set. Only the owner and mem
 
 The web side runs every statement in `orgworker_web` for an org, with `app.org` set, or in
 `orgworker_operator`, whatever its login is. Neither role reads a secret, changes the schema or alters an
-audit row. They write only what the API and the dashboard write: a new operation there extends `_WRITES`, or
+audit row. They write only what the API and the console write: a new operation there extends `_WRITES`, or
 `_OPERATOR_WRITES` if orgs may not do it.
 """
 
@@ -62,7 +62,7 @@ _NOT_FOR_ORGS = frozenset(
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
 
-# The API and the dashboard make, cancel and retry runs, and pause and resume definitions.
+# The API and the console make, cancel and retry runs, and pause and resume definitions.
 _WRITES: Mapping[str, Sequence[str]] = {
     "runs": (
         "INSERT",

@@ -210,7 +210,7 @@ _ROWS = (
         "reason",
         "a connection exceeded its header, body or idle deadline, or made room for others (crowded, address)",
     ),
-    _info("web.login", "caller role", "somebody signed in to the dashboard"),
+    _info("web.login", "caller role", "somebody signed in to the console"),
     _warning("web.login_refused", "error", "a person logged in at the provider, but gets no access here"),
     _info("alert.sent", "kind status alert", "the webhook accepted an alert"),
     _warning(

@@ -80,7 +80,7 @@ class OtelTracer:
     """Makes one trace for each run; its id is derived from the run id, so all attempts share it.
 
     The standard OTEL_* variables set sampler, resource, limits and batches. `dashboard_url` is the
-    public URL of the dashboard, or empty.
+    public URL of the console, or empty.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Web: health, metrics, JSON API and dashboard on the worker's HTTP port."""
+"""Web: health, metrics, JSON API and console on the worker's HTTP port."""

@@ -32,7 +32,7 @@ from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
 from worker.web.sessions import AuthMiddleware, Forms, Sessions
 
-# Concurrent requests of API and dashboard; fewer than the connections of a listener.
+# Concurrent requests of API and console; fewer than the connections of a listener.
 MOST_REQUESTS = 500
 # Seconds before an occupied address, or a server that failed, is tried again.
 AGAIN = 5.0

@@ -1,4 +1,4 @@
-"""Sessions: authentication of every request, the dashboard's cookies, and CSRF protection of its forms."""
+"""Sessions: authentication of every request, the console's cookies, and CSRF protection of its forms."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MOST = 50
 class AuthMiddleware:
     """ASGI middleware: authenticates every request except for health, static files and logins.
 
-    Puts the `Caller` into `scope["caller"]`, and for the dashboard the session into
+    Puts the `Caller` into `scope["caller"]`, and for the console the session into
     `scope["session"]`. The API ignores session cookies: another site's page can make a
     browser send them.
     """
@@ -151,14 +151,14 @@ _NONCE = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class Forms:
-    """Cookies, and CSRF tokens bound to them. `public_url` is the dashboard's address; "" if unknown."""
+    """Cookies, and CSRF tokens bound to them. `public_url` is the console's address; "" if unknown."""
 
     def __init__(self, public_url: str, addresses: Addresses) -> None:
         self.public_origin = _origin(public_url) if public_url else None
         self._addresses = addresses
 
     def cookie(self, connection: HTTPConnection, name: str) -> str | None:
-        """The value of one of the dashboard's cookies."""
+        """The value of one of the console's cookies."""
         return connection.cookies.get(self._named(connection, name))
 
     def set_cookie(
@@ -249,7 +249,7 @@ def _origin(url: str) -> str:
 
 def _foreign() -> AccessDenied:
     return AccessDenied(
-        "no page of this dashboard sent the form",
+        "no page of this console sent the form",
         fix="open the page again and send the form from there; web.public_url in worker.toml must be the "
         "address that your browser shows",
     )

@@ -1,4 +1,4 @@
-"""The web side of a process: health, metrics, API and dashboard, beside a worker or alone (`serve`)."""
+"""The web side of a process: health, metrics, API and console, beside a worker or alone (`serve`)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def metrics_of(settings: Settings, *, version: str) -> Metrics:
 
 
 class Web:
-    """Health, metrics, API and dashboard of one process; `open_ring` if it may have the key ring."""
+    """Health, metrics, API and console of one process; `open_ring` if it may have the key ring."""
 
     def __init__(
         self, settings: Settings, clock: Clock, health: Health, *, open_ring: OpenRing = no_ring

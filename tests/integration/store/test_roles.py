@@ -28,7 +28,7 @@ from worker.store.roles import Scope
 NOT_OF_ORGS = {"workers", "catalogue", "facts", "operators", "sessions", "login_transactions"}
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
 NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes", "applications"}
-# All that API and dashboard write, and no right more: by table, the columns of its UPDATE.
+# All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
     "runs": (
         "INSERT",

@@ -1,4 +1,4 @@
-"""The dashboard: a login, pages that escape all they show, and buttons that only our own pages can press."""
+"""The console: a login, pages that escape all they show, and buttons that only our own pages can press."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be listed, declared once for command line, JSON API, dashboard and reference.
+"""What can be listed, declared once for command line, JSON API, console and reference.
 
 The class of a row declares its columns, their order, and how an org's own token sees each
 (`redaction`); the classes `…Detail` are for the verb `show`. A `Listing` declares how its rows
