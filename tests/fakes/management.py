@@ -62,9 +62,6 @@ class MemoryManagement:
         self._called("org_properties")
         return self.tags.get(code, {})
 
-    async def set_org_property(self, code: str, key: str, value: PropertyValue | None) -> None:
-        raise NotImplementedError
-
     async def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
         made = list(self.made.items())
         for start in range(0, max(1, len(made)), PAGE):

@@ -127,12 +127,6 @@ class ManagementApi:
                 "read:organization_properties",
                 self._org_properties,
             ),
-            self._route(
-                "PATCH",
-                "/api/v1/organizations/{org_code}/properties",
-                "update:organization_properties",
-                self._set_org_properties,
-            ),
             self._route("GET", "/api/v1/applications", "read:applications", self._list_applications),
             self._route("POST", "/api/v1/applications", "create:applications", self._make, status=201),
             self._route("GET", application, "read:applications", self._show),
@@ -205,13 +199,6 @@ class ManagementApi:
     def _org_properties(self, request: Request, _: Any) -> dict[str, Any]:
         org = self._org(request.path_params["org_code"])
         return done("OK", properties=_listed(self.org_properties, org.properties))
-
-    def _set_org_properties(self, request: Request, body: Mapping[str, Any]) -> dict[str, Any]:
-        org = self._org(request.path_params["org_code"])
-        if not set(body["properties"]) <= self.org_properties:
-            raise Refusal("PROPERTY_NOT_FOUND")
-        org.properties.update(body["properties"])
-        return done("PROPERTIES_UPDATED")
 
     def _list_applications(self, request: Request, _: Any) -> dict[str, Any]:
         items = {

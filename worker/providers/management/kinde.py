@@ -57,7 +57,6 @@ API_SCOPE = "/api/v1/apis/{api_id}/applications/{application_id}/scopes/{scope_i
 SCOPES = (
     "read:organizations",
     "read:organization_properties",
-    "update:organization_properties",
     "read:applications",
     "create:applications",
     "delete:applications",
@@ -124,18 +123,6 @@ class KindeManagement:
         path = _filled(ORG_PROPERTIES, org_code=code)
         response = await self._calls.read(ORG_PROPERTIES, path, scope="read:organization_properties")
         return self._read_properties(self._accept(response, f"the properties of org {code}"))
-
-    async def set_org_property(self, code: str, key: str, value: PropertyValue | None) -> None:
-        # Not the route for one property: it takes the value in the URL, which proxies log.
-        response = await self._calls.write(
-            "PATCH",
-            ORG_PROPERTIES,
-            _filled(ORG_PROPERTIES, org_code=code),
-            scope="update:organization_properties",
-            body={"properties": {key: "" if value is None else value}},
-            repeatable=True,
-        )
-        self._accept(response, f"property {key} of org {code}", fix=_property_fix(response))
 
     async def applications(self) -> AsyncIterator[Sequence[ListedApplication]]:
         async for items in self._pages(APPLICATIONS, "applications", "read:applications"):
@@ -448,9 +435,9 @@ def _id_of_made(response: Response) -> str | None:
 
 
 def _property_fix(response: Response) -> str:
-    if _code_of(response) in (*UNKNOWN, "ORGANIZATION_NOT_FOUND"):
+    if _code_of(response) in UNKNOWN:
         return ""
-    return "define the property at the provider, for applications or for organizations, then set it"
+    return "define the property at the provider, for applications, then set it"
 
 
 def _code_of(response: Response) -> str:
