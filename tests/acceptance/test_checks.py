@@ -52,7 +52,7 @@ def test_one_org_is_checked_for_people(checked: Site):
     checks = [line.split()[0] for line in done.out.splitlines()[1:]]
     assert checks == [
         *("discovery", "token", "key", "org", "client", "scopes"),
-        *("properties", "flags", "lifetime", "clock", "rate"),
+        *("properties", "flags", "lifetime", "clock", "rate", "unread"),
     ]
 
 
