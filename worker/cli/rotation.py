@@ -57,9 +57,6 @@ def rotate_fleet(
                     }
                     for each in chosen
                 ]
-            tell(
-                "waits until the old applications are deleted; if it is interrupted, the next call continues"
-            )
             return [_row_of(each) for each in await fleet.rotate(chosen)]
 
         rows = with_provisioner(session, name, work)

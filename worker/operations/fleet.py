@@ -13,7 +13,6 @@ its tokens were dropped, or the last token has expired.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -87,7 +86,7 @@ class Fleet:
     say: Callable[[str], None] = lambda text: None
     results: dict[str, Rotated] = field(default_factory=dict, init=False)
     _waiting: list[Candidate] = field(default_factory=list, init=False)
-    _said: str = field(default="", init=False)
+    _said: frozenset[str] = field(default=frozenset(), init=False)
 
     def candidates(self, older_than: timedelta, limit: int | None = None) -> tuple[list[Candidate], int]:
         """The orgs to rotate, oldest credential first, and how many have one that a person added.
@@ -311,23 +310,30 @@ class Fleet:
         return min(max(wait, LOOK if row["state"] == "retired" else 0.0), LONGEST_WAIT)
 
     def _tell(self, rows: Sequence[Row], now: datetime) -> None:
-        """Say what it waits for, if that is something else than before."""
-        counts = Counter(_STATES[row["state"]] for row in rows)
-        text = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
-        if not rows or text == self._said:
+        """Say what it waits for, if that is something else than before; numbers may differ."""
+        phases: dict[str, list[Row]] = {}
+        for row in rows:
+            phases.setdefault(_PHASES[row["state"]], []).append(row)
+        if not phases or phases.keys() == self._said:
             return
-        self._said = text
-        ends = max(self._due_at(row) for row in rows) - now
-        span = format_duration(timedelta(seconds=max(0, round(ends.total_seconds()))))
-        self.say(f"{text}; goes on in {span} at the latest" if ends > timedelta() else text)
+        if not self._said:
+            self.say("waits until the old applications are deleted; if interrupted, the next call continues")
+        self._said = frozenset(phases)
+        parts = []
+        for phase, found in phases.items():
+            left = round((max(self._due_at(row) for row in found) - now).total_seconds())
+            is_timed = left > 0 and all(row["state"] in ("announced", "overlapping") for row in found)
+            span = f", for {format_duration(timedelta(seconds=left))} at most" if is_timed else ""
+            parts.append(f"{len(found)} org{'s' * (len(found) != 1)}: {phase}{span}")
+        self.say("; ".join(parts))
 
 
-_STATES = {
-    "making": "to be made",
-    "made": "to be verified",
-    "announced": "announced",
-    "overlapping": "old ones in their overlap",
-    "retired": "old ones waiting until no run uses their tokens",
+_PHASES = {
+    "making": "the new application is to be made",
+    "made": "the new application is to be verified",
+    "announced": "the new client is announced, and not used yet",
+    "overlapping": "the old credential stays usable",
+    "retired": "the old application is deleted once no run uses its token",
 }
 
 
