@@ -40,8 +40,8 @@ SETTINGS = {
     "timezone": "America/New_York",
     "log_timezone": "UTC",
 }
-# For tests that do not kill the server.
-FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+# For tests that do not kill the server. An automatic ANALYZE would change the databases that are used again.
+FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
 
 
 class Server:
