@@ -146,6 +146,13 @@ class Throttled(TokenError):
     transient = True
 
 
+class ProviderThrottled(Throttled):
+    """The provider's management API asks for a pause of more than five minutes."""
+
+    code = "provider_throttled"
+    exit_code = 75
+
+
 class TokenRefused(TokenError):
     """A token failed verification or enforcement: the run is refused.
 

@@ -90,10 +90,12 @@ def _changes(given: list[str], unset: list[str]) -> dict[str, PropertyValue | No
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise UsageError(f"--set {text!r} is not K=V", fix="--set plan=pro; --unset plan")
+        if key in values:
+            raise UsageError(f"--set {key} is given twice", fix="give one value")
         if not value:
             raise UsageError(f"--set {key}= has no value", fix=f"--unset {key}")
         values[key] = value == "true" if value in ("true", "false") else value
-    for key in unset:
+    for key in dict.fromkeys(unset):
         if key in values:
             raise UsageError(f"{key} is both set and unset", fix="give one of the two")
         values[key] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 FAILED = 1
 COLUMNS = ("org", "name", "changes", "client_id", "error")
-ORPHAN_COLUMNS = ("id", "name", "org", "deleted")
+ORPHAN_COLUMNS = ("id", "name", "org", "deleted", "error")
 
 IssuerOption = Annotated[
     str | None,
@@ -77,16 +78,29 @@ def sync(
     """
     if delete and not orphans:
         raise UsageError("--delete is for --orphans", fix="`orgs sync --orphans --delete`")
+    if orphans and (provision or yes or absent is not Absent.KEEP):
+        raise UsageError(
+            "--orphans only lists applications: --provision, --absent and --yes are for a sync",
+            fix="call it twice: `orgs sync --provision`, then `orgs sync --orphans`",
+        )
     session = session_of(context)
     name = issuer or only_issuer(session)
     if orphans:
-        return with_provisioner(session, name, lambda made: _orphans(made, delete, output))
+        return with_provisioner(
+            session,
+            name,
+            lambda made: _orphans(made, org, output, delete=delete and not dry_run),
+            changes=delete and not dry_run,
+            seals=False,
+        )
     return with_provisioner(
         session,
         name,
         lambda made: _sync(
             session, made, org, output, provision=provision, absent=absent.value, yes=yes, dry_run=dry_run
         ),
+        changes=not dry_run,
+        seals=provision and not dry_run,
     )
 
 
@@ -129,19 +143,35 @@ def only_issuer(session: Invocation) -> str:
     return found[0]
 
 
-def with_provisioner(session: Invocation, issuer: str, work: Callable[[Provisioner], Awaitable[T]]) -> T:
-    """The result of `work`, called with the provisioner of an issuer, which no other process is meanwhile."""
+def with_provisioner(
+    session: Invocation,
+    issuer: str,
+    work: Callable[[Provisioner], Awaitable[T]],
+    *,
+    changes: bool = True,
+    seals: bool = True,
+) -> T:
+    """The result of `work`, called with the provisioner of an issuer.
+
+    If it `changes` something, no other process provisions the issuer meanwhile. Unless it `seals`, it
+    needs no key ring.
+    """
     from worker.operations.provisioning import exclusive
     from worker.wiring.provisioning import open_provisioner
 
     async def run() -> T:
         async with open_provisioner(
-            session.settings, database, issuer, session.clock, actor=session.actor
+            session.settings, database, issuer, session.clock, actor=session.actor, seals=seals
         ) as provisioner:
             return await work(provisioner)
 
-    with session.database() as database, exclusive(database, issuer):
-        return asyncio.run(run())
+    with session.database() as database, exclusive(database, issuer) if changes else nullcontext():
+        try:
+            return asyncio.run(run())
+        except KeyboardInterrupt:
+            if changes:
+                say("interrupted; the same command continues")
+            raise
 
 
 async def _sync(
@@ -160,7 +190,10 @@ async def _sync(
 
     database, settings = provisioner.database, session.settings
     rules = rules_of(settings, provisioner.issuer, absent=absent, any_number=yes)
-    listed = await operation.read_orgs(provisioner.management, rules, org)
+    with Progress("orgs") as progress:
+        listed = await operation.read_orgs(
+            provisioner.management, rules, org, concurrency=provisioner.concurrency, report=progress.at
+        )
     made = await database.run(operation.planned, database, listed, rules, org)
     if made.is_unknown:
         raise NotFound(
@@ -178,7 +211,7 @@ async def _sync(
         if provision:
             with Progress("applications") as progress:
                 provisioner.report = progress.at
-                rows = operation.with_results(rows, await provisioner.provision(org))
+                rows = operation.with_results(rows, await provisioner.provision(org), made)
     shown = [{**row, "changes": ", ".join(row["changes"])} for row in rows]
     print_rows(rows if output is not Format.TABLE else shown, output, columns=COLUMNS, key="org")
     for row in rows:
@@ -190,11 +223,11 @@ async def _sync(
     return FAILED if any(row["error"] for row in rows) else 0
 
 
-async def _orphans(provisioner: Provisioner, delete: bool, output: Format) -> int:
+async def _orphans(provisioner: Provisioner, org: str | None, output: Format, *, delete: bool) -> int:
     from worker.operations.orphans import orphans
 
-    rows = await orphans(provisioner, delete=delete)
+    rows = await orphans(provisioner, org, delete=delete)
     print_rows(rows, output, columns=ORPHAN_COLUMNS)
     if output is Format.TABLE and rows and not delete:
         say("`orgs sync --orphans --delete` deletes them")
-    return 0
+    return FAILED if any(row["error"] for row in rows) else 0

@@ -156,7 +156,8 @@ class Rights:
             report = await self.checks.probe(org, needs, credential, counts=False)
         if faults := _faults(report):
             kind = IssuerUnavailable if report.transient else CredentialsRejected
-            raise kind(f"no valid token of the application: {faults[0].detail}", fix=faults[0].fix)
+            fix = _fix(faults[0], credential)
+            raise kind(f"no valid token of the application: {faults[0].detail}", fix=fix)
         return report
 
     async def _keep(
@@ -215,6 +216,13 @@ def _booleans(claims: Claims | None) -> dict[str, PropertyValue]:
     """The properties in a token that are booleans."""
     values = {} if claims is None else claims.properties
     return {name: value for name, value in values.items() if isinstance(value, bool)}
+
+
+def _fix(fault: Diagnostic, credential: Credential) -> str:
+    """What to do about a new application's token; advice for credentials that people add does not fit."""
+    if fault.check in ("org", "client"):
+        return f"delete the application {credential.client_id} at the provider, then run the command again"
+    return fault.fix
 
 
 def _faults(report: Report) -> list[Diagnostic]:

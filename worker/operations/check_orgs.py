@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
+from sqlalchemy import Connection
+
 from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.operations.handlers import Handlers
@@ -17,7 +19,7 @@ from worker.operations.requirements import (
     load_org,
     scopes_of,
 )
-from worker.store import history
+from worker.store import applications, history
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
@@ -179,8 +181,9 @@ class Checks:
             # A process that runs for long tries again.
             del self._discovered[issuer]
         probes = []
+        required = frozenset[str]().union(*(need.scopes | need.may for need in needs))
         for need in needs:
-            found = await probe.probe(credential, need)
+            found = await probe.probe(credential, replace(need, elsewhere=required))
             probes.append(found)
             if counts:
                 # The count is informative only: no report is lost for it.
@@ -254,9 +257,7 @@ class Checks:
         else:
             if credentials:
                 return await self.probe(org, needs, credentials[0])
-            failed = Diagnostic(
-                "credential", False, f"org {code} has no active credential", _add_credential(code)
-            )
+            failed = await self.database.call_autocommit(_lacks_credential, org)
         return Report(code, org.issuer, None, general=(failed,))
 
 
@@ -279,6 +280,20 @@ def _requirements_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handl
         bare = default.replace("{org}", org.org.code)
         needs[bare] = Need(bare)
     return tuple(need for audience, need in sorted(needs.items()) if audience)
+
+
+def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic:
+    code = org.org.code
+    begun = applications.of_orgs(connection, [org.org.id], applications.UNFINISHED)
+    if not begun:
+        return Diagnostic("credential", False, f"org {code} has no active credential", _add_credential(code))
+    why = f": {begun[-1]['last_error']}" if begun[-1]["last_error"] else ""
+    return Diagnostic(
+        "credential",
+        False,
+        f"org {code} has no active credential; its application is not ready{why}",
+        f"`{COMMAND} orgs sync --provision --org {code}` continues, and says what to do",
+    )
 
 
 def _add_credential(code: str) -> str:

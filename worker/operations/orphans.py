@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from worker.errors import WorkerError
 from worker.ids import OrgId
 from worker.operations.provisioning import Provisioner
 from worker.providers.management.contract import ListedApplication
@@ -9,38 +10,46 @@ from worker.store import applications, audit
 from worker.store.dialect import Row
 
 
-async def orphans(provisioner: Provisioner, *, delete: bool) -> list[Row]:
-    """The applications of this installation that no org uses; deletes them if asked.
+async def orphans(provisioner: Provisioner, org: str | None = None, *, delete: bool) -> list[Row]:
+    """The applications of this installation that no org uses, or only those of `org`; deletes them if asked.
 
-    Each has `id` and `name` at the provider, `org` and `deleted`.
+    Each has `id` and `name` at the provider, `org`, `deleted`, and `error` if it could not be deleted.
 
     Raises:
         ProviderUnavailable, ProviderRefused, ConfigurationError: as `Provisioner.provision`.
     """
-    there = await provisioner.listed()
-    used = await provisioner.database.run(_used_names, provisioner)
+    there = [found async for found in provisioner.listed()]
+    used = await provisioner.database.run(_used, provisioner)
     rows: list[Row] = []
-    for name, found in there.items():
-        if name in used or found.made_as is None:
+    for name, found in there:
+        # A provider may have two of one name. The one that an org uses is in its row.
+        if used.get(str(name), "") in (None, found.id) or org not in (None, name.org):
             continue
-        rows.append({"id": found.id, "name": name, "org": found.made_as.org, "deleted": False})
+        row = {"id": found.id, "name": found.name, "org": name.org, "deleted": False, "error": None}
+        rows.append(row)
         if delete:
-            await provisioner.management.delete(found.id, org=found.made_as.org, name=found.made_as)
-            await provisioner.database.run(_note_deleted, provisioner, found)
-            rows[-1]["deleted"] = True
+            try:
+                await provisioner.management.delete(found.id, org=name.org, name=name)
+                await provisioner.database.run(_note_deleted, provisioner, found)
+                row["deleted"] = True
+            except WorkerError as error:
+                row["error"] = error.message
     return rows
 
 
-def _used_names(provisioner: Provisioner) -> set[str]:
-    """The names of applications that an org uses, will use, or uses until its overlap has ended."""
-    names: set[str] = set()
+def _used(provisioner: Provisioner) -> dict[str, str | None]:
+    """The applications that an org uses, will use, or uses until its overlap has ended.
+
+    By name the id; None while the application is being made.
+    """
+    used: dict[str, str | None] = {}
     after = ""
     while True:
         with provisioner.database.autocommit() as connection:
             page = applications.in_states(connection, provisioner.issuer, applications.USED, after=after)
-        names |= {row["name"] for row in page if row["org_state"] != "removed"}
+        used |= {row["name"]: row["application_id"] for row in page if row["org_state"] != "removed"}
         if not page:
-            return names
+            return used
         after = page[-1]["id"]
 
 
@@ -50,7 +59,7 @@ def _note_deleted(provisioner: Provisioner, found: ListedApplication) -> None:
     with database.transaction() as connection:
         at = database.now(connection)
         row = applications.by_name(connection, found.name)
-        if row is not None:
+        if row is not None and row["application_id"] in (None, found.id):
             applications.change(connection, row["id"], {"state": "deleted"}, at=at)
         org_id = None if row is None else OrgId(row["org_id"])
         entry = audit.Entry(org_id, "application.delete", found.name, {"id": found.id})

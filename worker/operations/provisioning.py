@@ -12,7 +12,7 @@ adopts what it finds at the provider, by the name of the row, and makes nothing 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +36,7 @@ from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks
 from worker.operations.credentials import credential_row
 from worker.providers.management.contract import (
+    ApplicationName,
     ListedApplication,
     Management,
     OrgApplication,
@@ -128,7 +129,7 @@ class Provisioner:
         doubtful = [row for row in earlier if row["state"] == "making"]
         rows = [*fresh, *(row for row in earlier if row["state"] != "making")]
         for _ in range(PASSES):
-            there = await self.listed() if doubtful else {}
+            there = {str(name): found async for name, found in self.listed()} if doubtful else {}
             outcomes = await self._complete_all([*rows, *doubtful], there, announce)
             results |= {row["org"]: outcome for row, outcome in outcomes}
             doubtful = [row for row, outcome in outcomes if isinstance(outcome.error, Unclear)]
@@ -225,16 +226,14 @@ class Provisioner:
                 return
             after = page[-1]["id"]
 
-    async def listed(self) -> dict[str, ListedApplication]:
-        """The applications of this installation at the provider, by name."""
+    async def listed(self) -> AsyncIterator[tuple[ApplicationName, ListedApplication]]:
+        """The applications of this installation at the provider."""
         with self.database.transaction() as connection:
             installation = applications.installation_key(connection)
-        found: dict[str, ListedApplication] = {}
         async for page in self.management.applications():
-            found |= {
-                each.name: each for each in page if each.made_as and each.made_as.installation == installation
-            }
-        return found
+            for each in page:
+                if each.made_as is not None and each.made_as.installation == installation:
+                    yield each.made_as, each
 
     async def _complete_all(
         self, rows: Sequence[Row], there: Mapping[str, ListedApplication], announce: timedelta | None
@@ -296,6 +295,11 @@ class Provisioner:
         application = None
         if found is not None:
             application = await self.management.application(found.id, org=row["org"], name=name)
+            if application is None:
+                # Another one would be a second one, if the list is right.
+                raise Unclear(
+                    f"the provider lists application {found.id} of org {row['org']}, and does not know it"
+                )
         if application is None:
             application = await self.management.make(name)
         return await self.database.run(self._made, row, application)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Literal, TypedDict
 
 from sqlalchemy import Connection
 
-from worker.errors import Conflict, ProviderUnavailable
+from worker.errors import Conflict, ProviderRefused, ProviderUnavailable
 from worker.ids import OrgId
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.provisioning import Provisioned
@@ -64,6 +65,8 @@ class Listed:
 
     org: ProviderOrg
     properties: Mapping[str, PropertyValue] = field(default_factory=dict)
+    error: ProviderRefused | None = None
+    """Why its properties cannot be read; it stays as it is."""
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class Plan:
     failed: list[SyncRow] = field(default_factory=list)
     known: int = 0
     """The issuer's orgs that were active or paused before."""
+    names: dict[str, str] = field(default_factory=dict)
+    """The names of the stored orgs by code."""
     is_unknown: bool = False
     """Whether neither the provider nor this installation has the one org that was asked for."""
 
@@ -108,15 +113,25 @@ class Plan:
     def _suspends_too_many(self, rules: Rules) -> bool:
         if rules.most_suspended is None:
             return False
-        return len(self.suspend) > max(1, int(self.known * rules.most_suspended))
+        # Rounded: 29 % of 100 orgs are 28.999999999999996.
+        return len(self.suspend) > max(1, int(round(self.known * rules.most_suspended, 6)))
 
 
-async def read_orgs(management: Management, rules: Rules, only: str | None) -> list[Listed]:
-    """The provider's orgs, or one of them, with their tags if the mapping has any.
+async def read_orgs(
+    management: Management,
+    rules: Rules,
+    only: str | None,
+    *,
+    concurrency: int = 8,
+    report: Callable[[int, int | None], None] = lambda done, total: None,
+) -> list[Listed]:
+    """The provider's orgs, or one of them, with their properties if the mapping of tags needs them.
+
+    `report` gets the number of orgs read, and of all orgs once that is known.
 
     Raises:
         ProviderUnavailable: the list is empty, or it cannot be read to its end.
-        ProviderRefused, ConfigurationError: the provider refuses it.
+        Throttled, ConfigurationError: the provider asks for a long pause, or denies it.
     """
     found: dict[str, Listed] = {}
     if only is not None:
@@ -124,24 +139,55 @@ async def read_orgs(management: Management, rules: Rules, only: str | None) -> l
         if one is not None:
             found[one.code] = Listed(one)
     else:
-        async for page in management.orgs():
-            for each in page:
-                found.setdefault(each.code, Listed(each))
+        try:
+            async for page in management.orgs():
+                for each in page:
+                    found.setdefault(each.code, Listed(each))
+                report(len(found), None)
+        except ProviderRefused as refused:
+            raise ProviderUnavailable(f"{refused.message}; nothing was changed", fix=refused.fix) from None
         if not found:
             raise ProviderUnavailable(
                 f"the provider of issuer {rules.issuer} lists no orgs; nothing was changed",
                 fix=f"check url and client_id in [issuers.{rules.issuer}.management]: the right environment?",
             )
     if need_properties(rules.tags):
-        for listed in found.values():
-            listed.properties = await management.org_properties(listed.org.code)
+        await _read_properties(management, list(found.values()), concurrency, report)
     return list(found.values())
+
+
+async def _read_properties(
+    management: Management,
+    listed: Sequence[Listed],
+    concurrency: int,
+    report: Callable[[int, int | None], None],
+) -> None:
+    """Read the properties of each org, `concurrency` at a time; raises as `read_orgs`."""
+    left, done = iter(listed), 0
+
+    async def read_next() -> None:
+        nonlocal done
+        for each in left:
+            try:
+                each.properties = await management.org_properties(each.org.code)
+            except ProviderRefused as refused:
+                each.error = refused
+            done += 1
+            report(done, len(listed))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(listed))):
+                group.create_task(read_next())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: Rules, *, only: str | None) -> Plan:
     """Compare the stored orgs (of all issuers) with the provider's; pure."""
     made = Plan()
     by_code = {row["code"]: row for row in stored}
+    made.names = {code: row["name"] for code, row in by_code.items()}
     made.is_unknown = only is not None and not listed and only not in by_code
     codes = {each.org.code for each in listed}
     for each in listed:
@@ -214,8 +260,8 @@ def describe(made: Plan, rules: Rules) -> list[SyncRow]:
     """The rows that `apply` would return, for a dry run."""
     rows = {row["org"]: row for row in made.failed}
     named = [
-        *((each.org.code, each.org.name, "added") for each in made.add),
-        *((row["code"], each.org.name, "changed") for row, each in made.change),
+        *((each.org.code, _entry(None, each, rules).name, "added") for each in made.add),
+        *((row["code"], *change) for row, each in made.change for change in _changed(row, each, rules)),
         *((row["code"], row["name"], "resumed") for row in made.resume),
         *((row["code"], row["name"], "suspended") for row in made.suspended(rules)),
     ]
@@ -224,11 +270,11 @@ def describe(made: Plan, rules: Rules) -> list[SyncRow]:
     return list(rows.values())
 
 
-def with_results(rows: Sequence[SyncRow], results: Sequence[Provisioned]) -> list[SyncRow]:
-    """The rows of a sync, with what became of the applications."""
+def with_results(rows: Sequence[SyncRow], results: Sequence[Provisioned], made: Plan) -> list[SyncRow]:
+    """The rows of a sync, with what became of the applications, those without another change by code."""
     by_org = {row["org"]: row for row in rows}
-    for result in results:
-        row = by_org.setdefault(result.org, _row(result.org, result.org))
+    for result in sorted(results, key=lambda each: each.org):
+        row = by_org.setdefault(result.org, _row(result.org, made.names.get(result.org, result.org)))
         row["client_id"] = result.client_id
         if result.error is not None:
             row["error"], row["fix"] = result.error.message, result.error.fix or None
@@ -242,7 +288,7 @@ def with_planned(rows: Sequence[SyncRow], made: Plan, lacking: Sequence[str]) ->
     """The rows of a dry run, with the applications that would be made for new orgs and for `lacking` ones."""
     gone = {row["code"] for row in made.suspend}
     codes = [*(each.org.code for each in made.add), *(code for code in lacking if code not in gone)]
-    return with_results(rows, [Provisioned(code) for code in codes])
+    return with_results(rows, [Provisioned(code) for code in codes], made)
 
 
 def _row(org: str, name: str, *, error: str | None = None, fix: str | None = None) -> SyncRow:
@@ -266,6 +312,8 @@ def _fault(each: Listed, row: Row | None, rules: Rules) -> SyncRow | None:
             error="the provider names an org by a code that cannot be used",
             fix="a code has 1 to 200 printable characters without a slash",
         )
+    if each.error is not None:
+        return _row(code, each.org.name, error=each.error.message, fix=each.error.fix)
     return None
 
 
@@ -287,6 +335,18 @@ def _entry(row: Row | None, each: Listed, rules: Rules) -> OrgEntry:
     before = OrgEntry(each.org.code, "", rules.issuer) if row is None else _entry_of(row)
     tags = mapped_tags(each.org, each.properties, rules.tags, before.tags)
     return replace(before, name=name or before.code, tags=tags)
+
+
+def _differences(before: OrgEntry, entry: OrgEntry) -> Row:
+    """The columns that change."""
+    values: Row = {"name": entry.name} if entry.name != before.name else {}
+    return values if entry.tags == before.tags else values | {"tags": sorted(entry.tags)}
+
+
+def _changed(row: Row, each: Listed, rules: Rules) -> list[tuple[str, str]]:
+    """The new name of an org, with each change."""
+    entry = _entry(row, each, rules)
+    return [(entry.name, _CHANGED[column]) for column in _differences(_entry_of(row), entry)]
 
 
 def _write(
@@ -314,11 +374,7 @@ def _write(
             trail.append(audit.Entry(new[-1]["id"], "org.add", entry.code, columns_of(entry)))
             done.append((entry.code, entry.name, "added"))
             continue
-        before = _entry_of(row)
-        values: Row = {"name": entry.name} if entry.name != before.name else {}
-        if entry.tags != before.tags:
-            values |= {"tags": sorted(entry.tags)}
-        if values:
+        if values := _differences(_entry_of(row), entry):
             orgs.change(connection, OrgId(row["id"]), values, at=at)
             trail.append(audit.Entry(row["id"], "org.change", entry.code, values))
             done += [(entry.code, entry.name, _CHANGED[column]) for column in values]

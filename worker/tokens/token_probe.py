@@ -35,13 +35,18 @@ _responses: ContextVar[list[httpx.Headers] | None] = ContextVar("responses", def
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the definitions of an org require of a token for one audience; `may` are scopes of variants."""
+    """What the definitions of an org require of a token for one audience.
+
+    `may` are scopes of variants, `elsewhere` those that other audiences need: some providers grant all
+    scopes of a client, whatever the audience.
+    """
 
     audience: str
     scopes: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
     properties: frozenset[str] = frozenset()
     definitions: tuple[str, ...] = ()
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,7 @@ def _scopes(claims: Claims, credential: Credential, need: Need) -> Iterator[Diag
         for scopes in (
             need.scopes - claims.scopes,
             need.may - claims.scopes - need.scopes,
-            claims.scopes - need.scopes - need.may,
+            claims.scopes - need.scopes - need.may - need.elsewhere,
             claims.scopes,
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from pathlib import Path
 
 from worker.clock import Clock
 from worker.operations.fleet import Fleet
@@ -13,6 +14,7 @@ from worker.operations.sync import Absent, Rules
 from worker.providers.management.mapping import parse_rules
 from worker.settings import Settings
 from worker.store.database import Database
+from worker.tokens.sealing import KeyRing
 from worker.wiring import open_keyring
 from worker.wiring.management import open_management
 from worker.wiring.secrets import open_checks
@@ -20,15 +22,17 @@ from worker.wiring.secrets import open_checks
 
 @asynccontextmanager
 async def open_provisioner(
-    settings: Settings, database: Database, issuer: str, clock: Clock, *, actor: str
+    settings: Settings, database: Database, issuer: str, clock: Clock, *, actor: str, seals: bool = True
 ) -> AsyncIterator[Provisioner]:
     """The provisioner of one issuer; reads the secret of its management credentials.
+
+    Without `seals` it can neither make an application nor open a secret, and needs no key ring.
 
     Raises:
         NotFound, ConfigurationError: as `open_management`, or there is no key ring.
     """
     # First: on SQLite a missing one is generated, which the checks then find.
-    ring = open_keyring(settings, database=database)
+    ring = open_keyring(settings, database=database) if seals else KeyRing(Path(), {}, {})
     async with (
         open_management(settings, issuer, clock) as management,
         open_checks(settings, database, clock) as checks,

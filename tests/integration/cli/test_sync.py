@@ -34,6 +34,16 @@ scopes = ["read:kb"]
 """
 
 
+EXTRA = """
+[[definition]]
+org = "org_2"
+name = "extra"
+handler = "acme.fetch"
+schedule = "0 1 * * *"
+scopes = ["read:none"]
+"""
+
+
 @pytest.fixture
 def kinde() -> Iterator[Kinde]:
     with serve_kinde() as served:
@@ -109,19 +119,63 @@ def test_orphans_are_listed_and_deleted(cli: CommandLine, kinde: Kinde) -> None:
     cli("orgs", "sync", "--provision")
     cli("orgs", "remove", "org_1", "--yes")
 
+    cli("orgs", "sync", "--orphans", "--delete", "--dry-run")
     (orphan,) = json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out)
     assert orphan["org"] == "org_1" and orphan["id"] and not orphan["deleted"]
     (deleted,) = json.loads(cli("orgs", "sync", "--orphans", "--delete", "-o", "json").out)
     assert deleted["id"] == orphan["id"] and deleted["deleted"]
     assert kinde.applications_of("org_1") == []
     assert json.loads(cli("orgs", "sync", "--orphans", "-o", "json").out) == []
+    # Two of one name: the one that org_2 uses stays.
+    (used,) = kinde.applications_of("org_2")
+    second = kinde.provider.make_application(used.name, "org_2")
+    assert cli("orgs", "sync", "--orphans", "--org", "org_3", "-o", "id").out == ""
+    assert cli("orgs", "sync", "--orphans", "--delete", "-o", "id").out.split() == [second.client_id]
+    assert kinde.applications_of("org_2") == [used]
     # A removed org stays removed, although the provider lists it.
     assert json.loads(cli("orgs", "sync", "-o", "json").out) == []
+
+
+def test_a_dry_run_leaves_nothing(cli: CommandLine, kinde: Kinde) -> None:
+    folder = cli.settings.parent
+    (folder / "keyring").unlink()
+    before = sorted(folder.iterdir())
+
+    planned = json.loads(cli("orgs", "sync", "--provision", "--dry-run", "-o", "json").out)
+
+    assert {tuple(row["changes"]) for row in planned} == {("added", "provisioned")}
+    assert sorted(folder.iterdir()) == before
+    assert json.loads(cli("orgs", "list", "-o", "json").out) == [] and kinde.applications_of("org_1") == []
+    cli("orgs", "sync")
+    kinde.api.orgs["org_2"].name, kinde.api.orgs["org_2"].handle = "New", "eu"
+    (row,) = json.loads(cli("orgs", "sync", "--dry-run", "-o", "json").out)
+    assert (row["org"], row["name"], row["changes"]) == ("org_2", "New", ["renamed", "tagged"])
+
+
+def test_a_scope_that_the_provider_lacks_stops_one_org(cli: CommandLine, kinde: Kinde) -> None:
+    (cli.settings.parent / "extra.toml").write_text(EXTRA)
+    cli("orgs", "sync")
+    cli("apply", str(cli.settings.parent / "extra.toml"))
+
+    done = cli("orgs", "sync", "--provision", "-o", "json", check=False)
+    checked = cli("orgs", "check", "org_2", check=False)
+
+    rows = {row["org"]: row for row in json.loads(done.out)}
+    assert done.code == 1 and [row["org"] for row in rows.values() if row["error"]] == ["org_2"]
+    assert "has no scope read:none" in rows["org_2"]["error"] and "add the scope" in rows["org_2"]["fix"]
+    assert list(rows) == sorted(rows) and rows["org_1"]["name"] == "Org 1"
+    assert checked.code == 1 and "its application is not ready" in checked.err
+    assert "has no scope read:none" in checked.err and "orgs sync --provision --org org_2" in checked.err
 
 
 def test_what_cannot_be_done_says_why(cli: CommandLine, kinde: Kinde) -> None:
     assert cli("orgs", "sync", "--org", "nobody", check=False).code == 3
     assert cli("orgs", "sync", "--delete", check=False).code == 2
+    for option in ("--provision", "--yes", "--absent=suspend"):
+        assert cli("orgs", "sync", "--orphans", option, check=False).code == 2
+    kinde.script = Script(throttle=1.0, retry_after="1000")
+    assert cli("orgs", "sync", check=False).code == 75
+    kinde.script = Script()
     assert cli("orgs", "sync", "--issuer", "other", check=False).code == 3
     (cli.settings.parent / "management__main").write_text("wrong")
     refused = cli("orgs", "sync", check=False)

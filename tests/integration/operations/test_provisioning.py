@@ -104,6 +104,31 @@ async def test_it_goes_on_wherever_it_was_killed(place: Place, rows: Any, seed: 
     check_one_each(place, rows)
 
 
+async def test_a_list_that_contradicts_itself_makes_no_second_application(
+    place: Place, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(call: str) -> None:
+        if call == "make":
+            raise Killed
+
+    async def unknown(*_: object, **__: object) -> None:
+        return None
+
+    await place.sync("org_a")
+    place.management.after = cut
+    with pytest.raises(BaseException, match="Killed|unhandled"):
+        await place.provision()
+    place.management.after = lambda call: None
+    with monkeypatch.context() as patched:
+        patched.setattr(place.management, "application", unknown)
+        results = await place.provision()
+    assert isinstance(results["org_a"].error, Unclear)
+    assert len(place.management.made) == 1
+
+    await place.provision()
+    check_one_each(place, rows)
+
+
 @pytest.mark.parametrize("is_carried_out", [True, False])
 async def test_an_unclear_request_makes_no_second_application(
     place: Place, rows: Any, is_carried_out: bool

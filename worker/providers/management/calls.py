@@ -20,7 +20,14 @@ from tenacity import (
 )
 
 from worker.clock import Clock
-from worker.errors import ConfigurationError, ProviderUnavailable, Throttled, Unavailable, Unclear
+from worker.errors import (
+    ConfigurationError,
+    ProviderThrottled,
+    ProviderUnavailable,
+    Throttled,
+    Unavailable,
+    Unclear,
+)
 from worker.outbound.http import Reply, exchange, retry_delay
 from worker.outbound.strict_json import Malformed
 from worker.secret import Secret
@@ -211,7 +218,7 @@ class Calls:
         asked = retry_delay(reply.headers, self._reset_headers, self._clock.now().timestamp())
         seconds = min(PAUSE_FIRST * 2 ** (times - 1), PAUSE_LAST) if asked is None else max(asked, 0.1)
         if seconds > PAUSE_LONGEST or times > THROTTLES:
-            raise Throttled(
+            raise ProviderThrottled(
                 f"issuer {self.issuer} asks for fewer management requests",
                 retry_after=seconds,
                 fix="wait, then run the command again; if it happens often, lower max_requests_per_second in "
