@@ -82,7 +82,7 @@ async def _application(database: Database, management: Management, org: str) -> 
     if application is None:
         raise NotFound(
             f"the provider has no application {credential['client_id']} of org {org}",
-            fix="`orgs sync --provision --org CODE` makes one if the credential does not work",
+            fix=f"`orgs sync --provision --org {org}` makes one if the credential does not work",
         )
     return application
 

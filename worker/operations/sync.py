@@ -27,6 +27,8 @@ Absent = Literal["keep", "suspend"]
 # Orgs that one transaction changes.
 BATCH = 200
 MAX_NAME = 200
+# What a change of a column is called.
+_CHANGED = {"name": "renamed", "tags": "tagged"}
 
 
 class SyncRow(TypedDict):
@@ -381,6 +383,3 @@ def _write(
     orgs.insert_for_all_orgs(connection, new)
     audit.record(connection, trail, at=at, actor=actor)
     return done
-
-
-_CHANGED = {"name": "renamed", "tags": "tagged"}

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Select, insert, select, update
 
 from worker.ids import OrgId, new_id
 from worker.providers.management.contract import ApplicationName
@@ -21,7 +21,7 @@ UNFINISHED = ("making", "made", "announced")
 USED = (*UNFINISHED, "active", "overlapping", "retired")
 
 
-def _with_what_belongs() -> Any:
+def _with_what_belongs() -> Select[Any]:
     other, newer = _applications.alias("other"), _credentials.alias("newer")
     replaces = (
         select(other.c.client_id)

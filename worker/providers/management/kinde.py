@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 from urllib.parse import quote
 
 from worker.clock import Clock
@@ -388,7 +388,7 @@ class KindeManagement:
         value = body.get(member) if isinstance(body, Mapping) else None
         if not _is_text(value):
             raise self._malformed(member)
-        return str(value)
+        return value
 
     def _optional_text(self, body: Mapping[str, Any], member: str) -> str | None:
         return None if body.get(member) in (None, "") else self._text(body, member)
@@ -411,12 +411,12 @@ class KindeManagement:
         )
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and 0 < len(value) <= LONGEST_TEXT
 
 
 # These two raise nothing: no frame of an error may have a body with a secret.
-def _read_application(response: Response, org: str) -> tuple[OrgApplication, Any, Any] | None:
+def _read_application(response: Response, org: str) -> tuple[OrgApplication, object, object] | None:
     """The application that a response shows, its type and org (if it says them); None if malformed."""
     body = response.body.get("application")
     if not isinstance(body, dict):
