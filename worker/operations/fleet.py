@@ -134,11 +134,12 @@ class Fleet:
             ProviderUnavailable, ProviderRefused, ConfigurationError: as `Provisioner.provision`.
         """
         database, provisioner = self.provisioner.database, self.provisioner
-        chosen, self._waiting = self._waiting[:WINDOW], self._waiting[WINDOW:]
         earlier, now = await database.run(self._unfinished)
-        fresh = await database.run(self._begin, chosen)
-        making = [row for row in earlier if _is_making(row)]
+        making = [row for row in earlier if _is_making(row)][:WINDOW]
         used = [row for row in earlier if not _is_making(row)]
+        room = WINDOW - len(making)
+        chosen, self._waiting = self._waiting[:room], self._waiting[room:]
+        fresh = await database.run(self._begin, chosen)
         try:
             async with asyncio.TaskGroup() as group:
                 made = group.create_task(provisioner.complete(fresh, making, announce=self.announce))
