@@ -90,8 +90,8 @@ def fill(orgs: int, dialect: str, concurrency: int) -> list[str]:
         return judged(made, before)
 
 
-def kills(orgs: int, count: int, dialect: str, seed: int) -> list[str]:
-    """Take over some orgs with a command that is killed at random points."""
+def kills(orgs: int, count: int, dialect: str, seed: int, *, fork: bool) -> list[str]:
+    """Take over some orgs with a command that is killed at random points; `fork` saves its imports."""
     with (
         tempfile.TemporaryDirectory() as folder,
         database(dialect) as url,
@@ -100,10 +100,10 @@ def kills(orgs: int, count: int, dialect: str, seed: int) -> list[str]:
     ):
         made.kinde.script = Script(seed, error=0.01, late_error=0.01, cut=0.01, tokens=True)
         began = time.monotonic()
-        done = made.kill_often(count, seed, fork=False)
+        done = made.kill_often(count, seed, fork=fork)
         left = orgs - len(made.stored())
         ends = Counter(made.calls)
-        calls = made.finish(fork=False)
+        calls = made.finish(fork=fork)
         print(f"{orgs} orgs, {dialect}, killed at {done} random points: {time.monotonic() - began:.0f} s")
         print(f"  exit codes {dict(ends)}; {left} orgs were left, which took {len(calls)} more calls")
         wrong = made.wrongs()
@@ -123,6 +123,7 @@ def main() -> None:
     options.add_argument("--concurrency", type=int, default=8)
     options.add_argument("--kills", type=int, default=200, help="and as many orgs")
     options.add_argument("--seed", type=int, default=SEED, help="of the kills")
+    options.add_argument("--forked", action="store_true", help="kill forks of one interpreter")
     given = options.parse_args()
     # Of requests that the fake cuts off.
     logging.disable(logging.CRITICAL)
@@ -130,7 +131,7 @@ def main() -> None:
     if given.what != "kills":
         wrong += fill(given.orgs, given.database, given.concurrency)
     if given.what != "fill":
-        wrong += kills(given.kills, given.kills, given.database, given.seed)
+        wrong += kills(given.kills, given.kills, given.database, given.seed, fork=given.forked)
     for text in wrong[:50]:
         print(f"WRONG {text}")
     raise SystemExit(1 if wrong else 0)
