@@ -59,7 +59,7 @@ def rotate_fleet(
                 ]
             return [_row_of(each) for each in await fleet.rotate(chosen)]
 
-        rows = with_provisioner(session, name, work)
+        rows = with_provisioner(session, name, work, changes=not dry_run, seals=not dry_run)
     print_rows(rows, output, columns=PLANNED_COLUMNS if dry_run else COLUMNS, key="org")
     for row in rows:
         if row.get("error"):

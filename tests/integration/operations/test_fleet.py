@@ -134,7 +134,8 @@ async def test_each_org_moves_to_an_application_with_the_same_scopes_and_propert
         *("application.made", "credential.pending", "credential.activated", "application.deleted"),
     ]
     [org_id] = [row["id"] for row in rows.orgs if row["code"] == "org_a"]
-    audit = [row["action"] for row in rows.audit if row["org_id"] == org_id]
+    trail = sorted(rows.audit, key=lambda row: row["id"])
+    audit = [row["action"] for row in trail if row["org_id"] == org_id]
     assert [action for action in audit if not action.startswith(("org.", "definition."))] == [
         *("application.make", "credential.add"),
         *("application.make", "credential.announce", "credential.add"),
