@@ -219,6 +219,9 @@ async def _sync(
             say(f"{row['org']}: {text}")
         if row["fix"]:
             say(f"fix: {row['fix']}")
+    stored = None if org is None else made.stored.get(org)
+    if provision and not rows and stored is not None and stored["state"] in ("suspended", "removed"):
+        say(f"org {org} is {stored['state']}: it gets no application")
     made.check_suspended(rules)
     return FAILED if any(row["error"] for row in rows) else 0
 

@@ -82,8 +82,8 @@ class Plan:
     failed: list[SyncRow] = field(default_factory=list)
     known: int = 0
     """The issuer's orgs that were active or paused before."""
-    names: dict[str, str] = field(default_factory=dict)
-    """The names of the stored orgs by code."""
+    stored: Mapping[str, Row] = field(default_factory=dict)
+    """The stored orgs that it was compared with, by code."""
     is_unknown: bool = False
     """Whether neither the provider nor this installation has the one org that was asked for."""
 
@@ -189,7 +189,7 @@ def plan(stored: Iterable[Row], listed: Sequence[Listed], rules: Rules, *, only:
     """Compare the stored orgs (of all issuers) with the provider's; pure."""
     made = Plan()
     by_code = {row["code"]: row for row in stored}
-    made.names = {code: row["name"] for code, row in by_code.items()}
+    made.stored = by_code
     made.is_unknown = only is not None and not listed and only not in by_code
     codes = {each.org.code for each in listed}
     for each in listed:
@@ -276,7 +276,8 @@ def with_results(rows: Sequence[SyncRow], results: Sequence[Provisioned], made: 
     """The rows of a sync, with what became of the applications, those without another change by code."""
     by_org = {row["org"]: row for row in rows}
     for result in sorted(results, key=lambda each: each.org):
-        row = by_org.setdefault(result.org, _row(result.org, made.names.get(result.org, result.org)))
+        stored = made.stored.get(result.org)
+        row = by_org.setdefault(result.org, _row(result.org, stored["name"] if stored else result.org))
         row["client_id"] = result.client_id
         if result.error is not None:
             row["error"], row["fix"] = result.error.message, result.error.fix or None

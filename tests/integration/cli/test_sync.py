@@ -134,6 +134,7 @@ def test_orphans_are_listed_and_deleted(cli: CommandLine, kinde: Kinde) -> None:
     assert kinde.applications_of("org_2") == [used]
     # A removed org stays removed, although the provider lists it.
     assert json.loads(cli("orgs", "sync", "-o", "json").out) == []
+    assert "org_1 is removed" in cli("orgs", "sync", "--provision", "--org", "org_1").err
 
 
 def test_a_dry_run_leaves_nothing(cli: CommandLine, kinde: Kinde) -> None:
