@@ -15,7 +15,7 @@ from worker.ids import OrgId
 from worker.operations.orgs import check_entry, columns_of, new_row, set_org_state
 from worker.operations.provisioning import Provisioned
 from worker.operations.templates import materialise, materialise_first
-from worker.orgs import OrgEntry
+from worker.orgs import OrgEntry, OrgState
 from worker.providers.management.contract import Management, PropertyValue, ProviderOrg
 from worker.providers.management.mapping import TagRule, mapped_tags, need_properties
 from worker.store import audit, orgs
@@ -27,6 +27,9 @@ Absent = Literal["keep", "suspend"]
 # Orgs that one transaction changes.
 BATCH = 200
 MAX_NAME = 200
+# Notes of orgs that are suspended; the second one says how to resume it.
+GONE = "gone at the provider"
+PAUSED_AND_GONE = "gone at the provider; it was paused before"
 # What a change of a column is called.
 _CHANGED = {"name": "renamed", "tags": "tagged"}
 
@@ -233,10 +236,13 @@ def apply(
                 note(org, name, change)
             materialise_first(connection, actor=actor, at=at)
     for row in made.resume:
-        set_org_state(database, row["code"], "active", actor=rules.actor, note="listed by the provider again")
+        # One that a person had paused is paused again.
+        state: OrgState = "paused" if row["state_note"] == PAUSED_AND_GONE else "active"
+        set_org_state(database, row["code"], state, actor=rules.actor, note="listed by the provider again")
         note(row["code"], row["name"], "resumed")
     for row in made.suspended(rules):
-        set_org_state(database, row["code"], "suspended", actor=rules.actor, note="gone at the provider")
+        why = PAUSED_AND_GONE if row["state"] == "paused" else GONE
+        set_org_state(database, row["code"], "suspended", actor=rules.actor, note=why)
         note(row["code"], row["name"], "suspended")
     while materialise(database).orgs:
         pass

@@ -217,6 +217,17 @@ async def test_orgs_that_are_gone_are_kept_unless_asked(place: Place, rows: Any)
     assert (await place.sync())["org_h"]["changes"] == ["resumed"]
 
 
+async def test_an_org_that_was_paused_is_paused_again(place: Place, rows: Any) -> None:
+    await place.sync()
+    set_org_state(place.database, "org_h", "paused", actor="ops", note="a migration")
+    name = place.management.listed.pop("org_h")
+    await place.sync(absent="suspend")
+    place.management.listed["org_h"] = name
+    await place.sync()
+
+    assert next(row["state"] for row in rows.orgs if row["code"] == "org_h") == "paused"
+
+
 async def test_only_an_org_that_sync_suspended_is_resumed(place: Place, rows: Any) -> None:
     await place.sync()
     set_org_state(place.database, "org_a", "suspended", actor="ops", note="owes us")
