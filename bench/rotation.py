@@ -13,6 +13,7 @@ used a token whose application was deleted. Exit 1 if anything is wrong.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 import time
@@ -59,6 +60,8 @@ def main() -> None:
     options.add_argument("--every", type=int, default=30, help="seconds between runs of a definition")
     options.add_argument("--rate", type=int, default=100, help="max_requests_per_second of the issuer")
     given = options.parse_args()
+    # Of requests whose client is killed.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     wrong = rotate(given.orgs, given.kills, given.database, given.every, given.rate)
     for text in wrong[:50]:
         print(f"WRONG {text}")
