@@ -67,6 +67,8 @@ async def test_scopes_that_nothing_needs_are_named_and_are_no_failure(look: Look
     unused = named(found, "unused")
     assert (unused.ok, unused.detail) == (True, "write:kb")
     assert "client-a" in unused.fix
+    need = Need(AUDIENCE, frozenset({"read:kb"}), definitions=("nightly",), elsewhere=frozenset({"write:kb"}))
+    assert "unused" not in {each.check for each in (await look.find(need)).diagnostics}
 
 
 async def test_a_missing_scope_is_named_with_what_to_do(look: Look) -> None:
