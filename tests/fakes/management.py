@@ -37,6 +37,7 @@ class MemoryManagement:
     def __init__(self, issuer: FakeIssuer, orgs: Mapping[str, str]) -> None:
         self.issuer = issuer
         self.listed = dict(orgs)
+        self.hidden: set[str] = set()
         self.tags: dict[str, dict[str, PropertyValue]] = {}
         self.made: dict[str, Made] = {}
         self.calls: list[str] = []
@@ -56,7 +57,8 @@ class MemoryManagement:
 
     async def org(self, code: str) -> ProviderOrg | None:
         self._called("org")
-        return ProviderOrg(code, self.listed[code]) if code in self.listed else None
+        known = code in self.listed and code not in self.hidden
+        return ProviderOrg(code, self.listed[code]) if known else None
 
     async def org_properties(self, code: str) -> Mapping[str, PropertyValue]:
         self._called("org_properties")

@@ -61,7 +61,9 @@ def properties(
 
 
 def diff(context: typer.Context, org: OrgArgument, output: OutputOption = Format.TABLE) -> int:
-    """Request a token, and say what it changes against the org's last run; exit 1 without a valid one.
+    """Request a token, and say what it changes against the org's last run.
+
+    Exit 1 without a valid token, 3 without a credential.
 
     Names scopes, properties and flags, never a value: runs keep a keyed digest of each.
     `unknown`: the run has no digest, or its key is no longer in the key ring.

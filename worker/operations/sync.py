@@ -139,26 +139,36 @@ async def read_orgs(
         Throttled, ConfigurationError: the provider asks for a long pause, or denies it.
     """
     found: dict[str, Listed] = {}
-    if only is not None:
-        one = await management.org(only)
-        if one is not None:
-            found[one.code] = Listed(one)
-    else:
-        try:
-            async for page in management.orgs():
-                for each in page:
-                    found.setdefault(each.code, Listed(each))
-                report(len(found), None)
-        except ProviderRefused as refused:
-            raise ProviderUnavailable(f"{refused.message}; nothing was changed", fix=refused.fix) from None
-        if not found:
-            raise ProviderUnavailable(
-                f"the provider of issuer {rules.issuer} lists no orgs; nothing was changed",
-                fix=f"check url and client_id in [issuers.{rules.issuer}.management]: the right environment?",
-            )
+    one = None if only is None else await management.org(only)
+    if one is not None:
+        found[one.code] = Listed(one)
+    elif only is None or rules.absent == "suspend":
+        # Before one org is suspended, too: the response about an org alone can have another reason.
+        found = await _read_all(management, rules, report)
+        found = found if only is None else {code: each for code, each in found.items() if code == only}
     if need_properties(rules.tags):
         await _read_properties(management, list(found.values()), concurrency, report)
     return list(found.values())
+
+
+async def _read_all(
+    management: Management, rules: Rules, report: Callable[[int, int | None], None]
+) -> dict[str, Listed]:
+    """All orgs of the provider, by code; raises as `read_orgs`."""
+    found: dict[str, Listed] = {}
+    try:
+        async for page in management.orgs():
+            for each in page:
+                found.setdefault(each.code, Listed(each))
+            report(len(found), None)
+    except ProviderRefused as refused:
+        raise ProviderUnavailable(f"{refused.message}; nothing was changed", fix=refused.fix) from None
+    if not found:
+        raise ProviderUnavailable(
+            f"the provider of issuer {rules.issuer} lists no orgs; nothing was changed",
+            fix=f"check url and client_id in [issuers.{rules.issuer}.management]: the right environment?",
+        )
+    return found
 
 
 async def _read_properties(

@@ -228,6 +228,16 @@ async def test_an_org_that_was_paused_is_paused_again(place: Place, rows: Any) -
     assert next(row["state"] for row in rows.orgs if row["code"] == "org_h") == "paused"
 
 
+async def test_one_org_is_suspended_only_if_the_list_lacks_it_too(place: Place, rows: Any) -> None:
+    await place.sync()
+    # As Kinde answers for an org that it does not know, and perhaps for other reasons.
+    place.management.hidden = {"org_h"}
+
+    assert await place.sync("org_h", absent="suspend") == {}
+    del place.management.listed["org_h"]
+    assert (await place.sync("org_h", absent="suspend"))["org_h"]["changes"] == ["suspended"]
+
+
 async def test_only_an_org_that_sync_suspended_is_resumed(place: Place, rows: Any) -> None:
     await place.sync()
     set_org_state(place.database, "org_a", "suspended", actor="ops", note="owes us")
