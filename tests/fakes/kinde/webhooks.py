@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from worker.clock import to_text
-from worker.demo.provider import KeyRotation
+from worker.demo.keys import KeyRotation
 
 
 def payload(kind: str, org: str, *, at: datetime, **changes: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from tests.fakes.kinde.webhooks import payload, signed
 from worker.clock import SystemClock
-from worker.demo.provider import KeyRotation
+from worker.demo.keys import KeyRotation
 from worker.errors import Busy, IssuerUnavailable
 from worker.operations.provision_loop import MAX_QUEUED, ProvisionLoop
 from worker.operations.scopes import Scopes
