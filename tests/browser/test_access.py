@@ -17,7 +17,8 @@ MOST_KNOWN = 16
 
 
 def test_no_page_has_a_violation(browser, console: Console):
-    pages = crawl(console.base, console.state)
+    # How many runs have failed depends on the hour: the pages behind a search are found through this one.
+    pages = crawl(console.base, console.state, first=("/", "/search?q=state:failed"))
     assert len(pages) >= MOST_KNOWN
     wrong = []
     with browsers.tab(browser, console.base, state=console.state) as tab:

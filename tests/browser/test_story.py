@@ -163,8 +163,9 @@ def test_failed_runs_are_retried_in_bulk_while_the_page_shows_it(console: Consol
     tab.page.get_by_role("button", name="Retry all that match").click()
 
     expect(tab.page.locator("#live h2")).to_contain_text("Retries since")
-    # One at a time of a definition: the others are named, and can be retried later.
-    expect(tab.page.get_by_role("alert")).to_contain_text("not retried")
+    if len(before) > 1:  # which depends on the hour
+        # One at a time of a definition: the others are named, and can be retried later.
+        expect(tab.page.get_by_role("alert")).to_contain_text("not retried")
     done = before - set(failed_runs(console, "crm-sync"))
     assert done
     assert all(reasons(console, retry) == ["the CRM is back"] for retry in retries_of(console, done))
