@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.cli import CommandLine, as_process
+from tests.fakes.cli import CommandLine
+from tests.fakes.site import as_process, wait_until
 from worker.cli.app import invoke
 from worker.cli.completion import COMPLETION_VARIABLE
 
@@ -92,7 +93,11 @@ def test_behind_the_wrapper_a_tab_offers_names_and_nothing_but_run_starts_a_work
     cli_on_either("orgs", "add", "org_acme")
     cli_on_either("orgs", "add", "org_apex")
 
-    assert tab("orgworker orgs show org_a", wrapper, environment).stdout.split() == ["org_acme", "org_apex"]
+    # On a busy machine a database may take longer than a completion waits.
+    offered = wait_until(
+        lambda: tab("orgworker orgs show org_a", wrapper, environment).stdout.split(), "names of orgs"
+    )
+    assert offered == ["org_acme", "org_apex"]
 
     command = [wrapper, "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
