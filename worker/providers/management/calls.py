@@ -64,7 +64,7 @@ class Bearer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response of status 2xx or 4xx; the body is empty if there is none."""
+    """A response with status 2xx or 4xx; without a body, `body` is an empty mapping."""
 
     status: int
     body: Mapping[str, Any] = field(repr=False)
