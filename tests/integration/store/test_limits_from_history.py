@@ -27,7 +27,8 @@ HANDLERS = tuple(f"acme.h{number}" for number in range(10))
 LIMITED = HANDLERS[:5]
 # Orgs with room for any number of runs, and one definition with a limit.
 WIDE = 10
-SECONDS = 4.0
+# What a worker does, so that a busy machine takes longer and does not less; and its share of deaths.
+ROUNDS, DIES = 80, 0.04
 
 NO_LOCK, LATE_COMMIT = "SELECT %s", "SELECT pg_sleep(0.005)"
 ALWAYS = 1_000_000
@@ -64,7 +65,7 @@ def crowd(database: Database, url: str, *, locked: bool = True) -> dict[str, int
         stock.put(*(stock.run(org, definition, **keys) for _ in range(8)))
     offered = {handler: LIMIT if handler in LIMITED else None for handler in HANDLERS}
 
-    carry(url, workers=WORKERS, slots=SLOTS, offered=offered, seconds=SECONDS, locked=locked)
+    carry(url, workers=WORKERS, slots=SLOTS, offered=offered, locked=locked)
 
     rows = stock.all(tables.attempts)
     outcomes = Counter(row["outcome"] for row in rows)
@@ -109,15 +110,13 @@ def carry(
     workers: int,
     slots: int,
     offered: Mapping[str, int | None],
-    seconds: float,
     locked: bool = True,
 ) -> None:
-    """Let `workers` processes run waiting runs for `seconds`; `locked=False` disables the lock."""
+    """Let `workers` processes run waiting runs for some rounds; `locked=False` disables the lock."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         began = time.time() + 2.0
         some = [
-            pool.submit(_work, url, number, slots, dict(offered), began, seconds, locked)
-            for number in range(workers)
+            pool.submit(_work, url, number, slots, dict(offered), began, locked) for number in range(workers)
         ]
         for one in some:
             one.result()
@@ -129,7 +128,6 @@ def _work(
     slots: int,
     offered: dict[str, int | None],
     began: float,
-    seconds: float,
     locked: bool,
 ) -> None:
     if not locked:
@@ -138,29 +136,30 @@ def _work(
     database = Database.open(url, clock=SystemClock())
     stock = Stock(database)
     time.sleep(max(0.0, began - time.time()))
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        _live(stock, chance, slots, offered, until)
+    left = ROUNDS
+    while left:
+        left = _live(stock, chance, slots, offered, left)
     database.close()
 
 
 def _live(
-    stock: Stock, chance: random.Random, slots: int, offered: dict[str, int | None], until: float
-) -> None:
-    """One worker: admits and ends runs until it dies with those it holds, or time is up."""
+    stock: Stock, chance: random.Random, slots: int, offered: dict[str, int | None], rounds: int
+) -> int:
+    """One worker: admits and ends runs until it dies with those it holds; returns the rounds left."""
     worker = stock.worker(handlers=tuple(offered))
     admission, held = RingWalk(stock.database, worker), list[AdmittedRun]()
-    while time.monotonic() < until:
+    for left in reversed(range(rounds)):
         held += admission.admit(offered, {"child": slots - len(held)})
-        if chance.random() < 0.02:
+        if chance.random() < DIES:
             stock.let_lease_pass(worker)
             recover(stock)
-            return
+            return left
         chance.shuffle(held)
         some = chance.randrange(1, 20)
         ended, held = held[:some], held[some:]
         stock.finish(worker, *(end(stock, run, chance) for run in ended))
     stock.finish(worker, *(end(stock, run, chance) for run in held))
+    return 0
 
 
 def recover(stock: Stock) -> Sequence[RunId]:
