@@ -60,12 +60,19 @@ class Deletions(dict[str, Any]):
 
 @dataclass
 class Rotating:
-    """The orgs with their old clients; credentials older than `since` are rotated, later runs are judged."""
+    """The orgs with their old clients: credentials from before `made_at` are rotated.
+
+    Runs after `since` are judged.
+    """
 
     fleet: Fleet
     old: dict[str, str]
     applications: Deletions
-    since: float
+    made_at: float
+    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.since = self.made_at
 
     def warm_up(self, *, timeout: float) -> None:
         """Wait until the worker has each token that it needs; only what follows is judged."""
@@ -86,7 +93,8 @@ class Rotating:
         self.since = time.time()
 
     def command(self) -> list[str]:
-        age = int(time.time() - self.since)
+        # The command starts later by up to a second or two, which must not reach a new credential.
+        age = int(time.time() - self.made_at)
         overlap = ("--overlap", f"{OVERLAP}s")
         return ["credentials", "rotate", "--older-than", f"{age}s", *overlap, "-o", "jsonl"]
 
