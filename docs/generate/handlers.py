@@ -9,7 +9,8 @@ from typing import Any
 import worker
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, sentence, table
-from worker.handlers.context import Cancellation, Context, Org, ThisRun
+from worker.handlers.context import Context
+from worker.handlers.given import Cancellation, Org, ThisRun
 from worker.handlers.job import Job, job
 
 # What a handler may return or raise, importable from `worker`.

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from docs.generate import database, handlers, pages, settings
-from worker.handlers.context import BlockingCancellation, BlockingContext, Cancellation, Context
+from worker.handlers.context import BlockingContext, Context
+from worker.handlers.given import BlockingCancellation, Cancellation
 
 GENERATED = [page for page in pages.PAGES if pages.parts_of(page.read_text(encoding="utf-8"))]
 

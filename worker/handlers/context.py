@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-import threading
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol
 
 from worker.claims.claims import AccessToken, Claims, flag_value
-from worker.clock import Clock
 from worker.handlers.blocking import finish
+from worker.handlers.given import (
+    BlockingCancellation,
+    Cancellation,
+    Given,
+    Granted,
+    Org,
+    P,
+    S,
+    ThisRun,
+)
 from worker.handlers.json_text import clean, to_json_text
 
 if TYPE_CHECKING:
     import httpx
 
-P = TypeVar("P")
-S = TypeVar("S")
-
 NOTE_LIMIT = 500
 # The members that are HTTP clients, each created on first use.
 CLIENTS = frozenset({"http", "public_http"})
-
-Granted = tuple[AccessToken, Claims]
 
 
 class _ReportsProgress(Protocol):
@@ -48,120 +49,6 @@ class BlockingWorkerPort(_ReportsProgress, Protocol):
     def save(self, data_json: str) -> None: ...
 
     def token(self, *, fresh: bool) -> Granted: ...
-
-
-@dataclass(slots=True)
-class HeldToken:
-    """The newest token and claims of a run, and whether to renew them before use."""
-
-    token: AccessToken
-    claims: Claims
-    clock: Clock
-
-    @property
-    def stale(self) -> bool:
-        """Whether so little of the token's life is left that a call might outlast it."""
-        life = self.token.expires_at - self.claims.issued_at
-        margin = min(max(life / 5, timedelta(seconds=2)), timedelta(seconds=60))
-        return self.clock.now() >= self.token.expires_at - margin
-
-
-@dataclass(frozen=True, slots=True)
-class Org:
-    """The org that a run acts for."""
-
-    code: str
-    """As in the token."""
-    name: str
-    """Display name."""
-
-
-@dataclass(frozen=True, slots=True)
-class ThisRun:
-    """The current run."""
-
-    id: str
-    """The run's id, as `runs list` prints it."""
-    scheduled_for: datetime
-    """The scheduled time; aware, in UTC. The same on each attempt."""
-    attempt: int
-    """Counts from 1, however earlier attempts ended."""
-    fencing_token: int
-    """Grows with each attempt, so that another system can reject writes of an older one."""
-    idempotency_key: str
-    """The same on each attempt and on a manual retry; `ctx.http` sends it as `Idempotency-Key`."""
-
-
-class Cancellation:
-    """Whether the run was asked to stop, and why."""
-
-    reason: str | None
-    """`drain`, `cancel`, `timeout`, `suspended` or `replaced`; None until the run is asked to stop."""
-
-    def __init__(self) -> None:
-        self.reason = None
-        self._event = asyncio.Event()
-
-    def note(self, reason: str) -> None:
-        """Set the reason; callable from any thread, also while the loop is blocked."""
-        self.reason = self.reason or reason
-
-    def set(self, reason: str) -> None:
-        """Set the reason and wake `wait`; on the loop only."""
-        self.note(reason)
-        self._event.set()
-
-    def is_set(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self.reason is not None
-
-    async def wait(self) -> None:
-        """Return when the run is asked to stop."""
-        await self._event.wait()
-
-
-class BlockingCancellation:
-    """The same for a handler that blocks; `wait` takes a timeout in seconds."""
-
-    reason: str | None
-    """As `Cancellation.reason`."""
-
-    def __init__(self) -> None:
-        self.reason = None
-        self._event = threading.Event()
-
-    def set(self, reason: str) -> None:
-        self.reason = self.reason or reason
-        self._event.set()
-
-    def is_set(self) -> bool:
-        return self._event.is_set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return self._event.wait(timeout)
-
-
-@dataclass(slots=True)
-class Given(Generic[P, S]):
-    """The data of one attempt that a context is made of."""
-
-    org: Org
-    run: ThisRun
-    params: P
-    settings: S
-    checkpoint: Any
-    deadline: datetime
-    api_origins: tuple[str, ...]
-    log: logging.Logger
-    held: HeldToken
-    traceparent: str | None = None
-    private_origins: tuple[str, ...] = ()
-    insecure_origins: tuple[str, ...] = ()
-
-    @property
-    def trusted_origins(self) -> tuple[str, ...]:
-        """The origins for which `public_http` connects to any address."""
-        return self.api_origins + self.private_origins
 
 
 class _Shared(Generic[P, S]):

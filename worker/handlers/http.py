@@ -14,7 +14,7 @@ from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.handlers.blocking import finish
 
 if TYPE_CHECKING:
-    from worker.handlers.context import Given
+    from worker.handlers.given import Given
 
 Origin = tuple[str, str, int | None]
 # Returns the run's token; a new one if the argument is true.

@@ -16,7 +16,7 @@ from worker.errors import UsageError
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.contract import Runner, RunServices, StopSignal, Work
 from worker.execution.runners.inline import Blocking, Inline
-from worker.handlers.context import Given
+from worker.handlers.given import Given
 from worker.handlers.http import origin_of
 from worker.handlers.job import Job
 from worker.handlers.models import HandlerMissing, load

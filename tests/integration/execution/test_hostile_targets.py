@@ -27,7 +27,8 @@ from worker import PermanentError
 from worker.clock import SystemClock
 from worker.handlers import public_http
 from worker.handlers.calling import call
-from worker.handlers.context import Cancellation, Context, Given, HeldToken, Org, ThisRun
+from worker.handlers.context import Context
+from worker.handlers.given import Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.public_http import AddressRefused, PublicTransport
 from worker.runs.outcome import Failed
 

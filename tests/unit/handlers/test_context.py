@@ -12,18 +12,8 @@ import pytest
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
 from worker.claims.claims import AccessToken, Claims, Flag
-from worker.handlers.context import (
-    BlockingCancellation,
-    BlockingContext,
-    Cancellation,
-    Context,
-    Given,
-    HeldToken,
-    Org,
-    ThisRun,
-    close_blocking_http,
-    close_http,
-)
+from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
+from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.json_text import NotStorable
 
 MEMBERS = {

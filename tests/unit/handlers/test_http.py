@@ -12,16 +12,8 @@ import pytest
 
 from tests.fakes.clock import ManualClock
 from worker.claims.claims import AccessToken, Claims
-from worker.handlers.context import (
-    BlockingCancellation,
-    BlockingContext,
-    Cancellation,
-    Context,
-    Given,
-    HeldToken,
-    Org,
-    ThisRun,
-)
+from worker.handlers.context import BlockingContext, Context
+from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.http import origin_of
 
 API = "https://api.acme.com"

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
-from worker.handlers.context import Given, HeldToken, Org, ThisRun, WorkerPort
+from worker.handlers.context import WorkerPort
+from worker.handlers.given import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
 from worker.handlers.models import read_params, read_settings
 from worker.ids import RunId

@@ -31,15 +31,8 @@ from worker.execution.runners.contract import (
 )
 from worker.execution.runners.output import RunOutput, Sink, marked
 from worker.handlers.calling import call, call_blocking, outcome_of_error
-from worker.handlers.context import (
-    BlockingCancellation,
-    BlockingContext,
-    Cancellation,
-    Context,
-    Given,
-    close_blocking_http,
-    close_http,
-)
+from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
+from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Outcome

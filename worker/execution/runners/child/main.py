@@ -28,7 +28,8 @@ from worker.execution.runners.contract import Interrupted, Work
 from worker.execution.runners.output import log_to_stderr
 from worker.handlers import denials
 from worker.handlers.calling import call, call_blocking, outcome_of_error
-from worker.handlers.context import BlockingCancellation, BlockingContext, Cancellation, Context, Given
+from worker.handlers.context import BlockingContext, Context
+from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Outcome
