@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.job import job
     from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
+    from worker.handlers.steps import StepError
 
 _HOMES = {
     "AccessToken": "worker.claims.claims",
@@ -21,6 +22,7 @@ _HOMES = {
     "PermanentError": "worker.handlers.results",
     "Retry": "worker.handlers.results",
     "Snooze": "worker.handlers.results",
+    "StepError": "worker.handlers.steps",
     "job": "worker.handlers.job",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "PermanentError",
     "Retry",
     "Snooze",
+    "StepError",
     "job",
 ]
 

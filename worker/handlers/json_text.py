@@ -26,8 +26,8 @@ class NotStorable(ValueError):
     """
 
 
-def to_json_text(value: Any, what: str) -> str:
-    """The value as compact JSON text of at most 1 MiB; pydantic models are dumped; raises NotStorable."""
+def to_json_text(value: Any, what: str, limit: int = LIMIT) -> str:
+    """The value as compact JSON text of at most `limit` bytes; dumps pydantic models; raises NotStorable."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=_dumped)
         text.encode()
@@ -37,15 +37,15 @@ def to_json_text(value: Any, what: str) -> str:
         raise NotStorable(_TOO_DEEP.format(what)) from None
     except (TypeError, ValueError) as error:
         raise NotStorable(f"the {what} is not JSON: {_reason(error)}") from None
-    _check_size(text, what)
+    _check_size(text, what, limit)
     if text.count("[") + text.count("{") > DEEPEST:
         _value(text, what)
     return text
 
 
-def check_json_text(text: str, what: str) -> None:
+def check_json_text(text: str, what: str, limit: int = LIMIT) -> None:
     """Raise NotStorable for text that `to_json_text` would not write: a run's process may send anything."""
-    _check_size(text, what)
+    _check_size(text, what, limit)
     value = _value(text, what)
     try:
         # A surrogate may be escaped.
@@ -54,10 +54,12 @@ def check_json_text(text: str, what: str) -> None:
         raise NotStorable(_SURROGATE.format(what)) from None
 
 
-def _check_size(text: str, what: str) -> None:
+def _check_size(text: str, what: str, limit: int) -> None:
     size = len(text.encode("utf-8", "surrogatepass"))
-    if size > LIMIT:
-        raise NotStorable(f"the {what} is {size / LIMIT:.1f} MiB of JSON; the maximum is 1 MiB")
+    if size > limit:
+        unit, name = (1024 * 1024, "MiB") if limit >= 1024 * 1024 else (1024, "KiB")
+        most = limit // unit
+        raise NotStorable(f"the {what} is {size / unit:.1f} {name} of JSON; the maximum is {most} {name}")
     if _NUL.search(text):
         raise NotStorable(f"the {what} contains a NUL character, which databases cannot store")
 

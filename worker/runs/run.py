@@ -202,6 +202,51 @@ class LogLine:
     text: str
 
 
+# Not frozen: a run may have thousands.
+@dataclass(slots=True)
+class NewStep:
+    """The result of a step to store: `seq` counts from 1 in its run, `spends` are meters and amounts."""
+
+    name: str
+    key: str | None
+    occurrence: int
+    seq: int
+    result_json: str
+    started_at: datetime
+    ended_at: datetime
+    spends: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(slots=True)
+class RunStep:
+    """A step of a running run, as it is stored: by which handler, and the bytes of its result."""
+
+    run: AdmittedRun
+    handler: str
+    step: NewStep
+    size: int
+
+
+@dataclass(slots=True)
+class StoredStep:
+    """A stored step as a later attempt needs it; `size` is that of the result in bytes."""
+
+    seq: int
+    name: str
+    key: str | None
+    occurrence: int
+    size: int
+    result_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepPage:
+    """Stored steps of a run in the order of `seq`; `more` if there may be others after them."""
+
+    steps: Sequence[StoredStep] = ()
+    more: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class StoredSkip:
     """The last row of a definition in `skips`."""
