@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.claims.claims import AccessToken, Claims
     from worker.handlers.context import BlockingContext, Context
+    from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
     from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
     from worker.handlers.steps import StepError
@@ -22,6 +23,7 @@ _HOMES = {
     "PermanentError": "worker.handlers.results",
     "Retry": "worker.handlers.results",
     "Snooze": "worker.handlers.results",
+    "httpx2_client": "worker.handlers.httpx2_client",
     "StepError": "worker.handlers.steps",
     "job": "worker.handlers.job",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "Retry",
     "Snooze",
     "StepError",
+    "httpx2_client",
     "job",
 ]
 
