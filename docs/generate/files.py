@@ -8,6 +8,7 @@ from typing import Any
 
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
+from worker.definitions.budgets import BudgetEntry
 from worker.definitions.definition import Definition
 from worker.definitions.units import format_duration
 from worker.orgs import OrgEntry
@@ -22,6 +23,10 @@ def org_keys() -> str:
 
 def definition_keys() -> str:
     return _keys(Definition)
+
+
+def budget_keys() -> str:
+    return _keys(BudgetEntry)
 
 
 def _keys(owner: type) -> str:

@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARTS: Mapping[str, Callable[[], str]] = {
     "assistant-params": builtin.assistant_params,
     "assistant-settings": builtin.assistant_settings,
+    "budget-keys": files.budget_keys,
     "claims": handlers.claims,
     "commands": commands.commands,
     "context": handlers.context,

@@ -1,4 +1,4 @@
-"""`apply`: make the database match a file of orgs, definitions and templates."""
+"""`apply`: make the database match a file of orgs, definitions, templates and budgets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def apply(
         bool, typer.Option("--dry-run", help="Check everything and print the changes without making them.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Close definitions of the file's orgs that are not in the file.")
+        bool,
+        typer.Option(
+            "--prune", help="Close definitions, and remove budgets, of the file's orgs that it lacks."
+        ),
     ] = False,
     allow_unknown_handlers: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""A file for `apply`, TOML or JSON: orgs, definitions and templates, all of it checked."""
+"""A file for `apply`, TOML or JSON: orgs, definitions, templates and budgets, all of it checked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 from worker.definitions import fields
+from worker.definitions.budgets import BudgetEntry, parse_budget
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.definitions.fields import Fields, refusal
 from worker.definitions.units import MAX_DEPTH
@@ -51,6 +52,7 @@ class DefinitionsFile:
     orgs: tuple[OrgEntry, ...] = ()
     definitions: tuple[Definition, ...] = ()
     templates: tuple[TemplateEntry, ...] = ()
+    budgets: tuple[BudgetEntry, ...] = ()
 
 
 def format_of(path: str) -> Format:
@@ -59,17 +61,20 @@ def format_of(path: str) -> Format:
 
 
 def parse_file(content: str | bytes, format: Format = "toml") -> DefinitionsFile:
-    """The orgs, definitions and templates of a file; raises DefinitionError for the first error in it."""
+    """The entries of a file; raises DefinitionError for the first error in it."""
     values = _load(content, format)
     for key in values:
-        if key not in ("org", "definition", "template"):
+        if key not in ("org", "definition", "template", "budget"):
             raise DefinitionError(
-                f"unknown key {key!r}", field=key, fix="a file has [[org]], [[definition]] and [[template]]"
+                f"unknown key {key!r}",
+                field=key,
+                fix="a file has [[org]], [[definition]], [[template]] and [[budget]]",
             )
     return DefinitionsFile(
         _entries(values, "org", ("code",), parse_org),
         _entries(values, "definition", ("org", "name"), parse_definition),
         _entries(values, "template", ("name",), parse_template),
+        _budgets(values),
     )
 
 
@@ -132,7 +137,7 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise DefinitionError(
-            "the file is not valid: expected a table of org, definition and template",
+            "the file is not valid: expected a table of org, definition, template and budget",
             fix='as JSON it is one object: {"definition": [...]}',
         )
     return values
@@ -150,9 +155,7 @@ def _entries(
     values: Mapping[str, Any], kind: str, names: tuple[str, ...], parse: Callable[[Any, str], T]
 ) -> tuple[T, ...]:
     """The parsed entries of one kind; each has other names than those before it."""
-    items = values.get(kind, [])
-    if not isinstance(items, list):
-        raise DefinitionError(f"{kind} is not a list", field=kind, fix=f"write each as [[{kind}]]")
+    items = _items(values, kind)
     found: list[T] = []
     seen: set[str] = set()
     for number, item in enumerate(items, start=1):
@@ -166,3 +169,25 @@ def _entries(
             raise refusal("appears twice in the file", entry, names[-1], fix="remove one, or rename it")
         seen.add(identity)
     return tuple(found)
+
+
+def _items(values: Mapping[str, Any], kind: str) -> list[Any]:
+    items = values.get(kind, [])
+    if not isinstance(items, list):
+        raise DefinitionError(f"{kind} is not a list", field=kind, fix=f"write each as [[{kind}]]")
+    return items
+
+
+def _budgets(values: Mapping[str, Any]) -> tuple[BudgetEntry, ...]:
+    """The parsed budgets; the same orgs have one of each meter and period."""
+    found: dict[tuple[str, str, str], BudgetEntry] = {}
+    for number, item in enumerate(_items(values, "budget"), start=1):
+        meter = item.get("meter") if isinstance(item, Mapping) else None
+        entry = f"budget number {number}" + (f" ({meter})" if isinstance(meter, str) else "")
+        budget = parse_budget(item, entry)
+        identity = (budget.target, budget.meter, budget.per)
+        if identity in found:
+            problem = "the same orgs, meter and period appear twice in the file"
+            raise refusal(problem, entry, "per", fix="remove one: of several limits, the lowest counts")
+        found[identity] = budget
+    return tuple(found.values())

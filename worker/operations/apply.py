@@ -1,4 +1,4 @@
-"""Apply a file of orgs, templates and definitions: all of it or nothing; the same file changes nothing."""
+"""Apply a file of orgs, templates, definitions and budgets: all or nothing; the same file changes nothing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from worker.definitions.origins import check_encrypted
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import settle
+from worker.operations.budgets import BudgetChange, budget_changes, write_budgets
 from worker.operations.changes import (
     Action,
     Change,
@@ -49,10 +50,10 @@ def apply(
     """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
 
     `prune` closes definitions of the file's orgs that it does not have, except those of
-    templates. Pauses and org states stay. The first orgs get their templates' definitions in
-    this transaction, the others from the workers. `inline` are the distributions whose handlers
-    can run inline, `insecure_origins` the http origins that can be `api_origins`, `issuers`
-    those of `worker.toml` (None if unknown).
+    templates, and removes such budgets. Pauses and org states stay. The first orgs get their
+    templates' definitions in this transaction, the others from the workers. `inline` are the
+    distributions whose handlers can run inline, `insecure_origins` the http origins that can be
+    `api_origins`, `issuers` those of `worker.toml` (None if unknown).
 
     Raises:
         DefinitionError: names the entry and field that is refused; nothing was changed.
@@ -75,10 +76,11 @@ class _Plan:
     orgs: list[OrgChange] = field(default_factory=list)
     templates: list[TemplateChange] = field(default_factory=list)
     definitions: list[DefinitionChange] = field(default_factory=list)
+    budgets: list[BudgetChange] = field(default_factory=list)
 
     @property
-    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange]:
-        return [*self.orgs, *self.templates, *self.definitions]
+    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange | BudgetChange]:
+        return [*self.orgs, *self.templates, *self.definitions, *self.budgets]
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime) -> None:
@@ -97,6 +99,7 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime)
                 orgs.change(connection, org.id, org.new, at=at)
         write_definitions(connection, plan.definitions, actor=actor, at=at)
     write_templates(connection, plan.templates, actor=actor, at=at)
+    write_budgets(connection, plan.budgets, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
     materialise_first(connection, actor=actor, at=at)
 
@@ -116,6 +119,7 @@ def _make_plan(
     """
     plan = _Plan()
     named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
+    named |= {budget.org for budget in file.budgets if budget.org is not None}
     stored_orgs = orgs.find_for_all_orgs(connection, named, lock=True)
     ids: dict[str, OrgId] = {code: row["id"] for code, row in stored_orgs.items()}
     for entry in file.orgs:
@@ -152,6 +156,8 @@ def _make_plan(
             for key, row in stored.items()
             if key not in kept and row["closed_at"] is None and row["template_id"] is None
         )
+    pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
+    plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
     return plan
 
 

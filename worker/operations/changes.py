@@ -1,4 +1,7 @@
-"""Changes of orgs, templates and definitions: what each changes, its rows, and its audit entry."""
+"""Changes of orgs, templates and definitions: what each changes, its rows, and its audit entry.
+
+Those of budgets are in `operations/budgets.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, templates
 from worker.store.dialect import Row
 
-Kind = Literal["org", "definition", "template"]
-Action = Literal["add", "change", "reopen", "close"]
+Kind = Literal["org", "definition", "template", "budget"]
+Action = Literal["add", "change", "reopen", "close", "remove"]
 
 
 @dataclass(frozen=True, slots=True)

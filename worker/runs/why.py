@@ -72,6 +72,8 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     ("waiting", "handed_back"): "its worker was stopped while it ran",
     ("waiting", "recovered"): "its worker died while it ran",
     ("waiting", "no_token"): "its org has no token ({detail}); it is requested again at {available_at}",
+    ("waiting", "budget"): "its org has used up its budget of {detail}; it goes on at {available_at}, or "
+    "when the budget is raised",
     ("waiting", "no_handler"): "no running worker offers its handler {handler}",
     ("running", None): "it has been running on worker {worker} since {started_at}",
 }
@@ -92,6 +94,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
     ("waiting", "no_token"): "orgs check {org}",
     ("waiting", "no_handler"): "handlers list",
+    ("waiting", "budget"): "budgets list --org {org}",
     ("running", None): "runs logs {id} --follow",
 }
 _NEXT_OF_STATE = {

@@ -159,7 +159,7 @@ def end_waiting(
 
 
 # Tables whose rows belong to a run.
-_OF_A_RUN = (tables.run_logs, tables.checkpoints, tables.attempts)
+_OF_A_RUN = (tables.run_logs, tables.checkpoints, tables.attempts, tables.spends, tables.budget_raises)
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.
 _SOME = {
@@ -185,9 +185,9 @@ _OLDEST = {
 
 
 def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
-    """Delete up to `limit` log lines and attempts of the runs that `forget_runs` deletes next.
+    """Delete up to `limit` log lines, attempts and spends of the runs that `forget_runs` deletes next.
 
-    One run may have thousands. Returns the greater of the two numbers.
+    One run may have thousands. Returns the greatest of these numbers.
     """
     ids = _old_runs(connection, state, age, runs)
     if not ids:
@@ -196,7 +196,7 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
     named = bindparam("ids", ids, type_=tables.runs.c.id.type, expanding=True)
     return max(
         connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
-        for table in ("run_logs", "attempts")
+        for table in ("run_logs", "attempts", "spends")
     )
 
 

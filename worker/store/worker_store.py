@@ -24,12 +24,13 @@ from worker.runs.run import (
     RunContext,
     Swept,
 )
-from worker.store import firing, sweeps, tables
+from worker.store import budgets, firing, spending, sweeps, tables
 from worker.store.database import BatchLoader, Database
 from worker.store.definitions import names_of
 from worker.store.dialect import database_now
 from worker.store.sql import statements
 from worker.store.sql.contract import AbandonedRun, Progress, RingStep
+from worker.telemetry.events import emit
 
 _live = tables.live_runs
 _workers = tables.workers
@@ -340,6 +341,7 @@ class WorkerStore:
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs = _SpecCache()
+        self._budgets = budgets.NOTHING
 
     async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
         """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
@@ -357,14 +359,43 @@ class WorkerStore:
     async def admit(
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> list[AdmittedRun]:
-        """Mark waiting runs running; see `RingWalk.admit`."""
-        return await self.database.run(self._admission.admit, offered, free)
+        """Mark waiting runs running; see `RingWalk.admit`. Those above a budget of their org wait again."""
+        admitted = await self.database.run(self._admission.admit, offered, free)
+        holding = self._budgets.holding
+        checked = [run for run in admitted if run.org_id in holding] if holding else []
+        if not checked:
+            return admitted
+        try:
+            starting = {run.id for run in await self.database.call(spending.hold_back, checked)}
+        except StoreUnavailable:
+            # The renewal hands these back. The others were admitted, and must start.
+            starting = set()
+        return [run for run in admitted if run.org_id not in holding or run.id in starting]
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts; returns the runs whose attempt is stored as given."""
+        holding = self._budgets.holding
+        if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
+            self._warn(await self.database.call(spending.charge_seconds, timed))
         return await self.database.call(
             lambda connection: statements(connection).finish(connection, self._worker_id, ended)
         )
+
+    async def look_at_budgets(self) -> None:
+        """Learn of budgets that were added, changed or removed."""
+        self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs)
+
+    @staticmethod
+    def _warn(counted: spending.Counted) -> None:
+        for level in counted.warned:
+            emit(
+                "budget.warned",
+                org=level.budget.org,
+                meter=level.budget.meter,
+                per=level.budget.per,
+                used=level.used,
+                limit=level.budget.limit,
+            )
 
     async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
         """Store a run's checkpoint; False if the run is no longer ours."""
@@ -421,6 +452,7 @@ class WorkerStore:
     forget_parts = _in_transaction(sweeps.forget_parts)
     forget_skips = _in_transaction(sweeps.forget_skips)
     forget_logs = _in_transaction(sweeps.forget_logs)
+    forget_counters = _in_transaction(budgets.forget_counters)
     forget_workers = _in_transaction(forget_workers)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:
@@ -456,6 +488,7 @@ class WorkerStore:
                 handlers=handlers,
                 capacity=capacity,
             )
+            self._budgets = budgets.watched_for_all_orgs(connection)
 
     def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease and return the runs it covers; False if this incarnation was ended."""

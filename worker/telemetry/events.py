@@ -109,6 +109,11 @@ _ROWS = (
     ),
     _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
     _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),
+    _warning(
+        "budget.warned",
+        "org meter per used limit",
+        "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",
+    ),
     _info("history.forgotten", "runs skips lines workers", "deleted what `[retention]` no longer keeps"),
     # Tokens.
     _error(

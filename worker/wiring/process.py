@@ -65,6 +65,8 @@ SWITCH = 0.0001
 REGISTER_AGAIN = 1.0
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
 NO_HANDLER_EVERY = 5.0
+# Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
+BUDGETS_EVERY = 2.0
 # Seconds between two retention passes.
 RETENTION_EVERY = 60.0
 
@@ -335,6 +337,7 @@ class Incarnation:
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
+        housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self.settings.retention), clock)
         housekeeping.every(RETENTION_EVERY, "retention", retention.tidy)

@@ -91,7 +91,8 @@ WORKERS = timedelta(days=7)
 class RetentionStore(Protocol):
     """Each deletes at most `limit` rows of a table that are older than `age`, and returns their number.
 
-    `forget_parts` deletes log lines and attempts of the `runs` that `forget_runs` deletes next.
+    `forget_parts` deletes log lines, attempts and spends of the `runs` that `forget_runs` deletes next,
+    `forget_counters` those of periods that no budget compares any more.
     """
 
     async def forget_parts(self, state: str, age: timedelta, *, runs: int, limit: int) -> int: ...
@@ -99,6 +100,7 @@ class RetentionStore(Protocol):
     async def forget_skips(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_logs(self, age: timedelta, *, limit: int) -> int: ...
     async def forget_workers(self, age: timedelta) -> int: ...
+    async def forget_counters(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ class Retention:
         skips = await self._in_batches(partial(store.forget_skips, ages.skips), BATCH)
         lines = await self._in_batches(partial(store.forget_logs, ages.logs), PARTS)
         workers = await store.forget_workers(ages.workers)
+        await store.forget_counters()
         if runs or skips or lines or workers:
             emit("history.forgotten", runs=runs, skips=skips, lines=lines, workers=workers)
 

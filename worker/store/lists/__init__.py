@@ -287,6 +287,20 @@ class Bulk(TypedDict):
     next: Shown[str | None]
 
 
+class Raise(TypedDict):
+    """A raise of an org's budgets; `limit` is the lowest of them with it. For operators only."""
+
+    id: str
+    org: str
+    meter: str
+    per: str
+    amount: int
+    until: datetime
+    limit: int | None
+    created_at: datetime
+    created_by: str
+
+
 def columns_of(kind: type) -> tuple[str, ...]:
     """The columns of a row, in their order."""
     return tuple(kind.__annotations__)

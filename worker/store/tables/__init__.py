@@ -1,7 +1,8 @@
 """The tables, with named constraints; a column's meaning is its `doc`, which the reference shows.
 
 Here are the tables of orgs, definitions, workers, audit and alerts; `tables/runs.py` has those of runs,
-`tables/sign_in.py` those of logins, `tables/provisioning.py` that of applications at providers.
+`tables/sign_in.py` those of logins, `tables/provisioning.py` that of applications at providers,
+`tables/budgets.py` those of budgets and spends.
 The migrations also make views, triggers and functions: `tests/migrations/ddl.py` shows their current form.
 """
 
@@ -23,6 +24,12 @@ from sqlalchemy import (
 )
 
 from worker.store.dialect import Id, Instant, json_type
+from worker.store.tables.budgets import budget_raises as budget_raises
+from worker.store.tables.budgets import budgets as budgets
+from worker.store.tables.budgets import meter_days as meter_days
+from worker.store.tables.budgets import meters as meters
+from worker.store.tables.budgets import org_properties as org_properties
+from worker.store.tables.budgets import spends as spends
 from worker.store.tables.provisioning import APPLICATION_STATES as APPLICATION_STATES
 from worker.store.tables.provisioning import applications as applications
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES

@@ -154,7 +154,9 @@ run_ends = Table(
 LIVE_STATES = ("waiting", "running", "held")
 # The states of an unfinished run for people, and those of `live_runs` that they stand for.
 UNFINISHED = {"waiting": ("waiting", "held"), "running": ("running",)}
-WAITING_REASONS = ("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler")
+WAITING_REASONS = (
+    *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "budget"),
+)
 
 # Running rows are counted by org and by definition. On PostgreSQL also by worker, and along the workers by
 # handler; on SQLite all belong to the one worker. The conditions mean the same, as the constraints ensure.

@@ -40,6 +40,7 @@ _WAITS = {
     "recovered": "wait since their worker died",
     "no_token": "wait for a token of their org",
     "no_handler": "wait for a worker that offers their handler",
+    "budget": "wait for a budget of their org",
 }
 # What the error of a token request says about its issuer; the pauses among them.
 _PAUSES = ("issuer_paused", "issuer_unavailable", "throttled")

@@ -1,0 +1,225 @@
+"""Budgets: applied all or nothing and nothing twice, raised by operators, listed with what is used."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import insert, update
+
+from worker.clock import to_text
+from worker.errors import DefinitionError, NotFound, UsageError
+from worker.ids import ALL_ORGS, new_id
+from worker.operations.budgets import raise_budget, remove_budget
+from worker.store import tables
+from worker.store.database import Database
+from worker.store.lists.usage import budget_rows, budgets_of, usage
+
+ORGS = """
+[[org]]
+code = "org_acme"
+issuer = "main"
+tags = ["pro"]
+timezone = "Pacific/Auckland"
+
+[[org]]
+code = "org_beta"
+issuer = "main"
+"""
+BUDGET = """
+[[budget]]
+org = "org_acme"
+meter = "llm_tokens"
+limit = 1000
+per = "day"
+"""
+ALL = """
+[[budget]]
+orgs = { tags = ["pro"] }
+meter = "llm_tokens"
+limit_from = "property:monthly_tokens"
+per = "month"
+at_limit = "ask"
+"""
+DIGEST = """
+[[definition]]
+org = "org_acme"
+name = "digest"
+handler = "acme.plain"
+schedule = "@yearly"
+"""
+
+
+def test_a_file_adds_budgets_and_the_same_file_changes_nothing(apply, rows):
+    changes = apply(ORGS + BUDGET + ALL)
+
+    assert [(each.kind, each.action, each.org, each.name) for each in changes[2:]] == [
+        ("budget", "add", "org_acme", "llm_tokens per day"),
+        ("budget", "add", None, 'llm_tokens per month of {"tags": ["pro"]}'),
+    ]
+    assert [row["action"] for row in rows.audit][-2:] == ["budget.add", "budget.add"]
+    before = rows.everything()
+    assert apply(ORGS + BUDGET + ALL) == []
+    assert rows.everything() == before
+
+
+def test_a_change_names_what_changes(apply, rows):
+    apply(ORGS + BUDGET)
+
+    [change] = apply(BUDGET.replace("1000", "2000"))
+
+    assert (change.action, change.fields) == ("change", {"limit": (1000, 2000)})
+    assert [row["limit"] for row in rows.budgets] == [2000]
+
+
+def test_a_budget_that_the_file_lacks_goes_only_with_prune(apply, rows):
+    other = BUDGET.replace("org_acme", "org_beta")
+    apply(ORGS + BUDGET + ALL + other)
+
+    assert apply(DIGEST)[0].kind == "definition"
+    [change] = apply(DIGEST, prune=True)
+
+    assert (change.kind, change.action, change.org) == ("budget", "remove", "org_acme")
+    # Other orgs' stay, and those that select orgs.
+    assert len(rows.budgets) == 2
+
+
+def test_nothing_is_changed_if_a_budget_is_refused(apply, rows):
+    before = rows.everything()
+
+    with pytest.raises(DefinitionError) as refused:
+        apply(ORGS + BUDGET.replace("org_acme", "org_gone"))
+    assert refused.value.field == "org"
+    with pytest.raises(DefinitionError) as refused:
+        apply(ALL.replace('{ tags = ["pro"] }', '{ issuer = "gone" }'), issuers=["main"])
+    assert refused.value.field == "orgs.issuer"
+    assert rows.everything() == before
+
+
+def test_a_raise_counts_until_its_end_and_is_in_the_audit(apply, rows, database: Database):
+    apply(ORGS + BUDGET)
+
+    row = raise_budget(
+        database, "org_acme", "llm_tokens", by=500, per="day", until=None, actor="ann", reason="a big import"
+    )
+
+    assert (row["limit"], row["created_by"]) == (1500, "ann")
+    assert rows.now() < row["until"] <= rows.now() + timedelta(days=1)
+    with database.autocommit() as connection:
+        [level] = budgets_of(connection, "org_acme")
+    assert (level["limit"], level["used"], level["left"], level["resets_at"]) == (
+        1500,
+        0,
+        1500,
+        row["until"],
+    )
+    entry = rows.audit[-1]
+    assert (entry["action"], entry["subject"]) == ("budget.raise", "org_acme llm_tokens")
+    assert entry["detail"] == {
+        "by": 500,
+        "per": "day",
+        "until": to_text(row["until"]),
+        "reason": "a big import",
+    }
+
+
+def test_a_raise_lets_the_runs_that_wait_for_it_be_looked_at_now(apply, rows, database: Database):
+    apply(ORGS + BUDGET + DIGEST)
+    from worker.operations.runs import run_now
+
+    run = run_now(database, "org_acme", "digest", actor="ann")
+    with database.transaction() as connection:
+        connection.execute(
+            update(tables.live_runs).values(reason="budget", available_at=rows.now() + timedelta(hours=9))
+        )
+
+    raise_budget(database, "org_acme", "llm_tokens", by=1, per="day", until=None, actor="ann")
+
+    [live] = rows.live_runs
+    assert (live["id"], live["available_at"] <= rows.now()) == (run["id"], True)
+
+
+@pytest.mark.parametrize(
+    ("org", "meter", "by", "per", "hours", "error"),
+    [
+        ("org_gone", "llm_tokens", 1, "day", None, NotFound),
+        ("org_beta", "llm_tokens", 1, "day", None, NotFound),
+        ("org_acme", "calls", 1, "day", None, NotFound),
+        ("org_acme", "llm_tokens", 1, "month", None, NotFound),
+        ("org_acme", "llm_tokens", 0, "day", None, UsageError),
+        ("org_acme", "llm_tokens", 1, "week", None, UsageError),
+        ("org_acme", "llm_tokens", 1, "day", -1, UsageError),
+    ],
+)
+def test_a_raise_of_nothing_is_refused(apply, rows, database, org, meter, by, per, hours, error):
+    apply(ORGS + BUDGET)
+    until = None if hours is None else rows.now() + timedelta(hours=hours)
+
+    with pytest.raises(error) as refused:
+        raise_budget(database, org, meter, by=by, per=per, until=until, actor="ann")
+
+    assert refused.value.fix
+    assert rows.budget_raises == []
+
+
+def test_a_budget_can_be_removed_by_its_id(apply, rows, database: Database):
+    apply(ORGS + BUDGET + ALL)
+    with database.autocommit() as connection:
+        selecting, of_org = budget_rows(connection, limit=10)
+
+    assert remove_budget(database, of_org["id"], actor="ann")["name"] == "llm_tokens per day"
+
+    assert [row["id"] for row in rows.budgets] == [selecting["id"]]
+    assert selecting["limit_from"] == "property:monthly_tokens"
+    with pytest.raises(NotFound):
+        remove_budget(database, of_org["id"], actor="ann")
+
+
+def test_usage_is_summed_by_meter_definition_or_day(apply, rows, database: Database):
+    apply(ORGS + DIGEST)
+    ids = {row["code"]: row["id"] for row in rows.orgs}
+    [digest] = rows.definitions
+    today = rows.now().date()
+    with database.transaction() as connection:
+        for org, meter, definition, ago, used in (
+            ("org_acme", "llm_tokens", digest["id"], 0, 5),
+            ("org_acme", "llm_tokens", digest["id"], 1, 7),
+            ("org_acme", "llm_tokens", digest["id"], 40, 100),
+            ("org_acme", "calls", new_id(), 0, 1),
+            ("org_beta", "calls", new_id(), 0, 2),
+        ):
+            connection.execute(
+                insert(tables.meter_days).values(
+                    day=today - timedelta(days=ago),
+                    org_id=ids[org],
+                    meter=meter,
+                    definition_id=definition,
+                    used=used,
+                )
+            )
+
+    def listed(org, by, *names, **window):
+        with database.autocommit() as connection:
+            return [tuple(row[name] for name in names) for row in usage(connection, org, by, **window)]
+
+    assert listed(ALL_ORGS, "meter", "org", "meter", "used") == [
+        ("org_acme", "llm_tokens", 12),
+        ("org_acme", "calls", 1),
+        ("org_beta", "calls", 2),
+    ]
+    assert listed("org_acme", "definition", "meter", "definition", "used") == [
+        ("llm_tokens", "digest", 12),
+        ("calls", None, 1),
+    ]
+    assert listed("org_acme", "day", "day", "meter", "used") == [
+        (today, "llm_tokens", 5),
+        (today, "calls", 1),
+        (today - timedelta(days=1), "llm_tokens", 7),
+    ]
+    assert listed("org_acme", "meter", "used", since=rows.now() - timedelta(days=50))[0] == (112,)
+    assert listed(ALL_ORGS, "meter", "org", limit=1) == [("org_acme",)] * 2
+    assert listed(ALL_ORGS, "meter", "org", limit=1, after="org_acme") == [("org_beta",)]
+    with pytest.raises(UsageError):
+        listed(ALL_ORGS, "week", "org")
+    with pytest.raises(NotFound):
+        listed("org_gone", "meter", "org")

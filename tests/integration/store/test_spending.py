@@ -1,0 +1,310 @@
+"""What runs spend counts once, fenced; budgets of runs and run_seconds hold admission exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import insert
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.stock import HANDLER, Stock
+from worker.ids import OrgId, WorkerId, new_id
+from worker.runs.run import AdmittedRun
+from worker.store import budgets, spending, tables
+from worker.store.database import Database
+from worker.store.spending import Spend
+from worker.store.worker_store import WorkerStore
+
+METER = "llm_tokens"
+
+
+def add_budget(
+    stock: Stock, org_id: OrgId | None, meter: str = METER, limit: int | None = 100, **values
+) -> str:
+    budget_id, at = new_id(), stock.now()
+    row = {
+        "id": budget_id,
+        "target": f"org:{org_id or 'all'}",
+        "org_id": org_id,
+        "selector": "all" if org_id is None else None,
+        "meter": meter,
+        "limit": limit,
+        "per": "day",
+        "at_limit": "wait",
+        "warn_at": 0.8,
+        "created_at": at,
+        "updated_at": at,
+        "updated_by": "tester",
+    }
+    with stock.database.transaction() as connection:
+        connection.execute(insert(tables.budgets).values(**row | values))
+    return budget_id
+
+
+def admitted(stock: Stock, org_id: OrgId, count: int = 1) -> tuple[WorkerId, list[AdmittedRun]]:
+    worker = stock.worker()
+    stock.put(*(stock.run(org_id) for _ in range(count)))
+    return worker, stock.admit(worker)
+
+
+def spend(stock: Stock, run: AdmittedRun, amount: int, key: str = "1:1", meter: str = METER):
+    """As a worker records it: fenced, in one transaction."""
+    with stock.database.transaction() as connection:
+        if not spending.lock_running(connection, {run.id: run.fencing_token}):
+            return None
+        given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount)
+        return spending.record(connection, [given], stock.database.now(connection))
+
+
+def used(stock: Stock, org_id: OrgId, meter: str = METER) -> list[int]:
+    with stock.database.autocommit() as connection:
+        found = budgets.of_orgs(connection, [org_id], [meter], stock.database.now(connection))
+        return [level.used for level in budgets.levels(connection, found.get(org_id, []))]
+
+
+def test_a_spend_counts_once_by_its_key(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run] = admitted(stock, org_id)
+
+    spend(stock, run, 30)
+    spend(stock, run, 30)
+    counted = spend(stock, run, 5, key="1:2")
+
+    [level] = counted.levels[org_id]
+    assert (level.used, level.left, level.reached) == (35, 65, False)
+    [day] = stock.all(tables.meter_days)
+    assert (day["org_id"], day["definition_id"], day["used"]) == (org_id, run.definition_id, 35)
+    assert sum(row["amount"] for row in stock.all(tables.spends)) == 35
+
+
+def test_a_spend_of_a_run_that_is_no_longer_ours_does_not_count(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run] = admitted(stock, org_id)
+    stock.change(tables.live_runs, run.id, fencing_token=run.fencing_token + 1)
+
+    assert spend(stock, run, 30) is None
+    assert (stock.all(tables.spends), used(stock, org_id)) == ([], [0])
+
+
+def test_the_spend_that_crosses_the_limit_is_counted(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run] = admitted(stock, org_id)
+
+    first = spend(stock, run, 79)
+    second = spend(stock, run, 40, key="1:2")
+
+    assert [level.reached for level in first.levels[org_id]] == [False]
+    assert [(level.used, level.left, level.reached) for level in second.levels[org_id]] == [(119, 0, True)]
+    assert (len(first.warned), len(second.warned)) == (0, 1)
+    assert not spend(stock, run, 1, key="1:3").warned
+
+
+def test_a_new_day_begins_with_nothing_used(stock: Stock, clock: ManualClock):
+    org_id = stock.org()
+    add_budget(stock, org_id, zone="Pacific/Auckland")
+    add_budget(stock, org_id, per="month", limit=1000)
+    _, [run] = admitted(stock, org_id)
+    spend(stock, run, 30)
+
+    assert used(stock, org_id) == [30, 30]
+
+
+def test_a_budget_that_is_new_counts_what_its_period_has_spent_already(stock: Stock):
+    org_id = stock.org()
+    _, [run] = admitted(stock, org_id)
+    spend(stock, run, 30)
+    add_budget(stock, org_id)
+
+    assert used(stock, org_id) == [30]
+    spend(stock, run, 12, key="1:2")
+    assert used(stock, org_id) == [42]
+
+
+def test_a_budget_per_run_counts_the_run_alone(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, per="run", at_limit="fail")
+    _, runs = admitted(stock, org_id, 2)
+    for run in runs:
+        spend(stock, run, 30)
+
+    with stock.database.autocommit() as connection:
+        found = budgets.of_orgs(connection, [org_id], [METER], stock.now())[org_id]
+        [level] = budgets.levels(connection, found, runs[0].id)
+    assert level.used == 30
+
+
+def test_raises_add_to_the_limit_until_they_end(stock: Stock):
+    org_id, other = stock.org(), stock.org()
+    add_budget(stock, org_id)
+    add_budget(stock, other)
+    with stock.database.transaction() as connection:
+        now = stock.database.now(connection)
+        for until in (timedelta(hours=1), timedelta(seconds=-1)):
+            budgets.raise_limit(
+                connection,
+                org_id,
+                meter=METER,
+                per="day",
+                amount=50,
+                until=now + until,
+                actor="tester",
+                at=now,
+            )
+        found = budgets.of_orgs(connection, [org_id, other], None, now)
+
+    assert [found[each][0].limit for each in (org_id, other)] == [150, 100]
+
+
+def test_a_selector_gives_each_org_its_own_meter(stock: Stock):
+    one, other = stock.org(), stock.org()
+    add_budget(stock, None)
+    _, runs = admitted(stock, one)
+    spend(stock, runs[0], 30)
+
+    assert (used(stock, one), used(stock, other)) == ([30], [0])
+
+
+# --- runs and run_seconds ---
+
+
+def store_of(stock: Stock, worker: WorkerId) -> WorkerStore:
+    store = WorkerStore(stock.database, worker, timedelta(seconds=30))
+    asyncio.run(store.look_at_budgets())
+    return store
+
+
+def admit(store: WorkerStore, free: int = 100) -> Sequence[AdmittedRun]:
+    return asyncio.run(store.admit({HANDLER: None}, {"child": free, "inline": 0}))
+
+
+def test_a_budget_of_runs_holds_the_others_without_stopping_any(stock: Stock):
+    org_id, free_org = stock.org(limit=100), stock.org(limit=100)
+    add_budget(stock, org_id, "runs", 3)
+    runs = [stock.run(org_id, start_by=stock.now() + timedelta(hours=1)) for _ in range(5)]
+    stock.put(*runs, stock.run(free_org))
+    store = store_of(stock, stock.worker())
+
+    starting = admit(store)
+
+    assert [run.org_id for run in starting].count(org_id) == 3
+    assert [run.org_id for run in starting].count(free_org) == 1
+    held = [row for row in stock.all(tables.live_runs) if row["state"] == "waiting"]
+    assert [(row["reason"], row["detail"], row["attempt"], row["start_by"]) for row in held] == [
+        ("budget", "runs per day", 0, None)
+    ] * 2
+    assert admit(store) == []
+    assert used(stock, org_id, "runs") == [3]
+
+
+def test_a_run_is_counted_at_its_first_admission_only(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, "runs", 1)
+    worker = stock.worker()
+    store = store_of(stock, worker)
+    stock.put(stock.run(org_id))
+    [run] = admit(store)
+    stock.finish(worker, stock.ended(run, "waiting"))
+    stock.make_available(run.id)
+
+    [again] = admit(store)
+
+    assert (again.id, again.attempt, used(stock, org_id, "runs")) == (run.id, 2, [1])
+
+
+def test_a_raise_lets_held_runs_start(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, "runs", 1)
+    stock.put(stock.run(org_id), stock.run(org_id))
+    store = store_of(stock, stock.worker())
+    assert len(admit(store)) == 1
+    with stock.database.transaction() as connection:
+        now = stock.database.now(connection)
+        budgets.raise_limit(
+            connection,
+            org_id,
+            meter="runs",
+            per="day",
+            amount=1,
+            until=now + timedelta(hours=1),
+            actor="tester",
+            at=now,
+        )
+        budgets.wake(connection, [org_id], now)
+
+    assert len(admit(store)) == 1
+
+
+def test_the_time_of_handlers_holds_admission_once_it_is_used_up(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, "run_seconds", 3)
+    worker = stock.worker()
+    store = store_of(stock, worker)
+    for expected in ([2], [4]):
+        stock.put(stock.run(org_id))
+        [run] = admit(store)
+        ended = stock.ended(run)
+        assert asyncio.run(store.finish([ended])) == {run.id}
+        assert asyncio.run(store.finish([ended])) == {run.id}
+        assert used(stock, org_id, "run_seconds") == expected
+    stock.put(stock.run(org_id))
+
+    assert admit(store) == []
+
+
+def test_two_workers_admit_no_more_runs_than_the_budget_has(postgres: Database):
+    stock = Stock(postgres)
+    org_id = stock.org(limit=1000)
+    add_budget(stock, org_id, "runs", 40)
+    stock.put(*(stock.run(org_id) for _ in range(100)))
+    stores = [store_of(stock, stock.worker()) for _ in range(3)]
+
+    async def all_admit() -> list[Sequence[AdmittedRun]]:
+        free = {"child": 20, "inline": 0}
+        return await asyncio.gather(
+            *(store.admit({HANDLER: None}, free) for _ in range(3) for store in stores)  # type: ignore[arg-type]
+        )
+
+    starting = [run for part in asyncio.run(all_admit()) for run in part]
+
+    assert len(starting) == len({run.id for run in starting}) == 40
+    assert used(stock, org_id, "runs") == [40]
+
+
+def test_admission_reads_no_budget_of_an_org_that_has_none(stock: Stock, monkeypatch: pytest.MonkeyPatch):
+    org_id, other = stock.org(), stock.org()
+    add_budget(stock, other, "runs", 1)
+    stock.put(stock.run(org_id))
+    store = store_of(stock, stock.worker())
+    monkeypatch.setattr(spending, "hold_back", None)
+
+    assert len(admit(store)) == 1
+
+
+def test_old_counters_and_raises_are_deleted(stock: Stock):
+    org_id, now = stock.org(), stock.now()
+    old = now - timedelta(days=41)
+    with stock.database.transaction() as connection:
+        for start in (old, now):
+            row = {"org_id": org_id, "meter": METER, "per": "day", "starts_at": start, "used": 1}
+            connection.execute(insert(tables.meters).values(**row))
+            budgets.raise_limit(
+                connection,
+                org_id,
+                meter=METER,
+                per="day",
+                amount=1,
+                until=start,
+                actor="tester",
+                at=start,
+            )
+
+        assert budgets.forget_counters(connection) == 1
+
+    assert [row["starts_at"] for row in stock.all(tables.meters)] == [now]
+    assert [row["until"] for row in stock.all(tables.budget_raises)] == [now]

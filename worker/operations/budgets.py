@@ -1,0 +1,227 @@
+"""Budgets: what `apply` changes, and their raises by operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection
+
+from worker.clock import to_text
+from worker.definitions.budgets import PERS, BudgetEntry, Per, amount, meter_name
+from worker.definitions.fields import refusal
+from worker.errors import NotFound, UsageError
+from worker.ids import OrgId, new_id
+from worker.operations.changes import Change, because, differing
+from worker.store import audit, budgets, orgs
+from worker.store.database import Database
+from worker.store.dialect import Row, hint
+from worker.store.lists import Raise
+from worker.store.lists.usage import name_of
+
+# The columns that a change of a file sets.
+_COLUMNS = ("limit", "property", "zone", "at_limit", "warn_at")
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetChange:
+    """A budget to add (`before` None), change or remove (`new` None), and its org if it has one."""
+
+    id: str
+    org_id: OrgId | None
+    org: str | None
+    name: str
+    before: Row | None
+    new: Mapping[str, Any] | None
+
+    @property
+    def action(self) -> Literal["add", "change", "remove"]:
+        if self.new is None:
+            return "remove"
+        return "add" if self.before is None else "change"
+
+    def shown(self) -> Change:
+        if self.new is None:
+            return Change("budget", "remove", self.org, self.name)
+        before = {} if self.before is None else {name: self.before[name] for name in _COLUMNS}
+        return Change("budget", self.action, self.org, self.name, differing(before, self.new))
+
+    def audit_entry(self) -> audit.Entry:
+        return audit.Entry(self.org_id, f"budget.{self.action}", self.name, self.shown().detail)
+
+
+def budget_changes(
+    connection: Connection,
+    entries: Sequence[BudgetEntry],
+    ids: Mapping[str, OrgId],
+    issuers: Iterable[str] | None,
+    *,
+    prune: frozenset[OrgId],
+) -> list[BudgetChange]:
+    """What a file changes; `ids` are its orgs, stored or new. Those of the orgs in `prune` that it lacks go.
+
+    Raises:
+        DefinitionError: an org or issuer that does not exist.
+    """
+    if not (entries or prune):
+        return []
+    stored = budgets.by_target(connection, lock=True)
+    changes = []
+    for entry in entries:
+        name = f"budget {entry.meter} per {entry.per}"
+        if entry.org is not None and entry.org not in ids:
+            fix = f'add [[org]] code = "{entry.org}" to the file, or `orgs add {entry.org}`'
+            raise refusal(f"there is no org {entry.org}", name, "org", fix=fix)
+        _check_issuer(entry, name, issuers)
+        before = stored.pop((entry.target, entry.meter, entry.per), None)
+        new = {
+            "limit": entry.limit,
+            "property": entry.property_name,
+            "zone": entry.zone,
+            "at_limit": entry.at_limit,
+            "warn_at": entry.warn_at,
+        }
+        if before is not None and not differing({key: before[key] for key in _COLUMNS}, new):
+            continue
+        org_id = None if entry.org is None else ids[entry.org]
+        identity = {
+            "target": entry.target,
+            "org_id": org_id,
+            "selector": None if entry.orgs is None else entry.orgs.as_json(),
+            "meter": entry.meter,
+            "per": entry.per,
+        }
+        shown = name_of(identity)
+        values = new if before is not None else {**identity, **new}
+        changes.append(
+            BudgetChange(
+                before["id"] if before is not None else new_id(),
+                org_id,
+                entry.org,
+                shown,
+                before,
+                values,
+            )
+        )
+    for row in stored.values():
+        if row["org_id"] in prune:
+            org = row["target"].removeprefix("org:")
+            changes.append(BudgetChange(row["id"], row["org_id"], org, name_of(row), row, None))
+    return changes
+
+
+def _check_issuer(entry: BudgetEntry, name: str, issuers: Iterable[str] | None) -> None:
+    issuer = entry.orgs.issuer if entry.orgs is not None else None
+    if issuers is not None and issuer is not None and issuer not in issuers:
+        known = ", ".join(sorted(issuers)) or "none"
+        problem = f"there is no issuer {issuer!r}; worker.toml has {known}"
+        fix = f"add a table [issuers.{issuer}] to worker.toml, or correct the name"
+        raise refusal(problem, name, "orgs.issuer", fix=fix)
+
+
+def write_budgets(
+    connection: Connection, changes: Sequence[BudgetChange], *, actor: str, at: datetime
+) -> None:
+    """Write changes of budgets, and let the runs that wait for one be looked at again."""
+    budgets.remove(connection, [change.id for change in changes if change.new is None])
+    for change in changes:
+        if change.new is not None:
+            values = {**change.new, "updated_at": at, "updated_by": actor}
+            if change.before is None:
+                values |= {"id": change.id, "created_at": at}
+            budgets.put(connection, values, change.before)
+    if changes:
+        of = {change.org_id for change in changes}
+        budgets.wake(connection, None if None in of else {org for org in of if org is not None}, at)
+        hint(connection)
+
+
+def raise_budget(
+    database: Database,
+    org: str,
+    meter: str,
+    *,
+    by: int,
+    per: str,
+    until: datetime | None,
+    actor: str,
+    reason: str | None = None,
+) -> Raise:
+    """Raise an org's budgets of a meter and period until a time, by default until the period ends.
+
+    Each period that begins before then has the higher limit. Wakes the runs that wait for it.
+
+    Raises:
+        NotFound: no such org, or it has no such budget.
+        UsageError: an invalid value.
+    """
+    wanted = _checked(meter, by, per)
+    with database.transaction() as connection:
+        org_id = OrgId(orgs.require(connection, org, lock=True)["id"])
+        now = database.now(connection)
+        found = budgets.of_orgs(connection, [org_id], [meter], now).get(org_id, [])
+        same = [budget for budget in found if budget.per == wanted]
+        if not same:
+            raise NotFound(
+                f"org {org} has no budget of {meter} per {per}",
+                fix=f"`budgets list --org {org}` lists its budgets, `apply` adds one",
+            )
+        ends = [budget.period.end for budget in same if budget.period is not None]
+        if until is None and not ends:
+            raise UsageError("a raise per run needs an end", fix="add --until T, such as 2027-01-01")
+        end = until or max(ends)
+        if end <= now:
+            raise UsageError(f"until {to_text(end)} is not in the future", fix="choose a later time")
+        row = budgets.raise_limit(
+            connection, org_id, meter=meter, per=wanted, amount=by, until=end, actor=actor, at=now
+        )
+        budgets.wake(connection, [org_id], now)
+        detail = {"by": by, "per": per, "until": to_text(end), **because(reason)}
+        entry = audit.Entry(org_id, "budget.raise", f"{org} {meter}", detail)
+        audit.record(connection, [entry], at=now, actor=actor)
+        hint(connection)
+        return Raise(
+            id=row["id"],
+            org=org,
+            meter=meter,
+            per=per,
+            amount=by,
+            until=end,
+            limit=min(budget.limit + by for budget in same if budget.limit is not None)
+            if any(budget.limit is not None for budget in same)
+            else None,
+            created_at=now,
+            created_by=actor,
+        )
+
+
+def _checked(meter: str, by: int, per: str) -> Per:
+    try:
+        meter_name(meter)
+        amount("--by", least=1)(by)
+    except ValueError as error:
+        raise UsageError(str(error), fix="such as `budgets raise ORG llm_tokens --by 50000`") from None
+    for known in PERS:
+        if known == per:
+            return known
+    raise UsageError(f"{per!r} is not a period", fix=f"one of {', '.join(PERS)}")
+
+
+def remove_budget(database: Database, budget_id: str, *, actor: str) -> Mapping[str, Any]:
+    """Remove a budget; what was spent stays. Returns its name.
+
+    Raises:
+        NotFound: no such budget.
+    """
+    with database.transaction() as connection:
+        row = budgets.find(connection, budget_id)
+        if row is None:
+            raise NotFound(f"there is no budget {budget_id}", fix="`budgets list` lists the budgets")
+        now = database.now(connection)
+        org = row["target"].removeprefix("org:") if row["org_id"] is not None else None
+        change = BudgetChange(row["id"], row["org_id"], org, name_of(row), row, None)
+        write_budgets(connection, [change], actor=actor, at=now)
+        audit.record(connection, [change.audit_entry()], at=now, actor=actor)
+        return {"id": row["id"], "org": org, "name": change.name}

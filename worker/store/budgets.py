@@ -1,0 +1,354 @@
+"""Budgets as rows: those that apply to an org, their limits now, and what of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, tuple_, update
+
+from worker.claims.claims import Claims
+from worker.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
+from worker.definitions.zones import parse_zone
+from worker.ids import OrgId, RunId, new_id
+from worker.orgs import parse_selector
+from worker.store import tables
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, insert_into
+
+_budgets, _raises, _meters = tables.budgets, tables.budget_raises, tables.meters
+_spends, _properties, _orgs, _live = tables.spends, tables.org_properties, tables.orgs, tables.live_runs
+
+# The key of a row of `meters`.
+Counter = tuple[OrgId, str, str, datetime]
+# Rows of `meters` this old are of no period any more.
+OLD = timedelta(days=40)
+
+
+@dataclass(frozen=True, slots=True)
+class OrgBudget:
+    """A budget as it applies to one org: `limit` with its raises, None if the property is missing."""
+
+    id: str
+    org_id: OrgId
+    org: str
+    meter: str
+    per: Per
+    at_limit: AtLimit
+    warn_at: float
+    limit: int | None
+    property_name: str | None
+    period: Period | None
+    """None of a budget per run."""
+
+    @property
+    def counter(self) -> Counter | None:
+        return None if self.period is None else (self.org_id, self.meter, self.per, self.period.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A budget, and what of it is used in its period."""
+
+    budget: OrgBudget
+    used: int
+
+    @property
+    def left(self) -> int | None:
+        return None if self.budget.limit is None else max(0, self.budget.limit - self.used)
+
+    @property
+    def reached(self) -> bool:
+        return self.budget.limit is not None and self.used >= self.budget.limit
+
+    def warned(self, before: int) -> bool:
+        """Whether its use has passed the warning since it was `before`."""
+        if not self.budget.limit:
+            return False
+        return before < self.budget.warn_at * self.budget.limit <= self.used
+
+
+def of_orgs(
+    connection: Connection,
+    org_ids: Collection[OrgId],
+    meters: Collection[str] | None,
+    now: datetime,
+    run_id: RunId | None = None,
+) -> dict[OrgId, list[OrgBudget]]:
+    """The budgets of each of these orgs, of these meters or of all; `run_id` adds raises for one run."""
+    query = select(_budgets).where(_budgets.c.org_id.in_(org_ids) | _budgets.c.org_id.is_(None))
+    if meters is not None:
+        query = query.where(_budgets.c.meter.in_(meters))
+    rows = all_rows(connection, query.order_by(_budgets.c.id))
+    if not rows:
+        return {}
+    chosen = select(_orgs.c.id, _orgs.c.code, _orgs.c.tags, _orgs.c.issuer, _orgs.c.timezone)
+    found: dict[OrgId, list[OrgBudget]] = {}
+    matched: list[tuple[Row, Row]] = []
+    for org in all_rows(connection, chosen.where(_orgs.c.id.in_(org_ids))):
+        matched += [(row, org) for row in rows if applies(row, org)]
+    raised = _raised(connection, {org["id"] for _, org in matched}, now, run_id)
+    properties = _stored_properties(connection, [(org["id"], row["property"]) for row, org in matched])
+    for row, org in matched:
+        org_id, limit = org["id"], row["limit"]
+        if limit is None:
+            limit = properties.get((org_id, row["property"]))
+        if limit is not None:
+            limit += raised.get((org_id, row["meter"], row["per"]), 0)
+        period = None
+        if row["per"] != "run":
+            zone = parse_zone(row["zone"] or org["timezone"] or "UTC")
+            period = period_of(row["per"], zone, now)
+        found.setdefault(org_id, []).append(
+            OrgBudget(
+                row["id"],
+                org_id,
+                org["code"],
+                row["meter"],
+                row["per"],
+                row["at_limit"],
+                row["warn_at"],
+                limit,
+                row["property"],
+                period,
+            )
+        )
+    return found
+
+
+def applies(budget: Mapping[str, Any], org: Mapping[str, Any]) -> bool:
+    """Whether a row of `budgets` is for this org (`id`, `tags`, `issuer`)."""
+    if budget["org_id"] is not None:
+        return bool(budget["org_id"] == org["id"])
+    selector = parse_selector(budget["selector"], entry="budget")
+    return selector.matches(tags=org["tags"], issuer=org["issuer"])
+
+
+def _raised(
+    connection: Connection, org_ids: Collection[OrgId], now: datetime, run_id: RunId | None
+) -> dict[tuple[OrgId, str, str], int]:
+    of_run: ColumnElement[bool] = _raises.c.run_id.is_(None)
+    if run_id is not None:
+        of_run = of_run | (_raises.c.run_id == run_id)
+    query = (
+        select(_raises.c.org_id, _raises.c.meter, _raises.c.per, func.sum(_raises.c.amount))
+        .where(_raises.c.org_id.in_(org_ids), _raises.c.until > now, of_run)
+        .group_by(_raises.c.org_id, _raises.c.meter, _raises.c.per)
+    )
+    return {(org_id, meter, per): int(total) for org_id, meter, per, total in connection.execute(query)}
+
+
+def _stored_properties(
+    connection: Connection, wanted: Sequence[tuple[OrgId, str | None]]
+) -> dict[tuple[OrgId, str | None], int | None]:
+    names = {name for _, name in wanted if name is not None}
+    if not names:
+        return {}
+    query = select(_properties).where(
+        _properties.c.org_id.in_({org_id for org_id, _ in wanted}), _properties.c.name.in_(names)
+    )
+    return {(row["org_id"], row["name"]): row["value"] for row in all_rows(connection, query)}
+
+
+def levels(connection: Connection, budgets: Iterable[OrgBudget], run_id: RunId | None = None) -> list[Level]:
+    """What is used of each of these budgets; of those per run by this run."""
+    listed = list(budgets)
+    counters = {counter for budget in listed if (counter := budget.counter) is not None}
+    used = read_counters(connection, counters)
+    missing = counters - used.keys()
+    used |= {counter: _spent_since(connection, counter) for counter in missing}
+    found = []
+    for budget in listed:
+        if budget.counter is not None:
+            found.append(Level(budget, used[budget.counter]))
+        elif run_id is not None:
+            found.append(Level(budget, spent_by(connection, run_id, budget.meter)))
+    return found
+
+
+def read_counters(
+    connection: Connection, counters: Collection[Counter], *, lock: bool = False
+) -> dict[Counter, int]:
+    """The rows of `meters` that exist, by key; locked in the order of keys."""
+    columns = (_meters.c.org_id, _meters.c.meter, _meters.c.per, _meters.c.starts_at)
+    found: dict[Counter, int] = {}
+    for part in chunks(sorted(counters)):
+        query = select(*columns, _meters.c.used).where(tuple_(*columns).in_(part)).order_by(*columns)
+        rows = connection.execute(query.with_for_update() if lock else query)
+        found |= {(org_id, meter, per, start): used for org_id, meter, per, start, used in rows}
+    return found
+
+
+def spent_by(connection: Connection, run_id: RunId, meter: str) -> int:
+    """What one run has spent of a meter."""
+    total = select(func.coalesce(func.sum(_spends.c.amount), 0))
+    query = total.where(_spends.c.run_id == run_id, _spends.c.meter == meter)
+    return int(connection.execute(query).scalar_one())
+
+
+def _spent_since(connection: Connection, counter: Counter) -> int:
+    """What an org spent since the start of a period that has no counter yet."""
+    return int(connection.execute(_since(counter)).scalar_one())
+
+
+def _since(counter: Counter) -> Any:
+    org_id, meter, _, start = counter
+    return select(func.coalesce(func.sum(_spends.c.amount), 0)).where(
+        _spends.c.org_id == org_id, _spends.c.meter == meter, _spends.c.at >= start
+    )
+
+
+def count(connection: Connection, added: Mapping[Counter, int]) -> dict[Counter, int]:
+    """Add to counters, and return what is used then; the spends themselves are stored already.
+
+    A counter that does not exist yet starts with all spends of its period.
+    """
+    used = read_counters(connection, added.keys(), lock=True)
+    existing = [counter for counter in sorted(added) if counter in used]
+    if existing:
+        connection.execute(
+            update(_meters)
+            .where(*(_meters.c[name] == _parameter(name) for name in ("org_id", "meter", "per", "starts_at")))
+            .values(used=_meters.c.used + _parameter("added")),
+            [dict(zip(_COUNTER, (*counter, added[counter]), strict=True)) for counter in existing],
+        )
+    for counter in existing:
+        used[counter] += added[counter]
+    for counter in sorted(added.keys() - used.keys()):
+        org_id, meter, per, start = counter
+        statement = insert_into(connection, _meters).values(
+            org_id=org_id, meter=meter, per=per, starts_at=start, used=_since(counter).scalar_subquery()
+        )
+        # Another worker may have made it meanwhile, without these spends.
+        statement = statement.on_conflict_do_update(
+            index_elements=["org_id", "meter", "per", "starts_at"],
+            set_={"used": _meters.c.used + added[counter]},
+        )
+        used[counter] = connection.execute(statement.returning(_meters.c.used)).scalar_one()
+    return used
+
+
+_COUNTER = ("b_org_id", "b_meter", "b_per", "b_starts_at", "b_added")
+
+
+def _parameter(name: str) -> Any:
+    type_ = _meters.c.used.type if name == "added" else _meters.c[name].type
+    return bindparam(f"b_{name}", type_=type_)
+
+
+def put(connection: Connection, values: Mapping[str, Any], before: Row | None) -> None:
+    """Insert a budget, or change the one that is there."""
+    if before is None:
+        connection.execute(insert(_budgets).values(**values))
+    else:
+        connection.execute(update(_budgets).where(_budgets.c.id == before["id"]).values(**values))
+
+
+def by_target(connection: Connection, *, lock: bool = False) -> dict[tuple[str, str, str], Row]:
+    """All budgets, by target, meter and period."""
+    query = select(_budgets).order_by(_budgets.c.id)
+    rows = all_rows(connection, query.with_for_update() if lock else query)
+    return {(row["target"], row["meter"], row["per"]): row for row in rows}
+
+
+def find(connection: Connection, budget_id: str) -> Row | None:
+    """The budget of that id, locked."""
+    return first_row(connection, select(_budgets).where(_budgets.c.id == budget_id).with_for_update())
+
+
+def remove(connection: Connection, budget_ids: Collection[str]) -> None:
+    """Delete budgets; what was spent stays."""
+    connection.execute(delete(_budgets).where(_budgets.c.id.in_(budget_ids)))
+
+
+def raise_limit(
+    connection: Connection,
+    org_id: OrgId,
+    *,
+    meter: str,
+    per: str,
+    amount: int,
+    until: datetime,
+    actor: str,
+    at: datetime,
+    run_id: RunId | None = None,
+) -> Row:
+    """Store a raise, and return its row."""
+    values = {
+        "id": new_id(),
+        "org_id": org_id,
+        "meter": meter,
+        "per": per,
+        "run_id": run_id,
+        "amount": amount,
+        "until": until,
+        "created_at": at,
+        "created_by": actor,
+    }
+    connection.execute(insert(_raises).values(**values))
+    return values
+
+
+def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetime) -> int:
+    """Let runs that wait for a budget be looked at again now; None means those of all orgs."""
+    held = update(_live).where(_live.c.state == "waiting", _live.c.reason == "budget")
+    if org_ids is not None:
+        held = held.where(_live.c.org_id.in_(org_ids))
+    return connection.execute(held.values(available_at=now)).rowcount
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What workers keep of the budgets: whether there are any, whom they hold back, properties to store."""
+
+    any: bool
+    holding: frozenset[OrgId]
+    """Orgs with a budget of `runs` or `run_seconds`."""
+    properties: frozenset[str]
+
+
+NOTHING = Watched(False, frozenset(), frozenset())
+
+
+def watched_for_all_orgs(connection: Connection) -> Watched:
+    """What workers keep of the budgets of all orgs; one query while there are none."""
+    rows = all_rows(connection, select(_budgets))
+    if not rows:
+        return NOTHING
+    holding = [row for row in rows if row["meter"] in OWN_METERS]
+    held = {row["org_id"] for row in holding if row["org_id"] is not None}
+    selecting = [row for row in holding if row["org_id"] is None]
+    if selecting:
+        chosen = select(_orgs.c.id, _orgs.c.tags, _orgs.c.issuer).where(_orgs.c.state != "removed")
+        for org in all_rows(connection, chosen):
+            if any(applies(row, org) for row in selecting):
+                held.add(org["id"])
+    properties = frozenset(row["property"] for row in rows if row["property"] is not None)
+    return Watched(True, frozenset(held), properties)
+
+
+def store_properties(connection: Connection, org_id: OrgId, claims: Claims, names: Iterable[str]) -> None:
+    """Store the limits that a token has, if it is the newest; a higher one wakes the org's runs."""
+    values = {name: limit_of_property(claims.properties.get(name)) for name in sorted(names)}
+    before = _stored_properties(connection, [(org_id, name) for name in values])
+    for name, value in values.items():
+        statement = insert_into(connection, _properties).values(
+            org_id=org_id, name=name, value=value, issued_at=claims.issued_at
+        )
+        connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=["org_id", "name"],
+                set_={"value": statement.excluded.value, "issued_at": statement.excluded.issued_at},
+                where=_properties.c.issued_at <= statement.excluded.issued_at,
+            )
+        )
+    if any((value or 0) > (before.get((org_id, name)) or 0) for name, value in values.items()):
+        wake(connection, [org_id], database_now(connection))
+
+
+def forget_counters(connection: Connection) -> int:
+    """Delete counters of periods that are over, and raises that have ended."""
+    before = database_now(connection) - OLD
+    connection.execute(delete(_raises).where(_raises.c.until < before))
+    return connection.execute(delete(_meters).where(_meters.c.starts_at < before)).rowcount

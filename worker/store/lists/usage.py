@@ -1,0 +1,236 @@
+"""Usage: what orgs spent, by meter, definition or day; and their budgets, with what is used of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, TypedDict, get_args
+
+from sqlalchemy import Column, ColumnElement, Connection, func, select
+
+from worker.errors import UsageError
+from worker.ids import AllOrgs, OrgId, OrgScope
+from worker.store import budgets, orgs, tables
+from worker.store.dialect import Row, all_rows, chunks, database_now
+from worker.store.lists import DEFAULT_LIMIT, MAX_LIMIT
+from worker.store.lists.redaction import Shown
+
+By = Literal["meter", "definition", "day"]
+BYS: tuple[By, ...] = get_args(By)
+# Days that are listed by default, and the most that one query sums up.
+DAYS = 30
+MOST_DAYS = 400
+
+_days, _definitions, _orgs = tables.meter_days, tables.definitions, tables.orgs
+
+
+class Usage(TypedDict):
+    """What an org spent of a meter between two UTC days, both included."""
+
+    org: Shown[str]
+    meter: Shown[str]
+    definition: Shown[str | None]
+    day: Shown[date | None]
+    used: Shown[int]
+    since: Shown[date]
+    until: Shown[date]
+
+
+class BudgetLevel(TypedDict):
+    """A budget of an org in its current period; `used` and the times are null for a budget per run."""
+
+    id: Shown[str]
+    org: Shown[str]
+    meter: Shown[str]
+    per: Shown[str]
+    limit: Shown[int | None]
+    used: Shown[int | None]
+    left: Shown[int | None]
+    resets_at: Shown[datetime | None]
+    at_limit: Shown[str]
+    property: Shown[str | None]
+
+
+class BudgetRow(TypedDict):
+    """A budget as it was applied: its org, or the orgs that it selects; for operators only."""
+
+    id: str
+    org: str | None
+    orgs: Any
+    meter: str
+    limit: int | None
+    limit_from: str | None
+    per: str
+    zone: str | None
+    at_limit: str
+    warn_at: float
+    updated_at: datetime
+    updated_by: str
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A budget in a few words: `llm_tokens per day`, with the orgs that it selects."""
+    selector = row.get("selector")
+    of = "" if selector is None else f" of {json.dumps(selector)}"
+    return f"{row['meter']} per {row['per']}{of}"
+
+
+def window(connection: Connection, since: datetime | None, until: datetime | None) -> tuple[date, date]:
+    """The UTC days to sum up, both included: by default the last 30.
+
+    Raises:
+        UsageError: they are too many, or in the wrong order.
+    """
+    now = database_now(connection)
+    last = (until or now).astimezone(UTC).date()
+    first = since.astimezone(UTC).date() if since is not None else last - timedelta(days=DAYS - 1)
+    if first > last:
+        raise UsageError(f"since {first} is after until {last}", fix="swap them, or leave one out")
+    if (last - first).days >= MOST_DAYS:
+        raise UsageError(f"{first} to {last} is more than {MOST_DAYS} days", fix="ask for fewer days")
+    return first, last
+
+
+def usage(
+    connection: Connection,
+    org: OrgScope,
+    by: str,
+    *,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    limit: int | None = None,
+    after: str | None = None,
+) -> list[Usage]:
+    """What was spent, a row for each org, meter, and definition or day; days newest first, then most first.
+
+    A page has the rows of `limit` orgs, oldest first; `after` is the code of the last org of the page before.
+
+    Raises:
+        NotFound: no such org.
+        UsageError: an invalid value.
+    """
+    if by not in BYS:
+        raise UsageError(f"{by!r} is not a way to list usage", fix=f"one of {', '.join(BYS)}")
+    most = DEFAULT_LIMIT if limit is None else limit
+    if not 1 <= most <= MAX_LIMIT:
+        raise UsageError(
+            f"limit {most} is not between 1 and {MAX_LIMIT}", fix="use `after` for the next page"
+        )
+    scope = orgs.scope_of(connection, org)
+    first, last = window(connection, since, until)
+    named = _page_of_orgs(connection, first, last, most, after) if isinstance(scope, AllOrgs) else [scope]
+    codes = _texts(connection, _orgs.c.code, named)
+    part: list[ColumnElement[Any]] = []
+    if by != "meter":
+        part.append(_days.c.definition_id if by == "definition" else _days.c.day)
+    used = func.sum(_days.c.used).label("used")
+    rows: list[Row] = []
+    for some in chunks(named):
+        query = (
+            select(_days.c.org_id, _days.c.meter, used, *part)
+            .where(_days.c.org_id.in_(some), _days.c.day >= first, _days.c.day <= last)
+            .group_by(_days.c.org_id, _days.c.meter, *part)
+        )
+        rows += all_rows(connection, query)
+    names = _texts(
+        connection, _definitions.c.name, {row["definition_id"] for row in rows if by == "definition"}
+    )
+    places = {org_id: place for place, org_id in enumerate(named)}
+    newest_first = [
+        (places[row["org_id"]], -row["day"].toordinal() if by == "day" else 0, -int(row["used"]), n)
+        for n, row in enumerate(rows)
+    ]
+    return [
+        Usage(
+            org=codes[row["org_id"]],
+            meter=row["meter"],
+            definition=names.get(row["definition_id"]) if by == "definition" else None,
+            day=row["day"] if by == "day" else None,
+            used=int(row["used"]),
+            since=first,
+            until=last,
+        )
+        for row in (rows[n] for *_, n in sorted(newest_first))
+    ]
+
+
+def _page_of_orgs(
+    connection: Connection, first: date, last: date, most: int, after: str | None
+) -> list[OrgId]:
+    """The next orgs that spent anything in these days."""
+    query = select(_days.c.org_id).where(_days.c.day >= first, _days.c.day <= last)
+    if after is not None:
+        query = query.where(_days.c.org_id > orgs.require(connection, after)["id"])
+    query = query.group_by(_days.c.org_id).order_by(_days.c.org_id).limit(most)
+    return list(connection.execute(query).scalars())
+
+
+def _texts(connection: Connection, column: Column[Any], ids: Collection[str]) -> dict[str, str]:
+    """A column of the rows with these ids."""
+    found: dict[str, str] = {}
+    for part in chunks(sorted(ids)):
+        key = column.table.c.id
+        found |= {id_: text for id_, text in connection.execute(select(key, column).where(key.in_(part)))}
+    return found
+
+
+def budget_rows(connection: Connection, *, limit: int, after: str | None = None) -> list[BudgetRow]:
+    """The budgets as they were applied, newest first."""
+    stored = tables.budgets
+    query = select(stored, _orgs.c.code).outerjoin(_orgs, _orgs.c.id == stored.c.org_id)
+    if after is not None:
+        query = query.where(stored.c.id < after)
+    rows = all_rows(connection, query.order_by(stored.c.id.desc()).limit(limit))
+    return [
+        BudgetRow(
+            id=row["id"],
+            org=row["code"],
+            orgs=row["selector"],
+            meter=row["meter"],
+            limit=row["limit"],
+            limit_from=None if row["property"] is None else f"property:{row['property']}",
+            per=row["per"],
+            zone=row["zone"],
+            at_limit=row["at_limit"],
+            warn_at=row["warn_at"],
+            updated_at=row["updated_at"],
+            updated_by=row["updated_by"],
+        )
+        for row in rows
+    ]
+
+
+def budgets_of(connection: Connection, org: str) -> list[BudgetLevel]:
+    """The budgets of one org now, each with its limit, raises included, and what is used of it.
+
+    Raises:
+        NotFound: no such org.
+    """
+    org_id = OrgId(orgs.require(connection, org)["id"])
+    found = budgets.of_orgs(connection, [org_id], None, database_now(connection)).get(org_id, [])
+    known = {level.budget.id: level for level in budgets.levels(connection, found)}
+    rows = []
+    for budget in sorted(found, key=lambda one: (one.meter, one.per, one.id)):
+        level = known.get(budget.id)
+        rows.append(
+            BudgetLevel(
+                id=budget.id,
+                org=org,
+                meter=budget.meter,
+                per=budget.per,
+                limit=budget.limit,
+                used=None if level is None else level.used,
+                left=None if level is None else level.left,
+                resets_at=None if budget.period is None else budget.period.end,
+                at_limit=budget.at_limit,
+                property=budget.property_name,
+            )
+        )
+    return rows
+
+
+def columns_by(by: str) -> tuple[str, ...]:
+    """The columns that say something, of a list by this."""
+    part = () if by == "meter" else (by,)
+    return ("org", "meter", *part, "used", "since", "until")

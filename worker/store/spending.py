@@ -1,0 +1,253 @@
+"""Spending: what runs spend, counted once and fenced, and the runs that a budget holds back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+
+from sqlalchemy import Connection, select, update
+
+from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
+from worker.ids import DefinitionId, OrgId, RunId
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun
+from worker.store import budgets, tables
+from worker.store.budgets import Counter, Level, OrgBudget
+from worker.store.dialect import database_now, insert_into
+
+_live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
+
+# How long a run that a budget holds back waits at most before it is looked at again.
+LOOK_AGAIN = timedelta(days=1)
+# Waiting runs of an org that one admission moves to the end of the period.
+MOVED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Spend:
+    """What a run spent of a meter; the same key of the same run counts once."""
+
+    run_id: RunId
+    org_id: OrgId
+    definition_id: DefinitionId
+    meter: str
+    key: str
+    amount: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The budgets of each org after its spends were counted, and those whose warning was just passed."""
+
+    levels: Mapping[OrgId, Sequence[Level]]
+    warned: Sequence[Level]
+
+
+def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) -> set[RunId]:
+    """Those of these runs that still run under their fencing token, locked in the order of ids."""
+    rows = connection.execute(
+        # By the primary key: a condition on the state could choose one of the other indexes.
+        select(_live.c.id, _live.c.fencing_token, _live.c.state)
+        .where(_live.c.id.in_(fencing_tokens))
+        .order_by(_live.c.id)
+        .with_for_update()
+    )
+    return {id_ for id_, token, state in rows if state == "running" and fencing_tokens[id_] == token}
+
+
+def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Counted:
+    """Count spends of runs that this transaction has locked; those that are stored already do not count.
+
+    Rows are locked in one order: `spends` by key, `meter_days`, then `meters`.
+    """
+    fresh = _insert(connection, spends, now)
+    days: dict[tuple[date, OrgId, str, DefinitionId], int] = defaultdict(int)
+    added: dict[tuple[OrgId, str], int] = defaultdict(int)
+    today = now.astimezone(UTC).date()
+    for spend in fresh:
+        days[today, spend.org_id, spend.meter, spend.definition_id] += spend.amount
+        added[spend.org_id, spend.meter] += spend.amount
+    _add_days(connection, days)
+    meters = {spend.meter for spend in spends}
+    found = budgets.of_orgs(connection, {spend.org_id for spend in spends}, meters, now)
+    counters: dict[Counter, int] = {}
+    for org_id, of_org in found.items():
+        for budget in of_org:
+            if budget.counter is not None and (amount := added.get((org_id, budget.meter))):
+                counters[budget.counter] = amount
+    used = budgets.count(connection, counters) if counters else {}
+    others = [budget for of_org in found.values() for budget in of_org if budget.counter not in used]
+    levels: dict[OrgId, list[Level]] = defaultdict(list)
+    for level in budgets.levels(connection, [each for each in others if each.counter is not None]):
+        levels[level.budget.org_id].append(level)
+    warned = []
+    for of_org in found.values():
+        for budget in of_org:
+            if budget.counter is not None and budget.counter in used:
+                level = Level(budget, used[budget.counter])
+                levels[budget.org_id].append(level)
+                if level.warned(level.used - counters[budget.counter]):
+                    warned.append(level)
+    return Counted(levels, warned)
+
+
+def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> list[Spend]:
+    """Store spends; returns those that are new."""
+    if not spends:
+        return []
+    by_key = {(spend.run_id, spend.meter, spend.key): spend for spend in spends}
+    ordered = [by_key[key] for key in sorted(by_key)]
+    rows = [
+        {
+            "run_id": spend.run_id,
+            "meter": spend.meter,
+            "key": spend.key,
+            "org_id": spend.org_id,
+            "definition_id": spend.definition_id,
+            "amount": spend.amount,
+            "at": now,
+        }
+        for spend in ordered
+    ]
+    statement = insert_into(connection, _spends).on_conflict_do_nothing()
+    new = connection.execute(statement.returning(_spends.c.run_id, _spends.c.meter, _spends.c.key), rows)
+    stored = {(run_id, meter, key) for run_id, meter, key in new}
+    return [by_key[key] for key in sorted(by_key) if key in stored]
+
+
+def _add_days(connection: Connection, days: Mapping[tuple[date, OrgId, str, DefinitionId], int]) -> None:
+    if not days:
+        return
+    statement = insert_into(connection, _days)
+    statement = statement.on_conflict_do_update(
+        index_elements=["day", "org_id", "meter", "definition_id"],
+        set_={"used": _days.c.used + statement.excluded.used},
+    )
+    names = ("day", "org_id", "meter", "definition_id", "used")
+    connection.execute(statement, [dict(zip(names, (*key, days[key]), strict=True)) for key in sorted(days)])
+
+
+def uses(connection: Connection, definition_id: DefinitionId, meters: Collection[str]) -> set[str]:
+    """Those of the meters of which runs of this definition have spent before."""
+    query = select(_days.c.meter).where(_days.c.definition_id == definition_id, _days.c.meter.in_(meters))
+    return set(connection.execute(query.distinct()).scalars())
+
+
+# --- Meters that orgworker fills itself: they hold admission. ---
+
+
+def hold_back(connection: Connection, runs: Sequence[AdmittedRun]) -> list[AdmittedRun]:
+    """Count runs that were just admitted, and let those wait again that are above a budget of their org.
+
+    The runs belong to orgs with a budget of `runs` or `run_seconds`, in the order of admission. Returns
+    those that may start. A run is counted once, however often it is admitted.
+    """
+    ours = lock_running(connection, {run.id: run.fencing_token for run in runs})
+    now = database_now(connection)
+    found = budgets.of_orgs(connection, {run.org_id for run in runs}, OWN_METERS, now)
+    room = _lock_levels(connection, [each for of_org in found.values() for each in of_org])
+    counted = _counted_before(connection, [run.id for run in runs])
+    starting: list[AdmittedRun] = []
+    held: list[tuple[AdmittedRun, OrgBudget]] = []
+    spends: list[Spend] = []
+    for run in runs:
+        if run.id not in ours:
+            continue
+        full = _first_full(room, run, is_counted=run.id in counted)
+        if full is not None:
+            held.append((run, full))
+            continue
+        starting.append(run)
+        if run.id not in counted:
+            spends.append(Spend(run.id, run.org_id, run.definition_id, RUNS, "run", 1))
+            for budget in room:
+                if budget.org_id == run.org_id and budget.meter == RUNS:
+                    room[budget] += 1
+    record(connection, spends, now)
+    _let_wait(connection, held, now)
+    return starting
+
+
+def _lock_levels(connection: Connection, listed: Sequence[OrgBudget]) -> dict[OrgBudget, int]:
+    """What is used of each budget, locked, so that no other worker admits runs of these orgs meanwhile."""
+    counters = {counter: 0 for budget in listed if (counter := budget.counter) is not None}
+    used = budgets.count(connection, counters)
+    return {budget: used[budget.counter] for budget in listed if budget.counter is not None}
+
+
+def _counted_before(connection: Connection, run_ids: Collection[RunId]) -> set[RunId]:
+    query = select(_spends.c.run_id).where(_spends.c.run_id.in_(run_ids), _spends.c.meter == RUNS)
+    return set(connection.execute(query).scalars())
+
+
+def _first_full(room: Mapping[OrgBudget, int], run: AdmittedRun, *, is_counted: bool) -> OrgBudget | None:
+    """The reached budget of this run's org whose period ends last."""
+    full = [
+        budget
+        for budget, used in room.items()
+        if budget.org_id == run.org_id
+        and Level(budget, used).reached
+        and not (is_counted and budget.meter == RUNS)
+    ]
+    return max(full, key=_end, default=None)
+
+
+def _end(budget: OrgBudget) -> datetime:
+    return datetime.max.replace(tzinfo=UTC) if budget.period is None else budget.period.end
+
+
+def _let_wait(connection: Connection, held: Sequence[tuple[AdmittedRun, OrgBudget]], now: datetime) -> None:
+    """Undo these admissions: the runs wait for their budget, without a start deadline."""
+    for run, budget in sorted(held, key=lambda each: each[0].id):
+        connection.execute(
+            update(_live)
+            .where(_live.c.id == run.id, _live.c.fencing_token == run.fencing_token)
+            .values(
+                state="waiting",
+                worker_id=None,
+                started_at=None,
+                attempt=_live.c.attempt - 1,
+                **_held(budget, now),
+            )
+        )
+    full: dict[OrgId, OrgBudget] = {}
+    for run, budget in held:
+        full[run.org_id] = max(full.get(run.org_id, budget), budget, key=_end)
+    for org_id, budget in sorted(full.items()):
+        # The others that would only be admitted to be held back, too.
+        due = select(_live.c.id).where(
+            _live.c.org_id == org_id, _live.c.state == "waiting", _live.c.available_at <= now
+        )
+        if budget.meter == RUNS:
+            due = due.where(_live.c.attempt == 0)
+        ids = due.order_by(_live.c.id).limit(MOVED).with_for_update(skip_locked=True)
+        rows = connection.execute(ids).scalars().all()
+        connection.execute(update(_live).where(_live.c.id.in_(rows)).values(**_held(budget, now)))
+
+
+def _held(budget: OrgBudget, now: datetime) -> dict[str, object]:
+    # Looked at again from time to time: the limit may come from a token.
+    until = min(_end(budget), now + LOOK_AGAIN)
+    return {
+        "reason": "budget",
+        "detail": f"{budget.meter} per {budget.per}",
+        "available_at": until,
+        "start_by": None,
+    }
+
+
+def charge_seconds(connection: Connection, ended: Sequence[EndedAttempt]) -> Counted:
+    """Count the time of handlers whose attempt ends, before the end is written; each attempt counts once."""
+    ours = lock_running(connection, {attempt.run_id: attempt.fencing_token for attempt in ended})
+    spends = []
+    for attempt in ended:
+        began_at = attempt.trail.handler_started_at
+        if attempt.run_id in ours and began_at is not None:
+            seconds = max(0, round((attempt.ended_at - began_at).total_seconds()))
+            key = f"{attempt.attempt}:{RUN_SECONDS}"
+            spends.append(
+                Spend(attempt.run_id, attempt.org_id, attempt.definition_id, RUN_SECONDS, key, seconds)
+            )
+    return record(connection, spends, database_now(connection))
