@@ -72,17 +72,19 @@ RUN_ENDS = {
 RUN_QUERY = """
 SELECT r.id, r.org_id, o.code AS org, r.definition_id, d.name AS definition, r.handler, r.revision,
        r.scheduled_for, r.created_at, r.origin, r.retry_of, r.request_key, r.idempotency_key,
-       COALESCE(r.state, CASE l.state WHEN 'held' THEN 'waiting' ELSE l.state END) AS state,
+       COALESCE(r.state, CASE WHEN l.state IN ('held', 'parked') THEN 'waiting' ELSE l.state END) AS state,
        CASE WHEN r.state IS NOT NULL THEN r.reason
             WHEN l.state = 'held' THEN 'held'
-            WHEN l.state = 'waiting' THEN l.reason END AS reason,
+            WHEN l.state IN ('waiting', 'parked') THEN l.reason END AS reason,
        COALESCE(r.detail, l.detail) AS detail,
-       COALESCE(r.available_at, l.available_at) AS available_at,
+       COALESCE(r.available_at,
+                CASE WHEN l.state <> 'parked' OR l.available_at < '9999-01-01T00:00:00.000000Z'
+                     THEN l.available_at END) AS available_at,
        COALESCE(r.attempt, l.attempt) AS attempt,
        COALESCE(r.result_fencing_token, l.fencing_token) AS fencing_token,
        r.result_fencing_token,
        COALESCE(r.worker_id, l.worker_id) AS worker,
-       COALESCE(r.started_at, l.started_at) AS started_at,
+       COALESCE(r.started_at, CASE WHEN l.state <> 'parked' THEN l.started_at END) AS started_at,
        r.finished_at,
        COALESCE(r.progress, l.progress) AS progress,
        r.result, r.error, r.params, l.cancel_requested_at

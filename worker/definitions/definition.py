@@ -119,6 +119,10 @@ class Definition:
     """Of an org's waiting runs, those with a higher priority start first."""
     max_concurrent: int | None = None
     """The maximum of concurrent runs, over all workers."""
+    parked_counts: bool = False
+    """Whether a run that sleeps or waits for an answer counts against `max_concurrent` and the limit of the
+    handler.
+    """
     spread: Spread = "auto"
     """The delay that spreads firing: `auto`, `off` or a maximum duration."""
     pause_after_failures: int | None = None
@@ -294,6 +298,7 @@ _KEYS: dict[str, _Form] = {
     "memory": _Form(parse_memory, format_memory),
     "priority": _Form(fields.integer(-(2**31))),
     "max_concurrent": _Form(fields.integer(1)),
+    "parked_counts": _Form(fields.boolean),
     "spread": _Form(_read_spread, _write_spread),
     "pause_after_failures": _Form(fields.integer(1)),
     "starts_at": _Form(fields.timestamp, to_text),

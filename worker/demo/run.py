@@ -52,7 +52,7 @@ CREATE TRIGGER demo_run_moved AFTER UPDATE ON live_runs
 WHEN OLD.state IS NOT NEW.state
      OR NEW.state = 'waiting' AND (OLD.reason IS NOT NEW.reason OR OLD.detail IS NOT NEW.detail) BEGIN
     INSERT INTO demo_changes (run_id, definition_id, state, reason, detail)
-    VALUES (NEW.id, NEW.definition_id, NEW.state,
+    VALUES (NEW.id, NEW.definition_id, CASE NEW.state WHEN 'parked' THEN 'waiting' ELSE NEW.state END,
             CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.reason END,
             CASE NEW.state WHEN 'running' THEN NULL ELSE NEW.detail END);
 END;

@@ -26,7 +26,7 @@ _HALF_HOUR = timedelta(minutes=30)
 _MOST_RETRIES = 20
 _YEAR = timedelta(days=366)
 # Reasons of a run that starts as soon as a slot is free.
-_READY = ("due", "handed_back", "recovered")
+_READY = ("due", "handed_back", "recovered", "resumed")
 _STOPS = {
     "definition.pause": "the definition was paused",
     "definition.close": "the definition was closed",

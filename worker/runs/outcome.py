@@ -123,6 +123,16 @@ class Gated:
     detail: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The handler waits without a process. `reason` is asleep, answer or budget; `detail` names the waits."""
+
+    reason: str
+    detail: str | None = None
+
+
+PARKED_REASONS = ("asleep", "answer", "budget")
+
 Outcome = (
     Succeeded
     | Failed
@@ -136,6 +146,7 @@ Outcome = (
     | NoToken
     | NoHandler
     | Gated
+    | Parked
 )
 
 
@@ -160,8 +171,9 @@ class EndedAttempt:
     """A row of `attempts`, and the new state of its run.
 
     `state` is final, or `waiting` with `reason` and `available_after` (from the database time of the
-    write; None means at once). `failures` and `recoveries` are the run's new counts. `result` is JSON
-    text. `keep_start_by` is true if the handler has not started.
+    write; None means at once), or `parked` with `reason` until one of its waits is over. `failures` and
+    `recoveries` are the run's new counts. `result` is JSON text. `keep_start_by` is true if the handler
+    has not started. With `counted` the parked run counts against the limits of definition and handler.
     """
 
     run_id: RunId
@@ -180,10 +192,24 @@ class EndedAttempt:
     failures: int = 0
     recoveries: int = 0
     keep_start_by: bool = False
+    counted: bool = False
     result: str | None = None
     error: Mapping[str, str] | None = field(default=None)
     error_cause: str | None = None
 
+    @property
+    def final(self) -> bool:
+        """Whether the run has ended with this attempt."""
+        return self.state not in UNENDED
+
+    @property
+    def shown_state(self) -> str:
+        """The state for people: a parked run is waiting."""
+        return "waiting" if self.state == "parked" else self.state
+
+
+# The states of a run that has another attempt.
+UNENDED = frozenset({"waiting", "parked"})
 
 # A retry would only repeat the effects: the handler returned, but its result cannot be stored.
 NEVER_RETRIED = frozenset({"result_invalid", "result_unstorable"})
@@ -192,13 +218,20 @@ NO_HANDLER_WAIT = timedelta(seconds=5)
 
 
 def end_attempt(
-    run: AdmittedRun, outcome: Outcome, trail: Trail, policy: RetryPolicy, *, now: datetime, random: Random
+    run: AdmittedRun,
+    outcome: Outcome,
+    trail: Trail,
+    policy: RetryPolicy,
+    *,
+    now: datetime,
+    random: Random,
+    parked_counts: bool = False,
 ) -> EndedAttempt:
     """What the finisher writes for an attempt that ended with `outcome` at `now`.
 
     Failed, timed-out and retried attempts count against `max_attempts`, lost ones against
     `max_recoveries`, others are not counted. `run.recoveries` must be 0 if this attempt saved a
-    checkpoint that changed.
+    checkpoint that changed. With `parked_counts` a parked run counts against limits.
     """
 
     def ended(
@@ -262,6 +295,11 @@ def end_attempt(
             return lost
         case Snoozed(after, detail):
             return ended("snoozed", "waiting", "snoozed", detail, after)
+        case Parked(reason, detail):
+            parked = ended("parked", "parked", reason, detail)
+            # It got as far as a wait: earlier losses no longer count.
+            parked.recoveries, parked.counted = 0, parked_counts
+            return parked
         case HandedBack(detail):
             return ended("handed_back", "waiting", "handed_back", detail)
         case NoToken(retry_after, detail):

@@ -75,6 +75,9 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     ("waiting", "budget"): "its org has used up its budget of {detail}; it goes on at {available_at}, or "
     "when the budget is raised",
     ("waiting", "no_handler"): "no running worker offers its handler {handler}",
+    ("waiting", "asleep"): "its handler sleeps until {available_at}, without a process",
+    ("waiting", "answer"): "its handler waits for an answer ({detail}), without a process",
+    ("waiting", "resumed"): "what it waited for has come, and no worker had a free slot for it yet",
     ("running", None): "it has been running on worker {worker} since {started_at}",
 }
 

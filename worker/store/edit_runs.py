@@ -27,7 +27,7 @@ from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
 from worker.store.dialect import Row, all_rows, database_now, first_row, hint
-from worker.store.lists.matching import conditions, few_orgs, orgs_that_match
+from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs
 _runs = tables.runs
@@ -142,8 +142,8 @@ def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId,
 def end_waiting(
     connection: Connection, org_id: OrgId, *which: ColumnElement[bool], reason: str
 ) -> list[RunId]:
-    """Cancel these runs of one org that have not started, held ones too; returns them."""
-    unstarted = (_live.c.org_id == org_id, _live.c.state.in_(("waiting", "held")))
+    """Cancel these runs of one org that no process runs, held and parked ones too; returns them."""
+    unstarted = (_live.c.org_id == org_id, _live.c.state.in_(tables.UNSTARTED))
     ids = connection.execute(select(_live.c.id).where(*unstarted, *which)).scalars().all()
     ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason)
     return [run.run_id for run in ended]
@@ -294,7 +294,7 @@ def page(
 
 def _unfinished(which: Cancellable, until: RunId, after: Row | None) -> Select[Any]:
     """The unfinished runs in the order of their ids."""
-    state = func.replace(_live.c.state, "held", "waiting").label("state")
+    state = shown_state(_live.c.state).label("state")
     where = [_live.c.id <= until, _live.c.cancel_requested_at.is_(None)]
     if after is not None:
         where.append(_live.c.id > after["id"])

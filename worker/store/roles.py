@@ -71,10 +71,13 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "live_runs": (
         "INSERT",
         "DELETE",
-        "UPDATE (state, reason, available_at, start_by, cancel_requested_at, cancel_reason)",
+        "UPDATE (state, reason, available_at, start_by, started_at)",
+        "UPDATE (cancel_requested_at, cancel_reason)",
     ),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
+    # Answers.
+    "waits": ("INSERT", "UPDATE (answered_at, answered_by, answer)"),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
     "rollup_hours": ("INSERT", "UPDATE (runs)"),

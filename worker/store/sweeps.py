@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, select, text, update
+from sqlalchemy import Connection, bindparam, delete, literal_column, select, text, update
 
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
 from worker.runs.run import Swept
@@ -59,7 +59,9 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
     offers = [set(names) for names in connection.execute(select(_workers.c.handlers).where(*live)).scalars()]
     columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.reason, _live.c.attempt)
     # `state NOT IN` means waiting, but matches no partial index, so rows come in the order of ids.
-    query = select(*columns).where(_live.c.state.not_in(("running", "held")), _live.c.available_at <= now)
+    query = select(*columns).where(
+        _live.c.state.not_in(("running", "held", "parked")), _live.c.available_at <= now
+    )
     if after is not None:
         query = query.where(_live.c.id > after)
     rows = connection.execute(query.order_by(_live.c.id).limit(CHECKED)).all()
@@ -107,16 +109,27 @@ def promote_held(connection: Connection) -> int:
     return statements(connection).promote(connection, None)
 
 
+def wake_due(connection: Connection) -> int:
+    """Let parked runs wait for a slot whose first deadline has passed; returns how many."""
+    return statements(connection).wake_due(connection, limit=BATCH)
+
+
+def is_any_due(connection: Connection) -> bool:
+    """Whether the deadline of a parked run has passed."""
+    due = (_live.c.state == literal_column("'parked'"), _live.c.available_at <= database_now(connection))
+    return connection.execute(select(_live.c.id).where(*due).limit(1)).first() is not None
+
+
 def end_waiting(
     connection: Connection, scope: OrgId | AllOrgs, run_ids: Sequence[RunId], *, state: str, reason: str
 ) -> list[Swept]:
-    """End those of these runs that wait or are held, of one org or of all, without another attempt."""
+    """End those of these runs that no process runs, of one org or of all, without another attempt."""
     mine = () if isinstance(scope, AllOrgs) else (_live.c.org_id == scope,)
     ended: list[Swept] = []
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
             select(_live)
-            .where(*mine, _live.c.id.in_(part), _live.c.state.in_(("waiting", "held")))
+            .where(*mine, _live.c.id.in_(part), _live.c.state.in_(tables.UNSTARTED))
             .order_by(_live.c.id)
             .with_for_update()
         ).all()
@@ -159,7 +172,10 @@ def end_waiting(
 
 
 # Tables whose rows belong to a run.
-_OF_A_RUN = (tables.run_logs, tables.checkpoints, tables.attempts, tables.spends, tables.budget_raises)
+_OF_A_RUN = (
+    *(tables.run_logs, tables.checkpoints, tables.waits, tables.attempts, tables.spends),
+    tables.budget_raises,
+)
 
 # By the place in the table: these rows never change, and a key of three columns is slow to compare.
 _SOME = {

@@ -24,6 +24,7 @@ from worker.runs.run import (
     RunContext,
     Swept,
 )
+from worker.runs.waits import NewWait, WaitState
 from worker.store import budgets, firing, spending, sweeps, tables
 from worker.store.database import BatchLoader, Database
 from worker.store.definitions import names_of
@@ -443,6 +444,24 @@ class WorkerStore:
         """Promote held runs and skip expired ones; returns the expired ones."""
         await self.database.call(sweeps.promote_held)
         return await self.database.call(sweeps.expire_overdue)
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        """Store what a run waits for; None if the run is no longer ours."""
+        return await self.database.call(
+            lambda connection: statements(connection).open_wait(
+                connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+            )
+        )
+
+    async def wake_parked(self) -> int:
+        """Let runs go on whose first deadline has passed; returns how many."""
+        woken = 0
+        while await self.database.call_autocommit(sweeps.is_any_due):
+            part = await self.database.call(sweeps.wake_due)
+            woken += part
+            if part == 0:  # another worker has them
+                break
+        return woken
 
     async def mark_no_handler(self) -> None:
         """Mark waiting runs whose handler no worker offers, and unmark others; some at each call."""

@@ -24,6 +24,7 @@ RESULTS: Mapping[str, Result] = {
     "cancelled": "cancellation",
     "handed_back": "cancellation",
     "snoozed": "skip",
+    "parked": "skip",
     "gated": "skip",
 }
 # Results whose spans have the status error, and so an error.type.

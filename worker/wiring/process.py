@@ -67,6 +67,8 @@ REGISTER_AGAIN = 1.0
 NO_HANDLER_EVERY = 5.0
 # Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
 BUDGETS_EVERY = 2.0
+# Seconds between two searches for parked runs whose first deadline has passed.
+WAKE_EVERY = 1.0
 # Seconds between two retention passes.
 RETENTION_EVERY = 60.0
 
@@ -286,6 +288,10 @@ class Incarnation:
             admission.wake.set()
             wakeups.request()
 
+        async def wake_parked() -> None:
+            if await store.wake_parked():
+                on_fired()
+
         chores = Chores(self.database, on_runs=wake_admission)
         dispatcher = Dispatcher(tools, inflight_runs, store, on_free=wake_admission, on_end=chores.ended)
         admission = Admission(
@@ -336,6 +342,7 @@ class Incarnation:
 
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
+        housekeeping.every(WAKE_EVERY, "waits", wake_parked)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)

@@ -12,12 +12,13 @@ from sqlalchemy import text
 
 from tests.fakes.stock import LEASE, Stock
 from worker.runs.run import AdmittedRun, NewSkip, NextFire
+from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
 from worker.store import firing, worker_store
 from worker.store.database import Database
 from worker.store.sql import statements
 
-MODULES = ("admit", "finish", "fire", "recover", "renew")
+MODULES = ("admit", "finish", "fire", "recover", "renew", "waits")
 
 # For each statement, by what it begins with or is known by: the indexes it may use.
 MEANT = {
@@ -27,11 +28,14 @@ MEANT = {
         "ix_live_runs_running_org_id",
         "ix_live_runs_definition_id_started_at",
         "ix_live_runs_running_worker_id_handler",
+        "ix_live_runs_parked_handler",
         "pk_live_runs",
     },
     "FOR UPDATE\n": {"pk_live_runs"},
     "DELETE FROM live_runs": {"pk_live_runs", "pk_runs"},
     "UPDATE live_runs l SET state = 'waiting'": {"pk_live_runs"},
+    "UPDATE live_runs l SET state = 'parked'": {"pk_live_runs"},
+    "UPDATE live_runs w SET": {"pk_live_runs", "ix_live_runs_parked_available_at"},
     "UPDATE live_runs l SET progress": {"pk_live_runs"},
     "UPDATE live_runs h SET": {
         "pk_live_runs",
@@ -148,3 +152,11 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
         worker_store.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted[50:100]))
+    parked = admitted[100:150]
+    with stock.database.transaction() as connection:
+        for run in parked:
+            wait = NewWait("approval", 1, "answer", seconds=60.0)
+            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
+    stock.finish(worker, *(stock.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
+    with stock.database.transaction() as connection:
+        hot.wake_due(connection, limit=10)

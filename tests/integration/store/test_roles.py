@@ -37,10 +37,11 @@ WRITES = {
     "live_runs": (
         "DELETE",
         "INSERT",
-        "UPDATE available_at cancel_reason cancel_requested_at reason start_by state",
+        "UPDATE available_at cancel_reason cancel_requested_at reason start_by started_at state",
     ),
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
+    "waits": ("INSERT", "UPDATE answer answered_at answered_by"),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE attempts handler_seconds runs"),
     "rollup_hours": ("INSERT", "UPDATE runs"),
@@ -190,6 +191,7 @@ REFERS = {
     "skips": ("definition",),
     "run_ends": ("definition", "run"),
     "checkpoints": ("run",),
+    "waits": ("run",),
 }
 
 

@@ -13,15 +13,18 @@ import pytest
 
 from tests.fakes.stock import LEASE, Stock
 from worker.runs.run import NewSkip, NextFire
+from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
 from worker.store import firing, worker_store
 from worker.store.dialect import driver
 from worker.store.sql import statements
 from worker.store.sql.sqlite.values import MOST
 
-MODULES = ("admit", "finish", "fire", "recover", "renew")
+MODULES = ("admit", "finish", "fire", "recover", "renew", "waits")
 # What comes and goes, or grows: none of it is read from end to end.
-TABLES = "orgs|definitions|definition_revisions|schedule|runs|live_runs|attempts|skips|workers|checkpoints"
+TABLES = (
+    "orgs|definitions|definition_revisions|schedule|runs|live_runs|attempts|skips|workers|checkpoints|waits"
+)
 # By their own words the few that are there, and they are not in the way of a run.
 FEW = ("UPDATE workers SET ended_at",)
 
@@ -100,6 +103,15 @@ def test_each_hot_statement_goes_by_an_index(
         worker_store.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in held[:20]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in held[20:40]))
+    parked = held[40:]
+    with stock.database.transaction() as connection:
+        for run in parked:
+            wait = NewWait("approval", 1, "answer", seconds=60.0)
+            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
+            hot.open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
+    stock.finish(worker, *(stock.ended(run, "parked", outcome="parked", reason="answer") for run in parked))
+    with stock.database.transaction() as connection:
+        hot.wake_due(connection, limit=10)
 
     with stock.database.transaction() as connection:
         raw = driver(connection)

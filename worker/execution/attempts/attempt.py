@@ -61,7 +61,13 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
     return end_attempt(
-        run, redacted(outcome), trail, limits.retry, now=tools.clock.now(), random=tools.random
+        run,
+        redacted(outcome),
+        trail,
+        limits.retry,
+        now=tools.clock.now(),
+        random=tools.random,
+        parked_counts=limits.parked_counts,
     )
 
 

@@ -36,6 +36,7 @@ class Limits:
     memory: int | None = None
     scopes: frozenset[str] = frozenset()
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    parked_counts: bool = False
 
     @classmethod
     def of(cls, definition: Definition, entry: HandlerEntry | None) -> Self:
@@ -52,6 +53,7 @@ class Limits:
             memory=definition.memory or memory,
             scopes=scopes if definition.scopes is None else definition.scopes,
             retry=definition.retry_policy(attempts),
+            parked_counts=definition.parked_counts,
         )
 
 

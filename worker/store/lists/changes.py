@@ -10,6 +10,7 @@ from sqlalchemy import Connection, func, select
 
 from worker.ids import OrgScope, RunId, lowest_id
 from worker.store import orgs, tables
+from worker.store.lists.matching import shown_state
 
 # Rows of the audit that are looked through, and runs that are found.
 EXAMINED = 5_000
@@ -44,7 +45,7 @@ def changed_runs(
         .limit(MOST)
     ).all()
     ids = [RunId(subject) for subject, _ in found]
-    state = func.coalesce(_runs.c.state, func.replace(_live.c.state, "held", "waiting"))
+    state = func.coalesce(_runs.c.state, shown_state(_live.c.state))
     each = select(_runs.c.id, state).outerjoin(_live, _live.c.id == _runs.c.id).where(_runs.c.id.in_(ids))
     if isinstance(org_id, str):
         each = each.where(_runs.c.org_id == org_id)

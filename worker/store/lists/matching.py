@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, exists, func, literal, or_, select
 
 from worker.ids import AllOrgs, OrgId
 from worker.search import Query, folded
@@ -91,6 +91,11 @@ def in_scope(statement: Select[Any], org_id: ColumnElement[Any], scope: OrgId | 
 def kept_states(states: Iterable[str]) -> list[str]:
     """The states of `live_runs` that these states of runs stand for."""
     return [kept for state in states for kept in tables.UNFINISHED.get(state, ())]
+
+
+def shown_state(state: ColumnElement[Any]) -> ColumnElement[Any]:
+    """A state of `live_runs` for people: held and parked runs are waiting."""
+    return case((state.in_(tables.UNSTARTED), "waiting"), else_=state)
 
 
 def _has_words(org_id: ColumnElement[Any], words: Sequence[str]) -> list[Condition]:

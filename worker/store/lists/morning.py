@@ -54,10 +54,10 @@ class Workers(NamedTuple):
 
 
 def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
-    """Waiting and held runs by reason, up to MOST of them."""
+    """Waiting, held and parked runs by reason, up to MOST of them."""
     some = (
         select(_live.c.reason, _live.c.org_id, _live.c.available_at)
-        .where(_live.c.state.in_(("waiting", "held")))
+        .where(_live.c.state.in_(tables.UNSTARTED))
         .limit(MOST)
         .subquery()
     )

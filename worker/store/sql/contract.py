@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt
+from worker.runs.outcome import UNENDED, EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
     DueDefinition,
@@ -22,6 +22,7 @@ from worker.runs.run import (
     NextFire,
     OwnedRun,
 )
+from worker.runs.waits import NewWait, WaitState
 
 Progress = tuple[RunId, int, Mapping[str, Any]]
 Specs = MutableMapping[tuple[DefinitionId, int], Mapping[str, Any]]
@@ -127,7 +128,15 @@ class Ending:
 
     @property
     def final(self) -> bool:
-        return self.state != "waiting"
+        return self.state not in UNENDED
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWaits:
+    """The waits of one attempt: whether one of them is over already, and their first deadline."""
+
+    over: bool
+    until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +162,31 @@ def end_runs(
             fenced.append(attempt)
             continue
         state, reason = attempt.state, attempt.reason
-        if state == "waiting" and row.cancel_requested:
+        if state in UNENDED and row.cancel_requested:
             state, reason = "cancelled", row.cancel_reason or "requested"
         # The worker's clock may differ from the database's: keep the end between start and now.
         ended_at = max(attempt.started_at, min(attempt.ended_at, now))
         endings[attempt.run_id] = Ending(attempt, state, reason, ended_at)
     return list(endings.values()), fenced
+
+
+def wake(
+    parked: Iterable[Ending], waits: Mapping[RunId, OpenWaits], now: datetime
+) -> tuple[list[Ending], list[tuple[Ending, datetime | None]]]:
+    """Separate the parked runs that go on at once from those that wait on, each with its first deadline.
+
+    `waits` was read after the rows were locked. An answer locks the row of its run first, so it is
+    either in `waits` or finds the run parked. A run without waits goes on.
+    """
+    awake: list[Ending] = []
+    asleep: list[tuple[Ending, datetime | None]] = []
+    for ending in parked:
+        found = waits.get(ending.attempt.run_id)
+        if found is None or found.over or (found.until is not None and found.until <= now):
+            awake.append(replace(ending, state="waiting", reason="resumed"))
+        else:
+            asleep.append((ending, found.until))
+    return awake, asleep
 
 
 def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
@@ -175,7 +203,7 @@ def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
         if began_at is not None and ending.ended_at > began_at:
             took = (ending.ended_at - began_at).total_seconds()
             seconds[org_id] = seconds.get(org_id, 0.0) + took
-        if state != "waiting":
+        if ending.final:
             key = org_id, state
             runs[key] = runs.get(key, 0) + 1
     hours = [(hour, org_id, state, count) for (org_id, state), count in sorted(runs.items())]
@@ -280,6 +308,19 @@ class Statements(Protocol):
 
         One that differs from the last sets `recoveries` back to 0.
         """
+        ...
+
+    def open_wait(
+        self, connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, wait: NewWait
+    ) -> WaitState | None:
+        """Store what a run waits for, fenced, and return how that stands; None if the run is no longer ours.
+
+        The deadline counts from the first call. The database's clock decides whether it has passed.
+        """
+        ...
+
+    def wake_due(self, connection: Connection, *, limit: int) -> int:
+        """Let parked runs wait for a slot whose first deadline has passed; returns how many."""
         ...
 
     def write_progress(self, connection: Connection, rows: Sequence[Progress]) -> None:

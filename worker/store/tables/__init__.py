@@ -34,7 +34,10 @@ from worker.store.tables.provisioning import APPLICATION_STATES as APPLICATION_S
 from worker.store.tables.provisioning import applications as applications
 from worker.store.tables.runs import ATTEMPT_OUTCOMES as ATTEMPT_OUTCOMES
 from worker.store.tables.runs import FINAL_STATES as FINAL_STATES
+from worker.store.tables.runs import NEVER as NEVER
+from worker.store.tables.runs import OPEN as OPEN
 from worker.store.tables.runs import UNFINISHED as UNFINISHED
+from worker.store.tables.runs import UNSTARTED as UNSTARTED
 from worker.store.tables.runs import UPDATED, count, one_of, partial, required
 from worker.store.tables.runs import WAITING_REASONS as WAITING_REASONS
 from worker.store.tables.runs import attempts as attempts
@@ -45,6 +48,7 @@ from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
 from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
+from worker.store.tables.runs import waits as waits
 from worker.store.tables.sign_in import OPERATOR_ROLES as OPERATOR_ROLES
 from worker.store.tables.sign_in import login_transactions as login_transactions
 from worker.store.tables.sign_in import operators as operators
@@ -307,7 +311,7 @@ rollup_hours = Table(
     info={"meaning": "Sums by hour, org and state. They are kept when the runs are deleted."},
 )
 
-ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed")
+ALERT_KINDS = ("failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting")
 
 alerts = Table(
     "alerts",
@@ -315,7 +319,9 @@ alerts = Table(
     Column("cause", Text, primary_key=True, doc="The cause of the trouble."),
     required("id", Text, "The `id` in its posts."),
     required(
-        "kind", Text, "`failed`, `refused`, `overdue`, `paused`, `credential_dead` or `provisioning_failed`."
+        "kind",
+        Text,
+        "`failed`, `refused`, `overdue`, `paused`, `credential_dead`, `provisioning_failed` or `waiting`.",
     ),
     required("summary", Text, "A sentence for people."),
     required("fields", json_type(), "The fields of the first event."),

@@ -8,6 +8,7 @@ keys: one module writes them, and `doctor` checks that exactly the unfinished ru
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -71,6 +72,8 @@ ORIGINS = ("schedule", "manual", "backfill", "retry")
 FINAL_STATES = ("succeeded", "failed", "cancelled", "refused", "skipped")
 # A condition on runs that have ended, and few did so. Indexes have it, word for word.
 RARE = "state <> 'succeeded'"
+# A condition on waits: the handler has waited, and nothing has ended the wait.
+OPEN = "answered_at IS NULL AND timed_out_at IS NULL"
 
 runs = Table(
     "runs",
@@ -151,12 +154,17 @@ run_ends = Table(
     info={"meaning": "The ended runs, by state and time. Triggers maintain it; on SQLite it is a view."},
 )
 
-LIVE_STATES = ("waiting", "running", "held")
+LIVE_STATES = ("waiting", "running", "held", "parked")
 # The states of an unfinished run for people, and those of `live_runs` that they stand for.
-UNFINISHED = {"waiting": ("waiting", "held"), "running": ("running",)}
+UNFINISHED = {"waiting": ("waiting", "held", "parked"), "running": ("running",)}
+# Those of them that no process belongs to.
+UNSTARTED = UNFINISHED["waiting"]
 WAITING_REASONS = (
-    *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "budget"),
+    *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler"),
+    *("asleep", "answer", "budget", "resumed"),
 )
+# When a parked run goes on that waits without a deadline.
+NEVER = datetime(9999, 12, 31, tzinfo=UTC)
 
 # Running rows are counted by org and by definition. On PostgreSQL also by worker, and along the workers by
 # handler; on SQLite all belong to the one worker. The conditions mean the same, as the constraints ensure.
@@ -199,24 +207,28 @@ live_runs = Table(
     required(
         "serial", Boolean, "Whether its definition has at most one such unfinished run, and a held one."
     ),
-    required("state", Text, "`waiting`, `held` or `running`."),
+    required("state", Text, "`waiting`, `held`, `parked` or `running`."),
     Column("reason", Text, doc="What it waits for; null while it runs."),
     Column("detail", Text, doc="What it waits for, in detail."),
-    required("available_at", Instant, "Its earliest start."),
+    required("available_at", Instant, "Its earliest start; of a parked run the first deadline of its waits."),
     Column("start_by", Instant, doc="If its handler has not started by then, it is skipped (`expired`)."),
     count("attempt", "The number of the current or last attempt."),
     count("failures", "Attempts that count against `max_attempts`."),
     count("recoveries", "Attempts that count against `max_recoveries`."),
     count("fencing_token", "Grows with each admission; every write compares it.", type_=BigInteger),
     Column("worker_id", Id, doc="The worker that owns it, while it runs."),
-    Column("started_at", Instant, doc="When it was admitted."),
+    Column(
+        "started_at",
+        Instant,
+        doc="When it was admitted; kept while it is parked if it counts against limits (`parked_counts`).",
+    ),
     Column("progress", json_type(), doc="As in `runs`."),
     Column("cancel_requested_at", Instant, doc="When its cancellation was requested."),
     Column("cancel_reason", Text, doc="Why: `requested`, `replaced` or `closed`."),
     CheckConstraint(one_of("state", LIVE_STATES), name="state"),
     CheckConstraint(one_of("isolation", ("child", "inline")), name="isolation"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="owner"),
-    CheckConstraint("(state = 'running') = (started_at IS NOT NULL)", name="started"),
+    CheckConstraint("state = 'parked' OR (state = 'running') = (started_at IS NOT NULL)", name="started"),
     CheckConstraint("(state = 'running') = (reason IS NULL)", name="reason"),
     Index(
         "ix_live_runs_waiting",
@@ -235,8 +247,10 @@ live_runs = Table(
         "uq_live_runs_serial",
         "definition_id",
         unique=True,
-        **partial("serial AND state IN ('waiting', 'running')"),
+        **partial("serial AND state IN ('waiting', 'running', 'parked')"),
     ),
+    Index("ix_live_runs_parked_available_at", "available_at", **partial("state = 'parked'")),
+    Index("ix_live_runs_parked_handler", "handler", **partial("state = 'parked' AND started_at IS NOT NULL")),
     Index("uq_live_runs_held", "definition_id", unique=True, **partial("state = 'held'")),
     postgresql_with=HOT,
     info={"meaning": "The unfinished runs only: what admission and running need, narrow and hot."},
@@ -255,6 +269,7 @@ ATTEMPT_OUTCOMES = (
     "refused",
     "no_token",
     "gated",
+    "parked",
 )
 
 attempts = Table(
@@ -290,6 +305,32 @@ attempts = Table(
     ),
     Index("ix_attempts_error_cause_run_id", "error_cause", "run_id", **partial("error_cause IS NOT NULL")),
     info={"meaning": "One row per attempt, written when it ends."},
+)
+
+WAIT_KINDS = ("sleep", "answer", "budget")
+
+waits = Table(
+    "waits",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column(
+        "name", Text, primary_key=True, doc="As the handler calls it; `sleep` for a sleep without a name."
+    ),
+    Column("occurrence", Integer, primary_key=True, doc="1 for the first wait of that name in the run."),
+    required("org_id", Id),
+    required("kind", Text, "`sleep`, `answer` or `budget`."),
+    Column("ask", json_type(), doc="What the handler asks, for people."),
+    Column("opened_at", Instant, doc="When the handler first waited; null if the answer came earlier."),
+    Column("until", Instant, doc="Its deadline; null without one."),
+    Column("pending_attempt", Integer, doc="The last attempt that waited for it."),
+    Column("answered_at", Instant, doc="When it was answered."),
+    Column("answered_by", Text, doc="The person or program that answered."),
+    Column("answer", json_type(), doc="The answer's data."),
+    Column("timed_out_at", Instant, doc="When the handler learned that the deadline had passed."),
+    CheckConstraint(one_of("kind", WAIT_KINDS), name="kind"),
+    CheckConstraint("answered_at IS NULL OR timed_out_at IS NULL", name="over"),
+    Index("ix_waits_open_org_id", "org_id", "run_id", **partial(OPEN)),
+    info={"meaning": "What runs wait for: sleeps, and answers of people, with those answers."},
 )
 
 checkpoints = Table(

@@ -41,6 +41,9 @@ _WAITS = {
     "no_token": "wait for a token of their org",
     "no_handler": "wait for a worker that offers their handler",
     "budget": "wait for a budget of their org",
+    "asleep": "sleep, as their handler asked",
+    "answer": "wait for a person's answer",
+    "resumed": "wait for a free slot, to go on after a sleep or an answer",
 }
 # What the error of a token request says about its issuer; the pauses among them.
 _PAUSES = ("issuer_paused", "issuer_unavailable", "throttled")

@@ -73,7 +73,9 @@ CHOOSE = f"""
 WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
-    WHERE l.handler = h.handler) END AS room
+    WHERE l.handler = h.handler) - (
+    SELECT count(*) FROM live_runs l
+    WHERE l.state = 'parked' AND l.started_at IS NOT NULL AND l.handler = h.handler) END AS room
   FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
@@ -130,7 +132,7 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s,
                        started_at = clock_timestamp(), attempt = attempt + 1,
                        fencing_token = fencing_token + 1
-  WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state NOT IN ('running', 'held')
+  WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state NOT IN ('running', 'held', 'parked')
   RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params
 )

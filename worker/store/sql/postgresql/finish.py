@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +14,16 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import LogLine
 from worker.store.dialect import driver, shared_json
-from worker.store.sql.contract import LockedRun, Progress, Rollups, end_runs, sum_up
+from worker.store.sql.contract import (
+    Ending,
+    LockedRun,
+    OpenWaits,
+    Progress,
+    Rollups,
+    end_runs,
+    sum_up,
+    wake,
+)
 from worker.store.sql.postgresql.arrays import (
     Columns,
     flags,
@@ -26,6 +35,7 @@ from worker.store.sql.postgresql.arrays import (
     timestamps,
     words,
 )
+from worker.store.tables import NEVER
 
 
 class Tokens:
@@ -59,7 +69,8 @@ NO_SUMS: Sums = ("{}", "{}", "{}", "{}")
 LOCK = """
 SELECT id, fencing_token, cancel_requested_at IS NOT NULL, cancel_reason, clock_timestamp()
 FROM live_runs
-WHERE id = ANY(%s::uuid[]) AND state NOT IN ('waiting', 'held') AND worker_id IS NOT DISTINCT FROM %s::uuid
+WHERE id = ANY(%s::uuid[]) AND state NOT IN ('waiting', 'held', 'parked')
+  AND worker_id IS NOT DISTINCT FROM %s::uuid
 ORDER BY id FOR UPDATE
 """
 
@@ -73,6 +84,27 @@ UPDATE live_runs l SET state = 'waiting', reason = e.reason, detail = e.detail,
 FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::float8[]),
             (SELECT %s::integer[]), (SELECT %s::integer[]), (SELECT %s::boolean[]), (SELECT %s::text[]))
   AS e(id, reason, detail, after, failures, recoveries, keep_start_by, progress)
+WHERE l.id = e.id
+"""
+
+# In a later statement than the lock: it sees every answer that was given before the row was locked.
+WAITS = """
+SELECT w.run_id, bool_or(w.answered_at IS NOT NULL OR w.timed_out_at IS NOT NULL), min(w.until)
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::integer[])) AS e(id, attempt)
+JOIN waits w ON w.run_id = e.id AND w.pending_attempt = e.attempt
+GROUP BY w.run_id
+"""
+
+PARK = """
+UPDATE live_runs l SET state = 'parked', reason = e.reason, detail = e.detail, available_at = e.until,
+                       failures = e.failures, recoveries = e.recoveries,
+                       start_by = CASE WHEN e.keep_start_by THEN l.start_by END,
+                       progress = COALESCE(e.progress::jsonb, l.progress), worker_id = NULL,
+                       started_at = CASE WHEN e.counted THEN l.started_at END
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::text[]), (SELECT %s::text[]), (SELECT %s::integer[]),
+            (SELECT %s::integer[]), (SELECT %s::boolean[]), (SELECT %s::text[]), (SELECT %s::boolean[]),
+            (SELECT %s::timestamptz[]))
+  AS e(id, reason, detail, failures, recoveries, keep_start_by, progress, counted, until)
 WHERE l.id = e.id
 """
 
@@ -106,6 +138,14 @@ WAITING = Columns(
     (flags, "attempt.keep_start_by"),
     (jsons, "attempt.trail.progress"),
 )
+PARKED = Columns(
+    (plain, "attempt.run_id"),
+    (texts, "reason attempt.detail"),
+    (plain, "attempt.failures attempt.recoveries"),
+    (flags, "attempt.keep_start_by"),
+    (jsons, "attempt.trail.progress"),
+    (flags, "attempt.counted"),
+)
 ENDED = Columns(
     (words, "attempt.run_id"),
     (numbers, "attempt.attempt"),
@@ -124,29 +164,44 @@ ENDED = Columns(
 def wait_again(
     raw: Any, worker_id: WorkerId, ended: Sequence[EndedAttempt]
 ) -> tuple[set[RunId], list[EndedAttempt], Sums]:
-    """Lock the runs of `ended`, which is in the order of run ids, and let those wait that wait again.
+    """Lock the runs of `ended`, which is in the order of run ids, and let those wait or park that go on.
 
-    Returns the waiting runs, the attempts that end their runs, and the sums of what was written
+    Returns the runs that go on, the attempts that end their runs, and the sums of what was written
     here. A run whose cancellation was requested ends instead.
     """
     rows = raw.execute(LOCK, (words(attempt.run_id for attempt in ended), worker_id)).fetchall()
-    final = [attempt for attempt in ended if attempt.state != "waiting"]
+    final = [attempt for attempt in ended if attempt.final]
     if not rows:
         return set(), final, NO_SUMS
     locked = {id_: LockedRun(token, cancelled, reason) for id_, token, cancelled, reason, _ in rows}
     now = rows[0][4]
-    settled, _ = end_runs((attempt for attempt in ended if attempt.state == "waiting"), locked, now)
-    waiting = [ending for ending in settled if not ending.final]
+    settled, _ = end_runs((attempt for attempt in ended if not attempt.final), locked, now)
+    waiting = [ending for ending in settled if ending.state == "waiting"]
+    parked = [ending for ending in settled if ending.state == "parked"]
+    asleep: list[tuple[Ending, datetime | None]] = []
+    if parked:
+        awake, asleep = wake(parked, _waits_of(raw, parked), now)
+        waiting += awake
     cancelled = [ending for ending in settled if ending.final]
     final += [replace(ending.attempt, state=ending.state, reason=ending.reason) for ending in cancelled]
-    if waiting:
-        tokens = Tokens([ending.attempt.trail for ending in waiting])
+    ongoing = [*waiting, *(ending for ending, _ in asleep)]
+    if ongoing:
+        tokens = Tokens([ending.attempt.trail for ending in ongoing])
         with raw.pipeline():
-            raw.execute(WAIT, WAITING.of(waiting))
-            raw.execute(ATTEMPTS, (worker_id, *ENDED.of(waiting), tokens.places, *tokens.columns))
-    sums = [(org_id, 0, attempts, seconds) for _, org_id, _, attempts, seconds in sum_up(waiting, now).days]
+            if waiting:
+                raw.execute(WAIT, WAITING.of(waiting))
+            if asleep:
+                until = timestamps(at or NEVER for _, at in asleep)
+                raw.execute(PARK, (*PARKED.of([ending for ending, _ in asleep]), until))
+            raw.execute(ATTEMPTS, (worker_id, *ENDED.of(ongoing), tokens.places, *tokens.columns))
+    sums = [(org_id, 0, attempts, seconds) for _, org_id, _, attempts, seconds in sum_up(ongoing, now).days]
     orgs, runs, attempts, seconds = map(plain, zip(*sums, strict=True)) if sums else NO_SUMS
-    return {ending.attempt.run_id for ending in waiting}, final, (orgs, runs, attempts, seconds)
+    return {ending.attempt.run_id for ending in ongoing}, final, (orgs, runs, attempts, seconds)
+
+
+def _waits_of(raw: Any, parked: Sequence[Ending]) -> dict[RunId, OpenWaits]:
+    values = plain(ending.attempt.run_id for ending in parked), plain(e.attempt.attempt for e in parked)
+    return {id_: OpenWaits(over, until) for id_, over, until in raw.execute(WAITS, values)}
 
 
 # Everything that an end writes, in one statement: a row that the DELETE finds is still the caller's, and
@@ -166,7 +221,7 @@ WITH c AS MATERIALIZED (SELECT clock_timestamp() AS now
          token_ready_at, handler_started_at, ended_at, peak_memory, said)
 ), gone AS (
   DELETE FROM live_runs l USING e
-  WHERE l.id = e.id AND l.fencing_token = e.fencing_token AND l.state NOT IN ('waiting', 'held')
+  WHERE l.id = e.id AND l.fencing_token = e.fencing_token AND l.state NOT IN ('waiting', 'held', 'parked')
     AND l.worker_id IS NOT DISTINCT FROM %s::uuid
   RETURNING l.id, l.org_id, l.available_at, l.started_at, l.attempt, l.fencing_token, l.worker_id,
             COALESCE(e.progress::jsonb, l.progress) AS progress, e.state, e.reason, e.detail, e.result,
@@ -244,7 +299,7 @@ WHERE h.id = ANY(ARRAY(
   SELECT h.id FROM live_runs h
   WHERE h.state = 'held' AND (%(all)s OR h.definition_id = ANY(%(definitions)s::uuid[]))
     AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
-                    AND l.serial AND l.state IN ('waiting', 'running'))
+                    AND l.serial AND l.state IN ('waiting', 'running', 'parked'))
   FOR UPDATE SKIP LOCKED))
 """
 
@@ -270,7 +325,7 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     raw = driver(connection)
     final = sorted(ended, key=attrgetter("run_id"))
     waiting, sums = set[RunId](), NO_SUMS
-    if any(attempt.state == "waiting" for attempt in final):
+    if any(not attempt.final for attempt in final):
         waiting, final, sums = wait_again(raw, worker_id, final)
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
@@ -312,7 +367,7 @@ def _written(raw: Any, worker_id: WorkerId, fenced: Sequence[EndedAttempt]) -> s
 SAVE = """
 WITH ours AS (
   SELECT id, recoveries FROM live_runs
-  WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held') FOR UPDATE
+  WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held', 'parked') FOR UPDATE
 ), moved AS (
   UPDATE live_runs l SET recoveries = 0 FROM ours
   WHERE l.id = ours.id AND ours.recoveries > 0
@@ -330,7 +385,7 @@ LOCK_ALL = "SELECT 1 FROM live_runs WHERE id = ANY(%s::uuid[]) ORDER BY id FOR U
 PROGRESS = """
 UPDATE live_runs l SET progress = p.progress::jsonb
 FROM unnest(%s::uuid[], %s::bigint[], %s::text[]) AS p(id, fencing_token, progress)
-WHERE l.id = p.id AND l.fencing_token = p.fencing_token AND l.state NOT IN ('waiting', 'held')
+WHERE l.id = p.id AND l.fencing_token = p.fencing_token AND l.state NOT IN ('waiting', 'held', 'parked')
 """
 
 LINES = """

@@ -195,7 +195,10 @@ SELECT json_group_array(org_id) FROM hop WHERE org_id IS NOT NULL
 COUNTS = """
 SELECT EXISTS (SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL),
        (SELECT json_group_object(h.value, (SELECT count(*) FROM live_runs l
-                                           WHERE l.state = 'running' AND l.handler = h.value))
+                                           WHERE l.state = 'running' AND l.handler = h.value)
+                                        + (SELECT count(*) FROM live_runs l
+                                           WHERE l.state = 'parked' AND l.started_at IS NOT NULL
+                                             AND l.handler = h.value))
         FROM json_each(?) h),
        (SELECT json_group_array(json_array(o.id, (SELECT count(*) FROM live_runs l
                                                   WHERE l.org_id = o.id AND l.state = 'running'),

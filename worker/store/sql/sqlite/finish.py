@@ -14,8 +14,18 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
 from worker.store.dialect import driver, file_now, shared_json
-from worker.store.sql.contract import Ending, LockedRun, Progress, Rollups, end_runs, sum_up
+from worker.store.sql.contract import (
+    Ending,
+    LockedRun,
+    OpenWaits,
+    Progress,
+    Rollups,
+    end_runs,
+    sum_up,
+    wake,
+)
 from worker.store.sql.sqlite.values import in_one_step, instant, json_list, json_text
+from worker.store.tables import NEVER
 
 # One row for the whole batch: see `values`.
 OWNED = """
@@ -48,6 +58,22 @@ UPDATE live_runs SET state = 'waiting', reason = column2, detail = column3, avai
 FROM {rows} WHERE live_runs.id = column1
 """
 
+WAITS = """
+SELECT w.run_id, max(w.answered_at IS NOT NULL OR w.timed_out_at IS NOT NULL), min(w.until)
+FROM json_each(?) e CROSS JOIN waits w
+  ON w.run_id = json_extract(e.value, '$[0]') AND w.pending_attempt = json_extract(e.value, '$[1]')
+GROUP BY w.run_id
+"""
+
+PARK = """
+UPDATE live_runs SET state = 'parked', reason = column2, detail = column3, available_at = column4,
+                     failures = column5, recoveries = column6,
+                     start_by = CASE WHEN column7 THEN start_by END,
+                     progress = COALESCE(column8, progress), worker_id = NULL,
+                     started_at = CASE WHEN column9 THEN started_at END
+FROM {rows} WHERE live_runs.id = column1
+"""
+
 ATTEMPTS = """
 INSERT INTO attempts (worker_id, run_id, attempt, org_id, fencing_token, handler, started_at,
                       token_ready_at, handler_started_at, ended_at, outcome, error, error_cause, claims,
@@ -74,7 +100,7 @@ HELD = """
 SELECT h.id, h.available_at, h.start_by FROM live_runs h INDEXED BY uq_live_runs_held
 WHERE h.state = 'held'
   AND NOT EXISTS (SELECT 1 FROM live_runs l WHERE l.definition_id = h.definition_id
-                  AND l.serial AND l.state IN ('waiting', 'running'))
+                  AND l.serial AND l.state IN ('waiting', 'running', 'parked'))
 """
 
 PROMOTE = """
@@ -99,7 +125,12 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         [_end_row(ending, rows[ending.attempt.run_id]) for ending in final],
         first=(instant(now), worker_id),
     )
-    in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in endings if not ending.final])
+    waiting = [ending for ending in endings if ending.state == "waiting"]
+    if parked := [ending for ending in endings if ending.state == "parked"]:
+        awake, asleep = wake(parked, _waits_of(cursor, parked), now)
+        waiting += awake
+        in_one_step(cursor, PARK, [_park_row(ending, until) for ending, until in asleep])
+    in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in waiting])
     in_one_step(cursor, ATTEMPTS, [_attempt_row(ending) for ending in endings], first=(worker_id,))
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
@@ -146,6 +177,29 @@ def _end_row(ending: Ending, row: Sequence[Any]) -> tuple[Any, ...]:
         json_text(attempt.trail.progress) or progress,
         attempt.result,
         json_text(attempt.error),
+    )
+
+
+def _waits_of(cursor: Any, parked: Sequence[Ending]) -> dict[RunId, OpenWaits]:
+    pairs = json.dumps([(ending.attempt.run_id, ending.attempt.attempt) for ending in parked])
+    return {
+        id_: OpenWaits(bool(over), None if until is None else from_text(until))
+        for id_, over, until in cursor.execute(WAITS, (pairs,))
+    }
+
+
+def _park_row(ending: Ending, until: datetime | None) -> tuple[Any, ...]:
+    attempt = ending.attempt
+    return (
+        attempt.run_id,
+        ending.reason,
+        attempt.detail,
+        instant(until or NEVER),
+        attempt.failures,
+        attempt.recoveries,
+        attempt.keep_start_by,
+        json_text(attempt.trail.progress),
+        attempt.counted,
     )
 
 

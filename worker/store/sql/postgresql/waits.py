@@ -1,0 +1,73 @@
+"""Waits: open what a run waits for, and wake parked runs whose first deadline has passed."""
+
+from __future__ import annotations
+
+from sqlalchemy import Connection
+
+from worker.ids import RunId
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState
+from worker.store.dialect import driver
+
+# Locks the run first, as an answer does. The deadline of the first call stays.
+OPEN = """
+WITH ours AS MATERIALIZED (
+  SELECT id, org_id FROM live_runs
+  WHERE id = %(run)s AND fencing_token = %(token)s AND state NOT IN ('waiting', 'held', 'parked') FOR UPDATE
+)
+INSERT INTO waits AS w (run_id, name, occurrence, org_id, kind, ask, opened_at, until, pending_attempt,
+                        timed_out_at)
+SELECT o.id, %(name)s, %(occurrence)s, o.org_id, %(kind)s, %(ask)s::jsonb, c.now,
+       c.now + make_interval(secs => %(seconds)s::float8), %(attempt)s,
+       CASE WHEN %(seconds)s::float8 <= 0 THEN c.now END
+FROM ours o, (SELECT clock_timestamp() AS now) c
+ON CONFLICT (run_id, name, occurrence) DO UPDATE SET
+  ask = CASE WHEN w.opened_at IS NULL THEN excluded.ask ELSE w.ask END,
+  until = CASE WHEN w.opened_at IS NULL THEN excluded.until ELSE w.until END,
+  opened_at = COALESCE(w.opened_at, excluded.opened_at),
+  pending_attempt = excluded.pending_attempt,
+  timed_out_at = CASE WHEN w.answered_at IS NULL
+    THEN COALESCE(w.timed_out_at, CASE WHEN w.until <= excluded.opened_at THEN excluded.opened_at END) END
+RETURNING kind, answered_at IS NOT NULL, answer::text, timed_out_at IS NOT NULL, until, xmax = 0
+"""
+
+COUNT = "SELECT count(*) FROM (SELECT 1 FROM waits WHERE run_id = %s LIMIT %s) AS found"
+
+FORGET = "DELETE FROM waits WHERE run_id = %s AND name = %s AND occurrence = %s"
+
+# Skips locked rows: another worker wakes them, or the next call.
+WAKE = """
+UPDATE live_runs w SET state = 'waiting', reason = 'resumed', started_at = NULL
+WHERE w.id = ANY(ARRAY(
+  SELECT p.id FROM live_runs p
+  WHERE p.state = 'parked' AND p.available_at <= (SELECT clock_timestamp())
+  ORDER BY p.available_at LIMIT %s FOR UPDATE SKIP LOCKED))
+"""
+
+
+def open_wait(
+    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, wait: NewWait
+) -> WaitState | None:
+    raw = driver(connection)
+    values = {
+        "run": run_id,
+        "token": fencing_token,
+        "name": wait.name,
+        "occurrence": wait.occurrence,
+        "kind": wait.kind,
+        "ask": wait.ask_json,
+        "seconds": wait.seconds,
+        "attempt": attempt,
+    }
+    row = raw.execute(OPEN, values).fetchone()
+    if row is None:
+        return None
+    kind, answered, answer, over, until, is_new = row
+    if is_new and raw.execute(COUNT, (run_id, MOST_WAITS + 1)).fetchone()[0] > MOST_WAITS:
+        raw.execute(FORGET, (run_id, wait.name, wait.occurrence))
+        return WaitState(kind, "too_many")
+    return WaitState(kind, "answered" if answered else "over" if over else "pending", answer, until)
+
+
+def wake_due(connection: Connection, *, limit: int) -> int:
+    woken: int = driver(connection).execute(WAKE, (limit,)).rowcount
+    return woken

@@ -1,0 +1,73 @@
+"""Waits: open what a run waits for, and wake parked runs whose first deadline has passed."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy import Connection
+
+from worker.clock import from_text
+from worker.ids import RunId
+from worker.runs.waits import MOST_WAITS, NewWait, WaitState
+from worker.store.dialect import driver, file_now
+from worker.store.sql.sqlite.values import instant
+
+OURS = "SELECT org_id FROM live_runs WHERE id = ? AND fencing_token = ? AND state = 'running'"
+
+FIND = """
+SELECT kind, opened_at, until, answered_at, answer, timed_out_at FROM waits
+WHERE run_id = ? AND name = ? AND occurrence = ?
+"""
+
+COUNT = "SELECT count(*) FROM (SELECT 1 FROM waits WHERE run_id = ? LIMIT ?)"
+
+NEW = """
+INSERT INTO waits (run_id, name, occurrence, org_id, kind, ask, opened_at, until, pending_attempt,
+                   timed_out_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+AGAIN = """
+UPDATE waits SET ask = CASE WHEN opened_at IS NULL THEN ? ELSE ask END, until = ?,
+                 opened_at = COALESCE(opened_at, ?), pending_attempt = ?, timed_out_at = ?
+WHERE run_id = ? AND name = ? AND occurrence = ?
+"""
+
+WAKE = """
+UPDATE live_runs SET state = 'waiting', reason = 'resumed', started_at = NULL
+WHERE id IN (SELECT id FROM live_runs INDEXED BY ix_live_runs_parked_available_at
+             WHERE state = 'parked' AND available_at <= ? ORDER BY available_at LIMIT ?)
+"""
+
+
+def open_wait(
+    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, wait: NewWait
+) -> WaitState | None:
+    cursor = driver(connection).cursor()
+    ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
+    if ours is None:
+        return None
+    now = file_now(connection)
+    until = None if wait.seconds is None else now + timedelta(seconds=wait.seconds)
+    key = run_id, wait.name, wait.occurrence
+    row = cursor.execute(FIND, key).fetchone()
+    if row is None:
+        if cursor.execute(COUNT, (run_id, MOST_WAITS)).fetchone()[0] >= MOST_WAITS:
+            return WaitState(wait.kind, "too_many")
+        over_at = now if until is not None and until <= now else None
+        times = instant(now), instant(until), attempt, instant(over_at)
+        cursor.execute(NEW, (*key, ours[0], wait.kind, wait.ask_json, *times))
+        return WaitState(wait.kind, "pending" if over_at is None else "over", None, until)
+    kind, opened, ends, answered, answer, over = row
+    if opened is not None:
+        until = None if ends is None else from_text(ends)
+    if answered is None and over is None and until is not None and until <= now:
+        over = instant(now)
+    cursor.execute(AGAIN, (wait.ask_json, instant(until), instant(now), attempt, over, *key))
+    return WaitState(kind, "answered" if answered else "over" if over else "pending", answer, until)
+
+
+def wake_due(connection: Connection, *, limit: int) -> int:
+    cursor = driver(connection).cursor()
+    woken: int = cursor.execute(WAKE, (instant(file_now(connection)), limit)).rowcount
+    return woken
