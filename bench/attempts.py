@@ -139,6 +139,7 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
             handlers=handlers,
             runners={"inline": Inline(clock)},
             checkpoints=store,  # type: ignore[arg-type]
+            steps=store,  # type: ignore[arg-type]
             run_log=RunLogWriter(store, clock),  # type: ignore[arg-type]
             clock=clock,
             random=Random(1),  # noqa: S311

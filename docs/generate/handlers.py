@@ -74,9 +74,14 @@ def _calls(owner: type, above: str) -> list[tuple[str, str]]:
         if isinstance(member, property | cached_property):
             found.append((f"{above}.{name}", sentence(member.__doc__)))
         elif inspect.isfunction(member):
-            wait = "await " if inspect.iscoroutinefunction(member) else ""
+            wait = "await " if _is_awaited(member) else ""
             found.append((f"{wait}{above}.{_call(name, member)}", " ".join(member.__doc__.split())))
     return found
+
+
+def _is_awaited(function: Any) -> bool:
+    returned = str(inspect.signature(function).return_annotation)
+    return inspect.iscoroutinefunction(function) or returned.startswith("Coroutine")
 
 
 def _call(name: str, function: Any) -> str:
@@ -84,5 +89,6 @@ def _call(name: str, function: Any) -> str:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name != "self":
             default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
-            shown.append(parameter.name + default)
+            stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            shown.append(stars + parameter.name + default)
     return f"{name}({', '.join(shown)})"

@@ -191,3 +191,43 @@ async def leak_result(ctx: Context[Any, Any]) -> dict[str, str]:
     text = (await ctx.token()).reveal()
     await ctx.save({"saved": text})
     return {"returned": text}
+
+
+@job("acme.paid")
+async def paid(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Pay in `params["steps"]` steps, of which `params["fails"]` fails the first attempt after its call."""
+
+    async def pay(number: int) -> dict[str, int]:
+        write(ctx, who="pay", number=number)
+        await asyncio.sleep(ctx.params.get("pause", 0.0))
+        return {"number": number, "attempt": ctx.run.attempt}
+
+    results = []
+    for number in range(1, ctx.params["steps"] + 1):
+        results.append(await ctx.step("pay", pay, number))
+        if number == ctx.params.get("fails") and ctx.run.attempt == 1:
+            raise RuntimeError("after the step")
+    results += await ctx.map("more", pay, [101, 102], concurrency=2)
+    return {"attempts": [result["attempt"] for result in results]}
+
+
+@job("acme.paid_inline", isolation="inline")
+async def paid_inline(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """The same in the worker's own process."""
+    results: dict[str, Any] = await paid(ctx)
+    return results
+
+
+@job("acme.paid_blocking")
+def paid_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
+    """The same as a handler that blocks."""
+
+    def pay(number: int) -> dict[str, int]:
+        write(ctx, who="pay", number=number)
+        return {"number": number, "attempt": ctx.run.attempt}
+
+    results = [ctx.step("pay", pay, number) for number in range(1, ctx.params["steps"] + 1)]
+    if ctx.run.attempt == 1:
+        raise RuntimeError("after the steps")
+    results += ctx.map("more", pay, [101, 102], concurrency=2)
+    return {"attempts": [result["attempt"] for result in results]}

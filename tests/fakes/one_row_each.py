@@ -58,7 +58,7 @@ def _value(table: Table, column: Column[Any], owner: Owner, at: datetime) -> Any
             return at
         case "DATE":
             return at.date()
-        case "JSONB":
+        case "JSONB" | "JSON":
             return {}
         case "BOOLEAN":
             return False

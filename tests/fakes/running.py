@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.contract import Work
 from worker.ids import RunId
+from worker.runs.run import NewStep, StepPage, StoredStep
 
 MODULE = "process_jobs"
 NOW = datetime(2030, 1, 1, 3, tzinfo=UTC)
@@ -69,6 +70,7 @@ class RecordingServices:
     saved: list[Any] = field(default_factory=list)
     progressed: list[tuple[float, float | None, str | None]] = field(default_factory=list)
     lines: list[tuple[str, str, str]] = field(default_factory=list)
+    steps: list[NewStep] = field(default_factory=list)
     tokens_asked: list[bool] = field(default_factory=list)
     has_started: bool = False
     closed: bool = False
@@ -85,6 +87,17 @@ class RecordingServices:
         if self.refuses is not None:
             raise self.refuses
         return self.renewed or (token("token-two"), claims(n="two"))
+
+    async def load_steps(self, after: int) -> StepPage:
+        return page(self.steps, after)
+
+    async def store_step(self, step: NewStep) -> str:
+        if self.closed:
+            raise LeaseLost("the run has ended")
+        if "secret" in step.result_json:
+            step = replace(step, result_json=step.result_json.replace("secret", "[masked]"))
+        self.steps.append(step)
+        return step.result_json
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self.progressed.append((done, total, note))
@@ -104,6 +117,16 @@ class RecordingServices:
     def text(self) -> str:
         """All lines as one text."""
         return "\n".join(text for _, _, text in self.lines)
+
+
+def page(steps: Sequence[NewStep], after: int, most: int = 2) -> StepPage:
+    """The next page of these stored steps."""
+    left = [step for step in sorted(steps, key=lambda step: step.seq) if step.seq > after]
+    rows = [
+        StoredStep(step.seq, step.name, step.key, step.occurrence, len(step.result_json), step.result_json)
+        for step in left[:most]
+    ]
+    return StepPage(rows, more=len(left) > most)
 
 
 async def until(condition: Callable[[], Any], *, within: float = 20.0) -> Any:

@@ -27,7 +27,7 @@ from worker.ids import DefinitionId, RunId, new_id
 from worker.orgs import OrgRef
 from worker.providers import profile
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext
+from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext, RunStep, StepPage, StoredStep
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
@@ -126,7 +126,8 @@ class Trial:
     """A run; each call of `attempt` makes its next attempt.
 
     `on_line` and `on_progress` get what the run logs and shows, masked: within half a second if `live`,
-    else at the end of an attempt. `on_saved` is awaited after each checkpoint is stored.
+    else at the end of an attempt. `on_saved` is awaited after each checkpoint is stored, `on_step` after
+    each step.
     """
 
     def __init__(
@@ -143,12 +144,15 @@ class Trial:
         on_line: Callable[[LogLine], None] = lambda line: None,
         on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
         on_saved: Callable[[Trial], Awaitable[None]] | None = None,
+        on_step: Callable[[Trial], Awaitable[None]] | None = None,
     ) -> None:
         self._subject = subject
         self._live = live
         self._on_line = on_line
         self._on_progress = on_progress
         self._on_saved = on_saved
+        self._on_step = on_step
+        self.steps: list[RunStep] = []
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
         now, run_id = clock.now(), RunId(new_id())
         self._run = AdmittedRun(
@@ -188,6 +192,7 @@ class Trial:
             handlers=handlers,
             runners={isolation: runner},
             checkpoints=self,
+            steps=self,
             run_log=RunLogWriter(self, clock),
             clock=clock,
             random=SystemRandom(),
@@ -243,6 +248,25 @@ class Trial:
 
     async def load_checkpoint(self, run_id: RunId) -> Any:
         return self.checkpoint
+
+    async def store_step(self, step: RunStep) -> bool:
+        if self.inflight.stop.killed:
+            return False
+        self.steps.append(step)
+        if self._on_step is not None:
+            await self._on_step(self)
+        return True
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        stored = (
+            StoredStep(each.seq, each.name, each.key, each.occurrence, row.size, each.result_json)
+            for row in self.steps
+            for each in (row.step,)
+        )
+        return StepPage([step for step in sorted(stored, key=lambda step: step.seq) if step.seq > after])
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        return max((row.step.seq for row in self.steps), default=0), sum(row.size for row in self.steps)
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         for _, _, progress in rows:

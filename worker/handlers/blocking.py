@@ -1,10 +1,13 @@
-"""Blocking: runs code that is written once, as coroutines, for handlers that block."""
+"""Blocking: runs coroutines for handlers that block, and functions that block for async handlers."""
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, Future
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -17,3 +20,20 @@ def finish(coroutine: Coroutine[Any, Any, T]) -> T:
         return result
     coroutine.close()
     raise RuntimeError("a coroutine that must not suspend did")
+
+
+class DaemonThread(Executor):
+    """Runs one call in a daemon thread, which does not keep the interpreter from exiting."""
+
+    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                future.set_result(call(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="blocking call", daemon=True).start()
+        return future

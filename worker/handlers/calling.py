@@ -16,6 +16,7 @@ from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
 from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
+from worker.handlers.steps import StepError
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -80,7 +81,7 @@ def outcome_of(result: Any) -> Outcome:
 def outcome_of_error(error: BaseException) -> Outcome:
     """The outcome for an exception that a handler raised."""
     match error:
-        case PermanentError():
+        case PermanentError() | StepError():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():
             return Refused("settings_invalid", error.property, str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol
@@ -22,6 +22,18 @@ from worker.handlers.given import (
     ThisRun,
 )
 from worker.handlers.json_text import clean, to_json_text
+from worker.handlers.results import Duration
+from worker.handlers.step_calls import (
+    BACKOFF,
+    CONCURRENCY,
+    BlockingStepCalls,
+    BlockingStepPort,
+    KeyOf,
+    StepCalls,
+    StepPort,
+    Tries,
+)
+from worker.handlers.steps import StepJournal
 
 if TYPE_CHECKING:
     import httpx
@@ -35,7 +47,7 @@ class _ReportsProgress(Protocol):
     def progress(self, done: float, total: float | None, note: str | None) -> None: ...
 
 
-class WorkerPort(_ReportsProgress, Protocol):
+class WorkerPort(_ReportsProgress, StepPort, Protocol):
     """How a context reaches the worker from an event loop."""
 
     async def save(self, data_json: str) -> None: ...
@@ -43,7 +55,7 @@ class WorkerPort(_ReportsProgress, Protocol):
     async def token(self, *, fresh: bool) -> Granted: ...
 
 
-class BlockingWorkerPort(_ReportsProgress, Protocol):
+class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, Protocol):
     """The same for a handler that blocks."""
 
     def save(self, data_json: str) -> None: ...
@@ -123,6 +135,57 @@ class Context(_Shared[P, S]):
         self._transports = transports or {}
 
     @cached_property
+    def _steps(self) -> StepCalls:
+        journal = StepJournal(replays=self._given.replays)
+        return StepCalls(journal, self._port, self._given.held.clock)
+
+    def step(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        key: str | int | None = None,
+        retries: int = 0,
+        backoff: Duration = BACKOFF,
+        timeout: Duration | None = None,
+        **kwargs: Any,
+    ) -> Coroutine[Any, Any, Any]:
+        """Call `function(*args, **kwargs)` once in the run, and return its JSON result as stored.
+
+        The result is durable before it is returned, and later attempts get it without a call. A step is
+        identified by its name and the number of its use, or by its name and `key`; two tasks share a
+        name only with different keys. A function that is not async runs in a thread. If it raises, it
+        is called up to `retries` more times, after `backoff` and then twice as long each time. `timeout`
+        limits each call of an async function. The maximum is 256 KiB a result, 10,000 steps and 64 MiB
+        a run. Wrong use and limits raise StepError.
+        """
+        tries = Tries.of(retries, backoff, timeout)
+        return self._steps.step(name, function, args, kwargs, key, tries)
+
+    def map(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        /,
+        *,
+        concurrency: int = CONCURRENCY,
+        key: KeyOf | None = None,
+        retries: int = 0,
+        backoff: Duration = BACKOFF,
+        timeout: Duration | None = None,
+    ) -> Coroutine[Any, Any, list[Any]]:
+        """Make a step of each item, at most `concurrency` at a time; returns the results in order.
+
+        `key` makes the key of a step from its item. Without it, a later attempt returns the stored
+        result of the item at the same place, if that item is equal. The first error is raised after the
+        calls in flight have ended. `retries`, `backoff` and `timeout` as for `ctx.step`.
+        """
+        tries = Tries.of(retries, backoff, timeout)
+        return self._steps.map(name, function, items, concurrency, key, tries)
+
+    @cached_property
     def http(self) -> httpx.AsyncClient:
         """An httpx client that sends the org's token only to the issuer's `api_origins`."""
         from worker.handlers.http import org_client
@@ -167,6 +230,44 @@ class BlockingContext(_Shared[P, S]):
         self.cancelled = cancelled
         self._port = port
         self._transports = transports or {}
+
+    @cached_property
+    def _steps(self) -> BlockingStepCalls:
+        journal = StepJournal(replays=self._given.replays)
+        return BlockingStepCalls(journal, self._port, self._given.held.clock)
+
+    def step(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        key: str | int | None = None,
+        retries: int = 0,
+        backoff: Duration = BACKOFF,
+        timeout: Duration | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Context.step`, for a function that blocks; `timeout` is a TypeError."""
+        tries = Tries.of(retries, backoff, timeout)
+        return self._steps.step(name, function, args, kwargs, key, tries)
+
+    def map(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        /,
+        *,
+        concurrency: int = CONCURRENCY,
+        key: KeyOf | None = None,
+        retries: int = 0,
+        backoff: Duration = BACKOFF,
+        timeout: Duration | None = None,
+    ) -> list[Any]:
+        """As `Context.map`, with a thread for each concurrent call."""
+        tries = Tries.of(retries, backoff, timeout)
+        return self._steps.map(name, function, items, concurrency, key, tries)
 
     @cached_property
     def http(self) -> httpx.Client:

@@ -111,7 +111,7 @@ class BlockingCancellation:
 
 @dataclass(slots=True)
 class Given(Generic[P, S]):
-    """The data of one attempt that a context is made of."""
+    """The data of one attempt that a context is made of; `replays` if earlier ones may have stored steps."""
 
     org: Org
     run: ThisRun
@@ -125,6 +125,7 @@ class Given(Generic[P, S]):
     traceparent: str | None = None
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
+    replays: bool = False
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -144,6 +144,11 @@ class Instant(TypeDecorator[datetime]):
         return from_text(value) if isinstance(value, str) else value
 
 
+def exact_json_type() -> TypeEngine[Any]:
+    """JSON as it was written, on both databases: `jsonb` would change numbers and the order of keys."""
+    return JSON(none_as_null=True)
+
+
 def json_type() -> TypeEngine[Any]:
     """JSON text on SQLite, `jsonb` on PostgreSQL."""
     return JSON(none_as_null=True).with_variant(postgresql.JSONB(none_as_null=True), "postgresql")

@@ -1,8 +1,8 @@
 """Roles on PostgreSQL: their rights, and the rows that they see.
 
-Row-level security protects every table with org data (migrations 0001, 0005 and 0010): a session sees the
-rows of the org in `app.org`, or none if that is not set. Only the owner and members of `orgworker_worker` and
-`orgworker_operator` see all rows.
+Row-level security protects every table with org data (migration 0001, and each that adds such a table): a
+session sees the rows of the org in `app.org`, or none if that is not set. Only the owner and members of
+`orgworker_worker` and `orgworker_operator` see all rows.
 
 The web side runs every statement in `orgworker_web` for an org, with `app.org` set, or in
 `orgworker_operator`, whatever its login is. Neither role reads a secret, changes the schema or alters an
@@ -78,6 +78,7 @@ _WRITES: Mapping[str, Sequence[str]] = {
     "checkpoints": ("INSERT",),
     # Answers.
     "waits": ("INSERT", "UPDATE (answered_at, answered_by, answer)"),
+    "steps": ("INSERT",),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
     "rollup_hours": ("INSERT", "UPDATE (runs)"),

@@ -173,7 +173,7 @@ def end_waiting(
 
 # Tables whose rows belong to a run.
 _OF_A_RUN = (
-    *(tables.run_logs, tables.checkpoints, tables.waits, tables.attempts, tables.spends),
+    *(tables.run_logs, tables.checkpoints, tables.steps, tables.waits, tables.attempts, tables.spends),
     tables.budget_raises,
 )
 
@@ -201,7 +201,7 @@ _OLDEST = {
 
 
 def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: int, limit: int) -> int:
-    """Delete up to `limit` log lines, attempts and spends of the runs that `forget_runs` deletes next.
+    """Delete up to `limit` log lines, steps, attempts and spends of the runs that `forget_runs` deletes next.
 
     One run may have thousands. Returns the greatest of these numbers.
     """
@@ -212,7 +212,7 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
     named = bindparam("ids", ids, type_=tables.runs.c.id.type, expanding=True)
     return max(
         connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
-        for table in ("run_logs", "attempts", "spends")
+        for table in ("run_logs", "steps", "attempts", "spends")
     )
 
 

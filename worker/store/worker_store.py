@@ -22,10 +22,12 @@ from worker.runs.run import (
     OwnedRun,
     Recovered,
     RunContext,
+    RunStep,
+    StepPage,
     Swept,
 )
 from worker.runs.waits import NewWait, WaitState
-from worker.store import budgets, firing, spending, sweeps, tables
+from worker.store import budgets, firing, spending, steps, sweeps, tables
 from worker.store.database import BatchLoader, Database
 from worker.store.definitions import names_of
 from worker.store.dialect import database_now
@@ -414,6 +416,20 @@ class WorkerStore:
     async def load_checkpoint(self, run_id: RunId) -> Any | None:
         """The run's last checkpoint, or None."""
         return await self.database.call_autocommit(load_checkpoint, run_id)
+
+    async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+        """Store steps, fenced; returns the runs, with their fencing tokens, that still run."""
+        return await self.database.call(
+            lambda connection: statements(connection).store_steps(connection, rows)
+        )
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        """The next page of a run's steps."""
+        return await self.database.call_autocommit(steps.load_steps, run_id, after)
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        """The last place of a run's steps, and the bytes of their results."""
+        return await self.database.call_autocommit(steps.step_totals, run_id)
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         """Set the progress of running runs, fenced."""

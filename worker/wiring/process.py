@@ -28,6 +28,7 @@ from worker.execution.loops.maintenance import Housekeeping, Retention, sweep
 from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovered, recover_dead_workers
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
+from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
 from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import ChildPool
@@ -256,7 +257,7 @@ class Incarnation:
         poll = execution.poll.total_seconds()
         slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
         inflight_runs = InflightRuns()
-        run_log = RunLogWriter(store, clock)
+        run_log, steps = RunLogWriter(store, clock), StepWriter(store, clock)
         origins = {name: issuer.api_origins for name, issuer in self.settings.issuers.items()}
         plans = Plans(
             store,
@@ -271,6 +272,7 @@ class Incarnation:
             handlers=self._handlers,
             runners={"child": self.children, "inline": Inline(clock)},
             checkpoints=store,
+            steps=steps,
             run_log=run_log,
             clock=clock,
             random=SystemRandom(),
@@ -394,6 +396,7 @@ class Incarnation:
             },
             outlet={
                 "finisher": dispatcher.finisher.run,
+                "steps": steps.run,
                 "journal": run_log.run,
                 "reconciler": reconciler.run,
                 "pulse": liveness.run,

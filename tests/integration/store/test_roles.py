@@ -42,6 +42,7 @@ WRITES = {
     "run_ends": ("INSERT",),
     "checkpoints": ("INSERT",),
     "waits": ("INSERT", "UPDATE answer answered_at answered_by"),
+    "steps": ("INSERT",),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE attempts handler_seconds runs"),
     "rollup_hours": ("INSERT", "UPDATE runs"),
@@ -192,6 +193,7 @@ REFERS = {
     "run_ends": ("definition", "run"),
     "checkpoints": ("run",),
     "waits": ("run",),
+    "steps": ("run",),
 }
 
 

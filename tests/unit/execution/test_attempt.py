@@ -23,9 +23,10 @@ from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
-from worker.runs.run import AdmittedRun, LogLine, RunContext
+from worker.runs.run import AdmittedRun, LogLine, NewStep, RunContext, RunStep, StepPage
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -62,6 +63,9 @@ class Site:
         self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[dict[str, Any]] = []
         self.during: Any = None
+        self.steps: list[RunStep] = []
+        self.pages: list[int] = []
+        self.totals = (0, 0)
         self.handlers = HandlerRegistry()
         self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.handlers.add(
@@ -83,6 +87,17 @@ class Site:
     async def load_checkpoint(self, run_id: RunId) -> Any:
         return self.checkpoint
 
+    async def store_step(self, step: RunStep) -> bool:
+        self.steps.append(step)
+        return self.still_ours
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        self.pages.append(after)
+        return StepPage()
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        return self.totals
+
     async def write_progress(self, rows: Sequence[Any]) -> None: ...
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
@@ -101,6 +116,7 @@ class Site:
             handlers=self.handlers,
             runners={"child": self, "inline": self},
             checkpoints=self,
+            steps=self,
             run_log=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),
@@ -352,3 +368,85 @@ async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
 
     assert (await site.attempt()).state == "succeeded"
     assert answers == []
+
+
+def step(seq: int = 1, result: str = "1", **values: Any) -> NewStep:
+    return NewStep(
+        **{
+            "name": "ask",
+            "key": None,
+            "occurrence": 1,
+            "seq": seq,
+            "result_json": result,
+            "started_at": START,
+            "ended_at": START,
+        }
+        | values
+    )
+
+
+async def test_a_step_is_stored_masked_and_forgives_lost_workers(site: Site) -> None:
+    masker.register("canary-5ecret-step")
+    returned: list[str] = []
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        returned.append(await services.store_step(step(1, '["canary-5ecret-step"]')))
+
+    site.during = during
+    ended = await site.attempt(attempt=2, recoveries=2)
+
+    assert ended.recoveries == 0
+    (row,) = site.steps
+    assert returned == [row.step.result_json] == ['["[masked]"]']
+    assert (row.run.fencing_token, row.handler, row.size) == (1, "acme.digest", len('["[masked]"]'))
+
+
+async def test_replayed_steps_do_not_forgive_lost_workers(site: Site) -> None:
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        await services.load_steps(0)
+
+    site.during = during
+    assert (await site.attempt(attempt=2, recoveries=2)).recoveries == 2
+    assert site.pages == [0]
+    # A first attempt has none to read.
+    await site.attempt()
+    assert site.pages == [0]
+
+
+@pytest.mark.parametrize(
+    ("seqs", "size", "key", "message"),
+    [
+        ([7], 1, None, "step ask: place 7 is taken by another step"),
+        ([8, 8], 1, None, "step ask: place 8 is taken by another step"),
+        ([8, 9], 100, None, "step ask: the results of the run's steps reach 64 MiB, the limit"),
+        ([8], 1, "canary-5ecret-key", "step ask: its name or key contains a secret"),
+    ],
+)
+async def test_what_a_process_may_not_store_is_refused(
+    site: Site, seqs: list[int], size: int, key: str | None, message: str
+) -> None:
+    masker.register("canary-5ecret-key")
+    site.totals = (7, 64 * 1024 * 1024 - 150)
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        *good, bad = seqs
+        for seq in good:
+            await services.store_step(step(seq, "1" * size))
+        with pytest.raises(StepError, match=message):
+            await services.store_step(step(bad, "1" * size, key=key))
+
+    site.during = during
+    assert (await site.attempt(attempt=2)).state == "succeeded"
+    assert len(site.steps) == len(seqs) - 1
+
+
+async def test_a_step_of_a_run_that_is_no_longer_ours_ends_the_attempt(site: Site) -> None:
+    site.still_ours = False
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        with pytest.raises(LeaseLost):
+            await services.store_step(step())
+        assert stop.killed
+
+    site.during = during
+    await site.attempt()

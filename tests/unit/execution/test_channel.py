@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.running import claims, token, work
+from tests.fakes.running import NOW, claims, token, work
 from worker.execution.runners.child.messages import (
     LIMIT,
     BrokenFrame,
@@ -16,10 +16,15 @@ from worker.execution.runners.child.messages import (
     frame,
     outcome_message,
     outcome_of_message,
+    page_message,
+    page_of,
     progress_of,
+    step_message,
+    step_of,
     work_message,
     work_of,
 )
+from worker.handlers.steps import StepError
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -32,6 +37,7 @@ from worker.runs.outcome import (
     Snoozed,
     Succeeded,
 )
+from worker.runs.run import NewStep, StepPage, StoredStep
 
 
 def test_messages_come_out_whole_however_they_are_cut() -> None:
@@ -164,3 +170,52 @@ def test_texts_of_an_outcome_are_cut_and_cleaned_on_arrival() -> None:
 def test_progress_that_cannot_be_shown_is_refused(done: Any, total: Any) -> None:
     with pytest.raises(ValueError, match="finite number"):
         progress_of({"done": done, "total": total, "note": None})
+
+
+STEP = NewStep("ask", "k", 2, 3, '{"a":"é"}', NOW, NOW + timedelta(seconds=1.5), (("llm_tokens", 5),))
+
+
+def test_a_step_arrives_as_it_was_sent() -> None:
+    (message,) = Unframer().feed(frame({"step": step_message(STEP)}))
+
+    assert step_of(message["step"]) == STEP
+
+
+def test_a_page_arrives_as_it_was_sent() -> None:
+    page = StepPage(
+        [StoredStep(1, "ask", None, 1, 3, '"é"'), StoredStep(2, "ask", "k", 1, 1, "2")], more=True
+    )
+
+    (message,) = Unframer().feed(frame(page_message(page)))
+
+    assert page_of(message) == page
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "no name"},
+        {"name": 5},
+        {"key": 5.5},
+        {"key": "x" * 201},
+        {"seq": 0},
+        {"seq": 10_001},
+        {"seq": True},
+        {"seq": "1"},
+        {"occurrence": 0},
+        {"occurrence": 2**31},
+        {"result_json": 5},
+        {"result_json": "{"},
+        {"result_json": '"' + "x" * 256 * 1024 + '"'},
+        {"result_json": '"\\u0000"'},
+        {"started_at": 5},
+        {"ended_at": "yesterday"},
+        {"spends": [["llm_tokens", -1]]},
+        {"spends": [["llm_tokens", 1.5]]},
+        {"spends": [["no name", 1]]},
+        {"spends": [5]},
+    ],
+)
+def test_a_hostile_process_cannot_store_what_is_no_step(changes: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError, AttributeError, StepError)):
+        step_of(step_message(STEP) | changes)

@@ -28,6 +28,8 @@ MEMBERS = {
     "token",
     "checkpoint",
     "save",
+    "step",
+    "map",
     "progress",
     "log",
     "deadline",
@@ -44,6 +46,12 @@ class Line:
 
     def save(self, data_json: str) -> Any:
         self.saved.append(data_json)
+
+    def load_steps(self, after: int) -> Any:
+        raise AssertionError("a first attempt has no steps")
+
+    def store_step(self, step: Any) -> Any:
+        raise AssertionError("no step here")
 
     def token(self, *, fresh: bool) -> Any:
         raise AssertionError("the token at hand is good")

@@ -113,6 +113,7 @@ class AttemptPlan:
             traceparent=traceparent(run.id, run.fencing_token),
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
+            replays=run.may_have_checkpoint,
         )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import enforce
@@ -20,16 +20,19 @@ from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import Runner
+from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId
 from worker.orgs import OrgRef
 from worker.runs.outcome import Error, Outcome, Succeeded, Trail
-from worker.runs.run import AdmittedRun, Isolation
+from worker.runs.run import AdmittedRun, Isolation, NewStep, RunStep, StepPage
 from worker.telemetry.masking import masker
 
 # Seconds between two tries to save a checkpoint, at first and at most.
 RETRY_SAVE = 0.1
 LONGEST_RETRY_SAVE = 2.0
 _NOTHING_RETURNED = Succeeded()
+
+T = TypeVar("T")
 
 
 def redacted(outcome: Outcome) -> Outcome:
@@ -82,6 +85,17 @@ class CheckpointStore(Protocol):
         """The newest checkpoint, or None."""
 
 
+class StepStore(Protocol):
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        """The stored steps of a run after the place `after`."""
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        """The last place of a run's steps, and the bytes of their results."""
+
+    async def store_step(self, step: RunStep) -> bool:
+        """Store a step, fenced and durable; returns whether the run was still ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of this process share."""
@@ -91,6 +105,7 @@ class Tools:
     handlers: HandlerRegistry
     runners: Mapping[Isolation, Runner]
     checkpoints: CheckpointStore
+    steps: StepStore
     run_log: RunLogWriter
     clock: Clock
     random: Random
@@ -110,22 +125,53 @@ class AttemptServices:
     tools: Tools
     refused: TokenRefused | None = None
     _closed: bool = False
+    # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
+    _places: set[int] = field(default_factory=set)
+    _totals: tuple[int, int] | None = None
 
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
-        pause, masked = RETRY_SAVE, masker.mask(data_json)
-        while True:
-            self._check_open()
-            try:
-                saved = await self.tools.checkpoints.save_checkpoint(self.inflight.run, masked)
-                break
-            except Unavailable:
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, LONGEST_RETRY_SAVE)
-        if not saved:
-            self.inflight.stop.kill()
-            raise LeaseLost(f"run {self.inflight.run.id} is no longer ours")
+        run, masked = self.inflight.run, masker.mask(data_json)
+        self._check_ours(
+            await self._when_available(lambda: self.tools.checkpoints.save_checkpoint(run, masked))
+        )
         self.inflight.moved = self.inflight.moved or json.loads(data_json) != self.checkpoint
+
+    async def load_steps(self, after: int) -> StepPage:
+        """The stored steps of earlier attempts; wait while the database is away."""
+        run = self.inflight.run
+        if not run.may_have_checkpoint:
+            return StepPage()
+        return await self._when_available(lambda: self.tools.steps.load_steps(run.id, after))
+
+    async def store_step(self, step: NewStep) -> str:
+        """Store the result of a step, masked; wait while the database is away.
+
+        Raises:
+            StepError: a limit is reached, or the name or key contains a secret.
+            LeaseLost: the run is no longer ours.
+        """
+        run = self.inflight.run
+        self._check_open()
+        if step.name != masker.mask(step.name) or (step.key and step.key != masker.mask(step.key)):
+            raise StepError(f"step {masker.mask(step.name)}: its name or key contains a secret; use another")
+        if self._totals is None:
+            totals = (0, 0)
+            if run.may_have_checkpoint:
+                totals = await self._when_available(lambda: self.tools.steps.step_totals(run.id))
+            self._totals = self._totals or totals
+        masked = masker.mask(step.result_json)
+        row = RunStep(run, self.trail.handler, replace(step, result_json=masked), len(masked.encode()))
+        last, size = self._totals
+        if step.seq <= last or step.seq in self._places:
+            raise StepError(f"step {step.name}: place {step.seq} is taken by another step")
+        if size + row.size > TOTAL_LIMIT:
+            raise StepError(f"step {step.name}: {TOTAL_FULL}")
+        self._places.add(step.seq)
+        self._totals = (last, size + row.size)
+        self._check_ours(await self._when_available(lambda: self.tools.steps.store_step(row)))
+        self.inflight.moved = True
+        return masked
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token with some life left; one of another org or without a scope ends the run refused."""
@@ -165,6 +211,22 @@ class AttemptServices:
 
     def close(self) -> None:
         self._closed = True
+
+    async def _when_available(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The result of a call of the store, repeated while the database is away. Raises LeaseLost."""
+        pause = RETRY_SAVE
+        while True:
+            self._check_open()
+            try:
+                return await call()
+            except Unavailable:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_RETRY_SAVE)
+
+    def _check_ours(self, stored: bool) -> None:
+        if not stored:
+            self.inflight.stop.kill()
+            raise LeaseLost(f"run {self.inflight.run.id} is no longer ours")
 
     def _check_open(self) -> None:
         if self._closed:

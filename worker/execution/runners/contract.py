@@ -30,7 +30,8 @@ LEASE_LOST = outcomes.Lost("the lease on the run is lost")
 class Work:
     """Everything a handler needs for one attempt, and nothing of another org. Immutable by convention.
 
-    `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt.
+    `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt;
+    `replays` if earlier attempts may have stored steps.
     """
 
     run_id: RunId
@@ -52,6 +53,7 @@ class Work:
     traceparent: str | None = None
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
+    replays: bool = False
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
         """What the handler's context is made of. Raises ParamsInvalid, SettingsInvalid."""
@@ -70,6 +72,7 @@ class Work:
             traceparent=self.traceparent,
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
+            replays=self.replays,
         )
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import CancelledError, Executor, Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -30,12 +30,14 @@ from worker.execution.runners.contract import (
     start_task,
 )
 from worker.execution.runners.output import RunOutput, Sink, marked
+from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
 from worker.runs.outcome import Outcome
+from worker.runs.run import NewStep, StepPage
 from worker.telemetry.events import emit
 
 P = ParamSpec("P")
@@ -187,7 +189,7 @@ class Blocking:
         loop, cancelled = asyncio.get_running_loop(), BlockingCancellation()
         port = _ThreadPort(services, loop)
         log = RunLogger(work.handler, services.log, self.clock, loop)
-        ended = loop.run_in_executor(_DaemonThread(), self._body, work, port, cancelled, log)
+        ended = loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, log)
         try:
             await _ended_or_stopped(ended, stop, cancelled, port.interrupt)
         finally:
@@ -220,13 +222,19 @@ class _ThreadPort:
         self._loop = loop
         self._lock = threading.Lock()
         self._interrupted = self._closed = False
-        self._waiting: Future[Any] | None = None
+        self._waiting: set[Future[Any]] = set()
 
     def save(self, data_json: str) -> None:
         self._wait_for(lambda: self._services.save(data_json))
 
     def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         return self._wait_for(lambda: self._services.token(fresh=fresh))
+
+    def load_steps(self, after: int) -> StepPage:
+        return self._wait_for(lambda: self._services.load_steps(after))
+
+    def store_step(self, step: NewStep) -> str:
+        return self._wait_for(lambda: self._services.store_step(step))
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._send(self._services.progress, done, total, note)
@@ -235,9 +243,10 @@ class _ThreadPort:
         self._send(self._services.started)
 
     def interrupt(self) -> None:
-        """Raise Interrupted in the call that waits, or else in the next one."""
+        """Raise Interrupted in the calls that wait, or else in the next one."""
         with self._lock:
-            self._interrupted = self._waiting is None or not self._waiting.cancel()
+            interrupted = [waiting for waiting in self._waiting if waiting.cancel()]
+            self._interrupted = not interrupted
 
     def close(self) -> None:
         """Raise Interrupted in every further call: the run has ended."""
@@ -247,14 +256,16 @@ class _ThreadPort:
     def _wait_for(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             self._check()
-            waiting = self._waiting = asyncio.run_coroutine_threadsafe(start(), self._loop)
+            waiting = asyncio.run_coroutine_threadsafe(start(), self._loop)
+            self._waiting.add(waiting)
         try:
             result: T = waiting.result()
             return result
         except CancelledError:
             raise Interrupted("the run is being stopped") from None
         finally:
-            self._waiting = None
+            with self._lock:
+                self._waiting.discard(waiting)
 
     def _send(self, callback: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         with self._lock:
@@ -265,23 +276,6 @@ class _ThreadPort:
         if self._interrupted or self._closed:
             self._interrupted = False
             raise Interrupted("the run is being stopped")
-
-
-class _DaemonThread(Executor):
-    """Runs one call in a daemon thread, which does not keep the interpreter from exiting."""
-
-    def submit(self, call: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        future.set_running_or_notify_cancel()
-
-        def work() -> None:
-            try:
-                future.set_result(call(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name="blocking handler", daemon=True).start()
-        return future
 
 
 async def _ended_or_stopped(

@@ -21,6 +21,7 @@ from worker.runs.run import (
     NewSkip,
     NextFire,
     OwnedRun,
+    RunStep,
 )
 from worker.runs.waits import NewWait, WaitState
 
@@ -219,6 +220,11 @@ def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
     )
 
 
+def in_order(steps: Iterable[RunStep]) -> list[RunStep]:
+    """Steps in the order of run ids, so that two batches cannot deadlock."""
+    return sorted(steps, key=lambda step: (step.run.id, step.step.seq))
+
+
 class Statements(Protocol):
     """The hot statements of a dialect; the dialects have the SQL."""
 
@@ -321,6 +327,14 @@ class Statements(Protocol):
 
     def wake_due(self, connection: Connection, *, limit: int) -> int:
         """Let parked runs wait for a slot whose first deadline has passed; returns how many."""
+        ...
+
+    def store_steps(self, connection: Connection, steps: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+        """Store steps, fenced; returns the runs, with their fencing tokens, that still run.
+
+        A new step sets `recoveries` back to 0. Can be repeated: the same step is accepted again. The
+        transaction must contain nothing else: on PostgreSQL it commits before the answer is read.
+        """
         ...
 
     def write_progress(self, connection: Connection, rows: Sequence[Progress]) -> None:

@@ -48,6 +48,7 @@ from worker.store.tables.runs import run_ends as run_ends
 from worker.store.tables.runs import run_logs as run_logs
 from worker.store.tables.runs import runs as runs
 from worker.store.tables.runs import skips as skips
+from worker.store.tables.runs import steps as steps
 from worker.store.tables.runs import waits as waits
 from worker.store.tables.sign_in import OPERATOR_ROLES as OPERATOR_ROLES
 from worker.store.tables.sign_in import login_transactions as login_transactions

@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-from worker.store.dialect import Id, Instant, json_type
+from worker.store.dialect import Id, Instant, exact_json_type, json_type
 
 metadata = MetaData(
     naming_convention={
@@ -342,7 +342,29 @@ checkpoints = Table(
     required("fencing_token", BigInteger, "The fencing token that it was saved under."),
     required("saved_at", Instant, "When it was saved."),
     required("data", json_type(), "The data passed to `ctx.save`."),
+    Column("handler", Text, doc="The handler that saved first: the run keeps it."),
     info={"meaning": "The last checkpoint of an unfinished or retried run."},
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    Column("seq", Integer, primary_key=True, doc="Its place among the stored steps of the run, from 1."),
+    required("org_id", Id),
+    required("name", Text, "The name passed to `ctx.step` or `ctx.map`."),
+    Column("key", Text, doc="The key passed with it; of an item without a key, a digest of the item."),
+    required("occurrence", Integer, "Which use of that name and key it is, from 1."),
+    required("attempt", Integer, "The attempt that called the function."),
+    required(
+        "fencing_token", BigInteger, "The fencing token that it was stored under; 0: a retry copied it."
+    ),
+    required("handler", Text, "The handler of that attempt; the run keeps the first one."),
+    required("started_at", Instant, "When the function was called."),
+    required("ended_at", Instant, "When it returned."),
+    required("size", Integer, "Bytes of the result."),
+    required("result", exact_json_type(), "What the function returned, as JSON."),
+    info={"meaning": "The stored results of the steps of each run."},
 )
 
 run_logs = Table(

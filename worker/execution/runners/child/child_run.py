@@ -26,7 +26,9 @@ from worker.execution.runners.contract import (
 )
 from worker.execution.runners.output import RunOutput
 from worker.handlers.json_text import NotStorable, check_json_text
+from worker.handlers.steps import StepError
 from worker.runs.outcome import Error, Failed, Lost, Outcome
+from worker.runs.run import NewStep
 from worker.telemetry.events import emit
 
 # Seconds that a process may take to end after it sent its outcome, or was killed.
@@ -141,7 +143,7 @@ class ChildRun(asyncio.Protocol):
         try:
             for message in self._unframer.feed(data):
                 self._handle(message)
-        except (messages.BrokenFrame, KeyError, TypeError, ValueError):
+        except (messages.BrokenFrame, KeyError, TypeError, ValueError, StepError):
             error = Error("BrokenChannel", "the run's process sent an invalid message")
             self._returned = Failed(error, "result_invalid")
             self._send_signal("kill")
@@ -162,6 +164,10 @@ class ChildRun(asyncio.Protocol):
                 self._answer_later(message, self._save(message["data"]))
             case "token":
                 self._answer_later(message, self._token(bool(message["fresh"])))
+            case "steps":
+                self._answer_later(message, self._load_steps(int(message["after"])))
+            case "step":
+                self._answer_later(message, self._store_step(messages.step_of(message["step"])))
             case "end":
                 self._returned = messages.outcome_of_message(message["outcome"])
                 self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
@@ -181,7 +187,7 @@ class ChildRun(asyncio.Protocol):
     async def _answer(self, number: int, work: Awaitable[Message]) -> None:
         try:
             answer = await work
-        except WorkerError as error:
+        except (WorkerError, StepError) as error:
             answer = {"error": error_message(error)}
         except Exception as error:  # of the store: the handler's call fails
             answer = {"error": error_message(Unavailable(f"not possible now ({type(error).__name__})"))}
@@ -200,6 +206,13 @@ class ChildRun(asyncio.Protocol):
 
     async def _token(self, fresh: bool) -> Message:
         return {"granted": messages.granted_message(*await self._services.token(fresh=fresh))}
+
+    async def _load_steps(self, after: int) -> Message:
+        return messages.page_message(await self._services.load_steps(after))
+
+    async def _store_step(self, step: NewStep) -> Message:
+        stored = await self._services.store_step(step)
+        return {"stored": None if stored == step.result_json else stored}
 
     def _send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():

@@ -18,9 +18,11 @@ from worker.handlers.context import NOTE_LIMIT, check_progress
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.results import as_timedelta
+from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, check_key, check_name
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
+from worker.runs.run import NewStep, StepPage, StoredStep
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
 CHANNEL_CLOSED = 81
@@ -209,3 +211,47 @@ def progress_of(message: Mapping[str, Any]) -> tuple[float, float | None, str | 
     done, total, note = message["done"], message["total"], message["note"]
     check_progress(done, total)
     return done, total, None if note is None else clean(str(note), NOTE_LIMIT)
+
+
+def step_message(step: NewStep) -> Message:
+    values = {name: getattr(step, name) for name in _STEP}
+    return values | {"started_at": to_text(step.started_at), "ended_at": to_text(step.ended_at)}
+
+
+_STEP = [field.name for field in fields(NewStep)]
+
+
+def step_of(message: Mapping[str, Any]) -> NewStep:
+    """A step as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
+    key, seq, occurrence = message["key"], message["seq"], message["occurrence"]
+    if not (type(seq) is type(occurrence) is int and 1 <= seq <= MOST_STEPS and 1 <= occurrence <= 2**31 - 1):
+        raise ValueError("not a step")
+    name = check_name("step", message["name"])
+    check_json_text(message["result_json"], f"result of step {name}", RESULT_LIMIT)
+    return NewStep(
+        name=name,
+        key=None if key is None else check_key(f"step {name}", key),
+        occurrence=occurrence,
+        seq=seq,
+        result_json=message["result_json"],
+        started_at=from_text(message["started_at"]),
+        ended_at=from_text(message["ended_at"]),
+        spends=tuple(_spend(*spend) for spend in message["spends"]),
+    )
+
+
+def _spend(meter: Any, amount: Any) -> tuple[str, int]:
+    if type(amount) is not int or not 0 <= amount < 2**53:
+        raise ValueError("not a spend")
+    return check_name("spend", meter), amount
+
+
+def page_message(page: StepPage) -> Message:
+    steps = [
+        (step.seq, step.name, step.key, step.occurrence, step.size, step.result_json) for step in page.steps
+    ]
+    return {"steps": steps, "more": page.more}
+
+
+def page_of(message: Mapping[str, Any]) -> StepPage:
+    return StepPage([StoredStep(*values) for values in message["steps"]], message["more"])

@@ -16,7 +16,17 @@ from typing import Any
 
 from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, Unavailable, WorkerError
-from worker.execution.runners.child.messages import BrokenFrame, Message, Unframer, frame, granted_of
+from worker.execution.runners.child.messages import (
+    BrokenFrame,
+    Message,
+    Unframer,
+    frame,
+    granted_of,
+    page_of,
+    step_message,
+)
+from worker.handlers.steps import StepError
+from worker.runs.run import NewStep, StepPage
 
 # Seconds between two progress messages at least; the newest counts.
 PROGRESS_EVERY = 0.1
@@ -78,6 +88,12 @@ class WorkerChannel:
 
     def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         return granted_of(self.ask({"op": "token", "fresh": fresh}).result()["granted"])
+
+    def load_steps(self, after: int) -> StepPage:
+        return page_of(self.ask({"op": "steps", "after": after}).result())
+
+    def store_step(self, step: NewStep) -> str:
+        return _as_stored(step, self.ask({"op": "step", "step": step_message(step)}).result())
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._progress = {"op": "progress", "done": done, "total": total, "note": note}
@@ -159,14 +175,36 @@ class AsyncPort:
         answer = await asyncio.wrap_future(self._channel.ask({"op": "token", "fresh": fresh}))
         return granted_of(answer["granted"])
 
+    async def load_steps(self, after: int) -> StepPage:
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "steps", "after": after}))
+        return page_of(answer)
 
-def error_message(error: WorkerError) -> Message:
+    async def store_step(self, step: NewStep) -> str:
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "step", "step": step_message(step)}))
+        return _as_stored(step, answer)
+
+
+def _as_stored(step: NewStep, answer: Message) -> str:
+    """The text that the worker has stored; it sends only one that differs."""
+    stored: str | None = answer["stored"]
+    return step.result_json if stored is None else stored
+
+
+# The code of a StepError, which is the author's.
+_STEP = "step"
+
+
+def error_message(error: WorkerError | StepError) -> Message:
     """An error of the worker, to be raised in the run's process."""
+    if isinstance(error, StepError):
+        return {"code": _STEP, "message": str(error)}
     pause = getattr(error, "retry_after", None)
     return {"code": error.code, "message": error.message, "retry_after": pause}
 
 
-def _error_of(message: Mapping[str, Any]) -> WorkerError:
+def _error_of(message: Mapping[str, Any]) -> WorkerError | StepError:
+    if message["code"] == _STEP:
+        return StepError(message["message"])
     if message["code"] == LeaseLost.code:
         return LeaseLost(message["message"])
     error = Unavailable(message["message"])

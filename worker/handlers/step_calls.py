@@ -1,0 +1,385 @@
+"""`ctx.step` and `ctx.map`: call a function once in a run and store its result, or return the stored one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import itertools
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, Protocol
+
+from worker.clock import Clock
+from worker.errors import WorkerError
+from worker.handlers.blocking import DaemonThread
+from worker.handlers.json_text import NotStorable, to_json_text
+from worker.handlers.results import Duration, PermanentError, as_timedelta
+from worker.handlers.steps import (
+    RESULT_LIMIT,
+    OpenStep,
+    StepError,
+    StepId,
+    StepJournal,
+    check_key,
+    check_name,
+    digest_of,
+)
+from worker.runs.run import NewStep, StepPage
+
+# Calls of one `ctx.map` at the same time: by default, and at most.
+CONCURRENCY, MOST_CONCURRENCY = 8, 1_000
+# Seconds before the first retry of a step; each further one takes twice as long, up to the longest.
+BACKOFF, LONGEST_BACKOFF = 1.0, 3600.0
+# A retry inside the step would not help.
+_NOT_RETRIED = (StepError, PermanentError, WorkerError)
+
+Call = Callable[[], Any]
+KeyOf = Callable[[Any], str | int]
+
+
+class StepPort(Protocol):
+    """How the steps of a run reach the worker from an event loop."""
+
+    async def load_steps(self, after: int) -> StepPage:
+        """The stored steps after the place `after`, in pages."""
+
+    async def store_step(self, step: NewStep) -> str:
+        """Store a result, fenced and durable; returns the JSON text as stored, without secrets."""
+
+
+class BlockingStepPort(Protocol):
+    """The same for a handler that blocks."""
+
+    def load_steps(self, after: int) -> StepPage: ...
+
+    def store_step(self, step: NewStep) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often a step is tried, and how long; in seconds."""
+
+    retries: int
+    backoff: float
+    timeout: float | None
+
+    @classmethod
+    def of(cls, retries: int, backoff: Duration, timeout: Duration | None) -> Tries:
+        """From the arguments of a step. Raises TypeError, ValueError."""
+        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+            raise TypeError("retries= is a number of calls after the first one, such as 2")
+        seconds = None if timeout is None else as_timedelta(timeout).total_seconds()
+        if seconds == 0:
+            raise ValueError("timeout= is longer than 0 s")
+        return cls(retries, as_timedelta(backoff).total_seconds(), seconds)
+
+    def delays(self) -> Iterator[float]:
+        """The pause before each retry: random, from half of the doubled backoff to all of it."""
+        for number in range(self.retries):
+            longest = min(self.backoff * 2.0 ** min(number, 60), LONGEST_BACKOFF)
+            yield random.uniform(longest / 2, longest)  # noqa: S311
+
+
+class _Calls:
+    """What both forms share: ids, checks and results."""
+
+    def __init__(self, journal: StepJournal, clock: Clock) -> None:
+        self.journal = journal
+        self._clock = clock
+
+    def _id(self, name: str, key: str | int | None) -> StepId:
+        self.journal.refuse_inside(f"step {check_name('step', name)}")
+        return self.journal.take(name, None if key is None else check_key(f"step {name}", key))
+
+    def _items(
+        self, name: str, function: Callable[[Any], Any], items: Iterable[Any], key: KeyOf | None
+    ) -> list[tuple[StepId, Call]]:
+        """The step of each item, in order."""
+        what = f"map {check_name('map', name)}"
+        self.journal.refuse_inside(what)
+
+        def id_of(item: Any) -> StepId:
+            if key is None:
+                return self.journal.take_item(name, digest_of(what, item))
+            return self.journal.take(name, check_key(what, key(item)))
+
+        return [(id_of(item), partial(function, item)) for item in items]
+
+    def _new_step(self, opened: OpenStep, value: Any, started_at: datetime) -> NewStep:
+        step = opened.id
+        try:
+            text = to_json_text(value, f"result of step {step}", RESULT_LIMIT)
+        except NotStorable as error:
+            raise StepError(f"{error}; return less, or store it elsewhere and return where") from None
+        return NewStep(
+            name=step.name,
+            key=step.key,
+            occurrence=step.occurrence,
+            seq=self.journal.next_seq(len(text.encode())),
+            result_json=text,
+            started_at=started_at,
+            ended_at=self._clock.now(),
+            spends=tuple(opened.spends),
+        )
+
+
+class StepCalls(_Calls):
+    """The steps of an async handler."""
+
+    def __init__(self, journal: StepJournal, port: StepPort, clock: Clock) -> None:
+        super().__init__(journal, clock)
+        self._port = port
+        self._loading = asyncio.Lock()
+
+    def step(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        key: str | int | None,
+        tries: Tries,
+    ) -> Coroutine[Any, Any, Any]:
+        """As `Context.step`. The occurrence is taken now, not when the step is awaited."""
+        is_async = _check_function(f"step {name}", function, tries.timeout)
+        call = partial(function, *args, **kwargs)
+        return self._run(self._id(name, key), call, tries, is_async)
+
+    def map(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        concurrency: int,
+        key: KeyOf | None,
+        tries: Tries,
+    ) -> Coroutine[Any, Any, list[Any]]:
+        """As `Context.map`. The occurrences are taken now."""
+        _check_concurrency(concurrency)
+        is_async = _check_function(f"map {name}", function, tries.timeout)
+        return self._map(self._items(name, function, items, key), concurrency, tries, is_async)
+
+    async def _map(
+        self, calls: Sequence[tuple[StepId, Call]], concurrency: int, tries: Tries, is_async: bool
+    ) -> list[Any]:
+        results: list[Any] = [None] * len(calls)
+        left = iter(enumerate(calls))
+        errors: list[BaseException] = []
+
+        async def work() -> None:
+            for place, (step, call) in left:
+                if errors:
+                    return
+                try:
+                    results[place] = await self._run(step, call, tries, is_async)
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:
+                    # Not to the task: SystemExit would end the loop. Calls in flight are paid: they finish.
+                    errors.append(error)
+
+        with self.journal.busy():
+            workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(calls)))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+        if errors:
+            raise errors[0]
+        return results
+
+    async def _run(self, step: StepId, call: Call, tries: Tries, is_async: bool) -> Any:
+        text = await self._replayed(step)
+        if text is None:
+            with self.journal.open(step) as opened:
+                started_at = self._clock.now()
+                value = await self._tried(opened, call, tries, is_async)
+                text = await self._stored(self._new_step(opened, value, started_at))
+        return json.loads(text)
+
+    async def _replayed(self, step: StepId) -> str | None:
+        """The stored result; reads pages until one has it."""
+        while (text := self.journal.replayed(step)) is None and not self.journal.complete:
+            async with self._loading:
+                if not self.journal.complete:
+                    self.journal.add(await self._port.load_steps(self.journal.last))
+        return text
+
+    async def _tried(self, opened: OpenStep, call: Call, tries: Tries, is_async: bool) -> Any:
+        for delay in itertools.chain(tries.delays(), (None,)):
+            opened.begin_try()
+            try:
+                async with asyncio.timeout(tries.timeout):
+                    return await (call() if is_async else _in_thread(call))
+            except _NOT_RETRIED:
+                raise
+            except Exception:
+                if delay is None:
+                    raise
+            await asyncio.sleep(delay)
+
+    async def _stored(self, step: NewStep) -> str:
+        storing = asyncio.ensure_future(self._port.store_step(step))
+        try:
+            return await asyncio.shield(storing)
+        except asyncio.CancelledError:
+            if not storing.done():
+                # The call was made and paid: a cancellation waits until its result is stored.
+                await asyncio.wait({storing})
+            if not storing.cancelled():
+                storing.exception()  # retrieved, or asyncio would log it
+            raise
+
+
+class BlockingStepCalls(_Calls):
+    """The steps of a handler that blocks."""
+
+    def __init__(self, journal: StepJournal, port: BlockingStepPort, clock: Clock) -> None:
+        super().__init__(journal, clock)
+        self._port = port
+        self._loading = threading.Lock()
+
+    def step(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        key: str | int | None,
+        tries: Tries,
+    ) -> Any:
+        """As `BlockingContext.step`."""
+        _check_blocking(f"step {name}", function, tries.timeout)
+        return self._run(self._id(name, key), partial(function, *args, **kwargs), tries)
+
+    def map(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        concurrency: int,
+        key: KeyOf | None,
+        tries: Tries,
+    ) -> list[Any]:
+        """As `BlockingContext.map`: the calls run in threads, at most `concurrency` at a time."""
+        _check_concurrency(concurrency)
+        _check_blocking(f"map {name}", function, tries.timeout)
+        calls = self._items(name, function, items, key)
+        results: list[Any] = [None] * len(calls)
+        left = iter(enumerate(calls))
+        taking = threading.Lock()
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            while not errors:
+                with taking:
+                    place, item = next(left, (0, None))
+                if item is None:
+                    return
+                try:
+                    results[place] = self._run(*item, tries)
+                except BaseException as error:
+                    errors.append(error)
+
+        with self.journal.busy():
+            threads = [
+                threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True, name=name)
+                for _ in range(min(concurrency, len(calls)))
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            except BaseException as error:
+                # The handler is interrupted: start no other call.
+                errors.append(error)
+                raise
+        if errors:
+            raise errors[0]
+        return results
+
+    def _run(self, step: StepId, call: Call, tries: Tries) -> Any:
+        text = self._replayed(step)
+        if text is None:
+            with self.journal.open(step) as opened:
+                started_at = self._clock.now()
+                value = self._tried(opened, call, tries)
+                text = self._port.store_step(self._new_step(opened, value, started_at))
+        return json.loads(text)
+
+    def _replayed(self, step: StepId) -> str | None:
+        while (text := self.journal.replayed(step)) is None and not self.journal.complete:
+            with self._loading:
+                if not self.journal.complete:
+                    self.journal.add(self._port.load_steps(self.journal.last))
+        return text
+
+    def _tried(self, opened: OpenStep, call: Call, tries: Tries) -> Any:
+        for delay in itertools.chain(tries.delays(), (None,)):
+            opened.begin_try()
+            try:
+                return call()
+            except _NOT_RETRIED:
+                raise
+            except Exception:
+                if delay is None:
+                    raise
+            time.sleep(delay)
+
+
+def _check_concurrency(concurrency: int) -> None:
+    if not isinstance(concurrency, int) or not 1 <= concurrency <= MOST_CONCURRENCY:
+        raise TypeError(f"concurrency= is a number of calls from 1 to {MOST_CONCURRENCY:,}")
+
+
+def _check_function(what: str, function: Any, timeout: float | None) -> bool:
+    """Whether the function is async; raises TypeError."""
+    is_async = _is_async(what, function)
+    if timeout is not None and not is_async:
+        raise TypeError(
+            f"{what}: timeout= works for async functions only, since a thread cannot be stopped; "
+            "set a timeout inside the function"
+        )
+    return is_async
+
+
+def _check_blocking(what: str, function: Any, timeout: float | None) -> None:
+    if _check_function(what, function, timeout):
+        raise TypeError(f"{what}: the function is async; declare the handler as async def, too")
+
+
+def _is_async(what: str, function: Any) -> bool:
+    if not callable(function):
+        raise TypeError(
+            f"{what}: pass a function and its arguments, as in ctx.step('ask', ask, prompt), "
+            f"not a {type(function).__name__}"
+        )
+    while isinstance(function, partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+async def _in_thread(call: Call) -> Any:
+    """The result of a function that blocks; of an awaitable that it returns, as a lambda may, the result."""
+
+    def settle() -> tuple[Any, BaseException | None]:
+        # As a value: a future cannot have a StopIteration.
+        try:
+            return call(), None
+        except BaseException as error:
+            return None, error
+
+    run = contextvars.copy_context().run
+    value, error = await asyncio.get_running_loop().run_in_executor(DaemonThread(), run, settle)
+    if error is not None:
+        raise error
+    return await value if inspect.isawaitable(value) else value
