@@ -88,11 +88,13 @@ _WRITES: Mapping[str, Sequence[str]] = {
     # For SELECT FOR UPDATE.
     "orgs": ("UPDATE (updated_at)",),
 }
-# For operators they also edit and backfill definitions, pause orgs, and add and retire credentials.
+# For operators they also edit and backfill definitions, pause orgs, raise budgets, and add and retire
+# credentials.
 _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "orgs": ("UPDATE (state, state_by, state_at, state_note, templates_seen)",),
     # A secret comes in, sealed, and never goes out.
     "credentials": ("INSERT", "UPDATE (state, retired_at)"),
+    "budget_raises": ("INSERT",),
     "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
     "definition_revisions": ("INSERT",),
     "backfills": (

@@ -15,6 +15,7 @@ from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
 from worker.operations import bulk
 from worker.operations.backfill import backfill, planned_backfill
+from worker.operations.budgets import raise_budget
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition, pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
@@ -32,6 +33,7 @@ from worker.store.lists import (
     DefinitionDetail,
     OrgDetail,
     PlannedBackfill,
+    Raise,
     Run,
 )
 from worker.store.lists.redaction import Row, redacted
@@ -53,7 +55,7 @@ Kind = Literal["operator", "org", "person", "link"]
 
 # What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
 # only, and `[web.portal] may` says which of BY_ORGS a manager may do.
-Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "credentials"]
+Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "budget", "credentials"]
 BY_ADMINS: frozenset[Action] = frozenset({"credentials"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
 
@@ -284,6 +286,21 @@ class CallerDatabase:
     async def retire_credential(self, caller: Caller, org: str, generation: int) -> CredentialRow:
         """Retire a generation, so that no token is requested with it."""
         return await self._change_of(caller, "credentials", retire_credential, org, generation)
+
+    async def raise_budget(
+        self,
+        caller: Caller,
+        org: str,
+        *,
+        meter: str,
+        by: int,
+        per: str,
+        until: datetime | None = None,
+        reason: str | None = None,
+    ) -> Raise:
+        """Raise an org's budgets of a meter and period."""
+        what = {"by": by, "per": per, "until": until, "reason": reason}
+        return await self._change_of(caller, "budget", raise_budget, org, meter, **what)
 
     async def edit(
         self,

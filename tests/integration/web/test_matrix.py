@@ -75,6 +75,12 @@ name = "canary-{org}-template"
 orgs = {{ tags = ["{org}"] }}
 handler = "acme.canary-{org}"
 schedule = "@hourly"
+
+[[budget]]
+org = "{org}"
+meter = "canary-{org}-tokens"
+limit = 1000
+per = "day"
 """
     for org in ORGS
 )
@@ -95,6 +101,7 @@ CHANGED = (
     "rollup_days",
     "run_logs",
     "credentials",
+    "budget_raises",
 )
 # How each of these is read, and the place of its org.
 READ = [
@@ -186,6 +193,9 @@ RULES: Mapping[tuple[str, str], Rule] = {
     # Each pause is undone by the next rule.
     ("POST", f"{API}/orgs/{{org}}/pause"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/orgs/{{org}}/resume"): replace(BY_STAFF, status=200),
+    ("GET", f"{API}/usage"): Rule("list"),
+    ("GET", f"{API}/budgets/{{org}}"): Rule("by_staff"),
+    ("POST", f"{API}/budgets/{{org}}/raise"): replace(BY_STAFF, status=200),
     ("POST", f"{API}/credentials/{{org}}"): replace(BY_STAFF, role="admin", status=201),
     ("POST", f"{API}/credentials/{{org}}/{{generation}}/retire"): replace(BY_STAFF, role="admin", status=200),
     ("GET", f"{API}/definitions/{{org}}/{{name}}"): Rule("own_org"),
@@ -201,13 +211,14 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/"): Rule("front"),
     **{
         ("GET", f"/{page}"): Rule("page")
-        for page in ("orgs", "search", "definitions", "templates", "handlers")
+        for page in ("orgs", "search", "definitions", "templates", "handlers", "usage")
     },
     **{("GET", f"/{page}"): Rule("page", role="admin") for page in ("credentials", "audit")},
     **{("GET", f"/{page}"): Rule("staff") for page in ("workers", "failures")},
     ("GET", "/orgs/{org}"): Rule("own_org"),
     ("POST", "/orgs/{org}/pause"): BY_STAFF,
     ("POST", "/orgs/{org}/resume"): BY_STAFF,
+    ("POST", "/usage/{org}/raise"): BY_STAFF,
     ("GET", "/runs/{run}"): Rule("own_run"),
     ("GET", "/runs/{run}/log"): Rule("own_run"),
     ("GET", "/runs/{run}/live"): Rule("own_run"),
@@ -415,6 +426,11 @@ def fill(made: Installation) -> None:
                     skipped_until=now, count=1, reason="missed",
                 )
             )  # fmt: skip
+            connection.execute(
+                insert(tables.meter_days).values(
+                    day=now.date(), org_id=org_id, meter=f"{mark}-tokens", definition_id=definition, used=5
+                )
+            )
             made.ended[code] = run
             made.names[code] = {code, mark, run, org_id, definition}
 
@@ -509,13 +525,17 @@ class Client:
             request = {"data": {"csrf": self.csrf, "zone": "UTC", "q": NOTHING, "reason": "why"} | fields}
         return await client.request(method, path, **request)
 
-    def fields(self, path: str) -> dict[str, str]:
+    def fields(self, path: str) -> dict[str, Any]:
         """The fields that a form of this path has, each time others, so that they change something."""
         if ":" in path:
             # Of whatever the caller reaches, which tests/integration/web/test_bulk.py judges.
             return {"q": "state:succeeded" if path.endswith("retry") else "state:running"}
         if path.startswith(f"{API}/credentials/") and not path.endswith("/retire"):
             return {"client_id": f"m2m-{next(NUMBERS)}", "reference": "absent"}
+        if path.endswith("/raise"):
+            org = path.split("/")[-2]
+            by: Any = next(NUMBERS) if path.startswith(API) else str(next(NUMBERS))
+            return {"meter": f"canary-{org}-tokens", "per": "day", "by": by}
         if path.endswith("/backfill"):
             start = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(days=next(NUMBERS))
             return {"from": start.isoformat(), "until": (start + timedelta(days=1)).isoformat()}

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from sqlalchemy import insert
 
 from tests.integration.web.conftest import TOKENS, Site
+from worker.definitions.file import parse_file
+from worker.operations.apply import apply
 from worker.operations.runs import cancel, run_now
 from worker.store import orgs, tables
 from worker.tokens.sealing import KeyRing
@@ -42,6 +44,8 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
     database = staffed.database
     ring = KeyRing.load_or_generate(tmp_path / "keyring")
     staffed.open_ring = lambda: ring
+    budget = '[[budget]]\norg = "org_a"\nmeter = "calls"\nlimit = 9\nper = "day"\n'
+    apply(database, parse_file(budget), actor="tester")
     run, waiting = (str(run_now(database, "org_a", "digest", actor="tester")["id"]) for _ in range(2))
     cancel(database, run, actor="tester")
     with database.transaction() as connection:
@@ -91,6 +95,8 @@ def ask_everything(app: Any, seeded: dict[str, str]) -> dict[str, set[int]]:
                 case.path_parameters = {name: seeded[name] for name in case.path_parameters or {}}
                 if case.operation.label.endswith("/cancel"):
                     case.path_parameters["run"] = seeded["waiting"]
+                if case.operation.label.endswith("/raise"):
+                    case.body = {"meter": "calls", "by": 1}
                 if case.operation.label.endswith("/backfill"):
                     case.body = {"from": "2020-01-01", "until": "2020-01-03", "dry_run": True}
             send(case)

@@ -133,9 +133,9 @@ def usage(
             .group_by(_days.c.org_id, _days.c.meter, *part)
         )
         rows += all_rows(connection, query)
-    names = _texts(
-        connection, _definitions.c.name, {row["definition_id"] for row in rows if by == "definition"}
-    )
+    shown = {row["definition_id"] for row in rows} if by == "definition" else set[str]()
+    mine = () if isinstance(scope, AllOrgs) else (_definitions.c.org_id == scope,)
+    names = _texts(connection, _definitions.c.name, shown, *mine)
     places = {org_id: place for place, org_id in enumerate(named)}
     newest_first = [
         (places[row["org_id"]], -row["day"].toordinal() if by == "day" else 0, -int(row["used"]), n)
@@ -166,12 +166,16 @@ def _page_of_orgs(
     return list(connection.execute(query).scalars())
 
 
-def _texts(connection: Connection, column: Column[Any], ids: Collection[str]) -> dict[str, str]:
+def _texts(
+    connection: Connection, column: Column[Any], ids: Collection[str], *mine: ColumnElement[bool]
+) -> dict[str, str]:
     """A column of the rows with these ids."""
     found: dict[str, str] = {}
     for part in chunks(sorted(ids)):
         key = column.table.c.id
-        found |= {id_: text for id_, text in connection.execute(select(key, column).where(key.in_(part)))}
+        found |= {
+            id_: text for id_, text in connection.execute(select(key, column).where(key.in_(part), *mine))
+        }
     return found
 
 

@@ -23,9 +23,11 @@ from worker.store.lists import (
     LogLine,
     OrgDetail,
     PlannedBackfill,
+    Raise,
     Run,
     RunDetail,
 )
+from worker.store.lists.usage import BYS, BudgetLevel, Usage
 from worker.web.callers import Role
 
 BASE = "/api/v1"
@@ -226,6 +228,46 @@ RESUME_ORG = Endpoint(
     body=(Field("note", _text(), "Why; it is shown with the org."),),
     role="operator",
 )
+BUDGETS = Endpoint(
+    "list_budgets",
+    "GET",
+    "/budgets/{org}",
+    "The budgets of an org now: limits with raises, what is used and left. Only operators.",
+    BudgetLevel,
+    is_list=True,
+)
+RAISE = Endpoint(
+    "raise_budget",
+    "POST",
+    "/budgets/{org}/raise",
+    "Raise an org's budgets of a meter; runs that wait for them go on. Only operators.",
+    Raise,
+    body=(
+        Field("meter", _text(200), "The meter, such as `llm_tokens`.", required=True),
+        Field("by", {"type": "integer"}, "What to add to the limit of each period.", required=True),
+        Field("per", {"enum": ["day", "month", "run"]}, "The budgets to raise; `day` by default."),
+        Field("until", TIME, "When the raise ends; by default with the period."),
+        REASON,
+    ),
+    role="operator",
+)
+USAGE = Endpoint(
+    "list_usage",
+    "GET",
+    "/usage",
+    "What orgs spent, a row for each org and meter; a page has `limit` orgs.",
+    Usage,
+    is_list=True,
+    query=(
+        Field("org", {"type": "string"}, "An org's code."),
+        Field("by", {"enum": list(BYS)}, "Also a row for each definition or UTC day."),
+        Field("since", TIME, "The first UTC day, 29 days ago by default."),
+        Field("until", TIME, "The last UTC day, today by default."),
+        Field("limit", LIMIT, "Orgs of a page, 50 by default."),
+        Field("after", {"type": "string"}, "The last org of the page before."),
+    ),
+    errors=(304,),
+)
 ADD_CREDENTIAL = Endpoint(
     "add_credential",
     "POST",
@@ -329,6 +371,7 @@ DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type"
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
 ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
+    *(USAGE, BUDGETS, RAISE),
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
     *(RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import date, datetime
 from functools import cache
 from http import HTTPStatus
 from importlib.metadata import version
@@ -21,6 +21,7 @@ _SIMPLE: Mapping[Any, dict[str, Any]] = {
     float: {"type": "number"},
     bool: {"type": "boolean"},
     datetime: {"type": "string", "format": "date-time"},
+    date: {"type": "string", "format": "date"},
     types.NoneType: {"type": "null"},
     Any: {},
 }

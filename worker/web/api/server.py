@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.definitions.units import parse_time
-from worker.errors import NotFound, PreconditionFailed, UsageError
+from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
 from worker.operations.runs import require_run
 from worker.search import parsed, states_of
 from worker.store.lists import (
@@ -30,6 +30,7 @@ from worker.store.lists import (
     OrgDetail,
     Page,
     PlannedBackfill,
+    Raise,
     Run,
     RunDetail,
     runs,
@@ -37,6 +38,7 @@ from worker.store.lists import (
 )
 from worker.store.lists import read as lists
 from worker.store.lists.redaction import Row
+from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document
@@ -59,6 +61,9 @@ class Api:
             endpoints.ORG: self._org,
             endpoints.PAUSE_ORG: functools.partial(self._move_org, endpoints.PAUSE_ORG),
             endpoints.RESUME_ORG: functools.partial(self._move_org, endpoints.RESUME_ORG),
+            endpoints.USAGE: self._usage,
+            endpoints.BUDGETS: self._budgets,
+            endpoints.RAISE: self._raise,
             endpoints.ADD_CREDENTIAL: self._add_credential,
             endpoints.RETIRE_CREDENTIAL: self._retire_credential,
             endpoints.RUN: self._run,
@@ -115,6 +120,48 @@ class Api:
         body, caller = await body_of(request, endpoint), caller_of(request)
         move = self._database.pause_org if endpoint is endpoints.PAUSE_ORG else self._database.resume_org
         return json_response(caller.sees(OrgDetail, await move(caller, request.path_params["org"], **body)))
+
+    async def _usage(self, request: Request) -> Response:
+        caller = caller_of(request)
+        given = query_of(request, [one.name for one in endpoints.USAGE.query], "usage")
+        org = caller.scope(given.get("org"))
+        since, until = (
+            parse_time(given[name], self._clock, name=name) if name in given else None
+            for name in ("since", "until")
+        )
+
+        def work(connection: Connection) -> Response:
+            rows = usage(
+                connection,
+                org,
+                given.get("by", "meter"),
+                since=since,
+                until=until,
+                limit=limit_of(given),
+                after=given.get("after"),
+            )
+            return fresh(request, json_response([caller.sees(Usage, row) for row in rows]))
+
+        return await self._database.read(caller, work)
+
+    async def _budgets(self, request: Request) -> Response:
+        caller, org = caller_of(request), request.path_params["org"]
+        caller.scope(org)
+        if caller.org is not None:
+            raise AccessDenied("budgets are for operators", fix="GET /usage has what your org spent")
+        query_of(request, (), "budgets")
+
+        def work(connection: Connection) -> Response:
+            return json_response([caller.sees(BudgetLevel, row) for row in budgets_of(connection, org)])
+
+        return await self._database.read(caller, work)
+
+    async def _raise(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.RAISE), caller_of(request)
+        until = parse_time(body.pop("until"), self._clock, name="until") if "until" in body else None
+        what = {"per": "day", **body, "until": until}
+        row = await self._database.raise_budget(caller, request.path_params["org"], **what)
+        return json_response(caller.sees(Raise, row))
 
     async def _add_credential(self, request: Request) -> Response:
         caller, org = caller_of(request), request.path_params["org"]

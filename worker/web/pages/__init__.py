@@ -25,6 +25,7 @@ from worker.web.pages.orgs import OrgPages
 from worker.web.pages.rendering import static_routes
 from worker.web.pages.runs import RunPages
 from worker.web.pages.search import SearchPages
+from worker.web.pages.usage import UsagePages
 from worker.web.sessions import Forms, Sessions, in_api
 
 
@@ -56,6 +57,7 @@ class Console:
             *BulkPages(self._pages, self._search).routes(),
             *FailurePages(self._pages).routes(),
             *InventoryPages(self._pages).routes(),
+            *UsagePages(self._pages).routes(),
             *EditPages(self._pages).routes(),
             *ZonePages(self._pages).routes(),
             *self._login.routes(),

@@ -35,6 +35,7 @@ _OF_OPERATORS = (
     ("/definitions", "Definitions", False),
     ("/search", "Runs", False),
     ("/failures", "Failures", False),
+    ("/usage", "Usage", False),
     ("/templates", "Templates", False),
     ("/handlers", "Handlers", False),
     ("/credentials", "Credentials", True),
@@ -44,6 +45,7 @@ _OF_OPERATORS = (
 _OF_ORGS = (
     ("/search", "Runs"),
     ("/definitions", "Definitions"),
+    ("/usage", "Usage"),
     ("/handlers", "Handlers"),
     ("/credentials", "Credentials"),
     ("/audit", "Audit"),
