@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from worker.errors import ConfigurationError, Conflict, NotFound
-from worker.store import audit, credentials
+from worker.store import access_tokens, audit, credentials, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 
@@ -73,10 +73,11 @@ def rekey(
 ) -> Row:
     """Seal every secret with the newest key; if it seals all of them already, add a key first.
 
-    Returns the id of the key, whether it is `new`, and the number of secrets `resealed` and
-    `unopened`. Each batch is a transaction, so the same command again continues after an
-    interruption. Workers read the ring again when they meet the new key. `report` gets
-    the number of secrets resealed so far.
+    Access tokens that an older key seals are deleted: workers request new ones. Returns the id
+    of the key, whether it is `new`, and the number of secrets `resealed` and `unopened`. Each
+    batch is a transaction, so the same command again continues after an interruption. Workers
+    read the ring again when they meet the new key. `report` gets the number of secrets resealed
+    so far.
 
     Raises:
         ConfigurationError: the ring cannot be written.
@@ -103,13 +104,14 @@ def rekey(
                 credentials.reseal(connection, row["org_id"], row["id"], sealed, key_id)
                 resealed += 1
         if not rows:
+            _drop(database, not_sealed_with=key_id)
             return {"key_id": key_id, "new": not older, "resealed": resealed, "unopened": unopened}
         after = rows[-1]["id"]
         report(resealed)
 
 
 def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) -> None:
-    """Remove an unused key from the ring.
+    """Remove an unused key from the ring, and the access tokens that it seals from the database.
 
     Raises:
         NotFound: the ring has no such key.
@@ -124,3 +126,35 @@ def remove_key(database: Database, ring: KeyRing, key_id: str, *, actor: str) ->
         ring.without(key_id)
         entry = audit.Entry(None, "key.remove", key_id)
         audit.record(connection, [entry], at=database.now(connection), actor=actor)
+    _drop(database, sealed_with=key_id)
+
+
+def drop_tokens(database: Database, org: str | None, *, actor: str) -> Row:
+    """Delete the access tokens that workers share, of one org or of all; returns how many.
+
+    Workers that run keep what they hold in memory.
+
+    Raises:
+        NotFound: no such org.
+    """
+    if org is not None:
+        with database.transaction() as connection:
+            org_id = orgs.require(connection, org)["id"]
+            dropped = access_tokens.drop_of_org(connection, org_id)
+    else:
+        org_id, dropped = None, _drop(database)
+    with database.transaction() as connection:
+        entry = audit.Entry(org_id, "token.drop", org or "all orgs", {"tokens": dropped})
+        audit.record(connection, [entry], at=database.now(connection), actor=actor)
+    return {"org": org, "dropped": dropped}
+
+
+def _drop(database: Database, **which: str) -> int:
+    """Delete tokens, a batch in each transaction; returns how many. `which` as for the store."""
+    total = 0
+    while True:
+        with database.transaction() as connection:
+            dropped = access_tokens.drop_for_all_orgs(connection, **which)
+        total += dropped
+        if dropped < access_tokens.BATCH:
+            return total

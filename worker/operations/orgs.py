@@ -18,7 +18,7 @@ from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
-from worker.store import audit, backfills, credentials, definitions, edit_runs, orgs, sign_in
+from worker.store import access_tokens, audit, backfills, credentials, definitions, edit_runs, orgs, sign_in
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import OrgDetail
@@ -148,6 +148,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         stopped["cancelled"] = len(edit_runs.end_waiting(connection, org_id, reason="suspended"))
     if stops.running:
         stopped["asked_to_stop"] = edit_runs.ask_to_stop(connection, org_id, reason="suspended", at=at)
+        access_tokens.drop_of_org(connection, org_id)
     if stops.secrets:
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)
         backfills.cancel(connection, org_id, at=at)

@@ -30,6 +30,7 @@ from worker.settings.sections import (
     ProvisioningSettings,
     RetentionSettings,
     Section,
+    TokenSettings,
     TracingSettings,
     WebSettings,
 )
@@ -56,6 +57,7 @@ class Settings(Section):
     secrets_dir: str = ""
     database: DatabaseSettings = DatabaseSettings()
     issuers: dict[IssuerName, IssuerSettings] = Field(default_factory=dict)
+    tokens: TokenSettings = TokenSettings()
     execution: ExecutionSettings = ExecutionSettings()
     web: WebSettings = WebSettings()
     alerts: AlertSettings = AlertSettings()

@@ -319,6 +319,12 @@ class TracingSettings(Section):
     dashboard_url: Url = ""
 
 
+class TokenSettings(Section):
+    """`[tokens]`: how workers come by access tokens."""
+
+    shared: bool = True
+
+
 class ProvisioningSettings(Section):
     """`[provisioning]`: orgs and credentials that come from the provider."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, func, insert, or_, select, update
 
 from worker.ids import OrgId
-from worker.store import tables
+from worker.store import access_tokens, tables
 from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _credentials = tables.credentials
@@ -96,7 +96,7 @@ def by_id(connection: Connection, org_id: OrgId, credential_id: str) -> Row | No
 
 
 def retire(connection: Connection, org_id: OrgId, generation: int, *, at: datetime) -> bool:
-    """Retire one generation and keep its secret; False if it is already retired or does not exist."""
+    """Retire one generation, keep its secret and delete its tokens; False if nothing was to retire."""
     retired = connection.execute(
         update(_credentials)
         .where(
@@ -105,8 +105,12 @@ def retire(connection: Connection, org_id: OrgId, generation: int, *, at: dateti
             _credentials.c.state != "retired",
         )
         .values(state="retired", retired_at=at)
-    )
-    return retired.rowcount == 1
+        .returning(_credentials.c.id)
+    ).scalar()
+    if retired is None:
+        return False
+    access_tokens.drop_of_org(connection, org_id, retired)
+    return True
 
 
 def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> bool:
@@ -121,7 +125,8 @@ def destroy_one(connection: Connection, org_id: OrgId, generation: int) -> bool:
 
 
 def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
-    """Retire all credentials of an org and delete their secrets; returns how many."""
+    """Retire all credentials of an org, delete their secrets and its tokens; returns how many secrets."""
+    access_tokens.drop_of_org(connection, org_id)
     mine = _credentials.c.org_id == org_id
     connection.execute(
         update(_credentials)

@@ -54,10 +54,16 @@ ORG_DATA = tuple(
 _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 
 # Columns that the web side never reads.
-SECRETS: Mapping[str, frozenset[str]] = {"credentials": frozenset({"sealed"})}
+SECRETS: Mapping[str, frozenset[str]] = {
+    "credentials": frozenset({"sealed"}),
+    "access_tokens": frozenset({"sealed"}),
+}
 # Tables that no org reads: they name machines, or several orgs, or say who may log in.
 _NOT_FOR_ORGS = frozenset(
-    {"workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions", "applications"}
+    {
+        *("workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
+        *("applications", "access_tokens"),
+    }
 )
 # No role changes or deletes these rows; triggers prevent the owner, too.
 APPEND_ONLY = frozenset({"audit"})
@@ -95,6 +101,8 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     # A secret comes in, sealed, and never goes out.
     "credentials": ("INSERT", "UPDATE (state, retired_at)"),
     "budget_raises": ("INSERT",),
+    # With a credential that is retired, or an org that is suspended.
+    "access_tokens": ("DELETE",),
     "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
     "definition_revisions": ("INSERT",),
     "backfills": (
@@ -196,6 +204,8 @@ def _grants(role: str) -> list[str]:
     whole = ", ".join(name for name in _ALL if name not in hidden | SECRETS.keys())
     statements.append(f"GRANT SELECT ON {whole} TO {role}")
     for name, secret in SECRETS.items():
+        if name in hidden:
+            continue
         shown = ", ".join(
             column.name for column in tables.metadata.tables[name].c if column.name not in secret
         )

@@ -123,6 +123,12 @@ _ROWS = (
     ),
     _info("token.requested", "org issuer seconds", "the issuer returned a token; it is not verified yet"),
     _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
+    _warning(
+        "token.unopened",
+        "org issuer key",
+        "a stored token does not open: its key is not in the ring, or it is damaged or from another row; "
+        "it is deleted and a new one requested",
+    ),
     _error("org.parked", "org issuer error seconds", "no token is requested for this org for `seconds`"),
     _warning(
         "issuer.paused",

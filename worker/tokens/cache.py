@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import NamedTuple
 
 import httpx
 
@@ -32,6 +31,7 @@ from worker.tokens.breaker import IssuerPaused, K, Parking, drop_where, remember
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
+from worker.tokens.shared import SharedTokens, TokenRequest
 from worker.tokens.single_flight import SingleFlight
 
 # All in seconds, unless a share.
@@ -50,24 +50,6 @@ RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # renewed in the background at a random shar
 RENEW_AGAIN = 60.0  # after a new token was refused while the older one is still valid
 # An API that answers every token with 401 must not use up the budget of all orgs.
 MINTED_SERVES = 2.0
-
-
-class TokenRequest(NamedTuple):
-    """What a token is requested for; `scopes` are enforced, `also_ask` are only requested.
-
-    The cache key of every run: a tuple's hash costs a tenth of a dataclass's.
-    """
-
-    issuer: str
-    org: OrgRef
-    audience: str
-    scopes: frozenset[str]
-    also_ask: frozenset[str] = frozenset()
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """The attributes of an event about this request."""
-        return {"org": self.org.code, "issuer": self.issuer}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +112,18 @@ class Acquirer:
 
     async def acquire(
         self, request: TokenRequest, credentials: Sequence[Credential], *, minted: bool = False
-    ) -> EnforcedToken:
+    ) -> tuple[EnforcedToken, GrantedToken]:
         """A new token of the org, verified and enforced; raises as `Tokens.ensure` does."""
         granted = self._no_verdict.pop(request, None)
         if granted is None or not self._is_worth_verifying(granted, credentials):
             self._check_parking(request, credentials)
             granted = await self._grant(request, credentials)
+        return await self.enforce(request, granted, minted=minted), granted
+
+    async def enforce(
+        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False
+    ) -> EnforcedToken:
+        """Verify and enforce a token; raises as `Tokens.ensure` does."""
         try:
             return await self._enforce(request, granted, minted)
         except Unavailable:
@@ -267,7 +255,7 @@ class Acquirer:
 
 
 class Tokens:
-    """The tokens of all orgs, in memory only."""
+    """The tokens of all orgs, in memory; with `shared` other processes use them too."""
 
     def __init__(
         self,
@@ -277,8 +265,10 @@ class Tokens:
         client: httpx.AsyncClient,
         clock: Clock,
         rng: random.Random | None = None,
+        shared: SharedTokens | None = None,
     ) -> None:
         self._clock = clock
+        self._shared = shared
         self._generations = Generations(credentials, clock=clock)
         rng = rng or random.SystemRandom()
         self._acquirers = {
@@ -321,10 +311,12 @@ class Tokens:
         now = self._clock.monotonic()
         if cached is not None and cached.serves(max_claims_age, fresh, now):
             if now >= cached.renew_at and acquirer.may_ask(request, credentials):
-                self._refreshing.start(request, lambda: self._refresh(acquirer, request))
+                self._refreshing.start(request, lambda: self._refresh(acquirer, request, max_claims_age))
             return cached
         try:
-            return await self._refreshing.join(request, lambda: self._refresh(acquirer, request, fresh))
+            return await self._refreshing.join(
+                request, lambda: self._refresh(acquirer, request, max_claims_age, fresh)
+            )
         except (CredentialsRejected, RequestRejected, Throttled, Unavailable):
             if cached is None or fresh or not cached.is_alive(self._clock):
                 raise
@@ -339,6 +331,8 @@ class Tokens:
 
     async def close(self) -> None:
         await self._refreshing.close()
+        if self._shared is not None:
+            await self._shared.close()
         await self._generations.close()
         for acquirer in self._acquirers.values():
             await acquirer.client.close()
@@ -363,14 +357,22 @@ class Tokens:
         return cached
 
     async def _refresh(
-        self, acquirer: Acquirer, request: TokenRequest, minted: bool = False
+        self,
+        acquirer: Acquirer,
+        request: TokenRequest,
+        max_age: timedelta | None,
+        minted: bool = False,
     ) -> EnforcedToken:
+        if self._shared is not None:
+            stored = await self._stored(self._shared, acquirer, request, max_age, minted)
+            if stored is not None:
+                return stored
         credentials = await self._generations.of(request.org)
         if acquirer.is_parked(request, credentials):
             # A new secret releases it at once.
             credentials = await self._generations.of(request.org, newest=True)
         try:
-            enforced = await acquirer.acquire(request, credentials, minted=minted)
+            enforced, granted = await acquirer.acquire(request, credentials, minted=minted)
         except TokenRefused as refused:
             older = self._tokens.get(request)
             if older is not None and refused.reason == "token_invalid":
@@ -378,9 +380,50 @@ class Tokens:
             else:
                 # The org has fewer rights now, which the older token does not show.
                 self._tokens.pop(request, None)
+                if self._shared is not None and refused.reason != "token_invalid":
+                    await self._shared.drop(request)
             raise
+        else:
+            if self._shared is not None:
+                left = enforced.expires_at - self._clock.monotonic()
+                await self._shared.put(request, granted, left=left)
+        finally:
+            if self._shared is not None:
+                await self._shared.release(request)
         remember(self._tokens, request, enforced, MAX_TOKENS)
         return enforced
+
+    async def _stored(
+        self,
+        shared: SharedTokens,
+        acquirer: Acquirer,
+        request: TokenRequest,
+        max_age: timedelta | None,
+        minted: bool,
+    ) -> EnforcedToken | None:
+        """A token that another process received, or None once this process may request one."""
+        longest = None if max_age is None else max(max_age.total_seconds(), MIN_CLAIMS_AGE)
+        while True:
+            credentials = await self._generations.of(request.org)
+            known = self._tokens.get(request)
+            found = await shared.find(
+                request,
+                credentials,
+                newer_than=None if known is None else known.received_at,
+                max_age=MINTED_SERVES if minted else longest,
+            )
+            if found is not None:
+                try:
+                    enforced = await acquirer.enforce(request, found, minted=minted)
+                except TokenRefused:
+                    await shared.drop(request)
+                else:
+                    if self._clock.monotonic() < enforced.usable_until:
+                        remember(self._tokens, request, enforced, MAX_TOKENS)
+                        return enforced
+            if acquirer.is_parked(request, credentials) or await shared.reserve(request):
+                return None
+            await shared.wait()
 
 
 def _audience(issuer: Issuer, org: OrgRef, asked: str | None) -> str:

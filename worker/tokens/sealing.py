@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,26 +119,43 @@ class KeyRing:
         row = _row(org_id, credential_id, key_id)
         return FORMAT + nonce + self._keys[key_id].encrypt(nonce, secret.encode(), row), key_id
 
+    def seal_token(self, text: str, place: Sequence[object]) -> tuple[bytes, str]:
+        """An access token sealed for one `place`, of JSON values, and the id of the key that sealed it."""
+        key_id = self.sealing_key_id
+        nonce = os.urandom(NONCE_BYTES)
+        data = _token_place(place, key_id)
+        return FORMAT + nonce + self._keys[key_id].encrypt(nonce, text.encode(), data), key_id
+
+    def open_token(self, sealed: bytes, key_id: str, place: Sequence[object]) -> str | None:
+        """The access token, or None if the ring lacks its key, or it is of another place or damaged."""
+        return self._open(sealed, key_id, _token_place(place, key_id))
+
     def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str:
         """The secret of one row.
 
         Raises:
             ConfigurationError: its key is not in the ring, or it was sealed for another row or damaged.
         """
-        key = self._keys.get(key_id)
-        if key is None:
+        if key_id not in self._keys:
             raise ConfigurationError(
                 f"credential {credential_id} is sealed with the key {key_id}, which is not in {self.path}",
                 fix="put the key's line back into the key ring, or add the credential again",
             )
+        secret = self._open(sealed, key_id, _row(org_id, credential_id, key_id))
+        if secret is None:
+            raise ConfigurationError(
+                f"the secret of credential {credential_id} does not open: it is damaged, or from another row",
+                fix="add the credential again with `python -m worker credentials add`",
+            )
+        return secret
+
+    def _open(self, sealed: bytes, key_id: str, data: bytes) -> str | None:
+        key = self._keys.get(key_id)
         nonce, ciphertext = sealed[1 : 1 + NONCE_BYTES], sealed[1 + NONCE_BYTES :]
-        if sealed[:1] == FORMAT and len(ciphertext) >= 16:
+        if key is not None and sealed[:1] == FORMAT and len(ciphertext) >= 16:
             with suppress(InvalidTag):
-                return key.decrypt(nonce, ciphertext, _row(org_id, credential_id, key_id)).decode()
-        raise ConfigurationError(
-            f"the secret of credential {credential_id} does not open: it is damaged, or from another row",
-            fix="add the credential again with `python -m worker credentials add`",
-        )
+                return key.decrypt(nonce, ciphertext, data).decode()
+        return None
 
 
 @contextmanager
@@ -183,6 +200,11 @@ def _key_lines(lines: list[str]) -> list[str]:
 def _row(org_id: str, credential_id: str, key_id: str) -> bytes:
     # JSON, so that no two rows have the same text.
     return json.dumps([org_id, credential_id, key_id]).encode()
+
+
+def _token_place(place: Sequence[object], key_id: str) -> bytes:
+    # No row of a secret has the same text.
+    return json.dumps(["access token", *place, key_id]).encode()
 
 
 def _new_line() -> str:

@@ -17,7 +17,7 @@ from worker.operations.templates import materialise
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import Recovered
 from worker.settings.sections import RetentionSettings
-from worker.store import failing, orgs
+from worker.store import access_tokens, failing, orgs
 from worker.store.database import Database
 from worker.store.sweeps import pending
 from worker.telemetry.events import emit
@@ -57,6 +57,7 @@ class Chores:
         housekeeping.every(EVERY, "schedules", self._look)
         housekeeping.every(FORGET, "failures.forget", self._forget)
         housekeeping.every(FORGET, "orgs.words", self.words)
+        housekeeping.every(FORGET, "tokens.expired", self._drop_expired)
 
     def ended(self, ended: EndedAttempt, held: InflightRun | None) -> None:
         """Record the end of an attempt after it is written."""
@@ -83,6 +84,11 @@ class Chores:
         while found := await self._database.call_autocommit(orgs.without_words_for_all_orgs, after):
             await self._database.call(orgs.add_words_for_all_orgs, found)
             after = found[-1]
+
+    async def _drop_expired(self) -> None:
+        """Delete shared tokens that have expired."""
+        while await self._database.call(access_tokens.drop_expired_for_all_orgs) == access_tokens.BATCH:
+            pass
 
     async def _look(self) -> None:
         await self._count_failures()

@@ -48,12 +48,13 @@ from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier, Vitals
 from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
+from worker.tokens.shared import SharedTokens
 from worker.web.health import Health
 from worker.wiring import find_keyring, open_keyring
 from worker.wiring.catalogue import CatalogueReader
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.monitoring import monitoring, traces_of
-from worker.wiring.secrets import OpenedCredentials, issuers_of
+from worker.wiring.secrets import OpenedCredentials, StoredTokens, issuers_of
 from worker.wiring.web import Web, metrics_of
 
 VERSION = version("orgworker")
@@ -235,7 +236,11 @@ class Incarnation:
             emit_recovered(await self._store.recover_all_others())
         async with open_client() as client:
             issuers = issuers_of(self.settings)
-            tokens = Tokens(issuers, self._credentials, client=client, clock=self.clock)
+            shared = None
+            if self.settings.tokens.shared:
+                stored = StoredTokens(self.database, self.id)
+                shared = SharedTokens(stored, self._credentials.ring, self.clock)
+            tokens = Tokens(issuers, self._credentials, client=client, clock=self.clock, shared=shared)
             supervisor = self._assemble(tokens)
             self.children.attach()
             self.signals.pass_to(supervisor.stop)

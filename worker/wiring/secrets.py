@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from worker.outbound.http import open_client
 from worker.providers import profile
 from worker.secret import Secret
 from worker.settings import Settings
-from worker.store import credentials
+from worker.store import access_tokens, credentials
 from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential, read_reference
 from worker.tokens.issuer import Issuer
 from worker.tokens.sealing import KeyRing
+from worker.tokens.shared import Found, NewToken, StoredToken, TokenKey
 from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring import find_keyring
 
@@ -111,6 +113,12 @@ class OpenedCredentials:
             credentials.used, self._org_of[credential_id], credential_id, at=self._clock.now(), error=error
         )
 
+    def ring(self, key_id: str | None = None) -> KeyRing | None:
+        """The key ring, read again if it lacks this key."""
+        if self._keyring is not None and key_id is not None and key_id not in self._keyring.key_ids:
+            self._keyring = KeyRing.load(self._keyring.path)
+        return self._keyring
+
     async def _read_active(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, list[dict[str, Any]]]:
         return await self._database.call_autocommit(credentials.active_for_all_orgs, org_ids)
 
@@ -128,16 +136,77 @@ class OpenedCredentials:
     def _secret(self, row: Mapping[str, Any]) -> str:
         if row["reference"] is not None:
             return read_reference(row["reference"], self._secrets_dir)
-        if self._keyring is None:
+        ring = self.ring(row["key_id"])
+        if ring is None:
             raise ConfigurationError(
                 "there is no key ring to open the secrets in the database",
                 fix="put the key ring back, or add the credential again",
             )
-        if row["key_id"] not in self._keyring.key_ids:
-            self._keyring = KeyRing.load(self._keyring.path)
-        return self._keyring.unseal(
-            row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"]
+        return ring.unseal(row["sealed"], row["key_id"], org_id=row["org_id"], credential_id=row["id"])
+
+
+class StoredTokens:
+    """Implements `tokens.shared.TokenStore` for the process `holder`; concurrent calls share a statement."""
+
+    def __init__(self, database: Database, holder: str) -> None:
+        self._database = database
+        self._holder = holder
+        self._found: BatchLoader[TokenKey, Found] = BatchLoader(self._find)
+        self._reserved: BatchLoader[access_tokens.Reservation, bool] = BatchLoader(self._reserve)
+        self._put: BatchLoader[NewToken, bool] = BatchLoader(self._store)
+
+    async def find(self, key: TokenKey) -> Found:
+        return await self._found.of(key) or Found()
+
+    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
+        wanted = access_tokens.Reservation(key.id, key.org_id, issuer, version, seconds)
+        return await self._reserved.of(wanted) or False
+
+    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
+        await self._database.call(
+            access_tokens.renew_for_all_orgs,
+            [key.id for key in keys],
+            holder=self._holder,
+            lasts=timedelta(seconds=seconds),
         )
+
+    async def put(self, token: NewToken) -> None:
+        await self._put.of(token)
+
+    async def release(self, key: TokenKey) -> None:
+        await self._database.call(access_tokens.release, key.id, holder=self._holder)
+
+    async def drop(self, key: TokenKey) -> None:
+        await self._database.call(access_tokens.drop, key.id)
+
+    async def _find(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, Found]:
+        rows = await self._database.call_autocommit(access_tokens.find_for_all_orgs, [key.id for key in keys])
+        return {TokenKey(row["id"], row["org_id"]): _found(row) for row in rows}
+
+    async def _reserve(
+        self, wanted: Sequence[access_tokens.Reservation]
+    ) -> Mapping[access_tokens.Reservation, bool]:
+        ours = await self._database.call(access_tokens.reserve_for_all_orgs, wanted, holder=self._holder)
+        return {each: each.id in ours for each in wanted}
+
+    async def _store(self, tokens: Sequence[NewToken]) -> Mapping[NewToken, bool]:
+        rows = [
+            {"id": token.key.id, "org_id": token.key.org_id}
+            | {name: getattr(token, name) for name in _COLUMNS}
+            for token in tokens
+        ]
+        stored = await self._database.call(access_tokens.put_for_all_orgs, rows)
+        return {token: token.key.id in stored for token in tokens}
+
+
+_COLUMNS = ("issuer", "credential_id", "sealed", "key_id", "received_ago", "left")
+
+
+def _found(row: Mapping[str, Any]) -> Found:
+    if row["sealed"] is None or row["left"] <= 0:
+        return Found(row["version"])
+    names = ("sealed", "key_id", "credential_id", "age", "left")
+    return Found(row["version"], StoredToken(*(row[name] for name in names)))
 
 
 @asynccontextmanager

@@ -55,6 +55,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "credentials verify": (("org_acme",), ""),
     "credentials rotate": (("org_acme", *CREDENTIAL), SECRET),
     "credentials retire": (("org_acme", "1"), ""),
+    "tokens drop": (("--all",), ""),
     "definitions backfill": (("org_acme", "tick", "--from", "2020-01-01", "--until", "2020-01-02"), ""),
     "definitions backfills": ((), ""),
     "definitions list": ((), ""),

@@ -27,7 +27,7 @@ from worker.store.roles import Scope
 
 NOT_OF_ORGS = {"workers", "catalogue", "facts", "operators", "sessions", "login_transactions"}
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
-NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes", "applications"}
+NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes", "applications", "access_tokens"}
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
     "runs": (
@@ -55,6 +55,7 @@ WRITES = {
 OPERATOR_WRITES = WRITES | {
     "orgs": ("UPDATE state state_at state_by state_note templates_seen updated_at",),
     "credentials": ("INSERT", "UPDATE retired_at state"),
+    "access_tokens": ("DELETE",),
     "definitions": (
         "UPDATE closed_at consecutive_failures enabled pause_note paused_at paused_by revision template_id "
         "template_revision updated_at",

@@ -125,6 +125,26 @@ credentials = Table(
     info={"meaning": "An org's client ids and secrets at its issuer."},
 )
 
+access_tokens = Table(
+    "access_tokens",
+    metadata,
+    Column("id", Text, primary_key=True, doc="A digest of issuer, org, audience and scopes."),
+    Column("org_id", Id, ForeignKey("orgs.id"), nullable=False),
+    required("issuer", Text, "The issuer, a table of `worker.toml`."),
+    count("version", "The number of tokens that were stored here.", type_=BigInteger),
+    Column("credential_id", Id, doc="The credential that it was requested with."),
+    Column("sealed", LargeBinary, doc="The sealed token; null while the first one is requested."),
+    Column("key_id", Text, doc="The key of the key ring that seals it."),
+    Column("received_at", Instant, doc="When it was received."),
+    Column("expires_at", Instant, doc="When it expires."),
+    Column("reserved_by", Text, doc="The process that requests a new one."),
+    Column("reserved_until", Instant, doc="When that reservation ends."),
+    Index("ix_access_tokens_org_id", "org_id"),
+    Index("ix_access_tokens_expires_at", "expires_at"),
+    postgresql_with=UPDATED,
+    info={"meaning": "The verified access tokens that all workers share, sealed. Only workers read it."},
+)
+
 templates = Table(
     "templates",
     metadata,

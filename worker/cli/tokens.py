@@ -1,0 +1,37 @@
+"""`tokens`: the access tokens that workers share through the database."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from worker.cli.options import OutputOption
+from worker.cli.output import Format, print_row
+from worker.cli.session import session_of
+from worker.errors import UsageError
+
+app = typer.Typer(help="The access tokens that workers share through the database, sealed.")
+
+
+@app.command("drop")
+def drop(
+    context: typer.Context,
+    org: Annotated[str | None, typer.Option("--org", metavar="CODE", help="Only those of this org.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Those of all orgs.")] = False,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Delete stored tokens, so that workers request new ones; give --org or --all.
+
+    After the database was restored from a backup, run it before any worker starts: the
+    backup has tokens of credentials that may be retired since. A worker that runs keeps the
+    tokens that it holds; `credentials retire` ends those within two seconds.
+    """
+    from worker.operations.keys import drop_tokens
+
+    if (org is None) != all_:
+        raise UsageError("tokens drop needs --org CODE or --all", fix="give one of the two")
+    session = session_of(context)
+    with session.database() as database:
+        row = drop_tokens(database, org, actor=session.actor)
+    print_row(row, output, key="dropped")

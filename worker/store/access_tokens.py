@@ -1,0 +1,169 @@
+"""Access tokens that all workers share: sealed, by a digest of what they were requested for.
+
+Times are the database's. A reservation lets one process at a time request a new token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import Connection, Delete, delete, or_, select, update
+
+from worker.ids import OrgId
+from worker.store import tables
+from worker.store.dialect import Row, all_rows, database_now, insert_into
+
+_tokens, _credentials, _orgs = tables.access_tokens, tables.credentials, tables.orgs
+# Rows of one DELETE.
+BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Reservation:
+    """A token that is to be requested: `version` is that of the row as it was read, or 0.
+
+    The reservation lasts for `seconds`, unless it is renewed.
+    """
+
+    id: str
+    org_id: OrgId
+    issuer: str
+    version: int
+    seconds: float
+
+
+def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Row]:
+    """The rows with these ids; those with a token have its `age` and what is `left` of it, in seconds."""
+    rows = all_rows(connection, select(_tokens).where(_tokens.c.id.in_(ids)))
+    now = database_now(connection)
+    for row in rows:
+        if row["sealed"] is not None:
+            row["age"] = (now - row["received_at"]).total_seconds()
+            row["left"] = (row["expires_at"] - now).total_seconds()
+    return rows
+
+
+def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], *, holder: str) -> set[str]:
+    """Reserve what no other process has reserved, and return the ids of it.
+
+    Not what has another version by now: another process has just stored its token.
+    """
+    now = database_now(connection)
+    rows = [
+        {
+            "id": each.id,
+            "org_id": each.org_id,
+            "issuer": each.issuer,
+            "version": each.version,
+            # Without a token it expires with the reservation.
+            "expires_at": (until := now + timedelta(seconds=each.seconds)),
+            "reserved_by": holder,
+            "reserved_until": until,
+        }
+        for each in sorted(wanted)
+    ]
+    statement = insert_into(connection, _tokens).values(rows)
+    is_free = or_(_tokens.c.reserved_until.is_(None), _tokens.c.reserved_until <= now)
+    statement = statement.on_conflict_do_update(
+        index_elements=["id"],
+        set_={name: statement.excluded[name] for name in ("reserved_by", "reserved_until")},
+        where=is_free & (_tokens.c.version == statement.excluded.version),
+    )
+    return set(connection.execute(statement.returning(_tokens.c.id)).scalars())
+
+
+def renew_for_all_orgs(connection: Connection, ids: Sequence[str], *, holder: str, lasts: timedelta) -> None:
+    """Extend reservations of `holder`."""
+    mine = (_tokens.c.id.in_(sorted(ids)), _tokens.c.reserved_by == holder)
+    locked = connection.execute(select(_tokens.c.id).where(*mine).order_by(_tokens.c.id).with_for_update())
+    until = database_now(connection) + lasts
+    connection.execute(
+        update(_tokens).where(_tokens.c.id.in_(list(locked.scalars()))).values(reserved_until=until)
+    )
+
+
+def release(connection: Connection, id: str, *, holder: str) -> None:
+    """End a reservation of `holder`."""
+    mine = (_tokens.c.id == id, _tokens.c.reserved_by == holder)
+    connection.execute(update(_tokens).where(*mine).values(reserved_by=None, reserved_until=None))
+
+
+def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
+    """Store tokens, end their reservations, and return the ids of what is stored.
+
+    Each has id, org_id, issuer, credential_id, sealed, key_id, and in seconds `received_ago` and `left`.
+    Not of a credential that is no longer active, or of an org that is suspended or removed: both are
+    locked here, so that a retirement deletes what was stored before it and nothing is stored after it.
+    """
+    lock = (
+        select(_credentials.c.id)
+        .join(_orgs, _orgs.c.id == _credentials.c.org_id)
+        .where(_credentials.c.id.in_({each["credential_id"] for each in tokens}))
+        .where(_credentials.c.state == "active", _orgs.c.state.in_(("active", "paused")))
+        .order_by(_credentials.c.id)
+        .with_for_update(read=True)
+    )
+    usable = set(connection.execute(lock).scalars())
+    now = database_now(connection)
+    columns = ("id", "org_id", "issuer", "credential_id", "sealed", "key_id")
+    rows: list[Row] = [
+        {name: each[name] for name in columns}
+        | {
+            "version": 1,
+            "received_at": now - timedelta(seconds=each["received_ago"]),
+            "expires_at": now + timedelta(seconds=each["left"]),
+            "reserved_by": None,
+            "reserved_until": None,
+        }
+        for each in sorted(tokens, key=itemgetter("id"))
+        if each["credential_id"] in usable and each["left"] > 0
+    ]
+    if not rows:
+        return set()
+    statement = insert_into(connection, _tokens).values(rows)
+    replaced = {name: statement.excluded[name] for name in rows[0] if name not in ("id", "org_id", "version")}
+    statement = statement.on_conflict_do_update(
+        index_elements=["id"], set_=replaced | {"version": _tokens.c.version + 1}
+    )
+    return set(connection.execute(statement.returning(_tokens.c.id)).scalars())
+
+
+def drop(connection: Connection, id: str) -> None:
+    """Delete one token."""
+    connection.execute(delete(_tokens).where(_tokens.c.id == id))
+
+
+def drop_of_org(connection: Connection, org_id: OrgId, credential_id: str | None = None) -> int:
+    """Delete the tokens of an org, or of one of its credentials; returns how many."""
+    query = delete(_tokens).where(_tokens.c.org_id == org_id)
+    if credential_id is not None:
+        query = query.where(_tokens.c.credential_id == credential_id)
+    return connection.execute(query).rowcount
+
+
+def drop_for_all_orgs(
+    connection: Connection, *, sealed_with: str | None = None, not_sealed_with: str | None = None
+) -> int:
+    """Delete a batch of tokens, by default of all; returns how many: less than BATCH if none is left."""
+    condition: Any = _tokens.c.id.is_not(None)
+    if sealed_with is not None:
+        condition = _tokens.c.key_id == sealed_with
+    elif not_sealed_with is not None:
+        condition = _tokens.c.key_id != not_sealed_with
+    return _delete_some(connection, condition)
+
+
+def drop_expired_for_all_orgs(connection: Connection) -> int:
+    """Delete a batch of expired tokens; as `drop_for_all_orgs`."""
+    return _delete_some(connection, _tokens.c.expires_at < database_now(connection))
+
+
+def _delete_some(connection: Connection, condition: Any) -> int:
+    some = select(_tokens.c.id).where(condition).order_by(_tokens.c.id).limit(BATCH)
+    ids = list(connection.execute(some.with_for_update(skip_locked=True)).scalars())
+    statement: Delete = delete(_tokens).where(_tokens.c.id.in_(ids))
+    return connection.execute(statement).rowcount if ids else 0

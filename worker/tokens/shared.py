@@ -1,0 +1,245 @@
+"""Shared tokens: one token request per org and lifetime, over all workers and restarts.
+
+The database keeps each verified and enforced token, sealed with the key ring. A worker that needs a token
+looks there first. One process at a time requests a new one, under a reservation that ends if it dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.ids import OrgId
+from worker.orgs import OrgRef
+from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
+from worker.tokens.credentials import Credential
+from worker.tokens.issuer_client import GrantedToken
+from worker.tokens.sealing import KeyRing
+
+# Seconds that a reservation lasts, how often it is renewed, and how often others look meanwhile.
+RESERVED, RENEW, LOOK = 15.0, 4.0, 0.25
+# A stored token counts as newer than a known one if it was received this much later, in seconds: the age of
+# a row is measured by two clocks.
+NEWER = 2.0
+
+
+class TokenRequest(NamedTuple):
+    """What a token is requested for; `scopes` are enforced, `also_ask` are only requested.
+
+    The cache key of every run: a tuple's hash costs a tenth of a dataclass's.
+    """
+
+    issuer: str
+    org: OrgRef
+    audience: str
+    scopes: frozenset[str]
+    also_ask: frozenset[str] = frozenset()
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The attributes of an event about this request."""
+        return {"org": self.org.code, "issuer": self.issuer}
+
+    @property
+    def parts(self) -> list[str | list[str]]:
+        """What it is for, without the org's code, which may change."""
+        return [self.issuer, self.org.id, self.audience, sorted(self.scopes), sorted(self.also_ask)]
+
+
+class TokenKey(NamedTuple):
+    """The primary key of a stored token, and its org."""
+
+    id: str
+    org_id: OrgId
+
+    @classmethod
+    def of(cls, request: TokenRequest) -> TokenKey:
+        return cls(hashlib.sha256(json.dumps(request.parts).encode()).hexdigest(), request.org.id)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredToken:
+    """A row: `age` and `left` are seconds since it was received and until it expires, by the database."""
+
+    sealed: bytes = field(repr=False)
+    key_id: str
+    credential_id: str
+    age: float
+    left: float
+
+
+class Found(NamedTuple):
+    """What is stored for a key: `version` counts the tokens that were put there, `token` is the newest."""
+
+    version: int = 0
+    token: StoredToken | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token to store; `received_ago` and `left` in seconds."""
+
+    key: TokenKey
+    issuer: str
+    credential_id: str
+    sealed: bytes = field(repr=False)
+    key_id: str
+    received_ago: float
+    left: float
+
+
+class TokenStore(Protocol):
+    """Each method raises Unavailable. Concurrent calls share one statement."""
+
+    async def find(self, key: TokenKey) -> Found:
+        """The stored token that has not expired."""
+
+    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
+        """Reserve the request for a new token.
+
+        False while another process has reserved it, or if a token was stored since `version`.
+        """
+
+    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
+        """Extend these reservations of this process."""
+
+    async def put(self, token: NewToken) -> None:
+        """Store a token and end the reservation, unless its credential is no longer active."""
+
+    async def release(self, key: TokenKey) -> None:
+        """End the reservation of this process, and keep the token that is there."""
+
+    async def drop(self, key: TokenKey) -> None:
+        """Delete the stored token."""
+
+
+class SharedTokens:
+    """The stored tokens as one process uses them. While the database is away it does without."""
+
+    def __init__(self, store: TokenStore, ring: Callable[[str | None], KeyRing | None], clock: Clock) -> None:
+        """`ring` returns the key ring, read again if it lacks the given key."""
+        self._store = store
+        self._ring = ring
+        self._clock = clock
+        self._versions: dict[TokenKey, int] = {}
+        self._reserved: set[TokenKey] = set()
+        self._renewing: asyncio.Task[None] | None = None
+
+    async def find(
+        self,
+        request: TokenRequest,
+        credentials: Sequence[Credential],
+        *,
+        newer_than: float | None,
+        max_age: float | None,
+    ) -> GrantedToken | None:
+        """The stored token of a request, as if it had just been granted: it is not verified here.
+
+        None if there is none, if it is not newer than `newer_than` (monotonic), if it is older than
+        `max_age` seconds, or if its credential is not among `credentials`. One that does not open is
+        deleted and reported.
+        """
+        key = TokenKey.of(request)
+        try:
+            version, stored = await self._store.find(key)
+        except Unavailable:
+            return None
+        self._versions[key] = version
+        if stored is None or (max_age is not None and stored.age >= max_age):
+            return None
+        received_at = self._clock.monotonic() - stored.age
+        if newer_than is not None and received_at < newer_than + NEWER:
+            return None
+        credential = next((known for known in credentials if known.id == stored.credential_id), None)
+        if credential is None:
+            return None
+        ring = self._ring(stored.key_id)
+        text = None
+        if ring is not None:
+            text = ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        if text is None:
+            emit("token.unopened", **request.labels, key=stored.key_id)
+            await self.drop(request)
+            return None
+        masker.register(text)
+        return GrantedToken(text, credential, received_at, stored.age + stored.left)
+
+    async def reserve(self, request: TokenRequest) -> bool:
+        """Whether this process may request a token now, after `find`; if so, `put` or `release` follows."""
+        key = TokenKey.of(request)
+        try:
+            if not await self._store.reserve(key, request.issuer, self._versions.pop(key, 0), RESERVED):
+                return False
+        except Unavailable:
+            return True
+        self._reserved.add(key)
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
+        return True
+
+    async def put(self, request: TokenRequest, granted: GrantedToken, *, left: float) -> None:
+        """Store a verified and enforced token with `left` seconds to live, and end the reservation."""
+        key, ring = TokenKey.of(request), self._ring(None)
+        self._reserved.discard(key)
+        if ring is None:
+            return
+        sealed, key_id = ring.seal_token(granted.text, _place(request, granted.credential))
+        age = self._clock.monotonic() - granted.received_at
+        token = NewToken(key, request.issuer, granted.credential.id, sealed, key_id, age, left)
+        try:
+            await self._store.put(token)
+        except Unavailable:
+            # The reservation ends by itself, and the next process requests another token.
+            return
+
+    async def release(self, request: TokenRequest) -> None:
+        """End the reservation: no token came."""
+        key = TokenKey.of(request)
+        if key in self._reserved:
+            self._reserved.discard(key)
+            try:
+                await self._store.release(key)
+            except Unavailable:
+                return
+
+    async def drop(self, request: TokenRequest) -> None:
+        """Delete the stored token: it must not be used, or shows rights that the org no longer has."""
+        try:
+            await self._store.drop(TokenKey.of(request))
+        except Unavailable:
+            return
+
+    async def wait(self) -> None:
+        """Pause before the next look at a token that another process requests."""
+        await self._clock.sleep(LOOK)
+
+    async def close(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
+
+    async def _renew(self) -> None:
+        """Extend the reservations while there are any: requests wait for the issuer's rate."""
+        try:
+            while True:
+                await self._clock.sleep(RENEW)
+                if not self._reserved:
+                    return
+                try:
+                    await self._store.renew(frozenset(self._reserved), RESERVED)
+                except Unavailable:
+                    continue
+        finally:
+            self._renewing = None
+
+
+def _place(request: TokenRequest, credential: Credential) -> list[str | list[str]]:
+    """What a token is sealed for: issuer, org, audience, scopes, and the credential it came from."""
+    return [*request.parts, credential.client_id, credential.id, str(credential.generation)]
