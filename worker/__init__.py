@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker.claims.claims import AccessToken, Claims
+    from worker.handlers.agents import durable
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
@@ -23,6 +24,7 @@ _HOMES = {
     "PermanentError": "worker.handlers.results",
     "Retry": "worker.handlers.results",
     "Snooze": "worker.handlers.results",
+    "durable": "worker.handlers.agents",
     "httpx2_client": "worker.handlers.httpx2_client",
     "StepError": "worker.handlers.steps",
     "job": "worker.handlers.job",
@@ -39,6 +41,7 @@ __all__ = [
     "Retry",
     "Snooze",
     "StepError",
+    "durable",
     "httpx2_client",
     "job",
 ]

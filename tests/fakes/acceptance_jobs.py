@@ -231,3 +231,32 @@ def paid_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
         raise RuntimeError("after the steps")
     results += ctx.map("more", pay, [101, 102], concurrency=2)
     return {"attempts": [result["attempt"] for result in results]}
+
+
+@job("acme.agent")
+async def agent(ctx: Context[Any, Any]) -> str:
+    """Run an agent whose model asks for a tool `calls` times, two at once; each request and call is a line."""
+    from pydantic_ai import Agent
+    from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+    from pydantic_ai.models.function import FunctionModel
+
+    from worker import durable
+
+    async def respond(messages: Any, info: Any) -> ModelResponse:
+        number = len(messages) // 2
+        write(ctx, who="request", number=number)
+        await asyncio.sleep(ctx.params["pause"])
+        if number == ctx.params["calls"]:
+            return ModelResponse([TextPart(f"done after {number}")])
+        return ModelResponse([ToolCallPart("look", {"what": f"{number}{side}"}) for side in ("a", "b")])
+
+    counter = Agent(FunctionModel(respond), name="counter")
+
+    @counter.tool_plain
+    async def look(what: str) -> str:
+        write(ctx, who="tool", what=what)
+        await asyncio.sleep(ctx.params["pause"])
+        return f"saw {what}"
+
+    result = await durable(counter, ctx).run("Count.")
+    return result.output

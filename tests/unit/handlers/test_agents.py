@@ -1,0 +1,388 @@
+"""`durable`: an agent's model requests and tool calls are made once, whatever happens to its attempts."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic_ai import Agent, BinaryImage, ModelRetry, ToolReturn
+from pydantic_ai.capabilities import ModelFallback
+from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.messages import (
+    AgentStreamEvent,
+    ModelMessage,
+    ModelResponse,
+    TextPart,
+    ToolCallPart,
+    ToolReturnPart,
+)
+from pydantic_ai.models.fallback import FallbackModel
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.tools import RunContext
+
+from tests.fakes.clock import ManualClock
+from worker import Context, StepError, durable
+from worker.handlers.step_calls import StepCalls
+from worker.handlers.steps import StepJournal
+from worker.runs.run import NewStep, StepPage, StoredStep
+
+pytestmark = pytest.mark.anyio
+
+
+class Killed(BaseException):
+    """The process of an attempt is gone."""
+
+
+class Store:
+    """The stored steps of one run. The attempt that stores one more than `kill_after` is killed."""
+
+    def __init__(self) -> None:
+        self.steps: list[NewStep] = []
+        self.kill_after: int | None = None
+
+    @property
+    def names(self) -> Counter[str]:
+        return Counter(step.name for step in self.steps)
+
+    async def load_steps(self, after: int) -> StepPage:
+        return StepPage(
+            [
+                StoredStep(step.seq, step.name, step.key, step.occurrence, 1, step.result_json)
+                for step in self.steps
+                if step.seq > after
+            ]
+        )
+
+    async def store_step(self, step: NewStep) -> str:
+        if self.kill_after is not None:
+            if self.kill_after == 0:
+                raise Killed
+            self.kill_after -= 1
+        self.steps.append(step)
+        return step.result_json
+
+
+class Attempt(Context[Any, Any]):
+    """A context of which only the steps work; they are those of the run's earlier attempts."""
+
+    def __init__(self, store: Store) -> None:
+        self.run = SimpleNamespace(id="run-1")  # type: ignore[assignment]
+        self.steps_of = StepCalls(StepJournal(replays=True), store, ManualClock())
+
+    @property
+    def _steps(self) -> StepCalls:  # type: ignore[override]
+        return self.steps_of
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+class Called:
+    """What was really called: model requests, and tools with their arguments."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.tools: list[Any] = []
+
+
+@pytest.fixture
+def called() -> Called:
+    return Called()
+
+
+@pytest.fixture
+def forecaster(called: Called) -> Agent[None, str]:
+    """Asks for two cities and a number at once, for another number after that was rejected, then answers."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        called.requests += 1
+        match len(messages):
+            case 1:
+                cities = [ToolCallPart("weather", {"city": city}) for city in ("Bonn", "Ulm")]
+                return ModelResponse([*cities, ToolCallPart("pick", {"number": 1})])
+            case 3:
+                return ModelResponse([ToolCallPart("pick", {"number": 2})])
+        parts = [part for message in messages for part in message.parts]
+        return ModelResponse(
+            [TextPart(str([part.content for part in parts if isinstance(part, ToolReturnPart)]))]
+        )
+
+    agent = Agent(FunctionModel(respond), name="forecaster")
+
+    @agent.tool_plain
+    async def weather(city: str) -> dict[str, Any]:
+        called.tools.append(city)
+        await asyncio.sleep(0)
+        return {"city": city, "degrees": 3}
+
+    @agent.tool_plain
+    def pick(number: int) -> int:
+        called.tools.append(number)
+        if number == 1:
+            raise ModelRetry("not 1")
+        return number
+
+    return agent
+
+
+EXPECTED = "[{'city': 'Bonn', 'degrees': 3}, {'city': 'Ulm', 'degrees': 3}, 'not 1', 2]"
+
+
+async def test_each_request_and_tool_call_is_a_step(store: Store, forecaster: Agent, called: Called):
+    result = await durable(forecaster, Attempt(store)).run("Where is it warm?")
+
+    assert result.output == EXPECTED
+    assert store.names == {"model:forecaster": 3, "tool:weather": 2, "tool:pick": 2}
+    assert result.usage.requests == called.requests == 3
+
+
+@pytest.mark.parametrize("after", range(7))
+async def test_a_killed_attempt_pays_only_for_what_was_in_flight(
+    store: Store, forecaster: Agent, called: Called, after: int
+):
+    store.kill_after = after
+    with pytest.raises(Killed):
+        await durable(forecaster, Attempt(store)).run("Where is it warm?")
+    store.kill_after = None
+    made, stored = called.requests + len(called.tools), store.names.total()
+    # The three tools of one response run at the same time.
+    assert stored == after < made <= after + 3
+
+    result = await durable(forecaster, Attempt(store)).run("Where is it warm?")
+
+    assert result.output == EXPECTED
+    assert called.requests + len(called.tools) == made + 7 - stored
+    assert store.names.total() == 7
+
+
+async def test_a_finished_run_is_replayed_without_a_call(store: Store, forecaster: Agent, called: Called):
+    first = await durable(forecaster, Attempt(store)).run("Where is it warm?")
+    again = await durable(forecaster, Attempt(store)).run("Where is it warm?")
+
+    assert (again.output, again.usage) == (first.output, first.usage)
+    assert again.new_messages()[-1].run_id == first.new_messages()[-1].run_id
+    assert called.requests == 3
+
+
+async def test_runs_of_one_agent_that_follow_each_other_are_told_apart(store: Store, called: Called):
+    def count(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        called.requests += 1
+        return ModelResponse([TextPart(f"answer {called.requests}")])
+
+    agent = Agent(FunctionModel(count), name="counter")
+
+    async def attempt() -> list[str]:
+        ctx = Attempt(store)
+        return [(await durable(agent, ctx).run("again")).output for _ in range(3)]
+
+    assert await attempt() == await attempt() == ["answer 1", "answer 2", "answer 3"]
+
+
+async def test_runs_of_one_agent_at_once_need_keys(store: Store):
+    agent = Agent(TestModel(), name="helper")
+    ctx = Attempt(store)
+
+    with pytest.raises(StepError, match="agent helper runs twice at once: give each run its own key"):
+        await asyncio.gather(durable(agent, ctx).run("a"), durable(agent, ctx).run("b"))
+
+    await asyncio.gather(*(durable(agent, ctx, key=key).run("a") for key in ("kb-1", "kb-2")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tools", "output"),
+    [
+        # One request of this model is one step: the first of its models is not asked again.
+        ("model", ["second"], "first saw second"),
+        # The capability makes a request for each model: only the one that failed is sent again.
+        ("capability", ["second", "first"], "first saw first"),
+    ],
+)
+async def test_what_a_fallback_said_is_not_mixed_with_what_the_first_model_says_later(
+    store: Store, called: Called, kind: str, tools: list[str], output: str
+):
+    down = True
+
+    def first(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        if down:
+            raise ModelHTTPError(503, "first")
+        # Some servers count the calls of each response from 0, so ids repeat.
+        return respond(messages, "first")
+
+    def second(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        return respond(messages, "second")
+
+    def respond(messages: list[ModelMessage], name: str) -> ModelResponse:
+        if len(messages) == 1:
+            return ModelResponse([ToolCallPart("note", {"name": name}, "call_0")])
+        [result] = [part for part in messages[-1].parts if isinstance(part, ToolReturnPart)]
+        return ModelResponse([TextPart(f"{name} saw {result.content}")])
+
+    one, other = FunctionModel(first), FunctionModel(second)
+    if kind == "model":
+        agent = Agent(FallbackModel(one, other), name="fallback")
+    else:
+        agent = Agent(one, name="fallback", capabilities=[ModelFallback(other)])
+
+    @agent.tool_plain
+    def note(name: str) -> str:
+        called.tools.append(name)
+        return name
+
+    store.kill_after = 2
+    with pytest.raises(Killed):
+        await durable(agent, Attempt(store)).run("x")
+    store.kill_after, down = None, False
+
+    result = await durable(agent, Attempt(store)).run("x")
+
+    assert (called.tools, result.output) == (tools, output)
+
+
+IMAGE = BinaryImage(b"\x00png", media_type="image/png")
+
+
+class Place(BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"),
+    [
+        ("text", "text"),
+        (Place(name="Bonn"), {"name": "Bonn"}),
+        ([1, None, True], [1, None, True]),
+        (None, None),
+        (ToolReturn({"a": 1}, content="look", metadata={"b": 2}), {"a": 1}),
+        (IMAGE, IMAGE),
+    ],
+    ids=["text", "model", "list", "none", "tool-return", "image"],
+)
+async def test_results_of_tools_come_back_as_stored(store: Store, returned: Any, shown: Any):
+    agent = Agent(TestModel(), name="helper")
+
+    @agent.tool_plain
+    def give() -> Any:
+        return returned
+
+    for _ in range(2):
+        result = await durable(agent, Attempt(store)).run("x")
+        parts = [part for message in result.all_messages() for part in message.parts]
+        [content] = [part.content for part in parts if isinstance(part, ToolReturnPart)]
+        assert content == shown
+
+
+async def test_an_error_of_a_tool_is_raised_and_nothing_stored(store: Store, called: Called):
+    agent = Agent(TestModel(), name="helper")
+
+    @agent.tool_plain
+    def fail() -> str:
+        called.tools.append("fail")
+        if len(called.tools) == 1:
+            raise ConnectionError("gone")
+        return "back"
+
+    with pytest.raises(ConnectionError):
+        await durable(agent, Attempt(store)).run("x")
+    await durable(agent, Attempt(store)).run("x")
+
+    assert store.names == {"model:helper": 2, "tool:fail": 1}
+
+
+async def test_a_tool_that_is_no_step_may_use_steps_itself(store: Store, called: Called):
+    agent = Agent(TestModel(), name="helper", deps_type=Attempt)
+
+    @agent.tool(metadata={"step": False})
+    async def look_up(tool: RunContext[Attempt]) -> Any:
+        called.tools.append("look_up")
+        return await tool.deps.step("inside", lambda: "found", key=tool.tool_call_id)
+
+    for _ in range(2):
+        ctx = Attempt(store)
+        await durable(agent, ctx).run("x", deps=ctx)
+
+    assert called.tools == ["look_up"] * 2
+    assert store.names == {"model:helper": 2, "inside": 1}
+
+
+async def test_an_agent_inside_a_tool_is_refused(store: Store):
+    agent = Agent(TestModel(), name="outer", deps_type=Attempt)
+
+    @agent.tool
+    async def ask(tool: RunContext[Attempt]) -> Any:
+        return (await durable(Agent(TestModel(), name="inner"), tool.deps).run("x")).output
+
+    ctx = Attempt(store)
+    with pytest.raises(StepError, match=r"step model:inner is used inside step tool:ask"):
+        await durable(agent, ctx).run("x", deps=ctx)
+
+
+async def test_a_stream_is_delivered_from_the_stored_response(store: Store, called: Called):
+    async def words(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
+        called.requests += 1
+        yield "two "
+        yield "words"
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        called.requests += 1
+        return ModelResponse([TextPart("two words")])
+
+    agent = Agent(FunctionModel(respond, stream_function=words), name="helper")
+    seen = []
+
+    async def watch(run: RunContext[None], events: Any) -> None:
+        event: AgentStreamEvent
+        async for event in events:
+            seen.append(event.event_kind)
+
+    async with durable(agent, Attempt(store)).run_stream("x") as stream:
+        assert [text async for text in stream.stream_text()] == ["two words"]
+    result = await durable(agent, Attempt(store)).run("x", event_stream_handler=watch)
+
+    assert result.output == "two words"
+    assert "part_start" in seen
+    assert called.requests == 1
+
+
+async def test_names_of_others_become_names_of_steps(store: Store):
+    agent = Agent(TestModel(), name="Tool smith, v2 ☂")
+
+    await durable(agent, Attempt(store), key="k" * 300).run("x")
+
+    assert store.names == {"model:Tool-smith--v2--": 1}
+
+
+async def test_an_agent_without_a_name_is_told_so(store: Store):
+    with pytest.raises(StepError, match=r'the agent has no name.*Agent\(…, name="support"\)'):
+        durable(Agent(TestModel()), Attempt(store))
+
+
+async def test_a_handler_that_blocks_is_told_so():
+    with pytest.raises(TypeError, match="needs the Context of an async handler"):
+        durable(Agent(TestModel(), name="helper"), object())  # type: ignore[arg-type]
+
+
+def test_the_package_does_not_load_it_until_it_is_used():
+    check = "import worker, sys; worker.Context, worker.job; sys.exit('pydantic_ai' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_without_pydantic_ai_the_error_names_the_extra():
+    check = (
+        "import sys; sys.modules['pydantic_ai'] = None\n"
+        "try:\n    from worker import durable\n"
+        "except ImportError as error:\n    print(error)"
+    )
+
+    shown = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'orgworker[pydantic-ai]'" in shown

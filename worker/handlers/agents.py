@@ -1,0 +1,268 @@
+"""`durable`: an agent of pydantic-ai whose model requests and tool calls are steps of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from pydantic import TypeAdapter
+
+from worker.handlers.context import Context
+from worker.handlers.steps import NAME_LIMIT, StepError
+
+try:
+    from pydantic_ai.agent import AbstractAgent, AgentRun, WrapperAgent
+    from pydantic_ai.capabilities import AbstractCapability, CapabilityOrdering
+    from pydantic_ai.durable_exec import conversation_id_from_run_id
+    from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, ModelRetry, ToolFailed
+    from pydantic_ai.messages import ModelMessage, ModelResponse, ToolReturn, ToolReturnContent
+    from pydantic_ai.models import (
+        CompletedStreamedResponse,
+        Model,
+        ModelRequestContext,
+        ModelRequestParameters,
+        StreamedResponse,
+    )
+    from pydantic_ai.models.wrapper import WrapperModel
+    from pydantic_ai.output import OutputDataT
+    from pydantic_ai.settings import ModelSettings
+    from pydantic_ai.tools import AgentDepsT, RunContext
+    from pydantic_ai.toolsets import AbstractToolset, ToolsetTool, WrapperToolset
+except ImportError as missing:
+    raise ImportError(
+        f"durable needs pydantic-ai 2.68 or later ({missing}): pip install 'orgworker[pydantic-ai]'"
+    ) from missing
+
+# A tool with this in its `metadata` is not a step, so that it may use steps and waits itself.
+NOT_A_STEP = {"step": False}
+
+_RESPONSE = TypeAdapter(ModelResponse)
+_RETURN = TypeAdapter(ToolReturn)
+_CONTENT: TypeAdapter[Any] = TypeAdapter(ToolReturnContent)
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/-]")
+
+
+def durable(
+    agent: AbstractAgent[AgentDepsT, OutputDataT], ctx: Context[Any, Any], *, key: str = ""
+) -> WrapperAgent[AgentDepsT, OutputDataT]:
+    """The agent with each model request and tool call as a step of the run.
+
+    Another attempt gets stored responses and results, without a request. The steps are named
+    `model:AGENT` and `tool:NAME`. `key` tells apart runs of one agent that happen at the same time. A
+    tool with `metadata={"step": False}` is called again; it may use `ctx.step` and `ctx.wait_for` itself.
+
+    Raises:
+        StepError: the agent has no name, or runs twice at once under one key.
+    """
+    if not isinstance(ctx, Context):
+        raise TypeError("durable needs the Context of an async handler")
+    if not agent.name:
+        raise StepError('durable: the agent has no name for its steps: Agent(…, name="support")')
+    return _DurableAgent(agent, ctx, agent.name, key)
+
+
+class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
+    def __init__(
+        self, wrapped: AbstractAgent[AgentDepsT, OutputDataT], ctx: Context[Any, Any], name: str, key: str
+    ) -> None:
+        super().__init__(wrapped)
+        self._ctx = ctx
+        self._runs = _RUNS.setdefault(ctx, {}).setdefault((name, key), _Runs(name, key))
+
+    # `run`, `run_stream` and the others call this with all options.
+    def iter(self, *prompt: Any, **options: Any) -> AbstractAsyncContextManager[AgentRun[AgentDepsT, Any]]:
+        return self._iter(*prompt, **options)
+
+    @asynccontextmanager
+    async def _iter(self, *prompt: Any, **options: Any) -> AsyncGenerator[AgentRun[AgentDepsT, Any]]:
+        with self._runs.begin() as number:
+            steps = _Steps[AgentDepsT](self._ctx, self._runs, number)
+            options["capabilities"] = [*(options.get("capabilities") or ()), steps]
+            async with self.wrapped.iter(*prompt, **options) as run:
+                yield run
+
+
+@dataclass(eq=False)
+class _Runs:
+    """The runs of one agent under one key in an attempt, which must follow each other."""
+
+    name: str
+    key: str
+    count: int = 0
+    active: bool = False
+
+    @contextmanager
+    def begin(self) -> Iterator[int]:
+        """The number of the next run, from 1; raises StepError if another one has not ended."""
+        if self.active:
+            raise StepError(
+                f"durable: agent {self.name} runs twice at once: give each run its own key, "
+                "durable(agent, ctx, key=…)"
+            )
+        self.active = True
+        self.count += 1
+        try:
+            yield self.count
+        finally:
+            self.active = False
+
+
+_RUNS: WeakKeyDictionary[Context[Any, Any], dict[tuple[str, str], _Runs]] = WeakKeyDictionary()
+
+
+class _Steps(AbstractCapability[AgentDepsT]):
+    """Makes steps of the model requests and tool calls of one run of an agent.
+
+    The key of a request holds a digest of the response before it. If an earlier attempt took another
+    path, as after a failed request that a fallback answered, its later responses do not apply.
+    """
+
+    def __init__(self, ctx: Context[Any, Any], runs: _Runs, number: int) -> None:
+        self._ctx = ctx
+        self._model = f"model:{_written(runs.name)}"
+        self._prefix = f"{runs.key}/{number}" if runs.key else str(number)
+        self._requests = itertools.count(1)
+        self._digest = ""
+        self._calls: Counter[str] = Counter()
+
+    def get_ordering(self) -> CapabilityOrdering:
+        # A step holds all that other capabilities add to the request, such as sending it as a batch.
+        return CapabilityOrdering(position="outermost")
+
+    def get_default_run_id(self) -> str:
+        return f"{self._ctx.run.id}:{self._model}:{self._prefix}"
+
+    def get_default_conversation_id(self, run_id: str) -> str:
+        return conversation_id_from_run_id(run_id)
+
+    def get_wrapper_model(self, model: Model) -> Model:
+        return _StepModel(model, self)
+
+    def get_wrapper_toolset(self, toolset: AbstractToolset[AgentDepsT]) -> AbstractToolset[AgentDepsT]:
+        return toolset.visit_and_replace(lambda leaf: _StepToolset(leaf, self))
+
+    async def request(self, send: Callable[[], Awaitable[ModelResponse]]) -> ModelResponse:
+        """Send a model request as a step."""
+
+        async def ask() -> Any:
+            return _RESPONSE.dump_python(await send(), mode="json")
+
+        stored = await self._ctx.step(self._model, ask, key=self._key(f"{next(self._requests)}"))
+        response = _RESPONSE.validate_python(stored)
+        self._digest = hashlib.sha256(_RESPONSE.dump_json(response)).hexdigest()[:12]
+        return response
+
+    async def call(self, name: str, call_id: str, call: Callable[[], Awaitable[Any]]) -> Any:
+        """Call a tool as a step. What it raises to steer the agent is stored as well."""
+        self._calls[call_id] += 1
+        times = self._calls[call_id]
+
+        async def outcome() -> Any:
+            return await _outcome(call())
+
+        key = self._key(call_id if times == 1 else f"{call_id}#{times}")
+        return _result(await self._ctx.step(f"tool:{_written(name)}", outcome, key=key))
+
+    def _key(self, last: str) -> str:
+        key = "/".join(part for part in (self._prefix, self._digest, last) if part)
+        if len(key) <= NAME_LIMIT and key.isprintable():
+            return key
+        return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+class _StepModel(WrapperModel):
+    """A model whose requests are steps. A stream delivers its response once it is complete."""
+
+    def __init__(self, wrapped: Model, steps: _Steps[Any]) -> None:
+        super().__init__(wrapped)
+        self._steps = steps
+
+    async def request(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
+    ) -> ModelResponse:
+        return await self._steps.request(
+            lambda: self.wrapped.request(messages, model_settings, model_request_parameters)
+        )
+
+    @asynccontextmanager
+    async def request_stream(
+        self,
+        messages: list[ModelMessage],
+        model_settings: ModelSettings | None,
+        model_request_parameters: ModelRequestParameters,
+        run_context: RunContext[Any] | None = None,
+    ) -> AsyncGenerator[StreamedResponse]:
+        response = await self.request(messages, model_settings, model_request_parameters)
+        yield CompletedStreamedResponse(
+            response, model_request_parameters=model_request_parameters, replay_events=True
+        )
+
+    async def compact_messages(
+        self, request_context: ModelRequestContext, *, instructions: str | None = None
+    ) -> ModelResponse:
+        return await self._steps.request(
+            lambda: self.wrapped.compact_messages(request_context, instructions=instructions)
+        )
+
+
+@dataclass
+class _StepToolset(WrapperToolset[AgentDepsT]):
+    """Tools whose calls are steps."""
+
+    steps: _Steps[AgentDepsT] = field(repr=False)
+
+    async def call_tool(
+        self, name: str, tool_args: dict[str, Any], ctx: RunContext[AgentDepsT], tool: ToolsetTool[AgentDepsT]
+    ) -> Any:
+        if (tool.tool_def.metadata or {}).get("step") is False or ctx.tool_call_id is None:
+            return await self.wrapped.call_tool(name, tool_args, ctx, tool)
+        return await self.steps.call(
+            ctx.tool_name or name,
+            ctx.tool_call_id,
+            lambda: self.wrapped.call_tool(name, tool_args, ctx, tool),
+        )
+
+
+async def _outcome(call: Awaitable[Any]) -> dict[str, Any]:
+    """What a tool returned, or raised to steer the agent, as JSON. Raises other errors: nothing is stored."""
+    try:
+        result = await call
+    except (ModelRetry, ToolFailed) as error:
+        return {"kind": "retry" if isinstance(error, ModelRetry) else "failed", "message": error.message}
+    except ApprovalRequired as error:
+        return {"kind": "approval", "metadata": error.metadata}
+    except CallDeferred as error:
+        return {"kind": "deferred", "metadata": error.metadata, "waits_for": error.kind}
+    if isinstance(result, ToolReturn):
+        return {"kind": "tool_return", "value": _RETURN.dump_python(result, mode="json")}
+    return {"kind": "content", "value": _CONTENT.dump_python(result, mode="json")}
+
+
+def _result(outcome: dict[str, Any]) -> Any:
+    match outcome["kind"]:
+        case "content":
+            return _CONTENT.validate_python(outcome["value"])
+        case "tool_return":
+            return _RETURN.validate_python(outcome["value"])
+        case "retry":
+            raise ModelRetry(outcome["message"])
+        case "failed":
+            raise ToolFailed(outcome["message"])
+        case "approval":
+            raise ApprovalRequired(outcome["metadata"])
+    raise CallDeferred(outcome["metadata"], kind=outcome["waits_for"])
+
+
+def _written(name: str) -> str:
+    """A name of another program as part of a step's name."""
+    return _NOT_IN_NAMES.sub("-", name)[: NAME_LIMIT - 10]
