@@ -235,7 +235,7 @@ def paid_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
 
 @job("acme.agent")
 async def agent(ctx: Context[Any, Any]) -> str:
-    """Run an agent whose model asks for a tool `calls` times, two at once; each request and call is a line."""
+    """Run an agent that calls a tool twice in each of `calls` responses; each request and call is a line."""
     from pydantic_ai import Agent
     from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
     from pydantic_ai.models.function import FunctionModel
