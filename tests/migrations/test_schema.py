@@ -73,7 +73,8 @@ def normalised(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.startswith("CREATE TABLE"):
-        return sorted(line.strip(" ,\t") for line in value.splitlines())
+        # ALTER TABLE puts a column on the line of the last one.
+        return sorted(part for part in map(str.strip, re.split(r",\s|\n", value)) if part)
     return re.sub(r"\s+", " ", value).strip()
 
 

@@ -198,6 +198,14 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
             "worker.toml: issuers.main.api_origins: http://api.acme.com would carry each org's token",
         ),
         (
+            "[issuers.main]\nurl = 'https://a'\napi_base_url = 'api.acme.com'",
+            "issuers.main.api_base_url: '***' is not a base URL",
+        ),
+        (
+            "[issuers.main]\nurl = 'https://a'\napi_origins = ['https://b']\napi_base_url = 'https://b:444/v1'",
+            "worker.toml: issuers.main.api_base_url: its origin is not in api_origins",
+        ),
+        (
             "[issuers.main]\nurl = 'https://a'\napi_origins = ['https://ada:pass@word@b']",
             "issuers.main.api_origins: 'https://***@b' is not an origin",
         ),

@@ -58,6 +58,7 @@ def apply(
             inline=session.settings.execution.inline,
             insecure_origins=session.settings.execution.insecure_origins,
             issuers=session.settings.issuers,
+            api_origins=session.settings.api_origins,
         )
     rows = [change.as_row() for change in changes]
     if output is Format.TABLE:

@@ -15,6 +15,7 @@ from worker.cli.options import (
     OrgArgument,
     OutputOption,
     UntilOption,
+    read_json,
     read_pairs,
     split_pairs,
 )
@@ -22,7 +23,7 @@ from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
 from worker.definitions.units import parse_time
 from worker.errors import UsageError
-from worker.store.lists import BACKFILLS, DEFINITIONS
+from worker.store.lists import BACKFILLS, DEFINITIONS, DefinitionState
 
 NameArgument = Annotated[
     str,
@@ -202,8 +203,70 @@ def edit(
             revision=revision,
             inline=session.settings.execution.inline,
             insecure_origins=session.settings.execution.insecure_origins,
+            api_origins=session.settings.api_origins,
         )
     print_row(row, output)
+
+
+state_app = typer.Typer(
+    help="State: what a definition remembers between its runs, as its handler's `ctx.state`."
+)
+app.add_typer(state_app, name="state")
+
+
+@state_app.command("show")
+def show_state(
+    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
+) -> None:
+    """Show the state of a definition; as JSON only the state itself, {} if there is none."""
+    from worker.store.lists.read import state
+
+    with session_of(context).database() as database, database.autocommit() as connection:
+        row = state(connection, org, name)
+    _print_state(row, output)
+
+
+@state_app.command("set")
+def set_state(
+    context: typer.Context,
+    org: OrgArgument,
+    name: NameArgument,
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="JSON", help="The new state: a JSON object of at most 64 KiB."),
+    ],
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Replace the state of a definition; exit 5 while a run of it is running.
+
+    A run that waits, also for another attempt, gets the new state.
+    """
+    from worker.operations.states import set_state as operation
+
+    session = session_of(context)
+    value = read_json(data, option="--data")
+    with session.database() as database:
+        row = operation(database, org, name, value, actor=session.actor)
+    _print_state(row, output)
+
+
+@state_app.command("clear")
+def clear_state(
+    context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
+) -> None:
+    """Clear the state of a definition; exit 5 while a run of it is running."""
+    from worker.operations.states import clear_state as operation
+
+    session = session_of(context)
+    with session.database() as database:
+        row = operation(database, org, name, actor=session.actor)
+    _print_state(row, output)
+
+
+def _print_state(row: DefinitionState, output: Format) -> None:
+    # As JSON, what the handler gets.
+    whole = output in (Format.TABLE, Format.ID)
+    print_row({**row} if whole else row["data"], output, key="definition")
 
 
 @app.command("pause")

@@ -111,6 +111,16 @@ def read_pairs(pairs: Iterable[str], *, option: str) -> dict[str, Any]:
     return {name: _value(value, option, name) for name, value in split_pairs(pairs, option=option).items()}
 
 
+def read_json(text: str, *, option: str) -> Any:
+    """A JSON value of an option; raises UsageError."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise UsageError(f"{option} is nested too deeply", fix="nest lists and objects less") from None
+    except ValueError as error:
+        raise UsageError(f"{option} is not JSON: {error}", fix="such as '{\"cursor\": 5}'") from None
+
+
 def split_pairs(pairs: Iterable[str], *, option: str) -> dict[str, str]:
     """`NAME=VALUE` texts as a mapping; raises UsageError if one lacks the `=` or the name."""
     typed: dict[str, str] = {}

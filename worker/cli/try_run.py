@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from worker.cli.completion import names
-from worker.cli.options import OutputOption, read_pairs, split_pairs
+from worker.cli.options import OutputOption, read_json, read_pairs, read_text, split_pairs
 from worker.cli.output import Format, in_words, print_row, say
 from worker.cli.session import session_of
 from worker.errors import UsageError
@@ -74,6 +74,10 @@ def try_(
             help="A scope of the token (default: all that the handler needs); repeatable.",
         ),
     ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option("--state", metavar="JSON|@FILE", help="The state of its definition (default: empty)."),
+    ] = None,
     real: Annotated[
         bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
     ] = False,
@@ -110,7 +114,12 @@ def try_(
             raise UsageError(
                 f"--flag {name} has a value that a flag cannot have", fix="use true, false, a number or text"
             )
+    before = None if state is None else _read_state(state)
     entry = asyncio.run(trying.find_handler(handler, session.settings))
+    if before is not None and not entry.state:
+        raise UsageError(
+            f"handler {handler} declares no state", fix="leave --state out, or write @job(..., state=True)"
+        )
     with ExitStack() as stack:
         request = trying.TryRequest(
             org or FAKE_ORG,
@@ -118,6 +127,7 @@ def try_(
             properties=properties,
             flags=flags,
             scopes=scope or None,
+            state=before,
             database=stack.enter_context(session.database()) if real else None,
             on_error=_debugger_at(entry.entry_point) if pdb else None,
             on_line=lambda line: say(f"{line.level:<7} {line.text}"),
@@ -142,6 +152,21 @@ def try_(
     return FAILED
 
 
+def _read_state(given: str) -> Mapping[str, Any]:
+    """The value of `--state`: JSON, or `@` and a file of it; raises UsageError."""
+    from worker.handlers.json_text import NotStorable
+    from worker.handlers.state import to_state_text
+
+    text = read_text(given[1:]) if given.startswith("@") else given
+    state = read_json(text, option="--state")
+    try:
+        to_state_text(state)
+    except NotStorable as error:
+        raise UsageError(f"--state: {error}", fix="such as '{\"cursor\": 5}'") from None
+    found: Mapping[str, Any] = state
+    return found
+
+
 def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, Any] | None) -> dict[str, Any]:
     """The run as JSON prints it; `properties` are the made-up ones, None for a real org."""
     ended, claims = tried.ended, tried.ended.trail.claims or {}
@@ -158,6 +183,7 @@ def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, A
         "settings": _settings(entry.settings_schema, values),
         "progress": ended.trail.progress,
         "checkpoint": tried.checkpoint,
+        "definition_state": tried.state if entry.state else None,
         "result": None if ended.result is None else json.loads(ended.result),
         "error": None if ended.error is None else {name: ended.error[name] for name in ("type", "message")},
     }

@@ -137,6 +137,8 @@ class Definition:
     """The origins to which `ctx.http` sends the token; default the issuer's. `http://` only for loopback
     addresses and `[execution] insecure_origins`.
     """
+    api_base_url: str | None = None
+    """The base of relative URLs of `ctx.http`; default the issuer's. Its origin is one of `api_origins`."""
     enabled: bool = True
     """If false, no run is due."""
 
@@ -305,6 +307,7 @@ _KEYS: dict[str, _Form] = {
     "ends_at": _Form(fields.timestamp, to_text),
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
+    "api_base_url": _Form(fields.base_url),
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")

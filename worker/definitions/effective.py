@@ -24,6 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Token and claims": (
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),
+        "api_base_url",
     ),
 }
 # What no value means, for keys whose default is not in the handler.
@@ -32,6 +33,7 @@ _WITHOUT: Mapping[str, tuple[Any, Source]] = {
     "scopes": ([], "default"),
     "audience": ("the issuer's", "issuer"),
     "api_origins": ("the issuer's", "issuer"),
+    "api_base_url": ("the issuer's", "issuer"),
     "timeout": (format_duration(TIMEOUT), "default"),
     "max_attempts": (MAX_ATTEMPTS, "default"),
     "isolation": ("child", "default"),

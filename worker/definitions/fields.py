@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from worker.clock import from_text
-from worker.definitions.origins import parse_origin
+from worker.definitions.origins import parse_base_url, parse_origin
 from worker.definitions.units import MAX_DEPTH, TOO_DEEP, depth_of, parse_duration
 from worker.errors import DefinitionError
 
@@ -135,6 +135,11 @@ def origins(value: Any) -> tuple[str, ...]:
     for item in listed:
         parse_origin(item)
     return listed
+
+
+def base_url(value: Any) -> str:
+    """The base of relative URLs."""
+    return parse_base_url(text(value))
 
 
 def json_table(value: Any) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -41,6 +41,47 @@ def parse_origin(text: str) -> Origin:
     except ValueError:
         pass
     raise ValueError(problem)
+
+
+def parse_base_url(text: str) -> str:
+    """A URL that paths are joined to, without user, query or fragment; raises ValueError."""
+    problem = f"{shown_url(text)!r} is not a base URL; write https://api.acme.com or https://api.acme.com/v1"
+    if re.fullmatch(r"https?://[^\s?#@\\]+", text, re.IGNORECASE) is None:
+        raise ValueError(problem)
+    try:
+        if urlsplit(text).port != 0 and origin_of(text).host:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(problem)
+
+
+# The `api_origins` of each issuer in worker.toml.
+IssuerOrigins = Mapping[str, Sequence[str]]
+NO_ISSUERS: IssuerOrigins = {}
+
+
+def in_force(
+    own: Sequence[str] | None, issuers: Iterable[str], configured: IssuerOrigins
+) -> list[Sequence[str]]:
+    """The lists of origins that may apply to a definition: its own, else those of each of its issuers."""
+    return [own] if own is not None else [configured[name] for name in issuers if name in configured]
+
+
+def check_base_url(base_url: str | None, origins: Iterable[str], *, entry: str) -> None:
+    """Raise DefinitionError for an `api_base_url` to which no token goes."""
+    if base_url is not None and not is_listed(base_url, origins):
+        raise DefinitionError(
+            f"{entry}, api_base_url: its origin is not in api_origins, so no token would go there",
+            entry=entry,
+            field="api_base_url",
+            fix="add its origin to api_origins of the definition or of its issuer, or correct it",
+        )
+
+
+def is_listed(url: str, origins: Iterable[str]) -> bool:
+    """Whether a valid URL has one of these origins."""
+    return origin_of(url) in set(map(parse_origin, origins))
 
 
 def is_loopback(host: str) -> bool:

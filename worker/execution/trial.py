@@ -27,7 +27,16 @@ from worker.ids import DefinitionId, RunId, new_id
 from worker.orgs import OrgRef
 from worker.providers import profile
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun, Isolation, LogLine, RunContext, RunStep, StepPage, StoredStep
+from worker.runs.run import (
+    AdmittedRun,
+    Isolation,
+    LoadedState,
+    LogLine,
+    RunContext,
+    RunStep,
+    StepPage,
+    StoredStep,
+)
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
@@ -120,6 +129,7 @@ class Subject:
     api_origins: tuple[str, ...] = ()
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
+    api_base_url: str = ""
 
 
 class Trial:
@@ -139,6 +149,7 @@ class Trial:
         clock: Clock,
         *,
         checkpoint: Any = None,
+        state: Mapping[str, Any] | None = None,
         isolation: Isolation = "child",
         live: bool = False,
         on_line: Callable[[LogLine], None] = lambda line: None,
@@ -154,6 +165,7 @@ class Trial:
         self._on_step = on_step
         self.steps: list[RunStep] = []
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
+        self._state = json.dumps(state or {})
         now, run_id = clock.now(), RunId(new_id())
         self._run = AdmittedRun(
             id=run_id,
@@ -187,6 +199,7 @@ class Trial:
                 api_origins={subject.issuer: subject.api_origins},
                 private_origins=subject.private_origins,
                 insecure_origins=subject.insecure_origins,
+                api_base_urls={subject.issuer: subject.api_base_url},
             ),
             tokens=tokens,
             handlers=handlers,
@@ -202,6 +215,11 @@ class Trial:
     def checkpoint(self) -> Any:
         return None if self._checkpoint is None else json.loads(self._checkpoint)
 
+    @property
+    def state(self) -> Any:
+        """The state of the definition, as its last success left it."""
+        return json.loads(self._state)
+
     async def attempt(self) -> EndedAttempt:
         """Make one attempt. If the run waits after it, the next call makes the next attempt."""
         self.inflight = InflightRun(self._run, StopSignal())
@@ -212,6 +230,8 @@ class Trial:
             if writing is not None:
                 writing.cancel()
             await self._tools.run_log.flush()
+        if ended.definition_state is not None:
+            self._state = ended.definition_state
         next_at = ended.ended_at + (ended.available_after or timedelta())
         self._run = replace(
             self._run,
@@ -267,6 +287,9 @@ class Trial:
 
     async def step_totals(self, run_id: RunId) -> tuple[int, int]:
         return max((row.step.seq for row in self.steps), default=0), sum(row.size for row in self.steps)
+
+    async def load_state(self, run: AdmittedRun) -> LoadedState:
+        return LoadedState(self.state, commits=True)
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         for _, _, progress in rows:

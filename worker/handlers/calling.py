@@ -11,11 +11,12 @@ from typing import Any
 from worker.errors import LeaseLost, TokenError, Unavailable
 from worker.handlers import denials
 from worker.handlers.blocking import finish
-from worker.handlers.context import BlockingContext, Context
+from worker.handlers.context import BlockingContext, Context, state_of
 from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
-from worker.handlers.models import HandlerMissing, ParamsInvalid, SettingsInvalid
+from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
+from worker.handlers.state import State
 from worker.handlers.steps import StepError
 from worker.runs.outcome import (
     Cancelled,
@@ -44,7 +45,7 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
     """Call a handler, await it if it is async. SystemExit propagates; everything else becomes an outcome."""
     try:
         result = job(ctx)
-        return outcome_of(await result if job.is_async else result)
+        return _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
     except SystemExit:
         raise
     except BaseException as error:
@@ -78,6 +79,19 @@ def outcome_of(result: Any) -> Outcome:
         return Failed(error_of(error), reason="result_invalid")
 
 
+def _with_state(outcome: Outcome, state: State | None) -> Outcome:
+    """A success with the state that it commits; failed if that cannot be stored."""
+    if state is None or not isinstance(outcome, Succeeded):
+        return outcome
+    try:
+        changed = state.changed()
+    except NotStorable as error:
+        return Failed(Error("NotStorable", str(error)), reason="result_invalid")
+    except Exception as error:  # from a model's own serialiser
+        return Failed(error_of(error), reason="result_invalid")
+    return outcome if changed is None else Succeeded(outcome.result, changed)
+
+
 def outcome_of_error(error: BaseException) -> Outcome:
     """The outcome for an exception that a handler raised."""
     match error:
@@ -85,7 +99,7 @@ def outcome_of_error(error: BaseException) -> Outcome:
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():
             return Refused("settings_invalid", error.property, str(error))
-        case ParamsInvalid():
+        case ParamsInvalid() | CheckpointInvalid():
             return Failed(error_of(error), permanent=True)
         case HandlerMissing():
             return NoHandler(str(error))

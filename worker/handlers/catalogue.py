@@ -50,6 +50,7 @@ class HandlerEntry:
     max_attempts: int | None = None
     memory: str | None = None
     max_concurrent: int | None = None
+    state: bool = False
     error: str | None = None
 
 
@@ -179,7 +180,7 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(_FORGED)
     for name, kinds in _FIELDS.items():
         value = described[name]
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{name} is a {type(value).__name__}")
         if kinds is _SCHEMA and value is not None:
             check_schema(value, name)
@@ -201,4 +202,5 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "max_attempts": _COUNT,
     "memory": _TEXT,
     "max_concurrent": _COUNT,
+    "state": (bool,),
 }

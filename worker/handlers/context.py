@@ -21,8 +21,10 @@ from worker.handlers.given import (
     S,
     ThisRun,
 )
-from worker.handlers.json_text import clean, to_json_text
+from worker.handlers.json_text import clean
+from worker.handlers.models import checkpoint_text
 from worker.handlers.results import Duration
+from worker.handlers.state import State
 from worker.handlers.step_calls import (
     BACKOFF,
     CONCURRENCY,
@@ -75,7 +77,7 @@ class _Shared(Generic[P, S]):
     settings: S
     """The token's properties over the model's defaults, as the handler's model, or a plain mapping."""
     checkpoint: Any
-    """The run's last checkpoint, from an earlier attempt; None if it saved none."""
+    """The run's last checkpoint, from an earlier attempt, as the handler's model; None if it saved none."""
     deadline: datetime
     """When the attempt is stopped if it has not ended; aware, in UTC."""
     log: logging.Logger
@@ -99,6 +101,16 @@ class _Shared(Generic[P, S]):
     def claims(self) -> Claims:
         """The claims of the newest token."""
         return self._given.held.claims
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the definition remembers, for handlers with `@job(state=True)`: a JSON object to change.
+
+        Changes are committed with the run's success, and only then; at most 64 KiB of JSON.
+        """
+        if self._given.state is None:
+            raise TypeError("ctx.state needs @job(..., state=True)")
+        return self._given.state.value
 
     def flag(self, name: str, default: Any = False) -> Any:
         """The value of a feature flag in the newest token, or of a property of that name."""
@@ -187,10 +199,14 @@ class Context(_Shared[P, S]):
 
     @cached_property
     def http(self) -> httpx.AsyncClient:
-        """An httpx client that sends the org's token only to the issuer's `api_origins`."""
+        """An httpx client that sends the org's token only to the issuer's `api_origins`.
+
+        `api_base_url` is the base of relative URLs.
+        """
         from worker.handlers.http import org_client
 
-        return org_client(self._given, self._token, self._transports.get("http"))
+        base_url = self._given.api_base_url
+        return org_client(self._given, self._token, self._transports.get("http"), base_url=base_url)
 
     @cached_property
     def public_http(self) -> httpx.AsyncClient:
@@ -210,7 +226,7 @@ class Context(_Shared[P, S]):
 
         Returns once it is durable. Fails if another worker has taken the run over.
         """
-        await self._port.save(to_json_text(data, "checkpoint"))
+        await self._port.save(checkpoint_text(self._given.job, data))
 
 
 class BlockingContext(_Shared[P, S]):
@@ -271,10 +287,14 @@ class BlockingContext(_Shared[P, S]):
 
     @cached_property
     def http(self) -> httpx.Client:
-        """An httpx client that sends the org's token only to the issuer's `api_origins`."""
+        """An httpx client that sends the org's token only to the issuer's `api_origins`.
+
+        `api_base_url` is the base of relative URLs.
+        """
         from worker.handlers.http import blocking_org_client
 
-        return blocking_org_client(self._given, self._token, self._transports.get("http"))
+        base_url = self._given.api_base_url
+        return blocking_org_client(self._given, self._token, self._transports.get("http"), base_url=base_url)
 
     @cached_property
     def public_http(self) -> httpx.Client:
@@ -292,7 +312,12 @@ class BlockingContext(_Shared[P, S]):
 
     def save(self, data: Any) -> None:
         """As `Context.save`."""
-        self._port.save(to_json_text(data, "checkpoint"))
+        self._port.save(checkpoint_text(self._given.job, data))
+
+
+def state_of(ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> State | None:
+    """The state that the attempt loaded, if its handler declares one."""
+    return ctx._given.state
 
 
 async def close_http(ctx: Context[Any, Any]) -> None:

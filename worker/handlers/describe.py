@@ -24,7 +24,7 @@ def offer_of(job: Job) -> dict[str, Any]:
         parse_duration(job.timeout)
     if job.memory is not None:
         parse_memory(job.memory)
-    plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent")
+    plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state")
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
     return {"scopes": sorted(job.scopes), **schemas, **{name: getattr(job, name) for name in plain}}
 

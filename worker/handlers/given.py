@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
+from worker.handlers.job import Job
+from worker.handlers.state import State
 
 P = TypeVar("P")
 S = TypeVar("S")
@@ -126,6 +128,9 @@ class Given(Generic[P, S]):
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     replays: bool = False
+    job: Job | None = None
+    state: State | None = None
+    api_base_url: str = ""
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

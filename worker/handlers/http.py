@@ -96,21 +96,31 @@ class OrgAuth(httpx.Auth):
 
 
 def org_client(
-    given: Given[Any, Any], token: TokenSource, transport: httpx.AsyncBaseTransport | None
+    given: Given[Any, Any],
+    token: TokenSource,
+    transport: httpx.AsyncBaseTransport | None,
+    *,
+    base_url: str = "",
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
     auth = OrgAuth(given, token)
     hooks = {"request": [auth.async_strip]}
-    return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, **_options(given))
+    options = _options(given)
+    return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 
 
 def blocking_org_client(
-    given: Given[Any, Any], token: TokenSource, transport: httpx.BaseTransport | None
+    given: Given[Any, Any],
+    token: TokenSource,
+    transport: httpx.BaseTransport | None,
+    *,
+    base_url: str = "",
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
     hooks = {"request": [auth.strip]}
-    return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, **_options(given))
+    options = _options(given)
+    return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 
 
 def _options(given: Given[Any, Any]) -> dict[str, Any]:

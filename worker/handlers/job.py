@@ -37,6 +37,10 @@ class Job:
     """Memory limit of a run, such as `512MiB`; default unlimited. The definition overrides it."""
     max_concurrent: int | None = None
     """Maximum concurrent runs of the handler, over all workers and orgs; default unlimited."""
+    state: bool = False
+    """Whether it uses `ctx.state`, which a definition with `overlap = "allow"` cannot have."""
+    checkpoint: type[BaseModel] | None = None
+    """A pydantic model of its checkpoints; without one `ctx.checkpoint` is plain JSON data."""
 
     def __post_init__(self) -> None:
         self.__name__ = getattr(self.function, "__name__", self.name)
@@ -79,12 +83,15 @@ def job(
     isolation: Literal["child", "inline"] = "child",
     memory: str | None = None,
     max_concurrent: int | None = None,
+    state: bool = False,
+    checkpoint: type[BaseModel] | None = None,
 ) -> Callable[[Callable[..., Any]], Job]:
     """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
     `params` and `settings` are pydantic models: of the definition's params, and of
     the token's properties over the model's defaults. `timeout` is text such as `2h`,
-    `memory` such as `512MiB`; `max_concurrent` holds over all workers.
+    `memory` such as `512MiB`; `max_concurrent` holds over all workers. With `state` the
+    handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves.
 
     Raises:
         TypeError: the declaration is invalid, such as an inline handler that is not async.
@@ -113,6 +120,8 @@ def job(
             isolation,
             memory,
             max_concurrent,
+            state,
+            checkpoint,
         )
         if isolation == "inline" and not declared.is_async:
             raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")

@@ -1,4 +1,4 @@
-"""A handler's result or checkpoint as JSON text that every database accepts."""
+"""A handler's result, checkpoint or state as JSON text that every database accepts."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from worker.handlers.job import Job
+from worker.handlers.json_text import to_json_text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -27,6 +28,10 @@ class SettingsInvalid(Exception):
     def __init__(self, property: str, message: str) -> None:
         super().__init__(message)
         self.property = property
+
+
+class CheckpointInvalid(Exception):
+    """A stored checkpoint does not fit the handler's model."""
 
 
 def load(entry_point: str) -> Job:
@@ -84,6 +89,36 @@ def read_settings(job: Job, properties: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         name, rule = _first(error)
         raise SettingsInvalid(name, f"property {name}: {rule}") from None
+
+
+def read_checkpoint(job: Job, stored: Any) -> Any:
+    """A stored checkpoint as the handler's model; plain JSON data if it declares none.
+
+    Raises CheckpointInvalid with the field and the rule, never the value.
+    """
+    if job.checkpoint is None or stored is None:
+        return stored
+    from pydantic import ValidationError
+
+    try:
+        return job.checkpoint.model_validate_json(json.dumps(stored), by_alias=True, by_name=True)
+    except ValidationError as error:
+        name, rule = _first(error)
+        raise CheckpointInvalid(
+            f"checkpoint field {name}: {rule}; the stored checkpoint does not fit {job.checkpoint.__name__}: "
+            "let the model accept it, or retry the run without --from-checkpoint to start over"
+        ) from None
+
+
+def checkpoint_text(job: Job | None, data: Any) -> str:
+    """A checkpoint as JSON text; raises NotStorable, and TypeError for another type than declared."""
+    model = None if job is None else job.checkpoint
+    if model is not None and data is not None and not isinstance(data, model):
+        raise TypeError(
+            f"save() of {job and job.name} takes a {model.__name__}, as @job(checkpoint=) says, or None, "
+            f"not a {type(data).__name__}"
+        )
+    return to_json_text(data, "checkpoint")
 
 
 def _unknown(model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:

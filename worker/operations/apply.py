@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from worker.definitions.definition import Definition
 from worker.definitions.fields import refusal
 from worker.definitions.file import DefinitionsFile, TemplateEntry
-from worker.definitions.origins import check_encrypted
+from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import settle
@@ -46,6 +46,7 @@ def apply(
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
     issuers: Collection[str] | None = None,
+    api_origins: IssuerOrigins = NO_ISSUERS,
 ) -> list[Change]:
     """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
 
@@ -53,7 +54,8 @@ def apply(
     templates, and removes such budgets. Pauses and org states stay. The first orgs get their
     templates' definitions in this transaction, the others from the workers. `inline` are the
     distributions whose handlers can run inline, `insecure_origins` the http origins that can be
-    `api_origins`, `issuers` those of `worker.toml` (None if unknown).
+    `api_origins`, `issuers` those of `worker.toml` (None if unknown), `api_origins` the origins of
+    each.
 
     Raises:
         DefinitionError: names the entry and field that is refused; nothing was changed.
@@ -61,9 +63,11 @@ def apply(
     with database.transaction() as connection:
         handlers = Handlers(connection)
 
-        def check(definition: Definition, entry: str) -> None:
+        def check(definition: Definition, entry: str, of: Collection[str]) -> None:
             handlers.check(definition, entry, inline=inline, allow_unknown=allow_unknown_handlers)
             check_encrypted(definition.api_origins, insecure_origins, entry=entry)
+            for origins in in_force(definition.api_origins, of, api_origins):
+                check_base_url(definition.api_base_url, origins, entry=entry)
 
         plan = _make_plan(connection, file, prune=prune, issuers=issuers, check=check)
         if not dry_run:
@@ -110,9 +114,11 @@ def _make_plan(
     *,
     prune: bool,
     issuers: Collection[str] | None,
-    check: Callable[[Definition, str], None],
+    check: Callable[[Definition, str, Collection[str]], None],
 ) -> _Plan:
     """Check the whole file and compare it with the stored rows, which stay locked.
+
+    `check` is called with each definition, its entry and the issuers whose orgs may run it.
 
     Raises:
         DefinitionError: names the entry and field that is refused.
@@ -131,12 +137,14 @@ def _make_plan(
         (row["org"], row["name"]): row
         for row in definitions.lock_for_all_orgs(connection, (row["id"] for row in stored_orgs.values()))
     }
+    issuer_of = {code: row["issuer"] for code, row in stored_orgs.items()}
+    issuer_of |= {entry.code: entry.issuer for entry in file.orgs}
     for each in file.definitions:
         name = f"definition {each.org}/{each.name}"
         if each.org not in ids:
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
             raise refusal(f"there is no org {each.org}", name, "org", fix=fix)
-        check(each, name)
+        check(each, name, (issuer_of[each.org],))
         before = stored.get((each.org, each.name))
         if before is not None and before["closed_at"] is None and before["template_id"] is not None:
             fix = "choose another name, or take the org out of the template's selector"
@@ -145,7 +153,9 @@ def _make_plan(
         if definition is not None:
             plan.definitions.append(definition)
     for template_entry in sorted(file.templates, key=lambda template: template.name):
-        check(template_entry.definition, f"template {template_entry.name}")
+        selected = template_entry.selector.issuer
+        of = issuers or () if selected is None else (selected,)
+        check(template_entry.definition, f"template {template_entry.name}", of)
         template = _template_change(template_entry, templates.find(connection, template_entry.name), issuers)
         if template is not None:
             plan.templates.append(template)

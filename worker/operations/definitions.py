@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.definitions.definition import parse_definition
-from worker.definitions.origins import check_encrypted
+from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import Conflict, PreconditionFailed, Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
@@ -53,6 +53,7 @@ def edit_definition(
     revision: int | None = None,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
+    api_origins: IssuerOrigins = NO_ISSUERS,
     reason: str | None = None,
 ) -> DefinitionDetail:
     """Change keys of a definition, named as in a file, None for the default; returns the definition.
@@ -82,6 +83,9 @@ def edit_definition(
         if change is not None:
             Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)
             check_encrypted(wanted.api_origins, insecure_origins, entry=entry)
+            issuer = orgs.require(connection, org)["issuer"]
+            for origins in in_force(wanted.api_origins, [issuer], api_origins):
+                check_base_url(wanted.api_base_url, origins, entry=entry)
             change_definitions(connection, [change], actor=actor, at=database.now(connection), reason=reason)
         return lists.definition(connection, org, name)
 

@@ -87,11 +87,12 @@ class Handlers:
     def check(
         self, definition: Definition, entry: str, *, inline: Collection[str], allow_unknown: bool
     ) -> None:
-        """Check a definition against all of its handlers, including their params.
+        """Check a definition against all of its handlers, including their params and state.
 
         Raises:
             UnknownHandler: no distribution offers it, or it does not load (unless `allow_unknown`).
-            DefinitionError: invalid params, or inline although the operator has not allowed it.
+            DefinitionError: invalid params, inline although the operator has not allowed it, or state
+                with concurrent runs.
         """
         for name in definition.handlers:
             field = "handler" if name == definition.handler else "variants"
@@ -107,6 +108,13 @@ class Handlers:
                     "isolation",
                     fix=f'if you trust it, add "{row["distribution"]}" to execution.inline in worker.toml; '
                     'else set isolation = "child"',
+                )
+            if row["state"] and not definition.serial:
+                raise refusal(
+                    f"{name} declares state, which concurrent runs would overwrite",
+                    entry,
+                    "overlap",
+                    fix="choose skip, queue_one or replace",
                 )
             self.check_params(name, definition.params, entry)
             self._check_params_by_hand(name, definition.params_by_hand, entry)

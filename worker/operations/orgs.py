@@ -18,7 +18,17 @@ from worker.operations import settle
 from worker.operations.credentials import check_client, credential_row, is_stored
 from worker.operations.templates import materialise_first
 from worker.orgs import STOPS, OrgEntry, OrgState, may_move
-from worker.store import access_tokens, audit, backfills, credentials, definitions, edit_runs, orgs, sign_in
+from worker.store import (
+    access_tokens,
+    audit,
+    backfills,
+    credentials,
+    definitions,
+    edit_runs,
+    orgs,
+    sign_in,
+    states,
+)
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import OrgDetail
@@ -114,7 +124,8 @@ def set_org_state(
     """Move an org to a state, and return it.
 
     `paused`: no runs fire or start. `suspended`: also cancels waiting runs at once, running
-    ones within one renewal. `removed`: also closes its definitions and destroys its secrets.
+    ones within one renewal. `removed`: also closes its definitions, clears their states and
+    destroys its secrets.
     `active`: it continues from now; what was due meanwhile is not replayed.
 
     Raises:
@@ -151,6 +162,7 @@ def _stop(connection: Connection, org_id: OrgId, state: OrgState, rows: list[Row
         access_tokens.drop_of_org(connection, org_id)
     if stops.secrets:
         stopped["credentials_destroyed"] = credentials.destroy(connection, org_id, at=at)
+        stopped["states_cleared"] = states.clear(connection, org_id)
         backfills.cancel(connection, org_id, at=at)
         for row in rows:
             definitions.change(

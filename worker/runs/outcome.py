@@ -31,9 +31,13 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The handler returned; `result` is JSON text of at most 1 MiB, or None."""
+    """The handler returned; `result` is JSON text of at most 1 MiB, or None.
+
+    `state` is the JSON text of the definition's new state, or None if it did not change.
+    """
 
     result: str | None = None
+    state: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,7 @@ class EndedAttempt:
     write; None means at once), or `parked` with `reason` until one of its waits is over. `failures` and
     `recoveries` are the run's new counts. `result` is JSON text. `keep_start_by` is true if the handler
     has not started. With `counted` the parked run counts against the limits of definition and handler.
+    `definition_state` is the JSON text that is committed with a success, or None.
     """
 
     run_id: RunId
@@ -196,6 +201,7 @@ class EndedAttempt:
     result: str | None = None
     error: Mapping[str, str] | None = field(default=None)
     error_cause: str | None = None
+    definition_state: str | None = None
 
     @property
     def final(self) -> bool:
@@ -243,6 +249,7 @@ def end_attempt(
         *,
         error: Error | None = None,
         result: str | None = None,
+        definition_state: str | None = None,
     ) -> EndedAttempt:
         return EndedAttempt(
             run_id=run.id,
@@ -264,6 +271,7 @@ def end_attempt(
             result=result,
             error=error.as_json() if error else None,
             error_cause=fingerprint(error) if error else None,
+            definition_state=definition_state,
         )
 
     def failed(attempt: EndedAttempt, *, after: timedelta | None = None, final: bool = False) -> EndedAttempt:
@@ -274,8 +282,8 @@ def end_attempt(
         return attempt
 
     match outcome:
-        case Succeeded(result):
-            return ended("succeeded", "succeeded", result=result)
+        case Succeeded(result, definition_state):
+            return ended("succeeded", "succeeded", result=result, definition_state=definition_state)
         case Failed(error, reason, detail, permanent):
             final = permanent or reason in NEVER_RETRIED
             return failed(ended("failed", "failed", reason, detail, error=error), final=final)

@@ -79,6 +79,17 @@ class AdmittedRun:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedState:
+    """A definition's state as one attempt loads it; `commits`: a success of this run may change it.
+
+    Backfills and retries of their runs only read it.
+    """
+
+    value: Mapping[str, Any]
+    commits: bool
+
+
+@dataclass(frozen=True, slots=True)
 class OwnedRun:
     """A run of this incarnation as a renewal returns it; with `cancel_reason` it must stop."""
 

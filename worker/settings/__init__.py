@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from worker.definitions.origins import unencrypted
+from worker.definitions.origins import is_listed, unencrypted
 from worker.errors import ConfigurationError
 from worker.settings.sections import (
     AlertSettings,
@@ -70,6 +70,11 @@ class Settings(Section):
     def config_file(self) -> str:
         """The file that `load` has read, as it was named, or "". Not a setting."""
         return ""
+
+    @property
+    def api_origins(self) -> dict[str, tuple[str, ...]]:
+        """The `api_origins` of each issuer."""
+        return {name: issuer.api_origins for name, issuer in self.issuers.items()}
 
     @property
     def keyring_file(self) -> Path:
@@ -165,6 +170,13 @@ def check(values: Sourced) -> Settings:
             raise ConfigurationError(
                 f"{source}{'.'.join(setting)}: {origin} would carry each org's token unencrypted",
                 fix=f'write https://; to accept it, add "{origin}" to [execution] insecure_origins',
+            )
+        if issuer.api_base_url and not is_listed(issuer.api_base_url, issuer.api_origins):
+            setting = ("issuers", name, "api_base_url")
+            source = f"{values[setting][1]}: " if setting in values else ""
+            raise ConfigurationError(
+                f"{source}{'.'.join(setting)}: its origin is not in api_origins, so no token would go there",
+                fix=f"add its origin to api_origins of [issuers.{name}], or correct it",
             )
     return settings
 

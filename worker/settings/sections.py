@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from worker.definitions.origins import parse_origin
+from worker.definitions.origins import parse_base_url, parse_origin
 from worker.definitions.units import parse_duration
 from worker.providers.management.mapping import parse_rule
 
@@ -76,6 +76,10 @@ def _url(value: Any) -> Any:
     return value
 
 
+def _base_url(value: str) -> str:
+    return parse_base_url(value) if value else value
+
+
 def _listen(value: Any) -> Any:
     if isinstance(value, str) and value:
         found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", value)
@@ -113,6 +117,7 @@ Paths = Annotated[tuple[str, ...], _each(_path)]
 Origins = Annotated[tuple[str, ...], _each(parse_origin)]
 Networks = Annotated[tuple[str, ...], _each(_network)]
 Url = Annotated[str, BeforeValidator(_url)]
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 PublicUrl = Annotated[str, BeforeValidator(_public_url)]
 IssuerName = Annotated[str, _matching(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, _ and -, such as main")]
@@ -161,6 +166,7 @@ class IssuerSettings(Section):
     url: str
     audience: str = ""
     api_origins: Origins = ()
+    api_base_url: BaseUrl = ""
     max_requests_per_second: float = Field(10.0, gt=0, le=10_000)
     token_endpoint: str = ""
     keys_url: str = ""

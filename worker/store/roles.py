@@ -94,8 +94,8 @@ _WRITES: Mapping[str, Sequence[str]] = {
     # For SELECT FOR UPDATE.
     "orgs": ("UPDATE (updated_at)",),
 }
-# For operators they also edit and backfill definitions, pause orgs, raise budgets, and add and retire
-# credentials.
+# For operators they also edit and backfill definitions, set their states, pause orgs, raise budgets, and add
+# and retire credentials.
 _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "orgs": ("UPDATE (state, state_by, state_at, state_note, templates_seen)",),
     # A secret comes in, sealed, and never goes out.
@@ -105,6 +105,11 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "access_tokens": ("DELETE",),
     "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
     "definition_revisions": ("INSERT",),
+    "definition_states": (
+        "INSERT",
+        "DELETE",
+        "UPDATE (data, version, updated_at, updated_by, run_id)",
+    ),
     "backfills": (
         "INSERT",
         "UPDATE (max_concurrent, next_scheduled_for, made, cancelled_at, finished_at)",

@@ -18,6 +18,7 @@ from worker.runs.run import (
     AdmittedRun,
     FireReport,
     Isolation,
+    LoadedState,
     LogLine,
     OwnedRun,
     Recovered,
@@ -27,7 +28,7 @@ from worker.runs.run import (
     Swept,
 )
 from worker.runs.waits import NewWait, WaitState
-from worker.store import budgets, firing, spending, steps, sweeps, tables
+from worker.store import budgets, firing, spending, states, steps, sweeps, tables
 from worker.store.database import BatchLoader, Database
 from worker.store.definitions import names_of
 from worker.store.dialect import database_now
@@ -430,6 +431,13 @@ class WorkerStore:
     async def step_totals(self, run_id: RunId) -> tuple[int, int]:
         """The last place of a run's steps, and the bytes of their results."""
         return await self.database.call_autocommit(steps.step_totals, run_id)
+
+    async def load_state(self, run: AdmittedRun) -> LoadedState:
+        """The state of a running run's definition."""
+        # On SQLite a read outside the queue of writers sees each change of a state, or precedes it.
+        is_sqlite = self.database.dialect == "sqlite"
+        call = self.database.call_autocommit if is_sqlite else self.database.call
+        return await call(states.load, run)
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         """Set the progress of running runs, fenced."""

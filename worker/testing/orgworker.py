@@ -88,6 +88,8 @@ class Finished:
     """What went wrong: `type`, `message` and `trace`."""
     checkpoint: Any
     """The last checkpoint."""
+    definition_state: Mapping[str, Any]
+    """The state of the definition afterwards; `{}` if its handler has none."""
     progress: Mapping[str, Any] | None
     """The last progress: `done`, `total` and `note`."""
     attempts: tuple[Attempt, ...]
@@ -120,6 +122,7 @@ class Orgworker:
         definition: Mapping[str, Any] | None = None,
         variants: Iterable[Job] = (),
         checkpoint: Any = None,
+        state: Mapping[str, Any] | None = None,
         faults: Iterable[Fault] = (),
         attempts: int = ATTEMPTS,
         token_lifetime: Duration = LIFETIME,
@@ -132,9 +135,9 @@ class Orgworker:
         httpx transport; only `api_origins` get the token. `ctx.public_http` checks addresses:
         `hosts` sets those that are not public, and `private_origins` are exempt. `definition`
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
-        are not installed. `checkpoint` is that of an earlier run. While the run waits, the clock
-        advances and another attempt starts, at most `attempts` in all. With `place="child"` the
-        run has its own process, as in a worker, and cannot reach `api`.
+        are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
+        While the run waits, the clock advances and another attempt starts, at most `attempts` in
+        all. With `place="child"` the run has its own process, as in a worker, and cannot reach `api`.
 
         Raises:
             NotFound: no installed distribution has a handler of that name.
@@ -180,6 +183,7 @@ class Orgworker:
                         runner,
                         self.clock,
                         checkpoint=checkpoint,
+                        state=state,
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
@@ -194,7 +198,7 @@ class Orgworker:
             with asyncio.Runner(loop_factory=lambda: LeapingLoop(self.clock)) as loop:
                 trial, ended = loop.run(carry())
         injector.check()
-        return _finished(ended, trial.checkpoint, logs, recording.requests)
+        return _finished(ended, trial, logs, recording.requests)
 
     async def _attempts(self, trial: Trial, injector: FaultInjector, most: int) -> list[EndedAttempt]:
         ended: list[EndedAttempt] = []
@@ -211,7 +215,7 @@ class Orgworker:
 
 
 def _finished(
-    ended: Sequence[EndedAttempt], checkpoint: Any, logs: Sequence[LogLine], requests: Sequence[httpx.Request]
+    ended: Sequence[EndedAttempt], trial: Trial, logs: Sequence[LogLine], requests: Sequence[httpx.Request]
 ) -> Finished:
     last = ended[-1]
     progress = [each.trail.progress for each in ended if each.trail.progress is not None]
@@ -221,7 +225,8 @@ def _finished(
         detail=last.detail,
         result=None if last.result is None else json.loads(last.result),
         error=last.error,
-        checkpoint=checkpoint,
+        checkpoint=trial.checkpoint,
+        definition_state=trial.state,
         progress=progress[-1] if progress else None,
         attempts=tuple(
             Attempt(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 
+from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
 from worker.operations import bulk
@@ -20,6 +21,7 @@ from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.definitions import edit_definition, pause_definition, resume_definition
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import cancel, retry, run_now
+from worker.operations.states import clear_state, set_state
 from worker.search import Query
 from worker.store import roles
 from worker.store.database import Database
@@ -31,6 +33,7 @@ from worker.store.lists import (
     BulkRow,
     CredentialRow,
     DefinitionDetail,
+    DefinitionState,
     OrgDetail,
     PlannedBackfill,
     Raise,
@@ -55,7 +58,9 @@ Kind = Literal["operator", "org", "person", "link"]
 
 # What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
 # only, and `[web.portal] may` says which of BY_ORGS a manager may do.
-Action = Literal["run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "budget", "credentials"]
+Action = Literal[
+    "run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "budget", "credentials", "state"
+]
 BY_ADMINS: frozenset[Action] = frozenset({"credentials"})
 BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
 
@@ -169,8 +174,9 @@ class CallerDatabase:
     """The database in the role of a caller; the web side has no other access to it.
 
     On PostgreSQL the server then limits an org to its own rows and hides secrets from
-    operators. SQLite has no roles: there each store function is given the org. `inline` and
-    `insecure_origins` are those of the settings: what an edited definition is checked against.
+    operators. SQLite has no roles: there each store function is given the org. `inline`,
+    `insecure_origins` and `api_origins` are those of the settings: what an edited definition is
+    checked against.
     `open_ring` opens the key ring that seals new secrets, if this process may have one, and
     `secrets_dir` is the folder that holds secrets in files.
 
@@ -184,12 +190,14 @@ class CallerDatabase:
         *,
         inline: Collection[str] = (),
         insecure_origins: Collection[str] = (),
+        api_origins: IssuerOrigins = NO_ISSUERS,
         open_ring: OpenRing = no_ring,
         secrets_dir: Path | None = None,
     ) -> None:
         self._database = database
         self._inline = inline
         self._insecure_origins = insecure_origins
+        self._api_origins = api_origins
         self._open_ring = open_ring
         self._secrets_dir = secrets_dir
 
@@ -313,9 +321,23 @@ class CallerDatabase:
         reason: str | None = None,
     ) -> DefinitionDetail:
         """Change keys of a definition, as `definitions edit`; with `revision`, only if it is at that one."""
-        allowed = {"inline": self._inline, "insecure_origins": self._insecure_origins}
+        allowed = {
+            "inline": self._inline,
+            "insecure_origins": self._insecure_origins,
+            "api_origins": self._api_origins,
+        }
         what = {"revision": revision, "reason": reason, **allowed}
         return await self._change_of(caller, "edit", edit_definition, org, name, changes, **what)
+
+    async def set_state(
+        self, caller: Caller, org: str, name: str, data: Mapping[str, Any]
+    ) -> DefinitionState:
+        """Replace the state of a definition."""
+        return await self._change_of(caller, "state", set_state, org, name, data)
+
+    async def clear_state(self, caller: Caller, org: str, name: str) -> DefinitionState:
+        """Clear the state of a definition."""
+        return await self._change_of(caller, "state", clear_state, org, name)
 
     async def backfill(
         self,

@@ -16,6 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.clock import Clock
+from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
 from worker.errors import Busy, ConfigurationError
 from worker.store.database import Database
 from worker.telemetry.events import emit
@@ -111,6 +112,7 @@ def build(
     login: Login | None = None,
     inline: Collection[str] = (),
     insecure_origins: Collection[str] = (),
+    api_origins: IssuerOrigins = NO_ISSUERS,
     open_ring: OpenRing = no_ring,
     secrets_dir: Path | None = None,
 ) -> ASGIApp:
@@ -125,6 +127,7 @@ def build(
         database,
         inline=inline,
         insecure_origins=insecure_origins,
+        api_origins=api_origins,
         open_ring=open_ring,
         secrets_dir=secrets_dir,
     )

@@ -263,13 +263,13 @@ class Incarnation:
         slots: dict[Isolation, int] = {"child": execution.max_children, "inline": execution.max_inline}
         inflight_runs = InflightRuns()
         run_log, steps = RunLogWriter(store, clock), StepWriter(store, clock)
-        origins = {name: issuer.api_origins for name, issuer in self.settings.issuers.items()}
         plans = Plans(
             store,
             clock,
-            api_origins=origins,
+            api_origins=self.settings.api_origins,
             private_origins=execution.private_origins,
             insecure_origins=execution.insecure_origins,
+            api_base_urls={name: issuer.api_base_url for name, issuer in self.settings.issuers.items()},
         )
         tools = Tools(
             plans=plans,

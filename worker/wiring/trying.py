@@ -48,8 +48,9 @@ OnError = Callable[[Exception], None]
 class TryRequest:
     """What to try: with fake claims, or with the token of a real org if there is a `database`.
 
-    `scopes` None means all that the handler declares. With `on_error` the handler runs in this
-    process; it is called with the exception of the handler while its frames still exist.
+    `scopes` None means all that the handler declares; `state` is that of its definition. With
+    `on_error` the handler runs in this process; it is called with the exception of the handler
+    while its frames still exist.
     """
 
     org: str
@@ -57,6 +58,7 @@ class TryRequest:
     properties: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Any] = field(default_factory=dict)
     scopes: Sequence[str] | None = None
+    state: Mapping[str, Any] | None = None
     database: Database | None = None
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
@@ -65,10 +67,11 @@ class TryRequest:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The outcome, and the last checkpoint or None."""
+    """The outcome, the last checkpoint or None, and the state of the definition afterwards."""
 
     ended: EndedAttempt
     checkpoint: Any
+    state: Any
 
 
 async def find_handler(name: str, settings: Settings) -> HandlerEntry:
@@ -120,13 +123,15 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             tokens,
             runner,
             clock,
+            state=request.state,
             live=True,
             on_line=request.on_line,
             on_progress=request.on_progress,
         )
         if request.on_error is None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(_interrupt, trial))
-        return Tried(await trial.attempt(), trial.checkpoint)
+        ended = await trial.attempt()
+        return Tried(ended, trial.checkpoint, trial.state)
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
@@ -159,6 +164,7 @@ def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Su
         api_origins=issuer.api_origins if issuer else (),
         private_origins=execution.private_origins,
         insecure_origins=execution.insecure_origins,
+        api_base_url=issuer.api_base_url if issuer else "",
     )
 
 

@@ -161,6 +161,7 @@ class Web:
             login=login,
             inline=self._settings.execution.inline,
             insecure_origins=self._settings.execution.insecure_origins,
+            api_origins=self._settings.api_origins,
             open_ring=self._open_ring,
             secrets_dir=Path(folder) if (folder := self._settings.secrets_dir) else None,
         )

@@ -243,3 +243,34 @@ def test_rules_that_only_the_run_checks_are_named_on_stderr(cli: CommandLine, pl
 
 def test_skips_are_an_empty_array_where_there_are_none(cli: CommandLine):
     assert cli("skips", "list", "--org", "org_acme", "-o", "json").json() == []
+
+
+def test_a_state_is_shown_set_and_cleared(cli: CommandLine):
+    applied(cli, "remembers")
+    state = ("definitions", "state")
+    assert cli(*state, "show", "org_acme", "remembers", "-o", "json").json() == {}
+
+    text = cli(*state, "set", "org_acme", "remembers", "--data", '{"cursor": 5}').out
+    assert "cursor" in text
+    assert cli(*state, "show", "org_acme", "remembers", "-o", "json").json() == {"cursor": 5}
+    assert cli(*state, "show", "org_acme", "remembers", "-o", "id").out == "remembers\n"
+    assert cli(*state, "clear", "org_acme", "remembers", "-o", "json").json() == {}
+    actions = [row["action"] for row in cli("audit", "list", "-o", "json").json()]
+    assert actions[:2] == ["definition.clear_state", "definition.set_state"]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ("[1]", "the state is not a JSON object"),
+        ("{", "--data is not JSON"),
+        ('{"n": NaN}', "NaN is not JSON"),
+    ],
+)
+def test_what_is_no_state_is_a_usage_error(cli: CommandLine, data: str, problem: str):
+    applied(cli, "forgets")
+
+    said = cli("definitions", "state", "set", "org_acme", "forgets", "--data", data, check=False)
+
+    assert said.code == 2
+    assert problem in said.err

@@ -42,6 +42,11 @@ async def read(ctx: Context[Params, Settings]) -> dict:
 def deep(secret):
     return secret["missing"]
 
+@job("acme.count", state=True)
+async def count(ctx: Context) -> int:
+    ctx.state["runs"] = ctx.state.get("runs", 0) + 1
+    return ctx.state["runs"]
+
 @job("acme.fail")
 async def fail(ctx: Context) -> None:
     print("about to fail")
@@ -80,6 +85,7 @@ def lists(ctx: BlockingContext) -> dict:
 """
 HANDLERS = {
     "acme.read": "read",
+    "acme.count": "count",
     "acme.fail": "fail",
     "acme.fail_blocking": "fail_blocking",
     "acme.exit": "exit",
@@ -143,6 +149,33 @@ def test_it_shows_all_that_a_run_does_and_stores_nothing(line):
     ]
     assert "progress 2/2 pages" in done.err
     assert [file.name for file in line.settings.parent.iterdir()] == ["worker.toml"]
+
+
+def test_a_state_goes_in_and_comes_out(line):
+    file = line.settings.parent / "state.json"
+    file.write_text('{"runs": 6}')
+
+    first = line("try", "acme.count", "-o", "json").json()
+    second = line("try", "acme.count", "--state", json.dumps(first["definition_state"]), "-o", "json").json()
+    third = line("try", "acme.count", "--state", f"@{file}", "-o", "json").json()
+
+    assert [row["result"] for row in (first, second, third)] == [1, 2, 7]
+    assert third["definition_state"] == {"runs": 7}
+
+
+@pytest.mark.parametrize(
+    ("handler", "state", "problem"),
+    [
+        ("acme.count", "[1]", "--state: the state is not a JSON object"),
+        ("acme.count", "@nowhere.json", "nowhere.json cannot be read"),
+        ("acme.list", "{}", "handler acme.list declares no state"),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_a_usage_error(line, handler, state, problem):
+    said = line("try", handler, "--state", state, check=False)
+
+    assert said.code == 2
+    assert problem in said.err
 
 
 def test_it_confines_the_handler_as_a_worker_does(line, tmp_path):

@@ -146,7 +146,8 @@ FORGED = """
 import json, os
 from worker import job
 offer = {{"isolation": "child", "scopes": [], "params_schema": None, "settings_schema": None, "timeout": None,
-         "max_attempts": None, "memory": None, "max_concurrent": None}}
+         "max_attempts": None, "memory": None, "max_concurrent": None,
+         "state": False}}
 def nested(levels): return {{"not": nested(levels - 1)}} if levels else {{}}
 line = {line}
 for descriptor in map(int, os.listdir("/proc/self/fd")):
@@ -163,6 +164,7 @@ FORGERIES = {
     "more": ("json.dumps(offer | {'trusted': True})", "its import wrote into the catalogue's pipe"),
     "less": ("json.dumps({'isolation': 'child'})", "its import wrote into the catalogue's pipe"),
     "count": ("json.dumps(offer | {'max_attempts': True})", "max_attempts is a bool"),
+    "state": ("json.dumps(offer | {'state': 1})", "state is a int"),
     "isolation": ("json.dumps(offer | {'isolation': 'worker'})", "its isolation or scopes are invalid"),
     "no_schema": ("json.dumps(offer | {'params_schema': [1]})", "params_schema is a list"),
     "deep_schema": (

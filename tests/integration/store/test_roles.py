@@ -61,6 +61,7 @@ OPERATOR_WRITES = WRITES | {
         "template_revision updated_at",
     ),
     "definition_revisions": ("INSERT",),
+    "definition_states": ("INSERT", "DELETE", "UPDATE data run_id updated_at updated_by version"),
     "backfills": ("INSERT", "UPDATE cancelled_at finished_at made max_concurrent next_scheduled_for"),
     # Logins are kept before a caller is known, in this role; an org's role has no right to them.
     "sessions": ("INSERT", "DELETE"),

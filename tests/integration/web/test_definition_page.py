@@ -65,6 +65,28 @@ async def test_the_page_says_when_it_runs_with_which_values_and_what_changed(sta
     assert "<button" not in page.text.partition('id="main"')[2]
 
 
+@on_either
+async def test_the_page_and_the_api_show_what_it_remembers_to_its_org_and_operators_change_it(staffed: Site):
+    address = "/api/v1/definitions/org_a/digest/state"
+    assert 'id="state"' not in (await staffed.get(PAGE, TOKENS["viewer"])).text
+    async with staffed.client() as client:
+        staff = {"authorization": f"Bearer {TOKENS['operator']}"}
+        new = {"data": {"cursor": "<5>"}}
+        put = await client.put(address, headers=staff, json=new)
+        assert (put.status_code, put.json()["data"], put.json()["version"]) == (200, new["data"], 1)
+        for body in ({}, {"data": [1]}, {"data": {"text": "x" * 70_000}}):
+            assert (await client.put(address, headers=staff, json=body)).status_code in (400, 422)
+        mine = {"authorization": f"Bearer {staffed.token('org_a')}"}
+        other = {"authorization": f"Bearer {staffed.token('org_b')}"}
+        shown = (await client.get(address, headers=mine)).json()
+        assert (shown["data"], shown["updated_by"]) == ({"cursor": "<5>"}, "operator")
+        assert (await client.get(address, headers=other)).status_code == 404
+        assert (await client.put(address, headers=mine, json=new)).status_code == 403
+        assert "&lt;5&gt;" in (await staffed.get(PAGE, staffed.token("org_a"))).text
+        cleared = await client.delete(address, headers=staff)
+        assert (cleared.status_code, cleared.json()["data"]) == (200, {})
+
+
 async def test_clock_changes_and_what_will_be_skipped_are_noted(staffed: Site):
     staffed.clock.set(datetime(2030, 3, 30, tzinfo=UTC))
     edit(staffed, schedule="30 2 * * *", timezone="Europe/Berlin")

@@ -204,6 +204,9 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("POST", f"{API}/definitions/{{org}}/{{name}}/pause"): Rule("run_now", role="operator"),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/resume"): Rule("run_now", role="operator"),
     ("POST", f"{API}/definitions/{{org}}/{{name}}/backfill"): replace(BY_STAFF, status=200),
+    ("GET", f"{API}/definitions/{{org}}/{{name}}/state"): Rule("own_org"),
+    ("PUT", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
+    ("DELETE", f"{API}/definitions/{{org}}/{{name}}/state"): replace(BY_STAFF, status=200),
     ("GET", f"{API}/openapi.json"): Rule("document"),
     ("GET", "/static/console.css"): Rule("open"),
     ("GET", "/static/console.js"): Rule("open"),
@@ -519,6 +522,8 @@ class Client:
         fields, request = self.fields(path), {}
         if method == "PATCH":
             request = {"json": {"priority": next(NUMBERS)}}
+        elif method == "PUT":
+            request = {"json": {"data": {"cursor": next(NUMBERS)}}}
         elif path.startswith(API):
             request = {"json": fields} if fields else {}
         elif session and method == "POST":

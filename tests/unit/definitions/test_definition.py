@@ -57,6 +57,7 @@ FULL: dict[str, Any] = LEAST | {
     "ends_at": utc("2028-01-01"),
     "max_claims_age": "60s",
     "api_origins": ["https://api.acme.com", "http://127.0.0.1:8080"],
+    "api_base_url": "https://api.acme.com/v1",
     "enabled": False,
 }
 
@@ -151,6 +152,9 @@ def test_the_zone_is_the_definitions_else_the_orgs_else_utc():
         ({"api_origins": ["https://api.acme.com/v1"]}, "api_origins"),
         ({"api_origins": ["ftp://api.acme.com"]}, "api_origins"),
         ({"api_origins": ["https://user@api.acme.com"]}, "api_origins"),
+        ({"api_base_url": "api.acme.com"}, "api_base_url"),
+        ({"api_base_url": "https://ada:pw@api.acme.com"}, "api_base_url"),
+        ({"api_base_url": "https://api.acme.com/?q=1"}, "api_base_url"),
         ({"starts_at": "2027-01-01T08:00:00"}, "starts_at"),
         ({"starts_at": "2027-01-01T00:00:00Z", "ends_at": "2027-01-01T00:00:00Z"}, "ends_at"),
         ({"enabled": "yes"}, "enabled"),

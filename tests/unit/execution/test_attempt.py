@@ -26,7 +26,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
-from worker.runs.run import AdmittedRun, LogLine, NewStep, RunContext, RunStep, StepPage
+from worker.runs.run import AdmittedRun, LoadedState, LogLine, NewStep, RunContext, RunStep, StepPage
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -150,6 +150,84 @@ async def test_a_run_waits_while_its_token_would_go_unencrypted_to_an_origin(sit
     assert "definition org_acme/nightly, api_origins: http://api.acme.test would carry" in str(ended.detail)
     assert "[execution] insecure_origins" in str(ended.detail)
     assert site.asked == site.works == []
+
+
+@pytest.mark.parametrize(
+    ("own", "base_url"),
+    [
+        ({}, "https://api.acme.test/v1"),
+        ({"api_base_url": "https://api.acme.test/v2"}, "https://api.acme.test/v2"),
+        ({"api_origins": ["https://other.acme.test"]}, ""),
+    ],
+)
+async def test_the_base_url_is_the_definitions_or_that_of_an_issuer_whose_origins_hold(
+    site: Site, own: dict[str, Any], base_url: str
+) -> None:
+    site.spec = site.spec | own
+    site.origins = {"api_base_urls": {"main": "https://api.acme.test/v1"}}
+
+    await site.attempt()
+
+    [work] = site.works
+    assert work.api_base_url == base_url
+
+
+async def test_a_run_waits_while_its_base_url_is_of_no_listed_origin(site: Site) -> None:
+    site.spec = site.spec | {"api_base_url": "https://elsewhere.test"}
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason) == ("waiting", "no_token")
+    assert "definition org_acme/nightly, api_base_url: its origin is not in api_origins" in str(ended.detail)
+
+
+class Stateful(Site):
+    """The same with a handler that declares state."""
+
+    loaded = LoadedState({"cursor": 5}, commits=True)
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", state=True))
+        self.outcome = Succeeded("1", '{"cursor":6}')
+
+    async def load_state(self, run: AdmittedRun) -> LoadedState:
+        return self.loaded
+
+
+async def test_a_handler_with_state_gets_it_and_a_success_has_the_new_one(clock: ManualClock) -> None:
+    site = Stateful(clock)
+
+    ended = await site.attempt()
+
+    assert site.works[0].state == {"cursor": 5}
+    assert (ended.state, ended.definition_state) == ("succeeded", '{"cursor":6}')
+
+
+async def test_a_run_that_only_reads_state_succeeds_without_it(clock: ManualClock) -> None:
+    site = Stateful(clock)
+    site.loaded = LoadedState({"cursor": 5}, commits=False)
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.result, ended.definition_state) == ("succeeded", "1", None)
+
+
+async def test_a_process_whose_handler_declares_no_state_leaves_none(site: Site) -> None:
+    site.outcome = Succeeded("1", '{"forged":true}')
+
+    ended = await site.attempt()
+
+    assert site.works[0].state is None
+    assert (ended.state, ended.definition_state) == ("succeeded", None)
+
+
+async def test_a_secret_in_a_state_is_masked(clock: ManualClock) -> None:
+    masker.register("s3cret-of-acme")
+    site = Stateful(clock)
+    site.outcome = Succeeded("1", '{"key":"s3cret-of-acme"}')
+
+    assert "s3cret" not in str((await site.attempt()).definition_state)
 
 
 async def test_an_unencrypted_origin_that_the_operator_allows_goes_to_the_handler(site: Site) -> None:

@@ -30,6 +30,7 @@ MEMBERS = {
     "save",
     "step",
     "map",
+    "state",
     "progress",
     "log",
     "deadline",

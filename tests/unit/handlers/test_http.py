@@ -60,7 +60,7 @@ class Blocking(Minting):
         return self.take(fresh)
 
 
-def given(line: Minting, origins: list[str]) -> Given[Any, Any]:
+def given(line: Minting, origins: list[str], base_url: str = "") -> Given[Any, Any]:
     now = line.clock.now()
     return Given(
         org=Org("org_acme", "Acme"),
@@ -73,6 +73,7 @@ def given(line: Minting, origins: list[str]) -> Given[Any, Any]:
         log=logging.getLogger("test"),
         held=line.held,
         insecure_origins=tuple(PLAIN),
+        api_base_url=base_url,
     )
 
 
@@ -136,6 +137,31 @@ async def test_a_listed_origin_gets_the_token_and_the_idempotency_key(make: Make
 
     assert caller.authorizations == ["Bearer token-0"]
     assert caller.arrived[0].headers["Idempotency-Key"] == "key-1"
+
+
+async def test_a_base_url_is_for_relative_urls_of_http_alone(clock: ManualClock) -> None:
+    arrived: list[tuple[str, bool]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        arrived.append((str(request.url), "Authorization" in request.headers))
+        return httpx.Response(200)
+
+    transport = httpx.MockTransport(handle)
+    line, blocking = Async(clock), Blocking(clock)
+    transports = {"http": transport, "public_http": transport}
+    ctx = Context(given(line, [API], f"{API}/v1"), line, Cancellation(), transports)
+    blocks = BlockingContext(given(blocking, [API], API), blocking, BlockingCancellation(), transports)
+
+    await ctx.http.get("/articles")
+    await ctx.http.get("https://evil.example/articles")
+    blocks.http.get("/v2/articles")
+
+    assert str(ctx.public_http.base_url) == ""
+    assert arrived == [
+        (f"{API}/v1/articles", True),
+        ("https://evil.example/articles", False),
+        (f"{API}/v2/articles", True),
+    ]
 
 
 @pytest.mark.parametrize(

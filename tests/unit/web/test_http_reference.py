@@ -16,7 +16,7 @@ NOTHING: Any = None
 
 
 def test_every_address_of_the_api_is_documented():
-    documented = set(re.findall(r"(?m)^\| `(GET|POST|PATCH) (/[\w/:.]+)`", REFERENCE))
+    documented = set(re.findall(r"(?m)^\| `(GET|POST|PATCH|PUT|DELETE) (/[\w/:.]+)`", REFERENCE))
     places = {"run": "ID", "org": "ORG", "name": "NAME", "generation": "GENERATION"}
     served = set()
     for route in Api(NOTHING, NOTHING, NOTHING).routes():

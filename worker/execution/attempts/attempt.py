@@ -12,6 +12,7 @@ from random import Random
 
 from worker.claims.claims import flag_is
 from worker.claims.decode import enforce
+from worker.definitions.definition import Definition
 from worker.errors import (
     ConfigurationError,
     LeaseLost,
@@ -27,7 +28,7 @@ from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits
 from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
 from worker.execution.runners.contract import outcome_of_stop
 from worker.runs import outcome as outcomes
-from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Trail, end_attempt
+from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
 from worker.telemetry.events import emit
 
 # Default and maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
@@ -113,9 +114,23 @@ async def _run(
 
     # handler: in its own process, or inline if the operator allows it
     checkpoint = await tools.checkpoints.load_checkpoint(run.id) if run.may_have_checkpoint else None
+    state = None
+    if entry.state:
+        if not definition.serial:
+            return _state_without_order(definition, entry.name)
+        state = await tools.checkpoints.load_state(run)
     services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
     now = tools.clock.now()
-    work = plan.work(run, entry, enforced.token, claims, checkpoint=checkpoint, limits=limits, now=now)
+    work = plan.work(
+        run,
+        entry,
+        enforced.token,
+        claims,
+        checkpoint=checkpoint,
+        state=None if state is None else state.value,
+        limits=limits,
+        now=now,
+    )
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
         outcome = await tools.runners[run.isolation].run(work, services, inflight.stop)
@@ -123,7 +138,19 @@ async def _run(
         tools.deadlines.discard(inflight.stop)
     if services.refused is not None:
         raise services.refused
+    if isinstance(outcome, Succeeded) and outcome.state is not None and not (state and state.commits):
+        # A run's process may send anything.
+        outcome = Succeeded(outcome.result)
     return outcome
+
+
+def _state_without_order(definition: Definition, handler: str) -> Failed:
+    """The outcome if runs of a definition could overwrite each other's state: an older definition."""
+    message = (
+        f"definition {definition.org}/{definition.name}, overlap: {handler} declares state, which concurrent "
+        "runs would overwrite; choose skip, queue_one or replace"
+    )
+    return Failed(Error("DefinitionError", message), permanent=True)
 
 
 def pause_after(error: WorkerError, random: Random) -> timedelta:

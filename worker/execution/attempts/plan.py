@@ -12,7 +12,7 @@ from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.definition import Definition, from_spec
-from worker.definitions.origins import check_encrypted
+from worker.definitions.origins import check_base_url, check_encrypted, is_listed
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import ConfigurationError, DefinitionError
 from worker.execution.runners.contract import Work
@@ -72,6 +72,7 @@ class AttemptPlan:
     api_origins: tuple[str, ...]
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
+    api_base_url: str = ""
     _limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict, repr=False)
 
     def limits(self, handler: str, entry: HandlerEntry | None) -> Limits:
@@ -89,6 +90,7 @@ class AttemptPlan:
         claims: Claims,
         *,
         checkpoint: Any,
+        state: Mapping[str, Any] | None = None,
         limits: Limits,
         now: datetime,
     ) -> Work:
@@ -114,6 +116,8 @@ class AttemptPlan:
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=run.may_have_checkpoint,
+            state=state,
+            api_base_url=self.api_base_url,
         )
 
 
@@ -131,6 +135,7 @@ class Plans:
     api_origins: Mapping[str, tuple[str, ...]]
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
+    api_base_urls: Mapping[str, str] = field(default_factory=dict)
     _plans: OrderedDict[tuple[DefinitionId, int], tuple[float, AttemptPlan]] = field(
         default_factory=OrderedDict
     )
@@ -151,12 +156,17 @@ class Plans:
         if origins is None:
             origins = self.api_origins.get(context.issuer, ())
         try:
-            check_encrypted(
-                origins, self.insecure_origins, entry=f"definition {definition.org}/{definition.name}"
-            )
+            entry = f"definition {definition.org}/{definition.name}"
+            check_encrypted(origins, self.insecure_origins, entry=entry)
+            check_base_url(definition.api_base_url, origins, entry=entry)
         except DefinitionError as error:
             # Stored before the rule existed, or no longer allowed: the run waits for the operator.
             raise ConfigurationError(f"{error.message}; {error.fix}") from error
+        base_url = definition.api_base_url
+        if base_url is None:
+            base_url = self.api_base_urls.get(context.issuer, "")
+            if base_url and not is_listed(base_url, origins):
+                base_url = ""  # the definition has other origins
         plan = AttemptPlan(
             definition=definition,
             org=OrgRef(context.org_id, context.org_code),
@@ -165,6 +175,7 @@ class Plans:
             api_origins=origins,
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
+            api_base_url=base_url,
         )
         self._plans[key] = (now, plan)
         self._plans.move_to_end(key)

@@ -24,7 +24,7 @@ from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId
 from worker.orgs import OrgRef
 from worker.runs.outcome import Error, Outcome, Succeeded, Trail
-from worker.runs.run import AdmittedRun, Isolation, NewStep, RunStep, StepPage
+from worker.runs.run import AdmittedRun, Isolation, LoadedState, NewStep, RunStep, StepPage
 from worker.telemetry.masking import masker
 
 # Seconds between two tries to save a checkpoint, at first and at most.
@@ -83,6 +83,9 @@ class CheckpointStore(Protocol):
 
     async def load_checkpoint(self, run_id: RunId) -> Any:
         """The newest checkpoint, or None."""
+
+    async def load_state(self, run: AdmittedRun) -> LoadedState:
+        """The state of the run's definition."""
 
 
 class StepStore(Protocol):

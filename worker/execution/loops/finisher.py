@@ -96,6 +96,7 @@ def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
         reason="result_unstorable",
         detail=type(error).__name__,
         result=None,
+        definition_state=None,
         error={"type": "ResultUnstorable", "message": "the database does not take this result"},
         error_cause="result_unstorable",
         trail=replace(ended.trail, claims=None, flags=None, progress=None),

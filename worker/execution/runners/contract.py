@@ -17,7 +17,8 @@ from worker.clock import Clock
 from worker.handlers.context import WorkerPort
 from worker.handlers.given import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
-from worker.handlers.models import read_params, read_settings
+from worker.handlers.models import HandlerMissing, read_checkpoint, read_params, read_settings
+from worker.handlers.state import State
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome
@@ -31,7 +32,8 @@ class Work:
     """Everything a handler needs for one attempt, and nothing of another org. Immutable by convention.
 
     `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt;
-    `replays` if earlier attempts may have stored steps.
+    `replays` if earlier attempts may have stored steps. `state` is that of the definition, or None if the
+    handler does not declare one.
     """
 
     run_id: RunId
@@ -54,9 +56,19 @@ class Work:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     replays: bool = False
+    state: Mapping[str, Any] | None = field(default=None, repr=False)
+    api_base_url: str = ""
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
-        """What the handler's context is made of. Raises ParamsInvalid, SettingsInvalid."""
+        """What the handler's context is made of.
+
+        Raises ParamsInvalid, SettingsInvalid, CheckpointInvalid, and HandlerMissing for another handler than
+        the worker knows.
+        """
+        if job.state and self.state is None:
+            raise HandlerMissing(
+                f"{job.name} declares state, but did not when this worker read it: restart it"
+            )
         return Given(
             org=Org(self.org_code, self.org_name),
             run=ThisRun(
@@ -64,7 +76,7 @@ class Work:
             ),
             params=read_params(job, self.params),
             settings=read_settings(job, self.claims.properties),
-            checkpoint=self.checkpoint,
+            checkpoint=read_checkpoint(job, self.checkpoint),
             deadline=self.timeout_at,
             api_origins=self.api_origins,
             log=log,
@@ -73,6 +85,9 @@ class Work:
             private_origins=self.private_origins,
             insecure_origins=self.insecure_origins,
             replays=self.replays,
+            job=job,
+            state=State(self.state) if job.state and self.state is not None else None,
+            api_base_url=self.api_base_url,
         )
 
 

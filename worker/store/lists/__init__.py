@@ -98,6 +98,18 @@ class DefinitionDetail(Definition):
     spec: dict[str, Json]
 
 
+class DefinitionState(TypedDict):
+    """What a definition remembers between its runs; version 0 and empty if it has no state."""
+
+    org: Shown[str]
+    definition: Shown[str]
+    data: Shown[dict[str, Json]]
+    version: Shown[int]
+    updated_at: Shown[datetime | None]
+    updated_by: Annotated[str | None, redaction.actor]
+    run: Shown[RunId | None]
+
+
 class Template(TypedDict):
     """One definition for many orgs. Which orgs, and how many, is for operators only."""
 
@@ -211,6 +223,7 @@ class Handler(TypedDict):
     max_attempts: Shown[int | None]
     memory: Shown[str | None]
     max_concurrent: Shown[int | None]
+    state: Shown[bool]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 

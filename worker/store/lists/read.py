@@ -23,7 +23,7 @@ from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
 from worker.search import Query, states_of
 from worker.store import definitions as definition_rows
-from worker.store import orgs, tables
+from worker.store import orgs, states, tables
 from worker.store.dialect import all_rows, first_row
 from worker.store.lists import (
     AUDIT,
@@ -38,6 +38,7 @@ from worker.store.lists import (
     TEMPLATES,
     Backfill,
     DefinitionDetail,
+    DefinitionState,
     Listing,
     OrgDetail,
     Page,
@@ -119,6 +120,22 @@ def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
     row: Any = first_row(connection, query)
     more = {"schedule_in_words": in_words(row["schedule"], row["timezone"]), "spec": row.pop("spec")}
     return cast(DefinitionDetail, {**row, **more})
+
+
+def state(connection: Connection, org: str, name: str) -> DefinitionState:
+    """The state of one definition, closed or not; raises NotFound."""
+    org_id = orgs.require(connection, org)["id"]
+    definition_id = definition_rows.require(connection, org_id, org, name)["id"]
+    row = states.find(connection, org_id, definition_id) or {}
+    return {
+        "org": org,
+        "definition": name,
+        "data": row.get("data", {}),
+        "version": row.get("version", 0),
+        "updated_at": row.get("updated_at"),
+        "updated_by": row.get("updated_by"),
+        "run": row.get("run_id"),
+    }
 
 
 def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail:

@@ -21,6 +21,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 from worker.store.dialect import Id, Instant, json_type
@@ -188,6 +189,21 @@ definitions = Table(
     info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
 )
 
+definition_states = Table(
+    "definition_states",
+    metadata,
+    Column("definition_id", Id, primary_key=True),
+    required("org_id", Id),
+    required("data", json_type(), "The JSON object that its handler gets as `ctx.state`."),
+    required("version", Integer, "Counts its changes, from 1."),
+    required("updated_at", Instant, "When it was changed."),
+    required("updated_by", Text, "Who changed it; `worker` for a run."),
+    Column("run_id", Id, doc="The run whose success changed it; null for a change by hand."),
+    Index("ix_definition_states_org_id", "org_id"),
+    postgresql_with=UPDATED,
+    info={"meaning": "What definitions remember between their runs: handlers with `@job(state=True)`."},
+)
+
 failing_definitions = Table(
     "failing_definitions",
     metadata,
@@ -283,6 +299,7 @@ catalogue = Table(
     Column("max_concurrent", Integer, doc="The limit of the handler's concurrent runs, over all workers."),
     Column("error", Text, doc="Why it does not load."),
     required("seen_at", Instant, "When a worker last looked."),
+    required("state", Boolean, "Whether it uses `ctx.state`, as `@job` says.", server_default=false()),
     info={"meaning": "What the installed plug-ins offer."},
 )
 

@@ -19,6 +19,7 @@ from worker.store.lists import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
+    DefinitionState,
     Listing,
     LogLine,
     OrgDetail,
@@ -366,6 +367,34 @@ BACKFILL = Endpoint(
     role="operator",
 )
 
+STATE_PATH = f"{DEFINITION_PATH}/state"
+STATE = Endpoint(
+    "show_state",
+    "GET",
+    STATE_PATH,
+    "What a definition remembers between its runs; `data` is empty if it has no state.",
+    DefinitionState,
+    errors=(304,),
+)
+SET_STATE = Endpoint(
+    "set_state",
+    "PUT",
+    STATE_PATH,
+    "Replace the state of a definition; 409 while a run of it is running. Only operators.",
+    DefinitionState,
+    body=(Field("data", {"type": "object"}, "The new state, at most 64 KiB.", required=True),),
+    role="operator",
+)
+CLEAR_STATE = Endpoint(
+    "clear_state",
+    "DELETE",
+    STATE_PATH,
+    "Clear the state of a definition; 409 while a run of it is running. Only operators.",
+    DefinitionState,
+    body=(),
+    role="operator",
+)
+
 DOCUMENT = Endpoint("openapi", "GET", "/openapi.json", "This document.", {"type": "object"}, errors=(304,))
 
 LIST_ENDPOINTS: Mapping[Endpoint, Listing[Any]] = {list_endpoint(listing): listing for listing in LISTS}
@@ -375,5 +404,6 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
     *(RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
+    *(STATE, SET_STATE, CLEAR_STATE),
     DOCUMENT,
 )

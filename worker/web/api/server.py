@@ -25,6 +25,7 @@ from worker.store.lists import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
+    DefinitionState,
     Listing,
     LogLine,
     OrgDetail,
@@ -80,6 +81,9 @@ class Api:
             endpoints.PAUSE: self._pause,
             endpoints.RESUME: self._resume,
             endpoints.BACKFILL: self._backfill,
+            endpoints.STATE: self._state,
+            endpoints.SET_STATE: self._set_state,
+            endpoints.CLEAR_STATE: self._clear_state,
             endpoints.DOCUMENT: self._document,
         }
 
@@ -273,6 +277,28 @@ class Api:
             return json_response(caller.sees(PlannedBackfill, plan))
         row = await self._database.backfill(caller, org, name, *times, limit=limit, reason=reason)
         return json_response(caller.sees(Backfill, row))
+
+    async def _state(self, request: Request) -> Response:
+        caller, (org, name) = caller_of(request), _named(request)
+        caller.scope(org)
+        query_of(request, (), "a state")
+
+        def work(connection: Connection) -> Response:
+            row = caller.sees(DefinitionState, lists.state(connection, org, name))
+            return fresh(request, json_response(row))
+
+        return await self._database.read(caller, work)
+
+    async def _set_state(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.SET_STATE), caller_of(request)
+        row = await self._database.set_state(caller, *_named(request), body["data"])
+        return json_response(caller.sees(DefinitionState, row))
+
+    async def _clear_state(self, request: Request) -> Response:
+        await body_of(request, endpoints.CLEAR_STATE)
+        caller = caller_of(request)
+        row = await self._database.clear_state(caller, *_named(request))
+        return json_response(caller.sees(DefinitionState, row))
 
     async def _document(self, request: Request) -> Response:
         query_of(request, (), "the document")

@@ -20,9 +20,9 @@ from worker.ids import DefinitionId
 from worker.operations.changes import differing
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
-from worker.store.lists import BACKFILLS, DefinitionDetail, Page, Run
+from worker.store.lists import BACKFILLS, DefinitionDetail, DefinitionState, Page, Run
 from worker.store.lists.definition_history import Length, Revision, lengths, revisions
-from worker.store.lists.read import definition, read
+from worker.store.lists.read import definition, read, state
 from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot
@@ -30,6 +30,7 @@ from worker.web.charts import lengths as lengths_chart
 from worker.web.pages.base import Pages, allowed, caller_of, query
 from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import definition_path, search_of
+from worker.web.pages.runs import value_of
 
 TIMES = 10
 RECENT = 8
@@ -75,6 +76,7 @@ class DefinitionPages:
             took = lengths(connection, org_id, id_, limit=CHARTED)
             recent = of_definition(connection, org_id, id_, limit=RECENT)
             is_operator = caller.org is None
+            remembered = state(connection, org, name)
             return {
                 "definition": caller.sees(DefinitionDetail, row),
                 "times": times,
@@ -84,6 +86,8 @@ class DefinitionPages:
                 "older": changes[REVISIONS - 1]["revision"] if len(changes) > REVISIONS else None,
                 "is_newest": before is None,
                 "lengths": _chart(took),
+                "state": value_of("state", remembered["data"]) if remembered["version"] else None,
+                "state_of": caller.sees(DefinitionState, remembered),
                 "runs": [caller.sees(Run, run) for run in recent],
                 "backfills": read(connection, BACKFILLS, org, Page(definition=name, limit=5))
                 if is_operator

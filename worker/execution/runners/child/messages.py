@@ -18,6 +18,7 @@ from worker.handlers.context import NOTE_LIMIT, check_progress
 from worker.handlers.installed import ENVIRONMENT
 from worker.handlers.json_text import check_json_text, clean
 from worker.handlers.results import as_timedelta
+from worker.handlers.state import check_state_text
 from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, check_key, check_name
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
@@ -201,6 +202,9 @@ def _field(name: str, value: Any) -> Any:
             return as_timedelta(float(value))
         case "result":
             check_json_text(value, "result")
+            return value
+        case "state":
+            check_state_text(value)
             return value
         case _:
             return clean(value, MESSAGE_LIMIT)

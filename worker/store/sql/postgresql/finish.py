@@ -268,6 +268,22 @@ WHERE r.id = g.id AND r.state IS NULL
 RETURNING r.id
 """
 
+# For a batch in which a success changes the state of its definition. A definition's runs that may do so run
+# one at a time, so no two batches wait for each other here, whatever they have locked before.
+STATES = """), states AS (
+  INSERT INTO definition_states AS d (definition_id, org_id, data, version, updated_at, updated_by, run_id)
+  SELECT DISTINCT ON (s.definition_id) s.definition_id, g.org_id, s.data, 1, (SELECT now FROM c), 'worker',
+         g.id
+  FROM gone g
+  JOIN unnest(%s::uuid[], %s::uuid[], %s::jsonb[]) AS s(run_id, definition_id, data) ON s.run_id = g.id
+  WHERE g.state = 'succeeded'
+  ORDER BY s.definition_id, g.id DESC
+  ON CONFLICT (definition_id) DO UPDATE SET data = excluded.data, version = d.version + 1,
+    updated_at = excluded.updated_at, updated_by = excluded.updated_by, run_id = excluded.run_id
+"""
+DAYS_OF_END = "), days AS ("
+END_WITH_STATES = END.replace(DAYS_OF_END, STATES + DAYS_OF_END)
+
 WRITTEN = """
 SELECT a.run_id
 FROM unnest(%s::uuid[], %s::integer[], %s::bigint[], %s::text[]) AS e(id, attempt, fencing_token, outcome)
@@ -318,6 +334,7 @@ FINAL = Columns(
     (microseconds, "trail.token_ready_at trail.handler_started_at ended_at"),
     (plain, "trail.peak_memory"),
 )
+STATE = Columns((words, "run_id definition_id"), (texts, "definition_state"))
 FENCED = Columns((plain, "run_id attempt fencing_token outcome"))
 
 
@@ -330,8 +347,10 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
     # With COMMIT in the same pipeline: other workers wait for the sums of the same orgs.
     with raw.pipeline():
         tokens = Tokens([attempt.trail for attempt in final])
-        values = (*FINAL.of(final), tokens.places, worker_id, *tokens.columns, *sums)
-        rows = raw.execute(END, values)
+        states = [attempt for attempt in final if attempt.definition_state is not None]
+        changed = STATE.of(states) if states else ()
+        values = (*FINAL.of(final), tokens.places, worker_id, *tokens.columns, *changed, *sums)
+        rows = raw.execute(END_WITH_STATES if states else END, values)
         if final:
             promote(connection, [attempt.definition_id for attempt in final])
         raw.execute("COMMIT", prepare=False)

@@ -94,6 +94,13 @@ SELECT * FROM {rows} WHERE column1 IS NOT NULL
 ON CONFLICT (hour, org_id, state) DO UPDATE SET runs = runs + excluded.runs
 """
 
+STATE = """
+INSERT INTO definition_states (updated_by, version, updated_at, definition_id, org_id, data, run_id)
+SELECT 'worker', 1, ?, * FROM {rows} WHERE column1 IS NOT NULL
+ON CONFLICT (definition_id) DO UPDATE SET data = excluded.data, version = version + 1,
+   updated_at = excluded.updated_at, updated_by = excluded.updated_by, run_id = excluded.run_id
+"""
+
 ANY_HELD = "SELECT 1 FROM live_runs WHERE state = 'held' LIMIT 1"
 
 HELD = """
@@ -132,6 +139,9 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         in_one_step(cursor, PARK, [_park_row(ending, until) for ending, until in asleep])
     in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in waiting])
     in_one_step(cursor, ATTEMPTS, [_attempt_row(ending) for ending in endings], first=(worker_id,))
+    changed = [ending for ending in final if ending.attempt.definition_state is not None]
+    states = [_state_row(ending.attempt) for ending in changed if ending.state == "succeeded"]
+    in_one_step(cursor, STATE, states, first=(instant(now),))
     add_rollups(connection, sum_up(endings, now))
     if final and any_held:
         promote(connection, [ending.attempt.definition_id for ending in final])
@@ -201,6 +211,10 @@ def _park_row(ending: Ending, until: datetime | None) -> tuple[Any, ...]:
         json_text(attempt.trail.progress),
         attempt.counted,
     )
+
+
+def _state_row(attempt: EndedAttempt) -> tuple[Any, ...]:
+    return attempt.definition_id, attempt.org_id, attempt.definition_state, attempt.run_id
 
 
 def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
