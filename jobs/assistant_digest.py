@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +33,7 @@ class Params(BaseModel):
     collection: str = Field("faq", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
     """The org's collection to read: letters, digits, `.`, `_` and `-`."""
     page_size: int = Field(3, ge=1, le=100)
-    """Articles per page; each page ends with a checkpoint."""
+    """Articles per page; each page is a step, with one request to the model."""
 
 
 class Settings(BaseModel):
@@ -100,19 +101,28 @@ class Chat:
         return str(response.json()["choices"][0]["message"]["content"])
 
 
-Reader = Callable[[Chat, str, Page], Awaitable[str]]
+@dataclass(frozen=True)
+class Agent:
+    """How a digest is written: `write` gets the chat, the digest so far and the next page."""
+
+    name: str
+    write: Callable[[Chat, str, Page], Awaitable[str]]
+    join: Callable[[str, str], str]
+    """The digest from the one so far and what was written."""
 
 
-async def append_summary(chat: Chat, digest: str, page: Page) -> str:
-    """The first agent: summarises each page separately, one paragraph per page."""
-    summary = await chat.ask("Sum up these help articles.", page.as_text())
-    return f"{digest}\n\n{summary}".strip()
+async def sum_up(chat: Chat, digest: str, page: Page) -> str:
+    return await chat.ask("Sum up these help articles.", page.as_text())
 
 
-async def fold_into_digest(chat: Chat, digest: str, page: Page) -> str:
-    """Agent v2: rewrites the digest with each page, and cites articles."""
+async def fold_in(chat: Chat, digest: str, page: Page) -> str:
     text = f"{digest}\n\n{page.as_text()}".strip()
     return await chat.ask("Fold the articles into the digest and cite each by its [id].", text)
+
+
+# The first agent writes a paragraph for each page; the second rewrites the digest, and cites articles.
+V1 = Agent("v1", sum_up, lambda digest, written: f"{digest}\n\n{written}".strip())
+V2 = Agent("v2", fold_in, lambda digest, written: written)
 
 
 @job(
@@ -125,7 +135,7 @@ async def fold_into_digest(chat: Chat, digest: str, page: Page) -> str:
 )
 async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     """Summarise the org's knowledge base page by page, with the first agent."""
-    return await read_knowledge_base(ctx, append_summary, agent="v1")
+    return await read_knowledge_base(ctx, V1)
 
 
 @job(
@@ -138,35 +148,35 @@ async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
 )
 async def digest_v2(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     """The same with agent v2, for orgs with the flag `agent-v2`."""
-    return await read_knowledge_base(ctx, fold_into_digest, agent="v2")
+    return await read_knowledge_base(ctx, V2)
 
 
-async def read_knowledge_base(
-    ctx: Context[Params, Settings], read: Reader, *, agent: str
-) -> dict[str, Any] | Retry:
-    """Read every page once. Each ends with a checkpoint, where another attempt continues."""
-    state: dict[str, Any] = ctx.checkpoint or {"next": 0, "articles": 0, "digest": ""}
-    async with chat_client(ctx.params.chat) as http:
-        chat = Chat(http, ctx.settings)
-        while state["next"] is not None:
-            page = await fetch_page(ctx, state["next"])
-            try:
-                written = await read(chat, state["digest"], page)
-            except ChatBusy as busy:
-                return Retry(after=busy.after)
-            state = {
-                "next": page.next,
-                "articles": state["articles"] + len(page.articles),
-                "digest": written,
-            }
-            await ctx.save(state)
-            ctx.progress(state["articles"])
-    return {
-        "agent": agent,
-        "model": ctx.settings.model_version,
-        "articles": state["articles"],
-        "digest": state["digest"],
-    }
+async def read_knowledge_base(ctx: Context[Params, Settings], agent: Agent) -> dict[str, Any] | Retry:
+    """Read every page once. Each is a step: another attempt does not pay for it again."""
+    digest, articles = "", 0
+    at: int | None = 0
+    try:
+        async with chat_client(ctx.params.chat) as http:
+            chat = Chat(http, ctx.settings)
+            while at is not None:
+                page = await ctx.step("page", read_page, ctx, chat, agent, digest, at)
+                articles += page["articles"]
+                if page["articles"]:
+                    digest = agent.join(digest, page["written"])
+                ctx.progress(articles)
+                at = page["next"]
+    except ChatBusy as busy:
+        return Retry(after=busy.after)
+    return {"agent": agent.name, "model": ctx.settings.model_version, "articles": articles, "digest": digest}
+
+
+async def read_page(
+    ctx: Context[Params, Settings], chat: Chat, agent: Agent, digest: str, at: int
+) -> dict[str, Any]:
+    """Fetch a page and write about it; an empty one costs nothing."""
+    page = await fetch_page(ctx, at)
+    written = await agent.write(chat, digest, page) if page.articles else ""
+    return {"written": written, "articles": len(page.articles), "next": page.next}
 
 
 async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:

@@ -1,4 +1,4 @@
-"""`assistant.digest`: pages, checkpoints, two agents, and two credentials that never mix."""
+"""`assistant.digest`: each page paid once, two agents, and two credentials that never mix."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from pydantic import ValidationError
 
 from jobs import assistant_digest
 from jobs.assistant_digest import Params, Settings, digest, digest_v2
-from tests.fakes.context import FakeContext
-from worker import PermanentError, Retry
-
-pytestmark = pytest.mark.anyio
+from worker.handlers.job import Job
+from worker.testing import Finished, Orgworker
 
 # An org may choose the collection where its definition says so; the rest of the path is not its choice.
 OUTSIDE = ["..", ".", "", "../../admin", "a/b", "a%2fb", "faq?x=1", "faq#", "faq\n", "a b", "é"]
 
-PARAMS = Params(knowledge_base="https://kb.example", chat="https://chat.example", page_size=2)
-SETTINGS = Settings(model_version="gpt-4o", max_tokens=50)
+KB = "https://kb.example"
+PARAMS = {"knowledge_base": KB, "chat": "https://chat.example", "page_size": 2}
+PROPERTIES = {"model_version": "gpt-4o", "max_tokens": "50"}
 ARTICLES = [{"id": f"kb-{n}", "title": f"Title {n}", "text": f"Text {n}."} for n in range(1, 6)]
 
 
@@ -37,19 +36,22 @@ def knowledge_base(request: httpx.Request) -> httpx.Response:
 
 
 class Model:
-    """A chat endpoint that answers with the count of its requests, and remembers them."""
+    """A chat endpoint that answers with the count of its requests, and remembers them.
+
+    `fails` has the status of the requests that do not succeed, by their number.
+    """
 
     def __init__(self) -> None:
         self.requests: list[httpx.Request] = []
-        self.status = 200
+        self.fails: dict[int, int] = {}
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
-        content = f"answer {len(self.requests)}"
+        number = len(self.requests)
         return httpx.Response(
-            self.status,
+            self.fails.get(number, 200),
             headers={"Retry-After": "9"},
-            json={"choices": [{"message": {"role": "assistant", "content": content}}]},
+            json={"choices": [{"message": {"role": "assistant", "content": f"answer {number}"}}]},
         )
 
     @property
@@ -69,99 +71,114 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     return model
 
 
-def context(answer: Callable[[httpx.Request], httpx.Response] = knowledge_base, **kwargs: Any) -> FakeContext:
-    return FakeContext(answer, PARAMS, SETTINGS, **kwargs)
+Run = Callable[..., Finished]
 
 
-async def test_every_page_is_read_once_and_saved(model):
-    ctx = context()
+@pytest.fixture
+def run(model: Model, orgworker: Orgworker) -> Run:
+    """Runs the digest of a fake org; `model` answers."""
 
-    result = await digest(ctx)
+    def run(handler: Job = digest, **options: Any) -> Finished:
+        given = {"params": PARAMS, "properties": PROPERTIES, "api": knowledge_base, "api_origins": [KB]}
+        return orgworker.run(handler, org="org_acme", **(given | options))
 
-    assert result == {
+    return run
+
+
+def test_every_page_is_read_once(run: Run):
+    finished = run()
+
+    assert finished.result == {
         "agent": "v1",
         "model": "gpt-4o",
         "articles": 5,
         "digest": "answer 1\n\nanswer 2\n\nanswer 3",
     }
-    assert [saved["next"] for saved in ctx.saved] == [2, 4, None]
-    assert ctx.progressed == [2, 4, 5]
+    assert [request.url.params["after"] for request in finished.requests] == ["0", "2", "4"]
+    assert finished.progress == {"done": 5, "total": None, "note": None}
 
 
-async def test_another_attempt_goes_on_behind_the_checkpoint(model):
-    ctx = context(checkpoint={"next": 4, "articles": 4, "digest": "so far"})
+@pytest.mark.parametrize(
+    ("handler", "text"), [(digest, "answer 1\n\nanswer 2\n\nanswer 4"), (digest_v2, "answer 4")]
+)
+def test_another_attempt_pays_for_no_page_again(run: Run, model: Model, handler: Job, text: str):
+    model.fails = {3: 500}
 
-    result = await digest(ctx)
+    finished = run(handler)
 
-    assert len(model.requests) == 1
-    assert "[kb-5]" in model.bodies[0]["messages"][1]["content"]
-    assert (result["articles"], result["digest"]) == (5, "so far\n\nanswer 1")
-
-
-async def test_a_checkpoint_behind_the_last_page_is_the_result(model):
-    result = await digest(context(checkpoint={"next": None, "articles": 5, "digest": "all"}))
-
-    assert (result["digest"], model.requests) == ("all", [])
+    assert [attempt.outcome for attempt in finished.attempts] == ["failed", "succeeded"]
+    assert finished.result["digest"] == text
+    asked = [body["messages"][1]["content"].count("[kb-") for body in model.bodies]
+    assert asked == [2, 2, 1, 1]
 
 
-async def test_agent_v2_folds_each_page_into_the_digest(model):
-    result = await digest_v2(context())
+def test_a_knowledge_base_without_articles_costs_nothing(run: Run, model: Model):
+    finished = run(api=lambda request: httpx.Response(200, json={"articles": [], "next": None}))
 
-    assert (result["agent"], result["digest"]) == ("v2", "answer 3")
+    assert (finished.result["articles"], finished.result["digest"], model.requests) == (0, "", [])
+
+
+def test_agent_v2_folds_each_page_into_the_digest(run: Run, model: Model):
+    finished = run(digest_v2)
+
+    assert (finished.result["agent"], finished.result["digest"]) == ("v2", "answer 3")
     assert model.bodies[2]["messages"][1]["content"].startswith("answer 2\n\n[kb-5]")
 
 
-async def test_the_model_is_asked_as_the_orgs_properties_say(model):
-    await digest(context())
+def test_the_model_is_asked_as_the_orgs_properties_say(run: Run, model: Model):
+    run()
 
     assert {(body["model"], body["max_tokens"]) for body in model.bodies} == {("gpt-4o", 50)}
 
 
-async def test_the_model_gets_its_own_credential(model):
-    await digest(context())
+def test_the_model_gets_its_own_credential(run: Run, model: Model):
+    finished = run()
 
     assert {request.headers["authorization"] for request in model.requests} == {"Bearer model-key"}
+    assert "Bearer model-key" not in {request.headers["authorization"] for request in finished.requests}
 
 
-async def test_without_its_credential_the_run_is_not_tried_again(model, monkeypatch):
+def test_without_its_credential_the_run_is_not_tried_again(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("ASSISTANT_API_KEY")
 
-    with pytest.raises(PermanentError, match="pass_environment"):
-        await digest(context())
+    finished = run()
+
+    assert (finished.state, len(finished.attempts)) == ("failed", 1)
+    assert "pass_environment" in (finished.error or {})["message"]
 
 
-async def test_a_busy_model_is_asked_again_later(model):
-    model.status = 429
+def test_a_busy_model_is_asked_again_later(run: Run, model: Model):
+    model.fails = {1: 429}
 
-    outcome = await digest(context())
+    finished = run()
 
-    assert isinstance(outcome, Retry)
-    assert outcome.after == timedelta(seconds=9)
-
-
-async def test_a_refused_credential_of_the_model_is_not_tried_again(model):
-    model.status = 401
-
-    with pytest.raises(PermanentError, match="401"):
-        await digest(context())
+    first, second = finished.attempts
+    assert second.started_at - first.ended_at >= timedelta(seconds=9)
+    assert finished.state == "succeeded"
 
 
-async def test_a_failing_model_is_tried_again(model):
-    model.status = 500
+@pytest.mark.parametrize("status", [400, 401])
+def test_a_model_that_refuses_is_not_asked_again(run: Run, model: Model, status: int):
+    model.fails = {1: status}
 
-    with pytest.raises(httpx.HTTPStatusError):
-        await digest(context())
+    finished = run()
+
+    assert (finished.state, len(finished.attempts)) == ("failed", 1)
+    assert str(status) in (finished.error or {})["message"]
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_knowledge_base_that_refuses_is_not_asked_again(model, status):
-    with pytest.raises(PermanentError, match=f"{status} to org_acme"):
-        await digest(context(lambda request: httpx.Response(status)))
+def test_a_knowledge_base_that_refuses_is_not_asked_again(run: Run, status: int):
+    finished = run(api=lambda request: httpx.Response(status))
+
+    assert (finished.state, len(finished.attempts)) == ("failed", 1)
+    assert f"{status} to org_acme" in (finished.error or {})["message"]
 
 
-async def test_a_failing_knowledge_base_is_tried_again(model):
-    with pytest.raises(httpx.HTTPStatusError):
-        await digest(context(lambda request: httpx.Response(502)))
+def test_a_failing_knowledge_base_is_tried_again(run: Run):
+    finished = run(api=lambda request: httpx.Response(502))
+
+    assert len(finished.attempts) == 4
 
 
 def test_a_number_as_text_is_a_setting():
