@@ -31,6 +31,7 @@ from worker.clock import to_text
 from worker.definitions.units import parse_time
 from worker.errors import CanaryFailed, Conflict, UsageError
 from worker.ids import ALL_ORGS
+from worker.runs.run import step_label
 from worker.store.lists import RUNS, LogLine, RunDetail
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 LIMIT = 1000
 # Seconds between two reads of runs that have not ended.
 POLL = 0.5
+# Steps of a run in a table.
+STEPS = 20
 WIDTH = 100
 
 FOUND = ("id", "org", "definition", "state", "reason", "detail", "scheduled_for")
@@ -128,7 +131,8 @@ def retry(
         typer.Option("--cause", metavar="TEXT", help="Only those whose last attempt has this error_cause."),
     ] = None,
     from_checkpoint: Annotated[
-        bool, typer.Option("--from-checkpoint", help="Start from the old run's last checkpoint.")
+        bool,
+        typer.Option("--from-checkpoint", help="Start from the old run's last checkpoint and its steps."),
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Retry RUN even if it was retried already.")] = False,
     dry_run: DryRunOption = False,
@@ -340,7 +344,11 @@ add_list(app, RUNS, cells=CELLS, titles=True)
 
 @app.command("show")
 def show(context: typer.Context, run: RunArgument, output: OutputOption = Format.TABLE) -> None:
-    """Show one run with its attempts, checkpoint, claims (redacted) and spec."""
+    """Show one run with its attempts, checkpoint, steps, claims (redacted) and spec.
+
+    The table has the newest 20 steps without results; `-o json` has the newest 1,000, with results
+    of at most 1 MiB together.
+    """
     from worker.store.lists import runs as run_lists
 
     with session_of(context).database() as database, database.autocommit() as connection:
@@ -349,14 +357,21 @@ def show(context: typer.Context, run: RunArgument, output: OutputOption = Format
 
 
 def _for_people(run: RunDetail) -> Row:
-    """A run with readable errors and without digests; an attempt's error has no trace."""
+    """A run with readable errors and without digests; attempts without traces, few steps without results."""
     attempts = [
         {name: value for name, value in attempt.items() if name != "error_cause"}
         | {"error": attempt["error"] and f"{attempt['error']['type']}: {attempt['error']['message']}"}
         for attempt in run["attempts"]
     ]
+    steps = [
+        {
+            "step": step_label(step["name"], step["key"], step["occurrence"]),
+            **{name: step[name] for name in ("attempt", "started_at", "ended_at", "size")},
+        }
+        for step in run["steps"][-STEPS:]
+    ]
     claims = without_digests(run["claims"])
-    return {**run, "claims": claims, "error": in_lines(run["error"]), "attempts": attempts}
+    return {**run, "claims": claims, "error": in_lines(run["error"]), "attempts": attempts, "steps": steps}
 
 
 @app.command("logs")

@@ -155,6 +155,7 @@ class Replay:
             run.fencing_token,
             attempt=run.attempt,
             org_id=run.org_id,
+            handler=run.handler,
             data_json=json.dumps(attempted.saved),
         )
 

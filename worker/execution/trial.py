@@ -35,6 +35,7 @@ from worker.runs.run import (
     RunContext,
     RunStep,
     StepPage,
+    StoredProgress,
     StoredStep,
 )
 from worker.telemetry.masking import masker
@@ -164,6 +165,8 @@ class Trial:
         self._on_saved = on_saved
         self._on_step = on_step
         self.steps: list[RunStep] = []
+        # The handler that first stored progress.
+        self._kept: str | None = None
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
         self._state = json.dumps(state or {})
         now, run_id = clock.now(), RunId(new_id())
@@ -258,20 +261,22 @@ class Trial:
             spec=to_spec(subject.definition),
         )
 
-    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         if self.inflight.stop.killed:
             return False
+        self._kept = self._kept or handler
         self._checkpoint = data_json
         if self._on_saved is not None:
             await self._on_saved(self)
         return True
 
-    async def load_checkpoint(self, run_id: RunId) -> Any:
-        return self.checkpoint
+    async def load_progress(self, run_id: RunId) -> StoredProgress:
+        return StoredProgress(self.checkpoint, self._kept)
 
     async def store_step(self, step: RunStep) -> bool:
         if self.inflight.stop.killed:
             return False
+        self._kept = self._kept or step.handler
         self.steps.append(step)
         if self._on_step is not None:
             await self._on_step(self)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.handlers.json_text import NotStorable, to_json_text
-from worker.runs.run import StepPage
+from worker.runs.run import StepPage, step_label
 
 # Bytes of the JSON text of one result and of all results of a run, and steps of a run.
 RESULT_LIMIT = 256 * 1024
@@ -71,8 +71,7 @@ class StepId:
     occurrence: int
 
     def __str__(self) -> str:
-        key = "" if self.key is None else f"[{self.key}]"
-        return f"{self.name}{key}" + (f"#{self.occurrence}" if self.occurrence > 1 else "")
+        return step_label(self.name, self.key, self.occurrence)
 
 
 @dataclass(eq=False, slots=True)

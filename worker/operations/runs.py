@@ -17,7 +17,7 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
-from worker.store import audit, definitions, edit_runs, firing, orgs
+from worker.store import audit, catalogue, definitions, edit_runs, firing, orgs, steps
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
@@ -137,7 +137,7 @@ def retry(
     """Make a new run of an ended one's definition, as it is now; returns its row of `runs list`.
 
     The new run has the old one's `scheduled_for`, `idempotency_key` and params given by
-    hand, and its checkpoint with `from_checkpoint`. With `org`, only that org's runs are
+    hand, and its checkpoint and steps with `from_checkpoint`. With `org`, only that org's runs are
     found. A run is retried only once, unless `again` is set. With `by_org` the org itself
     asks: each param must equal the definition's or be among its `params_by_hand`. `reason`
     is kept in the audit row.
@@ -145,8 +145,9 @@ def retry(
     Raises:
         NotFound: no such run.
         AccessDenied: the run has a param that the org cannot give.
-        Conflict: it has not ended, was retried or saved no checkpoint; its definition is closed,
-            its org is not active, or an unfinished run of the definition blocks it.
+        Conflict: it has not ended, was retried or stored no checkpoint and no step; the handler that
+            stored them is gone; its definition is closed, its org is not active, or an unfinished run
+            of the definition blocks it.
     """
     with database.transaction() as connection:
         old = require_run(connection, run_id, org)
@@ -177,8 +178,8 @@ def retry(
             retry_of=old_id,
             idempotency_key=old["idempotency_key"],
         )
-        if from_checkpoint and not edit_runs.copy_checkpoint(connection, org_id, old_id, new_run_id, at=now):
-            raise Conflict(f"run {old_id} saved no checkpoint", fix="retry it without one")
+        if from_checkpoint:
+            _continue(connection, row, old_id, new_run_id, at=now)
         detail = {"retry_of": old_id, "from_checkpoint": from_checkpoint, **because(reason)}
         audit.record(connection, [audit.Entry(org_id, "run.retry", new_run_id, detail)], at=now, actor=actor)
         return run_lists.row(connection, org_id, new_run_id)
@@ -364,6 +365,33 @@ def _place(
             fix=f"wait for it, or end it with `runs cancel {blocking['id']}`",
         )
     return run.id
+
+
+def _continue(
+    connection: Connection, row: Mapping[str, Any], old: RunId, new: RunId, *, at: datetime
+) -> None:
+    """Give a retry the checkpoint and the steps of the run that it continues.
+
+    Raises:
+        Conflict: there are none, or the handler that stored them is no longer offered.
+    """
+    org_id = OrgId(row["org_id"])
+    handler = steps.first_handler(connection, old)
+    saved = edit_runs.copy_checkpoint(connection, org_id, old, new, at=at)
+    if not steps.copy_steps(connection, org_id, old, new) and not saved:
+        raise Conflict(
+            f"run {old} saved no checkpoint and stored no step", fix="retry it without --from-checkpoint"
+        )
+    if handler is None:
+        return
+    named = handler in from_spec(row["org"], row["name"], row["spec"]).handlers
+    if named and any(entry["error"] is None for entry in catalogue.entries(connection, handler)):
+        return
+    gone = "no installed distribution offers" if named else "its definition no longer names"
+    raise Conflict(
+        f"the handler {handler} stored the progress of run {old}, and {gone} it",
+        fix="bring it back, or retry without --from-checkpoint",
+    )
 
 
 def _check_given_by_org(definition: Definition, given: Collection[str]) -> None:

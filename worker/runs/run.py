@@ -90,6 +90,14 @@ class LoadedState:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredProgress:
+    """What earlier attempts of a run stored: the last checkpoint, and by which handler; None if nothing."""
+
+    checkpoint: Any = None
+    handler: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OwnedRun:
     """A run of this incarnation as a renewal returns it; with `cancel_reason` it must stop."""
 
@@ -211,6 +219,12 @@ class LogLine:
     level: str
     source: str
     text: str
+
+
+def step_label(name: str, key: str | None, occurrence: int) -> str:
+    """A step for people: `ask`, `ask#2` for its second use, `ask[key]`."""
+    shown = "" if key is None else f"[{key}]"
+    return f"{name}{shown}" + (f"#{occurrence}" if occurrence > 1 else "")
 
 
 # Not frozen: a run may have thousands.

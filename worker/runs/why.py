@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from worker.clock import to_text
+from worker.runs.run import step_label
 
 Row = Mapping[str, Any]
 
@@ -121,7 +122,7 @@ def why_run(run: Row, *, others: int | None = None, more: bool = False, retried:
     if state == "running" and run.get("cancel_requested_at"):
         cause += ", and was asked to stop"
     command = NEXT.get((state, reason), _NEXT_OF_STATE.get(state, "runs show {id}"))
-    if command == "runs retry {id}" and run.get("checkpoint") is not None:
+    if command == "runs retry {id}" and _can_continue(run):
         command += " --from-checkpoint"
     retry = _retry(run, state)
     if retried is not None:
@@ -178,13 +179,21 @@ def _kept(run: Row, state: str) -> str:
     if checkpoint is not None:
         text = json.dumps(checkpoint)
         kept.append("its last checkpoint" + (f" ({text})" if len(text) <= SHORT else ""))
+    if count := run.get("step_count"):
+        last = run["steps"][-1]
+        label = step_label(last["name"], last["key"], last["occurrence"])
+        kept.append("its step " + label if count == 1 else f"its {count:,} steps, the last one {label}")
     if run.get("attempts"):
         kept.append("its attempts and their log")
     if not kept:
         return "it had not started, so only this row is retained"
-    if checkpoint is None and state != "succeeded" and _had_started(run):
+    if not _can_continue(run) and state != "succeeded" and _had_started(run):
         kept[-1] += ", but no checkpoint: it would start from the beginning"
     return f"retained: {', '.join(kept)}"
+
+
+def _can_continue(run: Row) -> bool:
+    return run.get("checkpoint") is not None or bool(run.get("step_count"))
 
 
 def _retry(run: Row, state: str) -> str:

@@ -129,13 +129,12 @@ def copy_checkpoint(connection: Connection, org_id: OrgId, of: RunId, to: RunId,
     """Start a new run from an older one's checkpoint; False if that has none."""
     saved = tables.checkpoints
     data = connection.execute(
-        select(saved.c.data).where(saved.c.run_id == of, saved.c.org_id == org_id)
+        select(saved.c.data, saved.c.handler).where(saved.c.run_id == of, saved.c.org_id == org_id)
     ).first()
     if data is None:
         return False
-    connection.execute(
-        insert(saved).values(run_id=to, org_id=org_id, attempt=0, fencing_token=0, saved_at=at, data=data[0])
-    )
+    ids = {"run_id": to, "org_id": org_id, "attempt": 0, "fencing_token": 0}
+    connection.execute(insert(saved).values(**ids, saved_at=at, data=data.data, handler=data.handler))
     return True
 
 

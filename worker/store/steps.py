@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Text, cast, func, insert, literal, select
+from sqlalchemy import ColumnElement, Connection, Text, cast, func, insert, literal, select
 
 from worker.ids import OrgId, RunId
 from worker.runs.run import StepPage, StoredStep
@@ -42,6 +42,19 @@ def step_totals(connection: Connection, run_id: RunId) -> tuple[int, int]:
     last, size = func.coalesce(func.max(_steps.c.seq), 0), func.coalesce(func.sum(_steps.c.size), 0)
     row = connection.execute(select(last, size).where(_steps.c.run_id == run_id)).one()
     return int(row[0]), int(row[1])
+
+
+def first_handler(connection: Connection, run_id: RunId) -> str | None:
+    """The handler that stored the first checkpoint or step of a run; None if nothing is stored."""
+    handler: str | None = connection.execute(select(handler_of_progress(run_id))).scalar_one()
+    return handler
+
+
+def handler_of_progress(run_id: RunId) -> ColumnElement[str | None]:
+    """The same as part of a query. A run keeps its handler: checkpoint and steps have the same one."""
+    saved = select(tables.checkpoints.c.handler).where(tables.checkpoints.c.run_id == run_id)
+    first = select(_steps.c.handler).where(_steps.c.run_id == run_id).order_by(_steps.c.seq).limit(1)
+    return func.coalesce(saved.scalar_subquery(), first.scalar_subquery())
 
 
 def copy_steps(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:

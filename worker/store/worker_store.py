@@ -25,6 +25,7 @@ from worker.runs.run import (
     RunContext,
     RunStep,
     StepPage,
+    StoredProgress,
     Swept,
 )
 from worker.runs.waits import NewWait, WaitState
@@ -223,11 +224,11 @@ def _lost(run: AbandonedRun, most: int, now: datetime) -> EndedAttempt:
     return _ended(run, now, fencing_token=run.fencing_token, outcome="lost", recoveries=times, **fate)
 
 
-def load_checkpoint(connection: Connection, run_id: RunId) -> Any | None:
-    """The run's last checkpoint, or None."""
-    return connection.execute(
-        select(tables.checkpoints.c.data).where(tables.checkpoints.c.run_id == run_id)
-    ).scalar_one_or_none()
+def load_progress(connection: Connection, run_id: RunId) -> StoredProgress:
+    """The run's last checkpoint, and the handler that stored its first checkpoint or step."""
+    saved = select(tables.checkpoints.c.data).where(tables.checkpoints.c.run_id == run_id)
+    columns = saved.scalar_subquery(), steps.handler_of_progress(run_id)
+    return StoredProgress(*connection.execute(select(*columns)).one())
 
 
 def run_contexts(
@@ -401,7 +402,7 @@ class WorkerStore:
                 limit=level.budget.limit,
             )
 
-    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         """Store a run's checkpoint; False if the run is no longer ours."""
         return await self.database.call(
             lambda connection: statements(connection).save_checkpoint(
@@ -410,13 +411,14 @@ class WorkerStore:
                 run.fencing_token,
                 attempt=run.attempt,
                 org_id=run.org_id,
+                handler=handler,
                 data_json=data_json,
             )
         )
 
-    async def load_checkpoint(self, run_id: RunId) -> Any | None:
-        """The run's last checkpoint, or None."""
-        return await self.database.call_autocommit(load_checkpoint, run_id)
+    async def load_progress(self, run_id: RunId) -> StoredProgress:
+        """The run's last checkpoint, and the handler that stored progress first."""
+        return await self.database.call_autocommit(load_progress, run_id)
 
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
         """Store steps, fenced; returns the runs, with their fencing tokens, that still run."""

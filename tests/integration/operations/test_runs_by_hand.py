@@ -300,7 +300,7 @@ def test_a_retry_may_begin_from_the_old_checkpoint(site, database, rows):
     with pytest.raises(Conflict, match="has not ended"):
         retry(database, old["id"], actor="tester")
     rows.set_ended(old["id"])
-    with pytest.raises(Conflict, match="saved no checkpoint"):
+    with pytest.raises(Conflict, match="saved no checkpoint and stored no step"):
         retry(database, old["id"], actor="tester", from_checkpoint=True)
     assert len(rows.runs) == 1
     with database.transaction() as connection:
@@ -318,6 +318,91 @@ def test_a_retry_may_begin_from_the_old_checkpoint(site, database, rows):
     new = retry(database, old["id"], actor="tester", from_checkpoint=True)
 
     assert site.show(new["id"])["checkpoint"] == {"done": 41}
+
+
+@pytest.fixture
+def step(database, rows):
+    """Store a step of a run, as its handler did."""
+
+    def insert_step(run_id, seq=1, *, handler="acme.note", result=0, size=None, **values):
+        with database.transaction() as connection:
+            text = json.dumps(result)
+            connection.execute(
+                tables.steps.insert().values(
+                    {
+                        "run_id": run_id, "seq": seq, "org_id": rows.orgs[0]["id"], "name": "ask",
+                        "key": None, "occurrence": seq, "attempt": 1, "fencing_token": 1, "handler": handler,
+                        "started_at": rows.now(), "ended_at": rows.now(),
+                        "size": len(text) if size is None else size, "result": result,
+                    } | values
+                )
+            )  # fmt: skip
+
+    return insert_step
+
+
+def test_a_retry_may_begin_from_steps_alone(site, database, rows, step):
+    old = site.having("skip").run()
+    for seq in (1, 2, 5):
+        step(old["id"], seq, result={"n": seq})
+    rows.set_ended(old["id"])
+
+    new = retry(database, old["id"], actor="tester", from_checkpoint=True)
+
+    shown = site.show(new["id"])
+    assert (shown["checkpoint"], shown["step_count"]) == (None, 3)
+    assert [(one["seq"], one["attempt"], one["result"]) for one in shown["steps"]] == [
+        (seq, 1, {"n": seq}) for seq in (1, 2, 5)
+    ]
+    assert site.show(old["id"])["steps"] == shown["steps"]
+    rows.set_ended(new["id"])
+    again = retry(database, old["id"], actor="tester", again=True)
+    assert site.show(again["id"])["steps"] == []
+
+
+@pytest.mark.parametrize(
+    ("handler", "why_not"),
+    [
+        ("acme.gone", "its definition no longer names it"),
+        ("acme.missing", "no installed distribution offers it"),
+    ],
+)
+def test_progress_of_a_handler_that_is_gone_is_not_continued(
+    site, apply, database, rows, step, handler, why_not
+):
+    """Another version would not understand it."""
+    old = site.having("skip").run()
+    step(old["id"], handler=handler)
+    rows.set_ended(old["id"])
+    if handler == "acme.missing":
+        spec = rows.definition_revisions[0]["spec"] | {"variants": [{"flag": "v2", "handler": handler}]}
+        with database.transaction() as connection:
+            connection.execute(tables.definition_revisions.update().values(spec=spec))
+
+    with pytest.raises(Conflict, match=f"the handler {handler} stored the progress of run .*, and {why_not}"):
+        retry(database, old["id"], actor="tester", from_checkpoint=True)
+    assert len(rows.runs) == 1
+    retry(database, old["id"], actor="tester")
+
+
+def test_a_run_shows_its_newest_steps_and_the_results_that_fit(site, database, monkeypatch, step):
+    run = site.having("skip").run()
+    monkeypatch.setattr(run_lists, "MAX_LIMIT", 4)
+    monkeypatch.setattr(run_lists, "RESULT_BYTES", 100)
+    for seq in range(1, 7):
+        step(run["id"], seq, result=seq, size=40)
+
+    shown = site.show(run["id"])
+
+    assert shown["step_count"] == 6
+    assert [(one["seq"], one["result"], one["size"]) for one in shown["steps"]] == [
+        (3, None, 40),
+        (4, None, 40),
+        (5, 5, 40),
+        (6, 6, 40),
+    ]
+    with database.autocommit() as connection:
+        assert "its 6 steps, the last one ask#6" in why(connection, run["id"]).sentence
 
 
 def test_closing_cancels_what_waits_and_leaves_what_runs(site, database, rows):

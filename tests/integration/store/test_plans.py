@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.fakes.stock import LEASE, Stock
+from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.runs.run import AdmittedRun, NewSkip, NextFire
 from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
@@ -146,7 +146,13 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
         )
         hot.renew(connection, worker, LEASE)
         hot.save_checkpoint(
-            connection, run.id, run.fencing_token, attempt=1, org_id=run.org_id, data_json="{}"
+            connection,
+            run.id,
+            run.fencing_token,
+            attempt=1,
+            org_id=run.org_id,
+            handler=HANDLER,
+            data_json="{}",
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
         worker_store.recover(connection, max_recoveries=3)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 
-from tests.fakes.stock import Stock
-from worker.runs.run import AdmittedRun, LogLine
+from tests.fakes.stock import HANDLER, Stock
+from worker.runs.run import AdmittedRun, LogLine, NewStep, RunStep, StoredProgress
 from worker.store import tables, worker_store
 from worker.store.sql import statements
 
@@ -16,7 +17,9 @@ def running(stock: Stock) -> AdmittedRun:
     return run
 
 
-def save(stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None) -> bool:
+def save(
+    stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None, handler: str = HANDLER
+) -> bool:
     with stock.database.transaction() as connection:
         return statements(connection).save_checkpoint(
             connection,
@@ -24,13 +27,14 @@ def save(stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None)
             run.fencing_token if token is None else token,
             attempt=run.attempt,
             org_id=run.org_id,
+            handler=handler,
             data_json=data,
         )
 
 
 def load(stock: Stock, run: AdmittedRun) -> object:
     with stock.database.autocommit() as connection:
-        return worker_store.load_checkpoint(connection, run.id)
+        return worker_store.load_progress(connection, run.id).checkpoint
 
 
 def recoveries(stock: Stock, run: AdmittedRun) -> int:
@@ -124,3 +128,33 @@ def test_log_lines_are_appended_once(stock: Stock) -> None:
     rows = stock.all(tables.run_logs)
     assert [(row["seq"], row["text"]) for row in rows] == [(line.seq, line.text) for line in lines]
     assert {(row["level"], row["source"], row["at"]) for row in rows} == {("info", "stdout", at)}
+
+
+def test_a_run_keeps_the_handler_that_stored_progress_first(stock: Stock) -> None:
+    saving, stepping, neither = running(stock), running(stock), running(stock)
+    for data, handler in (("1", "acme.v1"), ("2", "acme.v2")):
+        save(stock, saving, data, handler=handler)
+    at = stepping.started_at
+    steps = [
+        RunStep(stepping, handler, NewStep("ask", None, n, n, "1", at, at), 1)
+        for n, handler in ((2, "acme.v2"), (1, "acme.v1"))
+    ]
+
+    with stock.database.transaction() as connection:
+        statements(connection).store_steps(connection, steps)
+
+    with stock.database.autocommit() as connection:
+        progress = [worker_store.load_progress(connection, run.id) for run in (saving, stepping, neither)]
+    assert progress == [StoredProgress(2, "acme.v1"), StoredProgress(None, "acme.v1"), StoredProgress()]
+
+
+def test_a_checkpoint_of_an_earlier_release_gets_its_handler_at_the_next_save(stock: Stock) -> None:
+    run = running(stock)
+    save(stock, run, "1", handler="acme.v1")
+    with stock.database.transaction() as connection:
+        connection.execute(update(tables.checkpoints).values(handler=None))
+
+    save(stock, run, "2", handler="acme.v2")
+
+    with stock.database.autocommit() as connection:
+        assert worker_store.load_progress(connection, run.id) == StoredProgress(2, "acme.v2")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.stock import LEASE, Stock
+from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.runs.run import NewSkip, NextFire
 from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
@@ -97,7 +97,13 @@ def test_each_hot_statement_goes_by_an_index(
         )
         hot.renew(connection, worker, LEASE)
         hot.save_checkpoint(
-            connection, run.id, run.fencing_token, attempt=1, org_id=run.org_id, data_json="{}"
+            connection,
+            run.id,
+            run.fencing_token,
+            attempt=1,
+            org_id=run.org_id,
+            handler=HANDLER,
+            data_json="{}",
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in held[:5]])
         worker_store.recover(connection, max_recoveries=3)

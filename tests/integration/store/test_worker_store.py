@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import WorkerId, new_id
-from worker.runs.run import Decision, DueDefinition, LogLine, NextFire
+from worker.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
 from worker.store.worker_store import WorkerStore
 
 OFFERED = {HANDLER: None}
@@ -44,8 +44,8 @@ async def test_a_definition_is_carried_to_its_outcome(stock: Stock, store: Worke
     assert (context.org_id, context.issuer, context.spec) == (org, "main", spec)
     assert context.definition_name.startswith("definition-")
 
-    assert await store.save_checkpoint(run, '{"done":1}')
-    assert await store.load_checkpoint(run.id) == {"done": 1}
+    assert await store.save_checkpoint(run, "acme.note", '{"done":1}')
+    assert await store.load_progress(run.id) == StoredProgress({"done": 1}, "acme.note")
     await store.write_progress([(run.id, run.fencing_token, {"done": 1})])
     await store.append_logs([LogLine(run.id, 1, 1, org, stock.now(), "info", "log", "hello")])
     assert store.renew()[1][0].id == run.id

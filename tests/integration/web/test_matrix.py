@@ -95,6 +95,7 @@ CHANGED = (
     "runs",
     "live_runs",
     "checkpoints",
+    "steps",
     "audit",
     "definitions",
     "schedule",

@@ -317,3 +317,35 @@ async def test_a_link_searches_for_others_with_the_same_cause(staffed: Site):
     found = re.search(r'href="/search\?([^"]+)">Show them', page.text)
     assert found is not None
     assert parse_qs(found[1]) == {"q": ['cause:"CRM answers N"']}
+
+
+@on_either
+async def test_the_newest_steps_are_listed_with_the_beginning_of_their_results(staffed: Site):
+    run = ended(staffed)
+    with staffed.database.transaction() as connection:
+        org_id = connection.execute(select(tables.runs.c.org_id).where(tables.runs.c.id == run)).scalar_one()
+        at = staffed.clock.now()
+        shared = {"run_id": run, "org_id": org_id, "name": "ask", "attempt": 1, "fencing_token": 1}
+        shared |= {
+            "handler": "acme.digest",
+            "started_at": at,
+            "ended_at": at + timedelta(seconds=3),
+            "size": 5,
+        }
+        rows = [
+            {"seq": seq, "occurrence": seq, "key": None, "result": f"answer {seq} " + "x" * 500}
+            for seq in range(1, 52)
+        ]
+        rows.append({"seq": 52, "occurrence": 1, "key": "<b>", "result": ["<i>"]})
+        rows = [shared | row for row in rows]
+        connection.execute(insert(tables.steps), rows)
+
+    async with logged_in(staffed, TOKENS["operator"]) as client:
+        page = await client.get(f"/runs/{run}")
+
+    assert "<code>ask[&lt;b&gt;]</code>" in page.text
+    assert "<code>ask#51</code>" in page.text and "<code>ask#2</code>" not in page.text
+    assert "The newest 50 of 52 steps." in page.text
+    assert "answer 51 xxx" in page.text and "x" * 200 not in page.text
+    assert dangers(page.text) == []
+    assert "its 52 steps, the last one ask[&lt;b&gt;]" in page.text

@@ -26,7 +26,16 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
-from worker.runs.run import AdmittedRun, LoadedState, LogLine, NewStep, RunContext, RunStep, StepPage
+from worker.runs.run import (
+    AdmittedRun,
+    LoadedState,
+    LogLine,
+    NewStep,
+    RunContext,
+    RunStep,
+    StepPage,
+    StoredProgress,
+)
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -63,6 +72,7 @@ class Site:
         self.origins: dict[str, tuple[str, ...]] = {}
         self.asked: list[dict[str, Any]] = []
         self.during: Any = None
+        self.kept_handler: str | None = None
         self.steps: list[RunStep] = []
         self.pages: list[int] = []
         self.totals = (0, 0)
@@ -81,11 +91,11 @@ class Site:
             raise self.token_error
         return Enforced(AccessToken("ey.the.token", START + timedelta(hours=1)), self.claims)
 
-    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         return self.still_ours
 
-    async def load_checkpoint(self, run_id: RunId) -> Any:
-        return self.checkpoint
+    async def load_progress(self, run_id: RunId) -> StoredProgress:
+        return StoredProgress(self.checkpoint, self.kept_handler)
 
     async def store_step(self, step: RunStep) -> bool:
         self.steps.append(step)
@@ -433,7 +443,7 @@ async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
     monkeypatch.setattr(run_services, "RETRY_SAVE", 0.001)
     answers = [StoreUnavailable("away"), StoreUnavailable("away")]
 
-    async def save_checkpoint(run: AdmittedRun, data_json: str) -> bool:
+    async def save_checkpoint(run: AdmittedRun, handler: str, data_json: str) -> bool:
         if answers:
             raise answers.pop()
         return True
@@ -528,3 +538,21 @@ async def test_a_step_of_a_run_that_is_no_longer_ours_ends_the_attempt(site: Sit
 
     site.during = during
     await site.attempt()
+
+
+async def test_a_run_keeps_the_variant_that_stored_progress(site: Site) -> None:
+    """A flag that flips between two attempts hands no version the progress of the other."""
+    site.spec["variants"] = [{"flag": "agent-v2", "handler": "acme.digest_v2"}]
+    off = replace(CLAIMS, scopes=frozenset({"read:kb", "ask:model"}))
+    site.claims = on = replace(off, flags={"agent-v2": Flag("boolean", True)})
+
+    assert (await site.attempt()).trail.handler == "acme.digest_v2"
+    site.kept_handler = "acme.digest"
+    assert (await site.attempt(attempt=2)).trail.handler == "acme.digest"
+    site.kept_handler, site.claims = "acme.digest_v2", off
+    assert (await site.attempt(attempt=2)).trail.handler == "acme.digest_v2"
+    # A first attempt has stored nothing, and does not ask.
+    assert (await site.attempt()).trail.handler == "acme.digest"
+    site.kept_handler, site.claims = "acme.gone", on
+    gone = await site.attempt(attempt=2)
+    assert (gone.state, gone.reason, gone.detail) == ("waiting", "no_handler", "acme.gone")

@@ -29,11 +29,13 @@ from worker.execution.attempts.run_services import AttemptServices, Tools, redac
 from worker.execution.runners.contract import outcome_of_stop
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
+from worker.runs.run import StoredProgress
 from worker.telemetry.events import emit
 
 # Default and maximum pause of a run without a token, in seconds: a new secret may fix it at any time.
 PAUSE = 5.0
 LONGEST_PAUSE = 60.0
+NOTHING_STORED = StoredProgress()
 
 
 async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
@@ -105,6 +107,9 @@ async def _run(
     variants = (each for each in definition.variants if flag_is(claims, each.flag.name, each.flag.equals))
     variant = next(variants, None)
     trail.handler = run.handler if variant is None else variant.handler
+    # A run keeps the handler that first stored progress: another version would not understand it.
+    stored = await tools.checkpoints.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
+    trail.handler = stored.handler or trail.handler
     entry = tools.handlers.get(trail.handler)
     if entry is None or (run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
         return outcomes.NoHandler(trail.handler)
@@ -113,7 +118,7 @@ async def _run(
         enforce(claims, org_code=org.code, client_id=None, scopes=scopes)
 
     # handler: in its own process, or inline if the operator allows it
-    checkpoint = await tools.checkpoints.load_checkpoint(run.id) if run.may_have_checkpoint else None
+    checkpoint = stored.checkpoint
     state = None
     if entry.state:
         if not definition.serial:

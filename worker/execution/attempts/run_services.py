@@ -24,7 +24,15 @@ from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId
 from worker.orgs import OrgRef
 from worker.runs.outcome import Error, Outcome, Succeeded, Trail
-from worker.runs.run import AdmittedRun, Isolation, LoadedState, NewStep, RunStep, StepPage
+from worker.runs.run import (
+    AdmittedRun,
+    Isolation,
+    LoadedState,
+    NewStep,
+    RunStep,
+    StepPage,
+    StoredProgress,
+)
 from worker.telemetry.masking import masker
 
 # Seconds between two tries to save a checkpoint, at first and at most.
@@ -78,11 +86,11 @@ class TokenSource(Protocol):
 
 
 class CheckpointStore(Protocol):
-    async def save_checkpoint(self, run: AdmittedRun, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         """Store a run's checkpoint, fenced; returns whether the run was still ours."""
 
-    async def load_checkpoint(self, run_id: RunId) -> Any:
-        """The newest checkpoint, or None."""
+    async def load_progress(self, run_id: RunId) -> StoredProgress:
+        """The newest checkpoint, and the handler that stored the first checkpoint or step."""
 
     async def load_state(self, run: AdmittedRun) -> LoadedState:
         """The state of the run's definition."""
@@ -136,7 +144,9 @@ class AttemptServices:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
         run, masked = self.inflight.run, masker.mask(data_json)
         self._check_ours(
-            await self._when_available(lambda: self.tools.checkpoints.save_checkpoint(run, masked))
+            await self._when_available(
+                lambda: self.tools.checkpoints.save_checkpoint(run, self.trail.handler, masked)
+            )
         )
         self.inflight.moved = self.inflight.moved or json.loads(data_json) != self.checkpoint
 

@@ -147,6 +147,21 @@ class Attempt(TypedDict):
     error_cause: Annotated[str | None, redaction.error_cause]
 
 
+class Step(TypedDict):
+    """A stored step; `result` is null if the results of newer steps take the room."""
+
+    seq: Shown[int]
+    name: Shown[str]
+    key: Shown[str | None]
+    occurrence: Shown[int]
+    attempt: Shown[int]
+    handler: Shown[str]
+    started_at: Shown[datetime]
+    ended_at: Shown[datetime]
+    size: Shown[int]
+    result: Shown[Json]
+
+
 class Run(TypedDict):
     """One scheduled time of one definition, and its outcome."""
 
@@ -183,6 +198,8 @@ class RunDetail(Run):
     claims: Annotated[Json, redaction.claims]
     attempts: Annotated[list[Attempt], redaction.rows(Attempt)]
     checkpoint: Shown[Json]
+    step_count: Shown[int]
+    steps: Annotated[list[Step], redaction.rows(Step)]
     spec: Shown[Json]
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Integer,
     Select,
     Text,
+    case,
     column,
     func,
     select,
@@ -26,7 +27,17 @@ from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, 
 from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
-from worker.store.lists import MAX_LIMIT, Attempt, LogLine, Page, Run, RunDetail, checked_id, columns_of
+from worker.store.lists import (
+    MAX_LIMIT,
+    Attempt,
+    LogLine,
+    Page,
+    Run,
+    RunDetail,
+    Step,
+    checked_id,
+    columns_of,
+)
 
 # Runs examined under one condition: about 20 ms on SQLite.
 WINDOW = 20_000
@@ -139,7 +150,10 @@ def _ids(connection: Connection, query: Select[Any], id_: ColumnElement[Any], li
 _logs = tables.run_logs
 _attempts = tables.attempts
 _checkpoints = tables.checkpoints
+_steps = tables.steps
 _revisions = tables.definition_revisions
+# Bytes of the results of steps that are shown with a run.
+RESULT_BYTES = 1024 * 1024
 _view = table(
     "run_view",
     *(
@@ -245,7 +259,7 @@ def with_org(connection: Connection, scope: OrgId | AllOrgs, run_id: str) -> tup
 
 
 def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
-    """One run with its newest attempts, checkpoint, claims (redacted) and spec.
+    """One run with its newest attempts and steps, checkpoint, claims (redacted) and spec.
 
     Raises:
         NotFound: there is no such org, or it has no such run.
@@ -283,9 +297,32 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "claims": next((each["claims"] for each in reversed(ended) if each["claims"] is not None), None),
         "attempts": attempts,
         "checkpoint": connection.execute(checkpoint.limit(1)).scalar_one_or_none(),
+        "step_count": _step_count(connection, org_id, id_),
+        "steps": newest_steps(connection, org_id, id_),
         "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
+
+
+def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Step]:
+    """The newest steps of a run, oldest first; results only of those that fit into `RESULT_BYTES`."""
+    size = func.sum(_steps.c.size).over(order_by=_steps.c.seq.desc()).label("with_newer")
+    newest = (
+        select(_steps, size)
+        .where(_steps.c.run_id == run_id, _steps.c.org_id == org_id)
+        .order_by(_steps.c.seq.desc())
+        .limit(MAX_LIMIT)
+        .subquery()
+    )
+    result = case((newest.c.with_newer <= RESULT_BYTES, newest.c.result)).label("result")
+    columns = [result if name == "result" else newest.c[name] for name in columns_of(Step)]
+    return cast(list[Step], all_rows(connection, select(*columns).order_by(newest.c.seq)))
+
+
+def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
+    # At most MOST_STEPS of `ctx.step`.
+    mine = (_steps.c.run_id == run_id, _steps.c.org_id == org_id)
+    return connection.execute(select(func.count()).select_from(_steps).where(*mine)).scalar_one()
 
 
 def unfinished(connection: Connection, org: str, definition_id: DefinitionId) -> list[SerialRun]:

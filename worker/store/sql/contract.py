@@ -308,11 +308,12 @@ class Statements(Protocol):
         *,
         attempt: int,
         org_id: OrgId,
+        handler: str,
         data_json: str,
     ) -> bool:
         """Store a run's checkpoint, fenced; False if the run is no longer ours.
 
-        One that differs from the last sets `recoveries` back to 0.
+        The handler of its first checkpoint stays. One that differs from the last sets `recoveries` back to 0.
         """
         ...
 

@@ -133,7 +133,7 @@ def list_endpoint(listing: Listing[Any]) -> Endpoint:
     )
 
 
-RUN = Endpoint("show_run", "GET", RUN_PATH, "One run with its attempts, claims and spec.", RunDetail)
+RUN = Endpoint("show_run", "GET", RUN_PATH, "One run with its attempts, steps, claims and spec.", RunDetail)
 ATTEMPTS = Endpoint(
     "list_attempts", "GET", f"{RUN_PATH}/attempts", "The attempts of a run.", Attempt, is_list=True
 )
@@ -177,7 +177,7 @@ RETRY = Endpoint(
     Run,
     status=201,
     body=(
-        Field("from_checkpoint", BOOLEAN, "Start from the checkpoint of the old run."),
+        Field("from_checkpoint", BOOLEAN, "Start from the checkpoint and the steps of the old run."),
         Field("again", BOOLEAN, "Also if it was retried already."),
         REASON,
     ),

@@ -16,6 +16,7 @@ from worker.claims.digests import without_digests
 from worker.errors import Conflict, DefinitionError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
+from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
 from worker.store.lists import Run, RunDetail, runs
 from worker.web.callers import Caller
@@ -30,6 +31,8 @@ from worker.web.pages.run_log import page_after, page_before, place_of
 VALUE = 8_000
 # Attempts that the table lists, the newest.
 ATTEMPTS = 25
+# Steps that the table lists, the newest, and characters of the result of each.
+STEPS, STEP_TEXT = 50, 160
 # Attempts that the chart draws; a run without a token may have thousands.
 MOST_LANES = 12
 
@@ -63,6 +66,7 @@ class RunPages:
             return {
                 "run": run,
                 "attempts": run["attempts"][: -ATTEMPTS - 1 : -1],
+                "steps": _steps_of(run),
                 "answer": answer_of(connection, caller, run),
                 "chart": gantt(lanes_of(run, now), title="Waiting and running, by attempt", now=now),
                 "trace": _trace_of(failed),
@@ -121,6 +125,20 @@ def shown(connection: Connection, caller: Caller, run_id: str) -> Run:
     """The row of a run that this caller may see, as `runs list` has it; raises NotFound."""
     found = require_run(connection, run_id, caller.org)
     return runs.row(connection, OrgId(found["org_id"]), RunId(found["id"]))
+
+
+def _steps_of(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The newest steps, newest first, with the beginning of each result."""
+    shown = []
+    for step in run["steps"][: -STEPS - 1 : -1]:
+        text = None
+        if step["result"] is not None or step["size"] == len("null"):
+            text = json.dumps(step["result"], ensure_ascii=False)
+            text = text if len(text) <= STEP_TEXT else text[: STEP_TEXT - 1] + "…"
+        shown.append(
+            {**step, "label": step_label(step["name"], step["key"], step["occurrence"]), "text": text}
+        )
+    return shown
 
 
 def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:

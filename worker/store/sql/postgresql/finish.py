@@ -392,10 +392,11 @@ WITH ours AS (
   WHERE l.id = ours.id AND ours.recoveries > 0
     AND (SELECT data FROM checkpoints WHERE run_id = %(run)s) IS DISTINCT FROM %(data)s::jsonb
 )
-INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data)
-SELECT id, %(org)s, %(attempt)s, %(token)s, clock_timestamp(), %(data)s::jsonb FROM ours
+INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data, handler)
+SELECT id, %(org)s, %(attempt)s, %(token)s, clock_timestamp(), %(data)s::jsonb, %(handler)s FROM ours
 ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
-                                   saved_at = excluded.saved_at, data = excluded.data
+                                   saved_at = excluded.saved_at, data = excluded.data,
+                                   handler = COALESCE(checkpoints.handler, excluded.handler)
 RETURNING 1
 """
 
@@ -419,9 +420,17 @@ LOG_LINES = Columns((plain, "run_id attempt seq org_id"), (timestamps, "at"), (t
 
 
 def save_checkpoint(
-    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, org_id: OrgId, data_json: str
+    connection: Connection,
+    run_id: RunId,
+    fencing_token: int,
+    *,
+    attempt: int,
+    org_id: OrgId,
+    handler: str,
+    data_json: str,
 ) -> bool:
-    values = {"run": run_id, "token": fencing_token, "org": org_id, "attempt": attempt, "data": data_json}
+    ids = {"run": run_id, "token": fencing_token, "org": org_id, "attempt": attempt}
+    values = {**ids, "handler": handler, "data": data_json}
     return driver(connection).execute(SAVE, values).fetchone() is not None
 
 

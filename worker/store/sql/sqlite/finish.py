@@ -270,9 +270,11 @@ OURS = "SELECT recoveries FROM live_runs WHERE id = ? AND fencing_token = ? AND 
 BEFORE = "SELECT data FROM checkpoints WHERE run_id = ?"
 
 SAVE = """
-INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data) VALUES (?, ?, ?, ?, ?, ?)
+INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data, handler)
+VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
-                                   saved_at = excluded.saved_at, data = excluded.data
+                                   saved_at = excluded.saved_at, data = excluded.data,
+                                   handler = COALESCE(handler, excluded.handler)
 """
 
 MOVED = "UPDATE live_runs SET recoveries = 0 WHERE id = ?"
@@ -286,7 +288,14 @@ ON CONFLICT DO NOTHING
 
 
 def save_checkpoint(
-    connection: Connection, run_id: RunId, fencing_token: int, *, attempt: int, org_id: OrgId, data_json: str
+    connection: Connection,
+    run_id: RunId,
+    fencing_token: int,
+    *,
+    attempt: int,
+    org_id: OrgId,
+    handler: str,
+    data_json: str,
 ) -> bool:
     cursor = driver(connection).cursor()
     ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
@@ -295,7 +304,7 @@ def save_checkpoint(
     if ours[0] > 0 and cursor.execute(BEFORE, (run_id,)).fetchone() != (data_json,):
         cursor.execute(MOVED, (run_id,))
     now = to_text(file_now(connection))
-    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, now, data_json))
+    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, now, data_json, handler))
     return True
 
 
