@@ -30,7 +30,7 @@ class Store:
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         if self.away:
             raise StoreUnavailable("away")
-        if any(one.result is not None and "\0" in one.result for one in ended):
+        if any("\0" in f"{one.result}{one.definition_state}" for one in ended):
             raise ValueError("unsupported Unicode escape sequence")
         self.batches.append(list(ended))
         return {one.run_id for one in ended} - self.fenced
@@ -83,14 +83,16 @@ async def test_one_unstorable_result_fails_alone(clock: ManualClock) -> None:
     async with running(store, clock) as (finisher, written):
         finisher.put(ended("good"))
         finisher.put(ended("bad", result='"\0"'))
+        finisher.put(ended("worse", definition_state='{"a":"\0"}'))
         await finisher.flushed()
         await settle()
 
     assert {one.run_id: (one.state, one.reason) for one, _ in written} == {
         "good": ("succeeded", None),
         "bad": ("failed", "result_unstorable"),
+        "worse": ("failed", "result_unstorable"),
     }
-    assert store.unstorable == [("bad", ValueError)]
+    assert store.unstorable == [("bad", ValueError), ("worse", ValueError)]
 
 
 async def test_an_end_that_was_fenced_out_is_told_as_such(clock: ManualClock) -> None:
