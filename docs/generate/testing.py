@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
-from worker.testing import Attempt, Finished, LogLine, faults
+from worker.testing import Attempt, Finished, LogLine, Step, faults
 
 
 def testing_faults() -> str:
@@ -21,11 +21,12 @@ def testing_faults() -> str:
 
 
 def testing_finished() -> str:
-    """Return a table of the attributes of a finished run, its attempts and its log lines."""
+    """Return a table of the attributes of a finished run, its attempts, steps and log lines."""
     rows = []
     for owner, above in (
         (Finished, "finished"),
         (Attempt, "finished.attempts[0]"),
+        (Step, "finished.steps[0]"),
         (LogLine, "finished.logs[0]"),
     ):
         rows += [(code(f"{above}.{name}"), words) for name, (_, words) in attributes(owner).items()]

@@ -59,7 +59,8 @@ class ThisRun:
     fencing_token: int
     """Grows with each attempt, so that another system can reject writes of an older one."""
     idempotency_key: str
-    """The same on each attempt and on a manual retry; `ctx.http` sends it as `Idempotency-Key`."""
+    """The same on each attempt and on a manual retry. `ctx.http` sends it as `Idempotency-Key`; inside a
+    step it sends one made of this key, the step and the number of the request."""
 
 
 class Cancellation:

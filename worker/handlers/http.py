@@ -12,6 +12,7 @@ import httpx
 from worker.claims.claims import AccessToken
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.handlers.blocking import finish
+from worker.handlers.steps import open_step, request_key
 
 if TYPE_CHECKING:
     from worker.handlers.given import Given
@@ -20,6 +21,7 @@ Origin = tuple[str, str, int | None]
 # Returns the run's token; a new one if the argument is true.
 TokenSource = Callable[[bool], Awaitable[AccessToken]]
 
+KEY = "Idempotency-Key"
 _TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 
 
@@ -95,6 +97,22 @@ class OrgAuth(httpx.Auth):
         self.strip(request)
 
 
+class StepKey:
+    """Gives each request inside a step an idempotency key of its own, unless the handler set another."""
+
+    def __init__(self, run_key: str) -> None:
+        self._run_key = run_key
+
+    def set(self, request: httpx.Request) -> None:
+        step = open_step()
+        # A request that is repeated or redirected has its key already.
+        if step is not None and request.headers.get(KEY) == self._run_key:
+            request.headers[KEY] = request_key(self._run_key, step)
+
+    async def async_set(self, request: httpx.Request) -> None:
+        self.set(request)
+
+
 def org_client(
     given: Given[Any, Any],
     token: TokenSource,
@@ -104,7 +122,7 @@ def org_client(
 ) -> httpx.AsyncClient:
     """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
     auth = OrgAuth(given, token)
-    hooks = {"request": [auth.async_strip]}
+    hooks = {"request": [auth.async_strip, StepKey(given.run.idempotency_key).async_set]}
     options = _options(given)
     return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 
@@ -118,13 +136,13 @@ def blocking_org_client(
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
-    hooks = {"request": [auth.strip]}
+    hooks = {"request": [auth.strip, StepKey(given.run.idempotency_key).set]}
     options = _options(given)
     return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 
 
 def _options(given: Given[Any, Any]) -> dict[str, Any]:
-    headers = {"Idempotency-Key": given.run.idempotency_key}
+    headers = {KEY: given.run.idempotency_key}
     if given.traceparent is not None:
         headers["traceparent"] = given.traceparent
     return {"headers": headers, "timeout": _TIMEOUT, "verify": tls_context()}

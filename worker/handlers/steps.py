@@ -101,6 +101,16 @@ def open_step() -> OpenStep | None:
     return None if step is None or step.closed else step
 
 
+def request_key(run_key: str, step: OpenStep) -> str:
+    """The idempotency key of the next request inside a step: the same whenever the step is tried again.
+
+    The first 32 hexadecimal digits of SHA-256 over run key, name, key, occurrence and number, in lines.
+    """
+    number = next(step.requests)
+    parts = (run_key, step.id.name, step.id.key or "", str(step.id.occurrence), str(number))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
 class Occurrences:
     """Counts the uses of each name and key of a run. Thread-safe.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.testing.clock import SettableClock
     from worker.testing.faults import Crash, ProviderDown, SecretRotated, Stop, WrongOrg
-    from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker
+    from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker, Step
 
 _HOMES = {
     "Attempt": "orgworker",
@@ -22,6 +22,7 @@ _HOMES = {
     "ProviderDown": "faults",
     "SecretRotated": "faults",
     "SettableClock": "clock",
+    "Step": "orgworker",
     "Stop": "faults",
     "WrongOrg": "faults",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "ProviderDown",
     "SecretRotated",
     "SettableClock",
+    "Step",
     "Stop",
     "WrongOrg",
 ]

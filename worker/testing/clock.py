@@ -15,6 +15,7 @@ from worker.handlers.results import Duration, as_timedelta
 
 # Seconds of real time for one wait for a thread or a socket; the clock advances by as much.
 SLICE = 0.02
+TICK = 1e-6
 # The files on the stack of an idle thread, and the functions at its top.
 _IDLE_FILES = ("/threading.py", "/queue.py", "/concurrent/futures/thread.py", "/_backends/_asyncio.py")
 _IDLE = frozenset({"wait", "get", "_worker"})
@@ -63,7 +64,8 @@ class _LeapingSelector(selectors.DefaultSelector):
         elif not (ready := super().select(0)):
             if timeout is None:
                 raise RuntimeError("the test waits for something that never happens")
-            self._clock.advance(timeout)
+            # The clock counts microseconds: less than one would never pass.
+            self._clock.advance(max(timeout, TICK))
         return ready
 
     def _other_thread_works(self) -> bool:

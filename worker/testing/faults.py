@@ -19,23 +19,28 @@ from worker.testing.clock import SettableClock
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """When the fault happens: exactly one of the two."""
+    """When the fault happens: exactly one of the three."""
 
     after_save: int | None = None
     """Right after the checkpoint of that number, counted from 1."""
     after: Duration | None = None
     """Time since the run began: a timedelta, seconds, or text such as `90s`."""
+    after_step: int | None = None
+    """Right after the result of the step of that number is stored, counted from 1."""
 
     def __post_init__(self) -> None:
-        if (self.after_save is None) == (self.after is None):
-            raise ValueError(f"{type(self).__name__} needs either after_save=N or after=DURATION")
-        if self.after_save is not None and self.after_save < 1:
-            raise ValueError("after_save counts from 1")
+        given = [value for value in (self.after_save, self.after, self.after_step) if value is not None]
+        if len(given) != 1:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs one of after_save=N, after_step=N and after=DURATION")
+        for what, number in (("after_save", self.after_save), ("after_step", self.after_step)):
+            if number is not None and number < 1:
+                raise ValueError(f"{what} counts from 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Crash(_Timed):
-    """The run's process is killed; the next attempt gets the checkpoint, as after a machine crash."""
+    """The run's process is killed; the next attempt gets checkpoint and steps, as after a machine crash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class FaultInjector:
         self._left = list(faults)
         self._clock = clock
         self._began_at = clock.monotonic()
-        self._saves = self._requests = 0
+        self._saves = self._steps = self._requests = 0
         self._down = self._minted = 0
         self._revoked: set[str] = set()
         self._trial: Trial | None = None
@@ -112,8 +117,9 @@ class FaultInjector:
         """Raise AssertionError if a fault never happened: the test would prove nothing."""
         if self._left:
             raise AssertionError(
-                f"{self._left[0]} never happened: the run saved {self._saves} times, asked for "
-                f"{self._minted + self._down} tokens and made {self._requests} requests with one"
+                f"{self._left[0]} never happened: the run saved {self._saves} times, stored {self._steps} "
+                f"steps, asked for {self._minted + self._down} tokens and made {self._requests} requests "
+                "with one"
             )
 
     async def saved(self, trial: Trial) -> None:
@@ -122,8 +128,15 @@ class FaultInjector:
         for fault in list(self._left):
             if isinstance(fault, Crash | Stop) and fault.after_save == self._saves:
                 self._inject(fault, trial)
-        if trial.inflight.stop.killed:
-            await asyncio.Event().wait()  # a killed process never learns that its checkpoint is stored
+        await _unless_killed(trial)
+
+    async def stepped(self, trial: Trial) -> None:
+        """Handle a stored step."""
+        self._steps += 1
+        for fault in list(self._left):
+            if isinstance(fault, Crash | Stop) and fault.after_step == self._steps:
+                self._inject(fault, trial)
+        await _unless_killed(trial)
 
     def token_requested(self) -> WrongOrg | None:
         """Handle a token request; raises IssuerUnavailable."""
@@ -162,6 +175,12 @@ class FaultInjector:
             held.stop.kill()
         else:
             held.stop.request(fault.reason, held.cancel_grace.total_seconds())
+
+
+async def _unless_killed(trial: Trial) -> None:
+    """Return unless the run was killed: such a process never learns what is stored."""
+    if trial.inflight.stop.killed:
+        await asyncio.Event().wait()
 
 
 class FaultyTokens(FakeTokens):

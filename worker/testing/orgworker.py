@@ -73,6 +73,22 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A step whose result is stored."""
+
+    name: str
+    """As passed to `ctx.step` or `ctx.map`."""
+    key: str | None
+    """The key passed with it; of an item without a key, a digest of the item."""
+    occurrence: int
+    """Which use of that name and key it is, from 1."""
+    attempt: int
+    """The attempt that called the function."""
+    result: Any
+    """What the function returned, after a round trip through JSON, with secrets masked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run after its last attempt, with the values of `runs show`."""
 
@@ -90,6 +106,8 @@ class Finished:
     """The last checkpoint."""
     definition_state: Mapping[str, Any]
     """The state of the definition afterwards; `{}` if its handler has none."""
+    steps: tuple[Step, ...]
+    """The stored steps, in the order in which they were stored."""
     progress: Mapping[str, Any] | None
     """The last progress: `done`, `total` and `note`."""
     attempts: tuple[Attempt, ...]
@@ -187,6 +205,7 @@ class Orgworker:
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
+                        on_step=injector.stepped,
                     )
                     return trial, await self._attempts(trial, injector, attempts)
 
@@ -227,6 +246,16 @@ def _finished(
         error=last.error,
         checkpoint=trial.checkpoint,
         definition_state=trial.state,
+        steps=tuple(
+            Step(
+                name=row.step.name,
+                key=row.step.key,
+                occurrence=row.step.occurrence,
+                attempt=row.run.attempt,
+                result=json.loads(row.step.result_json),
+            )
+            for row in trial.steps
+        ),
         progress=progress[-1] if progress else None,
         attempts=tuple(
             Attempt(

@@ -172,3 +172,101 @@ def test_a_fault_that_never_came_fails_the_test(orgworker):
 def test_when_a_fault_is_to_happen_must_be_said(bad):
     with pytest.raises(ValueError, match="after_save"):
         Crash(**bad)
+
+
+@job("t.steps", timeout="1h")
+async def steps(ctx: Context) -> list[Any]:
+    async def ask(prompt: str) -> dict[str, Any]:
+        response = await ctx.http.post("https://api.example.com/chat", json=prompt)
+        return {"answer": prompt, "status": response.status_code, "by": ctx.run.attempt}
+
+    one = await ctx.step("ask", ask, "one")
+    two = await ctx.step("ask", ask, "two", retries=3, backoff="1h")
+    return [one["by"], two["by"], *(each["by"] for each in await ctx.map("all", ask, "abc", concurrency=1))]
+
+
+@job("t.blocking_steps", timeout="1h")
+def blocking_steps(ctx: BlockingContext) -> list[Any]:
+    def ask(prompt: str) -> dict[str, Any]:
+        response = ctx.http.post("https://api.example.com/chat", json=prompt)
+        return {"answer": prompt, "status": response.status_code, "by": ctx.run.attempt}
+
+    one, two = ctx.step("ask", ask, "one"), ctx.step("ask", ask, "two")
+    return [one["by"], two["by"], *(each["by"] for each in ctx.map("all", ask, "abc", concurrency=1))]
+
+
+stepwise = pytest.mark.parametrize("handler", [steps, blocking_steps], ids=["async", "blocking"])
+
+
+@stepwise
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_crash_after_a_step_repeats_no_call(orgworker, handler, after):
+    finished = orgworker.run(handler, api=ok, faults=[Crash(after_step=after)])
+
+    assert finished.result == [1] * after + [2] * (5 - after)
+    assert [attempt.outcome for attempt in finished.attempts] == ["lost", "succeeded"]
+    assert [request.content for request in finished.requests] == [
+        f'"{prompt}"'.encode() for prompt in ("one", "two", "a", "b", "c")
+    ]
+    assert [(step.name, step.occurrence, step.attempt) for step in finished.steps] == [
+        (name, occurrence, 1 + (place > after))
+        for place, (name, occurrence) in enumerate(
+            [("ask", 1), ("ask", 2), ("all", 1), ("all", 2), ("all", 3)], 1
+        )
+    ]
+    assert finished.steps[0].result == {"answer": "one", "status": 200, "by": 1}
+
+
+@stepwise
+def test_a_drain_after_a_step_keeps_it(orgworker, handler):
+    finished = orgworker.run(handler, api=ok, faults=[Stop(after_step=2, reason="drain")])
+
+    assert finished.state == "succeeded"
+    assert len(finished.requests) == len(finished.steps) == 5
+
+
+def test_a_fault_needs_one_place():
+    with pytest.raises(ValueError, match="Crash needs one of after_save=N, after_step=N and after=DURATION"):
+        Crash(after_save=1, after_step=1)
+    with pytest.raises(ValueError, match="after_step counts from 1"):
+        Stop(after_step=0)
+
+
+def test_a_step_that_never_comes_is_told(orgworker):
+    with pytest.raises(AssertionError, match="never happened: .* stored 5 steps"):
+        orgworker.run(steps, api=ok, faults=[Crash(after_step=6)])
+
+
+@stepwise
+def test_each_request_of_a_step_has_the_same_key_in_each_attempt(orgworker, handler):
+    """A crash after the call and before its result is stored repeats it: the service can recognise it."""
+    run = orgworker.run(handler, api=ok)
+    keys = [request.headers["Idempotency-Key"] for request in run.requests]
+
+    assert len(set(keys)) == 5
+    assert all(len(key) == 32 for key in keys)
+
+
+def test_a_retry_of_a_step_repeats_the_keys_of_its_requests(orgworker):
+    tries = []
+
+    @job("t.twice")
+    async def twice(ctx: Context) -> None:
+        async def ask() -> None:
+            await ctx.http.post(URL)
+            await ctx.http.post(URL, headers={"Idempotency-Key": "of the handler"})
+            await ctx.http.post(URL)
+            tries.append(1)
+            if len(tries) < 2:
+                raise ConnectionError("again")
+
+        await ctx.http.post(URL)
+        await ctx.step("ask", ask, retries=1)
+
+    finished = orgworker.run(twice, api=ok)
+
+    outside, *inside = [request.headers["Idempotency-Key"] for request in finished.requests]
+    assert outside == finished.requests[0].headers["Idempotency-Key"] and "-" in outside
+    assert inside[:3] == inside[3:]
+    assert inside[1] == "of the handler"
+    assert len({outside, *inside}) == 4
