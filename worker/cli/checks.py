@@ -27,7 +27,7 @@ FAILED = 1
 COLUMNS = ("org", "issuer", "ok", "generation", "missing", "unused", "lifetime", "problems")
 FORECAST_COLUMNS = (
     *("issuer", "orgs", "definitions", "runs_a_day", "token_requests_a_day", "token_lifetime"),
-    *("max_requests_per_second", "cold_start"),
+    *("max_requests_per_second", "cold_start", "tokens_at_once", "tokens_ahead"),
 )
 CAPACITY_COLUMNS = ("what", "needs", "mean", "has", "unit", "at", "wait", "ok")
 # Orgs between two progress messages.
@@ -116,8 +116,11 @@ def check(
     """Forecast the load of the definitions for a day; exit 1 if it is not possible.
 
     Token requests, per issuer: computed from schedules, the lifetime of the last tokens (an
-    hour if there are none), max_claims_age and the live workers. `cold_start` is the time to
-    get every org's token at the configured rate. Sends no requests; `orgs check` does.
+    hour if there are none), max_claims_age and, unless `[tokens] shared`, the live workers.
+    `cold_start` is the time to get every org's token at the configured rate. `tokens_at_once`
+    are needed at the worst time, `tokens_at`; `tokens_ahead` can be requested before it at this
+    rate and lifetime, and if they are fewer, `advice` says what to do. Sends no requests;
+    `orgs check` does.
 
     Capacity: starts a second, concurrent runs and their memory at the worst time of the day
     (`needs`) and on average (`mean`), against workers and machine (`has`), and how long runs
@@ -134,9 +137,10 @@ def check(
     session = session_of(context)
     issuers = issuers_of(session.settings)
     with session.database() as database:
-        forecasts = [] if only_capacity else forecast_tokens(database, issuers)
+        tokens = session.settings.tokens
+        forecasts, now = ([], None) if only_capacity else forecast_tokens(database, issuers, tokens)
         found = capacity(database, session.settings.execution, Machine.here())
-    rows = [forecast.as_row(issuers.get(forecast.issuer)) for forecast in forecasts]
+    rows = [forecast.as_row(issuers.get(forecast.issuer), now, tokens) for forecast in forecasts if now]
     if not only_capacity:
         print_rows(rows, output, columns=FORECAST_COLUMNS, key="issuer")
     if only_capacity or output is Format.TABLE:
@@ -152,6 +156,8 @@ def check(
             say(f"{row['issuer']}: has issued no token yet; a lifetime of an hour is assumed")
         if row["problem"]:
             say(f"{row['issuer']}: {row['problem']}")
+        if row["advice"]:
+            say(f"better: {row['issuer']}: {row['advice']}")
     for assumption in found.assumed:
         say(assumption)
     for name in readable_management_secrets(session.settings):

@@ -321,6 +321,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
     orgs, definitions, hosts = map(_numbers, ("org", "definition", "machine"))
     measures = capacity(database, settings.execution, machine).measures
     checks = run_checks(database, settings, org=orgs)
+    forecasts, since = forecast_tokens(database, issuers, settings.tokens)
     with database.autocommit() as connection:
         now = database.now(connection)
         failures = [
@@ -337,7 +338,7 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             | {"schema": schema.current(connection), "needs_schema": schema.head()},
             "sizes": health.sizes(connection),
             "doctor": [asdict(found) for found in checks],
-            "issuers": [each.as_row(issuers.get(each.issuer)) for each in forecast_tokens(database, issuers)],
+            "issuers": [each.as_row(issuers.get(each.issuer), since, settings.tokens) for each in forecasts],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
             "workers": [row | {"host": hosts(row["host"])} for row in health.workers(connection)],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],

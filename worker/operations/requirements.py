@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -13,14 +14,20 @@ from sqlalchemy import Connection
 
 from worker.clock import from_text
 from worker.definitions.definition import Definition, from_spec
+from worker.definitions.triggers import Trigger
+from worker.definitions.units import format_duration
 from worker.errors import DefinitionError
+from worker.execution.loops.token_renewal import MARGIN_SHARE as MARGIN_AHEAD
 from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
+from worker.operations.load import Load, Peak, Stream
 from worker.orgs import OrgRef
+from worker.runs.fire import window_of
+from worker.settings.sections import TokenSettings
 from worker.store import definitions, health, history, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.tokens.cache import MARGIN, MARGIN_SHARE, MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL
+from worker.tokens.acquirer import MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL, usable_life
 from worker.tokens.issuer import Issuer
 
 PAGE = 500
@@ -115,20 +122,20 @@ class TokenForecast:
     tokens: int = 0
     requests: int = 0
     lifetimes: list[float] = field(default_factory=list)
+    peak: Peak = field(default_factory=lambda: Peak(0.0, 0))
+    _streams: Counter[tuple[Trigger, timedelta]] = field(default_factory=Counter)
 
     @property
     def lifetime(self) -> float:
         """Seconds that a token lives, as the last ones did."""
         return median(self.lifetimes) if self.lifetimes else ASSUMED_LIFETIME.total_seconds()
 
-    def as_row(self, issuer: Issuer | None) -> dict[str, Any]:
+    def as_row(self, issuer: Issuer | None, now: datetime, settings: TokenSettings) -> dict[str, Any]:
+        """As `check` prints it. `now` is the beginning of the day that it is about."""
         rate = issuer.max_requests_per_second if issuer else None
-        problem = None
-        if issuer is None:
-            problem = f"worker.toml has no table [issuers.{self.issuer}], so its orgs get no tokens"
-        elif self.requests > issuer.max_requests_per_second * DAY.total_seconds():
-            problem = "more requests than max_requests_per_second allows: runs will wait for tokens"
-        return {
+        needed = min(round(self.peak.amount), self.tokens)
+        at = now + timedelta(seconds=self.peak.second)
+        row: dict[str, Any] = {
             "issuer": self.issuer,
             "orgs": self.orgs,
             "definitions": self.definitions,
@@ -139,8 +146,41 @@ class TokenForecast:
             "lifetime_is_assumed": not self.lifetimes,
             "max_requests_per_second": rate,
             "cold_start": timedelta(seconds=math.ceil(self.tokens / rate)) if rate else None,
-            "problem": problem,
+            "tokens_at_once": needed,
+            "tokens_at": at if needed else None,
+            "tokens_ahead": None,
+            "problem": None,
+            "advice": None,
         }
+        if rate is None:
+            row["problem"] = f"worker.toml has no table [issuers.{self.issuer}], so its orgs get no tokens"
+            return row
+        if self.requests > rate * DAY.total_seconds():
+            row["problem"] = "more requests than max_requests_per_second allows: runs will wait for tokens"
+        if settings.shared:
+            possible = self._possible(rate, settings.ahead)
+            row["tokens_ahead"] = possible
+            if needed > possible:
+                row["advice"] = self._advice(needed, possible, rate, settings.ahead, at)
+        return row
+
+    def _possible(self, rate: float, ahead: timedelta) -> int:
+        """The tokens that can be requested ahead of one time and are still usable then."""
+        return int(rate * min(ahead.total_seconds() * (1 - MARGIN_AHEAD), usable_life(self.lifetime)))
+
+    def _advice(self, needed: int, possible: int, rate: float, ahead: timedelta, at: datetime) -> str:
+        late = format_duration(timedelta(seconds=math.ceil((needed - possible) / rate)))
+        seconds = needed / rate / (1 - MARGIN_AHEAD)
+        ways = [f"max_requests_per_second = {math.ceil(needed * rate / max(possible, 1))}"]
+        if seconds < usable_life(self.lifetime):
+            ways.append(f'[tokens] ahead = "{math.ceil(seconds / 60)}m"')
+        elif usable_life(self.lifetime) < ahead.total_seconds():
+            ways.append("a longer lifetime of the tokens")
+        ways.append("spread in the definitions")
+        return (
+            f"{needed} tokens are needed at {at:%H:%M} UTC and {possible} can be ready by then: some runs "
+            f"wait up to {late} for theirs. What helps: {'; '.join(ways)}"
+        )
 
     def add(
         self, org: OrgDefinitions, issuer: Issuer | None, handlers: Handlers, now: datetime, workers: int
@@ -150,24 +190,35 @@ class TokenForecast:
         shared: dict[tuple[object, ...], list[tuple[int, timedelta | None]]] = {}
         for definition in org.due:
             audience = definition.audience or (issuer.audience if issuer else None) or ""
-            count = definition.trigger(org.timezone).count(now, now + DAY - timedelta(microseconds=1))
+            trigger = definition.trigger(org.timezone)
+            count = trigger.count(now, now + DAY - timedelta(microseconds=1))
             token = (audience, *scopes_of(definition, handlers))
             shared.setdefault(token, []).append((count, definition.max_claims_age))
+            self._streams[trigger, window_of(definition.schedule, trigger, definition.spread)] += 1
         for runs in shared.values():
             self.runs += sum(count for count, _ in runs)
             self.tokens += 1
             self.requests += requests_a_day(runs, self.lifetime, workers)
 
+    def add_up(self, now: datetime, ahead: timedelta) -> None:
+        """Find the time at which most tokens are needed that are prepared `ahead` of it."""
+        load = Load(now)
+        for (trigger, window), count in self._streams.items():
+            load.add(Stream(trigger, count, window, ahead.total_seconds(), serial=False))
+        self.peak = load.at_once()
 
-def forecast_tokens(database: Database, issuers: Mapping[str, Issuer]) -> list[TokenForecast]:
-    """The forecast of each issuer that has orgs or is configured, by name.
 
-    Every live worker counts, since each has its own token cache.
+def forecast_tokens(
+    database: Database, issuers: Mapping[str, Issuer], settings: TokenSettings
+) -> tuple[list[TokenForecast], datetime]:
+    """The forecast of each issuer that has orgs or is configured, by name; and the time from which it counts.
+
+    Unless tokens are shared, every live worker requests its own.
     """
     found = {name: TokenForecast(name) for name in issuers}
     with database.autocommit() as connection:
         now = database.now(connection)
-        workers = max(1, len(health.live_workers(connection)))
+        workers = 1 if settings.shared else max(1, len(health.live_workers(connection)))
         handlers = Handlers(connection)
         all_orgs = list(load_all_orgs(connection))
         for org in all_orgs:
@@ -176,13 +227,15 @@ def forecast_tokens(database: Database, issuers: Mapping[str, Issuer]) -> list[T
                 one.lifetimes += _lifetime(history.last_claims(connection, org.org.id))
         for org in all_orgs:
             found[org.issuer].add(org, issuers.get(org.issuer), handlers, now, workers)
-    return [found[name] for name in sorted(found)]
+    for forecast in found.values():
+        forecast.add_up(now, settings.ahead)
+    return [found[name] for name in sorted(found)], now
 
 
 def requests_a_day(runs: Iterable[tuple[int, timedelta | None]], lifetime: float, workers: int = 1) -> int:
     """Token requests a day of definitions that share a token, given their runs a day and max_claims_age."""
     counts = list(runs)
-    usable = lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
+    usable = usable_life(lifetime)
     # A use renews it somewhere between these shares of its life.
     renewals = math.ceil(DAY.total_seconds() / (usable * (RENEW_FROM + RENEW_UNTIL) / 2))
     for count, max_age in counts:

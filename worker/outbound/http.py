@@ -152,6 +152,23 @@ def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: flo
     return None
 
 
+def room_left(
+    headers: httpx.Headers, reset_headers: tuple[str, ...], now: float
+) -> tuple[float | None, float]:
+    """The share of the allowed requests that is left, or None if unknown, and the seconds until it is reset.
+
+    From `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset`, or the names of a provider.
+    """
+    for name in reset_headers:
+        limit, left, reset = (
+            _seconds(headers.get(name.replace("Reset", part), "").strip())
+            for part in ("Limit", "Remaining", "Reset")
+        )
+        if limit and left is not None and reset is not None:
+            return left / limit, max(reset - now if reset > 1e9 else reset, 0.0)
+    return None, 0.0
+
+
 def _seconds(text: str) -> float | None:
     whole, _, fraction = text.partition(".")
     if len(text) > 20 or not text.isascii() or not whole.isdigit() or not (fraction or "0").isdigit():

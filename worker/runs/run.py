@@ -134,6 +134,18 @@ class DueDefinition:
 
 
 @dataclass(frozen=True, slots=True)
+class Upcoming:
+    """A definition that is due next at `next_fire_at`; `spec` is the JSON text of its revision."""
+
+    definition_id: DefinitionId
+    org_id: OrgId
+    org_code: str
+    issuer: str
+    next_fire_at: datetime
+    spec: str
+
+
+@dataclass(frozen=True, slots=True)
 class NewSkip:
     """Consecutive scheduled times that do not become runs; both ends inclusive, within one UTC day."""
 

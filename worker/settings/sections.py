@@ -329,6 +329,7 @@ class TokenSettings(Section):
     """`[tokens]`: how workers come by access tokens."""
 
     shared: bool = True
+    ahead: Duration = Field(timedelta(minutes=15), ge=timedelta(seconds=60))
 
 
 class ProvisioningSettings(Section):

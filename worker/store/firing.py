@@ -7,10 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Text, cast, func, select, tuple_
 
-from worker.ids import OrgId
-from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire
+from worker.ids import DefinitionId, OrgId
+from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
 from worker.store import edit_runs, tables
 from worker.store.dialect import database_now
 from worker.store.sql import statements
@@ -116,3 +116,48 @@ def write_of_org(
 def _overlap(run: NewRun) -> NewSkip:
     at = run.scheduled_for
     return NewSkip(run.org_id, run.definition_id, run.revision, at, at, 1, "overlap")
+
+
+Place = tuple[datetime, DefinitionId]
+
+
+def upcoming_for_all_orgs(
+    connection: Connection, after: Place, until: datetime, limit: int
+) -> Sequence[Upcoming]:
+    """Definitions of active orgs that are due next after this place, until `until` inclusive, in order."""
+    schedule, definitions = tables.schedule, tables.definitions
+    orgs, revisions = tables.orgs, tables.definition_revisions
+
+    # By their keys: as joins, PostgreSQL would read all definitions for each page.
+    def of_org(name: str) -> Any:
+        query = select(orgs.c[name]).where(orgs.c.id == schedule.c.org_id, orgs.c.state == "active")
+        return query.correlate(schedule).scalar_subquery()
+
+    revision = select(definitions.c.revision).where(definitions.c.id == schedule.c.definition_id)
+    spec = select(cast(revisions.c.spec, Text)).where(
+        revisions.c.definition_id == schedule.c.definition_id,
+        revisions.c.revision == revision.correlate(schedule).scalar_subquery(),
+    )
+    query = (
+        select(
+            schedule.c.definition_id,
+            schedule.c.org_id,
+            of_org("code"),
+            of_org("issuer"),
+            schedule.c.next_fire_at,
+            spec.correlate(schedule).scalar_subquery(),
+        )
+        .where(schedule.c.next_fire_at >= after[0], schedule.c.next_fire_at <= until)
+        .where(tuple_(schedule.c.next_fire_at, schedule.c.definition_id) > after)
+        .order_by(schedule.c.next_fire_at, schedule.c.definition_id)
+        .limit(limit)
+    )
+    return [Upcoming(*row) for row in connection.execute(query)]
+
+
+def live_workers(connection: Connection) -> int:
+    """The number of workers that hold their lease."""
+    workers = tables.workers
+    alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
+    count: int = connection.execute(select(func.count()).select_from(workers).where(*alive)).scalar_one()
+    return count

@@ -27,6 +27,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
     Swept,
+    Upcoming,
 )
 from worker.runs.waits import NewWait, WaitState
 from worker.store import budgets, firing, spending, states, steps, sweeps, tables
@@ -488,6 +489,22 @@ class WorkerStore:
             if part == 0:  # another worker has them
                 break
         return woken
+
+    async def upcoming(
+        self, after: firing.Place | None, ahead: timedelta, limit: int
+    ) -> tuple[datetime, Sequence[Upcoming]]:
+        """The database's time, and what is due within `ahead` of it, after this place."""
+
+        def read(connection: Connection) -> tuple[datetime, Sequence[Upcoming]]:
+            now = database_now(connection)
+            place = (now, DefinitionId(_BEFORE_ALL)) if after is None else after
+            return now, firing.upcoming_for_all_orgs(connection, place, now + ahead, limit)
+
+        return await self.database.call_autocommit(read)
+
+    async def live_workers(self) -> int:
+        """The number of workers that hold their lease."""
+        return await self.database.call_autocommit(firing.live_workers)
 
     async def mark_no_handler(self) -> None:
         """Mark waiting runs whose handler no worker offers, and unmark others; some at each call."""

@@ -26,8 +26,11 @@ TOKEN_CONNECTIONS = 6
 # A request without a response for this many seconds frees its slot, and sooner once TOKEN_CONNECTIONS
 # requests hang, so that one hanging application delays no other org.
 SLOT_SECONDS, SLOT_SECONDS_HUNG, MAX_CONNECTIONS = 1.0, 0.2, 100
-# An org whose last request failed lets this many requests of others pass.
-LET_PASS = 50
+# An org whose last request failed lets this many requests of others pass; one ahead of time lets all pass.
+LET_PASS, LET_ALL_PASS = 50, 2**62
+# Of what the issuer allows, the share that is kept for runs: below it, none is requested ahead of time.
+KEPT_FOR_RUNS = 0.1
+TURN_AHEAD = 0.5  # seconds until another look whether requests of runs wait
 # Requests bunch up on their way; this slack keeps the rate at the issuer's end.
 SLACK = 1.05
 # Seconds: the first pause without a Retry-After, its maximum after doubling, and the maximum with one.
@@ -77,11 +80,12 @@ class Budget:
         self._numbers = itertools.count()
         self._slots = TOKEN_CONNECTIONS
         self._connections = MAX_CONNECTIONS
-        rate = issuer.max_requests_per_second
-        self._count = max(1, int(rate))
-        self._window = self._count / rate * SLACK
-        self._sent: deque[float] = deque(maxlen=self._count)
-        self._paused_until = 0.0
+        self._rate = issuer.max_requests_per_second
+        self._workers = 0
+        self._sent: deque[float] = deque()
+        self._ahead: dict[str, _Waiter] = {}
+        self.share(1)
+        self._paused_until = self._full_until = 0.0
         self._pauses = 0
         self._orgs: OrderedDict[str, _ThrottledOrg] = OrderedDict()
         self._throttled: set[str] = set()  # since the last token; two are enough to know
@@ -92,6 +96,37 @@ class Budget:
         """Whether the issuer is paused for all orgs."""
         return self._clock.monotonic() < self._paused_until
 
+    @property
+    def ahead_in(self) -> float:
+        """Seconds until a request ahead of time may be sent: none waits, and the issuer has room for more."""
+        now = self._clock.monotonic()
+        until = max(self._paused_until, self._full_until)
+        if len(self._sent) == self._count:
+            until = max(until, self._sent[0] + self._window)
+        return max(until - now, TURN_AHEAD if self._queue else 0.0)
+
+    def hurry(self, org: str) -> None:
+        """Let a request ahead of time wait as others do: a run needs its token now."""
+        if (waiter := self._ahead.pop(org, None)) is not None and not waiter.left:
+            waiter.order = waiter.number
+            heapq.heapify(self._queue)
+            self._wake_next()
+
+    def share(self, workers: int) -> None:
+        """Use the part of the rate that one of this number of workers has."""
+        if workers == self._workers:
+            return
+        self._workers = workers
+        rate = self._rate / workers
+        self._count = max(1, int(rate))
+        self._window = self._count / rate * SLACK
+        self._sent = deque(self._sent, maxlen=self._count)
+
+    def note_room(self, share: float | None, seconds: float) -> None:
+        """Note the share of its limit that the issuer still allows, and when it begins again."""
+        if share is not None and share < KEPT_FOR_RUNS:
+            self._full_until = self._clock.monotonic() + min(seconds, PAUSE_LAST)
+
     def check(self, org: str) -> None:
         """Raise BudgetPaused while the issuer or this org is paused."""
         throttled = self._orgs.get(org)
@@ -101,17 +136,18 @@ class Budget:
             raise BudgetPaused(f"issuer {self._name} asked for fewer requests", retry_after=left)
 
     @asynccontextmanager
-    async def request(self, org: str, *, doubtful: bool = False) -> AsyncIterator[None]:
+    async def request(self, org: str, *, doubtful: bool = False, ahead: bool = False) -> AsyncIterator[None]:
         """Wait in turn for a connection and the rate; then one request may be sent.
 
-        A `doubtful` one, of an org whose last request failed, lets others pass first.
+        A `doubtful` one, of an org whose last request failed, lets others pass first; one that is
+        made `ahead` of time lets all others pass.
 
         Raises:
             BudgetPaused: issuer or org is paused, or became so while this one waited.
             Throttled: from the request, with the seconds of the pause as `retry_after`.
         """
         self.check(org)
-        await self._wait_for_turn(org, doubtful)
+        await self._wait_for_turn(org, doubtful, ahead)
         sent_at = self._clock.monotonic()
         hung = (MAX_CONNECTIONS - self._connections) - (TOKEN_CONNECTIONS - self._slots)
         seconds = SLOT_SECONDS if hung < TOKEN_CONNECTIONS else SLOT_SECONDS_HUNG
@@ -165,9 +201,11 @@ class Budget:
             self._pauses = 0
             emit("issuer.resumed", issuer=self._name)
 
-    async def _wait_for_turn(self, org: str, doubtful: bool) -> None:
+    async def _wait_for_turn(self, org: str, doubtful: bool, ahead: bool) -> None:
         number = next(self._numbers)
-        waiter = _Waiter(number + (LET_PASS if doubtful else 0), number)
+        waiter = _Waiter(number + (LET_ALL_PASS if ahead else LET_PASS if doubtful else 0), number)
+        if ahead:
+            self._ahead[org] = waiter
         heapq.heappush(self._queue, waiter)
         try:
             while wait := self._wait_of(waiter):
@@ -183,6 +221,8 @@ class Budget:
             self._sent.append(self._clock.monotonic())
         finally:
             waiter.left = True
+            if self._ahead.get(org) is waiter:
+                del self._ahead[org]
             self._wake_next()
 
     def _wait_of(self, waiter: _Waiter) -> float:

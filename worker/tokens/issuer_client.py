@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
-from worker.outbound.http import TOKEN_LIMIT, Reply, exchange, retry_delay
+from worker.outbound.http import TOKEN_LIMIT, Reply, exchange, retry_delay, room_left
 from worker.outbound.strict_json import Malformed
 from worker.providers.profile import FailureClass
 from worker.telemetry.masking import masker
@@ -64,10 +64,31 @@ class IssuerClient:
         """Whether a request that can wait may be sent now: the issuer is not paused, the breaker closed."""
         return not (self._budget.is_paused or self._breaker.is_open)
 
+    @property
+    def ahead_in(self) -> float:
+        """Seconds until tokens may be requested ahead of time: no request waits, and the issuer has room."""
+        return self._budget.ahead_in
+
+    def hurry(self, org: str) -> None:
+        """Send a request of this org that was made ahead of time in its turn: a run waits for it."""
+        self._budget.hurry(org)
+
+    def share(self, workers: int) -> None:
+        """Keep to this worker's part of the issuer's rate, which holds for all workers together."""
+        self._budget.share(workers)
+
     async def grant(
-        self, credential: Credential, *, audience: str, scopes: frozenset[str], tries: int
+        self,
+        credential: Credential,
+        *,
+        audience: str,
+        scopes: frozenset[str],
+        tries: int,
+        ahead: bool = False,
     ) -> GrantedToken:
         """Request a token for one org, at most `tries` times while the issuer fails for this org alone.
+
+        `ahead` of a run that needs it, the request lets all others pass.
 
         Raises:
             CredentialsRejected: the issuer does not know this client or secret; retrying does not help.
@@ -86,7 +107,7 @@ class IssuerClient:
             ),
             reraise=True,
         )
-        granted: GrantedToken = await retrying(self._request, credential, audience, scopes)
+        granted: GrantedToken = await retrying(self._request, credential, audience, scopes, ahead)
         masker.register(granted.text)
         return granted
 
@@ -104,14 +125,20 @@ class IssuerClient:
         await self._keys.close()
         await self.endpoints.close()
 
-    async def _request(self, credential: Credential, audience: str, scopes: frozenset[str]) -> GrantedToken:
+    async def _request(
+        self, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
+    ) -> GrantedToken:
         org = credential.org_code
         doubtful = self._breaker.doubts(org)
         # The breaker first: a slot of the budget must not be spent on a request that it then refuses.
         with self._breaker.watch(org):
-            async with self._budget.request(org, doubtful=doubtful):
+            async with self._budget.request(org, doubtful=doubtful, ahead=ahead):
                 # In two steps, so that the frames of the error hold no secret in a variable.
-                result = self._judge(await self._send(credential, audience, scopes), credential)
+                reply = await self._send(credential, audience, scopes)
+                result = self._judge(reply, credential)
+                if isinstance(reply, Reply):
+                    names, now = self.issuer.profile.reset_headers, self._clock.now().timestamp()
+                    self._budget.note_room(*room_left(reply.headers, names, now))
                 if isinstance(result, GrantedToken):
                     return result
                 raise result

@@ -171,6 +171,16 @@ class SharedTokens:
         masker.register(text)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
+    async def life(self, request: TokenRequest) -> tuple[float, float] | None:
+        """The age of the stored token and what is left of its life, in seconds; None if there is none.
+
+        Raises Unavailable.
+        """
+        key = TokenKey.of(request)
+        version, stored = await self._store.find(key)
+        self._versions[key] = version
+        return None if stored is None else (stored.age, stored.left)
+
     async def reserve(self, request: TokenRequest) -> bool:
         """Whether this process may request a token now, after `find`; if so, `put` or `release` follows."""
         key = TokenKey.of(request)

@@ -30,6 +30,7 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.loops.token_renewal import TokenRenewal
 from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.inline import Inline
@@ -382,6 +383,9 @@ class Incarnation:
             pass_environment=execution.pass_environment,
             command=self.confinement.describe,
         )
+        renewal = TokenRenewal(
+            store, tokens, self._handlers, clock, SystemRandom(), self.settings.tokens.ahead
+        )
         supervisor = Supervisor(
             intake={
                 "scheduler": scheduler.run,
@@ -398,6 +402,7 @@ class Incarnation:
                 "hints": wakeups.run,
                 "listener": partial(self.database.listen, wake_loops),
                 "catalogue": catalogue.run,
+                **({"tokens": renewal.run} if self.settings.tokens.shared else {}),
             },
             outlet={
                 "finisher": dispatcher.finisher.run,

@@ -12,7 +12,8 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
 from worker.orgs import OrgRef
-from worker.tokens.cache import EnforcedToken, Tokens
+from worker.tokens.acquirer import EnforcedToken
+from worker.tokens.cache import Tokens
 
 
 @dataclass

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,168 +12,28 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from tests.fakes.issuer import ORG, App
+from tests.fakes.token_fleet import FakeStore, Fleet, opened
 from worker.errors import RequestRejected, StoreUnavailable, TokenRefused
 from worker.orgs import OrgRef
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
-from worker.tokens.cache import Acquirer, EnforcedToken, Tokens
+from worker.tokens.acquirer import Acquirer, EnforcedToken
+from worker.tokens.cache import Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import (
     RENEW,
     RESERVED,
-    Found,
-    NewToken,
-    SharedTokens,
-    StoredToken,
     TokenKey,
 )
 
 pytestmark = pytest.mark.anyio
 
 
-@dataclass
-class Kept:
-    """A row of the fake store."""
-
-    version: int = 0
-    token: NewToken | None = None
-    received_at: float = 0.0
-    expires_at: float = 0.0
-    reserved_by: str = ""
-    reserved_until: float = 0.0
-
-
-class Rows:
-    """What the stores of all processes share; `fault` is raised by every call."""
-
-    def __init__(self, clock: ManualClock) -> None:
-        self.clock = clock
-        self.rows: dict[str, Kept] = {}
-        self.fault: Exception | None = None
-
-    def one(self) -> Kept:
-        [row] = self.rows.values()
-        return row
-
-
-class FakeStore:
-    """A `TokenStore` of one process."""
-
-    def __init__(self, rows: Rows, holder: str) -> None:
-        self._rows = rows
-        self._holder = holder
-
-    def _at(self, key: TokenKey) -> Kept:
-        if self._rows.fault is not None:
-            raise self._rows.fault
-        return self._rows.rows.setdefault(key.id, Kept())
-
-    @property
-    def _now(self) -> float:
-        return self._rows.clock.monotonic()
-
-    async def find(self, key: TokenKey) -> Found:
-        row = self._at(key)
-        if row.token is None or row.expires_at <= self._now:
-            return Found(row.version)
-        token, now = row.token, self._now
-        return Found(
-            row.version,
-            StoredToken(
-                token.sealed,
-                token.key_id,
-                token.credential_id,
-                now - row.received_at,
-                row.expires_at - now,
-            ),
-        )
-
-    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
-        row = self._at(key)
-        if row.version != version or row.reserved_until > self._now:
-            return False
-        row.reserved_by, row.reserved_until = self._holder, self._now + seconds
-        return True
-
-    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
-        for key in keys:
-            row = self._at(key)
-            if row.reserved_by == self._holder:
-                row.reserved_until = self._now + seconds
-
-    async def put(self, token: NewToken) -> None:
-        row = self._at(token.key)
-        row.version, row.token, row.reserved_until = row.version + 1, token, 0.0
-        row.received_at, row.expires_at = self._now - token.received_ago, self._now + token.left
-
-    async def release(self, key: TokenKey) -> None:
-        row = self._at(key)
-        if row.reserved_by == self._holder:
-            row.reserved_until = 0.0
-
-    async def drop(self, key: TokenKey) -> None:
-        self._at(key).token = None
-
-
-@dataclass
-class Fleet:
-    """Processes that share rows, credentials and an issuer."""
-
-    clock: ManualClock
-    issuer: FakeIssuer
-    credentials: FakeCredentials
-    rows: Rows
-    ring: KeyRing
-    app: App
-    start: Callable[[], Tokens]
-
-    def add_org(self, number: int) -> OrgRef:
-        added = org(number)
-        self.issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
-        self.credentials.add(added, f"client-{number}", f"secret-{number}")
-        return added
-
-    async def until(self, waiting: asyncio.Future[EnforcedToken]) -> EnforcedToken:
-        while not waiting.done():
-            await self.clock.pass_time(0.5)
-        return waiting.result()
-
-
 @pytest.fixture
 async def fleet(clock: ManualClock, tmp_path: Path) -> AsyncIterator[Fleet]:
     async with opened(clock, tmp_path) as made:
         yield made
-
-
-@asynccontextmanager
-async def opened(clock: ManualClock, folder: Path) -> AsyncIterator[Fleet]:
-    issuer, credentials, rows = FakeIssuer(clock), FakeCredentials(), Rows(clock)
-    app = issuer.add(App("org_a", "client-a", "secret-a"))
-    credentials.add(ORG, "client-a", "secret-a")
-    ring = KeyRing.generate(folder / "keyring")
-    started: list[Tokens] = []
-    async with issuer.client() as client:
-        made: Fleet
-
-        def start() -> Tokens:
-            store = FakeStore(rows, f"process-{len(started)}")
-            shared = SharedTokens(store, lambda key_id=None: made.ring, clock)
-            tokens = Tokens(
-                {"main": kinde_issuer()},
-                credentials,
-                client=client,
-                clock=clock,
-                rng=random.Random(len(started)),
-                shared=shared,
-            )
-            started.append(tokens)
-            return tokens
-
-        made = Fleet(clock, issuer, credentials, rows, ring, app, start)
-        yield made
-        for tokens in started:
-            await tokens.close()
 
 
 async def test_the_second_process_takes_the_token_of_the_first(fleet: Fleet) -> None:
@@ -337,7 +195,7 @@ async def test_without_the_seal_of_its_org_a_swapped_row_would_reach_enforcement
             opened_tokens.append(refused.reason)
             raise
 
-    monkeypatch.setattr("worker.tokens.cache.Acquirer.enforce", watched)
+    monkeypatch.setattr("worker.tokens.acquirer.Acquirer.enforce", watched)
 
     token = await fleet.start().ensure(ORG, "main")
 
@@ -409,3 +267,155 @@ async def test_without_the_database_each_process_requests_its_own(fleet: Fleet) 
         await fleet.start().ensure(ORG, "main")
 
     assert fleet.issuer.count() == 2
+
+
+async def prepare(tokens: Tokens, covers: float, of: OrgRef = ORG) -> float | None:
+    return await tokens.prepare(
+        of, "main", audience=None, scopes=frozenset(), also_ask=frozenset(), covers=covers
+    )
+
+
+async def test_a_token_is_prepared_for_a_run_of_any_process(fleet: Fleet) -> None:
+    """The run finds it, and requests nothing."""
+    assert await prepare(fleet.start(), covers=900) is None
+    fleet.clock.advance(900)
+
+    await fleet.start().ensure(ORG, "main")
+
+    assert fleet.issuer.count() == 1
+
+
+async def test_a_token_that_covers_the_run_is_left(fleet: Fleet) -> None:
+    fleet.app.lifetime = 3600
+    await fleet.start().ensure(ORG, "main")
+
+    assert await prepare(fleet.start(), covers=3000) is None
+    assert fleet.issuer.count() == 1
+    fleet.clock.advance(600)
+    assert await prepare(fleet.start(), covers=3000) is None
+    assert fleet.issuer.count() == 2
+
+
+async def test_no_token_is_prepared_longer_ahead_than_it_lives(fleet: Fleet) -> None:
+    """One that expires before the run would be requested in vain."""
+    fleet.app.lifetime = 300
+    tokens = fleet.start()
+    await tokens.ensure(ORG, "main")
+
+    again = await prepare(tokens, covers=600)
+
+    assert fleet.issuer.count() == 1
+    assert again is not None and 300 < again < 600
+    fleet.clock.advance(again)
+    assert await prepare(tokens, covers=600 - again) is None
+    fleet.clock.advance(600 - again)
+    await tokens.ensure(ORG, "main")
+    assert fleet.issuer.count() == 2
+
+
+async def test_nothing_is_prepared_for_a_parked_org(fleet: Fleet) -> None:
+    tokens = fleet.start()
+    fleet.issuer.answer = lambda form: httpx.Response(400, json={"error": "invalid_request"})
+    with pytest.raises(RequestRejected):
+        await tokens.ensure(ORG, "main")
+    fleet.clock.advance(60)
+
+    assert await prepare(tokens, covers=600) is None
+    assert fleet.issuer.count() == 1
+
+
+async def test_what_fails_ahead_of_time_is_left_to_the_run(fleet: Fleet) -> None:
+    fleet.issuer.answer = lambda form: httpx.Response(503)
+    waiting = asyncio.ensure_future(prepare(fleet.start(), covers=600))
+    while not waiting.done():
+        await fleet.clock.pass_time(1)
+
+    assert waiting.result() is None
+    assert fleet.rows.one().reserved_until == 0.0
+
+
+async def test_a_run_that_needs_the_token_meanwhile_shares_the_request(fleet: Fleet) -> None:
+    """And the other way around: neither waits for the other for ever."""
+    gate = asyncio.Event()
+
+    async def slow(form: dict[str, str]) -> httpx.Response:
+        await gate.wait()
+        return fleet.issuer.grant(form)
+
+    fleet.issuer.answer = slow
+    tokens = fleet.start()
+    ahead = asyncio.ensure_future(prepare(tokens, covers=600))
+    await settle(20)
+    run = asyncio.ensure_future(tokens.ensure(ORG, "main"))
+    await settle(20)
+    again = asyncio.ensure_future(prepare(tokens, covers=600))
+    await settle(20)
+    gate.set()
+
+    assert (await run).claims.org_code == "org_a"
+    assert (await ahead, await again) == (None, None)
+    assert fleet.issuer.count() == 1
+
+
+async def test_requests_of_runs_pass_those_ahead_of_time(fleet: Fleet) -> None:
+    """At one request a second; and a run that needs the very token need not wait behind all others."""
+    orgs = [fleet.add_org(number) for number in range(1, 25)]
+    tokens = fleet.start()
+    first = [asyncio.ensure_future(prepare(tokens, 600, of)) for of in orgs[:16]]
+    await settle(50)
+    runs = [asyncio.ensure_future(tokens.ensure(of, "main")) for of in orgs[16:]]
+    await settle(50)
+    hurried = asyncio.ensure_future(tokens.ensure(orgs[15], "main"))
+    for _ in range(200):
+        await fleet.clock.pass_time(0.1)
+        if hurried.done():
+            break
+    sent = [form["client_id"] for _, path, form in fleet.issuer.requests if path == "/oauth2/token"]
+
+    assert all(one.done() for one in runs)
+    assert sent.index("client-16") < len(sent)
+    assert set(sent[10:19]) == {f"client-{number}" for number in range(16, 25)}
+    while not all(one.done() for one in first):
+        await fleet.clock.pass_time(0.5)
+    assert fleet.issuer.count() == len(orgs)
+
+
+async def test_several_workers_share_the_rate(fleet: Fleet) -> None:
+    """`max_requests_per_second` holds for all of them together."""
+    orgs = [fleet.add_org(number) for number in range(1, 41)]
+    workers = [fleet.start() for _ in range(2)]
+    for tokens in workers:
+        tokens.share(2)
+    began = fleet.clock.monotonic()
+    waiting = [
+        asyncio.ensure_future(workers[number % 2].ensure(of, "main")) for number, of in enumerate(orgs)
+    ]
+    while not all(one.done() for one in waiting):
+        await fleet.clock.pass_time(0.1)
+
+    # Ten a second: one second of them at once, the others in the three seconds after it.
+    assert fleet.clock.monotonic() - began >= 3.0
+    assert fleet.issuer.count() == len(orgs)
+
+
+@pytest.mark.parametrize(("left", "waits"), [("2", True), ("50", False)])
+async def test_the_rest_of_what_the_issuer_allows_is_kept_for_runs(
+    fleet: Fleet, left: str, waits: bool
+) -> None:
+    """As RateLimit-Remaining of RateLimit-Limit says, until RateLimit-Reset."""
+    tokens = fleet.start()
+
+    def answer(form: dict[str, str]) -> httpx.Response:
+        response = fleet.issuer.grant(form)
+        response.headers.update(
+            {"RateLimit-Limit": "100", "RateLimit-Remaining": left, "RateLimit-Reset": "30"}
+        )
+        return response
+
+    fleet.issuer.answer = answer
+    assert tokens.ahead_in("main") == 0
+    await tokens.ensure(ORG, "main")
+    fleet.clock.advance(2)
+
+    assert tokens.ahead_in("main") == pytest.approx(28 if waits else 0)
+    assert tokens.ahead_in("unknown") == 0

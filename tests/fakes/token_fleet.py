@@ -1,0 +1,156 @@
+"""Processes that share access tokens, without a database: what each keeps, and what all see."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.fakes.clock import ManualClock
+from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
+from worker.orgs import OrgRef
+from worker.tokens.acquirer import EnforcedToken
+from worker.tokens.cache import Tokens
+from worker.tokens.sealing import KeyRing
+from worker.tokens.shared import Found, NewToken, SharedTokens, StoredToken, TokenKey
+
+
+@dataclass
+class Kept:
+    """A row of the fake store."""
+
+    version: int = 0
+    token: NewToken | None = None
+    received_at: float = 0.0
+    expires_at: float = 0.0
+    reserved_by: str = ""
+    reserved_until: float = 0.0
+
+
+class Rows:
+    """What the stores of all processes share; `fault` is raised by every call."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.rows: dict[str, Kept] = {}
+        self.fault: Exception | None = None
+
+    def one(self) -> Kept:
+        [row] = self.rows.values()
+        return row
+
+
+class FakeStore:
+    """A `TokenStore` of one process."""
+
+    def __init__(self, rows: Rows, holder: str) -> None:
+        self._rows = rows
+        self._holder = holder
+
+    def _at(self, key: TokenKey) -> Kept:
+        if self._rows.fault is not None:
+            raise self._rows.fault
+        return self._rows.rows.setdefault(key.id, Kept())
+
+    @property
+    def _now(self) -> float:
+        return self._rows.clock.monotonic()
+
+    async def find(self, key: TokenKey) -> Found:
+        row = self._at(key)
+        if row.token is None or row.expires_at <= self._now:
+            return Found(row.version)
+        token, now = row.token, self._now
+        return Found(
+            row.version,
+            StoredToken(
+                token.sealed,
+                token.key_id,
+                token.credential_id,
+                now - row.received_at,
+                row.expires_at - now,
+            ),
+        )
+
+    async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
+        row = self._at(key)
+        if row.version != version or row.reserved_until > self._now:
+            return False
+        row.reserved_by, row.reserved_until = self._holder, self._now + seconds
+        return True
+
+    async def renew(self, keys: Collection[TokenKey], seconds: float) -> None:
+        for key in keys:
+            row = self._at(key)
+            if row.reserved_by == self._holder:
+                row.reserved_until = self._now + seconds
+
+    async def put(self, token: NewToken) -> None:
+        row = self._at(token.key)
+        row.version, row.token, row.reserved_until = row.version + 1, token, 0.0
+        row.received_at, row.expires_at = self._now - token.received_ago, self._now + token.left
+
+    async def release(self, key: TokenKey) -> None:
+        row = self._at(key)
+        if row.reserved_by == self._holder:
+            row.reserved_until = 0.0
+
+    async def drop(self, key: TokenKey) -> None:
+        self._at(key).token = None
+
+
+@dataclass
+class Fleet:
+    """Processes that share rows, credentials and an issuer."""
+
+    clock: ManualClock
+    issuer: FakeIssuer
+    credentials: FakeCredentials
+    rows: Rows
+    ring: KeyRing
+    app: App
+    start: Callable[..., Tokens]
+
+    def add_org(self, number: int) -> OrgRef:
+        added = org(number)
+        self.issuer.add(App(added.code, f"client-{number}", f"secret-{number}"))
+        self.credentials.add(added, f"client-{number}", f"secret-{number}")
+        return added
+
+    async def until(self, waiting: asyncio.Future[EnforcedToken]) -> EnforcedToken:
+        while not waiting.done():
+            await self.clock.pass_time(0.5)
+        return waiting.result()
+
+
+@asynccontextmanager
+async def opened(clock: ManualClock, folder: Path, *, rate: float = 10.0) -> AsyncIterator[Fleet]:
+    """A fleet with one org; `rate` is that of its issuer."""
+    issuer, credentials, rows = FakeIssuer(clock), FakeCredentials(), Rows(clock)
+    app = issuer.add(App("org_a", "client-a", "secret-a"))
+    credentials.add(ORG, "client-a", "secret-a")
+    ring = KeyRing.generate(folder / "keyring")
+    started: list[Tokens] = []
+    async with issuer.client() as client:
+        made: Fleet
+
+        def start(*, shared: bool = True) -> Tokens:
+            store = FakeStore(rows, f"process-{len(started)}")
+            tokens = Tokens(
+                {"main": kinde_issuer(max_requests_per_second=rate)},
+                credentials,
+                client=client,
+                clock=clock,
+                rng=random.Random(len(started)),
+                shared=SharedTokens(store, lambda key_id=None: made.ring, clock) if shared else None,
+            )
+            started.append(tokens)
+            return tokens
+
+        made = Fleet(clock, issuer, credentials, rows, ring, app, start)
+        yield made
+        for tokens in started:
+            await tokens.close()

@@ -1,0 +1,215 @@
+"""Token renewal: requests tokens ahead of the scheduled times that need them, spread over the time before.
+
+At a full hour thousands of orgs are due at once, and an issuer allows a few requests a second. Each worker
+looks at the schedule and prepares a token at a random time before it is needed; a stored token or another
+worker's reservation makes that a look. A token that comes too late is requested by its run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import lru_cache
+from random import Random
+from typing import NamedTuple, Protocol
+
+from worker.clock import Clock
+from worker.definitions.definition import from_spec
+from worker.errors import DefinitionError, Unavailable
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.ids import DefinitionId
+from worker.orgs import OrgRef
+from worker.runs.run import Upcoming
+
+# Definitions of one query, and tokens that are prepared at the same time.
+PAGE, CONCURRENCY = 5_000, 8
+# The last part of the time ahead, a fifteenth, in which nothing should be left to do.
+MARGIN_SHARE = 1 / 15
+# Seconds between two looks at the schedule at least, and at what is ready.
+LOOK, TICK = 5.0, 1.0
+# Seconds of life that a token must have left at the scheduled time.
+LEFT = 5.0
+
+
+class UpcomingStore(Protocol):
+    async def upcoming(
+        self, after: tuple[datetime, DefinitionId] | None, ahead: timedelta, limit: int
+    ) -> tuple[datetime, Sequence[Upcoming]]:
+        """The time, and the definitions due within `ahead` of it in order, after the given one."""
+
+    async def live_workers(self) -> int:
+        """The number of workers that share each issuer's rate."""
+
+
+class TokenPreparer(Protocol):
+    async def prepare(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+        covers: float,
+    ) -> float | None:
+        """Make sure that a token is usable `covers` seconds from now; or the seconds to call it again."""
+
+    def ahead_in(self, issuer: str) -> float:
+        """Seconds until the issuer has room for such requests: none that a run needs is waiting."""
+
+    def share(self, workers: int) -> None:
+        """Keep to one worker's part of the issuers' rates."""
+
+
+class _Needs(NamedTuple):
+    """What a definition needs of its token; `scopes` is None for those of its handler."""
+
+    handler: str
+    audience: str | None
+    scopes: frozenset[str] | None
+    variants: tuple[str, ...]
+    priority: int
+    max_age: timedelta | None
+
+
+@lru_cache(maxsize=4096)
+def _needs_of(spec: str) -> _Needs | None:
+    """From the JSON text of a revision, which the definitions of a template share."""
+    try:
+        definition = from_spec("", "", json.loads(spec))
+    except DefinitionError:
+        return None
+    return _Needs(
+        definition.handler,
+        definition.audience,
+        definition.scopes,
+        tuple(variant.handler for variant in definition.variants),
+        definition.priority,
+        definition.max_claims_age,
+    )
+
+
+class _Wanted(NamedTuple):
+    """A token to prepare: soonest and highest priority first."""
+
+    needed_at: float  # monotonic
+    rank: int
+    number: int
+    org: OrgRef
+    issuer: str
+    audience: str | None
+    scopes: frozenset[str]
+    also_ask: frozenset[str]
+
+
+@dataclass(eq=False, repr=False)
+class TokenRenewal:
+    """Prepares tokens for what is due within `ahead`, each once."""
+
+    store: UpcomingStore
+    tokens: TokenPreparer
+    handlers: HandlerRegistry
+    clock: Clock
+    random: Random
+    ahead: timedelta
+    _after: tuple[datetime, DefinitionId] | None = None
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    # Each with the monotonic time at which it is prepared.
+    _later: list[tuple[float, int, _Wanted]] = field(default_factory=list)
+    _ready: dict[str, list[_Wanted]] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Look at the schedule and prepare what is ready; ends by cancellation."""
+        looked_at = float("-inf")
+        interval = max(LOOK, self.ahead.total_seconds() / 180)
+        while True:
+            if self.clock.monotonic() - looked_at >= interval:
+                looked_at = self.clock.monotonic()
+                self.tokens.share(max(1, await self.store.live_workers()))
+                await self.look()
+            await self.work()
+            await self.clock.sleep(TICK)
+
+    async def look(self) -> None:
+        """Add what has come within reach since the last look. Raises Unavailable; the next call continues."""
+        while True:
+            now, page = await self.store.upcoming(self._after, self.ahead, PAGE)
+            monotonic = self.clock.monotonic()
+            for each in page:
+                self._add(each, now, monotonic)
+            if page:
+                self._after = (page[-1].next_fire_at, page[-1].definition_id)
+            elif self._after is None or self._after[0] < now:
+                self._after = None
+            if len(page) < PAGE:
+                return
+
+    async def work(self) -> None:
+        """Prepare what is ready, a few at a time, the soonest first."""
+        now = self.clock.monotonic()
+        while self._later and self._later[0][0] <= now:
+            wanted = heapq.heappop(self._later)[2]
+            heapq.heappush(self._ready.setdefault(wanted.issuer, []), wanted)
+        preparing = [
+            self._prepare(issuer, ready)
+            for issuer, ready in self._ready.items()
+            for _ in range(min(CONCURRENCY, len(ready)))
+        ]
+        await asyncio.gather(*preparing)
+
+    def _add(self, each: Upcoming, now: datetime, monotonic: float) -> None:
+        needs = _needs_of(each.spec) if each.spec else None
+        # Those of paused or suspended orgs have no code here.
+        if needs is None or not each.org_code:
+            return
+        if needs.max_age is not None and needs.max_age < self.ahead:
+            return
+        scopes = needs.scopes
+        if scopes is None:
+            entry = self.handlers.get(needs.handler)
+            if entry is None:
+                return
+            scopes = frozenset(entry.scopes)
+        left = (each.next_fire_at - now).total_seconds()
+        wanted = _Wanted(
+            monotonic + left,
+            -needs.priority,
+            next(self._numbers),
+            OrgRef(each.org_id, each.org_code),
+            each.issuer,
+            needs.audience,
+            scopes,
+            self.handlers.scopes(needs.variants),
+        )
+        spread = left - self.ahead.total_seconds() * MARGIN_SHARE
+        self._put(wanted, monotonic + max(0.0, self.random.uniform(0.0, spread)) if spread > 0 else monotonic)
+
+    def _put(self, wanted: _Wanted, at: float) -> None:
+        heapq.heappush(self._later, (at, wanted.number, wanted))
+
+    async def _prepare(self, issuer: str, ready: list[_Wanted]) -> None:
+        while ready and self.tokens.ahead_in(issuer) <= 0:
+            wanted = heapq.heappop(ready)
+            now = self.clock.monotonic()
+            covers = wanted.needed_at - now + LEFT
+            if covers <= LEFT:
+                # Its run asks for it.
+                continue
+            try:
+                again = await self.tokens.prepare(
+                    wanted.org,
+                    wanted.issuer,
+                    audience=wanted.audience,
+                    scopes=wanted.scopes,
+                    also_ask=wanted.also_ask,
+                    covers=covers,
+                )
+            except Unavailable:
+                again = LOOK
+            if again is not None:
+                self._put(wanted, self.clock.monotonic() + again)

@@ -1,0 +1,261 @@
+"""Acquirer: requests, verifies and enforces tokens of one issuer; parks orgs and requests that fail."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from worker.claims.claims import AccessToken, Claims
+from worker.claims.decode import decode, enforce
+from worker.clock import Clock
+from worker.errors import (
+    CredentialsRejected,
+    IssuerUnavailable,
+    RequestRejected,
+    TokenRefused,
+    Unavailable,
+    WorkerError,
+)
+from worker.ids import OrgId
+from worker.telemetry.events import emit
+from worker.tokens.breaker import IssuerPaused, K, Parking, drop_where, remember
+from worker.tokens.credentials import Credential, CredentialSource
+from worker.tokens.issuer_client import GrantedToken, IssuerClient
+from worker.tokens.shared import TokenRequest
+
+# All in seconds, unless a share.
+CREDENTIAL_PARK = (60.0, 3600.0)
+REQUEST_PARK = (900.0, 900.0)
+TRANSIENT_PARK = (2.0, 60.0)
+TRIES = 3  # for one request while the issuer fails, unless it already failed for this org
+WINNER_KEPT = 900.0  # an older generation that worked is tried first for this long
+NO_VERDICT_KEPT = 120.0
+SCOPE_REFUSED = ("invalid_scope", "access_denied")
+MAX_REMEMBERED = 10_000
+MIN_CLAIMS_AGE = 60.0  # the smallest max_claims_age of a definition
+# The last part of a token's life is not handed out: a share of it, at most MARGIN.
+MARGIN_SHARE, MARGIN = 0.2, 30.0
+RENEW_FROM, RENEW_UNTIL = 0.6, 0.9  # renewed in the background at a random share of its usable life
+# An API that answers every token with 401 must not use up the budget of all orgs.
+MINTED_SERVES = 2.0
+
+
+def usable_life(lifetime: float) -> float:
+    """The part of a token's life in which it is handed out; both in seconds."""
+    return lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
+
+
+@dataclass(frozen=True, slots=True)
+class EnforcedToken:
+    """A token that was verified and whose org, client and scopes were enforced; its times are monotonic.
+
+    `minted` if a caller insisted on a new one.
+    """
+
+    token: AccessToken
+    claims: Claims = field(repr=False)
+    credential_id: str
+    received_at: float
+    renew_at: float
+    usable_until: float
+    expires_at: float
+    minted: bool
+
+    def is_alive(self, clock: Clock) -> bool:
+        """Whether it has not expired on either clock: the monotonic one stops while a machine sleeps."""
+        return clock.monotonic() < self.expires_at and clock.now() < self.token.expires_at
+
+    def serves(self, max_age: timedelta | None, fresh: bool, now: float) -> bool:
+        """Whether one that is alive is usable for long enough, and as new as required."""
+        age = now - self.received_at
+        if fresh:
+            return self.minted and age < MINTED_SERVES
+        if max_age is not None and age >= max(max_age.total_seconds(), MIN_CLAIMS_AGE):
+            return False
+        return now < self.usable_until
+
+
+class Acquirer:
+    """Requests, verifies and enforces tokens of one issuer; parks orgs whose credentials or requests fail."""
+
+    def __init__(
+        self, client: IssuerClient, source: CredentialSource, *, clock: Clock, rng: random.Random
+    ) -> None:
+        self.client = client
+        self._source = source
+        self._clock = clock
+        self._rng = rng
+        self._rejected: Parking[OrgId] = Parking(*CREDENTIAL_PARK, clock=clock)
+        self._refused: Parking[TokenRequest] = Parking(*REQUEST_PARK, clock=clock)
+        self._failing: Parking[OrgId] = Parking(*TRANSIENT_PARK, clock=clock)
+        self._winners: OrderedDict[OrgId, tuple[str, float]] = OrderedDict()
+        self._no_verdict: OrderedDict[TokenRequest, GrantedToken] = OrderedDict()
+
+    def may_ask(self, request: TokenRequest, credentials: Sequence[Credential]) -> bool:
+        """Whether a request that can wait may be sent: no parking, no pause, no open breaker."""
+        return self.client.is_free and not self.is_parked(request, credentials)
+
+    def is_parked(self, request: TokenRequest, credentials: Sequence[Credential]) -> bool:
+        """Whether only other credentials, or time, allow this request."""
+        try:
+            self._check_parking(request, credentials)
+        except WorkerError:
+            return True
+        return False
+
+    async def acquire(
+        self,
+        request: TokenRequest,
+        credentials: Sequence[Credential],
+        *,
+        minted: bool = False,
+        ahead: bool = False,
+    ) -> tuple[EnforcedToken, GrantedToken]:
+        """A new token of the org, verified and enforced; raises as `Tokens.ensure` does.
+
+        `ahead` of the run that needs it, it lets all other requests pass.
+        """
+        granted = self._no_verdict.pop(request, None)
+        if granted is None or not self._is_worth_verifying(granted, credentials):
+            self._check_parking(request, credentials)
+            granted = await self._grant(request, credentials, ahead)
+        return await self.enforce(request, granted, minted=minted), granted
+
+    async def enforce(
+        self, request: TokenRequest, granted: GrantedToken, *, minted: bool = False
+    ) -> EnforcedToken:
+        """Verify and enforce a token; raises as `Tokens.ensure` does."""
+        try:
+            return await self._enforce(request, granted, minted)
+        except Unavailable:
+            # Keep it: it is verified once its key is there, instead of requesting another.
+            remember(self._no_verdict, request, granted, MAX_REMEMBERED)
+            raise
+        except TokenRefused as refused:
+            emit("token.refused", **request.labels, reason=refused.reason, detail=refused.detail)
+            raise
+
+    def forget(self, org_id: OrgId) -> None:
+        """Forget what was remembered of an org."""
+        self._rejected.release(org_id)
+        self._failing.release(org_id)
+        self._winners.pop(org_id, None)
+        self._refused.release_where(lambda request: request.org.id == org_id)
+        drop_where(self._no_verdict, lambda request: request.org.id == org_id)
+
+    def _check_parking(self, request: TokenRequest, credentials: Sequence[Credential]) -> None:
+        self._rejected.check(request.org.id, credentials)
+        self._refused.check(request, credentials)
+        self._failing.check(request.org.id, credentials)
+
+    def _is_worth_verifying(self, granted: GrantedToken, credentials: Sequence[Credential]) -> bool:
+        age = self._clock.monotonic() - granted.received_at
+        longest = min(NO_VERDICT_KEPT, granted.expires_in or NO_VERDICT_KEPT)
+        return any(granted.credential.id == known.id for known in credentials) and age < longest
+
+    async def _grant(
+        self, request: TokenRequest, credentials: Sequence[Credential], ahead: bool
+    ) -> GrantedToken:
+        """Request a token; the issuer sees at most two requests, not counting those without a response."""
+        org = request.org.id
+        candidates = self._in_order(org, credentials)
+        scopes = request.scopes | request.also_ask
+        tries = 1 if self._failing.failures(org, credentials) else TRIES
+        started_at = self._clock.monotonic()
+        for last in (False, True):
+            credential = candidates[0]
+            try:
+                granted = await self.client.grant(
+                    credential, audience=request.audience, scopes=scopes, tries=tries, ahead=ahead
+                )
+            except CredentialsRejected as rejected:
+                await self._count_use(credential, rejected.detail)
+                del candidates[0]
+                if last or not candidates:
+                    self._park(self._rejected, org, rejected, request, credentials)
+                    raise
+            except RequestRejected as refused:
+                await self._count_use(credential, refused.detail)
+                if last or refused.detail not in SCOPE_REFUSED or scopes == request.scopes:
+                    self._park(self._refused, request, refused, request, credentials)
+                    raise
+                # A variant's scope that this org lacks must not cost it the definition's own.
+                scopes = request.scopes
+            except IssuerPaused:
+                raise
+            except IssuerUnavailable as unavailable:
+                self._failing.park(org, unavailable, credentials, share=self._rng.uniform(0.5, 1.0))
+                raise
+            else:
+                break
+        emit("token.requested", **request.labels, seconds=round(granted.received_at - started_at, 3))
+        self._note_success(request, credential, credentials)
+        await self._count_use(credential, None)
+        return granted
+
+    def _in_order(self, org: OrgId, credentials: Sequence[Credential]) -> list[Credential]:
+        """The generations to try: the newest and the previous one; the one that last worked first."""
+        newest = list(credentials[:2])
+        failures = self._rejected.failures(org, credentials)
+        if failures:
+            # Both were rejected: from then on they take turns.
+            return [newest[(failures + 1) % len(newest)]]
+        winner, kept_until = self._winners.get(org, ("", 0.0))
+        if self._clock.monotonic() < kept_until:
+            newest.sort(key=lambda credential: credential.id != winner)
+        return newest
+
+    def _note_success(
+        self, request: TokenRequest, credential: Credential, credentials: Sequence[Credential]
+    ) -> None:
+        org, now = request.org.id, self._clock.monotonic()
+        self._rejected.release(org)
+        self._failing.release(org)
+        self._refused.release(request)
+        if credential == credentials[0]:
+            self._winners.pop(org, None)
+        elif org not in self._winners or now >= self._winners[org][1]:
+            remember(self._winners, org, (credential.id, now + WINNER_KEPT), MAX_REMEMBERED)
+
+    def _park(
+        self,
+        parking: Parking[K],
+        key: K,
+        error: CredentialsRejected | RequestRejected,
+        request: TokenRequest,
+        credentials: Sequence[Credential],
+    ) -> None:
+        seconds = parking.park(key, error, credentials)
+        emit("org.parked", **request.labels, error=error.detail or error.code, seconds=round(seconds, 1))
+
+    async def _count_use(self, credential: Credential, error: str | None) -> None:
+        # The count is informational; it must not cost a token.
+        with suppress(Unavailable):
+            await self._source.used(credential.id, error)
+
+    async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
+        payload = await self.client.verify(granted.text, request.audience)
+        claims = decode(payload, self.client.issuer.profile)
+        client_id = granted.credential.client_id
+        enforce(claims, org_code=request.org.code, client_id=client_id, scopes=request.scopes)
+        received_at, now = granted.received_at, self._clock.now()
+        age = self._clock.monotonic() - received_at
+        left = (claims.expires_at - now).total_seconds()
+        if granted.expires_in is not None:
+            left = min(left, granted.expires_in - age)
+        lifetime = age + left
+        usable = usable_life(lifetime)
+        return EnforcedToken(
+            token=AccessToken(granted.text, now + timedelta(seconds=left)),
+            claims=claims,
+            credential_id=granted.credential.id,
+            received_at=received_at,
+            renew_at=received_at + usable * self._rng.uniform(RENEW_FROM, RENEW_UNTIL),
+            usable_until=received_at + usable,
+            expires_at=received_at + lifetime,
+            minted=minted,
+        )
