@@ -1,4 +1,4 @@
-"""`assistant.digest`: a support assistant for each org that summarises its knowledge base.
+"""`assistant.digest`: a support assistant for each org that summarises what is new in its knowledge base.
 
 It reads the knowledge base with the org's token over `ctx.public_http`. The model gets requests
 from another client with its own credential from the environment, never the org's token.
@@ -132,10 +132,11 @@ V2 = Agent("v2", fold_in, lambda digest, written: written)
     scopes={"read:kb"},
     timeout="2h",
     max_attempts=4,
+    state=True,
 )
 async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
-    """Summarise the org's knowledge base page by page, with the first agent."""
-    return await read_knowledge_base(ctx, V1)
+    """Summarise the new articles of the org's knowledge base page by page, with the first agent."""
+    return await digest_news(ctx, V1)
 
 
 @job(
@@ -145,16 +146,21 @@ async def digest(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     scopes={"read:kb"},
     timeout="2h",
     max_attempts=4,
+    state=True,
 )
 async def digest_v2(ctx: Context[Params, Settings]) -> dict[str, Any] | Retry:
     """The same with agent v2, for orgs with the flag `agent-v2`."""
-    return await read_knowledge_base(ctx, V2)
+    return await digest_news(ctx, V2)
 
 
-async def read_knowledge_base(ctx: Context[Params, Settings], agent: Agent) -> dict[str, Any] | Retry:
-    """Read every page once. Each is a step: another attempt does not pay for it again."""
+async def digest_news(ctx: Context[Params, Settings], agent: Agent) -> dict[str, Any] | Retry:
+    """Digest the articles since the last run that succeeded.
+
+    Each page is a step: another attempt does not pay for it again. The state has how many articles were
+    read; it is committed with the run's success.
+    """
     digest, articles = "", 0
-    at: int | None = 0
+    at: int | None = ctx.state.get(ctx.params.collection, 0)
     try:
         async with chat_client(ctx.params.chat) as http:
             chat = Chat(http, ctx.settings)
@@ -164,6 +170,7 @@ async def read_knowledge_base(ctx: Context[Params, Settings], agent: Agent) -> d
                 if page["articles"]:
                     digest = agent.join(digest, page["written"])
                 ctx.progress(articles)
+                ctx.state[ctx.params.collection] = at + page["articles"]
                 at = page["next"]
     except ChatBusy as busy:
         return Retry(after=busy.after)

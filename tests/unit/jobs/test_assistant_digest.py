@@ -112,6 +112,34 @@ def test_another_attempt_pays_for_no_page_again(run: Run, model: Model, handler:
     assert asked == [2, 2, 1, 1]
 
 
+def test_the_next_run_reads_only_new_articles(run: Run, model: Model):
+    first = run()
+    assert first.definition_state == {"faq": 5}
+
+    second = run(state=first.definition_state)
+
+    assert (second.result["articles"], second.result["digest"], second.definition_state) == (
+        0,
+        "",
+        {"faq": 5},
+    )
+    assert len(model.requests) == 3
+
+    ARTICLES.append({"id": "kb-6", "title": "Title 6", "text": "Text 6."})
+    try:
+        third = run(state=second.definition_state)
+    finally:
+        ARTICLES.pop()
+    assert (third.result["articles"], third.definition_state) == (1, {"faq": 6})
+    assert "[kb-6]" in model.bodies[3]["messages"][1]["content"]
+
+
+def test_a_collection_has_a_cursor_of_its_own(run: Run):
+    finished = run(state={"handbook": 40})
+
+    assert finished.definition_state == {"handbook": 40, "faq": 5}
+
+
 def test_a_knowledge_base_without_articles_costs_nothing(run: Run, model: Model):
     finished = run(api=lambda request: httpx.Response(200, json={"articles": [], "next": None}))
 
