@@ -54,7 +54,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    with start_demo(tmp_path_factory.mktemp("demo"), "--seconds", "16") as demo:
+    with start_demo(tmp_path_factory.mktemp("demo"), "--seconds", "26") as demo:
         assert demo.stdout is not None
         lines = [(time.monotonic(), line.rstrip("\n")) for line in demo.stdout]
     return Told(demo.returncode, lines)
@@ -105,6 +105,18 @@ def test_another_orgs_token_is_refused_and_the_handler_not_started(told):
     assert {row["reason"] for row in refused} == {"org_mismatch"}
     assert any("org_umbrella" in line and "was not started" in line for _, line in told.captions())
     assert ("succeeded", "-") not in told.of("org_umbrella")
+
+
+def test_a_killed_worker_pays_for_no_answered_model_call_again(told):
+    captions = [line for _, line in told.captions()]
+    [killed] = [line for line in captions if line.startswith("kill -9 of the worker")]
+    [ended] = [line for line in captions if "model calls for 7 pages" in line]
+
+    before = int(re.findall(r"after (\d+) model calls", killed)[0])
+    calls = int(re.findall(r"(\d+) model calls for", ended)[0])
+    assert 3 <= before < 7
+    assert calls in (7, 8)
+    assert "the kill repeated " + ("no call" if calls == 7 else "only the call in flight") in ended
 
 
 @pytest.fixture

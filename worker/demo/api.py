@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -29,10 +31,16 @@ TOPICS = (
 )
 
 
-def articles_of(org_name: str) -> list[dict[str, str]]:
+# The collections of each org, and how the ids of their articles begin.
+COLLECTIONS = {"faq": "kb", "handbook": "hb"}
+
+
+def articles_of(org_name: str, prefix: str, count: int) -> list[dict[str, str]]:
+    """The first articles of a collection; the topics come again and again."""
+    topics = enumerate(itertools.islice(itertools.cycle(TOPICS), count), start=1)
     return [
-        {"id": f"kb-{number}", "title": f"{title} at {org_name}", "text": text}
-        for number, (title, text) in enumerate(TOPICS, start=1)
+        {"id": f"{prefix}-{number}", "title": f"{title} at {org_name}", "text": text}
+        for number, (title, text) in topics
     ]
 
 
@@ -63,18 +71,26 @@ class ChatEndpoint:
         self._api_key = api_key
         self._delay = delay
         self.models: Counter[str] = Counter()
+        self._articles: Counter[str] = Counter()
         self.refused = 0
 
     def routes(self) -> list[Route]:
         return [Route("/v1/chat/completions", self._complete, methods=["POST"])]
+
+    def asked_about_handbooks(self) -> int:
+        """How many requests were about articles of handbooks."""
+        counts = dict(self._articles)
+        return sum(count for article, count in counts.items() if article.startswith(COLLECTIONS["handbook"]))
 
     async def _complete(self, request: Request) -> Response:
         try:
             expected, given = f"Bearer {self._api_key}", request.headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), expected.encode()):
                 raise Refusal("Incorrect API key provided", code="invalid_api_key", status=401)
+            body = await request.json()
+            # A caller that is gone by then still pays, as it does elsewhere.
             await asyncio.sleep(self._delay)
-            return JSONResponse(self._answer(await request.json()))
+            return JSONResponse(self._answer(body))
         except Refusal as refusal:
             self.refused += 1
             return refusal.as_response()
@@ -84,6 +100,7 @@ class ChatEndpoint:
     def _answer(self, body: Any) -> dict[str, Any]:
         model, limit, messages = check_request(body)
         self.models[model] += 1
+        self._articles.update(article["id"] for article in ARTICLE.finditer(messages[-1]["content"]))
         words = summarise(messages).split(" ")
         prompt = sum(len(message["content"].split()) for message in messages)
         used = min(len(words), limit)
@@ -134,11 +151,24 @@ MAX_PAGE = 100
 
 
 class CustomerApi:
-    """The API of a fictional customer. `orgs` maps codes to names; `reads` counts pages by org."""
+    """The API of a fictional customer. `orgs` maps codes to names; `reads` counts pages by org.
 
-    def __init__(self, guard: Guard, *, orgs: Mapping[str, str], chat_key: str, delay: float = 0.0) -> None:
+    With `news_every`, the FAQ of each org gets a new article every `news_every` seconds.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        orgs: Mapping[str, str],
+        chat_key: str,
+        delay: float = 0.0,
+        news_every: float | None = None,
+    ) -> None:
         self._guard = guard
-        self._articles = {code: articles_of(name) for code, name in orgs.items()}
+        self._orgs = orgs
+        self._news_every = news_every
+        self._began = time.monotonic()
         self.chat = ChatEndpoint(chat_key, delay=delay)
         self.reads: Counter[str] = Counter()
 
@@ -154,8 +184,8 @@ class CustomerApi:
 
     async def _list_articles(self, request: Request) -> Response:
         claims: Claims = request.scope["claims"]
-        articles = self._articles.get(claims.org_code)
-        if articles is None or request.path_params["collection"] != "faq":
+        name, collection = self._orgs.get(claims.org_code), request.path_params["collection"]
+        if name is None or collection not in COLLECTIONS:
             return JSONResponse({"error": "not_found"}, status_code=404)
         try:
             after = max(0, int(request.query_params.get("after", "0")))
@@ -163,6 +193,10 @@ class CustomerApi:
         except ValueError:
             return JSONResponse({"error": "after and limit are whole numbers"}, status_code=400)
         self.reads[claims.org_code] += 1
+        news = 0
+        if collection == "faq" and self._news_every is not None:
+            news = int((time.monotonic() - self._began) / self._news_every)
+        articles = articles_of(name, COLLECTIONS[collection], len(TOPICS) + news)
         end = after + limit
         page = {"articles": articles[after:end], "next": end if end < len(articles) else None}
         return JSONResponse(page | {"org": claims.org_code})

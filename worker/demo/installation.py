@@ -27,6 +27,8 @@ SCOPE = "read:kb"
 # The definition that every org has from a template; the demo tells its story.
 DIGEST = "support-digest"
 FLAG = "agent-v2"
+# The definition in the middle of whose run the demo kills its worker, and its org.
+HANDBOOK, HANDBOOK_ORG = "handbook", "org_globex"
 # The org of the people who run the installation, the console's client id, and the folder with secrets.
 VENDOR = "org_vendor"
 CONSOLE = "console"
@@ -82,6 +84,7 @@ class World:
 
     orgs: list[Org]
     provider: Provider
+    api: CustomerApi
     api_url: str
     chat_key: str
     management_secret: str
@@ -100,17 +103,18 @@ class World:
 
 
 @contextlib.contextmanager
-def world(*, delay: float = CHAT_DELAY) -> Iterator[World]:
+def world(*, delay: float = CHAT_DELAY, news_every: float | None = None) -> Iterator[World]:
     """Serve the provider and the API from threads; the chat endpoint takes `delay` seconds to answer."""
     orgs = make_orgs()
     chat_key, secret = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
     provider, provider_thread = serve_provider()
     add_orgs(provider, orgs, secret)
     guard = Guard(provider.url, audience=AUDIENCE, scopes={SCOPE})
-    api = CustomerApi(guard, orgs={org.code: org.name for org in orgs}, chat_key=chat_key, delay=delay)
+    names = {org.code: org.name for org in orgs}
+    api = CustomerApi(guard, orgs=names, chat_key=chat_key, delay=delay, news_every=news_every)
     listener = bind_loopback()
     with provider_thread, ServerThread(api.asgi(), listener):
-        yield World(orgs, provider, url_of(listener), chat_key, secret)
+        yield World(orgs, provider, api, url_of(listener), chat_key, secret)
 
 
 def add_orgs(provider: Provider, orgs: Iterable[Org], management_secret: str) -> None:
@@ -276,6 +280,19 @@ params = {{ {articles} }}
     return "\n".join(tables)
 
 
+def handbook_file(api_url: str) -> str:
+    """The file for a digest of many pages, with a model call for each, that is run by hand."""
+    return f"""\
+[[definition]]
+org = "{HANDBOOK_ORG}"
+name = "{HANDBOOK}"
+handler = "assistant.digest"
+schedule = "@yearly"
+scopes = ["{SCOPE}"]
+params = {{ {_services(api_url)}, collection = "handbook", page_size = 1 }}
+"""
+
+
 def _services(api_url: str) -> str:
     return f'knowledge_base = "{api_url}", chat = "{api_url}"'
 
@@ -308,6 +325,7 @@ class Installation:
         self.settings = folder / "worker.toml"
         self.log = folder / "worker.log"
         self._environment = environment
+        self._worker: subprocess.Popen[bytes] | None = None
 
     def _command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "worker", "--config", str(self.settings), *arguments]
@@ -330,11 +348,11 @@ class Installation:
         if done.returncode:
             raise DemoFailed(f"{arguments[0]} ended with {done.returncode}: {done.stderr.strip()}")
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
+    def start_worker(self) -> None:
         # In its own session, so that Ctrl-C reaches only this process, which then drains the worker; if this
         # process is killed, so is the worker, and with that its runs.
-        with self.log.open("wb") as log:
-            return subprocess.Popen(
+        with self.log.open("ab") as log:
+            self._worker = subprocess.Popen(
                 [sys.executable, "-P", "-c", ATTACHED, str(os.getpid()), *self._command("run")],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -342,6 +360,29 @@ class Installation:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def check_worker(self) -> None:
+        """Raise DemoFailed if the worker has ended."""
+        if self._worker is not None and self._worker.poll() is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-20:]
+            raise DemoFailed("\n".join([f"the worker ended with {self._worker.returncode}", *lines]))
+
+    def kill_worker(self) -> None:
+        """End the worker by SIGKILL, as a lost machine would."""
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.wait()
+
+    def end_worker(self) -> None:
+        """Drain the worker with SIGTERM, send another to shorten the grace, then kill it."""
+        for _ in range(2):
+            if self._worker is None or self._worker.poll() is not None:
+                return
+            self._worker.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._worker.wait(timeout=5)
+        if self._worker is not None and self._worker.poll() is None:
+            self.kill_worker()
 
 
 def say(text: str) -> None:

@@ -10,23 +10,27 @@ import secrets
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from worker.clock import Clock, SystemClock, to_text
+from worker.demo.api import TOPICS
 from worker.demo.installation import (
     DIGEST,
+    HANDBOOK,
+    HANDBOOK_ORG,
     DemoFailed,
     Installation,
     begin,
     free_address,
+    handbook_file,
     say,
     settings_file,
     world,
@@ -35,7 +39,8 @@ from worker.operations.operators import make_link
 from worker.store.database import Database
 
 POLL = 0.05
-
+# Seconds until the knowledge base of each org has another article.
+NEWS_EVERY = 2.0
 
 # Polling `run_view` would miss states that last a few milliseconds, so triggers write a journal.
 JOURNAL = """
@@ -120,7 +125,8 @@ class Narrator:
         self._explained: set[tuple[str, str, str | None]] = set()
         self._ends: Counter[tuple[str, str]] = Counter()
         self._latest: dict[str, Change] = {}
-        self._succeeded = False
+        self.succeeded: set[tuple[str, str]] = set()
+        """The orgs and definitions of which a run has succeeded."""
 
     def narrate(self) -> None:
         for change in self._journal.read():
@@ -129,15 +135,17 @@ class Narrator:
             self._latest[change.org] = change
             if change.state not in ("waiting", "running"):
                 self._ends[change.org, change.state] += 1
+            first = not self.succeeded
+            if change.state == "succeeded":
+                self.succeeded.add((change.org, change.definition))
             key = (change.org, change.state, change.reason)
             if change.definition == DIGEST and key not in self._explained:
                 self._explained.add(key)
-                self._explain(change)
+                self._explain(change, first)
 
-    def _explain(self, change: Change) -> None:
+    def _explain(self, change: Change, first: bool) -> None:
         if change.state == "succeeded":
-            if not self._succeeded:
-                self._succeeded = True
+            if first:
                 elapsed = self._clock.monotonic() - self._started
                 say(f"the first run succeeded {elapsed:.1f} s after the worker's start")
             new = (change.handler or "").endswith("_v2")
@@ -158,6 +166,52 @@ class Narrator:
         for org, latest in sorted(self._latest.items()):
             ends = [f"{count} {state}" for (of, state), count in sorted(self._ends.items()) if of == org]
             say(f"{org}: {', '.join(ends) or f'still {latest.state} ({latest.reason})'}")
+
+
+class Accident:
+    """Kills the worker in the middle of a run with many model calls, and says which calls were made again.
+
+    `asked` returns how many calls that run has made.
+    """
+
+    CALLS_BEFORE = 3
+
+    def __init__(self, installation: Installation, narrator: Narrator, asked: Callable[[], int]) -> None:
+        self._installation = installation
+        self._narrator = narrator
+        self._asked = asked
+        self._steps = iter((self._begin, self._kill, self._sum_up))
+        self._next: Callable[[], bool] | None = next(self._steps)
+
+    def advance(self) -> None:
+        """Do what is next, if its time has come."""
+        if self._next is not None and self._next():
+            self._next = next(self._steps, None)
+
+    def _begin(self) -> bool:
+        """Once the org's first digest has succeeded, start the run."""
+        if (HANDBOOK_ORG, DIGEST) not in self._narrator.succeeded:
+            return False
+        self._installation.run("definitions", "run", HANDBOOK_ORG, HANDBOOK)
+        return True
+
+    def _kill(self) -> bool:
+        before = self._asked()
+        if before < self.CALLS_BEFORE:
+            return False
+        self._installation.kill_worker()
+        say(f"kill -9 of the worker, in {HANDBOOK} of {HANDBOOK_ORG}, after {before} model calls")
+        say("$ python -m worker run")
+        self._installation.start_worker()
+        return True
+
+    def _sum_up(self) -> bool:
+        if (HANDBOOK_ORG, HANDBOOK) not in self._narrator.succeeded:
+            return False
+        calls, pages = self._asked(), len(TOPICS)
+        again = "no call" if calls == pages else "only the call in flight"
+        say(f"{HANDBOOK} of {HANDBOOK_ORG}: {calls} model calls for {pages} pages; the kill repeated {again}")
+        return True
 
 
 def print_line(
@@ -185,7 +239,7 @@ def run(seconds: float | None = None) -> int:
 def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: Clock) -> None:
     """Set up the demo, start the worker and print what it does."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orgworker-demo-")))
-    around = stack.enter_context(world())
+    around = stack.enter_context(world(news_every=NEWS_EVERY))
     installation = Installation(folder, around.environment())
     listen, token = free_address(), secrets.token_urlsafe(24)
     installation.settings.write_text(settings_file(installation.database, around, listen=listen, token=token))
@@ -197,6 +251,9 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
 
     say("adding what these orgs' jobs did in the last 24 hours")
     history.add(f"sqlite:///{installation.database}", around.orgs, around.api_url, until=clock.now())
+    handbook = folder / "handbook.toml"
+    handbook.write_text(handbook_file(around.api_url), encoding="utf-8")
+    installation.run("apply", str(handbook))
     # After the past, which it does not tell.
     journal = Journal(installation.database)
     stack.callback(journal.close)
@@ -206,11 +263,11 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     say("$ python -m worker run")
     started = clock.monotonic()
     ends_at = None if seconds is None else started + seconds
-    worker = installation.start_worker()
-    stack.callback(end_worker, worker)
+    installation.start_worker()
+    stack.callback(installation.end_worker)
     # The link works as soon as it is seen.
     while not stop.is_set() and not answers(listen):
-        wait_for(worker, stop, installation.log)
+        wait_for(installation, stop)
     say("")
     say(f"OPEN THIS in a browser: http://{listen}{link}")
     say("It logs in once, within ten minutes, on this machine: what went wrong last night, why, what to do.")
@@ -219,19 +276,20 @@ def play(stack: ExitStack, stop: threading.Event, seconds: float | None, clock: 
     say("")
     print_line("time", "org", "definition", "state", "reason", "detail")
     narrator = Narrator(journal, clock, started, installation.command_line())
+    accident = Accident(installation, narrator, around.api.chat.asked_about_handbooks)
     while not stop.is_set() and (ends_at is None or clock.monotonic() < ends_at):
         narrator.narrate()
-        wait_for(worker, stop, installation.log)
+        accident.advance()
+        wait_for(installation, stop)
     say("stopping: the worker drains")
-    end_worker(worker)
+    installation.end_worker()
     narrator.narrate()
     narrator.sum_up()
 
 
-def wait_for(worker: subprocess.Popen[bytes], stop: threading.Event, log: Path) -> None:
+def wait_for(installation: Installation, stop: threading.Event) -> None:
     """Wait a moment; raises DemoFailed if the worker has ended."""
-    if worker.poll() is not None:
-        raise DemoFailed(f"the worker ended with {worker.returncode}\n{tail(log)}")
+    installation.check_worker()
     stop.wait(POLL)
 
 
@@ -243,22 +301,3 @@ def answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def end_worker(worker: subprocess.Popen[bytes]) -> None:
-    """Drain the worker with SIGTERM, send another to shorten the grace, then kill it."""
-    for _ in range(2):
-        if worker.poll() is not None:
-            return
-        worker.terminate()
-        try:
-            worker.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            continue
-    if worker.poll() is None:
-        worker.kill()
-        worker.wait()
-
-
-def tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from worker.demo.run import Change, Narrator
+from worker.demo.run import Accident, Change, Narrator
 
 COMMAND = "python -m worker --config /tmp/demo/worker.toml"
 
@@ -95,3 +95,49 @@ def test_the_end_says_where_an_org_stands_that_no_run_has_ended_for(clock, capsy
     narrator.sum_up()
 
     assert capsys.readouterr().out == "# org_acme: still waiting (no_token)\n"
+
+
+class FakeInstallation:
+    """Writes down what is done to it."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def run(self, *arguments: str) -> None:
+        self.done.append(" ".join(arguments))
+
+    def kill_worker(self) -> None:
+        self.done.append("kill")
+
+    def start_worker(self) -> None:
+        self.done.append("start")
+
+
+@pytest.mark.parametrize(("calls", "words"), [(7, "no call"), (8, "only the call in flight")])
+def test_the_accident_waits_for_its_moments_and_tells_what_it_cost(clock, capsys, calls, words):
+    narrator = Narrator(FakeJournal(), clock, clock.monotonic(), COMMAND)
+    installation = FakeInstallation()
+    asked = 0
+    accident = Accident(installation, narrator, lambda: asked)
+
+    accident.advance()
+    assert installation.done == []
+    narrator.succeeded.add(("org_globex", "support-digest"))
+    accident.advance()
+    asked = 2
+    accident.advance()
+    assert installation.done == ["definitions run org_globex handbook"]
+    asked = 3
+    accident.advance()
+    accident.advance()
+    assert installation.done[1:] == ["kill", "start"]
+    asked = calls
+    narrator.succeeded.add(("org_globex", "handbook"))
+    accident.advance()
+    accident.advance()
+
+    told = [line for line in capsys.readouterr().out.splitlines() if "handbook" in line]
+    assert told == [
+        "# kill -9 of the worker, in handbook of org_globex, after 3 model calls",
+        f"# handbook of org_globex: {calls} model calls for 7 pages; the kill repeated {words}",
+    ]
