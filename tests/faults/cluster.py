@@ -22,7 +22,10 @@ from worker.demo.provider import Provider
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_jobs.py")
-HANDLERS = ("steps", "effects", "acts", "polite", "deaf", "spin", "spin_async", "sleep_in_c", "note", "leak")
+HANDLERS = (
+    *("steps", "effects", "acts", "polite", "deaf", "spin", "spin_async", "sleep_in_c", "note", "leak"),
+    "paid",
+)
 RECOVERABLE: dict[str, Any] = {
     "max_attempts": 100,
     "max_recoveries": 100,

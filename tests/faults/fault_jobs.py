@@ -211,3 +211,23 @@ def forms(text: str) -> list[str]:
         signature[:40],
         signature[-40:],
     ]
+
+
+@job("fault.paid")
+async def paid(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Ask the chat server of `params["chat"]` in 50 steps, the last 10 of them four at a time."""
+
+    async def ask(number: int) -> dict[str, Any]:
+        question = {"run": ctx.run.id, "number": number, "attempt": ctx.run.attempt}
+        response = await ctx.http.post(ctx.params["chat"], json=question)
+        answer: dict[str, Any] = response.raise_for_status().json()
+        return answer
+
+    write(ctx, "start", first=0)
+    answers = []
+    for number in range(1, 41):
+        answers.append(await ctx.step("ask", ask, number))
+        write(ctx, "answered", number=number, answer=answers[-1]["id"])
+    answers += await ctx.map("more", ask, range(41, 51), concurrency=4)
+    write(ctx, "end")
+    return {"answers": [answer["id"] for answer in answers]}
