@@ -17,7 +17,7 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
-from worker.store import audit, catalogue, definitions, edit_runs, firing, orgs, steps
+from worker.store import audit, catalogue, definitions, edit_runs, firing, orgs, spending, steps
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
@@ -370,7 +370,7 @@ def _place(
 def _continue(
     connection: Connection, row: Mapping[str, Any], old: RunId, new: RunId, *, at: datetime
 ) -> None:
-    """Give a retry the checkpoint and the steps of the run that it continues.
+    """Give a retry the checkpoint and the steps of the run that it continues; their spends count once.
 
     Raises:
         Conflict: there are none, or the handler that stored them is no longer offered.
@@ -378,6 +378,7 @@ def _continue(
     org_id = OrgId(row["org_id"])
     handler = steps.first_handler(connection, old)
     saved = edit_runs.copy_checkpoint(connection, org_id, old, new, at=at)
+    spending.copy(connection, org_id, old, new)
     if not steps.copy_steps(connection, org_id, old, new) and not saved:
         raise Conflict(
             f"run {old} saved no checkpoint and stored no step", fix="retry it without --from-checkpoint"

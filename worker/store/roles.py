@@ -85,6 +85,7 @@ _WRITES: Mapping[str, Sequence[str]] = {
     # Answers.
     "waits": ("INSERT", "UPDATE (answered_at, answered_by, answer)"),
     "steps": ("INSERT",),
+    "spends": ("INSERT",),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE (runs, attempts, handler_seconds)"),
     "rollup_hours": ("INSERT", "UPDATE (runs)"),

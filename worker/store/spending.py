@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
 from worker.ids import DefinitionId, OrgId, RunId
@@ -133,6 +133,16 @@ def uses(connection: Connection, definition_id: DefinitionId, meters: Collection
     """Those of the meters of which runs of this definition have spent before."""
     query = select(_days.c.meter).where(_days.c.definition_id == definition_id, _days.c.meter.in_(meters))
     return set(connection.execute(query.distinct()).scalars())
+
+
+def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
+    """Give a new run the spends of the steps that it continues with; they are not counted again."""
+    kept = [column for column in _spends.c if column.name != "run_id"]
+    rows = select(literal(to, _spends.c.run_id.type), *kept).where(
+        _spends.c.run_id == of, _spends.c.org_id == org_id, _spends.c.key.like("step:%")
+    )
+    statement = insert(_spends).from_select(["run_id", *(column.name for column in kept)], rows)
+    return connection.execute(statement.execution_options(preserve_rowcount=True)).rowcount
 
 
 # --- Meters that orgworker fills itself: they hold admission. ---

@@ -360,6 +360,29 @@ def test_a_retry_may_begin_from_steps_alone(site, database, rows, step):
     assert site.show(again["id"])["steps"] == []
 
 
+def test_a_retry_has_what_its_steps_spent_and_it_is_not_counted_again(site, database, rows, step):
+    old = site.having("skip").run()
+    step(old["id"])
+    with database.transaction() as connection:
+        connection.execute(
+            tables.spends.insert(),
+            [
+                {
+                    "run_id": old["id"], "meter": "llm_tokens", "key": key, "org_id": rows.orgs[0]["id"],
+                    "definition_id": rows.definitions[0]["id"], "amount": amount, "at": rows.now(),
+                }
+                for key, amount in (("step:1", 20), ("1:1", 3))
+            ],
+        )  # fmt: skip
+    rows.set_ended(old["id"])
+    assert site.show(old["id"])["spends"] == [{"meter": "llm_tokens", "amount": 23, "spends": 2}]
+
+    new = retry(database, old["id"], actor="tester", from_checkpoint=True)
+
+    assert site.show(new["id"])["spends"] == [{"meter": "llm_tokens", "amount": 20, "spends": 1}]
+    assert (rows.meters, rows.meter_days) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("handler", "why_not"),
     [

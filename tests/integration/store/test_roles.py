@@ -43,6 +43,7 @@ WRITES = {
     "checkpoints": ("INSERT",),
     "waits": ("INSERT", "UPDATE answer answered_at answered_by"),
     "steps": ("INSERT",),
+    "spends": ("INSERT",),
     "audit": ("INSERT",),
     "rollup_days": ("INSERT", "UPDATE attempts handler_seconds runs"),
     "rollup_hours": ("INSERT", "UPDATE runs"),
@@ -55,6 +56,7 @@ WRITES = {
 OPERATOR_WRITES = WRITES | {
     "orgs": ("UPDATE state state_at state_by state_note templates_seen updated_at",),
     "credentials": ("INSERT", "UPDATE retired_at state"),
+    "budget_raises": ("INSERT",),
     "access_tokens": ("DELETE",),
     "definitions": (
         "UPDATE closed_at consecutive_failures enabled pause_note paused_at paused_by revision template_id "
@@ -196,6 +198,7 @@ REFERS = {
     "checkpoints": ("run",),
     "waits": ("run",),
     "steps": ("run",),
+    "spends": ("definition", "run"),
 }
 
 

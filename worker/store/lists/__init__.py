@@ -162,6 +162,14 @@ class Step(TypedDict):
     result: Shown[Json]
 
 
+class Spent(TypedDict):
+    """What a run spent of a meter, in how many spends."""
+
+    meter: Shown[str]
+    amount: Shown[int]
+    spends: Shown[int]
+
+
 class Run(TypedDict):
     """One scheduled time of one definition, and its outcome."""
 
@@ -200,6 +208,7 @@ class RunDetail(Run):
     checkpoint: Shown[Json]
     step_count: Shown[int]
     steps: Annotated[list[Step], redaction.rows(Step)]
+    spends: Annotated[list[Spent], redaction.rows(Spent)]
     spec: Shown[Json]
 
 

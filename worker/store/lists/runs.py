@@ -34,6 +34,7 @@ from worker.store.lists import (
     Page,
     Run,
     RunDetail,
+    Spent,
     Step,
     checked_id,
     columns_of,
@@ -299,9 +300,25 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
         "checkpoint": connection.execute(checkpoint.limit(1)).scalar_one_or_none(),
         "step_count": _step_count(connection, org_id, id_),
         "steps": newest_steps(connection, org_id, id_),
+        "spends": _spends_of(connection, org_id, id_),
         "spec": connection.execute(spec.limit(1)).scalar_one_or_none(),
     }
     return cast(RunDetail, {name: more.get(name, found.get(name)) for name in columns_of(RunDetail)})
+
+
+def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spent]:
+    """What a run spent, by meter."""
+    spends = tables.spends
+    query = (
+        select(spends.c.meter, func.sum(spends.c.amount).label("amount"), func.count().label("spends"))
+        .where(spends.c.run_id == run_id, spends.c.org_id == org_id)
+        .group_by(spends.c.meter)
+        .order_by(spends.c.meter)
+    )
+    return [
+        Spent(meter=row["meter"], amount=int(row["amount"]), spends=row["spends"])
+        for row in all_rows(connection, query)
+    ]
 
 
 def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Step]:
