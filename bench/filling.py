@@ -19,7 +19,7 @@ from bench.server import own_server
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.ids import WorkerId, new_id
-from worker.store import schema, worker_store
+from worker.store import schema, workers
 from worker.store.database import Database
 from worker.store.dialect import driver
 
@@ -103,7 +103,7 @@ class Filled:
     def add_worker(self) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
-            worker_store.register(
+            workers.register(
                 connection,
                 worker_id,
                 host="bench",

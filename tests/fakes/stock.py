@@ -13,7 +13,7 @@ from sqlalchemy import insert, select, update
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun
-from worker.store import firing, tables, worker_store
+from worker.store import firing, tables, workers
 from worker.store.database import Database
 from worker.store.sql import statements
 from worker.store.worker_store import RingWalk
@@ -88,7 +88,7 @@ class Stock:
     def worker(self, *, lease: timedelta = LEASE, handlers: Sequence[str] = (HANDLER,)) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
-            worker_store.register(
+            workers.register(
                 connection,
                 worker_id,
                 host="here",

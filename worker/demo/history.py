@@ -27,7 +27,7 @@ from worker.operations.runs import new_run
 from worker.runs.outcome import Cancelled, Error, Failed, Lost, NoToken, Outcome, Refused, Succeeded, Trail
 from worker.runs.outcome import end_attempt as end_of
 from worker.runs.run import AdmittedRun, Isolation, LogLine, NewRun
-from worker.store import audit, credentials, definitions, firing, orgs, sweeps, tables, worker_store
+from worker.store import audit, credentials, definitions, firing, orgs, sweeps, tables, workers
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.sql import statements
@@ -205,7 +205,7 @@ def add(url: str, orgs_of_demo: Sequence[Org], api_url: str, *, until: datetime)
         with database.transaction() as connection:
             worker = WorkerId(_replayed(connection, clock, orgs_of_demo, api_url, until))
             clock.at = until - GAP
-            worker_store.unregister(connection, worker)
+            workers.unregister(connection, worker)
         clock.at = until - PAUSED_FOR
         note = "waits for the new price list, see ticket 4711"
         pause_definition(database, "org_globex", "usage-report", actor=PERSON, note=note)
@@ -219,7 +219,7 @@ def _replayed(
     numbers = random.Random(13)  # noqa: S311 - the same story each time
     replay = Replay(connection, clock, numbers, until - GAP, WorkerId(""))
     replay.worker = WorkerId(replay.new_id(clock.at))
-    worker_store.register(
+    workers.register(
         connection,
         replay.worker,
         lease=SPAN,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Text, cast, func, select, tuple_
+from sqlalchemy import Connection, Text, cast, select, tuple_
 
 from worker.ids import DefinitionId, OrgId
 from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip, NextFire, Upcoming
@@ -153,11 +153,3 @@ def upcoming_for_all_orgs(
         .limit(limit)
     )
     return [Upcoming(*row) for row in connection.execute(query)]
-
-
-def live_workers(connection: Connection) -> int:
-    """The number of workers that hold their lease."""
-    workers = tables.workers
-    alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
-    count: int = connection.execute(select(func.count()).select_from(workers).where(*alive)).scalar_one()
-    return count

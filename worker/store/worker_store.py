@@ -9,11 +9,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, delete, insert, select, tuple_, update
+from sqlalchemy import Connection, select
 
 from worker.errors import NotFound, StoreUnavailable
-from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, WorkerId
-from worker.runs.outcome import EndedAttempt, Trail
+from worker.ids import DefinitionId, OrgId, RunId, WorkerId
+from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
     FireReport,
@@ -30,12 +30,11 @@ from worker.runs.run import (
     Upcoming,
 )
 from worker.runs.waits import NewWait, WaitState
-from worker.store import budgets, firing, spending, states, steps, sweeps, tables
+from worker.store import budgets, firing, spending, states, steps, sweeps, tables, workers
 from worker.store.database import BatchLoader, Database
-from worker.store.definitions import names_of
 from worker.store.dialect import database_now
 from worker.store.sql import statements
-from worker.store.sql.contract import AbandonedRun, Progress, RingStep
+from worker.store.sql.contract import Progress, RingStep
 from worker.telemetry.events import emit
 
 _live = tables.live_runs
@@ -112,119 +111,6 @@ class RingWalk:
         return picked
 
 
-def hand_back(connection: Connection, worker_id: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
-    """End the attempts of these runs as handed back, fenced: the answer to their admission was lost."""
-    fences = {run.id: run.fencing_token for run in owned}
-    rows = connection.execute(
-        select(_live).where(
-            _live.c.id.in_(sorted(fences)), _live.c.worker_id == worker_id, _live.c.state == "running"
-        )
-    ).all()
-    now = database_now(connection)
-    ended = [
-        _ended(
-            row,
-            now,
-            fencing_token=fences[row.id],
-            outcome="handed_back",
-            state="waiting",
-            reason="handed_back",
-            detail="the answer to its admission was lost",
-            recoveries=row.recoveries,
-            keep_start_by=True,
-        )
-        for row in rows
-    ]
-    return statements(connection).finish(connection, worker_id, ended) if ended else set()
-
-
-def _ended(run: Any, now: datetime, **outcome: Any) -> EndedAttempt:
-    """The current attempt of a stored run, ended now."""
-    return EndedAttempt(
-        run_id=run.id,
-        org_id=run.org_id,
-        definition_id=run.definition_id,
-        attempt=run.attempt,
-        started_at=run.started_at,
-        ended_at=now,
-        trail=Trail(run.handler),
-        failures=run.failures,
-        **outcome,
-    )
-
-
-# Runs recovered by one transaction.
-RECOVERED_AT_ONCE = 500
-
-
-def recover(
-    connection: Connection,
-    *,
-    max_recoveries: int,
-    others_than: WorkerId | None = None,
-    still: Callable[[], bool] = lambda: True,
-) -> list[Recovered]:
-    """Take over the runs of workers that ended or whose lease has passed.
-
-    Their attempts are `lost`. The runs wait again (recovered), or fail (lost) after their
-    definition's `max_recoveries`, by default the given one. On SQLite only ended workers count.
-    With `others_than` all other workers count as dead: for the holder of a SQLite file's lock.
-    `still` is checked once the database has answered, since this connection may have hung.
-    """
-    database_now(connection)
-    if not still():
-        return []
-    hot = statements(connection)
-    abandoned = hot.recover_lock(connection, others_than=others_than, limit=RECOVERED_AT_ONCE)
-    if not abandoned:
-        return []
-    most = _max_recoveries(connection, abandoned, max_recoveries)
-    names = names_of(connection, ALL_ORGS, (run.definition_id for run in abandoned))
-    now = database_now(connection)
-    recovered: list[Recovered] = []
-    for worker_id in sorted({run.worker_id for run in abandoned}):
-        ended = [
-            _lost(run, most[run.definition_id, run.revision], now)
-            for run in abandoned
-            if run.worker_id == worker_id
-        ]
-        taken = hot.finish(connection, worker_id, ended)
-        recovered += [
-            Recovered(
-                attempt.run_id,
-                attempt.org_id,
-                attempt.definition_id,
-                *names[attempt.definition_id],
-                attempt.attempt,
-                worker_id,
-                attempt.state,
-            )
-            for attempt in ended
-            if attempt.run_id in taken
-        ]
-    return recovered
-
-
-def _max_recoveries(
-    connection: Connection, abandoned: list[AbandonedRun], default: int
-) -> dict[tuple[str, int], int]:
-    pairs = sorted({(run.definition_id, run.revision) for run in abandoned})
-    query = select(_revisions.c.definition_id, _revisions.c.revision, _revisions.c.spec).where(
-        tuple_(_revisions.c.definition_id, _revisions.c.revision).in_(pairs)
-    )
-    found = {(id_, revision): spec for id_, revision, spec in connection.execute(query)}
-    return {pair: int(found.get(pair, {}).get("max_recoveries", default)) for pair in pairs}
-
-
-def _lost(run: AbandonedRun, most: int, now: datetime) -> EndedAttempt:
-    times = run.recoveries + 1
-    fate: dict[str, Any] = {"state": "waiting", "reason": "recovered"}
-    if times > most:
-        error = {"type": "Lost", "message": f"its worker was lost {times} times in a row"}
-        fate = {"state": "failed", "reason": "lost", "error": error, "error_cause": "lost"}
-    return _ended(run, now, fencing_token=run.fencing_token, outcome="lost", recoveries=times, **fate)
-
-
 def load_progress(connection: Connection, run_id: RunId) -> StoredProgress:
     """The run's last checkpoint, and the handler that stored its first checkpoint or step."""
     saved = select(tables.checkpoints.c.data).where(tables.checkpoints.c.run_id == run_id)
@@ -255,55 +141,6 @@ def run_contexts(
         .where(definition_id.in_({id_ for id_, _ in wanted}), revision.in_({number for _, number in wanted}))
     )
     return {(id_, number): RunContext(*rest) for id_, number, *rest in rows}
-
-
-def register(
-    connection: Connection,
-    worker_id: WorkerId,
-    *,
-    lease: timedelta,
-    handlers: Sequence[str],
-    capacity: Mapping[str, Any],
-    **identity: Any,
-) -> None:
-    """Start an incarnation with this `host`, `pid` and `version`; its lease starts now."""
-    now = database_now(connection)
-    connection.execute(
-        insert(_workers).values(
-            id=worker_id,
-            started_at=now,
-            renewed_at=now,
-            lease_until=now + lease,
-            handlers=sorted(handlers),
-            capacity=dict(capacity),
-            **identity,
-        )
-    )
-
-
-def update_handlers(connection: Connection, worker_id: WorkerId, handlers: Sequence[str]) -> None:
-    """Set the handlers that the worker offers."""
-    connection.execute(update(_workers).where(_workers.c.id == worker_id).values(handlers=sorted(handlers)))
-
-
-def unregister(connection: Connection, worker_id: WorkerId) -> None:
-    """End an incarnation; another worker recovers the runs that it still owns."""
-    connection.execute(
-        update(_workers)
-        .where(_workers.c.id == worker_id, _workers.c.ended_at.is_(None))
-        .values(ended_at=database_now(connection))
-    )
-
-
-def forget_workers(connection: Connection, age: timedelta) -> int:
-    """Delete workers that ended longer than `age` ago and own no runs; returns how many."""
-    owned = select(_live.c.worker_id).where(_live.c.state == "running")
-    result = connection.execute(
-        delete(_workers).where(
-            _workers.c.ended_at < database_now(connection) - age, _workers.c.id.not_in(owned)
-        )
-    )
-    return result.rowcount
 
 
 P = ParamSpec("P")
@@ -452,20 +289,20 @@ class WorkerStore:
 
     async def recover(self, still: Callable[[], bool], *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of workers that are gone, if `still` holds once the database has answered."""
-        return await self.database.call(recover, max_recoveries=max_recoveries, still=still)
+        return await self.database.call(workers.recover, max_recoveries=max_recoveries, still=still)
 
     async def recover_all_others(self, *, max_recoveries: int = 3) -> list[Recovered]:
         """Take over the runs of every other worker: at the start of a SQLite file's one worker."""
         recovered: list[Recovered] = []
         while part := await self.database.call(
-            recover, max_recoveries=max_recoveries, others_than=self._worker_id
+            workers.recover, max_recoveries=max_recoveries, others_than=self._worker_id
         ):
             recovered += part
         return recovered
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this worker owns but does not know."""
-        return await self.database.call(hand_back, self._worker_id, owned)
+        return await self.database.call(workers.hand_back, self._worker_id, owned)
 
     async def sweep(self) -> list[Swept]:
         """Promote held runs and skip expired ones; returns the expired ones."""
@@ -504,7 +341,7 @@ class WorkerStore:
 
     async def live_workers(self) -> int:
         """The number of workers that hold their lease."""
-        return await self.database.call_autocommit(firing.live_workers)
+        return await self.database.call_autocommit(workers.live_workers)
 
     async def mark_no_handler(self) -> None:
         """Mark waiting runs whose handler no worker offers, and unmark others; some at each call."""
@@ -515,11 +352,11 @@ class WorkerStore:
     forget_skips = _in_transaction(sweeps.forget_skips)
     forget_logs = _in_transaction(sweeps.forget_logs)
     forget_counters = _in_transaction(budgets.forget_counters)
-    forget_workers = _in_transaction(forget_workers)
+    forget_workers = _in_transaction(workers.forget_workers)
 
     async def handlers_changed(self, handlers: Sequence[str]) -> None:
         """Set the handlers that this worker offers."""
-        await self.database.call(update_handlers, self._worker_id, handlers)
+        await self.database.call(workers.update_handlers, self._worker_id, handlers)
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         """The org and the definition of a run; runs that start together share a query.
@@ -540,7 +377,7 @@ class WorkerStore:
     def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:
         """Start this incarnation."""
         with self.database.transaction() as connection:
-            register(
+            workers.register(
                 connection,
                 self._worker_id,
                 host=socket.gethostname(),
@@ -560,7 +397,7 @@ class WorkerStore:
     def unregister(self) -> None:
         """End this incarnation."""
         with self.database.transaction() as connection:
-            unregister(connection, self._worker_id)
+            workers.unregister(connection, self._worker_id)
 
 
 class _SpecCache(OrderedDict[tuple[DefinitionId, int], Mapping[str, Any]]):

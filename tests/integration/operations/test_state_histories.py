@@ -34,7 +34,7 @@ from worker.operations.runs import retry, run_now
 from worker.operations.states import clear_state, set_state
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, TimedOut
 from worker.runs.run import AdmittedRun
-from worker.store import catalogue, tables, worker_store
+from worker.store import catalogue, tables, workers
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 
@@ -198,7 +198,7 @@ class History:
         """The worker dies before its end is written, and comes back too late."""
         dead, self.worker = self.worker, Incarnation(self.database, self.clock)
         with self.database.transaction() as connection:
-            worker_store.unregister(connection, dead.id)
+            workers.unregister(connection, dead.id)
         await self.worker.store.recover(lambda: True)
         assert await dead.store.finish([ended]) == set()
 

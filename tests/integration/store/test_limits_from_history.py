@@ -16,7 +16,7 @@ from worker.clock import SystemClock
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
-from worker.store import tables, worker_store
+from worker.store import tables, workers
 from worker.store.database import Database
 from worker.store.sql.postgresql import admit
 from worker.store.worker_store import RingWalk
@@ -165,7 +165,7 @@ def _live(
 def recover(stock: Stock) -> Sequence[RunId]:
     """Recover the runs of dead workers."""
     with stock.database.transaction() as connection:
-        taken = worker_store.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
+        taken = workers.recover(connection, max_recoveries=ALWAYS, still=lambda: True)
     return [run.run_id for run in taken]
 
 

@@ -14,7 +14,7 @@ from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.runs.run import AdmittedRun, NewSkip, NextFire
 from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
-from worker.store import firing, worker_store
+from worker.store import firing, workers
 from worker.store.database import Database
 from worker.store.sql import statements
 
@@ -155,7 +155,7 @@ def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
             data_json="{}",
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in admitted[:50]])
-        worker_store.recover(connection, max_recoveries=3)
+        workers.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in admitted[:50]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in admitted[50:100]))
     parked = admitted[100:150]

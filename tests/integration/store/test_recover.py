@@ -7,7 +7,7 @@ from datetime import timedelta
 from tests.fakes.stock import LEASE, Stock
 from worker.ids import WorkerId
 from worker.runs.run import OwnedRun, Recovered
-from worker.store import tables, worker_store
+from worker.store import tables, workers
 from worker.store.database import Database
 from worker.store.sql import statements
 
@@ -19,12 +19,12 @@ def renew(stock: Stock, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
 
 def recover(stock: Stock, *, max_recoveries: int = 3) -> list[Recovered]:
     with stock.database.transaction() as connection:
-        return worker_store.recover(connection, max_recoveries=max_recoveries)
+        return workers.recover(connection, max_recoveries=max_recoveries)
 
 
 def end(stock: Stock, worker: WorkerId) -> None:
     with stock.database.transaction() as connection:
-        worker_store.unregister(connection, worker)
+        workers.unregister(connection, worker)
 
 
 def test_a_renewal_extends_the_lease_and_names_what_is_owned(stock: Stock) -> None:
@@ -157,7 +157,7 @@ def test_the_holder_of_the_lock_takes_the_runs_of_all_others(stock: Stock) -> No
     (mine,) = stock.admit(me, 1)
 
     with stock.database.transaction() as connection:
-        recovered = worker_store.recover(connection, others_than=me, max_recoveries=3)
+        recovered = workers.recover(connection, others_than=me, max_recoveries=3)
 
     assert [run.run_id for run in recovered] == [theirs.id]
     live = stock.live(mine.id)
@@ -177,7 +177,7 @@ def test_old_rows_of_ended_workers_are_forgotten(stock: Stock) -> None:
     end(stock, recent)
 
     with stock.database.transaction() as connection:
-        assert worker_store.forget_workers(connection, timedelta(days=30)) == 1
+        assert workers.forget_workers(connection, timedelta(days=30)) == 1
 
     assert {row["id"] for row in stock.all(tables.workers)} == {recent, owner}
 
@@ -221,8 +221,8 @@ def test_two_recoveries_at_once_take_each_run_once(postgres: Database) -> None:
     stock.let_lease_pass(dead)
 
     with postgres.transaction() as first, postgres.transaction() as second:
-        one = worker_store.recover(first, max_recoveries=3)
-        two = worker_store.recover(second, max_recoveries=3)
+        one = workers.recover(first, max_recoveries=3)
+        two = workers.recover(second, max_recoveries=3)
 
     assert (len(one), len(two)) == (4, 0)
 
@@ -245,6 +245,6 @@ def test_a_recovery_that_was_held_up_is_asked_for_once_more(stock: Stock) -> Non
     end(stock, worker)
 
     with stock.database.transaction() as connection:
-        assert worker_store.recover(connection, max_recoveries=3, still=lambda: False) == []
+        assert workers.recover(connection, max_recoveries=3, still=lambda: False) == []
 
     assert [found.worker for found in recover(stock)] == [worker]

@@ -9,7 +9,7 @@ from sqlalchemy import insert
 from tests.fakes.stock import HANDLER, Stock
 from worker.ids import new_id
 from worker.runs.run import LogLine
-from worker.store import sweeps, tables, worker_store
+from worker.store import sweeps, tables, workers
 from worker.store.sql import statements
 
 DAY = timedelta(days=1)
@@ -108,11 +108,11 @@ def test_skips_lines_and_workers_go_at_their_own_age(stock):
             statements(connection).append_logs(
                 connection, [LogLine("0" * 8 + new_id()[8:], 1, days, org_id, at, "info", "log", "hello")]
             )
-        worker_store.unregister(connection, ended)
+        workers.unregister(connection, ended)
 
         assert sweeps.forget_skips(connection, 7 * DAY, limit=10) == 1
         assert sweeps.forget_logs(connection, 7 * DAY, limit=10) == 1
-        assert worker_store.forget_workers(connection, timedelta(seconds=-1)) == 1
+        assert workers.forget_workers(connection, timedelta(seconds=-1)) == 1
 
     assert [row["skipped_from"] for row in stock.all(tables.skips)] == [now - DAY]
     assert [row["seq"] for row in stock.all(tables.run_logs)] == [1]

@@ -15,7 +15,7 @@ from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.runs.run import NewSkip, NextFire
 from worker.runs.waits import NewWait
 from worker.store import dialect as driver_module
-from worker.store import firing, worker_store
+from worker.store import firing, workers
 from worker.store.dialect import driver
 from worker.store.sql import statements
 from worker.store.sql.sqlite.values import MOST
@@ -106,7 +106,7 @@ def test_each_hot_statement_goes_by_an_index(
             data_json="{}",
         )
         hot.write_progress(connection, [(run.id, run.fencing_token, {"done": 1}) for run in held[:5]])
-        worker_store.recover(connection, max_recoveries=3)
+        workers.recover(connection, max_recoveries=3)
     stock.finish(worker, *(stock.ended(run) for run in held[:20]))
     stock.finish(worker, *(stock.ended(run, "waiting") for run in held[20:40]))
     parked = held[40:]

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from tests.fakes.stock import Stock
 from worker.ids import DefinitionId, OrgId, WorkerId
 from worker.runs.run import AdmittedRun, LoadedState
-from worker.store import definitions, states, tables, worker_store
+from worker.store import definitions, states, tables, workers
 from worker.store.database import Database
 
 
@@ -84,8 +84,8 @@ def test_a_worker_that_lost_the_run_commits_nothing(stock: Stock) -> None:
     definition, other = stock.definition(org), stock.definition(org)
     lost = admitted(stock, late, org, definition)
     with stock.database.transaction() as connection:
-        worker_store.unregister(connection, late)
-        worker_store.recover(connection, max_recoveries=3)
+        workers.unregister(connection, late)
+        workers.recover(connection, max_recoveries=3)
     stock.make_available(lost.id)
     (taken,) = stock.admit(worker)
     mine = admitted(stock, worker, org, other)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, Stock
 from worker.runs.run import NewRun
-from worker.store import sweeps, tables, worker_store
+from worker.store import sweeps, tables, workers
 
 
 def reason(stock: Stock, run: NewRun) -> str:
@@ -40,7 +40,7 @@ def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: St
     assert mark(stock) == 0
 
     with stock.database.transaction() as connection:
-        worker_store.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
+        workers.update_handlers(connection, worker, [HANDLER, "acme.v2", "acme.foreign"])
     assert mark(stock) == 2
     assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
 
