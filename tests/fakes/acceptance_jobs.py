@@ -260,14 +260,3 @@ async def agent(ctx: Context[Any, Any]) -> str:
 
     result = await durable(counter, ctx).run("Count.")
     return result.output
-
-
-@job("acme.remembers", state=True)
-async def remembers(ctx: Context[Any, Any]) -> int:
-    """Count the runs of the definition; the first attempt of the second one changes the state and hangs."""
-    write(ctx, who="remembers", state=dict(ctx.state))
-    ctx.state["runs"] = ctx.state.get("runs", 0) + 1
-    if ctx.state["runs"] == 2 and ctx.run.attempt == 1:
-        write(ctx, who="hangs")
-        await asyncio.sleep(3600)
-    return int(ctx.state["runs"])

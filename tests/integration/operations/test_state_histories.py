@@ -23,6 +23,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.execution.trial import FakeTokens
 from worker.handlers.catalogue import HandlerEntry
@@ -81,6 +82,7 @@ class Incarnation:
             handlers=handlers,
             runners={"child": self},
             checkpoints=self.store,
+            steps=StepWriter(self.store, clock),
             run_log=RunLogWriter(self.store, clock),
             clock=clock,
             random=Random(1),
