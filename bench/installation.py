@@ -32,6 +32,9 @@ from worker.tokens.sealing import KeyRing
 
 AUDIENCE = "https://api.bench.example"
 HANDLERS = """\
+import asyncio
+import time
+
 from worker import job
 
 
@@ -48,7 +51,36 @@ async def fails(ctx):
 @job("bench.child")
 def child(ctx):
     return None
+
+
+async def stepwise(ctx):
+    async def nothing():
+        return None
+
+    took = []
+    began = time.time()
+    for _ in range(ctx.params["steps"]):
+        at = time.perf_counter()
+        await ctx.step("nothing", nothing)
+        took.append(round(time.perf_counter() - at, 6))
+    return {"began": began, "ended": time.time(), "took": took}
+
+
+steps = job("bench.steps")(stepwise)
+steps_inline = job("bench.steps_inline", isolation="inline")(stepwise)
+
+
+@job("bench.map")
+async def mapped(ctx):
+    began = time.time()
+    await ctx.map("call", asyncio.sleep, [ctx.params["seconds"]] * ctx.params["steps"], concurrency=8)
+    return {"began": began, "ended": time.time(), "took": []}
 """
+ENTRY_POINTS = {
+    **{f"bench.{name}": f"orgworker_bench:{name}" for name in ("inline", "fails", "child", "steps")},
+    "bench.steps_inline": "orgworker_bench:steps_inline",
+    "bench.map": "orgworker_bench:mapped",
+}
 BATCH = 500
 
 
@@ -258,9 +290,7 @@ def installation(dialect: str, *, orgs: int, limit: int = 10_000) -> Iterator[In
             plugins,
             dist="orgworker-bench",
             modules={"orgworker_bench": HANDLERS},
-            entry_points={
-                f"bench.{name}": f"orgworker_bench:{name}" for name in ("inline", "fails", "child")
-            },
+            entry_points=ENTRY_POINTS,
         )
         provider, thread = serve_provider()
         stack.enter_context(thread)
