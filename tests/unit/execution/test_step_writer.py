@@ -11,8 +11,10 @@ import pytest
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
+from worker.execution.attempts.inflight import InflightRun
 from worker.execution.loops import step_writer
 from worker.execution.loops.step_writer import BATCH, RETRY, StepWriter
+from worker.execution.runners.contract import StopSignal
 from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.run import NewStep, RunStep, StepPage
@@ -136,3 +138,26 @@ async def test_a_cancelled_caller_does_not_stop_the_write(clock: ManualClock) ->
         await settle()
 
     assert len(store.batches) == 1
+
+
+async def test_a_step_of_a_process_that_died_is_stored_before_its_end(clock: ManualClock) -> None:
+    """The worker has its result already: the end of the attempt would fence it out."""
+    store, inflight = Store(), InflightRun(admitted(), StopSignal())
+    store.away = True
+    async with running(store, clock) as writer:
+        request = asyncio.create_task(inflight.store(writer.store_step(step())))
+        await settle()
+        request.cancel()
+        with suppress(asyncio.CancelledError):
+            await request
+        assert inflight.storing
+
+        ending = asyncio.create_task(inflight.stored())
+        await settle()
+        assert not ending.done()
+        store.away = False
+        clock.advance(RETRY)
+        await ending
+
+    assert len(store.batches) == 1
+    assert not inflight.storing

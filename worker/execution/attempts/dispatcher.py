@@ -91,6 +91,7 @@ class Dispatcher:
 
     async def _attempt(self, inflight: InflightRun) -> None:
         ended = await attempt(inflight, self.tools)
+        await inflight.stored()
         await self.tools.run_log.flush_run(inflight.run)
         self.finisher.put(ended)
 

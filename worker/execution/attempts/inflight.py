@@ -20,12 +20,17 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class InflightRun:
-    """An admitted run, until its end is written; `moved` once the attempt has saved a new checkpoint."""
+    """An admitted run, until its end is written.
+
+    `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
+    stored, which a process may leave behind that dies.
+    """
 
     run: AdmittedRun
     stop: StopSignal
     plan: AttemptPlan | None = None
     moved: bool = False
+    storing: set[asyncio.Future[bool]] | None = None
 
     @property
     def org_code(self) -> str | None:
@@ -34,6 +39,19 @@ class InflightRun:
     @property
     def cancel_grace(self) -> timedelta:
         return CANCEL_GRACE if self.plan is None else self.plan.definition.cancel_grace
+
+    async def store(self, storing: Coroutine[Any, Any, bool]) -> bool:
+        """The result of storing a step. It goes on if the caller is cancelled: the call was made and paid."""
+        task = asyncio.ensure_future(storing)
+        self.storing = self.storing or set()
+        self.storing.add(task)
+        task.add_done_callback(self.storing.discard)
+        return await asyncio.shield(task)
+
+    async def stored(self) -> None:
+        """Wait for the steps that are being stored: the end of the attempt would fence them out."""
+        if self.storing:
+            await asyncio.wait(self.storing)
 
     async def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, or None as soon as this run is asked to stop."""

@@ -182,8 +182,9 @@ class AttemptServices:
             raise StepError(f"step {step.name}: {TOTAL_FULL}")
         self._places.add(step.seq)
         self._totals = (last, size + row.size)
-        self._check_ours(await self._when_available(lambda: self.tools.steps.store_step(row)))
+        # Before it is stored: the process may die first.
         self.inflight.moved = True
+        self._check_ours(await self.inflight.store(self.tools.steps.store_step(row)))
         return masked
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
