@@ -29,10 +29,11 @@ from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import RunContext
 
 from tests.fakes.clock import ManualClock
-from worker import Context, StepError, durable
+from worker import Context, StepError, durable, job
 from worker.handlers.step_calls import StepCalls
 from worker.handlers.steps import StepJournal
 from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.testing import Crash, Orgworker
 
 pytestmark = pytest.mark.anyio
 
@@ -163,6 +164,22 @@ async def test_a_killed_attempt_pays_only_for_what_was_in_flight(
     assert result.output == EXPECTED
     assert called.requests + len(called.tools) == made + 7 - stored
     assert store.names.total() == 7
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_a_run_that_crashes_after_a_step_goes_on_behind_it(
+    orgworker: Orgworker, forecaster: Agent, called: Called, after: int
+):
+    @job("acme.forecast")
+    async def forecast(ctx: Context[dict[str, Any], Any]) -> str:
+        return (await durable(forecaster, ctx).run("Where is it warm?")).output
+
+    finished = orgworker.run(forecast, faults=[Crash(after_step=after)])
+
+    assert [attempt.outcome for attempt in finished.attempts] == ["lost", "succeeded"]
+    assert finished.result == EXPECTED
+    # Besides what is stored, the other tools of the same response were in flight.
+    assert 7 <= called.requests + len(called.tools) <= 9
 
 
 async def test_a_finished_run_is_replayed_without_a_call(store: Store, forecaster: Agent, called: Called):
