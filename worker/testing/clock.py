@@ -75,9 +75,17 @@ class _LeapingSelector(selectors.DefaultSelector):
         others = [thread for thread in started if not thread.name.startswith("asyncio_")]
         if not others:
             return False
+        if any(map(_has_a_call, others)):
+            return True
         time.sleep(SLICE / 2)  # a thread that just received work starts on it now
         frames = sys._current_frames()
         return any(thread.ident in frames and not _is_idle(frames[thread.ident]) for thread in others)
+
+
+def _has_a_call(thread: threading.Thread) -> bool:
+    """Whether a thread of AnyIO has a call; under load, it may not have begun it."""
+    queue = getattr(thread, "queue", None)
+    return getattr(queue, "unfinished_tasks", 0) > 0
 
 
 def _is_idle(frame: Any) -> bool:
