@@ -87,6 +87,17 @@ async def test_the_page_and_the_api_show_what_it_remembers_to_its_org_and_operat
         assert (cleared.status_code, cleared.json()["data"]) == (200, {})
 
 
+async def test_the_page_of_handlers_says_which_have_state(staffed: Site):
+    assert "with state between runs" not in words((await staffed.get("/handlers", TOKENS["viewer"])).text)
+    with staffed.database.transaction() as connection:
+        is_digest = tables.catalogue.c.name == "acme.digest"
+        connection.execute(update(tables.catalogue).where(is_digest).values(state=True))
+
+    page = words((await staffed.get("/handlers", TOKENS["viewer"])).text)
+
+    assert page.count("with state between runs") == 1
+
+
 async def test_clock_changes_and_what_will_be_skipped_are_noted(staffed: Site):
     staffed.clock.set(datetime(2030, 3, 30, tzinfo=UTC))
     edit(staffed, schedule="30 2 * * *", timezone="Europe/Berlin")
