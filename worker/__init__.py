@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from worker.handlers.job import job
     from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
     from worker.handlers.steps import StepError
+    from worker.handlers.waits import WaitTimeout
 
 _HOMES = {
     "AccessToken": "worker.claims.claims",
@@ -27,6 +28,7 @@ _HOMES = {
     "durable": "worker.handlers.agents",
     "httpx2_client": "worker.handlers.httpx2_client",
     "StepError": "worker.handlers.steps",
+    "WaitTimeout": "worker.handlers.waits",
     "job": "worker.handlers.job",
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "Retry",
     "Snooze",
     "StepError",
+    "WaitTimeout",
     "durable",
     "httpx2_client",
     "job",

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from worker import BlockingContext, Context, job
+from worker import BlockingContext, Context, WaitTimeout, job
 
 # A process of the run that outlives its parent unless it is killed.
 GRANDCHILD = """
@@ -260,3 +260,43 @@ async def agent(ctx: Context[Any, Any]) -> str:
 
     result = await durable(counter, ctx).run("Count.")
     return result.output
+
+
+@job("acme.approved")
+async def approved(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Pay for a draft, wait for a person's word, and publish."""
+
+    def pay(what: str) -> str:
+        write(ctx, who="paid", what=what)
+        return what
+
+    draft = await ctx.step("draft", pay, "draft")
+    await ctx.sleep(ctx.params.get("sleep", "0s"))
+    answer = await ctx.wait_for("approval", timeout="1h", ask={"publish": draft})
+    return {"answer": answer, "published": await ctx.step("publish", pay, "publish")}
+
+
+@job("acme.approved_blocking")
+def approved_blocking(ctx: BlockingContext[Any, Any]) -> Any:
+    """Wait for a person's word in a handler that blocks, and swallow whatever it raises."""
+    write(ctx, who="asked")
+    try:
+        return ctx.wait_for("approval", timeout="1h")
+    except BaseException:
+        return "swallowed"
+
+
+@job("acme.approved_inline", isolation="inline")
+async def approved_inline(ctx: Context[Any, Any]) -> Any:
+    """Wait for a person's word in the worker's own process."""
+    return await ctx.wait_for("approval")
+
+
+@job("acme.impatient")
+async def impatient(ctx: Context[Any, Any]) -> str:
+    """Wait for a word that nobody gives."""
+    try:
+        await ctx.wait_for("approval", timeout="1s")
+    except WaitTimeout:
+        return "nobody answered"
+    return "answered"

@@ -16,6 +16,7 @@ from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.contract import Work
 from worker.ids import RunId
 from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.runs.waits import NewWait, WaitState
 
 MODULE = "process_jobs"
 NOW = datetime(2030, 1, 1, 3, tzinfo=UTC)
@@ -71,6 +72,8 @@ class RecordingServices:
     progressed: list[tuple[float, float | None, str | None]] = field(default_factory=list)
     lines: list[tuple[str, str, str]] = field(default_factory=list)
     steps: list[NewStep] = field(default_factory=list)
+    waits: list[NewWait] = field(default_factory=list)
+    states: dict[str, WaitState] = field(default_factory=dict)
     tokens_asked: list[bool] = field(default_factory=list)
     has_started: bool = False
     closed: bool = False
@@ -90,6 +93,12 @@ class RecordingServices:
 
     async def load_steps(self, after: int) -> StepPage:
         return page(self.steps, after)
+
+    async def open_wait(self, wait: NewWait) -> WaitState:
+        if self.closed:
+            raise LeaseLost("the run has ended")
+        self.waits.append(wait)
+        return self.states.get(wait.name, WaitState(wait.kind, "pending"))
 
     async def store_step(self, step: NewStep) -> str:
         if self.closed:

@@ -263,7 +263,7 @@ def test_the_file_is_found_by_argument_then_variable_then_place():
         ),
         (
             "[web.portal]\nmay = ['delete']",
-            "web.portal.may: Input should be 'run', 'pause', 'retry' or 'cancel'",
+            "web.portal.may: Input should be 'run', 'pause', 'retry', 'cancel' or 'answer'",
         ),
         ("[alerts]\nwebhook_url = 'example.com'", "alerts.webhook_url: not a URL"),
         ("[alerts]\nwebhook_url = 'https://a'", "webhook_url needs webhook_secret"),

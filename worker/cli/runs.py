@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 import time
@@ -331,8 +332,44 @@ def why(
         print_row(found.as_row(), output, key="run")
 
 
-app = typer.Typer(help="Runs: list, show, why, cancel, retry, logs.")
+def answer(
+    context: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `runs list` prints it.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="What it waits for, as `runs show` lists it in `waits`.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", metavar="JSON", help='The answer, such as true or {"approved": true}.')
+    ],
+    occurrence: Annotated[
+        int, typer.Option("--occurrence", metavar="N", min=1, help="Which wait of that name in the run.")
+    ] = 1,
+    output: OutputOption = Format.TABLE,
+) -> None:
+    """Answer what a run waits for, so that it goes on; the first answer counts.
+
+    An answer that comes before the run waits is kept. Exit 5 if it was answered already, its
+    deadline has passed, or the run has ended.
+    """
+    from worker.operations.answers import answer as operation
+
+    session = session_of(context)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UsageError(
+            f"--data: {data!r:.80} is not JSON", fix="""quote text, as in --data '"yes"'"""
+        ) from None
+    with session.database() as database:
+        row = operation(
+            database, _whole(database, run), name, value, actor=session.actor, occurrence=occurrence
+        )
+    print_row(row, output, key="name")
+
+
+app = typer.Typer(help="Runs: list, show, why, answer, cancel, retry, logs.")
 app.command("why")(why)
+app.command("answer")(answer)
 app.command("retry")(retry)
 app.command("cancel")(cancel)
 

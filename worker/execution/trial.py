@@ -7,9 +7,9 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from random import SystemRandom
-from typing import Any
+from typing import Any, Literal
 
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import decode
@@ -38,6 +38,7 @@ from worker.runs.run import (
     StoredProgress,
     StoredStep,
 )
+from worker.runs.waits import NewWait, WaitState
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)
@@ -133,6 +134,22 @@ class Subject:
     api_base_url: str = ""
 
 
+@dataclass(slots=True)
+class TrialWait:
+    """A wait of a trial's run; `attempt` is the last one that opened it."""
+
+    wait: NewWait
+    until: datetime | None
+    attempt: int = 0
+    is_answered: bool = False
+    is_over: bool = False
+    answer_json: str | None = None
+
+    def deadline(self) -> datetime:
+        """When it is over without an answer; the end of time without a deadline."""
+        return self.until or datetime.max.replace(tzinfo=UTC)
+
+
 class Trial:
     """A run; each call of `attempt` makes its next attempt.
 
@@ -157,6 +174,7 @@ class Trial:
         on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None,
         on_saved: Callable[[Trial], Awaitable[None]] | None = None,
         on_step: Callable[[Trial], Awaitable[None]] | None = None,
+        answers: Mapping[str, Any] | None = None,
     ) -> None:
         self._subject = subject
         self._live = live
@@ -167,6 +185,8 @@ class Trial:
         self.steps: list[RunStep] = []
         # The handler that first stored progress.
         self._kept: str | None = None
+        self.waits: dict[tuple[str, int], TrialWait] = {}
+        self._answers = dict(answers or {})
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
         self._state = json.dumps(state or {})
         now, run_id = clock.now(), RunId(new_id())
@@ -209,6 +229,7 @@ class Trial:
             runners={isolation: runner},
             checkpoints=self,
             steps=self,
+            waits=self,
             run_log=RunLogWriter(self, clock),
             clock=clock,
             random=SystemRandom(),
@@ -246,6 +267,27 @@ class Trial:
             started_at=next_at,
         )
         return ended
+
+    def resume(self) -> timedelta | None:
+        """Let the parked run go on: give the answers that it waits for, or let the first deadline pass.
+
+        Returns how long that takes; None if it would wait forever, since no answer is given.
+        """
+        now = self._tools.clock.now()
+        pending = [each for each in self.waits.values() if each.attempt == self._run.attempt - 1]
+        answered = False
+        for each in pending:
+            key = each.wait.name if each.wait.occurrence == 1 else f"{each.wait.name}#{each.wait.occurrence}"
+            if each.wait.kind == "answer" and key in self._answers and not each.is_over:
+                each.answer_json = masker.mask(json.dumps(self._answers[key]))
+                answered = each.is_answered = True
+        if answered:
+            return timedelta()
+        first = min(pending, key=TrialWait.deadline, default=None)
+        if first is None or first.until is None:
+            return None
+        first.is_over = True
+        return max(first.deadline() - now, timedelta())
 
     # The stores that an attempt needs.
 
@@ -295,6 +337,22 @@ class Trial:
 
     async def load_state(self, run: AdmittedRun) -> LoadedState:
         return LoadedState(self.state, commits=True)
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        if self.inflight.stop.killed:
+            return None
+        now = self._tools.clock.now()
+        found = self.waits.get((wait.name, wait.occurrence))
+        if found is None:
+            until = None if wait.seconds is None else now + timedelta(seconds=wait.seconds)
+            found = self.waits[wait.name, wait.occurrence] = TrialWait(wait, until)
+        found.attempt = run.attempt
+        if not found.is_answered and found.until is not None and found.until <= now:
+            found.is_over = True
+        state: Literal["answered", "over", "pending"] = "over" if found.is_over else "pending"
+        if found.is_answered:
+            state = "answered"
+        return WaitState(found.wait.kind, state, found.answer_json, found.until)
 
     async def write_progress(self, rows: Sequence[Progress]) -> None:
         for _, _, progress in rows:

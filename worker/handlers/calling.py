@@ -18,6 +18,7 @@ from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInva
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
 from worker.handlers.state import State
 from worker.handlers.steps import StepError
+from worker.handlers.waits import WaitTimeout, parked_of
 from worker.runs.outcome import (
     Cancelled,
     Error,
@@ -45,11 +46,15 @@ async def call(job: Job, ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> 
     """Call a handler, await it if it is async. SystemExit propagates; everything else becomes an outcome."""
     try:
         result = job(ctx)
-        return _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
+        outcome = _with_state(outcome_of(await result if job.is_async else result), state_of(ctx))
     except SystemExit:
-        raise
+        if parked_of(ctx) is None:
+            raise
+        outcome = Succeeded()
     except BaseException as error:
-        return outcome_of_error(error)
+        outcome = outcome_of_error(error)
+    # Once the attempt parks, what the handler returns or raises does not count.
+    return parked_of(ctx) or outcome
 
 
 def call_blocking(job: Job, ctx: BlockingContext[Any, Any]) -> Outcome:
@@ -95,7 +100,7 @@ def _with_state(outcome: Outcome, state: State | None) -> Outcome:
 def outcome_of_error(error: BaseException) -> Outcome:
     """The outcome for an exception that a handler raised."""
     match error:
-        case PermanentError() | StepError():
+        case PermanentError() | StepError() | WaitTimeout():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():
             return Refused("settings_invalid", error.property, str(error))

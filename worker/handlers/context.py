@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -36,6 +37,15 @@ from worker.handlers.step_calls import (
     Tries,
 )
 from worker.handlers.steps import StepJournal
+from worker.handlers.waits import (
+    SLEEP,
+    AsyncWaits,
+    BlockingWaitPort,
+    BlockingWaits,
+    OnPark,
+    WaitPort,
+    no_runner,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -49,7 +59,7 @@ class _ReportsProgress(Protocol):
     def progress(self, done: float, total: float | None, note: str | None) -> None: ...
 
 
-class WorkerPort(_ReportsProgress, StepPort, Protocol):
+class WorkerPort(_ReportsProgress, StepPort, WaitPort, Protocol):
     """How a context reaches the worker from an event loop."""
 
     async def save(self, data_json: str) -> None: ...
@@ -57,7 +67,7 @@ class WorkerPort(_ReportsProgress, StepPort, Protocol):
     async def token(self, *, fresh: bool) -> Granted: ...
 
 
-class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, Protocol):
+class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, BlockingWaitPort, Protocol):
     """The same for a handler that blocks."""
 
     def save(self, data_json: str) -> None: ...
@@ -97,6 +107,10 @@ class _Shared(Generic[P, S]):
         self._progress = port.progress
         self._renew = renew
 
+    @cached_property
+    def _journal(self) -> StepJournal:
+        return StepJournal(replays=self._given.replays)
+
     @property
     def claims(self) -> Claims:
         """The claims of the newest token."""
@@ -131,7 +145,8 @@ class _Shared(Generic[P, S]):
 class Context(_Shared[P, S]):
     """What an async handler may use: its org's run, token and API, and nothing of another org.
 
-    `transports` replace the network of `http` and `public_http`, by name.
+    `transports` replace the network of `http` and `public_http`, by name. `on_park` is called when
+    the attempt parks.
     """
 
     def __init__(
@@ -140,16 +155,22 @@ class Context(_Shared[P, S]):
         port: WorkerPort,
         cancelled: Cancellation,
         transports: Mapping[str, httpx.AsyncBaseTransport] | None = None,
+        on_park: OnPark = no_runner,
     ) -> None:
         super().__init__(given, port, lambda fresh: port.token(fresh=fresh))
         self.cancelled = cancelled
         self._port = port
         self._transports = transports or {}
+        self._on_park = on_park
+        self._task = _current_task()
 
     @cached_property
     def _steps(self) -> StepCalls:
-        journal = StepJournal(replays=self._given.replays)
-        return StepCalls(journal, self._port, self._given.held.clock)
+        return StepCalls(self._journal, self._port, self._given.held.clock)
+
+    @cached_property
+    def _waits(self) -> AsyncWaits:
+        return AsyncWaits(self._journal, self._port, self._on_park, self._task)
 
     def step(
         self,
@@ -197,6 +218,26 @@ class Context(_Shared[P, S]):
         tries = Tries.of(retries, backoff, timeout)
         return self._steps.map(name, function, items, concurrency, key, tries)
 
+    def sleep(self, duration: Duration, /, *, name: str = SLEEP) -> Coroutine[Any, Any, None]:
+        """Wait without a process: the attempt ends, and the next one goes on after `duration`.
+
+        The time counts from the first call in the run. Steps and waits before it return what they
+        returned, without a call. Other sleeps in tasks that run at the same time need a `name` each.
+        """
+        return self._waits.sleep(duration, name)
+
+    def wait_for(
+        self, name: str, /, *, timeout: Duration | None = None, ask: Any = None, alert: bool = False
+    ) -> Coroutine[Any, Any, Any]:
+        """Wait for a person's or a program's answer, without a process, and return its JSON data.
+
+        `runs answer RUN NAME`, the console and the API give the answer; the first one counts. `ask` is
+        at most 16 KiB of JSON for the people asked; those that it has as a list `options` become
+        buttons. After `timeout`, which counts from the first call in the run, WaitTimeout is raised.
+        With `alert` an alert fires while the run waits.
+        """
+        return self._waits.wait_for(name, timeout, ask, alert)
+
     @cached_property
     def http(self) -> httpx.AsyncClient:
         """An httpx client that sends the org's token only to the issuer's `api_origins`.
@@ -238,6 +279,7 @@ class BlockingContext(_Shared[P, S]):
         port: BlockingWorkerPort,
         cancelled: BlockingCancellation,
         transports: Mapping[str, httpx.BaseTransport] | None = None,
+        on_park: OnPark = no_runner,
     ) -> None:
         async def renew(fresh: bool) -> Granted:
             return port.token(fresh=fresh)
@@ -246,11 +288,15 @@ class BlockingContext(_Shared[P, S]):
         self.cancelled = cancelled
         self._port = port
         self._transports = transports or {}
+        self._on_park = on_park
 
     @cached_property
     def _steps(self) -> BlockingStepCalls:
-        journal = StepJournal(replays=self._given.replays)
-        return BlockingStepCalls(journal, self._port, self._given.held.clock)
+        return BlockingStepCalls(self._journal, self._port, self._given.held.clock)
+
+    @cached_property
+    def _waits(self) -> BlockingWaits:
+        return BlockingWaits(self._journal, self._port, self._on_park)
 
     def step(
         self,
@@ -285,6 +331,16 @@ class BlockingContext(_Shared[P, S]):
         tries = Tries.of(retries, backoff, timeout)
         return self._steps.map(name, function, items, concurrency, key, tries)
 
+    def sleep(self, duration: Duration, /, *, name: str = SLEEP) -> None:
+        """As `Context.sleep`. Ends the handler by a BaseException, which it must not catch."""
+        self._waits.sleep(duration, name)
+
+    def wait_for(
+        self, name: str, /, *, timeout: Duration | None = None, ask: Any = None, alert: bool = False
+    ) -> Any:
+        """As `Context.wait_for`. Ends the handler by a BaseException, which it must not catch."""
+        return self._waits.wait_for(name, timeout, ask, alert)
+
     @cached_property
     def http(self) -> httpx.Client:
         """An httpx client that sends the org's token only to the issuer's `api_origins`.
@@ -312,12 +368,21 @@ class BlockingContext(_Shared[P, S]):
 
     def save(self, data: Any) -> None:
         """As `Context.save`."""
+        if "_waits" in self.__dict__:
+            self._waits.refuse()
         self._port.save(checkpoint_text(self._given.job, data))
 
 
 def state_of(ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> State | None:
     """The state that the attempt loaded, if its handler declares one."""
     return ctx._given.state
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 async def close_http(ctx: Context[Any, Any]) -> None:

@@ -157,6 +157,7 @@ class StepJournal:
         self._stored: dict[StepId, str] = {}
         self._last = self._size = 0
         self._on_idle: list[Callable[[], None]] = []
+        self._closed: type[BaseException] | None = None
 
     @property
     def last(self) -> int:
@@ -189,6 +190,8 @@ class StepJournal:
     def open(self, step: StepId) -> Iterator[OpenStep]:
         """The step is in flight, and the current task or thread inside of it; raises StepError."""
         self.refuse_inside(f"step {step.name}")
+        if self._closed is not None:
+            raise self._closed("the attempt is parked")
         with self.busy():
             if self._last + self.in_flight > MOST_STEPS:
                 raise StepError(f"step {step}: the run has {MOST_STEPS:,} steps, the limit; split the work")
@@ -220,6 +223,10 @@ class StepJournal:
     def on_idle(self, callback: Callable[[], None]) -> None:
         """Call this each time that no step is in flight any more, in the task or thread of the last one."""
         self._on_idle.append(callback)
+
+    def close(self, error: type[BaseException]) -> None:
+        """The attempt is parked: no step begins any more, but raises this."""
+        self._closed = error
 
     def next_seq(self, size: int) -> int:
         """The place of a result of `size` bytes among the steps of the run."""

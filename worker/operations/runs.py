@@ -17,7 +17,17 @@ from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
 from worker.operations.handlers import Handlers, as_taken
 from worker.runs.run import NewRun, Origin
-from worker.store import audit, catalogue, definitions, edit_runs, firing, orgs, spending, steps
+from worker.store import (
+    audit,
+    catalogue,
+    definitions,
+    edit_runs,
+    firing,
+    orgs,
+    spending,
+    steps,
+    waits,
+)
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.edit_runs import Cancellable, Retryable
@@ -370,7 +380,7 @@ def _place(
 def _continue(
     connection: Connection, row: Mapping[str, Any], old: RunId, new: RunId, *, at: datetime
 ) -> None:
-    """Give a retry the checkpoint and the steps of the run that it continues; their spends count once.
+    """Give a retry the checkpoint, the steps with their spends, and the answers of the run that it continues.
 
     Raises:
         Conflict: there are none, or the handler that stored them is no longer offered.
@@ -378,8 +388,10 @@ def _continue(
     org_id = OrgId(row["org_id"])
     handler = steps.first_handler(connection, old)
     saved = edit_runs.copy_checkpoint(connection, org_id, old, new, at=at)
+    stored = steps.copy_steps(connection, org_id, old, new)
     spending.copy(connection, org_id, old, new)
-    if not steps.copy_steps(connection, org_id, old, new) and not saved:
+    answered = waits.copy(connection, org_id, old, new)
+    if not (saved or stored or answered):
         raise Conflict(
             f"run {old} saved no checkpoint and stored no step", fix="retry it without --from-checkpoint"
         )

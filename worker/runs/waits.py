@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 WaitKind = Literal["sleep", "answer", "budget"]
+KINDS: tuple[WaitKind, ...] = get_args(WaitKind)
 
 # Waits of one run.
 MOST_WAITS = 10_000

@@ -77,7 +77,7 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     "when the budget is raised",
     ("waiting", "no_handler"): "no running worker offers its handler {handler}",
     ("waiting", "asleep"): "its handler sleeps until {available_at}, without a process",
-    ("waiting", "answer"): "its handler waits for an answer ({detail}), without a process",
+    ("waiting", "answer"): "its handler waits for an answer to {waits}, without a process",
     ("waiting", "resumed"): "what it waited for has come, and no worker had a free slot for it yet",
     ("running", None): "it has been running on worker {worker} since {started_at}",
 }
@@ -98,6 +98,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
     ("waiting", "no_token"): "orgs check {org}",
     ("waiting", "no_handler"): "handlers list",
+    ("waiting", "answer"): "runs answer {id} {wait} --data JSON",
     ("waiting", "budget"): "budgets list --org {org}",
     ("running", None): "runs logs {id} --follow",
 }
@@ -225,8 +226,28 @@ def _values(run: Row) -> dict[str, str]:
     values = {name: _word(value) for name, value in run.items()}
     error = run.get("error") or {}
     message = (str(error.get("message") or "").splitlines() or [""])[0]
+    open_waits = [
+        each
+        for each in run.get("waits") or ()
+        if each["kind"] == "answer" and each["answered_at"] is None and each["timed_out_at"] is None
+    ]
+    values["wait"] = _as_argument(open_waits[0]) if open_waits else "NAME"
+    values["waits"] = ", ".join(map(_in_words, open_waits)) or values.get("detail", "none")
     values["error"] = ": ".join(filter(None, (error.get("type", "an error"), message)))
     return values
+
+
+def _as_argument(wait: Row) -> str:
+    """A wait as arguments of `runs answer`."""
+    other = "" if wait["occurrence"] == 1 else f" --occurrence {wait['occurrence']}"
+    return f"{wait['name']}{other}"
+
+
+def _in_words(wait: Row) -> str:
+    """A wait with its times."""
+    number = "" if wait["occurrence"] == 1 else f"#{wait['occurrence']}"
+    until = "" if wait["until"] is None else f", until {to_text(wait['until'])}"
+    return f"{wait['name']}{number} (since {to_text(wait['opened_at'])}{until})"
 
 
 def _word(value: Any) -> str:

@@ -267,11 +267,9 @@ class LoginSettings(Section):
 class PortalSettings(Section):
     """`[web.portal]`: what people with the role manager may do in their org."""
 
-    may: Annotated[tuple[Literal["run", "pause", "retry", "cancel"], ...], BeforeValidator(_listed)] = (
-        "run",
-        "pause",
-        "retry",
-    )
+    may: Annotated[
+        tuple[Literal["run", "pause", "retry", "cancel", "answer"], ...], BeforeValidator(_listed)
+    ] = ("run", "pause", "retry")
 
 
 class WebSettings(Section):

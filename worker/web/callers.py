@@ -15,6 +15,7 @@ from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
 from worker.errors import AccessDenied, Conflict, NotFound
 from worker.ids import ALL_ORGS, OrgId, OrgScope
 from worker.operations import bulk
+from worker.operations.answers import answer
 from worker.operations.backfill import backfill, planned_backfill
 from worker.operations.budgets import raise_budget
 from worker.operations.credentials import add_credential, retire_credential
@@ -38,6 +39,7 @@ from worker.store.lists import (
     PlannedBackfill,
     Raise,
     Run,
+    Wait,
 )
 from worker.store.lists.redaction import Row, redacted
 
@@ -59,10 +61,20 @@ Kind = Literal["operator", "org", "person", "link"]
 # What can be changed through the web side; `pause` includes to resume. Those not in BY_ORGS are for operators
 # only, and `[web.portal] may` says which of BY_ORGS a manager may do.
 Action = Literal[
-    "run", "retry", "cancel", "pause", "edit", "backfill", "pause_org", "budget", "credentials", "state"
+    "run",
+    "retry",
+    "cancel",
+    "pause",
+    "answer",
+    "edit",
+    "backfill",
+    "pause_org",
+    "budget",
+    "credentials",
+    "state",
 ]
 BY_ADMINS: frozenset[Action] = frozenset({"credentials"})
-BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause"})
+BY_ORGS: frozenset[Action] = frozenset({"run", "retry", "cancel", "pause", "answer"})
 
 
 def no_ring() -> None:
@@ -228,6 +240,11 @@ class CallerDatabase:
         what = {"from_checkpoint": from_checkpoint, "again": again, "reason": reason}
         by_org = caller.org is not None
         return await self._change(caller, "retry", retry, run, org=caller.org, by_org=by_org, **what)
+
+    async def answer(self, caller: Caller, run: str, name: str, *, data: Any, occurrence: int = 1) -> Wait:
+        """Answer what a run waits for."""
+        what = {"occurrence": occurrence, "org": caller.org}
+        return await self._change(caller, "answer", answer, run, name, data, **what)
 
     async def run_now(
         self,

@@ -278,6 +278,7 @@ class Incarnation:
             handlers=self._handlers,
             runners={"child": self.children, "inline": Inline(clock)},
             checkpoints=store,
+            waits=store,
             steps=steps,
             run_log=run_log,
             clock=clock,

@@ -75,6 +75,7 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "runs why": ((RUN,), ""),
     "runs retry": ((RUN,), ""),
     "runs cancel": ((RUN,), ""),
+    "runs answer": ((RUN, "approval", "--data", "true"), ""),
     "runs list": ((), ""),
     "runs show": ((RUN,), ""),
     "runs logs": ((RUN,), ""),

@@ -175,14 +175,17 @@ def test_the_deadline_of_the_first_call_stays(stock: Stock, worker: WorkerId) ->
     assert stock.all(tables.waits)[0]["ask"] == {"n": 1}
 
 
-def test_an_early_answer_is_kept(stock: Stock, worker: WorkerId) -> None:
+@pytest.mark.parametrize(
+    ("data", "text"), [(None, None), (7, "7"), (1.5, "1.5"), (True, "true"), ("7", '"7"'), ([1], "[1]")]
+)
+def test_an_early_answer_is_kept(stock: Stock, worker: WorkerId, data: Any, text: str | None) -> None:
     run = admitted(stock, worker)
-    give(stock, run, None)
+    give(stock, run, data)
 
     state = open_wait(stock, run, seconds=60.0)
 
     assert state is not None
-    assert (state.state, state.answer_json) == ("answered", None)
+    assert (state.state, state.answer_json) == ("answered", text)
 
 
 def test_a_park_whose_deadline_has_passed_goes_on_at_once(stock: Stock, worker: WorkerId) -> None:
@@ -193,6 +196,24 @@ def test_a_park_whose_deadline_has_passed_goes_on_at_once(stock: Stock, worker: 
     stock.finish(worker, parked(stock, run))
 
     assert [each.id for each in stock.admit(worker)] == [run.id]
+
+
+def test_a_wait_that_was_over_before_does_not_wake(stock: Stock, worker: WorkerId) -> None:
+    """Each attempt opens it again: it would go round for ever."""
+    run = admitted(stock, worker)
+    open_wait(stock, run, "slept", kind="sleep", seconds=0.0)
+    open_wait(stock, run, "slept-longer", kind="sleep", seconds=60.0)
+    stock.change(tables.waits, run.id, until=stock.now() - timedelta(seconds=1))
+    open_wait(stock, run, "slept-longer", kind="sleep", seconds=60.0)
+    open_wait(stock, run, "answered")
+    give(stock, run, 1, "answered")
+    open_wait(stock, run, "answered")
+    open_wait(stock, run, "approval", seconds=DAY)
+
+    stock.finish(worker, parked(stock, run))
+
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
 
 
 def test_the_first_of_several_deadlines_counts(stock: Stock, worker: WorkerId) -> None:

@@ -88,7 +88,7 @@ per = "day"
 VENDOR = "org_v"
 LOGIN_RULES = "the hash of the rules of [web.login]"
 # What managers may do here.
-PORTAL = ("run", "retry")
+PORTAL = ("run", "retry", "answer")
 NUMBERS = itertools.count(1)
 # What a request may change.
 CHANGED = (
@@ -96,6 +96,7 @@ CHANGED = (
     "live_runs",
     "checkpoints",
     "steps",
+    "waits",
     "audit",
     "definitions",
     "schedule",
@@ -187,6 +188,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", f"{API}/runs/{{run}}/logs"): Rule("own_run"),
     ("POST", f"{API}/runs/{{run}}/cancel"): Rule("write", role="operator"),
     ("POST", f"{API}/runs/{{run}}/retry"): Rule("write", role="operator", status=201),
+    ("POST", f"{API}/runs/{{run}}/answers/{{name}}"): Rule("write", role="operator"),
     ("GET", f"{API}/runs/{{run}}/events"): Rule("own_run"),
     ("POST", f"{API}/runs:retry"): Rule("api_bulk", role="operator"),
     ("POST", f"{API}/runs:cancel"): Rule("api_bulk", role="operator"),
@@ -228,6 +230,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     ("GET", "/runs/{run}/live"): Rule("own_run"),
     ("POST", "/runs/{run}/cancel"): Rule("write", role="operator", status=303),
     ("POST", "/runs/{run}/retry"): Rule("write", role="operator", status=303),
+    ("POST", "/runs/{run}/answer"): Rule("write", role="operator", status=303),
     ("GET", "/orgs/{org}/definitions/{name}"): Rule("own_org"),
     **{
         ("POST", f"/orgs/{{org}}/definitions/{{name}}/{verb}"): Rule("run_now", role="operator", status=303)
@@ -295,7 +298,7 @@ def expected(rule: Rule, who: Who, target: str, *, session: bool, page: bool, pa
         return 404
     if rule.kind == "by_staff" and who.org is not None:
         return 403
-    if who.role == "manager" and path.rpartition("/")[2] in PORTAL:
+    if who.role == "manager" and ("answer" if "/answers/" in path else path.rpartition("/")[2]) in PORTAL:
         return rule.status if own else 404
     if RANK[who.role] < RANK[rule.role] and (who.org is None or rule.kind in ("write", "run_now")):
         return 403
@@ -542,6 +545,10 @@ class Client:
             org = path.split("/")[-2]
             by: Any = next(NUMBERS) if path.startswith(API) else str(next(NUMBERS))
             return {"meter": f"canary-{org}-tokens", "per": "day", "by": by}
+        if path.endswith("/answer"):
+            return {"name": "approval", "choice": "true"}
+        if "/answers/" in path:
+            return {"data": "yes"}
         if path.endswith("/backfill"):
             start = datetime(2020, 1, 1, tzinfo=UTC) + timedelta(days=next(NUMBERS))
             return {"from": start.isoformat(), "until": (start + timedelta(days=1)).isoformat()}
@@ -591,7 +598,9 @@ class Matrix:
         who, page = client.who, not path.startswith(("/api/", "/livez", "/readyz", "/metrics"))
         writes = rule.kind in ("write", "run_now", "by_staff") and method != "GET"
         run = self.made.ended[target]
-        if path.endswith("{run}/cancel"):
+        # An answer may come before the run waits for it.
+        is_answer = path.endswith("{run}/answer") or "/answers/" in path
+        if path.endswith("{run}/cancel") or is_answer:
             run = self.made.waiting(target)
         elif path.endswith("{run}/retry"):
             run = self.made.cancelled(target)
@@ -609,7 +618,7 @@ class Matrix:
         if session and not page and rule.kind != "open":
             # A cookie opens pages, never the API.
             wanted = 401
-        is_prepared = path.endswith(("/cancel", "/retry", "/resume", "/retire"))
+        is_prepared = is_answer or path.endswith(("/cancel", "/retry", "/resume", "/retire"))
         before = (self.known if self.known and not is_prepared else self.made.state()) if writes else None
         answer = await client.ask(method, url, session=session)
         called = f"{method} {path} of {target}{' in a session' if session else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from worker.web.api.openapi import document
 
 # Requests for each operation as the document says, and as many others.
 EXAMPLES = 6
+NUMBERS = itertools.count(1)
 on_either = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 
@@ -46,7 +48,7 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
     staffed.open_ring = lambda: ring
     budget = '[[budget]]\norg = "org_a"\nmeter = "calls"\nlimit = 9\nper = "day"\n'
     apply(database, parse_file(budget), actor="tester")
-    run, waiting = (str(run_now(database, "org_a", "digest", actor="tester")["id"]) for _ in range(2))
+    run, waiting, on = (str(run_now(database, "org_a", "digest", actor="tester")["id"]) for _ in range(3))
     cancel(database, run, actor="tester")
     with database.transaction() as connection:
         org_id, now = orgs.require(connection, "org_a")["id"], database.now(connection)
@@ -55,7 +57,14 @@ def seeded(staffed: Site, tmp_path: Path) -> dict[str, str]:
             connection.execute(
                 insert(tables.run_logs).values(**row, level="info", source="log", text=f"line {seq}")
             )
-    return {"run": run, "org": "org_a", "name": "digest", "waiting": waiting, "generation": "1"}
+    return {
+        "run": run,
+        "org": "org_a",
+        "name": "digest",
+        "waiting": waiting,
+        "waiting_on": on,
+        "generation": "1",
+    }
 
 
 @on_either
@@ -97,6 +106,10 @@ def ask_everything(app: Any, seeded: dict[str, str]) -> dict[str, set[int]]:
                     case.path_parameters["run"] = seeded["waiting"]
                 if case.operation.label.endswith("/raise"):
                     case.body = {"meter": "calls", "by": 1}
+                if "/answers/" in case.operation.label:
+                    # An answer to a wait that the run has not reached yet, each time another one.
+                    case.path_parameters |= {"run": seeded["waiting_on"], "name": f"wait-{next(NUMBERS)}"}
+                    case.body = {"data": {"yes": True}}
                 if case.operation.label.endswith("/backfill"):
                     case.body = {"from": "2020-01-01", "until": "2020-01-03", "dry_run": True}
             send(case)

@@ -36,6 +36,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
+from worker.runs.waits import NewWait, WaitState
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio
@@ -74,6 +75,7 @@ class Site:
         self.during: Any = None
         self.kept_handler: str | None = None
         self.steps: list[RunStep] = []
+        self.waits: list[NewWait] = []
         self.pages: list[int] = []
         self.totals = (0, 0)
         self.handlers = HandlerRegistry()
@@ -96,6 +98,10 @@ class Site:
 
     async def load_progress(self, run_id: RunId) -> StoredProgress:
         return StoredProgress(self.checkpoint, self.kept_handler)
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        self.waits.append(wait)
+        return WaitState(wait.kind, "pending") if self.still_ours else None
 
     async def store_step(self, step: RunStep) -> bool:
         self.steps.append(step)
@@ -127,6 +133,7 @@ class Site:
             runners={"child": self, "inline": self},
             checkpoints=self,
             steps=self,
+            waits=self,
             run_log=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),

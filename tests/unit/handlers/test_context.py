@@ -29,6 +29,8 @@ MEMBERS = {
     "checkpoint",
     "save",
     "step",
+    "sleep",
+    "wait_for",
     "map",
     "state",
     "progress",
@@ -50,6 +52,9 @@ class Line:
 
     def load_steps(self, after: int) -> Any:
         raise AssertionError("a first attempt has no steps")
+
+    def open_wait(self, wait: Any) -> Any:
+        raise AssertionError("no wait here")
 
     def store_step(self, step: Any) -> Any:
         raise AssertionError("no step here")

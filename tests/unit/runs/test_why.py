@@ -59,6 +59,7 @@ def run(state: str, reason: str | None, **changes: Any) -> dict[str, Any]:
         "error": {"type": "KeyError", "message": "'title'\nmore"},
         "checkpoint": None,
         "attempts": [],
+        "waits": [],
         "retried_as": None,
     } | changes
 
@@ -83,8 +84,9 @@ def test_no_words_are_for_a_reason_that_no_run_has():
 
 
 def test_every_word_that_is_filled_in_is_a_column():
+    known = {*run("failed", None), "wait"}  # the first of `waits`
     for text in [*CAUSES.values(), *NEXT.values()]:
-        assert {name for _, name, _, _ in string.Formatter().parse(text) if name} <= set(run("failed", None))
+        assert {name for _, name, _, _ in string.Formatter().parse(text) if name} <= known
 
 
 def test_a_failure_names_the_error_and_what_is_kept():

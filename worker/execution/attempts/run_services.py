@@ -33,6 +33,7 @@ from worker.runs.run import (
     StepPage,
     StoredProgress,
 )
+from worker.runs.waits import NewWait, WaitState
 from worker.telemetry.masking import masker
 
 # Seconds between two tries to save a checkpoint, at first and at most.
@@ -107,6 +108,11 @@ class StepStore(Protocol):
         """Store a step, fenced and durable; returns whether the run was still ours."""
 
 
+class WaitStore(Protocol):
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of this process share."""
@@ -117,6 +123,7 @@ class Tools:
     runners: Mapping[Isolation, Runner]
     checkpoints: CheckpointStore
     steps: StepStore
+    waits: WaitStore
     run_log: RunLogWriter
     clock: Clock
     random: Random
@@ -187,6 +194,23 @@ class AttemptServices:
         self._check_ours(await self.inflight.store(self.tools.steps.store_step(row)))
         return masked
 
+    async def open_wait(self, wait: NewWait) -> WaitState:
+        """Store what the run waits for, masked; wait while the database is away.
+
+        Raises:
+            StepError: the name contains a secret.
+            LeaseLost: the run is no longer ours.
+        """
+        run = self.inflight.run
+        if wait.name != masker.mask(wait.name):
+            raise StepError(f"wait {masker.mask(wait.name)}: its name contains a secret; use another")
+        if wait.ask_json is not None:
+            wait = replace(wait, ask_json=masker.mask(wait.ask_json))
+        state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
+        if state is None:
+            raise self._lost()
+        return state
+
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token with some life left; one of another org or without a scope ends the run refused."""
         self._check_open()
@@ -239,8 +263,11 @@ class AttemptServices:
 
     def _check_ours(self, stored: bool) -> None:
         if not stored:
-            self.inflight.stop.kill()
-            raise LeaseLost(f"run {self.inflight.run.id} is no longer ours")
+            raise self._lost()
+
+    def _lost(self) -> LeaseLost:
+        self.inflight.stop.kill()
+        return LeaseLost(f"run {self.inflight.run.id} is no longer ours")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -231,14 +231,14 @@ def outcome_of_stop(stop: StopSignal) -> Outcome:
 def after_stop(returned: Outcome, stop: StopSignal) -> Outcome:
     """What a handler returned, unless it was asked to stop and did not really finish.
 
-    An error may come from the interruption. Retry and snooze count only as the answer to a drain.
+    An error may come from the interruption. Retry, snooze and a park count only as the answer to a drain.
     """
     if stop.reason is None:
         return returned
     match returned:
         case outcomes.Succeeded() | outcomes.Cancelled() | outcomes.Refused() | Failed(permanent=True):
             return returned
-        case outcomes.Retried() | outcomes.Snoozed() if stop.reason == "drain":
+        case outcomes.Retried() | outcomes.Snoozed() | outcomes.Parked() if stop.reason == "drain":
             return returned
         case _:
             return outcome_of_stop(stop)

@@ -36,8 +36,9 @@ from worker.handlers.context import BlockingContext, Context, close_blocking_htt
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.runs.outcome import Outcome
+from worker.runs.outcome import Outcome, Parked
 from worker.runs.run import NewStep, StepPage
+from worker.runs.waits import NewWait, WaitState
 from worker.telemetry.events import emit
 
 P = ParamSpec("P")
@@ -127,26 +128,32 @@ class Inline:
         if self.watched:
             watch_loop(loop)
         log = RunLogger(work.handler, services.log, self.clock, loop)
-        body = self._body(work, services, cancelled, log)
+        parking = _Parking(loop)
+        body = self._body(work, services, cancelled, log, parking)
         task = start_task(body, loop=loop, name=work.handler, context=contextvars.Context())
         try:
             if not task.done():
-                await _ended_or_stopped(task, stop, cancelled, task.cancel)
+                await _ended_or_stopped(task, stop, cancelled, task.cancel, parking)
         finally:
             services.close()
             log.close()
             if not task.done():
                 self._abandon(task)
-        return _outcome(task, stop)
+        return _outcome(task, stop, parking)
 
     async def _body(
-        self, work: Work, services: RunServices, cancelled: Cancellation, log: logging.Logger
+        self,
+        work: Work,
+        services: RunServices,
+        cancelled: Cancellation,
+        log: logging.Logger,
+        parking: _Parking,
     ) -> Outcome:
         _RUN.set({"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler})
         try:
             job = self._job(work.entry_point)
             given = work.given(job, log, self.clock)
-            ctx = Context(given, services, cancelled, self.transports(given))
+            ctx = Context(given, services, cancelled, self.transports(given), parking)
             services.started()
             try:
                 return await call(job, ctx)
@@ -189,22 +196,28 @@ class Blocking:
         loop, cancelled = asyncio.get_running_loop(), BlockingCancellation()
         port = _ThreadPort(services, loop)
         log = RunLogger(work.handler, services.log, self.clock, loop)
-        ended = loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, log)
+        parking = _Parking(loop)
+        ended = loop.run_in_executor(DaemonThread(), self._body, work, port, cancelled, log, parking)
         try:
-            await _ended_or_stopped(ended, stop, cancelled, port.interrupt)
+            await _ended_or_stopped(ended, stop, cancelled, port.interrupt, parking)
         finally:
             port.close()
             log.close()
             ended.cancel()
-        return _outcome(ended, stop)
+        return _outcome(ended, stop, parking)
 
     def _body(
-        self, work: Work, port: _ThreadPort, cancelled: BlockingCancellation, log: RunLogger
+        self,
+        work: Work,
+        port: _ThreadPort,
+        cancelled: BlockingCancellation,
+        log: RunLogger,
+        parking: _Parking,
     ) -> Outcome:
         try:
             job = self.find(work.entry_point)
             given = work.given(job, log, self.clock)
-            ctx = BlockingContext(given, port, cancelled, self.transports(given))
+            ctx = BlockingContext(given, port, cancelled, self.transports(given), parking)
             port.started()
             try:
                 return call_blocking(job, ctx)
@@ -229,6 +242,9 @@ class _ThreadPort:
 
     def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         return self._wait_for(lambda: self._services.token(fresh=fresh))
+
+    def open_wait(self, wait: NewWait) -> WaitState:
+        return self._wait_for(lambda: self._services.open_wait(wait))
 
     def load_steps(self, after: int) -> StepPage:
         return self._wait_for(lambda: self._services.load_steps(after))
@@ -283,11 +299,16 @@ async def _ended_or_stopped(
     stop: StopSignal,
     cancelled: Cancellation | BlockingCancellation,
     interrupt: Callable[[], object],
+    parking: _Parking,
 ) -> None:
-    """Wait for the handler's end. After a stop wait for its grace, then interrupt it a last time."""
+    """Wait for the handler's end. After a stop wait for its grace, then interrupt it a last time.
+
+    A handler whose attempt parks has `LAST_STEPS` seconds to end.
+    """
     loop = asyncio.get_running_loop()
     over: asyncio.Future[None] = loop.create_future()
     stopping: list[asyncio.Task[None]] = []
+    timers: list[asyncio.TimerHandle] = []
 
     def finish(_: object) -> None:
         if not over.done():
@@ -297,6 +318,7 @@ async def _ended_or_stopped(
         stopping.append(loop.create_task(stop.escalate(cancelled.set, interrupt)))
         stopping[0].add_done_callback(finish)
 
+    parking.listen(lambda: timers.append(loop.call_later(LAST_STEPS, finish, None)))
     ended.add_done_callback(finish)
     # A task that waits for a stop would cost each run more than everything else here.
     stop.on_request(begin_to_stop)
@@ -309,11 +331,37 @@ async def _ended_or_stopped(
         stop.on_request(None)
         for task in stopping:
             task.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
-def _outcome(ended: asyncio.Future[Outcome], stop: StopSignal) -> Outcome:
+class _Parking:
+    """Takes the outcome of an attempt that parks, from any thread."""
+
+    __slots__ = ("_listener", "_loop", "outcome")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._listener: Callable[[], None] | None = None
+        self.outcome: Parked | None = None
+
+    def __call__(self, outcome: Parked) -> None:
+        self.outcome = outcome
+        self._loop.call_soon_threadsafe(self._tell)
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        self._listener = listener
+
+    def _tell(self) -> None:
+        if self._listener is not None:
+            self._listener()
+
+
+def _outcome(ended: asyncio.Future[Outcome], stop: StopSignal, parking: _Parking) -> Outcome:
     if stop.killed:
         return LEASE_LOST
+    if parking.outcome is not None:
+        return after_stop(parking.outcome, stop)
     if not ended.done() or ended.cancelled():
         return outcome_of_stop(stop)
     return after_stop(ended.result(), stop)

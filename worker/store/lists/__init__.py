@@ -170,6 +170,21 @@ class Spent(TypedDict):
     spends: Shown[int]
 
 
+class Wait(TypedDict):
+    """What a run waits for, or has waited for: a sleep, or an answer."""
+
+    name: Shown[str]
+    occurrence: Shown[int]
+    kind: Shown[str]
+    ask: Shown[Json]
+    opened_at: Shown[datetime | None]
+    until: Shown[datetime | None]
+    answered_at: Shown[datetime | None]
+    answered_by: Annotated[str | None, redaction.actor]
+    answer: Shown[Json]
+    timed_out_at: Shown[datetime | None]
+
+
 class Run(TypedDict):
     """One scheduled time of one definition, and its outcome."""
 
@@ -205,6 +220,7 @@ class RunDetail(Run):
     cancel_requested_at: Shown[datetime | None]
     claims: Annotated[Json, redaction.claims]
     attempts: Annotated[list[Attempt], redaction.rows(Attempt)]
+    waits: Annotated[list[Wait], redaction.rows(Wait)]
     checkpoint: Shown[Json]
     step_count: Shown[int]
     steps: Annotated[list[Step], redaction.rows(Step)]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, Text, case, func, literal_column, select, text
 from sqlalchemy import cast as sql_cast
 
-from worker.ids import OrgId, lowest_id
+from worker.ids import OrgId, RunId, lowest_id
 from worker.store import tables
 from worker.store.dialect import all_rows, is_postgresql
 from worker.store.lists import Run
@@ -24,6 +24,7 @@ MOST_SKIPS = 1_000
 WORST = ("failed", "refused", "running", "waiting", "retried", "cancelled", "skipped", "succeeded")
 
 _runs, _skips, _live = tables.runs, tables.skips, tables.live_runs
+_open = tables.waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,24 @@ def grid(connection: Connection, org_id: OrgId, now: datetime) -> Grid:
 
 
 def open_waits(connection: Connection, org_id: OrgId, *, limit: int) -> list[Run]:
-    """Runs of an org that wait, in the order in which they start, up to `limit`."""
+    """Runs of an org that wait, in the order in which they start, up to `limit`; then parked ones."""
     # As the condition of the index has it: a parameter would hide it from SQLite's planner.
     waits = select(_live.c.id).where(_live.c.org_id == org_id, _live.c.state == literal_column("'waiting'"))
     order = (_live.c.priority.desc(), _live.c.available_at, _live.c.id)
     ids = list(connection.execute(waits.order_by(*order).limit(limit)).scalars())
+    if len(ids) < limit:
+        ids += _parked(connection, org_id, limit - len(ids))
     return run_lists.rows_of(connection, org_id, ids) if ids else []
+
+
+def _parked(connection: Connection, org_id: OrgId, limit: int) -> list[RunId]:
+    """Runs of an org that sleep or wait for an answer, by the index of open waits."""
+    open_ = select(_open.c.run_id).where(_open.c.org_id == org_id, text(tables.OPEN)).distinct()
+    query = select(_live.c.id).where(
+        *(_live.c.org_id == org_id, _live.c.state == literal_column("'parked'")),
+        _live.c.id.in_(open_),
+    )
+    return [RunId(id_) for id_ in connection.execute(query.limit(limit)).scalars()]
 
 
 def _add_skips(

@@ -36,6 +36,7 @@ from worker.store.lists import (
     RunDetail,
     Spent,
     Step,
+    Wait,
     checked_id,
     columns_of,
 )
@@ -152,6 +153,7 @@ _logs = tables.run_logs
 _attempts = tables.attempts
 _checkpoints = tables.checkpoints
 _steps = tables.steps
+_waits = tables.waits
 _revisions = tables.definition_revisions
 # Bytes of the results of steps that are shown with a run.
 RESULT_BYTES = 1024 * 1024
@@ -297,6 +299,7 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
     more = {
         "claims": next((each["claims"] for each in reversed(ended) if each["claims"] is not None), None),
         "attempts": attempts,
+        "waits": waits_of(connection, org_id, id_),
         "checkpoint": connection.execute(checkpoint.limit(1)).scalar_one_or_none(),
         "step_count": _step_count(connection, org_id, id_),
         "steps": newest_steps(connection, org_id, id_),
@@ -340,6 +343,26 @@ def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
     # At most MOST_STEPS of `ctx.step`.
     mine = (_steps.c.run_id == run_id, _steps.c.org_id == org_id)
     return connection.execute(select(func.count()).select_from(_steps).where(*mine)).scalar_one()
+
+
+def waits_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Wait]:
+    """What a run waits or has waited for, oldest first: the newest `MAX_LIMIT`."""
+    since = func.coalesce(_waits.c.opened_at, _waits.c.answered_at)
+    query = select(*(_waits.c[name] for name in columns_of(Wait))).where(
+        _waits.c.run_id == run_id, _waits.c.org_id == org_id
+    )
+    newest = query.order_by(since.desc(), _waits.c.name, _waits.c.occurrence).limit(MAX_LIMIT)
+    return cast(list[Wait], all_rows(connection, newest)[::-1])
+
+
+def wait(connection: Connection, org_id: OrgId, run_id: RunId, name: str, occurrence: int) -> Wait:
+    """An existing wait of a run."""
+    query = select(*(_waits.c[column] for column in columns_of(Wait))).where(
+        *(_waits.c.run_id == run_id, _waits.c.org_id == org_id),
+        *(_waits.c.name == name, _waits.c.occurrence == occurrence),
+    )
+    [found] = all_rows(connection, query)
+    return cast(Wait, found)
 
 
 def unfinished(connection: Connection, org: str, definition_id: DefinitionId) -> list[SerialRun]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.definitions.definition import EDITABLE
+from worker.runs.waits import MOST_WAITS
 from worker.store.lists import (
     LISTS,
     MAX_LIMIT,
@@ -27,6 +28,7 @@ from worker.store.lists import (
     Raise,
     Run,
     RunDetail,
+    Wait,
 )
 from worker.store.lists.usage import BYS, BudgetLevel, Usage
 from worker.web.callers import Role
@@ -183,6 +185,23 @@ RETRY = Endpoint(
     ),
     role="operator",
     returns={"Location": "The new run."},
+)
+ANSWER = Endpoint(
+    "answer_run",
+    "POST",
+    f"{RUN_PATH}/answers/{{name}}",
+    "Answer what a run waits for, so that it goes on. 409 if it was answered already, its deadline has "
+    "passed, or the run has ended.",
+    Wait,
+    body=(
+        Field("data", {}, "The answer: any JSON, at most 64 KiB.", required=True),
+        Field(
+            "occurrence",
+            {"type": "integer", "minimum": 1, "maximum": MOST_WAITS},
+            "Which wait of that name in the run, 1 by default.",
+        ),
+    ),
+    role="operator",
 )
 _MANY = (
     Field("q", {"type": "string", "minLength": 1, "maxLength": MOST_TEXT}, "A search.", required=True),
@@ -402,7 +421,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *LIST_ENDPOINTS,
     *(USAGE, BUDGETS, RAISE),
     *(ORG, PAUSE_ORG, RESUME_ORG, ADD_CREDENTIAL, RETIRE_CREDENTIAL),
-    *(RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, CANCEL_MANY, RETRY_MANY),
+    *(RUN, ATTEMPTS, LOGS, EVENTS, CANCEL, RETRY, ANSWER, CANCEL_MANY, RETRY_MANY),
     *(DEFINITION, EDIT, RUN_NOW, PAUSE, RESUME, BACKFILL),
     *(STATE, SET_STATE, CLEAR_STATE),
     DOCUMENT,

@@ -34,6 +34,7 @@ from worker.store.lists import (
     Raise,
     Run,
     RunDetail,
+    Wait,
     runs,
     search,
 )
@@ -73,6 +74,7 @@ class Api:
             endpoints.EVENTS: watch,
             endpoints.CANCEL: self._cancel,
             endpoints.RETRY: self._retry,
+            endpoints.ANSWER: self._answer,
             endpoints.RETRY_MANY: functools.partial(self._many, endpoints.RETRY_MANY),
             endpoints.CANCEL_MANY: functools.partial(self._many, endpoints.CANCEL_MANY),
             endpoints.DEFINITION: self._definition,
@@ -227,6 +229,13 @@ class Api:
     async def _retry(self, request: Request) -> Response:
         body, caller = await body_of(request, endpoints.RETRY), caller_of(request)
         return _created(await self._database.retry(caller, _run_id(request), **body), caller)
+
+    async def _answer(self, request: Request) -> Response:
+        body, caller = await body_of(request, endpoints.ANSWER), caller_of(request)
+        name = request.path_params["name"]
+        return json_response(
+            caller.sees(Wait, await self._database.answer(caller, _run_id(request), name, **body))
+        )
 
     async def _many(self, endpoint: Endpoint, request: Request) -> Response:
         body, caller = await body_of(request, endpoint), caller_of(request)

@@ -87,6 +87,8 @@ def step_of(command: str, run: Mapping[str, Any]) -> Step | None:
             return Step("See its other runs", href)
         case "runs", "logs":
             return Step("Read its log", "#log")
+        case "runs", "answer":
+            return Step("Answer it", "#waits", "answer")
         case "runs", _ if rest[0] != run["id"]:
             return Step("Open the retry", f"/runs/{rest[0]}")
         case "orgs", "check":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -13,17 +14,17 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.claims.digests import without_digests
-from worker.errors import Conflict, DefinitionError, WorkerError
+from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import OrgId, RunId
 from worker.operations.runs import require_run
 from worker.runs.run import step_label
 from worker.runs.traces import Part, parts_of
-from worker.store.lists import Run, RunDetail, runs
+from worker.store.lists import Run, RunDetail, Wait, runs
 from worker.web.callers import Caller
 from worker.web.charts import Lane, Piece, gantt
 from worker.web.pages.answer import answer_of
 from worker.web.pages.base import Pages, allowed, caller_of, query
-from worker.web.pages.forms import problem_of, reason_of
+from worker.web.pages.forms import as_text, from_typed, problem_of, reason_of
 from worker.web.pages.links import cause_path
 from worker.web.pages.run_log import page_after, page_before, place_of
 
@@ -33,6 +34,10 @@ VALUE = 8_000
 ATTEMPTS = 25
 # Steps that the table lists, the newest, and characters of the result of each.
 STEPS, STEP_TEXT = 50, 160
+# Waits that the page shows, the newest, and the answers to one that have a button.
+WAITS = 25
+OPTIONS = 10
+_OCCURRENCE = re.compile(r"[1-9][0-9]{0,4}")
 # Attempts that the chart draws; a run without a token may have thousands.
 MOST_LANES = 12
 
@@ -47,6 +52,7 @@ class RunPages:
             Route("/runs/{run}/log", self._log, methods=["GET"]),
             Route("/runs/{run}/cancel", self._cancel, methods=["POST"]),
             Route("/runs/{run}/retry", self._retry, methods=["POST"]),
+            Route("/runs/{run}/answer", self._answer, methods=["POST"]),
         )
 
     async def _run(self, request: Request) -> Response:
@@ -73,6 +79,8 @@ class RunPages:
                 "failed": failed,
                 "log": page_before(connection, caller, run["id"]),
                 "is_live": run["state"] in ("waiting", "held", "running"),
+                "questions": _questions_of(run),
+                "waits": [wait for wait in run["waits"][::-1] if wait["opened_at"] is not None][:WAITS],
                 "values": _values_of(run),
                 **problem_of(problem),
                 "may": allowed(request),
@@ -102,6 +110,22 @@ class RunPages:
         try:
             await self._pages.database.cancel(caller, run_id, reason=reason_of(form))
         except (Conflict, DefinitionError) as error:
+            return await self._page(request, error)
+        return RedirectResponse(f"/runs/{run_id}", 303)
+
+    async def _answer(self, request: Request) -> Response:
+        _, form = await self._pages.checked_form(request)
+        caller, run_id = caller_of(request), request.path_params["run"]
+        name, occurrence = form.get("name", ""), form.get("occurrence", "1")
+        if not _OCCURRENCE.fullmatch(occurrence):
+            raise UsageError(
+                f"occurrence {occurrence!r:.80} is not a number", fix="open the run's page again"
+            )
+        # The value of a button is JSON; what people type may be plain text.
+        data = json.loads(form["choice"]) if "choice" in form else from_typed(form.get("data", ""))
+        try:
+            await self._pages.database.answer(caller, run_id, name, data=data, occurrence=int(occurrence))
+        except (Conflict, UsageError) as error:
             return await self._page(request, error)
         return RedirectResponse(f"/runs/{run_id}", 303)
 
@@ -144,6 +168,30 @@ def _steps_of(run: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _trace_of(attempt: Mapping[str, Any] | None) -> list[Part]:
     trace = attempt["error"].get("trace") if attempt is not None else None
     return parts_of(trace) if trace else []
+
+
+class Question(NamedTuple):
+    """An open wait for an answer: what the handler asks, and the answers that it offers, as JSON texts."""
+
+    wait: Wait
+    ask: Value | None
+    choices: Sequence[tuple[str, str]]
+
+
+def _questions_of(run: Mapping[str, Any]) -> list[Question]:
+    """What a person can answer now. An `ask` with a list `options` has a button for each of them."""
+    if run["state"] not in ("waiting", "running"):
+        return []
+    questions = []
+    for wait in run["waits"]:
+        if wait["kind"] == "sleep" or wait["answered_at"] is not None or wait["timed_out_at"] is not None:
+            continue
+        ask = wait["ask"]
+        options = ask.get("options") if isinstance(ask, Mapping) else None
+        offered = options[:OPTIONS] if isinstance(options, list) else [True, False]
+        choices = [(as_text(each) or "null", json.dumps(each)) for each in offered]
+        questions.append(Question(wait, None if ask is None else value_of("what it asks", ask), choices))
+    return questions[:WAITS]
 
 
 class Value(NamedTuple):

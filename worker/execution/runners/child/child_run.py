@@ -29,6 +29,7 @@ from worker.handlers.json_text import NotStorable, check_json_text
 from worker.handlers.steps import StepError
 from worker.runs.outcome import Error, Failed, Lost, Outcome
 from worker.runs.run import NewStep
+from worker.runs.waits import NewWait
 from worker.telemetry.events import emit
 
 # Seconds that a process may take to end after it sent its outcome, or was killed.
@@ -168,6 +169,8 @@ class ChildRun(asyncio.Protocol):
                 self._answer_later(message, self._load_steps(int(message["after"])))
             case "step":
                 self._answer_later(message, self._store_step(messages.step_of(message["step"])))
+            case "wait":
+                self._answer_later(message, self._open_wait(messages.wait_of(message["wait"])))
             case "end":
                 self._returned = messages.outcome_of_message(message["outcome"])
                 self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
@@ -213,6 +216,9 @@ class ChildRun(asyncio.Protocol):
     async def _store_step(self, step: NewStep) -> Message:
         stored = await self._services.store_step(step)
         return {"stored": None if stored == step.result_json else stored}
+
+    async def _open_wait(self, wait: NewWait) -> Message:
+        return messages.wait_state_message(await self._services.open_wait(wait))
 
     def _send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
@@ -32,7 +33,7 @@ from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
-from worker.runs.outcome import Outcome
+from worker.runs.outcome import Outcome, Parked
 
 # What a run may allocate beyond its cap before malloc itself fails: thread stacks and the like count here.
 _DATA_SLACK = 64 * 1024 * 1024
@@ -162,7 +163,7 @@ def _run(work: Work, channel: WorkerChannel) -> Outcome:
             return _run_async(job, given, channel)
         cancelled = BlockingCancellation()
         channel.listen(cancelled.set)
-        return call_blocking(job, BlockingContext(given, channel, cancelled))
+        return call_blocking(job, BlockingContext(given, channel, cancelled, on_park=_send_park(channel)))
     except (SystemExit, ChannelClosed):
         raise
     except BaseException as error:
@@ -186,7 +187,7 @@ def _run_async(job: Job, given: Given[Any, Any], channel: WorkerChannel) -> Outc
             signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
         code = 0
         try:
-            return await call(job, Context(given, AsyncPort(channel), cancelled))
+            return await call(job, Context(given, AsyncPort(channel), cancelled, on_park=_send_park(channel)))
         except SystemExit as exit_:
             code = _code_of(exit_)
             raise
@@ -198,6 +199,11 @@ def _run_async(job: Job, given: Given[Any, Any], channel: WorkerChannel) -> Outc
 
     # The loop is not closed: that would wait for tasks that the handler left behind.
     return asyncio.new_event_loop().run_until_complete(body())
+
+
+def _send_park(channel: WorkerChannel) -> Callable[[Parked], None]:
+    """Send the outcome at once: the worker kills a handler that goes on."""
+    return lambda parked: channel.send_end(outcome_message(parked))
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Outcome
 from worker.runs.run import NewStep, StepPage, StoredStep
+from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
 CHANNEL_CLOSED = 81
@@ -176,6 +177,8 @@ def outcome_of_message(message: Mapping[str, Any]) -> Outcome:
         outcome: Outcome = kind(**{name: _field(name, message[name]) for name in names})
         if isinstance(outcome, outcomes.Snoozed) and outcome.after is None:
             raise ValueError("not an outcome")
+        if isinstance(outcome, outcomes.Parked) and outcome.reason not in outcomes.PARKED_REASONS:
+            raise ValueError("not an outcome")
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError("not an outcome") from error
     return outcome
@@ -248,6 +251,33 @@ def _spend(meter: Any, amount: Any) -> tuple[str, int]:
     if type(amount) is not int or not 0 <= amount < 2**53:
         raise ValueError("not a spend")
     return check_name("spend", meter), amount
+
+
+def wait_of(message: Mapping[str, Any]) -> NewWait:
+    """A wait as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
+    name, occurrence, seconds = check_name("wait", message["name"]), message["occurrence"], message["seconds"]
+    if type(occurrence) is not int or not 1 <= occurrence <= MOST_WAITS or message["kind"] not in KINDS:
+        raise ValueError("not a wait")
+    if message["ask_json"] is not None:
+        check_json_text(message["ask_json"], f"ask of {name}", MOST_ASKED)
+    return NewWait(
+        name=name,
+        occurrence=occurrence,
+        kind=message["kind"],
+        seconds=None if seconds is None else as_timedelta(float(seconds)).total_seconds(),
+        ask_json=message["ask_json"],
+        alert=message["alert"] is True,
+    )
+
+
+def wait_state_message(state: WaitState) -> Message:
+    return asdict(state) | {"until": None if state.until is None else to_text(state.until)}
+
+
+def wait_state_of(message: Mapping[str, Any]) -> WaitState:
+    until = message["until"]
+    at = None if until is None else from_text(until)
+    return WaitState(message["kind"], message["state"], message["answer_json"], at)
 
 
 def page_message(page: StepPage) -> Message:

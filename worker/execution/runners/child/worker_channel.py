@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 from worker.claims.claims import AccessToken, Claims
@@ -24,9 +25,11 @@ from worker.execution.runners.child.messages import (
     granted_of,
     page_of,
     step_message,
+    wait_state_of,
 )
 from worker.handlers.steps import StepError
 from worker.runs.run import NewStep, StepPage
+from worker.runs.waits import NewWait, WaitState
 
 # Seconds between two progress messages at least; the newest counts.
 PROGRESS_EVERY = 0.1
@@ -51,6 +54,7 @@ class WorkerChannel:
         self._waiting: dict[int, Future[Message]] = {}
         self._progress: Message | None = None
         self._progress_at = 0.0
+        self._ended = False
 
     def receive(self) -> Message:
         """The first message; call before `listen`."""
@@ -92,6 +96,9 @@ class WorkerChannel:
     def load_steps(self, after: int) -> StepPage:
         return page_of(self.ask({"op": "steps", "after": after}).result())
 
+    def open_wait(self, wait: NewWait) -> WaitState:
+        return wait_state_of(self.ask({"op": "wait", "wait": asdict(wait)}).result())
+
     def store_step(self, step: NewStep) -> str:
         return _as_stored(step, self.ask({"op": "step", "step": step_message(step)}).result())
 
@@ -100,6 +107,10 @@ class WorkerChannel:
         self._send_progress(time.monotonic() - PROGRESS_EVERY)
 
     def send_end(self, outcome: Mapping[str, Any]) -> None:
+        """Send how the attempt ended; only the first call counts."""
+        if self._ended:
+            return
+        self._ended = True
         self._send_progress(float("inf"))
         self.send({"op": "end", "outcome": outcome})
 
@@ -178,6 +189,10 @@ class AsyncPort:
     async def load_steps(self, after: int) -> StepPage:
         answer = await asyncio.wrap_future(self._channel.ask({"op": "steps", "after": after}))
         return page_of(answer)
+
+    async def open_wait(self, wait: NewWait) -> WaitState:
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "wait", "wait": asdict(wait)}))
+        return wait_state_of(answer)
 
     async def store_step(self, step: NewStep) -> str:
         answer = await asyncio.wrap_future(self._channel.ask({"op": "step", "step": step_message(step)}))

@@ -17,14 +17,18 @@ WITH ours AS MATERIALIZED (
 INSERT INTO waits AS w (run_id, name, occurrence, org_id, kind, ask, opened_at, until, pending_attempt,
                         timed_out_at)
 SELECT o.id, %(name)s, %(occurrence)s, o.org_id, %(kind)s, %(ask)s::jsonb, c.now,
-       c.now + make_interval(secs => %(seconds)s::float8), %(attempt)s,
+       c.now + make_interval(secs => %(seconds)s::float8),
+       CASE WHEN %(seconds)s::float8 <= 0 THEN NULL ELSE %(attempt)s::integer END,
        CASE WHEN %(seconds)s::float8 <= 0 THEN c.now END
 FROM ours o, (SELECT clock_timestamp() AS now) c
 ON CONFLICT (run_id, name, occurrence) DO UPDATE SET
   ask = CASE WHEN w.opened_at IS NULL THEN excluded.ask ELSE w.ask END,
   until = CASE WHEN w.opened_at IS NULL THEN excluded.until ELSE w.until END,
   opened_at = COALESCE(w.opened_at, excluded.opened_at),
-  pending_attempt = excluded.pending_attempt,
+  pending_attempt = CASE
+    WHEN w.answered_at IS NULL AND w.timed_out_at IS NULL
+         AND (w.opened_at IS NULL OR w.until IS NULL OR w.until > excluded.opened_at)
+    THEN excluded.pending_attempt END,
   timed_out_at = CASE WHEN w.answered_at IS NULL
     THEN COALESCE(w.timed_out_at, CASE WHEN w.until <= excluded.opened_at THEN excluded.opened_at END) END
 RETURNING kind, answered_at IS NOT NULL, answer::text, timed_out_at IS NOT NULL, until, xmax = 0

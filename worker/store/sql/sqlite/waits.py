@@ -15,7 +15,7 @@ from worker.store.sql.sqlite.values import instant
 OURS = "SELECT org_id FROM live_runs WHERE id = ? AND fencing_token = ? AND state = 'running'"
 
 FIND = """
-SELECT kind, opened_at, until, answered_at, answer, timed_out_at FROM waits
+SELECT kind, opened_at, until, answered_at, CAST(answer AS TEXT), timed_out_at FROM waits
 WHERE run_id = ? AND name = ? AND occurrence = ?
 """
 
@@ -55,7 +55,8 @@ def open_wait(
         if cursor.execute(COUNT, (run_id, MOST_WAITS)).fetchone()[0] >= MOST_WAITS:
             return WaitState(wait.kind, "too_many")
         over_at = now if until is not None and until <= now else None
-        times = instant(now), instant(until), attempt, instant(over_at)
+        pending = attempt if over_at is None else None
+        times = instant(now), instant(until), pending, instant(over_at)
         cursor.execute(NEW, (*key, ours[0], wait.kind, wait.ask_json, *times))
         return WaitState(wait.kind, "pending" if over_at is None else "over", None, until)
     kind, opened, ends, answered, answer, over = row
@@ -63,7 +64,8 @@ def open_wait(
         until = None if ends is None else from_text(ends)
     if answered is None and over is None and until is not None and until <= now:
         over = instant(now)
-    cursor.execute(AGAIN, (wait.ask_json, instant(until), instant(now), attempt, over, *key))
+    pending = attempt if answered is None and over is None else None
+    cursor.execute(AGAIN, (wait.ask_json, instant(until), instant(now), pending, over, *key))
     return WaitState(kind, "answered" if answered else "over" if over else "pending", answer, until)
 
 

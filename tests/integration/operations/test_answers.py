@@ -1,0 +1,227 @@
+"""Answers: the first one wins, later ones conflict, early ones are kept; only for runs of the org."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.stock import Stock
+from worker.errors import AccessDenied, Conflict, NotFound, UsageError
+from worker.ids import new_id
+from worker.operations.answers import answer
+from worker.operations.runs import cancel, run_now
+from worker.operations.why import why
+from worker.runs.run import AdmittedRun
+from worker.runs.waits import NewWait
+from worker.store import tables
+from worker.store.lists import runs as run_lists
+from worker.store.sql import statements
+
+FILE = """
+[[org]]
+code = "org_acme"
+issuer = "main"
+
+[[org]]
+code = "org_globex"
+issuer = "main"
+
+[[definition]]
+org = "org_acme"
+name = "digest"
+handler = "acme.plain"
+schedule = "0 3 1 1 *"
+"""
+
+
+@pytest.fixture
+def stock(database) -> Stock:
+    return Stock(database)
+
+
+@pytest.fixture
+def parked(apply, database, stock) -> Callable[..., AdmittedRun]:
+    """A parked run with these waits; without waits it is still running."""
+    apply(FILE)
+    worker = stock.worker(handlers=("acme.plain",))
+
+    def park(*waits: NewWait) -> AdmittedRun:
+        run_now(database, "org_acme", "digest", actor="tester")
+        [run] = stock.admit(worker, offered={"acme.plain": None})
+        for wait in waits:
+            with database.transaction() as connection:
+                statements(connection).open_wait(
+                    connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+                )
+        if waits:
+            stock.finish(worker, stock.ended(run, "parked", outcome="parked", reason="answer", result=None))
+        return run
+
+    return park
+
+
+APPROVAL = NewWait("approval", 1, "answer", 3600.0, '{"question":"publish?"}')
+
+
+def give(database, run: AdmittedRun, data: Any = True, **options: Any) -> Any:
+    name = options.pop("name", "approval")
+    return answer(database, run.id, name, data, **{"actor": "operator:kim"} | options)
+
+
+def test_an_answer_wakes_the_run_and_is_in_its_row_and_the_audit(parked, database, stock):
+    run = parked(APPROVAL)
+
+    row = give(database, run, {"yes": True})
+
+    assert (row["answered_by"], row["answer"], row["ask"]) == (
+        "operator:kim",
+        {"yes": True},
+        {"question": "publish?"},
+    )
+    with database.autocommit() as connection:
+        shown = run_lists.run(connection, "org_acme", run.id)
+    assert (shown["state"], shown["reason"]) == ("waiting", "resumed")
+    assert [wait["answer"] for wait in shown["waits"]] == [{"yes": True}]
+    [entry] = stock.all(tables.audit, tables.audit.c.action == "run.answer")
+    assert (entry["actor"], entry["subject"]) == ("operator:kim", run.id)
+    assert entry["detail"] == {"wait": "approval", "occurrence": 1}
+
+
+def test_the_first_answer_wins(parked, database):
+    run = parked(APPROVAL)
+    give(database, run, 1)
+
+    with pytest.raises(Conflict, match="was answered already, by operator:kim"):
+        give(database, run, 2, actor="operator:lee")
+
+
+def test_an_early_answer_is_kept_and_a_second_one_conflicts(parked, database):
+    run = parked()
+    assert give(database, run, "early")["opened_at"] is None
+
+    with pytest.raises(Conflict, match="answered already"):
+        give(database, run, "later")
+
+
+def test_an_answer_is_for_one_occurrence(parked, database, stock):
+    run = parked(APPROVAL)
+
+    give(database, run, "second", occurrence=2)
+
+    live = stock.live(run.id)
+    assert live is not None and live["state"] == "parked"
+
+
+def test_an_answer_after_the_deadline_conflicts(parked, database, stock):
+    run = parked(APPROVAL)
+    stock.change(tables.waits, run.id, until=stock.now() - timedelta(seconds=1))
+
+    with pytest.raises(Conflict, match="was not answered in time"):
+        give(database, run)
+
+
+def test_the_answer_to_an_ended_run_conflicts(parked, database):
+    run = parked(APPROVAL)
+    cancel(database, run.id, actor="tester")
+
+    with pytest.raises(Conflict, match="has ended"):
+        give(database, run)
+
+
+def test_a_sleep_has_no_answer(parked, database):
+    run = parked(NewWait("pause", 1, "sleep", 3600.0))
+
+    with pytest.raises(Conflict, match="is a sleep"):
+        give(database, run, name="pause")
+    with pytest.raises(UsageError, match="a sleep has no answer"):
+        give(database, run, name="sleep")
+
+
+def test_a_run_of_another_org_does_not_exist(parked, database):
+    run = parked(APPROVAL)
+
+    with pytest.raises(NotFound):
+        give(database, run, org="org_globex")
+    with pytest.raises(NotFound):
+        answer(database, new_id(), "approval", 1, actor="tester")
+
+
+def test_an_org_does_not_answer_for_its_budgets(parked, database):
+    run = parked(NewWait("budget:llm_tokens", 1, "budget"))
+
+    with pytest.raises(AccessDenied, match="only an operator"):
+        give(database, run, name="budget:llm_tokens", org="org_acme")
+
+
+def test_early_answers_are_limited(parked, database):
+    run = parked()
+    for number in range(100):
+        give(database, run, name=f"wait-{number}")
+
+    with pytest.raises(Conflict, match="100 answers"):
+        give(database, run, name="one-more")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "occurrence", "problem"),
+    [
+        ("no name", True, 1, "is not a name"),
+        ("approval", "x" * 70_000, 1, "the maximum is 64 KiB"),
+        ("approval", "\0", 1, "NUL"),
+        ("approval", float("inf"), 1, "NaN"),
+        ("approval", True, 0, "occurrence"),
+    ],
+)
+def test_what_cannot_be_an_answer_is_refused(parked, database, name, data, occurrence, problem):
+    run = parked(APPROVAL)
+
+    with pytest.raises(UsageError, match=problem):
+        give(database, run, data, name=name, occurrence=occurrence)
+
+
+def test_why_says_what_it_waits_for_and_how_to_answer(parked, database):
+    run = parked(APPROVAL)
+
+    with database.autocommit() as connection:
+        found = why(connection, run.id)
+
+    assert "waits for an answer to approval (since" in found.cause
+    assert found.next == f"runs answer {run.id} approval --data JSON"
+
+
+def test_two_answers_at_the_same_instant_have_one_winner(parked, database, stock):
+    """Each in its own transaction, started together; the full number runs with the fault suite."""
+    lost = []
+    for _ in range(25):
+        run = parked(APPROVAL)
+        start, won = threading.Barrier(2), []
+
+        def give_one(by: str, run: AdmittedRun = run, start: Any = start, won: list[str] = won) -> None:
+            start.wait()
+            try:
+                won.append(give(database, run, by, actor=by)["answer"])
+            except Conflict:
+                lost.append(by)
+
+        both = [threading.Thread(target=give_one, args=(by,)) for by in ("kim", "lee")]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+        [winner] = won
+        [row] = stock.all(tables.waits, tables.waits.c.run_id == run.id)
+        assert (row["answer"], row["answered_by"]) == (winner, winner)
+        cancel(database, run.id, actor="tester")
+    assert len(lost) == 25
+
+
+def test_the_deadline_is_the_database_s(parked, database, stock):
+    run = parked(replace(APPROVAL, seconds=None))
+    stock.change(tables.live_runs, run.id, available_at=stock.now() + timedelta(days=400))
+
+    assert give(database, run)["until"] is None

@@ -1,0 +1,101 @@
+"""Answers: what a person or a program says to a run that waits for it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from worker.errors import AccessDenied, Conflict, UsageError
+from worker.handlers.json_text import NotStorable, to_json_text
+from worker.handlers.steps import StepError, check_name
+from worker.handlers.waits import BUDGET, SLEEP
+from worker.ids import OrgId, RunId
+from worker.operations.runs import require_run
+from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS
+from worker.store import audit, waits
+from worker.store.database import Database
+from worker.store.lists import Wait
+from worker.store.lists import runs as run_lists
+from worker.telemetry.masking import masker
+
+
+def answer(
+    database: Database,
+    run_id: str,
+    name: str,
+    data: Any,
+    *,
+    actor: str,
+    occurrence: int = 1,
+    org: str | None = None,
+) -> Wait:
+    """Answer a wait of an unfinished run, and let the run go on; returns the wait as `runs show` has it.
+
+    The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run.
+    With `org`, only that org's runs are found, and its budgets cannot be answered.
+
+    Raises:
+        NotFound: no such run.
+        UsageError: an invalid name, occurrence or answer.
+        AccessDenied: the question is for operators only.
+        Conflict: it was answered already, its deadline has passed, or the run has ended.
+    """
+    _check(name, occurrence)
+    stored = _checked(data)
+    if org is not None and name.startswith(BUDGET):
+        raise AccessDenied("only an operator may answer this question", fix="ask the operator of this worker")
+    with database.transaction() as connection:
+        run = require_run(connection, run_id, org)
+        org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
+        attempt = waits.lock_attempt(connection, org_id, wanted)
+        if attempt is None:
+            raise Conflict(f"run {wanted} has ended", fix=f"see `runs show {wanted}`")
+        now = database.now(connection)
+        found = waits.find(connection, org_id, wanted, name, occurrence)
+        what = name if occurrence == 1 else f"{name}#{occurrence}"
+        see = f"see `runs show {wanted}`"
+        if found is None:
+            if waits.early(connection, org_id, wanted, most=MOST_EARLY) >= MOST_EARLY:
+                raise Conflict(
+                    f"run {wanted} has {MOST_EARLY} answers to waits that it has not reached, the limit",
+                    fix=see,
+                )
+            waits.answer_early(connection, org_id, wanted, name, occurrence, stored, at=now, by=actor)
+        elif found["answered_at"] is not None:
+            raise Conflict(f"{what} of run {wanted} was answered already, by {found['answered_by']}", fix=see)
+        elif found["kind"] == "sleep":
+            raise Conflict(f"{what} of run {wanted} is a sleep, which has no answer", fix=see)
+        elif found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
+            raise Conflict(f"{what} of run {wanted} was not answered in time", fix=see)
+        else:
+            waits.answer(connection, found, stored, at=now, by=actor)
+            if found["pending_attempt"] == attempt:
+                waits.wake(connection, org_id, wanted, at=now)
+        detail = {"wait": name, "occurrence": occurrence}
+        audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
+        return run_lists.wait(connection, org_id, wanted, name, occurrence)
+
+
+def _check(name: str, occurrence: int) -> None:
+    try:
+        check_name("answer", name)
+    except StepError as error:
+        raise UsageError(str(error), fix="`runs show` lists what a run waits for") from None
+    if name == SLEEP:
+        raise UsageError(
+            "a sleep has no answer", fix="name what the handler waits for, as `runs show` lists it"
+        )
+    if not 1 <= occurrence <= MOST_WAITS:
+        raise UsageError(
+            f"occurrence {occurrence} is not between 1 and {MOST_WAITS}",
+            fix="1 is the first wait of that name",
+        )
+
+
+def _checked(data: Any) -> Any:
+    """The answer as it is stored. Raises UsageError."""
+    try:
+        text = to_json_text(data, "answer", MOST_ANSWERED)
+    except NotStorable as error:
+        raise UsageError(str(error), fix="give JSON of at most 64 KiB") from None
+    return json.loads(masker.mask(text))
