@@ -78,6 +78,14 @@ def try_(
         str | None,
         typer.Option("--state", metavar="JSON|@FILE", help="The state of its definition (default: empty)."),
     ] = None,
+    answer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--answer",
+            metavar="NAME=JSON",
+            help="An answer that it waits for, as JSON or else as text; repeatable.",
+        ),
+    ] = None,
     real: Annotated[
         bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
     ] = False,
@@ -89,7 +97,8 @@ def try_(
     """Run one handler once, with made-up claims, and store nothing; exit 1 unless it succeeds.
 
     It runs like any run: in its own process, with its params and settings validated and its
-    scopes enforced. Progress and log lines are printed on stderr. Without --real, no API
+    scopes enforced. Progress and log lines are printed on stderr. It skips sleeps, and goes
+    on with the answers of --answer. Without --real, no API
     accepts its token; with --real, the handler's effects are real.
     """
     from worker.operations.handlers import as_taken, schema_of
@@ -128,10 +137,12 @@ def try_(
             flags=flags,
             scopes=scope or None,
             state=before,
+            answers=read_pairs(answer or (), option="--answer"),
             database=stack.enter_context(session.database()) if real else None,
             on_error=_debugger_at(entry.entry_point) if pdb else None,
             on_line=lambda line: say(f"{line.level:<7} {line.text}"),
             on_progress=lambda progress: say(f"progress {in_words(progress)}"),
+            on_resume=say,
         )
         tried = asyncio.run(trying.try_once(session.settings, entry, request, session.clock))
     row = _row(tried, entry, request.org, None if real else properties)
@@ -176,7 +187,7 @@ def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, A
         "distribution": entry.distribution,
         "version": entry.version,
         "org": org,
-        "state": ended.state,
+        "state": ended.shown_state,
         "reason": ended.reason,
         "detail": ended.detail,
         "seconds": round((ended.ended_at - ended.started_at).total_seconds(), 3),
@@ -235,6 +246,8 @@ def _fix(row: Mapping[str, Any], entry: HandlerEntry, *, real: bool, debugged: b
             return "return what JSON can hold, at most 1 MiB, or one of the result classes of `worker`"
         case "out_of_memory":
             return "keep less in memory, or give @job more memory"
+        case "answer":
+            return f"--answer {detail}=JSON gives the answer that it waits for"
         case "retry" | "snoozed" | "handed_back":
             return "none needed: a worker tries it again later with the checkpoint"
     return ""

@@ -145,6 +145,10 @@ class TrialWait:
     is_over: bool = False
     answer_json: str | None = None
 
+    @property
+    def is_open(self) -> bool:
+        return not (self.is_answered or self.is_over)
+
     def deadline(self) -> datetime:
         """When it is over without an answer; the end of time without a deadline."""
         return self.until or datetime.max.replace(tzinfo=UTC)
@@ -274,11 +278,12 @@ class Trial:
         Returns how long that takes; None if it would wait forever, since no answer is given.
         """
         now = self._tools.clock.now()
-        pending = [each for each in self.waits.values() if each.attempt == self._run.attempt - 1]
+        last = self._run.attempt - 1
+        pending = [each for each in self.waits.values() if each.attempt == last and each.is_open]
         answered = False
         for each in pending:
             key = each.wait.name if each.wait.occurrence == 1 else f"{each.wait.name}#{each.wait.occurrence}"
-            if each.wait.kind == "answer" and key in self._answers and not each.is_over:
+            if each.wait.kind == "answer" and key in self._answers:
                 each.answer_json = masker.mask(json.dumps(self._answers[key]))
                 answered = each.is_answered = True
         if answered:

@@ -89,6 +89,28 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Wait:
+    """A sleep, or a wait for an answer."""
+
+    name: str
+    """As passed to `ctx.wait_for`; `sleep` for a sleep without a name."""
+    occurrence: int
+    """Which wait of that name it is, from 1."""
+    kind: str
+    """`sleep` or `answer`."""
+    ask: Any
+    """What the handler asked."""
+    until: datetime | None
+    """Its deadline by the test's clock; None without one."""
+    answered: bool
+    """Whether it was answered."""
+    answer: Any
+    """The answer, as the handler got it."""
+    timed_out: bool
+    """Whether its deadline passed without an answer; of a sleep, whether it is over."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run after its last attempt, with the values of `runs show`."""
 
@@ -108,6 +130,8 @@ class Finished:
     """The state of the definition afterwards; `{}` if its handler has none."""
     steps: tuple[Step, ...]
     """The stored steps, in the order in which they were stored."""
+    waits: tuple[Wait, ...]
+    """What the run slept and waited for, in the order in which it did."""
     progress: Mapping[str, Any] | None
     """The last progress: `done`, `total` and `note`."""
     attempts: tuple[Attempt, ...]
@@ -141,6 +165,7 @@ class Orgworker:
         variants: Iterable[Job] = (),
         checkpoint: Any = None,
         state: Mapping[str, Any] | None = None,
+        answers: Mapping[str, Any] | None = None,
         faults: Iterable[Fault] = (),
         attempts: int = ATTEMPTS,
         token_lifetime: Duration = LIFETIME,
@@ -154,8 +179,10 @@ class Orgworker:
         `hosts` sets those that are not public, and `private_origins` are exempt. `definition`
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
         are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
-        While the run waits, the clock advances and another attempt starts, at most `attempts` in
-        all. With `place="child"` the run has its own process, as in a worker, and cannot reach `api`.
+        While the run waits or sleeps, the clock advances and another attempt starts, at most
+        `attempts` in all. `answers` are given by the name of the wait, or as `name#2`, once the run
+        waits for them; a wait without one times out, or the run stays `waiting`. With
+        `place="child"` the run has its own process, as in a worker, and cannot reach `api`.
 
         Raises:
             NotFound: no installed distribution has a handler of that name.
@@ -202,6 +229,7 @@ class Orgworker:
                         self.clock,
                         checkpoint=checkpoint,
                         state=state,
+                        answers=answers,
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
@@ -221,9 +249,13 @@ class Orgworker:
 
     async def _attempts(self, trial: Trial, injector: FaultInjector, most: int) -> list[EndedAttempt]:
         ended: list[EndedAttempt] = []
-        while len(ended) < most and (not ended or ended[-1].state == "waiting"):
+        while len(ended) < most and (not ended or not ended[-1].final):
             if ended:
-                self.clock.advance(ended[-1].available_after or timedelta())
+                last = ended[-1]
+                delay = trial.resume() if last.state == "parked" else last.available_after or timedelta()
+                if delay is None:  # it waits for an answer that the test does not give
+                    break
+                self.clock.advance(delay)
             injector.begin(trial)
             ended.append(await trial.attempt())
             injector.end()
@@ -239,7 +271,7 @@ def _finished(
     last = ended[-1]
     progress = [each.trail.progress for each in ended if each.trail.progress is not None]
     return Finished(
-        state=last.state,
+        state=last.shown_state,
         reason=last.reason,
         detail=last.detail,
         result=None if last.result is None else json.loads(last.result),
@@ -256,13 +288,26 @@ def _finished(
             )
             for row in trial.steps
         ),
+        waits=tuple(
+            Wait(
+                name=each.wait.name,
+                occurrence=each.wait.occurrence,
+                kind=each.wait.kind,
+                ask=None if each.wait.ask_json is None else json.loads(each.wait.ask_json),
+                until=each.until,
+                answered=each.is_answered,
+                answer=None if each.answer_json is None else json.loads(each.answer_json),
+                timed_out=each.is_over,
+            )
+            for each in trial.waits.values()
+        ),
         progress=progress[-1] if progress else None,
         attempts=tuple(
             Attempt(
                 number=each.attempt,
                 handler=each.trail.handler,
                 outcome=each.outcome,
-                state=each.state,
+                state=each.shown_state,
                 reason=each.reason,
                 detail=each.detail,
                 error=each.error,

@@ -9,11 +9,13 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE
+from worker.definitions.units import format_duration
 from worker.errors import Conflict, NotFound, did_you_mean
 from worker.execution.attempts.run_services import TokenSource
 from worker.execution.runners.child.pool import ChildPool
@@ -48,7 +50,8 @@ OnError = Callable[[Exception], None]
 class TryRequest:
     """What to try: with fake claims, or with the token of a real org if there is a `database`.
 
-    `scopes` None means all that the handler declares; `state` is that of its definition. With
+    `scopes` None means all that the handler declares; `state` is that of its definition. `answers`
+    are given by the name of the wait. `on_resume` gets what the run waited for each time it goes on. With
     `on_error` the handler runs in this process; it is called with the exception of the handler
     while its frames still exist.
     """
@@ -59,10 +62,12 @@ class TryRequest:
     flags: Mapping[str, Any] = field(default_factory=dict)
     scopes: Sequence[str] | None = None
     state: Mapping[str, Any] | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
     database: Database | None = None
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
     on_progress: Callable[[Mapping[str, Any]], None] = lambda progress: None
+    on_resume: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             runner,
             clock,
             state=request.state,
+            answers=request.answers,
             live=True,
             on_line=request.on_line,
             on_progress=request.on_progress,
@@ -131,7 +137,18 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         if request.on_error is None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGINT, partial(_interrupt, trial))
         ended = await trial.attempt()
+        while ended.state == "parked" and (delay := trial.resume()) is not None:
+            request.on_resume(_resumed(ended, delay))
+            ended = await trial.attempt()
         return Tried(ended, trial.checkpoint, trial.state)
+
+
+def _resumed(ended: EndedAttempt, delay: timedelta) -> str:
+    what = f" ({ended.detail})" if ended.detail else ""
+    if not delay:
+        return f"it waits for an answer{what}, which --answer gives: the next attempt goes on"
+    doing = "sleeps" if ended.reason == "asleep" else "waits for an answer"
+    return f"it {doing}{what} for {format_duration(delay)}, which is skipped here: the next attempt goes on"
 
 
 def _subject(settings: Settings, entry: HandlerEntry, request: TryRequest) -> Subject:
