@@ -167,6 +167,8 @@ class Trail:
     claims_hash: str | None = None
     progress: Mapping[str, Any] | None = None
     peak_memory: int | None = None
+    # The names of open waits for which the handler asked for an alert.
+    asks: tuple[str, ...] = ()
 
 
 # Not frozen: with this many fields that triples the cost of construction, for every run.

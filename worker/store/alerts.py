@@ -47,6 +47,12 @@ _PROVISIONED = (
     OR EXISTS (SELECT 1 FROM orgs o WHERE o.id = subject_id AND o.state = 'removed')""",
     "the application of each affected org is as it should be",
 )
+_ANSWERED = (
+    """NOT EXISTS (SELECT 1 FROM waits w JOIN live_runs l ON l.id = w.run_id
+    WHERE w.run_id = subject_id AND w.kind = 'answer' AND w.pending_attempt = l.attempt
+      AND l.state = 'parked' AND w.answered_at IS NULL AND w.timed_out_at IS NULL)""",
+    "it was answered, its deadline passed, or the run has ended",
+)
 # When an affected definition or org has recovered, and how the alert says that all have.
 RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "failed": _SUCCEEDED,
@@ -54,6 +60,7 @@ RECOVERED: Mapping[Kind, tuple[str, str]] = {
     "paused": _RESUMED,
     "credential_dead": _HAS_TOKEN,
     "provisioning_failed": _PROVISIONED,
+    "waiting": _ANSWERED,
 }
 MAY_GO_QUIET: tuple[Kind, ...] = ("failed", "refused", "credential_dead", "provisioning_failed")
 
@@ -202,7 +209,7 @@ def _id(cause: str, at: datetime) -> str:
 
 
 def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[Strike], dict[str, datetime]]:
-    """A function from a strike to the affected definitions or orgs, each with its time."""
+    """A function from a strike to the affected definitions, orgs or runs, each with its time."""
     runs, definitions, orgs = tables.runs, tables.definitions, tables.orgs
     ended: dict[str, tuple[str, datetime]] = {}
     for part in chunks(sorted({run for strike in strikes for run in strike.runs.values()})):
@@ -220,6 +227,9 @@ def _subjects(connection: Connection, strikes: Sequence[Strike]) -> Callable[[St
             named[org, name] = id_
 
     def of(strike: Strike) -> dict[str, datetime]:
+        if strike.kind == "waiting":
+            # The run itself: it has not ended.
+            return dict.fromkeys(strike.runs.values(), strike.at)
         found = dict(ended[run] for run in strike.runs.values() if run in ended)
         others = [*strike.definitions, *((org,) for org in strike.orgs)]
         return found | {named[one]: strike.at for one in others if one in named}

@@ -19,7 +19,7 @@ from worker.clock import Clock, to_text
 from worker.telemetry.events import Emitted
 from worker.telemetry.masking import masker
 
-Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed"]
+Kind = Literal["failed", "refused", "overdue", "paused", "credential_dead", "provisioning_failed", "waiting"]
 Status = Literal["firing", "resolved"]
 
 # Maximum open alerts; more than these have one common cause, which has been reported by then.
@@ -152,6 +152,9 @@ def _cause(event: str, fields: Mapping[str, Any]) -> tuple[Kind, tuple[str | Non
             return "failed", (handler, why), summary
         case "run.recovered", _:
             return "failed", (None, "lost"), "runs fail because their workers died too often"
+        case "run.asks", _:
+            summary = f"a run of {definition} of {org} waits for an answer: {fields.get('wait')}"
+            return "waiting", (fields.get("run"), fields.get("wait")), summary
         case "definition.paused", _:
             summary = f"{definition} of {org} is paused after {fields.get('failures')} failures"
             return "paused", (org, definition), summary
@@ -176,6 +179,7 @@ _STATES: Mapping[str, frozenset[str | None]] = {
     "run.ended": frozenset({"failed", "refused"}),
     "run.recovered": frozenset({"failed"}),
     "definition.paused": frozenset({None}),
+    "run.asks": frozenset({None}),
     "org.parked": frozenset({None}),
     "credential.unusable": frozenset({None}),
     "schedule.overdue": frozenset({None}),

@@ -99,6 +99,11 @@ _ROWS = (
         "org run definition handler attempt outcome state reason detail seconds error_cause error_summary",
         "an attempt ended with `outcome`; the run is now in `state`",
     ),
+    _info(
+        "run.asks",
+        "org run definition attempt wait",
+        "a run waits for an answer; its handler asked for an alert",
+    ),
     _warning(
         "run.fenced_out",
         "org run attempt fencing_token",

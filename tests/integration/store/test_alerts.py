@@ -11,9 +11,11 @@ from sqlalchemy import insert, select, update
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import Stock
 from worker.ids import new_id
-from worker.store import alerts, tables
+from worker.runs.waits import NewWait
+from worker.store import alerts, tables, waits
 from worker.store.alerts import CLAIM, QUIET
 from worker.store.database import Database
+from worker.store.sql import statements
 from worker.telemetry.alerts import MOST_OPEN, Alert, Strike
 
 OVERDUE = 10.0
@@ -251,6 +253,26 @@ def test_provisioning_fails_until_no_step_of_an_application_is_in_error(ledger, 
     ledger.settle()
 
     assert ledger.briefly() == [("provisioning_failed", "resolved")]
+
+
+def test_a_wait_is_over_when_it_is_answered(ledger, stock):
+    org = stock.org()
+    stock.put(stock.run(org, stock.definition(org)))
+    [run] = stock.admit(ledger.worker)
+    wait = NewWait("approval", 1, "answer", alert=True)
+    with ledger.database.transaction() as connection:
+        statements(connection).open_wait(connection, run.id, run.fencing_token, attempt=1, wait=wait)
+    stock.finish(ledger.worker, stock.ended(run, "parked", outcome="parked", reason="answer"))
+    ledger.note(strike(ledger, "waiting", runs={("org", "ask"): run.id}))
+    ledger.settle()
+    assert ledger.briefly() == [("waiting", "firing")]
+
+    with ledger.database.transaction() as connection:
+        found = waits.find(connection, org, run.id, "approval", 1)
+        waits.answer(connection, found, True, at=stock.now(), by="kim")
+    ledger.settle()
+
+    assert ledger.briefly() == [("waiting", "resolved")]
 
 
 def test_overdue_is_over_when_nothing_that_has_come_is_unfired_for_so_long(ledger, stock):

@@ -138,7 +138,9 @@ def test_each_kind_comes_of_an_event_of_the_table_and_of_no_other(heard):
         emit(name, **dict.fromkeys(event.fields))
         emit(name, **dict.fromkeys(event.fields) | ({"state": "failed"} if "state" in event.fields else {}))
 
-    assert set(heard.kinds()) == {"failed", "paused", "credential_dead", "overdue", "provisioning_failed"}
+    assert set(heard.kinds()) == {
+        *("failed", "paused", "credential_dead", "overdue", "provisioning_failed", "waiting"),
+    }
 
 
 def test_what_could_not_be_written_down_comes_again_with_what_struck_meanwhile(heard):

@@ -105,6 +105,15 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         # `lost` and the like are causes without an error of a handler.
         error_summary=summary(ended.error) if ended.error and ended.state == "failed" else None,
     )
+    for wait in ended.trail.asks if ended.state == "parked" else ():
+        emit(
+            "run.asks",
+            org=plan and plan.org.code,
+            run=ended.run_id,
+            definition=plan and plan.definition.name,
+            attempt=ended.attempt,
+            wait=wait,
+        )
     tracer = tracing.in_use()
     if tracer is not None:
         trace(tracer, ended, inflight)

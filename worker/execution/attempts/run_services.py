@@ -209,6 +209,8 @@ class AttemptServices:
         state = await self._when_available(lambda: self.tools.waits.open_wait(run, wait))
         if state is None:
             raise self._lost()
+        if wait.alert and state.state == "pending":
+            self.trail.asks += (wait.name,)
         return state
 
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
