@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
-from worker.testing import Attempt, Finished, LogLine, Step, faults
+from worker.testing import Attempt, Finished, LogLine, Step, Wait, faults
 
 
 def testing_faults() -> str:
@@ -27,6 +27,7 @@ def testing_finished() -> str:
         (Finished, "finished"),
         (Attempt, "finished.attempts[0]"),
         (Step, "finished.steps[0]"),
+        (Wait, "finished.waits[0]"),
         (LogLine, "finished.logs[0]"),
     ):
         rows += [(code(f"{above}.{name}"), words) for name, (_, words) in attributes(owner).items()]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from worker.testing.clock import SettableClock
     from worker.testing.faults import Crash, ProviderDown, SecretRotated, Stop, WrongOrg
-    from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker, Step
+    from worker.testing.orgworker import Attempt, Finished, LogLine, Orgworker, Step, Wait
 
 _HOMES = {
     "Attempt": "orgworker",
@@ -23,6 +23,7 @@ _HOMES = {
     "SecretRotated": "faults",
     "SettableClock": "clock",
     "Step": "orgworker",
+    "Wait": "orgworker",
     "Stop": "faults",
     "WrongOrg": "faults",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "SettableClock",
     "Step",
     "Stop",
+    "Wait",
     "WrongOrg",
 ]
 
