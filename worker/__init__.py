@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from worker.handlers.httpx2_client import httpx2_client
     from worker.handlers.job import job
     from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze
+    from worker.handlers.spending import BudgetExceeded
     from worker.handlers.steps import StepError
     from worker.handlers.waits import WaitTimeout
 
 _HOMES = {
     "AccessToken": "worker.claims.claims",
     "BlockingContext": "worker.handlers.context",
+    "BudgetExceeded": "worker.handlers.spending",
     "Cancel": "worker.handlers.results",
     "Claims": "worker.claims.claims",
     "Context": "worker.handlers.context",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "AccessToken",
     "BlockingContext",
+    "BudgetExceeded",
     "Cancel",
     "Claims",
     "Context",

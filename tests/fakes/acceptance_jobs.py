@@ -233,6 +233,43 @@ def paid_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
     return {"attempts": [result["attempt"] for result in results]}
 
 
+@job("acme.spender")
+async def spender(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """Make `steps` calls that spend 10 tokens each; each is a line of the journal."""
+
+    async def call(number: int) -> int:
+        write(ctx, who="call", number=number)
+        await ctx.spend("llm_tokens", 10)
+        return number
+
+    results = [await ctx.step("call", call, number) for number in range(ctx.params["steps"])]
+    await ctx.spend("llm_tokens", 1)
+    budget = await ctx.budget("llm_tokens")
+    return {"results": results, "used": budget.used, "left": budget.left}
+
+
+@job("acme.spender_inline", isolation="inline")
+async def spender_inline(ctx: Context[Any, Any]) -> dict[str, Any]:
+    """The same in the worker's own process."""
+    results: dict[str, Any] = await spender(ctx)
+    return results
+
+
+@job("acme.spender_blocking")
+def spender_blocking(ctx: BlockingContext[Any, Any]) -> dict[str, Any]:
+    """The same as a handler that blocks."""
+
+    def call(number: int) -> int:
+        write(ctx, who="call", number=number)
+        ctx.spend("llm_tokens", 10)
+        return number
+
+    results = [ctx.step("call", call, number) for number in range(ctx.params["steps"])]
+    ctx.spend("llm_tokens", 1)
+    budget = ctx.budget("llm_tokens")
+    return {"results": results, "used": budget.used, "left": budget.left}
+
+
 @job("acme.agent")
 async def agent(ctx: Context[Any, Any]) -> str:
     """Run an agent that calls a tool twice in each of `calls` responses; each request and call is a line."""

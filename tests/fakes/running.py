@@ -15,6 +15,7 @@ from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.contract import Work
 from worker.ids import RunId
+from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.runs.waits import NewWait, WaitState
 
@@ -74,6 +75,8 @@ class RecordingServices:
     steps: list[NewStep] = field(default_factory=list)
     waits: list[NewWait] = field(default_factory=list)
     states: dict[str, WaitState] = field(default_factory=dict)
+    spends: list[tuple[str, int, int]] = field(default_factory=list)
+    budget_states: list[BudgetState] = field(default_factory=list)
     tokens_asked: list[bool] = field(default_factory=list)
     has_started: bool = False
     closed: bool = False
@@ -99,6 +102,15 @@ class RecordingServices:
             raise LeaseLost("the run has ended")
         self.waits.append(wait)
         return self.states.get(wait.name, WaitState(wait.kind, "pending"))
+
+    async def budgets(self) -> list[BudgetState]:
+        return self.budget_states
+
+    async def spend(self, meter: str, amount: int, number: int) -> list[BudgetState]:
+        if self.closed:
+            raise LeaseLost("the run has ended")
+        self.spends.append((meter, amount, number))
+        return self.budget_states
 
     async def store_step(self, step: NewStep) -> str:
         if self.closed:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import pdb
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
@@ -86,6 +86,14 @@ def try_(
             help="An answer that it waits for, as JSON or else as text; repeatable.",
         ),
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="METER=N",
+            help="What it may spend of a meter: llm_tokens=1000; repeatable.",
+        ),
+    ] = None,
     real: Annotated[
         bool, typer.Option("--real", help="Use the token of --org, which must be in the database.")
     ] = False,
@@ -138,6 +146,7 @@ def try_(
             scopes=scope or None,
             state=before,
             answers=read_pairs(answer or (), option="--answer"),
+            budgets=_read_budgets(budget or ()),
             database=stack.enter_context(session.database()) if real else None,
             on_error=_debugger_at(entry.entry_point) if pdb else None,
             on_line=lambda line: say(f"{line.level:<7} {line.text}"),
@@ -161,6 +170,19 @@ def try_(
     if fix := _fix(row, entry, real=real, debugged=pdb):
         say(f"fix: {fix}")
     return FAILED
+
+
+def _read_budgets(given: Sequence[str]) -> dict[str, int]:
+    """The values of `--budget`; raises UsageError."""
+    from worker.definitions.budgets import amount, meter_name
+
+    found = {}
+    for meter, value in read_pairs(given, option="--budget").items():
+        try:
+            found[meter_name(meter)] = amount("the budget")(value)
+        except ValueError as error:
+            raise UsageError(f"--budget: {error}", fix="such as --budget llm_tokens=1000") from None
+    return found
 
 
 def _read_state(given: str) -> Mapping[str, Any]:
@@ -195,6 +217,7 @@ def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, A
         "progress": ended.trail.progress,
         "checkpoint": tried.checkpoint,
         "definition_state": tried.state if entry.state else None,
+        "spends": tried.spends,
         "result": None if ended.result is None else json.loads(ended.result),
         "error": None if ended.error is None else {name: ended.error[name] for name in ("type", "message")},
     }

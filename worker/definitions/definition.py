@@ -139,6 +139,8 @@ class Definition:
     """
     api_base_url: str | None = None
     """The base of relative URLs of `ctx.http`; default the issuer's. Its origin is one of `api_origins`."""
+    meter_usage: bool = False
+    """Whether `ctx.http` counts the `usage` of answers in OpenAI's form, as the meter `llm_tokens`."""
     enabled: bool = True
     """If false, no run is due."""
 
@@ -308,6 +310,7 @@ _KEYS: dict[str, _Form] = {
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
     "api_base_url": _Form(fields.base_url),
+    "meter_usage": _Form(fields.boolean),
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")

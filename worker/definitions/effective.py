@@ -24,7 +24,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Token and claims": (
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),
-        "api_base_url",
+        *("api_base_url", "meter_usage"),
     ),
 }
 # What no value means, for keys whose default is not in the handler.

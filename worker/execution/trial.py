@@ -22,6 +22,7 @@ from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.run_services import TokenSource, Tools
 from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.contract import Runner, StopSignal
+from worker.execution.trial_budgets import TrialBudgets, budgets_of
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, RunId, new_id
 from worker.orgs import OrgRef
@@ -179,6 +180,7 @@ class Trial:
         on_saved: Callable[[Trial], Awaitable[None]] | None = None,
         on_step: Callable[[Trial], Awaitable[None]] | None = None,
         answers: Mapping[str, Any] | None = None,
+        budgets: Mapping[str, Any] | None = None,
     ) -> None:
         self._subject = subject
         self._live = live
@@ -191,6 +193,7 @@ class Trial:
         self._kept: str | None = None
         self.waits: dict[tuple[str, int], TrialWait] = {}
         self._answers = dict(answers or {})
+        self.budgets = TrialBudgets(clock, budgets_of(subject.org.code, budgets or {}))
         self._checkpoint = None if checkpoint is None else json.dumps(checkpoint)
         self._state = json.dumps(state or {})
         now, run_id = clock.now(), RunId(new_id())
@@ -234,6 +237,7 @@ class Trial:
             checkpoints=self,
             steps=self,
             waits=self,
+            budgets=self.budgets,
             run_log=RunLogWriter(self, clock),
             clock=clock,
             random=SystemRandom(),
@@ -325,6 +329,7 @@ class Trial:
             return False
         self._kept = self._kept or step.handler
         self.steps.append(step)
+        self.budgets.stored(step)
         if self._on_step is not None:
             await self._on_step(self)
         return True

@@ -16,6 +16,7 @@ from worker.handlers.job import Job
 from worker.handlers.json_text import NotStorable, clean, to_json_text
 from worker.handlers.models import CheckpointInvalid, HandlerMissing, ParamsInvalid, SettingsInvalid
 from worker.handlers.results import Cancel, HandBack, PermanentError, Retry, Snooze, as_timedelta
+from worker.handlers.spending import BudgetExceeded
 from worker.handlers.state import State
 from worker.handlers.steps import StepError
 from worker.handlers.waits import WaitTimeout, parked_of
@@ -100,6 +101,8 @@ def _with_state(outcome: Outcome, state: State | None) -> Outcome:
 def outcome_of_error(error: BaseException) -> Outcome:
     """The outcome for an exception that a handler raised."""
     match error:
+        case BudgetExceeded():
+            return Failed(error_of(error), reason="budget", permanent=True)
         case PermanentError() | StepError() | WaitTimeout():
             return Failed(error_of(error), permanent=True)
         case SettingsInvalid():

@@ -25,6 +25,14 @@ from worker.handlers.given import (
 from worker.handlers.json_text import clean
 from worker.handlers.models import checkpoint_text
 from worker.handlers.results import Duration
+from worker.handlers.spending import (
+    AsyncSpending,
+    BlockingSpending,
+    BlockingSpendPort,
+    Budget,
+    KnownBudget,
+    SpendPort,
+)
 from worker.handlers.state import State
 from worker.handlers.step_calls import (
     BACKOFF,
@@ -59,7 +67,7 @@ class _ReportsProgress(Protocol):
     def progress(self, done: float, total: float | None, note: str | None) -> None: ...
 
 
-class WorkerPort(_ReportsProgress, StepPort, WaitPort, Protocol):
+class WorkerPort(_ReportsProgress, StepPort, WaitPort, SpendPort, Protocol):
     """How a context reaches the worker from an event loop."""
 
     async def save(self, data_json: str) -> None: ...
@@ -67,7 +75,7 @@ class WorkerPort(_ReportsProgress, StepPort, WaitPort, Protocol):
     async def token(self, *, fresh: bool) -> Granted: ...
 
 
-class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, BlockingWaitPort, Protocol):
+class BlockingWorkerPort(_ReportsProgress, BlockingStepPort, BlockingWaitPort, BlockingSpendPort, Protocol):
     """The same for a handler that blocks."""
 
     def save(self, data_json: str) -> None: ...
@@ -166,7 +174,11 @@ class Context(_Shared[P, S]):
 
     @cached_property
     def _steps(self) -> StepCalls:
-        return StepCalls(self._journal, self._port, self._given.held.clock)
+        return StepCalls(self._journal, self._port, self._given.held.clock, self._spending)
+
+    @cached_property
+    def _spending(self) -> AsyncSpending:
+        return AsyncSpending(self._port, self._waits, self._given.budgets, self._given.held.clock)
 
     @cached_property
     def _waits(self) -> AsyncWaits:
@@ -238,6 +250,23 @@ class Context(_Shared[P, S]):
         """
         return self._waits.wait_for(name, timeout, ask, alert)
 
+    def spend(self, meter: str, amount: int, /) -> Awaitable[None]:
+        """Add `amount`, a whole number, to what the org's runs have spent of a meter, such as `llm_tokens`.
+
+        It counts once: inside a step it is stored with the step's result, and outside of steps it is
+        durable when this returns. If a budget of the org is used up, the run stops before its next new
+        step or its next spend outside of steps: it waits without a process, or BudgetExceeded is raised.
+        """
+        return self._spending.spend(meter, amount)
+
+    def budget(self, meter: str, /) -> KnownBudget:
+        """The tightest budget of a meter: `limit`, `used`, `left` and `resets_at`.
+
+        They are as the worker said last: at the start of the attempt, at a new step or at a spend outside
+        of steps. `await ctx.budget(…)` returns them as they are now.
+        """
+        return self._spending.budget(meter)
+
     @cached_property
     def http(self) -> httpx.AsyncClient:
         """An httpx client that sends the org's token only to the issuer's `api_origins`.
@@ -245,9 +274,14 @@ class Context(_Shared[P, S]):
         `api_base_url` is the base of relative URLs.
         """
         from worker.handlers.http import org_client
+        from worker.handlers.model_usage import LLM_TOKENS
 
-        base_url = self._given.api_base_url
-        return org_client(self._given, self._token, self._transports.get("http"), base_url=base_url)
+        async def count(tokens: int) -> None:
+            await self._spending.count(LLM_TOKENS, tokens)
+
+        given = self._given
+        transport, counted = self._transports.get("http"), count if given.meter_usage else None
+        return org_client(given, self._token, transport, base_url=given.api_base_url, count=counted)
 
     @cached_property
     def public_http(self) -> httpx.AsyncClient:
@@ -292,7 +326,11 @@ class BlockingContext(_Shared[P, S]):
 
     @cached_property
     def _steps(self) -> BlockingStepCalls:
-        return BlockingStepCalls(self._journal, self._port, self._given.held.clock)
+        return BlockingStepCalls(self._journal, self._port, self._given.held.clock, self._spending)
+
+    @cached_property
+    def _spending(self) -> BlockingSpending:
+        return BlockingSpending(self._port, self._waits, self._given.budgets, self._given.held.clock)
 
     @cached_property
     def _waits(self) -> BlockingWaits:
@@ -341,6 +379,14 @@ class BlockingContext(_Shared[P, S]):
         """As `Context.wait_for`. Ends the handler by a BaseException, which it must not catch."""
         return self._waits.wait_for(name, timeout, ask, alert)
 
+    def spend(self, meter: str, amount: int, /) -> None:
+        """As `Context.spend`."""
+        self._spending.spend(meter, amount)
+
+    def budget(self, meter: str, /) -> Budget:
+        """As `Context.budget`, as it is now."""
+        return self._spending.budget(meter)
+
     @cached_property
     def http(self) -> httpx.Client:
         """An httpx client that sends the org's token only to the issuer's `api_origins`.
@@ -348,9 +394,14 @@ class BlockingContext(_Shared[P, S]):
         `api_base_url` is the base of relative URLs.
         """
         from worker.handlers.http import blocking_org_client
+        from worker.handlers.model_usage import LLM_TOKENS
 
-        base_url = self._given.api_base_url
-        return blocking_org_client(self._given, self._token, self._transports.get("http"), base_url=base_url)
+        def count(tokens: int) -> None:
+            self._spending.count(LLM_TOKENS, tokens)
+
+        given = self._given
+        transport, counted = self._transports.get("http"), count if given.meter_usage else None
+        return blocking_org_client(given, self._token, transport, base_url=given.api_base_url, count=counted)
 
     @cached_property
     def public_http(self) -> httpx.Client:

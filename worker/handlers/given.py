@@ -13,6 +13,7 @@ from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.handlers.job import Job
 from worker.handlers.state import State
+from worker.runs.budgets import BudgetState
 
 P = TypeVar("P")
 S = TypeVar("S")
@@ -114,7 +115,11 @@ class BlockingCancellation:
 
 @dataclass(slots=True)
 class Given(Generic[P, S]):
-    """The data of one attempt that a context is made of; `replays` if earlier ones may have stored steps."""
+    """The data of one attempt that a context is made of.
+
+    `replays` if earlier ones may have stored steps; `budgets` are those of the org that may stop it,
+    None without any. With `meter_usage` the clients count the `usage` of the answers of models.
+    """
 
     org: Org
     run: ThisRun
@@ -132,6 +137,8 @@ class Given(Generic[P, S]):
     job: Job | None = None
     state: State | None = None
     api_base_url: str = ""
+    budgets: tuple[BudgetState, ...] | None = None
+    meter_usage: bool = False
 
     @property
     def trusted_origins(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import httpx
 from worker.claims.claims import AccessToken
 from worker.definitions.origins import DEFAULT_PORTS, is_loopback
 from worker.handlers.blocking import finish
+from worker.handlers.model_usage import BlockingCount, Count, blocking_counting, counting
 from worker.handlers.steps import open_step, request_key
 
 if TYPE_CHECKING:
@@ -119,10 +120,18 @@ def org_client(
     transport: httpx.AsyncBaseTransport | None,
     *,
     base_url: str = "",
+    count: Count | None = None,
 ) -> httpx.AsyncClient:
-    """The client of an async handler, bound to its run's token, origins, idempotency key and trace."""
+    """The client of an async handler, bound to its run's token, origins, idempotency key and trace.
+
+    `count` gets the tokens that the answer of a model has cost.
+    """
     auth = OrgAuth(given, token)
-    hooks = {"request": [auth.async_strip, StepKey(given.run.idempotency_key).async_set]}
+    hooks: dict[str, list[Any]] = {
+        "request": [auth.async_strip, StepKey(given.run.idempotency_key).async_set]
+    }
+    if count is not None:
+        hooks["response"] = [counting(count)]
     options = _options(given)
     return httpx.AsyncClient(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 
@@ -133,10 +142,13 @@ def blocking_org_client(
     transport: httpx.BaseTransport | None,
     *,
     base_url: str = "",
+    count: BlockingCount | None = None,
 ) -> httpx.Client:
     """The same for a handler that blocks."""
     auth = OrgAuth(given, token)
-    hooks = {"request": [auth.strip, StepKey(given.run.idempotency_key).set]}
+    hooks: dict[str, list[Any]] = {"request": [auth.strip, StepKey(given.run.idempotency_key).set]}
+    if count is not None:
+        hooks["response"] = [blocking_counting(count)]
     options = _options(given)
     return httpx.Client(auth=auth, event_hooks=hooks, transport=transport, base_url=base_url, **options)
 

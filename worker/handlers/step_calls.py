@@ -31,6 +31,7 @@ from worker.handlers.steps import (
     check_name,
     digest_of,
 )
+from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep, StepPage
 
 # Calls of one `ctx.map` at the same time: by default, and at most.
@@ -60,6 +61,32 @@ class BlockingStepPort(Protocol):
     def load_steps(self, after: int) -> StepPage: ...
 
     def store_step(self, step: NewStep) -> str: ...
+
+
+class Gate(Protocol):
+    """What may stop a run before a new step, such as a budget that is used up."""
+
+    async def reached(self) -> BudgetState | None:
+        """What stops the run now; None if nothing does."""
+
+    async def stop(self, state: BudgetState) -> None:
+        """Stop there until it may have changed; the attempt may park meanwhile."""
+
+
+class BlockingGate(Protocol):
+    """The same for a handler that blocks."""
+
+    def reached(self) -> BudgetState | None: ...
+
+    def stop(self, state: BudgetState) -> None: ...
+
+
+class _Stopped(Exception):
+    """A step of `ctx.map` may not begin now: nothing parks while other items are in flight."""
+
+    def __init__(self, state: BudgetState) -> None:
+        super().__init__()
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +160,10 @@ class _Calls:
 class StepCalls(_Calls):
     """The steps of an async handler."""
 
-    def __init__(self, journal: StepJournal, port: StepPort, clock: Clock) -> None:
+    def __init__(self, journal: StepJournal, port: StepPort, clock: Clock, gate: Gate | None = None) -> None:
         super().__init__(journal, clock)
         self._port = port
+        self._gate = gate
         self._loading = asyncio.Lock()
 
     def step(
@@ -170,20 +198,41 @@ class StepCalls(_Calls):
         self, calls: Sequence[tuple[StepId, Call]], concurrency: int, tries: Tries, is_async: bool
     ) -> list[Any]:
         results: list[Any] = [None] * len(calls)
-        left = iter(enumerate(calls))
+        left = list(enumerate(calls))
+        while left:
+            left, stopped = await self._some(left, results, concurrency, tries, is_async)
+            if stopped is not None and self._gate is not None:
+                await self._gate.stop(stopped)
+        return results
+
+    async def _some(
+        self,
+        calls: Sequence[tuple[int, tuple[StepId, Call]]],
+        results: list[Any],
+        concurrency: int,
+        tries: Tries,
+        is_async: bool,
+    ) -> tuple[list[tuple[int, tuple[StepId, Call]]], BudgetState | None]:
+        """Call until all are done, or the gate stops the run; returns those that are left, and why."""
+        left = iter(calls)
         errors: list[BaseException] = []
+        held: list[tuple[int, tuple[StepId, Call]]] = []
+        stopped: list[BudgetState] = []
 
         async def work() -> None:
             for place, (step, call) in left:
-                if errors:
-                    return
                 try:
-                    results[place] = await self._run(step, call, tries, is_async)
+                    results[place] = await self._run(step, call, tries, is_async, parks=False)
                 except asyncio.CancelledError:
                     raise
+                except _Stopped as found:
+                    held.append((place, (step, call)))
+                    stopped.append(found.state)
                 except BaseException as error:
                     # Not to the task: SystemExit would end the loop. Calls in flight are paid: they finish.
                     errors.append(error)
+                if errors or stopped:
+                    return
 
         with self.journal.busy():
             workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(calls)))]
@@ -194,11 +243,17 @@ class StepCalls(_Calls):
                     worker.cancel()
         if errors:
             raise errors[0]
-        return results
+        return [*sorted(held, key=_place), *left], stopped[0] if stopped else None
 
-    async def _run(self, step: StepId, call: Call, tries: Tries, is_async: bool) -> Any:
+    async def _run(
+        self, step: StepId, call: Call, tries: Tries, is_async: bool, *, parks: bool = True
+    ) -> Any:
         text = await self._replayed(step)
         if text is None:
+            while self._gate is not None and (stopped := await self._gate.reached()) is not None:
+                if not parks:
+                    raise _Stopped(stopped)
+                await self._gate.stop(stopped)
             with self.journal.open(step) as opened:
                 started_at = self._clock.now()
                 value = await self._tried(opened, call, tries, is_async)
@@ -242,9 +297,12 @@ class StepCalls(_Calls):
 class BlockingStepCalls(_Calls):
     """The steps of a handler that blocks."""
 
-    def __init__(self, journal: StepJournal, port: BlockingStepPort, clock: Clock) -> None:
+    def __init__(
+        self, journal: StepJournal, port: BlockingStepPort, clock: Clock, gate: BlockingGate | None = None
+    ) -> None:
         super().__init__(journal, clock)
         self._port = port
+        self._gate = gate
         self._loading = threading.Lock()
 
     def step(
@@ -274,18 +332,39 @@ class BlockingStepCalls(_Calls):
         _check_blocking(f"map {name}", function, tries.timeout)
         calls = self._items(name, function, items, key)
         results: list[Any] = [None] * len(calls)
-        left = iter(enumerate(calls))
+        left = list(enumerate(calls))
+        while left:
+            left, stopped = self._some(left, results, name, concurrency, tries)
+            if stopped is not None and self._gate is not None:
+                self._gate.stop(stopped)
+        return results
+
+    def _some(
+        self,
+        calls: Sequence[tuple[int, tuple[StepId, Call]]],
+        results: list[Any],
+        name: str,
+        concurrency: int,
+        tries: Tries,
+    ) -> tuple[list[tuple[int, tuple[StepId, Call]]], BudgetState | None]:
+        """As `StepCalls._some`."""
+        left = iter(calls)
         taking = threading.Lock()
         errors: list[BaseException] = []
+        held: list[tuple[int, tuple[StepId, Call]]] = []
+        stopped: list[BudgetState] = []
 
         def work() -> None:
-            while not errors:
+            while not errors and not stopped:
                 with taking:
                     place, item = next(left, (0, None))
                 if item is None:
                     return
                 try:
-                    results[place] = self._run(*item, tries)
+                    results[place] = self._run(*item, tries, parks=False)
+                except _Stopped as found:
+                    held.append((place, item))
+                    stopped.append(found.state)
                 except BaseException as error:
                     errors.append(error)
 
@@ -305,11 +384,15 @@ class BlockingStepCalls(_Calls):
                 raise
         if errors:
             raise errors[0]
-        return results
+        return [*sorted(held, key=_place), *left], stopped[0] if stopped else None
 
-    def _run(self, step: StepId, call: Call, tries: Tries) -> Any:
+    def _run(self, step: StepId, call: Call, tries: Tries, *, parks: bool = True) -> Any:
         text = self._replayed(step)
         if text is None:
+            while self._gate is not None and (stopped := self._gate.reached()) is not None:
+                if not parks:
+                    raise _Stopped(stopped)
+                self._gate.stop(stopped)
             with self.journal.open(step) as opened:
                 started_at = self._clock.now()
                 value = self._tried(opened, call, tries)
@@ -334,6 +417,10 @@ class BlockingStepCalls(_Calls):
                 if delay is None:
                     raise
             time.sleep(delay)
+
+
+def _place(held: tuple[int, Any]) -> int:
+    return held[0]
 
 
 def _check_concurrency(concurrency: int) -> None:

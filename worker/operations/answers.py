@@ -10,6 +10,7 @@ from worker.handlers.json_text import NotStorable, to_json_text
 from worker.handlers.steps import StepError, check_name
 from worker.handlers.waits import BUDGET, SLEEP
 from worker.ids import OrgId, RunId
+from worker.operations.budgets import answer_budget
 from worker.operations.runs import require_run
 from worker.runs.waits import MOST_ANSWERED, MOST_EARLY, MOST_WAITS
 from worker.store import audit, waits
@@ -32,7 +33,9 @@ def answer(
     """Answer a wait of an unfinished run, and let the run go on; returns the wait as `runs show` has it.
 
     The first answer counts. One that comes before the run waits is kept, at most `MOST_EARLY` of a run.
-    With `org`, only that org's runs are found, and its budgets cannot be answered.
+    With `org`, only that org's runs are found, and its budgets cannot be answered. The answer to a budget's
+    question is `{"by": N}`, which raises the budget until its period ends (that of one run for this run), or
+    false, which fails the run.
 
     Raises:
         NotFound: no such run.
@@ -44,6 +47,8 @@ def answer(
     stored = _checked(data)
     if org is not None and name.startswith(BUDGET):
         raise AccessDenied("only an operator may answer this question", fix="ask the operator of this worker")
+    if name.startswith(BUDGET):
+        return answer_budget(database, run_id, name, stored, actor=actor, occurrence=occurrence)
     with database.transaction() as connection:
         run = require_run(connection, run_id, org)
         org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])

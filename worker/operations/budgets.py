@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy import Connection
@@ -12,15 +12,19 @@ from sqlalchemy import Connection
 from worker.clock import to_text
 from worker.definitions.budgets import PERS, BudgetEntry, Per, amount, meter_name
 from worker.definitions.fields import refusal
-from worker.errors import NotFound, UsageError
-from worker.ids import OrgId, new_id
+from worker.errors import Conflict, NotFound, UsageError
+from worker.ids import OrgId, RunId, new_id
 from worker.operations.changes import Change, because, differing
-from worker.store import audit, budgets, orgs
+from worker.operations.runs import require_run
+from worker.store import audit, budgets, orgs, waits
 from worker.store.database import Database
 from worker.store.dialect import Row, hint
-from worker.store.lists import Raise
+from worker.store.lists import Raise, Wait
+from worker.store.lists import runs as run_lists
 from worker.store.lists.usage import name_of
 
+# How long a raise for one run is kept: longer than any run lasts.
+OF_RUN = timedelta(days=3650)
 # The columns that a change of a file sets.
 _COLUMNS = ("limit", "property", "zone", "at_limit", "warn_at")
 
@@ -195,6 +199,74 @@ def raise_budget(
             created_at=now,
             created_by=actor,
         )
+
+
+def answer_budget(
+    database: Database, run_id: str, name: str, data: Any, *, actor: str, occurrence: int
+) -> Wait:
+    """Answer the question of a budget that is used up: raise it for its period, or let the run fail.
+
+    Raises:
+        NotFound: no such run.
+        UsageError: the answer is neither `{"by": N}` nor false.
+        Conflict: the run does not ask this now, or it was answered already.
+    """
+    by = _by(data)
+    with database.transaction() as connection:
+        run = require_run(connection, run_id, None)
+        org_id, wanted = OrgId(run["org_id"]), RunId(run["id"])
+        # Before the run: a raise by hand locks them in this order.
+        orgs.lock(connection, org_id)
+        attempt = waits.lock_attempt(connection, org_id, wanted)
+        now = database.now(connection)
+        found = waits.find(connection, org_id, wanted, name, occurrence)
+        asks = found is not None and found["kind"] == "budget" and found["ask"] is not None
+        see = f"see `runs show {wanted}`"
+        if attempt is None or found is None or not asks:
+            raise Conflict(f"run {wanted} does not ask {name}", fix=f"{see}, or use `budgets raise`")
+        if found["answered_at"] is not None:
+            raise Conflict(f"{name} of run {wanted} was answered already, by {found['answered_by']}", fix=see)
+        if found["timed_out_at"] is not None or (found["until"] is not None and found["until"] <= now):
+            raise Conflict(f"{name} of run {wanted} is over: its period has ended, or it was raised", fix=see)
+        per, meter = found["ask"]["per"], found["ask"]["meter"]
+        if by:
+            of_run = per == "run"
+            budgets.raise_limit(
+                connection,
+                org_id,
+                meter=meter,
+                per=per,
+                amount=by,
+                until=now + OF_RUN if of_run else found["until"],
+                actor=actor,
+                at=now,
+                run_id=wanted if of_run else None,
+            )
+        waits.answer(connection, found, {"by": by} if by else False, at=now, by=actor)
+        if found["pending_attempt"] == attempt:
+            waits.wake(connection, org_id, wanted, at=now)
+        detail = {"wait": name, "occurrence": occurrence, "by": by}
+        audit.record(connection, [audit.Entry(org_id, "run.answer", wanted, detail)], at=now, actor=actor)
+        row = run_lists.wait(connection, org_id, wanted, name, occurrence)
+    if by and per != "run":
+        # In a transaction of its own: here runs are locked in the order of their ids.
+        with database.transaction() as connection:
+            budgets.wake(connection, [org_id], database.now(connection))
+            hint(connection)
+    return row
+
+
+def _by(data: Any) -> int:
+    """What to add, 0 for no; raises UsageError."""
+    if data is False:
+        return 0
+    try:
+        return amount("by", least=1)(data["by"] if isinstance(data, dict) and data.keys() == {"by"} else None)
+    except ValueError as error:
+        raise UsageError(
+            f"a budget's question is answered with a number or no: {error}",
+            fix="give --data '{\"by\": 50000}' to raise it, or --data false to fail the run",
+        ) from None
 
 
 def _checked(meter: str, by: int, per: str) -> Per:

@@ -42,7 +42,7 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler failed. `reason` is error, handler_exited, result_invalid or out_of_memory."""
+    """The handler failed. `reason` is error, handler_exited, result_invalid, out_of_memory or budget."""
 
     error: Error
     reason: str = "error"

@@ -52,6 +52,7 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     ("failed", "result_invalid"): "the result of its handler is not JSON or is too large: {error}",
     ("failed", "result_unstorable"): "the database rejects the result of its handler: {error}",
     ("failed", "out_of_memory"): "it exceeded its memory limit",
+    ("failed", "budget"): "{error}",
     ("failed", "lost"): "its worker died too often without a new checkpoint",
     ("cancelled", "requested"): "it was cancelled on request",
     ("cancelled", "suspended"): "its org was suspended or removed",

@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from worker.claims.claims import Claims
 from worker.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
@@ -19,6 +31,15 @@ from worker.store.dialect import Row, all_rows, chunks, database_now, first_row,
 
 _budgets, _raises, _meters = tables.budgets, tables.budget_raises, tables.meters
 _spends, _properties, _orgs, _live = tables.spends, tables.org_properties, tables.orgs, tables.live_runs
+
+_waits = tables.waits
+# Conditions of a wait for a budget that is not over.
+_PENDING = (
+    _waits.c.kind == "budget",
+    _waits.c.opened_at.is_not(None),
+    _waits.c.answered_at.is_(None),
+    _waits.c.timed_out_at.is_(None),
+)
 
 # The key of a row of `meters`.
 Counter = tuple[OrgId, str, str, datetime]
@@ -291,41 +312,57 @@ def raise_limit(
 
 
 def wake(connection: Connection, org_ids: Collection[OrgId] | None, now: datetime) -> int:
-    """Let runs that wait for a budget be looked at again now; None means those of all orgs."""
-    held = update(_live).where(_live.c.state == "waiting", _live.c.reason == "budget")
-    if org_ids is not None:
-        held = held.where(_live.c.org_id.in_(org_ids))
-    return connection.execute(held.values(available_at=now)).rowcount
+    """Let runs that wait for a budget go on now, to look at it again; None means those of all orgs.
+
+    The others than parked ones are held back before they start, or are about to park.
+    """
+    mine = () if org_ids is None else (_live.c.org_id.in_(org_ids),)
+    asked = exists().where(_waits.c.run_id == _live.c.id, *_PENDING)
+    query = select(_live.c.id).where(*mine, or_(_live.c.reason == "budget", asked))
+    ids = connection.execute(query.order_by(_live.c.id).with_for_update()).scalars().all()
+    for part in chunks(ids):
+        connection.execute(update(_waits).where(_waits.c.run_id.in_(part), *_PENDING).values(until=now))
+        some = _live.c.id.in_(part)
+        held = (some, _live.c.state == "waiting", _live.c.reason == "budget")
+        connection.execute(update(_live).where(*held).values(available_at=now))
+        parked = {"state": "waiting", "reason": "resumed", "available_at": now, "started_at": None}
+        connection.execute(update(_live).where(some, _live.c.state == "parked").values(**parked))
+    return len(ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What workers keep of the budgets: whether there are any, whom they hold back, properties to store."""
+    """What workers keep of the budgets: whom they hold back, whose runs they limit, properties to store."""
 
-    any: bool
-    holding: frozenset[OrgId]
+    holding: frozenset[OrgId] = frozenset()
     """Orgs with a budget of `runs` or `run_seconds`."""
-    properties: frozenset[str]
+    limiting: frozenset[OrgId] = frozenset()
+    """Orgs with a budget of another meter."""
+    properties: frozenset[str] = frozenset()
+    """The properties that are limits of budgets."""
+    version: tuple[tuple[str, datetime], ...] = ()
+    """The budgets that this was made of."""
 
 
-NOTHING = Watched(False, frozenset(), frozenset())
-
-
-def watched_for_all_orgs(connection: Connection) -> Watched:
-    """What workers keep of the budgets of all orgs; one query while there are none."""
-    rows = all_rows(connection, select(_budgets))
-    if not rows:
-        return NOTHING
-    holding = [row for row in rows if row["meter"] in OWN_METERS]
-    held = {row["org_id"] for row in holding if row["org_id"] is not None}
-    selecting = [row for row in holding if row["org_id"] is None]
+def watched_for_all_orgs(connection: Connection, known: Watched | None = None) -> Watched:
+    """What workers keep of the budgets of all orgs; `known` if the budgets are as they were."""
+    rows = all_rows(connection, select(_budgets).order_by(_budgets.c.id))
+    version = tuple((row["id"], row["updated_at"]) for row in rows)
+    if known is not None and version == known.version:
+        return known
+    selecting = [row for row in rows if row["org_id"] is None]
+    found: dict[bool, set[OrgId]] = {True: set(), False: set()}
+    for row in rows:
+        if row["org_id"] is not None:
+            found[row["meter"] in OWN_METERS].add(row["org_id"])
     if selecting:
         chosen = select(_orgs.c.id, _orgs.c.tags, _orgs.c.issuer).where(_orgs.c.state != "removed")
         for org in all_rows(connection, chosen):
-            if any(applies(row, org) for row in selecting):
-                held.add(org["id"])
+            for row in selecting:
+                if applies(row, org):
+                    found[row["meter"] in OWN_METERS].add(org["id"])
     properties = frozenset(row["property"] for row in rows if row["property"] is not None)
-    return Watched(True, frozenset(held), properties)
+    return Watched(frozenset(found[True]), frozenset(found[False]), properties, version)
 
 
 def store_properties(connection: Connection, org_id: OrgId, claims: Claims, names: Iterable[str]) -> None:

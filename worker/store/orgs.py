@@ -74,6 +74,11 @@ def require(connection: Connection, code: str, *, lock: bool = False) -> Row:
     return org
 
 
+def lock(connection: Connection, org_id: OrgId) -> None:
+    """Keep other changes of an org out until the transaction ends."""
+    connection.execute(select(_orgs.c.id).where(_orgs.c.id == org_id).with_for_update())
+
+
 def scope_of(connection: Connection, org: OrgScope) -> OrgId | AllOrgs:
     """The id of the org whose rows a list shows; raises as `require`."""
     return org if isinstance(org, AllOrgs) else OrgId(require(connection, org)["id"])

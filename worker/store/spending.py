@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, insert, literal, select, update
 
 from worker.definitions.budgets import OWN_METERS, RUN_SECONDS, RUNS
 from worker.ids import DefinitionId, OrgId, RunId
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import EndedAttempt
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, RunStep
 from worker.store import budgets, tables
 from worker.store.budgets import Counter, Level, OrgBudget
 from worker.store.dialect import database_now, insert_into
+from worker.store.sql import statements
 
 _live, _spends, _days = tables.live_runs, tables.spends, tables.meter_days
 
@@ -133,6 +135,73 @@ def uses(connection: Connection, definition_id: DefinitionId, meters: Collection
     """Those of the meters of which runs of this definition have spent before."""
     query = select(_days.c.meter).where(_days.c.definition_id == definition_id, _days.c.meter.in_(meters))
     return set(connection.execute(query.distinct()).scalars())
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The budgets of a run's org, `missing` a property that one of them needs, and warnings just passed."""
+
+    states: Sequence[BudgetState]
+    missing: str | None = None
+    warned: Sequence[Level] = ()
+
+
+def states_of(connection: Connection, run: AdmittedRun) -> Found:
+    """The budgets of a run's org that its runs check, as they are now."""
+    return _states(connection, run, database_now(connection))
+
+
+def _states(connection: Connection, run: AdmittedRun, now: datetime) -> Found:
+    found = budgets.of_orgs(connection, [run.org_id], None, now, run.id).get(run.org_id, [])
+    found = [budget for budget in found if budget.meter not in OWN_METERS]
+    if not found:
+        return Found(())
+    used = uses(connection, run.definition_id, {budget.meter for budget in found})
+    states, missing = [], None
+    for level in budgets.levels(connection, found, run.id):
+        budget = level.budget
+        if budget.limit is None:
+            missing = budget.property_name if budget.meter in used else missing
+            continue
+        resets_at = None if budget.period is None else budget.period.end
+        states.append(
+            BudgetState(
+                budget.meter,
+                budget.per,
+                budget.limit,
+                level.used,
+                resets_at,
+                budget.at_limit,
+                uses=budget.meter in used,
+            )
+        )
+    return Found(states, missing)
+
+
+def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key: str) -> Found | None:
+    """Count a spend, fenced; returns the budgets after it, or None if the run is no longer ours."""
+    if not lock_running(connection, {run.id: run.fencing_token}):
+        return None
+    now = database_now(connection)
+    given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount)
+    warned = record(connection, [given], now).warned
+    return replace(_states(connection, run, now), warned=warned)
+
+
+def store_steps(connection: Connection, rows: Sequence[RunStep]) -> tuple[set[tuple[RunId, int]], Counted]:
+    """Store steps with their spends in one transaction, fenced; returns the runs that still run."""
+    ours = statements(connection).store_steps(connection, rows, commit=False)
+    totals: dict[tuple[int, str], int] = defaultdict(int)
+    mine = [row for row in rows if (row.run.id, row.run.fencing_token) in ours]
+    for place, row in enumerate(mine):
+        for meter, amount in row.step.spends:
+            totals[place, meter] += amount
+    spends = []
+    for (place, meter), total in totals.items():
+        row = mine[place]
+        run, key = row.run, f"step:{row.step.seq}"
+        spends.append(Spend(run.id, run.org_id, run.definition_id, meter, key, total))
+    return ours, record(connection, spends, database_now(connection))
 
 
 def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:

@@ -81,7 +81,8 @@ def wake(connection: Connection, org_id: OrgId, run_id: RunId, *, at: datetime) 
 def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
     """Give a new run the answers and ended sleeps of an older one, not what timed out; returns how many."""
     columns = [column for column in _waits.c if column.name not in ("run_id", "pending_attempt")]
-    done = or_(
+    # A question of a budget is asked again.
+    done = (_waits.c.kind != "budget") & or_(
         _waits.c.answered_at.is_not(None), (_waits.c.kind == "sleep") & _waits.c.timed_out_at.is_not(None)
     )
     kept = (_waits.c.run_id == of, _waits.c.org_id == org_id, done)

@@ -11,6 +11,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, select
 
+from worker.claims.claims import Claims
+from worker.definitions.budgets import limit_of_property
 from worker.errors import NotFound, StoreUnavailable
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
@@ -45,6 +47,10 @@ _revisions = tables.definition_revisions
 HOPS = 2048
 # Orgs that one transaction chooses from, at least; more if more slots are free.
 WIDTH = 16
+# Looks at budgets after which the tags of orgs are read again.
+LOOK_AGAIN = 15
+# Orgs of which the limits in their newest token are remembered.
+LIMITS_KEPT = 10_000
 _BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
 
 
@@ -184,7 +190,10 @@ class WorkerStore:
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs = _SpecCache()
-        self._budgets = budgets.NOTHING
+        self._budgets = budgets.Watched()
+        self._looks = 0
+        # Of each org the newest token whose limits are stored: when it was issued, and what they were.
+        self._limits_of: OrderedDict[OrgId, tuple[datetime, tuple[int | None, ...]]] = OrderedDict()
 
     async def fire(self, decide: firing.Decide, *, limit: int = 100) -> FireReport:
         """Turn due definitions into runs and skips; `decide` is called for each and never raises."""
@@ -219,18 +228,49 @@ class WorkerStore:
         """Write ended attempts; returns the runs whose attempt is stored as given."""
         holding = self._budgets.holding
         if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
-            self._warn(await self.database.call(spending.charge_seconds, timed))
+            self._warn((await self.database.call(spending.charge_seconds, timed)).warned)
         return await self.database.call(
             lambda connection: statements(connection).finish(connection, self._worker_id, ended)
         )
 
     async def look_at_budgets(self) -> None:
-        """Learn of budgets that were added, changed or removed."""
-        self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs)
+        """Learn of budgets that were added, changed or removed; now and then also of orgs' new tags."""
+        self._looks += 1
+        known = None if self._looks % LOOK_AGAIN == 0 else self._budgets
+        self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs, known)
+
+    def is_limited(self, org_id: OrgId) -> bool:
+        """Whether an org has a budget that its runs check before steps and spends."""
+        return org_id in self._budgets.limiting
+
+    async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
+        """Store the limits that an enforced token has, once for each token."""
+        names = sorted(self._budgets.properties)
+        if not names:
+            return
+        seen = (claims.issued_at, tuple(limit_of_property(claims.properties.get(name)) for name in names))
+        if self._limits_of.get(org_id) == seen:
+            return
+        await self.database.call(budgets.store_properties, org_id, claims, names)
+        self._limits_of[org_id] = seen
+        self._limits_of.move_to_end(org_id)
+        if len(self._limits_of) > LIMITS_KEPT:
+            self._limits_of.popitem(last=False)
+
+    async def budgets_of(self, run: AdmittedRun) -> spending.Found:
+        """The budgets of a run's org now."""
+        return await self.database.call_autocommit(spending.states_of, run)
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.Found | None:
+        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+        found = await self.database.call(spending.spend, run, meter, amount, key)
+        if found is not None:
+            self._warn(found.warned)
+        return found
 
     @staticmethod
-    def _warn(counted: spending.Counted) -> None:
-        for level in counted.warned:
+    def _warn(warned: Sequence[budgets.Level]) -> None:
+        for level in warned:
             emit(
                 "budget.warned",
                 org=level.budget.org,
@@ -259,7 +299,11 @@ class WorkerStore:
         return await self.database.call_autocommit(load_progress, run_id)
 
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
-        """Store steps, fenced; returns the runs, with their fencing tokens, that still run."""
+        """Store steps with their spends, fenced; returns the runs, with fencing tokens, that still run."""
+        if any(row.step.spends for row in rows):
+            ours, counted = await self.database.call(spending.store_steps, rows)
+            self._warn(counted.warned)
+            return ours
         return await self.database.call(
             lambda connection: statements(connection).store_steps(connection, rows)
         )

@@ -132,6 +132,8 @@ class Finished:
     """The stored steps, in the order in which they were stored."""
     waits: tuple[Wait, ...]
     """What the run slept and waited for, in the order in which it did."""
+    spends: Mapping[str, int]
+    """What the run spent, by meter."""
     progress: Mapping[str, Any] | None
     """The last progress: `done`, `total` and `note`."""
     attempts: tuple[Attempt, ...]
@@ -166,6 +168,7 @@ class Orgworker:
         checkpoint: Any = None,
         state: Mapping[str, Any] | None = None,
         answers: Mapping[str, Any] | None = None,
+        budgets: Mapping[str, Any] | None = None,
         faults: Iterable[Fault] = (),
         attempts: int = ATTEMPTS,
         token_lifetime: Duration = LIFETIME,
@@ -179,6 +182,7 @@ class Orgworker:
         `hosts` sets those that are not public, and `private_origins` are exempt. `definition`
         has more keys, as in a file for `apply`; `variants` are handlers that it names and that
         are not installed. `checkpoint` is that of an earlier run, `state` that of the definition.
+        `budgets` has a limit by meter, at which the run fails, or keys as in a file for `apply`.
         While the run waits or sleeps, the clock advances and another attempt starts, at most
         `attempts` in all. `answers` are given by the name of the wait, or as `name#2`, once the run
         waits for them; a wait without one times out, or the run stays `waiting`. With
@@ -230,6 +234,7 @@ class Orgworker:
                         checkpoint=checkpoint,
                         state=state,
                         answers=answers,
+                        budgets=budgets,
                         isolation=ISOLATION[place],
                         on_line=lambda line: logs.append(LogLine(line.attempt, line.level, line.text)),
                         on_saved=injector.saved,
@@ -278,6 +283,7 @@ def _finished(
         error=last.error,
         checkpoint=trial.checkpoint,
         definition_state=trial.state,
+        spends=trial.budgets.spent,
         steps=tuple(
             Step(
                 name=row.step.name,

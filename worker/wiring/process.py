@@ -279,6 +279,7 @@ class Incarnation:
             runners={"child": self.children, "inline": Inline(clock)},
             checkpoints=store,
             waits=store,
+            budgets=store,
             steps=steps,
             run_log=run_log,
             clock=clock,

@@ -50,10 +50,10 @@ OnError = Callable[[Exception], None]
 class TryRequest:
     """What to try: with fake claims, or with the token of a real org if there is a `database`.
 
-    `scopes` None means all that the handler declares; `state` is that of its definition. `answers`
-    are given by the name of the wait. `on_resume` gets what the run waited for each time it goes on. With
-    `on_error` the handler runs in this process; it is called with the exception of the handler
-    while its frames still exist.
+    `scopes` None means all that the handler declares; `state` is that of its definition, `budgets`
+    are limits by meter. `answers` are given by the name of the wait. `on_resume` gets what the run
+    waited for each time it goes on. With `on_error` the handler runs in this process; it is called
+    with the exception of the handler while its frames still exist.
     """
 
     org: str
@@ -63,6 +63,7 @@ class TryRequest:
     scopes: Sequence[str] | None = None
     state: Mapping[str, Any] | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
+    budgets: Mapping[str, int] = field(default_factory=dict)
     database: Database | None = None
     on_error: OnError | None = None
     on_line: Callable[[LogLine], None] = lambda line: None
@@ -72,11 +73,12 @@ class TryRequest:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """The outcome, the last checkpoint or None, and the state of the definition afterwards."""
+    """The outcome, the last checkpoint or None, the definition's state afterwards, and what it spent."""
 
     ended: EndedAttempt
     checkpoint: Any
     state: Any
+    spends: Mapping[str, int]
 
 
 async def find_handler(name: str, settings: Settings) -> HandlerEntry:
@@ -130,6 +132,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
             clock,
             state=request.state,
             answers=request.answers,
+            budgets=request.budgets,
             live=True,
             on_line=request.on_line,
             on_progress=request.on_progress,
@@ -140,7 +143,7 @@ async def try_once(settings: Settings, entry: HandlerEntry, request: TryRequest,
         while ended.state == "parked" and (delay := trial.resume()) is not None:
             request.on_resume(_resumed(ended, delay))
             ended = await trial.attempt()
-        return Tried(ended, trial.checkpoint, trial.state)
+        return Tried(ended, trial.checkpoint, trial.state, trial.budgets.spent)
 
 
 def _resumed(ended: EndedAttempt, delay: timedelta) -> str:

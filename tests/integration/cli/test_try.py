@@ -47,6 +47,11 @@ async def count(ctx: Context) -> int:
     ctx.state["runs"] = ctx.state.get("runs", 0) + 1
     return ctx.state["runs"]
 
+@job("acme.spend")
+async def spend(ctx: Context) -> None:
+    for number in range(2):
+        await ctx.step("call", lambda: ctx.spend("llm_tokens", 10) and None)
+
 @job("acme.fail")
 async def fail(ctx: Context) -> None:
     print("about to fail")
@@ -86,6 +91,7 @@ def lists(ctx: BlockingContext) -> dict:
 HANDLERS = {
     "acme.read": "read",
     "acme.count": "count",
+    "acme.spend": "spend",
     "acme.fail": "fail",
     "acme.fail_blocking": "fail_blocking",
     "acme.exit": "exit",
@@ -354,3 +360,13 @@ def test_a_real_orgs_token_is_used_and_leaves_no_trace(line):
     assert "`orgs check org_acme` reports what is wrong with its token" in lacking.err
     assert (nobody.code, suspended.code, suspended.out) == (3, 5, "")
     assert "org org_acme is suspended: no handler can run for it" in suspended.err
+
+
+def test_what_a_run_spends_is_printed_and_limited(line):
+    free = line("try", "acme.spend", "-o", "json").json()
+    limited = line("try", "acme.spend", "--budget", "llm_tokens=5", "-o", "json", check=False)
+    wrong = line("try", "acme.spend", "--budget", "llm_tokens=many", "-o", "json", check=False)
+
+    assert (free["state"], free["spends"]) == ("succeeded", {"llm_tokens": 20})
+    assert (limited.code, wrong.code) == (1, 2)
+    assert (limited.json()["reason"], limited.json()["spends"]) == ("budget", {"llm_tokens": 10})

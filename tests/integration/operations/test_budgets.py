@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import insert, update
 
 from worker.clock import to_text
-from worker.errors import DefinitionError, NotFound, UsageError
+from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, new_id
+from worker.operations.answers import answer
 from worker.operations.budgets import raise_budget, remove_budget
+from worker.operations.runs import run_now
+from worker.runs.waits import NewWait
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.lists.usage import budget_rows, budgets_of, usage
+from worker.store.sql import statements
 
 ORGS = """
 [[org]]
@@ -125,8 +130,6 @@ def test_a_raise_counts_until_its_end_and_is_in_the_audit(apply, rows, database:
 
 def test_a_raise_lets_the_runs_that_wait_for_it_be_looked_at_now(apply, rows, database: Database):
     apply(ORGS + BUDGET + DIGEST)
-    from worker.operations.runs import run_now
-
     run = run_now(database, "org_acme", "digest", actor="ann")
     with database.transaction() as connection:
         connection.execute(
@@ -223,3 +226,77 @@ def test_usage_is_summed_by_meter_definition_or_day(apply, rows, database: Datab
         listed(ALL_ORGS, "week", "org")
     with pytest.raises(NotFound):
         listed("org_gone", "meter", "org")
+
+
+# --- questions ---
+
+WAIT = "budget:llm_tokens"
+
+
+@pytest.fixture
+def asking(apply, rows, database: Database):
+    """A run that asks whether its budget is raised; `per` is the period."""
+
+    def make(per: str = "day") -> str:
+        at_limit = 'at_limit = "ask"\n'
+        apply(ORGS + BUDGET.replace('"day"', f'"{per}"') + at_limit + DIGEST)
+        run = run_now(database, "org_acme", "digest", actor="ann")["id"]
+        rows.set_running(run)
+        ask = {"meter": "llm_tokens", "per": per, "limit": 1000, "used": 1100, "resets_at": None}
+        with database.transaction() as connection:
+            wait = NewWait(WAIT, 1, "budget", None if per == "run" else 3600.0, json.dumps(ask))
+            statements(connection).open_wait(connection, run, 1, attempt=1, wait=wait)
+        return str(run)
+
+    return make
+
+
+def test_a_yes_raises_the_budget_until_its_period_ends(asking, rows, database: Database):
+    run = asking()
+
+    row = answer(database, run, WAIT, {"by": 500}, actor="ann")
+
+    assert (row["answer"], row["answered_by"]) == ({"by": 500}, "ann")
+    [raised] = rows.budget_raises
+    [wait] = rows.waits
+    assert (raised["amount"], raised["per"], raised["run_id"]) == (500, "day", None)
+    assert raised["until"] == wait["until"]
+    assert rows.audit[-1]["detail"] == {"wait": WAIT, "occurrence": 1, "by": 500}
+    with pytest.raises(Conflict, match="answered already"):
+        answer(database, run, WAIT, {"by": 1}, actor="bob")
+
+
+def test_a_budget_of_one_run_is_raised_for_this_run_alone(asking, rows, database: Database):
+    run = asking("run")
+
+    answer(database, run, WAIT, {"by": 500}, actor="ann")
+
+    assert [str(row["run_id"]) for row in rows.budget_raises] == [run]
+
+
+def test_a_no_raises_nothing(asking, rows, database: Database):
+    run = asking()
+
+    assert answer(database, run, WAIT, False, actor="ann")["answer"] is False
+    assert rows.budget_raises == []
+
+
+@pytest.mark.parametrize(
+    ("data", "org", "name", "error"),
+    [
+        (True, None, WAIT, UsageError),
+        ({"by": 0}, None, WAIT, UsageError),
+        ({"by": "5"}, None, WAIT, UsageError),
+        ({"by": 5, "until": 1}, None, WAIT, UsageError),
+        ({"by": 5}, "org_acme", WAIT, AccessDenied),
+        ({"by": 5}, None, "budget:calls", Conflict),
+    ],
+)
+def test_an_answer_that_is_none_changes_nothing(asking, rows, database: Database, data, org, name, error):
+    run = asking()
+
+    with pytest.raises(error) as refused:
+        answer(database, run, name, data, actor="ann", org=org)
+
+    assert refused.value.fix
+    assert (rows.budget_raises, rows.waits[0]["answered_at"]) == ([], None)

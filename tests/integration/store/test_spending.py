@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import insert
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.ids import OrgId, WorkerId, new_id
-from worker.runs.run import AdmittedRun
+from worker.claims.claims import Claims
+from worker.ids import OrgId, RunId, WorkerId, new_id
+from worker.runs.run import AdmittedRun, NewStep, RunStep
+from worker.runs.waits import NewWait, WaitKind
 from worker.store import budgets, spending, tables
 from worker.store.database import Database
 from worker.store.spending import Spend
+from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
 
 METER = "llm_tokens"
@@ -308,3 +312,154 @@ def test_old_counters_and_raises_are_deleted(stock: Stock):
 
     assert [row["starts_at"] for row in stock.all(tables.meters)] == [now]
     assert [row["until"] for row in stock.all(tables.budget_raises)] == [now]
+
+
+# --- budgets that runs check ---
+
+
+def step_of(run: AdmittedRun, seq: int, *spends: tuple[str, int]) -> RunStep:
+    at = run.started_at
+    step = NewStep("ask", None, seq, seq, '"hi"', at, at, spends)
+    return RunStep(run, HANDLER, step, 4)
+
+
+def store_steps(stock: Stock, *rows: RunStep) -> set[tuple[str, int]]:
+    with stock.database.transaction() as connection:
+        return spending.store_steps(connection, rows)[0]
+
+
+def states(stock: Stock, run: AdmittedRun) -> spending.Found:
+    with stock.database.autocommit() as connection:
+        return spending.states_of(connection, run)
+
+
+def test_the_spends_of_a_step_count_with_it_once_and_only_while_the_run_is_ours(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run, other] = admitted(stock, org_id, 2)
+    row = step_of(run, 1, (METER, 20), (METER, 5), ("calls", 1))
+
+    assert store_steps(stock, row, step_of(other, 1, (METER, 1))) == {
+        (run.id, run.fencing_token),
+        (other.id, other.fencing_token),
+    }
+    store_steps(stock, row)
+    stock.change(tables.live_runs, run.id, fencing_token=run.fencing_token + 1)
+    store_steps(stock, step_of(run, 2, (METER, 50)))
+
+    assert used(stock, org_id) == [26]
+    keys = sorted((row["meter"], row["key"], row["amount"]) for row in stock.all(tables.spends))
+    assert keys == [("calls", "step:1", 1), (METER, "step:1", 1), (METER, "step:1", 25)]
+    assert len(stock.all(tables.steps)) == 2
+
+
+def test_a_run_uses_a_meter_once_its_definition_has_spent_of_it(stock: Stock):
+    org_id = stock.org()
+    definition_id = stock.definition(org_id)
+    add_budget(stock, org_id, limit=10)
+    worker = stock.worker()
+    stock.put(*(stock.run(org_id, definition_id) for _ in range(2)), stock.run(org_id))
+    runs = stock.admit(worker)
+    first, second = (run for run in runs if run.definition_id == definition_id)
+    [stranger] = (run for run in runs if run.definition_id != definition_id)
+
+    assert [state.uses for state in states(stock, first).states] == [False]
+    spend(stock, first, 10)
+
+    assert [(state.uses, state.reached) for state in states(stock, second).states] == [(True, True)]
+    assert [(state.uses, state.reached) for state in states(stock, stranger).states] == [(False, False)]
+
+
+def test_the_limit_in_the_newest_token_counts(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id, limit=None, property="daily_tokens")
+    _, [run] = admitted(stock, org_id)
+    store, at = store_of(stock, stock.worker()), stock.now()
+
+    def seen(value: Any, ago: int) -> None:
+        claims = claims_of({} if value is None else {"daily_tokens": value}, at - timedelta(seconds=ago))
+        asyncio.run(store.note_claims(org_id, claims))
+
+    seen("100", 20)
+    assert [state.limit for state in states(stock, run).states] == [100]
+    seen(500, 30)
+    assert [state.limit for state in states(stock, run).states] == [100]
+    seen(200, 10)
+    assert [state.limit for state in states(stock, run).states] == [200]
+    seen(None, 5)
+    assert states(stock, run) == spending.Found([], missing=None)
+    spend(stock, run, 1)
+    assert states(stock, run).missing == "daily_tokens"
+
+
+def claims_of(properties: dict[str, Any], at: datetime) -> Claims:
+    return Claims("org_1", "client", frozenset(), properties, {}, at, at + timedelta(hours=1))
+
+
+def test_a_worker_knows_whose_runs_a_budget_limits(stock: Stock):
+    org_id, other = stock.org(), stock.org()
+    add_budget(stock, org_id)
+    add_budget(stock, other, "runs", 9)
+    store = store_of(stock, stock.worker())
+
+    assert [store.is_limited(each) for each in (org_id, other)] == [True, False]
+    add_budget(stock, None)
+    asyncio.run(store.look_at_budgets())
+    assert [store.is_limited(each) for each in (org_id, other)] == [True, True]
+
+
+def park(stock: Stock, worker: WorkerId, run: AdmittedRun, kind: WaitKind = "budget") -> None:
+    with stock.database.transaction() as connection:
+        wait = NewWait(f"{kind}:{METER}", 1, kind, 3600.0)
+        statements(connection).open_wait(
+            connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+        )
+    ended = stock.ended(run, "parked", outcome="parked", reason=kind, result=None)
+    stock.finish(worker, ended)
+
+
+def test_a_raise_wakes_the_parked_runs_of_its_org_and_no_others(stock: Stock):
+    org_id, other = stock.org(), stock.org()
+    worker, runs = admitted(stock, org_id, 2)
+    stock.put(stock.run(other))
+    [foreign] = stock.admit(worker)
+    park(stock, worker, runs[0])
+    park(stock, worker, runs[1], "answer")
+    park(stock, worker, foreign)
+
+    with stock.database.transaction() as connection:
+        assert budgets.wake(connection, [org_id], stock.database.now(connection)) == 1
+
+    assert [stock.live(run.id)["state"] for run in (*runs, foreign)] == ["waiting", "parked", "parked"]
+
+
+def test_a_raise_reaches_a_run_that_is_about_to_park(stock: Stock):
+    org_id = stock.org()
+    worker, [run] = admitted(stock, org_id)
+    with stock.database.transaction() as connection:
+        wait = NewWait(f"budget:{METER}", 1, "budget", 3600.0)
+        statements(connection).open_wait(
+            connection, run.id, run.fencing_token, attempt=run.attempt, wait=wait
+        )
+    with stock.database.transaction() as connection:
+        budgets.wake(connection, [org_id], stock.database.now(connection))
+
+    stock.finish(worker, stock.ended(run, "parked", outcome="parked", reason="budget", result=None))
+
+    assert stock.live(run.id)["state"] == "waiting"
+
+
+def test_a_copied_run_has_its_spends_and_they_are_not_counted_again(stock: Stock):
+    org_id = stock.org()
+    add_budget(stock, org_id)
+    _, [run] = admitted(stock, org_id)
+    store_steps(stock, step_of(run, 1, (METER, 20)))
+    spend(stock, run, 3)
+    copy = RunId(new_id())
+
+    with stock.database.transaction() as connection:
+        assert spending.copy(connection, org_id, run.id, copy) == 1
+
+    copied = [row for row in stock.all(tables.spends) if row["run_id"] == copy]
+    assert [(row["key"], row["amount"]) for row in copied] == [("step:1", 20)]
+    assert used(stock, org_id) == [23]

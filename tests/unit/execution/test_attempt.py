@@ -22,9 +22,11 @@ from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
+from worker.execution.trial_budgets import TrialFound
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded
 from worker.runs.run import (
     AdmittedRun,
@@ -76,6 +78,9 @@ class Site:
         self.kept_handler: str | None = None
         self.steps: list[RunStep] = []
         self.waits: list[NewWait] = []
+        self.spends: list[tuple[str, int, str]] = []
+        self.noted: list[Claims] = []
+        self.budgets_found: TrialFound | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)
         self.handlers = HandlerRegistry()
@@ -98,6 +103,19 @@ class Site:
 
     async def load_progress(self, run_id: RunId) -> StoredProgress:
         return StoredProgress(self.checkpoint, self.kept_handler)
+
+    def is_limited(self, org_id: OrgId) -> bool:
+        return self.budgets_found is not None
+
+    async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
+        self.noted.append(claims)
+
+    async def budgets_of(self, run: AdmittedRun) -> TrialFound:
+        return self.budgets_found or TrialFound(())
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> TrialFound | None:
+        self.spends.append((meter, amount, key))
+        return await self.budgets_of(run) if self.still_ours else None
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
         self.waits.append(wait)
@@ -134,6 +152,7 @@ class Site:
             checkpoints=self,
             steps=self,
             waits=self,
+            budgets=self,
             run_log=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),
@@ -563,3 +582,53 @@ async def test_a_run_keeps_the_variant_that_stored_progress(site: Site) -> None:
     site.kept_handler, site.claims = "acme.gone", on
     gone = await site.attempt(attempt=2)
     assert (gone.state, gone.reason, gone.detail) == ("waiting", "no_handler", "acme.gone")
+
+
+BUDGET = BudgetState("llm_tokens", "day", 100, 40, START + timedelta(hours=9), "wait")
+
+
+async def test_the_handler_gets_the_budgets_of_its_org(site: Site):
+    await site.attempt()
+    site.budgets_found = TrialFound([BUDGET])
+    await site.attempt()
+
+    assert [work.budgets for work in site.works] == [None, (BUDGET,)]
+    assert site.noted == [CLAIMS, CLAIMS]
+
+
+async def test_a_budget_whose_limit_the_token_lacks_refuses_the_run_before_its_handler(site: Site):
+    site.budgets_found = TrialFound([], missing="daily_tokens")
+
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")
+    assert site.works == []
+
+
+async def test_a_spend_is_keyed_by_attempt_and_number_and_fenced(site: Site):
+    site.budgets_found = TrialFound([BUDGET])
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        assert await services.spend("llm_tokens", 7, 2) == [BUDGET]
+        assert await services.budgets() == [BUDGET]
+        site.still_ours = False
+        with pytest.raises(LeaseLost):
+            await services.spend("llm_tokens", 7, 3)
+        assert stop.killed
+
+    site.during = during
+    await site.attempt(attempt=3)
+
+    assert site.spends == [("llm_tokens", 7, "3:2"), ("llm_tokens", 7, "3:3")]
+
+
+async def test_a_spend_of_a_budget_without_a_limit_ends_the_run_refused(site: Site):
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        site.budgets_found = TrialFound([], missing="daily_tokens")
+        with pytest.raises(TokenRefused):
+            await services.spend("llm_tokens", 7, 1)
+
+    site.during = during
+    ended = await site.attempt()
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")

@@ -31,6 +31,8 @@ MEMBERS = {
     "step",
     "sleep",
     "wait_for",
+    "spend",
+    "budget",
     "map",
     "state",
     "progress",
@@ -58,6 +60,12 @@ class Line:
 
     def store_step(self, step: Any) -> Any:
         raise AssertionError("no step here")
+
+    def budgets(self) -> Any:
+        raise AssertionError("no budget here")
+
+    def spend(self, meter: str, amount: int, number: int) -> Any:
+        raise AssertionError("no spend here")
 
     def token(self, *, fresh: bool) -> Any:
         raise AssertionError("the token at hand is good")

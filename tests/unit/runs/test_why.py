@@ -32,6 +32,7 @@ REASONS = {
         "result_invalid",
         "result_unstorable",
         "out_of_memory",
+        "budget",
         "lost",
     ],
     "cancelled": ["requested", "suspended", "replaced", "closed", "by_handler"],

@@ -97,6 +97,7 @@ async def _run(
         return outcome_of_stop(inflight.stop)
     claims = enforced.claims
     events.record_claims(trail, claims, tools.clock.now(), tools.digests)
+    await tools.budgets.note_claims(org.id, claims)
 
     # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
     properties = definition.requires_properties
@@ -136,6 +137,11 @@ async def _run(
         limits=limits,
         now=now,
     )
+    if tools.budgets.is_limited(org.id):
+        found = await tools.budgets.budgets_of(run)
+        if found.missing is not None:
+            raise TokenRefused("property_missing", found.missing)
+        work.budgets = tuple(found.states)
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
         outcome = await tools.runners[run.isolation].run(work, services, inflight.stop)

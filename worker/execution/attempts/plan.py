@@ -118,6 +118,7 @@ class AttemptPlan:
             replays=run.may_have_checkpoint,
             state=state,
             api_base_url=self.api_base_url,
+            meter_usage=self.definition.meter_usage,
         )
 
 

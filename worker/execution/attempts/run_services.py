@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from random import Random
@@ -21,8 +21,9 @@ from worker.execution.attempts.plan import AttemptPlan, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import Runner
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
-from worker.ids import RunId
+from worker.ids import OrgId, RunId
 from worker.orgs import OrgRef
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Error, Outcome, Succeeded, Trail
 from worker.runs.run import (
     AdmittedRun,
@@ -113,6 +114,29 @@ class WaitStore(Protocol):
         """Store what a run waits for, fenced, and return how that stands; None if it was no longer ours."""
 
 
+class FoundBudgets(Protocol):
+    """The budgets of a run's org, and a property that one of them needs and the org's tokens lack."""
+
+    @property
+    def states(self) -> Sequence[BudgetState]: ...
+    @property
+    def missing(self) -> str | None: ...
+
+
+class BudgetStore(Protocol):
+    def is_limited(self, org_id: OrgId) -> bool:
+        """Whether an org has a budget that its runs check before steps and spends."""
+
+    async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
+        """Store the limits of budgets that an enforced token has."""
+
+    async def budgets_of(self, run: AdmittedRun) -> FoundBudgets:
+        """The budgets of a run's org now."""
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> FoundBudgets | None:
+        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of this process share."""
@@ -124,6 +148,7 @@ class Tools:
     checkpoints: CheckpointStore
     steps: StepStore
     waits: WaitStore
+    budgets: BudgetStore
     run_log: RunLogWriter
     clock: Clock
     random: Random
@@ -213,6 +238,38 @@ class AttemptServices:
             self.trail.asks += (wait.name,)
         return state
 
+    async def budgets(self) -> Sequence[BudgetState]:
+        """The budgets of the run's org now; wait while the database is away.
+
+        Raises:
+            TokenRefused: the org's newest token lacks the limit of a budget; the run ends refused.
+        """
+        run = self.inflight.run
+        return self._allowed(await self._when_available(lambda: self.tools.budgets.budgets_of(run)))
+
+    async def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
+        """Count a spend of this attempt, fenced and durable; returns the budgets after it.
+
+        Raises:
+            StepError: the meter's name contains a secret.
+            LeaseLost: the run is no longer ours.
+            TokenRefused: as `budgets`.
+        """
+        run = self.inflight.run
+        if meter != masker.mask(meter):
+            raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+        key = f"{run.attempt}:{number}"
+        found = await self._when_available(lambda: self.tools.budgets.spend(run, meter, amount, key))
+        self._check_ours(found is not None)
+        return () if found is None else self._allowed(found)
+
+    def _allowed(self, found: FoundBudgets) -> Sequence[BudgetState]:
+        if found.missing is not None:
+            self.refused = TokenRefused("property_missing", found.missing)
+            self.inflight.stop.kill()
+            raise TokenRefused("property_missing", found.missing)
+        return found.states
+
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token with some life left; one of another org or without a scope ends the run refused."""
         self._check_open()
@@ -227,6 +284,7 @@ class AttemptServices:
                 fresh=fresh,
             )
             enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self.scopes)
+            await self.tools.budgets.note_claims(org.id, enforced.claims)
         except TokenRefused as refused:
             self.refused = refused
             self.inflight.stop.kill()

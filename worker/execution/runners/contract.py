@@ -21,6 +21,7 @@ from worker.handlers.models import HandlerMissing, read_checkpoint, read_params,
 from worker.handlers.state import State
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Error, Failed, Outcome
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
@@ -33,7 +34,7 @@ class Work:
 
     `entry_point` is `module:attribute`, `memory` a cap in bytes, `checkpoint` from the previous attempt;
     `replays` if earlier attempts may have stored steps. `state` is that of the definition, or None if the
-    handler does not declare one.
+    handler does not declare one. `budgets` are those of the org that may stop it, None without any.
     """
 
     run_id: RunId
@@ -58,6 +59,8 @@ class Work:
     replays: bool = False
     state: Mapping[str, Any] | None = field(default=None, repr=False)
     api_base_url: str = ""
+    budgets: tuple[BudgetState, ...] | None = None
+    meter_usage: bool = False
 
     def given(self, job: Job, log: logging.Logger, clock: Clock) -> Given[Any, Any]:
         """What the handler's context is made of.
@@ -88,6 +91,8 @@ class Work:
             job=job,
             state=State(self.state) if job.state and self.state is not None else None,
             api_base_url=self.api_base_url,
+            budgets=self.budgets,
+            meter_usage=self.meter_usage,
         )
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from types import FrameType
@@ -36,6 +36,7 @@ from worker.handlers.context import BlockingContext, Context, close_blocking_htt
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Outcome, Parked
 from worker.runs.run import NewStep, StepPage
 from worker.runs.waits import NewWait, WaitState
@@ -251,6 +252,12 @@ class _ThreadPort:
 
     def store_step(self, step: NewStep) -> str:
         return self._wait_for(lambda: self._services.store_step(step))
+
+    def budgets(self) -> Sequence[BudgetState]:
+        return self._wait_for(lambda: self._services.budgets())
+
+    def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
+        return self._wait_for(lambda: self._services.spend(meter, amount, number))
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._send(self._services.progress, done, total, note)

@@ -330,11 +330,14 @@ class Statements(Protocol):
         """Let parked runs wait for a slot whose first deadline has passed; returns how many."""
         ...
 
-    def store_steps(self, connection: Connection, steps: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+    def store_steps(
+        self, connection: Connection, steps: Sequence[RunStep], *, commit: bool = True
+    ) -> set[tuple[RunId, int]]:
         """Store steps, fenced; returns the runs, with their fencing tokens, that still run.
 
-        A new step sets `recoveries` back to 0. Can be repeated: the same step is accepted again. The
-        transaction must contain nothing else: on PostgreSQL it commits before the answer is read.
+        A new step sets `recoveries` back to 0. Can be repeated: the same step is accepted again. With
+        `commit` the transaction must contain nothing else: on PostgreSQL it commits before the answer is
+        read. Without it the rows of the runs stay locked, so that their spends can be counted.
         """
         ...
 

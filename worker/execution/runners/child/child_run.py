@@ -171,6 +171,10 @@ class ChildRun(asyncio.Protocol):
                 self._answer_later(message, self._store_step(messages.step_of(message["step"])))
             case "wait":
                 self._answer_later(message, self._open_wait(messages.wait_of(message["wait"])))
+            case "budgets":
+                self._answer_later(message, self._budgets())
+            case "spend":
+                self._answer_later(message, self._spend(*messages.spend_of(message)))
             case "end":
                 self._returned = messages.outcome_of_message(message["outcome"])
                 self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
@@ -219,6 +223,12 @@ class ChildRun(asyncio.Protocol):
 
     async def _open_wait(self, wait: NewWait) -> Message:
         return messages.wait_state_message(await self._services.open_wait(wait))
+
+    async def _budgets(self) -> Message:
+        return messages.budgets_message(await self._services.budgets())
+
+    async def _spend(self, meter: str, amount: int, number: int) -> Message:
+        return messages.budgets_message(await self._services.spend(meter, amount, number))
 
     def _send(self, message: Message) -> None:
         if self._channel is not None and not self._channel.is_closing():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import Any, get_args
 
 from worker.claims.claims import AccessToken, Claims, Flag
 from worker.clock import from_text, to_text
+from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.contract import Work
 from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
@@ -22,6 +23,7 @@ from worker.handlers.state import check_state_text
 from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, check_key, check_name
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
+from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Error, Outcome
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState
@@ -107,6 +109,7 @@ def work_message(work: Work) -> Message:
         "scheduled_for": to_text(work.scheduled_for),
         "timeout_at": to_text(work.timeout_at),
         "granted": granted_message(token, claims),
+        "budgets": None if work.budgets is None else budgets_message(work.budgets)["budgets"],
     }
 
 
@@ -122,6 +125,7 @@ def work_of(message: Mapping[str, Any]) -> Work:
             "api_origins": tuple(given["api_origins"]),
             "private_origins": tuple(given["private_origins"]),
             "insecure_origins": tuple(given["insecure_origins"]),
+            "budgets": None if given["budgets"] is None else tuple(budgets_of(given)),
             "token": token,
             "claims": claims,
         }
@@ -248,7 +252,7 @@ def step_of(message: Mapping[str, Any]) -> NewStep:
 
 
 def _spend(meter: Any, amount: Any) -> tuple[str, int]:
-    if type(amount) is not int or not 0 <= amount < 2**53:
+    if type(amount) is not int or not 0 <= amount <= MAX_AMOUNT or meter in OWN_METERS:
         raise ValueError("not a spend")
     return check_name("spend", meter), amount
 
@@ -278,6 +282,30 @@ def wait_state_of(message: Mapping[str, Any]) -> WaitState:
     until = message["until"]
     at = None if until is None else from_text(until)
     return WaitState(message["kind"], message["state"], message["answer_json"], at)
+
+
+def spend_of(message: Mapping[str, Any]) -> tuple[str, int, int]:
+    """A spend as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
+    meter, amount = _spend(message["meter"], message["amount"])
+    number = message["number"]
+    if type(number) is not int or not 1 <= number < 2**53:
+        raise ValueError("not a spend")
+    return meter, amount, number
+
+
+def budgets_message(states: Iterable[BudgetState]) -> Message:
+    rows = [asdict(state) for state in states]
+    for row in rows:
+        row["resets_at"] = None if row["resets_at"] is None else to_text(row["resets_at"])
+    return {"budgets": rows}
+
+
+def budgets_of(message: Mapping[str, Any]) -> list[BudgetState]:
+    times = [row["resets_at"] for row in message["budgets"]]
+    return [
+        BudgetState(**row | {"resets_at": None if at is None else from_text(at)})
+        for row, at in zip(message["budgets"], times, strict=True)
+    ]
 
 
 def page_message(page: StepPage) -> Message:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
@@ -21,6 +21,7 @@ from worker.execution.runners.child.messages import (
     BrokenFrame,
     Message,
     Unframer,
+    budgets_of,
     frame,
     granted_of,
     page_of,
@@ -28,6 +29,7 @@ from worker.execution.runners.child.messages import (
     wait_state_of,
 )
 from worker.handlers.steps import StepError
+from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep, StepPage
 from worker.runs.waits import NewWait, WaitState
 
@@ -101,6 +103,12 @@ class WorkerChannel:
 
     def store_step(self, step: NewStep) -> str:
         return _as_stored(step, self.ask({"op": "step", "step": step_message(step)}).result())
+
+    def budgets(self) -> Sequence[BudgetState]:
+        return budgets_of(self.ask({"op": "budgets"}).result())
+
+    def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
+        return budgets_of(self.ask(_spend(meter, amount, number)).result())
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._progress = {"op": "progress", "done": done, "total": total, "note": note}
@@ -197,6 +205,18 @@ class AsyncPort:
     async def store_step(self, step: NewStep) -> str:
         answer = await asyncio.wrap_future(self._channel.ask({"op": "step", "step": step_message(step)}))
         return _as_stored(step, answer)
+
+    async def budgets(self) -> Sequence[BudgetState]:
+        answer = await asyncio.wrap_future(self._channel.ask({"op": "budgets"}))
+        return budgets_of(answer)
+
+    async def spend(self, meter: str, amount: int, number: int) -> Sequence[BudgetState]:
+        answer = await asyncio.wrap_future(self._channel.ask(_spend(meter, amount, number)))
+        return budgets_of(answer)
+
+
+def _spend(meter: str, amount: int, number: int) -> Message:
+    return {"op": "spend", "meter": meter, "amount": amount, "number": number}
 
 
 def _as_stored(step: NewStep, answer: Message) -> str:

@@ -56,10 +56,13 @@ STEPS = Columns(
 )
 
 
-def store_steps(connection: Connection, steps: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+def store_steps(
+    connection: Connection, steps: Sequence[RunStep], *, commit: bool = True
+) -> set[tuple[RunId, int]]:
     raw = driver(connection)
     # With COMMIT in the same pipeline: one round trip.
     with raw.pipeline():
         rows = raw.execute(STORE, STEPS.of(in_order(steps)))
-        raw.execute("COMMIT", prepare=False)
+        if commit:
+            raw.execute("COMMIT", prepare=False)
     return {(RunId(id_), token) for id_, token in rows.fetchall()}

@@ -30,7 +30,9 @@ SELECT * FROM {rows} WHERE column1 IS NOT NULL
 """
 
 
-def store_steps(connection: Connection, steps: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+def store_steps(
+    connection: Connection, steps: Sequence[RunStep], *, commit: bool = True
+) -> set[tuple[RunId, int]]:
     cursor = driver(connection).cursor()
     rows = in_one_answer(cursor, OURS, (json_list({step.run.id for step in steps}),))
     locked = {(RunId(id_), token): recoveries for id_, token, recoveries in rows}

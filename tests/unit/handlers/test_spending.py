@@ -1,0 +1,370 @@
+"""`ctx.spend` and `ctx.budget`: counted once, with the step or outside of it, and stopped at the limit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.fakes.clock import ManualClock, settle
+from tests.fakes.running import page
+from tests.unit.handlers.test_context import given
+from worker import BudgetExceeded, StepError
+from worker.handlers.calling import outcome_of_error
+from worker.handlers.context import BlockingContext, Context
+from worker.handlers.given import BlockingCancellation, Cancellation
+from worker.handlers.spending import Budget
+from worker.runs.budgets import BudgetState
+from worker.runs.outcome import Failed, Parked
+from worker.runs.run import NewStep, StepPage
+from worker.runs.waits import NewWait, WaitState
+
+pytestmark = pytest.mark.anyio
+METER = "llm_tokens"
+
+
+class Org:
+    """The worker's side: one budget of one meter, the spends of a run, and how its waits stand."""
+
+    def __init__(self, clock: ManualClock, limit: int | None = 100, at_limit: Any = "fail") -> None:
+        self.clock, self.limit, self.at_limit = clock, limit, at_limit
+        self.steps: list[NewStep] = []
+        self.spent: list[tuple[str, int, int]] = []
+        self.waits: list[NewWait] = []
+        self.answers: list[str | None] = []
+        self.asked = 0
+        self.uses = True
+        self.parked: list[Parked] = []
+
+    def states(self) -> list[BudgetState]:
+        used = sum(amount for step in self.steps for _, amount in step.spends)
+        used += sum(amount for _, amount, _ in self.spent)
+        if self.limit is None:
+            return []
+        return [
+            BudgetState(
+                METER, "day", self.limit, used, self.resets_at(), self.at_limit, uses=self.uses and used > 0
+            )
+        ]
+
+    def resets_at(self) -> Any:
+        return self.clock.now() + timedelta(hours=6)
+
+    def budgets(self) -> list[BudgetState]:
+        self.asked += 1
+        return self.states()
+
+    def spend(self, meter: str, amount: int, number: int) -> list[BudgetState]:
+        self.spent.append((meter, amount, number))
+        return self.states()
+
+    def open_wait(self, wait: NewWait) -> WaitState:
+        self.waits.append(wait)
+        if self.answers:
+            answer = self.answers.pop(0)
+            if answer is not None and json.loads(answer) is not False and self.limit is not None:
+                self.limit += json.loads(answer)["by"]
+            return WaitState("budget", "over" if answer is None else "answered", answer)
+        return WaitState("budget", "pending")
+
+    def store(self, step: NewStep) -> str:
+        self.steps.append(step)
+        return step.result_json
+
+    def given(self) -> Any:
+        data = given(self.clock)
+        data.replays = True
+        data.budgets = None if self.limit is None else tuple(self.states())
+        return data
+
+    def context(self) -> Context[Any, Any]:
+        return Context(self.given(), Port(self), Cancellation(), on_park=self.parked.append)
+
+    def blocking(self) -> BlockingContext[Any, Any]:
+        return BlockingContext(
+            self.given(), BlockingPort(self), BlockingCancellation(), on_park=self.parked.append
+        )
+
+
+class BlockingPort:
+    def __init__(self, org: Org) -> None:
+        self.budgets, self.spend, self.open_wait = org.budgets, org.spend, org.open_wait
+        self.store_step = org.store
+        self.load_steps: Callable[[int], StepPage] = lambda after: page(org.steps, after)
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+    def save(self, data_json: str) -> None: ...
+
+    def token(self, *, fresh: bool) -> Any: ...
+
+
+class Port:
+    def __init__(self, org: Org) -> None:
+        self._org = org
+
+    async def budgets(self) -> list[BudgetState]:
+        await asyncio.sleep(0)
+        return self._org.budgets()
+
+    async def spend(self, meter: str, amount: int, number: int) -> list[BudgetState]:
+        return self._org.spend(meter, amount, number)
+
+    async def open_wait(self, wait: NewWait) -> WaitState:
+        await asyncio.sleep(0)
+        return self._org.open_wait(wait)
+
+    async def load_steps(self, after: int) -> StepPage:
+        return page(self._org.steps, after)
+
+    async def store_step(self, step: NewStep) -> str:
+        await asyncio.sleep(0)
+        return self._org.store(step)
+
+    def progress(self, done: float, total: float | None, note: str | None) -> None: ...
+
+    async def save(self, data_json: str) -> None: ...
+
+    async def token(self, *, fresh: bool) -> Any: ...
+
+
+async def test_a_spend_inside_a_step_is_stored_with_the_step_and_not_made_again(clock: ManualClock):
+    org = Org(clock)
+
+    async def ask(ctx: Context[Any, Any]) -> str:
+        await ctx.spend(METER, 30)
+        await ctx.spend(METER, 5)
+        await ctx.spend("calls", 1)
+        return "hi"
+
+    for _ in range(2):
+        ctx = org.context()
+        assert await ctx.step("ask", ask, ctx) == "hi"
+
+    assert [step.spends for step in org.steps] == [((METER, 30), (METER, 5), ("calls", 1))]
+    assert org.spent == []
+
+
+async def test_a_function_that_blocks_spends_without_waiting(clock: ManualClock):
+    org = Org(clock)
+    ctx = org.context()
+
+    await ctx.step("ask", lambda: ctx.spend(METER, 7) and None)
+
+    assert org.steps[0].spends == ((METER, 7),)
+
+
+async def test_a_failed_try_of_a_step_spends_nothing(clock: ManualClock):
+    org = Org(clock)
+    ctx, tries = org.context(), iter((1, 2))
+
+    async def ask() -> int:
+        number = next(tries)
+        await ctx.spend(METER, 10 * number)
+        if number == 1:
+            raise ValueError("not yet")
+        return number
+
+    assert await ctx.step("ask", ask, retries=1, backoff=0) == 2
+
+    assert org.steps[0].spends == ((METER, 20),)
+
+
+async def test_spends_outside_of_steps_are_numbered_in_the_attempt(clock: ManualClock):
+    org = Org(clock)
+    ctx = org.context()
+
+    await ctx.spend(METER, 30)
+    await ctx.spend(METER, 30)
+
+    assert org.spent == [(METER, 30, 1), (METER, 30, 2)]
+
+
+async def test_a_run_of_an_org_without_budgets_asks_nothing(clock: ManualClock):
+    org = Org(clock, limit=None)
+    ctx = org.context()
+
+    async def ask() -> None:
+        await ctx.spend(METER, 10**6)
+
+    await ctx.step("ask", ask)
+    await ctx.step("ask", ask)
+
+    assert org.asked == 0
+    assert await ctx.budget(METER) == Budget(None, 0, None, None)
+
+
+async def test_a_budget_that_is_used_up_stops_before_the_next_new_step_and_not_before_a_replayed_one(
+    clock: ManualClock,
+):
+    org = Org(clock)
+    calls = []
+
+    async def handler(ctx: Context[Any, Any]) -> None:
+        async def ask(number: int) -> int:
+            calls.append(number)
+            await ctx.spend(METER, 60)
+            return number
+
+        for number in range(3):
+            assert await ctx.step("ask", ask, number) == number
+
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded, match="120 of 100"):
+            await handler(org.context())
+
+    # The spend that crosses the limit counts; the third call is never made.
+    assert calls == [0, 1]
+
+
+async def test_a_meter_that_the_definition_does_not_use_stops_nothing(clock: ManualClock):
+    org = Org(clock, limit=0)
+    org.uses = False
+
+    assert await org.context().step("ask", lambda: 1) == 1
+
+
+async def test_an_exceeded_budget_fails_the_run_without_a_retry(clock: ManualClock):
+    outcome = outcome_of_error(BudgetExceeded("used up"))
+
+    assert isinstance(outcome, Failed)
+    assert (outcome.reason, outcome.permanent) == ("budget", True)
+
+
+@pytest.mark.parametrize("at_limit", ["wait", "ask"])
+async def test_at_the_limit_the_attempt_parks_until_the_period_ends(clock: ManualClock, at_limit: str):
+    org = Org(clock, limit=10, at_limit=at_limit)
+    async with asyncio.TaskGroup() as tasks:
+
+        async def handler() -> None:
+            ctx = org.context()
+            await ctx.spend(METER, 10)
+            await ctx.step("ask", lambda: 1)
+
+        task = tasks.create_task(handler())
+        await settle(200)
+
+    assert task.cancelled()
+    [wait] = org.waits
+    assert (wait.name, wait.occurrence, wait.kind) == ("budget:llm_tokens", 1, "budget")
+    assert wait.seconds is not None
+    assert abs(wait.seconds - timedelta(hours=6).total_seconds()) <= 2
+    if at_limit == "ask":
+        assert json.loads(wait.ask_json or "")["used"] == 10
+    else:
+        assert wait.ask_json is None
+    assert org.parked == [Parked("budget", "budget:llm_tokens")]
+    assert org.steps == []
+
+
+async def test_a_raised_budget_goes_on_and_a_second_limit_is_another_wait(clock: ManualClock):
+    org = Org(clock, limit=10, at_limit="ask")
+    org.answers = ['{"by": 5}', '{"by": 100}']
+    ctx = org.context()
+
+    for number in range(3):
+        await ctx.spend(METER, 10)
+        assert await ctx.step("ask", lambda number=number: number) == number
+
+    assert [(wait.name, wait.occurrence) for wait in org.waits] == [
+        ("budget:llm_tokens", 1),
+        ("budget:llm_tokens", 2),
+    ]
+
+
+async def test_an_operator_who_says_no_fails_the_run(clock: ManualClock):
+    org = Org(clock, limit=10, at_limit="ask")
+    org.answers = ["false"]
+    ctx = org.context()
+    await ctx.spend(METER, 10)
+
+    with pytest.raises(BudgetExceeded, match="did not raise"):
+        await ctx.spend(METER, 1)
+    assert org.spent == [(METER, 10, 1)]
+
+
+async def test_a_map_stops_between_items_and_goes_on_where_it_stopped(clock: ManualClock):
+    org = Org(clock, limit=20, at_limit="ask")
+    org.answers = ['{"by": 1000}']
+    ctx = org.context()
+
+    async def ask(item: int) -> int:
+        await ctx.spend(METER, 10)
+        return item * item
+
+    assert await ctx.map("squares", ask, range(10), concurrency=2) == [n * n for n in range(10)]
+
+    assert len(org.steps) == 10
+    [wait] = org.waits
+    # At most the calls in flight are above the limit.
+    assert json.loads(wait.ask_json or "")["used"] <= 30
+
+
+async def test_a_map_parks_when_nothing_is_in_flight(clock: ManualClock):
+    org = Org(clock, limit=20, at_limit="wait")
+    async with asyncio.TaskGroup() as tasks:
+
+        async def handler() -> None:
+            ctx = org.context()
+
+            async def ask(item: int) -> int:
+                await ctx.spend(METER, 10)
+                return item
+
+            await ctx.map("items", ask, range(10), concurrency=3)
+
+        tasks.create_task(handler())
+        await settle(200)
+
+    assert 2 <= len(org.steps) <= 4
+
+
+async def test_the_budget_is_as_last_known_and_now_if_awaited(clock: ManualClock):
+    org = Org(clock)
+    ctx = org.context()
+    await ctx.spend(METER, 30)
+
+    known = ctx.budget(METER)
+    assert (known.limit, known.used, known.left) == (100, 30, 70)
+    org.limit = 200
+    now = await ctx.budget(METER)
+    assert (now.limit, now.used, now.left, now.resets_at) == (200, 30, 170, org.resets_at())
+
+
+@pytest.mark.parametrize(
+    ("meter", "amount"),
+    [("two words", 1), (METER, -1), (METER, 1.5), (METER, True), (METER, 10**16), ("runs", 1)],
+)
+async def test_a_wrong_spend_is_an_error_that_names_it(clock: ManualClock, meter: str, amount: Any):
+    org = Org(clock)
+
+    with pytest.raises(StepError, match="spend|meter"):
+        org.context().spend(meter, amount)
+    with pytest.raises(StepError):
+        org.blocking().spend(meter, amount)
+    assert org.spent == []
+
+
+def test_a_handler_that_blocks_has_the_same(clock: ManualClock):
+    org = Org(clock, limit=30, at_limit="ask")
+    org.answers = ['{"by": 30}']
+    ctx = org.blocking()
+
+    def ask(item: int) -> int:
+        ctx.spend(METER, 10)
+        return item
+
+    ctx.spend(METER, 5)
+    assert ctx.budget(METER).left == 25
+    assert ctx.map("items", ask, range(5), concurrency=1) == list(range(5))
+
+    assert [step.spends for step in org.steps] == [((METER, 10),)] * 5
+    assert len(org.waits) == 1
+    ctx.spend(METER, 5)
+    org.answers = ["false"]
+    with pytest.raises(BudgetExceeded):
+        ctx.step("ask", ask, 1)

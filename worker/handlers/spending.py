@@ -1,0 +1,270 @@
+"""`ctx.spend` and `ctx.budget`: count what a run spends, and stop at a budget's limit.
+
+A run is stopped before its next new step or its next spend outside of steps. It is never stopped before a
+step that returns its stored result.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from worker.clock import Clock, to_text
+from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
+from worker.handlers.steps import StepError, check_name, open_step
+from worker.runs.budgets import BudgetState, decisive, tightest
+from worker.runs.waits import NewWait, WaitState
+
+# What is added to the time until a period ends: the clocks of run and database differ a little.
+MARGIN = timedelta(seconds=1)
+# Waits for one meter that one call passes, before it gives up.
+MOST_WAITS = 1000
+
+States = Sequence[BudgetState]
+
+
+class BudgetExceeded(Exception):
+    """A budget is used up and does not allow more: the run fails, without a retry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may spend of a meter: the tightest of its org's budgets."""
+
+    limit: int | None
+    """The limit in the period, with raises; None without a budget."""
+    used: int
+    """What of it is used; 0 without a budget."""
+    left: int | None
+    """What may be spent until then; None without a budget."""
+    resets_at: datetime | None
+    """When the period ends; aware, in UTC. None without a budget, or for a budget per run."""
+
+    @classmethod
+    def of(cls, states: States, meter: str) -> Budget:
+        found = tightest(states, meter)
+        if found is None:
+            return cls(None, 0, None, None)
+        return cls(found.limit, found.used, found.left, found.resets_at)
+
+
+class KnownBudget(Awaitable[Budget]):
+    """A budget as the worker said last; await it to ask again."""
+
+    def __init__(self, known: Budget, ask: Callable[[], Coroutine[Any, Any, Budget]]) -> None:
+        self.limit, self.used, self.left = known.limit, known.used, known.left
+        self.resets_at = known.resets_at
+        self._ask = ask
+
+    def __await__(self) -> Generator[Any, None, Budget]:
+        return self._ask().__await__()
+
+
+class SpendPort(Protocol):
+    """How a run reaches its budgets from an event loop; each call returns those of its org."""
+
+    async def budgets(self) -> States:
+        """The budgets of the run's org now."""
+
+    async def spend(self, meter: str, amount: int, number: int) -> States:
+        """Count a spend, fenced; the same `number` of the same attempt counts once."""
+
+
+class BlockingSpendPort(Protocol):
+    """The same for a handler that blocks."""
+
+    def budgets(self) -> States: ...
+
+    def spend(self, meter: str, amount: int, number: int) -> States: ...
+
+
+class AsyncParks(Protocol):
+    async def park(self, wait: NewWait) -> WaitState:
+        """How a wait stands once it is over; until then the attempt parks, and this never returns."""
+
+
+class BlockingParks(Protocol):
+    def park(self, wait: NewWait) -> WaitState: ...
+
+
+class _Done(Awaitable[None]):
+    """Nothing to wait for: a spend inside a step is stored with the step."""
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return
+        yield
+
+
+DONE = _Done()
+
+
+class _Spending:
+    """What both forms share: the newest states of the budgets of the org; None for an org without any."""
+
+    def __init__(self, known: States | None, clock: Clock) -> None:
+        self._known = known
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._number = 0
+        self._waited: dict[str, int] = {}
+
+    def _in_step(self, meter: str, amount: int) -> bool:
+        """Note the spend with the open step, if there is one; it is stored with the step's result."""
+        step = open_step()
+        if step is not None:
+            step.spends.append((meter, amount))
+        return step is not None
+
+    def _learn(self, states: States) -> States:
+        if self._known is not None or states:
+            self._known = states
+        return states
+
+    def _next_number(self) -> int:
+        with self._lock:
+            self._number += 1
+            return self._number
+
+    def _stop(self, state: BudgetState) -> NewWait:
+        """The wait of a run that is stopped; raises BudgetExceeded."""
+        if state.at_limit == "fail":
+            raise BudgetExceeded(f"{in_words(state)}; an operator can raise it: `budgets raise`")
+        seconds = None
+        if state.resets_at is not None:
+            seconds = max(0.0, (state.resets_at + MARGIN - self._clock.now()).total_seconds())
+        ask = None
+        if state.at_limit == "ask":
+            question = {
+                "meter": state.meter,
+                "per": state.per,
+                "limit": state.limit,
+                "used": state.used,
+                "resets_at": None if state.resets_at is None else to_text(state.resets_at),
+            }
+            ask = json.dumps(question)
+        name = f"budget:{state.meter}"
+        occurrence = self._waited.get(name, 0) + 1
+        if occurrence > MOST_WAITS:
+            raise BudgetExceeded(f"{in_words(state)}, and the run has waited for it {MOST_WAITS} times")
+        return NewWait(name, occurrence, "budget", seconds, ask)
+
+    def _go_on(self, wait: NewWait, found: WaitState, state: BudgetState) -> None:
+        """Continue after a wait; raises BudgetExceeded if an operator did not raise the budget."""
+        self._waited[wait.name] = wait.occurrence
+        if found.answer_json is not None and json.loads(found.answer_json) is False:
+            raise BudgetExceeded(f"{in_words(state)}; an operator did not raise it")
+
+
+class AsyncSpending(_Spending):
+    """The spends of an async handler."""
+
+    def __init__(self, port: SpendPort, parks: AsyncParks, known: States | None, clock: Clock) -> None:
+        super().__init__(known, clock)
+        self._port = port
+        self._parks = parks
+
+    def spend(self, meter: str, amount: int) -> Awaitable[None]:
+        """As `Context.spend`. Inside a step it is noted now, and there is nothing to wait for."""
+        _check(meter, amount)
+        if self._in_step(meter, amount):
+            return DONE
+        return self._spent(meter, amount)
+
+    async def _spent(self, meter: str, amount: int) -> None:
+        await self.before()
+        await self.count(meter, amount)
+
+    async def count(self, meter: str, amount: int) -> None:
+        """Count what was spent already, without a stop before it."""
+        if not self._in_step(meter, amount):
+            self._learn(await self._port.spend(meter, amount, self._next_number()))
+
+    def budget(self, meter: str) -> KnownBudget:
+        """As `Context.budget`."""
+        check_name("meter", meter)
+
+        async def ask() -> Budget:
+            return Budget.of(await self._now(), meter)
+
+        return KnownBudget(Budget.of(self._known or (), meter), ask)
+
+    async def reached(self) -> BudgetState | None:
+        """The budget that stops the run now, or None."""
+        return decisive(await self._now())
+
+    async def _now(self) -> States:
+        return () if self._known is None else self._learn(await self._port.budgets())
+
+    async def stop(self, state: BudgetState) -> None:
+        """Stop at this budget: park until it may have changed. Raises BudgetExceeded."""
+        wait = self._stop(state)
+        self._go_on(wait, await self._parks.park(wait), state)
+
+    async def before(self) -> None:
+        """Return when no budget stops the run; called before each new step and spend."""
+        while (state := await self.reached()) is not None:
+            await self.stop(state)
+
+
+class BlockingSpending(_Spending):
+    """The spends of a handler that blocks."""
+
+    def __init__(
+        self, port: BlockingSpendPort, parks: BlockingParks, known: States | None, clock: Clock
+    ) -> None:
+        super().__init__(known, clock)
+        self._port = port
+        self._parks = parks
+
+    def spend(self, meter: str, amount: int) -> None:
+        """As `BlockingContext.spend`."""
+        _check(meter, amount)
+        if open_step() is None:
+            self.before()
+        self.count(meter, amount)
+
+    def count(self, meter: str, amount: int) -> None:
+        """Count what was spent already, without a stop before it."""
+        if not self._in_step(meter, amount):
+            self._learn(self._port.spend(meter, amount, self._next_number()))
+
+    def budget(self, meter: str) -> Budget:
+        """As `BlockingContext.budget`."""
+        check_name("meter", meter)
+        return Budget.of(self._now(), meter)
+
+    def reached(self) -> BudgetState | None:
+        """The budget that stops the run now, or None."""
+        return decisive(self._now())
+
+    def _now(self) -> States:
+        return () if self._known is None else self._learn(self._port.budgets())
+
+    def stop(self, state: BudgetState) -> None:
+        """Stop at this budget: park until it may have changed. Raises BudgetExceeded."""
+        wait = self._stop(state)
+        self._go_on(wait, self._parks.park(wait), state)
+
+    def before(self) -> None:
+        """Return when no budget stops the run; called before each new step and spend."""
+        while (state := self.reached()) is not None:
+            self.stop(state)
+
+
+def in_words(state: BudgetState) -> str:
+    """A budget that is used up, for people."""
+    return f"the budget of {state.meter} per {state.per} is used up: {state.used:,} of {state.limit:,}"
+
+
+def _check(meter: str, amount: int) -> None:
+    if check_name("meter", meter) in OWN_METERS:
+        raise StepError(f"spend {meter}: orgworker counts this meter itself; use another name")
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= MAX_AMOUNT:
+        raise StepError(
+            f"spend {meter}: the amount is a whole number from 0 to {MAX_AMOUNT:,}, "
+            f"not {str(amount)[:40]}; count smaller units instead of fractions"
+        )

@@ -1,0 +1,53 @@
+"""Budgets as handler, worker and store exchange them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from worker.definitions.budgets import AtLimit, Per
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A budget of the run's org in its period now.
+
+    `limit` includes raises; `resets_at` is the end of its period, None for a budget per run. `uses` says
+    whether this run or an earlier one of its definition has spent of the meter: only then it is stopped.
+    """
+
+    meter: str
+    per: Per
+    limit: int
+    used: int
+    resets_at: datetime | None
+    at_limit: AtLimit
+    uses: bool = True
+
+    @property
+    def left(self) -> int:
+        return max(0, self.limit - self.used)
+
+    @property
+    def reached(self) -> bool:
+        return self.uses and self.used >= self.limit
+
+
+def tightest(states: Iterable[BudgetState], meter: str) -> BudgetState | None:
+    """The budget of a meter with the least left; of equal ones, the one that resets last."""
+    of_meter = [state for state in states if state.meter == meter]
+    return min(of_meter, key=lambda state: (state.left, -_end(state)), default=None)
+
+
+def decisive(states: Sequence[BudgetState]) -> BudgetState | None:
+    """Of the budgets that are reached, the one that decides: one that fails, else one that asks, else the one
+    that resets last.
+    """
+    reached = [state for state in states if state.reached]
+    order = ("fail", "ask", "wait")
+    return min(reached, key=lambda state: (order.index(state.at_limit), -_end(state)), default=None)
+
+
+def _end(state: BudgetState) -> float:
+    return float("inf") if state.resets_at is None else state.resets_at.timestamp()
