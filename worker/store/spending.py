@@ -41,10 +41,14 @@ class Spend:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The budgets of each org after its spends were counted, and those whose warning was just passed."""
+    """The budgets of each org after its spends were counted, and those whose warning was just passed.
+
+    `spent` is what was counted of meters that have a budget.
+    """
 
     levels: Mapping[OrgId, Sequence[Level]]
     warned: Sequence[Level]
+    spent: Mapping[str, int]
 
 
 def lock_running(connection: Connection, fencing_tokens: Mapping[RunId, int]) -> set[RunId]:
@@ -92,7 +96,12 @@ def record(connection: Connection, spends: Sequence[Spend], now: datetime) -> Co
                 levels[budget.org_id].append(level)
                 if level.warned(level.used - counters[budget.counter]):
                     warned.append(level)
-    return Counted(levels, warned)
+    limited = {(budget.org_id, budget.meter) for of_org in found.values() for budget in of_org}
+    spent: dict[str, int] = defaultdict(int)
+    for (org_id, meter), amount in added.items():
+        if (org_id, meter) in limited:
+            spent[meter] += amount
+    return Counted(levels, warned, spent)
 
 
 def _insert(connection: Connection, spends: Sequence[Spend], now: datetime) -> list[Spend]:
@@ -139,11 +148,11 @@ def uses(connection: Connection, definition_id: DefinitionId, meters: Collection
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The budgets of a run's org, `missing` a property that one of them needs, and warnings just passed."""
+    """The budgets of a run's org, `missing` a property that one of them needs, and what a spend counted."""
 
     states: Sequence[BudgetState]
     missing: str | None = None
-    warned: Sequence[Level] = ()
+    counted: Counted | None = None
 
 
 def states_of(connection: Connection, run: AdmittedRun) -> Found:
@@ -184,8 +193,8 @@ def spend(connection: Connection, run: AdmittedRun, meter: str, amount: int, key
         return None
     now = database_now(connection)
     given = Spend(run.id, run.org_id, run.definition_id, meter, key, amount)
-    warned = record(connection, [given], now).warned
-    return replace(_states(connection, run, now), warned=warned)
+    counted = record(connection, [given], now)
+    return replace(_states(connection, run, now), counted=counted)
 
 
 def store_steps(connection: Connection, rows: Sequence[RunStep]) -> tuple[set[tuple[RunId, int]], Counted]:
@@ -217,36 +226,36 @@ def copy(connection: Connection, org_id: OrgId, of: RunId, to: RunId) -> int:
 # --- Meters that orgworker fills itself: they hold admission. ---
 
 
-def hold_back(connection: Connection, runs: Sequence[AdmittedRun]) -> list[AdmittedRun]:
+def hold_back(connection: Connection, runs: Sequence[AdmittedRun]) -> tuple[list[AdmittedRun], Counted]:
     """Count runs that were just admitted, and let those wait again that are above a budget of their org.
 
     The runs belong to orgs with a budget of `runs` or `run_seconds`, in the order of admission. Returns
-    those that may start. A run is counted once, however often it is admitted.
+    those that may start, and what was counted. A run is counted once, however often it is admitted.
     """
     ours = lock_running(connection, {run.id: run.fencing_token for run in runs})
     now = database_now(connection)
     found = budgets.of_orgs(connection, {run.org_id for run in runs}, OWN_METERS, now)
     room = _lock_levels(connection, [each for of_org in found.values() for each in of_org])
-    counted = _counted_before(connection, [run.id for run in runs])
+    before = _counted_before(connection, [run.id for run in runs])
     starting: list[AdmittedRun] = []
     held: list[tuple[AdmittedRun, OrgBudget]] = []
     spends: list[Spend] = []
     for run in runs:
         if run.id not in ours:
             continue
-        full = _first_full(room, run, is_counted=run.id in counted)
+        full = _first_full(room, run, is_counted=run.id in before)
         if full is not None:
             held.append((run, full))
             continue
         starting.append(run)
-        if run.id not in counted:
+        if run.id not in before:
             spends.append(Spend(run.id, run.org_id, run.definition_id, RUNS, "run", 1))
             for budget in room:
                 if budget.org_id == run.org_id and budget.meter == RUNS:
                     room[budget] += 1
-    record(connection, spends, now)
+    counted = record(connection, spends, now)
     _let_wait(connection, held, now)
-    return starting
+    return starting, counted
 
 
 def _lock_levels(connection: Connection, listed: Sequence[OrgBudget]) -> dict[OrgBudget, int]:

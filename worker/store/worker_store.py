@@ -218,7 +218,9 @@ class WorkerStore:
         if not checked:
             return admitted
         try:
-            starting = {run.id for run in await self.database.call(spending.hold_back, checked)}
+            started, counted = await self.database.call(spending.hold_back, checked)
+            starting = {run.id for run in started}
+            self._report(counted)
         except StoreUnavailable:
             # The renewal hands these back. The others were admitted, and must start.
             starting = set()
@@ -228,7 +230,7 @@ class WorkerStore:
         """Write ended attempts; returns the runs whose attempt is stored as given."""
         holding = self._budgets.holding
         if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
-            self._warn((await self.database.call(spending.charge_seconds, timed)).warned)
+            self._report(await self.database.call(spending.charge_seconds, timed))
         return await self.database.call(
             lambda connection: statements(connection).finish(connection, self._worker_id, ended)
         )
@@ -264,13 +266,15 @@ class WorkerStore:
     async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> spending.Found | None:
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
         found = await self.database.call(spending.spend, run, meter, amount, key)
-        if found is not None:
-            self._warn(found.warned)
+        if found is not None and found.counted is not None:
+            self._report(found.counted)
         return found
 
     @staticmethod
-    def _warn(warned: Sequence[budgets.Level]) -> None:
-        for level in warned:
+    def _report(counted: spending.Counted) -> None:
+        for meter, amount in counted.spent.items():
+            emit("meter.spent", meter=meter, amount=amount)
+        for level in counted.warned:
             emit(
                 "budget.warned",
                 org=level.budget.org,
@@ -302,7 +306,7 @@ class WorkerStore:
         """Store steps with their spends, fenced; returns the runs, with fencing tokens, that still run."""
         if any(row.step.spends for row in rows):
             ours, counted = await self.database.call(spending.store_steps, rows)
-            self._warn(counted.warned)
+            self._report(counted)
             return ours
         return await self.database.call(
             lambda connection: statements(connection).store_steps(connection, rows)

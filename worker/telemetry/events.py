@@ -114,6 +114,7 @@ _ROWS = (
     ),
     _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
     _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),
+    _debug("meter.spent", "meter amount", "runs spent `amount` of a meter that has a budget"),
     _warning(
         "budget.warned",
         "org meter per used limit",

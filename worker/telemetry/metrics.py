@@ -82,6 +82,8 @@ METRICS: tuple[Metric, ...] = (
     _counter(
         "runs_fenced_out_total", "", "runs held here that another worker already owned", "run.fenced_out"
     ),
+    _counter("spent_total", "meter", "spends of meters that have a budget", "meter.spent", "amount"),
+    _counter("budgets_warned_total", "meter per", "budgets that passed their `warn_at`", "budget.warned"),
     _counter("run_log_lines_dropped_total", "", "dropped lines of run logs", "logs.dropped", "lines"),
     # Tokens.
     _counter("tokens_requested_total", "issuer", "tokens issued and accepted", "token.requested"),

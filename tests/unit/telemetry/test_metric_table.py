@@ -71,8 +71,9 @@ def test_no_label_takes_a_value_for_each_org_run_or_error():
         if metric.name != "orgworker_org_attempts_total"
     }
 
-    of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop"}
-    closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request"}
+    # Meters are those that operators limit by a budget.
+    of_what_is_installed = {"handler", "issuer", "version", "isolation", "loop", "meter"}
+    closed = {"event", "outcome", "state", "reason", "kind", "status", "result", "request", "per"}
     assert labels == of_what_is_installed | closed
 
 
