@@ -240,6 +240,7 @@ async def spender(ctx: Context[Any, Any]) -> dict[str, Any]:
     async def call(number: int) -> int:
         write(ctx, who="call", number=number)
         await ctx.spend("llm_tokens", 10)
+        await asyncio.sleep(ctx.params.get("pause", 0))
         return number
 
     results = [await ctx.step("call", call, number) for number in range(ctx.params["steps"])]

@@ -103,6 +103,8 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("waiting", "budget"): "budgets list --org {org}",
     ("running", None): "runs logs {id} --follow",
 }
+# Of a budget that asks.
+ANSWER_BUDGET = "runs answer {id} {wait} --data '{{\"by\": N}}'"
 _NEXT_OF_STATE = {
     "failed": "runs retry {id}",
     "cancelled": "runs retry {id}",
@@ -126,6 +128,8 @@ def why_run(run: Row, *, others: int | None = None, more: bool = False, retried:
     command = NEXT.get((state, reason), _NEXT_OF_STATE.get(state, "runs show {id}"))
     if command == "runs retry {id}" and _can_continue(run):
         command += " --from-checkpoint"
+    if (state, reason) == ("waiting", "budget") and values["wait"] != "NAME":
+        command = ANSWER_BUDGET
     retry = _retry(run, state)
     if retried is not None:
         retry, command = _retried(retried)
@@ -230,7 +234,9 @@ def _values(run: Row) -> dict[str, str]:
     open_waits = [
         each
         for each in run.get("waits") or ()
-        if each["kind"] == "answer" and each["answered_at"] is None and each["timed_out_at"] is None
+        if (each["kind"] == "answer" or (each["kind"] == "budget" and each["ask"] is not None))
+        and each["answered_at"] is None
+        and each["timed_out_at"] is None
     ]
     values["wait"] = _as_argument(open_waits[0]) if open_waits else "NAME"
     values["waits"] = ", ".join(map(_in_words, open_waits)) or values.get("detail", "none")

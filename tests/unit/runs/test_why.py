@@ -184,3 +184,15 @@ def test_only_an_end_that_is_the_runs_reason_is_compared_with_others():
     assert last_error(run("succeeded", None, attempts=[ended])) is None
     assert last_error(run("failed", "error", attempts=[ended | {"error_cause": None}])) is None
     assert last_error(run("failed", "error")) is None
+
+
+def test_a_budget_that_asks_says_how_to_answer_it():
+    wait = {
+        "name": "budget:llm_tokens", "occurrence": 2, "kind": "budget", "ask": {"used": 9}, "until": AT,
+        "opened_at": AT, "answered_at": None, "timed_out_at": None,
+    }  # fmt: skip
+    asking = why_run(run("waiting", "budget", waits=[wait]))
+    silent = why_run(run("waiting", "budget", waits=[wait | {"ask": None}]))
+
+    assert asking.next == f"runs answer {RUN} budget:llm_tokens --occurrence 2 --data '{{\"by\": N}}'"
+    assert silent.next == "budgets list --org org_acme"
