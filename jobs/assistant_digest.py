@@ -15,10 +15,13 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
-from worker import Context, PermanentError, Retry, job
+from worker import Context, PermanentError, Retry, WaitTimeout, job
 
 # The child gets it only if `execution.pass_environment` in worker.toml lists it.
 API_KEY_VARIABLE = "ASSISTANT_API_KEY"
+# What the tokens of the model count for.
+METER = "llm_tokens"
+REVIEW_FLAG = "review-before-publish"
 
 
 class Params(BaseModel):
@@ -34,6 +37,8 @@ class Params(BaseModel):
     """The org's collection to read: letters, digits, `.`, `_` and `-`."""
     page_size: int = Field(3, ge=1, le=100)
     """Articles per page; each page is a step, with one request to the model."""
+    publish: str | None = Field(None, pattern=r"^https?://")
+    """The URL that the digest is posted to with the org's token; without it, it is only the run's result."""
 
 
 class Settings(BaseModel):
@@ -45,6 +50,8 @@ class Settings(BaseModel):
     """The model to request from the chat endpoint."""
     max_tokens: int = Field(1000, ge=1)
     """Maximum tokens per response."""
+    daily_tokens: int | None = Field(None, ge=1)
+    """Maximum tokens per day, for a budget with `limit_from = "property:daily_tokens"`."""
     language: str = "en"
     """The language of the digest."""
 
@@ -70,24 +77,25 @@ class ChatBusy(Exception):
 class Chat:
     """An OpenAI-compatible chat endpoint, used with the org's model and limit."""
 
-    def __init__(self, http: httpx.AsyncClient, settings: Settings) -> None:
+    def __init__(self, http: httpx.AsyncClient, ctx: Context[Params, Settings]) -> None:
         self._http = http
-        self._settings = settings
+        self._ctx = ctx
 
     async def ask(self, task: str, text: str) -> str:
-        """The assistant's response to one text.
+        """The assistant's response to one text; what it used is spent.
 
         Raises:
             PermanentError: the endpoint refuses the credential or the request.
             ChatBusy: it responded with 429.
         """
+        settings = self._ctx.settings
         response = await self._http.post(
             "/v1/chat/completions",
             json={
-                "model": self._settings.model_version,
-                "max_tokens": self._settings.max_tokens,
+                "model": settings.model_version,
+                "max_tokens": settings.max_tokens,
                 "messages": [
-                    {"role": "system", "content": f"{task} Answer in {self._settings.language}."},
+                    {"role": "system", "content": f"{task} Answer in {settings.language}."},
                     {"role": "user", "content": text},
                 ],
             },
@@ -98,7 +106,9 @@ class Chat:
         if response.is_client_error:
             raise PermanentError(f"the chat endpoint responded with {response.status_code}")
         response.raise_for_status()
-        return str(response.json()["choices"][0]["message"]["content"])
+        answer = response.json()
+        await self._ctx.spend(METER, answer.get("usage", {}).get("total_tokens", 0))
+        return str(answer["choices"][0]["message"]["content"])
 
 
 @dataclass(frozen=True)
@@ -163,7 +173,7 @@ async def digest_news(ctx: Context[Params, Settings], agent: Agent) -> dict[str,
     at: int | None = ctx.state.get(ctx.params.collection, 0)
     try:
         async with chat_client(ctx.params.chat) as http:
-            chat = Chat(http, ctx.settings)
+            chat = Chat(http, ctx)
             while at is not None:
                 page = await ctx.step("page", read_page, ctx, chat, agent, digest, at)
                 articles += page["articles"]
@@ -174,7 +184,13 @@ async def digest_news(ctx: Context[Params, Settings], agent: Agent) -> dict[str,
                 at = page["next"]
     except ChatBusy as busy:
         return Retry(after=busy.after)
-    return {"agent": agent.name, "model": ctx.settings.model_version, "articles": articles, "digest": digest}
+    return {
+        "agent": agent.name,
+        "model": ctx.settings.model_version,
+        "articles": articles,
+        "digest": digest,
+        "published": bool(digest) and await publish(ctx, digest),
+    }
 
 
 async def read_page(
@@ -184,6 +200,27 @@ async def read_page(
     page = await fetch_page(ctx, at)
     written = await agent.write(chat, digest, page) if page.articles else ""
     return {"written": written, "articles": len(page.articles), "next": page.next}
+
+
+async def publish(ctx: Context[Params, Settings], digest: str) -> bool:
+    """Publish a digest, where the org's flag asks for it once a person approves; whether it was published."""
+    if ctx.flag(REVIEW_FLAG):
+        try:
+            approved = await ctx.wait_for("publish", timeout="7d", ask={"digest": digest})
+        except WaitTimeout:
+            approved = False
+        if approved is not True:
+            return False
+    if ctx.params.publish is not None:
+        await ctx.step("publish", post, ctx, ctx.params.publish, digest)
+    return True
+
+
+async def post(ctx: Context[Params, Settings], url: str, digest: str) -> None:
+    response = await ctx.public_http.post(url, json={"digest": digest})
+    if response.is_client_error:
+        raise PermanentError(f"{url} responded with {response.status_code}")
+    response.raise_for_status()
 
 
 async def fetch_page(ctx: Context[Params, Settings], after: int) -> Page:

@@ -51,7 +51,10 @@ class Model:
         return httpx.Response(
             self.fails.get(number, 200),
             headers={"Retry-After": "9"},
-            json={"choices": [{"message": {"role": "assistant", "content": f"answer {number}"}}]},
+            json={
+                "choices": [{"message": {"role": "assistant", "content": f"answer {number}"}}],
+                "usage": {"total_tokens": 10 * number},
+            },
         )
 
     @property
@@ -93,6 +96,7 @@ def test_every_page_is_read_once(run: Run):
         "model": "gpt-4o",
         "articles": 5,
         "digest": "answer 1\n\nanswer 2\n\nanswer 3",
+        "published": True,
     }
     assert [request.url.params["after"] for request in finished.requests] == ["0", "2", "4"]
     assert finished.progress == {"done": 5, "total": None, "note": None}
@@ -132,6 +136,73 @@ def test_the_next_run_reads_only_new_articles(run: Run, model: Model):
         ARTICLES.pop()
     assert (third.result["articles"], third.definition_state) == (1, {"faq": 6})
     assert "[kb-6]" in model.bodies[3]["messages"][1]["content"]
+
+
+def test_what_the_model_used_is_spent_once(run: Run, model: Model):
+    model.fails = {3: 500}
+
+    finished = run()
+
+    assert len(finished.attempts) == 2
+    assert finished.spends == {"llm_tokens": 10 + 20 + 40}
+
+
+def test_a_budget_stops_the_digest(run: Run, model: Model):
+    finished = run(budgets={"llm_tokens": 15})
+
+    assert (finished.state, finished.spends, len(model.requests)) == ("failed", {"llm_tokens": 30}, 2)
+
+
+def posting(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(201) if request.method == "POST" else knowledge_base(request)
+
+
+def test_a_digest_is_posted_once_with_the_orgs_token(run: Run):
+    finished = run(api=posting, params=PARAMS | {"publish": f"{KB}/digests"})
+
+    [post] = [request for request in finished.requests if request.method == "POST"]
+    assert json.loads(post.content) == {"digest": finished.result["digest"]}
+    assert post.headers["authorization"] == finished.requests[0].headers["authorization"]
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_refused_digest_is_not_posted_again(run: Run, status: int):
+    def refusing(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status) if request.method == "POST" else knowledge_base(request)
+
+    finished = run(api=refusing, params=PARAMS | {"publish": f"{KB}/digests"})
+
+    assert (finished.state, len(finished.attempts)) == ("failed", 1)
+
+
+@pytest.mark.parametrize(("answer", "posts"), [(True, 1), (False, 0), ({"why": "too long"}, 0)])
+def test_an_org_may_review_a_digest_before_it_is_published(run: Run, model: Model, answer: Any, posts: int):
+    finished = run(
+        api=posting,
+        params=PARAMS | {"publish": f"{KB}/digests"},
+        flags={"review-before-publish": True},
+        answers={"publish": answer},
+    )
+
+    assert [attempt.outcome for attempt in finished.attempts] == ["parked", "succeeded"]
+    assert finished.result["published"] is (posts == 1)
+    assert [request.method for request in finished.requests].count("POST") == posts
+    assert len(model.requests) == 3
+
+
+def test_a_digest_without_review_in_time_is_not_published(run: Run, orgworker: Orgworker):
+    began = orgworker.clock.now()
+
+    finished = run(flags={"review-before-publish": True})
+
+    assert orgworker.clock.now() - began >= timedelta(days=7)
+    assert (finished.state, finished.result["published"]) == ("succeeded", False)
+
+
+def test_nothing_new_asks_for_no_review(run: Run):
+    finished = run(flags={"review-before-publish": True}, state={"faq": 5})
+
+    assert (finished.state, len(finished.attempts)) == ("succeeded", 1)
 
 
 def test_a_collection_has_a_cursor_of_its_own(run: Run):
