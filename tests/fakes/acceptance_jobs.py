@@ -338,3 +338,28 @@ async def impatient(ctx: Context[Any, Any]) -> str:
     except WaitTimeout:
         return "nobody answered"
     return "answered"
+
+
+@job("acme.approving_agent")
+async def approving_agent(ctx: Context[Any, Any]) -> str:
+    """Run an agent that calls one tool twice at once, which needs approval; each call is a line."""
+    from pydantic_ai import Agent
+    from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+    from pydantic_ai.models.function import FunctionModel
+
+    from worker import durable
+
+    def respond(messages: Any, info: Any) -> ModelResponse:
+        write(ctx, who="request")
+        if len(messages) == 1:
+            return ModelResponse([ToolCallPart("send", {"text": text}) for text in ("one", "two")])
+        return ModelResponse([TextPart(", ".join(str(part.content) for part in messages[-1].parts))])
+
+    sender = Agent(FunctionModel(respond), name="sender")
+
+    @sender.tool_plain(requires_approval=True)
+    async def send(text: str) -> str:
+        write(ctx, who="send", text=text)
+        return f"sent {text}"
+
+    return (await durable(sender, ctx).run("Send both.")).output

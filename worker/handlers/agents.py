@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -15,7 +17,8 @@ from weakref import WeakKeyDictionary
 from pydantic import TypeAdapter
 
 from worker.handlers.context import Context
-from worker.handlers.steps import NAME_LIMIT, StepError
+from worker.handlers.results import Duration
+from worker.handlers.steps import NAME_LIMIT, StepError, check_name
 
 try:
     from pydantic_ai.agent import AbstractAgent, AgentRun, WrapperAgent
@@ -32,16 +35,24 @@ try:
     )
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.output import OutputDataT
+    from pydantic_ai.run import AgentRunResult
     from pydantic_ai.settings import ModelSettings
-    from pydantic_ai.tools import AgentDepsT, RunContext
+    from pydantic_ai.tools import (
+        AgentDepsT,
+        DeferredToolRequests,
+        DeferredToolResults,
+        RunContext,
+        ToolApproved,
+        ToolDenied,
+    )
     from pydantic_ai.toolsets import AbstractToolset, ToolsetTool, WrapperToolset
 except ImportError as missing:
     raise ImportError(
         f"durable needs pydantic-ai 2.68 or later ({missing}): pip install 'orgworker[pydantic-ai]'"
     ) from missing
 
-# A tool with this in its `metadata` is not a step, so that it may use steps and waits itself.
-NOT_A_STEP = {"step": False}
+# What counts the tokens of responses.
+METER = "llm_tokens"
 
 _RESPONSE = TypeAdapter(ModelResponse)
 _RETURN = TypeAdapter(ToolReturn)
@@ -50,13 +61,20 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.:/-]")
 
 
 def durable(
-    agent: AbstractAgent[AgentDepsT, OutputDataT], ctx: Context[Any, Any], *, key: str = ""
+    agent: AbstractAgent[AgentDepsT, OutputDataT],
+    ctx: Context[Any, Any],
+    *,
+    key: str = "",
+    meter: str | None = METER,
+    approval_timeout: Duration | None = None,
 ) -> WrapperAgent[AgentDepsT, OutputDataT]:
     """The agent with each model request and tool call as a step of the run.
 
     Another attempt gets stored responses and results, without a request. The steps are named
     `model:AGENT` and `tool:NAME`. `key` tells apart runs of one agent that happen at the same time. A
     tool with `metadata={"step": False}` is called again; it may use `ctx.step` and `ctx.wait_for` itself.
+    The tokens of a response count for `meter`, unless it is None. For a tool that needs approval the run
+    waits; after `approval_timeout`, WaitTimeout is raised.
 
     Raises:
         StepError: the agent has no name, or runs twice at once under one key.
@@ -65,16 +83,37 @@ def durable(
         raise TypeError("durable needs the Context of an async handler")
     if not agent.name:
         raise StepError('durable: the agent has no name for its steps: Agent(…, name="support")')
-    return _DurableAgent(agent, ctx, agent.name, key)
+    if meter is not None:
+        check_name("meter", meter)
+    return _DurableAgent(agent, ctx, _Runs(agent.name, key), _Options(meter, approval_timeout))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of `durable`."""
+
+    meter: str | None
+    approval_timeout: Duration | None
 
 
 class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
     def __init__(
-        self, wrapped: AbstractAgent[AgentDepsT, OutputDataT], ctx: Context[Any, Any], name: str, key: str
+        self,
+        wrapped: AbstractAgent[AgentDepsT, OutputDataT],
+        ctx: Context[Any, Any],
+        runs: _Runs,
+        options: _Options,
     ) -> None:
         super().__init__(wrapped)
         self._ctx = ctx
-        self._runs = _RUNS.setdefault(ctx, {}).setdefault((name, key), _Runs(name, key))
+        self._options = options
+        # Those of the same name and key in this attempt are counted together.
+        self._runs = _RUNS.setdefault(ctx, {}).setdefault((runs.name, runs.key), runs)
+
+    async def run(self, *prompt: Any, **options: Any) -> AgentRunResult[Any]:
+        # In a task: whatever the agent awaits inside, the context sees that the handler waits for it, and
+        # parks the attempt at once if the agent waits for an answer.
+        return await asyncio.create_task(super().run(*prompt, **options))
 
     # `run`, `run_stream` and the others call this with all options.
     def iter(self, *prompt: Any, **options: Any) -> AbstractAsyncContextManager[AgentRun[AgentDepsT, Any]]:
@@ -83,7 +122,7 @@ class _DurableAgent(WrapperAgent[AgentDepsT, OutputDataT]):
     @asynccontextmanager
     async def _iter(self, *prompt: Any, **options: Any) -> AsyncGenerator[AgentRun[AgentDepsT, Any]]:
         with self._runs.begin() as number:
-            steps = _Steps[AgentDepsT](self._ctx, self._runs, number)
+            steps = _Steps[AgentDepsT](self._ctx, self._runs, number, self._options)
             options["capabilities"] = [*(options.get("capabilities") or ()), steps]
             async with self.wrapped.iter(*prompt, **options) as run:
                 yield run
@@ -124,8 +163,9 @@ class _Steps(AbstractCapability[AgentDepsT]):
     path, as after a failed request that a fallback answered, its later responses do not apply.
     """
 
-    def __init__(self, ctx: Context[Any, Any], runs: _Runs, number: int) -> None:
+    def __init__(self, ctx: Context[Any, Any], runs: _Runs, number: int, options: _Options) -> None:
         self._ctx = ctx
+        self._options = options
         self._model = f"model:{_written(runs.name)}"
         self._prefix = f"{runs.key}/{number}" if runs.key else str(number)
         self._requests = itertools.count(1)
@@ -148,15 +188,39 @@ class _Steps(AbstractCapability[AgentDepsT]):
     def get_wrapper_toolset(self, toolset: AbstractToolset[AgentDepsT]) -> AbstractToolset[AgentDepsT]:
         return toolset.visit_and_replace(lambda leaf: _StepToolset(leaf, self))
 
+    async def handle_deferred_tool_calls(
+        self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
+    ) -> DeferredToolResults | None:
+        """Wait until people have decided on the tools that need approval."""
+        # All are asked at once. An answer is for this call only: its name has a digest of what led to it.
+        waits = [
+            self._ctx.wait_for(
+                f"approve:{_written(call.tool_name)}:{_digest(self._key(call.tool_call_id))[:8]}",
+                timeout=self._options.approval_timeout,
+                ask={"tool": call.tool_name, "arguments": call.args_as_dict()},
+            )
+            for call in requests.approvals
+        ]
+        answers = await asyncio.gather(*waits)
+        return DeferredToolResults(
+            approvals={
+                call.tool_call_id: _decision(answer)
+                for call, answer in zip(requests.approvals, answers, strict=True)
+            }
+        )
+
     async def request(self, send: Callable[[], Awaitable[ModelResponse]]) -> ModelResponse:
-        """Send a model request as a step."""
+        """Send a model request as a step; what the response says it used is stored with it."""
 
         async def ask() -> Any:
-            return _RESPONSE.dump_python(await send(), mode="json")
+            response = await send()
+            if self._options.meter is not None and response.usage.total_tokens:
+                await self._ctx.spend(self._options.meter, response.usage.total_tokens)
+            return _RESPONSE.dump_python(response, mode="json")
 
         stored = await self._ctx.step(self._model, ask, key=self._key(f"{next(self._requests)}"))
         response = _RESPONSE.validate_python(stored)
-        self._digest = hashlib.sha256(_RESPONSE.dump_json(response)).hexdigest()[:12]
+        self._digest = _digest(stored)[:12]
         return response
 
     async def call(self, name: str, call_id: str, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -174,7 +238,7 @@ class _Steps(AbstractCapability[AgentDepsT]):
         key = "/".join(part for part in (self._prefix, self._digest, last) if part)
         if len(key) <= NAME_LIMIT and key.isprintable():
             return key
-        return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+        return f"sha256:{_digest(key)}"
 
 
 class _StepModel(WrapperModel):
@@ -263,6 +327,19 @@ def _result(outcome: dict[str, Any]) -> Any:
     raise CallDeferred(outcome["metadata"], kind=outcome["waits_for"])
 
 
+def _decision(answer: Any) -> ToolApproved | ToolDenied:
+    """`true` approves a call, and an object does with these arguments; a text denies it for that reason."""
+    if answer is True:
+        return ToolApproved()
+    if isinstance(answer, dict):
+        return ToolApproved(override_args=answer)
+    return ToolDenied(answer) if isinstance(answer, str) and answer else ToolDenied()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _written(name: str) -> str:
     """A name of another program as part of a step's name."""
-    return _NOT_IN_NAMES.sub("-", name)[: NAME_LIMIT - 10]
+    return _NOT_IN_NAMES.sub("-", name)[: NAME_LIMIT - 20]

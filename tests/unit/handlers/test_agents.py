@@ -30,8 +30,9 @@ from pydantic_ai.tools import RunContext
 
 from tests.fakes.clock import ManualClock
 from worker import Context, StepError, durable, job
+from worker.handlers.spending import DONE
 from worker.handlers.step_calls import StepCalls
-from worker.handlers.steps import StepJournal
+from worker.handlers.steps import StepJournal, open_step
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.testing import Crash, Orgworker
 
@@ -48,6 +49,8 @@ class Store:
     def __init__(self) -> None:
         self.steps: list[NewStep] = []
         self.kill_after: int | None = None
+        self.answers: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
 
     @property
     def names(self) -> Counter[str]:
@@ -78,9 +81,26 @@ class Attempt(Context[Any, Any]):
         self.run = SimpleNamespace(id="run-1")  # type: ignore[assignment]
         self.steps_of = StepCalls(StepJournal(replays=True), store, ManualClock())
 
+        self.store = store
+
     @property
     def _steps(self) -> StepCalls:  # type: ignore[override]
         return self.steps_of
+
+    def spend(self, meter: str, amount: int, /) -> Any:
+        """Noted with the open step, as for a run with budgets."""
+        step = open_step()
+        assert step is not None
+        step.spends.append((meter, amount))
+        return DONE
+
+    async def wait_for(self, name: str, /, *, ask: Any = None, **options: Any) -> Any:
+        """The answer, by the beginning of the name; else the attempt parks."""
+        self.store.asked[name] = ask
+        tool = name.rpartition(":")[0]
+        if tool not in self.store.answers:
+            raise Killed
+        return self.store.answers[tool]
 
 
 @pytest.fixture
@@ -180,6 +200,28 @@ def test_a_run_that_crashes_after_a_step_goes_on_behind_it(
     assert finished.result == EXPECTED
     # Besides what is stored, the other tools of the same response were in flight.
     assert 7 <= called.requests + len(called.tools) <= 9
+
+
+async def test_the_tokens_of_each_response_are_spent_with_its_step(store: Store, forecaster: Agent):
+    result = await durable(forecaster, Attempt(store)).run("Where is it warm?")
+    await durable(forecaster, Attempt(store)).run("Where is it warm?")
+
+    spends = [spend for step in store.steps for spend in step.spends]
+    assert {meter for meter, _ in spends} == {"llm_tokens"}
+    assert sum(amount for _, amount in spends) == result.usage.total_tokens
+    assert {step.name for step in store.steps if step.spends} == {"model:forecaster"}
+
+
+async def test_the_meter_can_be_another_or_none(store: Store):
+    agent = Agent(TestModel(), name="helper")
+
+    await durable(agent, Attempt(store), meter="support_tokens").run("x")
+    await durable(agent, Attempt(other := Store()), meter=None).run("x")
+
+    assert [meter for step in store.steps for meter, _ in step.spends] == ["support_tokens"]
+    assert [step.spends for step in other.steps] == [()]
+    with pytest.raises(StepError, match="meter: 'no name' is not a name"):
+        durable(agent, Attempt(store), meter="no name")
 
 
 async def test_a_finished_run_is_replayed_without_a_call(store: Store, forecaster: Agent, called: Called):
@@ -329,6 +371,60 @@ async def test_a_tool_that_is_no_step_may_use_steps_itself(store: Store, called:
 
     assert called.tools == ["look_up"] * 2
     assert store.names == {"model:helper": 2, "inside": 1}
+
+
+@pytest.mark.parametrize(
+    ("answer", "sent", "told"),
+    [
+        (True, ["a"], "sent a"),
+        ({"text": "better"}, ["better"], "sent better"),
+        (False, [], "The tool call was denied."),
+        ("too long", [], "too long"),
+    ],
+)
+async def test_a_tool_that_needs_approval_is_called_once_it_was_approved(
+    store: Store, called: Called, answer: Any, sent: list[str], told: str
+):
+    agent = Agent(TestModel(), name="helper")
+
+    @agent.tool_plain(requires_approval=True)
+    def send(text: str) -> str:
+        called.tools.append(text)
+        return f"sent {text}"
+
+    with pytest.raises(Killed):
+        await durable(agent, Attempt(store)).run("x")
+    [ask] = store.asked.values()
+    store.answers["approve:send"] = answer
+
+    for _ in range(2):
+        result = await durable(agent, Attempt(store)).run("x")
+
+    assert ask == {"tool": "send", "arguments": {"text": "a"}}
+    assert len(store.asked) == 1
+    assert called.tools == sent
+    assert told in result.output
+
+
+async def test_an_approval_is_for_one_call_only():
+    """A model that is asked again may want something else under the same call id."""
+
+    async def asked_for(reply: str) -> set[str]:
+        def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+            return ModelResponse([ToolCallPart("send", {"text": reply}, "call_0")])
+
+        agent = Agent(FunctionModel(respond), name="helper")
+
+        @agent.tool_plain(requires_approval=True)
+        def send(text: str) -> str:
+            return text
+
+        store = Store()
+        with pytest.raises(Killed):
+            await durable(agent, Attempt(store)).run("x")
+        return set(store.asked)
+
+    assert await asked_for("first") != await asked_for("second")
 
 
 async def test_an_agent_inside_a_tool_is_refused(store: Store):
