@@ -149,7 +149,7 @@ class _Calls:
             name=step.name,
             key=step.key,
             occurrence=step.occurrence,
-            seq=self.journal.next_seq(len(text.encode())),
+            seq=self.journal.place(opened, len(text.encode())),
             result_json=text,
             started_at=started_at,
             ended_at=self._clock.now(),

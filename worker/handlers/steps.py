@@ -78,13 +78,15 @@ class StepId:
 class OpenStep:
     """A step whose function is being called or whose result is being stored.
 
-    `spends` are stored with its result; `requests` counts its requests, from 1 at each try.
+    `spends` are stored with its result; `requests` counts its requests, from 1 at each try. `placed`
+    once its result has a place among the steps of the run.
     """
 
     id: StepId
     spends: list[tuple[str, int]] = field(default_factory=list)
     requests: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     closed: bool = False
+    placed: bool = False
 
     def begin_try(self) -> None:
         """Forget what a failed try did: only the last one counts."""
@@ -155,7 +157,7 @@ class StepJournal:
         self._lock = threading.Lock()
         self._occurrences = Occurrences()
         self._stored: dict[StepId, str] = {}
-        self._last = self._size = 0
+        self._last = self._size = self._unplaced = 0
         self._on_idle: list[Callable[[], None]] = []
         self._closed: type[BaseException] | None = None
 
@@ -192,11 +194,13 @@ class StepJournal:
         self.refuse_inside(f"step {step.name}")
         if self._closed is not None:
             raise self._closed("the attempt is parked")
-        with self.busy():
-            if self._last + self.in_flight > MOST_STEPS:
+        with self._lock:
+            if self._last + self._unplaced >= MOST_STEPS:
                 raise StepError(f"step {step}: the run has {MOST_STEPS:,} steps, the limit; split the work")
             if self._size >= TOTAL_LIMIT:
                 raise StepError(f"step {step}: {TOTAL_FULL}")
+            self._unplaced += 1
+        with self.busy():
             opened = OpenStep(step)
             token = _OPEN.set(opened)
             try:
@@ -204,6 +208,9 @@ class StepJournal:
             finally:
                 opened.closed = True
                 _OPEN.reset(token)
+                if not opened.placed:
+                    with self._lock:
+                        self._unplaced -= 1
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -228,9 +235,11 @@ class StepJournal:
         """The attempt is parked: no step begins any more, but raises this."""
         self._closed = error
 
-    def next_seq(self, size: int) -> int:
+    def place(self, opened: OpenStep, size: int) -> int:
         """The place of a result of `size` bytes among the steps of the run."""
         with self._lock:
+            opened.placed = True
+            self._unplaced -= 1
             self._last += 1
             self._size += size
             return self._last

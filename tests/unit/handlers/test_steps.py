@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import threading
 from typing import Any
 
@@ -80,7 +82,8 @@ def test_pages_are_added_until_the_last_one() -> None:
     assert journal.replayed(StepId("ask", None, 2)) == '"two"'
     assert journal.replayed(StepId("store", "a", 1)) == "1"
     assert journal.replayed(StepId("store", "b", 1)) is None
-    assert journal.next_seq(10) == 6
+    with journal.open(journal.take("new")) as opened:
+        assert journal.place(opened, 10) == 6
 
 
 def test_of_two_results_under_one_id_the_first_is_replayed() -> None:
@@ -152,10 +155,27 @@ def test_a_run_that_is_full_refuses_a_step_before_its_call(monkeypatch: pytest.M
         raise AssertionError("called")
 
 
+def test_the_last_step_that_fits_may_be_one_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the map itself nor a result that is being stored takes a place of its own."""
+    monkeypatch.setattr(steps, "MOST_STEPS", 3)
+    journal = StepJournal(replays=False)
+
+    with journal.busy(), journal.open(journal.take("a")) as first:
+        journal.place(first, 1)
+    with contextlib.suppress(ValueError), journal.open(journal.take("fails")):
+        raise ValueError
+    with journal.busy(), journal.open(journal.take("b")) as second:
+        journal.place(second, 1)
+    third = journal.open(journal.take("c"))
+    with third, pytest.raises(StepError, match="has 3 steps, the limit"):
+        contextvars.Context().run(lambda: journal.open(journal.take("d")).__enter__())
+
+
 def test_results_have_a_total_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "TOTAL_LIMIT", 100)
     journal = StepJournal(replays=False)
-    journal.next_seq(100)
+    with journal.open(journal.take("large")) as opened:
+        journal.place(opened, 100)
 
     with pytest.raises(StepError, match="reach 64 MiB, the limit"), journal.open(journal.take("more")):
         raise AssertionError("called")
