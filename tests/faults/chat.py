@@ -50,8 +50,12 @@ class ChatServer:
 
             def log_message(self, format: str, *args: object) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-        self._server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            # The connections of many processes at once.
+            request_queue_size = 1024
+
+        self._server = Server(("127.0.0.1", 0), Answers)
         self.url = f"http://127.0.0.1:{self._server.server_port}/chat"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
 

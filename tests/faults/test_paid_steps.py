@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import pytest
 
+from tests.fakes.site import application
 from tests.faults.chat import ChatServer
-from tests.faults.cluster import Cluster, Load
+from tests.faults.cluster import Cluster
 from tests.faults.conftest import MakeCluster
 from tests.faults.proxy import Proxy
-from tests.faults.storm import Amount, Storm, load, seed, wait_for_the_end
+from tests.faults.storm import Amount, Storm, seed
 from tests.faults.watches import cutter
 
 # 300 faults on each database, and in the gate a few.
 FULL = Amount({"worker": 60, "zygote": 60, "child": 100}, {"worker": 30, "zygote": 20, "child": 30})
 SHORT = Amount({"worker": 1, "zygote": 1, "child": 2}, {"worker": 1, "zygote": 0, "child": 0})
+ORGS = ("org_0", "org_1", "org_2", "org_3")
 STEPS = 50
 # Calls that one attempt has in flight at most: `ctx.map` makes four at a time.
 IN_FLIGHT = 4
@@ -31,7 +33,17 @@ def chat() -> Iterator[ChatServer]:
 
 
 def begin(cluster: Cluster, chat: ChatServer) -> None:
-    load(cluster, [Load("fault.paid", 3.0, {"chat": chat.url}) for _ in range(2)])
+    """A run at a time for each of four orgs, again and again."""
+    cluster.add_orgs(*map(application, ORGS))
+    keys = {"overlap": "skip", "misfire": "skip", "spread": "off", "params": {"chat": chat.url}}
+    cluster.apply("\n".join(cluster.define(org, "paid", "fault.paid", "every 1s", **keys) for org in ORGS))
+    cluster.wait_for(lambda: len(cluster.lines("answered")) > 10, "the first answers", 60.0)
+
+
+def end(cluster: Cluster) -> None:
+    for org in ORGS:
+        cluster.cli("definitions", "pause", org, "paid")
+    cluster.wait_for(cluster.all_ended, "the end of all runs", 120.0)
 
 
 def assert_paid_once(cluster: Cluster, chat: ChatServer) -> None:
@@ -84,7 +96,6 @@ def test_kills_stops_and_cut_commits_on_postgresql(
     cluster.wait_for(lambda: all(map(cluster.offers, workers)), "two workers", 60.0)
     begin(cluster, chat)
     storm = Storm(cluster, workers, seed())
-    cluster.wait_for(lambda: len(cluster.lines("answered")) > 10, "the first answers", 60.0)
 
     def again(number: int) -> None:
         workers[number] = cluster.start_worker()
@@ -96,7 +107,7 @@ def test_kills_stops_and_cut_commits_on_postgresql(
     storm.strike(amount.faults(), again)
     cluster.wait_for(lambda: cut.left == 0, "lost answers to commits of steps", 120.0)
 
-    wait_for_the_end(cluster)
+    end(cluster)
     assert len(cluster.faults) == len(amount.faults())
     assert_paid_once(cluster, chat)
 
@@ -108,13 +119,12 @@ def test_kills_and_stops_on_sqlite(on_file: Cluster, chat: ChatServer, full: boo
     workers = [cluster.up()]
     begin(cluster, chat)
     storm = Storm(cluster, workers, seed())
-    cluster.wait_for(lambda: len(cluster.lines("answered")) > 10, "the first answers", 60.0)
 
     def again(number: int) -> None:
         workers[number] = cluster.up()
 
     storm.strike(amount.faults(), again)
 
-    wait_for_the_end(cluster)
+    end(cluster)
     assert len(cluster.faults) == len(amount.faults())
     assert_paid_once(cluster, chat)
