@@ -50,7 +50,7 @@ def test_a_run_waits_without_a_process_until_its_budget_is_raised(
     begin(site, journal, handler, budget(25))
 
     run = site.wait_for_state("agent", "waiting", attempt=1, timeout=30)
-    assert (run["reason"], run["detail"]) == ("budget", "budget:llm_tokens")
+    assert (run["reason"], run["detail"]) == ("budget", "llm_tokens")
     assert (calls(journal), spent(site)) == ([0, 1, 2], 30)
     why = site.cli("runs", "why", str(run["id"])).out
     assert "budget" in why

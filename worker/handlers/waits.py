@@ -117,8 +117,11 @@ class _Waits:
         waits = list(self._pending.values())
         kinds = {wait.kind for wait in waits}
         reason = "answer" if "answer" in kinds else "budget" if "budget" in kinds else "asleep"
+        # A budget's wait is named after its meter, and how often the run waited for it says nothing.
         names = [
-            wait.name if wait.occurrence == 1 else f"{wait.name}#{wait.occurrence}"
+            wait.name.removeprefix(BUDGET)
+            if wait.occurrence == 1 or wait.kind == "budget"
+            else f"{wait.name}#{wait.occurrence}"
             for wait in waits
             if wait.name != SLEEP
         ]

@@ -257,7 +257,7 @@ async def test_at_the_limit_the_attempt_parks_until_the_period_ends(clock: Manua
         assert json.loads(wait.ask_json or "")["used"] == 10
     else:
         assert wait.ask_json is None
-    assert org.parked == [Parked("budget", "budget:llm_tokens")]
+    assert org.parked == [Parked("budget", "llm_tokens")]
     assert org.steps == []
 
 
