@@ -170,3 +170,16 @@ def test_saving_another_type_is_an_error_at_once(orgworker):
         "save() of t.strays takes a Place, as @job(checkpoint=) says, or None, not a dict"
     )
     assert finished.checkpoint is None
+
+
+def test_an_attempt_that_parks_changes_nothing(orgworker):
+    @job("t.sleeps", state=True)
+    async def sleeps(ctx: Context[Any, Any]) -> int:
+        ctx.state["runs"] = ctx.state.get("runs", 0) + 1
+        await ctx.sleep("2d")
+        return int(ctx.state["runs"])
+
+    finished = orgworker.run(sleeps, state={"runs": 2})
+
+    assert [attempt.outcome for attempt in finished.attempts] == ["parked", "succeeded"]
+    assert (finished.result, finished.definition_state) == (3, {"runs": 3})
