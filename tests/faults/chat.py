@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 import uuid
@@ -41,7 +42,8 @@ class ChatServer:
                 answer, key = str(uuid.uuid4()), self.headers["Idempotency-Key"]
                 calls[asked["run"], asked["number"]].append(Call(asked["attempt"], key, answer))
                 time.sleep(DELAY)
-                body = json.dumps({"id": answer, "run": asked["run"], "number": asked["number"]}).encode()
+                said = {"run": asked["run"], "number": asked["number"], "tokens": secrets.randbelow(1000)}
+                body = json.dumps({"id": answer, **said}).encode()
                 with suppress(OSError):  # it was killed before its answer came
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(body)))

@@ -221,6 +221,7 @@ async def paid(ctx: Context[Any, Any]) -> dict[str, Any]:
         question = {"run": ctx.run.id, "number": number, "attempt": ctx.run.attempt}
         response = await ctx.http.post(ctx.params["chat"], json=question)
         answer: dict[str, Any] = response.raise_for_status().json()
+        await ctx.spend("llm_tokens", answer["tokens"])
         return answer
 
     write(ctx, "start", first=0)

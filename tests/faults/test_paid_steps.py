@@ -50,11 +50,19 @@ def assert_paid_once(cluster: Cluster, chat: ChatServer) -> None:
     """Judge by what the server was asked, what the handlers were given, and what is stored."""
     runs = {str(run["id"]): run for run in cluster.runs()}
     stored = defaultdict(dict)
+    tokens = Counter[str]()
     for row in cluster.query("SELECT run_id, seq, name, occurrence, attempt, handler, result FROM steps"):
         result = json.loads(row["result"]) if isinstance(row["result"], str) else row["result"]
         assert result["run"] == str(row["run_id"]), "a result of another run"
         assert result["number"] not in stored[result["run"]], "a step is stored twice"
         stored[result["run"]][result["number"]] = (row["attempt"], result["id"])
+        tokens[result["run"]] += result["tokens"]
+    spent = Counter[str]()
+    for row in cluster.query("SELECT run_id, amount FROM spends WHERE meter = 'llm_tokens'"):
+        spent[str(row["run_id"])] += row["amount"]
+    assert spent == tokens, "what was spent is not what the stored steps spent"
+    [days] = cluster.query("SELECT sum(used) AS total FROM meter_days WHERE meter = 'llm_tokens'")
+    assert days["total"] == tokens.total()
     assert runs
     objections = []
     lost = Counter[tuple[str, int]]()
