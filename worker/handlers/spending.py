@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from worker.clock import Clock, to_text
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.handlers.steps import StepError, check_name, open_step
-from worker.runs.budgets import BudgetState, decisive, tightest
+from worker.runs.budgets import MOST_SPENDS, BudgetState, decisive, tightest
 from worker.runs.waits import NewWait, WaitState
 
 # What is added to the time until a period ends: the clocks of run and database differ a little.
@@ -126,6 +126,11 @@ class _Spending:
 
     def _next_number(self) -> int:
         with self._lock:
+            if self._number >= MOST_SPENDS:
+                raise StepError(
+                    f"spend: the attempt has {MOST_SPENDS:,} spends outside of steps, the limit; "
+                    "add them up, or spend inside steps"
+                )
             self._number += 1
             return self._number
 

@@ -8,6 +8,9 @@ from datetime import datetime
 
 from worker.definitions.budgets import AtLimit, Per
 
+# Spends of an attempt outside of steps, and those noted in one step.
+MOST_SPENDS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetState:

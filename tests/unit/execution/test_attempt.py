@@ -632,3 +632,18 @@ async def test_a_spend_of_a_budget_without_a_limit_ends_the_run_refused(site: Si
     ended = await site.attempt()
 
     assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "daily_tokens")
+
+
+async def test_a_meter_whose_name_is_a_secret_is_not_stored(site: Site):
+    masker.register("canary-5ecret-meter")
+
+    async def during(work: Work, services: RunServices, stop: StopSignal) -> None:
+        spent = replace(step(1, "1"), spends=(("canary-5ecret-meter", 1),))
+        with pytest.raises(StepError, match="its name contains a secret"):
+            await services.store_step(spent)
+        with pytest.raises(StepError, match="its name contains a secret"):
+            await services.spend("canary-5ecret-meter", 1, 1)
+
+    site.during = during
+    await site.attempt()
+    assert (site.steps, site.spends) == ([], [])

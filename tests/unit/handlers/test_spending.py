@@ -14,6 +14,7 @@ from tests.fakes.clock import ManualClock, settle
 from tests.fakes.running import page
 from tests.unit.handlers.test_context import given
 from worker import BudgetExceeded, StepError
+from worker.handlers import spending
 from worker.handlers.calling import outcome_of_error
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation
@@ -368,3 +369,17 @@ def test_a_handler_that_blocks_has_the_same(clock: ManualClock):
     org.answers = ["false"]
     with pytest.raises(BudgetExceeded):
         ctx.step("ask", ask, 1)
+
+
+async def test_an_attempt_has_a_limit_of_spends_outside_of_steps(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(spending, "MOST_SPENDS", 2)
+    org = Org(clock)
+    ctx = org.context()
+    for _ in range(2):
+        await ctx.spend(METER, 1)
+
+    with pytest.raises(StepError, match="the limit"):
+        await ctx.spend(METER, 1)
+    assert len(org.spent) == 2

@@ -106,3 +106,10 @@ def test_the_usage_of_an_answer_is_counted_if_the_definition_says_so(orgworker):
 def test_a_wrong_budget_is_named(orgworker):
     with pytest.raises(DefinitionError, match="llm_tokens"):
         orgworker.run(spender, budgets={"llm_tokens": {"limit": 1}})
+
+
+def test_a_run_waits_for_the_next_day_at_a_limit_that_says_so(orgworker):
+    run = orgworker.run(spender, budgets={"llm_tokens": {"limit": 50, "per": "day"}})
+
+    assert [attempt.outcome for attempt in run.attempts] == ["parked", "succeeded"]
+    assert (run.state, run.spends) == ("succeeded", {"llm_tokens": 120})

@@ -200,6 +200,9 @@ class AttemptServices:
         self._check_open()
         if step.name != masker.mask(step.name) or (step.key and step.key != masker.mask(step.key)):
             raise StepError(f"step {masker.mask(step.name)}: its name or key contains a secret; use another")
+        for meter, _ in step.spends:
+            if meter != masker.mask(meter):
+                raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
         if self._totals is None:
             totals = (0, 0)
             if run.may_have_checkpoint:

@@ -23,7 +23,7 @@ from worker.handlers.state import check_state_text
 from worker.handlers.steps import MOST_STEPS, RESULT_LIMIT, check_key, check_name
 from worker.ids import RunId
 from worker.runs import outcome as outcomes
-from worker.runs.budgets import BudgetState
+from worker.runs.budgets import MOST_SPENDS, BudgetState
 from worker.runs.outcome import Error, Outcome
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState
@@ -237,6 +237,8 @@ def step_of(message: Mapping[str, Any]) -> NewStep:
     key, seq, occurrence = message["key"], message["seq"], message["occurrence"]
     if not (type(seq) is type(occurrence) is int and 1 <= seq <= MOST_STEPS and 1 <= occurrence <= 2**31 - 1):
         raise ValueError("not a step")
+    if len(message["spends"]) > MOST_SPENDS:
+        raise ValueError("not a step")
     name = check_name("step", message["name"])
     check_json_text(message["result_json"], f"result of step {name}", RESULT_LIMIT)
     return NewStep(
@@ -288,7 +290,7 @@ def spend_of(message: Mapping[str, Any]) -> tuple[str, int, int]:
     """A spend as a run's process sent it. Raises ValueError or StepError: that process is not trusted."""
     meter, amount = _spend(message["meter"], message["amount"])
     number = message["number"]
-    if type(number) is not int or not 1 <= number < 2**53:
+    if type(number) is not int or not 1 <= number <= MOST_SPENDS:
         raise ValueError("not a spend")
     return meter, amount, number
 
