@@ -53,6 +53,16 @@ def child(ctx):
     return None
 
 
+@job("bench.asks", isolation="inline")
+async def asks(ctx):
+    return await ctx.wait_for("approval")
+
+
+@job("bench.asks_child")
+async def asks_child(ctx):
+    return await ctx.wait_for("approval")
+
+
 async def stepwise(ctx):
     async def nothing():
         return None
@@ -77,7 +87,10 @@ async def mapped(ctx):
     return {"began": began, "ended": time.time(), "took": []}
 """
 ENTRY_POINTS = {
-    **{f"bench.{name}": f"orgworker_bench:{name}" for name in ("inline", "fails", "child", "steps")},
+    **{
+        f"bench.{name}": f"orgworker_bench:{name}"
+        for name in ("inline", "fails", "child", "asks", "asks_child", "steps")
+    },
     "bench.steps_inline": "orgworker_bench:steps_inline",
     "bench.map": "orgworker_bench:mapped",
 }
@@ -190,7 +203,7 @@ style = "json"
                     ],
                 )
 
-    def add_backlog(self, count: int, handler: str, isolation: str) -> None:
+    def add_backlog(self, count: int, handler: str, isolation: str, *, vacuum: bool = True) -> None:
         """Add waiting runs, definitions in turn, as `definitions run` would create them."""
         definitions = tables.definitions
         with self.database.transaction() as connection:
@@ -217,7 +230,7 @@ style = "json"
                 )
             with self.database.transaction() as connection:
                 firing.write(connection, runs)
-        if self.database.dialect == "postgresql":
+        if vacuum and self.database.dialect == "postgresql":
             with self.database.autocommit() as connection:
                 connection.execute(text("VACUUM ANALYZE"))
 

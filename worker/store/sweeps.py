@@ -51,20 +51,21 @@ _workers = tables.workers
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
     """Set the reason `no_handler` of due runs while no worker offers their handler, else clear it.
 
-    Checks `CHECKED` runs after `after`. Returns how many rows changed, and the run to continue
+    Looks at `CHECKED` unfinished runs after `after`. Returns how many rows changed, and the run to continue
     after, or None at the end. Admission does not read the reason: it is for people.
     """
     now = database_now(connection)
     live = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
     offers = [set(names) for names in connection.execute(select(_workers.c.handlers).where(*live)).scalars()]
     columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.reason, _live.c.attempt)
+    # Parked runs may be many: a call looks at a bounded number of rows, whatever their state.
+    following = () if after is None else (_live.c.id > after,)
+    looked_at = select(_live.c.id).where(*following).order_by(_live.c.id)
+    last = connection.execute(looked_at.offset(CHECKED - 1).limit(1)).scalar_one_or_none()
     # `state NOT IN` means waiting, but matches no partial index, so rows come in the order of ids.
-    query = select(*columns).where(
-        _live.c.state.not_in(("running", "held", "parked")), _live.c.available_at <= now
-    )
-    if after is not None:
-        query = query.where(_live.c.id > after)
-    rows = connection.execute(query.order_by(_live.c.id).limit(CHECKED)).all()
+    query = select(*columns).where(_live.c.state.not_in(("running", "held", "parked")))
+    query = query.where(_live.c.available_at <= now, *following).order_by(_live.c.id)
+    rows = connection.execute(query if last is None else query.where(_live.c.id <= last)).all()
     known: dict[tuple[str, ...], bool] = {}
     wrong: dict[str, list[RunId]] = {}
     for row in rows:
@@ -78,7 +79,7 @@ def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple
     for reason, ids in wrong.items():
         for part in chunks(ids):
             changed += _mark(connection, part, reason)
-    return changed, rows[-1].id if len(rows) == CHECKED else None
+    return changed, last
 
 
 def _mark(connection: Connection, ids: Sequence[RunId], reason: str) -> int:

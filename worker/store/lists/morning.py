@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, TypedDict, cast
 
-from sqlalchemy import ColumnElement, Connection, func, literal_column, select
+from sqlalchemy import ColumnElement, Connection, func, literal_column, select, union_all
 
 from worker.store import tables
 from worker.store.dialect import Row, all_rows
@@ -54,13 +54,13 @@ class Workers(NamedTuple):
 
 
 def waiting_for_all_orgs(connection: Connection) -> list[Waiting]:
-    """Waiting, held and parked runs by reason, up to MOST of them."""
-    some = (
-        select(_live.c.reason, _live.c.org_id, _live.c.available_at)
-        .where(_live.c.state.in_(tables.UNSTARTED))
-        .limit(MOST)
-        .subquery()
-    )
+    """Waiting and held runs by reason, up to MOST of them, and as many parked ones."""
+    columns = (_live.c.reason, _live.c.org_id, _live.c.available_at)
+    parts = [
+        select(select(*columns).where(_live.c.state.in_(states)).limit(MOST).subquery())
+        for states in (("waiting", "held"), ("parked",))
+    ]
+    some = union_all(*parts).subquery()
     runs = func.count()
     query = (
         select(

@@ -210,7 +210,7 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
         if reason == "no_token":
             continue
         since = now - wait["since"]
-        is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered")
+        is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered", "resumed")
         level = "bad" if reason == "no_handler" else "warn" if is_long else "quiet"
         about = f"In {_count(wait['orgs'], 'org')}."
         if since > timedelta():
