@@ -15,6 +15,8 @@ from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
 from worker.runs.waits import NewWait, WaitState
 from worker.store import edit_runs, sweeps, tables, waits
+from worker.store.lists.grid import open_waits
+from worker.store.lists.morning import waiting_for_all_orgs
 from worker.store.sql import statements
 
 DAY = 86_400.0
@@ -372,3 +374,18 @@ def test_too_many_waits_are_refused(stock: Stock, worker: WorkerId, monkeypatch:
 
     assert [state and state.state for state in states] == ["pending", "pending", "too_many", "pending"]
     assert len(stock.all(tables.waits)) == 2
+
+
+def test_the_page_of_an_org_lists_parked_runs_after_waiting_ones(stock: Stock, worker: WorkerId) -> None:
+    run = admitted(stock, worker)
+    open_wait(stock, run)
+    stock.finish(worker, parked(stock, run))
+    next_one = stock.run(run.org_id, run.definition_id)
+    stock.put(next_one)
+
+    with stock.database.autocommit() as connection:
+        found = open_waits(connection, run.org_id, limit=5)
+        [answer, due] = sorted(waiting_for_all_orgs(connection), key=lambda row: str(row["reason"]))
+
+    assert {row["id"]: row["reason"] for row in found} == {next_one.id: "due", run.id: "answer"}
+    assert (answer["reason"], answer["runs"], due["reason"], due["runs"]) == ("answer", 1, "due", 1)
