@@ -23,7 +23,8 @@ from worker.cli.output import Format, print_row, print_rows
 from worker.cli.session import change, session_of
 from worker.definitions.units import parse_time
 from worker.errors import UsageError
-from worker.store.lists import BACKFILLS, DEFINITIONS, DefinitionState
+from worker.store.lists import BACKFILLS, DEFINITIONS
+from worker.store.lists.read import DefinitionState
 
 NameArgument = Annotated[
     str,

@@ -14,8 +14,8 @@ from worker.handlers.state import to_state_text
 from worker.store import audit, definitions, orgs, states
 from worker.store.database import Database
 from worker.store.dialect import Row
-from worker.store.lists import DefinitionState
 from worker.store.lists import read as lists
+from worker.store.lists.read import DefinitionState
 
 # Keys of a state that an audit row names.
 KEYS = 50

@@ -34,14 +34,14 @@ from worker.store.lists import (
     BulkRow,
     CredentialRow,
     DefinitionDetail,
-    DefinitionState,
     OrgDetail,
     PlannedBackfill,
-    Raise,
     Run,
     Wait,
 )
+from worker.store.lists.read import DefinitionState
 from worker.store.lists.redaction import Row, redacted
+from worker.store.lists.usage import Raise
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing

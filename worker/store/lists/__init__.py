@@ -98,18 +98,6 @@ class DefinitionDetail(Definition):
     spec: dict[str, Json]
 
 
-class DefinitionState(TypedDict):
-    """What a definition remembers between its runs; version 0 and empty if it has no state."""
-
-    org: Shown[str]
-    definition: Shown[str]
-    data: Shown[dict[str, Json]]
-    version: Shown[int]
-    updated_at: Shown[datetime | None]
-    updated_by: Annotated[str | None, redaction.actor]
-    run: Shown[RunId | None]
-
-
 class Template(TypedDict):
     """One definition for many orgs. Which orgs, and how many, is for operators only."""
 
@@ -340,20 +328,6 @@ class Bulk(TypedDict):
     canary: Shown[int | None]
     runs: Annotated[list[BulkRow], redaction.rows(BulkRow)]
     next: Shown[str | None]
-
-
-class Raise(TypedDict):
-    """A raise of an org's budgets; `limit` is the lowest of them with it. For operators only."""
-
-    id: str
-    org: str
-    meter: str
-    per: str
-    amount: int
-    until: datetime
-    limit: int | None
-    created_at: datetime
-    created_by: str
 
 
 def columns_of(kind: type) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from datetime import datetime
+from typing import Annotated, Any, TypedDict, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -20,7 +21,7 @@ from sqlalchemy import (
 
 from worker.definitions.words import in_words
 from worker.errors import NotFound, UsageError
-from worker.ids import AllOrgs, OrgId, OrgScope, lowest_id
+from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
 from worker.store import definitions as definition_rows
 from worker.store import orgs, states, tables
@@ -38,15 +39,16 @@ from worker.store.lists import (
     TEMPLATES,
     Backfill,
     DefinitionDetail,
-    DefinitionState,
     Listing,
     OrgDetail,
     Page,
     TemplateDetail,
     columns_of,
+    redaction,
     runs,
     search,
 )
+from worker.store.lists.redaction import Shown
 
 R = TypeVar("R")
 FIRST_PAGE = Page()
@@ -120,6 +122,18 @@ def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
     row: Any = first_row(connection, query)
     more = {"schedule_in_words": in_words(row["schedule"], row["timezone"]), "spec": row.pop("spec")}
     return cast(DefinitionDetail, {**row, **more})
+
+
+class DefinitionState(TypedDict):
+    """What a definition remembers between its runs; version 0 and empty if it has no state."""
+
+    org: Shown[str]
+    definition: Shown[str]
+    data: Shown[dict[str, Any]]
+    version: Shown[int]
+    updated_at: Shown[datetime | None]
+    updated_by: Annotated[str | None, redaction.actor]
+    run: Shown[RunId | None]
 
 
 def state(connection: Connection, org: str, name: str) -> DefinitionState:

@@ -37,6 +37,20 @@ class Usage(TypedDict):
     until: Shown[date]
 
 
+class Raise(TypedDict):
+    """A raise of an org's budgets; `limit` is the lowest of them with it. For operators only."""
+
+    id: str
+    org: str
+    meter: str
+    per: str
+    amount: int
+    until: datetime
+    limit: int | None
+    created_at: datetime
+    created_by: str
+
+
 class BudgetLevel(TypedDict):
     """A budget of an org in its current period; `used` and the times are null for a budget per run."""
 

@@ -20,17 +20,16 @@ from worker.store.lists import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
-    DefinitionState,
     Listing,
     LogLine,
     OrgDetail,
     PlannedBackfill,
-    Raise,
     Run,
     RunDetail,
     Wait,
 )
-from worker.store.lists.usage import BYS, BudgetLevel, Usage
+from worker.store.lists.read import DefinitionState
+from worker.store.lists.usage import BYS, BudgetLevel, Raise, Usage
 from worker.web.callers import Role
 
 BASE = "/api/v1"

@@ -25,13 +25,11 @@ from worker.store.lists import (
     Bulk,
     CredentialRow,
     DefinitionDetail,
-    DefinitionState,
     Listing,
     LogLine,
     OrgDetail,
     Page,
     PlannedBackfill,
-    Raise,
     Run,
     RunDetail,
     Wait,
@@ -39,8 +37,9 @@ from worker.store.lists import (
     search,
 )
 from worker.store.lists import read as lists
+from worker.store.lists.read import DefinitionState
 from worker.store.lists.redaction import Row
-from worker.store.lists.usage import BudgetLevel, Usage, budgets_of, usage
+from worker.store.lists.usage import BudgetLevel, Raise, Usage, budgets_of, usage
 from worker.web.api import endpoints
 from worker.web.api.endpoints import BASE, LIST_ENDPOINTS, Endpoint, parameters_of
 from worker.web.api.openapi import document

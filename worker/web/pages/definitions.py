@@ -20,9 +20,9 @@ from worker.ids import DefinitionId
 from worker.operations.changes import differing
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
-from worker.store.lists import BACKFILLS, DefinitionDetail, DefinitionState, Page, Run
+from worker.store.lists import BACKFILLS, DefinitionDetail, Page, Run
 from worker.store.lists.definition_history import Length, Revision, lengths, revisions
-from worker.store.lists.read import definition, read, state
+from worker.store.lists.read import DefinitionState, definition, read, state
 from worker.store.lists.runs import of_definition, unfinished
 from worker.web.callers import Caller
 from worker.web.charts import Dot
