@@ -81,7 +81,7 @@ class Newcomer:
             wait_until(
                 lambda: connection.execute(finished, [run]).fetchone()[0],
                 f"the end of run {run}; the log is {self.folder}/worker.log",
-                timeout=30,
+                timeout=60,
             )
         row: dict[str, object] = self.worker("runs", "show", run, "-o", "json").json()
         return row

@@ -59,7 +59,7 @@ class Hook:
             if kind in (None, post.alert["kind"])
         ]
 
-    def wait_for(self, kind: str, status: str, timeout: float = 20.0) -> dict[str, Any]:
+    def wait_for(self, kind: str, status: str, timeout: float = 45.0) -> dict[str, Any]:
         """The first alert of that kind and status."""
 
         def found() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ FINAL = {"succeeded", "failed", "cancelled", "refused", "skipped"}
 NEVER = "at 2099-01-01T00:00:00Z"
 
 
-def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 20.0) -> T:
+def wait_until(probe: Callable[[], T], what: str, *, timeout: float = 45.0) -> T:
     """Poll until the probe returns something true, and return it.
 
     Raises:
@@ -168,7 +168,7 @@ write_paths = ["{self.out}"]
         self._workers.append(worker)
         return worker
 
-    def stop_worker(self, worker: subprocess.Popen[bytes], timeout: float = 20.0) -> int:
+    def stop_worker(self, worker: subprocess.Popen[bytes], timeout: float = 45.0) -> int:
         """Drain it by SIGTERM and return its exit code."""
         worker.send_signal(signal.SIGTERM)
         return worker.wait(timeout=timeout)
@@ -203,7 +203,7 @@ write_paths = ["{self.out}"]
     def attempts(self, run_id: object) -> list[dict[str, Any]]:
         return self.query("SELECT * FROM attempts WHERE run_id = ? ORDER BY attempt", run_id)
 
-    def wait_for_handlers(self, *names: str, timeout: float = 20.0) -> None:
+    def wait_for_handlers(self, *names: str, timeout: float = 45.0) -> None:
         """Wait until the newest worker offers all of them."""
 
         def offered() -> bool:
@@ -213,7 +213,7 @@ write_paths = ["{self.out}"]
         self._wait(offered, f"a worker that offers {', '.join(names)}", timeout)
 
     def wait_for_end(
-        self, org: str | None = None, definition: str | None = None, *, timeout: float = 20.0
+        self, org: str | None = None, definition: str | None = None, *, timeout: float = 45.0
     ) -> dict[str, Any]:
         """Wait until the first run of the definition has ended; returns it."""
 
@@ -226,7 +226,7 @@ write_paths = ["{self.out}"]
         return found
 
     def wait_for_state(
-        self, definition: str, state: str, *, attempt: int = 1, timeout: float = 20.0
+        self, definition: str, state: str, *, attempt: int = 1, timeout: float = 45.0
     ) -> dict[str, Any]:
         """Wait until a run of the definition is in that state at that attempt; returns it."""
 

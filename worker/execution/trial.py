@@ -86,6 +86,18 @@ class FakeTokens:
         self._newest = newest = self.mint(org, scopes | also_ask)
         return newest
 
+    async def outdate(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+    ) -> None:
+        """Mint a new token for the next run."""
+        self._newest = None
+
     def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
         issued_at = self.clock.now()
         granted = scopes if self.scopes is None else set(self.scopes)

@@ -32,6 +32,7 @@ from worker.tokens.shared import SharedTokens, TokenRequest
 from worker.tokens.single_flight import SingleFlight
 
 MAX_TOKENS = 20_000
+OUTDATE_EVERY = 60.0  # seconds between two new tokens of an org whose claims are refused
 RENEW_AGAIN = 60.0  # seconds, after a new token was refused while the older one is still valid
 
 
@@ -57,6 +58,7 @@ class Tokens:
             for name, issuer in issuers.items()
         }
         self._tokens: OrderedDict[TokenRequest, EnforcedToken] = OrderedDict()
+        self._outdated: OrderedDict[TokenRequest, float] = OrderedDict()
         self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight()
 
     async def ensure(
@@ -104,6 +106,34 @@ class Tokens:
             if cached is None or fresh or not cached.is_alive(self._clock):
                 raise
             return cached
+
+    async def outdate(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+    ) -> None:
+        """Request a new token for the next run: the claims of the present one were refused.
+
+        They may be corrected by then. At most once a minute for a token; until a new one comes, the
+        present one serves.
+        """
+        acquirer, now = self._acquirers.get(issuer), self._clock.monotonic()
+        if acquirer is None:
+            return
+        request = TokenRequest(
+            issuer, org, _audience(acquirer.client.issuer, org, audience), scopes, also_ask - scopes
+        )
+        known = self._tokens.get(request)
+        if known is None or now - self._outdated.get(request, float("-inf")) < OUTDATE_EVERY:
+            return
+        remember(self._outdated, request, now, MAX_TOKENS)
+        self._tokens[request] = replace(known, usable_until=now)
+        if self._shared is not None:
+            await self._shared.drop(request)
 
     async def prepare(
         self,

@@ -83,6 +83,7 @@ class Site:
         self.budgets_found: TrialFound | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)
+        self.outdated: list[dict[str, Any]] = []
         self.handlers = HandlerRegistry()
         self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.handlers.add(
@@ -97,6 +98,9 @@ class Site:
         if self.token_error is not None:
             raise self.token_error
         return Enforced(AccessToken("ey.the.token", START + timedelta(hours=1)), self.claims)
+
+    async def outdate(self, org: Any, issuer: str, **wanted: Any) -> None:
+        self.outdated.append(wanted)
 
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         return self.still_ours
@@ -349,6 +353,8 @@ async def test_a_required_property_that_is_missing_refuses_the_run(site: Site) -
     ended = await site.attempt()
 
     assert (ended.state, ended.reason, ended.detail) == ("refused", "property_missing", "region")
+    # The property may be there by the next run, whose token must then be a new one.
+    assert site.outdated == [{"audience": None, "scopes": {"read:kb"}, "also_ask": frozenset()}]
 
 
 async def test_the_variant_whose_flag_is_on_runs_under_its_own_scopes(site: Site) -> None:

@@ -15,6 +15,7 @@ from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import ORG, App
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
 from worker.errors import RequestRejected, StoreUnavailable, TokenRefused
+from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
@@ -267,6 +268,36 @@ async def test_without_the_database_each_process_requests_its_own(fleet: Fleet) 
         await fleet.start().ensure(ORG, "main")
 
     assert fleet.issuer.count() == 2
+
+
+async def test_after_claims_were_refused_the_next_run_gets_a_new_token(fleet: Fleet) -> None:
+    """In any process: the property may have been corrected. Not more often than once a minute."""
+    wanted = {"audience": None, "scopes": frozenset[str](), "also_ask": frozenset[str]()}
+    tokens = fleet.start()
+    await tokens.ensure(ORG, "main")
+    await tokens.outdate(ORG, "main", **wanted)
+    fleet.app.properties = {"plan": "gold"}
+    fleet.clock.advance(5)
+
+    assert (await fleet.start().ensure(ORG, "main")).claims.properties == {"plan": "gold"}
+    assert (await tokens.ensure(ORG, "main")).claims.properties == {"plan": "gold"}
+    assert fleet.issuer.count() == 2
+    for _ in range(6):
+        await tokens.outdate(ORG, "main", **wanted)
+        await tokens.ensure(ORG, "main")
+        fleet.clock.advance(13)
+    assert fleet.issuer.count() == 3
+    await tokens.outdate(OrgRef(OrgId("nobody"), "nobody"), "main", **wanted)
+
+
+async def test_an_outdated_token_serves_until_a_new_one_comes(fleet: Fleet) -> None:
+    tokens = fleet.start()
+    old = await tokens.ensure(ORG, "main")
+    await tokens.outdate(ORG, "main", audience=None, scopes=frozenset(), also_ask=frozenset())
+    fleet.issuer.answer = lambda form: httpx.Response(503)
+
+    waiting = asyncio.ensure_future(tokens.ensure(ORG, "main"))
+    assert (await fleet.until(waiting)).token.reveal() == old.token.reveal()
 
 
 async def prepare(tokens: Tokens, covers: float, of: OrgRef = ORG) -> float | None:

@@ -6,6 +6,7 @@ where the handler runs.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from random import Random
@@ -60,6 +61,10 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
             "loop.failed", loop="attempt", error=f"{kind}: {error}", org=org, run=run.id, attempt=run.attempt
         )
         outcome = Failed(Error(kind, "the worker itself failed at this run"))
+    if isinstance(outcome, outcomes.Refused) and inflight.plan is not None:
+        # Its claims may be corrected before the next run.
+        with suppress(WorkerError):
+            await tools.tokens.outdate(plan.org, plan.issuer, **tools.token_of(plan, limits))
     if inflight.moved:
         # Recoveries are counted from the last checkpoint that moved.
         run = replace(run, recoveries=0)
@@ -87,9 +92,7 @@ async def _run(
         tools.tokens.ensure(
             org,
             plan.issuer,
-            audience=definition.audience,
-            scopes=scopes,
-            also_ask=tools.handlers.scopes([variant.handler for variant in definition.variants]),
+            **tools.token_of(plan, limits),
             max_claims_age=definition.max_claims_age,
         )
     )

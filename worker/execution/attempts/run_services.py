@@ -17,7 +17,7 @@ from worker.clock import Clock
 from worker.errors import LeaseLost, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
-from worker.execution.attempts.plan import AttemptPlan, Plans
+from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import Runner
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
@@ -85,6 +85,17 @@ class TokenSource(Protocol):
         It may lack the scopes in `also_ask`. Raises TokenRefused if the issuer's token must not be used,
         TokenError and Unavailable if there is no token, or no verdict on it, for now.
         """
+
+    async def outdate(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+    ) -> None:
+        """Request a new token for the next run: the claims of this one were refused."""
 
 
 class CheckpointStore(Protocol):
@@ -154,6 +165,15 @@ class Tools:
     random: Random
     digests: Digests | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
+        """What a token of this plan is requested for."""
+        variants = [variant.handler for variant in plan.definition.variants]
+        return {
+            "audience": plan.definition.audience,
+            "scopes": limits.scopes,
+            "also_ask": self.handlers.scopes(variants),
+        }
 
 
 @dataclass(eq=False, repr=False)
