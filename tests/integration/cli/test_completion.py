@@ -95,7 +95,9 @@ def test_behind_the_wrapper_a_tab_offers_names_and_nothing_but_run_starts_a_work
 
     # On a busy machine a database may take longer than a completion waits.
     offered = wait_until(
-        lambda: tab("orgworker orgs show org_a", wrapper, environment).stdout.split(), "names of orgs"
+        lambda: tab("orgworker orgs show org_a", wrapper, environment).stdout.split(),
+        "names of orgs",
+        timeout=90,
     )
     assert offered == ["org_acme", "org_apex"]
 

@@ -83,6 +83,8 @@ class Incarnation:
             runners={"child": self},
             checkpoints=self.store,
             steps=StepWriter(self.store, clock),
+            waits=self.store,
+            budgets=self.store,
             run_log=RunLogWriter(self.store, clock),
             clock=clock,
             random=Random(1),

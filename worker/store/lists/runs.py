@@ -23,7 +23,9 @@ from sqlalchemy import (
 )
 
 from worker.errors import NotFound, UsageError
+from worker.handlers.steps import MOST_STEPS
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId, OrgScope, RunId, lowest_id
+from worker.runs.budgets import MOST_SPENDS
 from worker.search import ids_of
 from worker.store import orgs, tables
 from worker.store.dialect import Id, Instant, all_rows, first_row, json_type
@@ -310,13 +312,19 @@ def run(connection: Connection, org: OrgScope, run_id: str) -> RunDetail:
 
 
 def _spends_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Spent]:
-    """What a run spent, by meter."""
+    """What a run spent, by meter; of a run with more spends than an attempt may make, the first ones."""
     spends = tables.spends
-    query = (
-        select(spends.c.meter, func.sum(spends.c.amount).label("amount"), func.count().label("spends"))
+    first = (
+        select(spends.c.meter, spends.c.amount)
         .where(spends.c.run_id == run_id, spends.c.org_id == org_id)
-        .group_by(spends.c.meter)
-        .order_by(spends.c.meter)
+        .order_by(spends.c.run_id, spends.c.meter, spends.c.key)
+        .limit(MOST_SPENDS)
+        .subquery()
+    )
+    query = (
+        select(first.c.meter, func.sum(first.c.amount).label("amount"), func.count().label("spends"))
+        .group_by(first.c.meter)
+        .order_by(first.c.meter)
     )
     return [
         Spent(meter=row["meter"], amount=int(row["amount"]), spends=row["spends"])
@@ -340,9 +348,10 @@ def newest_steps(connection: Connection, org_id: OrgId, run_id: RunId) -> list[S
 
 
 def _step_count(connection: Connection, org_id: OrgId, run_id: RunId) -> int:
-    # At most MOST_STEPS of `ctx.step`.
+    # At most MOST_STEPS of `ctx.step`, and a few more that were in flight together.
     mine = (_steps.c.run_id == run_id, _steps.c.org_id == org_id)
-    return connection.execute(select(func.count()).select_from(_steps).where(*mine)).scalar_one()
+    some = select(_steps.c.seq).where(*mine).limit(MOST_STEPS + MAX_LIMIT).subquery()
+    return connection.execute(select(func.count()).select_from(some)).scalar_one()
 
 
 def waits_of(connection: Connection, org_id: OrgId, run_id: RunId) -> list[Wait]:
