@@ -47,15 +47,19 @@ def busy(tmp_path: Path, provider, migrated_postgres_url: str) -> Iterator[Site]
 
 def test_two_for_work_one_for_the_lease_and_one_that_listens(busy: Site):
     seen: Counter[tuple[str, int]] = Counter()
+    there: set[tuple[str, int]] = set()
 
     def carried() -> bool:
-        seen.update((row["name"], row["pid"]) for row in busy.query(SESSIONS))
+        there.clear()
+        there.update((row["name"], row["pid"]) for row in busy.query(SESSIONS))
+        seen.update(there)
         return busy.query("SELECT count(*) AS n FROM runs WHERE state = 'succeeded'")[0]["n"] >= RUNS
 
     worker = busy.start_worker()
     wait_until(carried, f"{RUNS} runs", timeout=60)
 
-    # One more is there for a moment where heartbeat and watchman meet.
-    stayed = [name for (name, _), looks in seen.items() if looks > LOOKS]
+    # One more is there for a moment where heartbeat and watchman meet. On a busy machine a session may be
+    # given up for being late; then another takes its place.
+    stayed = [session[0] for session in there if seen[session] > LOOKS]
     assert Counter(stayed) == {"orgworker worker": 3, "orgworker listener": 1}, seen
     assert busy.stop_worker(worker) == 0
