@@ -219,7 +219,7 @@ app.add_typer(state_app, name="state")
 def show_state(
     context: typer.Context, org: OrgArgument, name: NameArgument, output: OutputOption = Format.TABLE
 ) -> None:
-    """Show the state of a definition; as JSON only the state itself, {} if there is none."""
+    """Show the state of a definition; as JSON only the state itself, {} without one."""
     from worker.store.lists.read import state
 
     with session_of(context).database() as database, database.autocommit() as connection:

@@ -35,7 +35,7 @@ def tokens_of(answer: Any) -> int | None:
 
 
 def tokens_of_events(text: str) -> int | None:
-    """The last usage among the server-sent events of a streamed answer; None if there is none."""
+    """The last usage among the server-sent events of a streamed answer, or None."""
     found = None
     for line in text.splitlines():
         if line.startswith("data:"):

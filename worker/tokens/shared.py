@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
+from worker.tokens.breaker import remember
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer_client import GrantedToken
 from worker.tokens.sealing import KeyRing
@@ -28,6 +30,8 @@ RESERVED, RENEW, LOOK = 15.0, 4.0, 0.25
 # A stored token counts as newer than a known one if it was received this much later, in seconds: the age of
 # a row is measured by two clocks.
 NEWER = 2.0
+# Versions that are remembered from a look until the reservation; a forgotten one costs another look.
+MAX_VERSIONS = 10_000
 
 
 class TokenRequest(NamedTuple):
@@ -128,7 +132,7 @@ class SharedTokens:
         self._store = store
         self._ring = ring
         self._clock = clock
-        self._versions: dict[TokenKey, int] = {}
+        self._versions: OrderedDict[TokenKey, int] = OrderedDict()
         self._reserved: set[TokenKey] = set()
         self._renewing: asyncio.Task[None] | None = None
 
@@ -142,7 +146,7 @@ class SharedTokens:
     ) -> GrantedToken | None:
         """The stored token of a request, as if it had just been granted: it is not verified here.
 
-        None if there is none, if it is not newer than `newer_than` (monotonic), if it is older than
+        None without one, if it is not newer than `newer_than` (monotonic), if it is older than
         `max_age` seconds, or if its credential is not among `credentials`. One that does not open is
         deleted and reported.
         """
@@ -151,7 +155,7 @@ class SharedTokens:
             version, stored = await self._store.find(key)
         except Unavailable:
             return None
-        self._versions[key] = version
+        remember(self._versions, key, version, MAX_VERSIONS)
         if stored is None or (max_age is not None and stored.age >= max_age):
             return None
         received_at = self._clock.monotonic() - stored.age
@@ -172,13 +176,13 @@ class SharedTokens:
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
     async def life(self, request: TokenRequest) -> tuple[float, float] | None:
-        """The age of the stored token and what is left of its life, in seconds; None if there is none.
+        """The age of the stored token and what is left of its life, in seconds, or None.
 
         Raises Unavailable.
         """
         key = TokenKey.of(request)
         version, stored = await self._store.find(key)
-        self._versions[key] = version
+        remember(self._versions, key, version, MAX_VERSIONS)
         return None if stored is None else (stored.age, stored.left)
 
     async def reserve(self, request: TokenRequest) -> bool:

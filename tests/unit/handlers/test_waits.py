@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.clock import ManualClock
+from tests.fakes.clock import ManualClock, settle
 from tests.unit.handlers.test_context import given
 from worker import WaitTimeout, job
 from worker.handlers import waits
@@ -332,14 +332,20 @@ async def test_a_handler_that_goes_on_without_a_wait_is_not_parked(
 ) -> None:
     """The first of two waits is over, and the handler uses no other: parking it would never end."""
     worker.answer("first", '"yes"')
+    response = asyncio.get_running_loop().create_future()
 
     async def handler(ctx: Context[Any, Any]) -> Any:
         waits = {asyncio.create_task(ctx.wait_for(name)) for name in ("first", "second")}
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.sleep(0.2)  # a request, say
+        await response
         return done.pop().result()
 
-    assert await worker.run(clock, handler) == Succeeded('"yes"')
+    running = asyncio.ensure_future(worker.run(clock, handler))
+    await settle(200)
+    assert not running.done()
+    response.set_result(None)
+
+    assert await running == Succeeded('"yes"')
 
 
 async def test_a_cancelled_wait_does_not_park(worker: Worker, clock: ManualClock) -> None:

@@ -13,7 +13,6 @@ from random import Random
 
 from worker.claims.claims import flag_is
 from worker.claims.decode import enforce
-from worker.definitions.definition import Definition
 from worker.errors import (
     ConfigurationError,
     LeaseLost,
@@ -25,7 +24,7 @@ from worker.errors import (
 )
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits
+from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
 from worker.execution.runners.contract import outcome_of_stop
 from worker.runs import outcome as outcomes
@@ -126,7 +125,7 @@ async def _run(
     state = None
     if entry.state:
         if not definition.serial:
-            return _state_without_order(definition, entry.name)
+            return state_without_order(definition, entry.name)
         state = await tools.checkpoints.load_state(run)
     services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
     now = tools.clock.now()
@@ -156,15 +155,6 @@ async def _run(
         # A run's process may send anything.
         outcome = Succeeded(outcome.result)
     return outcome
-
-
-def _state_without_order(definition: Definition, handler: str) -> Failed:
-    """The outcome if runs of a definition could overwrite each other's state: an older definition."""
-    message = (
-        f"definition {definition.org}/{definition.name}, overlap: {handler} declares state, which concurrent "
-        "runs would overwrite; choose skip, queue_one or replace"
-    )
-    return Failed(Error("DefinitionError", message), permanent=True)
 
 
 def pause_after(error: WorkerError, random: Random) -> timedelta:

@@ -19,6 +19,7 @@ from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
 from worker.orgs import OrgRef
+from worker.runs.outcome import Error, Failed
 from worker.runs.run import AdmittedRun, RunContext
 from worker.telemetry.tracing import traceparent
 
@@ -120,6 +121,15 @@ class AttemptPlan:
             api_base_url=self.api_base_url,
             meter_usage=self.definition.meter_usage,
         )
+
+
+def state_without_order(definition: Definition, handler: str) -> Failed:
+    """The outcome if runs of a definition could overwrite each other's state: an older definition."""
+    message = (
+        f"definition {definition.org}/{definition.name}, overlap: {handler} declares state, which concurrent "
+        "runs would overwrite; choose skip, queue_one or replace"
+    )
+    return Failed(Error("DefinitionError", message), permanent=True)
 
 
 class PlanStore(Protocol):
