@@ -251,13 +251,18 @@ write_paths = ["{self.out}"]
 
         return self._wait(found, "the zygote", 10.0)[0]
 
+    def disconnect(self) -> None:
+        """Close the test's own connection: its database goes away, or its server has gone."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     def close(self) -> None:
         for worker in self._workers:
             if worker.poll() is None:
                 worker.kill()
                 worker.wait()
-        if self._connection is not None:
-            self._connection.close()
+        self.disconnect()
 
     def _wait(self, probe: Callable[[], T], what: str, timeout: float) -> T:
         try:

@@ -113,6 +113,13 @@ class Fleet:
     ring: KeyRing
     app: App
     start: Callable[..., Tokens]
+    # Raised instead of returning the ring that has a stored token's key.
+    ring_fault: Exception | None = None
+
+    def ring_with(self, key_id: str | None = None) -> KeyRing:
+        if key_id is not None and self.ring_fault is not None:
+            raise self.ring_fault
+        return self.ring
 
     def add_org(self, number: int) -> OrgRef:
         added = org(number)
@@ -145,7 +152,9 @@ async def opened(clock: ManualClock, folder: Path, *, rate: float = 10.0) -> Asy
                 client=client,
                 clock=clock,
                 rng=random.Random(len(started)),
-                shared=SharedTokens(store, lambda key_id=None: made.ring, clock) if shared else None,
+                shared=SharedTokens(store, lambda key_id=None: made.ring_with(key_id), clock)
+                if shared
+                else None,
             )
             started.append(tokens)
             return tokens

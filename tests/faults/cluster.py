@@ -111,12 +111,6 @@ class Cluster(Site):
         self.add_orgs(application(org))
         self.apply("\n".join(definitions), "--allow-unknown-handlers")
 
-    def disconnect(self) -> None:
-        """Forget the test's own connection: its server has gone."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
     def run_now(self, name: str, org: str = "org_acme") -> dict[str, Any]:
         self.cli("definitions", "run", org, name)
         return self.runs(definition=name)[-1]

@@ -131,9 +131,9 @@ _ROWS = (
     _error("token.refused", "org issuer reason detail", "a token failed verification or enforcement"),
     _warning(
         "token.unopened",
-        "org issuer key",
-        "a stored token does not open: its key is not in the ring, or it is damaged or from another row; "
-        "it is deleted and a new one requested",
+        "org issuer key error",
+        "a stored token is not used: it does not open, or its credential is retired, as after a restored "
+        "backup; it is deleted and a new one requested",
     ),
     _error("org.parked", "org issuer error seconds", "no token is requested for this org for `seconds`"),
     _warning(

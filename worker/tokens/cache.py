@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import httpx
 
@@ -280,6 +281,7 @@ class Tokens:
             found = await shared.find(
                 request,
                 credentials,
+                newest=partial(self._generations.of, request.org, newest=True),
                 newer_than=None if known is None else known.received_at,
                 max_age=MINTED_SERVES if minted else longest,
             )

@@ -10,12 +10,12 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from worker.clock import Clock
-from worker.errors import Unavailable
+from worker.errors import ConfigurationError, Unavailable
 from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.telemetry.events import emit
@@ -141,14 +141,15 @@ class SharedTokens:
         request: TokenRequest,
         credentials: Sequence[Credential],
         *,
+        newest: Callable[[], Awaitable[Sequence[Credential]]],
         newer_than: float | None,
         max_age: float | None,
     ) -> GrantedToken | None:
         """The stored token of a request, as if it had just been granted: it is not verified here.
 
-        None without one, if it is not newer than `newer_than` (monotonic), if it is older than
-        `max_age` seconds, or if its credential is not among `credentials`. One that does not open is
-        deleted and reported.
+        None without one, if it is not newer than `newer_than` (monotonic), or if it is older than
+        `max_age` seconds. One that does not open, or whose credential is neither among `credentials` nor
+        among the `newest`, is deleted and reported. Raises what `newest` raises.
         """
         key = TokenKey.of(request)
         try:
@@ -161,19 +162,34 @@ class SharedTokens:
         received_at = self._clock.monotonic() - stored.age
         if newer_than is not None and received_at < newer_than + NEWER:
             return None
-        credential = next((known for known in credentials if known.id == stored.credential_id), None)
+        credential = _named(stored.credential_id, credentials)
         if credential is None:
+            # Another worker may have used a generation that was added within the last two seconds.
+            credential = _named(stored.credential_id, await newest())
+        if credential is None:
+            await self._reject(request, stored, "its credential is retired, or does not open")
             return None
-        ring = self._ring(stored.key_id)
-        text = None
-        if ring is not None:
-            text = ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+        text = self._open(request, stored, credential)
         if text is None:
-            emit("token.unopened", **request.labels, key=stored.key_id)
-            await self.drop(request)
+            await self._reject(request, stored, "its key is missing, or it is damaged or from another row")
             return None
         masker.register(text)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
+
+    def _open(self, request: TokenRequest, stored: StoredToken, credential: Credential) -> str | None:
+        try:
+            ring = self._ring(stored.key_id)
+        except ConfigurationError:
+            # The ring is read again for an unknown key, and cannot be read now.
+            return None
+        if ring is None:
+            return None
+        return ring.open_token(stored.sealed, stored.key_id, _place(request, credential))
+
+    async def _reject(self, request: TokenRequest, stored: StoredToken, error: str) -> None:
+        """Report a stored token that must not be used, and delete it, so that it is reported once."""
+        emit("token.unopened", **request.labels, key=stored.key_id, error=error)
+        await self.drop(request)
 
     async def life(self, request: TokenRequest) -> tuple[float, float] | None:
         """The age of the stored token and what is left of its life, in seconds, or None.
@@ -252,6 +268,10 @@ class SharedTokens:
                     continue
         finally:
             self._renewing = None
+
+
+def _named(credential_id: str, credentials: Sequence[Credential]) -> Credential | None:
+    return next((known for known in credentials if known.id == credential_id), None)
 
 
 def _place(request: TokenRequest, credential: Credential) -> list[str | list[str]]:

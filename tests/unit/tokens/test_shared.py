@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.fakes.issuer import ORG, App
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
-from worker.errors import RequestRejected, StoreUnavailable, TokenRefused
+from worker.errors import ConfigurationError, RequestRejected, StoreUnavailable, TokenRefused
 from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.telemetry.events import Emitted
@@ -127,20 +127,46 @@ async def test_one_process_renews_and_the_others_take_it(fleet: Fleet) -> None:
     assert fleet.issuer.count() <= 24 / 0.6 + 1
 
 
-async def test_a_credential_that_was_retired_serves_nobody(fleet: Fleet) -> None:
-    """Also if its row came back, as from a backup."""
+async def test_a_credential_that_was_retired_serves_nobody(fleet: Fleet, emitted: list[Emitted]) -> None:
+    """Also if its row came back, as from a backup: it is reported and replaced."""
     await fleet.start().ensure(ORG, "main")
-    fleet.credentials.orgs[ORG.id].clear()
     fleet.credentials.add(ORG, "client-b", "secret-b")
+    del fleet.credentials.orgs[ORG.id][1:]
     fleet.issuer.add(App("org_a", "client-b", "secret-b"))
 
     token = await fleet.start().ensure(ORG, "main")
 
     assert token.claims.client_id == "client-b"
     assert fleet.issuer.count() == 2
+    [error] = [seen.fields["error"] for seen in emitted if seen.event.name == "token.unopened"]
+    assert error == "its credential is retired, or does not open"
 
 
-@pytest.mark.parametrize("how", ["another org", "truncated", "damaged", "unknown key", "another generation"])
+async def test_a_token_of_a_generation_added_just_now_is_taken(fleet: Fleet, emitted: list[Emitted]) -> None:
+    """A worker caches credentials for two seconds, and another may know a newer one already."""
+    fleet.credentials.add(ORG, "client-b", "secret-b")
+    fleet.issuer.add(App("org_a", "client-b", "secret-b"))
+    newest = fleet.credentials.orgs[ORG.id].pop(0)
+    late = fleet.start()
+    await late.ensure(ORG, "main", scopes=frozenset({"read:kb"}))
+    fleet.credentials.orgs[ORG.id].insert(0, newest)
+    stored = await fleet.start().ensure(ORG, "main")
+
+    taken = await late.ensure(ORG, "main")
+
+    assert taken.token.reveal() == stored.token.reveal()
+    assert taken.claims.client_id == "client-b"
+    assert fleet.issuer.count() == 2
+    assert [seen for seen in emitted if seen.event.name == "token.unopened"] == []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("another org", "other scopes", "truncated", "empty", "damaged", "unknown key", "no key ring"),
+        "another generation",
+    ],
+)
 async def test_a_row_that_does_not_open_costs_one_request(
     fleet: Fleet, how: str, tmp_path: Path, emitted: list[Emitted]
 ) -> None:
@@ -157,6 +183,15 @@ async def test_a_row_that_does_not_open_costs_one_request(
             mine.token = replace(mine.token, sealed=stolen.token.sealed)
         case "truncated":
             mine.token = replace(mine.token, sealed=mine.token.sealed[:20])
+        case "other scopes":
+            await fleet.start().ensure(ORG, "main", scopes=frozenset({"read:kb"}))
+            [wider] = [row for row in fleet.rows.rows.values() if row not in (mine, stolen)]
+            assert wider.token is not None
+            mine.token = replace(mine.token, sealed=wider.token.sealed)
+        case "empty":
+            mine.token = replace(mine.token, sealed=b"")
+        case "no key ring":
+            fleet.ring_fault = ConfigurationError("the key ring cannot be read")
         case "damaged":
             mine.token = replace(mine.token, sealed=mine.token.sealed[:-1] + b"!")
         case "unknown key":
@@ -165,11 +200,13 @@ async def test_a_row_that_does_not_open_costs_one_request(
             [credential] = fleet.credentials.orgs[ORG.id]
             fleet.credentials.orgs[ORG.id] = [replace(credential, generation=2)]
 
+    requests = fleet.issuer.count()
+
     token = await fleet.start().ensure(ORG, "main")
 
     assert token.claims.org_code == "org_a"
     assert token.token.reveal() != foreign
-    assert fleet.issuer.count() == 3
+    assert fleet.issuer.count() == requests + 1
     unopened = [seen.fields["org"] for seen in emitted if seen.event.name == "token.unopened"]
     assert unopened == ["org_a"]
 
