@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,9 +10,11 @@ import typer
 from worker.cli.options import FileArgument, OutputOption, read_text
 from worker.cli.output import Format, print_rows, say
 from worker.cli.session import session_of
+from worker.cli.templates import apply_templates
 
 if TYPE_CHECKING:
     from worker.definitions.file import DefinitionsFile
+    from worker.operations.changes import Change
 
 COLUMNS = ("kind", "action", "org", "name", "fields")
 
@@ -39,7 +42,8 @@ def apply(
 ) -> None:
     """Make the database match FILE (TOML or JSON), all or nothing, and print the changes.
 
-    The same file again changes nothing. Pauses and org states stay.
+    The same file again changes nothing. Pauses and org states stay. Then changes the definitions
+    that templates make, org by org; interrupted, the workers do the rest.
     """
     from worker.operations.apply import apply as apply_file
     from worker.wiring.catalogue import store_unknown
@@ -60,6 +64,12 @@ def apply(
             issuers=session.settings.issuers,
             api_origins=session.settings.api_origins,
         )
+        _print(changes, output, dry_run=dry_run)
+        if not dry_run:
+            apply_templates(session, database)
+
+
+def _print(changes: Sequence[Change], output: Format, *, dry_run: bool) -> None:
     rows = [change.as_row() for change in changes]
     if output is Format.TABLE:
         if not rows:

@@ -13,9 +13,10 @@ from worker.cli.lists import add_list
 from worker.cli.options import FileArgument, NoteOption, OrgArgument, OutputOption, read_text
 from worker.cli.org_claims import diff, properties
 from worker.cli.output import Format, confirmed, print_row, say
-from worker.cli.progress import Progress
+from worker.cli.progress import Progress, shown
 from worker.cli.session import change, session_of
 from worker.cli.sync import IssuerOption, only_issuer, sync
+from worker.cli.templates import apply_templates
 from worker.store.lists import ORGS
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     """Add or change orgs with their credentials from JSON lines, all or none.
 
     A line is {"code", "name", "issuer", "client_id", "client_secret"} and can have "tags",
-    "max_concurrent_runs", "weight" and "timezone". The same file again changes nothing.
+    "max_concurrent_runs", "weight" and "timezone". The same file again changes nothing. Then
+    gives the orgs the definitions of their templates; interrupted, the workers do the rest.
     """
     from worker import wiring
     from worker.operations.orgs import import_orgs
@@ -76,9 +78,13 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     lines, issuers = read_text(file).splitlines(), session.settings.issuers
     with session.database() as database:
         ring = wiring.open_keyring(session.settings, database=database)
+        checked = shown(lines, "lines", len(lines))
         with Progress("orgs", len(lines)) as progress:
-            row = import_orgs(database, ring, lines, actor=session.actor, issuers=issuers, report=progress.at)
-    print_row(row, output, key="orgs_added")
+            row = import_orgs(
+                database, ring, checked, actor=session.actor, issuers=issuers, report=progress.at
+            )
+        print_row(row, output, key="orgs_added")
+        apply_templates(session, database)
 
 
 add_list(app, ORGS, words_argument=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,12 +10,15 @@ from worker.cli.completion import names
 from worker.cli.lists import add_list
 from worker.cli.options import FromOption, OutputOption, UntilOption
 from worker.cli.output import Format, print_row, print_rows, say
-from worker.cli.progress import shown
-from worker.cli.session import change, session_of
+from worker.cli.progress import Progress, shown
+from worker.cli.session import Invocation, session_of
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, UsageError
 from worker.ids import ALL_ORGS
 from worker.store.lists import TEMPLATES
+
+if TYPE_CHECKING:
+    from worker.store.database import Database
 
 app = typer.Typer(help="Templates: list, show, backfill, close. `apply` adds and changes them.")
 
@@ -27,10 +29,27 @@ NameArgument = Annotated[
 
 Row = dict[str, Any]
 BACKFILLED = ("org", "definition", "instants", "made", "left")
-# Orgs that are counted for the progress.
-MOST = 100_000
+# Orgs that are counted for the progress, and those of one transaction.
+MOST, AT_ONCE = 100_000, 500
 
 add_list(app, TEMPLATES, cells={"reached": lambda row: f"{row['orgs_done']}/{row['orgs_total']} orgs"})
+
+
+def apply_templates(session: Invocation, database: Database) -> None:
+    """Bring all orgs up to date with the templates, a batch at a time, and show the progress.
+
+    Workers do the same, and what is left if this is interrupted.
+    """
+    from worker.operations.templates import materialise
+    from worker.store.templates import count_behind_for_all_orgs
+
+    with database.autocommit() as connection:
+        total = count_behind_for_all_orgs(connection)
+    done = 0
+    with Progress("orgs of templates", total) as progress:
+        while orgs := materialise(database, limit=AT_ONCE, actor=session.actor).orgs:
+            done += orgs
+            progress.at(done)
 
 
 @app.command("show")
@@ -48,7 +67,10 @@ def close(context: typer.Context, name: NameArgument, output: OutputOption = For
     """Close a template and, org by org, the definitions it made; their history stays."""
     from worker.operations.templates import close_template
 
-    change(context, output, partial(close_template, name=name))
+    session = session_of(context)
+    with session.database() as database:
+        print_row(close_template(database, name, actor=session.actor), output)
+        apply_templates(session, database)
 
 
 @app.command("backfill")

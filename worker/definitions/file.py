@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
@@ -34,10 +34,6 @@ class TemplateEntry:
     name: str
     selector: Selector
     definition: Definition
-
-    def definition_for(self, org_code: str) -> Definition:
-        """The definition of the same name that an org inherits."""
-        return replace(self.definition, org=org_code)
 
     @property
     def spec(self) -> dict[str, Any]:

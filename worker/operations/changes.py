@@ -133,14 +133,28 @@ class DefinitionChange:
     ) -> DefinitionChange | None:
         """The change that adds, reopens or changes a definition; None if it is the same already."""
         spec = to_spec(wanted)
+        return cls.to_spec(org_id, wanted.org, wanted.name, spec, wanted.enabled, before, template)
+
+    @classmethod
+    def to_spec(
+        cls,
+        org_id: OrgId,
+        org: str,
+        name: str,
+        spec: Mapping[str, Any],
+        enabled: bool,
+        before: Row | None,
+        template: TemplateRef | None = None,
+    ) -> DefinitionChange | None:
+        """As `to`, with the canonical spec, which many definitions may share."""
         action: Action = "change"
         if before is None:
             action = "add"
         elif before["closed_at"] is not None:
             action = "reopen"
-        elif not differing(before["spec"], spec) and before["enabled"] == wanted.enabled:
+        elif not differing(before["spec"], spec) and before["enabled"] == enabled:
             return None
-        return cls(action, org_id, wanted.org, wanted.name, before, spec, wanted.enabled, template)
+        return cls(action, org_id, org, name, before, spec, enabled, template)
 
     @classmethod
     def close(cls, row: Row, template: TemplateRef | None = None) -> DefinitionChange:
@@ -184,14 +198,14 @@ def write_definitions(
     """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
     new = _write_rows(connection, changes, actor, at)
     settle.schedule_next(connection, definitions.read(connection, ALL_ORGS, new), at=at, inclusive=True)
-    own: set[tuple[OrgId, str]] = set()
-    for change in changes:
-        if change.action == "close" and change.before:
-            org_id, definition_id = change.org_id, change.before["id"]
-            backfills.cancel(connection, org_id, backfills.is_of(definition_id), at=at)
-            edit_runs.end_waiting(connection, org_id, edit_runs.is_of(definition_id), reason="closed")
-            if change.template is None:
-                own.add((change.org_id, change.name))
+    closed = {change.before["id"]: change for change in changes if change.action == "close" and change.before}
+    for definition_id in sorted(backfills.unfinished_of_for_all_orgs(connection, list(closed))):
+        ours = backfills.is_of(definition_id)
+        backfills.cancel(connection, closed[definition_id].org_id, ours, at=at)
+    for definition_id in sorted(edit_runs.unstarted_of_for_all_orgs(connection, list(closed))):
+        its_runs = edit_runs.is_of(definition_id)
+        edit_runs.end_waiting(connection, closed[definition_id].org_id, its_runs, reason="closed")
+    own = {(change.org_id, change.name) for change in closed.values() if change.template is None}
     templates.look_again_for_all_orgs(connection, own)
 
 
@@ -201,6 +215,7 @@ def _write_rows(
     """Write rows and revisions; returns the new definitions."""
     rows: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []
+    changed: list[definitions.Changed] = []
     for change in changes:
         before, template = change.before, change.template
         values: dict[str, Any] = {
@@ -220,20 +235,19 @@ def _write_rows(
                 values["consecutive_failures"] = 0
             if differing(before["spec"], change.spec):
                 values["revision"] = revision = revision + 1
-            definitions.change(
-                connection, change.org_id, definition_id, values, at=at, revision=before["revision"]
-            )
+            changed.append(definitions.Changed(change.org_id, definition_id, before["revision"], values))
             if revision == before["revision"]:
                 continue
         revisions.append(
             {
                 "definition_id": definition_id,
                 "revision": revision,
-                "spec": dict(change.spec),
+                "spec": change.spec,
                 "at": at,
                 "by": actor,
             }
         )
+    definitions.change_for_all_orgs(connection, changed, at=at)
     definitions.insert_for_all_orgs(connection, rows, revisions)
     return [row["id"] for row in rows]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from worker.store import (
     states,
 )
 from worker.store.database import Database
-from worker.store.dialect import Row
+from worker.store.dialect import Row, chunks
 from worker.store.lists import OrgDetail
 from worker.store.lists import read as lists
 
@@ -200,39 +201,58 @@ def import_orgs(
         UsageError: an invalid line, by its number; nothing was written.
     """
     parsed = read_lines(lines, issuers)
-    orgs_changed = 0
+    counts = Counter[str]()
     with database.transaction() as connection:
         now = database.now(connection)
+        # Locked in the order of codes, before anything is written.
         stored = orgs.find_for_all_orgs(connection, (line.org.code for line in parsed), lock=True)
-        new_orgs: list[Row] = []
-        new_credentials: list[Row] = []
-        trail: list[audit.Entry] = []
-        for done, line in enumerate(parsed):
+        done = 0
+        for part in chunks(parsed):
+            counts += _import_some(connection, ring, part, stored, actor=actor, at=now)
+            done += len(part)
             report(done, len(parsed))
-            before = stored.get(line.org.code)
-            if before is None:
-                new_orgs.append(new_row(line.org, at=now))
-                org_id = new_orgs[-1]["id"]
-                trail.append(audit.Entry(org_id, "org.add", line.org.code, columns_of(line.org)))
-            else:
-                org_id = before["id"]
-                changed = _change_org(connection, before, line.org, actor=actor, at=now)
-                trail += changed
-                orgs_changed += len(changed)
-            credential = _new_credential(connection, ring, org_id, line, known=before is not None)
-            if credential is not None:
-                new_credentials.append(credential | {"created_at": now, "created_by": actor})
-                subject = f"{line.org.code} {credential['generation']}"
-                trail.append(audit.Entry(org_id, "credential.add", subject, {"client_id": line.client_id}))
-        orgs.insert_for_all_orgs(connection, new_orgs)
-        credentials.insert_for_all_orgs(connection, new_credentials)
-        audit.record(connection, trail, at=now, actor=actor)
         materialise_first(connection, actor=actor, at=now)
-    return {
-        "orgs_added": len(new_orgs),
-        "orgs_changed": orgs_changed,
-        "credentials_added": len(new_credentials),
-    }
+    return {name: counts[name] for name in ("orgs_added", "orgs_changed", "credentials_added")}
+
+
+def _import_some(
+    connection: Connection,
+    ring: KeyRing,
+    lines: Sequence[ImportLine],
+    stored: Mapping[str, Row],
+    *,
+    actor: str,
+    at: datetime,
+) -> Counter[str]:
+    """Write some lines, whose orgs are `stored` by code or new; returns the counts."""
+    known_ids = [stored[line.org.code]["id"] for line in lines if line.org.code in stored]
+    known = _Known.read(connection, known_ids)
+    new_orgs: list[Row] = []
+    new_credentials: list[Row] = []
+    trail: list[audit.Entry] = []
+    orgs_changed = 0
+    for line in lines:
+        before = stored.get(line.org.code)
+        if before is None:
+            new_orgs.append(new_row(line.org, at=at))
+            org_id = new_orgs[-1]["id"]
+            trail.append(audit.Entry(org_id, "org.add", line.org.code, columns_of(line.org)))
+        else:
+            org_id = before["id"]
+            changed = _change_org(connection, before, line.org, actor=actor, at=at)
+            trail += changed
+            orgs_changed += len(changed)
+        credential = _new_credential(ring, org_id, line, known)
+        if credential is not None:
+            new_credentials.append(credential | {"created_at": at, "created_by": actor})
+            subject = f"{line.org.code} {credential['generation']}"
+            trail.append(audit.Entry(org_id, "credential.add", subject, {"client_id": line.client_id}))
+    orgs.insert_for_all_orgs(connection, new_orgs)
+    credentials.insert_for_all_orgs(connection, new_credentials)
+    audit.record(connection, trail, at=at, actor=actor)
+    return Counter(
+        orgs_added=len(new_orgs), orgs_changed=orgs_changed, credentials_added=len(new_credentials)
+    )
 
 
 def _change_org(
@@ -253,18 +273,31 @@ def _change_org(
     return [audit.Entry(org_id, "org.change", entry.code, new)]
 
 
-def _new_credential(
-    connection: Connection, ring: KeyRing, org_id: OrgId, line: ImportLine, *, known: bool
-) -> Row | None:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The credentials of stored orgs: the active ones, newest first, and the last generation of each."""
+
+    active: Mapping[OrgId, Sequence[Row]]
+    last: Mapping[OrgId, int]
+
+    @classmethod
+    def read(cls, connection: Connection, org_ids: Sequence[OrgId]) -> _Known:
+        if not org_ids:
+            return cls({}, {})
+        return cls(
+            credentials.active_for_all_orgs(connection, org_ids),
+            credentials.last_generations_for_all_orgs(connection, org_ids),
+        )
+
+
+def _new_credential(ring: KeyRing, org_id: OrgId, line: ImportLine, known: _Known) -> Row | None:
     """The row to insert; None if the line has no credential, or one that is stored already."""
     if line.client_id is None or line.secret is None:
         return None
-    generation = 1
-    if known:
-        generation = credentials.last_generation(connection, org_id) + 1
-        newest = next(iter(credentials.active(connection, org_id)), None)
-        if newest is not None and is_stored(ring, newest, line.client_id, line.secret):
-            return None
+    generation = known.last.get(org_id, 0) + 1
+    newest = next(iter(known.active.get(org_id, ())), None)
+    if newest is not None and is_stored(ring, newest, line.client_id, line.secret):
+        return None
     return credential_row(ring, org_id, generation, client_id=line.client_id, secret=line.secret)
 
 

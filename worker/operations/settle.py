@@ -9,7 +9,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import from_spec
+from worker.definitions.definition import Definition, from_spec
+from worker.definitions.triggers import Trigger
 from worker.errors import WorkerError
 from worker.ids import ALL_ORGS, AllOrgs, DefinitionId, OrgId
 from worker.operations.handlers import Handlers
@@ -17,7 +18,7 @@ from worker.runs.fire import decide, spread_of
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire
 from worker.store import audit, definitions, firing, schema
 from worker.store.database import Database
-from worker.store.dialect import Row, chunks
+from worker.store.dialect import Row, chunks, compact_json
 from worker.telemetry.events import emit
 
 ACTOR = "worker"
@@ -94,22 +95,38 @@ def schedule_next(
     """
     active = [] if inclusive else [row["id"] for row in rows if _is_active(row)]
     decided = definitions.last_decided(connection, scope, active)
-    nexts = [(row, _next(row, max(at, decided.get(row["id"], at)), inclusive=inclusive)) for row in rows]
+    schedules = _Schedules(inclusive)
+    nexts = [(row, schedules.next(row, max(at, decided.get(row["id"], at)))) for row in rows]
     definitions.set_next(connection, [(row["org_id"], row["id"], *next_) for row, next_ in nexts])
 
 
-def _next(row: Row, at: datetime, *, inclusive: bool = False) -> tuple[datetime | None, datetime | None]:
-    """A definition's first scheduled time after `at`, and that plus its spread."""
-    if not _is_active(row):
-        return None, None
-    definition = from_spec(row["org"], row["name"], row["spec"])
-    trigger = definition.trigger(row["org_timezone"])
-    nominal = trigger.after(at, inclusive=inclusive)
-    if nominal is None:
-        return None, None
-    return nominal, nominal + spread_of(
-        row["org"], row["name"], definition.schedule, trigger, definition.spread
-    )
+class _Schedules:
+    """The next scheduled times of definitions, many of which have one spec, as those of a template."""
+
+    def __init__(self, inclusive: bool = False) -> None:
+        self._inclusive = inclusive
+        self._read: dict[tuple[str, str | None], tuple[Definition, Trigger]] = {}
+        self._next: dict[tuple[int, datetime], datetime | None] = {}
+
+    def next(self, row: Row, at: datetime) -> tuple[datetime | None, datetime | None]:
+        """A definition's first scheduled time after `at`, and that plus its spread."""
+        if not _is_active(row):
+            return None, None
+        key = (compact_json(row["spec"]), row["org_timezone"])
+        read = self._read.get(key)
+        if read is None:
+            definition = from_spec(row["org"], row["name"], row["spec"])
+            read = self._read[key] = (definition, definition.trigger(row["org_timezone"]))
+        definition, trigger = read
+        # Its trigger lives as long as this object, so its id is not used again.
+        place = (id(trigger), at)
+        if place not in self._next:
+            self._next[place] = trigger.after(at, inclusive=self._inclusive)
+        nominal = self._next[place]
+        if nominal is None:
+            return None, None
+        spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
+        return nominal, nominal + spread
 
 
 def _is_active(row: Row) -> bool:
@@ -150,7 +167,8 @@ def recompute(database: Database, *, after: DefinitionId | None = None) -> Page:
     with database.autocommit() as connection:
         now = database.now(connection)
         rows = definitions.page_scheduled_for_all_orgs(connection, after=after, since=now, limit=PAGE)
-    moved = [row["id"] for row in rows if _follows_a_zone(row) and _moves(row, now)]
+    schedules = _Schedules()
+    moved = [row["id"] for row in rows if _follows_a_zone(row) and _moves(schedules, row, now)]
     if moved:
         with database.transaction() as connection:
             now = database.now(connection)
@@ -176,9 +194,9 @@ def _follows_a_zone(row: Row) -> bool:
     return zone != "UTC" and not spec["schedule"].lstrip().startswith(("every ", "at "))
 
 
-def _moves(row: Row, now: datetime) -> bool:
+def _moves(schedules: _Schedules, row: Row, now: datetime) -> bool:
     try:
-        nominal, _ = _next(row, now)
+        nominal, _ = schedules.next(row, now)
     except WorkerError as error:
         emit("definition.failed", org=row["org"], definition=row["name"], error=error.message)
         return False

@@ -8,9 +8,10 @@ from datetime import datetime
 
 from sqlalchemy import Connection
 
+from worker.definitions.definition import to_spec
 from worker.definitions.file import TemplateEntry, from_template_spec
 from worker.errors import Conflict, NotFound, WorkerError
-from worker.ids import ALL_ORGS
+from worker.ids import ALL_ORGS, OrgId
 from worker.operations.changes import (
     DefinitionChange,
     TemplateChange,
@@ -39,7 +40,7 @@ class Materialised:
     progress: Sequence[tuple[str, int, int]] = ()
 
 
-def materialise(database: Database, *, limit: int = BATCH) -> Materialised:
+def materialise(database: Database, *, limit: int = BATCH, actor: str = ACTOR) -> Materialised:
     """Bring the next orgs up to date with the templates, in one transaction; 0 `orgs` means all are.
 
     An org whose definitions cannot be computed is reported and skipped until it or a
@@ -51,12 +52,12 @@ def materialise(database: Database, *, limit: int = BATCH) -> Materialised:
             return Materialised()
     try:
         with database.transaction() as connection:
-            return _materialise(connection, actor=ACTOR, at=database.now(connection), limit=limit)
+            return _materialise(connection, actor=actor, at=database.now(connection), limit=limit)
     except WorkerError as error:
         if error.transient:
             raise
         if limit > 1:
-            return _one_by_one(database, limit)
+            return _one_by_one(database, limit, actor)
         return _skip_first(database, error)
 
 
@@ -105,30 +106,30 @@ def _plan(connection: Connection, orgs: Sequence[Row], stored: Sequence[Row]) ->
         for row in stored
         if row["closed_at"] is None
     ]
-    present = {
-        (row["org_id"], row["name"]): row
-        for row in definitions.lock_named_for_all_orgs(
-            connection, [org["id"] for org in orgs], list(refs), made_by_template=True
-        )
-    }
+    specs = {entry.name: to_spec(entry.definition) for entry in entries}
+    present: dict[OrgId, dict[str, Row]] = {org["id"]: {} for org in orgs}
+    for row in definitions.lock_named_for_all_orgs(
+        connection, list(present), list(refs), made_by_template=True
+    ):
+        present[row["org_id"]][row["name"]] = row
     by_id = {ref.id: ref for ref in refs.values()}
     changes: list[DefinitionChange] = []
     for org in orgs:
+        found = present[org["id"]]
         selected = [entry for entry in entries if _selects(entry, org)]
         for entry in selected:
-            row = present.get((org["id"], entry.name))
-            if row is not None and row["closed_at"] is None and row["template_id"] is None:
+            old = found.get(entry.name)
+            if old is not None and old["closed_at"] is None and old["template_id"] is None:
                 # The org has its own definition of that name, which takes precedence.
                 continue
-            wanted = entry.definition_for(org["code"])
-            change = DefinitionChange.to(org["id"], wanted, row, refs[entry.name])
+            named, enabled = (org["id"], org["code"], entry.name), entry.definition.enabled
+            change = DefinitionChange.to_spec(*named, specs[entry.name], enabled, old, refs[entry.name])
             if change is not None:
                 changes.append(change)
         kept = {entry.name for entry in selected}
-        for row in present.values():
+        for row in found.values():
             template = by_id.get(row["template_id"])
-            is_open = row["org_id"] == org["id"] and row["closed_at"] is None
-            if is_open and template is not None and row["name"] not in kept:
+            if row["closed_at"] is None and template is not None and row["name"] not in kept:
                 changes.append(DefinitionChange.close(row, template))
     return changes
 
@@ -137,10 +138,10 @@ def _selects(entry: TemplateEntry, org: Row) -> bool:
     return org["state"] != "removed" and entry.selector.matches(tags=org["tags"], issuer=org["issuer"])
 
 
-def _one_by_one(database: Database, limit: int) -> Materialised:
+def _one_by_one(database: Database, limit: int, actor: str) -> Materialised:
     done = Materialised()
     for _ in range(limit):
-        one = materialise(database, limit=1)
+        one = materialise(database, limit=1, actor=actor)
         if not one.orgs:
             break
         done = replace(one, orgs=done.orgs + 1, definitions=done.definitions + one.definitions)

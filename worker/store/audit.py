@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection
 
 from worker.ids import OrgId, new_id
 from worker.store import tables
+from worker.store.bulk import insert_many
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,9 @@ class Entry:
 
 def record(connection: Connection, entries: Sequence[Entry], *, at: datetime, actor: str) -> None:
     """Write one row per entry."""
-    if not entries:
-        return
-    connection.execute(
-        insert(tables.audit),
+    insert_many(
+        connection,
+        tables.audit,
         [
             {
                 "id": new_id(),

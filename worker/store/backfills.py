@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, tables
-from worker.store.dialect import Row, all_rows, first_row
+from worker.store.dialect import Row, all_rows, chunks, first_row
 from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills
@@ -60,6 +60,17 @@ def cancel(connection: Connection, org_id: OrgId, *which: ColumnElement[bool], a
         .where(_backfills.c.org_id == org_id, _backfills.c.finished_at.is_(None), *which)
         .values(cancelled_at=at, finished_at=at)
     )
+
+
+def unfinished_of_for_all_orgs(
+    connection: Connection, definition_ids: Sequence[DefinitionId]
+) -> set[DefinitionId]:
+    """Those of these definitions that have backfills for `cancel`."""
+    found: set[DefinitionId] = set()
+    for part in chunks(sorted(definition_ids)):
+        query = select(_backfills.c.definition_id).where(_backfills.c.definition_id.in_(part))
+        found.update(connection.execute(query.where(_backfills.c.finished_at.is_(None))).scalars())
+    return found
 
 
 def is_of(definition_id: DefinitionId) -> ColumnElement[bool]:

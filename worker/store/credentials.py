@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, insert, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
+from worker.store.bulk import insert_many
 from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _credentials = tables.credentials
@@ -29,7 +30,7 @@ def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]
     """
     if not rows:
         return
-    connection.execute(insert(_credentials), [dict(row) for row in rows])
+    insert_many(connection, _credentials, rows)
     try_again_for_all_orgs(connection, {row["org_id"] for row in rows}, at=rows[0]["created_at"])
 
 
@@ -60,6 +61,13 @@ def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, 
             .where(live.c.available_at > at)
             .values(available_at=at)
         )
+
+
+def last_generations_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, int]:
+    """As `last_generation`, by org; orgs that never had a credential are left out."""
+    newest = select(_credentials.c.org_id, func.max(_credentials.c.generation))
+    found = newest.where(_credentials.c.org_id.in_(org_ids)).group_by(_credentials.c.org_id)
+    return {org_id: generation for org_id, generation in connection.execute(found)}
 
 
 def active(connection: Connection, org_id: OrgId) -> list[Row]:

@@ -7,12 +7,13 @@ from datetime import datetime
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, select, text, update
 
 from worker.errors import Conflict, NotFound
 from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql, upsert
+from worker.store.bulk import insert_many
+from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql
 
 _definitions = tables.definitions
 _revisions = tables.definition_revisions
@@ -268,10 +269,8 @@ def insert_for_all_orgs(
     connection: Connection, definitions: Sequence[Mapping[str, Any]], revisions: Sequence[Mapping[str, Any]]
 ) -> None:
     """Insert new definitions, and new revisions of these and others."""
-    if definitions:
-        connection.execute(insert(_definitions), [dict(row) for row in definitions])
-    if revisions:
-        connection.execute(insert(_revisions), [dict(row) for row in revisions])
+    insert_many(connection, _definitions, definitions)
+    insert_many(connection, _revisions, revisions)
 
 
 def change(
@@ -304,6 +303,42 @@ def change(
         )
 
 
+class Changed(NamedTuple):
+    """Columns to change of a definition that is still at `revision`."""
+
+    org_id: OrgId
+    id: DefinitionId
+    revision: int
+    values: Mapping[str, Any]
+
+
+def change_for_all_orgs(connection: Connection, changes: Iterable[Changed], *, at: datetime) -> None:
+    """As `change`, for many definitions: one statement for those whose same columns change.
+
+    Raises:
+        Conflict: one has another revision by now.
+    """
+    alike: dict[tuple[str, ...], list[Row]] = {}
+    for each in changes:
+        new = {f"new_{name}": value for name, value in each.values.items()}
+        of = {"of_org": each.org_id, "of_id": each.id, "at_revision": each.revision}
+        alike.setdefault(tuple(each.values), []).append(new | of)
+    for names, rows in alike.items():
+        statement = (
+            update(_definitions)
+            .where(
+                _definitions.c.org_id == bindparam("of_org"),
+                _definitions.c.id == bindparam("of_id"),
+                _definitions.c.revision == bindparam("at_revision"),
+            )
+            .values({name: bindparam(f"new_{name}") for name in names} | {"updated_at": at})
+        )
+        if connection.execute(statement, rows).rowcount != len(rows):
+            raise Conflict(
+                "a definition was changed by someone else meanwhile", fix="look at it and try again"
+            )
+
+
 def set_failures(connection: Connection, org_id: OrgId, definition_id: DefinitionId, failures: int) -> None:
     """Set how many runs failed in a row; `updated_at` stays, since no person changed anything."""
     connection.execute(
@@ -318,12 +353,14 @@ def set_next(
 ) -> None:
     """Set when definitions are due next: (org, definition, scheduled time, the same plus spread)."""
     if nexts:
-        statement = upsert(connection, _schedule, ("definition_id",), ("next_scheduled_for", "next_fire_at"))
-        connection.execute(
-            statement,
+        insert_many(
+            connection,
+            _schedule,
             [
-                {"org_id": org, "definition_id": id_, "next_scheduled_for": nominal, "next_fire_at": fire}
+                {"definition_id": id_, "org_id": org, "next_scheduled_for": nominal, "next_fire_at": fire}
                 for org, id_, nominal, fire in nexts
             ],
+            key=("definition_id",),
+            replaced=("next_scheduled_for", "next_fire_at"),
         )
         hint(connection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,7 +27,7 @@ from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
-from worker.store.dialect import Row, all_rows, database_now, first_row, hint
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint
 from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs
@@ -146,6 +147,17 @@ def end_waiting(
     ids = connection.execute(select(_live.c.id).where(*unstarted, *which)).scalars().all()
     ended = sweeps.end_waiting(connection, org_id, ids, state="cancelled", reason=reason)
     return [run.run_id for run in ended]
+
+
+def unstarted_of_for_all_orgs(
+    connection: Connection, definition_ids: Sequence[DefinitionId]
+) -> set[DefinitionId]:
+    """Those of these definitions that have runs for `end_waiting`."""
+    found: set[DefinitionId] = set()
+    for part in chunks(sorted(definition_ids)):
+        query = select(_live.c.definition_id).where(_live.c.definition_id.in_(part))
+        found.update(connection.execute(query.where(_live.c.state.in_(tables.UNSTARTED))).scalars())
+    return found
 
 
 def ask_to_stop(

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, exists, insert, select, text, update
+from sqlalchemy import Connection, delete, exists, select, text, update
 
 from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.search import words_of
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, first_row, insert_into, is_postgresql
+from worker.store.bulk import insert_many
+from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
@@ -110,9 +111,8 @@ def active_for_all_orgs(connection: Connection, *, after: str | None = None, lim
 
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert new orgs; each row has every column except those of `state`."""
-    if rows:
-        connection.execute(insert(_orgs), [dict(row) for row in rows])
-        _add_words(connection, rows)
+    insert_many(connection, _orgs, rows)
+    _add_words(connection, rows)
 
 
 def without_words_for_all_orgs(connection: Connection, after: OrgId | None = None) -> Sequence[OrgId]:
@@ -141,8 +141,7 @@ def _add_words(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> Non
         for row in rows
         for word in sorted(words_of(row["code"], row["name"]))
     ]
-    if words:
-        connection.execute(insert_into(connection, _words).on_conflict_do_nothing(), words)
+    insert_many(connection, _words, words, key=("word", "org_id"))
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:

@@ -99,6 +99,12 @@ def is_any_org_behind(connection: Connection, change: int) -> bool:
     return least is not None and least < change
 
 
+def count_behind_for_all_orgs(connection: Connection) -> int:
+    """The number of orgs to which a change of a template still applies."""
+    behind = _orgs.c.templates_seen < newest_change(connection)
+    return connection.execute(select(func.count()).select_from(_orgs).where(behind)).scalar_one()
+
+
 def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: int) -> None:
     """Store that all changes up to this one are applied to these locked orgs."""
     for part in chunks([org["id"] for org in orgs]):

@@ -1,0 +1,121 @@
+"""Rows by the hundred in one statement, which costs a tenth of a statement for each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, Boolean, Column, Connection, Integer, LargeBinary, Table
+from sqlalchemy.types import JSON
+
+from worker.store.dialect import Id, Instant, chunks, compact_json, driver, is_postgresql
+from worker.store.sql.postgresql.arrays import plain, texts, timestamps
+from worker.store.sql.sqlite.values import in_one_step, instant
+
+# Rows of one statement.
+ROWS = 1_000
+
+
+class _Form(NamedTuple):
+    """How a type of column is written: its PostgreSQL type and array, and its value on SQLite."""
+
+    postgresql: str
+    array: Callable[[Iterable[Any]], str]
+    sqlite: Callable[[Any], Any] | None = None
+
+
+def insert_many(
+    connection: Connection,
+    table: Table,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str] = (),
+    replaced: Sequence[str] = (),
+) -> None:
+    """Insert rows that all have the columns of the first one; the first of these is never null.
+
+    With `key`, the row that already has this key stays, except for its columns in `replaced`.
+    """
+    if not rows:
+        return
+    names = tuple(rows[0])
+    forms = [_form_of(table.c[name]) for name in names]
+    kept = _on_conflict(tuple(key), tuple(replaced))
+    raw = driver(connection)
+    if is_postgresql(connection):
+        statement = _on_postgresql(table, names) + kept
+        for part in chunks(rows, ROWS):
+            raw.execute(
+                statement,
+                [form.array([row[name] for row in part]) for name, form in zip(names, forms, strict=True)],
+            )
+        return
+    columns = [(name, form.sqlite) for name, form in zip(names, forms, strict=True)]
+    values = [
+        tuple([row[name] if write is None else write(row[name]) for name, write in columns]) for row in rows
+    ]
+    in_one_step(raw.cursor(), _on_sqlite(table, names) + kept, values)
+
+
+@functools.cache
+def _on_postgresql(table: Table, names: tuple[str, ...]) -> str:
+    arrays = ", ".join(f"%s::{_form_of(table.c[name]).postgresql}[]" for name in names)
+    return f"INSERT INTO {table.name} ({_quoted(names)}) SELECT * FROM unnest({arrays})"
+
+
+@functools.cache
+def _on_sqlite(table: Table, names: tuple[str, ...]) -> str:
+    # `WHERE` drops the rows of nulls that pad a batch.
+    return f"INSERT INTO {table.name} ({_quoted(names)}) SELECT * FROM {{rows}} WHERE column1 IS NOT NULL"
+
+
+def _on_conflict(key: tuple[str, ...], replaced: tuple[str, ...]) -> str:
+    if not key:
+        return ""
+    if not replaced:
+        return f" ON CONFLICT ({_quoted(key)}) DO NOTHING"
+    changes = ", ".join(f'"{name}" = excluded."{name}"' for name in replaced)
+    return f" ON CONFLICT ({_quoted(key)}) DO UPDATE SET {changes}"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _binaries(values: Iterable[bytes | None]) -> str:
+    return texts([None if value is None else f"\\x{value.hex()}" for value in values])
+
+
+def _jsons(values: Iterable[Any]) -> str:
+    """As `jsons`; the text of a value that follows itself, as the spec of a template, is made once."""
+    found: list[str | None] = []
+    last, text = None, None
+    for value in values:
+        if value is not last:
+            last, text = value, _json_text(value)
+        found.append(text)
+    return texts(found)
+
+
+def _json_text(value: Any) -> str | None:
+    return None if value is None else compact_json(value)
+
+
+def _form_of(column: Column[Any]) -> _Form:
+    kind = column.type
+    if isinstance(kind, Id):
+        return _Form("uuid", plain)
+    if isinstance(kind, Instant):
+        return _Form("timestamptz", timestamps, instant)
+    if isinstance(kind, JSON):
+        return _Form("jsonb", _jsons, _json_text)
+    if isinstance(kind, Boolean):
+        return _Form("boolean", plain)
+    if isinstance(kind, BigInteger):
+        return _Form("bigint", plain)
+    if isinstance(kind, Integer):
+        return _Form("integer", plain)
+    if isinstance(kind, LargeBinary):
+        return _Form("bytea", _binaries)
+    return _Form("text", texts)
