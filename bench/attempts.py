@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import cProfile
+import gc
 import statistics
 import sys
 import time
@@ -69,6 +70,13 @@ class Store:
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         return self._contexts[run.definition_id]
+
+    def is_limited(self, org_id: OrgId) -> bool:
+        return False
+
+    @property
+    def limits_in_claims(self) -> bool:
+        return False
 
 
 class Ended:
@@ -140,6 +148,8 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
             runners={"inline": Inline(clock)},
             checkpoints=store,  # type: ignore[arg-type]
             steps=store,  # type: ignore[arg-type]
+            waits=store,  # type: ignore[arg-type]
+            budgets=store,  # type: ignore[arg-type]
             run_log=RunLogWriter(store, clock),  # type: ignore[arg-type]
             clock=clock,
             random=Random(1),  # noqa: S311
@@ -207,6 +217,9 @@ def main() -> None:
     module = types.ModuleType(f"{__name__}_handlers")
     module.__dict__["inline"] = inline
     sys.modules[module.__name__] = module
+    # As in a worker.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     profile = None if given.profile is None else cProfile.Profile()
     rounds = asyncio.run(measure(given.runs, profile))
     if profile is not None:

@@ -53,7 +53,7 @@ def fail(dialect: str, runs: int, definitions: int, *, triggers: bool) -> tuple[
             known = connection.execute(text("SELECT count(*) FROM failing_definitions")).scalar_one()
         if known != (definitions if triggers else 0):
             raise SystemExit(f"{known} definitions are known to fail")
-        rate = made.rate()
+        rate = made.rates().steady
     print(
         f"{dialect}, {'with' if triggers else 'without'} the triggers: {rate:.0f} runs/s, "
         f"worker {worker:.0f} us a run, server {server:.0f} us; load {os.getloadavg()[0]:.1f}",

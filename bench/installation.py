@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
-from sqlalchemy import insert, select, text
+from sqlalchemy import func, insert, select, text
 
 from bench.server import own_server
 from tests.fakes.plugins import make_plugin
@@ -97,18 +98,38 @@ ENTRY_POINTS = {
 BATCH = 500
 
 
+class Rates(NamedTuple):
+    """Runs per second by the database's clock.
+
+    `steady`: over the last three quarters of the ends, without the start and the requests for tokens.
+    `whole`: from the first start to the last end.
+    """
+
+    steady: float
+    whole: float
+
+
 @dataclass
 class Workers:
-    """Running worker processes; `cpu` is their total processor time, in seconds."""
+    """Running worker processes; their processor times are in seconds."""
 
     processes: list[subprocess.Popen[bytes]]
 
     def cpu(self) -> float:
-        ticks = 0
-        for process in self.processes:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+        """What all threads used."""
+        return sum(_processor_time(Path(f"/proc/{process.pid}/stat")) for process in self.processes)
+
+    def loop_cpu(self) -> float:
+        """What the main threads used, which run the event loops."""
+        return sum(
+            _processor_time(Path(f"/proc/{process.pid}/task/{process.pid}/stat"))
+            for process in self.processes
+        )
+
+
+def _processor_time(stat: Path) -> float:
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Installation:
@@ -235,11 +256,13 @@ style = "json"
                 connection.execute(text("VACUUM ANALYZE"))
 
     @contextlib.contextmanager
-    def workers(self, count: int = 1, *, profile: Path | None = None) -> Iterator[Workers]:
-        """Start worker processes, and drain them at the end."""
-        command = [sys.executable, "-m", "worker", "--config", str(self.folder / "worker.toml"), "run"]
+    def workers(
+        self, count: int = 1, *, python: str = sys.executable, profile: Path | None = None
+    ) -> Iterator[Workers]:
+        """Start worker processes under this interpreter, and drain them at the end."""
+        command = [python, "-m", "worker", "--config", str(self.folder / "worker.toml"), "run"]
         if profile is not None:
-            command = [sys.executable, "-m", "cProfile", "-o", str(profile), *command[1:]]
+            command = [python, "-m", "cProfile", "-o", str(profile), *command[1:]]
         environment = os.environ | {"PYTHONPATH": str(self.folder / "plugins")}
         log = (self.folder / "worker.log").open("ab")
         self._started = started = [
@@ -269,13 +292,17 @@ style = "json"
         processes = psutil.Process(self._server.pid).children()
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
-    def rate(self, *, leave: float = 0.25) -> float:
-        """Runs per second by the database's clock, without the first quarter, which fetches tokens."""
+    def rates(self) -> Rates:
+        """How fast the runs ended, counted both ways."""
+        ended = tables.runs.c.state.in_(("succeeded", "failed"))
         with self.database.autocommit() as connection:
-            query = select(tables.runs.c.finished_at).where(tables.runs.c.state.in_(("succeeded", "failed")))
-            ends = sorted(connection.execute(query).scalars())
-        first = int(len(ends) * leave)
-        return (len(ends) - first) / (ends[-1] - ends[first]).total_seconds()
+            ends = sorted(connection.execute(select(tables.runs.c.finished_at).where(ended)).scalars())
+            began = connection.execute(select(func.min(tables.attempts.c.started_at))).scalar_one()
+        first = len(ends) // 4
+        return Rates(
+            steady=(len(ends) - first) / (ends[-1] - ends[first]).total_seconds(),
+            whole=len(ends) / (ends[-1] - began).total_seconds(),
+        )
 
     def wait_for_end(self, count: int, *, timeout: float = 600.0) -> None:
         """Wait until this many runs have ended; polls rarely, so as not to distort the measurement."""

@@ -68,6 +68,10 @@ class TrialBudgets:
     def is_limited(self, org_id: OrgId) -> bool:
         return bool(self.entries)
 
+    @property
+    def limits_in_claims(self) -> bool:
+        return True
+
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         self._claims = claims
 

@@ -39,6 +39,7 @@ MESSAGE_LIMIT = 4_000
 TRACE_LIMIT = 16_000
 DETAIL_LIMIT = 500
 TOKEN_PAUSE = timedelta(seconds=30)
+NOTHING_RETURNED = Succeeded()
 
 _OURS = str(Path(__file__).parent.parent)
 
@@ -68,7 +69,7 @@ def outcome_of(result: Any) -> Outcome:
     try:
         match result:
             case None:
-                return Succeeded(None)
+                return NOTHING_RETURNED
             case Retry(after, reason):
                 return Retried(None if after is None else as_timedelta(after), _detail(reason))
             case Snooze(after, reason):

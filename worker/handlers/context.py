@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 NOTE_LIMIT = 500
 # The members that are HTTP clients, each created on first use.
-CLIENTS = frozenset({"http", "public_http"})
+CLIENTS = ("http", "public_http")
 
 
 class _ReportsProgress(Protocol):
@@ -436,15 +436,20 @@ def _current_task() -> asyncio.Task[Any] | None:
         return None
 
 
+def used_clients(ctx: Context[Any, Any] | BlockingContext[Any, Any]) -> list[str]:
+    """The members that are HTTP clients and that a handler has used."""
+    return [name for name in CLIENTS if name in ctx.__dict__]
+
+
 async def close_http(ctx: Context[Any, Any]) -> None:
     """Close the clients that a handler has used."""
-    for name in CLIENTS & ctx.__dict__.keys():
+    for name in used_clients(ctx):
         await getattr(ctx, name).aclose()
 
 
 def close_blocking_http(ctx: BlockingContext[Any, Any]) -> None:
     """The same for a handler that blocks."""
-    for name in CLIENTS & ctx.__dict__.keys():
+    for name in used_clients(ctx):
         getattr(ctx, name).close()
 
 

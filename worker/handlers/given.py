@@ -72,7 +72,8 @@ class Cancellation:
 
     def __init__(self) -> None:
         self.reason = None
-        self._event = asyncio.Event()
+        # Most runs never wait for it.
+        self._event: asyncio.Event | None = None
 
     def note(self, reason: str) -> None:
         """Set the reason; callable from any thread, also while the loop is blocked."""
@@ -81,7 +82,8 @@ class Cancellation:
     def set(self, reason: str) -> None:
         """Set the reason and wake `wait`; on the loop only."""
         self.note(reason)
-        self._event.set()
+        if self._event is not None:
+            self._event.set()
 
     def is_set(self) -> bool:
         """Whether the run was asked to stop."""
@@ -89,7 +91,9 @@ class Cancellation:
 
     async def wait(self) -> None:
         """Return when the run is asked to stop."""
-        await self._event.wait()
+        if self.reason is None:
+            self._event = self._event or asyncio.Event()
+            await self._event.wait()
 
 
 class BlockingCancellation:

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Job:
         self.__doc__ = self.function.__doc__
         self.__wrapped__ = self.function
 
-    @property
+    @cached_property
     def is_async(self) -> bool:
         """Whether the handler is awaited with a `Context`; else it gets a `BlockingContext`."""
         return inspect.iscoroutinefunction(self.function)

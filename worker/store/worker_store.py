@@ -245,11 +245,14 @@ class WorkerStore:
         """Whether an org has a budget that its runs check before steps and spends."""
         return org_id in self._budgets.limiting
 
+    @property
+    def limits_in_claims(self) -> bool:
+        """Whether a budget takes its limit from the tokens."""
+        return bool(self._budgets.properties)
+
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         """Store the limits that an enforced token has, once for each token."""
         names = sorted(self._budgets.properties)
-        if not names:
-            return
         seen = (claims.issued_at, tuple(limit_of_property(claims.properties.get(name)) for name in names))
         if self._limits_of.get(org_id) == seen:
             return

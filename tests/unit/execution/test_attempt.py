@@ -80,6 +80,7 @@ class Site:
         self.waits: list[NewWait] = []
         self.spends: list[tuple[str, int, str]] = []
         self.noted: list[Claims] = []
+        self.limits_in_claims = True
         self.budgets_found: TrialFound | None = None
         self.pages: list[int] = []
         self.totals = (0, 0)

@@ -91,7 +91,9 @@ async def _run(
         tools.tokens.ensure(
             org,
             plan.issuer,
-            **tools.token_of(plan, limits),
+            audience=definition.audience,
+            scopes=scopes,
+            also_ask=tools.scopes_of_variants(definition),
             max_claims_age=definition.max_claims_age,
         )
     )
@@ -99,7 +101,8 @@ async def _run(
         return outcome_of_stop(inflight.stop)
     claims = enforced.claims
     events.record_claims(trail, claims, tools.clock.now(), tools.digests)
-    await tools.budgets.note_claims(org.id, claims)
+    if tools.budgets.limits_in_claims:
+        await tools.budgets.note_claims(org.id, claims)
 
     # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
     properties = definition.requires_properties
@@ -107,9 +110,10 @@ async def _run(
     flag = definition.requires_flag
     if flag is not None and not flag_is(claims, flag.name, flag.equals):
         return outcomes.Gated("flag_off", flag.name)
-    variants = (each for each in definition.variants if flag_is(claims, each.flag.name, each.flag.equals))
-    variant = next(variants, None)
-    trail.handler = run.handler if variant is None else variant.handler
+    for variant in definition.variants:
+        if flag_is(claims, variant.flag.name, variant.flag.equals):
+            trail.handler = variant.handler
+            break
     # A run keeps the handler that first stored progress: another version would not understand it.
     stored = await tools.checkpoints.load_progress(run.id) if run.may_have_checkpoint else NOTHING_STORED
     trail.handler = stored.handler or trail.handler

@@ -91,8 +91,10 @@ class Dispatcher:
 
     async def _attempt(self, inflight: InflightRun) -> None:
         ended = await attempt(inflight, self.tools)
-        await inflight.stored()
-        await self.tools.run_log.flush_run(inflight.run)
+        if inflight.storing:
+            await inflight.stored()
+        if self.tools.run_log.has_logged(inflight.run):
+            await self.tools.run_log.flush_run(inflight.run)
         self.finisher.put(ended)
 
     def _written(self, ended: EndedAttempt, accepted: bool) -> None:

@@ -14,6 +14,7 @@ from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import enforce
 from worker.claims.digests import Digests
 from worker.clock import Clock
+from worker.definitions.definition import Definition
 from worker.errors import LeaseLost, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
@@ -138,6 +139,10 @@ class BudgetStore(Protocol):
     def is_limited(self, org_id: OrgId) -> bool:
         """Whether an org has a budget that its runs check before steps and spends."""
 
+    @property
+    def limits_in_claims(self) -> bool:
+        """Whether a budget takes its limit from the tokens."""
+
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         """Store the limits of budgets that an enforced token has."""
 
@@ -166,14 +171,15 @@ class Tools:
     digests: Digests | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
 
+    def scopes_of_variants(self, definition: Definition) -> frozenset[str]:
+        """The scopes of the handlers that a token may select, requested with those of the definition's."""
+        return self.handlers.scopes([variant.handler for variant in definition.variants])
+
     def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
         """What a token of this plan is requested for."""
-        variants = [variant.handler for variant in plan.definition.variants]
-        return {
-            "audience": plan.definition.audience,
-            "scopes": limits.scopes,
-            "also_ask": self.handlers.scopes(variants),
-        }
+        definition = plan.definition
+        also_ask = self.scopes_of_variants(definition)
+        return {"audience": definition.audience, "scopes": limits.scopes, "also_ask": also_ask}
 
 
 @dataclass(eq=False, repr=False)
@@ -307,7 +313,8 @@ class AttemptServices:
                 fresh=fresh,
             )
             enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self.scopes)
-            await self.tools.budgets.note_claims(org.id, enforced.claims)
+            if self.tools.budgets.limits_in_claims:
+                await self.tools.budgets.note_claims(org.id, enforced.claims)
         except TokenRefused as refused:
             self.refused = refused
             self.inflight.stop.kill()

@@ -32,7 +32,13 @@ from worker.execution.runners.contract import (
 from worker.execution.runners.output import RunOutput, Sink, marked
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
-from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
+from worker.handlers.context import (
+    BlockingContext,
+    Context,
+    close_blocking_http,
+    close_http,
+    used_clients,
+)
 from worker.handlers.given import BlockingCancellation, Cancellation, Given
 from worker.handlers.job import Job
 from worker.handlers.models import load
@@ -55,7 +61,7 @@ LAST_STEPS = 1.0
 
 
 # The run that a context belongs to, also the context of tasks that the handler starts.
-_RUN: contextvars.ContextVar[dict[str, str | int]] = contextvars.ContextVar("RUN")
+_RUN: contextvars.ContextVar[Work] = contextvars.ContextVar("RUN")
 # The watched loops, each with the time of its last tick.
 _ticked_at: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, float] = weakref.WeakKeyDictionary()
 
@@ -96,7 +102,10 @@ def _run_of(task: asyncio.Task[Any] | None) -> dict[str, str | int]:
     # `Task.get_context` is new in Python 3.12.
     referents = [] if task is None else gc.get_referents(task)
     context = next((each for each in referents if isinstance(each, contextvars.Context)), None)
-    return {} if context is None else context.get(_RUN, {})
+    work = None if context is None else context.get(_RUN)
+    if work is None:
+        return {}
+    return {"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler}
 
 
 def _place(frame: FrameType) -> str:
@@ -150,7 +159,7 @@ class Inline:
         log: logging.Logger,
         parking: _Parking,
     ) -> Outcome:
-        _RUN.set({"org": work.org_code, "run": work.run_id, "attempt": work.attempt, "handler": work.handler})
+        _RUN.set(work)
         try:
             job = self._job(work.entry_point)
             given = work.given(job, log, self.clock)
@@ -159,7 +168,8 @@ class Inline:
             try:
                 return await call(job, ctx)
             finally:
-                await close_http(ctx)
+                if used_clients(ctx):
+                    await close_http(ctx)
         except SystemExit as exit_:  # it would end the worker
             return _exited(exit_)
         except BaseException as error:
