@@ -15,6 +15,7 @@ With `--flat` a fifth of the rows wait, over all orgs; what is admitted is hande
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -106,8 +107,8 @@ def end(run: AdmittedRun, *, again: bool) -> EndedAttempt:
             run.handler,
             token_ready_at=now,
             handler_started_at=now,
-            claims=CLAIMS,
-            flags=FLAGS,
+            claims=json.dumps(CLAIMS),
+            flags=json.dumps(FLAGS),
             jti="7b0c1d0a",
             claims_hash="f" * 64,
         ),

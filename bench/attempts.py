@@ -14,11 +14,12 @@ import argparse
 import asyncio
 import cProfile
 import gc
+import json
 import statistics
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +29,7 @@ from worker.clock import SystemClock
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
-from worker.execution.attempts.plan import Plans
+from worker.execution.attempts.plan import Plans, Revision
 from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.inline import Inline
@@ -60,7 +61,7 @@ class Store:
     def __init__(self, orgs: Sequence[OrgRef]) -> None:
         self._contexts = {
             DefinitionId(f"definition of {org.code}"): RunContext(
-                org.id, org.code, org.code, None, "main", "noop", SPEC
+                org.id, org.code, org.code, None, "main", "noop", json.dumps(SPEC)
             )
             for org in orgs
         }
@@ -70,6 +71,9 @@ class Store:
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         return self._contexts[run.definition_id]
+
+    async def orgs_and_definitions(self, wanted: Sequence[Revision]) -> Mapping[Revision, RunContext]:
+        return {key: self._contexts[key[0]] for key in wanted}
 
     def is_limited(self, org_id: OrgId) -> bool:
         return False

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,10 @@ class Given:
             Credential(app["client_id"], org_id, org_id, 1, app["client_id"], Secret(app["client_secret"]))
         ]
 
-    async def used(self, credential_id: str, error: str | None) -> None: ...
+    async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
+        return {org_id: [self._apps[org_id]["client_id"]] for org_id in org_ids}
+
+    async def used(self, credential: Credential, error: str | None) -> None: ...
 
 
 @contextlib.contextmanager

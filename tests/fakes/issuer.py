@@ -167,7 +167,7 @@ class FakeCredentials:
     def __init__(self) -> None:
         self.orgs: dict[str, list[Credential]] = {}
         self.uses: list[tuple[str, str | None]] = []
-        self.reads = 0
+        self.reads = self.looks = 0
         self.fault: Exception | None = None
 
     def add(self, org: OrgRef, client_id: str, secret: str) -> Credential:
@@ -191,8 +191,14 @@ class FakeCredentials:
             raise self.fault
         return list(self.orgs.get(org_id, []))
 
-    async def used(self, credential_id: str, error: str | None) -> None:
-        self.uses.append((credential_id, error))
+    async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
+        self.looks += 1
+        if self.fault is not None:
+            raise self.fault
+        return {org_id: [each.id for each in self.orgs.get(org_id, [])] for org_id in org_ids}
+
+    async def used(self, credential: Credential, error: str | None) -> None:
+        self.uses.append((credential.id, error))
 
 
 def kinde_issuer(**changes: Any) -> Issuer:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -16,6 +18,15 @@ FLAG_TYPES = {
     **dict.fromkeys(("s", "string"), "string"),
     **dict.fromkeys(("i", "n", "integer", "number"), "number"),
 }
+
+
+# Thousands of orgs have the same names, scopes and flags: they share the objects.
+ON, OFF = Flag("boolean", True), Flag("boolean", False)
+
+
+@lru_cache(1024)
+def _shared(scopes: frozenset[str]) -> frozenset[str]:
+    return scopes
 
 
 def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
@@ -34,7 +45,7 @@ def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
         flags=_flags(_at(payload, profile.flags), profile),
         issued_at=_time(payload.get("iat")),
         expires_at=_time(payload.get("exp")),
-        issuer=_text(payload.get("iss"), "iss_type"),
+        issuer=sys.intern(_text(payload.get("iss"), "iss_type")),
         jti=_text(payload.get("jti"), "jti_type") or None,
     )
 
@@ -96,9 +107,9 @@ def _scopes(value: Any, profile: Profile) -> frozenset[str]:
     if value is None:
         return frozenset()
     if profile.scopes_shape == "text" and isinstance(value, str):
-        return frozenset(value.split(" ")) - {""}
+        return _shared(frozenset(value.split(" ")) - {""})
     if profile.scopes_shape == "list" and _is_texts(value):
-        return frozenset(value)
+        return _shared(frozenset(value))
     raise invalid("scope_type", "its scopes are not in the provider's shape")
 
 
@@ -114,18 +125,18 @@ def _properties(value: Any, profile: Profile) -> dict[str, Any]:
     if not all(item is None or _type_of(item) for item in value.values()):
         raise invalid("property_shape", "one of its properties is neither text, number nor boolean")
     # Providers write null for a property that was never set.
-    return {name: item for name, item in value.items() if item is not None}
+    return {sys.intern(name): item for name, item in value.items() if item is not None}
 
 
 def _flags(value: Any, profile: Profile) -> dict[str, Flag]:
     if value is None:
         return {}
     if profile.flags_shape == "names" and _is_texts(value):
-        return {name: Flag("boolean", True) for name in value}
+        return {sys.intern(name): ON for name in value}
     if profile.flags_shape == "names" or not isinstance(value, Mapping):
         raise invalid("flag_shape", "its flags are not in the provider's shape")
     read = _flag if profile.flags_shape == "t_v" else _plain_flag
-    return {name: read(entry) for name, entry in value.items()}
+    return {sys.intern(name): read(entry) for name, entry in value.items()}
 
 
 def _flag(entry: Any) -> Flag:
@@ -137,14 +148,18 @@ def _flag(entry: Any) -> Flag:
         return Flag(entry["t"], value)
     if kind != _type_of(value):
         raise invalid("flag_type", "the value of a flag does not have the flag's type")
-    return Flag(kind, value)
+    return _known_flag(kind, value)
 
 
 def _plain_flag(value: Any) -> Flag:
     kind = _type_of(value)
     if not kind:
         raise invalid("flag_shape", "one of its flags is neither boolean, text nor number")
-    return Flag(kind, value)
+    return _known_flag(kind, value)
+
+
+def _known_flag(kind: str, value: Any) -> Flag:
+    return Flag(kind, value) if kind != "boolean" else ON if value else OFF
 
 
 def _type_of(value: Any) -> str:

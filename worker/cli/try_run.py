@@ -202,7 +202,8 @@ def _read_state(given: str) -> Mapping[str, Any]:
 
 def _row(tried: Tried, entry: HandlerEntry, org: str, properties: Mapping[str, Any] | None) -> dict[str, Any]:
     """The run as JSON prints it; `properties` are the made-up ones, None for a real org."""
-    ended, claims = tried.ended, tried.ended.trail.claims or {}
+    ended = tried.ended
+    claims = json.loads(ended.trail.claims or "{}")
     values = dict.fromkeys(claims.get("properties", ()), HIDDEN) if properties is None else properties
     return {
         "handler": entry.name,

@@ -17,6 +17,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, update
 
 from worker.claims.claims import Claims, Flag
+from worker.claims.record import ClaimsRecord
 from worker.definitions.definition import from_spec
 from worker.demo.installation import SCOPE, Org, last_night
 from worker.execution.attempts.events import record_claims
@@ -136,9 +137,8 @@ class Replay:
         attempted, trail = script.next_try(), Trail(run.handler)
         begun = self.clock.at + timedelta(milliseconds=self.random.randint(40, 180))
         if not isinstance(attempted.outcome, NoToken | Refused):
-            record_claims(
-                trail, claims_of(script.org, self.clients[script.org.code], self.clock.at), begun, None
-            )
+            claims = claims_of(script.org, self.clients[script.org.code], self.clock.at)
+            record_claims(trail, ClaimsRecord.of(claims, None), begun)
             trail.handler_started_at = begun + timedelta(milliseconds=self.random.randint(5, 30))
             trail.peak_memory = self.random.randint(38, 61) * 1024 * 1024
         if attempted.done:
@@ -179,8 +179,9 @@ class Replay:
             self.at(now + (ended.available_after or timedelta()), lambda: self._admit(run.org_id))
 
     def _note_dead_credential(self, org_id: OrgId, now: datetime) -> None:
-        for row in credentials.active(self.connection, org_id):
-            credentials.used(self.connection, org_id, row["id"], at=now, error="invalid_client")
+        rows = credentials.active(self.connection, org_id)
+        uses = [credentials.Use(row["id"], org_id, "invalid_client") for row in rows]
+        credentials.used_for_all_orgs(self.connection, uses, at=now)
 
 
 def claims_of(org: Org, client_id: str, at: datetime) -> Claims:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import decode
+from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.definitions.definition import Definition, parse_definition, to_spec
 from worker.execution.attempts.attempt import attempt
@@ -47,12 +48,13 @@ LIFETIME = timedelta(hours=1)
 MARGIN = timedelta(seconds=30)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FakeToken:
     """A token that only a test's own API accepts, and its claims."""
 
     token: AccessToken
     claims: Claims = field(repr=False)
+    record: ClaimsRecord | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -97,6 +99,8 @@ class FakeTokens:
     ) -> None:
         """Mint a new token for the next run."""
         self._newest = None
+
+    async def load(self, orgs: Sequence[OrgRef]) -> None: ...
 
     def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:
         issued_at = self.clock.now()
@@ -312,6 +316,12 @@ class Trial:
 
     # The stores that an attempt needs.
 
+    async def orgs_and_definitions(
+        self, wanted: Sequence[tuple[DefinitionId, int]]
+    ) -> Mapping[tuple[DefinitionId, int], RunContext]:
+        context = await self.org_and_definition(self._run)
+        return dict.fromkeys(wanted, context)
+
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         subject = self._subject
         return RunContext(
@@ -321,7 +331,7 @@ class Trial:
             org_timezone=None,
             issuer=subject.issuer,
             definition_name=subject.definition.name,
-            spec=to_spec(subject.definition),
+            spec=json.dumps(to_spec(subject.definition)),
         )
 
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:

@@ -188,7 +188,7 @@ class Checks:
             if counts:
                 # The count is informative only: no report is lost for it.
                 with suppress(Unavailable):
-                    await self.source.used(credential.id, found.rejected)
+                    await self.source.used(credential, found.rejected)
         report = Report(code, issuer, credential, tuple(needs), tuple(probes), (discovery,))
         return self._with_claims(report, org)
 

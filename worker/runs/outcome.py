@@ -161,8 +161,9 @@ class Trail:
     handler: str
     token_ready_at: datetime | None = None
     handler_started_at: datetime | None = None
-    claims: Mapping[str, Any] | None = None
-    flags: Mapping[str, Any] | None = None
+    # JSON text, shared by all runs of a token.
+    claims: str | None = None
+    flags: str | None = None
     jti: str | None = None
     claims_hash: str | None = None
     progress: Mapping[str, Any] | None = None

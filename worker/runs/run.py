@@ -108,7 +108,7 @@ class OwnedRun:
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """The org and the definition of a run; `spec` is that of the run's revision."""
+    """The org and the definition of a run; `spec` is that of the run's revision, as JSON text."""
 
     org_id: OrgId
     org_code: str
@@ -116,7 +116,7 @@ class RunContext:
     org_timezone: str | None
     issuer: str
     definition_name: str
-    spec: Mapping[str, Any]
+    spec: str
 
 
 @dataclass(frozen=True, slots=True)

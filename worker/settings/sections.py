@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from worker.definitions.origins import parse_base_url, parse_origin
-from worker.definitions.units import parse_duration
+from worker.definitions.units import parse_duration, parse_memory
 from worker.providers.management.mapping import parse_rule
 
 
@@ -80,6 +80,12 @@ def _base_url(value: str) -> str:
     return parse_base_url(value) if value else value
 
 
+def _size(value: str) -> str:
+    if parse_memory(value) < 2**20:
+        raise ValueError("write at least 1MiB")
+    return value
+
+
 def _listen(value: Any) -> Any:
     if isinstance(value, str) and value:
         found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):(\d{1,5})", value)
@@ -118,6 +124,7 @@ Origins = Annotated[tuple[str, ...], _each(parse_origin)]
 Networks = Annotated[tuple[str, ...], _each(_network)]
 Url = Annotated[str, BeforeValidator(_url)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
+Size = Annotated[str, AfterValidator(_size)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 PublicUrl = Annotated[str, BeforeValidator(_public_url)]
 IssuerName = Annotated[str, _matching(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, _ and -, such as main")]
@@ -328,6 +335,11 @@ class TokenSettings(Section):
 
     shared: bool = True
     ahead: Duration = Field(timedelta(minutes=15), ge=timedelta(seconds=60))
+    memory: Size = "512MiB"
+
+    @property
+    def memory_bytes(self) -> int:
+        return parse_memory(self.memory)
 
 
 class ProvisioningSettings(Section):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
@@ -89,6 +89,19 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
     return found
 
 
+def active_ids_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, list[str]]:
+    """The ids of the active credentials of these orgs, newest first."""
+    query = (
+        select(_credentials.c.org_id, _credentials.c.id)
+        .where(_credentials.c.org_id.in_(org_ids), _credentials.c.state == "active")
+        .order_by(_credentials.c.generation.desc())
+    )
+    found: dict[OrgId, list[str]] = {}
+    for org_id, credential_id in connection.execute(query):
+        found.setdefault(org_id, []).append(credential_id)
+    return found
+
+
 def has_generation(connection: Connection, org_id: OrgId, generation: int) -> bool:
     """Whether the org ever had a credential of this generation."""
     query = select(_credentials.c.id).where(
@@ -147,14 +160,31 @@ def destroy(connection: Connection, org_id: OrgId, *, at: datetime) -> int:
     return destroyed.rowcount
 
 
-def used(
-    connection: Connection, org_id: OrgId, credential_id: str, *, at: datetime, error: str | None
-) -> None:
-    """Count one use of a credential; `error` is the issuer's code, or None."""
-    connection.execute(
+class Use(NamedTuple):
+    """One use of a credential; `error` is the issuer's code, or None."""
+
+    credential_id: str
+    org_id: OrgId
+    error: str | None
+
+
+def used_for_all_orgs(connection: Connection, uses: Sequence[Use], *, at: datetime) -> None:
+    """Count uses of credentials; of several the last error is kept."""
+    times = Counter(use.credential_id for use in uses)
+    last = {use.credential_id: use for use in uses}
+    statement = (
         update(_credentials)
-        .where(_credentials.c.org_id == org_id, _credentials.c.id == credential_id)
-        .values(last_used_at=at, uses=_credentials.c.uses + 1, last_error=error)
+        .where(_credentials.c.org_id == bindparam("of"), _credentials.c.id == bindparam("used"))
+        .values(last_used_at=at, uses=_credentials.c.uses + bindparam("times"), last_error=bindparam("error"))
+    )
+    if not uses:
+        return
+    connection.execute(
+        statement,
+        [
+            {"of": last[id_].org_id, "used": id_, "times": times[id_], "error": last[id_].error}
+            for id_ in sorted(last)
+        ],
     )
 
 

@@ -97,20 +97,6 @@ def upsert(
 # All JSON is written in one form, so that its text can be compared on SQLite.
 compact_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
-# Thousands of attempts share the claims and flags of one token: their text is made once.
-SHARED = 4096
-_shared: dict[int, tuple[Any, str]] = {}
-
-
-def shared_json(value: Any) -> str:
-    """As `compact_json`, for an object that many rows share and that never changes."""
-    known = _shared.get(id(value))
-    if known is None or known[0] is not value:
-        known = _shared[id(value)] = (value, compact_json(value))
-        if len(_shared) > SHARED:
-            _shared.pop(next(iter(_shared)), None)
-    return known[1]
-
 
 class Id(TypeDecorator[str]):
     """A UUIDv7: `uuid` on PostgreSQL, 36 characters on SQLite, text in Python on both."""

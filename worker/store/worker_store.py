@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Text, cast, select
 
 from worker.claims.claims import Claims
 from worker.definitions.budgets import limit_of_property
@@ -140,7 +140,7 @@ def run_contexts(
             orgs.c.timezone,
             orgs.c.issuer,
             definitions.c.name,
-            _revisions.c.spec,
+            cast(_revisions.c.spec, Text),
         )
         .join(definitions, definitions.c.id == definition_id)
         .join(orgs, orgs.c.id == definitions.c.org_id)
@@ -186,7 +186,7 @@ class WorkerStore:
         self._worker_id = worker_id
         self._lease = lease
         self._admission = RingWalk(database, worker_id)
-        self._contexts = BatchLoader(self._read_contexts)
+        self._contexts = BatchLoader(self.orgs_and_definitions)
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs = _SpecCache()
@@ -420,9 +420,10 @@ class WorkerStore:
             raise NotFound(f"the org, the definition or the revision of run {run.id} is gone")
         return context
 
-    async def _read_contexts(
+    async def orgs_and_definitions(
         self, wanted: Sequence[tuple[DefinitionId, int]]
     ) -> Mapping[tuple[DefinitionId, int], RunContext]:
+        """The same of several revisions, without those that are gone."""
         return await self.database.call_autocommit(run_contexts, wanted)
 
     def register(self, *, version: str, handlers: Sequence[str], capacity: Mapping[str, Any]) -> None:

@@ -140,8 +140,13 @@ def secrets_of_url(url: str, *, path: bool = False) -> Iterator[str]:
 MASK = "[masked]"
 # Characters of secrets; registered secrets add theirs.
 ORDINARY = string.ascii_letters + string.digits + "_-.+/=~"
+RUN_ID = r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"
 # Possible base64; excludes run ids, which are in every log line.
-BASE64 = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|([A-Za-z0-9+/_-]{16,})")
+BASE64 = re.compile(RUN_ID + r"|([A-Za-z0-9+/_-]{16,})")
+# Text without such a word has no PLAIN secret and no piece of a token: 16 characters are the shortest.
+PERHAPS_TOKEN = re.compile(RUN_ID + r"|([A-Za-z0-9+/_.=~-]{16,})")
+# A secret that is written in the same way everywhere but in base64.
+PLAIN = re.compile(r"[\w.-]{16,}", re.ASCII)
 STANDARD = str.maketrans("-_", "+/")
 
 Span = tuple[int, int]
@@ -157,12 +162,21 @@ class _Entry:
 
 
 class Masker:
-    """Replaces registered secrets in text; thread-safe. Keeps the last `limit` secrets."""
+    """Replaces registered and held secrets in text; thread-safe.
 
-    def __init__(self, limit: int = 50_000) -> None:
+    Keeps the last `limit` registered secrets, all held ones, and the last `kept` that were released.
+    """
+
+    def __init__(self, limit: int = 50_000, kept: int = 1_000) -> None:
         self._limit = limit
+        self._kept = kept
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: dict[str, _Entry] = {}
+        self._registered: OrderedDict[str, None] = OrderedDict()
+        self._held: dict[str, int] = {}
+        self._released: OrderedDict[str, None] = OrderedDict()
+        # Held and released secrets that no text has been compared with yet.
+        self._pending: dict[str, None] = {}
         self._tokens: dict[int, Token] = {}
         self._next_token = 0
         # Hash of a block -> token and offset, packed into one number.
@@ -176,34 +190,70 @@ class Masker:
     def register(self, secret: str) -> None:
         """Mask this secret from now on; one shorter than six characters is ignored."""
         with self._lock:
-            if secret in self._entries:
-                self._entries.move_to_end(secret)
+            if secret in self._registered:
+                self._registered.move_to_end(secret)
                 return
             if len(secret.strip()) < SHORTEST:
                 return
-            self._entries[secret] = entry = _Entry()
-            for line in lines_of(secret):
-                for form in encodings(line):
-                    self._add(entry, form)
-            while len(self._entries) > self._limit:
-                self._remove(self._entries.popitem(last=False)[1])
+            self._registered[secret] = None
+            self._index(secret)
+            while len(self._registered) > self._limit:
+                self._drop(self._registered.popitem(last=False)[0])
 
     def forget(self, secret: str) -> None:
-        """Stop masking this secret, such as an expired token."""
+        """Undo `register`."""
         with self._lock:
-            entry = self._entries.pop(secret, None)
-            if entry is not None:
-                self._remove(entry)
+            if secret in self._registered:
+                del self._registered[secret]
+                self._drop(secret)
+
+    def hold(self, secret: str) -> None:
+        """Mask this secret until `release` is called as often, such as the token of a run.
+
+        Cheap for a token: it is prepared only when a text might contain one.
+        """
+        with self._lock:
+            holders = self._held.get(secret, 0)
+            if not holders:
+                if len(secret.strip()) < SHORTEST:
+                    return
+                if secret in self._released:
+                    del self._released[secret]
+                elif secret not in self._entries:
+                    if PLAIN.fullmatch(secret):
+                        self._pending[secret] = None
+                    else:
+                        self._index(secret)
+            self._held[secret] = holders + 1
+
+    def release(self, secret: str) -> None:
+        """End a `hold`. The secrets released last are still masked: output may come late."""
+        with self._lock:
+            holders = self._held.get(secret, 0)
+            if holders > 1:
+                self._held[secret] = holders - 1
+            elif holders:
+                del self._held[secret]
+                self._released[secret] = None
+                if len(self._released) > self._kept:
+                    self._drop(self._released.popitem(last=False)[0])
+
+    def note(self, secret: str) -> None:
+        """Mask this secret for now, as one that was just released."""
+        self.hold(secret)
+        self.release(secret)
 
     def clear(self) -> None:
         """Forget every secret."""
         with self._lock:
+            for memory in (self._registered, self._held, self._released, self._pending):
+                memory.clear()
             while self._entries:
                 self._remove(self._entries.popitem()[1])
 
     def mask(self, text: str) -> str:
         """The text with every registered secret replaced by `[masked]`; JSON stays JSON."""
-        if not self._entries:
+        if not self._entries and not self._pending:
             return text
         parts, at = [], 0
         for start, end in self.spans(text):
@@ -214,6 +264,8 @@ class Masker:
 
     def spans(self, text: str) -> list[Span]:
         """Start and end of each secret in the text, sorted; they may overlap."""
+        if self._pending and any(word[1] for word in PERHAPS_TOKEN.finditer(text)):
+            self._index_pending()
         found = self._plain(text)
         for word in BASE64.finditer(text):
             if word[1]:
@@ -270,6 +322,29 @@ class Masker:
                 upto = min(shift - (-end * 4 // 3), len(word))
                 found.append((position + shift + start * 4 // 3, position + upto))
         return found
+
+    def _index_pending(self) -> None:
+        with self._lock:
+            while self._pending:
+                self._index(next(iter(self._pending)))
+
+    def _index(self, secret: str) -> None:
+        """Compare texts with this secret from now on."""
+        self._pending.pop(secret, None)
+        if secret not in self._entries:
+            self._entries[secret] = entry = _Entry()
+            for line in (secret,) if PLAIN.fullmatch(secret) else lines_of(secret):
+                for form in (line,) if PLAIN.fullmatch(line) else encodings(line):
+                    self._add(entry, form)
+
+    def _drop(self, secret: str) -> None:
+        """Forget a secret for which there is no reason any more."""
+        if secret in self._registered or secret in self._held or secret in self._released:
+            return
+        self._pending.pop(secret, None)
+        entry = self._entries.pop(secret, None)
+        if entry is not None:
+            self._remove(entry)
 
     def _add(self, entry: _Entry, form: str) -> None:
         if len(form) < BLOCK or re.search(r"\s", form):

@@ -9,8 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+from worker.bounded import drop_where, remember
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import decode, enforce
+from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import (
     CredentialsRejected,
@@ -22,9 +24,10 @@ from worker.errors import (
 )
 from worker.ids import OrgId
 from worker.telemetry.events import emit
-from worker.tokens.breaker import IssuerPaused, K, Parking, drop_where, remember
+from worker.tokens.breaker import IssuerPaused
 from worker.tokens.credentials import Credential, CredentialSource
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
+from worker.tokens.parking import K, Parking
 from worker.tokens.shared import TokenRequest
 
 # All in seconds, unless a share.
@@ -49,11 +52,11 @@ def usable_life(lifetime: float) -> float:
     return lifetime - min(MARGIN, MARGIN_SHARE * lifetime)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EnforcedToken:
     """A token that was verified and whose org, client and scopes were enforced; its times are monotonic.
 
-    `minted` if a caller insisted on a new one.
+    `minted` if a caller insisted on a new one. `record` is what its first run stored of its claims.
     """
 
     token: AccessToken
@@ -64,6 +67,7 @@ class EnforcedToken:
     usable_until: float
     expires_at: float
     minted: bool
+    record: ClaimsRecord | None = None
 
     def is_alive(self, clock: Clock) -> bool:
         """Whether it has not expired on either clock: the monotonic one stops while a machine sleeps."""
@@ -235,7 +239,7 @@ class Acquirer:
     async def _count_use(self, credential: Credential, error: str | None) -> None:
         # The count is informational; it must not cost a token.
         with suppress(Unavailable):
-            await self._source.used(credential.id, error)
+            await self._source.used(credential, error)
 
     async def _enforce(self, request: TokenRequest, granted: GrantedToken, minted: bool) -> EnforcedToken:
         payload = await self.client.verify(granted.text, request.audience)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -12,6 +12,7 @@ from functools import partial
 
 import httpx
 
+from worker.bounded import Sized, remember
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
@@ -25,14 +26,16 @@ from worker.errors import (
 from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.tokens.acquirer import MIN_CLAIMS_AGE, MINTED_SERVES, Acquirer, EnforcedToken, usable_life
-from worker.tokens.breaker import drop_where, remember
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.shared import SharedTokens, TokenRequest
 from worker.tokens.single_flight import SingleFlight
 
-MAX_TOKENS = 20_000
+# Bytes of cached tokens, by default; an estimate of what one takes besides its text, in Python 3.11.
+MEMORY = 512 * 1024 * 1024
+SIZE_OF_TOKEN = 2_000
+MAX_OUTDATED = 20_000
 OUTDATE_EVERY = 60.0  # seconds between two new tokens of an org whose claims are refused
 RENEW_AGAIN = 60.0  # seconds, after a new token was refused while the older one is still valid
 
@@ -49,7 +52,9 @@ class Tokens:
         clock: Clock,
         rng: random.Random | None = None,
         shared: SharedTokens | None = None,
+        memory: int = MEMORY,
     ) -> None:
+        """`memory` limits the bytes of cached tokens."""
         self._clock = clock
         self._shared = shared
         self._generations = Generations(credentials, clock=clock)
@@ -58,7 +63,7 @@ class Tokens:
             name: Acquirer(IssuerClient(issuer, client, clock=clock), credentials, clock=clock, rng=rng)
             for name, issuer in issuers.items()
         }
-        self._tokens: OrderedDict[TokenRequest, EnforcedToken] = OrderedDict()
+        self._tokens: Sized[TokenRequest, EnforcedToken] = Sized(memory, _size_of)
         self._outdated: OrderedDict[TokenRequest, float] = OrderedDict()
         self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight()
 
@@ -108,6 +113,10 @@ class Tokens:
                 raise
             return cached
 
+    async def load(self, orgs: Sequence[OrgRef]) -> None:
+        """Confirm the credentials of these orgs in one query, so that `ensure` need not wait for them."""
+        await self._generations.load(orgs)
+
     async def outdate(
         self,
         org: OrgRef,
@@ -128,11 +137,11 @@ class Tokens:
         request = TokenRequest(
             issuer, org, _audience(acquirer.client.issuer, org, audience), scopes, also_ask - scopes
         )
-        known = self._tokens.get(request)
+        known = self._tokens.peek(request)
         if known is None or now - self._outdated.get(request, float("-inf")) < OUTDATE_EVERY:
             return
-        remember(self._outdated, request, now, MAX_TOKENS)
-        self._tokens[request] = replace(known, usable_until=now)
+        remember(self._outdated, request, now, MAX_OUTDATED)
+        self._tokens.put(request, replace(known, usable_until=now))
         if self._shared is not None:
             await self._shared.drop(request)
 
@@ -190,7 +199,7 @@ class Tokens:
 
     def drop(self, org_id: OrgId) -> None:
         """Forget all of an org: its tokens, its credentials, its parking."""
-        drop_where(self._tokens, lambda request: request.org.id == org_id)
+        self._tokens.drop_where(lambda request: request.org.id == org_id)
         self._generations.forget(org_id)
         for acquirer in self._acquirers.values():
             acquirer.forget(org_id)
@@ -217,9 +226,8 @@ class Tokens:
         known = any(credential.id == cached.credential_id for credential in credentials)
         if not known or not cached.is_alive(self._clock):
             # Expired, or its generation was retired, perhaps because its secret leaked.
-            del self._tokens[request]
+            self._tokens.pop(request)
             return None
-        self._tokens.move_to_end(request)
         return cached
 
     async def _refresh(
@@ -246,12 +254,12 @@ class Tokens:
         try:
             enforced, granted = await acquirer.acquire(request, credentials, minted=minted, ahead=ahead)
         except TokenRefused as refused:
-            older = self._tokens.get(request)
+            older = self._tokens.peek(request)
             if older is not None and refused.reason == "token_invalid":
-                self._tokens[request] = replace(older, renew_at=self._clock.monotonic() + RENEW_AGAIN)
+                self._tokens.put(request, replace(older, renew_at=self._clock.monotonic() + RENEW_AGAIN))
             else:
                 # The org has fewer rights now, which the older token does not show.
-                self._tokens.pop(request, None)
+                self._tokens.pop(request)
                 if self._shared is not None and refused.reason != "token_invalid":
                     await self._shared.drop(request)
             raise
@@ -262,7 +270,7 @@ class Tokens:
         finally:
             if self._shared is not None:
                 await self._shared.release(request)
-        remember(self._tokens, request, enforced, MAX_TOKENS)
+        self._tokens.put(request, enforced)
         return enforced
 
     async def _stored(
@@ -277,7 +285,7 @@ class Tokens:
         longest = None if max_age is None else max(max_age.total_seconds(), MIN_CLAIMS_AGE)
         while True:
             credentials = await self._generations.of(request.org)
-            known = self._tokens.get(request)
+            known = self._tokens.peek(request)
             found = await shared.find(
                 request,
                 credentials,
@@ -292,11 +300,17 @@ class Tokens:
                     await shared.drop(request)
                 else:
                     if self._clock.monotonic() < enforced.usable_until:
-                        remember(self._tokens, request, enforced, MAX_TOKENS)
+                        self._tokens.put(request, enforced)
+                        shared.settle(request)
                         return enforced
             if acquirer.is_parked(request, credentials) or await shared.reserve(request):
                 return None
             await shared.wait()
+
+
+def _size_of(enforced: EnforcedToken) -> int:
+    # The claims are written in the text: what they take grows with it.
+    return SIZE_OF_TOKEN + 2 * len(enforced.token.reveal())
 
 
 def _audience(issuer: Issuer, org: OrgRef, asked: str | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from worker.bounded import remember
 from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
 from worker.ids import OrgId
@@ -18,7 +19,7 @@ from worker.tokens.single_flight import SingleFlight
 CredentialKind = Literal["client_secret", "private_key"]
 # Seconds: how long credentials are cached, and the pause for an org without usable ones.
 READ_AGAIN, UNUSABLE_PAUSE = 2.0, 60.0
-MAX_ORGS = 50_000
+MAX_ORGS = 200_000
 KEYRING = "keyring"
 REFERENCE_FIX = (
     "put only the client secret into a file of its own in secrets_dir, without __ in its name; "
@@ -28,7 +29,10 @@ REFERENCE_FIX = (
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """One generation of an org's credentials; `secret` is a PEM key if `kind` is private_key."""
+    """One generation of an org's credentials; `secret` is a PEM key if `kind` is private_key.
+
+    One `from_file` may change; otherwise the secret of an id never changes.
+    """
 
     id: str
     org_id: OrgId
@@ -37,6 +41,7 @@ class Credential:
     client_id: str
     secret: Secret
     kind: CredentialKind = "client_secret"
+    from_file: bool = False
 
 
 def fault_of_reference(reference: str, secrets_dir: Path | None) -> str | None:
@@ -102,7 +107,11 @@ class CredentialSource(Protocol):
         """
         ...
 
-    async def used(self, credential_id: str, error: str | None) -> None:
+    async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
+        """The ids of the active generations of these orgs, newest first, in one query; raises Unavailable."""
+        ...
+
+    async def used(self, credential: Credential, error: str | None) -> None:
         """Count one use; `error` is the issuer's error code if it rejected the credential."""
         ...
 
@@ -133,6 +142,26 @@ class Generations:
                 raise
             return known[1]
 
+    async def load(self, orgs: Sequence[OrgRef]) -> None:
+        """Confirm in one query what is known of these orgs; what changed is left to `of`."""
+        oldest = self._clock.monotonic() - READ_AGAIN
+        old: dict[OrgId, OrgRef] = {}
+        for org in orgs:
+            known = self._known.get(org.id)
+            if known is not None and known[0] <= oldest:
+                old[org.id] = org
+        if not old:
+            return
+        asked_at = self._clock.monotonic()
+        try:
+            found = await self._source.active_ids(list(old))
+        except Unavailable:
+            return
+        for org in old.values():
+            known = self._known.get(org.id)
+            if known is not None and _is_same(known[1], found.get(org.id, ()), org.code):
+                remember(self._known, org.id, (asked_at, known[1]), MAX_ORGS)
+
     def forget(self, org_id: OrgId) -> None:
         self._known.pop(org_id, None)
 
@@ -150,8 +179,12 @@ class Generations:
             rejected = CredentialsRejected(message, fix=fix)
             rejected.detail, rejected.retry_after = "no_credential", UNUSABLE_PAUSE
             raise rejected
-        self._known[org.id] = (self._clock.monotonic(), credentials)
-        self._known.move_to_end(org.id)
-        while len(self._known) > MAX_ORGS:
-            self._known.popitem(last=False)
+        remember(self._known, org.id, (self._clock.monotonic(), credentials), MAX_ORGS)
         return credentials
+
+
+def _is_same(known: Sequence[Credential], ids: Sequence[str], org_code: str) -> bool:
+    """Whether these credentials are still the active ones."""
+    return [each.id for each in known] == list(ids) and not any(
+        each.from_file or each.org_code != org_code for each in known
+    )

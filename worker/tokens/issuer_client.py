@@ -22,7 +22,8 @@ from worker.outbound.http import TOKEN_LIMIT, Reply, exchange, retry_delay, room
 from worker.outbound.strict_json import Malformed
 from worker.providers.profile import FailureClass
 from worker.telemetry.masking import masker
-from worker.tokens.breaker import Breaker, Budget, IssuerPaused
+from worker.tokens.breaker import Breaker, IssuerPaused
+from worker.tokens.budget import Budget
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer import Endpoints, Issuer
 from worker.tokens.jwks import KeySet
@@ -97,7 +98,6 @@ class IssuerClient:
             IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
             IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
-        masker.register(credential.secret.reveal())
         retrying = AsyncRetrying(
             sleep=self._clock.sleep,
             stop=stop_after_attempt(tries),
@@ -107,8 +107,12 @@ class IssuerClient:
             ),
             reraise=True,
         )
-        granted: GrantedToken = await retrying(self._request, credential, audience, scopes, ahead)
-        masker.register(granted.text)
+        masker.hold(credential.secret.reveal())
+        try:
+            granted: GrantedToken = await retrying(self._request, credential, audience, scopes, ahead)
+        finally:
+            masker.release(credential.secret.reveal())
+        masker.note(granted.text)
         return granted
 
     async def verify(self, text: str, audience: str) -> Mapping[str, Any]:
@@ -226,6 +230,8 @@ class IssuerClient:
         profile, name = self.issuer.profile, self.issuer.name
         org, client_id = credential.org_code, credential.client_id
         code = error if isinstance(error, str) and _ERROR_CODE.fullmatch(error) else ""
+        # It is stored with the run for longer than the secret is masked.
+        code = code if masker.mask(code) == code else ""
         wait = retry_delay(reply.headers, profile.reset_headers, self._clock.now().timestamp())
         match _classify(reply.status, code, profile.errors):
             case "throttle":

@@ -8,6 +8,7 @@ from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, RequestRejected
 from worker.ids import OrgId
 from worker.secret import Secret
+from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer_client import IssuerClient
 
@@ -65,6 +66,7 @@ class ManagementToken:
                 fix=f"authorise the application for the API {self._audience} at the provider, or correct "
                 f"audience in [issuers.{name}.management]",
             ) from None
+        masker.register(granted.text)
         lifetime = granted.expires_in or LIFETIME
         self._received_at = granted.received_at
         self._renew_at = granted.received_at + lifetime - min(EARLY, lifetime / 10)

@@ -12,15 +12,16 @@ import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+from worker.bounded import remember
 from worker.clock import Clock
 from worker.errors import ConfigurationError, Unavailable
 from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
-from worker.tokens.breaker import remember
 from worker.tokens.credentials import Credential
 from worker.tokens.issuer_client import GrantedToken
 from worker.tokens.sealing import KeyRing
@@ -32,6 +33,8 @@ RESERVED, RENEW, LOOK = 15.0, 4.0, 0.25
 NEWER = 2.0
 # Versions that are remembered from a look until the reservation; a forgotten one costs another look.
 MAX_VERSIONS = 10_000
+# Requests whose keys are kept: one acquisition needs its key several times.
+MAX_KEYS = 1_024
 
 
 class TokenRequest(NamedTuple):
@@ -64,6 +67,7 @@ class TokenKey(NamedTuple):
     org_id: OrgId
 
     @classmethod
+    @lru_cache(MAX_KEYS)
     def of(cls, request: TokenRequest) -> TokenKey:
         return cls(hashlib.sha256(json.dumps(request.parts).encode()).hexdigest(), request.org.id)
 
@@ -173,7 +177,7 @@ class SharedTokens:
         if text is None:
             await self._reject(request, stored, "its key is missing, or it is damaged or from another row")
             return None
-        masker.register(text)
+        masker.note(text)
         return GrantedToken(text, credential, received_at, stored.age + stored.left)
 
     def _open(self, request: TokenRequest, stored: StoredToken, credential: Credential) -> str | None:
@@ -190,6 +194,10 @@ class SharedTokens:
         """Report a stored token that must not be used, and delete it, so that it is reported once."""
         emit("token.unopened", **request.labels, key=stored.key_id, error=error)
         await self.drop(request)
+
+    def settle(self, request: TokenRequest) -> None:
+        """Forget what `find` remembered for `reserve`: its token serves."""
+        self._versions.pop(TokenKey.of(request), None)
 
     async def life(self, request: TokenRequest) -> tuple[float, float] | None:
         """The age of the stored token and what is left of its life, in seconds, or None.

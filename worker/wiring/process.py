@@ -241,7 +241,14 @@ class Incarnation:
             if self.settings.tokens.shared:
                 stored = StoredTokens(self.database, self.id)
                 shared = SharedTokens(stored, self._credentials.ring, self.clock)
-            tokens = Tokens(issuers, self._credentials, client=client, clock=self.clock, shared=shared)
+            tokens = Tokens(
+                issuers,
+                self._credentials,
+                client=client,
+                clock=self.clock,
+                shared=shared,
+                memory=self.settings.tokens.memory_bytes,
+            )
             supervisor = self._assemble(tokens)
             self.children.attach()
             self.signals.pass_to(supervisor.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -82,7 +83,9 @@ class OpenedCredentials:
         self._secrets_dir = Path(secrets_dir) if secrets_dir else None
         self._clock = clock
         self._active: BatchLoader[OrgId, list[dict[str, Any]]] = BatchLoader(self._read_active)
-        self._org_of: dict[str, OrgId] = {}
+        # Numbered, because each use counts.
+        self._numbers = itertools.count()
+        self._used: BatchLoader[tuple[int, credentials.Use], None] = BatchLoader(self._count_uses)
         self._unusable: set[str] = set()
 
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
@@ -91,7 +94,6 @@ class OpenedCredentials:
         Raises ConfigurationError if none can be opened: a key or a file is missing.
         """
         rows = await self._active.of(org_id) or []
-        self._org_of.update((row["id"], org_id) for row in rows)
         opened, fault = [], None
         for row in rows:
             try:
@@ -107,11 +109,14 @@ class OpenedCredentials:
             raise fault
         return opened
 
-    async def used(self, credential_id: str, error: str | None) -> None:
-        """Record one use of a credential that `active` returned."""
-        await self._database.call(
-            credentials.used, self._org_of[credential_id], credential_id, at=self._clock.now(), error=error
-        )
+    async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
+        """The ids of the active generations of these orgs, newest first."""
+        return await self._database.call_autocommit(credentials.active_ids_for_all_orgs, org_ids)
+
+    async def used(self, credential: Credential, error: str | None) -> None:
+        """Record one use of a credential; concurrent calls share a statement."""
+        use = credentials.Use(credential.id, credential.org_id, error)
+        await self._used.of((next(self._numbers), use))
 
     def ring(self, key_id: str | None = None) -> KeyRing | None:
         """The key ring, read again if it lacks this key."""
@@ -122,6 +127,14 @@ class OpenedCredentials:
     async def _read_active(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, list[dict[str, Any]]]:
         return await self._database.call_autocommit(credentials.active_for_all_orgs, org_ids)
 
+    async def _count_uses(
+        self, uses: Sequence[tuple[int, credentials.Use]]
+    ) -> Mapping[tuple[int, credentials.Use], None]:
+        await self._database.call(
+            credentials.used_for_all_orgs, [use for _, use in uses], at=self._clock.now()
+        )
+        return {}
+
     def _open(self, row: Mapping[str, Any]) -> Credential:
         return Credential(
             id=row["id"],
@@ -131,6 +144,7 @@ class OpenedCredentials:
             client_id=row["client_id"],
             secret=Secret(self._secret(row)),
             kind=row["kind"],
+            from_file=row["reference"] is not None,
         )
 
     def _secret(self, row: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ from worker.settings import Settings
 from worker.store import orgs
 from worker.store.database import Database
 from worker.tokens.cache import Tokens
+from worker.tokens.credentials import Credential
 from worker.wiring import find_keyring
 from worker.wiring.catalogue import read_entries
 from worker.wiring.secrets import OpenedCredentials, issuers_of
@@ -206,7 +207,7 @@ def _runner(
 class _UncountedCredentials(OpenedCredentials):
     """Credentials whose use is not recorded."""
 
-    async def used(self, credential_id: str, error: str | None) -> None:
+    async def used(self, credential: Credential, error: str | None) -> None:
         return
 
 

@@ -15,6 +15,7 @@ from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker import settings, wiring
 from worker.claims.claims import Claims
+from worker.claims.record import ClaimsRecord
 from worker.clock import SystemClock
 from worker.execution.attempts.events import record_claims
 from worker.runs.outcome import Trail
@@ -228,7 +229,8 @@ def run_with_token(cli: CommandLine, org: str) -> None:
         return report.probes[0].claims
 
     trail = Trail("acme.fetch")
-    record_claims(trail, asyncio.run(claims()), datetime.now(UTC), wiring.open_keyring(config).digests())
+    record = ClaimsRecord.of(asyncio.run(claims()), wiring.open_keyring(config).digests())
+    record_claims(trail, record, datetime.now(UTC))
     with database.transaction() as connection:
         now = database.now(connection)
         row = {
@@ -242,7 +244,7 @@ def run_with_token(cli: CommandLine, org: str) -> None:
             "token_ready_at": now,
             "ended_at": now,
             "outcome": "succeeded",
-            "claims": trail.claims,
+            "claims": json.loads(record.claims),
         }
         connection.execute(insert(tables.attempts), row)
     database.close()

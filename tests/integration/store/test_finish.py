@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from datetime import timedelta
@@ -79,12 +80,13 @@ def test_no_end_leaves_its_page_for_the_sake_of_an_index(postgres: Database) -> 
 def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
     worker = stock.worker()
     run = admitted(stock, worker)
+    claims = {"org_code": "org_1", "properties": {"model": 'g"pt\\{4},'}}
     trail = Trail(
         handler="acme.note_v2",
         token_ready_at=run.started_at - timedelta(milliseconds=3),
         handler_started_at=run.started_at - timedelta(milliseconds=2),
-        claims={"org_code": "org_1", "properties": {"model": 'g"pt\\{4},'}},
-        flags={"agent-v2": True},
+        claims=json.dumps(claims),
+        flags='{"agent-v2": true}',
         jti="a,b",
         claims_hash="00ff",
         progress={"done": 3, "total": 9, "note": None},
@@ -104,7 +106,7 @@ def test_an_attempt_keeps_what_it_left_behind(stock: Stock) -> None:
     )
     assert (attempt["outcome"], attempt["error"]) == ("failed", error)
     assert attempt["error_cause"] == "ValueError: <text>"
-    assert (attempt["claims"], attempt["flags"]) == (trail.claims, trail.flags)
+    assert (attempt["claims"], attempt["flags"]) == (claims, {"agent-v2": True})
     assert (attempt["jti"], attempt["claims_hash"], attempt["peak_memory"]) == ("a,b", "00ff", 12_345_678_901)
     row = stock.stored(run.id)
     assert (row["error"], row["reason"], row["progress"]) == (error, "error", trail.progress)

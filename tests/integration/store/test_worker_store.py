@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 
 import pytest
@@ -41,7 +42,7 @@ async def test_a_definition_is_carried_to_its_outcome(stock: Stock, store: Worke
     (run,) = await store.admit(OFFERED, {"child": 3})
     context = await store.org_and_definition(run)
     assert report.inserted[0].id == run.id
-    assert (context.org_id, context.issuer, context.spec) == (org, "main", spec)
+    assert (context.org_id, context.issuer, json.loads(context.spec)) == (org, "main", spec)
     assert context.definition_name.startswith("definition-")
 
     assert await store.save_checkpoint(run, "acme.note", '{"done":1}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ import pytest
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims, Flag
+from worker.claims.record import ClaimsRecord
 from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
 from worker.execution.attempts import run_services
 from worker.execution.attempts.attempt import attempt
@@ -58,6 +60,7 @@ CLAIMS = Claims(
 class Enforced:
     token: AccessToken
     claims: Claims
+    record: ClaimsRecord | None = None
 
 
 class Site:
@@ -92,7 +95,7 @@ class Site:
         )
 
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
-        return RunContext(OrgId("o1"), "org_acme", "Acme", None, "main", "nightly", self.spec)
+        return RunContext(OrgId("o1"), "org_acme", "Acme", None, "main", "nightly", json.dumps(self.spec))
 
     async def ensure(self, org: Any, issuer: str, **wanted: Any) -> Enforced:
         self.asked.append(wanted)
@@ -450,8 +453,8 @@ async def test_evidence_names_properties_and_shows_no_value_of_them(site: Site) 
     ended = await site.attempt()
 
     assert ended.trail.claims is not None
-    assert ended.trail.claims["properties"] == {"model_version": "str"}
-    assert "gpt-4" not in str(ended.trail.claims)
+    assert json.loads(ended.trail.claims)["properties"] == {"model_version": "str"}
+    assert "gpt-4" not in ended.trail.claims
 
 
 async def test_services_reject_the_calls_of_an_abandoned_handler(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -10,10 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from tests.fakes.clock import ManualClock, settle
+from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
+from worker.claims.claims import AccessToken
 from worker.execution.attempts import dispatcher as carrying
-from worker.execution.attempts.dispatcher import BURST, Dispatcher
+from worker.execution.attempts import inflight as inflight_module
+from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.attempts.run_services import Tools
@@ -22,6 +25,7 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
+from worker.telemetry.masking import MASK, Masker
 
 pytestmark = pytest.mark.anyio
 
@@ -33,6 +37,8 @@ class Backlog:
         self.waiting = waiting
         self.asked: list[int] = []
         self.batches: list[int] = []
+        self.prepared: list[int] = []
+        self.fault: Exception | None = None
 
     async def admit(
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
@@ -113,7 +119,14 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def dispatcher_of(
     store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, ends: list[EndedAttempt]
 ) -> Dispatcher:
-    tools = cast(Tools, SimpleNamespace(clock=clock, run_log=RunLogWriter(cast(Any, store), clock)))
+    async def prepare(runs: Sequence[AdmittedRun]) -> None:
+        store.prepared.append(len(runs))
+        if store.fault is not None:
+            raise store.fault
+
+    tools = cast(
+        Tools, SimpleNamespace(clock=clock, run_log=RunLogWriter(cast(Any, store), clock), prepare=prepare)
+    )
     return Dispatcher(
         tools,
         inflight_runs,
@@ -154,3 +167,50 @@ async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: Man
     assert len(ends) == 2 * BURST
     assert {attempt.state for attempt in ends[-BURST:]} == {"waiting"}
     assert dispatcher.running == 0
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("fault", [None, RuntimeError("unexpected")])
+async def test_what_many_attempts_need_is_read_together(clock: ManualClock, fault: Exception | None) -> None:
+    """A failure of that is left to each attempt."""
+    store, ends = Backlog(0), []
+    store.fault = fault
+    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
+    writing = asyncio.create_task(dispatcher.finisher.run())
+
+    dispatcher.start([admitted(f"r{n}") for n in range(PREPARED + 3)])
+    await settle(200)
+    writing.cancel()
+
+    assert store.prepared == [PREPARED, 3]
+    assert len(ends) == PREPARED + 3
+
+
+async def test_the_tokens_of_each_run_in_flight_are_masked(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the masker remembers otherwise."""
+    known = Masker(limit=2, kept=2)
+    monkeypatch.setattr(inflight_module, "masker", known)
+    texts = [secrets.token_hex(30) for _ in range(30)]
+    go_on = asyncio.Event()
+
+    async def attempt(inflight: InflightRun, tools: Any) -> EndedAttempt:
+        for _ in range(2):
+            inflight.hold(AccessToken(texts[int(inflight.run.id[1:])], START))
+        await go_on.wait()
+        return ended(inflight.run.id)
+
+    monkeypatch.setattr(carrying, "attempt", attempt)
+    store, ends = Backlog(0), []
+    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
+    writing = asyncio.create_task(dispatcher.finisher.run())
+    dispatcher.start([admitted(f"r{n}") for n in range(30)])
+    await settle(20)
+
+    assert known.mask(" ".join(texts)) == " ".join([MASK] * 30)
+    go_on.set()
+    await settle(50)
+    writing.cancel()
+    assert len(ends) == 30
+    assert known.mask(" ".join(texts)) == " ".join([*texts[:28], MASK, MASK])

@@ -223,3 +223,103 @@ def test_the_cost_does_not_grow_with_the_number_of_secrets():
 def seconds_to_mask(masker: Masker, text: str) -> float:
     """The shortest of some tries, of the processor's time."""
     return min(timeit.repeat(lambda: masker.mask(text), timer=time.thread_time, number=1, repeat=5))
+
+
+def test_each_held_token_is_masked_however_many_there_are():
+    masker = Masker(limit=10, kept=5)
+    tokens = [made_up_token(seed) for seed in range(200)]
+    for token in tokens:
+        masker.hold(token)
+
+    assert masker.mask(" ".join(tokens)) == " ".join([MASK] * 200)
+    assert masker.mask(f"<{tokens[7][-20:]}>") == f"<{MASK}>"
+    assert masker.mask(base64.b64encode(tokens[8].encode()).decode()).startswith(MASK)
+
+
+def test_a_token_is_held_until_all_of_its_runs_have_released_it():
+    masker = Masker(kept=0)
+    for _ in range(2):
+        masker.hold(TOKEN)
+
+    masker.release(TOKEN)
+    assert masker.mask(TOKEN) == MASK
+    masker.release(TOKEN)
+    assert masker.mask(TOKEN) == TOKEN
+    masker.release(TOKEN)
+    masker.hold(TOKEN)
+    assert masker.mask(TOKEN) == MASK
+
+
+def test_the_tokens_released_last_are_still_masked():
+    masker = Masker(kept=2)
+    tokens = [made_up(50, seed) for seed in range(3)]
+    for token in tokens:
+        masker.note(token)
+
+    assert masker.mask(" ".join(tokens)) == f"{tokens[0]} {MASK} {MASK}"
+
+
+def test_what_is_registered_and_held_is_masked_until_neither():
+    for end_first, end_last in ((Masker.forget, Masker.release), (Masker.release, Masker.forget)):
+        masker = Masker(kept=0)
+        masker.register(TOKEN)
+        masker.hold(TOKEN)
+
+        end_first(masker, TOKEN)
+        assert masker.mask(TOKEN) == MASK
+        end_last(masker, TOKEN)
+        assert masker.mask(TOKEN) == TOKEN
+
+
+@pytest.mark.parametrize("secret", [s for s in SECRETS.values() if len(s) >= 6], ids=lambda s: s[:8])
+def test_a_held_secret_of_any_form_is_masked(secret):
+    masker = Masker(kept=0)
+    masker.hold(secret)
+
+    assert masker.mask(f"before {secret} after") == f"before {MASK} after"
+    masker.release(secret)
+    assert masker.mask(f"before {secret} after") == f"before {secret} after"
+
+
+@pytest.mark.parametrize("at", range(1, 24))
+def test_a_piece_of_a_held_token_across_its_last_dot_is_masked(at):
+    """Each side of the dot is shorter than what is looked for."""
+    dot = TOKEN.rindex(".")
+    piece = TOKEN[dot - at : dot + 24 - at]
+    masker = Masker()
+    masker.hold(TOKEN)
+
+    assert masker.mask(f"<{piece}>") == known(TOKEN).mask(f"<{piece}>")
+
+
+def test_a_held_token_is_not_prepared_for_text_that_cannot_contain_it():
+    """A line of the log for each run, with run ids and names, costs no table for its token."""
+    masker = Masker()
+    masker.hold(TOKEN)
+    line = '{"event": "run.ended", "run": "019a8f3c-5b7e-7c1d-9e2f-0123456789ab", "org": "org_acme"}'
+
+    before = set(vars(masker)["_blocks"])
+    assert masker.mask(line) == line
+    assert set(vars(masker)["_blocks"]) == before
+    assert masker.mask(line + TOKEN) == line + MASK
+    assert set(vars(masker)["_blocks"]) != before
+
+
+def test_released_tokens_leave_no_memory_behind():
+    masker = Masker(kept=10)
+
+    def come_and_go(seeds: range) -> int:
+        for seed in seeds:
+            token = made_up_token(seed)
+            masker.note(token)
+            assert masker.mask(token) == MASK
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = come_and_go(range(100, 140))
+        grown = come_and_go(range(200, 400)) - before
+    finally:
+        tracemalloc.stop()
+
+    assert grown < 200 * 50

@@ -301,7 +301,8 @@ async def test_secret_and_token_are_masked_and_have_no_readable_form(world: Worl
 
 async def test_the_cache_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The token used longest ago goes first."""
-    monkeypatch.setattr("worker.tokens.cache.MAX_TOKENS", 2)
+    monkeypatch.setattr(world.tokens._tokens, "_size", lambda enforced: 10)
+    monkeypatch.setattr(world.tokens._tokens, "_limit", 20)
     others = [world.add_org(number) for number in range(2)]
     for of in (ORG, *others):
         await world.ensure(of)

@@ -6,15 +6,17 @@ import asyncio
 import copy
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.clock import ManualClock
-from tests.fakes.issuer import ORG, FakeCredentials
+from tests.fakes.clock import ManualClock, settle
+from tests.fakes.issuer import ORG, FakeCredentials, org
 from worker.errors import ConfigurationError, CredentialsRejected, StoreUnavailable
+from worker.orgs import OrgRef
 from worker.secret import Secret
-from worker.tokens.credentials import Generations, fault_of_reference, read_reference
+from worker.tokens.credentials import READ_AGAIN, Generations, fault_of_reference, read_reference
 
 pytestmark = pytest.mark.anyio
 
@@ -156,3 +158,78 @@ async def test_an_org_whose_last_generation_was_retired_has_none(clock: ManualCl
     for _ in range(2):
         with pytest.raises(CredentialsRejected):
             await generations.of(ORG)
+
+
+async def known_generations(clock: ManualClock, **changes: object) -> tuple[Generations, FakeCredentials]:
+    """Credentials of one org that were read long enough ago to be read again."""
+    source = FakeCredentials()
+    source.add(ORG, "client-a", "secret-a")
+    source.orgs[ORG.id] = [replace(each, **changes) for each in source.orgs[ORG.id]]
+    generations = Generations(source, clock=clock)
+    await generations.of(ORG)
+    clock.advance(READ_AGAIN)
+    return generations, source
+
+
+async def test_credentials_that_are_the_same_are_confirmed_without_opening_a_secret(clock: ManualClock):
+    generations, source = await known_generations(clock)
+    known = await generations.of(ORG)
+    clock.advance(READ_AGAIN)
+    reads = source.reads
+
+    await generations.load([ORG, org(1)])
+    await generations.load([ORG])
+
+    assert await generations.of(ORG) is known
+    assert (source.looks, source.reads) == (1, reads)
+
+
+@pytest.mark.parametrize("change", ["added", "retired", "other code", "file"])
+async def test_credentials_that_may_have_changed_are_read_again(clock: ManualClock, change: str):
+    generations, source = await known_generations(clock, from_file=change == "file")
+    ref = ORG
+    match change:
+        case "added":
+            source.add(ORG, "client-a", "secret-b")
+        case "retired":
+            source.orgs[ORG.id] = [replace(source.orgs[ORG.id][0], id="another")]
+        case "other code":
+            ref = OrgRef(ORG.id, "renamed")
+    reads = source.reads
+
+    await generations.load([ref])
+    found = await generations.of(ref)
+
+    assert source.reads == reads + 1
+    assert list(found) == source.orgs[ORG.id]
+
+
+async def test_without_a_database_what_is_known_is_used(clock: ManualClock):
+    generations, source = await known_generations(clock)
+    source.fault = StoreUnavailable("away")
+
+    await generations.load([ORG])
+
+    assert [each.client_id for each in await generations.of(ORG)] == ["client-a"]
+
+
+async def test_credentials_retired_while_they_are_confirmed_are_not_kept(clock: ManualClock):
+    """`forget` comes while the query runs."""
+    generations, source = await known_generations(clock)
+    asked, answer = source.active_ids, asyncio.Event()
+
+    async def slow(org_ids):
+        found = await asked(org_ids)
+        await answer.wait()
+        return found
+
+    source.active_ids = slow
+    loading = asyncio.ensure_future(generations.load([ORG]))
+    await settle()
+    generations.forget(ORG.id)
+    source.orgs[ORG.id] = []
+    answer.set()
+    await loading
+
+    with pytest.raises(CredentialsRejected):
+        await generations.of(ORG)

@@ -13,6 +13,7 @@ from random import Random
 
 from worker.claims.claims import flag_is
 from worker.claims.decode import enforce
+from worker.claims.record import ClaimsRecord
 from worker.errors import (
     ConfigurationError,
     LeaseLost,
@@ -99,8 +100,11 @@ async def _run(
     )
     if enforced is None:
         return outcome_of_stop(inflight.stop)
+    inflight.hold(enforced.token)
     claims = enforced.claims
-    events.record_claims(trail, claims, tools.clock.now(), tools.digests)
+    if (record := enforced.record) is None:
+        record = enforced.record = ClaimsRecord.of(claims, tools.digests)
+    events.record_claims(trail, record, tools.clock.now())
     if tools.budgets.limits_in_claims:
         await tools.budgets.note_claims(org.id, claims)
 
@@ -129,7 +133,7 @@ async def _run(
     state = None
     if entry.state:
         if not definition.serial:
-            return state_without_order(definition, entry.name)
+            return state_without_order(plan, entry.name)
         state = await tools.checkpoints.load_state(run)
     services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
     now = tools.clock.now()

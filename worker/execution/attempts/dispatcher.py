@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
+from itertools import islice
 from typing import cast
 
 from worker.execution.attempts import events
@@ -22,6 +23,8 @@ from worker.telemetry.events import emit
 
 # Attempts started in one iteration of the loop: ends are written between bursts, and nothing waits long.
 BURST = 50
+# Runs for which plans and credentials are read together.
+PREPARED = 500
 
 
 @dataclass(eq=False, repr=False)
@@ -56,8 +59,19 @@ class Dispatcher:
 
     async def _start_queued(self) -> None:
         loop = asyncio.get_running_loop()
+        prepared = 0
         while self._queue:
-            for _ in range(min(BURST, len(self._queue))):
+            if prepared <= 0:
+                runs = [inflight.run for inflight in islice(self._queue, PREPARED)]
+                prepared = len(runs)
+                try:
+                    await self.tools.prepare(runs)
+                except Exception as error:
+                    # Each attempt reads for itself what is missing.
+                    emit("loop.failed", loop="dispatcher", error=f"{type(error).__name__}: {error}")
+            burst = min(BURST, prepared)
+            prepared -= burst
+            for _ in range(burst):
                 task = start_task(self._attempt(self._queue.popleft()), loop=loop)
                 if not task.done():
                     self._attempts.add(task)
@@ -90,11 +104,14 @@ class Dispatcher:
             inflight.stop.kill()
 
     async def _attempt(self, inflight: InflightRun) -> None:
-        ended = await attempt(inflight, self.tools)
-        if inflight.storing:
-            await inflight.stored()
-        if self.tools.run_log.has_logged(inflight.run):
-            await self.tools.run_log.flush_run(inflight.run)
+        try:
+            ended = await attempt(inflight, self.tools)
+            if inflight.storing:
+                await inflight.stored()
+            if self.tools.run_log.has_logged(inflight.run):
+                await self.tools.run_log.flush_run(inflight.run)
+        finally:
+            inflight.drop_tokens()
         self.finisher.put(ended)
 
     def _written(self, ended: EndedAttempt, accepted: bool) -> None:

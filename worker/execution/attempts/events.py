@@ -1,17 +1,10 @@
-"""What an attempt leaves behind: events, trace spans, and a snapshot of the claims it acted under."""
+"""What an attempt leaves behind: events, trace spans, and a record of the claims it acted under."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from worker.claims.claims import Claims
-from worker.claims.digests import DIGESTS, Digests
-from worker.clock import to_text
+from worker.claims.record import ClaimsRecord
 from worker.definitions.definition import Definition
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import AttemptPlan
@@ -22,54 +15,14 @@ from worker.telemetry import tracing
 from worker.telemetry.events import emit
 from worker.telemetry.tracing import Traced, Tracer
 
-# All runs of a token share its claims; snapshots of the newest so many are cached.
-MAX_SNAPSHOTS = 10_000
 
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    claims: Claims
-    flags: Mapping[str, Any]
-    shown: Mapping[str, Any]
-    fingerprint: str
-
-
-_snapshots: dict[int, _Snapshot] = {}
-
-
-def record_claims(trail: Trail, claims: Claims, at: datetime, digests: Digests | None) -> None:
-    """Record a token's claims; of properties names, types and digests, since a value may be a secret."""
-    snapshot = _snapshots.get(id(claims))
-    if snapshot is None or snapshot.claims is not claims:
-        snapshot = _snapshots[id(claims)] = _snapshot_of(claims, digests)
-        if len(_snapshots) > MAX_SNAPSHOTS:
-            del _snapshots[next(iter(_snapshots))]
+def record_claims(trail: Trail, record: ClaimsRecord, at: datetime) -> None:
+    """Record a token's claims."""
     trail.token_ready_at = at
-    trail.jti = claims.jti
-    trail.flags = snapshot.flags
-    trail.claims = snapshot.shown
-    trail.claims_hash = snapshot.fingerprint
-
-
-def _snapshot_of(claims: Claims, digests: Digests | None) -> _Snapshot:
-    flags = {name: flag.value for name, flag in claims.flags.items()}
-    scopes = sorted(claims.scopes)
-    shown: dict[str, Any] = {
-        "org_code": claims.org_code,
-        "client_id": claims.client_id,
-        "scopes": scopes,
-        "properties": {name: type(value).__name__ for name, value in sorted(claims.properties.items())},
-        "issued_at": to_text(claims.issued_at),
-        "expires_at": to_text(claims.expires_at),
-    }
-    if digests is not None:
-        shown[DIGESTS] = digests.of(claims)
-    # Equal for tokens that configure a handler alike, so without lifetimes.
-    content = {"scopes": scopes, "properties": claims.properties, "flags": flags}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
-    if digests is not None:
-        return _Snapshot(claims, flags, shown, digests.digest(text))
-    return _Snapshot(claims, flags, shown, hashlib.sha256(text.encode()).hexdigest()[:32])
+    trail.jti = record.jti
+    trail.flags = record.flags
+    trail.claims = record.claims
+    trail.claims_hash = record.fingerprint
 
 
 def run_admitted(run: AdmittedRun, plan: AttemptPlan) -> None:

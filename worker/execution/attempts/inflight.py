@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from worker.claims.claims import AccessToken
 from worker.definitions import CANCEL_GRACE
 from worker.execution.attempts.plan import AttemptPlan
 from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun
+from worker.telemetry.masking import masker
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ class InflightRun:
     plan: AttemptPlan | None = None
     moved: bool = False
     storing: set[asyncio.Future[bool]] | None = None
+    tokens: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def org_code(self) -> str | None:
@@ -39,6 +42,18 @@ class InflightRun:
     @property
     def cancel_grace(self) -> timedelta:
         return CANCEL_GRACE if self.plan is None else self.plan.definition.cancel_grace
+
+    def hold(self, token: AccessToken) -> None:
+        """Mask a token of this run in all that the worker writes, until `drop_tokens`."""
+        if (text := token.reveal()) not in self.tokens:
+            masker.hold(text)
+            self.tokens += (text,)
+
+    def drop_tokens(self) -> None:
+        """The attempt has ended: all of its output is masked."""
+        for text in self.tokens:
+            masker.release(text)
+        self.tokens = ()
 
     async def store(self, storing: Coroutine[Any, Any, bool]) -> bool:
         """The result of storing a step. It goes on if the caller is cancelled: the call was made and paid."""

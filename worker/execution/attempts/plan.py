@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol, Self
 
+from worker.bounded import Sized
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.definition import Definition, from_spec
 from worker.definitions.origins import check_base_url, check_encrypted, is_listed
 from worker.definitions.units import parse_duration, parse_memory
-from worker.errors import ConfigurationError, DefinitionError
+from worker.errors import ConfigurationError, DefinitionError, Unavailable
 from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
@@ -26,6 +29,9 @@ from worker.telemetry.tracing import traceparent
 # Seconds that a plan is cached: an org's new name or issuer takes effect within that time.
 MAX_AGE = 5.0
 MAX_PLANS = 10_000
+# Bytes of what plans share; of one about so many, and so many for each character of its spec.
+SHARED_BYTES = 32 * 1024 * 1024
+SHARED_SIZE, SIZE_OF_SPEC = 3_000, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,10 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class AttemptPlan:
-    """The definition at the run's revision, the org it acts for, and the origins its token may go to."""
+    """The definition at the run's revision, the org it acts for, and the origins its token may go to.
+
+    `definition.org` is empty: all orgs whose definitions have this name and spec share it.
+    """
 
     definition: Definition
     org: OrgRef
@@ -123,11 +132,11 @@ class AttemptPlan:
         )
 
 
-def state_without_order(definition: Definition, handler: str) -> Failed:
+def state_without_order(plan: AttemptPlan, handler: str) -> Failed:
     """The outcome if runs of a definition could overwrite each other's state: an older definition."""
     message = (
-        f"definition {definition.org}/{definition.name}, overlap: {handler} declares state, which concurrent "
-        "runs would overwrite; choose skip, queue_one or replace"
+        f"definition {plan.org.code}/{plan.definition.name}, overlap: {handler} declares state, which "
+        "concurrent runs would overwrite; choose skip, queue_one or replace"
     )
     return Failed(Error("DefinitionError", message), permanent=True)
 
@@ -135,6 +144,23 @@ def state_without_order(definition: Definition, handler: str) -> Failed:
 class PlanStore(Protocol):
     async def org_and_definition(self, run: AdmittedRun) -> RunContext:
         """The org and the definition's revision of a run, in one query."""
+
+    async def orgs_and_definitions(self, wanted: Sequence[Revision]) -> Mapping[Revision, RunContext]:
+        """The same of several revisions, without those that are gone."""
+
+
+Revision = tuple[DefinitionId, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What the plans of all orgs with the same definition share."""
+
+    definition: Definition
+    api_origins: tuple[str, ...]
+    api_base_url: str
+    size: int
+    limits: dict[str, tuple[HandlerEntry | None, Limits]] = field(default_factory=dict)
 
 
 @dataclass(eq=False, repr=False)
@@ -147,8 +173,10 @@ class Plans:
     private_origins: tuple[str, ...] = ()
     insecure_origins: tuple[str, ...] = ()
     api_base_urls: Mapping[str, str] = field(default_factory=dict)
-    _plans: OrderedDict[tuple[DefinitionId, int], tuple[float, AttemptPlan]] = field(
-        default_factory=OrderedDict
+    _plans: OrderedDict[Revision, tuple[float, AttemptPlan]] = field(default_factory=OrderedDict)
+    # By issuer, name and spec: a template's definitions differ in their org only.
+    _shared: Sized[tuple[str, str, str], _Shared] = field(
+        default_factory=lambda: Sized(SHARED_BYTES, lambda shared: shared.size)
     )
 
     async def of(self, run: AdmittedRun) -> AttemptPlan:
@@ -156,13 +184,60 @@ class Plans:
         ConfigurationError if its token would go to a forbidden origin, and Unavailable.
         """
         key = (run.definition_id, run.revision)
-        now = self.clock.monotonic()
         cached = self._plans.get(key)
-        if cached is not None and now - cached[0] < MAX_AGE:
-            self._plans.move_to_end(key)
+        if cached is not None and self.clock.monotonic() - cached[0] < MAX_AGE:
             return cached[1]
-        context = await self.store.org_and_definition(run)
-        definition = from_spec(context.org_code, context.definition_name, context.spec)
+        return self._keep(key, await self.store.org_and_definition(run))
+
+    async def load(self, runs: Sequence[AdmittedRun]) -> list[AttemptPlan]:
+        """The plans of these runs, read in one query; without those that cannot be read now."""
+        oldest = self.clock.monotonic() - MAX_AGE
+        plans: list[AttemptPlan] = []
+        missing: set[Revision] = set()
+        for run in runs:
+            key = (run.definition_id, run.revision)
+            cached = self._plans.get(key)
+            if cached is not None and cached[0] > oldest:
+                plans.append(cached[1])
+            else:
+                missing.add(key)
+        if missing:
+            # `of` meets the same error again, and reports it for its run.
+            with suppress(Unavailable):
+                found = await self.store.orgs_and_definitions(sorted(missing))
+                for key, context in found.items():
+                    with suppress(DefinitionError, ConfigurationError):
+                        plans.append(self._keep(key, context))
+        return plans
+
+    def _keep(self, key: Revision, context: RunContext) -> AttemptPlan:
+        """The plan of a context; raises as `of`."""
+        shared = self._shared_of(context)
+        plan = AttemptPlan(
+            definition=shared.definition,
+            org=OrgRef(context.org_id, context.org_code),
+            org_name=context.org_name,
+            issuer=context.issuer,
+            api_origins=shared.api_origins,
+            private_origins=self.private_origins,
+            insecure_origins=self.insecure_origins,
+            api_base_url=shared.api_base_url,
+            _limits=shared.limits,
+        )
+        now = self.clock.monotonic()
+        self._plans[key] = (now, plan)
+        self._plans.move_to_end(key)
+        # The oldest are first, and of no use once they are too old.
+        while len(self._plans) > MAX_PLANS or now - next(iter(self._plans.values()))[0] >= MAX_AGE:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _shared_of(self, context: RunContext) -> _Shared:
+        key = (context.issuer, context.definition_name, context.spec)
+        shared = self._shared.get(key)
+        if shared is not None:
+            return shared
+        definition = from_spec(context.org_code, context.definition_name, json.loads(context.spec))
         origins = definition.api_origins
         if origins is None:
             origins = self.api_origins.get(context.issuer, ())
@@ -178,18 +253,7 @@ class Plans:
             base_url = self.api_base_urls.get(context.issuer, "")
             if base_url and not is_listed(base_url, origins):
                 base_url = ""  # the definition has other origins
-        plan = AttemptPlan(
-            definition=definition,
-            org=OrgRef(context.org_id, context.org_code),
-            org_name=context.org_name,
-            issuer=context.issuer,
-            api_origins=origins,
-            private_origins=self.private_origins,
-            insecure_origins=self.insecure_origins,
-            api_base_url=base_url,
-        )
-        self._plans[key] = (now, plan)
-        self._plans.move_to_end(key)
-        while len(self._plans) > MAX_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+        size = SHARED_SIZE + SIZE_OF_SPEC * len(context.spec)
+        shared = _Shared(replace(definition, org=""), origins, base_url, size)
+        self._shared.put(key, shared)
+        return shared

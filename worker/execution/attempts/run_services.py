@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import enforce
 from worker.claims.digests import Digests
+from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.definitions.definition import Definition
 from worker.errors import LeaseLost, TokenRefused, Unavailable
@@ -61,7 +62,9 @@ def redacted(outcome: Outcome) -> Outcome:
 
 
 class EnforcedToken(Protocol):
-    """A token that was verified and enforced for its org."""
+    """A token that was verified and enforced for its org; `record` is kept for its next run."""
+
+    record: ClaimsRecord | None
 
     @property
     def token(self) -> AccessToken: ...
@@ -97,6 +100,9 @@ class TokenSource(Protocol):
         also_ask: frozenset[str],
     ) -> None:
         """Request a new token for the next run: the claims of this one were refused."""
+
+    async def load(self, orgs: Sequence[OrgRef]) -> None:
+        """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`."""
 
 
 class CheckpointStore(Protocol):
@@ -170,6 +176,11 @@ class Tools:
     random: Random
     digests: Digests | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
+
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read what the attempts of these runs need in few queries, so that they need not wait one by one."""
+        plans = await self.plans.load(runs)
+        await self.tokens.load([plan.org for plan in plans])
 
     def scopes_of_variants(self, definition: Definition) -> frozenset[str]:
         """The scopes of the handlers that a token may select, requested with those of the definition's."""
@@ -312,6 +323,7 @@ class AttemptServices:
                 max_claims_age=definition.max_claims_age,
                 fresh=fresh,
             )
+            self.inflight.hold(enforced.token)
             enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self.scopes)
             if self.tools.budgets.limits_in_claims:
                 await self.tools.budgets.note_claims(org.id, enforced.claims)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import LogLine
-from worker.store.dialect import driver, shared_json
+from worker.store.dialect import driver
 from worker.store.sql.contract import (
     Ending,
     LockedRun,
@@ -48,8 +48,8 @@ class Tokens:
         self.places = numbers(place_of[_token(trail)] for trail in trails)
         self.columns = (
             numbers(place_of.values()),
-            texts(None if trail.claims is None else shared_json(trail.claims) for trail in tokens),
-            texts(None if trail.flags is None else shared_json(trail.flags) for trail in tokens),
+            texts(trail.claims for trail in tokens),
+            texts(trail.flags for trail in tokens),
             texts(trail.jti for trail in tokens),
             texts(trail.claims_hash for trail in tokens),
         )

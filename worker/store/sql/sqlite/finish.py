@@ -13,7 +13,7 @@ from worker.clock import from_text, to_text
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
-from worker.store.dialect import driver, file_now, shared_json
+from worker.store.dialect import driver, file_now
 from worker.store.sql.contract import (
     Ending,
     LockedRun,
@@ -246,8 +246,8 @@ def _attempt_row(ending: Ending) -> tuple[Any, ...]:
         attempt.outcome,
         json_text(attempt.error),
         attempt.error_cause,
-        None if trail.claims is None else shared_json(trail.claims),
-        None if trail.flags is None else shared_json(trail.flags),
+        trail.claims,
+        trail.flags,
         trail.jti,
         trail.claims_hash,
         trail.peak_memory,
