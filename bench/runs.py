@@ -3,8 +3,9 @@
     .venv/bin/python -m bench.runs [starts] [memory] [inline] [--database sqlite|postgresql]
 
 `starts` counts from handing a run to the runner until its handler is called, and until its process
-and all below it are gone; with the sandbox and without it in turn, and prints the ratio. `memory` is
-the proportional set size: what several share counts once.
+and all below it are gone; with and without spare children, and with and without the sandbox, in turn.
+Between two runs it waits for `--pause`, in which spares are replaced. Faults are page faults of zygote and
+run. `memory` is the proportional set size: what several share counts once.
 `inline` has a real worker hold sleeping runs; its CPU is that of the whole worker, renewals each
 second, with and without them.
 """
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -56,6 +57,10 @@ async def inline(ctx):
 ENTRY_POINTS = {f"bench.{name}": f"bench_jobs:{name}" for name in ("noop", "waits", "inline")}
 
 
+# Starts of each kind that are not counted.
+WARM_UP = 10
+
+
 class TimedServices(RecordingServices):
     """Records when the handler was called."""
 
@@ -70,45 +75,78 @@ def spread(name: str, seconds: Sequence[float]) -> str:
     return f"{name} p50 {cuts[9] * 1000:.1f} ms, p95 {cuts[18] * 1000:.1f} ms"
 
 
-async def measure_starts(count: int) -> None:
+async def measure_starts(count: int, pause: float) -> None:
     """Runs in sequence: a fork, a handler that returns at once, and the end of its processes.
 
-    With the sandbox and without it in turn, each by a zygote of its own, so that whatever
-    else the machine does meanwhile strikes both alike.
+    Each kind in turn and by a zygote of its own, so that whatever else the machine does meanwhile strikes all
+    alike.
     """
     rules = Planner([]).rules([], [])
-    kinds = {"sandboxed": ChildPool(SystemClock(), sandbox=rules), "without": ChildPool(SystemClock())}
-    started: dict[str, list[float]] = {name: [] for name in kinds}
-    ended: dict[str, list[float]] = {name: [] for name in kinds}
-    used: dict[str, float] = dict.fromkeys(kinds, 0.0)
+    kinds = {
+        "sandboxed": ChildPool(SystemClock(), sandbox=rules),
+        "without sandbox": ChildPool(SystemClock()),
+        "sandboxed, spare": ChildPool(SystemClock(), sandbox=rules, spares=2),
+        "without sandbox, spare": ChildPool(SystemClock(), spares=2),
+    }
+    measured = {name: Starts() for name in kinds}
     for children in kinds.values():
         children.start()
         children.attach()
         await children.run(work("noop", entry_point="bench_jobs:noop"), TimedServices(), StopSignal())
-    for number in range(count + 10):
-        # The second one finds warmer caches.
+    for number in range(count + WARM_UP):
+        if number == WARM_UP:
+            measured = {name: Starts() for name in kinds}
+        # A later one finds warmer caches.
         for name, children in sorted(kinds.items(), reverse=bool(number % 2)):
-            before, link, began = cpu(children), TimedServices(), time.perf_counter()
-            await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
-            if number >= 10:
-                started[name].append(link.started_at - began)
-                ended[name].append(time.perf_counter() - began)
-                used[name] += cpu(children) - before
+            await measured[name].add(children, pause)
     for name, children in reversed(kinds.items()):  # the younger zygote first: it would be taken for adopted
-        print(
-            f"{count} runs in children, {name}: {spread('called', started[name])}; "
-            f"{spread('over', ended[name])}; CPU of all processes {used[name] / count * 1000:.1f} ms a run"
-        )
+        print(f"{count} runs in children, {name}: {measured[name]}")
         await children.close()
-    print(f"sandbox / without: called {ratio(started)}; over {ratio(ended)}; {load()}")
+    for one, other in (
+        ("sandboxed", "without sandbox"),
+        ("sandboxed, spare", "without sandbox, spare"),
+        ("sandboxed, spare", "sandboxed"),
+    ):
+        print(f"{one} / {other}: {measured[one].ratio_to(measured[other])}")
+    print(load())
 
 
-def ratio(seconds: Mapping[str, Sequence[float]]) -> str:
-    """The ratio of the times with and without the sandbox."""
-    sandboxed, without = seconds["sandboxed"], seconds["without"]
-    # Each pair ran within a few milliseconds, so the median excludes slow moments of the machine.
-    pairs = statistics.median(a / b for a, b in zip(sandboxed, without, strict=True))
-    return f"p50 {statistics.median(sandboxed) / statistics.median(without):.3f} (of pairs {pairs:.3f})"
+class Starts:
+    """What starts of one kind cost."""
+
+    def __init__(self) -> None:
+        self.called: list[float] = []
+        self.over: list[float] = []
+        self.used: list[float] = []
+        self.faults: list[int] = []
+
+    async def add(self, children: ChildPool, pause: float) -> None:
+        """One run, and a pause in which a spare is forked for it."""
+        before, faulted, link = cpu(children), faults(children), TimedServices()
+        began = time.perf_counter()
+        await children.run(work("noop", entry_point="bench_jobs:noop"), link, StopSignal())
+        self.over.append(time.perf_counter() - began)
+        self.called.append(link.started_at - began)
+        await asyncio.sleep(pause)
+        self.used.append(cpu(children) - before)
+        self.faults.append(faults(children) - faulted)
+
+    def __str__(self) -> str:
+        return (
+            f"{spread('called', self.called)}; {spread('over', self.over)}; CPU of worker, zygote and run "
+            f"{statistics.mean(self.used) * 1000:.2f} ms a run; {statistics.mean(self.faults):.0f} faults"
+        )
+
+    def ratio_to(self, other: Starts) -> str:
+        # Each pair ran within a few milliseconds, so the median excludes slow moments of the machine.
+        pairs = {
+            name: statistics.median(
+                a / b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)
+            )
+            for name in ("called", "over")
+        }
+        used = statistics.mean(self.used) / statistics.mean(other.used)
+        return f"called {pairs['called']:.3f}, over {pairs['over']:.3f} (median of pairs), CPU {used:.3f}"
 
 
 async def measure_memory(children: ChildPool, count: int) -> None:
@@ -135,9 +173,9 @@ async def measure_memory(children: ChildPool, count: int) -> None:
     await asyncio.gather(*runs)
 
 
-async def measure_children(what: Sequence[str], starts: int, count: int) -> None:
+async def measure_children(what: Sequence[str], starts: int, count: int, pause: float) -> None:
     if "starts" in what:
-        await measure_starts(starts)
+        await measure_starts(starts, pause)
     if "memory" in what:
         children = ChildPool(SystemClock(), sandbox=Planner([]).rules([], []))
         children.start()
@@ -194,6 +232,12 @@ def cpu(children: ChildPool) -> float:
     return time.process_time() + sum(zygote[:4])
 
 
+def faults(children: ChildPool) -> int:
+    """Page faults of the zygote and of all ended runs that the kernel served from memory."""
+    fields = Path(f"/proc/{children.zygote_pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[7]) + int(fields[8])
+
+
 def load() -> str:
     return f"load {os.getloadavg()[0]:.1f}, {datetime.now():%Y-%m-%d}"
 
@@ -203,6 +247,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["starts", "memory", "inline"])
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--starts", type=int, default=300)
+    parser.add_argument("--pause", type=float, default=0.02)
     parser.add_argument("--children", type=int, default=200)
     parser.add_argument("--inline", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -211,7 +256,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="orgworker-bench-") as folder:
             make_plugin(Path(folder), modules={"bench_jobs": HANDLERS}, entry_points=ENTRY_POINTS)
             sys.path.append(folder)
-            asyncio.run(measure_children(given.what, given.starts, given.children))
+            asyncio.run(measure_children(given.what, given.starts, given.children, given.pause))
     if "inline" in given.what:
         measure_inline(given.database, given.inline, seconds=given.seconds)
 

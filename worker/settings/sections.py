@@ -184,6 +184,7 @@ class ExecutionSettings(Section):
     """`[execution]`: concurrency, sandbox, lease and drain of a worker."""
 
     max_children: int = Field(50, ge=0, le=10_000)
+    spare_children: int = Field(2, ge=0, le=1000)
     max_inline: int = Field(1000, ge=0, le=1_000_000)
     inline: Texts = ()
     preload: Texts = ()

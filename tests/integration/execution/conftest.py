@@ -42,10 +42,11 @@ def plugin_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def children(plugin_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ChildPool]:
     """A runner as on SQLite: without a lease, so nothing is frozen.
 
-    Its runs are confined as far as this kernel can, and may write where tests look.
+    Its runs are confined as far as this kernel can, and may write where tests look. A spare serves most of
+    them.
     """
     rules = replace(Planner([]).rules([], []), write=(str(tmp_path_factory.getbasetemp()), "/dev/shm"))
-    runner = ChildPool(SystemClock(), sandbox=rules)
+    runner = ChildPool(SystemClock(), sandbox=rules, spares=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORKER_DATABASE__URL", "postgresql://somebody:secret@somewhere")
         runner.start()

@@ -27,11 +27,20 @@ HUGE = "result = 'x' * 50_000_000"
 @pytest.fixture(autouse=True)
 async def _neighbour_and_worker_are_unharmed(children: ChildPool) -> Any:
     """After each test nothing of its run is left, and another run succeeds in the same zygote."""
-    before = os.getpid(), set(os.listdir("/proc/self/fd"))
+    await with_its_spare(children)
+    before = os.getpid(), len(os.listdir("/proc/self/fd"))
     yield
-    assert left_behind(children) == set()
+    await with_its_spare(children)
     assert isinstance(await children.run(work("ok_blocking"), RecordingServices(), StopSignal()), Succeeded)
-    assert before == (os.getpid(), set(os.listdir("/proc/self/fd")))
+    await with_its_spare(children)
+    assert before == (os.getpid(), len(os.listdir("/proc/self/fd")))
+
+
+async def with_its_spare(children: ChildPool) -> None:
+    """Have the pool fork its spare; besides it there is nothing below the zygote."""
+    await children.run(work("ok_blocking"), RecordingServices(), StopSignal())
+    assert len(left_behind(children)) <= 1
+    await until(lambda: len(left_behind(children)) == 1)
 
 
 def left_behind(children: ChildPool) -> set[int]:
@@ -166,7 +175,7 @@ async def test_what_a_handler_leaves_behind_ends_with_it(
     children: ChildPool, handler: str, result: str
 ) -> None:
     assert await run(children, handler) == Succeeded(result)
-    assert left_behind(children) == set()
+    assert len(left_behind(children)) <= 1  # the spare
 
 
 async def test_files_that_take_the_channels_number_are_not_written_to(

@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def confined(plugin: Path, data: Path) -> AsyncIterator[ChildPool]:
     """A runner in whose sandbox two folders of the test are."""
     rules = Planner([]).rules([str(data / "readable")], [str(data / "writable")])
-    runner = ChildPool(SystemClock(), sandbox=rules)
+    runner = ChildPool(SystemClock(), sandbox=rules, spares=1)
     runner.start()
     runner.attach()
     yield runner

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from worker.execution.runners.child.linux import RunGroups
+from worker.execution.runners.child.linux import RunGroups, write_cap
 
 
 @pytest.fixture
@@ -25,24 +26,35 @@ def groups(tree: Path, path: str = "/system.slice/worker.service/worker") -> Run
     return RunGroups.find(tree, own)
 
 
-def test_a_run_gets_a_cgroup_with_its_cap_beside_the_workers(tree: Path) -> None:
+def test_a_run_gets_a_cgroup_beside_the_workers(tree: Path) -> None:
     found = groups(tree)
     assert found is not None
 
-    entry = found.make(7, 64 * 1024 * 1024)
+    made = found.make(7)
 
-    assert entry is not None
-    group = Path(entry).parent
-    assert (Path(entry).name, group.parent.name) == ("cgroup.procs", "worker.service")
-    assert (group / "memory.max").read_text() == "67108864"
+    assert made is not None
+    group = Path(made)
+    assert group.parent.name == "worker.service"
     assert (group / "memory.oom.group").read_text() == "1"
     assert (group.parent / "cgroup.subtree_control").read_text() == "+memory"
+
+
+@pytest.mark.parametrize(("memory", "written"), [(64 * 1024 * 1024, "67108864"), (None, "")])
+def test_a_run_sets_its_cap_and_closes_the_file(tmp_path: Path, memory: int | None, written: str) -> None:
+    file = tmp_path / "memory.max"
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT)
+
+    write_cap(descriptor, memory)
+
+    assert file.read_text() == written
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(descriptor)
 
 
 def test_a_run_that_the_kernel_killed_for_its_cap_is_told_from_others(tree: Path) -> None:
     found = groups(tree)
     assert found is not None
-    events = Path(found.make(7, 1) or "").parent / "memory.events"
+    events = Path(found.make(7) or "") / "memory.events"
 
     assert not found.ran_out(7)
     events.write_text("low 0\nhigh 0\nmax 3\noom 1\noom_kill 0\n")
@@ -55,7 +67,7 @@ def test_a_run_that_the_kernel_killed_for_its_cap_is_told_from_others(tree: Path
 def test_a_cgroup_that_is_still_busy_is_taken_away_with_a_later_one(tree: Path) -> None:
     found = groups(tree)
     assert found is not None
-    busy = Path(found.make(1, 1) or "").parent
+    busy = Path(found.make(1) or "")
     found.remove(1)
     assert busy.exists()
 

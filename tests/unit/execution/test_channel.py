@@ -81,7 +81,7 @@ def test_work_arrives_as_it_was_sent() -> None:
         insecure_origins=("http://api.acme.test",),
     )
 
-    (message,) = Unframer().feed(frame(work_message(sent)))
+    (message,) = Unframer().feed(frame(work_message(sent, 60.0)))
     got = work_of(message)
 
     assert got.token.reveal() == "text"

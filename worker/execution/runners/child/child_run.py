@@ -1,18 +1,17 @@
-"""One run in its own process, as the worker sees it: channel, output, stop, end."""
+"""One run in its own process, as the worker sees it: messages, output, stop, outcome."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from worker.clock import Clock
 from worker.errors import Unavailable, WorkerError
 from worker.execution.runners.child import messages
+from worker.execution.runners.child.child_process import ChildProcess, Ended
 from worker.execution.runners.child.messages import Message
 from worker.execution.runners.child.worker_channel import error_message
 from worker.execution.runners.contract import (
@@ -34,79 +33,61 @@ from worker.telemetry.events import emit
 
 # Seconds that a process may take to end after it sent its outcome, or was killed.
 LAST_STEPS = 2.0
+# Seconds between checks of a process that has not read its work yet.
+UNREAD = 1.0
 # Requests of one run that are answered at the same time; more of them wait.
 MAX_REQUESTS = 16
-_READ = 65_536
-_LOST = {"lost": "the process that forked it is gone", "frozen": "frozen for longer than max_freeze"}
-
-SendSignal = Callable[[str], None]  # "interrupt" or "kill", for the zygote to send
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What the zygote reports of a process; `why` is set if it killed the run itself."""
-
-    status: int = 0
-    memory: int = 0
-    why: str | None = None
-    detail: str | None = None
+_LOST = {
+    "lost": "the process that forked it is gone",
+    "frozen": "frozen for longer than max_freeze",
+    "stopped": "its process was stopped (SIGSTOP)",
+}
 
 
-class ChildRun(asyncio.Protocol):
-    """Created when its process is about to start; `finish` returns the outcome once it is gone."""
+class ChildRun:
+    """A run in the process that serves it; `finish` returns its outcome once the process is gone."""
 
     def __init__(
-        self, work: Work, services: RunServices, stop: StopSignal, clock: Clock, send_signal: SendSignal
+        self,
+        process: ChildProcess,
+        work: Work,
+        services: RunServices,
+        stop: StopSignal,
+        clock: Clock,
+        on_started: Callable[[], None],
     ) -> None:
+        self._process = process
+        self._on_started = on_started
         self._work = work
         self._services = services
-        self._send_signal = send_signal
         self._loop = asyncio.get_running_loop()
         self._output = RunOutput(services.log, clock)
         self._unframer = messages.Unframer()
-        self._channel: asyncio.Transport | None = None
         self._requests: set[asyncio.Task[None]] = set()
         self._saving = asyncio.Lock()
         self._returned: Outcome | None = None
-        self._ended: asyncio.Future[Ended] = self._loop.create_future()
-        self._pipes: dict[str, int] = {}
-        self._channel_open = False
-        self._drained = asyncio.Event()
         self._linger: asyncio.TimerHandle | None = None
+        self._begun = False
+        self.on_output = self._output.feed
         self.stop = stop
-        self.unstarted: str | None = None  # why the kernel could not start a process
+        process.serve(self, messages.work_message(work, (work.timeout_at - clock.now()).total_seconds()))
+        if work.memory is not None:
+            process.signal("cap", memory=work.memory)
+        self._unread = self._loop.call_later(UNREAD, self._check_read)
 
-    async def open(self) -> list[int]:
-        """The descriptors for the process: channel, stdout, stderr; the work is already in the first."""
-        ours, theirs = socket.socketpair()
-        given = [theirs.detach()]
-        try:
-            self._channel_open = True
-            await self._loop.create_connection(lambda: self, sock=ours)
-            self._send(messages.work_message(self._work))
-            for source in ("stdout", "stderr"):
-                given.append(self._pipe(source))
-        except OSError:
-            for descriptor in given:
-                os.close(descriptor)
-            raise
-        return given
-
-    async def finish(self) -> Outcome:
-        """Wait for the end; stop the run when asked to."""
+    async def finish(self) -> Outcome | None:
+        """Wait for the end, and stop the run when asked to. None: the process ended before the run began."""
         stopping = asyncio.create_task(self._stop_when_requested())
-        self.stop.on_kill(lambda: self._send_signal("kill"))
+        self.stop.on_kill(lambda: self._process.signal("kill"))
         try:
-            ended = await self._ended
+            ended = await self._process.ended
             # All its processes are gone: read what they have written.
-            async with asyncio.timeout(LAST_STEPS):
-                await self._drained.wait()
-        except TimeoutError:
-            # A process outside the run holds a descriptor; what it writes is not the run's.
-            self._drained.set()
+            await self._process.drained(LAST_STEPS)
         finally:
             stopping.cancel()
             self.close()
+        if not self._begun and self._to_be_repeated(ended):
+            return None
         self._output.close()
         if ended.why in ("out_of_memory", "frozen"):
             self._emit_killed(ended.why)
@@ -117,48 +98,45 @@ class ChildRun(asyncio.Protocol):
             self._services.log("error", "log", outcome.error.message)
         return outcome
 
-    def end(self, ended: Ended) -> None:
-        """The process and all its descendants are gone, or the zygote is."""
-        if ended.why == "no_process":
-            self.unstarted = ended.detail
-        if not self._ended.done():
-            self._ended.set_result(ended)
-
     def close(self) -> None:
         """Close every descriptor."""
-        for source in list(self._pipes):
-            self._close_pipe(source)
+        self._process.close()
         for task in self._requests:
             task.cancel()
+        self._unread.cancel()
         if self._linger is not None:
             self._linger.cancel()
-        if self._channel is not None:
-            self._channel.abort()
 
-    # asyncio.Protocol, for the channel
+    def _to_be_repeated(self, ended: Ended) -> bool:
+        """Whether the handler was not called, and another process may call it."""
+        if self.stop.asked or ended.why == "frozen":
+            return False
+        return ended.why in ("no_process", "stopped") or self._process.ended_unread
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._channel = cast(asyncio.Transport, transport)
+    def _check_read(self) -> None:
+        """Have a process killed that cannot read its work because it is stopped (SIGSTOP)."""
+        if not self._process.has_read_all:
+            self._process.signal("check")
+            self._unread = self._loop.call_later(UNREAD, self._check_read)
 
-    def data_received(self, data: bytes) -> None:
+    def on_data(self, data: bytes) -> None:
         try:
             for message in self._unframer.feed(data):
                 self._handle(message)
         except (messages.BrokenFrame, KeyError, TypeError, ValueError, StepError):
             error = Error("BrokenChannel", "the run's process sent an invalid message")
             self._returned = Failed(error, "result_invalid")
-            self._send_signal("kill")
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._channel_open = False
-        self._check_drained()
+            self._process.signal("kill")
 
     # messages of the process
 
     def _handle(self, message: Message) -> None:
         match message["op"]:
             case "started":
+                self._begun = True
+                self._unread.cancel()
                 self._services.started()
+                self._on_started()
             case "progress":
                 self._services.progress(*messages.progress_of(message))
             case "save":
@@ -177,19 +155,18 @@ class ChildRun(asyncio.Protocol):
                 self._answer_later(message, self._spend(*messages.spend_of(message)))
             case "end":
                 self._returned = messages.outcome_of_message(message["outcome"])
-                self._linger = self._loop.call_later(LAST_STEPS, self._send_signal, "kill")
+                self._linger = self._loop.call_later(LAST_STEPS, self._process.signal, "kill")
 
     def _answer_later(self, message: Message, work: Awaitable[Message]) -> None:
         task = asyncio.create_task(self._answer(message["n"], work))
         self._requests.add(task)
         task.add_done_callback(self._answered)
-        if len(self._requests) >= MAX_REQUESTS and self._channel is not None:
-            self._channel.pause_reading()
+        if len(self._requests) >= MAX_REQUESTS:
+            self._process.pause_reading()
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         self._requests.discard(task)
-        if self._channel is not None and not self._channel.is_closing():
-            self._channel.resume_reading()
+        self._process.resume_reading()
 
     async def _answer(self, number: int, work: Awaitable[Message]) -> None:
         try:
@@ -198,7 +175,7 @@ class ChildRun(asyncio.Protocol):
             answer = {"error": error_message(error)}
         except Exception as error:  # of the store: the handler's call fails
             answer = {"error": error_message(Unavailable(f"not possible now ({type(error).__name__})"))}
-        self._send({"op": "answer", "n": number, **answer})
+        self._process.send({"op": "answer", "n": number, **answer})
 
     async def _save(self, data: Any) -> Message:
         if not isinstance(data, str):
@@ -230,53 +207,20 @@ class ChildRun(asyncio.Protocol):
     async def _spend(self, meter: str, amount: int, number: int) -> Message:
         return messages.budgets_message(await self._services.spend(meter, amount, number))
 
-    def _send(self, message: Message) -> None:
-        if self._channel is not None and not self._channel.is_closing():
-            self._channel.write(messages.frame(message))
-
     # stopping
 
     async def _stop_when_requested(self) -> None:
         await self.stop.requested.wait()
         await self.stop.escalate(
-            lambda reason: self._send({"op": "stop", "reason": reason}),
-            lambda: self._send_signal("interrupt"),
+            lambda reason: self._process.send({"op": "stop", "reason": reason}),
+            lambda: self._process.signal("interrupt"),
         )
         self._emit_killed(self.stop.reason or "lease lost")
-        self._send_signal("kill")
+        self._process.signal("kill")
 
     def _emit_killed(self, reason: str) -> None:
         work = self._work
         emit("child.killed", org=work.org_code, run=work.run_id, attempt=work.attempt, reason=reason)
-
-    # output
-
-    def _pipe(self, source: str) -> int:
-        ours, theirs = os.pipe()
-        os.set_blocking(ours, False)
-        self._pipes[source] = ours
-        self._loop.add_reader(ours, self._read, source, ours)
-        return theirs
-
-    def _read(self, source: str, descriptor: int) -> None:
-        try:
-            data = os.read(descriptor, _READ)
-        except BlockingIOError:
-            return
-        if data:
-            self._output.feed(source, data)
-        else:
-            self._close_pipe(source)
-            self._check_drained()
-
-    def _close_pipe(self, source: str) -> None:
-        descriptor = self._pipes.pop(source)
-        self._loop.remove_reader(descriptor)
-        os.close(descriptor)
-
-    def _check_drained(self) -> None:
-        if not self._pipes and not self._channel_open:
-            self._drained.set()
 
 
 def outcome_of_end(

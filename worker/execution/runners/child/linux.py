@@ -218,19 +218,18 @@ class RunGroups:
             return None
         return cls(mine.parent)
 
-    def make(self, run: int, memory: int) -> str | None:
-        """Make a cgroup with a cap in bytes; returns the file by which to enter it, or None."""
+    def make(self, run: int) -> str | None:
+        """Make a cgroup for a process, which sets the cap itself; returns its folder, or None."""
         group = self._of(run)
         try:
             group.mkdir()
-            (group / "memory.max").write_text(str(memory))
             (group / "memory.oom.group").write_text("1")
             with contextlib.suppress(FileNotFoundError):  # a kernel without swap
                 (group / "memory.swap.max").write_text("0")
         except OSError:
             self._ended.add(group)
             return None
-        return str(group / "cgroup.procs")
+        return str(group)
 
     def ran_out(self, run: int) -> bool:
         """Whether the kernel has killed this run because of its cap."""
@@ -253,10 +252,20 @@ class RunGroups:
         return self._folder / f"run-{os.getpid()}-{run}"
 
 
-def join_cgroup(file: str) -> None:
-    """Move this process into a cgroup, by its `cgroup.procs`."""
-    descriptor = os.open(file, os.O_WRONLY)
+def join_cgroup(folder: str) -> int:
+    """Move this process into a cgroup; returns a descriptor for `write_cap`. Raises OSError."""
+    entry = os.open(f"{folder}/cgroup.procs", os.O_WRONLY)
     try:
-        os.write(descriptor, b"0")
+        os.write(entry, b"0")
+    finally:
+        os.close(entry)
+    return os.open(f"{folder}/memory.max", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def write_cap(descriptor: int, memory: int | None) -> None:
+    """Set the cap of a cgroup, in bytes, and close its descriptor."""
+    try:
+        if memory is not None:
+            os.write(descriptor, str(memory).encode())
     finally:
         os.close(descriptor)

@@ -47,35 +47,37 @@ _CPU_GRACE = 5
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a run lives: descriptors, folder, memory cap in bytes, seconds until its timeout, cgroup file."""
+    """Where a run lives: descriptors, its own folder, and that of its cgroup."""
 
     channel: int
     stdout: int
     stderr: int
     folder: str
-    memory: int | None
-    seconds: float
     group: str | None = None
 
 
-def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> None:
-    """Turn a process that was just forked into the run's own; raises OSError if the kernel refuses."""
+def isolate(place: Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> int | None:
+    """Turn a process that was just forked into a run's own; raises OSError if the kernel refuses.
+
+    Returns a descriptor for the cap of its cgroup, for `main`.
+    """
     os.setsid()
     linux.die_with_parent()
     if os.getppid() != zygote:  # it died before the line above
         os._exit(os.EX_UNAVAILABLE)
     linux.become_subreaper()
-    if place.group is not None:
-        linux.join_cgroup(place.group)
+    cap = None if place.group is None else linux.join_cgroup(place.group)
     _default_signals()
     own_proc = () if ruleset is None else (ruleset.descriptor, allow_own_proc(ruleset))
-    _keep_only(place, lock, *own_proc)
-    _limit(place)
+    _keep_only(place, lock, *own_proc, *(() if cap is None else (cap,)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would contain the token
+    _lower(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
     os.chdir(place.folder)
     tempfile.tempdir = os.environ["HOME"] = os.environ["TMPDIR"] = place.folder
     if ruleset is not None:
         ruleset.restrict()
         denials.sandboxed()
+    return cap
 
 
 def _default_signals() -> None:
@@ -100,15 +102,16 @@ def _keep_only(place: Place, lock: int | None, *others: int) -> None:
     os.closerange(first, last + 1)
 
 
-def _limit(place: Place) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would contain the token
-    _lower(resource.RLIMIT_NOFILE, FILES, MAX_FILES)
+def _limit(seconds: float, memory: int | None, cap: int | None) -> None:
+    """Limit what this run may use: `seconds` until its timeout, and bytes of memory."""
     # In case nothing ends the run at its timeout; until then it may use every processor.
-    most = int(max(place.seconds, 0) + CPU_SLACK) * (os.cpu_count() or 1)
+    most = int(max(seconds, 0) + CPU_SLACK) * (os.cpu_count() or 1)
     _lower(resource.RLIMIT_CPU, most, most + _CPU_GRACE)
-    if place.memory is not None:
+    if cap is not None:
+        linux.write_cap(cap, memory)
+    if memory is not None:
         # The zygote checks actual usage; this stops allocations that are faster than its checks.
-        most = linux.data_size() + 2 * place.memory + _DATA_SLACK
+        most = linux.data_size() + 2 * memory + _DATA_SLACK
         _lower(resource.RLIMIT_DATA, most, most)
 
 
@@ -120,19 +123,22 @@ def _lower(what: int, soft: int, hard: int) -> None:
     resource.setrlimit(what, (soft, hard))
 
 
-def main(descriptor: int) -> NoReturn:
-    """Run the handler of this process; never returns."""
+def main(descriptor: int, cap: int | None) -> NoReturn:
+    """Wait for the work of this process and run its handler; never returns."""
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
         _open_streams()
+        log_to_stderr()
         channel = WorkerChannel(socket.socket(fileno=descriptor))
         os.register_at_fork(after_in_child=channel.disown)
-        work = work_of(channel.receive())
+        message = channel.receive()
+        # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
+        _limit(message["seconds"], message["memory"], cap)
+        work = work_of(message)
         if work.traceparent is not None:
             # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
-        log_to_stderr()
         outcome = _run(work, channel)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:

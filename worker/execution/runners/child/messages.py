@@ -42,7 +42,7 @@ class Setup:
     """The settings of a zygote. `max_freeze` is in seconds; `folder` contains the folders of the runs.
 
     `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
-    `sandbox` the runs are not confined.
+    `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs.
     """
 
     folder: str
@@ -52,6 +52,7 @@ class Setup:
     preload: tuple[str, ...] = ()
     max_freeze: float = 600.0
     sandbox: Rules | None = None
+    spares: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
@@ -100,11 +101,15 @@ class Unframer:
             yield message
 
 
-def work_message(work: Work) -> Message:
-    """The first message to a run: everything its process needs, including the token."""
+def work_message(work: Work, seconds: float) -> Message:
+    """The first message to a run: everything its process needs, including the token.
+
+    `seconds` are left until its timeout, by the worker's clock.
+    """
     values = {field.name: getattr(work, field.name) for field in fields(work)}
     token, claims = values.pop("token"), values.pop("claims")
     return values | {
+        "seconds": seconds,
         "params": dict(work.params),
         "scheduled_for": to_text(work.scheduled_for),
         "timeout_at": to_text(work.timeout_at),
@@ -115,6 +120,7 @@ def work_message(work: Work) -> Message:
 
 def work_of(message: Mapping[str, Any]) -> Work:
     given = dict(message)
+    del given["seconds"]
     token, claims = granted_of(given.pop("granted"))
     return Work(
         **given

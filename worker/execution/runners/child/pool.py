@@ -3,165 +3,110 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
-import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from worker.clock import Clock
 from worker.execution.runners.child import linux
-from worker.execution.runners.child.child_run import ChildRun, Ended
+from worker.execution.runners.child.child_process import ChildProcess, Ended
+from worker.execution.runners.child.child_run import ChildRun
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import Rules
+from worker.execution.runners.child.zygote_handle import Message, ZygoteHandle
 from worker.execution.runners.contract import LEASE_LOST, RunServices, StopSignal, Work, outcome_of_stop
-from worker.handlers.installed import ENVIRONMENT, FOLDERS, environment
+from worker.handlers.installed import ENVIRONMENT, FOLDERS
 from worker.runs.lease import Lease
 from worker.runs.outcome import HandedBack, Outcome
 from worker.telemetry.events import emit
 
-Message = Mapping[str, Any]
-_DATAGRAM = 65_536
-_STEP = 0.002
 # Seconds between starts of a zygote that does not come up, at first and at most; until one whose control
 # socket is closed is killed; and between checks for adopted processes that have ended.
 RESTART = 0.5
 LONGEST_RESTART = 10.0
 CLOSE = 5.0
 REAP_EVERY = 30.0
+# Processes that may end before they read the work of one run; then the run is handed back.
+TRIES = 3
 
 
-class ZygoteHandle:
-    """One zygote process, alive or not. `send` is thread-safe."""
+class Spares:
+    """Processes forked ahead of their runs, at most `count`; each serves one run.
 
-    def __init__(self, setup: Setup) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        lock = [] if setup.lock is None else [setup.lock]
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "worker.execution.runners.child.zygote"),
-                    *(str(theirs.fileno()), replace(setup, parent=os.getpid()).as_json()),
-                ],
-                env=environment(setup.environment),
-                pass_fds=[theirs.fileno(), *lock],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self.pid = self._process.pid
-        born = linux.process_of(self.pid)
-        self._started = 0.0 if born is None else born.started
-        self._pidfd = os.pidfd_open(self.pid)
-        self._sending = threading.Lock()
-        self._unsent: deque[tuple[bytes, Sequence[int]]] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        emit("zygote.started", pid=self.pid)
+    There are none before the first run, and they are replaced while no run waits for its process. `fork`
+    raises OSError.
+    """
 
-    def attach(self, on_message: Callable[[Message], None], on_death: Callable[[], None]) -> None:
-        """Listen on the running loop; `on_death` is called once, when the process is gone."""
-        self._loop = loop = asyncio.get_running_loop()
+    def __init__(self, count: int, fork: Callable[[], Coroutine[Any, Any, ChildProcess]]) -> None:
+        self._count = count
+        self._fork = fork
+        self._idle: dict[int, ChildProcess] = {}
+        self._starting: set[int] = set()
+        self._used = False
+        self._refilling: asyncio.Task[None] | None = None
+        self._pause = 0.0
 
-        def died() -> None:
-            loop.remove_reader(self._pidfd)
-            self._receive(on_message)  # its last messages
-            loop.remove_reader(self._control)
-            on_death()
+    def take(self) -> ChildProcess | None:
+        """The oldest that is alive."""
+        while self._idle:
+            process = self._idle.pop(next(iter(self._idle)))
+            if process.usable:
+                self._pause = 0.0
+                return process
+        return None
 
-        loop.add_reader(self._control, self._receive, on_message)
-        loop.add_reader(self._pidfd, died)
+    def starting(self, number: int) -> None:
+        """A run waits for this process."""
+        self._used = True
+        self._starting.add(number)
 
-    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Send a message, in order and without waiting; closes the descriptors once they are sent."""
-        with self._sending:
-            self._unsent.append((json.dumps(message).encode(), descriptors))
-            if not self._flush() and self._loop is not None:
-                self._loop.call_soon_threadsafe(self._send_later)
+    def started(self, number: int) -> None:
+        """The handler of this process is about to be called, or the process has ended."""
+        self._starting.discard(number)
+        if self._idle.pop(number, None) is not None:  # it ended before it had a run
+            self._pause = min(max(self._pause * 2, RESTART), LONGEST_RESTART)
+        self.refill()
+
+    def refill(self) -> None:
+        """Fork what is missing, unless a run waits for its process."""
+        if self._used and self._refilling is None and not self._starting and len(self._idle) < self._count:
+            self._refilling = asyncio.create_task(self._refill())
+
+    def retire(self) -> list[ChildProcess]:
+        """Give up all that have no run; the caller ends them."""
+        idle, self._idle = list(self._idle.values()), {}
+        return idle
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.remove_reader(self._control)
-            self._loop.remove_reader(self._pidfd)
-            self._loop.remove_writer(self._control)
-        self._control.close()
+        self._count = 0
+        if self._refilling is not None:
+            self._refilling.cancel()
 
-    async def gone(self, patience: float) -> None:
-        """Wait until the process has ended, killing it after `patience` seconds; kill what it leaves."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + patience
-        while self._process.poll() is None:
-            if loop.time() >= until:
-                self._process.kill()
-            await asyncio.sleep(_STEP)
-        await self._end_adopted()
-        os.close(self._pidfd)
-
-    async def _end_adopted(self) -> None:
-        """Kill what the dead zygote has left to this process, a subreaper: it is younger than the zygote."""
-        while True:
-            table = linux.processes()
-            left = {process.pid for process in linux.adopted(table) if process.started >= self._started}
-            if not left:
-                return
-            linux.send(left | linux.descendants(table, left), signal.SIGKILL)
-            await asyncio.sleep(_STEP)
-            for pid in left:
-                linux.reap(pid)
-
-    def _receive(self, on_message: Callable[[Message], None]) -> None:
-        while True:
-            try:
-                data = self._control.recv(_DATAGRAM)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:  # closed; the pidfd reports the end of the process
-                if self._loop is not None:
-                    self._loop.remove_reader(self._control)
-                return
-            on_message(json.loads(data))
-
-    def _flush(self) -> bool:
-        while self._unsent:
-            data, descriptors = self._unsent[0]
-            try:
-                socket.send_fds(self._control, [data], descriptors)
-            except BlockingIOError:
-                return False
-            except OSError:  # it is dead; its runs are about to end
-                pass
-            self._unsent.popleft()
-            for descriptor in descriptors:
-                os.close(descriptor)
-        return True
-
-    def _send_later(self) -> None:
-        if self._loop is not None and self._control.fileno() >= 0:
-            self._loop.add_writer(self._control, self._writable)
-
-    def _writable(self) -> None:
-        with self._sending:
-            if self._flush() and self._loop is not None:
-                self._loop.remove_writer(self._control)
+    async def _refill(self) -> None:
+        try:
+            await asyncio.sleep(self._pause)
+            while len(self._idle) < self._count and not self._starting:
+                process = await self._fork()
+                self._idle[process.number] = process
+        except OSError:  # no descriptors, for instance: the next run tries again
+            pass
+        finally:
+            self._refilling = None
 
 
 class ChildPool:
     """Call `start` from the main thread before any key is read.
 
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
-    imports the `preload` modules or distributions. Without `sandbox` the runs are not confined.
+    imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
+    processes are forked ahead.
     """
 
     def __init__(
@@ -174,6 +119,7 @@ class ChildPool:
         pass_environment: Sequence[str] = (),
         lock_fd: int | None = None,
         sandbox: Rules | None = None,
+        spares: int = 0,
     ) -> None:
         self._clock = clock
         self._freezing = freezing
@@ -184,12 +130,15 @@ class ChildPool:
             preload=tuple(preload),
             max_freeze=max_freeze.total_seconds(),
             sandbox=sandbox,
+            spares=spares > 0,
         )
         self._zygote: ZygoteHandle | None = None
         self._closed = False
         self._lease: Message | None = None
         self._numbers = itertools.count(1)
+        self._processes: dict[int, ChildProcess] = {}
         self._runs: dict[int, ChildRun] = {}
+        self._spares = Spares(spares, lambda: self._fork(grouped=True))
         self._up = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
         self._reaping: asyncio.Task[None] | None = None
@@ -223,42 +172,67 @@ class ChildPool:
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in its own process; none of its processes is left afterwards."""
         self.attach()
-        zygote = await self._ready(stop)
-        if stop.killed:
-            return LEASE_LOST
-        if zygote is None:
-            return outcome_of_stop(stop) if stop.asked else HandedBack("the worker is ending")
-        number = next(self._numbers)
-        run = ChildRun(work, services, stop, self._clock, lambda op: zygote.send({"op": op, "run": number}))
-        self._runs[number] = run  # before the next await, so that it ends if the zygote dies
+        why: str | None = None
+        for _ in range(TRIES):
+            zygote = await self._ready(stop)
+            if stop.killed:
+                return LEASE_LOST
+            if zygote is None:
+                return outcome_of_stop(stop) if stop.asked else HandedBack("the worker is ending")
+            try:
+                process = self._spares.take() or await self._fork(grouped=work.memory is not None)
+            except OSError as error:
+                return await self._cannot_start(error.strerror)
+            outcome = await self._serve(process, work, services, stop)
+            if outcome is not None:
+                return outcome
+            ended = process.ended.result()
+            if ended.why == "no_process":
+                return await self._cannot_start(ended.detail)
+            why = "its process ended before it read its work"
+        return await self._cannot_start(why)
+
+    async def _serve(
+        self, process: ChildProcess, work: Work, services: RunServices, stop: StopSignal
+    ) -> Outcome | None:
+        number = process.number
+        self._spares.starting(number)
+        started = partial(self._spares.started, number)
+        self._runs[number] = run = ChildRun(process, work, services, stop, self._clock, started)
         try:
-            folder = self._folder(number)
-            os.makedirs(folder, 0o700)
-            descriptors = await run.open()
-        except OSError as error:
-            del self._runs[number]
-            run.close()
-            return await self._cannot_start(error.strerror)
-        start = {"op": "start", "run": number, "folder": folder, "memory": work.memory}
-        start["seconds"] = (work.timeout_at - self._clock.now()).total_seconds()
-        zygote.send(start, descriptors)
-        try:
-            outcome = await run.finish()
+            return await run.finish()
         except asyncio.CancelledError:
-            zygote.send({"op": "kill", "run": number})
+            process.signal("kill")
             raise
-        if run.unstarted is not None:
-            return await self._cannot_start(run.unstarted)
-        return outcome
+        finally:
+            self._runs.pop(number, None)
+
+    async def _fork(self, *, grouped: bool) -> ChildProcess:
+        """A new process, which waits for its work; in a cgroup if `grouped`. Raises OSError."""
+        zygote, number = self._zygote, next(self._numbers)
+        if zygote is None or not self._up.is_set():
+            raise OSError(errno.ECHILD, "the zygote is gone")
+        process = ChildProcess(number, zygote.send)
+        self._processes[number] = process  # before the next await, so that it ends if the zygote dies
+        folder = self._folder(number)
+        try:
+            os.makedirs(folder, 0o700)
+            descriptors = await process.open()
+        except OSError:
+            self._end(number, Ended(why="no_process"))
+            raise
+        zygote.send({"op": "start", "run": number, "folder": folder, "grouped": grouped}, descriptors)
+        return process
 
     async def close(self) -> None:
         self._closed = True
         self._up.set()
+        self._spares.close()
         zygote, self._zygote = self._zygote, None
         if zygote is not None:
             zygote.close()
             await zygote.gone(CLOSE)
-        for number in list(self._runs):
+        for number in list(self._processes):
             self._end(number, Ended(why="lost"))
         if self._reaping is not None:
             self._reaping.cancel()
@@ -300,16 +274,24 @@ class ChildPool:
                     run.stop.thaw(message["at"])
                 if self._runs:
                     emit("children.thawed", runs=len(self._runs), seconds=round(message["seconds"], 3))
+            case "replaced":  # system files, which the rules of spares do not allow yet
+                for process in self._spares.retire():
+                    process.signal("kill")
+                self._spares.refill()
             case "ready":
                 self._up.set()
                 self._pause = RESTART
+                self._spares.refill()
                 for name, error in message["preload_failures"]:
                     emit("handler.broken", distribution=name, error=f"preload: {error}")
 
     def _end(self, number: int, ended: Ended) -> None:
-        run = self._runs.pop(number, None)
-        if run is not None:
-            run.end(ended)
+        process = self._processes.pop(number, None)
+        if process is not None:
+            process.end(ended)
+            if number not in self._runs:
+                process.close()
+        self._spares.started(number)
         folder = self._folder(number)
         try:
             os.rmdir(folder)
@@ -324,9 +306,9 @@ class ChildPool:
         self._up.clear()
         zygote.close()
         await zygote.gone(0)
-        lost = list(self._runs)
-        emit("zygote.died", pid=zygote.pid, runs=len(lost))
-        for number in lost:
+        emit("zygote.died", pid=zygote.pid, runs=len(self._runs))
+        self._spares.retire()
+        for number in list(self._processes):
             self._end(number, Ended(why="lost"))
         if not was_up:
             await self._after_a_bad_start()

@@ -141,7 +141,8 @@ class Sandbox:
         self._rules: dict[str, bytes] = {}
         # The system files, each with its descriptor, access and inode.
         self._files: dict[str, tuple[int, int, tuple[int, int] | None]] = {}
-        self._checked_at = time.monotonic()
+        self.checked_at = time.monotonic()
+        self.replacements = 0  # system files that were opened again
         self._next: landlock.Ruleset | None = None
         kinds = (
             (rules.execute, landlock.READ_AND_EXECUTE),
@@ -156,8 +157,7 @@ class Sandbox:
 
     def ruleset(self, folder: str) -> landlock.Ruleset:
         """The rules for one process, and its folder. Call `used` once it is forked. Raises OSError."""
-        if self._reopen_replaced():
-            self.used()  # they allow the replaced file, not the new one
+        self.check()
         if self._next is None:
             self._next = self._new_ruleset()
         descriptor = os.open(folder, os.O_PATH | os.O_CLOEXEC)
@@ -185,19 +185,20 @@ class Sandbox:
             ruleset.add(rule)
         return ruleset
 
-    def _reopen_replaced(self) -> bool:
-        """Open replaced files again, such as resolv.conf after a network change; True if any was."""
+    def check(self) -> None:
+        """Open replaced files again, such as resolv.conf after a network change; at most once a second."""
         now = time.monotonic()
-        if now < self._checked_at + CHECK_EVERY:
-            return False
-        self._checked_at, found = now, False
+        if now < self.checked_at + CHECK_EVERY:
+            return
+        self.checked_at, before = now, self.replacements
         for path, (descriptor, access, inode) in list(self._files.items()):
             if _inode(path) != inode:
                 os.close(descriptor)
                 del self._files[path], self._rules[path]
                 self._open(path, access)
-                found = True
-        return found
+                self.replacements += 1
+        if self.replacements > before:
+            self.used()  # the prepared rules allow the replaced files, not the new ones
 
     def _open(self, path: str, access: int) -> None:
         try:

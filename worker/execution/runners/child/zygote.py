@@ -26,18 +26,22 @@ from worker.execution.runners.child import linux
 from worker.execution.runners.child import main as child
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
-from worker.execution.runners.child.sandbox import Sandbox
+from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
 
 
 @dataclass(slots=True)
 class Leader:
-    """The first process of a run. `why` is the reason if the zygote itself killed it."""
+    """The first process of a run, or one that waits for its run. `why` is the reason if the zygote killed it.
+
+    `memory` is the cap in bytes; `grouped` if it has a cgroup.
+    """
 
     run: int
     pid: int
     memory: int | None
+    grouped: bool
     why: str | None = None
     ended: dict[str, Any] | None = None
 
@@ -74,6 +78,7 @@ class Zygote:
         self._frozen_at: float | None = None
         self._unsent: deque[bytes] = deque()
         self._prepare_at = float("inf")
+        self._replacements = 0
 
     def serve(self) -> None:
         """Execute the worker's requests until it is gone."""
@@ -98,6 +103,7 @@ class Zygote:
             self._sweep()
             self._watch_lease()
             self._watch_memory()
+            self._watch_files()
             self._flush()
             self._prepare()
 
@@ -115,6 +121,8 @@ class Zygote:
 
     def _pause(self) -> float | None:
         due = [self._memory_due_at, self._prepare_at]
+        if self._sandbox is not None and self._setup.spares:
+            due.append(self._sandbox.checked_at + CHECK_EVERY)
         if self._ending:
             due.append(time.monotonic() + SWEEP_TICK)
         if self._frozen_at is None:
@@ -137,6 +145,10 @@ class Zygote:
         match message["op"]:
             case "start":
                 self._start(message, descriptors)
+            case "cap":
+                self._cap(message["run"], message["memory"])
+            case "check":
+                self._check(message["run"])
             case "interrupt":
                 self._signal(message["run"], signal.SIGTERM)
             case "kill":
@@ -147,11 +159,11 @@ class Zygote:
         return True
 
     def _start(self, message: dict[str, Any], descriptors: list[int]) -> None:
-        run, memory, group = message["run"], message["memory"], None
-        if memory is not None and self._groups is not None:
-            group = self._groups.make(run, memory)
+        run, group = message["run"], None
+        if message["grouped"] and self._groups is not None:
+            group = self._groups.make(run)
         channel, stdout, stderr = descriptors
-        place = child.Place(channel, stdout, stderr, message["folder"], memory, message["seconds"], group)
+        place = child.Place(channel, stdout, stderr, message["folder"], group)
         ruleset = None
         try:
             ruleset = None if self._sandbox is None else self._sandbox.ruleset(place.folder)
@@ -169,11 +181,24 @@ class Zygote:
             self._prepare_at = time.monotonic() + AFTER_START
         if pid is None:
             return
-        self._leaders[pid] = Leader(run, pid, memory)
-        if memory is not None:
-            self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
+        self._leaders[pid] = Leader(run, pid, None, grouped=group is not None)
         if self._frozen_at is not None:
             linux.send([pid], signal.SIGSTOP)
+
+    def _cap(self, run: int, memory: int) -> None:
+        for leader in self._leaders.values():
+            if leader.run == run:
+                leader.memory = memory
+                self._memory_due_at = min(self._memory_due_at, time.monotonic() + MEMORY_TICK)
+
+    def _check(self, run: int) -> None:
+        """Kill a process that is stopped, by someone else than this zygote."""
+        if self._frozen_at is not None:
+            return
+        for leader in self._leaders.values():
+            if leader.run == run and (found := linux.process_of(leader.pid)) and found.state == "T":
+                leader.why = leader.why or "stopped"
+                linux.send([leader.pid], signal.SIGKILL)
 
     def _kill(self, run: int) -> None:
         if self._frozen_at is not None:
@@ -226,7 +251,7 @@ class Zygote:
             return
         ending, self._ending = self._ending, []
         for leader in ending:
-            if self._groups is not None and leader.memory is not None:
+            if self._groups is not None and leader.grouped:
                 if leader.why is None and self._groups.ran_out(leader.run):
                     leader.why = "out_of_memory"
                 self._groups.remove(leader.run)
@@ -263,6 +288,15 @@ class Zygote:
                 self._leaders[pid].why = self._leaders[pid].why or "out_of_memory"
                 linux.send([pid], signal.SIGKILL)
 
+    def _watch_files(self) -> None:
+        """Report replaced system files: processes that wait for their runs may not read the new ones."""
+        if self._sandbox is None or not self._setup.spares:
+            return
+        self._sandbox.check()
+        if self._sandbox.replacements > self._replacements:
+            self._replacements = self._sandbox.replacements
+            self._send({"op": "replaced"})
+
     def _send(self, message: dict[str, Any]) -> None:
         self._unsent.append(json.dumps(message).encode())
 
@@ -278,8 +312,8 @@ class Zygote:
 
 def _run_child(place: child.Place, *, zygote: int, lock: int | None, ruleset: Ruleset | None) -> NoReturn:
     try:
-        child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
-        child.main(place.channel)
+        cap = child.isolate(place, zygote=zygote, lock=lock, ruleset=ruleset)
+        child.main(place.channel, cap)
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
     finally:
