@@ -11,11 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
 from sqlalchemy import text
 
 from bench.history import put
-from bench.server import own_server
+from bench.server import own_server, processor_time
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock, to_text
 from worker.ids import WorkerId, new_id
@@ -119,13 +118,7 @@ class Filled:
         """Processor seconds of the server, including processes that ended; SQLite has none."""
         if self.server is None:
             return 0.0
-        pid = (self.server.folder / "data" / "postmaster.pid").read_text().split()[0]
-        main = psutil.Process(int(pid))
-        total = 0.0
-        for process in (main, *main.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += sum(process.cpu_times()[:4])
-        return total
+        return 0.0 if self.server.pid is None else processor_time(self.server.pid)
 
     def _put(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         with self.database.transaction() as connection:

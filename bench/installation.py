@@ -10,16 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 from sqlalchemy import func, insert, select, text
 
-from bench.server import own_server
+from bench.server import own_server, processor_time
 from tests.fakes.plugins import make_plugin
 from tests.fakes.postgres import Server
 from worker.clock import SystemClock
@@ -143,7 +142,9 @@ class Installation:
         self._provider_url = provider_url
         self.database = Database.open(url, clock=SystemClock(), role="bench")
 
-    def configure(self, *, slots: int, children: int = 0, extra: str = "") -> None:
+    def configure(
+        self, *, slots: int, children: int = 0, requests_per_second: float = 1000, extra: str = ""
+    ) -> None:
         """Write worker.toml; `slots` are inline ones."""
         (self.folder / "worker.toml").write_text(
             f"""\
@@ -154,7 +155,7 @@ url = "{self.url}"
 profile = "kinde"
 url = "{self._provider_url}"
 audience = "{AUDIENCE}"
-max_requests_per_second = 1000
+max_requests_per_second = {requests_per_second:g}
 [execution]
 max_children = {children}
 max_inline = {slots}
@@ -257,17 +258,31 @@ style = "json"
 
     @contextlib.contextmanager
     def workers(
-        self, count: int = 1, *, python: str = sys.executable, profile: Path | None = None
+        self,
+        count: int = 1,
+        *,
+        python: str = sys.executable,
+        profile: Path | None = None,
+        plugins: Sequence[Path] = (),
     ) -> Iterator[Workers]:
-        """Start worker processes under this interpreter, and drain them at the end."""
+        """Start worker processes under this interpreter, and drain them at the end.
+
+        `plugins` is the folder of each; without it all have that of the installation.
+        """
         command = [python, "-m", "worker", "--config", str(self.folder / "worker.toml"), "run"]
         if profile is not None:
             command = [python, "-m", "cProfile", "-o", str(profile), *command[1:]]
-        environment = os.environ | {"PYTHONPATH": str(self.folder / "plugins")}
+        folders = plugins or [self.folder / "plugins"] * count
         log = (self.folder / "worker.log").open("ab")
         self._started = started = [
-            subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.folder)
-            for _ in range(count)
+            subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": str(folder)},
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
+            for folder in folders
         ]
         try:
             yield Workers(started)
@@ -279,6 +294,12 @@ style = "json"
                 process.wait(timeout=60)
             log.close()
 
+    def check(self) -> None:
+        """Raise SystemExit if a worker has ended."""
+        if any(process.poll() is not None for process in self._started):
+            last = (self.folder / "worker.log").read_text().splitlines()[-1:]
+            raise SystemExit(f"a worker has ended: {''.join(last)}")
+
     def ended(self) -> int:
         """How many runs have succeeded or failed."""
         with self.database.autocommit() as connection:
@@ -286,11 +307,9 @@ style = "json"
             return int(connection.execute(query).scalar_one())
 
     def server_cpu(self) -> float:
-        """Processor seconds of PostgreSQL's current processes; 0 on SQLite."""
-        if self._server is None or self._server.pid is None:
-            return 0.0
-        processes = psutil.Process(self._server.pid).children()
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
+        """Processor seconds of PostgreSQL; 0 on SQLite."""
+        pid = None if self._server is None else self._server.pid
+        return 0.0 if pid is None else processor_time(pid)
 
     def rates(self) -> Rates:
         """How fast the runs ended, counted both ways."""
@@ -308,9 +327,7 @@ style = "json"
         """Wait until this many runs have ended; polls rarely, so as not to distort the measurement."""
         until = time.monotonic() + timeout
         while self.ended() < count:
-            if any(process.poll() is not None for process in self._started):
-                last = (self.folder / "worker.log").read_text().splitlines()[-1:]
-                raise SystemExit(f"a worker has ended: {''.join(last)}")
+            self.check()
             if time.monotonic() > until:
                 raise SystemExit(f"only {self.ended()} of {count} ended; see {self.folder}/worker.log")
             time.sleep(0.25)

@@ -8,10 +8,22 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from tests.fakes.postgres import Server
 
 # As on a dedicated machine: the tables of a million runs stay in memory.
 SHARED_BUFFERS = "512MB"
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of processor time of a process and its descendants, with those that have ended."""
+    main = psutil.Process(pid)
+    total = 0.0
+    for process in (main, *main.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
 
 
 @contextlib.contextmanager
