@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, time, timedelta
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from worker.definitions import LEAST_PATIENCE, MisfirePolicy
 from worker.definitions.definition import Definition, Spread, from_spec
 from worker.definitions.triggers import EveryTrigger, Trigger
 from worker.definitions.units import format_duration
-from worker.ids import DefinitionId, OrgId, RunId, new_id
+from worker.ids import DefinitionId, OrgId, RunId, new_id_at
 from worker.runs.run import Decision, DueDefinition, Isolation, NewRun, NewSkip, NextFire
 
 # More runs than this are left to the next call, which follows at once.
@@ -23,6 +24,11 @@ WIDEST = timedelta(hours=1)
 _DAY = timedelta(days=1)
 _TICK = timedelta(microseconds=1)
 _ZERO = timedelta(0)
+
+# Results that are kept for the definitions of a template: they are due together, with one spec.
+SHARED = 64
+# Definitions that are kept, each with the spec that it was read from.
+SPECS_KEPT = 1000
 
 IsolationOf = Callable[[str], Isolation]
 Row = Mapping[str, Any]
@@ -71,6 +77,11 @@ def decide_due(
     return Due(runs, skipped)
 
 
+# The definitions of one fire have the same `now`.
+_decide_due = lru_cache(maxsize=SHARED)(decide_due)
+
+
+@lru_cache(maxsize=SHARED)
 def start_deadline(trigger: Trigger, scheduled_for: datetime, setting: timedelta | None) -> timedelta | None:
     """How long after it became available a run may start; None means indefinitely.
 
@@ -145,15 +156,16 @@ def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Deci
     Raises:
         DefinitionError: this version does not understand the stored spec or time zone.
     """
-    definition = from_spec(due.org_code, due.name, due.spec)
+    definition = _definition_of(due)
     trigger = definition.trigger(due.org_timezone)
     spread = spread_of(due.org_code, due.name, definition.schedule, trigger, definition.spread)
     policy = definition.misfire_policy
-    decided = decide_due(trigger, policy, first=due.next_scheduled_for, now=now, spread=spread)
+    decided = _decide_due(trigger, policy, first=due.next_scheduled_for, now=now, spread=spread)
 
     def run_of(scheduled_for: datetime) -> NewRun:
-        run_id = RunId(new_id())
         available_at = scheduled_for + spread
+        # Admission finds the newest that are due by their ids.
+        run_id = RunId(new_id_at(available_at))
         patience = start_deadline(trigger, scheduled_for, definition.start_deadline)
         return NewRun(
             id=run_id,
@@ -185,6 +197,21 @@ def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Deci
         skips=[skip_of(span) for span in decided.skipped],
         next=NextFire(due.definition_id, decided.next, next_fire_at),
     )
+
+
+_known: dict[int, tuple[Mapping[str, Any], Definition]] = {}
+
+
+def _definition_of(due: DueDefinition) -> Definition:
+    """The definition of a spec, with an org and a name that share it. Raises DefinitionError."""
+    known = _known.get(id(due.spec))
+    if known is not None and known[0] is due.spec:
+        return known[1]
+    definition = from_spec(due.org_code, due.name, due.spec)
+    if len(_known) >= SPECS_KEPT:
+        _known.clear()
+    _known[id(due.spec)] = (due.spec, definition)
+    return definition
 
 
 def preview(

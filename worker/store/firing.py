@@ -14,7 +14,7 @@ from worker.runs.run import Decision, DueDefinition, FireReport, NewRun, NewSkip
 from worker.store import edit_runs, tables
 from worker.store.dialect import database_now
 from worker.store.sql import statements
-from worker.store.sql.contract import Specs
+from worker.store.sql.contract import Specs, shares
 
 _live = tables.live_runs
 
@@ -76,7 +76,7 @@ def fire(connection: Connection, decide: Decide, *, limit: int, specs: Specs) ->
     runs = [run for decision in decisions for run in decision.runs]
     skips = [skip for decision in decisions for skip in decision.skips]
     report = write(connection, runs, skips, [decision.next for decision in decisions])
-    return replace(report, now=now, more=len(due) == limit)
+    return replace(report, now=now, more=len(due) >= shares(limit)[0])
 
 
 def write(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
@@ -51,6 +52,8 @@ WIDTH = 16
 LOOK_AGAIN = 15
 # Orgs of which the limits in their newest token are remembered.
 LIMITS_KEPT = 10_000
+# The share of each admission that goes to the newest runs, of equal rank, while more orgs wait than it takes.
+NEWEST = 0.1
 _BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
 
 
@@ -61,6 +64,11 @@ class RingWalk:
         self._database = database
         self._worker_id = worker_id
         self._cursor = _BEFORE_ALL
+        self._complete = False
+        # Runs that may go newest first; with few slots it takes several calls until one may.
+        self._newest = 0.0
+        # Orgs whose turn it was when others went first.
+        self._passed: list[OrgId] = []
 
     def admit(self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> list[AdmittedRun]:
         """Mark waiting runs running, best first, within the limits of org, definition and handler.
@@ -83,8 +91,15 @@ class RingWalk:
                 hops -= step.hops
                 orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
                 seen.update(orgs)
-                if orgs:
-                    admitted += self._fill(orgs, offered, left)
+                others = dict.fromkeys((*step.newest, *self._passed), 1)
+                if orgs or others:
+                    admitted += (picked := self._fill(others | orgs, offered, left, first=step.newest))
+                    in_turn, self._passed = (*self._passed, *orgs), []
+                    if not any(left.values()):
+                        # The newest went before them, and the ring comes round again only after all others.
+                        taken = {run.org_id for run in picked}
+                        passed = (org_id for org_id in in_turn if org_id not in taken)
+                        self._passed = list(islice(passed, len(step.newest)))
                 if orgs and step.partial and any(left.values()):
                     # Some queues were short: read the rest of the others.
                     admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left)
@@ -97,20 +112,35 @@ class RingWalk:
         return admitted
 
     def _walk(self, offered: Mapping[str, int | None], left: Mapping[Isolation, int], hops: int) -> RingStep:
-        want = max(WIDTH, sum(left.values()))
+        free = sum(left.values())
+        newest = 0
+        if not self._complete:
+            self._newest = min(self._newest, 1.0) + NEWEST * free
+            newest = int(self._newest)
         with self._database.autocommit() as connection:
             step = statements(connection).admit_ring(
-                connection, self._cursor, want=want, hops=hops, handlers=list(offered), free=left
+                connection,
+                self._cursor,
+                want=max(WIDTH, free - len(self._passed)),
+                hops=hops,
+                handlers=list(offered),
+                free=left,
+                newest=newest,
             )
-        self._cursor = step.cursor
+        self._newest -= newest
+        self._cursor, self._complete = step.cursor, step.complete
         return step
 
     def _fill(
-        self, orgs: Mapping[OrgId, int], offered: Mapping[str, int | None], left: dict[Isolation, int]
+        self,
+        orgs: Mapping[OrgId, int],
+        offered: Mapping[str, int | None],
+        left: dict[Isolation, int],
+        first: Collection[OrgId] = (),
     ) -> list[AdmittedRun]:
         with self._database.transaction() as connection:
             picked = statements(connection).admit_choose(
-                connection, self._worker_id, orgs, offered=offered, free=left
+                connection, self._worker_id, orgs, offered=offered, free=left, first=first
             )
         for run in picked:
             left[run.isolation] -= 1

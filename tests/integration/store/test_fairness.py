@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tests.fakes.stock import Stock
+from tests.fakes.stock import HANDLER, Stock
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun
 
@@ -95,3 +95,91 @@ def test_a_half_that_nobody_else_wants_goes_to_who_holds_the_other(stock: Stock)
     slots = Slots(stock, 20)
 
     assert Counter(run.org_id for run in slots.held) == {hog: 18, other: 2}
+
+
+def crowd(stock: Stock, orgs: int, waiting: int) -> list[OrgId]:
+    """Orgs that wait with so many runs each."""
+    made = [stock.org(limit=1000) for _ in range(orgs)]
+    runs = [stock.run(org) for _ in range(waiting) for org in made]
+    for part in range(0, len(runs), 500):
+        stock.put(*runs[part : part + 500])
+    return made
+
+
+def test_what_becomes_due_starts_with_the_next_admission_while_ten_thousand_wait(stock: Stock):
+    crowd(stock, 200, 50)
+    worker = stock.worker()
+    stock.admit(worker, 100)
+    new = [org(stock, 1) for _ in range(5)]
+
+    admitted = Counter(run.org_id for run in stock.admit(worker, 100))
+
+    assert set(new) <= set(admitted)
+    # A tenth at most is not in turn, and all have equal shares.
+    assert set(admitted.values()) == {1}
+    assert admitted.total() == 100
+
+
+def test_while_others_become_due_nine_tenths_go_on_in_turn(stock: Stock):
+    waiting = set(crowd(stock, 120, 1))
+    worker = stock.worker()
+
+    turns = 0
+    while waiting:
+        runs = stock.admit(worker, 20)
+        stock.finish(worker, *(stock.ended(run) for run in runs))
+        waiting -= {run.org_id for run in runs}
+        turns += 1
+        assert turns <= 1 + 100 / 18 + 1
+        # As many again become due in each turn.
+        crowd(stock, 20, 1)
+
+    assert turns > 1
+
+
+def test_with_one_slot_every_tenth_admission_takes_the_newest(stock: Stock):
+    crowd(stock, 60, 1)
+    worker = stock.worker()
+    stock.admit(worker, 1)
+    new = org(stock, 1)
+
+    admitted = [run.org_id for _ in range(10) for run in stock.admit(worker, 1)]
+
+    assert new in admitted
+
+
+def test_an_org_whose_runs_are_the_newest_gets_no_larger_share(stock: Stock):
+    crowd(stock, 200, 2)
+    worker = stock.worker()
+    stock.admit(worker, 20)
+    flood = org(stock, 500)
+
+    admitted = Counter(run.org_id for _ in range(5) for run in stock.admit(worker, 20))
+
+    assert admitted.total() == 100
+    assert admitted[flood] == max(admitted.values()) == 1
+
+
+def test_the_newest_of_an_org_goes_after_its_run_of_a_higher_priority(stock: Stock):
+    crowd(stock, 200, 1)
+    worker = stock.worker()
+    stock.admit(worker, 20)
+    made = stock.org()
+    urgent, newest = stock.run(made, priority=5), stock.run(made)
+    stock.put(urgent, newest)
+
+    admitted = [run.id for run in stock.admit(worker, 20) if run.org_id == made]
+
+    assert admitted == [urgent.id]
+
+
+def test_the_newest_of_a_handler_at_its_limit_stays(stock: Stock):
+    crowd(stock, 200, 1)
+    worker = stock.worker(handlers=(HANDLER, "acme.heavy"))
+    offered = {HANDLER: None, "acme.heavy": 2}
+    stock.admit(worker, 20, offered=offered)
+    stock.put(*(stock.run(stock.org(), handler="acme.heavy") for _ in range(5)))
+
+    started = Counter(run.handler for _ in range(5) for run in stock.admit(worker, 20, offered=offered))
+
+    assert started == {HANDLER: 98, "acme.heavy": 2}

@@ -325,3 +325,18 @@ def test_two_workers_that_fire_at_once_never_share_a_definition(postgres: Databa
 
     assert (len(taken), len(rest)) == (2, 1)
     assert not {due.definition_id for due in taken} & {due.definition_id for due in rest}
+
+
+def test_what_became_due_last_does_not_wait_for_thousands(stock: Stock) -> None:
+    """A tenth of each fire goes to the newest; the others go in order, and each fires once."""
+    org, at = stock.org(limit=1000), stock.now() - HOUR
+    crowd = [stock.definition(org, due_at=at) for _ in range(60)]
+    newest = [stock.definition(org, due_at=at + timedelta(minutes=n)) for n in (1, 2)]
+
+    fired = [fire(stock, once(stock), limit=20)]
+    assert {run.definition_id for run in fired[0].inserted} >= set(newest)
+    assert len(fired[0].inserted) == 20
+    while fired[-1].more:
+        fired.append(fire(stock, once(stock), limit=20))
+
+    assert sorted(run.definition_id for report in fired for run in report.inserted) == sorted(crowd + newest)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple, Protocol
@@ -35,7 +37,7 @@ class RingStep:
 
     Each org comes with the number of its runs that the free slots can reach if all queues are
     long; `partial`: some queues are longer. `hops` is the number of orgs passed; `complete`: the
-    walk came full circle.
+    walk came full circle. `newest` are orgs with the newest runs that wait.
     """
 
     orgs: Mapping[OrgId, int]
@@ -43,6 +45,7 @@ class RingStep:
     cursor: OrgId
     hops: int
     complete: bool
+    newest: Sequence[OrgId] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,16 @@ class OrgQueue(NamedTuple):
 
     def rank(self, place: int) -> float:
         return (self.running + place) / self.weight
+
+
+# Waiting runs that are read for each of the newest orgs wanted, and rows that are passed for them at most:
+# one org may have many, and others may have started already.
+PER_ORG, WINDOW = 4, 2000
+
+
+def distinct(orgs: Iterable[OrgId], count: int) -> list[OrgId]:
+    """The first `count` orgs, each once."""
+    return list(dict.fromkeys(orgs))[:count]
 
 
 def reach(queues: Sequence[OrgQueue], free: int) -> list[int]:
@@ -220,6 +233,19 @@ def sum_up(endings: Iterable[Ending], now: datetime) -> Rollups:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def shared_spec(text: str) -> Mapping[str, Any]:
+    """A spec from its JSON text. The definitions of a template share one, which must not be changed."""
+    spec: dict[str, Any] = json.loads(text)
+    return spec
+
+
+def shares(limit: int) -> tuple[int, int]:
+    """How many definitions one fire takes that have been due longest, and how many that became due last."""
+    newest = limit // 10
+    return limit - newest, newest
+
+
 def in_order(steps: Iterable[RunStep]) -> list[RunStep]:
     """Steps in the order of run ids, so that two batches cannot deadlock."""
     return sorted(steps, key=lambda step: (step.run.id, step.step.seq))
@@ -235,7 +261,10 @@ class Statements(Protocol):
     def fire_lock(
         self, connection: Connection, *, limit: int, specs: Specs
     ) -> tuple[datetime, list[DueDefinition]]:
-        """Lock the `limit` definitions that have been due longest; also returns the database's time.
+        """Lock `limit` due definitions; also returns the database's time.
+
+        They are those that have been due longest and, if more are due, a tenth that became due last: at a
+        full hour one that is due every second does not wait for thousands of others.
 
         `specs` caches specs by definition and revision.
         """
@@ -263,8 +292,12 @@ class Statements(Protocol):
         hops: int,
         handlers: Sequence[str],
         free: Mapping[Isolation, int],
+        newest: int = 0,
     ) -> RingStep:
-        """Walk the ring from after `cursor` until `want` orgs are found; takes no lock."""
+        """Walk the ring from after `cursor` until `want` orgs are found; takes no lock.
+
+        Also look for that many orgs with the `newest` waiting runs, among the last ids only.
+        """
         ...
 
     def admit_choose(
@@ -275,10 +308,12 @@ class Statements(Protocol):
         *,
         offered: Mapping[str, int | None],
         free: Mapping[Isolation, int],
+        first: Collection[OrgId] = (),
     ) -> list[AdmittedRun]:
         """Become the only admitter, then count, rank and mark runs of these orgs as running.
 
-        `orgs` says how many runs of each queue to read. The transaction must contain nothing
+        `orgs` says how many runs of each queue to read. Of equal ranks the runs of the orgs in `first` go
+        first. The transaction must contain nothing
         else: on PostgreSQL it commits before the answer is read.
         """
         ...

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from sqlalchemy import Connection
 
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.dialect import compact_json, driver
-from worker.store.sql.contract import OrgQueue, RingStep, reach
+from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, distinct, reach
 from worker.store.sql.postgresql.arrays import plain, texts
 
 OWNER = """
@@ -63,6 +63,16 @@ WITH RECURSIVE hop(org_id, available_at, handler, isolation, n, wrapped) AS (
 SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
 """
 
+# Ids of runs begin with the time at which they were due: see `ids.new_id_at`. Ends after the first that wait.
+NEWEST = """
+SELECT l.org_id FROM (
+  SELECT org_id, state, available_at, handler, isolation FROM live_runs
+  ORDER BY id DESC LIMIT %(window)s) l
+WHERE l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+  AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])
+LIMIT %(runs)s
+"""
+
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
 COMMIT = "COMMIT"
 
@@ -79,7 +89,7 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
-         (busy.n + c.place)::float8 / o.weight AS rank
+         (busy.n + c.place)::float8 / o.weight AS rank, u.id <> ALL(%(first)s::uuid[]) AS later
   FROM unnest(%(orgs)s::uuid[], %(reach)s::integer[]) AS u(id, reach)
   CROSS JOIN LATERAL (
     SELECT o.id, o.max_concurrent_runs, o.weight FROM orgs o
@@ -106,28 +116,28 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   WHERE EXISTS (SELECT 1 FROM workers w WHERE w.id = %(worker)s AND w.ended_at IS NULL
                 AND w.lease_until > (SELECT clock_timestamp()))
 ), within_definition AS (
-  SELECT id, handler, isolation, available_at, rank FROM line WHERE max_concurrent IS NULL
+  SELECT id, handler, isolation, available_at, rank, later FROM line WHERE max_concurrent IS NULL
   UNION ALL
-  SELECT id, handler, isolation, available_at, rank FROM (
+  SELECT id, handler, isolation, available_at, rank, later FROM (
     SELECT l.*, row_number() OVER (PARTITION BY definition_id ORDER BY place) AS nth
     FROM line l WHERE max_concurrent IS NOT NULL) l
   WHERE nth <= max_concurrent - (
     SELECT count(*) FROM live_runs d WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL)
 ), within_handler AS (
-  SELECT w.id, w.isolation, w.available_at, w.rank
+  SELECT w.id, w.isolation, w.available_at, w.rank, w.later
   FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NULL
   UNION ALL
-  SELECT id, isolation, available_at, rank FROM (
+  SELECT id, isolation, available_at, rank, later FROM (
     SELECT w.*, o.room, row_number() OVER (
-      PARTITION BY w.handler ORDER BY w.rank, w.available_at, w.id) AS nth
+      PARTITION BY w.handler ORDER BY w.rank, w.later, w.available_at, w.id) AS nth
     FROM within_definition w JOIN offer o ON o.handler = w.handler AND o.room IS NOT NULL) w
   WHERE nth <= room
 ), picked AS MATERIALIZED (
-  (SELECT id, rank FROM within_handler WHERE isolation = 'child'
-   ORDER BY rank, available_at, id LIMIT %(child)s)
+  (SELECT id, rank, later FROM within_handler WHERE isolation = 'child'
+   ORDER BY rank, later, available_at, id LIMIT %(child)s)
   UNION ALL
-  (SELECT id, rank FROM within_handler WHERE isolation = 'inline'
-   ORDER BY rank, available_at, id LIMIT %(inline)s)
+  (SELECT id, rank, later FROM within_handler WHERE isolation = 'inline'
+   ORDER BY rank, later, available_at, id LIMIT %(inline)s)
 ), admitted AS (
   UPDATE live_runs SET state = 'running', reason = NULL, detail = NULL, worker_id = %(worker)s,
                        started_at = clock_timestamp(), attempt = attempt + 1,
@@ -136,7 +146,7 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params
 )
-SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, a.available_at, a.id
+SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, p.later, a.available_at, a.id
 """
 
 
@@ -148,33 +158,36 @@ def admit_ring(
     hops: int,
     handlers: Sequence[str],
     free: Mapping[Isolation, int],
+    newest: int = 0,
 ) -> RingStep:
-    rows = (
-        driver(connection)
-        .execute(
-            RING,
-            {
-                "cursor": cursor,
-                "want": want,
-                "hops": hops,
-                "handlers": texts(handlers),
-                "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
-            },
-        )
-        .fetchall()
-    )
+    raw = driver(connection)
+    runnable = {
+        "handlers": texts(handlers),
+        "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
+    }
+    walk = runnable | {"cursor": cursor, "want": want, "hops": hops}
+    found: list[OrgId] = []
+    if newest:
+        with raw.pipeline():
+            walked = raw.execute(RING, walk)
+            last = raw.execute(NEWEST, runnable | {"window": WINDOW, "runs": newest * PER_ORG})
+            rows = walked.fetchall()
+            found = distinct((org_id for (org_id,) in last), newest)
+    else:
+        rows = raw.execute(RING, walk).fetchall()
     if not rows:
         return RingStep({}, partial=False, cursor=cursor, hops=0, complete=True)
     ready = [row for row in rows if row[2]]
     queues = [OrgQueue(*row[3:]) for row in ready]
     reaches = reach(queues, sum(free.values()))
-    last, passed = rows[-1][:2]
+    place, passed = rows[-1][:2]
     return RingStep(
         dict(zip((row[0] for row in ready), reaches, strict=True)),
         partial=any(n < queue.room for n, queue in zip(reaches, queues, strict=True)),
-        cursor=last,
+        cursor=place,
         hops=passed,
         complete=len(rows) < want and passed < hops,
+        newest=found,
     )
 
 
@@ -185,12 +198,14 @@ def admit_choose(
     *,
     offered: Mapping[str, int | None],
     free: Mapping[Isolation, int],
+    first: Collection[OrgId] = (),
 ) -> list[AdmittedRun]:
     raw = driver(connection)
     values = {
         "worker": worker_id,
         "orgs": plain(orgs),
         "reach": plain(orgs.values()),
+        "first": plain(first),
         "handlers": texts(offered),
         "limits": plain(offered.values()),
         "offered": compact_json(list(offered)),

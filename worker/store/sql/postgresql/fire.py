@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver
-from worker.store.sql.contract import Fired, Specs
+from worker.store.sql.contract import Fired, Specs, shared_spec, shares
 from worker.store.sql.postgresql.arrays import Columns, flags, jsons, numbers, plain, texts, timestamps, words
 
 # The clock is in a subquery: called once, it can be compared along an index.
@@ -19,6 +19,8 @@ SELECT definition_id FROM schedule
 WHERE next_fire_at <= (SELECT clock_timestamp())
 ORDER BY next_fire_at LIMIT %s FOR UPDATE SKIP LOCKED
 """
+
+LOCK_NEWEST = LOCK.replace("ORDER BY next_fire_at", "ORDER BY next_fire_at DESC")
 
 # A separate statement: the snapshot of the one that locks is older than its locks.
 DUE = """
@@ -33,7 +35,7 @@ ORDER BY s.next_fire_at
 CLOCK = "SELECT clock_timestamp()"
 
 SPECS = """
-SELECT r.definition_id, r.revision, r.spec
+SELECT r.definition_id, r.revision, r.spec::text
 FROM unnest(%s::uuid[], %s::integer[]) AS p(definition_id, revision)
 JOIN definition_revisions r ON r.definition_id = p.definition_id AND r.revision = p.revision
 """
@@ -159,7 +161,10 @@ def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
 
 def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     raw = driver(connection)
-    locked = [id_ for (id_,) in raw.execute(LOCK, (limit,))]
+    oldest, newest = shares(limit)
+    locked = [id_ for (id_,) in raw.execute(LOCK, (oldest,))]
+    if len(locked) == oldest and newest:
+        locked += [id_ for (id_,) in raw.execute(LOCK_NEWEST, (newest,))]
     if not locked:
         (now,) = raw.execute(CLOCK).fetchone()
         return now, []
@@ -173,7 +178,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
     if missing:
         pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
         for id_, revision, spec in raw.execute(SPECS, pairs):
-            specs[id_, revision] = spec
+            specs[id_, revision] = shared_spec(spec)
     return now, [DueDefinition(*(*row, specs[row[0], row[5]])) for row in due]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -16,14 +16,14 @@ from worker.clock import from_text, to_text
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.dialect import driver, file_now
-from worker.store.sql.contract import OrgQueue, RingStep, reach
+from worker.store.sql.contract import PER_ORG, WINDOW, OrgQueue, RingStep, distinct, reach
 from worker.store.sql.sqlite.values import in_one_answer, in_one_step, json_list, json_value
 
 Free = Mapping[Isolation, int]
 # A waiting run: the columns of `QUEUES`.
 Candidate = Sequence[Any]
-# Rank, due time, id, run.
-_Ranked = tuple[float, str, str, Candidate]
+# Rank, whether others of that rank go first, due time, id, run.
+_Ranked = tuple[float, bool, str, str, Candidate]
 
 ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST = 0, 2, 4, 5, 8, 16
 
@@ -95,15 +95,17 @@ class _Queue:
     counts: OrgQueue
     most: int
     portion: int
+    later: bool
     offset: int = 0
 
     def ranked(self, runs: Sequence[Candidate]) -> list[_Ranked]:
         """The portion read last, with the rank of each run."""
         places = range(self.offset + 1, self.most + 1)
         self.offset = self.offset + len(runs) if len(runs) == self.portion else self.most
-        rank = self.counts.rank
+        rank, later = self.counts.rank, self.later
         return [
-            (rank(place), run[_AVAILABLE_AT], run[ID], run) for place, run in zip(places, runs, strict=False)
+            (rank(place), later, run[_AVAILABLE_AT], run[ID], run)
+            for place, run in zip(places, runs, strict=False)
         ]
 
     @property
@@ -121,16 +123,16 @@ class QueueReader:
         self._values = (now, *limits.isolations, *limits.handlers, json_list(offered))
 
     def begin(
-        self, counted: Sequence[tuple[OrgId, OrgQueue]], free: int
+        self, counted: Sequence[tuple[OrgId, OrgQueue]], free: int, first: Collection[OrgId]
     ) -> tuple[list[_Queue], list[_Ranked]]:
-        """The queues that may start runs, and the first portion of each."""
+        """The queues that may start runs, and the first portion of each; see `admit_choose` for `first`."""
         portions: dict[int, list[_Queue]] = {}
         reaches = reach([counts for _, counts in counted], free)
         for (org_id, counts), places in zip(counted, reaches, strict=True):
             if counts.room > 0:
                 # Few different lengths, so that one query reads the queues of many orgs.
                 portion = 1 << max(0, places - 1).bit_length()
-                queue = _Queue(org_id, counts, min(counts.room, free), portion)
+                queue = _Queue(org_id, counts, min(counts.room, free), portion, org_id not in first)
                 portions.setdefault(portion, []).append(queue)
         ranked: list[_Ranked] = []
         for portion, queues in portions.items():
@@ -156,16 +158,21 @@ def _with_names(handlers: int) -> str:
     return QUEUES.format(names=", ".join("?" * handlers))
 
 
-def best(reader: QueueReader, counted: Sequence[tuple[OrgId, OrgQueue]], limits: Limits) -> list[Candidate]:
+def best(
+    reader: QueueReader,
+    counted: Sequence[tuple[OrgId, OrgQueue]],
+    limits: Limits,
+    first: Collection[OrgId] = (),
+) -> list[Candidate]:
     """The runs to start, in order of (running runs of the org + place in its queue) / weight."""
-    queues, ranked = reader.begin(counted, limits.free)
+    queues, ranked = reader.begin(counted, limits.free, first)
     picked: list[Candidate] = []
     while limits.free > 0:
         ranked.sort()
         # A run not read yet may rank before this: stop there and read on.
         bound = min((queue.next_rank for queue in queues), default=math.inf)
         looked_at = 0
-        for rank, _, _, run in ranked:
+        for rank, _, _, _, run in ranked:
             if rank >= bound or limits.free <= 0:
                 break
             looked_at += 1
@@ -190,6 +197,16 @@ WITH RECURSIVE hop(org_id, n) AS (
   FROM hop WHERE hop.org_id IS NOT NULL AND hop.n < ?
 )
 SELECT json_group_array(org_id) FROM hop WHERE org_id IS NOT NULL
+"""
+
+# Ids of runs begin with the time at which they were due: see `ids.new_id_at`.
+NEWEST = """
+SELECT json_group_array(org_id) FROM (
+  SELECT org_id FROM (SELECT org_id, state, available_at, handler, isolation FROM live_runs
+                      ORDER BY id DESC LIMIT ?)
+  WHERE state = 'waiting' AND available_at <= ? AND isolation IN (SELECT value FROM json_each(?))
+    AND handler IN (SELECT value FROM json_each(?))
+  LIMIT ?)
 """
 
 COUNTS = """
@@ -221,6 +238,7 @@ def admit_ring(
     hops: int,
     handlers: Sequence[str],
     free: Mapping[Isolation, int],
+    newest: int = 0,
 ) -> RingStep:
     # Whether these orgs can start anything is checked in `admit_choose`: a hop costs less than a
     # second check, and no other admitter waits.
@@ -233,12 +251,19 @@ def admit_ring(
         before = [org_id for org_id in round_ if org_id <= cursor]
         complete = len(before) < len(round_) or len(orgs) + len(before) < most
         orgs += before
+    found: list[OrgId] = []
+    if newest and not complete:
+        isolations = json_list(isolation for isolation, slots in free.items() if slots > 0)
+        now = to_text(file_now(connection))
+        values = (WINDOW, now, isolations, json_list(handlers), newest * PER_ORG)
+        found = distinct(in_one_answer(rows, NEWEST, values), newest)
     return RingStep(
         dict.fromkeys(orgs, sum(free.values())),
         partial=False,
         cursor=orgs[-1] if orgs else cursor,
         hops=len(orgs),
         complete=complete,
+        newest=found,
     )
 
 
@@ -249,6 +274,7 @@ def admit_choose(
     *,
     offered: Mapping[str, int | None],
     free: Mapping[Isolation, int],
+    first: Collection[OrgId] = (),
 ) -> list[AdmittedRun]:
     cursor = driver(connection).cursor()
     limited = [name for name, most in offered.items() if most is not None]
@@ -263,7 +289,7 @@ def admit_choose(
         return []
     reader = QueueReader(cursor, limits, offered, to_text(now))
     counted = [(org_id, OrgQueue(*counts)) for org_id, *counts in json.loads(of_orgs)]
-    picked = best(reader, counted, limits)
+    picked = best(reader, counted, limits, frozenset(first))
     in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(worker_id, to_text(now)))
     return [_admitted(run, now) for run in picked]
 

@@ -12,17 +12,18 @@ from worker.clock import from_text
 from worker.ids import DefinitionId, new_id
 from worker.runs.run import DueDefinition, NewRun, NewSkip, NextFire, StoredSkip, fold
 from worker.store.dialect import driver, file_now
-from worker.store.sql.contract import Fired, Specs
-from worker.store.sql.sqlite.values import instant, json_list, json_text, json_value
+from worker.store.sql.contract import Fired, Specs, shared_spec, shares
+from worker.store.sql.sqlite.values import instant, json_list, json_text
 
-DUE = """
+_DUE = """
 SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
 FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
-      WHERE next_fire_at <= ? ORDER BY next_fire_at LIMIT ?) s
+      WHERE next_fire_at <= ? ORDER BY next_fire_at {order} LIMIT ?) s
 CROSS JOIN definitions d ON d.id = s.definition_id
 CROSS JOIN orgs o ON o.id = s.org_id
 ORDER BY s.next_fire_at
 """
+OLDEST, NEWEST = _DUE.format(order=""), _DUE.format(order="DESC")
 
 SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revision = ?"
 
@@ -77,19 +78,20 @@ def fire_first(connection: Connection) -> tuple[datetime, datetime | None]:
 def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[datetime, list[DueDefinition]]:
     cursor = driver(connection).cursor()
     now = file_now(connection)
+    oldest, newest = shares(limit)
+    rows = cursor.execute(OLDEST, (instant(now), oldest)).fetchall()
+    if len(rows) == oldest and newest:
+        taken = {definition_id for definition_id, *_ in rows}
+        last = cursor.execute(NEWEST, (instant(now), newest)).fetchall()
+        rows += [row for row in last if row[0] not in taken]
     due = []
-    for definition_id, org_id, code, timezone, name, revision, scheduled_for in cursor.execute(
-        DUE, (instant(now), limit)
-    ).fetchall():
+    for definition_id, org_id, code, timezone, name, revision, scheduled_for in rows:
         spec = specs.get((definition_id, revision))
         if spec is None:
             (text,) = cursor.execute(SPEC, (definition_id, revision)).fetchone()
-            spec = specs[definition_id, revision] = json_value(text)
-        due.append(
-            DueDefinition(
-                definition_id, org_id, code, timezone, name, revision, from_text(scheduled_for), spec
-            )
-        )
+            spec = specs[definition_id, revision] = shared_spec(text)
+        at = from_text(scheduled_for)
+        due.append(DueDefinition(definition_id, org_id, code, timezone, name, revision, at, spec))
     return now, due
 
 
