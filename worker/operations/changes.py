@@ -13,9 +13,9 @@ from typing import Any, Literal
 from sqlalchemy import Connection
 
 from worker.definitions.definition import Definition, to_spec
-from worker.ids import ALL_ORGS, DefinitionId, OrgId, TemplateId, new_id
+from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
-from worker.store import audit, backfills, definitions, edit_runs, templates
+from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row
 
 Kind = Literal["org", "definition", "template", "budget"]
@@ -166,8 +166,11 @@ class DefinitionChange:
     def shown(self) -> Change:
         if self.action == "close":
             return Change("definition", "close", self.org, self.name)
-        before = {} if self.before is None else {**self.before["spec"], "enabled": self.before["enabled"]}
         after = {**self.spec, "enabled": self.enabled}
+        if self.before is None:
+            new = {key: (None, after[key]) for key in sorted(after) if after[key] is not None}
+            return Change("definition", self.action, self.org, self.name, new)
+        before = {**self.before["spec"], "enabled": self.before["enabled"]}
         return Change("definition", self.action, self.org, self.name, differing(before, after))
 
     def audit_entry(self, reason: str | None = None) -> audit.Entry:
@@ -197,7 +200,7 @@ def write_definitions(
 ) -> None:
     """Write changes of settled definitions, schedule new ones, and cancel the runs of closed ones."""
     new = _write_rows(connection, changes, actor, at)
-    settle.schedule_next(connection, definitions.read(connection, ALL_ORGS, new), at=at, inclusive=True)
+    settle.schedule_next(connection, new, at=at, inclusive=True)
     closed = {change.before["id"]: change for change in changes if change.action == "close" and change.before}
     for definition_id in sorted(backfills.unfinished_of_for_all_orgs(connection, list(closed))):
         ours = backfills.is_of(definition_id)
@@ -211,8 +214,11 @@ def write_definitions(
 
 def _write_rows(
     connection: Connection, changes: Sequence[DefinitionChange], actor: str, at: datetime
-) -> list[DefinitionId]:
-    """Write rows and revisions; returns the new definitions."""
+) -> list[Row]:
+    """Write rows and revisions; returns the new definitions, as `definitions.read` would."""
+    added = {change.org_id for change in changes if change.before is None}
+    org_of = orgs.scheduling_of_all_orgs(connection, added)
+    new: list[Row] = []
     rows: list[dict[str, Any]] = []
     revisions: list[dict[str, Any]] = []
     changed: list[definitions.Changed] = []
@@ -228,6 +234,10 @@ def _write_rows(
             definition_id, revision = DefinitionId(new_id()), 1
             named = {"id": definition_id, "org_id": change.org_id, "name": change.name}
             rows.append(named | {"revision": revision, "created_at": at, "updated_at": at} | values)
+            org = org_of[change.org_id]
+            of_org = {"org": change.org, "org_state": org.state, "org_timezone": org.timezone}
+            rest = {"spec": change.spec, "paused_at": None, "closed_at": None}
+            new.append(rows[-1] | of_org | rest)
         else:
             definition_id, revision = before["id"], before["revision"]
             values["closed_at"] = at if change.action == "close" else None
@@ -249,7 +259,7 @@ def _write_rows(
         )
     definitions.change_for_all_orgs(connection, changed, at=at)
     definitions.insert_for_all_orgs(connection, rows, revisions)
-    return [row["id"] for row in rows]
+    return new
 
 
 def write_templates(

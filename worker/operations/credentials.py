@@ -65,6 +65,8 @@ def add_credential(
         UsageError: see `check_client`.
     """
     check_client(client_id, secret, reference, secrets_dir)
+    if secret is not None:
+        masker.register(secret)
     with database.transaction() as connection:
         row = orgs.require(connection, org, lock=True)
         if row["state"] == "removed":
@@ -147,13 +149,15 @@ def credential_row(
     reference: str | None = None,
     kind: str = "client_secret",
 ) -> Row:
-    """A row of `credentials` without `created_*`; the secret is sealed for this row alone."""
+    """A row of `credentials` without `created_*`; the secret is sealed for this row alone.
+
+    The caller registers the secret at the masker.
+    """
     credential_id = new_id()
     sealed, key_id = None, None
     if secret is not None:
         if ring is None:
             raise UsageError("a secret needs a key ring", fix="`keys generate` makes one")
-        masker.register(secret)
         sealed, key_id = ring.seal(secret, org_id=org_id, credential_id=credential_id)
     return {
         "id": credential_id,

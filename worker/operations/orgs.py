@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 from worker.store.lists import OrgDetail
 from worker.store.lists import read as lists
+from worker.telemetry.masking import masker
 
 if TYPE_CHECKING:
     from worker.tokens.sealing import KeyRing
@@ -208,11 +210,24 @@ def import_orgs(
         stored = orgs.find_for_all_orgs(connection, (line.org.code for line in parsed), lock=True)
         done = 0
         for part in chunks(parsed):
-            counts += _import_some(connection, ring, part, stored, actor=actor, at=now)
+            with _masking(part):
+                counts += _import_some(connection, ring, part, stored, actor=actor, at=now)
             done += len(part)
             report(done, len(parsed))
         materialise_first(connection, actor=actor, at=now)
     return {name: counts[name] for name in ("orgs_added", "orgs_changed", "credentials_added")}
+
+
+@contextmanager
+def _masking(lines: Sequence[ImportLine]) -> Iterator[None]:
+    """Mask the secrets of these lines in what an error says: to register each takes as long as to seal it."""
+    try:
+        yield
+    except BaseException:
+        for line in lines:
+            if line.secret is not None:
+                masker.register(line.secret)
+        raise
 
 
 def _import_some(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -107,12 +108,13 @@ class _Schedules:
         self._inclusive = inclusive
         self._read: dict[tuple[str, str | None], tuple[Definition, Trigger]] = {}
         self._next: dict[tuple[int, datetime], datetime | None] = {}
+        self._last: tuple[Any, str] | None = None
 
     def next(self, row: Row, at: datetime) -> tuple[datetime | None, datetime | None]:
         """A definition's first scheduled time after `at`, and that plus its spread."""
         if not _is_active(row):
             return None, None
-        key = (compact_json(row["spec"]), row["org_timezone"])
+        key = (self._text_of(row["spec"]), row["org_timezone"])
         read = self._read.get(key)
         if read is None:
             definition = from_spec(row["org"], row["name"], row["spec"])
@@ -127,6 +129,12 @@ class _Schedules:
             return None, None
         spread = spread_of(row["org"], row["name"], definition.schedule, trigger, definition.spread)
         return nominal, nominal + spread
+
+    def _text_of(self, spec: Any) -> str:
+        # The new definitions of a template share one object.
+        if self._last is None or self._last[0] is not spec:
+            self._last = (spec, compact_json(spec))
+        return self._last[1]
 
 
 def _is_active(row: Row) -> bool:

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, tables
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, among, chunks, first_row
 from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills
@@ -68,7 +68,7 @@ def unfinished_of_for_all_orgs(
     """Those of these definitions that have backfills for `cancel`."""
     found: set[DefinitionId] = set()
     for part in chunks(sorted(definition_ids)):
-        query = select(_backfills.c.definition_id).where(_backfills.c.definition_id.in_(part))
+        query = select(_backfills.c.definition_id).where(among(connection, _backfills.c.definition_id, part))
         found.update(connection.execute(query.where(_backfills.c.finished_at.is_(None))).scalars())
     return found
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
 from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, among, chunks, first_row
 
 _credentials = tables.credentials
 
@@ -57,7 +57,9 @@ def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, 
     for part in chunks(sorted(set(org_ids))):
         connection.execute(
             update(live)
-            .where(live.c.org_id.in_(part), live.c.state == "waiting", live.c.reason == "no_token")
+            .where(
+                among(connection, live.c.org_id, part), live.c.state == "waiting", live.c.reason == "no_token"
+            )
             .where(live.c.available_at > at)
             .values(available_at=at)
         )
@@ -66,7 +68,7 @@ def try_again_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId], *, 
 def last_generations_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dict[OrgId, int]:
     """As `last_generation`, by org; orgs that never had a credential are left out."""
     newest = select(_credentials.c.org_id, func.max(_credentials.c.generation))
-    found = newest.where(_credentials.c.org_id.in_(org_ids)).group_by(_credentials.c.org_id)
+    found = newest.where(among(connection, _credentials.c.org_id, org_ids)).group_by(_credentials.c.org_id)
     return {org_id: generation for org_id, generation in connection.execute(found)}
 
 
@@ -80,7 +82,7 @@ def active_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> dic
     query = (
         select(_credentials, tables.orgs.c.code.label("org"))
         .join(tables.orgs, tables.orgs.c.id == _credentials.c.org_id)
-        .where(_credentials.c.org_id.in_(org_ids), _credentials.c.state == "active")
+        .where(among(connection, _credentials.c.org_id, org_ids), _credentials.c.state == "active")
         .order_by(_credentials.c.generation.desc())
     )
     found: dict[OrgId, list[Row]] = {}

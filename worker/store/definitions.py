@@ -13,7 +13,7 @@ from worker.errors import Conflict, NotFound
 from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.store import tables
 from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql
+from worker.store.dialect import Row, all_rows, among, chunks, hint, is_postgresql
 
 _definitions = tables.definitions
 _revisions = tables.definition_revisions
@@ -166,7 +166,11 @@ def lock_org(connection: Connection, org_id: OrgId) -> list[Row]:
 def lock_for_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> list[Row]:
     """All definitions of these orgs, closed ones too, locked."""
     parts = chunks(sorted(set(org_ids)))
-    return [row for part in parts for row in _read(connection, _definitions.c.org_id.in_(part), lock=True)]
+    return [
+        row
+        for part in parts
+        for row in _read(connection, among(connection, _definitions.c.org_id, part), lock=True)
+    ]
 
 
 def lock_named_for_all_orgs(
@@ -181,7 +185,7 @@ def lock_named_for_all_orgs(
         named |= _definitions.c.template_id.is_not(None)
     rows: list[Row] = []
     for part in chunks(sorted(set(org_ids))):
-        rows += _read(connection, _definitions.c.org_id.in_(part), named, lock=True)
+        rows += _read(connection, among(connection, _definitions.c.org_id, part), named, lock=True)
     return rows
 
 
@@ -200,7 +204,7 @@ def lock_by_id_for_all_orgs(connection: Connection, ids: Sequence[DefinitionId])
     return [
         row
         for part in chunks(sorted(ids))
-        for row in _read(connection, _definitions.c.id.in_(part), lock=True)
+        for row in _read(connection, among(connection, _definitions.c.id, part), lock=True)
     ]
 
 
@@ -210,7 +214,7 @@ def read(connection: Connection, scope: OrgId | AllOrgs, ids: Iterable[Definitio
     return [
         row
         for part in chunks(sorted(set(ids)))
-        for row in _read(connection, _definitions.c.id.in_(part), *which)
+        for row in _read(connection, among(connection, _definitions.c.id, part), *which)
     ]
 
 
@@ -258,7 +262,7 @@ def last_decided(
     found: dict[DefinitionId, datetime] = {}
     for part in chunks(sorted(set(ids))):
         query = select(_definitions.c.id, newest_run, newest_skip)
-        query = query.where(_definitions.c.id.in_(part), *_in_scope(scope))
+        query = query.where(among(connection, _definitions.c.id, part), *_in_scope(scope))
         for id_, *times in connection.execute(query):
             if decided := [time for time in times if time is not None]:
                 found[id_] = max(decided)

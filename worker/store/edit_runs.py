@@ -27,7 +27,7 @@ from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
-from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint
+from worker.store.dialect import Row, all_rows, among, chunks, database_now, first_row, hint
 from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs
@@ -155,7 +155,7 @@ def unstarted_of_for_all_orgs(
     """Those of these definitions that have runs for `end_waiting`."""
     found: set[DefinitionId] = set()
     for part in chunks(sorted(definition_ids)):
-        query = select(_live.c.definition_id).where(_live.c.definition_id.in_(part))
+        query = select(_live.c.definition_id).where(among(connection, _live.c.definition_id, part))
         found.update(connection.execute(query.where(_live.c.state.in_(tables.UNSTARTED))).scalars())
     return found
 

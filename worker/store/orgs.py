@@ -13,7 +13,7 @@ from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.search import words_of
 from worker.store import tables
 from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
+from worker.store.dialect import Row, all_rows, among, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials
@@ -27,6 +27,22 @@ def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None
     """The org of that code; `lock` keeps other changes out until the transaction ends."""
     query = select(_orgs).where(_orgs.c.code == code)
     return first_row(connection, query.with_for_update() if lock else query)
+
+
+class Scheduling(NamedTuple):
+    """What schedules of an org depend on."""
+
+    state: str
+    timezone: str | None
+
+
+def scheduling_of_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> dict[OrgId, Scheduling]:
+    """The state and time zone of these orgs."""
+    found: dict[OrgId, Scheduling] = {}
+    for part in chunks(sorted(set(org_ids))):
+        query = select(_orgs.c.id, _orgs.c.state, _orgs.c.timezone).where(among(connection, _orgs.c.id, part))
+        found |= {id_: Scheduling(state, zone) for id_, state, zone in connection.execute(query)}
+    return found
 
 
 class OrgCaller(NamedTuple):
@@ -89,7 +105,7 @@ def find_for_all_orgs(connection: Connection, codes: Iterable[str], *, lock: boo
     """The existing orgs of these codes, by code; locked in the order of codes."""
     found: dict[str, Row] = {}
     for part in chunks(sorted(set(codes))):
-        query = select(_orgs).where(_orgs.c.code.in_(part)).order_by(_orgs.c.code)
+        query = select(_orgs).where(among(connection, _orgs.c.code, part)).order_by(_orgs.c.code)
         rows = connection.execute(query.with_for_update() if lock else query).mappings()
         found.update((row["code"], dict(row)) for row in rows)
     return found
@@ -112,7 +128,7 @@ def active_for_all_orgs(connection: Connection, *, after: str | None = None, lim
 def insert_for_all_orgs(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert new orgs; each row has every column except those of `state`."""
     insert_many(connection, _orgs, rows)
-    _add_words(connection, rows)
+    insert_many(connection, _words, _words_of(rows))
 
 
 def without_words_for_all_orgs(connection: Connection, after: OrgId | None = None) -> Sequence[OrgId]:
@@ -131,17 +147,17 @@ def add_words_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) -> 
     """Add the words of these orgs; another worker may have added them meanwhile."""
     query = select(_orgs.c.id, _orgs.c.code, _orgs.c.name).where(_orgs.c.id.in_(org_ids))
     # Locked, so that a rename waits until its words are there.
-    _add_words(connection, all_rows(connection, query.order_by(_orgs.c.id).with_for_update()))
+    rows = all_rows(connection, query.order_by(_orgs.c.id).with_for_update())
+    insert_many(connection, _words, _words_of(rows), key=("word", "org_id"))
 
 
-def _add_words(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add the words of orgs, which may be there already; a code of accents alone has none."""
-    words = [
+def _words_of(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows of `org_words` of orgs; a code of accents alone has none."""
+    return [
         {"word": word, "org_id": row["id"]}
         for row in rows
         for word in sorted(words_of(row["code"], row["name"]))
     ]
-    insert_many(connection, _words, words, key=("word", "org_id"))
 
 
 def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, at: datetime) -> None:
@@ -152,7 +168,8 @@ def change(connection: Connection, org_id: OrgId, values: Mapping[str, Any], *, 
     if "name" in values:
         code = connection.execute(select(_orgs.c.code).where(_orgs.c.id == org_id)).scalar_one()
         connection.execute(delete(_words).where(_words.c.org_id == org_id))
-        _add_words(connection, [{"id": org_id, "code": code, "name": values["name"]}])
+        words = _words_of([{"id": org_id, "code": code, "name": values["name"]}])
+        insert_many(connection, _words, words, key=("word", "org_id"))
 
 
 def set_state(

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, case, func, insert, select, text, update
 
 from worker.ids import DefinitionId, OrgId, TemplateId
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, among, chunks, first_row
 
 _templates = tables.templates
 _orgs = tables.orgs
@@ -108,7 +108,9 @@ def count_behind_for_all_orgs(connection: Connection) -> int:
 def take_up_for_all_orgs(connection: Connection, orgs: Sequence[Row], change: int) -> None:
     """Store that all changes up to this one are applied to these locked orgs."""
     for part in chunks([org["id"] for org in orgs]):
-        connection.execute(update(_orgs).where(_orgs.c.id.in_(part)).values(templates_seen=change))
+        connection.execute(
+            update(_orgs).where(among(connection, _orgs.c.id, part)).values(templates_seen=change)
+        )
 
 
 def look_again_for_all_orgs(connection: Connection, names: Collection[tuple[OrgId, str]]) -> None:
