@@ -169,7 +169,7 @@ def measure(dialect: str, given: argparse.Namespace, ratios: Ratios) -> None:
         )
         for python in given.python
     }
-    others = {"the raw driver": least(dialect, given.runs)}
+    others = {"the ceiling": least(dialect, given.runs)}
     if dialect == "postgresql" and given.peer is not None:
         for name in given.peers:
             # A slow one gets fewer jobs.

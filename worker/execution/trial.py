@@ -100,6 +100,19 @@ class FakeTokens:
         """Mint a new token for the next run."""
         self._newest = None
 
+    def at_hand(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+        max_claims_age: timedelta | None,
+    ) -> FakeToken | None:
+        """None: `ensure` decides."""
+        return None
+
     async def load(self, orgs: Sequence[OrgRef]) -> None: ...
 
     def mint(self, org: OrgRef, scopes: frozenset[str]) -> FakeToken:

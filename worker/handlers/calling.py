@@ -21,6 +21,7 @@ from worker.handlers.state import State
 from worker.handlers.steps import StepError
 from worker.handlers.waits import WaitTimeout, parked_of
 from worker.runs.outcome import (
+    SUCCEEDED,
     Cancelled,
     Error,
     Failed,
@@ -39,7 +40,6 @@ MESSAGE_LIMIT = 4_000
 TRACE_LIMIT = 16_000
 DETAIL_LIMIT = 500
 TOKEN_PAUSE = timedelta(seconds=30)
-NOTHING_RETURNED = Succeeded()
 
 _OURS = str(Path(__file__).parent.parent)
 
@@ -69,7 +69,7 @@ def outcome_of(result: Any) -> Outcome:
     try:
         match result:
             case None:
-                return NOTHING_RETURNED
+                return SUCCEEDED
             case Retry(after, reason):
                 return Retried(None if after is None else as_timedelta(after), _detail(reason))
             case Snooze(after, reason):

@@ -40,6 +40,10 @@ class Succeeded:
     state: str | None = None
 
 
+# Of nearly all runs.
+SUCCEEDED = Succeeded()
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The handler failed. `reason` is error, handler_exited, result_invalid, out_of_memory or budget."""
@@ -242,6 +246,26 @@ def end_attempt(
     `max_recoveries`, others are not counted. `run.recoveries` must be 0 if this attempt saved a
     checkpoint that changed. With `parked_counts` a parked run counts against limits.
     """
+    if isinstance(outcome, Succeeded):
+        # By far the most frequent: without what only other outcomes need, it takes a third of the time.
+        return EndedAttempt(
+            run.id,
+            run.org_id,
+            run.definition_id,
+            run.fencing_token,
+            run.attempt,
+            run.started_at,
+            now,
+            "succeeded",
+            "succeeded",
+            None,
+            trail,
+            failures=run.failures,
+            recoveries=run.recoveries,
+            keep_start_by=trail.handler_started_at is None,
+            result=outcome.result,
+            definition_state=outcome.state,
+        )
 
     def ended(
         outcome: str,
@@ -251,8 +275,6 @@ def end_attempt(
         after: timedelta | None = None,
         *,
         error: Error | None = None,
-        result: str | None = None,
-        definition_state: str | None = None,
     ) -> EndedAttempt:
         return EndedAttempt(
             run_id=run.id,
@@ -271,10 +293,8 @@ def end_attempt(
             failures=run.failures,
             recoveries=run.recoveries,
             keep_start_by=trail.handler_started_at is None,
-            result=result,
             error=error.as_json() if error else None,
             error_cause=fingerprint(error) if error else None,
-            definition_state=definition_state,
         )
 
     def failed(attempt: EndedAttempt, *, after: timedelta | None = None, final: bool = False) -> EndedAttempt:
@@ -285,8 +305,6 @@ def end_attempt(
         return attempt
 
     match outcome:
-        case Succeeded(result, definition_state):
-            return ended("succeeded", "succeeded", result=result, definition_state=definition_state)
         case Failed(error, reason, detail, permanent):
             final = permanent or reason in NEVER_RETRIED
             return failed(ended("failed", "failed", reason, detail, error=error), final=final)

@@ -176,22 +176,34 @@ class Series:
         """The function that updates this metric from an event; `by` is `Metric.value`."""
         kind, sums, buckets = self.metric.kind, self._sums, self._buckets
         labels_of = _picker(self.metric.labels)
-        fixed = None if by.isalpha() else float(by or 1)
 
-        def follow(fields: Fields) -> None:
+        def add_one(fields: Fields) -> None:
             labels = labels_of(fields)
-            value = fields.get(by) if fixed is None else fixed
+            sums[labels] = sums.get(labels, 0.0) + 1.0
+
+        def set_to(fields: Fields) -> None:
+            sums[labels_of(fields)] = float(by)
+
+        def set_from(fields: Fields) -> None:
+            labels, value = labels_of(fields), fields.get(by)
             if value is None:
                 self.begin(*labels)
-            elif kind == "gauge":
-                sums[labels] = value
             else:
-                sums[labels] = sums.get(labels, 0.0) + value
-                if kind == "histogram":
-                    counts = buckets.get(labels) or buckets.setdefault(labels, [0] * len(_BOUNDS))
-                    counts[bisect_left(SECONDS, value)] += 1
+                sums[labels] = value
 
-        return follow
+        def add(fields: Fields) -> None:
+            labels, value = labels_of(fields), fields.get(by)
+            if value is None:
+                self.begin(*labels)
+                return
+            sums[labels] = sums.get(labels, 0.0) + value
+            if kind == "histogram":
+                counts = buckets.get(labels) or buckets.setdefault(labels, [0] * len(_BOUNDS))
+                counts[bisect_left(SECONDS, value)] += 1
+
+        if by.isalpha():
+            return set_from if kind == "gauge" else add
+        return set_to if kind == "gauge" else add_one
 
     def family(self) -> Family:
         sums: dict[Labels, float] = {}
@@ -216,8 +228,11 @@ class Series:
 
 def _picker(names: Labels) -> Callable[[Fields], tuple[Any, ...]]:
     """A function that returns these fields of an event, None for a missing one."""
-    if len(names) < 2:
-        return lambda fields: tuple(map(fields.get, names))
+    if not names:
+        return lambda fields: ()
+    if len(names) == 1:
+        (name,) = names
+        return lambda fields: (fields.get(name),)
     # Nearly every event has all of them.
     pick = itemgetter(*names)
 

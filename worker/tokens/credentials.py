@@ -132,15 +132,20 @@ class Generations:
             CredentialsRejected: it has none, or they cannot be unsealed.
             Unavailable: they were never read, and cannot be now.
         """
+        if not newest and (confirmed := self.confirmed(org)) is not None:
+            return confirmed
         known = self._known.get(org.id)
-        if known is not None and not newest and self._clock.monotonic() - known[0] < READ_AGAIN:
-            return known[1]
         try:
             return await self._reading.join(org.id, lambda: self._read(org))
         except Unavailable:
             if known is None:
                 raise
             return known[1]
+
+    def confirmed(self, org: OrgRef) -> tuple[Credential, ...] | None:
+        """The org's active generations, if they were read less than two seconds ago."""
+        known = self._known.get(org.id)
+        return known[1] if known is not None and self._clock.monotonic() - known[0] < READ_AGAIN else None
 
     async def load(self, orgs: Sequence[OrgRef]) -> None:
         """Confirm in one query what is known of these orgs; what changed is left to `of`."""

@@ -34,7 +34,10 @@ class World:
         return added
 
     async def ensure(self, of: OrgRef = ORG, **asked: Any) -> EnforcedToken:
-        return await self.tokens.ensure(of, "main", **asked)
+        at_hand = None if "fresh" in asked else self.tokens.at_hand(of, "main", **asked)
+        enforced = await self.tokens.ensure(of, "main", **asked)
+        assert at_hand is None or at_hand is enforced
+        return enforced
 
 
 @pytest.fixture

@@ -384,3 +384,39 @@ async def test_a_secret_replaced_in_its_file_keeps_live_tokens(world: World) -> 
     world.clock.advance(60)
 
     assert await world.ensure() is old
+
+
+async def test_a_token_is_at_hand_only_while_nothing_needs_to_be_asked(world: World) -> None:
+    """Without a request: not for other scopes, not unconfirmed, not when it must be renewed."""
+    scopes = frozenset({"read:kb"})
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+    assert world.issuer.count() == 0
+
+    enforced = await world.ensure(scopes=scopes)
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is enforced
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes | {"write:kb"}) is None
+    assert world.tokens.at_hand(ORG, "other", scopes=scopes) is None
+
+    world.clock.advance(timedelta(seconds=2))
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+    assert await world.ensure(scopes=scopes) is enforced
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is enforced
+
+    world.clock.advance(timedelta(minutes=10))
+    await world.ensure(scopes=scopes)
+    age = timedelta(minutes=5)
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes, max_claims_age=age) is None
+
+    world.clock.advance(timedelta(hours=23))
+    assert await world.ensure(scopes=scopes) is enforced
+    assert world.tokens.at_hand(ORG, "main", scopes=scopes) is None
+
+
+async def test_a_token_of_a_retired_generation_is_not_at_hand(world: World) -> None:
+    await world.ensure()
+    world.credentials.add(ORG, "client-a", "secret-b")
+    del world.credentials.orgs[ORG.id][1]
+    world.clock.advance(timedelta(seconds=2))
+    await world.tokens.load([ORG])
+
+    assert world.tokens.at_hand(ORG, "main") is None

@@ -86,25 +86,27 @@ async def _run(
     if run.start_by is not None and tools.clock.now() > run.start_by:
         return outcomes.Gated("expired")
 
-    # token: `ensure` returns only verified and enforced tokens
-    scopes = limits.scopes
-    enforced = await inflight.unless_stopped(
-        tools.tokens.ensure(
-            org,
-            plan.issuer,
-            audience=definition.audience,
-            scopes=scopes,
-            also_ask=tools.scopes_of_variants(definition),
-            max_claims_age=definition.max_claims_age,
-        )
+    # token: a verified and enforced one, mostly from the cache
+    scopes, audience, max_age = limits.scopes, definition.audience, definition.max_claims_age
+    also_ask = tools.handlers.scopes([variant.handler for variant in definition.variants])
+    enforced = tools.tokens.at_hand(
+        org, plan.issuer, audience=audience, scopes=scopes, also_ask=also_ask, max_claims_age=max_age
     )
+    if inflight.stop.asked:
+        return outcome_of_stop(inflight.stop)
+    if enforced is None:
+        asking = tools.tokens.ensure(
+            org, plan.issuer, audience=audience, scopes=scopes, also_ask=also_ask, max_claims_age=max_age
+        )
+        enforced = await inflight.unless_stopped(asking)
     if enforced is None:
         return outcome_of_stop(inflight.stop)
     inflight.hold(enforced.token)
     claims = enforced.claims
     if (record := enforced.record) is None:
         record = enforced.record = ClaimsRecord.of(claims, tools.digests)
-    events.record_claims(trail, record, tools.clock.now())
+    now = tools.clock.now()
+    events.record_claims(trail, record, now)
     if tools.budgets.limits_in_claims:
         await tools.budgets.note_claims(org.id, claims)
 
@@ -136,7 +138,8 @@ async def _run(
             return state_without_order(plan, entry.name)
         state = await tools.checkpoints.load_state(run)
     services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
-    now = tools.clock.now()
+    if run.may_have_checkpoint or entry.state:
+        now = tools.clock.now()  # the database was read
     work = plan.work(
         run,
         entry,

@@ -99,14 +99,15 @@ class InflightRuns:
 
     def add(self, run: AdmittedRun) -> InflightRun:
         inflight = InflightRun(run, StopSignal())
-        self.release(self._runs.get(run.id))
+        if run.id in self._runs:
+            self.release(self._runs[run.id])
         self._runs[run.id] = inflight
         self._slots[run.isolation] += 1
         return inflight
 
-    def release(self, inflight: InflightRun | None) -> None:
+    def release(self, inflight: InflightRun) -> None:
         """Drop a run whose end is written, or that is no longer ours."""
-        if inflight is not None and self._runs.get(inflight.run.id) is inflight:
+        if self._runs.get(inflight.run.id) is inflight:
             del self._runs[inflight.run.id]
             self._slots[inflight.run.isolation] -= 1
 

@@ -15,7 +15,6 @@ from worker.claims.decode import enforce
 from worker.claims.digests import Digests
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
-from worker.definitions.definition import Definition
 from worker.errors import LeaseLost, TokenRefused, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import Deadlines, InflightRun
@@ -26,7 +25,7 @@ from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import OrgId, RunId
 from worker.orgs import OrgRef
 from worker.runs.budgets import BudgetState
-from worker.runs.outcome import Error, Outcome, Succeeded, Trail
+from worker.runs.outcome import SUCCEEDED, Error, Outcome, Trail
 from worker.runs.run import (
     AdmittedRun,
     Isolation,
@@ -42,14 +41,13 @@ from worker.telemetry.masking import masker
 # Seconds between two tries to save a checkpoint, at first and at most.
 RETRY_SAVE = 0.1
 LONGEST_RETRY_SAVE = 2.0
-_NOTHING_RETURNED = Succeeded()
 
 T = TypeVar("T")
 
 
 def redacted(outcome: Outcome) -> Outcome:
     """The same outcome with every text masked: result, detail, message, error and trace."""
-    if outcome == _NOTHING_RETURNED:
+    if outcome is SUCCEEDED:
         return outcome
     changes: dict[str, str | Error] = {}
     for field_ in fields(outcome):
@@ -73,6 +71,18 @@ class EnforcedToken(Protocol):
 
 
 class TokenSource(Protocol):
+    def at_hand(
+        self,
+        org: OrgRef,
+        issuer: str,
+        *,
+        audience: str | None,
+        scopes: frozenset[str],
+        also_ask: frozenset[str],
+        max_claims_age: timedelta | None,
+    ) -> EnforcedToken | None:
+        """What `ensure` would return at once and without any request, else None. Raises TokenError."""
+
     async def ensure(
         self,
         org: OrgRef,
@@ -182,15 +192,14 @@ class Tools:
         plans = await self.plans.load(runs)
         await self.tokens.load([plan.org for plan in plans])
 
-    def scopes_of_variants(self, definition: Definition) -> frozenset[str]:
-        """The scopes of the handlers that a token may select, requested with those of the definition's."""
-        return self.handlers.scopes([variant.handler for variant in definition.variants])
-
     def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
         """What a token of this plan is requested for."""
-        definition = plan.definition
-        also_ask = self.scopes_of_variants(definition)
-        return {"audience": definition.audience, "scopes": limits.scopes, "also_ask": also_ask}
+        variants = [variant.handler for variant in plan.definition.variants]
+        return {
+            "audience": plan.definition.audience,
+            "scopes": limits.scopes,
+            "also_ask": self.handlers.scopes(variants),
+        }
 
 
 @dataclass(eq=False, repr=False)
@@ -203,11 +212,11 @@ class AttemptServices:
     scopes: frozenset[str]
     checkpoint: Any
     tools: Tools
-    refused: TokenRefused | None = None
-    _closed: bool = False
+    refused: TokenRefused | None = field(default=None, init=False)
+    _closed: bool = field(default=False, init=False)
     # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
-    _places: set[int] = field(default_factory=set)
-    _totals: tuple[int, int] | None = None
+    _places: set[int] | None = field(default=None, init=False)
+    _totals: tuple[int, int] | None = field(default=None, init=False)
 
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
@@ -240,6 +249,8 @@ class AttemptServices:
         for meter, _ in step.spends:
             if meter != masker.mask(meter):
                 raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+        if self._places is None:
+            self._places = set()
         if self._totals is None:
             totals = (0, 0)
             if run.may_have_checkpoint:

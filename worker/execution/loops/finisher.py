@@ -44,9 +44,10 @@ class Finisher:
         self._idle.set()
 
     def put(self, ended: EndedAttempt) -> None:
+        if not self._pending:
+            self._idle.clear()
+            self._wake.set()
         self._pending.append(ended)
-        self._idle.clear()
-        self._wake.set()
 
     async def flushed(self) -> None:
         """Wait until everything taken so far is written."""

@@ -129,14 +129,14 @@ class StopSignal:
     Used on the worker's loop, whose clock is that of `interrupt_at` and `kill_at`.
     """
 
-    def __init__(self) -> None:
-        self.reason: StopReason | None = None
-        self.interrupt_at = self.kill_at = float("inf")
-        self.asked = self.killed = False
-        self._killer: Callable[[], None] | None = None
-        self._listener: Callable[[], None] | None = None
-        self._frozen_since: float | None = None
-        self._frozen = 0.0
+    # Defaults of the class: few runs are ever asked to stop.
+    reason: StopReason | None = None
+    interrupt_at = kill_at = float("inf")
+    asked = killed = False
+    _killer: Callable[[], None] | None = None
+    _listener: Callable[[], None] | None = None
+    _frozen_since: float | None = None
+    _frozen = 0.0
 
     @cached_property
     def requested(self) -> asyncio.Event:

@@ -131,11 +131,14 @@ class Inline:
     _abandoned: set[asyncio.Task[None]] = field(default_factory=set)
     # Looking up a module that is already imported costs more than calling the handler.
     _jobs: dict[str, Job] = field(default_factory=dict)
+    # The watched loop.
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler as a task of this loop."""
         loop, cancelled = asyncio.get_running_loop(), Cancellation()
-        if self.watched:
+        if self.watched and loop is not self._loop:
+            self._loop = loop
             watch_loop(loop)
         log = RunLogger(work.handler, services.log, self.clock, loop)
         parking = _Parking(loop)
@@ -176,9 +179,10 @@ class Inline:
             return outcome_of_error(error)
 
     def _job(self, entry_point: str) -> Job:
-        if entry_point not in self._jobs:
-            self._jobs[entry_point] = self.find(entry_point)
-        return self._jobs[entry_point]
+        job = self._jobs.get(entry_point)
+        if job is None:
+            job = self._jobs[entry_point] = self.find(entry_point)
+        return job
 
     def _abandon(self, task: asyncio.Task[Outcome]) -> None:
         async def nag() -> None:
@@ -399,14 +403,26 @@ class RunLogger(logging.Logger):
     It handles records itself: a handler for each run would cost more than the run.
     """
 
+    # What `logging.Logger` sets: most runs log nothing, and its constructor takes longer than a handler.
+    parent = None
+    propagate = True
+    disabled = False
+    _output: RunOutput | None = None
+    _closed = False
+
     def __init__(self, name: str, sink: Sink, clock: Clock, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(name, logging.INFO)
+        self.name = name
+        self.level = logging.INFO
         self._sink = sink
         self._clock = clock
         self._loop = loop
-        self._home = threading.get_ident()
-        self._output: RunOutput | None = None
-        self._closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("filters", "handlers", "_cache"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.filters, self.handlers = [], []
+        self._cache: dict[int, bool] = {}
+        return self.__dict__[name]
 
     def close(self) -> None:
         """Pass on what the run logged last; drop what it logs from now on."""
@@ -417,7 +433,7 @@ class RunLogger(logging.Logger):
     def callHandlers(self, record: logging.LogRecord) -> None:
         try:
             line = marked(record.levelname.lower(), _FORMATTER.format(record))
-            if threading.get_ident() == self._home:
+            if asyncio._get_running_loop() is self._loop:
                 self._feed(line)
             else:
                 self._loop.call_soon_threadsafe(self._feed, line)
