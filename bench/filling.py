@@ -57,7 +57,7 @@ class Filled:
     def add_orgs(self, number: int, *, most: int = 10_000) -> None:
         now = to_text(datetime.now(UTC))
         self.orgs = [self._id(datetime.now(UTC)) for _ in range(number)]
-        self._put(
+        self.put(
             "orgs",
             ("id", "code", "name", "issuer", "max_concurrent_runs", "tags", "created_at", "updated_at"),
             [(id_, f"org_{n}", f"Org {n}", "main", most, "[]", now, now) for n, id_ in enumerate(self.orgs)],
@@ -73,8 +73,8 @@ class Filled:
                 run = (id_, org, org, 1, HANDLER, "manual", stamp)
                 runs.append((*run, stamp, "bench", id_))
                 live.append((*run, id_, "inline", False, "waiting", "due", stamp))
-            self._put("runs", _RUN, runs)
-            self._put("live_runs", _LIVE, live)
+            self.put("runs", _RUN, runs)
+            self.put("live_runs", _LIVE, live)
 
     def add_ended(self, number: int) -> None:
         """Add runs that succeeded in the last month, each with its attempt, for the orgs in turn."""
@@ -87,8 +87,8 @@ class Filled:
                 run = (id_, org, org, 1, HANDLER, "manual", stamp, stamp, "bench", id_)
                 runs.append((*run, "succeeded", stamp, stamp, stamp, 1, 1, id_))
                 attempts.append((id_, 1, org, id_, 1, HANDLER, stamp, stamp, "succeeded"))
-            self._put("runs", _ENDED, runs)
-            self._put("attempts", _ATTEMPT, attempts)
+            self.put("runs", _ENDED, runs)
+            self.put("attempts", _ATTEMPT, attempts)
 
     def settle(self) -> None:
         """Vacuum and checkpoint, as autovacuum would."""
@@ -120,7 +120,7 @@ class Filled:
             return 0.0
         return 0.0 if self.server.pid is None else processor_time(self.server.pid)
 
-    def _put(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+    def put(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         with self.database.transaction() as connection:
             put(driver(connection), self.database.dialect, table, columns, rows)
 

@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 from sqlalchemy import select, text
 
 from bench.history import FIRST, SECOND
-from bench.server import own_server
+from bench.server import own_server, processor_time
 from tests.fakes.plugins import make_plugin
 from tests.fakes.ports import free_port
 from tests.fakes.postgres import Server
@@ -145,10 +144,7 @@ class Site:
                     raise SystemExit(f"the worker has ended: {(self.folder / 'log').read_text()[-2000:]}")
                 time.sleep(0.01)
             wall = time.perf_counter() - began
-            tree = psutil.Process(process.pid)
-            times = [each.cpu_times() for each in (tree, *tree.children(recursive=True))]
-            processor = sum(each.user + each.system for each in times)
-            return Cost(wall, processor, self._server_cpu() - server)
+            return Cost(wall, processor_time(process.pid), self._server_cpu() - server)
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)
@@ -210,12 +206,7 @@ class Site:
     def _server_cpu(self) -> float:
         if self._server is None or self._server.pid is None:
             return 0.0
-        main = psutil.Process(self._server.pid)
-        total = sum(main.cpu_times()[:4])
-        for child in main.children():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += sum(child.cpu_times()[:2])
-        return float(total)
+        return processor_time(self._server.pid)
 
 
 @contextlib.contextmanager
