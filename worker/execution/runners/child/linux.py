@@ -75,6 +75,41 @@ def processes() -> dict[int, Process]:
     return table
 
 
+class Relatives:
+    """The processes below this one, for one that looks often and on a machine with many others.
+
+    A process that is not below this one never will be, so it is read once. The inode of its folder in proc(5)
+    tells it from a later one with the same pid.
+    """
+
+    def __init__(self) -> None:
+        self._own = os.getpid()
+        own = process_of(self._own)
+        self._born = 0.0 if own is None else own.started
+        self._others: dict[int, int] = {}
+
+    def table(self) -> dict[int, Process]:
+        """The process table, by pid, without processes that are known not to be below this one."""
+        known: dict[int, int] = {}
+        unknown: dict[int, int] = {}
+        with os.scandir("/proc") as entries:
+            for entry in entries:
+                if entry.name.isdigit():
+                    pid, inode = int(entry.name), entry.inode()
+                    (known if self._others.get(pid) == inode else unknown)[pid] = inode
+        self._others, table = known, {}
+        for pid in sorted(unknown):
+            process = process_of(pid)
+            if process is None:
+                continue
+            # Not by a chain of parents: one of them may have ended while this was read.
+            if pid != self._own and (process.started < self._born or process.parent in known):
+                known[pid] = unknown[pid]
+            else:
+                table[pid] = process
+        return table
+
+
 def process_of(pid: int) -> Process | None:
     """One process, or None if it is gone."""
     line = _read(f"/proc/{pid}/stat")

@@ -70,6 +70,7 @@ class Zygote:
         self._own_memory = linux.resident(os.getpid())
         self._memory_due_at = float("inf")
         self._groups = linux.RunGroups.find()
+        self._relatives = linux.Relatives()
         # The living leaders by pid. They are subreapers, so every other child comes from a dead run.
         self._leaders: dict[int, Leader] = {}
         self._ending: list[Leader] = []  # reaped; their descendants may be alive
@@ -204,7 +205,7 @@ class Zygote:
         if self._frozen_at is not None:
             # Orphans would be thawed with the others before they are swept.
             roots = [leader.pid for leader in self._leaders.values() if leader.run == run]
-            linux.send(linux.descendants(linux.processes(), roots), signal.SIGKILL)
+            linux.send(linux.descendants(self._relatives.table(), roots), signal.SIGKILL)
         self._signal(run, signal.SIGKILL)
 
     def _signal(self, run: int, number: signal.Signals) -> None:
@@ -231,14 +232,14 @@ class Zygote:
             os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:  # no children, so skip the process table
             return set()
-        table = linux.processes()
+        table = self._relatives.table()
         adopted = {pid for pid in table if table[pid].parent == self._pid and pid not in self._leaders}
         found = adopted | linux.descendants(table, adopted)
         # Dead ones that are not yet reaped count: a run is over once none of its processes is left.
         return {pid for pid in found if table[pid].state != "X"}
 
     def _everyone(self) -> set[int]:
-        table = linux.processes()
+        table = self._relatives.table()
         return {pid for pid in linux.descendants(table, [self._pid]) if table[pid].state != "X"}
 
     def _sweep(self) -> None:
@@ -281,7 +282,7 @@ class Zygote:
             return
         caps = {pid: leader.memory for pid, leader in self._leaders.items() if leader.memory is not None}
         self._memory_due_at = time.monotonic() + MEMORY_TICK if caps else float("inf")
-        table = linux.processes() if caps else {}
+        table = self._relatives.table() if caps else {}
         for pid, cap in caps.items():
             run = {pid} | linux.descendants(table, [pid])
             if linux.memory(run, own=self._own_memory, limit=cap) > cap:
