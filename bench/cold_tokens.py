@@ -66,7 +66,7 @@ def run(checkout: Path, task: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--orgs", type=int, default=2_000)
-    parser.add_argument("--slots", type=int, default=1_000, help="runs that wait for a token at a time")
+    parser.add_argument("--slots", type=int, default=500, help="runs that wait for a token at a time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--database", choices=("sqlite", "postgresql"), default="postgresql")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT")

@@ -7,21 +7,35 @@ import logging
 import ssl
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
+from urllib.request import getproxies
 
 import httpx
 
 from worker.clock import Clock
+from worker.outbound.connections import Connections
 from worker.outbound.strict_json import MAX_MEMBERS, Malformed, loads
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
 TOKEN_LIMIT = 64 * 1024  # bytes
 KEYS_LIMIT = 256 * 1024
+# Of httpx, in seconds; the clock's deadline holds for all of an exchange.
+TIMEOUTS = {"timeout": {"connect": CONNECT_SECONDS}}
 
 
-def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
+class ProviderClient(httpx.AsyncClient):
+    """A client that `exchange` need not use: what it adds to its transport, exchanges do not need.
+
+    `direct` is that transport, or None if the environment names a proxy.
+    """
+
+    direct: httpx.AsyncBaseTransport | None = None
+
+
+def open_client(transport: httpx.AsyncBaseTransport | None = None) -> ProviderClient:
     """The client that all issuers share; tests pass a `MockTransport`.
 
     It follows no redirect, keeps no cookie and logs no URL.
@@ -32,11 +46,12 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Asyn
     # Mozilla's authorities for images that have none, and the system's, which may include a private CA.
     context = httpx.create_ssl_context()
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    # http:// is for loopback addresses only, which never go through a proxy.
-    direct = None if transport else {"http://": httpx.AsyncHTTPTransport(verify=context)}
-    return httpx.AsyncClient(
-        transport=transport,
-        mounts=direct,
+    direct = transport or Connections(context)
+    proxied = transport is None and bool({"https", "all"} & getproxies().keys())
+    client = ProviderClient(
+        transport=None if proxied else direct,
+        # http:// is for loopback addresses only, which never go through a proxy.
+        mounts={"http://": direct} if proxied else None,
         verify=context,
         timeout=httpx.Timeout(EXCHANGE_SECONDS, connect=CONNECT_SECONDS),
         # Each issuer limits its own connections; with a shared limit one that hangs would stop the others.
@@ -47,6 +62,8 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> httpx.Asyn
         # A compressed response could exceed any limit while it is read.
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
     )
+    client.direct = None if proxied else direct
+    return client
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,37 +99,61 @@ async def exchange(
     httpx's exceptions carry the request, and with it the secret in its body.
     """
 
-    async def send() -> Reply | str:
-        try:
-            async with client.stream(method, url, headers=headers, content=body) as response:
-                if response.headers.get("content-encoding", "identity").lower() != "identity":
-                    return "encoded"
-                content = bytearray()
-                async for chunk in response.aiter_bytes():
-                    content += chunk
-                    if len(content) > limit:
-                        return "too_large"
-                return Reply(response.status_code, response.headers, bytes(content))
-        except httpx.TimeoutException:
-            return "timeout"
-        except httpx.ConnectError:
-            return "unreachable"
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
-            return "protocol"
-
     body = json if form is None else form
+    sent = [*client.headers.raw]
     if body is not None:
-        kind = "application/json" if form is None else "application/x-www-form-urlencoded"
-        headers = {**(headers or {}), "Content-Type": kind}
-    exchanging = asyncio.ensure_future(send())
+        kind = b"application/json" if form is None else b"application/x-www-form-urlencoded"
+        sent.append((b"Content-Type", kind))
+    sent += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     deadline = asyncio.ensure_future(clock.sleep(EXCHANGE_SECONDS))
+    task, late = asyncio.current_task(), False
+
+    def stop(passed: asyncio.Future[None]) -> None:
+        nonlocal late
+        late = task is not None and not passed.cancelled() and task.cancel()
+
+    deadline.add_done_callback(stop)
     try:
-        await asyncio.wait({exchanging, deadline}, return_when=asyncio.FIRST_COMPLETED)
-        return exchanging.result() if exchanging.done() else "timeout"
+        request = httpx.Request(method, _parsed(url), headers=sent, content=body, extensions=TIMEOUTS)
+        return await _send(client, request, limit)
+    except asyncio.CancelledError:
+        if late and task is not None and task.uncancel() == 0:
+            return "timeout"
+        raise
+    except httpx.TimeoutException:
+        return "timeout"
+    except httpx.ConnectError:
+        return "unreachable"
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError):
+        return "protocol"
     finally:
-        exchanging.cancel()
+        deadline.remove_done_callback(stop)
         deadline.cancel()
-        await asyncio.gather(exchanging, deadline, return_exceptions=True)
+
+
+async def _send(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Reply | str:
+    """The response, or a code for what is wrong with it; raises as httpx does."""
+    direct = client.direct if isinstance(client, ProviderClient) else None
+    if direct is None or any(client.event_hooks.values()):
+        response = await client.send(request, stream=True)
+    else:
+        response = await direct.handle_async_request(request)
+    try:
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            return "encoded"
+        content = bytearray()
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > limit:
+                return "too_large"
+        return Reply(response.status_code, response.headers, bytes(content))
+    finally:
+        await response.aclose()
+
+
+@lru_cache(256)
+def _parsed(url: str) -> httpx.URL:
+    return httpx.URL(url)
 
 
 async def fetch_json(

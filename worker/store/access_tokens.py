@@ -66,14 +66,14 @@ def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], 
         }
         for each in sorted(wanted)
     ]
-    statement = insert_into(connection, _tokens).values(rows)
+    statement = insert_into(connection, _tokens)
     is_free = or_(_tokens.c.reserved_until.is_(None), _tokens.c.reserved_until <= now)
     statement = statement.on_conflict_do_update(
         index_elements=["id"],
         set_={name: statement.excluded[name] for name in ("reserved_by", "reserved_until")},
         where=is_free & (_tokens.c.version == statement.excluded.version),
     )
-    return set(connection.execute(statement.returning(_tokens.c.id)).scalars())
+    return set(connection.execute(statement.returning(_tokens.c.id), rows).scalars())
 
 
 def renew_for_all_orgs(connection: Connection, ids: Sequence[str], *, holder: str, lasts: timedelta) -> None:
@@ -124,12 +124,13 @@ def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
     ]
     if not rows:
         return set()
-    statement = insert_into(connection, _tokens).values(rows)
+    statement = insert_into(connection, _tokens)
     replaced = {name: statement.excluded[name] for name in rows[0] if name not in ("id", "org_id", "version")}
     statement = statement.on_conflict_do_update(
         index_elements=["id"], set_=replaced | {"version": _tokens.c.version + 1}
     )
-    return set(connection.execute(statement.returning(_tokens.c.id)).scalars())
+    connection.execute(statement, rows)
+    return {row["id"] for row in rows}
 
 
 def drop(connection: Connection, id: str) -> None:

@@ -377,11 +377,15 @@ BATCH = 500
 class BatchLoader(Generic[K, V]):
     """Reads by key, all keys asked for at the same time in one query.
 
-    `read` returns the values that exist; the others are None.
+    `read` returns the values that exist; the others are None. Keys that come within `linger`
+    seconds after a query share the next one.
     """
 
-    def __init__(self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]]) -> None:
+    def __init__(
+        self, read: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]], *, linger: float = 0.0
+    ) -> None:
         self._read = read
+        self._linger = linger
         self._waiting: dict[K, asyncio.Future[V | None]] = {}
         self._reading: asyncio.Task[None] | None = None
 
@@ -410,5 +414,7 @@ class BatchLoader(Generic[K, V]):
                 else:
                     for key, answer in answers.items():
                         answer.set_result(found.get(key))
+                if self._linger:
+                    await asyncio.sleep(self._linger)
         finally:
             self._reading = None

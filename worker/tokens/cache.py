@@ -93,8 +93,7 @@ class Tokens:
             Throttled, Unavailable: no token, or no verdict on it, yet; see `.retry_after`.
         """
         acquirer = self._acquirer(issuer)
-        audience = _audience(acquirer.client.issuer, org, audience)
-        request = TokenRequest(issuer, org, audience, scopes, also_ask - scopes)
+        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
         credentials = await self._generations.of(org)
         cached = self._cached(request, credentials)
         now = self._clock.monotonic()
@@ -133,8 +132,8 @@ class Tokens:
         acquirer, credentials = self._acquirers.get(issuer), self._generations.confirmed(org)
         if acquirer is None or credentials is None:
             return None
-        audience = _audience(acquirer.client.issuer, org, audience)
-        cached = self._cached(TokenRequest(issuer, org, audience, scopes, also_ask - scopes), credentials)
+        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
+        cached = self._cached(request, credentials)
         if cached is None:
             return None
         now = self._clock.monotonic()
@@ -161,9 +160,7 @@ class Tokens:
         acquirer, now = self._acquirers.get(issuer), self._clock.monotonic()
         if acquirer is None:
             return
-        request = TokenRequest(
-            issuer, org, _audience(acquirer.client.issuer, org, audience), scopes, also_ask - scopes
-        )
+        request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
         known = self._tokens.peek(request)
         if known is None or now - self._outdated.get(request, float("-inf")) < OUTDATE_EVERY:
             return
@@ -192,8 +189,7 @@ class Tokens:
         if shared is None or acquirer is None:
             return None
         with suppress(WorkerError):
-            asked = _audience(acquirer.client.issuer, org, audience)
-            request = TokenRequest(issuer, org, asked, scopes, also_ask - scopes)
+            request = _request_of(acquirer.client.issuer, org, audience, scopes, also_ask)
             credentials = await self._generations.of(org)
             if (life := await shared.life(request)) is not None:
                 usable = usable_life(sum(life))
@@ -340,12 +336,16 @@ def _size_of(enforced: EnforcedToken) -> int:
     return SIZE_OF_TOKEN + 2 * len(enforced.token.reveal())
 
 
-def _audience(issuer: Issuer, org: OrgRef, asked: str | None) -> str:
-    """The audience to request and to enforce; `{org}` in it is the org's code."""
-    audience = asked or issuer.audience
+def _request_of(
+    issuer: Issuer, org: OrgRef, audience: str | None, scopes: frozenset[str], also_ask: frozenset[str]
+) -> TokenRequest:
+    """The request; `{org}` in its audience is the org's code. Raises RequestRejected without an audience."""
+    audience = audience or issuer.audience
     if not audience:
         raise RequestRejected(
             f"issuer {issuer.name} has no audience, and without one no token can be verified",
             fix=f"set audience in [issuers.{issuer.name}], or in the definition",
         )
-    return audience.replace("{org}", org.code)
+    # The request stays in memory with its token, so it has no empty set of its own.
+    also_ask = also_ask - scopes if also_ask else also_ask
+    return TokenRequest(issuer.name, org, audience.replace("{org}", org.code), scopes, also_ask)

@@ -98,18 +98,9 @@ class IssuerClient:
             IssuerUnavailable: no response, a 5xx, or a malformed token response; retrying may help.
             IssuerPaused: nothing was sent; the breaker is open, and it is not this org's turn.
         """
-        retrying = AsyncRetrying(
-            sleep=self._clock.sleep,
-            stop=stop_after_attempt(tries),
-            wait=wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST),
-            retry=retry_if_exception(
-                lambda error: _may_pass(error) and self._breaker.fails_alone(credential.org_code)
-            ),
-            reraise=True,
-        )
         masker.hold(credential.secret.reveal())
         try:
-            granted: GrantedToken = await retrying(self._request, credential, audience, scopes, ahead)
+            granted = await self._request_again(tries, credential, audience, scopes, ahead)
         finally:
             masker.release(credential.secret.reveal())
         masker.note(granted.text)
@@ -128,6 +119,34 @@ class IssuerClient:
     async def close(self) -> None:
         await self._keys.close()
         await self.endpoints.close()
+
+    async def _request_again(
+        self, tries: int, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool
+    ) -> GrantedToken:
+        """As `_request`, at most `tries` times while the failure may pass."""
+        try:
+            return await self._request(credential, audience, scopes, ahead)
+        except IssuerUnavailable as error:
+            failed: IssuerUnavailable | None = error
+
+        async def request() -> GrantedToken:
+            nonlocal failed
+            if failed is not None:
+                # The first request was made already: building the retries costs as much as verifying.
+                error, failed = failed, None
+                raise error
+            return await self._request(credential, audience, scopes, ahead)
+
+        retrying = AsyncRetrying(
+            sleep=self._clock.sleep,
+            stop=stop_after_attempt(tries),
+            wait=wait_random_exponential(multiplier=RETRY_FIRST, max=RETRY_LAST),
+            retry=retry_if_exception(
+                lambda error: _may_pass(error) and self._breaker.fails_alone(credential.org_code)
+            ),
+            reraise=True,
+        )
+        return await retrying(request)
 
     async def _request(
         self, credential: Credential, audience: str, scopes: frozenset[str], ahead: bool

@@ -29,6 +29,9 @@ from worker.tokens.shared import Found, NewToken, StoredToken, TokenKey
 from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring import find_keyring
 
+# Seconds: tokens that arrive one after another are stored together.
+LINGER = 0.02
+
 
 def issuers_of(settings: Settings) -> dict[str, Issuer]:
     """The issuers of `worker.toml` by name.
@@ -85,7 +88,9 @@ class OpenedCredentials:
         self._active: BatchLoader[OrgId, list[dict[str, Any]]] = BatchLoader(self._read_active)
         # Numbered, because each use counts.
         self._numbers = itertools.count()
-        self._used: BatchLoader[tuple[int, credentials.Use], None] = BatchLoader(self._count_uses)
+        self._used: BatchLoader[tuple[int, credentials.Use], None] = BatchLoader(
+            self._count_uses, linger=LINGER
+        )
         self._unusable: set[str] = set()
 
     async def active(self, org_id: OrgId) -> Sequence[Credential]:
@@ -167,7 +172,7 @@ class StoredTokens:
         self._holder = holder
         self._found: BatchLoader[TokenKey, Found] = BatchLoader(self._find)
         self._reserved: BatchLoader[access_tokens.Reservation, bool] = BatchLoader(self._reserve)
-        self._put: BatchLoader[NewToken, bool] = BatchLoader(self._store)
+        self._put: BatchLoader[NewToken, bool] = BatchLoader(self._store, linger=LINGER)
 
     async def find(self, key: TokenKey) -> Found:
         return await self._found.of(key) or Found()
