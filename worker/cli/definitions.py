@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,7 +24,9 @@ from worker.cli.session import change, session_of
 from worker.definitions.units import parse_time
 from worker.errors import UsageError
 from worker.store.lists import BACKFILLS, DEFINITIONS
-from worker.store.lists.read import DefinitionState
+
+if TYPE_CHECKING:
+    from worker.store.lists.read import DefinitionState
 
 NameArgument = Annotated[
     str,

@@ -314,6 +314,7 @@ async def test_a_lost_session_ends_the_lock_and_the_next_round_takes_it_again(
                 connection.exec_driver_sql(
                     "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
                     " AND granted AND pid <> pg_backend_pid()"
+                    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 )
 
     place.management.before = end_sessions
