@@ -106,14 +106,14 @@ CHANGED = (
     "budget_raises",
 )
 # How each of these is read, and the place of its org.
-READ = [
-    (
+READ = {
+    name: (
         f"SELECT {', '.join(table.c.keys())} FROM {name} ORDER BY {', '.join(table.primary_key.c.keys())}",
-        name,
         table.c.keys().index("org_id"),
     )
     for name, table in ((name, tables.metadata.tables[name]) for name in CHANGED)
-]
+}
+State = dict[str, list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -374,15 +374,22 @@ class Installation:
             Who("a person of the vendor", "operator", person="kp_sue"),
         ]
 
-    def state(self) -> dict[str, dict[str, list[tuple[Any, ...]]]]:
-        """All that a request may change, by org."""
-        found: dict[str, dict[str, list[tuple[Any, ...]]]] = {org: {} for org in (*ORGS, "")}
-        code = {id_: org for org, id_ in self.ids.items()}
+    def state(self) -> State:
+        """All that a request may change, as the driver has it: it is read more than a thousand times."""
         with self.admin.autocommit() as connection:
-            for statement, name, place in READ:
-                # As the driver has them: the whole state is read more than a thousand times.
-                for row in connection.exec_driver_sql(statement):
-                    found[code.get(str(row[place]), "")].setdefault(name, []).append(tuple(row))
+            results = {name: connection.exec_driver_sql(statement) for name, (statement, _) in READ.items()}
+            return {name: list(result.cursor.fetchall()) for name, result in results.items()}
+
+    def changes(self, before: State, after: State) -> dict[str, dict[str, list[tuple[Any, ...]]]]:
+        """The rows that are only in one of the two, by org and table."""
+        found: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
+        code = {id_: org for org, id_ in self.ids.items()}
+        for name, (_, place) in READ.items():
+            if before[name] != after[name]:
+                rows = [{str(row): row for row in state[name]} for state in (before, after)]
+                for text in rows[0].keys() ^ rows[1].keys():
+                    row = rows[0].get(text) or rows[1][text]
+                    found.setdefault(code.get(str(row[place]), ""), {}).setdefault(name, []).append(row)
         return found
 
 
@@ -575,7 +582,7 @@ class Matrix:
         self.apps = {role: made.app(role) for role in ("viewer", "operator")}
         self.asked = 0
         # What the last change left, which no reading may change.
-        self.known: dict[str, dict[str, list[tuple[Any, ...]]]] = {}
+        self.known: State = {}
         self.wrong: list[str] = []
 
     async def run(self, rules: Mapping[tuple[str, str], Rule] = RULES) -> None:
@@ -650,15 +657,13 @@ class Matrix:
         if leaked := sorted(name for name in hidden if name in said):
             self.wrong.append(f"{who.name}: {called}: names {', '.join(leaked)}")
 
-    def judge_effect(
-        self, who: Who, called: str, target: str, before: Mapping[str, Any], *, done: bool
-    ) -> None:
-        after = self.known = self.made.state()
-        changed = {org for org in after if after[org] != before[org]}
-        if changed != ({target} if done else set()):
-            self.wrong.append(f"{who.name}: {called}: changed {sorted(changed) or 'nothing'}")
+    def judge_effect(self, who: Who, called: str, target: str, before: State, *, done: bool) -> None:
+        self.known = self.made.state()
+        changes = self.made.changes(before, self.known)
+        if changes.keys() != ({target} if done else set()):
+            self.wrong.append(f"{who.name}: {called}: changed {sorted(changes) or 'nothing'}")
         elif done:
-            rows = [row for row in after[target]["audit"] if row not in before[target]["audit"]]
+            rows = changes[target].get("audit", [])
             if len(rows) != 1 or who.actor not in rows[0]:
                 self.wrong.append(f"{who.name}: {called}: audit rows {rows}")
 
