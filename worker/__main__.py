@@ -8,6 +8,9 @@ import sys
 if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()] != [os.path.dirname(os.path.dirname(__file__))]:
     del sys.path[0]
 
+# httpx imports a command line of its own, with rich and pygments: half of the time of its import.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+
 from worker.cli import main
 
 main()

@@ -1,7 +1,7 @@
 """Reads what the entry points of group `worker.jobs` declare, or why they do not load.
 
-The worker imports no plug-in. A child process for each distribution loads its entry points
-and prints what they declare; if one hangs or ends the process, another child reads the rest.
+The worker imports no plug-in. A child process forks for each distribution; the fork loads its entry points
+and writes what they declare. If one hangs or ends its process, another child reads the rest.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, Self
 
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 
 DESCRIBE = (sys.executable, "-P", "-m", "worker.handlers.describe")
-# Concurrent children, so that one that hangs does not delay the others.
-CONCURRENT_CHILDREN = 8
+# Concurrent forks, so that one that hangs does not delay the others.
+CONCURRENT_FORKS = 8
 ERROR_LIMIT = 1_000
 _LINE_LIMIT = 4 * 1024 * 1024
 
@@ -73,30 +74,34 @@ async def read_catalogue(
     """
     everyone = distributions()
     counts = Counter(point.name for found in everyone for point in found.points)
-    reader = _Reader(timeout, environment(pass_environment), command)
-    slots = asyncio.Semaphore(CONCURRENT_CHILDREN)
+    entries: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
+    given: list[_Given] = []
+    for distribution in everyone if names is None else distributions(names):
+        for point in distribution.points:
+            if counts[point.name] > 1:
+                entries.put_nowait(_entry(distribution, point, {"error": _DUPLICATE}))
+        points = [point for point in distribution.points if counts[point.name] == 1]
+        if points:
+            given.append((distribution, points))
 
-    async def read(distribution: Distribution) -> None:
-        async with slots:
-            left = []
-            for point in distribution.points:
-                if counts[point.name] > 1:
-                    reader.put(distribution, point, {"error": _DUPLICATE})
-                else:
-                    left.append(point)
-            while left:
-                left = left[await reader.read(distribution, left) :]
+    child = partial(_Child, entries.put_nowait, command, environment(pass_environment), timeout)
+
+    async def read(first: _Child, index: int) -> None:
+        left = await first.read(index)
+        while left:
+            async with child([(given[index][0], left)]) as another:
+                left = await another.read(0)
 
     async def read_all() -> None:
         try:
-            chosen = everyone if names is None else distributions(names)
-            await asyncio.gather(*(read(distribution) for distribution in chosen))
+            async with child(given) as first:
+                await asyncio.gather(*(read(first, index) for index in range(len(given))))
         finally:
-            reader.entries.put_nowait(None)
+            entries.put_nowait(None)
 
     reading = asyncio.create_task(read_all())
     try:
-        while (entry := await reader.entries.get()) is not None:
+        while (entry := await entries.get()) is not None:
             yield entry
         await reading
     finally:
@@ -104,67 +109,91 @@ async def read_catalogue(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-class _Reader:
-    """Starts the children and queues what they print."""
+_Given = tuple[Distribution, list[EntryPoint]]
 
-    def __init__(self, timeout: float, env: Mapping[str, str], command: Sequence[str]) -> None:
-        self._timeout = timeout
-        self._env = env
+
+class _Child:
+    """A process of `worker.handlers.describe`, which forks for each of these distributions."""
+
+    def __init__(
+        self,
+        put: Callable[[HandlerEntry], None],
+        command: Sequence[str],
+        env: Mapping[str, str],
+        timeout: float,
+        given: Sequence[_Given],
+    ) -> None:
+        self._put = put
         self._command = command
-        self.entries: asyncio.Queue[HandlerEntry | None] = asyncio.Queue()
+        self._env = env
+        self._timeout = timeout
+        self._given = given
+        self._stack = contextlib.AsyncExitStack()
+        self._streams: list[asyncio.StreamReader] = []
+        loop = asyncio.get_running_loop()
+        self._started: list[asyncio.Future[None]] = [loop.create_future() for _ in given]
+        # The exit code of each fork.
+        self._ended: list[asyncio.Future[int]] = [loop.create_future() for _ in given]
 
-    def put(self, distribution: Distribution, point: EntryPoint, described: Mapping[str, Any]) -> None:
-        error = described.get("fatal") or described.get("error")
-        declared: dict[str, Any] = {}
-        if error is None:
+    async def __aenter__(self) -> Self:
+        async with self._stack as stack:
+            written = []
+            forks = []
+            for distribution, points in self._given:
+                folder = tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True)
+                names = [point.name for point in points]
+                written.append(await self._pipe(stack))
+                forks.append({"distribution": distribution.name, "names": names, "descriptor": written[-1]})
+                forks[-1]["folder"] = stack.enter_context(folder)
             try:
-                declared = _declared(described)
-            except ValueError as invalid:
-                error = invalid
-        if error is not None:
-            declared = {"error": clean(str(error), ERROR_LIMIT)}
-        identity = (point.name, distribution.name, distribution.version, point.value)
-        self.entries.put_nowait(HandlerEntry(*identity, **declared))
-
-    async def read(self, distribution: Distribution, points: Sequence[EntryPoint]) -> int:
-        """Read entry points with one child; returns how many, including the one that ended it."""
-        with tempfile.TemporaryDirectory(prefix=FOLDERS, ignore_cleanup_errors=True) as folder:
-            child = await asyncio.create_subprocess_exec(
-                *self._command,
-                *(distribution.name, str(self._timeout), *(point.name for point in points)),
-                env={**self._env, "HOME": folder, "TMPDIR": folder},
-                cwd=folder,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                limit=_LINE_LIMIT,
-                # A process group to kill as a whole, in the session by which the worker finds its children.
-                process_group=0,
-            )
-            try:
-                for done, point in enumerate(points, start=1):
-                    described = await self._next_line(child)
-                    self.put(distribution, point, described)
-                    if "fatal" in described:
-                        return done
-                return len(points)
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    env=self._env,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    pass_fds=written,
+                    # A group of its own, in the session by which the worker finds its children.
+                    process_group=0,
+                )
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                await child.wait()
+                for descriptor in written:
+                    os.close(descriptor)
+            stack.push_async_callback(self._end)
+            work = {"seconds": self._timeout, "at_once": CONCURRENT_FORKS, "distributions": forks}
+            self._tell(json.dumps(work))
+            self._listening = asyncio.create_task(self._listen())
+            self._stack = stack.pop_all()
+        return self
 
-    async def _next_line(self, child: asyncio.subprocess.Process) -> Mapping[str, Any]:
-        if child.stdout is None:
-            raise RuntimeError("the child was started without a pipe")
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def read(self, index: int) -> list[EntryPoint]:
+        """Read entry points; returns those after one that hung or ended its process."""
+        distribution, points = self._given[index]
+        await self._started[index]
+        try:
+            for done, point in enumerate(points, start=1):
+                described = await self._next_line(index)
+                self._put(_entry(distribution, point, described))
+                if "fatal" in described:
+                    return points[done:]
+            return []
+        finally:
+            self._tell(str(index))
+            await self._ended[index]
+
+    async def _next_line(self, index: int) -> Mapping[str, Any]:
         try:
             async with asyncio.timeout(self._timeout):
-                line = await child.stdout.readline()
+                line = await self._streams[index].readline()
         except TimeoutError:
             return {"fatal": f"its import took longer than {self._timeout:g} s"}
         except ValueError:
             return {"fatal": "its declaration is longer than 4 MiB"}
         if not line:
-            code = await child.wait()
+            code = await self._ended[index]
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return {"fatal": f"its import ended the process: {how}"}
         try:
@@ -172,6 +201,56 @@ class _Reader:
         except (ValueError, RecursionError):
             described = None
         return described if isinstance(described, dict) else {"fatal": _FORGED}
+
+    async def _pipe(self, stack: contextlib.AsyncExitStack) -> int:
+        """A pipe that a fork writes to, and of which this reads the other end."""
+        reads, writes = os.pipe()
+        stream = asyncio.StreamReader(limit=_LINE_LIMIT)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(reads, "rb")
+        )
+        stack.callback(transport.close)
+        self._streams.append(stream)
+        return writes
+
+    def _tell(self, line: str) -> None:
+        if self._process.stdin is not None and self._process.returncode is None:
+            self._process.stdin.write(f"{line}\n".encode())
+
+    async def _listen(self) -> None:
+        """Hear which forks have started and ended, until the process is gone."""
+        stdout = self._process.stdout
+        while stdout is not None and (line := await stdout.readline()):
+            index, *code = json.loads(line)
+            if code:
+                self._ended[index].set_result(code[0])
+            else:
+                self._started[index].set_result(None)
+        gone = await self._process.wait()
+        for started, ended in zip(self._started, self._ended, strict=True):
+            if not started.done():
+                started.set_result(None)
+            if not ended.done():
+                ended.set_result(gone)
+
+    async def _end(self) -> None:
+        """Its forks end with it, once it has no standard input."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        await self._listening
+
+
+def _entry(distribution: Distribution, point: EntryPoint, described: Mapping[str, Any]) -> HandlerEntry:
+    error = described.get("fatal") or described.get("error")
+    declared: dict[str, Any] = {}
+    if error is None:
+        try:
+            declared = _declared(described)
+        except ValueError as invalid:
+            error = invalid
+    if error is not None:
+        declared = {"error": clean(str(error), ERROR_LIMIT)}
+    return HandlerEntry(point.name, distribution.name, distribution.version, point.value, **declared)
 
 
 def _declared(described: Mapping[str, Any]) -> dict[str, Any]:

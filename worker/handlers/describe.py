@@ -1,21 +1,33 @@
-"""Loads one distribution's entry points in a process of its own and prints what each declares.
+"""Loads entry points in processes of their own and prints what each declares.
 
-`python -m worker.handlers.describe DISTRIBUTION SECONDS NAME…` prints a JSON line for each
-name, in that order. Any of them may hang or end the process; the reader sees which.
+`python -m worker.handlers.describe` reads a line of JSON: `seconds` for an import, `at_once`, and
+`distributions`, each with a `descriptor`, a `folder` and the `names` of entry points. It imports what most
+handlers need, and forks for each distribution. A fork writes a line of JSON for each name to its descriptor,
+in that order. Any of them may hang or end the process; the reader sees which.
+
+This process prints `[INDEX]` when a fork starts and `[INDEX, EXIT CODE]` when it is gone, with all that it
+started. A line INDEX kills a fork; the end of standard input kills all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from worker.definitions.units import parse_duration, parse_memory
 from worker.handlers import denials
 from worker.handlers.installed import distributions
 from worker.handlers.job import Job
+
+# What most handlers import.
+SHARED = ("httpx", "pydantic", "worker.handlers.context")
 
 
 def offer_of(job: Job) -> dict[str, Any]:
@@ -45,18 +57,102 @@ def described(load: Any, name: str, target: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}" + (f"; {denied}" if denied else "")}
 
 
-def main() -> None:
-    """Print the lines; a plug-in's own output is discarded."""
-    distribution, seconds, *names = sys.argv[1:]
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    points = {point.name: point for found in distributions([distribution]) for point in found.points}
-    for name in names:
-        # The parent may be gone, and an import may hang.
-        signal.alarm(int(float(seconds)) + 5)
-        lines.write(json.dumps(described(points[name].load, name, points[name].value)) + "\n")
-        lines.flush()
-    os._exit(0)  # without waiting for threads that an import started
+class _Forks:
+    """The forks that load plug-ins; this process itself loads none."""
+
+    def __init__(self, given: Mapping[str, Any], confine: Callable[[], None]) -> None:
+        self._given = given
+        self._confine = confine
+        self._waiting = list(enumerate(given["distributions"]))
+        self._running: dict[int, int] = {}
+
+    def start(self) -> bool:
+        """Start what may run at once; returns whether anything runs."""
+        while self._waiting and len(self._running) < self._given["at_once"]:
+            index, entry = self._waiting.pop(0)
+            pid = os.fork()
+            if pid == 0:
+                self._load(**entry)
+            with contextlib.suppress(OSError):  # the fork has done so itself
+                os.setpgid(pid, pid)
+            os.close(entry["descriptor"])
+            self._running[index] = pid
+            print(json.dumps([index]), flush=True)
+        return bool(self._running)
+
+    def reap(self) -> None:
+        """Report the forks that have ended."""
+        for index, pid in list(self._running.items()):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self.end(index)
+
+    def end(self, index: int) -> None:
+        """Kill a fork and what its imports started, and report its exit code."""
+        pid = self._running.pop(index, None)
+        if pid is None:
+            return
+        # Until it is waited for, its number is not given to another process.
+        os.killpg(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print(json.dumps([index, code]), flush=True)
+
+    def end_all(self) -> None:
+        self._waiting.clear()
+        for index in list(self._running):
+            self.end(index)
+
+    def _load(self, distribution: str, names: list[str], folder: str, descriptor: int) -> None:
+        """What a fork does; a plug-in's own output is discarded."""
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nothing, stream)
+            os.closerange(3, descriptor)
+            os.closerange(descriptor + 1, os.sysconf("SC_OPEN_MAX"))
+            os.chdir(folder)
+            os.environ.update(HOME=folder, TMPDIR=folder)
+            self._confine()
+            points = {point.name: point for found in distributions([distribution]) for point in found.points}
+            with os.fdopen(descriptor, "w", encoding="utf-8") as lines:
+                for name in names:
+                    # The reader may be gone, and an import may hang.
+                    signal.alarm(int(self._given["seconds"]) + 5)
+                    lines.write(json.dumps(described(points[name].load, name, points[name].value)) + "\n")
+                    lines.flush()
+            code = 0
+        finally:
+            os._exit(code)  # without waiting for threads that an import started
+
+
+def main(confine: Callable[[], None] = lambda: None) -> None:
+    """Describe what standard input names; each fork calls `confine` in its folder before it loads."""
+    # httpx imports a command line of its own, with rich and pygments: half of the time of its import.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+    # Without a buffer, in which `select` would not see the next line.
+    requests = open(0, "rb", buffering=0)  # noqa: SIM115
+    forks = _Forks(json.loads(requests.readline()), confine)
+    for module in SHARED:
+        import_module(module)
+    ended, wake = os.pipe()
+    for end in (ended, wake):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    while forks.start():
+        readable, _, _ = select.select([0, ended], [], [])
+        if ended in readable:
+            os.read(ended, 4096)
+        if 0 in readable:
+            line = requests.readline()
+            if not line:
+                forks.end_all()
+                return
+            forks.end(int(line))
+        forks.reap()
 
 
 if __name__ == "__main__":

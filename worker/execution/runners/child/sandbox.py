@@ -226,12 +226,16 @@ def allow_own_proc(ruleset: landlock.Ruleset) -> int:
 
 
 def main() -> None:
-    """`python -m worker.execution.runners.child.sandbox RULES ARGUMENT…`: the catalogue's child, confined."""
-    ruleset = Sandbox(Rules.of(json.loads(sys.argv.pop(1)))).ruleset(os.getcwd())
-    allow_own_proc(ruleset)
-    ruleset.restrict()
-    denials.sandboxed()
-    describe.main()
+    """`python -m worker.execution.runners.child.sandbox RULES`: what describes handlers, confined."""
+    rules = Rules.of(json.loads(sys.argv.pop(1)))
+
+    def confine() -> None:
+        ruleset = Sandbox(rules).ruleset(os.getcwd())
+        allow_own_proc(ruleset)
+        ruleset.restrict()
+        denials.sandboxed()
+
+    describe.main(confine)
 
 
 def level(version: int) -> str:
