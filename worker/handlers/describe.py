@@ -12,6 +12,7 @@ started. A line INDEX kills a fork; the end of standard input kills all.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -130,6 +131,7 @@ class _Forks:
 
 def main(confine: Callable[[], None] = lambda: None) -> None:
     """Describe what standard input names; each fork calls `confine` in its folder before it loads."""
+    gc.disable()  # what is imported stays
     # httpx imports a command line of its own, with rich and pygments: half of the time of its import.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     # Without a buffer, in which `select` would not see the next line.
