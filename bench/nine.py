@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,8 +42,8 @@ from worker.store import tables
 
 MODES = ("cold", "warm", "restart", "ahead")
 MINUTE = 60.0
-# The definitions become due, for the workers, this long before the instant: each looks once a second. What
-# they need ahead of time is then not requested before it.
+# Without tokens the definitions are changed this long before the instant, as each worker looks once a second:
+# nothing is then requested ahead of time.
 EARLY = 1.2
 # Token requests a second that the workers make at least, if the issuer has no limit.
 COLD_RATE = 150
@@ -84,7 +85,7 @@ def measure(given: argparse.Namespace, say: Say) -> dict[str, Any]:
         if given.mode in ("warm", "restart"):
             say("storing their tokens")
             made.store_tokens()
-        with made.installation.workers(plugins=plugins) as working:
+        with made.installation.workers(plugins=plugins, profile=given.profile) as working:
             wait(made, lambda connection: given.workers - ready(connection), say, "workers to start")
             if given.mode == "warm":
                 made.add_backlog([warm_handler(number) for number in range(given.workers)])
@@ -105,14 +106,15 @@ def make_due(made: Crowd, given: argparse.Namespace, say: Say) -> datetime:
     """Make all definitions due at a full second, and return it shortly before that."""
     # The update takes some 30 us a definition.
     need = 3 + given.orgs * given.per_org / 15_000
-    leave = need + (given.within if given.mode == "ahead" else 0)
+    # With tokens at hand the workers look ahead before the instant, and find nothing to request.
+    leave = need + {"ahead": given.within, "cold": 0.0}.get(given.mode, MINUTE + 10)
     now = datetime.now(UTC)
     at = (now + timedelta(seconds=leave)).replace(microsecond=0) + timedelta(seconds=1)
     say(f"all are due at {at:%H:%M:%S}")
-    if given.mode != "ahead":
+    if given.mode == "cold":
         sleep_until(at, need + EARLY)
     with made.making_due(at):
-        if given.mode != "ahead":
+        if given.mode == "cold":
             sleep_until(at, EARLY)
     sleep_until(at, 1.0)
     if time.time() > at.timestamp():
@@ -307,9 +309,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--provider-rate", type=float, default=0, help="token requests a second; 0: no limit")
     parser.add_argument("--others", type=int, default=50, help="definitions that are due each second")
     parser.add_argument("--timeout", type=float, default=0, help="seconds until all runs have ended")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="cProfile's output of one worker")
     parser.add_argument("-o", dest="output", choices=("table", "json"), default="table")
     given = parser.parse_args()
-    if given.database == "sqlite":
+    if given.database == "sqlite" or given.profile:
         given.workers = 1
     pace = min(given.provider_rate or COLD_RATE, COLD_RATE)
     given.within = max(MINUTE, given.within or 1.3 * given.orgs / pace)
