@@ -56,8 +56,13 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
 
 def same(one: Any, other: Any) -> bool:
     """Equality as in `jsonb`: true is not 1, but 1 and 1.0 are one number."""
+    if one is other:
+        return True
+    if type(one) is str:
+        # Most values are texts.
+        return bool(one == other)
     if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
+        return False
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
