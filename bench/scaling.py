@@ -3,8 +3,8 @@
     .venv/bin/python -m bench.scaling [--orgs 1000 10000 100000] [--runs N]
 
 Each number of orgs gets a database of its own: an org with a credential, a stored token and one definition.
-Then N runs (20,000, one of each of as many definitions) are fired, admitted and ended in the worker's batches
-by the store's functions, without the worker. "here" is this side's processor time, "there" the server's;
+Then N runs (20,000, one of each of as many definitions) are fired, admitted, ended and deleted in batches
+as a worker does, by the store's functions. "here" is this side's processor time, "there" the server's;
 WAL includes full pages, since a checkpoint precedes. Sizes are of tables with their indexes.
 """
 
@@ -22,8 +22,9 @@ from sqlalchemy import text
 from bench.admission import carry, processor
 from bench.filling import HANDLER, PART, Filled, filled
 from worker.clock import SystemClock, to_text
+from worker.execution.loops import maintenance
 from worker.runs.fire import decide
-from worker.store import firing
+from worker.store import firing, sweeps
 from worker.store.database import Database
 
 OF_ORGS = ("orgs", "credentials", "access_tokens", "definitions", "definition_revisions", "schedule")
@@ -114,6 +115,23 @@ def fire(database: Database) -> int:
             return fired
 
 
+def forget(database: Database) -> int:
+    """Delete runs that ended, as retention does, without its pauses."""
+    runs = 0
+    while True:
+        with database.transaction() as connection:
+            parts = sweeps.forget_parts(
+                connection, "succeeded", timedelta(0), runs=maintenance.BATCH, limit=maintenance.PARTS
+            )
+        if parts == maintenance.PARTS:
+            continue
+        with database.transaction() as connection:
+            some = sweeps.forget_runs(connection, "succeeded", timedelta(0), limit=maintenance.BATCH)
+        runs += some
+        if some < maintenance.BATCH:
+            return runs
+
+
 def vacuumed(database: Database, table: str) -> float:
     began = time.perf_counter()
     with database.autocommit() as connection:
@@ -143,12 +161,13 @@ def measure(orgs: int, runs: int) -> Iterator[str]:
                 return carry(database, worker, batch=ADMITTED, runs=due).runs
 
             yield f"  admit and end:  {cost(made, admit_and_end)}"
+            after = sizes(made.database, OF_RUNS)
+            seconds = {name: vacuumed(made.database, name) for name in ("live_runs", "runs", "schedule")}
+            yield f"  delete:         {cost(made, lambda: forget(database))}"
         finally:
             database.close()
-        seconds = {name: vacuumed(made.database, name) for name in ("live_runs", "runs", "schedule")}
         parts = ", ".join(f"{name} {1000 * each:.0f} ms" for name, each in seconds.items())
         yield f"  vacuum after {due} runs: {parts}"
-        after = sizes(made.database, OF_RUNS)
         grown = {name: (after[name] - before[name]) / due for name in OF_RUNS}
         parts = ", ".join(f"{name} {size:.0f}" for name, size in grown.items())
         yield f"  bytes a run that ended: {sum(grown.values()):.0f} ({parts})"

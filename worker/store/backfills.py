@@ -10,7 +10,8 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from worker.ids import DefinitionId, OrgId
 from worker.store import edit_runs, tables
-from worker.store.dialect import Row, all_rows, among, chunks, first_row
+from worker.store.bulk import among
+from worker.store.dialect import Row, all_rows, chunks, first_row
 from worker.store.lists.read import unfinished_runs
 
 _backfills = tables.backfills

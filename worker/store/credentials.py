@@ -11,8 +11,8 @@ from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
-from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, among, chunks, first_row
+from worker.store.bulk import among, insert_many
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _credentials = tables.credentials
 

@@ -12,8 +12,8 @@ from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, selec
 from worker.errors import Conflict, NotFound
 from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.store import tables
-from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, among, chunks, hint, is_postgresql
+from worker.store.bulk import among, insert_many
+from worker.store.dialect import Row, all_rows, chunks, hint, is_postgresql
 
 _definitions = tables.definitions
 _revisions = tables.definition_revisions

@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    DateTime,
-    Executable,
-    Select,
-    String,
-    Table,
-    TypeDecorator,
-    any_,
-    literal,
-    text,
-)
+from sqlalchemy import Connection, DateTime, Executable, Select, String, Table, TypeDecorator, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import JSON, TypeEngine
@@ -80,16 +68,6 @@ def first_row(connection: Connection, query: Executable) -> Row | None:
     one = query.limit(1) if isinstance(query, Select) else query
     row = connection.execute(one).mappings().first()
     return None if row is None else dict(row)
-
-
-def among(connection: Connection, column: ColumnElement[Any], values: Iterable[Any]) -> ColumnElement[bool]:
-    """A condition: the column has one of these values.
-
-    On PostgreSQL they are one array: the driver takes longer to read a parameter for each than the query.
-    """
-    if is_postgresql(connection):
-        return column == any_(literal(list(values), postgresql.ARRAY(column.type)))
-    return column.in_(list(values))
 
 
 T = TypeVar("T")

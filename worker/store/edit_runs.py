@@ -27,7 +27,8 @@ from worker.ids import AllOrgs, DefinitionId, OrgId, RunId
 from worker.runs.run import NewRun
 from worker.search import Query, states_of
 from worker.store import sweeps, tables
-from worker.store.dialect import Row, all_rows, among, chunks, database_now, first_row, hint
+from worker.store.bulk import among
+from worker.store.dialect import Row, all_rows, chunks, database_now, first_row, hint
 from worker.store.lists.matching import conditions, few_orgs, orgs_that_match, shown_state
 
 _live = tables.live_runs

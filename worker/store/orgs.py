@@ -12,8 +12,8 @@ from worker.errors import NotFound
 from worker.ids import AllOrgs, OrgId, OrgScope
 from worker.search import words_of
 from worker.store import tables
-from worker.store.bulk import insert_many
-from worker.store.dialect import Row, all_rows, among, chunks, first_row, is_postgresql
+from worker.store.bulk import among, insert_many
+from worker.store.dialect import Row, all_rows, chunks, first_row, is_postgresql
 
 _orgs = tables.orgs
 _credentials = tables.credentials

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from datetime import UTC, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, literal_column, select, text, update
+from sqlalchemy import ARRAY, Connection, bindparam, delete, literal_column, select, text, update
 
 from worker.ids import ALL_ORGS, AllOrgs, OrgId, RunId
 from worker.runs.run import Swept
 from worker.store import tables
+from worker.store.bulk import among
 from worker.store.definitions import names_of
 from worker.store.dialect import Instant, chunks, database_now, is_postgresql
 from worker.store.sql import statements
@@ -130,7 +131,7 @@ def end_waiting(
     for part in chunks(sorted(run_ids)):
         rows = connection.execute(
             select(_live)
-            .where(*mine, _live.c.id.in_(part), _live.c.state.in_(tables.UNSTARTED))
+            .where(*mine, among(connection, _live.c.id, part), _live.c.state.in_(tables.UNSTARTED))
             .order_by(_live.c.id)
             .with_for_update()
         ).all()
@@ -139,7 +140,9 @@ def end_waiting(
         ids = {row.definition_id for row in rows}
         names = names_of(connection, scope, ids)
         now = database_now(connection)
-        connection.execute(delete(_live).where(*mine, _live.c.id.in_([row.id for row in rows])))
+        connection.execute(
+            delete(_live).where(*mine, among(connection, _live.c.id, [row.id for row in rows]))
+        )
         for row in rows:
             connection.execute(
                 update(_runs)
@@ -182,7 +185,7 @@ _OF_A_RUN = (
 _SOME = {
     "postgresql": """
         DELETE FROM {table} WHERE ctid = ANY(ARRAY(
-          SELECT ctid FROM {table} WHERE run_id IN :ids LIMIT :limit FOR UPDATE SKIP LOCKED))
+          SELECT ctid FROM {table} WHERE run_id = ANY(:ids) LIMIT :limit FOR UPDATE SKIP LOCKED))
         """,
     "sqlite": """
         DELETE FROM {table} WHERE rowid IN (
@@ -209,8 +212,11 @@ def forget_parts(connection: Connection, state: str, age: timedelta, *, runs: in
     ids = _old_runs(connection, state, age, runs)
     if not ids:
         return 0
-    query = _SOME["postgresql" if is_postgresql(connection) else "sqlite"]
-    named = bindparam("ids", ids, type_=tables.runs.c.id.type, expanding=True)
+    kind = tables.runs.c.id.type
+    if is_postgresql(connection):
+        query, named = _SOME["postgresql"], bindparam("ids", ids, type_=ARRAY(kind))
+    else:
+        query, named = _SOME["sqlite"], bindparam("ids", ids, type_=kind, expanding=True)
     return max(
         connection.execute(text(query.format(table=table)).bindparams(named), {"limit": limit}).rowcount
         for table in ("run_logs", "steps", "attempts", "spends")
@@ -223,8 +229,8 @@ def forget_runs(connection: Connection, state: str, age: timedelta, *, limit: in
     if not ids:
         return 0
     for table in _OF_A_RUN:
-        connection.execute(delete(table).where(table.c.run_id.in_(ids)))
-    return connection.execute(delete(_runs).where(_runs.c.id.in_(ids))).rowcount
+        connection.execute(delete(table).where(among(connection, table.c.run_id, ids)))
+    return connection.execute(delete(_runs).where(among(connection, _runs.c.id, ids))).rowcount
 
 
 def _old_runs(connection: Connection, state: str, age: timedelta, limit: int) -> Sequence[Any]:

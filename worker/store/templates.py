@@ -14,7 +14,8 @@ from sqlalchemy import Connection, case, func, insert, select, text, update
 
 from worker.ids import DefinitionId, OrgId, TemplateId
 from worker.store import tables
-from worker.store.dialect import Row, all_rows, among, chunks, first_row
+from worker.store.bulk import among
+from worker.store.dialect import Row, all_rows, chunks, first_row
 
 _templates = tables.templates
 _orgs = tables.orgs

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from worker.ids import OrgId, new_id
 from worker.store import tables
-from worker.store.bulk import insert_many
+from worker.store.bulk import among, insert_many
 from worker.store.database import Database
-from worker.store.dialect import all_rows
+from worker.store.dialect import all_rows, driver
 
 AT = datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 NAMES = ['with "quotes" and \\ backslashes', "braces {a,b}", "NULL", "", "Ünïcödé 漢字", "line\nbreak, comma"]
@@ -75,3 +75,33 @@ def test_a_row_that_is_there_stays_or_is_changed_in_part(database: Database):
 
     assert kept == [first]
     assert read(database, tables.schedule, *first) == [first | {"next_fire_at": None}]
+
+
+def test_rows_are_found_by_many_values(database: Database):
+    rows = org_rows([NAMES[number % len(NAMES)] for number in range(30)])
+    with database.transaction() as connection:
+        insert_many(connection, tables.orgs, rows)
+        wanted = [row["id"] for row in rows[:12]]
+        by_id = all_rows(
+            connection, select(tables.orgs.c.id).where(among(connection, tables.orgs.c.id, wanted))
+        )
+        by_name = select(tables.orgs.c.id).where(among(connection, tables.orgs.c.name, NAMES[:2]))
+        nothing = select(tables.orgs.c.id).where(among(connection, tables.orgs.c.id, []))
+
+        assert {row["id"] for row in by_id} == set(wanted)
+        assert len(all_rows(connection, by_name)) == 10
+        assert all_rows(connection, nothing) == []
+
+
+def test_postgresql_knows_the_values_when_it_plans(postgres: Database):
+    """A cast from text is computed for each row instead, and no index is used."""
+    with postgres.transaction() as connection:
+        insert_many(connection, tables.orgs, org_rows(["Acme"] * 2_000))
+        connection.execute(text("ANALYZE orgs"))
+        wanted = [new_id() for _ in range(50)]
+        query = select(tables.orgs.c.code).where(among(connection, tables.orgs.c.id, wanted))
+        sent = query.compile(dialect=connection.dialect)
+        explained = driver(connection).execute(f"EXPLAIN {sent}", sent.params).fetchall()
+
+    plan = "\n".join(line for (line,) in explained)
+    assert "Index" in plan and "Seq Scan" not in plan
