@@ -1,6 +1,8 @@
 """Measures what an inline no-op run costs the worker's loop, without a database.
 
-    .venv/bin/python -m bench.attempts [--runs N] [--profile FILE]
+    .venv/bin/python -m bench.attempts [--runs N] [--orgs N] [--apart SECONDS] [--profile FILE]
+
+With --orgs 10000 --apart 10 each round is an instant at which other orgs' runs are due, long after the last.
 
 From the answer of an admission to the end that would be written: the token from the cache,
 enforced, gates, the handler in a task of its own, events counted as Prometheus metrics. Prints
@@ -20,6 +22,7 @@ import sys
 import time
 import types
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -44,7 +47,6 @@ from worker.telemetry import events, logs
 from worker.telemetry.metrics import Metrics
 from worker.tokens.cache import Tokens
 
-ORGS = 100
 ROUNDS = 8
 BATCH = 500
 SPEC = {"handler": "bench.inline", "schedule": "every 1h", "isolation": "inline"}
@@ -129,10 +131,22 @@ def admitted(org: OrgRef, clock: SystemClock) -> AdmittedRun:
     )
 
 
-async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
+class Hours(SystemClock):
+    """The machine's clocks, later by `passed` seconds."""
+
+    passed = 0.0
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self.passed)
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.passed
+
+
+async def measure(runs: int, count: int, apart: float, profile: cProfile.Profile | None) -> list[float]:
     """Processor seconds per run, for each round."""
-    clock, loop = SystemClock(), asyncio.get_running_loop()
-    orgs = [OrgRef(OrgId(new_id()), f"org_{number}") for number in range(ORGS)]
+    clock, loop = Hours(), asyncio.get_running_loop()
+    orgs = [OrgRef(OrgId(new_id()), f"org_{number}") for number in range(count)]
     issuer, credentials = FakeIssuer(clock), FakeCredentials()  # type: ignore[arg-type]
     for org in orgs:
         issuer.add(App(org.code, f"client of {org.code}", "secret"))
@@ -170,7 +184,10 @@ async def measure(runs: int, profile: cProfile.Profile | None) -> list[float]:
         try:
             dispatcher.start([admitted(org, clock) for org in orgs])  # fetches the tokens
             await ended.are(len(orgs))
-            rounds = [await _round(dispatcher, orgs, clock, ended, runs, profile) for _ in range(ROUNDS)]
+            rounds = []
+            for _ in range(ROUNDS):
+                clock.passed += apart
+                rounds.append(await _round(dispatcher, orgs, clock, ended, runs, profile))
         finally:
             writing.cancel()
             await tokens.close()
@@ -186,8 +203,8 @@ async def _round(
     profile: cProfile.Profile | None,
 ) -> float:
     used = 0.0
-    for _ in range(runs // BATCH):
-        batch = [admitted(orgs[number % ORGS], clock) for number in range(BATCH)]
+    for part in range(runs // BATCH):
+        batch = [admitted(orgs[(part * BATCH + number) % len(orgs)], clock) for number in range(BATCH)]
         if profile is not None:
             profile.enable()
         before = time.thread_time()
@@ -214,6 +231,8 @@ def yardstick() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--runs", type=int, default=5_000, help="in each round")
+    parser.add_argument("--orgs", type=int, default=100)
+    parser.add_argument("--apart", type=float, default=0.0, metavar="SECONDS", help="between two rounds")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="cProfile's output of all rounds")
     given = parser.parse_args()
     logs.configure("json", level="warning")
@@ -225,7 +244,7 @@ def main() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     profile = None if given.profile is None else cProfile.Profile()
-    rounds = asyncio.run(measure(given.runs, profile))
+    rounds = asyncio.run(measure(given.runs, given.orgs, given.apart, profile))
     if profile is not None:
         profile.dump_stats(given.profile)
     unit = yardstick()
