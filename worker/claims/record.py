@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.claims.claims import Claims
-from worker.claims.digests import DIGESTS, Digests
+from worker.claims.digests import DIGESTS, Digests, sorted_json
 from worker.clock import to_text
 
 # The form of all stored JSON.
@@ -45,7 +45,7 @@ class ClaimsRecord:
             shown[DIGESTS] = digests.of(claims)
         # Without lifetimes.
         content = {"scopes": scopes, "properties": claims.properties, "flags": flags}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+        text = sorted_json(content)
         if digests is not None:
             fingerprint = digests.digest(text)
         else:

@@ -27,13 +27,7 @@ def loads(raw: bytes, *, max_members: int = MAX_MEMBERS) -> Any:
     try:
         text = raw.decode("utf-8")
         _check_size(text, max_members)
-        value = json.loads(
-            text,
-            object_pairs_hook=_members,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=_float,
-        )
+        value = _decode(text)
         if "\\u" in text:
             # Half a surrogate pair or a NUL, written as an escape, would fail later, in a database.
             shown = json.dumps(value, ensure_ascii=False)
@@ -80,3 +74,9 @@ def _float(text: str) -> float:
     if not math.isfinite(number):
         raise Malformed("number")
     return number
+
+
+# Made once: building it costs as much as reading a token.
+_decode = json.JSONDecoder(
+    object_pairs_hook=_members, parse_int=_integer, parse_float=_float, parse_constant=_float
+).decode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +28,9 @@ FORBIDDEN = {
 }
 YEAR_9999 = 253_402_300_799  # its last second, in Unix time
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+_LETTERS = f"{string.ascii_uppercase}{string.ascii_lowercase}{string.digits}-_"
+# The bits of the last letter that belong to no byte, by the number of letters after the last four.
+_LEFTOVER = {2: 0b1111, 3: 0b11}
 _SIGNATURES = {name: made for name, made in get_default_algorithms().items() if name in ALGORITHMS}
 
 
@@ -122,11 +126,12 @@ def decode_base64url(text: str) -> bytes | None:
 
     Leftover bits must be zero, else one token could be written in several ways.
     """
-    if not _BASE64URL.fullmatch(text) or len(text) % 4 == 1:
+    left = len(text) % 4
+    if left == 1 or not _BASE64URL.fullmatch(text):
         return None
-    decoded = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    canonical = base64.urlsafe_b64encode(decoded).rstrip(b"=").decode("ascii")
-    return decoded if canonical == text else None
+    if left and _LETTERS.index(text[-1]) & _LEFTOVER[left]:
+        return None
+    return base64.urlsafe_b64decode(text + "=" * (-left % 4))
 
 
 def _json_object(raw: bytes, part: str) -> Mapping[str, Any]:
