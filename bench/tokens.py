@@ -71,6 +71,9 @@ class Given:
             Credential(app["client_id"], org_id, org_id, 1, app["client_id"], Secret(app["client_secret"]))
         ]
 
+    async def active_of(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[Credential]]:
+        return {org_id: await self.active(org_id) for org_id in org_ids}
+
     async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
         return {org_id: [self._apps[org_id]["client_id"]] for org_id in org_ids}
 

@@ -191,6 +191,12 @@ class FakeCredentials:
             raise self.fault
         return list(self.orgs.get(org_id, []))
 
+    async def active_of(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[Credential]]:
+        self.reads += 1
+        if self.fault is not None:
+            raise self.fault
+        return {org_id: list(self.orgs[org_id]) for org_id in org_ids if self.orgs.get(org_id)}
+
     async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
         self.looks += 1
         if self.fault is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -107,6 +108,10 @@ class CredentialSource(Protocol):
         """
         ...
 
+    async def active_of(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[Credential]]:
+        """As `active`, of several orgs in one query; those without a usable one are left out."""
+        ...
+
     async def active_ids(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[str]]:
         """The ids of the active generations of these orgs, newest first, in one query; raises Unavailable."""
         ...
@@ -148,20 +153,33 @@ class Generations:
         return known[1] if known is not None and self._clock.monotonic() - known[0] < READ_AGAIN else None
 
     async def load(self, orgs: Sequence[OrgRef]) -> None:
-        """Confirm in one query what is known of these orgs; what changed is left to `of`."""
-        oldest = self._clock.monotonic() - READ_AGAIN
+        """Confirm in one query what is known of these orgs, and read the others in another.
+
+        What changed or is not usable is left to `of`.
+        """
+        asked_at = self._clock.monotonic()
         old: dict[OrgId, OrgRef] = {}
+        unknown: dict[OrgId, OrgRef] = {}
         for org in orgs:
             known = self._known.get(org.id)
-            if known is not None and known[0] <= oldest:
+            if known is None:
+                unknown[org.id] = org
+            elif known[0] <= asked_at - READ_AGAIN:
                 old[org.id] = org
-        if not old:
-            return
-        asked_at = self._clock.monotonic()
-        try:
-            found = await self._source.active_ids(list(old))
-        except Unavailable:
-            return
+        with suppress(Unavailable):
+            if unknown:
+                await self._read_all(list(unknown), asked_at)
+            if old:
+                await self._confirm(old, asked_at)
+
+    async def _read_all(self, org_ids: Sequence[OrgId], asked_at: float) -> None:
+        for org_id, active in (await self._source.active_of(org_ids)).items():
+            # Those that were read meanwhile are newer.
+            if org_id not in self._known:
+                remember(self._known, org_id, (asked_at, tuple(active)), MAX_ORGS)
+
+    async def _confirm(self, old: Mapping[OrgId, OrgRef], asked_at: float) -> None:
+        found = await self._source.active_ids(list(old))
         for org in old.values():
             known = self._known.get(org.id)
             if known is not None and _is_same(known[1], found.get(org.id, ()), org.code):

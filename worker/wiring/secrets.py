@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,17 @@ class OpenedCredentials:
 
         Raises ConfigurationError if none can be opened: a key or a file is missing.
         """
-        rows = await self._active.of(org_id) or []
+        return self._opened(await self._active.of(org_id) or [])
+
+    async def active_of(self, org_ids: Sequence[OrgId]) -> Mapping[OrgId, Sequence[Credential]]:
+        """As `active`, of several orgs in one query; those without a usable one are left out."""
+        found: dict[OrgId, Sequence[Credential]] = {}
+        for org_id, rows in (await self._read_active(org_ids)).items():
+            with suppress(ConfigurationError):
+                found[org_id] = self._opened(rows)
+        return found
+
+    def _opened(self, rows: Sequence[dict[str, Any]]) -> Sequence[Credential]:
         opened, fault = [], None
         for row in rows:
             try:

@@ -177,7 +177,7 @@ async def test_credentials_that_are_the_same_are_confirmed_without_opening_a_sec
     clock.advance(READ_AGAIN)
     reads = source.reads
 
-    await generations.load([ORG, org(1)])
+    await generations.load([ORG])
     await generations.load([ORG])
 
     assert await generations.of(ORG) is known
@@ -233,3 +233,42 @@ async def test_credentials_retired_while_they_are_confirmed_are_not_kept(clock: 
 
     with pytest.raises(CredentialsRejected):
         await generations.of(ORG)
+
+
+async def test_unknown_credentials_of_many_orgs_are_read_together(clock: ManualClock):
+    source = FakeCredentials()
+    for number in range(3):
+        source.add(org(number), f"client-{number}", "secret")
+    generations = Generations(source, clock=clock)
+
+    await generations.load([org(number) for number in range(4)])
+
+    assert source.reads == 1
+    assert [(await generations.of(org(number)))[0].client_id for number in range(3)] == [
+        f"client-{number}" for number in range(3)
+    ]
+    assert source.reads == 1
+    with pytest.raises(CredentialsRejected, match="no active credential"):
+        await generations.of(org(3))
+
+
+async def test_credentials_that_were_read_meanwhile_are_not_replaced_by_older_ones(clock: ManualClock):
+    source = FakeCredentials()
+    source.add(ORG, "client-old", "secret")
+    generations = Generations(source, clock=clock)
+    read, answer = source.active_of, asyncio.Event()
+
+    async def slow(org_ids):
+        found = await read(org_ids)
+        await answer.wait()
+        return found
+
+    source.active_of = slow
+    loading = asyncio.ensure_future(generations.load([ORG]))
+    await settle()
+    source.add(ORG, "client-new", "secret")
+    await generations.of(ORG)
+    answer.set()
+    await loading
+
+    assert (await generations.of(ORG))[0].client_id == "client-new"
