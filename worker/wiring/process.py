@@ -113,6 +113,7 @@ def run(settings: Settings) -> int:
             lock_fd=None if lock is None else lock.fd,
             sandbox=confinement.rules,
             spares=min(execution.spare_children, execution.max_children),
+            long_lived=True,
         )
         children.start()
         # The collector skips what is loaded now and runs less often. By default it runs every few runs and

@@ -123,15 +123,29 @@ def _lower(what: int, soft: int, hard: int) -> None:
     resource.setrlimit(what, (soft, hard))
 
 
+# The channel of the run in this process.
+_channel: WorkerChannel | None = None
+
+
+def _after_fork() -> None:
+    """In a process that the handler forked: it must not speak for the run, and ends at SIGTERM as usual."""
+    if _channel is not None:
+        _channel.disown()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def main(descriptor: int, cap: int | None) -> NoReturn:
     """Wait for the work of this process and run its handler; never returns."""
+    global _channel
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
-        _open_streams()
+        open_streams()
         log_to_stderr()
-        channel = WorkerChannel(socket.socket(fileno=descriptor))
-        os.register_at_fork(after_in_child=channel.disown)
+        channel = _channel = WorkerChannel(socket.socket(fileno=descriptor))
         message = channel.receive()
         # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
         _limit(message["seconds"], message["memory"], cap)
@@ -139,7 +153,8 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
         if work.traceparent is not None:
             # The variable that OpenTelemetry's tools read, also in programs that the handler starts.
             os.environ["TRACEPARENT"] = work.traceparent
-        outcome = _run(work, channel)
+        signal.signal(signal.SIGTERM, _raise_interrupted)
+        outcome = call_handler(work, channel)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if os.getpid() == home:
             _flush()
@@ -157,16 +172,22 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
         os._exit(code)
 
 
-def _run(work: Work, channel: WorkerChannel) -> Outcome:
-    signal.signal(signal.SIGTERM, _raise_interrupted)
-    # Processes that the handler forks end at SIGTERM as usual.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+def call_handler(work: Work, channel: WorkerChannel, *, close: bool = False) -> Outcome:
+    """Import the handler, validate its input, call it; `close` its event loop afterwards.
+
+    A run does not close it: that would wait for tasks that the handler left behind.
+    """
     try:
         job = load(work.entry_point)
         given = work.given(job, logging.getLogger(work.handler), SystemClock())
         channel.send({"op": "started"})
         if job.is_async:
-            return _run_async(job, given, channel)
+            loop = asyncio.new_event_loop()
+            try:
+                return loop.run_until_complete(_run_async(job, given, channel))
+            finally:
+                if close:
+                    loop.close()
         cancelled = BlockingCancellation()
         channel.listen(cancelled.set)
         return call_blocking(job, BlockingContext(given, channel, cancelled, on_park=_send_park(channel)))
@@ -176,35 +197,29 @@ def _run(work: Work, channel: WorkerChannel) -> Outcome:
         return outcome_of_error(error)
 
 
-def _run_async(job: Job, given: Given[Any, Any], channel: WorkerChannel) -> Outcome:
-    home = os.getpid()
+async def _run_async(job: Job, given: Given[Any, Any], channel: WorkerChannel) -> Outcome:
+    home, loop = os.getpid(), asyncio.get_running_loop()
+    cancelled = Cancellation()
 
-    async def body() -> Outcome:
-        loop = asyncio.get_running_loop()
-        cancelled = Cancellation()
+    def on_stop(reason: str) -> None:
+        cancelled.note(reason)
+        loop.call_soon_threadsafe(cancelled.set, reason)
 
-        def on_stop(reason: str) -> None:
-            cancelled.note(reason)
-            loop.call_soon_threadsafe(cancelled.set, reason)
-
-        channel.listen(on_stop)
-        task = asyncio.current_task(loop)
-        if task is not None:
-            signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
-        code = 0
-        try:
-            return await call(job, Context(given, AsyncPort(channel), cancelled, on_park=_send_park(channel)))
-        except SystemExit as exit_:
-            code = _code_of(exit_)
-            raise
-        finally:
-            if os.getpid() != home:
-                # A process that the handler forked shares this loop's epoll: do not touch it.
-                _flush()
-                os._exit(code)
-
-    # The loop is not closed: that would wait for tasks that the handler left behind.
-    return asyncio.new_event_loop().run_until_complete(body())
+    channel.listen(on_stop)
+    task = asyncio.current_task(loop)
+    if task is not None:
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    code = 0
+    try:
+        return await call(job, Context(given, AsyncPort(channel), cancelled, on_park=_send_park(channel)))
+    except SystemExit as exit_:
+        code = _code_of(exit_)
+        raise
+    finally:
+        if os.getpid() != home:
+            # A process that the handler forked shares this loop's epoll: do not touch it.
+            _flush()
+            os._exit(code)
 
 
 def _send_park(channel: WorkerChannel) -> Callable[[Parked], None]:
@@ -216,7 +231,7 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
     raise Interrupted("the grace is half over")
 
 
-def _open_streams() -> None:
+def open_streams() -> None:
     """Open standard streams on the new descriptors, line-buffered so that a crash loses no line."""
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     sys.stdout = _writer(1)

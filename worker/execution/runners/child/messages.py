@@ -42,7 +42,8 @@ class Setup:
     """The settings of a zygote. `max_freeze` is in seconds; `folder` contains the folders of the runs.
 
     `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
-    `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs.
+    `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs, and
+    `long_lived` if so many runs are expected that preparing for them pays.
     """
 
     folder: str
@@ -53,6 +54,7 @@ class Setup:
     max_freeze: float = 600.0
     sandbox: Rules | None = None
     spares: bool = False
+    long_lived: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Setup:

@@ -106,7 +106,7 @@ class ChildPool:
 
     `lock_fd` is the descriptor of the SQLite file's lock, which the zygote holds while it lives. The zygote
     imports the `preload` modules or distributions. Without `sandbox` the runs are not confined. `spares`
-    processes are forked ahead.
+    processes are forked ahead. A zygote that is `long_lived` takes longer to start, and forks faster.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class ChildPool:
         lock_fd: int | None = None,
         sandbox: Rules | None = None,
         spares: int = 0,
+        long_lived: bool = False,
     ) -> None:
         self._clock = clock
         self._freezing = freezing
@@ -131,6 +132,7 @@ class ChildPool:
             max_freeze=max_freeze.total_seconds(),
             sandbox=sandbox,
             spares=spares > 0,
+            long_lived=long_lived,
         )
         self._zygote: ZygoteHandle | None = None
         self._closed = False

@@ -8,7 +8,6 @@ every run with all its descendants, then ends.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import select
@@ -27,6 +26,7 @@ from worker.execution.runners.child import main as child
 from worker.execution.runners.child.landlock import Ruleset
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import CHECK_EVERY, Sandbox
+from worker.execution.runners.child.shared_pages import freeze_objects, share_pages
 from worker.handlers.http import tls_context
 from worker.handlers.installed import preload
 
@@ -335,8 +335,10 @@ def main() -> None:
     preload(WARM)
     find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
     failures = preload(setup.preload)
-    gc.collect()
-    gc.freeze()  # the marks of a collection would copy every shared page
+    if setup.long_lived:
+        share_pages()
+    else:
+        freeze_objects()
     control.setblocking(False)
     with contextlib.suppress(BrokenPipeError):  # the worker is gone, which the next read reports
         control.send(json.dumps({"op": "ready", "preload_failures": failures}).encode())
@@ -344,6 +346,8 @@ def main() -> None:
     zygote.serve()
     zygote.end_all()
     shutil.rmtree(setup.folder, ignore_errors=True)
+    if setup.long_lived:
+        os._exit(0)  # see `share_pages`
 
 
 if __name__ == "__main__":

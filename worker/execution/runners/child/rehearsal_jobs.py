@@ -1,0 +1,34 @@
+"""The handlers of `shared_pages.rehearse`, which imports them again and again as runs import theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from worker.handlers.context import BlockingContext, Context
+from worker.handlers.job import job
+
+
+class Params(BaseModel):
+    """As most handlers have."""
+
+    number: int = 0
+
+
+class Settings(BaseModel):
+    """As most handlers have."""
+
+    text: str = ""
+
+
+@job("rehearsal.async", params=Params, settings=Settings)
+async def asynchronous(ctx: Context[Params, Settings]) -> dict[str, Any]:
+    ctx.log.debug("rehearsal")
+    return {"text": ctx.settings.text}
+
+
+@job("rehearsal.blocking", params=Params, settings=Settings)
+def blocking(ctx: BlockingContext[Params, Settings]) -> dict[str, Any]:
+    ctx.log.debug("rehearsal")
+    return {"number": ctx.params.number}
