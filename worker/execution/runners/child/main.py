@@ -43,6 +43,8 @@ MAX_FILES = 8192
 # Seconds of processor time beyond the timeout, grace included; and between SIGXCPU and SIGKILL.
 CPU_SLACK = 3600.0
 _CPU_GRACE = 5
+# Above every descriptor; close_range(2) takes no longer for it.
+_LAST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,11 @@ def _keep_only(place: Place, lock: int | None, *others: int) -> None:
     os.dup2(place.stdout, 1)
     os.dup2(place.stderr, 2)
     # One call for each gap: the zygote has some forty descriptors open for the sandbox alone.
-    first, last = 3, max(map(int, os.listdir("/proc/self/fd")))
+    first = 3
     for number in sorted(kept):
         os.closerange(first, number)
         first = number + 1
-    os.closerange(first, last + 1)
+    os.closerange(first, _LAST)
 
 
 def _limit(seconds: float, memory: int | None, cap: int | None) -> None:
@@ -143,8 +145,6 @@ def main(descriptor: int, cap: int | None) -> NoReturn:
     home = os.getpid()
     code = os.EX_SOFTWARE
     try:
-        open_streams()
-        log_to_stderr()
         channel = _channel = WorkerChannel(socket.socket(fileno=descriptor))
         message = channel.receive()
         # From here on it holds data of an org; nothing of a plug-in runs before the limits apply.
@@ -232,7 +232,20 @@ def _raise_interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def open_streams() -> None:
-    """Open standard streams on the new descriptors, line-buffered so that a crash loses no line."""
+    """Open the standard streams of all runs, in the zygote; line-buffered, so that a crash loses no line."""
+    reader, writer = os.pipe()
+    own = [os.dup(number) for number in (1, 2)]
+    for number in (1, 2):
+        os.dup2(writer, number)  # of a run they are pipes; a file would be written to at a position
+    _open_streams()
+    for number, descriptor in zip((1, 2), own, strict=True):
+        os.dup2(descriptor, number)
+    for descriptor in (reader, writer, *own):
+        os.close(descriptor)
+    log_to_stderr()
+
+
+def _open_streams() -> None:
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     sys.stdout = _writer(1)
     sys.stderr = _writer(2)

@@ -43,7 +43,7 @@ class Setup:
 
     `lock` is the descriptor of the SQLite file's lock, which each run also locks for reading. Without
     `sandbox` the runs are not confined. `spares` if processes are forked ahead of their runs, and
-    `long_lived` if so many runs are expected that preparing for them pays.
+    `long_lived` if preparing for many runs pays.
     """
 
     folder: str

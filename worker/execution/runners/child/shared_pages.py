@@ -7,9 +7,7 @@ data: most hold reference counts, and counters and caches of the interpreter.
 from __future__ import annotations
 
 import ctypes
-import faulthandler
 import gc
-import logging
 import signal
 import socket
 import sys
@@ -26,7 +24,6 @@ from worker.execution.runners.child import main as child
 from worker.execution.runners.child.messages import frame, outcome_message, work_message, work_of
 from worker.execution.runners.child.worker_channel import WorkerChannel
 from worker.execution.runners.contract import Work
-from worker.execution.runners.output import log_to_stderr
 from worker.ids import RunId
 
 # Runs of each kind of handler that are rehearsed; the interpreter adapts code after a few calls.
@@ -55,28 +52,19 @@ def freeze_objects() -> None:
 
 def rehearse() -> None:
     """Do what each run does, so that it finds its code adapted and its tables filled. Leaves no thread."""
-    streams, root = (sys.stdin, sys.stdout, sys.stderr), logging.getLogger()
-    handlers, level, on_sigterm = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
-    try:
-        for _ in range(REHEARSALS):
-            for name in ("asynchronous", "blocking"):
-                find_spec("a_module_that_is_nowhere")
-                _rehearse(f"{_JOBS}:{name}")
-                del sys.modules[_JOBS]
-    finally:
-        faulthandler.disable()
-        sys.stdin, sys.stdout, sys.stderr = streams
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        signal.signal(signal.SIGTERM, on_sigterm)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    for _ in range(REHEARSALS):
+        for name in ("asynchronous", "blocking"):
+            find_spec("a_module_that_is_nowhere")
+            _rehearse(f"{_JOBS}:{name}")
+            del sys.modules[_JOBS]
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _rehearse(entry_point: str) -> None:
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(frame(work_message(_work(entry_point), 60.0)))
-        child.open_streams()
-        log_to_stderr()
         channel = WorkerChannel(theirs)
         work = work_of(channel.receive())
         outcome = child.call_handler(work, channel, close=True)

@@ -335,6 +335,7 @@ def main() -> None:
     preload(WARM)
     find_spec("a_module_that_is_nowhere")  # makes the finders list every folder of sys.path
     failures = preload(setup.preload)
+    child.open_streams()
     if setup.long_lived:
         share_pages()
     else:
