@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,17 @@ class Crowd:
             spec = spec_of(OTHER, "every 1s") if is_other else spec_of(HANDLER, "0 9 * * *")
             due = now if is_other else None
             for number, id_ in enumerate(ids):
-                definitions.append((id_, org.id, f"report-{number}", 1, True, now, now))
-                revisions.append((id_, 1, spec, now, "bench"))
-                schedule.append((id_, org.id, due, due))
+                definitions.append((number, (id_, org.id, f"report-{number}", 1, True, now, now)))
+                revisions.append((number, (id_, 1, spec, now, "bench")))
+                schedule.append((number, (id_, org.id, due, due)))
+        # Template by template, as they are materialised.
         for table, columns, rows in (
             ("orgs", ORGS, orgs),
             ("org_words", ("word", "org_id"), words),
             ("credentials", CREDENTIALS, credentials),
-            ("definitions", DEFINITIONS, definitions),
-            ("definition_revisions", REVISIONS, revisions),
-            ("schedule", SCHEDULE, schedule),
+            ("definitions", DEFINITIONS, in_order(definitions)),
+            ("definition_revisions", REVISIONS, in_order(revisions)),
+            ("schedule", SCHEDULE, in_order(schedule)),
         ):
             self._put(table, columns, rows)
 
@@ -229,6 +231,11 @@ class Crowd:
     def _put(self, table: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
         with self.database.transaction() as connection:
             put(driver(connection), self.database.dialect, table, columns, rows)
+
+
+def in_order(numbered: list[tuple[int, tuple[Any, ...]]]) -> list[tuple[Any, ...]]:
+    """The rows by their number."""
+    return [row for _, row in sorted(numbered, key=itemgetter(0))]
 
 
 class _Stored:
