@@ -154,6 +154,25 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
 
 
 @pytest.mark.usefixtures("at_once")
+async def test_a_tenth_that_became_due_later_starts_before_what_still_queues(clock: ManualClock) -> None:
+    store, ends = Backlog(0), []
+    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
+    writing = asyncio.create_task(dispatcher.finisher.run())
+    later = START + timedelta(seconds=1)
+
+    dispatcher.start([admitted(f"r{n}") for n in range(4 * BURST)])
+    dispatcher.start([admitted(f"s{n}", available_at=later if n < 12 else START) for n in range(50)])
+    await settle(50)
+    writing.cancel()
+
+    order = [attempt.run_id for attempt in ends]
+    assert len(order) == 4 * BURST + 50
+    # Of the twelve no more than a tenth of the batch, and one, goes first.
+    assert sorted(order.index(RunId(f"s{n}")) < 2 * BURST for n in range(12)) == [False] * 6 + [True] * 6
+    assert [each for each in order if each.startswith("r")] == [f"r{n}" for n in range(4 * BURST)]
+
+
+@pytest.mark.usefixtures("at_once")
 async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: ManualClock) -> None:
     store, inflight_runs, ends = Backlog(0), InflightRuns(), []
     dispatcher = dispatcher_of(store, inflight_runs, clock, ends)

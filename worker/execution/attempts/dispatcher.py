@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
+from heapq import nlargest
 from itertools import islice
 from typing import cast
 
@@ -52,8 +53,19 @@ class Dispatcher:
         return len(self._attempts) + len(self._queue)
 
     def start(self, runs: Iterable[AdmittedRun]) -> None:
-        """Start the attempts of runs that were just admitted, in this order."""
-        self._queue.extend(self.inflight_runs.add(run) for run in runs)
+        """Start the attempts of runs that were just admitted, in this order.
+
+        A tenth goes before those that still queue here, if it became due later: see `RingWalk.admit`.
+        """
+        added = [self.inflight_runs.add(run) for run in runs]
+        if self._queue and added:
+            head = self._queue[0].run.available_at
+            newest = nlargest(len(added) // 10 + 1, added, key=lambda inflight: inflight.run.available_at)
+            ahead = {inflight.run.id: inflight for inflight in newest if inflight.run.available_at > head}
+            if ahead:
+                self._queue.extendleft(ahead.values())
+                added = [inflight for inflight in added if inflight.run.id not in ahead]
+        self._queue.extend(added)
         if self._queue and (self._starting is None or self._starting.done()):
             self._starting = start_task(self._start_queued(), loop=asyncio.get_running_loop())
 
