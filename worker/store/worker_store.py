@@ -6,6 +6,7 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -70,12 +71,18 @@ class RingWalk:
         # Orgs whose turn it was when others went first.
         self._passed: list[OrgId] = []
 
-    def admit(self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]) -> list[AdmittedRun]:
+    def admit(
+        self,
+        offered: Mapping[str, int | None],
+        free: Mapping[Isolation, int],
+        within: Connection | None = None,
+    ) -> list[AdmittedRun]:
         """Mark waiting runs running, best first, within the limits of org, definition and handler.
 
         `offered` maps this worker's handlers to their cluster-wide limit, or None; `free` maps
-        isolations to their free slots. Each step is a separate transaction. It may return fewer
-        runs than could start: call again after a call that returned some.
+        isolations to their free slots. Each step is a separate transaction, or on SQLite part of the
+        transaction `within`. It may return fewer runs than could start: call again after a call that
+        returned some.
 
         Raises:
             StoreUnavailable: the database did not answer. If it admitted runs anyway, the renewal
@@ -87,13 +94,14 @@ class RingWalk:
         hops = HOPS
         try:
             while offered and any(left.values()) and hops > 0:
-                step = self._walk(offered, left, hops)
+                step = self._walk(offered, left, hops, within)
                 hops -= step.hops
                 orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
                 seen.update(orgs)
                 others = dict.fromkeys((*step.newest, *self._passed), 1)
                 if orgs or others:
-                    admitted += (picked := self._fill(others | orgs, offered, left, first=step.newest))
+                    picked = self._fill(others | orgs, offered, left, within, first=step.newest)
+                    admitted += picked
                     in_turn, self._passed = (*self._passed, *orgs), []
                     if not any(left.values()):
                         # The newest went before them, and the ring comes round again only after all others.
@@ -102,7 +110,7 @@ class RingWalk:
                         self._passed = list(islice(passed, len(step.newest)))
                 if orgs and step.partial and any(left.values()):
                     # Some queues were short: read the rest of the others.
-                    admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left)
+                    admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left, within)
                 if step.complete or not orgs:
                     break
         except StoreUnavailable:
@@ -111,13 +119,19 @@ class RingWalk:
                 raise
         return admitted
 
-    def _walk(self, offered: Mapping[str, int | None], left: Mapping[Isolation, int], hops: int) -> RingStep:
+    def _walk(
+        self,
+        offered: Mapping[str, int | None],
+        left: Mapping[Isolation, int],
+        hops: int,
+        within: Connection | None,
+    ) -> RingStep:
         free = sum(left.values())
         newest = 0
         if not self._complete:
             self._newest = min(self._newest, 1.0) + NEWEST * free
             newest = int(self._newest)
-        with self._database.autocommit() as connection:
+        with nullcontext(within) if within is not None else self._database.autocommit() as connection:
             step = statements(connection).admit_ring(
                 connection,
                 self._cursor,
@@ -136,9 +150,10 @@ class RingWalk:
         orgs: Mapping[OrgId, int],
         offered: Mapping[str, int | None],
         left: dict[Isolation, int],
+        within: Connection | None,
         first: Collection[OrgId] = (),
     ) -> list[AdmittedRun]:
-        with self._database.transaction() as connection:
+        with nullcontext(within) if within is not None else self._database.transaction() as connection:
             picked = statements(connection).admit_choose(
                 connection, self._worker_id, orgs, offered=offered, free=left, first=first
             )
@@ -242,7 +257,10 @@ class WorkerStore:
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> list[AdmittedRun]:
         """Mark waiting runs running; see `RingWalk.admit`. Those above a budget of their org wait again."""
-        admitted = await self.database.run(self._admission.admit, offered, free)
+        return await self._hold_back(await self.database.run(self._admission.admit, offered, free))
+
+    async def _hold_back(self, admitted: list[AdmittedRun]) -> list[AdmittedRun]:
+        """The admitted runs that may start; those above a budget of their org wait again."""
         holding = self._budgets.holding
         checked = [run for run in admitted if run.org_id in holding] if holding else []
         if not checked:
@@ -258,12 +276,37 @@ class WorkerStore:
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts; returns the runs whose attempt is stored as given."""
-        holding = self._budgets.holding
-        if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
-            self._report(await self.database.call(spending.charge_seconds, timed))
+        await self._charge(ended)
         return await self.database.call(
             lambda connection: statements(connection).finish(connection, self._worker_id, ended)
         )
+
+    @property
+    def refills(self) -> bool:
+        """Whether `finish_and_admit` is faster than both one after the other: on SQLite, by a third."""
+        return self.database.dialect == "sqlite"
+
+    async def finish_and_admit(
+        self,
+        ended: Sequence[EndedAttempt],
+        offered: Mapping[str, int | None],
+        free: Mapping[Isolation, int],
+    ) -> tuple[set[RunId], list[AdmittedRun]]:
+        """Write ended attempts, and admit others to their slots in the same transaction; on SQLite only."""
+        await self._charge(ended)
+
+        def work(connection: Connection) -> tuple[set[RunId], list[AdmittedRun]]:
+            accepted = statements(connection).finish(connection, self._worker_id, ended)
+            return accepted, self._admission.admit(offered, free, connection)
+
+        accepted, admitted = await self.database.call(work)
+        return accepted, await self._hold_back(admitted)
+
+    async def _charge(self, ended: Sequence[EndedAttempt]) -> None:
+        """Count the run seconds of orgs that have a budget for them."""
+        holding = self._budgets.holding
+        if holding and (timed := [attempt for attempt in ended if attempt.org_id in holding]):
+            self._report(await self.database.call(spending.charge_seconds, timed))
 
     async def look_at_budgets(self) -> None:
         """Learn of budgets that were added, changed or removed; now and then also of orgs' new tags."""

@@ -323,6 +323,8 @@ class Incarnation:
             start=dispatcher.start,
             on_admitting=lambda: self._ready(vitals.in_words()),
         )
+        if store.refills:
+            dispatcher.finisher.refill = admission
         wakeups = Wakeups(self.database.hint, clock)
         scheduler = Scheduler(store, self._handlers, clock, poll=poll, on_fired=on_fired)
 

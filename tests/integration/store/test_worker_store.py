@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import WorkerId, new_id
 from worker.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
-from worker.store.worker_store import WorkerStore
+from worker.store.worker_store import RingWalk, WorkerStore
 
 OFFERED = {HANDLER: None}
 
@@ -96,3 +98,51 @@ async def test_the_spec_is_read_once_a_revision(stock: Stock, store: WorkerStore
     await store.fire(decide)
 
     assert specs[0] is specs[1]
+
+
+@pytest.mark.anyio
+async def test_ends_free_their_limits_for_what_is_admitted_with_them(sqlite_stock: Stock) -> None:
+    """One transaction for both, within every limit; an end that is fenced out frees nothing."""
+    stock, worker_id = sqlite_stock, WorkerId(new_id())
+    store = WorkerStore(stock.database, worker_id, LEASE)
+    store.register(version="1", handlers=[HANDLER], capacity={"child": 3})
+    one_at_a_time, other = stock.org(limit=1), stock.org(limit=1)
+    waiting = [stock.run(one_at_a_time) for _ in range(3)]
+    lost = [stock.run(other) for _ in range(2)]
+    stock.put(*waiting, *lost)
+    first, second = await store.admit(OFFERED, {"child": 2})
+    mine, stale = (first, second) if first.org_id == one_at_a_time else (second, first)
+
+    ends = [stock.ended(mine), replace(stock.ended(stale), fencing_token=7)]
+    accepted, admitted = await store.finish_and_admit(ends, OFFERED, {"child": 2})
+
+    assert store.refills
+    assert accepted == {mine.id}
+    assert [run.org_id for run in admitted] == [one_at_a_time]
+    assert stock.live(mine.id) is None
+    assert stock.live(stale.id)["state"] == "running"
+    assert {owned.id for owned in store.renew()[1]} == {stale.id, admitted[0].id}
+
+
+@pytest.mark.anyio
+async def test_neither_ends_nor_admissions_are_written_if_one_of_them_fails(
+    sqlite_stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = sqlite_stock
+    store = WorkerStore(stock.database, WorkerId(new_id()), LEASE)
+    store.register(version="1", handlers=[HANDLER], capacity={"child": 3})
+    org = stock.org()
+    stock.put(stock.run(org), stock.run(org))
+    (run,) = await store.admit(OFFERED, {"child": 1})
+    admit = RingWalk.admit
+
+    def fails(*args: Any) -> None:
+        admit(*args)
+        raise RuntimeError("after the admission")
+
+    monkeypatch.setattr(RingWalk, "admit", fails)
+    with pytest.raises(RuntimeError):
+        await store.finish_and_admit([stock.ended(run)], OFFERED, {"child": 1})
+
+    assert [owned.id for owned in store.renew()[1]] == [run.id]
+    assert await store.finish([stock.ended(run)]) == {run.id}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from tests.unit.execution.runs import ended
+from tests.unit.execution.runs import admitted, ended
 from worker.errors import StoreUnavailable
 from worker.execution.loops.finisher import BATCH, RETRY, Finisher
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, Isolation
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +26,8 @@ class Store:
         self.batches: list[list[EndedAttempt]] = []
         self.away = False
         self.fenced: set[RunId] = set()
+        self.admission_fails = False
+        self.hangs: asyncio.Event | None = None
         self.unstorable: list[tuple[RunId, type[Exception]]] = []
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
@@ -34,6 +37,18 @@ class Store:
             raise ValueError("unsupported Unicode escape sequence")
         self.batches.append(list(ended))
         return {one.run_id for one in ended} - self.fenced
+
+    async def finish_and_admit(
+        self,
+        ended: Sequence[EndedAttempt],
+        offered: Mapping[str, int | None],
+        free: Mapping[Isolation, int],
+    ) -> tuple[set[RunId], list[AdmittedRun]]:
+        if self.hangs is not None:
+            await self.hangs.wait()
+        if self.admission_fails:
+            raise RuntimeError("the admission failed")
+        return await self.finish(ended), [admitted(f"new{n + 1}") for n in range(free["inline"])]
 
 
 @asynccontextmanager
@@ -104,3 +119,62 @@ async def test_an_end_that_was_fenced_out_is_told_as_such(clock: ManualClock) ->
         await finisher.flushed()
 
     assert [(one.run_id, accepted) for one, accepted in written] == [("r1", False), ("r2", True)]
+
+
+class Filling:
+    """Wants as many runs as have ended, or none, and keeps in order what happens."""
+
+    def __init__(self) -> None:
+        self.wanted = True
+        self.seen: list[object] = []
+
+    def begin(
+        self, ended: Sequence[EndedAttempt]
+    ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
+        return {"noop": None}, {"inline": len(ended) if self.wanted else 0}
+
+    def end(self, admitted: Sequence[AdmittedRun]) -> None:
+        self.seen.append([run.id for run in admitted])
+
+
+async def test_slots_are_filled_with_the_ends_that_free_them(clock: ManualClock) -> None:
+    store, filling = Store(), Filling()
+    async with running(store, clock) as (finisher, _):
+        finisher.refill = filling
+        finisher.on_written = lambda one, accepted: filling.seen.append((one.run_id, accepted))
+        finisher.put(ended("r1"))
+        finisher.put(ended("r2"))
+        await finisher.flushed()
+        filling.wanted = False
+        finisher.put(ended("r3"))
+        await finisher.flushed()
+
+    assert filling.seen == [("r1", True), ("r2", True), ["new1", "new2"], ("r3", True)]
+    assert [len(batch) for batch in store.batches] == [2, 1]
+
+
+async def test_ends_are_written_alone_if_no_run_can_be_admitted_with_them(clock: ManualClock) -> None:
+    """A fault of the admission must not fail the results."""
+    store, filling = Store(), Filling()
+    store.admission_fails = True
+    async with running(store, clock) as (finisher, written):
+        finisher.refill = filling
+        finisher.put(ended("r1"))
+        await finisher.flushed()
+
+    assert [(one.state, accepted) for one, accepted in written] == [("succeeded", True)]
+    assert store.unstorable == []
+    assert filling.seen == [[]]
+
+
+async def test_a_cancelled_write_ends_the_filling_too(clock: ManualClock) -> None:
+    store, filling = Store(), Filling()
+    store.hangs = asyncio.Event()
+    async with running(store, clock) as (finisher, _):
+        finisher.refill = filling
+        finisher.put(ended("r1"))
+        await settle()
+        assert filling.seen == []
+    await settle()
+
+    assert filling.seen == [[]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,7 @@ from worker.errors import Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.loops.wakeups import wait_for
+from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
 
 # With fewer free slots than this and more runs waiting, wait `MOMENT` seconds for others to become free.
@@ -45,18 +47,53 @@ class Admission:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     admitting: bool = False
     _more_wait: bool = False
+    _running: bool = False
+    # Slots that are being filled by the transaction that writes ends, and whether that has returned.
+    _refilling: int = 0
+    _refilled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.ticked_at = self.clock.monotonic()
+        self._refilled.set()
 
     async def run(self) -> None:
         """Admit until cancelled, but never between the database's answer and the start of its runs."""
-        while True:
-            self.wake.clear()
-            admitted = await self._admit()
-            self.ticked_at = self.clock.monotonic()
-            if not admitted:
-                await wait_for(self.wake, self.poll)
+        self._running = True
+        try:
+            while True:
+                self.wake.clear()
+                admitted = await self._admit()
+                self.ticked_at = self.clock.monotonic()
+                if not admitted:
+                    await wait_for(self.wake, self.poll)
+        finally:
+            self._running = False
+            await self._refilled.wait()
+
+    def begin(
+        self, ended: Sequence[EndedAttempt]
+    ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
+        """What the transaction that writes these ends may admit to their slots, if more runs wait.
+
+        Only to theirs: all others are `_admit`'s, which may be waiting for the database.
+        """
+        free: Counter[Isolation] = Counter()
+        if self._running and self._more_wait:
+            for attempt in ended:
+                inflight = self.inflight_runs.get(attempt.run_id)
+                if inflight is not None and inflight.run.fencing_token == attempt.fencing_token:
+                    free[inflight.run.isolation] += 1
+        self._refilling = free.total()
+        if free:
+            self._refilled.clear()
+        return self.handlers.limits(), free
+
+    def end(self, admitted: Sequence[AdmittedRun]) -> None:
+        """Start what was admitted so; the ends have freed their slots."""
+        self._more_wait = len(admitted) == self._refilling
+        if admitted:
+            self.start(admitted)
+        self._refilled.set()
 
     async def _admit(self) -> bool:
         if self._more_wait and 0 < sum(self._free().values()) < FEW:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, Isolation
 from worker.telemetry.events import emit
 
 # Maximum rows of one statement: on a slow disk a commit is expensive, and more ends share it.
@@ -23,19 +24,41 @@ class FinishStore(Protocol):
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write the ends, fenced; return the runs whose row contains what we wrote."""
 
+    async def finish_and_admit(
+        self,
+        ended: Sequence[EndedAttempt],
+        offered: Mapping[str, int | None],
+        free: Mapping[Isolation, int],
+    ) -> tuple[set[RunId], list[AdmittedRun]]:
+        """The same, and the runs that were admitted in the same transaction."""
+
+
+class Refill(Protocol):
+    """Admits runs to the slots that ends free, in the transaction that writes these ends."""
+
+    def begin(
+        self, ended: Sequence[EndedAttempt]
+    ) -> tuple[Mapping[str, int | None], Mapping[Isolation, int]]:
+        """The offered handlers, and the slots to fill. Without slots neither `end` nor a start follows."""
+
+    def end(self, admitted: Sequence[AdmittedRun]) -> None:
+        """Start what was admitted, once the ends have freed their slots."""
+
 
 @dataclass(eq=False, repr=False)
 class Finisher:
     """Writes everything that ended since the last write in one statement.
 
     `on_written` gets each end, and whether it was accepted: not if another incarnation owns the run.
-    `on_unstorable` gets an end that the database rejects, and the error.
+    `on_unstorable` gets an end that the database rejects, and the error. `refill` is for a store whose
+    `finish_and_admit` is the faster one.
     """
 
     store: FinishStore
     clock: Clock
     on_written: Callable[[EndedAttempt, bool], None]
     on_unstorable: Callable[[EndedAttempt, Exception], None]
+    refill: Refill | None = None
     _pending: list[EndedAttempt] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -66,6 +89,8 @@ class Finisher:
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
         while True:
+            if self.refill is not None and await self._refilled(self.refill, batch):
+                return
             try:
                 accepted = await self.store.finish(batch)
             except Unavailable:
@@ -83,9 +108,28 @@ class Finisher:
                 self.on_unstorable(batch[0], error)
                 batch = [unstorable(batch[0], error)]
                 continue
-            for ended in batch:
-                self.on_written(ended, ended.run_id in accepted)
+            self._report(batch, accepted)
             return
+
+    async def _refilled(self, refill: Refill, batch: list[EndedAttempt]) -> bool:
+        """Write the batch and fill its slots; False if nothing was written."""
+        offered, free = refill.begin(batch)
+        if not any(free.values()):
+            return False
+        admitted: list[AdmittedRun] = []
+        try:
+            try:
+                accepted, admitted = await self.store.finish_and_admit(batch, offered, free)
+            except Exception:
+                return False  # `finish` alone says why
+            self._report(batch, accepted)
+            return True
+        finally:
+            refill.end(admitted)
+
+    def _report(self, batch: list[EndedAttempt], accepted: set[RunId]) -> None:
+        for ended in batch:
+            self.on_written(ended, ended.run_id in accepted)
 
 
 def unstorable(ended: EndedAttempt, error: Exception) -> EndedAttempt:
