@@ -13,7 +13,7 @@ from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import ORG, App, FakeCredentials, FakeIssuer, kinde_issuer, org
 from worker.orgs import OrgRef
 from worker.tokens.acquirer import EnforcedToken
-from worker.tokens.cache import Tokens
+from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, NewToken, SharedTokens, StoredToken, TokenKey
 
@@ -144,7 +144,7 @@ async def opened(clock: ManualClock, folder: Path, *, rate: float = 10.0) -> Asy
     async with issuer.client() as client:
         made: Fleet
 
-        def start(*, shared: bool = True) -> Tokens:
+        def start(*, shared: bool = True, memory: int = MEMORY) -> Tokens:
             store = FakeStore(rows, f"process-{len(started)}")
             tokens = Tokens(
                 {"main": kinde_issuer(max_requests_per_second=rate)},
@@ -155,6 +155,7 @@ async def opened(clock: ManualClock, folder: Path, *, rate: float = 10.0) -> Asy
                 shared=SharedTokens(store, lambda key_id=None: made.ring_with(key_id), clock)
                 if shared
                 else None,
+                memory=memory,
             )
             started.append(tokens)
             return tokens

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from worker.orgs import OrgRef
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
 from worker.tokens.acquirer import Acquirer, EnforcedToken
-from worker.tokens.cache import Tokens
+from worker.tokens.cache import MEMORY, Tokens
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import (
     RENEW,
@@ -487,3 +488,34 @@ async def test_the_rest_of_what_the_issuer_allows_is_kept_for_runs(
 
     assert tokens.ahead_in("main") == pytest.approx(28 if waits else 0)
     assert tokens.ahead_in("unknown") == 0
+
+
+@pytest.mark.parametrize(("memory", "verified"), [(MEMORY, 30), (10_000, 90)], ids=["all", "few"])
+async def test_a_token_is_verified_once_in_a_process_while_it_is_in_memory(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, memory: int, verified: int
+) -> None:
+    """One that had to go is read from the table and verified again; none is requested."""
+    orgs = [fleet.add_org(number) for number in range(30)]
+    first = fleet.start()
+    for each in orgs:
+        await fleet.until(asyncio.ensure_future(first.ensure(each, "main")))
+    enforced: list[str] = []
+    enforce = Acquirer.enforce
+
+    async def counted(
+        self: Acquirer, request: shared_module.TokenRequest, *rest: Any, **more: Any
+    ) -> EnforcedToken:
+        enforced.append(request.org.code)
+        return await enforce(self, request, *rest, **more)
+
+    monkeypatch.setattr(Acquirer, "enforce", counted)
+    second = fleet.start(memory=memory)
+    for _ in range(3):
+        await second.load(orgs)
+        for each in orgs:
+            await second.ensure(each, "main")
+        fleet.clock.advance(60)
+
+    assert len(enforced) == verified
+    assert fleet.issuer.count() == len(orgs)
+    assert second._tokens.bytes <= memory
