@@ -9,6 +9,7 @@ import typer
 
 from worker.cli.options import FileArgument, OutputOption, read_text
 from worker.cli.output import Format, print_rows, say
+from worker.cli.progress import Progress
 from worker.cli.session import session_of
 from worker.cli.templates import apply_templates
 
@@ -52,18 +53,20 @@ def apply(
     wanted = _parsed(file)
     with session.database() as database:
         store_unknown(session.settings, database)
-        changes = apply_file(
-            database,
-            wanted,
-            actor=session.actor,
-            dry_run=dry_run,
-            prune=prune,
-            allow_unknown_handlers=allow_unknown_handlers,
-            inline=session.settings.execution.inline,
-            insecure_origins=session.settings.execution.insecure_origins,
-            issuers=session.settings.issuers,
-            api_origins=session.settings.api_origins,
-        )
+        with Progress("definitions") as progress:
+            changes = apply_file(
+                database,
+                wanted,
+                actor=session.actor,
+                dry_run=dry_run,
+                prune=prune,
+                allow_unknown_handlers=allow_unknown_handlers,
+                inline=session.settings.execution.inline,
+                insecure_origins=session.settings.execution.insecure_origins,
+                issuers=session.settings.issuers,
+                api_origins=session.settings.api_origins,
+                report=progress.at,
+            )
         _print(changes, output, dry_run=dry_run)
         if not dry_run:
             apply_templates(session, database)

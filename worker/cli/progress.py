@@ -34,10 +34,12 @@ class Progress:
         self._started_at = self._drawn_at = monotonic()
         self._drawn = False
 
-    def at(self, done: int, total: int | None = None) -> None:
-        """So many are done; `total` may be known only now."""
+    def at(self, done: int, total: int | None = None, what: str | None = None) -> None:
+        """So many are done; `total` may be known only now, and `what` may be the next step's."""
         self._total = self._total if total is None else total
         now = self._monotonic()
+        if what is not None and what != self._what:
+            self._what, self._started_at = what, now
         if self._shown and now - self._drawn_at >= EVERY:
             self._drawn_at, self._drawn = now, True
             line = self._line(done, now - self._started_at)[: shutil.get_terminal_size().columns - 1]

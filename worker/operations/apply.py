@@ -32,7 +32,9 @@ from worker.operations.templates import materialise_first
 from worker.orgs import OrgEntry
 from worker.store import audit, definitions, orgs, templates
 from worker.store.database import Database
-from worker.store.dialect import Row
+from worker.store.dialect import Row, chunks
+
+Report = Callable[[int, int, str], None]
 
 
 def apply(
@@ -47,6 +49,7 @@ def apply(
     insecure_origins: Collection[str] = (),
     issuers: Collection[str] | None = None,
     api_origins: IssuerOrigins = NO_ISSUERS,
+    report: Report = lambda done, total, what: None,
 ) -> list[Change]:
     """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
 
@@ -55,7 +58,7 @@ def apply(
     templates' definitions in this transaction, the others from the workers. `inline` are the
     distributions whose handlers can run inline, `insecure_origins` the http origins that can be
     `api_origins`, `issuers` those of `worker.toml` (None if unknown), `api_origins` the origins of
-    each.
+    each. `report` gets the number of definitions that are checked, then written, and of all.
 
     Raises:
         DefinitionError: names the entry and field that is refused; nothing was changed.
@@ -69,9 +72,9 @@ def apply(
             for origins in in_force(definition.api_origins, of, api_origins):
                 check_base_url(definition.api_base_url, origins, entry=entry)
 
-        plan = _make_plan(connection, file, prune=prune, issuers=issuers, check=check)
+        plan = _make_plan(connection, file, prune=prune, issuers=issuers, check=check, report=report)
         if not dry_run:
-            _carry_out(connection, plan, actor=actor, at=database.now(connection))
+            _carry_out(connection, plan, actor=actor, at=database.now(connection), report=report)
         return [change.shown() for change in plan.all]
 
 
@@ -87,7 +90,7 @@ class _Plan:
         return [*self.orgs, *self.templates, *self.definitions, *self.budgets]
 
 
-def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime) -> None:
+def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime, report: Report) -> None:
     settled = [change.before for change in plan.definitions if change.before]
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
@@ -101,7 +104,11 @@ def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime)
         for org in plan.orgs:
             if org.before is not None:
                 orgs.change(connection, org.id, org.new, at=at)
-        write_definitions(connection, plan.definitions, actor=actor, at=at)
+        done = 0
+        for part in chunks(plan.definitions):
+            write_definitions(connection, part, actor=actor, at=at)
+            done += len(part)
+            report(done, len(plan.definitions), "definitions written")
     write_templates(connection, plan.templates, actor=actor, at=at)
     write_budgets(connection, plan.budgets, actor=actor, at=at)
     audit.record(connection, [change.audit_entry() for change in plan.all], at=at, actor=actor)
@@ -115,6 +122,7 @@ def _make_plan(
     prune: bool,
     issuers: Collection[str] | None,
     check: Callable[[Definition, str, Collection[str]], None],
+    report: Report,
 ) -> _Plan:
     """Check the whole file and compare it with the stored rows, which stay locked.
 
@@ -139,7 +147,8 @@ def _make_plan(
     }
     issuer_of = {code: row["issuer"] for code, row in stored_orgs.items()}
     issuer_of |= {entry.code: entry.issuer for entry in file.orgs}
-    for each in file.definitions:
+    for done, each in enumerate(file.definitions):
+        report(done, len(file.definitions), "definitions checked")
         name = f"definition {each.org}/{each.name}"
         if each.org not in ids:
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'

@@ -290,6 +290,10 @@ def test_numbers_that_a_database_writes_in_another_way_are_no_change(apply):
 def test_a_thousand_definitions_are_applied_at_once(apply, rows):
     many = "".join(DIGEST.replace('"digest"', f'"digest-{number}"') for number in range(1000))
 
-    assert len(apply(ORG + many)) == 1001
+    reported: list[tuple[int, int, str]] = []
+
+    assert len(apply(ORG + many, report=lambda *each: reported.append(each))) == 1001
+    assert reported[:1] == [(0, 1000, "definitions checked")]
+    assert reported[-2:] == [(500, 1000, "definitions written"), (1000, 1000, "definitions written")]
     assert apply(ORG + many) == []
     assert len(rows.schedule) == 1000

@@ -47,6 +47,19 @@ def test_a_bar_grows_says_what_is_left_and_goes(terminal: Terminal, clock: Manua
     assert gone == ""
 
 
+def test_the_next_step_starts_from_nothing(terminal: Terminal, clock: ManualClock):
+    with Progress("definitions", monotonic=clock.monotonic) as bar:
+        clock.advance(60)
+        bar.at(100, 100, "definitions checked")
+        bar.at(1, 100, "definitions written")
+        clock.advance(10)
+        bar.at(50, 100, "definitions written")
+
+    checked, written, _ = terminal.lines()
+    assert checked == f"definitions checked [{'#' * 30}] 100/100"
+    assert written == f"definitions written [{'#' * 15}{'.' * 15}] 50/100  0:10 left"
+
+
 def test_without_a_total_the_number_is_counted(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "EVERY", 0.0)
 
