@@ -40,13 +40,16 @@ from worker.store.sql import statements
 from worker.store.worker_store import RingWalk
 from worker.wiring.process import SWITCH
 
-CLAIMS = {
-    "org_code": "org_1",
-    "scopes": ["read:kb", "write:kb"],
-    "properties": {"model_version": "gpt-4", "max_tokens": "1000"},
-    "flags": {"agent-v2": True},
-}
-FLAGS = {"agent-v2": True}
+# The runs of a token share these texts.
+CLAIMS = json.dumps(
+    {
+        "org_code": "org_1",
+        "scopes": ["read:kb", "write:kb"],
+        "properties": {"model_version": "gpt-4", "max_tokens": "1000"},
+        "flags": {"agent-v2": True},
+    }
+)
+FLAGS = json.dumps({"agent-v2": True})
 # Warm-up batches: statements are prepared, pages are read.
 WARM = 20
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
@@ -107,8 +110,8 @@ def end(run: AdmittedRun, *, again: bool) -> EndedAttempt:
             run.handler,
             token_ready_at=now,
             handler_started_at=now,
-            claims=json.dumps(CLAIMS),
-            flags=json.dumps(FLAGS),
+            claims=CLAIMS,
+            flags=FLAGS,
             jti="7b0c1d0a",
             claims_hash="f" * 64,
         ),

@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
@@ -170,7 +171,7 @@ def end_runs(
     """
     endings: dict[RunId, Ending] = {}
     fenced: list[EndedAttempt] = []
-    for attempt in sorted(ended, key=lambda attempt: attempt.run_id):
+    for attempt in sorted(ended, key=attrgetter("run_id")):
         row = locked.get(attempt.run_id)
         if row is None or row.fencing_token != attempt.fencing_token or attempt.run_id in endings:
             fenced.append(attempt)

@@ -42,10 +42,11 @@ class Tokens:
     """The tokens of a batch: `columns` for a table of them, and `places`: the token's number per attempt."""
 
     def __init__(self, trails: Sequence[Trail]) -> None:
-        trail_of = {_token(trail): trail for trail in trails}
+        found = [_token(trail) for trail in trails]
+        trail_of = dict(zip(found, trails, strict=True))
         place_of = {token: place for place, token in enumerate(trail_of, 1)}
         tokens = trail_of.values()
-        self.places = numbers(place_of[_token(trail)] for trail in trails)
+        self.places = numbers(map(place_of.__getitem__, found))
         self.columns = (
             numbers(place_of.values()),
             texts(trail.claims for trail in tokens),

@@ -13,7 +13,7 @@ from worker.clock import from_text, to_text
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
-from worker.store.dialect import driver, file_now
+from worker.store.dialect import compact_json, driver, file_now
 from worker.store.sql.contract import (
     Ending,
     LockedRun,
@@ -138,7 +138,8 @@ def finish(connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAtt
         waiting += awake
         in_one_step(cursor, PARK, [_park_row(ending, until) for ending, until in asleep])
     in_one_step(cursor, WAIT, [_wait_row(ending, now) for ending in waiting])
-    in_one_step(cursor, ATTEMPTS, [_attempt_row(ending) for ending in endings], first=(worker_id,))
+    attempts = [_attempt_row(ending, rows[ending.attempt.run_id][3]) for ending in endings]
+    in_one_step(cursor, ATTEMPTS, attempts, first=(worker_id,))
     changed = [ending for ending in final if ending.attempt.definition_state is not None]
     states = [_state_row(ending.attempt) for ending in changed if ending.state == "succeeded"]
     in_one_step(cursor, STATE, states, first=(instant(now),))
@@ -184,9 +185,9 @@ def _end_row(ending: Ending, row: Sequence[Any]) -> tuple[Any, ...]:
         started_at,
         attempt.attempt,
         fencing_token,
-        json_text(attempt.trail.progress) or progress,
+        progress if attempt.trail.progress is None else compact_json(attempt.trail.progress),
         attempt.result,
-        json_text(attempt.error),
+        None if attempt.error is None else compact_json(attempt.error),
     )
 
 
@@ -231,7 +232,7 @@ def _wait_row(ending: Ending, now: datetime) -> tuple[Any, ...]:
     )
 
 
-def _attempt_row(ending: Ending) -> tuple[Any, ...]:
+def _attempt_row(ending: Ending, started_at: str) -> tuple[Any, ...]:
     attempt, trail = ending.attempt, ending.attempt.trail
     return (
         attempt.run_id,
@@ -239,12 +240,12 @@ def _attempt_row(ending: Ending) -> tuple[Any, ...]:
         attempt.org_id,
         attempt.fencing_token,
         trail.handler,
-        instant(attempt.started_at),
+        started_at,
         instant(trail.token_ready_at),
         instant(trail.handler_started_at),
-        instant(ending.ended_at),
+        to_text(ending.ended_at),
         attempt.outcome,
-        json_text(attempt.error),
+        None if attempt.error is None else compact_json(attempt.error),
         attempt.error_cause,
         trail.claims,
         trail.flags,
