@@ -151,6 +151,8 @@ class Starts:
 
 async def measure_memory(children: ChildPool, count: int) -> None:
     """Run concurrent handlers that only wait."""
+    # Once it has imported everything.
+    await children.run(work("noop", entry_point="bench_jobs:noop"), TimedServices(), StopSignal())
     zygote = psutil.Process(children.zygote_pid)
     alone = zygote.memory_full_info().pss
     stops = [StopSignal() for _ in range(count)]
