@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Delete, delete, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
+from worker.store.bulk import among
 from worker.store.dialect import Row, all_rows, database_now, insert_into
 
 _tokens, _credentials, _orgs = tables.access_tokens, tables.credentials, tables.orgs
@@ -38,7 +39,7 @@ class Reservation:
 
 def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Row]:
     """The rows with these ids; those with a token have its `age` and what is `left` of it, in seconds."""
-    rows = all_rows(connection, select(_tokens).where(_tokens.c.id.in_(ids)))
+    rows = all_rows(connection, select(_tokens).where(among(connection, _tokens.c.id, ids)))
     now = database_now(connection)
     for row in rows:
         if row["sealed"] is not None:
@@ -78,7 +79,7 @@ def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], 
 
 def renew_for_all_orgs(connection: Connection, ids: Sequence[str], *, holder: str, lasts: timedelta) -> None:
     """Extend reservations of `holder`."""
-    mine = (_tokens.c.id.in_(sorted(ids)), _tokens.c.reserved_by == holder)
+    mine = (among(connection, _tokens.c.id, ids), _tokens.c.reserved_by == holder)
     locked = connection.execute(select(_tokens.c.id).where(*mine).order_by(_tokens.c.id).with_for_update())
     until = database_now(connection) + lasts
     connection.execute(

@@ -95,7 +95,7 @@ def active_ids_for_all_orgs(connection: Connection, org_ids: Sequence[OrgId]) ->
     """The ids of the active credentials of these orgs, newest first."""
     query = (
         select(_credentials.c.org_id, _credentials.c.id)
-        .where(_credentials.c.org_id.in_(org_ids), _credentials.c.state == "active")
+        .where(among(connection, _credentials.c.org_id, org_ids), _credentials.c.state == "active")
         .order_by(_credentials.c.generation.desc())
     )
     found: dict[OrgId, list[str]] = {}

@@ -35,6 +35,7 @@ from worker.runs.run import (
 )
 from worker.runs.waits import NewWait, WaitState
 from worker.store import budgets, firing, spending, states, steps, sweeps, tables, workers
+from worker.store.bulk import among
 from worker.store.database import BatchLoader, Database
 from worker.store.dialect import database_now
 from worker.store.sql import statements
@@ -189,7 +190,10 @@ def run_contexts(
         )
         .join(definitions, definitions.c.id == definition_id)
         .join(orgs, orgs.c.id == definitions.c.org_id)
-        .where(definition_id.in_({id_ for id_, _ in wanted}), revision.in_({number for _, number in wanted}))
+        .where(
+            among(connection, definition_id, {id_ for id_, _ in wanted}),
+            revision.in_({number for _, number in wanted}),
+        )
     )
     return {(id_, number): RunContext(*rest) for id_, number, *rest in rows}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from heapq import nlargest
@@ -71,24 +71,32 @@ class Dispatcher:
 
     async def _start_queued(self) -> None:
         loop = asyncio.get_running_loop()
-        prepared = 0
+        reading: asyncio.Task[None] | None = None
         while self._queue:
-            if prepared <= 0:
-                runs = [inflight.run for inflight in islice(self._queue, PREPARED)]
-                prepared = len(runs)
-                try:
-                    await self.tools.prepare(runs)
-                except Exception as error:
-                    # Each attempt reads for itself what is missing.
-                    emit("loop.failed", loop="dispatcher", error=f"{type(error).__name__}: {error}")
-            burst = min(BURST, prepared)
-            prepared -= burst
-            for _ in range(burst):
-                task = start_task(self._attempt(self._queue.popleft()), loop=loop)
-                if not task.done():
-                    self._attempts.add(task)
-                    task.add_done_callback(self._attempts.discard)
-            await asyncio.sleep(0)
+            await (self._prepare(self._queued(0)) if reading is None else reading)
+            # What the next ones need is read while these start.
+            following = self._queued(PREPARED)
+            reading = loop.create_task(self._prepare(following)) if following else None
+            for _ in range(0, PREPARED, BURST):
+                for _ in range(min(BURST, len(self._queue))):
+                    task = start_task(self._attempt(self._queue.popleft()), loop=loop)
+                    if not task.done():
+                        self._attempts.add(task)
+                        task.add_done_callback(self._attempts.discard)
+                await asyncio.sleep(0)
+                if not self._queue:
+                    break
+
+    def _queued(self, first: int) -> list[AdmittedRun]:
+        return [inflight.run for inflight in islice(self._queue, first, first + PREPARED)]
+
+    async def _prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read together what these runs need."""
+        try:
+            await self.tools.prepare(runs)
+        except Exception as error:
+            # Each attempt reads for itself what is missing.
+            emit("loop.failed", loop="dispatcher", error=f"{type(error).__name__}: {error}")
 
     def cancel(self, run_id: RunId, reason: str) -> None:
         inflight = self.inflight_runs.get(run_id)
