@@ -202,6 +202,14 @@ _ROWS = (
     _warning("children.frozen", "runs", "froze `runs` runs until the lease is renewed"),
     _info("children.thawed", "runs seconds", "the lease was renewed in time; `runs` runs continue"),
     _warning("child.killed", "org run attempt reason", "killed the processes of a run"),
+    _warning(
+        "child.replaced",
+        "org run attempt reason",
+        "a process ended before it had read its run, which another one gets",
+    ),
+    _warning(
+        "spare.died", "reason", "a process that waited for its run ended; another one is forked after a pause"
+    ),
     _info("handlers.loaded", "distribution version handlers", "a distribution offers `handlers` handlers"),
     _info(
         "handler.unchecked",

@@ -23,6 +23,7 @@ from worker.execution.runners.child.sandbox import Planner
 from worker.execution.runners.contract import StopSignal
 from worker.runs.lease import Lease
 from worker.runs.outcome import Cancelled, Failed, HandedBack, Outcome, Succeeded
+from worker.telemetry.events import Emitted
 
 pytestmark = pytest.mark.anyio
 
@@ -182,7 +183,7 @@ async def test_the_control_for_what_a_process_holds(pool: Pool) -> None:
     assert await pool.result_of(code, token=token("canary-own-token")) > 0
 
 
-async def test_a_killed_spare_is_replaced_and_no_run_notices(pool: Pool) -> None:
+async def test_a_killed_spare_is_replaced_and_no_run_notices(pool: Pool, emitted: list[Emitted]) -> None:
     killed = await pool.spares()
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
@@ -190,9 +191,16 @@ async def test_a_killed_spare_is_replaced_and_no_run_notices(pool: Pool) -> None
     assert await pool.result_of("import os; result = os.getpid()") not in killed
 
     assert not set(killed) & set(await pool.spares())
+    assert {(event.event.name, event.fields.get("reason")) for event in emitted} <= {
+        ("spare.died", "signal SIGKILL"),
+        ("child.replaced", "signal SIGKILL"),
+    }
+    assert emitted
 
 
-async def test_a_spare_killed_while_it_gets_its_run_loses_nothing(pool: Pool, tmp_path: Path) -> None:
+async def test_a_spare_killed_while_it_gets_its_run_loses_nothing(
+    pool: Pool, tmp_path: Path, emitted: list[Emitted]
+) -> None:
     """Its work lies in its socket when it dies: the run starts once, in another process."""
     spare, other = await pool.spares()
     await stopped(spare)
@@ -204,6 +212,9 @@ async def test_a_spare_killed_while_it_gets_its_run_loses_nothing(pool: Pool, tm
 
     assert await running == other
     assert file.read_text() == "x"
+    [event] = emitted
+    assert (event.event.name, event.fields["org"]) == ("child.replaced", "org_acme")
+    assert event.fields["reason"] == "signal SIGKILL"
 
 
 async def test_both_spares_killed_while_they_get_runs(pool: Pool, tmp_path: Path) -> None:
@@ -234,7 +245,7 @@ async def test_a_run_whose_processes_die_unread_again_and_again_is_handed_back(
         os.kill(pid, signal.SIGKILL)
 
     outcome = await running
-    assert outcome == HandedBack("no process could be started: its process ended before it read its work")
+    assert outcome == HandedBack("no process could be started: 1 ended before they had read the run")
 
 
 async def test_a_spare_killed_after_its_handler_was_called_fails_its_attempt(pool: Pool) -> None:

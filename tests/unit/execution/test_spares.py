@@ -94,7 +94,9 @@ async def test_one_that_ends_without_a_run_is_replaced_after_a_pause() -> None:
     spares.started(1)
     await settle()
 
-    spares.started(forks.made[0].number)
+    assert spares.died(forks.made[0].number)
+    assert not spares.died(forks.made[0].number)
+    spares.refill()
     await settle()
 
     assert len(forks.made) == 1

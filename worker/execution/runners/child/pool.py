@@ -17,7 +17,7 @@ from typing import Any
 from worker.clock import Clock
 from worker.execution.runners.child import linux
 from worker.execution.runners.child.child_process import ChildProcess, Ended
-from worker.execution.runners.child.child_run import ChildRun
+from worker.execution.runners.child.child_run import ChildRun, exit_detail
 from worker.execution.runners.child.messages import Setup
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.child.zygote_handle import Message, ZygoteHandle
@@ -70,9 +70,14 @@ class Spares:
     def started(self, number: int) -> None:
         """The handler of this process is about to be called, or the process has ended."""
         self._starting.discard(number)
-        if self._idle.pop(number, None) is not None:  # it ended before it had a run
-            self._pause = min(max(self._pause * 2, RESTART), LONGEST_RESTART)
         self.refill()
+
+    def died(self, number: int) -> bool:
+        """Whether this process ended before it had a run; then others are forked after a pause."""
+        if self._idle.pop(number, None) is None:
+            return False
+        self._pause = min(max(self._pause * 2, RESTART), LONGEST_RESTART)
+        return True
 
     def refill(self) -> None:
         """Fork what is missing, unless a run waits for its process."""
@@ -174,7 +179,6 @@ class ChildPool:
     async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
         """Run the handler in its own process; none of its processes is left afterwards."""
         self.attach()
-        why: str | None = None
         for _ in range(TRIES):
             zygote = await self._ready(stop)
             if stop.killed:
@@ -191,8 +195,9 @@ class ChildPool:
             ended = process.ended.result()
             if ended.why == "no_process":
                 return await self._cannot_start(ended.detail)
-            why = "its process ended before it read its work"
-        return await self._cannot_start(why)
+            reason = ended.why or exit_detail(ended.status)
+            emit("child.replaced", org=work.org_code, run=work.run_id, attempt=work.attempt, reason=reason)
+        return await self._cannot_start(f"{TRIES} ended before they had read the run")
 
     async def _serve(
         self, process: ChildProcess, work: Work, services: RunServices, stop: StopSignal
@@ -293,6 +298,8 @@ class ChildPool:
             process.end(ended)
             if number not in self._runs:
                 process.close()
+        if self._spares.died(number) and not self._closed:
+            emit("spare.died", reason=ended.detail or ended.why or exit_detail(ended.status))
         self._spares.started(number)
         folder = self._folder(number)
         try:
