@@ -45,7 +45,7 @@ def busy(tmp_path: Path, provider, migrated_postgres_url: str) -> Iterator[Site]
         yield site
 
 
-def test_two_for_work_one_for_the_lease_and_one_that_listens(busy: Site):
+def test_three_for_work_one_for_the_lease_and_one_that_listens(busy: Site):
     seen: Counter[tuple[str, int]] = Counter()
     there: set[tuple[str, int]] = set()
 
@@ -61,5 +61,5 @@ def test_two_for_work_one_for_the_lease_and_one_that_listens(busy: Site):
     # One more is there for a moment where heartbeat and watchman meet. On a busy machine a session may be
     # given up for being late; then another takes its place.
     stayed = [session[0] for session in there if seen[session] > LOOKS]
-    assert Counter(stayed) == {"orgworker worker": 3, "orgworker listener": 1}, seen
+    assert Counter(stayed) == {"orgworker worker": 4, "orgworker listener": 1}, seen
     assert busy.stop_worker(worker) == 0

@@ -98,7 +98,15 @@ class Database:
     in the database's own threads: one writer on SQLite, a few on PostgreSQL.
     """
 
-    def __init__(self, engine: Engine, *, clock: Clock, threads: int, connectivity: Connectivity) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock: Clock,
+        threads: int,
+        connectivity: Connectivity,
+        own_reads: bool = False,
+    ) -> None:
         self._engine = engine
         self._clock = clock
         self._connectivity = connectivity
@@ -108,6 +116,10 @@ class Database:
         self._threads = ThreadPoolExecutor(
             1 if self.dialect == "sqlite" else threads, thread_name_prefix="database"
         )
+        # What an attempt needs is read while others wait for the lock of admission, or write.
+        self._reads = self._threads
+        if own_reads and self.dialect == "postgresql":
+            self._reads = ThreadPoolExecutor(1, thread_name_prefix="database reads")
         # Writers of this process queue here, in order: SQLite's busy handler polls.
         self._writer = threading.Lock() if self.dialect == "sqlite" else None
         self._with_deadline: dict[float, Database] = {}
@@ -121,21 +133,23 @@ class Database:
         role: str = "worker",
         threads: int = 2,
         deadline: float = STATEMENT_DEADLINE,
+        own_reads: bool = False,
     ) -> Database:
         """A database by its URL; it connects at the first query.
 
-        On PostgreSQL `role` names the sessions, and `deadline`, in seconds, bounds each statement.
+        On PostgreSQL `role` names the sessions, and `deadline`, in seconds, bounds each statement; with
+        `own_reads`, `call_autocommit` has a thread of its own there.
 
         Raises:
             ConfigurationError: the URL does not name a supported database.
         """
         parsed = read_url(url)
         # A server's sessions are limited: one pooled connection per thread.
-        kept = threads + 2 if parsed.get_backend_name() == "sqlite" else threads
+        kept = threads + (2 if parsed.get_backend_name() == "sqlite" else own_reads)
         engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
         # Other parts of this process see the same outage: only the worker reports it.
         connectivity = Connectivity(clock, reports=role == "worker")
-        return cls(engine, clock=clock, threads=threads, connectivity=connectivity)
+        return cls(engine, clock=clock, threads=threads, connectivity=connectivity, own_reads=own_reads)
 
     def with_deadline(self, deadline: float) -> Database:
         """The same database over a connection of its own, with at most this deadline, in seconds.
@@ -225,8 +239,7 @@ class Database:
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `work` in a thread of the database; it opens its own transactions."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
+        return await self._in(self._threads, functools.partial(work, *args, **kwargs))
 
     async def call(
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
@@ -251,7 +264,11 @@ class Database:
             with self.autocommit() as connection:
                 return work(connection, *args, **kwargs)
 
-        return await self.run(in_autocommit)
+        return await self._in(self._reads, in_autocommit)
+
+    @staticmethod
+    async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def listen(self, on_hint: Callable[[], None]) -> None:
         """Call `on_hint` at each hint, on PostgreSQL; see `dialect.hint`."""
@@ -267,7 +284,8 @@ class Database:
 
     def close(self) -> None:
         """Wait for the work in the threads, then close every connection."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._threads, self._reads):
+            threads.shutdown(wait=True, cancel_futures=True)
         self._engine.dispose()
         for other in self._with_deadline.values():
             other.close()

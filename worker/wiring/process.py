@@ -94,7 +94,7 @@ def run(settings: Settings) -> int:
         emit("management.exposed", secret=secret)
     on_file = settings.database.sqlite_file is not None
     lock = lock_sqlite_file(settings.database.url, clock=clock) if on_file else None
-    database = Database.open(settings.database.url, clock=clock)
+    database = Database.open(settings.database.url, clock=clock, own_reads=True)
     try:
         with database.autocommit() as connection:
             schema.check(connection)
