@@ -43,6 +43,7 @@ def fail(dialect: str, runs: int, definitions: int, *, triggers: bool) -> tuple[
         made.add_backlog(runs, "bench.fails", "inline")
         if not triggers:
             without_triggers(made)
+        since = made.now()
         with made.workers() as working:
             made.wait_for_end(runs // 4)
             cpu, server, began = working.cpu(), made.server_cpu(), made.ended()
@@ -53,7 +54,7 @@ def fail(dialect: str, runs: int, definitions: int, *, triggers: bool) -> tuple[
             known = connection.execute(text("SELECT count(*) FROM failing_definitions")).scalar_one()
         if known != (definitions if triggers else 0):
             raise SystemExit(f"{known} definitions are known to fail")
-        rate = made.rates().steady
+        rate = made.rates(since).steady
     print(
         f"{dialect}, {'with' if triggers else 'without'} the triggers: {rate:.0f} runs/s, "
         f"worker {worker:.0f} us a run, server {server:.0f} us; load {os.getloadavg()[0]:.1f}",

@@ -311,12 +311,18 @@ style = "json"
         pid = None if self._server is None else self._server.pid
         return 0.0 if pid is None else processor_time(pid)
 
-    def rates(self) -> Rates:
-        """How fast the runs ended, counted both ways."""
-        ended = tables.runs.c.state.in_(("succeeded", "failed"))
+    def now(self) -> datetime:
+        """The database's time."""
         with self.database.autocommit() as connection:
-            ends = sorted(connection.execute(select(tables.runs.c.finished_at).where(ended)).scalars())
-            began = connection.execute(select(func.min(tables.attempts.c.started_at))).scalar_one()
+            return self.database.now(connection)
+
+    def rates(self, since: datetime) -> Rates:
+        """How fast the runs ended that started after `since`, counted both ways."""
+        runs = tables.runs
+        ended = runs.c.state.in_(("succeeded", "failed")), runs.c.started_at > since
+        with self.database.autocommit() as connection:
+            ends = sorted(connection.execute(select(runs.c.finished_at).where(*ended)).scalars())
+            began = connection.execute(select(func.min(runs.c.started_at)).where(*ended)).scalar_one()
         first = len(ends) // 4
         return Rates(
             steady=(len(ends) - first) / (ends[-1] - ends[first]).total_seconds(),
