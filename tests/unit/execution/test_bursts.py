@@ -14,6 +14,7 @@ import pytest
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.claims.claims import AccessToken
+from worker.errors import StoreUnavailable
 from worker.execution.attempts import dispatcher as carrying
 from worker.execution.attempts import inflight as inflight_module
 from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
@@ -25,6 +26,7 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
+from worker.telemetry import events
 from worker.telemetry.masking import MASK, Masker
 
 pytestmark = pytest.mark.anyio
@@ -189,9 +191,18 @@ async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: Man
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("fault", [None, RuntimeError("unexpected")])
-async def test_what_many_attempts_need_is_read_together(clock: ManualClock, fault: Exception | None) -> None:
-    """A failure of that is left to each attempt."""
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (None, []),
+        (StoreUnavailable("the database is away"), []),
+        (RuntimeError("unexpected"), 2 * ["loop.failed"]),
+    ],
+)
+async def test_what_many_attempts_need_is_read_together(
+    clock: ManualClock, emitted: list[events.Emitted], fault: Exception | None, told: list[str]
+) -> None:
+    """A failure of that is left to each attempt; an outage is told by the first that meets it, not here."""
     store, ends = Backlog(0), []
     store.fault = fault
     dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
@@ -203,6 +214,7 @@ async def test_what_many_attempts_need_is_read_together(clock: ManualClock, faul
 
     assert store.prepared == [PREPARED, 3]
     assert len(ends) == PREPARED + 3
+    assert [one.event.name for one in emitted if one.event.name == "loop.failed"] == told
 
 
 async def test_the_tokens_of_each_run_in_flight_are_masked(

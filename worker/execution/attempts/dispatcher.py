@@ -11,6 +11,7 @@ from heapq import nlargest
 from itertools import islice
 from typing import cast
 
+from worker.errors import Unavailable
 from worker.execution.attempts import events
 from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
@@ -91,11 +92,12 @@ class Dispatcher:
         return [inflight.run for inflight in islice(self._queue, first, first + PREPARED)]
 
     async def _prepare(self, runs: Sequence[AdmittedRun]) -> None:
-        """Read together what these runs need."""
+        """Read together what these runs need. Each attempt reads for itself what is missing."""
         try:
             await self.tools.prepare(runs)
+        except Unavailable:  # which is reported once for all that ask the database
+            pass
         except Exception as error:
-            # Each attempt reads for itself what is missing.
             emit("loop.failed", loop="dispatcher", error=f"{type(error).__name__}: {error}")
 
     def cancel(self, run_id: RunId, reason: str) -> None:
