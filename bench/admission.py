@@ -36,8 +36,8 @@ from worker.ids import WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, Isolation
 from worker.store.database import Database
+from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
-from worker.store.worker_store import RingWalk
 from worker.wiring.process import SWITCH
 
 # The runs of a token share these texts.

@@ -15,8 +15,8 @@ from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun
 from worker.store import firing, tables, workers
 from worker.store.database import Database
+from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
-from worker.store.worker_store import RingWalk
 
 HANDLER = "acme.note"
 LEASE = timedelta(seconds=30)

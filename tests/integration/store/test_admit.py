@@ -19,8 +19,8 @@ from worker.runs.run import AdmittedRun, NewRun
 from worker.store import tables
 from worker.store.database import Database
 from worker.store.dialect import driver
+from worker.store.ring_walk import RingWalk
 from worker.store.sql.postgresql import admit
-from worker.store.worker_store import RingWalk
 
 
 def by_org(stock: Stock, worker: WorkerId, free: int) -> Counter[str]:

@@ -18,8 +18,8 @@ from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
 from worker.store import tables, workers
 from worker.store.database import Database
+from worker.store.ring_walk import RingWalk
 from worker.store.sql.postgresql import admit
-from worker.store.worker_store import RingWalk
 
 LIMIT, WORKERS, SLOTS, ORGS = 3, 4, 60, 50
 HANDLERS = tuple(f"acme.h{number}" for number in range(10))

@@ -12,7 +12,8 @@ import pytest
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import WorkerId, new_id
 from worker.runs.run import Decision, DueDefinition, LogLine, NextFire, StoredProgress
-from worker.store.worker_store import RingWalk, WorkerStore
+from worker.store.ring_walk import RingWalk
+from worker.store.worker_store import WorkerStore
 
 OFFERED = {HANDLER: None}
 
