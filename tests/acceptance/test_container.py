@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,14 @@ class Container(Site):
         # Its network is this machine's, where others may have the image's port.
         environment = {"PYTHONPATH": plugins, "WORKER_WEB__HEALTH_LISTEN": ""}
         return self.image.run(self.volume, self.etc, *self.image.entrypoint, *given, **environment)
+
+    def close(self) -> None:
+        # The change of user takes back the signal by which `unshare --kill-child` ends its child.
+        for outer in self._workers:
+            with suppress(psutil.NoSuchProcess):
+                for worker in psutil.Process(outer.pid).children():
+                    worker.kill()
+        super().close()
 
     def shell(self, script: str) -> str:
         """What a script prints that runs in a container in place of the image's command."""
