@@ -77,9 +77,6 @@ class _ArrayText(UserDefinedType[str]):
 
     cache_ok = True
 
-    def get_col_spec(self, **_: Any) -> str:
-        raise NotImplementedError
-
 
 def among(connection: Connection, column: Column[Any], values: Iterable[Any]) -> ColumnElement[bool]:
     """A condition: the column has one of these values, never null."""

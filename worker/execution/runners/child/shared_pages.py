@@ -15,11 +15,12 @@ import sysconfig
 import threading
 import types
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 from worker.claims.claims import AccessToken, Claims, Flag
+from worker.clock import SystemClock
 from worker.execution.runners.child import main as child
 from worker.execution.runners.child.messages import frame, outcome_message, work_message, work_of
 from worker.execution.runners.child.worker_channel import WorkerChannel
@@ -76,7 +77,7 @@ def _rehearse(entry_point: str) -> None:
 
 
 def _work(entry_point: str) -> Work:
-    now = datetime.now(UTC)
+    now = SystemClock().now()
     later = now + timedelta(hours=1)
     return Work(
         run_id=RunId("00000000-0000-7000-8000-000000000000"),
