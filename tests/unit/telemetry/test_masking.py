@@ -189,7 +189,8 @@ def test_a_forgotten_secret_leaves_no_memory_behind(make):
         tracemalloc.stop()
 
     # One number for each secret would be more.
-    assert grown < 200 * 50
+    # A token that stays takes over 500 bytes; what the interpreter keeps for itself does not grow with them.
+    assert grown < 600 * 50
 
 
 def test_a_forgotten_token_does_not_unmask_one_that_begins_alike():
@@ -317,9 +318,10 @@ def test_released_tokens_leave_no_memory_behind():
 
     tracemalloc.start()
     try:
-        before = come_and_go(range(100, 140))
-        grown = come_and_go(range(200, 400)) - before
+        before = come_and_go(range(100, 200))
+        grown = come_and_go(range(200, 800)) - before
     finally:
         tracemalloc.stop()
 
-    assert grown < 200 * 50
+    # A token that stays takes over 500 bytes; what the interpreter keeps for itself does not grow with them.
+    assert grown < 600 * 50
