@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import binascii
+import functools
 import json
+import os
 import re
 import string
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
@@ -405,3 +409,26 @@ def _drop_one(counter: Counter[Any], key: str | int) -> None:
 
 
 masker = Masker()
+
+
+# Top-level folders of a server, besides those that this process uses.
+_FOLDERS = {
+    *("bin", "boot", "dev", "etc", "home", "lib", "lib32", "lib64", "media", "mnt", "nix", "opt", "private"),
+    *("proc", "root", "run", "sbin", "snap", "srv", "sys", "tmp", "usr", "var"),
+}
+
+
+def without_paths(text: str) -> str:
+    """The text with `<path>` for each absolute path of a file on the server."""
+    return _paths().sub("<path>", text) if "/" in text else text
+
+
+@functools.cache
+def _paths() -> re.Pattern[str]:
+    import tempfile
+
+    own = [sys.prefix, sys.base_prefix, os.getcwd(), tempfile.gettempdir(), *sys.path]
+    folders = _FOLDERS | {parts[1] for path in own if len(parts := Path(path).parts) > 1}
+    names = "|".join(sorted(map(re.escape, folders)))
+    # After a word it is part of a URL or of another path.
+    return re.compile(rf"(?<![\w.~/-])/+(?:{names})(?:/[^\s'\"<>|:;,)\]}}]*)+")

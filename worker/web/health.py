@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from worker.errors import AccessDenied, TokenError
 from worker.telemetry.metrics import CONTENT_TYPE, Metrics
 from worker.telemetry.vitals import Vitals
-from worker.web.access import Access
+from worker.web.responses import CallerOf
 
 # These need no token, unless the metrics name orgs.
 PATHS = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+class MetricsAccess(Protocol):
+    """Authenticates who reads metrics that name orgs."""
+
+    async def caller_of(self, connection: HTTPConnection) -> CallerOf | None:
+        """The caller, None without a token. Raises TokenError, AccessDenied or TooManyRequests."""
+
+    def count_stranger(self, connection: HTTPConnection) -> None:
+        """Count a request without a token. Raises TooManyRequests."""
 
 
 class Health:
@@ -25,9 +35,9 @@ class Health:
         self.metrics = metrics
         self._sandbox = sandbox
         self._vitals: Vitals | None = None
-        self._access: Access | None = None
+        self._access: MetricsAccess | None = None
 
-    def protect(self, access: Access) -> None:
+    def protect(self, access: MetricsAccess) -> None:
         """Set who authenticates operators, for metrics that name orgs; until then they are denied."""
         self._access = access
 

@@ -8,7 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from starlette.exceptions import HTTPException
@@ -33,10 +33,8 @@ from worker.errors import (
     UsageError,
     WorkerError,
 )
-from worker.store.lists.redaction import without_paths
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
-from worker.web.callers import Caller
+from worker.telemetry.masking import masker, without_paths
 
 # The first matching class gives the status.
 STATUS: tuple[tuple[type[WorkerError], int], ...] = (
@@ -239,7 +237,14 @@ def _place_of(error: BaseException) -> str:
     return next((place for place in reversed(places) if place.startswith("worker.")), "")
 
 
-def redacted_error(error: WorkerError, caller: Caller | None) -> tuple[str, str]:
+class CallerOf(Protocol):
+    """Who calls; `org` is None for operators."""
+
+    @property
+    def org(self) -> object | None: ...
+
+
+def redacted_error(error: WorkerError, caller: CallerOf | None) -> tuple[str, str]:
     """Message and fix of an error; without details of the server unless an operator calls."""
     if caller is not None and caller.org is None:
         return error.message, error.fix

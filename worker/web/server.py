@@ -1,83 +1,28 @@
-"""The HTTP application, and its server in the worker's event loop."""
+"""The HTTP applications of a worker and of `provision`."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import errno
-import functools
-import socket
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-import uvicorn
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from worker.clock import Clock
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins
-from worker.errors import Busy, ConfigurationError
 from worker.store.database import Database
-from worker.telemetry.events import emit
 from worker.web.access import Access
 from worker.web.api import Api
 from worker.web.callers import CallerDatabase, OpenRing, no_ring
 from worker.web.compression import Compression
-from worker.web.connections import Connection, Connections, Deadlines
-from worker.web.health import PATHS, Health
+from worker.web.health import Health
 from worker.web.hooks import Hooks
+from worker.web.listener import RequestLimit
 from worker.web.live import Live
 from worker.web.login import Login
 from worker.web.pages import Console
 from worker.web.responses import ErrorMiddleware
 from worker.web.sessions import AuthMiddleware, Forms, Sessions
-
-# Concurrent requests of API and console; fewer than the connections of a listener.
-MOST_REQUESTS = 500
-# Seconds before an occupied address, or a server that failed, is tried again.
-AGAIN = 5.0
-# Seconds that running requests get at the end.
-LAST_RESPONSES = 1
-# Connections that the kernel queues, and how many are accepted in one turn of the event loop, so that a
-# flood of them does not delay the worker's loops.
-BACKLOG = 1024
-ACCEPTED = 16
-# Milliseconds without progress after which the kernel ends a connection whose client reads no response.
-UNREAD = 30_000
-
-
-class _RequestLimit:
-    """ASGI middleware: answers 503 beyond MOST_REQUESTS, but always serves health.
-
-    Metrics that name orgs are counted: verifying their token may take a while.
-    """
-
-    def __init__(self, app: ASGIApp, health: Health) -> None:
-        self._app = app
-        self._exempt = PATHS - {"/metrics"} if health.metrics.name_orgs else PATHS
-        self._serving = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] in self._exempt:
-            await self._app(scope, receive, send)
-            return
-        if self._serving >= MOST_REQUESTS:
-            raise Busy(f"{MOST_REQUESTS} requests are being served", fix="try again in a moment")
-        self._serving += 1
-        counted = True
-
-        def release() -> None:
-            nonlocal counted
-            self._serving -= counted
-            counted = False
-
-        # An event stream has limits of its own.
-        scope["release"] = release
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            release()
 
 
 class _LogoutAtProvider:
@@ -140,146 +85,13 @@ def build(
         *console.routes(),
     ]
     router = Router(routes=routes, redirect_slashes=False)
-    limited = _RequestLimit(AuthMiddleware(router, access, sessions, forms), health)
+    limited = RequestLimit(AuthMiddleware(router, access, sessions, forms), health)
     app: ASGIApp = Compression(ErrorMiddleware(limited, console.error_page))
     return app if login is None else _LogoutAtProvider(app, login.origin)
-
-
-def build_health(health: Health) -> ASGIApp:
-    """Health and metrics alone, for a listener of their own; every other path is 404."""
-    return ErrorMiddleware(_RequestLimit(Router(routes=health.routes(), redirect_slashes=False), health))
 
 
 def build_hooks(health: Health, hooks: Hooks) -> ASGIApp:
     """Webhooks of providers, /livez and /readyz; no metrics, since providers reach this listener."""
     probes = [route for route in health.routes() if route.path != "/metrics"]
     router = Router(routes=[*probes, *hooks.routes()], redirect_slashes=False)
-    return ErrorMiddleware(_RequestLimit(router, health))
-
-
-def bind(listen: str, setting: str = "[web] listen") -> socket.socket:
-    """Open a listening socket on `host:port`; for a name with several addresses, on the first.
-
-    `setting` names the address in error messages.
-
-    Raises:
-        Busy: another process has the port.
-        ConfigurationError: it is not an address of this machine, or not allowed.
-    """
-    host, _, port = listen.rpartition(":")
-    try:
-        found = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, _, _, _, address = found[0]
-        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
-        # asyncio does not set it for a listener's connections; each response would wait 40 ms for an
-        # acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD)
-        return listener
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Busy(
-                f"{setting}: another process has {listen}",
-                fix='stop it, or set another port, or "" for none',
-            ) from None
-        raise ConfigurationError(
-            f"{setting}: cannot listen on {listen}: {error.strerror}",
-            fix="use an address of this machine and a port above 1023",
-        ) from None
-
-
-class _Server(uvicorn.Server):
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then restore the length of the kernel's queue, which asyncio sets to ACCEPTED."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(BACKLOG)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the worker, which drains."""
-        yield
-
-
-class WebServer:
-    """Serves one application for as long as the `async with` lasts, and restarts after failures.
-
-    Without a `listener` it retries until the address is free.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        listen: str,
-        listener: socket.socket | None,
-        clock: Clock,
-        *,
-        connections: Connections | None = None,
-        deadlines: Deadlines | None = None,
-    ) -> None:
-        self._app = app
-        self._connections = Connections() if connections is None else connections
-        self._deadlines = deadlines or Deadlines()
-        self._listen = listen
-        self._listener = listener
-        self._clock = clock
-        self._server: _Server | None = None
-
-    @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
-        """Serve until the block ends; running requests get another second."""
-        task = asyncio.create_task(self._serve_forever(), name="web")
-        try:
-            yield
-        finally:
-            if self._server is not None:
-                self._server.should_exit = True
-                await asyncio.wait({task}, timeout=LAST_RESPONSES + 1)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            self._connections.close()
-            if self._listener is not None:
-                self._listener.close()
-
-    async def _serve_forever(self) -> None:
-        reported = False
-        while self._server is None or not self._server.should_exit:
-            try:
-                if self._listener is None:
-                    self._listener = bind(self._listen)
-                await self._serve(self._listener)
-                continue
-            except (Busy, ConfigurationError) as error:
-                if not reported:
-                    emit("web.unavailable", address=self._listen, error=error.message)
-                reported = True
-            # uvicorn raises SystemExit if it cannot start; that must not end the worker.
-            except (Exception, SystemExit) as error:
-                emit("loop.failed", loop="web", error=f"{type(error).__name__}: {error}")
-            await self._clock.sleep(AGAIN)
-
-    async def _serve(self, listener: socket.socket) -> None:
-        protocol: Any = functools.partial(
-            Connection, connections=self._connections, deadlines=self._deadlines
-        )
-        config = uvicorn.Config(
-            self._app,
-            http=protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            # `web.clients` reads the headers of trusted proxies.
-            proxy_headers=False,
-            backlog=ACCEPTED,
-            timeout_graceful_shutdown=LAST_RESPONSES,
-        )
-        self._server = _Server(config)
-        host, port = listener.getsockname()[:2]
-        emit("web.listening", address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        # A copy: uvicorn closes its socket, and may have to be started again.
-        with listener.dup() as copy:
-            await self._server.serve(sockets=[copy])
+    return ErrorMiddleware(RequestLimit(router, health))

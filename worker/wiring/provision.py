@@ -29,7 +29,8 @@ from worker.web.clients import Addresses
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.hooks import Hooks, Receiver
-from worker.web.server import WebServer, bind, build_health, build_hooks
+from worker.web.listener import WebServer, bind, build_health
+from worker.web.server import build_hooks
 from worker.wiring.monitoring import alerting
 from worker.wiring.provisioning import fleet_of, open_provisioner, rules_of
 from worker.wiring.web import metrics_of

@@ -38,9 +38,10 @@ from worker.web.callers import OpenRing, no_ring
 from worker.web.clients import Addresses, Limits
 from worker.web.connections import Connections
 from worker.web.health import Health
+from worker.web.listener import WebServer, bind, build_health
 from worker.web.login import Login, basis_of
 from worker.web.operators import StoredOperators
-from worker.web.server import WebServer, bind, build, build_health
+from worker.web.server import build
 from worker.wiring.secrets import issuers_of, login_secret
 
 # Seconds between two database checks of `serve`, and the timeout of each.

@@ -49,7 +49,8 @@ from worker.telemetry.metrics import Metrics
 from worker.web.access import Access
 from worker.web.callers import RANK, Caller, Role
 from worker.web.health import Health
-from worker.web.server import build, build_health
+from worker.web.listener import build_health
+from worker.web.server import build
 from worker.web.sessions import SESSION_COOKIE, Sessions
 
 pytestmark = pytest.mark.anyio

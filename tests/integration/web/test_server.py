@@ -23,11 +23,12 @@ from worker.errors import Busy, ConfigurationError
 from worker.settings import Settings, load
 from worker.settings.sections import WebSettings
 from worker.telemetry.metrics import Metrics
-from worker.web import server as module
+from worker.web import listener as module
 from worker.web.access import Access
 from worker.web.connections import Connections, Deadlines
 from worker.web.health import PATHS, Health
-from worker.web.server import WebServer, bind, build, build_health
+from worker.web.listener import WebServer, bind, build_health
+from worker.web.server import build
 from worker.wiring.web import Web
 
 NOTHING: Any = None

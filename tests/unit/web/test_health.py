@@ -16,7 +16,8 @@ from worker.telemetry.vitals import Vitals
 from worker.web.access import Access, Operator
 from worker.web.connections import MOST_CONNECTIONS
 from worker.web.health import PATHS, Health
-from worker.web.server import MOST_REQUESTS, build, build_health
+from worker.web.listener import MOST_REQUESTS, build_health
+from worker.web.server import build
 
 pytestmark = pytest.mark.anyio
 

@@ -7,14 +7,11 @@ stays hidden until someone decides. Operators see rows as they are.
 from __future__ import annotations
 
 import functools
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 from worker.claims.digests import without_digests
+from worker.telemetry.masking import without_paths
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -32,11 +29,6 @@ _DETAILED = {
     *("org_mismatch", "client_mismatch", "scope_missing", "property_missing", "settings_invalid"),
     *("token_invalid", "asleep", "answer", "resumed"),
 }
-# Top-level folders of a server, besides those that this process uses.
-_FOLDERS = {
-    *("bin", "boot", "dev", "etc", "home", "lib", "lib32", "lib64", "media", "mnt", "nix", "opt", "private"),
-    *("proc", "root", "run", "sbin", "snap", "srv", "sys", "tmp", "usr", "var"),
-}
 
 
 def redacted(kind: type, row: Row, org: str) -> dict[str, Any]:
@@ -50,22 +42,6 @@ def rules_of(kind: type) -> Mapping[str, Rule]:
     """The rule of each column that an org sees."""
     hints = get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-
-
-def without_paths(text: str) -> str:
-    """The text with `<path>` for each absolute path of a file on the server."""
-    return _paths().sub("<path>", text) if "/" in text else text
-
-
-@functools.cache
-def _paths() -> re.Pattern[str]:
-    import tempfile
-
-    own = [sys.prefix, sys.base_prefix, os.getcwd(), tempfile.gettempdir(), *sys.path]
-    folders = _FOLDERS | {parts[1] for path in own if len(parts := Path(path).parts) > 1}
-    names = "|".join(sorted(map(re.escape, folders)))
-    # After a word it is part of a URL or of another path.
-    return re.compile(rf"(?<![\w.~/-])/+(?:{names})(?:/[^\s'\"<>|:;,)\]}}]*)+")
 
 
 def shown(value: Any, row: Row, org: str) -> Any:
