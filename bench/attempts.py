@@ -29,6 +29,7 @@ from typing import Any
 
 from tests.fakes.issuer import App, FakeCredentials, FakeIssuer, kinde_issuer
 from worker.clock import SystemClock
+from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
@@ -175,6 +176,7 @@ async def measure(runs: int, count: int, apart: float, profile: cProfile.Profile
         ended = Ended()
         dispatcher = Dispatcher(
             tools,
+            attempt,
             InflightRuns(),
             store,
             on_free=lambda: None,
@@ -195,7 +197,7 @@ async def measure(runs: int, count: int, apart: float, profile: cProfile.Profile
 
 
 async def _round(
-    dispatcher: Dispatcher,
+    dispatcher: Dispatcher[Tools],
     orgs: Sequence[OrgRef],
     clock: SystemClock,
     ended: Ended,

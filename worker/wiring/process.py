@@ -17,6 +17,7 @@ from random import SystemRandom
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
+from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.dispatcher import Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRuns
@@ -312,7 +313,9 @@ class Incarnation:
                 on_fired()
 
         chores = Chores(self.database, on_runs=wake_admission)
-        dispatcher = Dispatcher(tools, inflight_runs, store, on_free=wake_admission, on_end=chores.ended)
+        dispatcher = Dispatcher(
+            tools, attempt, inflight_runs, store, on_free=wake_admission, on_end=chores.ended
+        )
         admission = Admission(
             store,
             inflight_runs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,12 +15,10 @@ from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
 from worker.claims.claims import AccessToken
 from worker.errors import StoreUnavailable
-from worker.execution.attempts import dispatcher as carrying
 from worker.execution.attempts import inflight as inflight_module
 from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.admission import FEW, MOMENT, Admission
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
@@ -106,31 +104,33 @@ async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: M
     assert store.waiting == 0
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def at_once(inflight: InflightRun, tools: Any) -> EndedAttempt:
     """Every attempt succeeds in its first step."""
+    if inflight.stop.asked:
+        return ended(inflight.run.id, state="waiting", outcome="handed_back")
+    return ended(inflight.run.id)
 
-    async def attempt(inflight: InflightRun, tools: Any) -> EndedAttempt:
-        if inflight.stop.asked:
-            return ended(inflight.run.id, state="waiting", outcome="handed_back")
-        return ended(inflight.run.id)
 
-    monkeypatch.setattr(carrying, "attempt", attempt)
+Attempt = Callable[[InflightRun, Any], Awaitable[EndedAttempt]]
 
 
 def dispatcher_of(
-    store: Backlog, inflight_runs: InflightRuns, clock: ManualClock, ends: list[EndedAttempt]
-) -> Dispatcher:
+    store: Backlog,
+    inflight_runs: InflightRuns,
+    clock: ManualClock,
+    ends: list[EndedAttempt],
+    attempt: Attempt = at_once,
+) -> Dispatcher[Any]:
     async def prepare(runs: Sequence[AdmittedRun]) -> None:
         store.prepared.append(len(runs))
         if store.fault is not None:
             raise store.fault
 
-    tools = cast(
-        Tools, SimpleNamespace(clock=clock, run_log=RunLogWriter(cast(Any, store), clock), prepare=prepare)
-    )
+    run_log = RunLogWriter(cast(Any, store), clock)
+    tools: Any = SimpleNamespace(clock=clock, run_log=run_log, prepare=prepare)
     return Dispatcher(
         tools,
+        attempt,
         inflight_runs,
         store,
         on_free=lambda: None,
@@ -138,7 +138,6 @@ def dispatcher_of(
     )
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: ManualClock) -> None:
     store, inflight_runs, ends = Backlog(0), InflightRuns(), []
     dispatcher = dispatcher_of(store, inflight_runs, clock, ends)
@@ -155,7 +154,6 @@ async def test_ends_are_written_while_the_rest_of_a_large_answer_begins(clock: M
     assert dispatcher.running == 0
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_a_tenth_that_became_due_later_starts_before_what_still_queues(clock: ManualClock) -> None:
     store, ends = Backlog(0), []
     dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
@@ -174,7 +172,6 @@ async def test_a_tenth_that_became_due_later_starts_before_what_still_queues(clo
     assert [each for each in order if each.startswith("r")] == [f"r{n}" for n in range(4 * BURST)]
 
 
-@pytest.mark.usefixtures("at_once")
 async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: ManualClock) -> None:
     store, inflight_runs, ends = Backlog(0), InflightRuns(), []
     dispatcher = dispatcher_of(store, inflight_runs, clock, ends)
@@ -190,7 +187,6 @@ async def test_a_drain_hands_back_what_was_admitted_and_has_not_begun(clock: Man
     assert dispatcher.running == 0
 
 
-@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -232,9 +228,8 @@ async def test_the_tokens_of_each_run_in_flight_are_masked(
         await go_on.wait()
         return ended(inflight.run.id)
 
-    monkeypatch.setattr(carrying, "attempt", attempt)
     store, ends = Backlog(0), []
-    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends)
+    dispatcher = dispatcher_of(store, InflightRuns(), clock, ends, attempt)
     writing = asyncio.create_task(dispatcher.finisher.run())
     dispatcher.start([admitted(f"r{n}") for n in range(30)])
     await settle(20)

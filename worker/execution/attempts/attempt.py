@@ -1,13 +1,14 @@
 """Attempt: run → token → claims → handler → outcome, the whole path on one page.
 
 Token, flags and claims are handled here, in the worker. Settings and the handler itself are handled
-where the handler runs.
+where the handler runs. For a run on a host, a worker calls `prepare` when the host takes the run and
+`conclude` when it ends; the host calls the handler in between.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
 
@@ -25,9 +26,9 @@ from worker.errors import (
 )
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
-from worker.execution.attempts.plan import DEFAULT_LIMITS, AttemptPlan, Limits, state_without_order
+from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
-from worker.execution.runners.contract import outcome_of_stop
+from worker.execution.runners.contract import Work, outcome_of_stop
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
 from worker.runs.run import StoredProgress
@@ -39,50 +40,36 @@ LONGEST_PAUSE = 60.0
 NOTHING_STORED = StoredProgress()
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class Prepared:
+    """An attempt whose handler may be called; `commits`: its success may change the definition's state."""
+
+    work: Work
+    limits: Limits
+    commits: bool
+
+
 async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     """Take one admitted run to an outcome. Errors become outcomes, never exceptions."""
-    run, trail, limits = inflight.run, Trail(inflight.run.handler), DEFAULT_LIMITS
+    trail = Trail(inflight.run.handler)
     try:
-        inflight.plan = plan = await tools.plans.of(run)
-        events.run_admitted(run, plan)
-        limits = plan.limits(run.handler, tools.handlers.get(run.handler))
-        outcome = await _run(inflight, plan, limits, trail, tools)
-    except TokenRefused as refused:
-        outcome = outcomes.Refused(refused.reason, refused.detail, refused.message)
-    except (StoreUnavailable, LeaseLost) as error:
-        outcome = outcomes.HandedBack(error.code)
-    except (TokenError, Unavailable, ConfigurationError) as error:
-        outcome = outcomes.NoToken(pause_after(error, tools.random), f"{error.code}: {error.message}")
-    except WorkerError as error:
-        outcome = Failed(Error(type(error).__name__, error.message), permanent=True)
+        prepared = await prepare(inflight, trail, tools)
+        outcome = await _run(prepared, inflight, trail, tools) if isinstance(prepared, Prepared) else prepared
     except Exception as error:
-        kind, org = type(error).__name__, inflight.org_code
-        emit(
-            "loop.failed", loop="attempt", error=f"{kind}: {error}", org=org, run=run.id, attempt=run.attempt
-        )
-        outcome = Failed(Error(kind, "the worker itself failed at this run"))
-    if isinstance(outcome, outcomes.Refused) and inflight.plan is not None:
-        # Its claims may be corrected before the next run.
-        with suppress(WorkerError):
-            await tools.tokens.outdate(plan.org, plan.issuer, **tools.token_of(plan, limits))
-    if inflight.moved:
-        # Recoveries are counted from the last checkpoint that moved.
-        run = replace(run, recoveries=0)
-    return end_attempt(
-        run,
-        redacted(outcome),
-        trail,
-        limits.retry,
-        now=tools.clock.now(),
-        random=tools.random,
-        parked_counts=limits.parked_counts,
-    )
+        outcome = outcome_of_error(error, inflight, tools.random)
+    return await conclude(inflight, outcome, trail, tools)
 
 
-async def _run(
-    inflight: InflightRun, plan: AttemptPlan, limits: Limits, trail: Trail, tools: Tools
-) -> Outcome:
-    run, definition, org = inflight.run, plan.definition, plan.org
+async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared | Outcome:
+    """All of an attempt up to its handler, or the outcome if the handler must not be called.
+
+    Raises:
+        Exception: as `outcome_of_error` takes it.
+    """
+    run = inflight.run
+    inflight.plan = plan = await tools.plans.of(run)
+    events.run_admitted(run, plan)
+    limits, definition, org = limits_of(inflight, tools), plan.definition, plan.org
     if run.start_by is not None and tools.clock.now() > run.start_by:
         return outcomes.Gated("expired")
 
@@ -129,15 +116,14 @@ async def _run(
     if trail.handler != run.handler:
         scopes = scopes | frozenset(entry.scopes)
         enforce(claims, org_code=org.code, client_id=None, scopes=scopes)
+    inflight.scopes = scopes
 
-    # handler: in its own process, or inline if the operator allows it
-    checkpoint = stored.checkpoint
+    # handler: what its process needs
     state = None
     if entry.state:
         if not definition.serial:
             return state_without_order(plan, entry.name)
         state = await tools.checkpoints.load_state(run)
-    services = AttemptServices(inflight, plan, trail, scopes=scopes, checkpoint=checkpoint, tools=tools)
     if run.may_have_checkpoint or entry.state:
         now = tools.clock.now()  # the database was read
     work = plan.work(
@@ -145,7 +131,7 @@ async def _run(
         entry,
         enforced.token,
         claims,
-        checkpoint=checkpoint,
+        checkpoint=stored.checkpoint,
         state=None if state is None else state.value,
         limits=limits,
         now=now,
@@ -155,17 +141,73 @@ async def _run(
         if found.missing is not None:
             raise TokenRefused("property_missing", found.missing)
         work.budgets = tuple(found.states)
+    return Prepared(work, limits, commits=state is not None and state.commits)
+
+
+async def _run(prepared: Prepared, inflight: InflightRun, trail: Trail, tools: Tools) -> Outcome:
+    """The handler: in its own process, or inline if the operator allows it."""
+    limits, work = prepared.limits, prepared.work
+    services = AttemptServices(inflight, trail, checkpoint=work.checkpoint, tools=tools)
     tools.deadlines.add(inflight.stop, limits.timeout, limits.cancel_grace)
     try:
-        outcome = await tools.runners[run.isolation].run(work, services, inflight.stop)
+        outcome = await tools.runners[inflight.run.isolation].run(work, services, inflight.stop)
     finally:
         tools.deadlines.discard(inflight.stop)
     if services.refused is not None:
         raise services.refused
-    if isinstance(outcome, Succeeded) and outcome.state is not None and not (state and state.commits):
-        # A run's process may send anything.
-        outcome = Succeeded(outcome.result)
+    return outcome if prepared.commits else without_state(outcome)
+
+
+def without_state(outcome: Outcome) -> Outcome:
+    """The outcome of an attempt that must not change the definition's state, whatever its process sent."""
+    if isinstance(outcome, Succeeded) and outcome.state is not None:
+        return Succeeded(outcome.result)
     return outcome
+
+
+def outcome_of_error(error: Exception, inflight: InflightRun, random: Random) -> Outcome:
+    """The outcome of an attempt that raised; reports an error of the worker itself."""
+    match error:
+        case TokenRefused():
+            return outcomes.Refused(error.reason, error.detail, error.message)
+        case StoreUnavailable() | LeaseLost():
+            return outcomes.HandedBack(error.code)
+        case TokenError() | Unavailable() | ConfigurationError():
+            return outcomes.NoToken(pause_after(error, random), f"{error.code}: {error.message}")
+        case WorkerError():
+            return Failed(Error(type(error).__name__, error.message), permanent=True)
+    kind, org, run = type(error).__name__, inflight.org_code, inflight.run
+    emit("loop.failed", loop="attempt", error=f"{kind}: {error}", org=org, run=run.id, attempt=run.attempt)
+    return Failed(Error(kind, "the worker itself failed at this run"))
+
+
+async def conclude(inflight: InflightRun, outcome: Outcome, trail: Trail, tools: Tools) -> EndedAttempt:
+    """What is written for an attempt that has just ended, with all of its texts masked."""
+    run, plan, limits = inflight.run, inflight.plan, limits_of(inflight, tools)
+    if isinstance(outcome, outcomes.Refused) and plan is not None:
+        # Its claims may be corrected before the next run.
+        with suppress(WorkerError):
+            await tools.tokens.outdate(plan.org, plan.issuer, **tools.token_of(plan, limits))
+    if inflight.moved:
+        # Recoveries are counted from the last checkpoint that moved.
+        run = replace(run, recoveries=0)
+    return end_attempt(
+        run,
+        redacted(outcome),
+        trail,
+        limits.retry,
+        now=tools.clock.now(),
+        random=tools.random,
+        parked_counts=limits.parked_counts,
+    )
+
+
+def limits_of(inflight: InflightRun, tools: Tools) -> Limits:
+    """The limits of an attempt; the default ones if its definition could not be read."""
+    if inflight.plan is None:
+        return DEFAULT_LIMITS
+    handler = inflight.run.handler
+    return inflight.plan.limits(handler, tools.handlers.get(handler))
 
 
 def pause_after(error: WorkerError, random: Random) -> timedelta:

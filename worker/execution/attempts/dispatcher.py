@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from heapq import nlargest
 from itertools import islice
-from typing import cast
+from typing import Generic, Protocol, TypeVar, cast
 
+from worker.clock import Clock
 from worker.errors import Unavailable
 from worker.execution.attempts import events
-from worker.execution.attempts.attempt import attempt
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.finisher import Finisher, FinishStore
+from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import StopReason, start_task
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
@@ -29,15 +29,30 @@ BURST = 50
 PREPARED = 500
 
 
+class DispatchTools(Protocol):
+    """What all attempts of a process share, as the dispatcher uses it."""
+
+    @property
+    def run_log(self) -> RunLogWriter: ...
+    @property
+    def clock(self) -> Clock: ...
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Read what the attempts of these runs need, so that they need not wait one by one."""
+
+
+T = TypeVar("T", bound=DispatchTools)
+
+
 @dataclass(eq=False, repr=False)
-class Dispatcher:
-    """Runs the attempts of all admitted runs.
+class Dispatcher(Generic[T]):
+    """Runs `attempt` for all admitted runs.
 
     `on_free` is called after ends were written, so that admission continues. `on_end` is called with each
     accepted end, and its run if that was still held.
     """
 
-    tools: Tools
+    tools: T
+    attempt: Callable[[InflightRun, T], Awaitable[EndedAttempt]]
     inflight_runs: InflightRuns
     store: InitVar[FinishStore]
     on_free: Callable[[], None]
@@ -127,7 +142,7 @@ class Dispatcher:
 
     async def _attempt(self, inflight: InflightRun) -> None:
         try:
-            ended = await attempt(inflight, self.tools)
+            ended = await self.attempt(inflight, self.tools)
             if inflight.storing:
                 await inflight.stored()
             if self.tools.run_log.has_logged(inflight.run):

@@ -25,12 +25,13 @@ class InflightRun:
     """An admitted run, until its end is written.
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
-    stored, which a process may leave behind that dies.
+    stored, which a process may leave behind that dies. `scopes` are those that its tokens must have.
     """
 
     run: AdmittedRun
     stop: StopSignal
     plan: AttemptPlan | None = None
+    scopes: frozenset[str] = frozenset()
     moved: bool = False
     storing: set[asyncio.Future[bool]] | None = None
     tokens: tuple[str, ...] = field(default=(), repr=False)

@@ -115,6 +115,14 @@ class TokenSource(Protocol):
         """Read what `ensure` needs of these orgs in one query; what cannot be read is left to `ensure`."""
 
 
+class TokenRenewals(Protocol):
+    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        """A token of a running attempt with some life left, enforced; with `fresh` a new one.
+
+        Raises TokenRefused, and TokenError and Unavailable as `TokenSource.ensure`.
+        """
+
+
 class CheckpointStore(Protocol):
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         """Store a run's checkpoint, fenced; returns whether the run was still ours."""
@@ -169,6 +177,25 @@ class BudgetStore(Protocol):
         """Count a spend, fenced, once for each key; None if the run is no longer ours."""
 
 
+class RunTools(Protocol):
+    """What the services of a running attempt use: of the worker itself, or of the worker behind a host."""
+
+    @property
+    def renewals(self) -> TokenRenewals: ...
+    @property
+    def checkpoints(self) -> CheckpointStore: ...
+    @property
+    def steps(self) -> StepStore: ...
+    @property
+    def waits(self) -> WaitStore: ...
+    @property
+    def budgets(self) -> BudgetStore: ...
+    @property
+    def run_log(self) -> RunLogWriter: ...
+    @property
+    def clock(self) -> Clock: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of this process share."""
@@ -192,6 +219,10 @@ class Tools:
         plans = await self.plans.load(runs)
         await self.tokens.load([plan.org for plan in plans])
 
+    @property
+    def renewals(self) -> TokenRenewals:
+        return _Renewals(self)
+
     def token_of(self, plan: AttemptPlan, limits: Limits) -> dict[str, Any]:
         """What a token of this plan is requested for."""
         variants = [variant.handler for variant in plan.definition.variants]
@@ -202,16 +233,40 @@ class Tools:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Renewals:
+    """Renews tokens as attempts first get them: from the cache or the issuer."""
+
+    tools: Tools
+
+    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        plan, tools = inflight.plan, self.tools
+        if plan is None:
+            raise LeaseLost(f"run {inflight.run.id} has not started")
+        definition, org = plan.definition, plan.org
+        enforced = await tools.tokens.ensure(
+            org,
+            plan.issuer,
+            audience=definition.audience,
+            scopes=inflight.scopes,
+            max_claims_age=definition.max_claims_age,
+            fresh=fresh,
+        )
+        inflight.hold(enforced.token)
+        enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
+        if tools.budgets.limits_in_claims:
+            await tools.budgets.note_claims(org.id, enforced.claims)
+        return enforced.token, enforced.claims
+
+
 @dataclass(eq=False, repr=False)
 class AttemptServices:
     """The `RunServices` of one attempt; `refused` holds the error of a renewed token that was refused."""
 
     inflight: InflightRun
-    plan: AttemptPlan
     trail: Trail
-    scopes: frozenset[str]
     checkpoint: Any
-    tools: Tools
+    tools: RunTools
     refused: TokenRefused | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
@@ -324,26 +379,15 @@ class AttemptServices:
     async def token(self, *, fresh: bool) -> tuple[AccessToken, Claims]:
         """A token with some life left; one of another org or without a scope ends the run refused."""
         self._check_open()
-        definition, org = self.plan.definition, self.plan.org
         try:
-            enforced = await self.tools.tokens.ensure(
-                org,
-                self.plan.issuer,
-                audience=definition.audience,
-                scopes=self.scopes,
-                max_claims_age=definition.max_claims_age,
-                fresh=fresh,
-            )
-            self.inflight.hold(enforced.token)
-            enforce(enforced.claims, org_code=org.code, client_id=None, scopes=self.scopes)
-            if self.tools.budgets.limits_in_claims:
-                await self.tools.budgets.note_claims(org.id, enforced.claims)
+            token, claims = await self.tools.renewals.renew(self.inflight, self.trail.handler, fresh=fresh)
+            self.inflight.hold(token)
         except TokenRefused as refused:
             self.refused = refused
             self.inflight.stop.kill()
             # The org can read what its handler logs, so this must not name the other org.
             raise TokenRefused(refused.reason, refused.detail) from None
-        return enforced.token, enforced.claims
+        return token, claims
 
     def progress(self, done: float, total: float | None, note: str | None) -> None:
         self._check_open()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 from worker.clock import Clock
 from worker.errors import Unavailable
@@ -68,7 +69,7 @@ class Supervisor:
 
     intake: Mapping[str, Loop]
     outlet: Mapping[str, Loop]
-    dispatcher: Dispatcher
+    dispatcher: Dispatcher[Any]
     run_log: RunLogWriter
     heartbeat: Heartbeat
     housekeeping: Housekeeping
