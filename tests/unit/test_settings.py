@@ -12,7 +12,7 @@ import pytest
 
 from worker import settings as settings_module
 from worker.errors import ConfigurationError
-from worker.settings import IssuerSettings, Settings, gather, load
+from worker.settings import IssuerSettings, Settings, gather, load, load_for_host
 
 SHIPPED_PLACES = settings_module.CONFIG_PLACES
 LOGIN = """
@@ -432,3 +432,74 @@ def test_management_and_provisioning_are_sections(tmp_path: Path):
 def test_a_wrong_setting_of_provisioning_is_named(change: tuple[str, str], message: str):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         load(written(MANAGEMENT.replace(*change)), environ={})
+
+
+# ---- hosts
+
+HOST = """
+[host]
+control = ["https://jobs.acme.com:8443", "http://127.0.0.1:8480"]
+token_file = "token"
+"""
+
+
+def test_a_host_confines_its_handlers_unless_it_is_told_otherwise():
+    config = written(HOST)
+
+    assert load_for_host(config, environ={}).execution.sandbox == "require"
+    assert load_for_host(config, {"execution.sandbox": "off"}, {}).execution.sandbox == "off"
+    assert load(config, environ={}).execution.sandbox == "auto"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[database]\nurl = 'postgresql://db/worker'", "worker.toml: a host does not take database.url"),
+        ("[database]", "worker.toml: a host does not take database"),
+        ("[issuers.main]\nurl = 'https://a'", "worker.toml: a host does not take issuers.main.url"),
+        ("[tokens]\nshared = false", "worker.toml: a host does not take tokens.shared"),
+        ("[web]\nlisten = ''", "worker.toml: a host does not take web.listen"),
+        ("[execution]\npools = ['eu']", "worker.toml: a host does not take execution.pools"),
+        ("[alerts]\noverdue = '5s'", "worker.toml: a host does not take alerts.overdue"),
+    ],
+)
+def test_what_a_host_must_not_have_is_named(text: str, message: str):
+    config = written(f"{HOST}\n{text}\n")
+
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load_for_host(config, environ={})
+
+
+def test_a_database_in_the_environment_of_a_host_is_named():
+    with pytest.raises(ConfigurationError, match=r"WORKER_DATABASE__URL: a host does not take database\.url"):
+        load_for_host(written(HOST), environ={"WORKER_DATABASE__URL": "postgresql://u:secret@db/worker"})
+
+
+def test_a_host_must_not_have_a_key_ring(tmp_path: Path):
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "keyring").write_text("k1 secret")
+
+    with pytest.raises(ConfigurationError, match="a host must not have a key ring") as raised:
+        load_for_host(written(HOST), environ={"CREDENTIALS_DIRECTORY": str(secrets)})
+    assert "secret" not in raised.value.message.replace("secrets", "")
+
+
+@pytest.mark.parametrize("name", ["control", "token_file"])
+def test_what_a_host_needs_is_named(name: str):
+    text = "\n".join(line for line in HOST.splitlines() if not line.startswith(name))
+
+    with pytest.raises(ConfigurationError, match=rf"host\.{name} is not set"):
+        load_for_host(written(text), environ={})
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://jobs.acme.com", "would carry orgs' tokens unencrypted; write https://"),
+        ("https://jobs.acme.com/attempts", "is not an origin; write scheme, host and port"),
+    ],
+)
+def test_a_control_address_that_cannot_be_used_is_an_error(url: str, message: str):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        load_for_host(written(HOST.replace("http://127.0.0.1:8480", url)), environ={})

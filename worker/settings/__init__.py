@@ -19,6 +19,7 @@ from worker.settings.sections import (
     AlertSettings,
     DatabaseSettings,
     ExecutionSettings,
+    HostSettings,
     IssuerName,
     IssuerSettings,
     LoginRole,
@@ -40,6 +41,9 @@ PREFIX = "WORKER_"
 # Searched for worker.toml in this order: a handler could have written one to the working directory.
 CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
+
+# The sections that a host has besides `[web] health_listen`.
+HOST_SECTIONS = ("host", "execution", "log", "tracing")
 
 _OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
@@ -65,6 +69,7 @@ class Settings(Section):
     provisioning: ProvisioningSettings = ProvisioningSettings()
     retention: RetentionSettings = RetentionSettings()
     log: LogSettings = LogSettings()
+    host: HostSettings = HostSettings()
 
     @cached_property
     def config_file(self) -> str:
@@ -107,6 +112,50 @@ def load(
     file = _config_of(config_path, os.environ if environ is None else environ)
     vars(settings)["config_file"] = file or ""
     return settings
+
+
+def load_for_host(
+    config_path: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """The settings of a host: as `load`, but with a sandbox unless it is turned off.
+
+    Raises ConfigurationError as `load`, and for what a host must not have: above all a database, an issuer
+    or a key ring.
+    """
+    values = gather(config_path, overrides, environ)
+    for keys, (_, where) in values.items():
+        if not _is_of_host(keys):
+            raise ConfigurationError(
+                f"{where}: a host does not take {'.'.join(keys)}",
+                fix="remove it; a host has [host], [execution], [log], [tracing] and [web] health_listen, "
+                "and learns everything else from the workers in [host] control",
+            )
+    settings = check(values)
+    host = settings.host
+    for name in ("control", "token_file"):
+        if not getattr(host, name):
+            raise ConfigurationError(
+                f"host.{name} is not set", fix="see config/host.toml, an example with every setting of a host"
+            )
+    if settings.secrets_dir and _exists(ring := str(Path(settings.secrets_dir, "keyring"))):
+        raise ConfigurationError(
+            f"secrets_dir: a host must not have a key ring, and there is {ring}",
+            fix="remove the file; only workers open what is sealed with it",
+        )
+    if ("execution", "sandbox") not in values:
+        execution = settings.execution.model_copy(update={"sandbox": "require"})
+        settings = settings.model_copy(update={"execution": execution})
+    file = _config_of(config_path, os.environ if environ is None else environ)
+    vars(settings)["config_file"] = file or ""
+    return settings
+
+
+def _is_of_host(keys: Keys) -> bool:
+    if keys[:2] == ("execution", "pools"):
+        return False  # the pool of the host's token decides
+    return keys[0] in HOST_SECTIONS or keys in (("web", "health_listen"), ("secrets_dir",))
 
 
 def gather(

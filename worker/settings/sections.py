@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from worker.definitions.origins import parse_base_url, parse_origin
+from worker.definitions.origins import parse_base_url, parse_origin, unencrypted
 from worker.definitions.units import parse_duration, parse_memory
 from worker.providers.management.mapping import parse_rule
+from worker.telemetry.masking import shown_url
 
 
 def _duration(value: Any) -> Any:
@@ -46,6 +47,12 @@ def _each(check: Callable[[str], object]) -> BeforeValidator:
 def _path(path: str) -> None:
     if not path.startswith("/"):
         raise ValueError(f"{path!r} is not absolute; write the whole path, such as /srv/models")
+
+
+def _control(url: str) -> None:
+    parse_origin(url)
+    if unencrypted((url,), ()):
+        raise ValueError(f"{shown_url(url)!r} would carry orgs' tokens unencrypted; write https://")
 
 
 def _network(network: str) -> None:
@@ -370,6 +377,14 @@ class RetentionSettings(Section):
     failed: Duration = timedelta(days=90)
     skipped: Duration = timedelta(days=7)
     logs: Duration = timedelta(days=14)
+
+
+class HostSettings(Section):
+    """`[host]`: how a host reaches the workers that control it. The token is not a setting, its file is."""
+
+    control: Annotated[tuple[str, ...], _each(_control)] = ()
+    token_file: str = ""
+    ca_file: str = ""
 
 
 class LogSettings(Section):

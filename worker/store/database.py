@@ -28,58 +28,14 @@ from worker.store.engine import (
     open_engine,
     read_url,
 )
+from worker.telemetry.connectivity import Connectivity
 from worker.telemetry.events import emit
 from worker.telemetry.masking import shown_url
 
-# Seconds between two reported losses: one of many sessions may break again and again.
-QUIET = 5.0
 # The first half of the keys of advisory locks by name.
 _EXCLUSIVE = 6_070_312
 _TRY_LOCK = text("SELECT pg_try_advisory_lock(:kind, hashtext(:name))")
 _UNLOCK = text("SELECT pg_advisory_unlock(:kind, hashtext(:name))")
-
-
-class Connectivity:
-    """Tracks whether the database answers, from the outcome of all queries, in any thread."""
-
-    def __init__(self, clock: Clock, *, reports: bool = True) -> None:
-        self._clock = clock
-        self._reports = reports
-        self._lock = threading.Lock()
-        self._lost_at: float | None = None
-        self._answered_at = float("-inf")
-        self._reported = False
-        self._reported_at = float("-inf")
-
-    def started(self) -> float:
-        """When a query starts: pass it to `failed` or `answered`."""
-        return self._clock.monotonic()
-
-    def failed(self, error: str, started_at: float) -> None:
-        """The database did not answer a query."""
-        with self._lock:
-            if started_at < self._answered_at:
-                # A later query was answered: this one went to a server that is gone.
-                return
-            now = self._clock.monotonic()
-            if self._lost_at is None:
-                self._lost_at = now
-            report = self._reports and not self._reported and now - self._reported_at >= QUIET
-            if report:
-                self._reported, self._reported_at = True, now
-        if report:
-            emit("database.lost", error=error)
-
-    def answered(self, started_at: float) -> None:
-        """The database answered a query."""
-        self._answered_at = max(self._answered_at, started_at)
-        if self._lost_at is None:
-            return
-        with self._lock:
-            lost_at, reported = self._lost_at, self._reported
-            self._lost_at, self._reported = None, False
-        if reported and lost_at is not None:
-            emit("database.back", seconds=round(self._clock.monotonic() - lost_at, 1))
 
 
 Dialect = Literal["sqlite", "postgresql"]
@@ -148,7 +104,12 @@ class Database:
         kept = threads + (2 if parsed.get_backend_name() == "sqlite" else own_reads)
         engine = open_engine(parsed, clock=clock, role=role, connections=kept, deadline=deadline)
         # Other parts of this process see the same outage: only the worker reports it.
-        connectivity = Connectivity(clock, reports=role == "worker")
+        reports = role == "worker"
+        connectivity = Connectivity(
+            clock,
+            on_lost=_report_lost if reports else _silent,
+            on_back=_report_back if reports else _silent,
+        )
         return cls(engine, clock=clock, threads=threads, connectivity=connectivity, own_reads=own_reads)
 
     def with_deadline(self, deadline: float) -> Database:
@@ -436,3 +397,15 @@ class BatchLoader(Generic[K, V]):
                     await asyncio.sleep(self._linger)
         finally:
             self._reading = None
+
+
+def _report_lost(error: str) -> None:
+    emit("database.lost", error=error)
+
+
+def _report_back(seconds: float) -> None:
+    emit("database.back", seconds=seconds)
+
+
+def _silent(_: object) -> None:
+    return None

@@ -64,6 +64,8 @@ _ROWS = (
     # The database and the lease.
     _warning("database.lost", "error", "the database does not respond; the worker retries indefinitely"),
     _info("database.back", "seconds", "the database responds again, after `seconds`"),
+    _warning("control.lost", "error", "no worker answers this host; it retries indefinitely"),
+    _info("control.back", "seconds", "a worker answers this host again, after `seconds`"),
     _warning("lease.late", "error remaining", "a renewal failed; the lease expires in `remaining` seconds"),
     _error("lease.lost", "late", "the lease expired `late` seconds ago; other workers may own the runs"),
     # Definition to run.

@@ -1,12 +1,23 @@
-"""The loss of the database is told once, and once that it is back."""
+"""The loss of a service is reported once, and once that it is back."""
 
 from __future__ import annotations
 
-from worker.store.database import QUIET, Connectivity
+from worker.telemetry.connectivity import QUIET, Connectivity
+from worker.telemetry.events import emit
+
+
+def watching(clock) -> Connectivity:
+    def lost(error: str) -> None:
+        emit("database.lost", error=error)
+
+    def back(seconds: float) -> None:
+        emit("database.back", seconds=seconds)
+
+    return Connectivity(clock, on_lost=lost, on_back=back)
 
 
 def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
-    connectivity = Connectivity(clock)
+    connectivity = watching(clock)
 
     connectivity.failed("refused", connectivity.started())
     clock.advance(30)
@@ -20,7 +31,7 @@ def test_a_loss_and_a_return_are_told_once_each(clock, emitted):
 
 
 def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitted):
-    connectivity = Connectivity(clock)
+    connectivity = watching(clock)
 
     for _ in range(20):
         connectivity.failed("terminated", connectivity.started())
@@ -32,7 +43,7 @@ def test_sessions_that_break_again_and_again_are_told_now_and_then(clock, emitte
 
 def test_a_question_that_fails_late_is_no_new_loss(clock, emitted):
     """Put before the outage, it hangs until after the return."""
-    connectivity = Connectivity(clock)
+    connectivity = watching(clock)
     hanging = connectivity.started()
     connectivity.failed("refused", connectivity.started())
     clock.advance(60)

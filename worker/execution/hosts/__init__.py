@@ -1,0 +1,1 @@
+"""Hosts: run attempts on machines without a database, over the workers' attempt API."""

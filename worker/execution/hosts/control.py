@@ -1,0 +1,235 @@
+"""Control: a host's requests to the attempt API of its workers, any of which may answer.
+
+Two clients share one `Controls`: an async one for the loops, and a blocking one for the heartbeat's thread,
+whose deadline leaves time for a second try before the runs freeze.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from worker.clock import Clock
+from worker.errors import LeaseLost, Unavailable, WorkerError
+from worker.outbound.connections import Connections
+from worker.telemetry.connectivity import Connectivity
+from worker.telemetry.events import emit
+
+PREFIX = "/attempts/v1/"
+CONNECT_SECONDS, CALL_SECONDS = 3.0, 10.0
+# Maximum bytes of an answer: one of `take` has the work of several runs.
+ANSWER_LIMIT = 64 * 1024 * 1024
+# Seconds that an idle connection is kept; the listener closes it later.
+KEPT = 60.0
+
+Message = dict[str, Any]
+
+
+class ControlUnavailable(Unavailable):
+    """No worker answered a host's request."""
+
+    code = "control_unavailable"
+    usual_fix = "check that a worker with [attempts] listen runs, and that [host] control names its address"
+
+
+class ControlDenied(ControlUnavailable):
+    """The workers do not accept the host's token or incarnation. Until it is renewed, nothing else helps."""
+
+    code = "control_denied"
+    usual_fix = "make another token with `python -m worker hosts add`, and put it into the host's token_file"
+
+
+class ControlRefused(WorkerError):
+    """The workers do not accept this request, and never will."""
+
+    code = "control_refused"
+
+
+class Controls:
+    """The workers' addresses and how to reach them: the token, the incarnation, and the address in use."""
+
+    def __init__(
+        self, urls: Sequence[str], token: str, clock: Clock, *, context: ssl.SSLContext | None = None
+    ) -> None:
+        self.urls = tuple(url.rstrip("/") for url in urls)
+        self.context = context
+        self._token = token
+        self.incarnation = ""
+        self._place = 0
+        self._lock = threading.Lock()
+        self.connectivity = Connectivity(clock, on_lost=_report_lost, on_back=_report_back)
+
+    def headers(self) -> dict[str, str]:
+        named = {"OrgWorker-Incarnation": self.incarnation} if self.incarnation else {}
+        # A compressed answer could exceed any limit while it is read.
+        return {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity", **named}
+
+    def in_order(self) -> list[str]:
+        """The addresses, the one in use first."""
+        return [*self.urls[self._place :], *self.urls[: self._place]]
+
+    def leave(self, url: str) -> None:
+        """Use the next address from now on, unless another caller has left this one already."""
+        with self._lock:
+            if self.urls[self._place] == url:
+                self._place = (self._place + 1) % len(self.urls)
+
+
+class AsyncControl:
+    """Calls of the loops."""
+
+    def __init__(self, controls: Controls, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self._controls = controls
+        self._transport = transport or Connections(controls.context, kept=KEPT)
+
+    async def call(
+        self, name: str, message: Mapping[str, Any], *, seconds: float = CALL_SECONDS, repeat: bool = True
+    ) -> Message:
+        """The answer of the first worker that gives one; each has `seconds`.
+
+        Without `repeat` no worker gets the request after another one may have carried it out.
+
+        Raises:
+            LeaseLost: a run that the request names is no longer this host's.
+            ControlRefused: the request is invalid.
+            ControlDenied: the token or the incarnation is not accepted.
+            ControlUnavailable: no worker answers.
+        """
+        content, failure = _encode(message), ""
+        retry_after: float | None = None
+        for url in self._controls.in_order():
+            started = self._controls.connectivity.started()
+            try:
+                status, body, retry_after = await self._send(url, name, content, seconds)
+            except (httpx.TransportError, OSError) as error:
+                failure = type(error).__name__
+                self._controls.leave(url)
+                self._controls.connectivity.failed(failure, started)
+                if not repeat and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+                    break
+                continue
+            self._controls.connectivity.answered(started)
+            if status < 500 and status != 429:
+                return _answer(status, body)
+            failure = f"HTTP {status}"
+            self._controls.leave(url)
+        raise ControlUnavailable(f"no worker answers {name}: {failure}", retry_after=retry_after)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def _send(
+        self, url: str, name: str, content: bytes, seconds: float
+    ) -> tuple[int, bytes, float | None]:
+        request = _request(self._controls, url, name, content, seconds)
+        try:
+            response = await self._transport.handle_async_request(request)
+        except httpx.RemoteProtocolError:
+            # A kept connection that the other side has just closed.
+            request = _request(self._controls, url, name, content, seconds)
+            response = await self._transport.handle_async_request(request)
+        try:
+            if response.headers.get("content-encoding", "identity").lower() != "identity":
+                raise httpx.ReadError("the answer is encoded")
+            body = bytearray()
+            async for part in response.aiter_bytes():
+                body += part
+                if len(body) > ANSWER_LIMIT:
+                    raise httpx.ReadError("the answer is too large")
+            return response.status_code, bytes(body), _retry_after(response)
+        finally:
+            await response.aclose()
+
+
+class BlockingControl:
+    """Calls of the heartbeat, over a connection of its own; all tries together take `deadline` seconds."""
+
+    def __init__(
+        self, controls: Controls, deadline: float, *, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        self._controls = controls
+        self._deadline = deadline
+        self._transport = transport or httpx.HTTPTransport(verify=controls.context or True, trust_env=False)
+
+    def call(self, name: str, message: Mapping[str, Any], *, monotonic: Callable[[], float]) -> Message:
+        """As `AsyncControl.call`."""
+        content, failure = _encode(message), ""
+        ends_at = monotonic() + self._deadline
+        urls = self._controls.in_order()
+        for place, url in enumerate(urls):
+            started = self._controls.connectivity.started()
+            seconds = max((ends_at - monotonic()) / (len(urls) - place), 0.01)
+            try:
+                response = self._transport.handle_request(
+                    _request(self._controls, url, name, content, seconds)
+                )
+                body = response.read()
+                response.close()
+            except (httpx.TransportError, OSError) as error:
+                failure = type(error).__name__
+                self._controls.leave(url)
+                self._controls.connectivity.failed(failure, started)
+                continue
+            self._controls.connectivity.answered(started)
+            if response.status_code < 500 and response.status_code != 429:
+                return _answer(response.status_code, body)
+            failure = f"HTTP {response.status_code}"
+            self._controls.leave(url)
+        raise ControlUnavailable(f"no worker answers {name}: {failure}")
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def _encode(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _request(controls: Controls, url: str, name: str, content: bytes, seconds: float) -> httpx.Request:
+    connect = min(CONNECT_SECONDS, seconds)
+    limits = {"connect": connect, "read": seconds, "write": seconds, "pool": connect}
+    headers = {**controls.headers(), "Content-Type": "application/json"}
+    return httpx.Request(
+        "POST", f"{url}{PREFIX}{name}", headers=headers, content=content, extensions={"timeout": limits}
+    )
+
+
+def _answer(status: int, body: bytes) -> Message:
+    """The JSON object of a 200, or the error that the problem names. Raises as `AsyncControl.call`."""
+    try:
+        message = json.loads(body or b"{}")
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise ControlUnavailable(f"a worker answered {status} without a JSON object")
+    if status == 200:
+        return message
+    error = message.get("error")
+    error = error if isinstance(error, dict) else {}
+    code, text = str(error.get("code", "")), str(error.get("message") or f"a worker answered {status}")
+    if code == LeaseLost.code:
+        raise LeaseLost(text)
+    if status in (401, 403):
+        raise ControlDenied(text)
+    if status in (404, 405):
+        # Another service, or a worker of an earlier release.
+        raise ControlUnavailable(f"a worker answered {status}: {text}")
+    raise ControlRefused(text, fix=str(error.get("fix", "")))
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    text = response.headers.get("retry-after", "")
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
+def _report_lost(error: str) -> None:
+    emit("control.lost", error=error)
+
+
+def _report_back(seconds: float) -> None:
+    emit("control.back", seconds=seconds)
