@@ -12,7 +12,16 @@ import pytest
 
 from worker import settings as settings_module
 from worker.errors import ConfigurationError
-from worker.settings import IssuerSettings, Settings, gather, load, load_for_host
+from worker.settings import (
+    HOST_SECTIONS,
+    NOT_OF_HOSTS,
+    ExecutionSettings,
+    IssuerSettings,
+    Settings,
+    gather,
+    load,
+    load_for_host,
+)
 
 SHIPPED_PLACES = settings_module.CONFIG_PLACES
 LOGIN = """
@@ -503,3 +512,22 @@ def test_what_a_host_needs_is_named(name: str):
 def test_a_control_address_that_cannot_be_used_is_an_error(url: str, message: str):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         load_for_host(written(HOST.replace("http://127.0.0.1:8480", url)), environ={})
+
+
+def test_the_example_of_a_host_names_every_setting_of_a_host():
+    """Beside [host] it has the defaults, except that the sandbox is required."""
+    example = SHIPPED.with_name("host.toml")
+    tree = tomllib.loads(example.read_text(encoding="utf-8"))
+
+    loaded = load_for_host(str(example), environ={})
+
+    assert loaded == Settings().model_copy(
+        update={
+            "host": loaded.host,
+            "execution": ExecutionSettings(sandbox="require"),
+        }
+    )
+    assert set(tree) == {*HOST_SECTIONS, "web", "secrets_dir"}
+    assert set(tree["execution"]) == set(ExecutionSettings.model_fields) - set(NOT_OF_HOSTS)
+    for name in ("host", "tracing", "log"):
+        assert set(tree[name]) == set(type(getattr(loaded, name)).model_fields)

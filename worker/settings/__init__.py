@@ -42,8 +42,9 @@ PREFIX = "WORKER_"
 CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
 
-# The sections that a host has besides `[web] health_listen`.
+# The sections that a host has besides `[web] health_listen`, and what its workers decide for it.
 HOST_SECTIONS = ("host", "execution", "log", "tracing")
+NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins")
 
 _OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
@@ -153,8 +154,8 @@ def load_for_host(
 
 
 def _is_of_host(keys: Keys) -> bool:
-    if keys[:2] == ("execution", "pools"):
-        return False  # the pool of the host's token decides
+    if keys[0] == "execution" and keys[-1] in NOT_OF_HOSTS:
+        return False
     return keys[0] in HOST_SECTIONS or keys in (("web", "health_listen"), ("secrets_dir",))
 
 

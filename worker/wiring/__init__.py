@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.settings import Settings
-from worker.store.database import Database
 
 if TYPE_CHECKING:
-    # Most commands run without cryptography.
+    # Most commands run without cryptography, and a host without a database.
+    from worker.store.database import Database
     from worker.tokens.sealing import KeyRing
 
 
 def open_database(settings: Settings) -> Database:
     """The configured database; it connects at the first query."""
+    from worker.store.database import Database
+
     return Database.open(settings.database.url, clock=SystemClock(), role="cli")
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 
 import httpx
 
 from worker.clock import Clock
-from worker.errors import ConfigurationError, Unavailable
-from worker.settings.sections import AlertSettings, TracingSettings
+from worker.errors import Unavailable
+from worker.settings.sections import AlertSettings
 from worker.store import alerts
 from worker.store.database import Database
 from worker.store.health import oldest_unfired
-from worker.telemetry import events, tracing
+from worker.telemetry import events
 from worker.telemetry.alerts import Alert, Strikes, Webhook
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
 from worker.web.health import Health
 
 # Seconds between two rounds, and seconds in which simultaneous causes are collected.
@@ -35,8 +32,6 @@ MAX_ATTEMPTS = 292
 LAST_ROUND = 5.0
 # The overdue monitor looks this often in `[alerts] overdue`.
 LOOKS = 4
-# Standard variables that may contain the key of a collector.
-HEADERS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
 
 
 @contextlib.contextmanager
@@ -251,39 +246,3 @@ class OverdueMonitor:
 def _oldest_unfired(database: Database) -> tuple[str, str, float] | None:
     with database.autocommit() as connection:
         return oldest_unfired(connection)
-
-
-def traces_of(settings: TracingSettings, clock: Clock, *, version: str) -> AbstractContextManager[None]:
-    """A context manager that makes and sends traces; nothing starts before its block.
-
-    Raises ConfigurationError if OpenTelemetry is not installed.
-    """
-    if not settings.enabled or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return contextlib.nullcontext()
-    try:
-        from worker.telemetry import otel  # noqa: F401 - fails here rather than later
-    except ImportError as error:
-        raise ConfigurationError(
-            f"tracing.enabled is true, but OpenTelemetry is not installed ({error.name} is missing)",
-            fix="pip install 'orgworker[otel]', or set tracing.enabled to false",
-        ) from error
-    for headers in (settings.headers, *(os.environ.get(name, "") for name in HEADERS)):
-        for part in headers.split(","):
-            masker.register(part.partition("=")[2])
-    return _tracing(settings, clock, version)
-
-
-@contextlib.contextmanager
-def _tracing(settings: TracingSettings, clock: Clock, version: str) -> Iterator[None]:
-    from worker.telemetry import otel
-
-    exporter = otel.QuietExporter(otel.otlp_exporter(settings.endpoint, settings.headers))
-    tracer = otel.OtelTracer(exporter, clock, version=version, dashboard_url=settings.dashboard_url)
-    stop_listening = events.listen(tracer.hear)
-    stop_tracing = tracing.use(tracer)
-    try:
-        yield
-    finally:
-        stop_tracing()
-        stop_listening()
-        tracer.close()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,18 +54,16 @@ from worker.web.health import Health
 from worker.wiring import find_keyring, open_keyring
 from worker.wiring.catalogue import CatalogueReader
 from worker.wiring.chores import Chores, ages_of
-from worker.wiring.monitoring import monitoring, traces_of
+from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
+from worker.wiring.monitoring import monitoring
 from worker.wiring.secrets import OpenedCredentials, StoredTokens, issuers_of
+from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
 
 VERSION = version("orgworker")
-EXIT_OK = 0
-EXIT_TRY_LATER = 75
 # Seconds for which a thread keeps the interpreter while another asks for it. The database threads ask
 # at each step: with Python's default of 5 ms a busy loop slows them to a tenth of their speed.
 SWITCH = 0.0001
-# Seconds until a new incarnation tries again to register.
-REGISTER_AGAIN = 1.0
 # Seconds between two searches for runs whose handler no worker offers; each reads all waiting runs.
 NO_HANDLER_EVERY = 5.0
 # Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
@@ -140,56 +137,13 @@ def run(settings: Settings) -> int:
             with traces, monitoring(settings.alerts, own_connection, clock, health):
                 async with web.serving():
                     await database.run(web.print_link, database)
-                    return await run_incarnations(incarnate, children, notifier, clock)
+                    return await run_incarnations(
+                        incarnate, children, notifier, clock, waiting="waiting for the database"
+                    )
 
         return asyncio.run(serve())
     finally:
         database.close()
-
-
-class Signals:
-    """SIGTERM and SIGINT: counts the requests to stop and passes each to the current incarnation."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._stop: Callable[[], None] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._receive)
-
-    def pass_to(self, stop: Callable[[], None]) -> None:
-        """Call `stop` at each request from now on, and at once for each earlier one."""
-        self._stop = stop
-        for _ in range(self.count):
-            stop()
-
-    def _receive(self) -> None:
-        self.count += 1
-        if self._stop is not None:
-            self._stop()
-
-
-async def run_incarnations(
-    incarnate: Callable[[Signals], Incarnation], children: ChildPool, notifier: Notifier, clock: Clock
-) -> int:
-    """Run one incarnation after another: each new one starts when its predecessor has lost its lease."""
-    signals = Signals()
-    # Before the first incarnation: it must survive a zygote that dies before the first run.
-    children.attach()
-    try:
-        exit_code = await incarnate(signals).run()
-        while exit_code is None:
-            try:
-                exit_code = await incarnate(signals).run()
-            except Unavailable:
-                # Only the registration raises this; the loops tolerate an unavailable database.
-                if signals.count:
-                    return EXIT_OK  # no runs, nothing unwritten
-                notifier.status("waiting for the database")
-                notifier.alive()
-                await clock.sleep(REGISTER_AGAIN)
-        return exit_code
-    finally:
-        await children.close()
 
 
 @dataclass

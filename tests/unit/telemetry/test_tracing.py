@@ -9,7 +9,7 @@ import pytest
 
 from worker.settings.sections import TracingSettings
 from worker.telemetry import events, tracing
-from worker.wiring.monitoring import traces_of
+from worker.wiring.traces import traces_of
 
 
 def test_without_a_tracer_an_attempt_has_no_place_in_a_trace():

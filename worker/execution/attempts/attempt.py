@@ -27,7 +27,7 @@ from worker.errors import (
 from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
-from worker.execution.attempts.run_services import AttemptServices, Tools, redacted
+from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools, redacted
 from worker.execution.runners.contract import Work, outcome_of_stop
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
@@ -54,7 +54,11 @@ async def attempt(inflight: InflightRun, tools: Tools) -> EndedAttempt:
     trail = Trail(inflight.run.handler)
     try:
         prepared = await prepare(inflight, trail, tools)
-        outcome = await _run(prepared, inflight, trail, tools) if isinstance(prepared, Prepared) else prepared
+        outcome = (
+            await run_handler(prepared, inflight, trail, tools)
+            if isinstance(prepared, Prepared)
+            else prepared
+        )
     except Exception as error:
         outcome = outcome_of_error(error, inflight, tools.random)
     return await conclude(inflight, outcome, trail, tools)
@@ -144,7 +148,9 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     return Prepared(work, limits, commits=state is not None and state.commits)
 
 
-async def _run(prepared: Prepared, inflight: InflightRun, trail: Trail, tools: Tools) -> Outcome:
+async def run_handler(
+    prepared: Prepared, inflight: InflightRun, trail: Trail, tools: HandlerTools
+) -> Outcome:
     """The handler: in its own process, or inline if the operator allows it."""
     limits, work = prepared.limits, prepared.work
     services = AttemptServices(inflight, trail, checkpoint=work.checkpoint, tools=tools)

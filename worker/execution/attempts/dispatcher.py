@@ -48,7 +48,7 @@ class Dispatcher(Generic[T]):
     """Runs `attempt` for all admitted runs.
 
     `on_free` is called after ends were written, so that admission continues. `on_end` is called with each
-    accepted end, and its run if that was still held.
+    accepted end, and its run if that was still held, after `report`.
     """
 
     tools: T
@@ -57,6 +57,7 @@ class Dispatcher(Generic[T]):
     store: InitVar[FinishStore]
     on_free: Callable[[], None]
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
+    report: Callable[[EndedAttempt, InflightRun | None], None] = events.run_ended
     _attempts: set[asyncio.Task[None]] = field(default_factory=set)
     _queue: deque[InflightRun] = field(default_factory=deque)
     _starting: asyncio.Task[None] | None = None
@@ -157,7 +158,7 @@ class Dispatcher(Generic[T]):
             self.tools.run_log.ended(inflight.run)
             self.inflight_runs.release(inflight)
         if accepted:
-            events.run_ended(ended, inflight)
+            self.report(ended, inflight)
             self.on_end(ended, inflight)
         else:
             events.run_fenced_out(ended.run_id, ended.attempt, ended.fencing_token, inflight)

@@ -196,6 +196,15 @@ class RunTools(Protocol):
     def clock(self) -> Clock: ...
 
 
+class HandlerTools(RunTools, Protocol):
+    """What it takes to run a handler, of a worker or of a host."""
+
+    @property
+    def runners(self) -> Mapping[Isolation, Runner]: ...
+    @property
+    def deadlines(self) -> Deadlines: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all attempts of this process share."""

@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.clock import settle
 from worker.errors import StoreUnavailable
 from worker.telemetry.vitals import Notifier
-from worker.wiring.process import Signals, run_incarnations
+from worker.wiring.incarnations import Signals, run_incarnations
 
 pytestmark = pytest.mark.anyio
 
@@ -75,7 +75,7 @@ async def lived(clock: Sleeps, *ends: int | Exception | None) -> tuple[int, list
     def incarnate(signals: Signals) -> Any:
         return fakes.pop(0)
 
-    code = await run_incarnations(incarnate, children, manager, clock)  # type: ignore[arg-type]
+    code = await run_incarnations(incarnate, children, manager, clock, waiting="waiting for the database")  # type: ignore[arg-type]
     assert children.closed
     return code, manager.told
 

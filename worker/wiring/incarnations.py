@@ -1,0 +1,81 @@
+"""Incarnations: one after another under a lease each, until the process is asked to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.execution.runners.child.pool import ChildPool
+from worker.telemetry.vitals import Notifier
+
+EXIT_OK = 0
+EXIT_TRY_LATER = 75
+# Seconds until a new incarnation tries again to register.
+REGISTER_AGAIN = 1.0
+
+
+class Runs(Protocol):
+    """A worker's or a host's life under one lease."""
+
+    async def run(self) -> int | None:
+        """Run until it is asked to stop; the exit code of the process, or None if the lease was lost.
+
+        Raises Unavailable if it cannot be registered.
+        """
+
+
+class Signals:
+    """SIGTERM and SIGINT: counts the requests to stop and passes each to the current incarnation."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._stop: Callable[[], None] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+
+    def pass_to(self, stop: Callable[[], None]) -> None:
+        """Call `stop` at each request from now on, and at once for each earlier one."""
+        self._stop = stop
+        for _ in range(self.count):
+            stop()
+
+    def _receive(self) -> None:
+        self.count += 1
+        if self._stop is not None:
+            self._stop()
+
+
+async def run_incarnations(
+    incarnate: Callable[[Signals], Runs],
+    children: ChildPool,
+    notifier: Notifier,
+    clock: Clock,
+    *,
+    waiting: str,
+) -> int:
+    """Run one incarnation after another: each new one starts when its predecessor has lost its lease.
+
+    `waiting` is the status while one cannot be registered.
+    """
+    signals = Signals()
+    # Before the first incarnation: it must survive a zygote that dies before the first run.
+    children.attach()
+    try:
+        exit_code = await incarnate(signals).run()
+        while exit_code is None:
+            try:
+                exit_code = await incarnate(signals).run()
+            except Unavailable:
+                # Only the registration raises this; the loops tolerate an unavailable database.
+                if signals.count:
+                    return EXIT_OK  # no runs, nothing unwritten
+                notifier.status(waiting)
+                notifier.alive()
+                await clock.sleep(REGISTER_AGAIN)
+        return exit_code
+    finally:
+        await children.close()
