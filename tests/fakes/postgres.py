@@ -88,7 +88,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
                 **self._as_user(),
             )
         wait_until(self._answers, f"PostgreSQL does not answer, see {self.folder / 'server.log'}")
@@ -358,7 +358,7 @@ def locked(path: Path, how: int) -> Iterator[None]:
         yield
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     # PR_SET_PDEATHSIG: a keeper that is killed takes the server with it.
     ctypes.CDLL(None).prctl(1, signal.SIGQUIT)
 
