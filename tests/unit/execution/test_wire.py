@@ -1,0 +1,219 @@
+"""The attempt API's messages: what one side writes the other reads, and a host's are not trusted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from tests.unit.execution.runs import admitted
+from worker.claims.claims import AccessToken, Claims, Flag
+from worker.errors import LeaseLost, StoreUnavailable, Throttled, Unavailable
+from worker.execution.hosts import wire
+from worker.execution.hosts.wire import End, Malformed, Registration, Taken
+from worker.execution.runners.contract import Work
+from worker.handlers.catalogue import HandlerEntry
+from worker.handlers.steps import StepError
+from worker.ids import RunId
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Error
+from worker.runs.run import LogLine, NewStep, OwnedRun
+from worker.runs.waits import NewWait
+
+NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)
+RUN = replace(admitted("r1"), start_by=NOW, params={"since": "2029"})
+CLAIMS = Claims(
+    org_code="org_acme",
+    client_id="client",
+    scopes=frozenset({"read:kb"}),
+    properties={"region": "eu"},
+    flags={"agent-v2": Flag("boolean", True)},
+    issued_at=NOW,
+    expires_at=NOW + timedelta(hours=1),
+    issuer="https://id.example",
+    jti="j",
+)
+WORK = Work(
+    run_id=RUN.id,
+    attempt=1,
+    fencing_token=RUN.fencing_token,
+    idempotency_key="k",
+    scheduled_for=NOW,
+    org_code="org_acme",
+    org_name="Acme",
+    handler="acme.digest",
+    entry_point="acme:digest",
+    params={"since": "2029"},
+    claims=CLAIMS,
+    token=AccessToken("secret", NOW),
+    api_origins=("https://api.example",),
+    timeout_at=NOW,
+    checkpoint={"done": 3},
+)
+TAKEN = Taken(RUN, "org_acme", "digest", timedelta(seconds=30), timedelta(hours=2), WORK, sealed="b3BhcXVl")
+ENTRY = HandlerEntry(
+    "acme.digest", "acme", "1.0", "acme:digest", scopes=("read:kb",), timeout="2h", memory="512MiB"
+)
+END = End(RunId("r1"), 7, outcomes.Succeeded('{"n":1}'), "c2VhbGVk", handler_seconds=1.5)
+STEP = NewStep("fetch", None, 1, 1, '{"n":1}', NOW, NOW)
+
+
+def sent(message: Any) -> Any:
+    """A message as the other side gets it."""
+    return json.loads(json.dumps(message))
+
+
+def test_a_taken_attempt_arrives_as_it_was_sent() -> None:
+    read = wire.taken_of(sent(wire.taken_message(TAKEN)))
+
+    assert read.run == RUN
+    assert read.work.token.reveal() == "secret"
+    assert replace(read, work=WORK) == TAKEN
+    assert (read.work.claims, read.work.checkpoint) == (CLAIMS, {"done": 3})
+
+
+def test_a_host_of_the_previous_version_ignores_new_keys() -> None:
+    message = sent(wire.taken_message(TAKEN)) | {"new": 1}
+    for part in (message["run"], message["work"], message["work"]["granted"]["claims"]):
+        part["new"] = 1
+
+    assert wire.taken_of(message).run == RUN
+
+
+def test_a_worker_ignores_new_keys_and_takes_defaults() -> None:
+    registration = {
+        "host": "gpu1",
+        "pid": 7,
+        "version": "9",
+        "slots": {"child": 2, "threads": 3},
+        "handlers": [{**sent(wire.entry_message(ENTRY)), "new": {"nested": True}}],
+    }
+    assert wire.registration_of(registration) == Registration(
+        "gpu1", 7, "9", {"child": 2, "inline": 0}, [ENTRY]
+    )
+
+    bare = {
+        "run": "r1",
+        "fencing_token": 7,
+        "outcome": {"kind": "Succeeded"},
+        "sealed": "c2VhbGVk",
+        "new": 1,
+    }
+    assert wire.ends_of({"ends": [bare]}) == [End(RunId("r1"), 7, outcomes.Succeeded(), "c2VhbGVk")]
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        outcomes.Succeeded('{"n":1}', '{"seen":2}'),
+        outcomes.Failed(Error("ValueError", "no", "trace"), "handler_exited", "signal SIGSEGV"),
+        outcomes.TimedOut(Error("TimeoutError", "too late")),
+        outcomes.Retried(timedelta(seconds=3), "busy"),
+        outcomes.Snoozed(timedelta(minutes=3)),
+        outcomes.Cancelled("requested"),
+        outcomes.HandedBack(),
+        outcomes.Lost("the zygote died"),
+        outcomes.Refused("settings_invalid", "model"),
+        outcomes.Parked("answer", "approve"),
+    ],
+)
+def test_an_end_arrives_as_it_was_sent(outcome: outcomes.Outcome) -> None:
+    end = replace(
+        END,
+        outcome=outcome,
+        peak_memory=5,
+        moved=True,
+        asks=("approve",),
+        progress={"done": 1.0, "total": None, "note": None},
+    )
+    assert wire.ends_of(sent({"ends": [wire.end_message(end)]})) == [end]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"outcome": {"kind": "Gated", "reason": "flag_off"}},
+        {"outcome": {"kind": "Succeeded", "result": "{"}},
+        {"outcome": {"kind": "Parked", "reason": "forever"}},
+        {"outcome": {"kind": "TimedOut"}},
+        {"outcome": "Succeeded"},
+        {"fencing_token": "7"},
+        {"fencing_token": True},
+        {"run": "r\n1"},
+        {"peak_memory": -1},
+        {"handler_seconds": "soon"},
+        {"progress": {"done": float("nan"), "total": None, "note": None}},
+        {"asks": "approve"},
+        {"sealed": None, "run": None},
+    ],
+)
+def test_an_end_that_is_none_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(Malformed):
+        wire.ends_of({"ends": [wire.end_message(END) | changed]})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"name": ""},
+        {"name": "x" * 1000},
+        {"isolation": "thread"},
+        {"scopes": "read:kb"},
+        {"scopes": [1]},
+        {"timeout": "soon"},
+        {"memory": "much"},
+        {"max_concurrent": -1},
+        {"max_attempts": "3"},
+        {"params_schema": "any"},
+    ],
+)
+def test_a_handler_that_is_none_is_refused(changed: dict[str, Any]) -> None:
+    with pytest.raises(Malformed):
+        wire.entries_of([wire.entry_message(ENTRY) | changed])
+
+
+def test_more_rows_than_a_call_may_have_are_refused() -> None:
+    line = wire.line_message(LogLine(RunId("r1"), 1, 1, RUN.org_id, NOW, "info", "log", "x"), 7)
+
+    assert len(wire.lines_of(sent({"lines": [line]}))) == 1
+    with pytest.raises(Malformed, match="list of at most"):
+        wire.lines_of({"lines": [line] * (wire.MOST_ROWS + 1)})
+    with pytest.raises(Malformed, match="level or source"):
+        wire.lines_of({"lines": [line | {"level": "shout"}]})
+
+
+def test_what_a_running_attempt_asks_for_arrives() -> None:
+    steps = wire.steps_of(sent({"steps": [wire.step_message(RUN, "acme.digest", STEP)]}))
+    assert [(row.run_id, row.fencing_token, row.step) for row in steps] == [(RUN.id, RUN.fencing_token, STEP)]
+    wait = NewWait("approve", 1, "answer", seconds=5.0, alert=True)
+    assert wire.wait_of(sent(wire.wait_message(wait))) == wait
+    assert wire.spend_of({"meter": "tokens", "amount": 5, "key": "2:7"}) == ("tokens", 5, "2:7")
+    token, claims = wire.granted_of(sent(wire.granted_message(WORK.token, CLAIMS)))
+    assert (token.reveal(), claims) == ("secret", CLAIMS)
+    owned = [OwnedRun(RunId("r1"), 7, "cancel"), OwnedRun(RunId("r2"), 8, None)]
+    assert wire.renewed_of(sent(wire.renewed_message(True, owned))) == (True, owned)
+
+
+@pytest.mark.parametrize("key", ["7", "x:1", "1:x", "1:0", f"1:{10**9}"])
+def test_a_spend_without_a_number_of_the_attempt_is_refused(key: str) -> None:
+    with pytest.raises(Malformed):
+        wire.spend_of({"meter": "tokens", "amount": 5, "key": key})
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("lease_lost", LeaseLost),
+        ("database_unavailable", StoreUnavailable),
+        ("throttled", Throttled),
+        ("step", StepError),
+        ("something_new", Unavailable),
+        (None, Unavailable),
+    ],
+)
+def test_the_error_of_a_worker_is_raised_at_the_host(code: str | None, kind: type[Exception]) -> None:
+    body = {} if code is None else {"error": {"code": code, "message": "no", "fix": ""}}
+    assert type(wire.error_of(body, 3.0)) is kind
