@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
+from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId, new_id
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import AdmittedRun, FireReport, Isolation, NewRun
@@ -85,7 +86,13 @@ class Stock:
         )
         return id_
 
-    def worker(self, *, lease: timedelta = LEASE, handlers: Sequence[str] = (HANDLER,)) -> WorkerId:
+    def worker(
+        self,
+        *,
+        lease: timedelta = LEASE,
+        handlers: Sequence[str] = (HANDLER,),
+        pools: Sequence[str] = (DEFAULT_POOL,),
+    ) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
             workers.register(
@@ -97,7 +104,9 @@ class Stock:
                 lease=lease,
                 handlers=handlers,
                 capacity={"child": 50},
+                pools=pools,
             )
+        self._admissions[worker_id] = RingWalk(self.database, worker_id, pools=pools)
         return worker_id
 
     def run(self, org_id: OrgId, definition_id: DefinitionId | None = None, **values: Any) -> NewRun:

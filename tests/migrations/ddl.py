@@ -87,7 +87,7 @@ SELECT r.id, r.org_id, o.code AS org, r.definition_id, d.name AS definition, r.h
        COALESCE(r.started_at, CASE WHEN l.state <> 'parked' THEN l.started_at END) AS started_at,
        r.finished_at,
        COALESCE(r.progress, l.progress) AS progress,
-       r.result, r.error, r.params, l.cancel_requested_at
+       r.result, r.error, r.params, l.cancel_requested_at, r.pool
 FROM runs r
 JOIN orgs o ON o.id = r.org_id
 JOIN definitions d ON d.id = r.definition_id

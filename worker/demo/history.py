@@ -19,6 +19,7 @@ from sqlalchemy import Connection, update
 from worker.claims.claims import Claims, Flag
 from worker.claims.record import ClaimsRecord
 from worker.definitions.definition import from_spec
+from worker.definitions.pools import DEFAULT_POOL
 from worker.demo.installation import SCOPE, Org, last_night
 from worker.execution.attempts.events import record_claims
 from worker.ids import OrgId, RunId, WorkerId
@@ -128,7 +129,12 @@ class Replay:
     def _admit(self, org_id: OrgId) -> None:
         offered = dict.fromkeys(("http.request", "assistant.digest", "assistant.digest_v2"))
         admitted = statements(self.connection).admit_choose(
-            self.connection, self.worker, {org_id: 8}, offered=offered, free=FREE
+            self.connection,
+            self.worker,
+            {org_id: 8},
+            offered=offered,
+            pools=(DEFAULT_POOL,),
+            free=FREE,
         )
         for run in admitted:
             self._attempt(run, self._scripts[run.id])

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from worker.definitions import Overlap
+from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import DefinitionId, OrgId, RunId
 
 Origin = Literal["schedule", "manual", "backfill", "retry"]
@@ -44,6 +45,7 @@ class NewRun:
     retry_of: RunId | None = None
     created_by: str | None = None
     params: Mapping[str, Any] | None = None
+    pool: str = DEFAULT_POOL
 
 
 @dataclass(slots=True)
@@ -71,6 +73,7 @@ class AdmittedRun:
     fencing_token: int
     idempotency_key: str
     params: Mapping[str, Any] | None
+    pool: str = DEFAULT_POOL
 
     @property
     def may_have_checkpoint(self) -> bool:

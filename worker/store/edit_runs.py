@@ -100,6 +100,7 @@ def insert_run(connection: Connection, run: NewRun, *, at: datetime, held: bool 
         "backfill_id": run.backfill_id,
         "idempotency_key": run.idempotency_key,
         "params": None if run.params is None else dict(run.params),
+        "pool": run.pool,
     }
     connection.execute(
         insert(_runs).values(

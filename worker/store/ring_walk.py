@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 
 from sqlalchemy import Connection
 
+from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import StoreUnavailable
 from worker.ids import OrgId, WorkerId
 from worker.runs.run import AdmittedRun, Isolation
@@ -28,9 +29,13 @@ BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
 class RingWalk:
     """One worker's position in the ring of orgs; the next call continues where the last one stopped."""
 
-    def __init__(self, database: Database, worker_id: WorkerId) -> None:
+    def __init__(
+        self, database: Database, worker_id: WorkerId, *, pools: Sequence[str] = (DEFAULT_POOL,)
+    ) -> None:
         self._database = database
         self._worker_id = worker_id
+        # Those that the worker takes runs of.
+        self.pools = pools
         self._cursor = BEFORE_ALL
         self._complete = False
         # Runs that may go newest first; with few slots it takes several calls until one may.
@@ -44,7 +49,7 @@ class RingWalk:
         free: Mapping[Isolation, int],
         within: Connection | None = None,
     ) -> list[AdmittedRun]:
-        """Mark waiting runs running, best first, within the limits of org, definition and handler.
+        """Mark waiting runs of `pools` running, best first, within the limits of org, definition and handler.
 
         `offered` maps this worker's handlers to their cluster-wide limit, or None; `free` maps
         isolations to their free slots. Each step is a separate transaction, or on SQLite part of the
@@ -60,7 +65,7 @@ class RingWalk:
         seen: set[OrgId] = set()
         hops = HOPS
         try:
-            while offered and any(left.values()) and hops > 0:
+            while offered and self.pools and any(left.values()) and hops > 0:
                 step = self._walk(offered, left, hops, within)
                 hops -= step.hops
                 orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
@@ -105,6 +110,7 @@ class RingWalk:
                 want=max(WIDTH, free - len(self._passed)),
                 hops=hops,
                 handlers=list(offered),
+                pools=self.pools,
                 free=left,
                 newest=newest,
             )
@@ -122,7 +128,13 @@ class RingWalk:
     ) -> list[AdmittedRun]:
         with nullcontext(within) if within is not None else self._database.transaction() as connection:
             picked = statements(connection).admit_choose(
-                connection, self._worker_id, orgs, offered=offered, free=left, first=first
+                connection,
+                self._worker_id,
+                orgs,
+                offered=offered,
+                pools=self.pools,
+                free=left,
+                first=first,
             )
         for run in picked:
             left[run.isolation] -= 1

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Text, cast, select
 
 from worker.claims.claims import Claims
 from worker.definitions.budgets import limit_of_property
+from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
@@ -117,12 +118,20 @@ class WorkerStore:
     calling thread, `renew` over a separate connection.
     """
 
-    def __init__(self, database: Database, worker_id: WorkerId, lease: timedelta) -> None:
+    def __init__(
+        self,
+        database: Database,
+        worker_id: WorkerId,
+        lease: timedelta,
+        *,
+        pools: Sequence[str] = (DEFAULT_POOL,),
+    ) -> None:
         self.database = database
         self._heartbeat_database = heartbeat_database(database, lease)
         self._worker_id = worker_id
         self._lease = lease
-        self._admission = RingWalk(database, worker_id)
+        self._pools = pools
+        self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
@@ -403,6 +412,7 @@ class WorkerStore:
                 lease=self._lease,
                 handlers=handlers,
                 capacity=capacity,
+                pools=self._pools,
             )
             self._budgets = budgets.watched_for_all_orgs(connection)
 

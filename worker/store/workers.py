@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, tuple_, update
 
+from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import OwnedRun, Recovered
@@ -31,6 +32,7 @@ def register(
     lease: timedelta,
     handlers: Sequence[str],
     capacity: Mapping[str, Any],
+    pools: Sequence[str] = (DEFAULT_POOL,),
     **identity: Any,
 ) -> None:
     """Start an incarnation with this `host`, `pid` and `version`; its lease starts now."""
@@ -43,6 +45,7 @@ def register(
             lease_until=now + lease,
             handlers=sorted(handlers),
             capacity=dict(capacity),
+            pools=sorted(pools),
             **identity,
         )
     )

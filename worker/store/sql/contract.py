@@ -292,6 +292,7 @@ class Statements(Protocol):
         want: int,
         hops: int,
         handlers: Sequence[str],
+        pools: Sequence[str],
         free: Mapping[Isolation, int],
         newest: int = 0,
     ) -> RingStep:
@@ -308,10 +309,11 @@ class Statements(Protocol):
         orgs: Mapping[OrgId, int],
         *,
         offered: Mapping[str, int | None],
+        pools: Sequence[str],
         free: Mapping[Isolation, int],
         first: Collection[OrgId] = (),
     ) -> list[AdmittedRun]:
-        """Become the only admitter, then count, rank and mark runs of these orgs as running.
+        """Become the only admitter, then count, rank and mark runs of these orgs and pools as running.
 
         `orgs` says how many runs of each queue to read. Of equal ranks the runs of the orgs in `first` go
         first. The transaction must contain nothing

@@ -77,6 +77,7 @@ orgs = Table(
     count("templates_seen", "The newest template change applied to it; 0: apply all.", type_=BigInteger),
     required("created_at", Instant),
     required("updated_at", Instant),
+    Column("pool", Text, doc="Of its runs whose definition and handler do not name one."),
     Index("ix_orgs_templates_seen", "templates_seen", "id"),
     CheckConstraint(one_of("state", ORG_STATES), name="state"),
     CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
@@ -277,6 +278,7 @@ workers = Table(
     Column("ended_at", Instant, doc="When it stopped, or was found dead."),
     required("handlers", json_type(), "The handlers that it offers."),
     required("capacity", json_type(), "Its slots: `children`, `inline`."),
+    required("pools", json_type(), "The pools that it serves.", server_default='["default"]'),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
     info={"meaning": "One row for each start of a worker. Its lease is its right to the runs that it owns."},
@@ -300,7 +302,18 @@ catalogue = Table(
     Column("error", Text, doc="Why it does not load."),
     required("seen_at", Instant, "When a worker last looked."),
     required("state", Boolean, "Whether it uses `ctx.state`, as `@job` says.", server_default=false()),
+    Column("pool", Text, doc="The pool of its runs, as `@job` says."),
     info={"meaning": "What the installed plug-ins offer."},
+)
+
+pools = Table(
+    "pools",
+    metadata,
+    Column("name", Text, primary_key=True, doc="The name of the pool."),
+    required("requires", json_type(), "The properties that a token must have, with their values."),
+    required("changed_at", Instant, "When a worker stored other rules than before."),
+    required("changed_by", Text, "That worker's machine."),
+    info={"meaning": "The rules of pools, as the worker that started last with `[pools.NAME]` has them."},
 )
 
 facts = Table(

@@ -25,6 +25,7 @@ from sqlalchemy import (
     text,
 )
 
+from worker.definitions.pools import DEFAULT_POOL
 from worker.store.dialect import Id, Instant, exact_json_type, json_type
 
 metadata = MetaData(
@@ -104,6 +105,7 @@ runs = Table(
     Column("progress", json_type(), doc="The handler's last report: `done`, `total`, `note`."),
     Column("result", json_type(), doc="What the handler returned."),
     Column("error", json_type(), doc="`type` and `message` of the last error."),
+    required("pool", Text, "Where it may execute.", server_default=DEFAULT_POOL),
     CheckConstraint(one_of("origin", ORIGINS), name="origin"),
     CheckConstraint(f"state IS NULL OR {one_of('state', FINAL_STATES)}", name="state"),
     CheckConstraint("(state IS NULL) = (finished_at IS NULL)", name="finished"),
@@ -160,7 +162,7 @@ UNFINISHED = {"waiting": ("waiting", "held", "parked"), "running": ("running",)}
 # Those of them that no process belongs to.
 UNSTARTED = UNFINISHED["waiting"]
 WAITING_REASONS = (
-    *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler"),
+    *("due", "held", "retry", "snoozed", "handed_back", "recovered", "no_token", "no_handler", "no_pool"),
     *("asleep", "answer", "budget", "resumed"),
 )
 # When a parked run goes on that waits without a deadline.
@@ -225,6 +227,7 @@ live_runs = Table(
     Column("progress", json_type(), doc="As in `runs`."),
     Column("cancel_requested_at", Instant, doc="When its cancellation was requested."),
     Column("cancel_reason", Text, doc="Why: `requested`, `replaced` or `closed`."),
+    required("pool", Text, "As in `runs`.", server_default=DEFAULT_POOL),
     CheckConstraint(one_of("state", LIVE_STATES), name="state"),
     CheckConstraint(one_of("isolation", ("child", "inline")), name="isolation"),
     CheckConstraint("(state = 'running') = (worker_id IS NOT NULL)", name="owner"),

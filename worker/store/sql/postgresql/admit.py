@@ -28,19 +28,19 @@ ADMISSION_LOCK = 6_070_312
 # Walks from org to org along the index, full circle at most. Orgs that cannot start anything are left
 # out here, before the lock. Mostly the first run of a queue, which finds its org, shows that it can.
 RING = """
-WITH RECURSIVE hop(org_id, available_at, handler, isolation, n, wrapped) AS (
-  SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, 0, false
+WITH RECURSIVE hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
+  SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, NULL::text, 0, false
   UNION ALL
   SELECT COALESCE(later.org_id, first.org_id), COALESCE(later.available_at, first.available_at),
          COALESCE(later.handler, first.handler), COALESCE(later.isolation, first.isolation),
-         hop.n + 1, hop.wrapped OR later.org_id IS NULL
+         COALESCE(later.pool, first.pool), hop.n + 1, hop.wrapped OR later.org_id IS NULL
   FROM hop
   LEFT JOIN LATERAL (
-    SELECT l.org_id, l.available_at, l.handler, l.isolation
+    SELECT l.org_id, l.available_at, l.handler, l.isolation, l.pool
     FROM live_runs l WHERE l.state = 'waiting' AND l.org_id > hop.org_id
     ORDER BY l.org_id LIMIT 1) later ON true
   LEFT JOIN LATERAL (
-    SELECT l.org_id, l.available_at, l.handler, l.isolation
+    SELECT l.org_id, l.available_at, l.handler, l.isolation, l.pool
     FROM live_runs l WHERE l.state = 'waiting' AND later.org_id IS NULL AND NOT hop.wrapped
     ORDER BY l.org_id LIMIT 1) first ON true
   WHERE hop.n < %(hops)s
@@ -49,11 +49,13 @@ WITH RECURSIVE hop(org_id, available_at, handler, isolation, n, wrapped) AS (
 ), looked AS (
   SELECT hop.org_id, hop.n, o.running, o.most, o.weight, o.running < o.most AND (
     (hop.available_at <= (SELECT clock_timestamp())
-     AND hop.handler = ANY(%(handlers)s::text[]) AND hop.isolation = ANY(%(isolations)s::text[]))
+     AND hop.handler = ANY(%(handlers)s::text[]) AND hop.isolation = ANY(%(isolations)s::text[])
+     AND hop.pool = ANY(%(pools)s::text[]))
     OR EXISTS (
       SELECT 1 FROM live_runs l
       WHERE l.org_id = hop.org_id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
-        AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[]))) AS ready
+        AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])
+        AND l.pool = ANY(%(pools)s::text[]))) AS ready
   FROM hop LEFT JOIN LATERAL (
     SELECT o.weight, o.max_concurrent_runs AS most, (
       SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
@@ -66,10 +68,11 @@ SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(
 # Ids of runs begin with the time at which they were due: see `ids.new_id_at`. Ends after the first that wait.
 NEWEST = """
 SELECT l.org_id FROM (
-  SELECT org_id, state, available_at, handler, isolation FROM live_runs
+  SELECT org_id, state, available_at, handler, isolation, pool FROM live_runs
   ORDER BY id DESC LIMIT %(window)s) l
 WHERE l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
   AND l.handler = ANY(%(handlers)s::text[]) AND l.isolation = ANY(%(isolations)s::text[])
+  AND l.pool = ANY(%(pools)s::text[])
 LIMIT %(runs)s
 """
 
@@ -104,7 +107,7 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
       FROM live_runs l
       WHERE l.org_id = o.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
         AND l.handler = ANY(ARRAY(SELECT handler FROM offer WHERE room IS NULL OR room > 0))
-        AND l.isolation = ANY(%(isolations)s::text[])
+        AND l.isolation = ANY(%(isolations)s::text[]) AND l.pool = ANY(%(pools)s::text[])
         AND (l.variant_handlers IS NULL OR l.variant_handlers <@ %(offered)s::jsonb)
         AND (l.max_concurrent IS NULL OR l.max_concurrent > (
           SELECT count(*) FROM live_runs d
@@ -144,7 +147,8 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
                        fencing_token = fencing_token + 1
   WHERE id = ANY(ARRAY(SELECT id FROM picked)) AND state NOT IN ('running', 'held', 'parked')
   RETURNING id, org_id, definition_id, revision, handler, isolation, origin, scheduled_for, available_at,
-            start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params
+            start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params,
+            pool
 )
 SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, p.later, a.available_at, a.id
 """
@@ -157,6 +161,7 @@ def admit_ring(
     want: int,
     hops: int,
     handlers: Sequence[str],
+    pools: Sequence[str],
     free: Mapping[Isolation, int],
     newest: int = 0,
 ) -> RingStep:
@@ -164,6 +169,7 @@ def admit_ring(
     runnable = {
         "handlers": texts(handlers),
         "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
+        "pools": texts(pools),
     }
     walk = runnable | {"cursor": cursor, "want": want, "hops": hops}
     found: list[OrgId] = []
@@ -197,6 +203,7 @@ def admit_choose(
     orgs: Mapping[OrgId, int],
     *,
     offered: Mapping[str, int | None],
+    pools: Sequence[str],
     free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
 ) -> list[AdmittedRun]:
@@ -210,6 +217,7 @@ def admit_choose(
         "limits": plain(offered.values()),
         "offered": compact_json(list(offered)),
         "isolations": plain(isolation for isolation, slots in free.items() if slots > 0),
+        "pools": texts(pools),
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }

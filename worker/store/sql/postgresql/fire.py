@@ -47,11 +47,12 @@ WITH new AS (
   SELECT * FROM unnest(
     %s::uuid[], %s::uuid[], %s::uuid[], %s::integer[], %s::text[], %s::text[], %s::timestamptz[],
     %s::text[], %s::text[], %s::uuid[], %s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::text[],
-    %s::integer[], %s::integer[], %s::boolean[], %s::timestamptz[], %s::timestamptz[]
+    %s::integer[], %s::integer[], %s::boolean[], %s::timestamptz[], %s::timestamptz[],
+    %s::text[]
   ) WITH ORDINALITY AS n(
     id, org_id, definition_id, revision, handler, origin, scheduled_for,
     created_by, request_key, backfill_id, retry_of, idempotency_key, params, variant_handlers, isolation,
-    max_concurrent, priority, serial, available_at, start_by, place)
+    max_concurrent, priority, serial, available_at, start_by, pool, place)
 ), fresh AS MATERIALIZED (
   SELECT * FROM new n
   WHERE (n.origin <> 'schedule' OR (
@@ -66,17 +67,17 @@ WITH new AS (
 ), live AS (
   INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
                          scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
-                         serial, available_at, start_by, state, reason)
+                         serial, available_at, start_by, pool, state, reason)
   SELECT id, org_id, definition_id, revision, handler, variant_handlers::jsonb, isolation, origin,
          scheduled_for, idempotency_key, params::jsonb, backfill_id, max_concurrent, priority,
-         serial, available_at, start_by, 'waiting', 'due'
+         serial, available_at, start_by, pool, 'waiting', 'due'
   FROM fresh ORDER BY place
   ON CONFLICT DO NOTHING RETURNING id
 ), run AS (
   INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
-                    created_by, request_key, backfill_id, retry_of, idempotency_key, params)
+                    created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool)
   SELECT id, org_id, definition_id, revision, handler, origin, scheduled_for, clock_timestamp(),
-         created_by, request_key, backfill_id, retry_of, idempotency_key, params::jsonb
+         created_by, request_key, backfill_id, retry_of, idempotency_key, params::jsonb, pool
   FROM fresh WHERE (id IN (SELECT id FROM live)) IS TRUE ORDER BY place
 )
 SELECT id, id IN (SELECT id FROM live) FROM fresh
@@ -144,6 +145,7 @@ RUNS = Columns(
     (numbers, "priority"),
     (flags, "serial"),
     (timestamps, "available_at start_by"),
+    (texts, "pool"),
 )
 NEXT_FIRES = Columns((words, "definition_id"), (timestamps, "next_scheduled_for next_fire_at"))
 GROWN_SKIPS = Columns((plain, "id"), (timestamps, "skip.skipped_until"), (plain, "skip.count"))

@@ -25,9 +25,9 @@ Candidate = Sequence[Any]
 # Rank, whether others of that rank go first, due time, id, run.
 _Ranked = tuple[float, bool, str, str, Candidate]
 
-ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST = 0, 2, 4, 5, 8, 16
+ID, _DEFINITION, _HANDLER, _ISOLATION, _AVAILABLE_AT, _MOST, _POOL = 0, 2, 4, 5, 8, 16, 17
 
-# The same portion of each org's queue. `{names}` becomes one parameter per handler.
+# The same portion of each org's queue. `{names}` and `{pools}` become one parameter for each.
 # JSON is joined as text: `json_group_array(json(line))` would parse it again.
 QUEUES = """
 SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
@@ -35,11 +35,11 @@ SELECT '[' || COALESCE(group_concat(line), '') || ']' FROM (
     SELECT json_group_array(json_array(
       c.id, c.org_id, c.definition_id, c.revision, c.handler, c.isolation, c.origin, c.scheduled_for,
       c.available_at, c.start_by, c.attempt, c.failures, c.recoveries, c.fencing_token,
-      c.idempotency_key, c.params, c.max_concurrent))
+      c.idempotency_key, c.params, c.max_concurrent, c.pool))
     FROM (
       SELECT * FROM live_runs l INDEXED BY ix_live_runs_waiting
       WHERE l.org_id = e.value AND l.state = 'waiting' AND l.available_at <= ? AND l.isolation IN (?, ?)
-        AND l.handler IN ({names})
+        AND l.handler IN ({names}) AND l.pool IN ({pools})
         AND (l.variant_handlers IS NULL OR NOT EXISTS (
              SELECT 1 FROM json_each(l.variant_handlers) v
              WHERE v.value NOT IN (SELECT value FROM json_each(?))))
@@ -117,10 +117,12 @@ class _Queue:
 class QueueReader:
     """Reads queues in portions: first as many runs as the free slots reach if all queues are long."""
 
-    def __init__(self, cursor: Any, limits: Limits, offered: Iterable[str], now: str) -> None:
+    def __init__(
+        self, cursor: Any, limits: Limits, offered: Iterable[str], pools: Sequence[str], now: str
+    ) -> None:
         self._cursor = cursor
-        self._statement = _with_names(len(limits.handlers))
-        self._values = (now, *limits.isolations, *limits.handlers, json_list(offered))
+        self._statement = _with_names(len(limits.handlers), len(pools))
+        self._values = (now, *limits.isolations, *limits.handlers, *pools, json_list(offered))
 
     def begin(
         self, counted: Sequence[tuple[OrgId, OrgQueue]], free: int, first: Collection[OrgId]
@@ -154,8 +156,8 @@ class QueueReader:
 
 
 @functools.cache
-def _with_names(handlers: int) -> str:
-    return QUEUES.format(names=", ".join("?" * handlers))
+def _with_names(handlers: int, pools: int) -> str:
+    return QUEUES.format(names=", ".join("?" * handlers), pools=", ".join("?" * pools))
 
 
 def best(
@@ -202,10 +204,10 @@ SELECT json_group_array(org_id) FROM hop WHERE org_id IS NOT NULL
 # Ids of runs begin with the time at which they were due: see `ids.new_id_at`.
 NEWEST = """
 SELECT json_group_array(org_id) FROM (
-  SELECT org_id FROM (SELECT org_id, state, available_at, handler, isolation FROM live_runs
+  SELECT org_id FROM (SELECT org_id, state, available_at, handler, isolation, pool FROM live_runs
                       ORDER BY id DESC LIMIT ?)
   WHERE state = 'waiting' AND available_at <= ? AND isolation IN (SELECT value FROM json_each(?))
-    AND handler IN (SELECT value FROM json_each(?))
+    AND handler IN (SELECT value FROM json_each(?)) AND pool IN (SELECT value FROM json_each(?))
   LIMIT ?)
 """
 
@@ -237,6 +239,7 @@ def admit_ring(
     want: int,
     hops: int,
     handlers: Sequence[str],
+    pools: Sequence[str],
     free: Mapping[Isolation, int],
     newest: int = 0,
 ) -> RingStep:
@@ -255,7 +258,7 @@ def admit_ring(
     if newest and not complete:
         isolations = json_list(isolation for isolation, slots in free.items() if slots > 0)
         now = to_text(file_now(connection))
-        values = (WINDOW, now, isolations, json_list(handlers), newest * PER_ORG)
+        values = (WINDOW, now, isolations, json_list(handlers), json_list(pools), newest * PER_ORG)
         found = distinct(in_one_answer(rows, NEWEST, values), newest)
     return RingStep(
         dict.fromkeys(orgs, sum(free.values())),
@@ -273,6 +276,7 @@ def admit_choose(
     orgs: Mapping[OrgId, int],
     *,
     offered: Mapping[str, int | None],
+    pools: Sequence[str],
     free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
 ) -> list[AdmittedRun]:
@@ -287,7 +291,7 @@ def admit_choose(
     limits = Limits(cursor, offered, json.loads(of_handlers), free)
     if not limits.handlers:
         return []
-    reader = QueueReader(cursor, limits, offered, to_text(now))
+    reader = QueueReader(cursor, limits, offered, pools, to_text(now))
     counted = [(org_id, OrgQueue(*counts)) for org_id, *counts in json.loads(of_orgs)]
     picked = best(reader, counted, limits, frozenset(first))
     in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(worker_id, to_text(now)))
@@ -310,5 +314,6 @@ def _admitted(run: Candidate, now: datetime) -> AdmittedRun:
             fencing_token + 1,
             idempotency_key,
             json_value(params),
+            run[_POOL],
         )
     )

@@ -29,16 +29,16 @@ SPEC = "SELECT spec FROM definition_revisions WHERE definition_id = ? AND revisi
 
 RUN = """
 INSERT INTO runs (id, org_id, definition_id, revision, handler, origin, scheduled_for, created_at,
-                  created_by, request_key, backfill_id, retry_of, idempotency_key, params)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                  created_by, request_key, backfill_id, retry_of, idempotency_key, params, pool)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO NOTHING
 """
 
 LIVE = """
 INSERT INTO live_runs (id, org_id, definition_id, revision, handler, variant_handlers, isolation, origin,
                        scheduled_for, idempotency_key, params, backfill_id, max_concurrent, priority,
-                       serial, available_at, start_by, state, reason)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'waiting', 'due')
+                       serial, available_at, start_by, pool, state, reason)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'waiting', 'due')
 ON CONFLICT DO NOTHING
 """
 
@@ -145,6 +145,7 @@ def _run_row(run: NewRun, now: str | None) -> tuple[Any, ...]:
         run.retry_of,
         run.idempotency_key,
         json_text(run.params),
+        run.pool,
     )
 
 
@@ -167,6 +168,7 @@ def _live_row(run: NewRun) -> tuple[Any, ...]:
         run.serial,
         instant(run.available_at),
         instant(run.start_by),
+        run.pool,
     )
 
 
