@@ -62,7 +62,7 @@ SECRETS: Mapping[str, frozenset[str]] = {
 _NOT_FOR_ORGS = frozenset(
     {
         *("workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
-        *("applications", "access_tokens"),
+        *("applications", "access_tokens", "pools"),
     }
 )
 # No role changes or deletes these rows; triggers prevent the owner, too.
