@@ -157,7 +157,7 @@ class TokenRefused(TokenError):
     """A token failed verification or enforcement: the run is refused.
 
     `reason` is a reason of a run (org_mismatch, client_mismatch, scope_missing, property_missing,
-    token_invalid), `detail` the code of the verifier or the name of the scope or property.
+    pool_mismatch, token_invalid), `detail` the code of the verifier or the name of the scope or property.
     """
 
     code = "token_refused"

@@ -64,6 +64,10 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     ("refused", "scope_missing"): "its token lacks the scope {detail}",
     ("refused", "property_missing"): "its token lacks the property {detail}",
     ("refused", "settings_invalid"): "the property {detail} of its token is invalid for the handler",
+    (
+        "refused",
+        "pool_mismatch",
+    ): "its token does not allow its pool: the property {detail} has another value",
     ("refused", "token_invalid"): "its token failed verification ({detail})",
     ("skipped", "flag_off"): "the flag {detail} is off for its org",
     ("skipped", "expired"): "no worker could start it within its start_deadline",
@@ -77,6 +81,7 @@ CAUSES: Mapping[tuple[str, str | None], str] = {
     ("waiting", "budget"): "its org has used up its budget of {detail}; it goes on at {available_at}, or "
     "when the budget is raised",
     ("waiting", "no_handler"): "no running worker offers its handler {handler}",
+    ("waiting", "no_pool"): "no worker or host serves pool {detail}",
     ("waiting", "asleep"): "its handler sleeps until {available_at}, without a process",
     ("waiting", "answer"): "its handler waits for an answer to {waits}, without a process",
     ("waiting", "resumed"): "what it waited for has come, and no worker had a free slot for it yet",
@@ -99,6 +104,7 @@ NEXT: Mapping[tuple[str, str | None], str] = {
     ("waiting", "held"): "runs list --org {org} --definition {definition} --state running",
     ("waiting", "no_token"): "orgs check {org}",
     ("waiting", "no_handler"): "handlers list",
+    ("waiting", "no_pool"): "definitions show {org} {definition}",
     ("waiting", "answer"): "runs answer {id} {wait} --data JSON",
     ("waiting", "budget"): "budgets list --org {org}",
     ("running", None): "runs logs {id} --follow",

@@ -50,45 +50,60 @@ _workers = tables.workers
 
 
 def mark_no_handler(connection: Connection, after: RunId | None = None) -> tuple[int, RunId | None]:
-    """Set the reason `no_handler` of due runs while no worker offers their handler, else clear it.
+    """Set the reason of due runs that no worker would admit, and clear it once one would.
 
-    Looks at `CHECKED` unfinished runs after `after`. Returns how many rows changed, and the run to continue
-    after, or None at the end. Admission does not read the reason: it is for people.
+    It is `no_pool` if none serves their pool, which is then the detail, else `no_handler` if none of those
+    that do offers their handler. Looks at `CHECKED` unfinished runs after `after`. Returns how many rows
+    changed, and the run to continue after, or None at the end. Admission does not read the reason: it is
+    for people.
     """
     now = database_now(connection)
     live = (_workers.c.ended_at.is_(None), _workers.c.lease_until > now)
-    offers = [set(names) for names in connection.execute(select(_workers.c.handlers).where(*live)).scalars()]
-    columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.reason, _live.c.attempt)
+    offers = [
+        (set(pools), set(names))
+        for pools, names in connection.execute(select(_workers.c.pools, _workers.c.handlers).where(*live))
+    ]
+    columns = (_live.c.id, _live.c.handler, _live.c.variant_handlers, _live.c.pool, _live.c.reason)
     # Parked runs may be many: a call looks at a bounded number of rows, whatever their state.
     following = () if after is None else (_live.c.id > after,)
     looked_at = select(_live.c.id).where(*following).order_by(_live.c.id)
     last = connection.execute(looked_at.offset(CHECKED - 1).limit(1)).scalar_one_or_none()
     # `state NOT IN` means waiting, but matches no partial index, so rows come in the order of ids.
-    query = select(*columns).where(_live.c.state.not_in(("running", "held", "parked")))
+    query = select(*columns, _live.c.attempt).where(_live.c.state.not_in(("running", "held", "parked")))
     query = query.where(_live.c.available_at <= now, *following).order_by(_live.c.id)
     rows = connection.execute(query if last is None else query.where(_live.c.id <= last)).all()
-    known: dict[tuple[str, ...], bool] = {}
-    wrong: dict[str, list[RunId]] = {}
+    known: dict[tuple[str, ...], str | None] = {}
+    wrong: dict[tuple[str, str | None], list[RunId]] = {}
     for row in rows:
-        needed = (row.handler, *(row.variant_handlers or ()))
+        needed = (row.pool, row.handler, *(row.variant_handlers or ()))
         if needed not in known:
-            known[needed] = any(names.issuperset(needed) for names in offers)
-        if known[needed] == (row.reason == "no_handler"):
-            reason = "no_handler" if not known[needed] else "due" if row.attempt == 0 else "retry"
-            wrong.setdefault(reason, []).append(row.id)
+            known[needed] = _obstacle(offers, *needed)
+        reason = known[needed]
+        if reason != (row.reason if row.reason in ("no_pool", "no_handler") else None):
+            reason = reason or ("due" if row.attempt == 0 else "retry")
+            wrong.setdefault((reason, row.pool if reason == "no_pool" else None), []).append(row.id)
     changed = 0
-    for reason, ids in wrong.items():
+    for (reason, detail), ids in wrong.items():
         for part in chunks(ids):
-            changed += _mark(connection, part, reason)
+            changed += _mark(connection, part, reason, detail)
     return changed, last
 
 
-def _mark(connection: Connection, ids: Sequence[RunId], reason: str) -> int:
+def _obstacle(offers: Sequence[tuple[set[str], set[str]]], pool: str, *handlers: str) -> str | None:
+    """Why no worker would admit a run of this pool that needs these handlers; None if one would."""
+    in_pool = [names for pools, names in offers if pool in pools]
+    if not in_pool:
+        return "no_pool"
+    return None if any(names.issuperset(handlers) for names in in_pool) else "no_handler"
+
+
+def _mark(connection: Connection, ids: Sequence[RunId], reason: str, detail: str | None) -> int:
     """Set the reason of those of these runs that still wait and are not locked."""
     waiting = (_live.c.id.in_(ids), _live.c.state == "waiting")
     rows = select(_live.c.id).where(*waiting).order_by(_live.c.id).with_for_update(skip_locked=True)
     locked = connection.execute(rows).scalars().all()
-    return connection.execute(update(_live).where(_live.c.id.in_(locked)).values(reason=reason)).rowcount
+    changed = update(_live).where(_live.c.id.in_(locked)).values(reason=reason, detail=detail)
+    return connection.execute(changed).rowcount
 
 
 def expire_overdue(connection: Connection) -> list[Swept]:

@@ -45,6 +45,29 @@ def test_a_run_whose_handler_nobody_offers_says_so_until_somebody_does(stock: St
     assert [reason(stock, run) for run in (foreign, variants)] == ["due", "due"]
 
 
+def test_a_run_whose_pool_nobody_serves_says_so_and_one_whose_pool_lacks_its_handler_too(
+    stock: Stock,
+) -> None:
+    org, elsewhere = stock.org(), stock.worker(handlers=[HANDLER, "acme.gpu"])
+    unserved = stock.run(org, pool="eu")
+    without_handler = stock.run(org, pool="gpu", handler="acme.gpu")
+    stock.put(unserved, without_handler)
+    host = stock.worker(pools=["gpu"])
+
+    assert mark(stock) == 2
+
+    shown = [stock.live(run.id) or {} for run in (unserved, without_handler)]
+    assert [(row["reason"], row["detail"]) for row in shown] == [("no_pool", "eu"), ("no_handler", None)]
+    assert mark(stock) == 0
+
+    with stock.database.transaction() as connection:
+        workers.update_handlers(connection, host, ["acme.gpu"])
+    stock.change(tables.workers, elsewhere, pools=["eu"])
+    assert mark(stock) == 2
+    shown = [stock.live(run.id) or {} for run in (unserved, without_handler)]
+    assert [(row["reason"], row["detail"]) for row in shown] == [("due", None), ("due", None)]
+
+
 def test_a_long_backlog_is_looked_at_in_parts(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "CHECKED", 2)
     org = stock.org()
@@ -58,7 +81,7 @@ def test_a_long_backlog_is_looked_at_in_parts(stock: Stock, monkeypatch: pytest.
         marked.append((changed, after))
 
     assert marked == [(2, runs[1].id), (2, runs[3].id), (1, None)]
-    assert {reason(stock, run) for run in runs} == {"no_handler"}
+    assert {reason(stock, run) for run in runs} == {"no_pool"}
 
 
 def test_the_offer_of_a_worker_that_is_gone_counts_for_nothing(stock: Stock) -> None:
@@ -68,7 +91,7 @@ def test_the_offer_of_a_worker_that_is_gone_counts_for_nothing(stock: Stock) -> 
 
     mark(stock)
 
-    assert reason(stock, run) == "no_handler"
+    assert reason(stock, run) == "no_pool"
 
 
 def test_a_run_that_never_started_in_time_is_skipped(stock: Stock) -> None:

@@ -22,6 +22,7 @@ REASONS = {
         "scope_missing",
         "property_missing",
         "settings_invalid",
+        "pool_mismatch",
         "token_invalid",
     ],
     "skipped": ["flag_off", "expired"],

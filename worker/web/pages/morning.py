@@ -40,6 +40,7 @@ _WAITS = {
     "recovered": "wait since their worker died",
     "no_token": "wait for a token of their org",
     "no_handler": "wait for a worker that offers their handler",
+    "no_pool": "wait for a worker or host of their pool",
     "budget": "wait for a budget of their org",
     "asleep": "sleep, as their handler asked",
     "answer": "wait for a person's answer",
@@ -211,7 +212,7 @@ def _of_waiting(connection: Connection, now: datetime) -> Iterator[Matter]:
             continue
         since = now - wait["since"]
         is_long = since > LONG_WAIT and reason in ("due", "handed_back", "recovered", "resumed")
-        level = "bad" if reason == "no_handler" else "warn" if is_long else "quiet"
+        level = "bad" if reason in ("no_handler", "no_pool") else "warn" if is_long else "quiet"
         about = f"In {_count(wait['orgs'], 'org')}."
         if since > timedelta():
             about += f" The oldest could have started {took(since)} ago."
