@@ -57,11 +57,12 @@ _ALL = (*tables.metadata.tables, "run_view", "alembic_version")
 SECRETS: Mapping[str, frozenset[str]] = {
     "credentials": frozenset({"sealed"}),
     "access_tokens": frozenset({"sealed"}),
+    "hosts": frozenset({"token_sha256"}),
 }
 # Tables that no org reads: they name machines, or several orgs, or say who may log in.
 _NOT_FOR_ORGS = frozenset(
     {
-        *("workers", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
+        *("workers", "hosts", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
         *("applications", "access_tokens", "pools"),
     }
 )

@@ -66,7 +66,12 @@ def unregister(connection: Connection, worker_id: WorkerId) -> None:
 
 
 def forget_workers(connection: Connection, age: timedelta) -> int:
-    """Delete workers that ended longer than `age` ago and own no runs; returns how many."""
+    """Delete workers that ended longer than `age` ago and own no runs; returns how many.
+
+    Hosts that were removed as long ago go with them.
+    """
+    gone = tables.hosts.c.removed_at < database_now(connection) - age
+    connection.execute(delete(tables.hosts).where(gone))
     owned = select(_live.c.worker_id).where(_live.c.state == "running")
     result = connection.execute(
         delete(_workers).where(
@@ -77,8 +82,12 @@ def forget_workers(connection: Connection, age: timedelta) -> int:
 
 
 def live_workers(connection: Connection) -> int:
-    """The number of workers that hold their lease."""
-    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    """The number of workers that hold their lease, without hosts: those request no tokens."""
+    alive = (
+        _workers.c.ended_at.is_(None),
+        _workers.c.host_id.is_(None),
+        _workers.c.lease_until > database_now(connection),
+    )
     count: int = connection.execute(select(func.count()).select_from(_workers).where(*alive)).scalar_one()
     return count
 

@@ -25,9 +25,18 @@ from worker.store.database import Database
 from worker.store.dialect import database_now
 from worker.store.roles import Scope
 
-NOT_OF_ORGS = {"workers", "catalogue", "facts", "pools", "operators", "sessions", "login_transactions"}
+NOT_OF_ORGS = {
+    "hosts",
+    "workers",
+    "catalogue",
+    "facts",
+    "pools",
+    "operators",
+    "sessions",
+    "login_transactions",
+}
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
-NOT_FOR_ORGS = {"workers", "alerts", "alert_strikes", "applications", "access_tokens", "pools"}
+NOT_FOR_ORGS = {"workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools"}
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
     "runs": (

@@ -279,9 +279,28 @@ workers = Table(
     required("handlers", json_type(), "The handlers that it offers."),
     required("capacity", json_type(), "Its slots: `children`, `inline`."),
     required("pools", json_type(), "The pools that it serves.", server_default='["default"]'),
+    Column("host_id", Id, doc="The host of which this is an incarnation; null for a worker."),
     Index("ix_workers_lease_until", "lease_until", **partial("ended_at IS NULL")),
     postgresql_with=UPDATED,
-    info={"meaning": "One row for each start of a worker. Its lease is its right to the runs that it owns."},
+    info={
+        "meaning": "One row for each start of a worker or host. Its lease is its right to the runs that it "
+        "owns."
+    },
+)
+
+hosts = Table(
+    "hosts",
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("name", Text, "For people; unique among the hosts that are not removed."),
+    required("pool", Text, "The only pool that it takes runs of."),
+    required("token_sha256", Text, "The SHA-256 of its token.", unique=True),
+    required("created_at", Instant),
+    required("created_by", Text),
+    Column("removed_at", Instant, doc="When it was removed: its token is refused since."),
+    Column("seen_at", Instant, doc="When it last started."),
+    Index("ix_hosts_name", "name", unique=True, **partial("removed_at IS NULL")),
+    info={"meaning": "The machines that run handlers over the attempt API. No org reads it."},
 )
 
 catalogue = Table(

@@ -1,0 +1,199 @@
+"""Hosts in the database: whose token it is, which incarnation is its own, and which runs are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from tests.fakes.stock import LEASE, Stock
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId, WorkerId, new_id
+from worker.operations import hosts as operations
+from worker.store import catalogue, hosts, sign_in, tables, workers
+from worker.store.hosts import HostCaller
+
+SLOTS: Mapping[str, Any] = {"children": 2, "inline": 5}
+
+
+def added(stock: Stock, name: str = "gpu1", pool: str = "default") -> tuple[str, HostCaller]:
+    """A new host: the hash of its token, and the host as a call of it finds it."""
+    row = operations.add_host(stock.database, name, pool, actor="test")
+    digest = sign_in.sha256(row["token"])
+    found = find(stock, digest)
+    assert found is not None
+    return digest, found
+
+
+def find(stock: Stock, digest: str, incarnation: str | None = None) -> HostCaller | None:
+    with stock.database.autocommit() as connection:
+        return hosts.find(connection, digest, incarnation)
+
+
+def begin(stock: Stock, host: HostCaller, lease: timedelta = LEASE) -> WorkerId:
+    worker = WorkerId(new_id())
+    with stock.database.transaction() as connection:
+        hosts.begin(
+            connection, host, worker, lease=lease, capacity=SLOTS, host="gpu1.local", pid=7, version="1"
+        )
+    return worker
+
+
+def owned(stock: Stock, worker: WorkerId, fences: Mapping[RunId, int]) -> set[RunId]:
+    with stock.database.autocommit() as connection:
+        return {run.id for run in hosts.owned(connection, worker, fences)}
+
+
+def test_a_host_is_found_by_its_token_and_its_own_incarnation(stock: Stock) -> None:
+    digest, host = added(stock, pool="eu-gpu")
+    other_digest, _ = added(stock, "gpu2", pool="eu-gpu")
+    worker = begin(stock, host)
+
+    mine, foreign = find(stock, digest, worker), find(stock, other_digest, worker)
+
+    assert mine is not None
+    assert (mine.name, mine.pool, mine.worker, mine.ended) == ("gpu1", "eu-gpu", worker, False)
+    assert foreign is not None
+    assert foreign.worker is None
+    assert find(stock, sign_in.sha256("guessed"), worker) is None
+    assert digest not in repr(mine)
+
+
+def test_a_removed_host_has_no_token_and_no_incarnation(stock: Stock) -> None:
+    digest, host = added(stock)
+    worker = begin(stock, host)
+
+    operations.remove_host(stock.database, "gpu1", actor="test")
+
+    assert find(stock, digest, worker) is None
+    (row,) = stock.all(tables.workers, tables.workers.c.id == worker)
+    assert row["ended_at"] is not None
+    again, _ = added(stock)  # the name is free
+    assert again != digest
+
+
+def test_a_removed_host_is_forgotten_with_its_incarnations(stock: Stock) -> None:
+    _, host = added(stock)
+    begin(stock, host)
+    added(stock, "kept")
+    operations.remove_host(stock.database, "gpu1", actor="test")
+    stock.change(tables.hosts, host.id, removed_at=stock.now() - timedelta(days=90))
+    stock.change(
+        tables.workers, stock.all(tables.workers)[0]["id"], ended_at=stock.now() - timedelta(days=90)
+    )
+
+    with stock.database.transaction() as connection:
+        workers.forget_workers(connection, timedelta(days=30))
+
+    assert [row["name"] for row in stock.all(tables.hosts)] == ["kept"]
+    assert stock.all(tables.workers) == []
+
+
+def test_an_incarnation_that_ended_or_served_another_pool_is_over(stock: Stock) -> None:
+    digest, host = added(stock)
+    worker, moved = begin(stock, host), begin(stock, host)
+
+    with stock.database.transaction() as connection:
+        workers.unregister(connection, worker)
+    stock.change(tables.workers, moved, pools=["eu-gpu"])
+
+    for incarnation in (worker, moved):
+        found = find(stock, digest, incarnation)
+        assert found is not None
+        assert found.ended
+
+
+def test_only_runs_under_their_fencing_token_are_owned(stock: Stock) -> None:
+    _, host = added(stock)
+    worker, other = begin(stock, host), stock.worker()
+    org = stock.org()
+    stock.put(*(stock.run(org) for _ in range(3)))
+    first, second = stock.admit(worker, 2)
+    (foreign,) = stock.admit(other, 1)
+
+    fences = {first.id: first.fencing_token, second.id: second.fencing_token + 1, foreign.id: 1}
+
+    assert owned(stock, worker, fences) == {first.id}
+    assert owned(stock, worker, {}) == set()
+    with stock.database.autocommit() as connection:
+        (run,) = hosts.owned(connection, worker, {first.id: first.fencing_token})
+    assert run == first
+
+
+def test_what_a_host_offers_is_read_from_the_catalogue(stock: Stock) -> None:
+    _, host = added(stock)
+    worker = begin(stock, host)
+    entry = HandlerEntry("acme.render", "acme", "1", "acme:render", scopes=("read:kb",), memory="1GiB")
+    broken = HandlerEntry("acme.broken", "acme", "1", "acme:broken", error="no")
+    with stock.database.transaction() as connection:
+        catalogue.put(connection, [entry, broken], at=stock.now())
+        workers.update_handlers(connection, worker, ["acme.render", "acme.broken", "acme.gone"])
+
+    with stock.database.autocommit() as connection:
+        offered = hosts.offered_by(connection, worker)
+        theirs = hosts.of_workers(connection, ["acme.render"])
+
+    assert offered == [entry]
+    assert theirs == set()  # no worker offers it
+
+
+def test_hosts_do_not_count_as_workers_that_request_tokens(stock: Stock) -> None:
+    _, host = added(stock)
+    begin(stock, host)
+    stock.worker()
+
+    with stock.database.autocommit() as connection:
+        assert workers.live_workers(connection) == 1
+
+
+def test_the_list_says_how_each_host_is(stock: Stock) -> None:
+    for name in ("absent", "late", "ready", "stopped"):
+        _, host = added(stock, name)
+        if name == "absent":
+            continue
+        lease = timedelta(seconds=-1) if name == "late" else LEASE
+        worker = begin(stock, host, lease)
+        if name == "stopped":
+            with stock.database.transaction() as connection:
+                workers.unregister(connection, worker)
+
+    rows = operations.list_hosts(stock.database)
+
+    assert {row["name"]: row["state"] for row in rows} == {
+        name: name for name in ("absent", "late", "ready", "stopped")
+    }
+    assert rows[1]["machine"] == "gpu1.local"
+    assert "token_sha256" not in rows[0]
+
+
+def test_the_runs_of_a_lost_host_are_recovered_and_those_of_a_live_one_are_not(stock: Stock) -> None:
+    _, host = added(stock)
+    lost, alive = begin(stock, host, timedelta(seconds=-1)), begin(stock, host)
+    org = stock.org()
+    stock.put(*(stock.run(org) for _ in range(2)))
+    stock.change(tables.workers, lost, lease_until=stock.now() + LEASE)
+    (theirs,) = stock.admit(lost, 1)
+    (mine,) = stock.admit(alive, 1)
+    stock.change(tables.workers, lost, lease_until=stock.now() - LEASE)
+
+    with stock.database.transaction() as connection:
+        recovered = workers.recover(connection, max_recoveries=3)
+
+    assert [run.run_id for run in recovered] == [theirs.id]
+    assert owned(stock, alive, {mine.id: mine.fencing_token}) == {mine.id}
+
+
+def test_a_worker_that_starts_on_sqlite_leaves_the_hosts_runs(sqlite_stock: Stock) -> None:
+    stock = sqlite_stock
+    _, host = added(stock)
+    alive, before, now = begin(stock, host), stock.worker(), stock.worker()
+    org = stock.org()
+    stock.put(*(stock.run(org) for _ in range(2)))
+    (mine,) = stock.admit(alive, 1)
+    (theirs,) = stock.admit(before, 1)
+
+    with stock.database.transaction() as connection:
+        recovered = workers.recover(connection, max_recoveries=3, others_than=now)
+
+    assert [run.run_id for run in recovered] == [theirs.id]
+    assert owned(stock, alive, {mine.id: mine.fencing_token}) == {mine.id}

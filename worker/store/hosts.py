@@ -1,0 +1,167 @@
+"""Hosts: machines that run handlers over the attempt API. An incarnation of one is a row of `workers`.
+
+A host is found by the SHA-256 of its token, in lower-case hexadecimal. The caller passes the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, and_, func, insert, select, tuple_, update
+
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId, WorkerId
+from worker.runs.run import AdmittedRun
+from worker.store import tables
+from worker.store.dialect import Row, all_rows, database_now, first_row
+from worker.store.workers import register
+
+_hosts = tables.hosts
+_workers = tables.workers
+_live = tables.live_runs
+_catalogue = tables.catalogue
+_SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
+# Fields of an admitted run that are columns of the same name.
+_RUN = [key.name for key in fields(AdmittedRun)]
+
+
+@dataclass(frozen=True, slots=True)
+class HostCaller:
+    """A host that makes a call, and its incarnation: None if that is another host's or unknown.
+
+    `ended` if the incarnation has ended, or served another pool than its host has now.
+    """
+
+    id: str
+    name: str
+    pool: str
+    worker: WorkerId | None = None
+    ended: bool = False
+    token_sha256: str = field(default="", repr=False)
+
+
+def find(connection: Connection, token_sha256: str, incarnation: str | None) -> HostCaller | None:
+    """The host with this token, unless it was removed, and whether the incarnation is one of its own."""
+    mine = and_(_workers.c.host_id == _hosts.c.id, _workers.c.id == incarnation)
+    query = (
+        select(
+            *(_hosts.c[name] for name in ("id", "name", "pool", "token_sha256")),
+            _workers.c.id.label("worker"),
+            _workers.c.ended_at,
+            _workers.c.pools,
+        )
+        .select_from(_hosts.outerjoin(_workers, mine))
+        .where(_hosts.c.token_sha256 == token_sha256, _hosts.c.removed_at.is_(None))
+    )
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    ended = row.worker is not None and (row.ended_at is not None or row.pools != [row.pool])
+    return HostCaller(row.id, row.name, row.pool, row.worker, ended, row.token_sha256)
+
+
+def begin(
+    connection: Connection,
+    caller: HostCaller,
+    worker_id: WorkerId,
+    *,
+    lease: timedelta,
+    capacity: Mapping[str, Any],
+    **identity: Any,
+) -> None:
+    """Start an incarnation of a host; its lease starts now."""
+    register(
+        connection,
+        worker_id,
+        lease=lease,
+        handlers=(),
+        capacity=capacity,
+        pools=(caller.pool,),
+        host_id=caller.id,
+        **identity,
+    )
+    seen = database_now(connection)
+    connection.execute(update(_hosts).where(_hosts.c.id == caller.id).values(seen_at=seen))
+
+
+def owned(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]:
+    """Of these runs those that the incarnation owns under these fencing tokens."""
+    if not fences:
+        return []
+    rows = connection.execute(
+        select(*(_live.c[name] for name in _RUN)).where(
+            tuple_(_live.c.id, _live.c.fencing_token).in_(sorted(fences.items())),
+            _live.c.worker_id == worker_id,
+            _live.c.state == "running",
+        )
+    )
+    return [AdmittedRun(*row) for row in rows]
+
+
+def offered_by(connection: Connection, worker_id: WorkerId) -> list[HandlerEntry]:
+    """The handlers that an incarnation offers, as the catalogue describes them."""
+    names: list[str] = (
+        connection.execute(select(_workers.c.handlers).where(_workers.c.id == worker_id)).scalar_one_or_none()
+        or []
+    )
+    columns = [key.name for key in fields(HandlerEntry)]
+    rows = connection.execute(
+        select(*(_catalogue.c[name] for name in columns))
+        .where(_catalogue.c.name.in_(names), _catalogue.c.error.is_(None))
+        .order_by(_catalogue.c.seen_at)
+    )
+    entries = (HandlerEntry(**row._mapping) for row in rows)
+    # Of several distributions the one that was seen last.
+    named = {entry.name: replace(entry, scopes=tuple(entry.scopes)) for entry in entries}
+    return list(named.values())
+
+
+def of_workers(connection: Connection, names: Sequence[str]) -> set[str]:
+    """Of these handlers those that workers offer now, whose rows in the catalogue no host changes."""
+    alive = (_workers.c.ended_at.is_(None), _workers.c.host_id.is_(None))
+    offered = {
+        name for row in connection.execute(select(_workers.c.handlers).where(*alive)) for name in row[0]
+    }
+    return offered.intersection(names)
+
+
+def add(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Insert a host; the name must be free."""
+    connection.execute(insert(_hosts), dict(row))
+
+
+def named(connection: Connection, name: str) -> Row | None:
+    """The host of that name, unless it was removed."""
+    query = select(*(_hosts.c[key] for key in _SHOWN))
+    return first_row(connection, query.where(_hosts.c.name == name, _hosts.c.removed_at.is_(None)))
+
+
+def listed(connection: Connection, *, limit: int) -> list[Row]:
+    """Hosts by name, each with what its newest incarnation says of itself."""
+    newest = (
+        select(func.max(_workers.c.started_at))
+        .where(_workers.c.host_id == _hosts.c.id)
+        .correlate(_hosts)
+        .scalar_subquery()
+    )
+    joined = _hosts.outerjoin(
+        _workers, and_(_workers.c.host_id == _hosts.c.id, _workers.c.started_at == newest)
+    )
+    of_worker = ("host", "version", "capacity", "handlers", "renewed_at", "lease_until", "ended_at")
+    columns = (
+        *(_hosts.c[name] for name in _SHOWN),
+        *(_workers.c[name] for name in of_worker),
+        _workers.c.id.label("worker"),
+    )
+    query = select(*columns).select_from(joined).where(_hosts.c.removed_at.is_(None))
+    return all_rows(connection, query.order_by(_hosts.c.name).limit(limit))
+
+
+def remove(connection: Connection, host_id: str, *, at: datetime) -> int:
+    """Remove a host: its token ends, and so do its incarnations, whose number is returned."""
+    connection.execute(update(_hosts).where(_hosts.c.id == host_id).values(removed_at=at))
+    mine = (_workers.c.host_id == host_id, _workers.c.ended_at.is_(None))
+    return connection.execute(update(_workers).where(*mine).values(ended_at=at)).rowcount
