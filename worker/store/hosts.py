@@ -140,7 +140,7 @@ def named(connection: Connection, name: str) -> Row | None:
 
 
 def listed(connection: Connection, *, limit: int) -> list[Row]:
-    """Hosts by name, each with what its newest incarnation says of itself."""
+    """Hosts by name, each with the columns of its newest incarnation."""
     newest = (
         select(func.max(_workers.c.started_at))
         .where(_workers.c.host_id == _hosts.c.id)
