@@ -102,6 +102,11 @@ _ROWS = (
         "an attempt ended with `outcome`; the run is now in `state`",
     ),
     _info(
+        "attempt.ended",
+        "org run handler attempt outcome seconds",
+        "an attempt ended on this host; the event run.ended of a worker says what became of the run",
+    ),
+    _info(
         "run.asks",
         "org run definition attempt wait",
         "a run waits for an answer; its handler asked for an alert",

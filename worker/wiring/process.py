@@ -281,7 +281,7 @@ class Incarnation:
             on_admitting=lambda: self._ready(vitals.in_words()),
         )
         if store.refills:
-            dispatcher.finisher.refill = admission
+            dispatcher.finisher.refill_with(admission, store)
         wakeups = Wakeups(self.database.hint, clock)
         scheduler = Scheduler(store, self._handlers, clock, poll=poll, on_fired=on_fired)
 

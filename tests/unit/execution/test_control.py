@@ -7,15 +7,15 @@ import json
 import httpx
 import pytest
 
-from worker.errors import LeaseLost
+from worker.errors import LeaseLost, RequestRejected, StoreUnavailable, Unavailable
 from worker.execution.hosts.control import (
     AsyncControl,
     BlockingControl,
     ControlDenied,
-    ControlRefused,
     Controls,
     ControlUnavailable,
 )
+from worker.execution.hosts.wire import Malformed
 
 URLS = ("http://a:1", "http://b:2")
 
@@ -86,10 +86,18 @@ async def test_the_next_worker_is_asked_and_stays_in_use(controls, emitted):
 @pytest.mark.anyio
 @pytest.mark.parametrize("answer", [httpx.ReadTimeout("slow"), httpx.Response(503), httpx.Response(429)])
 async def test_without_an_answer_it_is_unavailable(controls, answer):
-    control = AsyncControl(controls, transport=Workers(a=answer, b=httpx.ConnectError("refused")))
+    workers = Workers(a=answer, b=httpx.ConnectError("refused"))
 
     with pytest.raises(ControlUnavailable, match="no worker answers save"):
-        await control.call("save", {})
+        await AsyncControl(controls, transport=workers).call("save", {})
+    assert workers.asked == ["a", "b"]
+
+
+@pytest.mark.anyio
+async def test_a_worker_without_its_database_is_not_the_last_word(controls):
+    workers = Workers(a=problem(503, "database_unavailable"), b=ok(saved=True))
+
+    assert await AsyncControl(controls, transport=workers).call("save", {}) == {"saved": True}
 
 
 @pytest.mark.anyio
@@ -117,8 +125,10 @@ async def test_runs_are_not_taken_twice(controls):
         (problem(409, "lease_lost"), LeaseLost),
         (problem(401, "token"), ControlDenied),
         (problem(403, "denied"), ControlDenied),
-        (problem(422, "definition"), ControlRefused),
-        (problem(404, "not_found"), ControlUnavailable),
+        (problem(422, "invalid"), Malformed),
+        (problem(404, "not_found"), Unavailable),
+        (problem(401, "request_rejected"), RequestRejected),
+        (problem(503, "database_unavailable"), StoreUnavailable),
         (httpx.Response(200, content=b"<html>"), ControlUnavailable),
     ],
 )
@@ -139,7 +149,7 @@ def test_the_heartbeats_tries_share_its_deadline(controls, clock):
     workers = Workers(a=httpx.ReadTimeout("slow"), b=ok(registered=True))
     control = BlockingControl(controls, 6.0, transport=workers)
 
-    assert control.call("renew", {}, monotonic=clock.monotonic) == {"registered": True}
+    assert control.call("renew", {}) == {"registered": True}
 
     assert [request.extensions["timeout"]["read"] for request in workers.requests] == [3.0, 6.0]
     assert [request.extensions["timeout"]["connect"] for request in workers.requests] == [3.0, 3.0]

@@ -140,7 +140,7 @@ class Filling:
 async def test_slots_are_filled_with_the_ends_that_free_them(clock: ManualClock) -> None:
     store, filling = Store(), Filling()
     async with running(store, clock) as (finisher, _):
-        finisher.refill = filling
+        finisher.refill_with(filling, store)
         finisher.on_written = lambda one, accepted: filling.seen.append((one.run_id, accepted))
         finisher.put(ended("r1"))
         finisher.put(ended("r2"))
@@ -158,7 +158,7 @@ async def test_ends_are_written_alone_if_no_run_can_be_admitted_with_them(clock:
     store, filling = Store(), Filling()
     store.admission_fails = True
     async with running(store, clock) as (finisher, written):
-        finisher.refill = filling
+        finisher.refill_with(filling, store)
         finisher.put(ended("r1"))
         await finisher.flushed()
 
@@ -171,7 +171,7 @@ async def test_a_cancelled_write_ends_the_filling_too(clock: ManualClock) -> Non
     store, filling = Store(), Filling()
     store.hangs = asyncio.Event()
     async with running(store, clock) as (finisher, _):
-        finisher.refill = filling
+        finisher.refill_with(filling, store)
         finisher.put(ended("r1"))
         await settle()
         assert filling.seen == []

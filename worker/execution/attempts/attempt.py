@@ -71,7 +71,8 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
         Exception: as `outcome_of_error` takes it.
     """
     run = inflight.run
-    inflight.plan = plan = await tools.plans.of(run)
+    plan = await tools.plans.of(run)
+    inflight.begin(plan)
     events.run_admitted(run, plan)
     limits, definition, org = limits_of(inflight, tools), plan.definition, plan.org
     if run.start_by is not None and tools.clock.now() > run.start_by:

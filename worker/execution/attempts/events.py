@@ -72,6 +72,19 @@ def run_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
         trace(tracer, ended, inflight)
 
 
+def attempt_ended(ended: EndedAttempt, inflight: InflightRun | None) -> None:
+    """Emit `attempt.ended`: a host's worker knows what becomes of the run, and emits `run.ended`."""
+    emit(
+        "attempt.ended",
+        org=inflight and inflight.org_code,
+        run=ended.run_id,
+        handler=ended.trail.handler,
+        attempt=ended.attempt,
+        outcome=ended.outcome,
+        seconds=round((ended.ended_at - ended.started_at).total_seconds(), 3),
+    )
+
+
 def run_fenced_out(run_id: RunId, attempt: int, fencing_token: int, inflight: InflightRun | None) -> None:
     """Emit `run.fenced_out` for a run that this process held and that another worker owns."""
     org = inflight and inflight.org_code

@@ -25,24 +25,25 @@ class InflightRun:
     """An admitted run, until its end is written.
 
     `moved` once the attempt has stored a new checkpoint or step; `storing` are steps that are being
-    stored, which a process may leave behind that dies. `scopes` are those that its tokens must have.
+    stored, which a process may leave behind that dies. `scopes` are those that its tokens must have. A host
+    knows no `plan`.
     """
 
     run: AdmittedRun
     stop: StopSignal
     plan: AttemptPlan | None = None
+    org_code: str | None = None
+    cancel_grace: timedelta = CANCEL_GRACE
     scopes: frozenset[str] = frozenset()
     moved: bool = False
     storing: set[asyncio.Future[bool]] | None = None
     tokens: tuple[str, ...] = field(default=(), repr=False)
 
-    @property
-    def org_code(self) -> str | None:
-        return None if self.plan is None else self.plan.org.code
-
-    @property
-    def cancel_grace(self) -> timedelta:
-        return CANCEL_GRACE if self.plan is None else self.plan.definition.cancel_grace
+    def begin(self, plan: AttemptPlan) -> None:
+        """Keep what the attempt needs to know."""
+        self.plan = plan
+        self.org_code = plan.org.code
+        self.cancel_grace = plan.definition.cancel_grace
 
     def hold(self, token: AccessToken) -> None:
         """Mask a token of this run in all that the worker writes, until `drop_tokens`."""

@@ -123,10 +123,12 @@ class TokenRenewals(Protocol):
         """
 
 
-class CheckpointStore(Protocol):
+class SaveStore(Protocol):
     async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
         """Store a run's checkpoint, fenced; returns whether the run was still ours."""
 
+
+class CheckpointStore(SaveStore, Protocol):
     async def load_progress(self, run_id: RunId) -> StoredProgress:
         """The newest checkpoint, and the handler that stored the first checkpoint or step."""
 
@@ -159,7 +161,15 @@ class FoundBudgets(Protocol):
     def missing(self) -> str | None: ...
 
 
-class BudgetStore(Protocol):
+class SpendStore(Protocol):
+    async def budgets_of(self, run: AdmittedRun) -> FoundBudgets:
+        """The budgets of a run's org now."""
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> FoundBudgets | None:
+        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
+
+
+class BudgetStore(SpendStore, Protocol):
     def is_limited(self, org_id: OrgId) -> bool:
         """Whether an org has a budget that its runs check before steps and spends."""
 
@@ -170,12 +180,6 @@ class BudgetStore(Protocol):
     async def note_claims(self, org_id: OrgId, claims: Claims) -> None:
         """Store the limits of budgets that an enforced token has."""
 
-    async def budgets_of(self, run: AdmittedRun) -> FoundBudgets:
-        """The budgets of a run's org now."""
-
-    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> FoundBudgets | None:
-        """Count a spend, fenced, once for each key; None if the run is no longer ours."""
-
 
 class RunTools(Protocol):
     """What the services of a running attempt use: of the worker itself, or of the worker behind a host."""
@@ -183,13 +187,13 @@ class RunTools(Protocol):
     @property
     def renewals(self) -> TokenRenewals: ...
     @property
-    def checkpoints(self) -> CheckpointStore: ...
+    def checkpoints(self) -> SaveStore: ...
     @property
     def steps(self) -> StepStore: ...
     @property
     def waits(self) -> WaitStore: ...
     @property
-    def budgets(self) -> BudgetStore: ...
+    def budgets(self) -> SpendStore: ...
     @property
     def run_log(self) -> RunLogWriter: ...
     @property

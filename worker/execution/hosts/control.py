@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import ssl
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from worker.clock import Clock
-from worker.errors import LeaseLost, Unavailable, WorkerError
+from worker.errors import AccessDenied, TokenError, Unavailable, WorkerError
+from worker.execution.hosts import wire
+from worker.handlers.steps import StepError
 from worker.outbound.connections import Connections
 from worker.telemetry.connectivity import Connectivity
 from worker.telemetry.events import emit
 
-PREFIX = "/attempts/v1/"
 CONNECT_SECONDS, CALL_SECONDS = 3.0, 10.0
 # Maximum bytes of an answer: one of `take` has the work of several runs.
 ANSWER_LIMIT = 64 * 1024 * 1024
@@ -44,12 +45,6 @@ class ControlDenied(ControlUnavailable):
     usual_fix = "make another token with `python -m worker hosts add`, and put it into the host's token_file"
 
 
-class ControlRefused(WorkerError):
-    """The workers do not accept this request, and never will."""
-
-    code = "control_refused"
-
-
 class Controls:
     """The workers' addresses and how to reach them: the token, the incarnation, and the address in use."""
 
@@ -57,6 +52,7 @@ class Controls:
         self, urls: Sequence[str], token: str, clock: Clock, *, context: ssl.SSLContext | None = None
     ) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
+        self.clock = clock
         self.context = context
         self._token = token
         self.incarnation = ""
@@ -65,7 +61,7 @@ class Controls:
         self.connectivity = Connectivity(clock, on_lost=_report_lost, on_back=_report_back)
 
     def headers(self) -> dict[str, str]:
-        named = {"OrgWorker-Incarnation": self.incarnation} if self.incarnation else {}
+        named = {wire.INCARNATION: self.incarnation} if self.incarnation else {}
         # A compressed answer could exceed any limit while it is read.
         return {"Authorization": f"Bearer {self._token}", "Accept-Encoding": "identity", **named}
 
@@ -88,37 +84,45 @@ class AsyncControl:
         self._transport = transport or Connections(controls.context, kept=KEPT)
 
     async def call(
-        self, name: str, message: Mapping[str, Any], *, seconds: float = CALL_SECONDS, repeat: bool = True
+        self,
+        name: str,
+        message: Mapping[str, Any] | bytes,
+        *,
+        seconds: float = CALL_SECONDS,
+        repeat: bool = True,
     ) -> Message:
-        """The answer of the first worker that gives one; each has `seconds`.
+        """The answer of the first worker that gives one; each has `seconds`. Bytes are a message as JSON.
 
         Without `repeat` no worker gets the request after another one may have carried it out.
 
         Raises:
-            LeaseLost: a run that the request names is no longer this host's.
-            ControlRefused: the request is invalid.
             ControlDenied: the token or the incarnation is not accepted.
             ControlUnavailable: no worker answers.
+            WorkerError, StepError: as the worker that answers raised it.
         """
-        content, failure = _encode(message), ""
-        retry_after: float | None = None
+        content = encode(message) if isinstance(message, Mapping) else message
+        failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
         for url in self._controls.in_order():
             started = self._controls.connectivity.started()
             try:
                 status, body, retry_after = await self._send(url, name, content, seconds)
             except (httpx.TransportError, OSError) as error:
-                failure = type(error).__name__
+                kind = type(error).__name__
+                failure = ControlUnavailable(f"no worker answers {name}: {kind}")
                 self._controls.leave(url)
-                self._controls.connectivity.failed(failure, started)
+                self._controls.connectivity.failed(kind, started)
                 if not repeat and not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
                     break
                 continue
             self._controls.connectivity.answered(started)
-            if status < 500 and status != 429:
-                return _answer(status, body)
-            failure = f"HTTP {status}"
+            answer = _read(status, body, retry_after)
+            if isinstance(answer, dict):
+                return answer
+            failure = answer
+            if not isinstance(answer, Unavailable) or isinstance(answer, ControlDenied):
+                break
             self._controls.leave(url)
-        raise ControlUnavailable(f"no worker answers {name}: {failure}", retry_after=retry_after)
+        raise failure
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -156,9 +160,10 @@ class BlockingControl:
         self._deadline = deadline
         self._transport = transport or httpx.HTTPTransport(verify=controls.context or True, trust_env=False)
 
-    def call(self, name: str, message: Mapping[str, Any], *, monotonic: Callable[[], float]) -> Message:
+    def call(self, name: str, message: Mapping[str, Any]) -> Message:
         """As `AsyncControl.call`."""
-        content, failure = _encode(message), ""
+        content, monotonic = encode(message), self._controls.clock.monotonic
+        failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
         ends_at = monotonic() + self._deadline
         urls = self._controls.in_order()
         for place, url in enumerate(urls):
@@ -171,22 +176,26 @@ class BlockingControl:
                 body = response.read()
                 response.close()
             except (httpx.TransportError, OSError) as error:
-                failure = type(error).__name__
+                kind = type(error).__name__
+                failure = ControlUnavailable(f"no worker answers {name}: {kind}")
                 self._controls.leave(url)
-                self._controls.connectivity.failed(failure, started)
+                self._controls.connectivity.failed(kind, started)
                 continue
             self._controls.connectivity.answered(started)
-            if response.status_code < 500 and response.status_code != 429:
-                return _answer(response.status_code, body)
-            failure = f"HTTP {response.status_code}"
+            answer = _read(response.status_code, body, _retry_after(response))
+            if isinstance(answer, dict):
+                return answer
+            failure = answer
+            if not isinstance(answer, Unavailable) or isinstance(answer, ControlDenied):
+                break
             self._controls.leave(url)
-        raise ControlUnavailable(f"no worker answers {name}: {failure}")
+        raise failure
 
     def close(self) -> None:
         self._transport.close()
 
 
-def _encode(message: Mapping[str, Any]) -> bytes:
+def encode(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -195,31 +204,31 @@ def _request(controls: Controls, url: str, name: str, content: bytes, seconds: f
     limits = {"connect": connect, "read": seconds, "write": seconds, "pool": connect}
     headers = {**controls.headers(), "Content-Type": "application/json"}
     return httpx.Request(
-        "POST", f"{url}{PREFIX}{name}", headers=headers, content=content, extensions={"timeout": limits}
+        "POST", f"{url}{wire.PREFIX}/{name}", headers=headers, content=content, extensions={"timeout": limits}
     )
 
 
-def _answer(status: int, body: bytes) -> Message:
-    """The JSON object of a 200, or the error that the problem names. Raises as `AsyncControl.call`."""
+def _read(status: int, body: bytes, retry_after: float | None) -> Message | WorkerError | StepError:
+    """The JSON object of a 200, or the error of any other answer."""
     try:
-        message = json.loads(body or b"{}")
+        message = json.loads(body)
     except ValueError:
         message = None
     if not isinstance(message, dict):
-        raise ControlUnavailable(f"a worker answered {status} without a JSON object")
+        return ControlUnavailable(
+            f"a worker answered {status} without a JSON object", retry_after=retry_after
+        )
     if status == 200:
         return message
-    error = message.get("error")
-    error = error if isinstance(error, dict) else {}
-    code, text = str(error.get("code", "")), str(error.get("message") or f"a worker answered {status}")
-    if code == LeaseLost.code:
-        raise LeaseLost(text)
-    if status in (401, 403):
-        raise ControlDenied(text)
-    if status in (404, 405):
-        # Another service, or a worker of an earlier release.
-        raise ControlUnavailable(f"a worker answered {status}: {text}")
-    raise ControlRefused(text, fix=str(error.get("fix", "")))
+    error = wire.error_of(message, retry_after)
+    # The same status is that of an org without a token, whose error has another code.
+    if status in (401, 403) and isinstance(error, WorkerError) and error.code in _DENIED:
+        return ControlDenied(error.message)
+    return error
+
+
+# The codes of a problem with the host's token or incarnation.
+_DENIED = (TokenError.code, AccessDenied.code)
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -24,13 +24,15 @@ class FinishStore(Protocol):
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write the ends, fenced; return the runs whose row contains what we wrote."""
 
+
+class RefillStore(Protocol):
     async def finish_and_admit(
         self,
         ended: Sequence[EndedAttempt],
         offered: Mapping[str, int | None],
         free: Mapping[Isolation, int],
     ) -> tuple[set[RunId], list[AdmittedRun]]:
-        """The same, and the runs that were admitted in the same transaction."""
+        """As `FinishStore.finish`, and the runs that were admitted in the same transaction."""
 
 
 class Refill(Protocol):
@@ -50,21 +52,24 @@ class Finisher:
     """Writes everything that ended since the last write in one statement.
 
     `on_written` gets each end, and whether it was accepted: not if another incarnation owns the run.
-    `on_unstorable` gets an end that the database rejects, and the error. `refill` is for a store whose
-    `finish_and_admit` is the faster one.
+    `on_unstorable` gets an end that the database rejects, and the error.
     """
 
     store: FinishStore
     clock: Clock
     on_written: Callable[[EndedAttempt, bool], None]
     on_unstorable: Callable[[EndedAttempt, Exception], None]
-    refill: Refill | None = None
+    _refill: tuple[Refill, RefillStore] | None = None
     _pending: list[EndedAttempt] = field(default_factory=list)
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self._idle.set()
+
+    def refill_with(self, refill: Refill, store: RefillStore) -> None:
+        """Admit runs to the slots that ends free as these are written, for a store where that is faster."""
+        self._refill = (refill, store)
 
     def put(self, ended: EndedAttempt) -> None:
         if not self._pending:
@@ -89,7 +94,7 @@ class Finisher:
 
     async def _write(self, batch: list[EndedAttempt]) -> None:
         while True:
-            if self.refill is not None and await self._refilled(self.refill, batch):
+            if self._refill is not None and await self._refilled(*self._refill, batch):
                 return
             try:
                 accepted = await self.store.finish(batch)
@@ -111,7 +116,7 @@ class Finisher:
             self._report(batch, accepted)
             return
 
-    async def _refilled(self, refill: Refill, batch: list[EndedAttempt]) -> bool:
+    async def _refilled(self, refill: Refill, store: RefillStore, batch: list[EndedAttempt]) -> bool:
         """Write the batch and fill its slots; False if nothing was written."""
         offered, free = refill.begin(batch)
         if not any(free.values()):
@@ -119,7 +124,7 @@ class Finisher:
         admitted: list[AdmittedRun] = []
         try:
             try:
-                accepted, admitted = await self.store.finish_and_admit(batch, offered, free)
+                accepted, admitted = await store.finish_and_admit(batch, offered, free)
             except Exception:
                 return False  # `finish` alone says why
             self._report(batch, accepted)

@@ -1,0 +1,111 @@
+"""Hosted: an attempt on a host, whose worker has prepared it and will decide what becomes of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from random import Random
+
+from worker.claims.claims import AccessToken, Claims
+from worker.clock import Clock
+from worker.definitions import RetryPolicy
+from worker.execution.attempts.attempt import Prepared, outcome_of_error, run_handler
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import Deadlines, InflightRun
+from worker.execution.attempts.plan import Limits
+from worker.execution.attempts.run_services import redacted
+from worker.execution.hosts.remote import HostedEnd, RemoteStore
+from worker.execution.hosts.wire import Taken
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.runners.contract import Runner, outcome_of_stop
+from worker.ids import RunId
+from worker.runs.outcome import EndedAttempt, NoHandler, Outcome, Trail, end_attempt
+from worker.runs.run import AdmittedRun, Isolation
+
+_FIELDS = [one.name for one in fields(EndedAttempt)]
+# The worker behind the host counts attempts; this only gives each end its name.
+_POLICY = RetryPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRenewals:
+    """Tokens of running attempts, from the workers."""
+
+    store: RemoteStore
+
+    async def renew(self, inflight: InflightRun, handler: str, *, fresh: bool) -> tuple[AccessToken, Claims]:
+        return await self.store.renew_token(inflight, handler, fresh=fresh)
+
+
+@dataclass(frozen=True, slots=True)
+class HostTools:
+    """What all attempts of a host share. `taken` are those that have not started."""
+
+    store: RemoteStore
+    handlers: HandlerRegistry
+    runners: Mapping[Isolation, Runner]
+    steps: StepWriter
+    run_log: RunLogWriter
+    clock: Clock
+    random: Random
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    taken: dict[tuple[RunId, int], Taken] = field(default_factory=dict)
+
+    @property
+    def renewals(self) -> RemoteRenewals:
+        return RemoteRenewals(self.store)
+
+    @property
+    def checkpoints(self) -> RemoteStore:
+        return self.store
+
+    @property
+    def waits(self) -> RemoteStore:
+        return self.store
+
+    @property
+    def budgets(self) -> RemoteStore:
+        return self.store
+
+    async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
+        """Nothing: the worker has prepared them."""
+
+    def keep(self, attempts: Sequence[Taken]) -> list[AdmittedRun]:
+        """Keep attempts until they start; returns their runs."""
+        self.taken.update(((taken.run.id, taken.run.fencing_token), taken) for taken in attempts)
+        return [taken.run for taken in attempts]
+
+
+async def hosted_attempt(inflight: InflightRun, tools: HostTools) -> HostedEnd:
+    """Call the handler of one taken attempt. Errors become outcomes, never exceptions."""
+    run = inflight.run
+    taken = tools.taken.pop((run.id, run.fencing_token))
+    inflight.org_code, inflight.cancel_grace = taken.org, taken.cancel_grace
+    trail = Trail(taken.work.handler)
+    try:
+        outcome = await _run(inflight, taken, trail, tools)
+    except Exception as error:
+        outcome = outcome_of_error(error, inflight, tools.random)
+    outcome = redacted(outcome)
+    ended = end_attempt(run, outcome, trail, _POLICY, now=tools.clock.now(), random=tools.random)
+    return HostedEnd(
+        **{name: getattr(ended, name) for name in _FIELDS},
+        returned=outcome,
+        sealed=taken.sealed,
+        moved=inflight.moved,
+    )
+
+
+async def _run(inflight: InflightRun, taken: Taken, trail: Trail, tools: HostTools) -> Outcome:
+    if inflight.stop.asked:
+        return outcome_of_stop(inflight.stop)
+    work, entry = taken.work, tools.handlers.get(taken.work.handler)
+    inflight.hold(work.token)
+    if entry is None or (inflight.run.isolation == "inline" and not tools.handlers.allows_inline(entry)):
+        return NoHandler(work.handler)
+    # What is installed here is what is called, by the clock of this machine.
+    work.entry_point = entry.entry_point
+    work.timeout_at = tools.clock.now() + taken.timeout
+    limits = Limits(timeout=taken.timeout, cancel_grace=taken.cancel_grace)
+    return await run_handler(Prepared(work, limits, commits=True), inflight, trail, tools)

@@ -1,0 +1,229 @@
+"""Remote store: what `WorkerStore` is to a worker's loops, for those of a host, over the attempt API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from worker.claims.claims import AccessToken, Claims
+from worker.errors import LeaseLost, TokenRefused
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.hosts import wire
+from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
+from worker.execution.hosts.wire import Registered, Registration, Taken
+from worker.execution.runners.child import messages
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId
+from worker.runs.budgets import BudgetState
+from worker.runs.outcome import SUCCEEDED, EndedAttempt, Error, Failed, Outcome
+from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun, RunStep, StepPage
+from worker.runs.waits import NewWait, WaitState
+
+# Bytes and rows of the body of one call.
+PART_BYTES = wire.MOST_BYTES * 3 // 4
+# Seconds that a call may take beyond the wait of a take.
+ANSWER_SECONDS = 10.0
+
+
+# Not frozen, as `EndedAttempt`.
+@dataclass(slots=True)
+class HostedEnd(EndedAttempt):
+    """How an attempt ended on this host. Its worker decides what becomes of the run.
+
+    `sealed` is what that worker wrote down when the attempt began; `moved` as in `InflightRun`.
+    """
+
+    returned: Outcome = SUCCEEDED
+    sealed: str = field(default="", repr=False)
+    moved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The budgets of a run's org, and a property that one of them needs and the org's tokens lack."""
+
+    states: Sequence[BudgetState]
+    missing: str | None = None
+
+
+@dataclass(eq=False, repr=False)
+class RemoteStore:
+    """One incarnation of this host, as its workers know it.
+
+    The async methods are for the loop; `renew` is for the heartbeat's thread. A call that no worker answers
+    raises Unavailable.
+    """
+
+    control: AsyncControl
+    heartbeat: BlockingControl
+    inflight_runs: InflightRuns
+    now: Callable[[], datetime]
+
+    # the incarnation
+
+    async def register(self, registration: Registration) -> Registered:
+        """Start an incarnation. Raises ControlDenied if the token is not accepted."""
+        return wire.registered_of(
+            await self.control.call("register", wire.registration_message(registration), repeat=False)
+        )
+
+    async def handlers(self, entries: Sequence[HandlerEntry], *, complete: bool) -> None:
+        """Offer these handlers too; with `complete` none but those named so far."""
+        rows = [wire.entry_message(entry) for entry in entries]
+        await self.control.call("handlers", {"entries": rows, "complete": complete})
+
+    async def unregister(self) -> None:
+        """End the incarnation."""
+        await self.control.call("unregister", {})
+
+    def renew(self) -> tuple[bool, list[OwnedRun]]:
+        """Extend the lease; whether it was still ours, and the runs that this incarnation owns."""
+        try:
+            return wire.renewed_of(self.heartbeat.call("renew", {}))
+        except ControlDenied:
+            # The host was removed, or got another pool: nothing that this incarnation writes counts.
+            return False, []
+
+    async def renewed(self) -> tuple[bool, list[OwnedRun]]:
+        """As `renew`, on the loop."""
+        return wire.renewed_of(await self.control.call("renew", {}))
+
+    async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
+        """Let runs wait again that this incarnation owns but does not know."""
+        rows = [{"run": run.id, "fencing_token": run.fencing_token} for run in owned]
+        answers = [await self.control.call("hand_back", part) for part in _parts("runs", rows)]
+        return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
+
+    # attempts
+
+    async def take(self, free: Mapping[Isolation, int], wait: float) -> list[Taken]:
+        """Runs for these slots, as soon as there are any, at most after `wait` seconds."""
+        message = {"free": dict(free), "wait": wait}
+        answer = await self.control.call("take", message, seconds=wait + ANSWER_SECONDS, repeat=False)
+        return [wire.taken_of(taken) for taken in answer["attempts"]]
+
+    async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        """Report how attempts ended; the runs whose end was accepted."""
+        accepted: set[RunId] = set()
+        for part in _parts("ends", (wire.end_message(self._end_of(end)) for end in ended)):
+            answer = await self.control.call("finish", part)
+            accepted.update(RunId(run_id) for run_id in answer["accepted"])
+        return accepted
+
+    def _end_of(self, ended: EndedAttempt) -> wire.End:
+        if not isinstance(ended, HostedEnd):
+            raise TypeError(f"the end of run {ended.run_id} is not that of a host")
+        outcome = ended.returned
+        if ended.reason == "result_unstorable":
+            error = ended.error or {"type": "ResultUnstorable", "message": ""}
+            outcome = Failed(Error(error["type"], error["message"]), "result_unstorable", ended.detail)
+        trail, began = ended.trail, ended.trail.handler_started_at
+        return wire.End(
+            run_id=ended.run_id,
+            fencing_token=ended.fencing_token,
+            outcome=outcome,
+            sealed=ended.sealed,
+            handler_seconds=None if began is None else (self.now() - began).total_seconds(),
+            peak_memory=trail.peak_memory,
+            progress=trail.progress,
+            moved=ended.moved,
+            asks=trail.asks,
+        )
+
+    # what running handlers ask for
+
+    async def renew_token(
+        self, inflight: InflightRun, handler: str, *, fresh: bool
+    ) -> tuple[AccessToken, Claims]:
+        """Another token of a running attempt. Raises TokenRefused and TokenError as the worker does."""
+        fence = wire.fence_message(inflight.run)
+        answer = await self.control.call("token", {**fence, "handler": handler, "fresh": fresh})
+        if (refused := answer.get("refused")) is not None:
+            raise TokenRefused(refused["reason"], refused["detail"])
+        return wire.granted_of(answer)
+
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
+        fence = wire.fence_message(run)
+        return await self._fenced("save", {**fence, "handler": handler, "data": data_json}) is not None
+
+    async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
+        """Store steps with their spends; the runs, with fencing tokens, that are still ours."""
+        ours: set[tuple[RunId, int]] = set()
+        steps = (wire.step_message(row.run, row.handler, row.step) for row in rows)
+        for part in _parts("steps", steps):
+            answer = await self.control.call("store", part)
+            ours.update((RunId(run_id), fencing_token) for run_id, fencing_token in answer["stored"])
+        return ours
+
+    async def load_steps(self, run_id: RunId, after: int) -> StepPage:
+        return messages.page_of(await self.control.call("steps", {**self._fence(run_id), "after": after}))
+
+    async def step_totals(self, run_id: RunId) -> tuple[int, int]:
+        answer = await self.control.call("totals", self._fence(run_id))
+        return answer["last"], answer["bytes"]
+
+    async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
+        answer = await self._fenced("wait", {**wire.fence_message(run), **wire.wait_message(wait)})
+        state = None if answer is None else answer["state"]
+        return None if state is None else messages.wait_state_of(state)
+
+    async def budgets_of(self, run: AdmittedRun) -> Found:
+        return _found(await self.control.call("budgets", wire.fence_message(run)))
+
+    async def spend(self, run: AdmittedRun, meter: str, amount: int, key: str) -> Found | None:
+        fence = wire.fence_message(run)
+        answer = await self._fenced("spend", {**fence, "meter": meter, "amount": amount, "key": key})
+        return None if answer is None else _found(answer)
+
+    async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
+        for part in _parts("rows", (wire.progress_message(*row) for row in rows)):
+            await self.control.call("progress", part)
+
+    async def append_logs(self, rows: Sequence[LogLine]) -> None:
+        """Append lines to the logs of runs that this host holds."""
+        for part in _parts("lines", self._lines(rows)):
+            await self.control.call("logs", part)
+
+    def _lines(self, rows: Sequence[LogLine]) -> Iterator[dict[str, Any]]:
+        for line in rows:
+            inflight = self.inflight_runs.get(line.run_id)
+            if inflight is not None and inflight.run.attempt == line.attempt:
+                yield wire.line_message(line, inflight.run.fencing_token)
+
+    def _fence(self, run_id: RunId) -> dict[str, Any]:
+        inflight = self.inflight_runs.get(run_id)
+        if inflight is None:
+            raise LeaseLost(f"run {run_id} has ended")
+        return wire.fence_message(inflight.run)
+
+    async def _fenced(self, name: str, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer, or None if the run is no longer ours."""
+        try:
+            return await self.control.call(name, message)
+        except LeaseLost:
+            return None
+
+
+def _found(answer: Mapping[str, Any]) -> Found:
+    return Found(messages.budgets_of(answer), answer.get("missing"))
+
+
+def _parts(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """The bodies of calls with these rows, none larger than the API takes."""
+    part: list[bytes] = []
+    size = 0
+    for row in rows:
+        encoded = encode(row)
+        if part and (size + len(encoded) > PART_BYTES or len(part) == wire.MOST_ROWS):
+            yield _body(name, part)
+            part, size = [], 0
+        part.append(encoded)
+        size += len(encoded) + 1
+    if part:
+        yield _body(name, part)
+
+
+def _body(name: str, rows: Sequence[bytes]) -> bytes:
+    return b'{"%s":[%s]}' % (name.encode(), b",".join(rows))

@@ -1,0 +1,96 @@
+"""Taking: asks the workers for attempts, as many as this host has free slots, by long poll."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from worker.clock import Clock
+from worker.errors import Unavailable
+from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.hosts.wire import Taken
+from worker.execution.loops.wakeups import wait_for
+from worker.runs.run import Isolation
+
+# Seconds that a worker may wait for runs before it answers: the loop must iterate more often than `PATIENCE`.
+WAIT = 10.0
+
+
+class TakeStore(Protocol):
+    async def take(self, free: Mapping[Isolation, int], wait: float) -> Sequence[Taken]:
+        """Attempts for these slots, as soon as there are any, at most after `wait` seconds."""
+
+
+@dataclass(eq=False, repr=False)
+class Taking:
+    """Fills this host's free slots. A request stays open for each kind of slot that is free.
+
+    `start` gets the attempts in order. `on_taking` is called when a worker answers, for the first time and
+    after each outage. `offers` is false until this host has a handler.
+    """
+
+    store: TakeStore
+    inflight_runs: InflightRuns
+    clock: Clock
+    slots: Mapping[Isolation, int]
+    poll: float
+    offers: Callable[[], bool]
+    start: Callable[[Sequence[Taken]], None]
+    on_taking: Callable[[], None]
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    taking: bool = False
+    _open: dict[asyncio.Task[bool], Mapping[Isolation, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ticked_at = self.clock.monotonic()
+
+    async def run(self) -> None:
+        """Take until cancelled. What an answer brings that is lost by this, the last renewal hands back."""
+        try:
+            while True:
+                self.wake.clear()
+                self.ticked_at = self.clock.monotonic()
+                free = self._uncovered()
+                if free and self.offers():
+                    task = asyncio.create_task(self._take(free))
+                    self._open[task] = free
+                    task.add_done_callback(self._answered)
+                await wait_for(self.wake, self.poll)
+        finally:
+            for task in list(self._open):
+                task.cancel()
+            if self._open:
+                await asyncio.wait(list(self._open))
+
+    def _uncovered(self) -> dict[Isolation, int]:
+        """The slots to ask for: none while each kind that is free has an open request."""
+        asked: Counter[Isolation] = Counter()
+        for part in self._open.values():
+            asked.update(part)
+        used = self.inflight_runs.used
+        free = {kind: max(0, count - used(kind) - asked[kind]) for kind, count in self.slots.items()}
+        return free if any(count and not asked[kind] for kind, count in free.items()) else {}
+
+    async def _take(self, free: Mapping[Isolation, int]) -> bool:
+        """Whether a worker answered."""
+        try:
+            attempts = await self.store.take(free, WAIT)
+        except Unavailable:
+            self.taking = False
+            await self.clock.sleep(self.poll)
+            return False
+        if attempts:
+            self.start(attempts)
+        if not self.taking:
+            self.taking = True
+            self.on_taking()
+        return True
+
+    def _answered(self, task: asyncio.Task[bool]) -> None:
+        del self._open[task]
+        self.wake.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
