@@ -31,6 +31,7 @@ from worker.telemetry.masking import masker
 # Module and function of each verb.
 VERBS = {
     "run": ("run", "run"),
+    "host": ("run", "host"),
     "serve": ("run", "serve"),
     "demo": ("run", "demo"),
     "provision": ("sync", "provision"),

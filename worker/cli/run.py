@@ -1,4 +1,4 @@
-"""`run`, `serve` and `demo`: the worker, the web side alone, and a worker with four made-up orgs."""
+"""`run`, `host`, `serve` and `demo`: a worker, a host, the web side alone, and a worker with made-up orgs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,24 @@ def run(context: typer.Context) -> None:
     session = session_of(context)
     session.require_database()
     raise typer.Exit(run_worker(session.settings))
+
+
+def host(
+    context: typer.Context,
+    pool: Annotated[
+        str | None,
+        typer.Option("--pool", metavar="POOL", help="Refuse to start if the token is for another pool."),
+    ] = None,
+) -> None:
+    """Run handlers for the workers in host.control, without the database and the key ring.
+
+    Its configuration is that of config/host.toml. SIGTERM or Ctrl-C drains it.
+    """
+    from worker.settings import load_for_host
+    from worker.wiring.host import run as run_host
+
+    session = session_of(context)
+    raise typer.Exit(run_host(load_for_host(session.config, session.overrides), pool=pool))
 
 
 def serve(context: typer.Context) -> None:

@@ -54,6 +54,8 @@ _ROWS = (
     _info("worker.ready", "worker seconds", "registered, schema current, admitting runs"),
     _info("worker.draining", "worker running seconds", "no new runs; the drain lasts at most `seconds`"),
     _info("worker.stopped", "worker exit_code", "every run has ended or was handed back; all is written"),
+    _info("host.started", "worker host pid version pool", "a host was registered; it serves `pool`"),
+    _info("host.stopped", "worker exit_code", "every run of a host has ended or was handed back"),
     _warning(
         "loop.blocked",
         "org run attempt handler where seconds",

@@ -1,26 +1,19 @@
-"""The catalogue: child processes read what handlers are installed; the database and the registry keep it."""
+"""The catalogue in the database: the handlers of installed distributions, as child processes read them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from worker.clock import Clock, SystemClock
-from worker.execution.attempts.handler_registry import HandlerRegistry
-from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.handlers.catalogue import HandlerEntry, read_catalogue
 from worker.handlers.installed import distributions
-from worker.handlers.schema import Schema
 from worker.operations.confinement import confinement_of
 from worker.settings import Settings
 from worker.store import catalogue
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
-from worker.telemetry.events import emit
-
-# At most this many unchecked rules of one handler are reported.
-MOST_REPORTED = 10
 
 
 def store_unknown(settings: Settings, database: Database) -> None:
@@ -53,59 +46,20 @@ async def read_entries(settings: Settings, names: Sequence[str]) -> list[Handler
     return [entry async for entry in read_catalogue(names, pass_environment=passed, command=command)]
 
 
-@dataclass
-class CatalogueReader:
-    """Reads the catalogue once per process; each handler is offered as soon as it has been read."""
+@dataclass(frozen=True, slots=True)
+class StoredCatalogue:
+    """The `CatalogueSink` of a worker: the tables `catalogue` and `workers`."""
 
     database: Database
     store: WorkerStore
-    handlers: HandlerRegistry
     clock: Clock
-    on_offered: Callable[[], None]
-    pass_environment: Sequence[str]
-    command: Sequence[str]
-    _has_read: bool = False
 
-    async def run(self) -> None:
-        """Read it once, then wait for cancellation."""
-        if not self._has_read:
-            names: dict[str, set[str]] = {name: set() for name in installed()}
-            reading = read_catalogue(pass_environment=self.pass_environment, command=self.command)
-            async for entry in reading:
-                names.setdefault(entry.distribution, set()).add(entry.name)
-                await self._take(entry)
-            for distribution, known in names.items():
-                await self.database.call(catalogue.forget, distribution, but=known)
-                offered = sum(self.handlers.get(name) is not None for name in known)
-                version = installed().get(distribution)
-                emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
-            self._has_read = True
-        await asyncio.Event().wait()
-
-    async def _take(self, entry: HandlerEntry) -> None:
+    async def put(self, entry: HandlerEntry) -> None:
         await self.database.call(catalogue.put, [entry], at=self.clock.now())
-        if entry.error is not None:
-            emit(
-                "handler.broken",
-                handler=entry.name,
-                distribution=entry.distribution,
-                version=entry.version,
-                error=entry.error,
-            )
-        elif self.handlers.add(entry):
-            _report_unchecked(entry)
-            await self.store.handlers_changed(self.handlers.names())
-            self.on_offered()
 
+    async def offer(self, names: Sequence[str]) -> None:
+        await self.store.handlers_changed(names)
 
-def _report_unchecked(entry: HandlerEntry) -> None:
-    """Report the rules of the params schema that only the run's own process checks."""
-    if entry.params_schema is not None:
-        for rule in islice(Schema(entry.params_schema).unchecked(), MOST_REPORTED):
-            emit(
-                "handler.unchecked",
-                handler=entry.name,
-                distribution=entry.distribution,
-                place=rule.place,
-                reason=rule.reason,
-            )
+    async def complete(self, known: Mapping[str, Collection[str]]) -> None:
+        for distribution, names in known.items():
+            await self.database.call(catalogue.forget, distribution, but=names)

@@ -56,16 +56,20 @@ async def run_incarnations(
     clock: Clock,
     *,
     waiting: str,
+    patient: bool = False,
 ) -> int:
     """Run one incarnation after another: each new one starts when its predecessor has lost its lease.
 
-    `waiting` is the status while one cannot be registered.
+    `waiting` is the status while one cannot be registered. Unless `patient` the first one must be.
+
+    Raises:
+        Unavailable: the first incarnation cannot be registered.
     """
     signals = Signals()
     # Before the first incarnation: it must survive a zygote that dies before the first run.
     children.attach()
     try:
-        exit_code = await incarnate(signals).run()
+        exit_code = None if patient else await incarnate(signals).run()
         while exit_code is None:
             try:
                 exit_code = await incarnate(signals).run()

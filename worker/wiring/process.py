@@ -52,10 +52,11 @@ from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.web.health import Health
 from worker.wiring import find_keyring, open_keyring
-from worker.wiring.catalogue import CatalogueReader
+from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
 from worker.wiring.monitoring import monitoring
+from worker.wiring.reading import CatalogueReader
 from worker.wiring.secrets import OpenedCredentials, StoredTokens, issuers_of
 from worker.wiring.traces import traces_of
 from worker.wiring.web import Web, metrics_of
@@ -345,10 +346,8 @@ class Incarnation:
         )
         self.health.watch(vitals)
         catalogue = CatalogueReader(
-            self.database,
-            store,
+            StoredCatalogue(self.database, store, clock),
             self._handlers,
-            clock,
             on_offered=wake_admission,
             pass_environment=execution.pass_environment,
             command=self.confinement.describe,

@@ -157,14 +157,14 @@ class BlockingControl:
         self, controls: Controls, deadline: float, *, transport: httpx.BaseTransport | None = None
     ) -> None:
         self._controls = controls
-        self._deadline = deadline
+        self.deadline = deadline
         self._transport = transport or httpx.HTTPTransport(verify=controls.context or True, trust_env=False)
 
     def call(self, name: str, message: Mapping[str, Any]) -> Message:
         """As `AsyncControl.call`."""
         content, monotonic = encode(message), self._controls.clock.monotonic
         failure: WorkerError | StepError = ControlUnavailable(f"no worker answers {name}")
-        ends_at = monotonic() + self._deadline
+        ends_at = monotonic() + self.deadline
         urls = self._controls.in_order()
         for place, url in enumerate(urls):
             started = self._controls.connectivity.started()
@@ -210,16 +210,18 @@ def _request(controls: Controls, url: str, name: str, content: bytes, seconds: f
 
 def _read(status: int, body: bytes, retry_after: float | None) -> Message | WorkerError | StepError:
     """The JSON object of a 200, or the error of any other answer."""
+    message: Any
     try:
         message = json.loads(body)
     except ValueError:
         message = None
     if not isinstance(message, dict):
+        # Another service, or a proxy before the worker.
         return ControlUnavailable(
             f"a worker answered {status} without a JSON object", retry_after=retry_after
         )
     if status == 200:
-        return message
+        return dict(message)
     error = wire.error_of(message, retry_after)
     # The same status is that of an org without a token, whose error has another code.
     if status in (401, 403) and isinstance(error, WorkerError) and error.code in _DENIED:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -69,10 +69,16 @@ class RemoteStore:
             await self.control.call("register", wire.registration_message(registration), repeat=False)
         )
 
-    async def handlers(self, entries: Sequence[HandlerEntry], *, complete: bool) -> None:
-        """Offer these handlers too; with `complete` none but those named so far."""
-        rows = [wire.entry_message(entry) for entry in entries]
-        await self.control.call("handlers", {"entries": rows, "complete": complete})
+    async def put(self, entry: HandlerEntry) -> None:
+        """Offer this handler too, or report why it does not load."""
+        await self.control.call("handlers", {"entries": [wire.entry_message(entry)], "complete": False})
+
+    async def offer(self, names: Sequence[str]) -> None:
+        """Nothing: the workers know what was put."""
+
+    async def complete(self, known: Mapping[str, Collection[str]]) -> None:
+        """Every handler that is installed here was put."""
+        await self.control.call("handlers", {"entries": [], "complete": True})
 
     async def unregister(self) -> None:
         """End the incarnation."""
@@ -86,9 +92,12 @@ class RemoteStore:
             # The host was removed, or got another pool: nothing that this incarnation writes counts.
             return False, []
 
-    async def renewed(self) -> tuple[bool, list[OwnedRun]]:
-        """As `renew`, on the loop."""
-        return wire.renewed_of(await self.control.call("renew", {}))
+    async def hand_back_rest(self) -> None:
+        """After a drain, let those runs wait again whose admission was not answered in time."""
+        _, owned = wire.renewed_of(await self.control.call("renew", {}))
+        unknown = [run for run in owned if self.inflight_runs.get(run.id) is None]
+        if unknown:
+            await self.hand_back(unknown)
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this incarnation owns but does not know."""

@@ -14,6 +14,7 @@ from worker.execution.attempts.inflight import InflightRuns
 from worker.execution.hosts.wire import Taken
 from worker.execution.loops.wakeups import wait_for
 from worker.runs.run import Isolation
+from worker.telemetry.events import emit
 
 # Seconds that a worker may wait for runs before it answers: the loop must iterate more often than `PATIENCE`.
 WAIT = 10.0
@@ -42,7 +43,7 @@ class Taking:
     on_taking: Callable[[], None]
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     taking: bool = False
-    _open: dict[asyncio.Task[bool], Mapping[Isolation, int]] = field(default_factory=dict)
+    _open: dict[asyncio.Task[None], Mapping[Isolation, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ticked_at = self.clock.monotonic()
@@ -74,23 +75,23 @@ class Taking:
         free = {kind: max(0, count - used(kind) - asked[kind]) for kind, count in self.slots.items()}
         return free if any(count and not asked[kind] for kind, count in free.items()) else {}
 
-    async def _take(self, free: Mapping[Isolation, int]) -> bool:
-        """Whether a worker answered."""
+    async def _take(self, free: Mapping[Isolation, int]) -> None:
         try:
             attempts = await self.store.take(free, WAIT)
         except Unavailable:
             self.taking = False
             await self.clock.sleep(self.poll)
-            return False
+            return
+        except Exception as error:
+            emit("loop.failed", loop="taking", error=f"{type(error).__name__}: {error}")
+            await self.clock.sleep(self.poll)
+            return
         if attempts:
             self.start(attempts)
         if not self.taking:
             self.taking = True
             self.on_taking()
-        return True
 
-    def _answered(self, task: asyncio.Task[bool]) -> None:
+    def _answered(self, task: asyncio.Task[None]) -> None:
         del self._open[task]
         self.wake.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error

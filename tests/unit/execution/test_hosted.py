@@ -1,0 +1,439 @@
+"""A host runs what it takes as a worker runs its own, and reports how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes.clock import ManualClock, settle
+from tests.unit.execution.runs import admitted
+from tests.unit.execution.test_wire import CLAIMS, TAKEN
+from worker.claims.claims import AccessToken
+from worker.errors import LeaseLost, TokenRefused
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.hosts import remote as remote_module
+from worker.execution.hosts import wire
+from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
+from worker.execution.hosts.hosted import HostTools, hosted_attempt
+from worker.execution.hosts.remote import HostedEnd, RemoteStore
+from worker.execution.hosts.taking import WAIT, Taking
+from worker.execution.hosts.wire import Taken
+from worker.execution.loops.finisher import unstorable
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.runners.contract import RunServices, StopSignal, Work
+from worker.handlers.catalogue import HandlerEntry
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Error, Failed, Outcome, Succeeded
+from worker.runs.run import LogLine, NewStep, OwnedRun, RunStep
+from worker.runs.waits import NewWait
+
+pytestmark = pytest.mark.anyio
+
+RUN = TAKEN.run
+DONE = Succeeded('{"n":1}')
+During = Callable[[RunServices, StopSignal], Any]
+
+
+class Workers(httpx.AsyncBaseTransport, httpx.BaseTransport):
+    """Answers calls by name: with a message, a status and a code, or what a function makes of the message."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        name, message = request.url.path.rpartition("/")[2], json.loads(request.content)
+        self.calls.append((name, message))
+        answer = self.answers.get(name, {})
+        if callable(answer):
+            answer = answer(message)
+        status = 200
+        if isinstance(answer, tuple):
+            status, code = answer
+            answer = {"error": {"code": code, "message": "it is so"}}
+        return httpx.Response(status, content=json.dumps(answer).encode())
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return self.handle_request(request)
+
+    def sent(self, name: str) -> list[dict[str, Any]]:
+        return [message for called, message in self.calls if called == name]
+
+
+class Runner:
+    """Calls `during` in place of a handler."""
+
+    def __init__(self, outcome: Outcome = DONE, during: During | None = None) -> None:
+        self.outcome = outcome
+        self.during = during
+        self.works: list[Work] = []
+
+    async def run(self, work: Work, services: RunServices, stop: StopSignal) -> Outcome:
+        self.works.append(work)
+        services.started()
+        if self.during is not None:
+            await self.during(services, stop)
+        return self.outcome
+
+
+class Host:
+    """A store over `workers`, and one attempt that was taken."""
+
+    def __init__(self, clock: ManualClock, workers: Workers, runner: Runner | None = None) -> None:
+        controls = Controls(["http://w:1"], "token", clock)
+        self.inflight_runs = InflightRuns()
+        self.store = RemoteStore(
+            AsyncControl(controls, transport=workers),
+            BlockingControl(controls, 1.0, transport=workers),
+            self.inflight_runs,
+            clock.now,
+        )
+        self.runner = runner or Runner()
+        handlers = HandlerRegistry(frozenset({"acme"}))
+        handlers.add(HandlerEntry("acme.digest", "acme", "1", "here:digest"))
+        self.tools = HostTools(
+            store=self.store,
+            handlers=handlers,
+            runners={"child": self.runner, "inline": self.runner},
+            steps=StepWriter(self.store, clock),
+            run_log=RunLogWriter(self.store, clock),
+            clock=clock,
+            random=Random(1),
+        )
+
+    def took(self, taken: Taken = TAKEN) -> InflightRun:
+        # As it comes from the wire: no work is shared between tests.
+        fresh = wire.taken_of(json.loads(json.dumps(wire.taken_message(taken))))
+        (run,) = self.tools.keep([fresh])
+        return self.inflight_runs.add(run)
+
+    async def attempt(self, taken: Taken = TAKEN) -> HostedEnd:
+        return await hosted_attempt(self.took(taken), self.tools)
+
+
+async def test_the_handler_that_is_installed_here_gets_the_workers_work(clock: ManualClock) -> None:
+    host = Host(clock, Workers())
+
+    ended = await host.attempt()
+
+    (work,) = host.runner.works
+    assert work.entry_point == "here:digest"
+    assert work.timeout_at == clock.now() + TAKEN.timeout
+    assert work.token.reveal() == "secret"
+    assert (ended.outcome, ended.returned, ended.sealed) == ("succeeded", Succeeded('{"n":1}'), TAKEN.sealed)
+    inflight = host.inflight_runs.get(RUN.id)
+    assert inflight is not None
+    assert (inflight.org_code, inflight.cancel_grace) == ("org_acme", TAKEN.cancel_grace)
+
+
+async def test_an_end_says_how_long_ago_the_handler_was_called(clock: ManualClock) -> None:
+    """The host's clock may be wrong; the worker counts back from its own."""
+    workers = Workers(finish=lambda message: {"accepted": [message["ends"][0]["run"]]})
+    host = Host(clock, workers)
+    ended = await host.attempt()
+    clock.advance(2.5)
+
+    assert await host.store.finish([ended]) == {RUN.id}
+
+    (end,) = wire.ends_of(workers.sent("finish")[0])
+    assert (end.handler_seconds, end.sealed, end.moved) == (2.5, TAKEN.sealed, False)
+    assert end.outcome == Succeeded('{"n":1}')
+
+
+async def test_every_text_is_masked_before_it_is_sent(clock: ManualClock) -> None:
+    workers, token = Workers(finish={"accepted": []}), "a-long-token-of-this-run"
+    taken = replace(TAKEN, work=replace(TAKEN.work, token=AccessToken(token, clock.now())))
+    host = Host(clock, workers, Runner(Succeeded(json.dumps({"token": token}))))
+
+    ended = await host.attempt(taken)
+    await host.store.finish([ended])
+
+    assert token not in json.dumps(workers.calls)
+
+
+async def test_a_failure_keeps_its_error_and_its_permanence(clock: ManualClock) -> None:
+    failed = Failed(Error("ValueError", "no"), permanent=True)
+    workers = Workers(finish={"accepted": []})
+    host = Host(clock, workers, Runner(failed))
+
+    assert await host.store.finish([await host.attempt()]) == set()
+    assert wire.ends_of(workers.sent("finish")[0])[0].outcome == failed
+
+
+async def test_a_result_that_the_workers_reject_is_reported_as_that(clock: ManualClock) -> None:
+    workers = Workers(finish={"accepted": [RUN.id]})
+    host = Host(clock, workers)
+
+    await host.store.finish([unstorable(await host.attempt(), ValueError("no"))])
+
+    (end,) = wire.ends_of(workers.sent("finish")[0])
+    assert isinstance(end.outcome, Failed)
+    assert (end.outcome.reason, end.outcome.detail) == ("result_unstorable", "ValueError")
+
+
+async def test_a_handler_that_is_not_installed_any_more_is_not_called(clock: ManualClock) -> None:
+    host = Host(clock, Workers())
+
+    ended = await host.attempt(replace(TAKEN, work=replace(TAKEN.work, handler="acme.gone")))
+
+    assert ended.returned == outcomes.NoHandler("acme.gone")
+    assert host.runner.works == []
+
+
+async def test_inline_code_needs_the_hosts_own_permission(clock: ManualClock) -> None:
+    host = Host(clock, Workers())
+    host.tools.handlers._inline = frozenset()
+
+    ended = await host.attempt(replace(TAKEN, run=replace(RUN, isolation="inline")))
+
+    assert isinstance(ended.returned, outcomes.NoHandler)
+
+
+async def test_a_run_that_is_cancelled_before_it_starts_is_not_started(clock: ManualClock) -> None:
+    host = Host(clock, Workers())
+    inflight = host.took()
+    inflight.stop.request("cancel", 1)
+
+    ended = await hosted_attempt(inflight, host.tools)
+
+    assert ended.returned == outcomes.Cancelled("requested")
+    assert host.runner.works == []
+
+
+async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: ManualClock) -> None:
+    async def during(services: RunServices, stop: StopSignal) -> None:
+        await services.save('{"done":4}')
+        await services.store_step(STEP)
+        services.progress(1, 2, "half")
+        services.log("info", "stdout", "hello")
+
+    workers = Workers(store={"stored": [[RUN.id, RUN.fencing_token]]}, totals={"last": 0, "bytes": 0})
+    host = Host(clock, workers, Runner(during=during))
+    writing = asyncio.create_task(host.tools.steps.run())
+    try:
+        ended = await host.attempt()
+    finally:
+        writing.cancel()
+    await host.tools.run_log.flush()
+
+    fence = {"run": RUN.id, "fencing_token": RUN.fencing_token}
+    assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}'}]
+    assert wire.steps_of(workers.sent("store")[0])[0].step == STEP
+    assert wire.progress_of(workers.sent("progress")[0])[0][2] == {"done": 1, "total": 2, "note": "half"}
+    assert [line.text for line in wire.lines_of(workers.sent("logs")[0])] == ["hello"]
+    assert ended.moved
+
+
+async def test_a_save_under_a_lost_lease_stops_the_run(clock: ManualClock) -> None:
+    async def during(services: RunServices, stop: StopSignal) -> None:
+        with suppress(LeaseLost):
+            await services.save("1")
+        assert stop.killed
+
+    host = Host(clock, Workers(save=(409, "lease_lost")), Runner(during=during))
+
+    await host.attempt()
+
+
+async def test_a_renewed_token_comes_from_the_workers(clock: ManualClock) -> None:
+    fresh: list[Any] = []
+
+    async def during(services: RunServices, stop: StopSignal) -> None:
+        fresh.append(await services.token(fresh=True))
+
+    granted = wire.granted_message(AccessToken("the-next-token", clock.now()), CLAIMS)
+    workers = Workers(token=granted)
+    host = Host(clock, workers, Runner(during=during))
+
+    await host.attempt()
+
+    assert fresh[0][0].reveal() == "the-next-token"
+    assert workers.sent("token")[0]["fresh"] is True
+    inflight = host.inflight_runs.get(RUN.id)
+    assert inflight is not None and "the-next-token" in inflight.tokens
+
+
+async def test_a_refused_token_ends_the_run_refused(clock: ManualClock) -> None:
+    async def during(services: RunServices, stop: StopSignal) -> None:
+        with pytest.raises(TokenRefused):
+            await services.token(fresh=False)
+        assert stop.killed
+
+    refused = {"refused": {"reason": "pool_mismatch", "detail": "region"}}
+    host = Host(clock, Workers(token=refused), Runner(outcomes.Lost(), during))
+
+    ended = await host.attempt()
+
+    assert isinstance(ended.returned, outcomes.Refused)
+    assert (ended.returned.reason, ended.returned.detail) == ("pool_mismatch", "region")
+
+
+async def test_what_runs_ask_for_is_answered_as_the_store_answers(clock: ManualClock) -> None:
+    workers = Workers(
+        wait={"state": {"kind": "sleep", "state": "pending", "answer_json": None, "until": None}},
+        budgets={"budgets": [], "missing": None},
+        spend=(409, "lease_lost"),
+        steps={"steps": [], "more": False},
+        totals={"last": 2, "bytes": 10},
+    )
+    store = (host := Host(clock, workers)).store
+    host.took()
+
+    wait = await store.open_wait(RUN, NewWait("nap", 1, "sleep", 60.0, None, False))
+    assert wait is not None and wait.state == "pending"
+    assert (await store.budgets_of(RUN)).states == []
+    assert await store.spend(RUN, "tokens", 3, "1:1") is None
+    assert (await store.load_steps(RUN.id, 0)).more is False
+    assert await store.step_totals(RUN.id) == (2, 10)
+
+
+async def test_a_large_batch_is_sent_in_parts(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "PART_BYTES", 2_000)
+    workers = Workers(store=lambda message: {"stored": [[row["run"], 1] for row in message["steps"]]})
+    host = Host(clock, workers)
+    rows = [
+        RunStep(admitted(f"r{n}"), "h", replace(STEP, result_json=f'"{"x" * 900}"'), 902) for n in range(5)
+    ]
+
+    assert await host.store.store_steps(rows) == {(f"r{n}", 1) for n in range(5)}
+    assert [len(message["steps"]) for message in workers.sent("store")] == [1, 1, 1, 1, 1]
+
+
+async def test_lines_of_a_run_that_is_not_held_are_dropped(clock: ManualClock) -> None:
+    host = Host(clock, workers := Workers())
+
+    await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "late")])
+
+    assert workers.calls == []
+
+
+async def test_a_host_that_was_removed_has_lost_its_lease(clock: ManualClock) -> None:
+    assert Host(clock, Workers(renew=(403, "denied"))).store.renew() == (False, [])
+
+
+async def test_a_renewal_names_the_runs_that_the_host_owns(clock: ManualClock) -> None:
+    workers = Workers(renew=wire.renewed_message(True, [OwnedRun(RUN.id, 1, "requested")]))
+
+    assert Host(clock, workers).store.renew() == (True, [OwnedRun(RUN.id, 1, "requested")])
+
+
+async def test_runs_whose_admission_was_not_answered_wait_again_after_a_drain(clock: ManualClock) -> None:
+    other = OwnedRun(admitted("r2").id, 4, None)
+    owned = wire.renewed_message(True, [OwnedRun(RUN.id, 1, None), other])
+    host = Host(clock, workers := Workers(renew=owned, hand_back={"runs": ["r2"]}))
+    host.took()
+
+    await host.store.hand_back_rest()
+
+    assert wire.owned_of(workers.sent("hand_back")[0]) == [other]
+
+
+# ---- taking
+
+
+class Requests:
+    """Requests that wait until they are answered."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Mapping[str, int], asyncio.Future[list[Taken]]]] = []
+        self.waits: list[float] = []
+
+    async def take(self, free: Mapping[Any, int], wait: float) -> list[Taken]:
+        self.waits.append(wait)
+        answer: asyncio.Future[list[Taken]] = asyncio.get_running_loop().create_future()
+        self.open.append((dict(free), answer))
+        return await answer
+
+    @property
+    def free(self) -> list[Mapping[str, int]]:
+        return [free for free, answer in self.open if not answer.done()]
+
+
+class Slots:
+    def __init__(self, clock: ManualClock) -> None:
+        self.requests, self.inflight_runs = Requests(), InflightRuns()
+        self.offers, self.readies = True, 0
+        self.taking = Taking(
+            self.requests,
+            self.inflight_runs,
+            clock,
+            slots={"child": 2, "inline": 1},
+            poll=0.01,
+            offers=lambda: self.offers,
+            start=self.start,
+            on_taking=self.ready,
+        )
+
+    def start(self, attempts: Any) -> None:
+        for taken in attempts:
+            self.inflight_runs.add(taken.run)
+
+    def ready(self) -> None:
+        self.readies += 1
+
+    async def turn(self) -> None:
+        self.taking.wake.set()
+        await settle()
+
+
+@pytest.fixture
+async def slots(clock: ManualClock) -> Any:
+    slots = Slots(clock)
+    running = asyncio.create_task(slots.taking.run())
+    await settle()
+    yield slots
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_one_request_is_open_while_each_kind_of_free_slot_has_one(slots: Slots) -> None:
+    assert slots.requests.free == [{"child": 2, "inline": 1}]
+    assert slots.requests.waits == [WAIT]
+
+    await slots.turn()
+    assert len(slots.requests.open) == 1
+
+
+async def test_a_kind_that_becomes_free_is_asked_for_at_once(slots: Slots) -> None:
+    runs = [replace(TAKEN, run=admitted(f"r{n}")) for n in range(2)]
+    slots.requests.open[0][1].set_result(runs)
+    await slots.turn()
+    assert slots.requests.free == [{"child": 0, "inline": 1}]
+
+    held = slots.inflight_runs.get(runs[0].run.id)
+    assert held is not None
+    slots.inflight_runs.release(held)
+    await slots.turn()
+
+    assert slots.requests.free == [{"child": 0, "inline": 1}, {"child": 1, "inline": 0}]
+    assert slots.readies == 1
+
+
+async def test_nothing_is_taken_before_there_is_a_handler(clock: ManualClock) -> None:
+    slots = Slots(clock)
+    slots.offers = False
+    running = asyncio.create_task(slots.taking.run())
+    await settle()
+    assert slots.requests.open == []
+
+    slots.offers = True
+    await slots.turn()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+    assert len(slots.requests.open) == 1
+    assert slots.requests.open[0][1].cancelled()  # by the drain
+
+
+STEP = NewStep("fetch", None, 1, 1, '{"n":1}', CLAIMS.issued_at, CLAIMS.issued_at + timedelta(seconds=1))

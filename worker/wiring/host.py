@@ -1,0 +1,363 @@
+"""A host: runs handlers for the workers in `[host] control`, without the database and the key ring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import ssl
+import stat
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from random import SystemRandom
+
+from worker.clock import Clock, SystemClock
+from worker.errors import ConfigurationError, Unavailable
+from worker.execution.attempts import events as attempt_events
+from worker.execution.attempts.dispatcher import Dispatcher
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRuns
+from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, Controls
+from worker.execution.hosts.hosted import HostTools, hosted_attempt
+from worker.execution.hosts.remote import RemoteStore
+from worker.execution.hosts.taking import Taking
+from worker.execution.hosts.wire import Registered, Registration, Taken
+from worker.execution.loops.heartbeat import Heartbeat
+from worker.execution.loops.maintenance import Housekeeping
+from worker.execution.loops.reconciler import Reconciler, Renewal
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.runners.child.pool import ChildPool
+from worker.execution.runners.inline import Inline
+from worker.ids import WorkerId
+from worker.operations.confinement import Confinement, confinement_of
+from worker.runs.run import Isolation
+from worker.settings import Settings
+from worker.telemetry import events, logs
+from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
+from worker.telemetry.metrics import Metrics
+from worker.telemetry.vitals import Notifier, Vitals
+from worker.web.connections import Connections
+from worker.web.health import Health
+from worker.web.listener import WebServer, bind, build_health
+from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
+from worker.wiring.reading import CatalogueReader
+from worker.wiring.traces import traces_of
+
+VERSION = version("orgworker")
+# The share of the lease that a renewal waits for its answer: two tries fit in before the runs freeze.
+PATIENCE = 0.3
+# Seconds for which a thread keeps the interpreter, as in a worker.
+SWITCH = 0.0001
+
+
+def run(settings: Settings, *, pool: str | None = None) -> int:
+    """Run a host until SIGTERM or SIGINT; returns the exit code of the process.
+
+    With `pool` it refuses to serve another one.
+
+    Raises:
+        Busy: another process uses the port of `[web] health_listen`.
+        ConfigurationError: the token or a certificate cannot be used, or the sandbox is not available.
+    """
+    clock = SystemClock()
+    logs.configure(settings.log.style or None, level=settings.log.level)
+    traces = traces_of(settings.tracing, clock, version=VERSION)
+    notifier = Notifier()
+    confinement = confinement_of(settings)
+    confinement.warn()
+    execution = settings.execution
+    metrics = Metrics(version=VERSION)
+    events.listen(metrics.take)
+    health = Health(metrics, sandbox=confinement.level)
+    context = _context_of(settings.host.ca_file)
+    web = _health_server(settings, health, clock)
+    children = ChildPool(
+        clock,
+        max_freeze=execution.max_freeze,
+        preload=execution.preload,
+        pass_environment=execution.pass_environment,
+        sandbox=confinement.rules,
+        spares=min(execution.spare_children, execution.max_children),
+        long_lived=True,
+    )
+    children.start()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    sys.setswitchinterval(SWITCH)
+    # From here on this process holds the host's token, and nothing is forked from it.
+    try:
+        token = read_token(settings.host.token_file)
+    except ConfigurationError:
+        asyncio.run(children.close())
+        raise
+    controls = Controls(settings.host.control, token, clock, context=context)
+
+    def incarnate(signals: Signals) -> HostIncarnation:
+        return HostIncarnation(
+            settings, controls, children, notifier, signals, clock, health, confinement, pool
+        )
+
+    async def serve() -> int:
+        with traces:
+            async with web:
+                return await run_incarnations(
+                    incarnate,
+                    children,
+                    notifier,
+                    clock,
+                    waiting="waiting for a worker in [host] control",
+                    patient=True,
+                )
+
+    return asyncio.run(serve())
+
+
+def read_token(path: str) -> str:
+    """The host's token, from a file that only its user may read. Raises ConfigurationError."""
+    fix = "put the token that `python -m worker hosts add` printed into it, readable by this user only"
+    try:
+        file = Path(path)
+        mode = file.stat().st_mode
+        token = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
+        raise ConfigurationError(f"host.token_file: {path} cannot be read: {why}", fix=fix) from None
+    if mode & stat.S_IRWXO:
+        raise ConfigurationError(f"host.token_file: others may read {path}", fix=f"chmod o= {path}")
+    if not token or not token.isprintable():
+        raise ConfigurationError(f"host.token_file: there is no token in {path}", fix=fix)
+    masker.register(token)
+    return token
+
+
+def _context_of(ca_file: str) -> ssl.SSLContext:
+    """Trusts the authorities in this file, or those of the system."""
+    try:
+        return ssl.create_default_context(cafile=ca_file or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(
+            f"host.ca_file: {ca_file} cannot be used: {error}", fix="name a file with certificates in PEM"
+        ) from None
+
+
+def _health_server(settings: Settings, health: Health, clock: Clock) -> AbstractAsyncContextManager[None]:
+    listen = settings.web.health_listen
+    if not listen:
+        return contextlib.nullcontext()
+    listener = bind(listen, "[web] health_listen")
+    return WebServer(build_health(health), listen, listener, clock, connections=Connections(100)).serving()
+
+
+@dataclass
+class HostIncarnation:
+    """A host's life under one lease: its loops and what they share."""
+
+    settings: Settings
+    controls: Controls
+    children: ChildPool
+    notifier: Notifier
+    signals: Signals
+    clock: Clock
+    health: Health
+    confinement: Confinement
+    pool: str | None
+    id: WorkerId = field(default=WorkerId(""), init=False)
+
+    def __post_init__(self) -> None:
+        self.health.starting()
+        self._started_at = self.clock.monotonic()
+        self._is_ready = False
+        execution = self.settings.execution
+        self._slots: dict[Isolation, int] = {
+            "child": execution.max_children,
+            "inline": execution.max_inline,
+        }
+        self._inflight_runs = InflightRuns()
+        self._handlers = HandlerRegistry(frozenset(execution.inline))
+
+    async def run(self) -> int | None:
+        """Run until SIGTERM or SIGINT; returns the exit code: 0, or 75 if not everything could be written.
+
+        Returns None if the lease was lost. Raises Unavailable if no worker answers at the start.
+        """
+        control = AsyncControl(self.controls)
+        heartbeat = BlockingControl(self.controls, PATIENCE)
+        try:
+            store = RemoteStore(control, heartbeat, self._inflight_runs, self.clock.now)
+            registered = await self._register(store)
+            heartbeat.deadline = PATIENCE * registered.lease
+            supervisor = self._assemble(store, registered)
+            self.children.attach()
+            self.signals.pass_to(supervisor.stop)
+            unwritten = not await supervisor.run()
+            if supervisor.lost and not self.signals.count:
+                return None
+            # If no worker answers, the lease simply expires.
+            with suppress(Unavailable):
+                await store.hand_back_rest()
+                await store.unregister()
+        finally:
+            await control.aclose()
+            heartbeat.close()
+        exit_code = EXIT_TRY_LATER if unwritten else EXIT_OK
+        emit("host.stopped", worker=self.id, exit_code=exit_code)
+        return exit_code
+
+    async def _register(self, store: RemoteStore) -> Registered:
+        """Start the incarnation at a worker. Raises Unavailable, and ConfigurationError."""
+        self.controls.incarnation = ""
+        registration = Registration(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            slots=self._slots,
+        )
+        try:
+            registered = await store.register(registration)
+        except ControlDenied as error:
+            raise ConfigurationError(
+                f"the workers do not accept this host: {error.message}", fix=error.fix
+            ) from None
+        self.id = WorkerId(registered.worker)
+        self.controls.incarnation = registered.worker
+        if self.pool not in (None, registered.pool):
+            with suppress(Unavailable):
+                await store.unregister()
+            raise ConfigurationError(
+                f"--pool {self.pool}: the token in {self.settings.host.token_file} is for the pool "
+                f"{registered.pool}",
+                fix=f"use a token of `hosts add NAME --pool {self.pool}`, or leave --pool out",
+            )
+        emit(
+            "host.started",
+            worker=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=VERSION,
+            pool=registered.pool,
+        )
+        return registered
+
+    def _assemble(self, store: RemoteStore, registered: Registered) -> Supervisor:
+        execution, clock, inflight_runs = self.settings.execution, self.clock, self._inflight_runs
+        run_log, steps = RunLogWriter(store, clock), StepWriter(store, clock)
+        tools = HostTools(
+            store=store,
+            handlers=self._handlers,
+            runners={"child": self.children, "inline": Inline(clock)},
+            steps=steps,
+            run_log=run_log,
+            clock=clock,
+            random=SystemRandom(),
+        )
+
+        def wake_taking() -> None:
+            taking.wake.set()
+
+        def start(attempts: Sequence[Taken]) -> None:
+            dispatcher.start(tools.keep(attempts))
+
+        dispatcher = Dispatcher(
+            tools,
+            hosted_attempt,
+            inflight_runs,
+            store,
+            on_free=wake_taking,
+            on_end=lambda ended, inflight: None,
+            report=attempt_events.attempt_ended,
+        )
+        taking = Taking(
+            store,
+            inflight_runs,
+            clock,
+            slots=self._slots,
+            poll=registered.poll,
+            offers=lambda: bool(self._handlers.names()),
+            start=start,
+            on_taking=lambda: self._ready(vitals.in_words()),
+        )
+        reconciler = Reconciler(
+            inflight_runs,
+            store,
+            cancel=dispatcher.cancel,
+            on_lease=self.children.renewed,
+            on_lost=lambda: supervisor.give_up(),
+        )
+
+        def on_renewal(renewal: Renewal) -> None:
+            reconciler.take(renewal)
+            taking.wake.set()
+
+        heartbeat = Heartbeat(
+            store,
+            inflight_runs,
+            clock,
+            duration=timedelta(seconds=registered.lease),
+            renew=registered.renew,
+            on_lease=self.children.renewed,
+            on_renewal=on_renewal,
+        )
+        liveness = Liveness(
+            {"taking": lambda: taking.ticked_at},
+            self.notifier,
+            clock,
+            resting=lambda: self.signals.count > 0,
+            status=lambda: vitals.in_words(),
+        )
+        vitals = Vitals(
+            ages=liveness.ages,
+            stalled=liveness.stalled,
+            lease_remaining=lambda: heartbeat.lease.expires_at - clock.monotonic(),
+            admitting=lambda: taking.taking,
+            draining=liveness.resting,
+            slots={str(isolation): count for isolation, count in self._slots.items()},
+            used=inflight_runs.used,
+        )
+        self.health.watch(vitals)
+        catalogue = CatalogueReader(
+            store,
+            self._handlers,
+            on_offered=wake_taking,
+            pass_environment=execution.pass_environment,
+            command=self.confinement.describe,
+        )
+        supervisor = Supervisor(
+            intake={"taking": taking.run, "catalogue": catalogue.run},
+            outlet={
+                "finisher": dispatcher.finisher.run,
+                "steps": steps.run,
+                "journal": run_log.run,
+                "reconciler": reconciler.run,
+                "pulse": liveness.run,
+            },
+            dispatcher=dispatcher,
+            run_log=run_log,
+            heartbeat=heartbeat,
+            housekeeping=Housekeeping(),
+            clock=clock,
+            drain=execution.drain,
+            on_draining=self._draining,
+        )
+        return supervisor
+
+    def _ready(self, status: str) -> None:
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self.notifier.ready(status)
+        emit("worker.ready", worker=self.id, seconds=round(self.clock.monotonic() - self._started_at, 3))
+
+    def _draining(self, running: int) -> None:
+        seconds = self.settings.execution.drain.total_seconds()
+        self.notifier.stopping(seconds + LAST_FLUSH)
+        emit("worker.draining", worker=self.id, running=running, seconds=seconds)

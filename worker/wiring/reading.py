@@ -1,0 +1,86 @@
+"""Reads the catalogue of a process that runs handlers: child processes report what is installed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.handlers.catalogue import HandlerEntry, installed, read_catalogue
+from worker.handlers.schema import Schema
+from worker.telemetry.events import emit
+
+# At most this many unchecked rules of one handler are reported.
+MOST_REPORTED = 10
+
+
+class CatalogueSink(Protocol):
+    """Where a catalogue is stored. Raises Unavailable; then all of it is read again."""
+
+    async def put(self, entry: HandlerEntry) -> None:
+        """Store an entry, broken or not."""
+
+    async def offer(self, names: Sequence[str]) -> None:
+        """Set the handlers that this process runs."""
+
+    async def complete(self, known: Mapping[str, Collection[str]]) -> None:
+        """Forget all handlers of these distributions but those that are known."""
+
+
+@dataclass
+class CatalogueReader:
+    """Reads the catalogue once per incarnation; each handler is offered as soon as it has been read."""
+
+    sink: CatalogueSink
+    handlers: HandlerRegistry
+    on_offered: Callable[[], None]
+    pass_environment: Sequence[str]
+    command: Sequence[str]
+    _has_read: bool = False
+
+    async def run(self) -> None:
+        """Read it once, then wait for cancellation."""
+        if not self._has_read:
+            names: dict[str, set[str]] = {name: set() for name in installed()}
+            reading = read_catalogue(pass_environment=self.pass_environment, command=self.command)
+            async for entry in reading:
+                names.setdefault(entry.distribution, set()).add(entry.name)
+                await self._take(entry)
+            await self.sink.complete(names)
+            for distribution, known in names.items():
+                offered = sum(self.handlers.get(name) is not None for name in known)
+                version = installed().get(distribution)
+                emit("handlers.loaded", distribution=distribution, version=version, handlers=offered)
+            self._has_read = True
+        await asyncio.Event().wait()
+
+    async def _take(self, entry: HandlerEntry) -> None:
+        await self.sink.put(entry)
+        if entry.error is not None:
+            emit(
+                "handler.broken",
+                handler=entry.name,
+                distribution=entry.distribution,
+                version=entry.version,
+                error=entry.error,
+            )
+        elif self.handlers.add(entry):
+            _report_unchecked(entry)
+            await self.sink.offer(self.handlers.names())
+            self.on_offered()
+
+
+def _report_unchecked(entry: HandlerEntry) -> None:
+    """Report the rules of the params schema that only the run's own process checks."""
+    if entry.params_schema is not None:
+        for rule in islice(Schema(entry.params_schema).unchecked(), MOST_REPORTED):
+            emit(
+                "handler.unchecked",
+                handler=entry.name,
+                distribution=entry.distribution,
+                place=rule.place,
+                reason=rule.reason,
+            )
