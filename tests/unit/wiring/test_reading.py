@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from tests.fakes.clock import ManualClock
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.handlers.catalogue import HandlerEntry
-from worker.store.database import Database
-from worker.store.worker_store import WorkerStore
 from worker.telemetry.events import Emitted
-from worker.wiring import catalogue
-from worker.wiring.catalogue import MOST_REPORTED, CatalogueReader
+from worker.wiring import reading as module
+from worker.wiring.reading import MOST_REPORTED, CatalogueReader
 
 pytestmark = pytest.mark.anyio
 
 
-class Stored:
-    """A database and a store that keep nothing."""
+class Sink:
+    """Keeps nothing."""
 
-    async def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> None: ...
+    async def put(self, entry: HandlerEntry) -> None: ...
 
-    async def handlers_changed(self, names: Any) -> None: ...
+    async def offer(self, names: Any) -> None: ...
+
+    async def complete(self, known: Any) -> None: ...
 
 
-async def offered(
-    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, clock: ManualClock
-) -> HandlerRegistry:
+async def offered(schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> HandlerRegistry:
     """What is offered once a worker has read one handler whose params have this schema."""
     entry = HandlerEntry("acme.x", "acme-jobs", "1.0", "acme:x", params_schema=schema)
 
     async def read(**_: Any) -> Any:
         yield entry
 
-    monkeypatch.setattr(catalogue, "read_catalogue", read)
-    monkeypatch.setattr(catalogue, "installed", lambda: {"acme-jobs": "1.0"})
-    offers, stored, taken = HandlerRegistry(), Stored(), asyncio.Event()
+    monkeypatch.setattr(module, "read_catalogue", read)
+    monkeypatch.setattr(module, "installed", lambda: {"acme-jobs": "1.0"})
+    offers, taken = HandlerRegistry(), asyncio.Event()
     cataloguing = CatalogueReader(
-        cast(Database, stored),
-        cast(WorkerStore, stored),
+        Sink(),
         offers,
-        clock,
         on_offered=taken.set,
         pass_environment=(),
         command=(),
@@ -56,11 +50,11 @@ async def offered(
 
 
 async def test_rules_that_only_the_run_checks_are_said_once(
-    monkeypatch: pytest.MonkeyPatch, clock: ManualClock, emitted: list[Emitted]
+    monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
 ) -> None:
     schema = {"properties": {"a": {"pattern": "^(?!b)"}, "c": {"pattern": "^c"}}}
 
-    offers = await offered(schema, monkeypatch, clock)
+    offers = await offered(schema, monkeypatch)
 
     assert offers.get("acme.x") is not None
     [said] = [each.fields for each in emitted if each.event.name == "handler.unchecked"]
@@ -73,8 +67,8 @@ async def test_rules_that_only_the_run_checks_are_said_once(
 
 
 async def test_a_plug_in_cannot_flood_the_log(
-    monkeypatch: pytest.MonkeyPatch, clock: ManualClock, emitted: list[Emitted]
+    monkeypatch: pytest.MonkeyPatch, emitted: list[Emitted]
 ) -> None:
-    await offered({"allOf": [{"pattern": "("}] * 1_000}, monkeypatch, clock)
+    await offered({"allOf": [{"pattern": "("}] * 1_000}, monkeypatch)
 
     assert len([each for each in emitted if each.event.name == "handler.unchecked"]) == MOST_REPORTED
