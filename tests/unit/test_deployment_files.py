@@ -62,7 +62,10 @@ HARDENING = {
     "MemoryDenyWriteExecute": "yes",
     "SystemCallArchitectures": "native",
 }
-UNITS = ("worker.service", "worker-upgrade.service", "worker-provision.service")
+UNITS = ("worker.service", "worker-upgrade.service", "worker-provision.service", "worker-host.service")
+# Of units with a user of their own.
+USERS = {"worker-provision.service": "orgworker-provision", "worker-host.service": "orgworker-host"}
+RUN_HANDLERS = ("worker.service", "worker-host.service")
 ANALYZE = shutil.which("systemd-analyze")
 
 
@@ -136,7 +139,24 @@ def test_only_the_provisioner_gets_the_management_secret(service):
     assert compose()["services"]["provision"]["command"] == ["provision"]
 
 
-@pytest.mark.parametrize("name", [*UNITS, "orgworker"])
+def test_a_host_has_no_secret_but_its_token(service):
+    host = unit("worker-host.service")
+
+    assert host["LoadCredential"] == "host_token:orgworker.host_token"
+    assert "WORKER_HOST__TOKEN_FILE=%d/host_token" in host["Environment"].split("\n")
+    assert is_setting("host__token_file")
+    assert host["ExecStart"] == service["ExecStart"].replace("worker.toml run", "host.toml host")
+    assert host["User"] not in (service["User"], unit("worker-provision.service")["User"])
+    for key in ("Type", "NotifyAccess", "KillMode", "WatchdogSec", "Restart", "RestartPreventExitStatus"):
+        assert host[key] == service[key]
+    assert parse_duration(host["TimeoutStopSec"]).total_seconds() > DRAINED
+    # It is ready once a worker answers, which may take any time.
+    assert host["TimeoutStartSec"] == "infinity"
+
+
+@pytest.mark.parametrize(
+    "name", ["worker.service", "worker-upgrade.service", "worker-provision.service", "orgworker"]
+)
 def test_a_credential_is_a_setting_or_the_key_ring_and_may_be_missing(name: str):
     text = (CONFIG / name).read_text()
     credentials = re.findall(r"LoadCredential=(\w+):(\S+)", text)
@@ -162,11 +182,11 @@ def test_the_command_runs_what_the_service_runs_with_the_same_credentials(servic
 def test_the_exposure_is_at_most_1_5(name: str):
     """Measured where systemd is; elsewhere only what it was measured of is compared."""
     directives = unit(name)
-    user = "orgworker-provision" if name == "worker-provision.service" else "orgworker"
+    user = USERS.get(name, "orgworker")
     assert {key: directives.get(key) for key in HARDENING} == HARDENING | {"User": user}
-    # A worker confines its runs by Landlock.
+    # Workers and hosts confine their runs by Landlock.
     landlock = ["landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"]
-    needed = ["@system-service", *(landlock if name == "worker.service" else [])]
+    needed = ["@system-service", *(landlock if name in RUN_HANDLERS else [])]
     assert directives["SystemCallFilter"].split("\n")[0].split() == needed
     assert "~@privileged" in directives["SystemCallFilter"]
     if ANALYZE is None:
@@ -292,12 +312,13 @@ def manifests() -> Iterator[dict[str, Any]]:
 
 
 def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
-    """The manifest of a kind; `of` is `provision` for what is in provision.yaml."""
-    [found] = [
-        one
-        for one in manifests()
-        if one["kind"] == kind and (one.get("metadata", {}).get("name") == "provision") == (of == "provision")
-    ]
+    """The manifest of a kind; `of` is `provision` or `host` for what is in the file of that name."""
+
+    def belongs(one: dict[str, Any]) -> bool:
+        name = one.get("metadata", {}).get("name")
+        return (name if name in ("provision", "host") else "worker") == of
+
+    [found] = [one for one in manifests() if one["kind"] == kind and belongs(one)]
     return found
 
 
@@ -306,7 +327,7 @@ def pod(kind: str, *, of: str = "worker") -> dict[str, Any]:
     return spec
 
 
-PODS = [("Deployment", "worker"), ("Job", "worker"), ("Deployment", "provision")]
+PODS = [("Deployment", "worker"), ("Job", "worker"), ("Deployment", "provision"), ("Deployment", "host")]
 
 
 @pytest.mark.parametrize(("kind", "of"), PODS)
@@ -372,6 +393,27 @@ def test_the_provisioner_of_the_cluster_has_the_management_secret_and_is_apart_f
     assert served["targetPort"] == "hooks"
     rules = manifest("NetworkPolicy", of="provision")["spec"]["ingress"]
     assert [rule["ports"][0]["port"] for rule in rules] == ["hooks", "health"]
+
+
+def test_the_hosts_of_the_cluster_have_neither_the_database_nor_the_key_ring():
+    spec = pod("Deployment", of="host")
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    [container] = spec["containers"]
+    labels = manifest("Deployment", of="host")["spec"]["template"]["metadata"]["labels"]
+
+    assert volumes["secrets"]["secret"] == {"secretName": "host-secrets", "defaultMode": 0o440}
+    assert volumes["config"]["configMap"]["items"] == [{"key": "host.toml", "path": "worker.toml"}]
+    assert container["args"] == ["host"]
+    assert {variable["name"] for variable in container["env"]} == {
+        "WORKER_WEB__HEALTH_LISTEN",
+        "WORKER_HOST__TOKEN_FILE",
+    }
+    assert spec["terminationGracePeriodSeconds"] > DRAINED
+    assert manifest("Deployment", of="host")["spec"]["selector"]["matchLabels"] == labels
+    assert labels != manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
+    policy = manifest("NetworkPolicy", of="host")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["health"]
 
 
 def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
@@ -494,7 +536,7 @@ def test_nothing_that_is_shipped_imports_from_its_working_directory():
 
     assert {Path(name).name for name in starts} >= {
         *("worker.service", "worker-upgrade.service", "worker-provision.service", "orgworker"),
-        *("Containerfile", "dev"),
+        *("worker-host.service", "Containerfile", "dev"),
         *("installation.py", "zygote_handle.py", "catalogue.py"),
     }
     assert starts == {name: len(_SAFELY.findall(texts[name])) for name in starts}

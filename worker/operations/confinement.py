@@ -98,6 +98,8 @@ def _secrets(settings: Settings) -> Iterator[Secret]:
     yield from (Secret(os.path.realpath(folder), "secrets_dir") for folder in sorted(folders) if folder)
     with suppress(ConfigurationError):  # no key ring is configured
         yield Secret(os.path.realpath(settings.keyring_file), "the key ring")
+    if settings.host.token_file:
+        yield Secret(os.path.realpath(settings.host.token_file), "the host's token")
     file = settings.database.sqlite_file
     if file is not None:
         # The names of its journals, its lock and copies begin with its own.

@@ -296,6 +296,7 @@ class HostIncarnation:
 
         def on_renewal(renewal: Renewal) -> None:
             reconciler.take(renewal)
+            taking.reached()
             taking.wake.set()
 
         heartbeat = Heartbeat(

@@ -58,6 +58,8 @@ class CatalogueReader:
         await asyncio.Event().wait()
 
     async def _take(self, entry: HandlerEntry) -> None:
+        # First here: once it is stored, a worker may send runs of it to a host.
+        offered = self.handlers.add(entry)
         await self.sink.put(entry)
         if entry.error is not None:
             emit(
@@ -67,7 +69,7 @@ class CatalogueReader:
                 version=entry.version,
                 error=entry.error,
             )
-        elif self.handlers.add(entry):
+        elif offered:
             _report_unchecked(entry)
             await self.sink.offer(self.handlers.names())
             self.on_offered()

@@ -29,6 +29,7 @@ CREDENTIAL = ("--client-id", "b", "--secret-file", "-")
 # Each command as it would be right, and what it reads from standard input.
 RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "run": ((), ""),
+    "host": ((), ""),
     "serve": ((), ""),
     "provision": ((), ""),
     "demo": (("--seconds", "1"), ""),
@@ -103,9 +104,9 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "config show": ((), ""),
 }
 # These go on without an output of their own to choose.
-WITHOUT_OUTPUT = {"run", "serve", "provision", "demo", "completion", "new-job"}
+WITHOUT_OUTPUT = {"run", "host", "serve", "provision", "demo", "completion", "new-job"}
 # Servers change the process they are in, so they get one of their own.
-SERVERS = {"run", "serve", "provision"}
+SERVERS = {"run", "host", "serve", "provision"}
 NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job"}
 NEED_NO_DATABASE = NEED_NO_SETTINGS | {"db upgrade", "keys generate", "config show"}
 LIST_WHAT_IS_INSTALLED = {"handlers list", "handlers show"}
@@ -210,8 +211,9 @@ def test_a_database_of_a_newer_release_exits_78(site: CommandLine, tmp_path: Pat
     failing(elsewhere(tmp_path, f"sqlite:///{tmp_path / 'worker.db'}"), command, code=78)
 
 
-# Those that look at no database; `provision` has no issuer to follow here, and says that first.
-LOOK_AT_NO_DATABASE = NEED_NO_SETTINGS | {"keys generate", "config show", "provision"}
+# Those that look at no database. A host must not have one; `provision` has no issuer to follow here, and says
+# that first.
+LOOK_AT_NO_DATABASE = NEED_NO_SETTINGS | {"keys generate", "config show", "provision", "host"}
 
 
 @pytest.mark.parametrize("command", sorted(set(RIGHT) - LOOK_AT_NO_DATABASE))
@@ -226,6 +228,7 @@ def test_a_database_that_cannot_be_reached_exits_69(tmp_path: Path, command: str
 
 WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("run", ("more",), 2),
+    ("host", ("more",), 2),
     ("serve", ("more",), 2),
     ("demo", ("--seconds", "soon"), 2),
     ("completion", ("tcsh",), 2),

@@ -29,8 +29,8 @@ class TakeStore(Protocol):
 class Taking:
     """Fills this host's free slots. A request stays open for each kind of slot that is free.
 
-    `start` gets the attempts in order. `on_taking` is called when a worker answers, for the first time and
-    after each outage. `offers` is false until this host has a handler.
+    `start` gets the attempts in order. `on_taking` is called when this host can be given runs, for the first
+    time and after each outage. `offers` is false until it has a handler.
     """
 
     store: TakeStore
@@ -66,6 +66,12 @@ class Taking:
             if self._open:
                 await asyncio.wait(list(self._open))
 
+    def reached(self) -> None:
+        """A worker has answered: an open request of this host waits only for runs."""
+        if not self.taking and self._open:
+            self.taking = True
+            self.on_taking()
+
     def _uncovered(self) -> dict[Isolation, int]:
         """The slots to ask for: none while each kind that is free has an open request."""
         asked: Counter[Isolation] = Counter()
@@ -88,9 +94,7 @@ class Taking:
             return
         if attempts:
             self.start(attempts)
-        if not self.taking:
-            self.taking = True
-            self.on_taking()
+        self.reached()
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         del self._open[task]
