@@ -24,6 +24,7 @@ from bench.filling import HANDLER, PART, Filled, filled
 from worker.clock import SystemClock, to_text
 from worker.execution.loops import maintenance
 from worker.runs.fire import decide
+from worker.runs.run import Declared
 from worker.store import firing, sweeps
 from worker.store.database import Database
 
@@ -108,7 +109,10 @@ def fire(database: Database) -> int:
     while True:
         with database.transaction() as connection:
             report = firing.fire(
-                connection, lambda due, now: decide(due, now, lambda _: "inline"), limit=FIRED, specs=specs
+                connection,
+                lambda due, now: decide(due, now, lambda _: Declared("inline")),
+                limit=FIRED,
+                specs=specs,
             )
         fired += len(report.inserted)
         if not report.more:

@@ -29,6 +29,7 @@ from worker.definitions.triggers import parse_schedule
 from worker.definitions.zones import parse_zone
 from worker.ids import new_id
 from worker.runs.fire import decide, spread_of
+from worker.runs.run import Declared
 from worker.store import firing, tables
 
 ORGS = 100
@@ -110,7 +111,10 @@ def cost_of_a_fire(made: Installation, rounds: int = 7) -> float:
         while fired < FIRED:
             with made.database.transaction() as connection:
                 report = firing.fire(
-                    connection, lambda due, now: decide(due, now, lambda _: "inline"), limit=100, specs=specs
+                    connection,
+                    lambda due, now: decide(due, now, lambda _: Declared("inline")),
+                    limit=100,
+                    specs=specs,
                 )
             fired += len(report.inserted) + len(report.overlapped)
             if not report.more:

@@ -29,6 +29,7 @@ KINDS: dict[Any, str] = {
     timedelta: "a duration",
     tuple[str, ...]: "a list of texts",
     dict[str, str]: "a table of texts",
+    dict[str, bool | int | float | str]: "a table of values",
 }
 
 
@@ -63,9 +64,9 @@ def settings() -> str:
 
 
 def parts(text: str) -> Iterator[Part]:
-    """Yield the sections of the file, including the commented-out issuer."""
-    # The commented-out section is nested: its comments begin with `# # `.
-    text = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+    """Yield the sections of the file, including the commented-out ones."""
+    # The commented-out sections are nested: their comments begin with `# # `.
+    text = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
     # The text above the first setting introduces the whole file.
     part, words = Part("", ""), list[str]()
     for line in text.splitlines():
@@ -95,6 +96,8 @@ def _model(section: str) -> tuple[type[BaseModel], str]:
     if names[0] == "issuers":
         # The name of the issuer is the operator's.
         model, names = types.IssuerSettings, names[2:]
+    if names[0:1] == ["pools"]:
+        model, names = types.PoolSettings, names[2:]
     for name in names:
         model = type(model.model_fields[name].default)
     return model, f"{PREFIX}{section.upper().replace('.', '__')}__"

@@ -15,7 +15,7 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.operations.apply import apply
 from worker.runs.fire import decide
-from worker.runs.run import AdmittedRun
+from worker.runs.run import AdmittedRun, Declared
 from worker.store import catalogue, firing, tables
 from worker.store.database import Database
 
@@ -54,7 +54,7 @@ class Timeline:
         while True:
             with self.database.transaction() as connection:
                 report = firing.fire(
-                    connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={}
+                    connection, lambda due, now: decide(due, now, lambda _: Declared()), limit=100, specs={}
                 )
             now = self.clock.now()
             if not report.more and (report.next_fire_at is None or report.next_fire_at > now):

@@ -17,6 +17,7 @@ from worker.settings import (
     NOT_OF_HOSTS,
     ExecutionSettings,
     IssuerSettings,
+    PoolSettings,
     Settings,
     gather,
     load,
@@ -53,7 +54,7 @@ def test_the_shipped_file_changes_nothing():
 
 def test_the_shipped_file_names_every_setting():
     text = SHIPPED.read_text(encoding="utf-8")
-    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
     tree = tomllib.loads(uncommented)
 
     for name, field in Settings.model_fields.items():
@@ -61,11 +62,12 @@ def test_the_shipped_file_names_every_setting():
         if isinstance(field.default, Settings.__base__):
             assert set(tree[name]) == set(type(field.default).model_fields)
     assert set(tree["issuers"]["main"]) == set(IssuerSettings.model_fields)
+    assert set(tree["pools"]["eu"]) == set(PoolSettings.model_fields)
 
 
 def test_the_issuer_explained_in_the_shipped_file_is_one_of_defaults():
     text = SHIPPED.read_text(encoding="utf-8")
-    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\w+ = ).*)$", r"\1", text)
+    uncommented = re.sub(r"(?m)^# ((?:# |\[issuers|\[pools|\w+ = ).*)$", r"\1", text)
 
     issuer = load(written(uncommented), environ={}).issuers["main"]
 

@@ -44,6 +44,12 @@ def add(
         str | None,
         typer.Option("--timezone", metavar="ZONE", help="IANA zone of its schedules (default: UTC)."),
     ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            "--pool", metavar="POOL", help="Pool of its runs that name none elsewhere (default: default)."
+        ),
+    ] = None,
     output: OutputOption = Format.TABLE,
 ) -> None:
     """Add one org, or bring a removed one back. `credentials add` gives it a secret."""
@@ -59,6 +65,7 @@ def add(
         weight=weight,
         tags=frozenset(tag or ()),
         timezone=timezone,
+        pool=pool,
     )
     change(context, output, partial(add_org, entry=entry, issuers=session.settings.issuers))
 
@@ -68,7 +75,7 @@ def import_(context: typer.Context, file: FileArgument, output: OutputOption = F
     """Add or change orgs with their credentials from JSON lines, all or none.
 
     A line is {"code", "name", "issuer", "client_id", "client_secret"} and can have "tags",
-    "max_concurrent_runs", "weight" and "timezone". The same file again changes nothing. Then
+    "max_concurrent_runs", "weight", "timezone" and "pool". The same file again changes nothing. Then
     gives the orgs the definitions of their templates; interrupted, the workers do the rest.
     """
     from worker import wiring

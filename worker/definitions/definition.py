@@ -27,6 +27,7 @@ from worker.definitions import (
     fields,
 )
 from worker.definitions.fields import Fields, refusal, text
+from worker.definitions.pools import parse_pool
 from worker.definitions.triggers import Trigger, parse_schedule
 from worker.definitions.units import format_duration, format_memory, parse_duration, parse_memory
 from worker.definitions.zones import parse_zone
@@ -115,6 +116,10 @@ class Definition:
     """`child` or `inline`; default the handler's. The operator must allow `inline`."""
     memory: int | None = None
     """The limit of a run's memory, such as `512MiB`; default the handler's, else none."""
+    pool: str | None = None
+    """The pool whose workers or hosts run it, such as `eu-gpu`; default the handler's, the org's, else
+    `default`.
+    """
     priority: int = 0
     """Of an org's waiting runs, those with a higher priority start first."""
     max_concurrent: int | None = None
@@ -300,6 +305,7 @@ _KEYS: dict[str, _Form] = {
     "max_recoveries": _Form(fields.integer(0)),
     "isolation": _Form(fields.one_of(("child", "inline"))),
     "memory": _Form(parse_memory, format_memory),
+    "pool": _Form(parse_pool),
     "priority": _Form(fields.integer(-(2**31))),
     "max_concurrent": _Form(fields.integer(1)),
     "parked_counts": _Form(fields.boolean),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from worker.definitions import MAX_ATTEMPTS, TIMEOUT
 from worker.definitions.definition import from_spec, values_of
+from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.units import format_duration
 
 Source = Literal["definition", "template", "handler", "org", "issuer", "default"]
@@ -20,7 +21,15 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Limits and retries": (
         *("timeout", "cancel_grace", "max_attempts", "retry_backoff", "retry_backoff_max", "max_recoveries"),
-        *("pause_after_failures", "max_concurrent", "parked_counts", "priority", "memory", "isolation"),
+        *(
+            "pause_after_failures",
+            "max_concurrent",
+            "parked_counts",
+            "priority",
+            "memory",
+            "isolation",
+            "pool",
+        ),
     ),
     "Token and claims": (
         *("scopes", "audience", "requires_flag", "requires_properties", "max_claims_age", "api_origins"),
@@ -37,11 +46,12 @@ _WITHOUT: Mapping[str, tuple[Any, Source]] = {
     "timeout": (format_duration(TIMEOUT), "default"),
     "max_attempts": (MAX_ATTEMPTS, "default"),
     "isolation": ("child", "default"),
+    "pool": (DEFAULT_POOL, "default"),
     "misfire_within": ("one period, at least 1h", "default"),
     "start_deadline": ("one period, at least 1h", "default"),
 }
 # Keys whose default is the handler's value.
-_OF_HANDLER = ("scopes", "timeout", "max_attempts", "isolation", "memory")
+_OF_HANDLER = ("scopes", "timeout", "max_attempts", "isolation", "memory", "pool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ def effective(
     is_of_template: bool = False,
     handler: Mapping[str, Any] | None = None,
     org_timezone: str | None = None,
+    org_pool: str | None = None,
 ) -> dict[str, list[Effective]]:
     """The value in force of each key, by group.
 
@@ -78,6 +89,8 @@ def effective(
             return Effective(key, org_timezone, "org")
         if key in _OF_HANDLER and handler is not None and handler[key] not in (None, []):
             return Effective(key, handler[key], "handler")
+        if key == "pool" and org_pool:
+            return Effective(key, org_pool, "org")
         if values[key] is None and key in _WITHOUT:
             return Effective(key, *_WITHOUT[key])
         return Effective(key, values[key], "default")

@@ -14,6 +14,7 @@ from worker.definitions import fields
 from worker.definitions.budgets import BudgetEntry, parse_budget
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.definitions.fields import Fields, refusal
+from worker.definitions.pools import parse_pool
 from worker.definitions.units import MAX_DEPTH
 from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError, InvalidTrigger
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 # Replaces the org in the definition of a template.
 ANY_ORG = "*"
-_ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone")
+_ORG_KEYS = ("code", "name", "issuer", "max_concurrent_runs", "weight", "tags", "timezone", "pool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def parse_org(values: Any, entry: str) -> OrgEntry:
         weight=reader.take("weight", fields.integer(1), WEIGHT),
         tags=frozenset(reader.take("tags", fields.texts, no_tags)),
         timezone=timezone,
+        pool=reader.take("pool", parse_pool, None),
     )
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from importlib.metadata import EntryPoint
 from typing import Any, Self
 
+from worker.definitions.pools import parse_pool
 from worker.handlers.installed import FOLDERS, Distribution, distributions, environment
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
@@ -52,6 +53,7 @@ class HandlerEntry:
     memory: str | None = None
     max_concurrent: int | None = None
     state: bool = False
+    pool: str | None = None
     error: str | None = None
 
 
@@ -266,6 +268,8 @@ def _declared(described: Mapping[str, Any]) -> dict[str, Any]:
     scopes = described["scopes"]
     if described["isolation"] not in ("child", "inline") or not all(isinstance(it, str) for it in scopes):
         raise ValueError("its isolation or scopes are invalid")
+    if described["pool"] is not None:
+        parse_pool(described["pool"])
     return {**described, "scopes": tuple(scopes)}
 
 
@@ -282,4 +286,5 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "memory": _TEXT,
     "max_concurrent": _COUNT,
     "state": (bool,),
+    "pool": _TEXT,
 }

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.handlers import denials
 from worker.handlers.installed import distributions
@@ -37,7 +38,9 @@ def offer_of(job: Job) -> dict[str, Any]:
         parse_duration(job.timeout)
     if job.memory is not None:
         parse_memory(job.memory)
-    plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state")
+    if job.pool is not None:
+        parse_pool(job.pool)
+    plain = ("isolation", "timeout", "max_attempts", "memory", "max_concurrent", "state", "pool")
     schemas = {"params_schema": job.params_schema(), "settings_schema": job.settings_schema()}
     return {"scopes": sorted(job.scopes), **schemas, **{name: getattr(job, name) for name in plain}}
 

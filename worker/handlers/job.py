@@ -42,6 +42,8 @@ class Job:
     """Whether it uses `ctx.state`, which a definition with `overlap = "allow"` cannot have."""
     checkpoint: type[BaseModel] | None = None
     """A pydantic model of its checkpoints; without one `ctx.checkpoint` is plain JSON data."""
+    pool: str | None = None
+    """The pool that its runs execute in; default the org's, else `default`. The definition overrides it."""
 
     def __post_init__(self) -> None:
         self.__name__ = getattr(self.function, "__name__", self.name)
@@ -86,13 +88,15 @@ def job(
     max_concurrent: int | None = None,
     state: bool = False,
     checkpoint: type[BaseModel] | None = None,
+    pool: str | None = None,
 ) -> Callable[[Callable[..., Any]], Job]:
     """Declare a handler; register it as an entry point of group `worker.jobs` under `name`.
 
     `params` and `settings` are pydantic models: of the definition's params, and of
     the token's properties over the model's defaults. `timeout` is text such as `2h`,
     `memory` such as `512MiB`; `max_concurrent` holds over all workers. With `state` the
-    handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves.
+    handler has `ctx.state`; `checkpoint` is the pydantic model of what it saves. `pool` names where its
+    runs execute, such as `eu-gpu`.
 
     Raises:
         TypeError: the declaration is invalid, such as an inline handler that is not async.
@@ -123,6 +127,7 @@ def job(
             max_concurrent,
             state,
             checkpoint,
+            pool,
         )
         if isolation == "inline" and not declared.is_async:
             raise TypeError(f"{name} is inline and must be an async def, or it would block the worker")

@@ -83,6 +83,7 @@ def _next(row: Row, handlers: Handlers, at: datetime) -> tuple[list[NewRun], dat
     times = list(islice(trigger.occurrences(row["next_scheduled_for"]), room + 1))
     wanted = [time for time in times if time < row["range_until"]]
     stored = {"org_id": row["org_id"], "id": row["definition_id"], "revision": row["revision"]}
+    stored["org_pool"] = row["org_pool"]
     runs = [
         replace(
             new_run(stored, definition, handlers, origin="backfill", scheduled_for=time, at=at),

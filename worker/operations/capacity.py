@@ -181,7 +181,7 @@ class _Demand:
     ) -> tuple[Trigger, timedelta, _History, bool, str]:
         trigger = definition.trigger(org.timezone)
         history = self._history(definition)
-        isolation = definition.isolation or self._handlers.isolation_of(definition.handler)
+        isolation = definition.isolation or self._handlers.declared(definition.handler).isolation
         window = window_of(definition.schedule, trigger, definition.spread)
         count = trigger.count(self._start, self._children.end)
         if count and history.known:

@@ -240,8 +240,9 @@ def _write_rows(
             named = {"id": definition_id, "org_id": change.org_id, "name": change.name}
             rows.append(named | {"revision": revision, "created_at": at, "updated_at": at} | values)
             org = org_of[change.org_id]
-            of_org = {"org": change.org, "org_state": org.state, "org_timezone": org.timezone}
-            rest = {"spec": change.spec, "paused_at": None, "closed_at": None}
+            of_org = {"org": change.org, "org_state": org.state}
+            rest: Row = {"org_timezone": org.timezone, "org_pool": org.pool}
+            rest |= {"spec": change.spec, "paused_at": None, "closed_at": None}
             new.append(rows[-1] | of_org | rest)
         else:
             definition_id, revision = before["id"], before["revision"]

@@ -13,7 +13,7 @@ from worker.definitions.definition import Definition
 from worker.definitions.fields import refusal
 from worker.errors import UnknownHandler, did_you_mean
 from worker.handlers.schema import Schema, check_schema
-from worker.runs.run import Isolation
+from worker.runs.run import Declared
 from worker.store import catalogue
 from worker.store.dialect import Row
 
@@ -56,10 +56,12 @@ class Handlers:
                 self._rows.setdefault(row["name"], []).append(row)
         return self._rows.get(name, [])
 
-    def isolation_of(self, name: str) -> Isolation:
-        """Where the handler asks to run; an unknown handler runs in a child process."""
+    def declared(self, name: str) -> Declared:
+        """Where the handler asks to run."""
         row = self._usable(name)
-        return "inline" if row is not None and row["isolation"] == "inline" else "child"
+        if row is None:
+            return Declared()
+        return Declared("inline" if row["isolation"] == "inline" else "child", row["pool"])
 
     def scopes_of(self, name: str) -> frozenset[str]:
         """The scopes that the handler needs; none for an unknown handler."""

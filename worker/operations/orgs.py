@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 
 from worker.definitions.file import parse_org
+from worker.definitions.pools import parse_pool
 from worker.definitions.zones import parse_zone
 from worker.errors import Conflict, DefinitionError, InvalidTrigger, UsageError
 from worker.ids import OrgId, new_id
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 def columns_of(entry: OrgEntry) -> Row:
     """The columns of `orgs` that an entry sets."""
-    names = ("name", "issuer", "max_concurrent_runs", "weight", "timezone")
+    names = ("name", "issuer", "max_concurrent_runs", "weight", "timezone", "pool")
     return {name: getattr(entry, name) for name in names} | {"tags": sorted(entry.tags)}
 
 
@@ -56,7 +57,7 @@ def check_entry(entry: OrgEntry, issuers: Collection[str] | None) -> None:
     """Refuse an invalid entry. `issuers` are those of `worker.toml`, None if unknown.
 
     Raises:
-        UsageError: an unknown issuer or zone, or a number out of range.
+        UsageError: an unknown issuer or zone, an invalid pool, or a number out of range.
     """
     named = f"org {entry.code}"
     if issuers is not None and entry.issuer not in issuers:
@@ -77,6 +78,11 @@ def check_entry(entry: OrgEntry, issuers: Collection[str] | None) -> None:
             parse_zone(entry.timezone)
         except InvalidTrigger as error:
             raise UsageError(f"{named}: {error.message}", fix=error.fix) from None
+    if entry.pool is not None:
+        try:
+            parse_pool(entry.pool)
+        except ValueError as error:
+            raise UsageError(f"{named}, pool: {error}", fix="name the pool of a worker or host") from None
 
 
 def add_org(
@@ -369,5 +375,5 @@ def _parse(number: int, text: str) -> ImportLine:
 
 _FIX = (
     'a line is {"code", "name", "issuer", "client_id", "client_secret"}, and can have '
-    '"tags", "max_concurrent_runs", "weight" and "timezone"'
+    '"tags", "max_concurrent_runs", "weight", "timezone" and "pool"'
 )

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from worker.definitions import fields
 from worker.definitions.definition import Definition, from_spec
+from worker.definitions.pools import pool_of
 from worker.errors import AccessDenied, Conflict, DefinitionError, NotFound, UsageError
 from worker.ids import ALL_ORGS, DefinitionId, OrgId, RunId, new_id
 from worker.operations.changes import because, differing
@@ -314,6 +315,7 @@ def new_run(
 ) -> NewRun:
     """A run of a definition row's revision that can start at once."""
     run_id = RunId(new_id())
+    wants = handlers.declared(definition.handler)
     return NewRun(
         id=run_id,
         org_id=row["org_id"],
@@ -324,7 +326,8 @@ def new_run(
         scheduled_for=scheduled_for,
         available_at=at,
         idempotency_key=run_id,
-        isolation=definition.isolation or handlers.isolation_of(definition.handler),
+        isolation=definition.isolation or wants.isolation,
+        pool=pool_of(definition.pool, wants.pool, row["org_pool"]),
         serial=definition.serial,
         overlap=definition.overlap,
         priority=definition.priority,

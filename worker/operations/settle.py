@@ -73,8 +73,9 @@ def _decide(row: Row, at: datetime, handlers: Handlers, runs: list[NewRun], skip
             revision=row["revision"],
             next_scheduled_for=next_fire.next_scheduled_for,
             spec=row["spec"],
+            org_pool=row["org_pool"],
         )
-        decision = decide(due, max(at, next_fire.next_fire_at or at), handlers.isolation_of)
+        decision = decide(due, max(at, next_fire.next_fire_at or at), handlers.declared)
         runs.extend(decision.runs)
         skips.extend(decision.skips)
         next_fire = decision.next

@@ -345,6 +345,7 @@ def _entry_of(row: Row) -> OrgEntry:
         row["weight"],
         frozenset(row["tags"]),
         row["timezone"],
+        row["pool"],
     )
 
 

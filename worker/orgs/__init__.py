@@ -40,6 +40,8 @@ class OrgEntry:
     """Templates select orgs by these."""
     timezone: str | None = None
     """The default IANA time zone of its definitions; UTC if not set."""
+    pool: str | None = None
+    """The pool of its runs whose definition and handler do not name one; `default` if not set."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from worker.definitions import LEAST_PATIENCE, MisfirePolicy
 from worker.definitions.definition import Definition, Spread, from_spec
+from worker.definitions.pools import pool_of
 from worker.definitions.triggers import EveryTrigger, Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId, OrgId, RunId, new_id_at
-from worker.runs.run import Decision, DueDefinition, Isolation, NewRun, NewSkip, NextFire
+from worker.runs.run import Decision, Declared, DueDefinition, NewRun, NewSkip, NextFire
 
 # More runs than this are left to the next call, which follows at once.
 MOST_RUNS = 1000
@@ -30,7 +31,7 @@ SHARED = 64
 # Definitions that are kept, each with the spec that it was read from.
 SPECS_KEPT = 1000
 
-IsolationOf = Callable[[str], Isolation]
+DeclaredBy = Callable[[str], Declared]
 Row = Mapping[str, Any]
 
 
@@ -148,10 +149,10 @@ def window_of(schedule: str, trigger: Trigger, setting: Spread = "auto") -> time
     return WIDEST if schedule.strip().startswith("@") else _ZERO
 
 
-def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Decision:
+def decide(due: DueDefinition, now: datetime, declared: DeclaredBy) -> Decision:
     """Decide every scheduled time of a definition that is due at `now`.
 
-    `isolation_of` returns the isolation that a handler declares, for definitions without one.
+    `declared` says where a handler asks to run, for definitions that do not.
 
     Raises:
         DefinitionError: this version does not understand the stored spec or time zone.
@@ -159,7 +160,7 @@ def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Deci
     definition = _definition_of(due)
     trigger = definition.trigger(due.org_timezone)
     spread = spread_of(due.org_code, due.name, definition.schedule, trigger, definition.spread)
-    policy = definition.misfire_policy
+    policy, wants = definition.misfire_policy, declared(definition.handler)
     decided = _decide_due(trigger, policy, first=due.next_scheduled_for, now=now, spread=spread)
 
     def run_of(scheduled_for: datetime) -> NewRun:
@@ -177,7 +178,7 @@ def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Deci
             scheduled_for=scheduled_for,
             available_at=available_at,
             idempotency_key=run_id,
-            isolation=definition.isolation or isolation_of(definition.handler),
+            isolation=definition.isolation or wants.isolation,
             serial=definition.serial,
             overlap=definition.overlap,
             priority=definition.priority,
@@ -185,6 +186,7 @@ def decide(due: DueDefinition, now: datetime, isolation_of: IsolationOf) -> Deci
             max_concurrent=definition.max_concurrent,
             # For a missed time that still runs, the deadline counts from now.
             start_by=None if patience is None else max(available_at, now) + patience,
+            pool=pool_of(definition.pool, wants.pool, due.org_pool),
         )
 
     def skip_of(span: Span) -> NewSkip:
@@ -265,7 +267,7 @@ def _due_now(row: Row, now: datetime) -> Decision | None:
         first,
         row["spec"],
     )
-    return decide(due, now, lambda handler: "child")
+    return decide(due, now, lambda handler: Declared())
 
 
 def _overlap_note(definition: Definition, unfinished: Sequence[Row]) -> str:

@@ -17,6 +17,14 @@ SkipReason = Literal["missed", "overlap"]
 
 
 @dataclass(frozen=True, slots=True)
+class Declared:
+    """Where a handler asks to run, as `@job` says; an unknown one in a child process, in any pool."""
+
+    isolation: Isolation = "child"
+    pool: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NewRun:
     """A run to insert. Times are aware and in UTC.
 
@@ -134,6 +142,7 @@ class DueDefinition:
     revision: int
     next_scheduled_for: datetime
     spec: Mapping[str, Any]
+    org_pool: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

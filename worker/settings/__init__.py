@@ -27,6 +27,8 @@ from worker.settings.sections import (
     LogSettings,
     ManagementSettings,
     OperatorSettings,
+    PoolName,
+    PoolSettings,
     PortalSettings,
     ProvisioningSettings,
     RetentionSettings,
@@ -64,6 +66,7 @@ class Settings(Section):
     issuers: dict[IssuerName, IssuerSettings] = Field(default_factory=dict)
     tokens: TokenSettings = TokenSettings()
     execution: ExecutionSettings = ExecutionSettings()
+    pools: dict[PoolName, PoolSettings] = Field(default_factory=dict)
     web: WebSettings = WebSettings()
     alerts: AlertSettings = AlertSettings()
     tracing: TracingSettings = TracingSettings()
@@ -81,6 +84,11 @@ class Settings(Section):
     def api_origins(self) -> dict[str, tuple[str, ...]]:
         """The `api_origins` of each issuer."""
         return {name: issuer.api_origins for name, issuer in self.issuers.items()}
+
+    @property
+    def pool_rules(self) -> dict[str, dict[str, Any]]:
+        """What each pool requires, of those that require something."""
+        return {name: pool.requires for name, pool in self.pools.items() if pool.requires}
 
     @property
     def keyring_file(self) -> Path:
@@ -354,5 +362,7 @@ def _names_beside(keys: Keys) -> list[str]:
         return list(_OF_WEB[keys[1]].model_fields)
     if keys[0] == "issuers" and len(keys) > 3 and keys[2] == "management":
         return list(ManagementSettings.model_fields)
+    if keys[0] == "pools":
+        return list(PoolSettings.model_fields)
     section = IssuerSettings if keys[0] == "issuers" else Settings.model_fields[keys[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from worker.definitions.origins import parse_base_url, parse_origin, unencrypted
+from worker.definitions.pools import DEFAULT_POOL, parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.providers.management.mapping import parse_rule
 from worker.telemetry.masking import shown_url
@@ -117,6 +118,10 @@ def _tables(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _once(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
 def _tags(tags: dict[str, str]) -> dict[str, str]:
     for tag, rule in tags.items():
         parse_rule(tag, rule)
@@ -134,6 +139,9 @@ BaseUrl = Annotated[str, AfterValidator(_base_url)]
 Size = Annotated[str, AfterValidator(_size)]
 Listen = Annotated[str, BeforeValidator(_listen)]
 PublicUrl = Annotated[str, BeforeValidator(_public_url)]
+Pools = Annotated[tuple[str, ...], _each(parse_pool), AfterValidator(_once)]
+PoolName = Annotated[str, AfterValidator(parse_pool)]
+Requires = Annotated[dict[str, bool | int | float | str], BeforeValidator(_tables)]
 IssuerName = Annotated[str, _matching(r"[a-z0-9][a-z0-9_-]*", "a name of a-z, 0-9, _ and -, such as main")]
 
 
@@ -188,7 +196,9 @@ class IssuerSettings(Section):
 
 
 class ExecutionSettings(Section):
-    """`[execution]`: concurrency, sandbox, lease and drain of a worker."""
+    """`[execution]`: pools, concurrency, sandbox, lease and drain of a worker."""
+
+    pools: Pools = (DEFAULT_POOL,)
 
     max_children: int = Field(50, ge=0, le=10_000)
     spare_children: int = Field(2, ge=0, le=1000)
@@ -215,6 +225,13 @@ class ExecutionSettings(Section):
                 f"{self.lease.total_seconds():g}s; lower renew or raise lease"
             )
         return self
+
+
+class PoolSettings(Section):
+    """`[pools.NAME]`: what a token must carry so that a run may execute there, and what places its runs."""
+
+    requires: Requires = Field(default_factory=dict)
+    placer: Literal["pull", "temporal"] = "pull"
 
 
 class OperatorSettings(Section):

@@ -112,6 +112,7 @@ def lock_with_room_for_all_orgs(connection: Connection, limit: int) -> list[Row]
             unfinished_runs().label("unfinished"),
             _orgs.c.code.label("org"),
             _orgs.c.timezone.label("org_timezone"),
+            _orgs.c.pool.label("org_pool"),
             _definitions.c.name.label("definition"),
             _revisions.c.spec,
         )

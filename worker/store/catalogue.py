@@ -9,6 +9,7 @@ from datetime import datetime
 from sqlalchemy import Connection, delete, select
 
 from worker.handlers.catalogue import HandlerEntry
+from worker.runs.run import Declared
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, upsert
 
@@ -46,6 +47,16 @@ def offered(connection: Connection) -> set[tuple[str, str, str]]:
     """Distribution, version and name of every row."""
     query = select(_catalogue.c.distribution, _catalogue.c.version, _catalogue.c.name)
     return {(distribution, version, name) for distribution, version, name in connection.execute(query)}
+
+
+def declared(connection: Connection) -> dict[str, Declared]:
+    """Where each handler of any worker or host asks to run, without broken ones."""
+    columns = (_catalogue.c.name, _catalogue.c.isolation, _catalogue.c.pool)
+    query = select(*columns).where(_catalogue.c.error.is_(None)).limit(MOST)
+    return {
+        name: Declared("inline" if isolation == "inline" else "child", pool)
+        for name, isolation, pool in connection.execute(query)
+    }
 
 
 def entries(connection: Connection, name: str | None = None) -> list[Row]:

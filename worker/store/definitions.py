@@ -92,6 +92,7 @@ def _query() -> Select[Any]:
             _orgs.c.code.label("org"),
             _orgs.c.state.label("org_state"),
             _orgs.c.timezone.label("org_timezone"),
+            _orgs.c.pool.label("org_pool"),
             _schedule.c.next_scheduled_for,
             _schedule.c.next_fire_at,
         )

@@ -30,18 +30,20 @@ def find(connection: Connection, code: str, *, lock: bool = False) -> Row | None
 
 
 class Scheduling(NamedTuple):
-    """What schedules of an org depend on."""
+    """What schedules and runs of an org depend on."""
 
     state: str
     timezone: str | None
+    pool: str | None
 
 
 def scheduling_of_all_orgs(connection: Connection, org_ids: Iterable[OrgId]) -> dict[OrgId, Scheduling]:
-    """The state and time zone of these orgs."""
+    """The state, time zone and pool of these orgs."""
     found: dict[OrgId, Scheduling] = {}
     for part in chunks(sorted(set(org_ids))):
-        query = select(_orgs.c.id, _orgs.c.state, _orgs.c.timezone).where(among(connection, _orgs.c.id, part))
-        found |= {id_: Scheduling(state, zone) for id_, state, zone in connection.execute(query)}
+        columns = (_orgs.c.id, _orgs.c.state, _orgs.c.timezone, _orgs.c.pool)
+        query = select(*columns).where(among(connection, _orgs.c.id, part))
+        found |= {id_: Scheduling(*rest) for id_, *rest in connection.execute(query)}
     return found
 
 

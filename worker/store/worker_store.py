@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from sqlalchemy import Connection, Text, cast, select
 
 from worker.claims.claims import Claims
+from worker.claims.pools import PoolRules, Rules
 from worker.definitions.budgets import limit_of_property
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable
@@ -19,6 +20,7 @@ from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
+    Declared,
     FireReport,
     Isolation,
     LoadedState,
@@ -33,7 +35,18 @@ from worker.runs.run import (
     Upcoming,
 )
 from worker.runs.waits import NewWait, WaitState
-from worker.store import budgets, firing, spending, states, steps, sweeps, tables, workers
+from worker.store import (
+    budgets,
+    catalogue,
+    firing,
+    pools,
+    spending,
+    states,
+    steps,
+    sweeps,
+    tables,
+    workers,
+)
 from worker.store.bulk import among
 from worker.store.database import BatchLoader, Database
 from worker.store.dialect import database_now
@@ -125,12 +138,14 @@ class WorkerStore:
         lease: timedelta,
         *,
         pools: Sequence[str] = (DEFAULT_POOL,),
+        pool_rules: PoolRules | None = None,
     ) -> None:
         self.database = database
         self._heartbeat_database = heartbeat_database(database, lease)
         self._worker_id = worker_id
         self._lease = lease
         self._pools = pools
+        self.pool_rules = pool_rules or PoolRules()
         self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
         self._nothing_was_due = False
@@ -214,6 +229,23 @@ class WorkerStore:
         self._looks += 1
         known = None if self._looks % LOOK_AGAIN == 0 else self._budgets
         self._budgets = await self.database.call_autocommit(budgets.watched_for_all_orgs, known)
+
+    async def look_at_pools(self) -> Mapping[str, Declared]:
+        """Learn the rules that other workers stored; returns what the handlers of all workers declare."""
+
+        def read(connection: Connection) -> tuple[Rules, Mapping[str, Declared]]:
+            return pools.rules(connection), catalogue.declared(connection)
+
+        stored, declared = await self.database.call_autocommit(read)
+        self._take_rules(stored)
+        return declared
+
+    def _take_rules(self, stored: Rules) -> None:
+        """Enforce these rules too, and take no run of a pool for which this worker has others."""
+        known, self.pool_rules.stored = self.pool_rules.differing, stored
+        for pool in sorted(self.pool_rules.differing - known):
+            emit("pool.rules_differ", pool=pool, rules=self.pool_rules.own[pool], stored=stored.get(pool, {}))
+        self._admission.pools = self.pool_rules.usable(self._pools)
 
     def is_limited(self, org_id: OrgId) -> bool:
         """Whether an org has a budget that its runs check before steps and spends."""
@@ -415,6 +447,11 @@ class WorkerStore:
                 pools=self._pools,
             )
             self._budgets = budgets.watched_for_all_orgs(connection)
+            stored, changed = pools.store_rules(connection, self.pool_rules.own, by=socket.gethostname())
+        for pool in changed:
+            emit("pool.rules_changed", pool=pool, rules=stored[pool])
+        self.pool_rules.stored = stored
+        self._take_rules(stored)
 
     def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease and return the runs it covers; False if this incarnation was ended."""

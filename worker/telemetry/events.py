@@ -129,6 +129,12 @@ _ROWS = (
         "org meter per used limit",
         "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",
     ),
+    _info("pool.rules_changed", "pool rules", "this worker stored other rules for a pool, for all workers"),
+    _warning(
+        "pool.rules_differ",
+        "pool rules stored",
+        "a worker that started later stored other rules; this one takes no run of the pool until it restarts",
+    ),
     _info("history.forgotten", "runs skips lines workers", "deleted what `[retention]` no longer keeps"),
     # Tokens.
     _error(

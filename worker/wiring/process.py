@@ -14,6 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from random import SystemRandom
 
+from worker.claims.pools import PoolRules
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
 from worker.execution.attempts.attempt import attempt
@@ -69,6 +70,8 @@ SWITCH = 0.0001
 NO_HANDLER_EVERY = 5.0
 # Seconds after which a worker knows of a budget of `runs` or `run_seconds`.
 BUDGETS_EVERY = 2.0
+# Seconds after which a worker knows of other rules of pools, and of handlers that only others offer.
+POOLS_EVERY = 2.0
 # Seconds between two searches for parked runs whose first deadline has passed.
 WAKE_EVERY = 1.0
 # Seconds between two retention passes.
@@ -167,7 +170,14 @@ class Incarnation:
         self._started_at = self.clock.monotonic()
         self._is_ready = False
         settings, database = self.settings, self.database
-        self._store = WorkerStore(database, self.id, settings.execution.lease)
+        self._pool_rules = PoolRules(settings.pool_rules)
+        self._store = WorkerStore(
+            database,
+            self.id,
+            settings.execution.lease,
+            pools=settings.execution.pools,
+            pool_rules=self._pool_rules,
+        )
         self._handlers = HandlerRegistry(frozenset(settings.execution.inline))
         self._credentials = OpenedCredentials(database, self.keyring, settings.secrets_dir, self.clock)
 
@@ -190,6 +200,8 @@ class Incarnation:
         await self.database.run(
             self._store.register, version=VERSION, handlers=self._handlers.names(), capacity=capacity
         )
+        # Before the first run is fired: its handler may be one that only a host offers.
+        self._handlers.learn(await self._store.look_at_pools())
         if self.settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
             emit_recovered(await self._store.recover_all_others())
@@ -250,6 +262,7 @@ class Incarnation:
             clock=clock,
             random=SystemRandom(),
             digests=self.keyring.digests(),
+            pool_rules=self._pool_rules,
         )
 
         def wake_admission() -> None:
@@ -266,6 +279,9 @@ class Incarnation:
         async def wake_parked() -> None:
             if await store.wake_parked():
                 on_fired()
+
+        async def look_at_pools() -> None:
+            self._handlers.learn(await store.look_at_pools())
 
         chores = Chores(self.database, on_runs=wake_admission)
         dispatcher = Dispatcher(
@@ -323,6 +339,7 @@ class Incarnation:
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
         housekeeping.every(WAKE_EVERY, "waits", wake_parked)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
+        housekeeping.every(POOLS_EVERY, "pools", look_at_pools)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self.settings.retention), clock)

@@ -14,6 +14,7 @@ from worker.operations.apply import apply as apply_file
 from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.runs.fire import decide
+from worker.runs.run import Declared
 from worker.store import firing
 from worker.store.database import Database
 
@@ -42,7 +43,7 @@ def other(migrated_url, clock, database):
 
 
 def in_a_child(due, now):
-    return decide(due, now, lambda _: "child")
+    return decide(due, now, lambda _: Declared())
 
 
 def test_an_edit_waits_for_a_firing_under_way_and_settles_only_what_is_left(apply, database, other, rows):
@@ -125,7 +126,7 @@ def test_a_firing_after_a_suspension_finds_nothing_due(apply, database, rows):
 
     with database.transaction() as connection:
         report = firing.fire(
-            connection, lambda due, now: decide(due, now, lambda _: "child"), limit=10, specs={}
+            connection, lambda due, now: decide(due, now, lambda _: Declared()), limit=10, specs={}
         )
 
     assert (report.inserted, report.next_fire_at) == ([], None)

@@ -10,6 +10,7 @@ from sqlalchemy import update
 from worker.operations import settle as module
 from worker.operations.settle import outdated, recompute, recomputed
 from worker.runs.fire import decide
+from worker.runs.run import Declared
 from worker.store import firing, schema, tables
 
 HOUR = timedelta(hours=1)
@@ -85,7 +86,7 @@ def test_an_instant_that_has_fired_does_not_fire_again(apply, database, rows):
     past = rows.now() - timedelta(minutes=5)
     rows.make_due_since(past.replace(microsecond=0))
     with database.transaction() as connection:
-        firing.fire(connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={})
+        firing.fire(connection, lambda due, now: decide(due, now, lambda _: Declared()), limit=100, specs={})
     fired = rows.runs
     move(database, "nightly", -HOUR)
 

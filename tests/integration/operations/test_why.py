@@ -18,6 +18,7 @@ from worker.operations.orgs import set_org_state
 from worker.operations.runs import run_now
 from worker.operations.why import why, why_time
 from worker.runs.fire import decide
+from worker.runs.run import Declared
 from worker.store import firing, history, orgs, tables
 
 HOUR = timedelta(hours=1)
@@ -49,7 +50,7 @@ def ask(apply, database):
 
 def fire(database):
     with database.transaction() as connection:
-        firing.fire(connection, lambda due, now: decide(due, now, lambda _: "child"), limit=100, specs={})
+        firing.fire(connection, lambda due, now: decide(due, now, lambda _: Declared()), limit=100, specs={})
 
 
 def test_an_instant_with_a_run_is_that_runs(ask, database, rows):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
 
 from tests.fakes.stock import HANDLER, Stock
+from worker.claims.pools import PoolRules, Rules
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
-from worker.runs.run import AdmittedRun
-from worker.store import edit_runs, tables
+from worker.runs.run import AdmittedRun, Declared
+from worker.store import catalogue, edit_runs, tables
+from worker.store import pools as stored_pools
 from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore
 
@@ -153,3 +157,80 @@ def test_every_run_ends_up_in_its_pool_and_all_of_them_start(stock: Stock, seed:
             stock.finish(worker, stock.ended(run))
 
     assert started == wanted
+
+
+def opened(stock: Stock, rules: Rules | None = None, pools: Sequence[str] = ("default", "eu")) -> WorkerStore:
+    """The store of a worker that has just registered, with these rules in its configuration."""
+    store = WorkerStore(
+        stock.database,
+        WorkerId(new_id()),
+        timedelta(seconds=30),
+        pools=pools,
+        pool_rules=PoolRules(rules),
+    )
+    store.register(version="1", handlers=[HANDLER], capacity={})
+    return store
+
+
+async def admitted_by(store: WorkerStore) -> set[str]:
+    """The pools of the runs that the worker admits now."""
+    return {run.pool for run in await store.admit({HANDLER: None}, {"child": 50})}
+
+
+@pytest.mark.anyio
+async def test_a_worker_without_the_rules_of_a_pool_learns_those_that_another_stored(stock: Stock) -> None:
+    early = opened(stock)
+    opened(stock, {"eu": {"region": "eu", "copies": 2}})
+    late = opened(stock)
+
+    assert early.pool_rules.stored == {}
+    await early.look_at_pools()
+
+    for store in (early, late):
+        assert store.pool_rules.stored == {"eu": {"region": "eu", "copies": "2"}}
+        assert store.pool_rules.differing == set()
+
+
+@pytest.mark.anyio
+async def test_a_worker_with_older_rules_takes_no_run_of_that_pool(stock: Stock) -> None:
+    older = opened(stock, {"eu": {"region": "eu"}})
+    same = opened(stock, {"eu": {"region": "eu"}})
+    newer = opened(stock, {"eu": {"region": "europe"}})
+    stock.put(*(stock.run(stock.org(), pool=pool) for pool in ("default", "eu", "default", "eu")))
+    for store in (older, same, newer):
+        await store.look_at_pools()
+
+    assert await admitted_by(older) == {"default"}
+    assert await admitted_by(same) == set()
+    assert await admitted_by(newer) == {"eu"}
+
+    stock.put(stock.run(stock.org(), pool="eu"))
+    assert await admitted_by(older) == set()
+    assert await admitted_by(opened(stock, {"eu": {"region": "europe"}})) == {"eu"}
+
+
+@pytest.mark.anyio
+async def test_rules_stay_until_someone_forgets_them(stock: Stock) -> None:
+    store = opened(stock, {"eu": {"region": "eu"}})
+    other = opened(stock)
+
+    with stock.database.transaction() as connection:
+        assert stored_pools.forget_rules(connection, "eu") == {"region": "eu"}
+        assert stored_pools.forget_rules(connection, "eu") is None
+    await other.look_at_pools()
+    await store.look_at_pools()
+
+    assert other.pool_rules.stored == {}
+    assert store.pool_rules.differing == {"eu"}
+
+
+@pytest.mark.anyio
+async def test_what_handlers_of_other_workers_and_hosts_declare_is_known(stock: Stock) -> None:
+    entries = [
+        HandlerEntry("acme.gpu", "acme-jobs", "1", "acme:gpu", isolation="inline", pool="eu-gpu"),
+        HandlerEntry("acme.broken", "acme-jobs", "1", "acme:broken", pool="us", error="ImportError"),
+    ]
+    with stock.database.transaction() as connection:
+        catalogue.put(connection, entries, at=stock.now())
+
+    assert await opened(stock).look_at_pools() == {"acme.gpu": Declared("inline", "eu-gpu")}

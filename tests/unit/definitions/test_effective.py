@@ -11,7 +11,14 @@ from worker.definitions.definition import Definition
 from worker.definitions.effective import GROUPS, effective
 
 SPEC = {"handler": "acme.note", "schedule": "@hourly"}
-HANDLER = {"scopes": ["read:kb"], "timeout": "5m", "max_attempts": 7, "isolation": "inline", "memory": "1GiB"}
+HANDLER = {
+    "scopes": ["read:kb"],
+    "timeout": "5m",
+    "max_attempts": 7,
+    "isolation": "inline",
+    "memory": "1GiB",
+    "pool": "gpu",
+}
 
 
 def found(spec: dict[str, Any], key: str, **given: Any) -> tuple[Any, str]:
@@ -28,6 +35,7 @@ def found(spec: dict[str, Any], key: str, **given: Any) -> tuple[Any, str]:
         ("scopes", ["a"], ["read:kb"], []),
         ("isolation", "child", "inline", "child"),
         ("memory", "64MiB", "1GiB", None),
+        ("pool", "eu-gpu", "gpu", "default"),
     ],
 )
 def test_the_definition_wins_over_its_handler_and_that_over_the_default(
@@ -44,6 +52,12 @@ def test_a_zone_is_the_orgs_if_the_definition_names_none():
     assert found(SPEC, "timezone", org_timezone="Asia/Tokyo") == ("Asia/Tokyo", "org")
     assert found({**SPEC, "timezone": "UTC"}, "timezone", org_timezone="Asia/Tokyo") == ("UTC", "definition")
     assert found(SPEC, "timezone") == ("UTC", "default")
+
+
+def test_a_pool_is_the_orgs_if_neither_definition_nor_handler_name_one():
+    assert found(SPEC, "pool", org_pool="eu") == ("eu", "org")
+    assert found(SPEC, "pool", handler=HANDLER, org_pool="eu") == ("gpu", "handler")
+    assert found({**SPEC, "pool": "us"}, "pool", handler=HANDLER, org_pool="eu") == ("us", "definition")
 
 
 def test_what_a_template_made_comes_from_it():

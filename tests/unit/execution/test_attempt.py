@@ -14,6 +14,7 @@ import pytest
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims, Flag
+from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
 from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
 from worker.execution.attempts import run_services
@@ -88,6 +89,7 @@ class Site:
         self.pages: list[int] = []
         self.totals = (0, 0)
         self.outdated: list[dict[str, Any]] = []
+        self.pool_rules = PoolRules()
         self.handlers = HandlerRegistry()
         self.handlers.add(HandlerEntry("acme.digest", "acme-jobs", "1.0", "acme:digest", scopes=("read:kb",)))
         self.handlers.add(
@@ -167,6 +169,7 @@ class Site:
             run_log=RunLogWriter(self, self.clock),
             clock=self.clock,
             random=Random(7),
+            pool_rules=self.pool_rules,
         )
         return await attempt(InflightRun(admitted(**changes), StopSignal()), tools)
 
@@ -408,6 +411,53 @@ async def test_params_of_the_run_stand_over_those_of_the_definition(site: Site) 
     await site.attempt(params={"limit": 1})
 
     assert site.works[0].params == {"collection": "faq", "limit": 1}
+
+
+@pytest.mark.parametrize("rules", [{"eu": {"region": "eu"}}, {"eu": {"model_version": "gpt-5"}}])
+@pytest.mark.parametrize("source", ["own", "stored"])
+async def test_a_token_that_its_pool_does_not_allow_ends_the_run_before_anything_is_read(
+    clock: ManualClock, rules: dict[str, dict[str, str]], source: str
+) -> None:
+    site = Stateful(clock)
+    site.pool_rules = PoolRules(**{source: rules})
+    read: list[str] = []
+
+    async def noted(what: str) -> Any:
+        read.append(what)
+
+    site.load_progress = lambda run_id: noted("progress")  # type: ignore[method-assign, return-value]
+    site.load_state = lambda run: noted("state")  # type: ignore[method-assign, return-value]
+
+    ended = await site.attempt(pool="eu", attempt=2)
+
+    (property_name,) = rules["eu"]
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "pool_mismatch", property_name)
+    assert site.works == read == []
+    assert len(site.outdated) == 1
+    assert ended.trail.claims is not None
+
+
+async def test_a_token_that_its_pool_allows_goes_on_and_so_does_one_in_another_pool(site: Site) -> None:
+    site.pool_rules = PoolRules({"eu": {"model_version": "gpt-4"}, "us": {"region": "us"}})
+
+    for pool in ("eu", "default"):
+        assert (await site.attempt(pool=pool)).state == "succeeded"
+
+
+async def test_a_renewed_token_that_the_pool_no_longer_allows_ends_the_run_refused(site: Site) -> None:
+    site.pool_rules = PoolRules({"eu": {"model_version": "gpt-4"}})
+
+    async def renew(work: Work, services: RunServices, stop: StopSignal) -> None:
+        site.claims = replace(CLAIMS, properties={"model_version": "gpt-3"})
+        with pytest.raises(TokenRefused):
+            await services.token(fresh=True)
+        assert stop.killed
+
+    site.during = renew
+
+    ended = await site.attempt(pool="eu")
+
+    assert (ended.state, ended.reason, ended.detail) == ("refused", "pool_mismatch", "model_version")
 
 
 async def test_a_token_renewed_for_another_org_ends_the_run_refused(site: Site) -> None:

@@ -13,7 +13,7 @@ from worker.definitions.zones import parse_zone
 from worker.errors import DefinitionError
 from worker.ids import DefinitionId, OrgId
 from worker.runs.fire import decide, spread_of
-from worker.runs.run import Decision, DueDefinition, Isolation, NextFire
+from worker.runs.run import Decision, Declared, DueDefinition, Isolation, NextFire
 
 HOUR = timedelta(hours=1)
 
@@ -31,7 +31,7 @@ def fire(
         utc(first),
         {"handler": "acme.digest", "schedule": "0 * * * *"} | spec,
     )
-    return decide(due, utc(now), lambda handler: wants)
+    return decide(due, utc(now), lambda handler: Declared(wants))
 
 
 def test_a_due_instant_becomes_a_run_of_its_revision():

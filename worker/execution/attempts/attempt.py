@@ -105,6 +105,7 @@ async def prepare(inflight: InflightRun, trail: Trail, tools: Tools) -> Prepared
     # claims: enforced again, then flag and variant. `ensure` has compared the client, which it alone knows.
     properties = definition.requires_properties
     enforce(claims, org_code=org.code, client_id=None, scopes=scopes, properties=properties)
+    tools.pool_rules.enforce(run.pool, claims)
     flag = definition.requires_flag
     if flag is not None and not flag_is(claims, flag.name, flag.equals):
         return outcomes.Gated("flag_off", flag.name)

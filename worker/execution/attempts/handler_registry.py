@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from worker.handlers.catalogue import HandlerEntry
-from worker.runs.run import Isolation
+from worker.runs.run import Declared
+
+ANYWHERE = Declared()
 
 
 class HandlerRegistry:
@@ -14,6 +16,7 @@ class HandlerRegistry:
     def __init__(self, inline: frozenset[str] = frozenset()) -> None:
         self._inline = inline
         self._entries: dict[str, HandlerEntry] = {}
+        self._declared: Mapping[str, Declared] = {}
 
     def add(self, entry: HandlerEntry) -> bool:
         """Add an entry of the catalogue; returns whether it is offered."""
@@ -31,10 +34,16 @@ class HandlerRegistry:
         """Whether the operator allows this entry's distribution in the worker's process."""
         return entry.distribution in self._inline
 
-    def isolation_of(self, name: str) -> Isolation:
-        """Where a handler runs; in a child process if it is unknown here."""
+    def learn(self, declared: Mapping[str, Declared]) -> None:
+        """Take what handlers of all workers and hosts declare, for those that are not offered here."""
+        self._declared = declared
+
+    def declared(self, name: str) -> Declared:
+        """Where a handler asks to run: as it is installed here, else as another worker or host offers it."""
         entry = self._entries.get(name)
-        return "inline" if entry is not None and entry.isolation == "inline" else "child"
+        if entry is None:
+            return self._declared.get(name, ANYWHERE)
+        return Declared("inline" if entry.isolation == "inline" else "child", entry.pool)
 
     def scopes(self, handlers: Sequence[str]) -> frozenset[str]:
         if not handlers:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from worker.claims.claims import AccessToken, Claims
 from worker.claims.decode import enforce
 from worker.claims.digests import Digests
+from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import LeaseLost, TokenRefused, Unavailable
@@ -225,6 +226,7 @@ class Tools:
     clock: Clock
     random: Random
     digests: Digests | None = None
+    pool_rules: PoolRules = field(default_factory=PoolRules)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     async def prepare(self, runs: Sequence[AdmittedRun]) -> None:
@@ -267,6 +269,7 @@ class _Renewals:
         )
         inflight.hold(enforced.token)
         enforce(enforced.claims, org_code=org.code, client_id=None, scopes=inflight.scopes)
+        tools.pool_rules.enforce(inflight.run.pool, enforced.claims)
         if tools.budgets.limits_in_claims:
             await tools.budgets.note_claims(org.id, enforced.claims)
         return enforced.token, enforced.claims

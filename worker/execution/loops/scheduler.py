@@ -73,7 +73,7 @@ class Scheduler:
     def _decide(self, due: DueDefinition, now: datetime) -> Decision:
         """Decide one definition. One that cannot be read is reported and put off; its times stay due."""
         try:
-            return decide(due, now, self.handlers.isolation_of)
+            return decide(due, now, self.handlers.declared)
         except WorkerError as error:
             emit("definition.failed", org=due.org_code, definition=due.name, error=error.message)
             again = NextFire(due.definition_id, due.next_scheduled_for, now + PUT_OFF)

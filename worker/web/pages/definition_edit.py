@@ -116,7 +116,7 @@ class EditPages:
             named = fault.field.partition(".")[0] if isinstance(fault, DefinitionError) else ""
             return {
                 "definition": caller.sees(DefinitionDetail, row),
-                "groups": _fields(row, orgs.require(connection, org)["timezone"], given, named, fault),
+                "groups": _fields(row, orgs.require(connection, org), given, named, fault),
                 "open": OPEN,
                 **problem_of(fault),
                 "named": named if named in current else "",
@@ -148,14 +148,14 @@ def _planned(row: DefinitionDetail, changes: Mapping[str, Any]) -> list[Differen
 
 def _fields(
     row: DefinitionDetail,
-    org_timezone: str | None,
+    org: Mapping[str, Any],
     given: Mapping[str, str],
     named: str,
     problem: WorkerError | None,
 ) -> dict[str, list[Field]]:
     bare: dict[str, Any] = {key: row["spec"][key] for key in ("handler", "schedule")}
     try:
-        groups = effective(bare, enabled=True, org_timezone=org_timezone)
+        groups = effective(bare, enabled=True, org_timezone=org["timezone"], org_pool=org["pool"])
         defaults = {one.key: as_text(one.value) for group in groups.values() for one in group}
     except DefinitionError:
         defaults = {}

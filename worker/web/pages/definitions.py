@@ -81,7 +81,7 @@ class DefinitionPages:
                 "definition": caller.sees(DefinitionDetail, row),
                 "times": times,
                 "fault": fault,
-                "values": _effective(connection, row, org_row["timezone"]),
+                "values": _effective(connection, row, org_row),
                 "changes": _changes(caller, changes),
                 "older": changes[REVISIONS - 1]["revision"] if len(changes) > REVISIONS else None,
                 "is_newest": before is None,
@@ -217,7 +217,7 @@ def _next_times(
 
 
 def _effective(
-    connection: Connection, row: DefinitionDetail, org_timezone: str | None
+    connection: Connection, row: DefinitionDetail, org: Mapping[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
     handlers = catalogue.entries(connection, row["handler"])
     usable = next((one for one in handlers if one["error"] is None), None)
@@ -227,7 +227,8 @@ def _effective(
             enabled=row["enabled"],
             is_of_template=row["template"] is not None,
             handler=usable,
-            org_timezone=org_timezone,
+            org_timezone=org["timezone"],
+            org_pool=org["pool"],
         )
     except WorkerError:
         return {}

@@ -24,7 +24,7 @@ LOCK_NEWEST = LOCK.replace("ORDER BY next_fire_at", "ORDER BY next_fire_at DESC"
 
 # A separate statement: the snapshot of the one that locks is older than its locks.
 DUE = """
-SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
+SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
 FROM schedule s
 JOIN definitions d ON d.id = s.definition_id
 JOIN orgs o ON o.id = s.org_id
@@ -181,7 +181,7 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
         pairs = plain(id_ for id_, _ in missing), plain(revision for _, revision in missing)
         for id_, revision, spec in raw.execute(SPECS, pairs):
             specs[id_, revision] = shared_spec(spec)
-    return now, [DueDefinition(*(*row, specs[row[0], row[5]])) for row in due]
+    return now, [DueDefinition(*(*row[:7], specs[row[0], row[5]], row[7])) for row in due]
 
 
 def fire_write(connection: Connection, runs: Sequence[NewRun], next_fires: Sequence[NextFire]) -> Fired:

@@ -16,7 +16,7 @@ from worker.store.sql.contract import Fired, Specs, shared_spec, shares
 from worker.store.sql.sqlite.values import instant, json_list, json_text
 
 _DUE = """
-SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for
+SELECT s.definition_id, s.org_id, o.code, o.timezone, d.name, d.revision, s.next_scheduled_for, o.pool
 FROM (SELECT definition_id, org_id, next_scheduled_for, next_fire_at FROM schedule
       WHERE next_fire_at <= ? ORDER BY next_fire_at {order} LIMIT ?) s
 CROSS JOIN definitions d ON d.id = s.definition_id
@@ -85,13 +85,13 @@ def fire_lock(connection: Connection, *, limit: int, specs: Specs) -> tuple[date
         last = cursor.execute(NEWEST, (instant(now), newest)).fetchall()
         rows += [row for row in last if row[0] not in taken]
     due = []
-    for definition_id, org_id, code, timezone, name, revision, scheduled_for in rows:
+    for definition_id, org_id, code, timezone, name, revision, scheduled_for, pool in rows:
         spec = specs.get((definition_id, revision))
         if spec is None:
             (text,) = cursor.execute(SPEC, (definition_id, revision)).fetchone()
             spec = specs[definition_id, revision] = shared_spec(text)
         at = from_text(scheduled_for)
-        due.append(DueDefinition(definition_id, org_id, code, timezone, name, revision, at, spec))
+        due.append(DueDefinition(definition_id, org_id, code, timezone, name, revision, at, spec, pool))
     return now, due
 
 
