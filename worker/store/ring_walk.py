@@ -30,12 +30,18 @@ class RingWalk:
     """One worker's position in the ring of orgs; the next call continues where the last one stopped."""
 
     def __init__(
-        self, database: Database, worker_id: WorkerId, *, pools: Sequence[str] = (DEFAULT_POOL,)
+        self,
+        database: Database,
+        worker_id: WorkerId,
+        *,
+        pools: Sequence[str] = (DEFAULT_POOL,),
+        placing: bool = False,
     ) -> None:
         self._database = database
         self._worker_id = worker_id
-        # Those that the worker takes runs of.
+        # Those that the worker takes runs of; with `placing` for their hosts, within what these can take.
         self.pools = pools
+        self._placing = placing
         self._cursor = BEFORE_ALL
         self._complete = False
         # Runs that may go newest first; with few slots it takes several calls until one may.
@@ -135,6 +141,7 @@ class RingWalk:
                 pools=self.pools,
                 free=left,
                 first=first,
+                placing=self._placing,
             )
         for run in picked:
             left[run.isolation] -= 1

@@ -58,12 +58,13 @@ SECRETS: Mapping[str, frozenset[str]] = {
     "credentials": frozenset({"sealed"}),
     "access_tokens": frozenset({"sealed"}),
     "hosts": frozenset({"token_sha256"}),
+    "placements": frozenset({"ticket_sha256"}),
 }
 # Tables that no org reads: they name machines, or several orgs, or say who may log in.
 _NOT_FOR_ORGS = frozenset(
     {
         *("workers", "hosts", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
-        *("applications", "access_tokens", "pools"),
+        *("applications", "access_tokens", "pools", "placements"),
     }
 )
 # No role changes or deletes these rows; triggers prevent the owner, too.

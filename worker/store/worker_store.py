@@ -173,7 +173,13 @@ class WorkerStore:
         self, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> list[AdmittedRun]:
         """Mark waiting runs running; see `RingWalk.admit`. Those above a budget of their org wait again."""
-        return await self._hold_back(await self.database.run(self._admission.admit, offered, free))
+        return await self.admit_by(self._admission, offered, free)
+
+    async def admit_by(
+        self, walk: RingWalk, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
+    ) -> list[AdmittedRun]:
+        """As `admit`, by another walk: that of a pool whose runs this worker places on hosts."""
+        return await self._hold_back(await self.database.run(walk.admit, offered, free))
 
     async def _hold_back(self, admitted: list[AdmittedRun]) -> list[AdmittedRun]:
         """The admitted runs that may start; those above a budget of their org wait again."""

@@ -12,7 +12,7 @@ from worker.definitions.pools import DEFAULT_POOL
 from worker.ids import ALL_ORGS, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt, Trail
 from worker.runs.run import OwnedRun, Recovered
-from worker.store import tables
+from worker.store import placements, tables
 from worker.store.definitions import names_of
 from worker.store.dialect import database_now
 from worker.store.sql import statements
@@ -143,7 +143,8 @@ def recover(
     """Take over the runs of workers that ended or whose lease has passed.
 
     Their attempts are `lost`. The runs wait again (recovered), or fail (lost) after their
-    definition's `max_recoveries`, by default the given one. On SQLite only ended workers count.
+    definition's `max_recoveries`, by default the given one. A run that was on its way to a host waits again
+    without being counted. On SQLite only ended workers count.
     With `others_than` all other workers count as dead: for the holder of a SQLite file's lock.
     `still` is checked once the database has answered, since this connection may have hung.
     """
@@ -154,6 +155,9 @@ def recover(
     abandoned = hot.recover_lock(connection, others_than=others_than, limit=RECOVERED_AT_ONCE)
     if not abandoned:
         return []
+    if placed := placements.on_their_way(connection, [run.id for run in abandoned]):
+        _undo(connection, [run for run in abandoned if run.id in placed])
+        abandoned = [run for run in abandoned if run.id not in placed]
     most = _max_recoveries(connection, abandoned, max_recoveries)
     names = names_of(connection, ALL_ORGS, (run.definition_id for run in abandoned))
     now = database_now(connection)
@@ -179,6 +183,15 @@ def recover(
             if attempt.run_id in taken
         ]
     return recovered
+
+
+def _undo(connection: Connection, abandoned: Sequence[AbandonedRun]) -> None:
+    """Let runs wait again that no host has taken: nothing ran, so nothing was lost."""
+    for worker_id in sorted({run.worker_id for run in abandoned}):
+        fences = [(run.id, run.fencing_token) for run in abandoned if run.worker_id == worker_id]
+        placements.withdraw(
+            connection, worker_id, fences, detail="the worker that placed it is gone", after=timedelta()
+        )
 
 
 def _max_recoveries(

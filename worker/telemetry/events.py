@@ -121,6 +121,12 @@ _ROWS = (
     _warning(
         "run.recovered", "org run definition attempt worker state", "took over a run from a dead worker"
     ),
+    _debug("runs.placed", "pool count", "an engine offers `count` runs to the hosts of a pool"),
+    _warning("runs.unplaced", "pool count detail", "placed runs wait again, since no host took them"),
+    _warning(
+        "engine.lost", "pool error", "the engine that places the runs of a pool does not respond; they wait"
+    ),
+    _info("engine.back", "pool seconds", "the engine that places the runs of a pool responds again"),
     _error("result.unstorable", "org run attempt error", "the database rejects a result; the run fails"),
     _warning("logs.dropped", "lines", "dropped lines of run logs that came faster than they were written"),
     _debug("meter.spent", "meter amount", "runs spent `amount` of a meter that has a budget"),

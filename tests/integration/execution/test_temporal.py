@@ -13,9 +13,10 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 from tests.fakes.temporal import DevServer
-from worker.execution.placers import EngineUnavailable, Placement, Ticket
+from worker.execution.placers import EngineUnavailable
 from worker.execution.placers.temporal import ACTIVITY, TemporalPlacer, queue_of
 from worker.ids import RunId, new_id
+from worker.runs.placing import Placement, Ticket
 
 pytestmark = pytest.mark.anyio
 

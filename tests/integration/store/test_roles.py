@@ -31,6 +31,7 @@ NOT_OF_ORGS = {
     "catalogue",
     "facts",
     "pools",
+    "placements",
     "operators",
     "sessions",
     "login_transactions",

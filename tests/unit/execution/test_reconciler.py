@@ -160,3 +160,13 @@ async def test_an_incarnation_that_was_given_up_kills_everything_and_thaws_nothi
 
     assert held.stop.killed
     assert (bench.lost, bench.leases) == (1, [])
+
+
+async def test_a_run_on_its_way_to_a_host_is_not_handed_back() -> None:
+    bench = Bench()
+    bench.reconciler.is_placed = lambda run: run.id == "placed"
+
+    for _ in range(3):
+        await bench.renewal(owned("placed"), owned("lost"))
+
+    assert set(bench.handed_back) == {"lost"}

@@ -53,6 +53,8 @@ class Reconciler:
     cancel: Callable[[RunId, str], None]
     on_lease: Callable[[Lease], None]
     on_lost: Callable[[], None]
+    # Whether a run is on its way to a host: no process of this worker has it.
+    is_placed: Callable[[OwnedRun], bool] = lambda run: False
     _renewals: asyncio.Queue[Renewal] = field(default_factory=asyncio.Queue)
     _not_held: set[tuple[RunId, int]] = field(default_factory=set)
 
@@ -84,7 +86,7 @@ class Reconciler:
             if inflight is not None and inflight.run.fencing_token >= run.fencing_token:
                 if run.cancel_reason is not None and inflight.run.fencing_token == run.fencing_token:
                     self.cancel(run.id, run.cancel_reason)
-            elif renewal.held.get(run.id) != run.fencing_token:
+            elif renewal.held.get(run.id) != run.fencing_token and not self.is_placed(run):
                 not_held.add((run.id, run.fencing_token))
         twice = not_held & self._not_held
         self._not_held = not_held

@@ -17,7 +17,8 @@ from temporalio.common import ActivityIDReusePolicy, RetryPolicy
 from temporalio.exceptions import ActivityAlreadyStartedError
 from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
-from worker.execution.placers import EngineUnavailable, Placement, Standing, Ticket
+from worker.execution.placers import EngineUnavailable, Standing
+from worker.runs.placing import Placement, Ticket
 from worker.runs.run import Isolation
 
 # The type of the activities.
@@ -35,7 +36,7 @@ T = TypeVar("T")
 
 def queue_of(pool: str, isolation: Isolation) -> str:
     """The task queue of a pool: each isolation has slots of its own on a host, so a queue of its own."""
-    return f"orgworker.{pool}" if isolation == "child" else f"orgworker.{pool}.inline"
+    return f"orgworker.{pool}" if isolation == "child" else f"orgworker.{pool}:inline"
 
 
 class TemporalPlacer:

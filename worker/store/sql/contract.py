@@ -312,12 +312,13 @@ class Statements(Protocol):
         pools: Sequence[str],
         free: Mapping[Isolation, int],
         first: Collection[OrgId] = (),
+        placing: bool = False,
     ) -> list[AdmittedRun]:
         """Become the only admitter, then count, rank and mark runs of these orgs and pools as running.
 
         `orgs` says how many runs of each queue to read. Of equal ranks the runs of the orgs in `first` go
-        first. The transaction must contain nothing
-        else: on PostgreSQL it commits before the answer is read.
+        first. With `placing` no more than the free slots of the pools' hosts. The transaction must contain
+        nothing else: on PostgreSQL it commits before the answer is read.
         """
         ...
 

@@ -325,6 +325,21 @@ catalogue = Table(
     info={"meaning": "What the installed plug-ins offer."},
 )
 
+placements = Table(
+    "placements",
+    metadata,
+    Column("run_id", Id, primary_key=True),
+    required("fencing_token", BigInteger, "The fencing token that it was placed under."),
+    required("worker_id", Id, "The worker that placed it and owns it until a host takes it."),
+    required("pool", Text, "The pool whose hosts may take it."),
+    required(
+        "ticket_sha256", Text, "The hash of its ticket: a host that has the ticket takes the run, once."
+    ),
+    required("placed_at", Instant, "When it was placed."),
+    postgresql_with=UPDATED,
+    info={"meaning": "Admitted runs that an engine offers to the hosts of a pool, until one takes them."},
+)
+
 pools = Table(
     "pools",
     metadata,

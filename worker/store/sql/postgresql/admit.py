@@ -154,6 +154,21 @@ SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, p.later
 """
 
 
+# For a worker that only places runs: no more than the free slots of the pool's hosts, which every run counts
+# against that is placed there or runs there.
+ROOM = """
+LIMIT GREATEST(0, LEAST(%({isolation})s, (
+  SELECT COALESCE(sum((w.capacity->>'{slots}')::integer), 0) FROM workers w
+  WHERE w.host_id IS NOT NULL AND w.ended_at IS NULL AND w.lease_until > (SELECT clock_timestamp())
+    AND w.pools @> %(pool)s::jsonb) - (
+  SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
+  WHERE l.isolation = '{isolation}' AND l.pool = ANY(%(pools)s::text[]))))"""
+PLACE = CHOOSE
+for _isolation, _slots in (("child", "children"), ("inline", "inline")):
+    _limit = ROOM.format(isolation=_isolation, slots=_slots).strip()
+    PLACE = PLACE.replace(f"LIMIT %({_isolation})s", _limit)
+
+
 def admit_ring(
     connection: Connection,
     cursor: OrgId,
@@ -206,6 +221,7 @@ def admit_choose(
     pools: Sequence[str],
     free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
+    placing: bool = False,
 ) -> list[AdmittedRun]:
     raw = driver(connection)
     values = {
@@ -221,9 +237,11 @@ def admit_choose(
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }
+    if placing:
+        values["pool"] = compact_json(list(pools))
     # With COMMIT in the same pipeline: a worker that hangs must not keep the lock.
     with raw.pipeline():
         raw.execute(LOCK, (ADMISSION_LOCK,))
-        rows = raw.execute(CHOOSE, values)
+        rows = raw.execute(PLACE if placing else CHOOSE, values)
         raw.execute(COMMIT, prepare=False)
     return [AdmittedRun(*row) for row in rows.fetchall()]

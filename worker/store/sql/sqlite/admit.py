@@ -232,6 +232,20 @@ WHERE id IN {rows} AND state = 'waiting'
 """
 
 
+# What a worker counts that only places runs: the slots of the pool's hosts, and what takes them.
+ROOM = """
+SELECT COALESCE(sum(json_extract(w.capacity, '$.children')), 0),
+       COALESCE(sum(json_extract(w.capacity, '$.inline')), 0)
+FROM workers w
+WHERE EXISTS (SELECT 1 FROM json_each(w.pools) p JOIN json_each(?) e ON e.value = p.value)
+  AND w.host_id IS NOT NULL AND w.ended_at IS NULL AND w.lease_until > ?
+"""
+OF_POOL = """
+SELECT l.isolation, count(*) FROM live_runs l
+WHERE l.state = 'running' AND l.pool IN (SELECT value FROM json_each(?)) GROUP BY l.isolation
+"""
+
+
 def admit_ring(
     connection: Connection,
     cursor: OrgId,
@@ -279,8 +293,11 @@ def admit_choose(
     pools: Sequence[str],
     free: Mapping[Isolation, int],
     first: Collection[OrgId] = (),
+    placing: bool = False,
 ) -> list[AdmittedRun]:
     cursor = driver(connection).cursor()
+    if placing:
+        free = _room(cursor, pools, free, to_text(file_now(connection)))
     limited = [name for name, most in offered.items() if most is not None]
     registered, of_handlers, of_orgs = cursor.execute(
         COUNTS, (worker_id, json_list(limited), json_list(orgs))
@@ -296,6 +313,14 @@ def admit_choose(
     picked = best(reader, counted, limits, frozenset(first))
     in_one_step(cursor, ADMIT, [(run[ID],) for run in picked], first=(worker_id, to_text(now)))
     return [_admitted(run, now) for run in picked]
+
+
+def _room(cursor: Any, pools: Sequence[str], free: Free, now: str) -> Free:
+    """At most the free slots of the pool's hosts."""
+    children, inline = cursor.execute(ROOM, (json_list(pools), now)).fetchone()
+    running = dict(cursor.execute(OF_POOL, (json_list(pools),)).fetchall())
+    slots: Free = {"child": children, "inline": inline}
+    return {kind: max(0, min(most, slots[kind] - running.get(kind, 0))) for kind, most in free.items()}
 
 
 def _admitted(run: Candidate, now: datetime) -> AdmittedRun:

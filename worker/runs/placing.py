@@ -1,0 +1,89 @@
+"""Placing: admitted runs on their way to a host, the tickets for taking them, and the room of hosts. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from worker.ids import RunId
+from worker.runs.run import AdmittedRun, Isolation
+from worker.secret import Secret
+
+# A run and the fencing token that it was admitted under.
+Fence = tuple[RunId, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An admitted run on its way to a host, under one fencing token."""
+
+    run_id: RunId
+    fencing_token: int
+    pool: str
+    isolation: Isolation
+
+    @classmethod
+    def of(cls, run: AdmittedRun) -> Placement:
+        return cls(run.id, run.fencing_token, run.pool, run.isolation)
+
+    @property
+    def fence(self) -> Fence:
+        return self.run_id, self.fencing_token
+
+
+class Ticket:
+    """What a host takes one run with, once: `RUN.FENCING_TOKEN.SECRET`. The database has its hash only."""
+
+    __slots__ = ("_secret", "fencing_token", "run_id")
+
+    def __init__(self, run_id: RunId, fencing_token: int, secret: Secret) -> None:
+        self.run_id = run_id
+        self.fencing_token = fencing_token
+        self._secret = secret
+
+    @classmethod
+    def new(cls, run_id: RunId, fencing_token: int) -> Ticket:
+        return cls(run_id, fencing_token, Secret(secrets.token_urlsafe(32)))
+
+    @classmethod
+    def parse(cls, text: str) -> Ticket | None:
+        """The ticket in this text; None if it is not one."""
+        run_id, _, rest = text.partition(".")
+        number, _, secret = rest.partition(".")
+        if not (number.isascii() and number.isdigit() and len(number) < 19 and secret and run_id):
+            return None
+        return cls(RunId(run_id), int(number), Secret(secret))
+
+    def reveal(self) -> str:
+        return f"{self.run_id}.{self.fencing_token}.{self._secret.reveal()}"
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.reveal().encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placement that no host has taken; `age` is the time since it was placed."""
+
+    placement: Placement
+    age: timedelta
+    cancel_requested: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRoom:
+    """What a pool's hosts can take: their free slots by isolation, and the handlers that all of them offer.
+
+    A handler comes with the limit of its concurrent runs, or None.
+    """
+
+    free: Mapping[Isolation, int]
+    handlers: Mapping[str, int | None]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.handlers or not any(self.free.values())
