@@ -17,6 +17,7 @@ from worker.definitions.origins import is_listed, unencrypted
 from worker.errors import ConfigurationError
 from worker.settings.sections import (
     AlertSettings,
+    AttemptsSettings,
     DatabaseSettings,
     ExecutionSettings,
     HostSettings,
@@ -68,6 +69,7 @@ class Settings(Section):
     execution: ExecutionSettings = ExecutionSettings()
     pools: dict[PoolName, PoolSettings] = Field(default_factory=dict)
     web: WebSettings = WebSettings()
+    attempts: AttemptsSettings = AttemptsSettings()
     alerts: AlertSettings = AlertSettings()
     tracing: TracingSettings = TracingSettings()
     provisioning: ProvisioningSettings = ProvisioningSettings()

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -325,6 +325,34 @@ class WebSettings(Section):
     def _two_addresses(self) -> WebSettings:
         if self.health_listen and self.health_listen == self.listen:
             raise ValueError('health_listen equals listen; use another port, or leave it ""')
+        return self
+
+
+class AttemptsSettings(Section):
+    """`[attempts]`: where hosts reach the attempt API of a worker; an empty address turns it off."""
+
+    listen: Listen = ""
+    certificate: str = ""
+    key: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the address."""
+        host = self.listen.rpartition(":")[0].strip("[]")
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> AttemptsSettings:
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("certificate and key must be given together")
+        if self.listen and not self.is_local and not self.certificate:
+            raise ValueError(
+                f"listen = {self.listen!r} is reachable from other machines, and tokens of orgs pass there: "
+                "set certificate and key, or listen on 127.0.0.1"
+            )
         return self
 
 

@@ -5,8 +5,8 @@ A host is found by the SHA-256 of its token, in lower-case hexadecimal. The call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ from sqlalchemy import Connection, and_, func, insert, select, tuple_, update
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
+from worker.runs.hosts import HostCaller
 from worker.runs.run import AdmittedRun
 from worker.store import tables
 from worker.store.dialect import Row, all_rows, database_now, first_row
@@ -26,21 +27,6 @@ _catalogue = tables.catalogue
 _SHOWN = ("id", "name", "pool", "created_at", "created_by", "seen_at")
 # Fields of an admitted run that are columns of the same name.
 _RUN = [key.name for key in fields(AdmittedRun)]
-
-
-@dataclass(frozen=True, slots=True)
-class HostCaller:
-    """A host that makes a call, and its incarnation: None if that is another host's or unknown.
-
-    `ended` if the incarnation has ended, or served another pool than its host has now.
-    """
-
-    id: str
-    name: str
-    pool: str
-    worker: WorkerId | None = None
-    ended: bool = False
-    token_sha256: str = field(default="", repr=False)
 
 
 def find(connection: Connection, token_sha256: str, incarnation: str | None) -> HostCaller | None:
@@ -70,7 +56,9 @@ def begin(
     *,
     lease: timedelta,
     capacity: Mapping[str, Any],
-    **identity: Any,
+    host: str,
+    pid: int,
+    version: str,
 ) -> None:
     """Start an incarnation of a host; its lease starts now."""
     register(
@@ -81,7 +69,9 @@ def begin(
         capacity=capacity,
         pools=(caller.pool,),
         host_id=caller.id,
-        **identity,
+        host=host,
+        pid=pid,
+        version=version,
     )
     seen = database_now(connection)
     connection.execute(update(_hosts).where(_hosts.c.id == caller.id).values(seen_at=seen))
@@ -119,6 +109,13 @@ def offered_by(connection: Connection, worker_id: WorkerId) -> list[HandlerEntry
     return list(named.values())
 
 
+def offer(connection: Connection, worker_id: WorkerId, names: Iterable[str]) -> None:
+    """Add to the handlers that an incarnation offers."""
+    mine = _workers.c.id == worker_id
+    known = connection.execute(select(_workers.c.handlers).where(mine).with_for_update()).scalar_one()
+    connection.execute(update(_workers).where(mine).values(handlers=sorted({*known, *names})))
+
+
 def of_workers(connection: Connection, names: Sequence[str]) -> set[str]:
     """Of these handlers those that workers offer now, whose rows in the catalogue no host changes."""
     alive = (_workers.c.ended_at.is_(None), _workers.c.host_id.is_(None))
@@ -126,6 +123,17 @@ def of_workers(connection: Connection, names: Sequence[str]) -> set[str]:
         name for row in connection.execute(select(_workers.c.handlers).where(*alive)) for name in row[0]
     }
     return offered.intersection(names)
+
+
+def ended(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, int]) -> set[tuple[RunId, int]]:
+    """Of these attempts those whose end is stored as the incarnation's, and not because it was lost."""
+    of = tables.attempts.c
+    rows = connection.execute(
+        select(of.run_id, of.fencing_token).where(
+            of.run_id.in_(sorted(fences)), of.worker_id == worker_id, of.outcome != "lost"
+        )
+    )
+    return {(run_id, fence) for run_id, fence in rows if fences[run_id] == fence}
 
 
 def add(connection: Connection, row: Mapping[str, Any]) -> None:

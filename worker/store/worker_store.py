@@ -178,7 +178,7 @@ class WorkerStore:
     async def admit_by(
         self, walk: RingWalk, offered: Mapping[str, int | None], free: Mapping[Isolation, int]
     ) -> list[AdmittedRun]:
-        """As `admit`, by another walk: that of a pool whose runs this worker places on hosts."""
+        """As `admit`, by another walk: that of a host, or of a pool whose runs are placed on hosts."""
         return await self._hold_back(await self.database.run(walk.admit, offered, free))
 
     async def _hold_back(self, admitted: list[AdmittedRun]) -> list[AdmittedRun]:
@@ -198,9 +198,13 @@ class WorkerStore:
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts; returns the runs whose attempt is stored as given."""
+        return await self.finish_by(self._worker_id, ended)
+
+    async def finish_by(self, worker_id: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        """The same for the incarnation that owns them: a host's."""
         await self._charge(ended)
         return await self.database.call(
-            lambda connection: statements(connection).finish(connection, self._worker_id, ended)
+            lambda connection: statements(connection).finish(connection, worker_id, ended)
         )
 
     @property

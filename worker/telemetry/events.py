@@ -241,6 +241,8 @@ _ROWS = (
     # Web, alerts and traces.
     _warning("traces.lost", "error", "the collector does not accept spans; they are dropped until it does"),
     _info("traces.back", "spans", "the collector accepts spans again; `spans` were dropped"),
+    _info("host.registered", "host pool worker version", "a host has started an incarnation, here `worker`"),
+    _info("attempts.listening", "address", "the attempt API, for hosts, listens on this address"),
     _info("web.listening", "address", "the web server listens on this address"),
     _warning("web.unavailable", "address error", "cannot listen on this address; retrying, the worker runs"),
     _error(

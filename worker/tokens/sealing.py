@@ -130,6 +130,23 @@ class KeyRing:
         """The access token, or None if the ring lacks its key, or it is of another place or damaged."""
         return self._open(sealed, key_id, _token_place(place, key_id))
 
+    def seal_attempt(self, text: str, place: Sequence[object]) -> str:
+        """What a worker records of an attempt on a host, sealed for one `place`, of JSON values, as text."""
+        key_id = self.sealing_key_id
+        nonce = os.urandom(NONCE_BYTES)
+        data = _attempt_place(place, key_id)
+        sealed = FORMAT + nonce + self._keys[key_id].encrypt(nonce, text.encode(), data)
+        return f"{key_id}.{base64.b64encode(sealed).decode()}"
+
+    def open_attempt(self, sealed: str, place: Sequence[object]) -> str | None:
+        """That record, or None if the ring lacks its key, or it is of another place or was changed."""
+        key_id, _, encoded = sealed.partition(".")
+        try:
+            raw = base64.b64decode(encoded, validate=True)
+        except ValueError:
+            return None
+        return self._open(raw, key_id, _attempt_place(place, key_id))
+
     def unseal(self, sealed: bytes, key_id: str, *, org_id: str, credential_id: str) -> str:
         """The secret of one row.
 
@@ -205,6 +222,11 @@ def _row(org_id: str, credential_id: str, key_id: str) -> bytes:
 def _token_place(place: Sequence[object], key_id: str) -> bytes:
     # No row of a secret has the same text.
     return json.dumps(["access token", *place, key_id]).encode()
+
+
+def _attempt_place(place: Sequence[object], key_id: str) -> bytes:
+    # No row of a secret or token has the same text.
+    return json.dumps(["attempt", *place, key_id]).encode()
 
 
 def _new_line() -> str:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -125,7 +126,7 @@ class _Server(uvicorn.Server):
 class WebServer:
     """Serves one application for as long as the `async with` lasts, and restarts after failures.
 
-    Without a `listener` it retries until the address is free.
+    Without a `listener` it retries until the address is free. With `tls` it speaks HTTPS only.
     """
 
     def __init__(
@@ -137,8 +138,12 @@ class WebServer:
         *,
         connections: Connections | None = None,
         deadlines: Deadlines | None = None,
+        tls: ssl.SSLContext | None = None,
+        event: str = "web.listening",
     ) -> None:
         self._app = app
+        self._tls = tls
+        self._event = event
         self._connections = Connections() if connections is None else connections
         self._deadlines = deadlines or Deadlines()
         self._listen = listen
@@ -195,10 +200,11 @@ class WebServer:
             proxy_headers=False,
             backlog=ACCEPTED,
             timeout_graceful_shutdown=LAST_RESPONSES,
+            ssl_context_factory=None if (tls := self._tls) is None else lambda _config, _default: tls,
         )
         self._server = _Server(config)
         host, port = listener.getsockname()[:2]
-        emit("web.listening", address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        emit(self._event, address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         # A copy: uvicorn closes its socket, and may have to be started again.
         with listener.dup() as copy:
             await self._server.serve(sockets=[copy])

@@ -53,6 +53,7 @@ from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.web.health import Health
 from worker.wiring import find_keyring, open_keyring
+from worker.wiring.attempts import AttemptListener
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
@@ -103,6 +104,8 @@ def run(settings: Settings) -> int:
         health = Health(metrics_of(settings, version=VERSION), sandbox=confinement.level)
         web = Web(settings, clock, health, open_ring=partial(find_keyring, settings))
         web.bind()
+        hosts = AttemptListener(settings.attempts, clock)
+        hosts.bind()
         if not settings.keyring_file.exists():
             check_ring(database, None, str(settings.keyring_file))
         children = ChildPool(
@@ -133,13 +136,13 @@ def run(settings: Settings) -> int:
 
         def incarnate(signals: Signals) -> Incarnation:
             return Incarnation(
-                settings, database, keyring, children, notifier, signals, clock, health, confinement
+                settings, database, keyring, children, notifier, signals, clock, health, confinement, hosts
             )
 
         async def serve() -> int:
             own_connection = heartbeat_database(database, execution.lease)
             with traces, monitoring(settings.alerts, own_connection, clock, health):
-                async with web.serving():
+                async with web.serving(), hosts.serving():
                     await database.run(web.print_link, database)
                     return await run_incarnations(
                         incarnate, children, notifier, clock, waiting="waiting for the database"
@@ -163,6 +166,7 @@ class Incarnation:
     clock: Clock
     health: Health
     confinement: Confinement
+    hosts: AttemptListener
 
     def __post_init__(self) -> None:
         self.health.starting()
@@ -225,6 +229,9 @@ class Incarnation:
             try:
                 unwritten = not await supervisor.run()
             finally:
+                api, self.hosts.attempts.api = self.hosts.attempts.api, None
+                if api is not None:
+                    await api.close()
                 await tokens.close()
         if supervisor.lost and not self.signals.count:
             return None
@@ -265,15 +272,20 @@ class Incarnation:
             pool_rules=self._pool_rules,
         )
 
+        def wake_own() -> None:
+            admission.wake.set()
+
         def wake_admission() -> None:
             admission.wake.set()
+            if api is not None:
+                api.wake()
 
         def wake_loops() -> None:
             scheduler.wake.set()
-            admission.wake.set()
+            wake_admission()
 
         def on_fired() -> None:
-            admission.wake.set()
+            wake_admission()
             wakeups.request()
 
         async def wake_parked() -> None:
@@ -284,9 +296,9 @@ class Incarnation:
             self._handlers.learn(await store.look_at_pools())
 
         chores = Chores(self.database, on_runs=wake_admission)
-        dispatcher = Dispatcher(
-            tools, attempt, inflight_runs, store, on_free=wake_admission, on_end=chores.ended
-        )
+        api = self.hosts.api(store, tools, execution, self._credentials.ring, chores.ended)
+        self.hosts.attempts.api, self.hosts.attempts.draining = api, False
+        dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=wake_own, on_end=chores.ended)
         admission = Admission(
             store,
             inflight_runs,
@@ -333,7 +345,7 @@ class Incarnation:
 
         def on_recovered(recovered: Sequence[Recovered]) -> None:
             chores.recovered(recovered)
-            admission.wake.set()
+            wake_admission()
 
         housekeeping = Housekeeping()
         housekeeping.every(max(poll, 1.0), "sweep", partial(sweep, store))
@@ -415,6 +427,7 @@ class Incarnation:
         emit("worker.ready", worker=self.id, seconds=round(self.clock.monotonic() - self._started_at, 3))
 
     def _draining(self, running: int) -> None:
+        self.hosts.attempts.draining = True
         seconds = self.settings.execution.drain.total_seconds()
         self.notifier.stopping(seconds + LAST_FLUSH)
         emit("worker.draining", worker=self.id, running=running, seconds=seconds)

@@ -10,8 +10,8 @@ from tests.fakes.stock import LEASE, Stock
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations import hosts as operations
+from worker.runs.hosts import HostCaller
 from worker.store import catalogue, hosts, sign_in, tables, workers
-from worker.store.hosts import HostCaller
 
 SLOTS: Mapping[str, Any] = {"children": 2, "inline": 5}
 

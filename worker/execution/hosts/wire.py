@@ -146,6 +146,15 @@ def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
     return {isolation: _count(message.get(isolation, 0), isolation, MOST_SLOTS) for isolation in ISOLATIONS}
 
 
+@_reader
+def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
+    """The free slots of a host, and the seconds that it waits for attempts."""
+    wait = float(message.get("wait", 0.0))
+    if not wait >= 0.0:
+        raise ValueError("wait is not a number of seconds")
+    return slots_of(message.get("free", {})), min(wait, LONGEST_WAIT)
+
+
 def entry_message(entry: HandlerEntry) -> Message:
     return asdict(entry) | {"scopes": sorted(entry.scopes)}
 

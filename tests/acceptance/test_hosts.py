@@ -1,0 +1,132 @@
+"""A host runs handlers for a worker, over the attempt API, without the database and the key ring."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.handlers import read_journal
+from tests.fakes.ports import free_port
+from tests.fakes.site import Site, application, definition, wait_until
+
+EXECUTION = 'lease = "4s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 0\nmax_inline = 0'
+
+
+class Hosts:
+    """The hosts of a site, each a process with a folder of its own."""
+
+    def __init__(self, site: Site, port: int) -> None:
+        self.site = site
+        self.port = port
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str = "h1", pool: str = "default", execution: str = "") -> subprocess.Popen[bytes]:
+        added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
+        folder = self.site.folder / name
+        folder.mkdir()
+        token = folder / "token"
+        token.write_text(added["token"])
+        token.chmod(0o600)
+        config = folder / "host.toml"
+        config.write_text(
+            f"""\
+[host]
+control = ["http://127.0.0.1:{self.port}"]
+token_file = "{token}"
+[execution]
+sandbox = "auto"
+write_paths = ["{self.site.out}"]
+{execution}
+"""
+        )
+        environment = {**self.site.process_environment()}
+        with self.log(name).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker", "--config", str(config), "host"],
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+        self._processes.append(process)
+        return process
+
+    def log(self, name: str = "h1") -> Path:
+        return self.site.folder / name / "host.log"
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def hosts(site_on_either: Site) -> Iterator[Hosts]:
+    port = free_port()
+    site_on_either.configure(execution=EXECUTION, extra=f'[attempts]\nlisten = "127.0.0.1:{port}"')
+    made = Hosts(site_on_either, port)
+    yield made
+    made.close()
+
+
+def test_a_host_runs_what_the_worker_fires(hosts: Hosts, journal: Any) -> None:
+    """Steps, a sleep and an answer, over three attempts."""
+    site = hosts.site
+    site.start_worker()
+    site.wait_for_handlers("acme.approved")
+    hosts.start()
+    site.add_orgs(application("org_acme"))
+    params = {"journal": str(journal), "sleep": "1s"}
+    site.apply(definition("org_acme", "ask", "acme.approved", params=params))
+    site.cli("definitions", "run", "org_acme", "ask")
+
+    def asks() -> bool:
+        return bool(site.runs(definition="ask")[0]["reason"] == "answer")
+
+    wait_until(asks, "the run to ask", timeout=60)
+    run = str(site.runs(definition="ask")[0]["id"])
+    site.cli("runs", "answer", run, "approval", "--data", '{"yes": true}')
+
+    ended = site.wait_for_state("ask", "succeeded", attempt=3, timeout=30)
+    assert ended["result"] == {"answer": {"yes": True}, "published": "publish"}
+    assert [entry["what"] for entry in read_journal(journal, "paid")] == ["draft", "publish"]
+    attempts = site.attempts(run)
+    assert [row["outcome"] for row in attempts] == ["parked", "parked", "succeeded"]
+    [host] = json.loads(site.cli("hosts", "list", "-o", "json").out)
+    assert (host["name"], host["state"]) == ("h1", "ready")
+    for row in attempts:
+        assert str(row["worker_id"]) == host["worker"]
+        assert row["claims"]["org_code"] == "org_acme"
+        assert row["started_at"] <= row["token_ready_at"] <= row["handler_started_at"] <= row["ended_at"]
+        assert row["peak_memory"] is not None
+
+
+def test_a_host_that_stops_hands_its_run_back(hosts: Hosts, journal: Any) -> None:
+    """No attempt is lost, and the next host goes on with it."""
+    site = hosts.site
+    site.start_worker()
+    host = hosts.start("h1", execution='drain = "1s"')
+    site.add_orgs(application("org_acme"))
+    params = {"journal": str(journal), "steps": 500}
+    site.apply(definition("org_acme", "long", "acme.steps", params=params))
+    site.cli("definitions", "run", "org_acme", "long")
+    site.wait_for_state("long", "running", timeout=60)
+    wait_until(lambda: read_journal(journal, "step"), "a checkpoint")
+
+    host.send_signal(signal.SIGTERM)
+    assert host.wait(timeout=30) == 0
+    hosts.start("h2")
+    running = site.wait_for_state("long", "running", attempt=2, timeout=60)
+    assert [row["outcome"] for row in site.attempts(running["id"])] == ["handed_back"]
+    wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
+    assert read_journal(journal, "start")[1]["first"] > 0
+
+    site.cli("runs", "cancel", str(running["id"]))
+    site.wait_for_state("long", "cancelled", attempt=2, timeout=30)

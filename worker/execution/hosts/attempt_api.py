@@ -1,0 +1,352 @@
+"""The attempt API: what a running attempt on a host asks of the workers, any of which may answer.
+
+Each method of `CALLS` takes the host's call and its JSON, and returns JSON. What a host sends is parsed by
+`wire`, masked again, and written only for runs that its incarnation owns under the named fencing tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from worker.bounded import remember
+from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused
+from worker.execution.attempts.run_services import FoundBudgets
+from worker.execution.hosts import wire
+from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns, HostTools, Key
+from worker.execution.hosts.wire import Malformed, Registered
+from worker.execution.runners.child import messages
+from worker.execution.runners.child.messages import Message
+from worker.handlers.json_text import clean
+from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
+from worker.ids import RunId, WorkerId
+from worker.runs.hosts import HostCaller
+from worker.runs.run import LogLine, NewStep, RunStep
+from worker.telemetry.events import emit
+from worker.telemetry.masking import masker
+
+# Seconds that a token is remembered, also for renewals: their statement checks the incarnation.
+CALLER_AGE, RENEWAL_AGE = 5.0, 60.0
+MOST_CALLERS = 10_000
+# Seconds without a call after which an incarnation is no longer remembered here.
+IDLE = 600.0
+NOT_A_HOST = "hosts need a token of `python -m worker hosts add` that was not removed"
+
+
+class HostLogStore(Protocol):
+    """The writes that need no answer for each row."""
+
+    async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None: ...
+    async def append_logs(self, rows: Sequence[LogLine]) -> None: ...
+    async def store_steps(self, rows: Sequence[RunStep]) -> set[Key]: ...
+
+
+@dataclass(eq=False, repr=False)
+class AttemptApi:
+    """Answers hosts, for one incarnation of a worker. Durations are in seconds.
+
+    `lease` and `renew` are those of hosts, `poll` the time between two looks for waiting runs.
+    """
+
+    shared: HostTools
+    rows: HostLogStore
+    lease: float
+    renew_every: float
+    poll: float
+    _incarnations: dict[WorkerId, HostedRuns] = field(default_factory=dict)
+    _callers: OrderedDict[tuple[str, str | None], tuple[float, HostCaller]] = field(
+        default_factory=OrderedDict
+    )
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def wake(self) -> None:
+        """Look for waiting runs now, for all hosts that wait."""
+        for runs in self._incarnations.values():
+            runs.changed.set()
+
+    async def close(self) -> None:
+        """Write the ends that hosts have reported."""
+        await asyncio.gather(*(runs.close() for runs in self._incarnations.values()))
+        self._incarnations.clear()
+
+    async def caller(self, token_sha256: str, incarnation: str | None, name: str) -> HostCaller:
+        """The host that makes a call.
+
+        Raises:
+            TokenError: it has no token, or not one of a host.
+            AccessDenied: the incarnation is another host's, or has ended.
+        """
+        key, now = (token_sha256, incarnation), self.shared.tools.clock.monotonic()
+        read_at, caller = self._callers.get(key, (float("-inf"), None))
+        if caller is None or now - read_at > (RENEWAL_AGE if name == "renew" else CALLER_AGE):
+            self._callers.pop(key, None)
+            caller = await self.shared.store.find(token_sha256, incarnation)
+            if caller is None or not hmac.compare_digest(caller.token_sha256, token_sha256):
+                raise TokenError("this is not the token of a host", fix=NOT_A_HOST)
+            remember(self._callers, key, (now, caller), MOST_CALLERS)
+        if name == "register":
+            return caller
+        if caller.worker is None:
+            raise AccessDenied(
+                "the incarnation is not one of this host's", fix="send the id that register answered"
+            )
+        if caller.ended and name != "renew":
+            raise AccessDenied(
+                "this incarnation has ended, or its host is in another pool now", fix="register again"
+            )
+        return caller
+
+    async def call(
+        self, caller: HostCaller, name: str, message: Mapping[str, Any], gone: Callable[[], bool]
+    ) -> Message | bytes:
+        """The answer to one call, as an object or as JSON.
+
+        Raises:
+            Malformed: there is no such call, or it is not valid.
+            LeaseLost: the run is not, or no longer, this host's.
+            StepError, TokenError, Unavailable: as for a run of the worker itself.
+        """
+        if name == "register":
+            return await self._register(caller, message)
+        runs = self._runs(caller)
+        if name == "take":
+            return await self._take(runs, message, gone)
+        method = CALLS.get(name)
+        if method is None:
+            raise Malformed(f"there is no call {clean(name, 50)}")
+        return await method(self, runs, message)
+
+    def _runs(self, caller: HostCaller) -> HostedRuns:
+        worker = caller.worker
+        if worker is None:
+            raise AccessDenied("the incarnation is not one of this host's")
+        now = self.shared.tools.clock.monotonic()
+        runs = self._incarnations.get(worker)
+        if runs is None:
+            for gone in [one for one in self._incarnations.values() if now - one.seen_at > IDLE]:
+                self._drop(gone)
+            runs = self._incarnations[worker] = HostedRuns(caller, worker, self.shared)
+        runs.seen_at = now
+        return runs
+
+    def _drop(self, runs: HostedRuns) -> None:
+        del self._incarnations[runs.worker]
+        closing = asyncio.create_task(runs.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    # incarnations
+
+    async def _register(self, caller: HostCaller, message: Mapping[str, Any]) -> Message:
+        given = wire.registration_of(message)
+        capacity = {"children": given.slots["child"], "inline": given.slots["inline"]}
+        store = self.shared.store
+        worker = await store.begin(
+            caller, capacity=capacity, host=given.host, pid=given.pid, version=given.version
+        )
+        if given.handlers:
+            await store.offer(worker, given.handlers)
+        emit("host.registered", host=caller.name, pool=caller.pool, worker=worker, version=given.version)
+        return wire.registered_message(
+            Registered(worker, caller.pool, self.lease, self.renew_every, self.poll)
+        )
+
+    async def _handlers(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        entries = wire.entries_of(message.get("entries", []))
+        if entries:
+            await self.shared.store.offer(runs.worker, entries)
+            runs.handlers_changed()
+        return {}
+
+    async def _renew(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        registered, owned = await runs.renew()
+        if not registered:
+            self._drop(runs)
+        return wire.renewed_message(registered, owned)
+
+    async def _unregister(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        await runs.hand_back_undelivered()
+        await self.shared.store.unregister(runs.worker)
+        self._drop(runs)
+        return {}
+
+    async def _hand_back(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        return {"runs": sorted(await runs.hand_back(wire.owned_of(message)))}
+
+    # attempts
+
+    async def _take(self, runs: HostedRuns, message: Mapping[str, Any], gone: Callable[[], bool]) -> bytes:
+        free, wait = wire.take_of(message)
+        taken = await runs.take(free, wait, poll=self.poll, gone=gone)
+        if taken and gone():
+            runs.put_back(taken)
+            taken = []
+        return b'{"attempts":[%s]}' % b",".join(encoded for _, encoded in taken)
+
+    async def _finish(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        return {"accepted": sorted(await runs.finish(wire.ends_of(message)))}
+
+    # running attempts
+
+    async def _token(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        hosted = await runs.one(wire.fence_of(message))
+        handler = await runs.handler_of(hosted, wire.handler_of(message))
+        tools = await runs.tools()
+        try:
+            token, claims = await tools.renewals.renew(
+                hosted.inflight, handler, fresh=message.get("fresh") is True
+            )
+        except TokenRefused as refused:
+            hosted.refused = refused
+            return {"refused": {"reason": refused.reason, "detail": refused.detail}}
+        return wire.granted_message(token, claims)
+
+    async def _save(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        data = wire.checkpoint_of(message)
+        hosted = await runs.one(wire.fence_of(message))
+        handler = await runs.handler_of(hosted, wire.handler_of(message))
+        stored = await self.shared.tools.checkpoints.save_checkpoint(hosted.run, handler, masker.mask(data))
+        if not stored:
+            raise _lost(hosted)
+        return {}
+
+    async def _steps(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        hosted = await runs.one(wire.fence_of(message))
+        after = message.get("after", 0)
+        if type(after) is not int or after < 0:
+            raise Malformed("after: it is not the place of a step")
+        return messages.page_message(await self.shared.tools.steps.load_steps(hosted.run.id, after))
+
+    async def _totals(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        hosted = await runs.one(wire.fence_of(message))
+        last, size = await self.shared.tools.steps.step_totals(hosted.run.id)
+        return {"last": last, "bytes": size}
+
+    async def _store(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        rows = wire.steps_of(message)
+        known = await runs.known((row.run_id, row.fencing_token) for row in rows)
+        steps = []
+        for row in rows:
+            hosted = known.get((row.run_id, row.fencing_token))
+            if hosted is None:
+                continue
+            handler = await runs.handler_of(hosted, row.handler)
+            steps.append(await self._step(hosted, handler, row.step))
+        stored = await self.rows.store_steps(steps) if steps else set()
+        for run_id, fencing_token in stored:
+            if (hosted := known.get((run_id, fencing_token))) is not None:
+                hosted.inflight.moved = True
+        return {"stored": sorted(stored)}
+
+    async def _step(self, hosted: HostedRun, handler: str, step: NewStep) -> RunStep:
+        """A step as it is stored, masked. Raises StepError as `AttemptServices.store_step`."""
+        for name in (step.name, step.key or "", *(meter for meter, _ in step.spends)):
+            if name != masker.mask(name):
+                raise StepError(f"step {masker.mask(step.name)}: its name, key or meter contains a secret")
+        if hosted.stored is None:
+            hosted.stored = 0
+            if hosted.run.may_have_checkpoint or hosted.handler is None:
+                _, hosted.stored = await self.shared.tools.steps.step_totals(hosted.run.id)
+        result = masker.mask(step.result_json)
+        size = hosted.sizes[step.seq] = len(result.encode())
+        # One that is sent again may be counted twice.
+        if hosted.stored + sum(hosted.sizes.values()) > TOTAL_LIMIT + size:
+            raise StepError(f"step {step.name}: {TOTAL_FULL}")
+        now = self.shared.tools.clock.now()
+        ended_at = min(step.ended_at, now)
+        started_at = min(step.started_at, ended_at)
+        step = replace(step, result_json=result, started_at=started_at, ended_at=ended_at)
+        return RunStep(hosted.run, handler, step, size)
+
+    async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        wait = wire.wait_of(message)
+        hosted = await runs.one(wire.fence_of(message))
+        if wait.name != masker.mask(wait.name):
+            raise StepError(f"wait {masker.mask(wait.name)}: its name contains a secret; use another")
+        if wait.ask_json is not None:
+            wait = replace(wait, ask_json=masker.mask(wait.ask_json))
+        state = await self.shared.tools.waits.open_wait(hosted.run, wait)
+        if state is None:
+            raise _lost(hosted)
+        return {"state": messages.wait_state_message(state)}
+
+    async def _budgets(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        hosted = await runs.one(wire.fence_of(message))
+        return _found(hosted, await self.shared.tools.budgets.budgets_of(hosted.run))
+
+    async def _spend(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        meter, amount, key = wire.spend_of(message)
+        hosted = await runs.one(wire.fence_of(message))
+        if key.partition(":")[0] != str(hosted.run.attempt):
+            raise Malformed("key: it is of another attempt")
+        if meter != masker.mask(meter):
+            raise StepError(f"spend {masker.mask(meter)}: its name contains a secret; use another")
+        found = await self.shared.tools.budgets.spend(hosted.run, meter, amount, key)
+        if found is None:
+            raise _lost(hosted)
+        return _found(hosted, found)
+
+    async def _logs(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        rows = wire.lines_of(message)
+        known = await runs.known({(row.run_id, row.fencing_token) for row in rows})
+        now = self.shared.tools.clock.now()
+        lines = [
+            LogLine(
+                run_id=row.run_id,
+                attempt=hosted.run.attempt,
+                seq=row.seq,
+                org_id=hosted.run.org_id,
+                at=min(row.at, now),
+                level=row.level,
+                source=row.source,
+                text=masker.mask(row.text),
+            )
+            for row in rows
+            if (hosted := known.get((row.run_id, row.fencing_token))) is not None
+        ]
+        if lines:
+            await self.rows.append_logs(lines)
+        return {}
+
+    async def _progress(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
+        rows = wire.progress_of(message)
+        known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
+        ours = []
+        for run_id, fencing_token, progress in rows:
+            if (run_id, fencing_token) in known:
+                note = progress["note"]
+                ours.append(
+                    (
+                        run_id,
+                        fencing_token,
+                        {**progress, "note": None if note is None else masker.mask(note)},
+                    )
+                )
+        if ours:
+            await self.rows.write_progress(ours)
+        return {}
+
+
+def _lost(hosted: HostedRun) -> LeaseLost:
+    return LeaseLost(f"run {hosted.run.id} is no longer this host's")
+
+
+def _found(hosted: HostedRun, found: FoundBudgets) -> Message:
+    if found.missing is not None:
+        hosted.refused = TokenRefused("property_missing", found.missing)
+    return {**messages.budgets_message(found.states), "missing": found.missing}
+
+
+Method = Callable[[AttemptApi, HostedRuns, Mapping[str, Any]], Awaitable[Message]]
+# All calls but register and take, which are special.
+CALLS: Mapping[str, Method] = {
+    name: getattr(AttemptApi, f"_{name}")
+    for name in (
+        *("handlers", "renew", "unregister", "hand_back", "finish"),
+        *("token", "save", "steps", "totals", "store", "wait", "budgets", "spend", "logs", "progress"),
+    )
+}

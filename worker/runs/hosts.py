@@ -1,0 +1,22 @@
+"""A host as the workers know it when it makes a call. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from worker.ids import WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class HostCaller:
+    """A host that makes a call, and its incarnation: None if that is another host's or unknown.
+
+    `ended` if the incarnation has ended, or served another pool than its host has now.
+    """
+
+    id: str
+    name: str
+    pool: str
+    worker: WorkerId | None = None
+    ended: bool = False
+    token_sha256: str = field(default="", repr=False)

@@ -1,0 +1,114 @@
+"""The store as the attempt API uses it: the incarnations of hosts, and their runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+
+from sqlalchemy import Connection
+
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import RunId, WorkerId, new_id
+from worker.runs.hosts import HostCaller
+from worker.runs.outcome import EndedAttempt
+from worker.runs.run import AdmittedRun, Isolation, OwnedRun
+from worker.store import catalogue, hosts, workers
+from worker.store.dialect import database_now
+from worker.store.ring_walk import RingWalk
+from worker.store.sql import statements
+from worker.store.worker_store import WorkerStore
+
+Admit = Mapping[str, int | None]
+
+
+class HostStore:
+    """What a worker does in the database for hosts. Budgets are those that `store`, its own, watches."""
+
+    def __init__(self, store: WorkerStore, lease: timedelta) -> None:
+        self._store = store
+        self._database = store.database
+        self._lease = lease
+        self._walks: dict[WorkerId, RingWalk] = {}
+
+    async def find(self, token_sha256: str, incarnation: str | None) -> HostCaller | None:
+        """The host with this token, and whether the incarnation is one of its own."""
+        return await self._database.call_autocommit(hosts.find, token_sha256, incarnation)
+
+    async def begin(
+        self, caller: HostCaller, *, capacity: Mapping[str, int], host: str, pid: int, version: str
+    ) -> WorkerId:
+        """Start an incarnation of a host, with a lease from now on."""
+        worker = WorkerId(new_id())
+        await self._database.call(
+            hosts.begin,
+            caller,
+            worker,
+            lease=self._lease,
+            capacity=capacity,
+            host=host,
+            pid=pid,
+            version=version,
+        )
+        return worker
+
+    async def renew(self, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
+        """Extend the lease and return the runs it covers; False if the incarnation was ended."""
+        return await self._database.call(
+            lambda connection: statements(connection).renew(connection, worker, self._lease)
+        )
+
+    async def unregister(self, worker: WorkerId) -> None:
+        """End an incarnation; its runs are recovered."""
+        await self._database.call(workers.unregister, worker)
+
+    async def offer(self, worker: WorkerId, entries: Sequence[HandlerEntry]) -> None:
+        """Add handlers to what an incarnation offers, and to the catalogue.
+
+        A host does not change what the catalogue says of a handler that workers offer.
+        """
+
+        def work(connection: Connection) -> None:
+            theirs = hosts.of_workers(connection, [entry.name for entry in entries])
+            mine = [entry for entry in entries if entry.name not in theirs]
+            catalogue.put(connection, mine, at=database_now(connection))
+            hosts.offer(connection, worker, (entry.name for entry in entries if entry.error is None))
+
+        await self._database.call(work)
+
+    async def offered(self, worker: WorkerId) -> list[HandlerEntry]:
+        """The handlers that an incarnation offers."""
+        return await self._database.call_autocommit(hosts.offered_by, worker)
+
+    async def owned(self, worker: WorkerId, fences: Mapping[RunId, int]) -> list[AdmittedRun]:
+        """Of these runs those that the incarnation owns under these fencing tokens."""
+        return await self._database.call_autocommit(hosts.owned, worker, fences)
+
+    async def ended(self, worker: WorkerId, fences: Mapping[RunId, int]) -> set[tuple[RunId, int]]:
+        """Of these attempts those whose end is stored already."""
+        return await self._database.call_autocommit(hosts.ended, worker, fences)
+
+    async def admit(
+        self, worker: WorkerId, pool: str, offered: Admit, free: Mapping[Isolation, int]
+    ) -> list[AdmittedRun]:
+        """Mark waiting runs of a pool running for an incarnation; see `RingWalk.admit`."""
+        walk = self._walks.get(worker)
+        if walk is None:
+            walk = self._walks[worker] = RingWalk(self._database, worker, pools=(pool,))
+        return await self._store.admit_by(walk, offered, free)
+
+    async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
+        """Write ended attempts of an incarnation; returns the runs whose attempt is stored as given."""
+        return await self._store.finish_by(worker, ended)
+
+    async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]:
+        """Let runs of an incarnation wait again."""
+        return await self._database.call(workers.hand_back, worker, owned)
+
+    def forget(self, worker: WorkerId) -> None:
+        """Drop what is kept of an incarnation between calls."""
+        self._walks.pop(worker, None)
+
+    def keep(self, alive: Collection[WorkerId]) -> None:
+        """Drop all incarnations but these."""
+        for worker in self._walks.keys() - set(alive):
+            del self._walks[worker]

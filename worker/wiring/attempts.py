@@ -1,0 +1,129 @@
+"""The attempt API of a worker: a listener of the process, and the answers of its incarnation."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from worker.clock import Clock
+from worker.errors import ConfigurationError
+from worker.execution.attempts.inflight import InflightRun
+from worker.execution.attempts.run_services import Tools
+from worker.execution.hosts.attempt_api import AttemptApi
+from worker.execution.hosts.hosted_runs import HostTools
+from worker.runs.outcome import EndedAttempt
+from worker.settings.sections import AttemptsSettings, ExecutionSettings
+from worker.store.host_store import HostStore
+from worker.store.worker_store import WorkerStore
+from worker.tokens.sealing import KeyRing
+from worker.web.attempts import DEADLINES, MOST_CALLS, Attempts
+from worker.web.connections import Connections
+from worker.web.listener import WebServer, bind
+
+
+@dataclass(frozen=True, slots=True)
+class RingSealer:
+    """Seals with the key ring; `ring` returns it, read again if it lacks the given key."""
+
+    ring: Callable[[str | None], KeyRing | None]
+
+    def seal(self, text: str, place: Sequence[object]) -> str:
+        ring = self.ring(None)
+        if ring is None:
+            raise ConfigurationError(
+                "without a key ring no run can execute on a host", fix="`python -m worker keys generate`"
+            )
+        return ring.seal_attempt(text, place)
+
+    def open(self, sealed: str, place: Sequence[object]) -> str | None:
+        ring = self.ring(sealed.partition(".")[0])
+        return None if ring is None else ring.open_attempt(sealed, place)
+
+
+class AttemptListener:
+    """Where hosts reach this worker, if `[attempts] listen` is set."""
+
+    def __init__(self, settings: AttemptsSettings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._listener: socket.socket | None = None
+        self._tls: ssl.SSLContext | None = None
+        self.attempts = Attempts(clock)
+
+    def bind(self) -> None:
+        """Bind the address and read the certificate, before the worker starts anything else.
+
+        Raises:
+            Busy: another process uses the port.
+            ConfigurationError: the address, the certificate or the key is not usable.
+        """
+        settings = self._settings
+        if not settings.listen:
+            return
+        if settings.certificate:
+            self._tls = _tls(settings)
+        self._listener = bind(settings.listen, "[attempts] listen")
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer hosts until the block ends."""
+        if self._listener is None:
+            yield
+            return
+        server = WebServer(
+            self.attempts.app(),
+            self._settings.listen,
+            self._listener,
+            self._clock,
+            connections=Connections(most=MOST_CALLS),
+            deadlines=DEADLINES,
+            tls=self._tls,
+            event="attempts.listening",
+        )
+        async with server.serving():
+            yield
+
+    def api(
+        self,
+        store: WorkerStore,
+        tools: Tools,
+        execution: ExecutionSettings,
+        ring: Callable[[str | None], KeyRing | None],
+        on_end: Callable[[EndedAttempt, InflightRun | None], None],
+    ) -> AttemptApi | None:
+        """The answers of one incarnation; None without a listener."""
+        if self._listener is None:
+            return None
+        shared = HostTools(tools, HostStore(store, execution.lease), RingSealer(ring), on_end)
+        return AttemptApi(
+            shared,
+            store,
+            lease=execution.lease.total_seconds(),
+            renew_every=execution.renew.total_seconds(),
+            poll=execution.poll.total_seconds(),
+        )
+
+
+def _tls(settings: AttemptsSettings) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for setting in ("certificate", "key"):
+        try:
+            with open(getattr(settings, setting), "rb"):
+                pass
+        except OSError as error:
+            raise ConfigurationError(
+                f"[attempts] {setting}: {getattr(settings, setting)} cannot be read: {error.strerror}",
+                fix="name a PEM file that the worker's user can read",
+            ) from None
+    try:
+        context.load_cert_chain(settings.certificate, settings.key)
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigurationError(
+            f"[attempts] certificate and key do not belong together, or are not PEM: {error}",
+            fix="name the certificate with its chain, and the private key of it without a password",
+        ) from None
+    return context
