@@ -194,7 +194,8 @@ async def test_a_row_that_does_not_open_costs_one_request(
         case "no key ring":
             fleet.ring_fault = ConfigurationError("the key ring cannot be read")
         case "damaged":
-            mine.token = replace(mine.token, sealed=mine.token.sealed[:-1] + b"!")
+            last = mine.token.sealed[-1] ^ 1
+            mine.token = replace(mine.token, sealed=mine.token.sealed[:-1] + bytes([last]))
         case "unknown key":
             fleet.ring = KeyRing.generate(tmp_path / "other")
         case "another generation":
