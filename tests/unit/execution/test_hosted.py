@@ -37,6 +37,8 @@ from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome, Succeeded
 from worker.runs.run import LogLine, NewStep, OwnedRun, RunStep
 from worker.runs.waits import NewWait
+from worker.telemetry import tracing
+from worker.telemetry.tracing import Marks, Traced
 
 pytestmark = pytest.mark.anyio
 
@@ -337,6 +339,38 @@ async def test_runs_whose_admission_was_not_answered_wait_again_after_a_drain(cl
     await host.store.hand_back_rest()
 
     assert wire.owned_of(workers.sent("hand_back")[0]) == [other]
+
+
+class Tracer:
+    """Keeps the attempts whose spans it makes."""
+
+    def __init__(self) -> None:
+        self.traced: list[Traced] = []
+
+    def hand_over(self, run_id: str, fencing_token: int) -> str | None:
+        return f"00-{run_id}-{fencing_token}"
+
+    def marks(self, run_id: str, fencing_token: int) -> Marks:
+        return Marks()
+
+    def end(self, traced: Traced, marks: Marks) -> None:
+        self.traced.append(traced)
+
+
+@pytest.mark.parametrize("of_worker", [None, "00-of-the-worker"])
+async def test_a_host_traces_attempts_that_its_workers_do_not(
+    clock: ManualClock, of_worker: str | None
+) -> None:
+    stop, host = tracing.use(tracer := Tracer()), Host(clock, Workers())
+    try:
+        await host.attempt(replace(TAKEN, work=replace(TAKEN.work, traceparent=of_worker)))
+    finally:
+        stop()
+
+    assert host.runner.works[0].traceparent == (of_worker or f"00-{RUN.id}-{RUN.fencing_token}")
+    assert [(one.org, one.definition, one.outcome) for one in tracer.traced] == (
+        [] if of_worker else [("org_acme", "digest", "succeeded")]
+    )
 
 
 # ---- taking

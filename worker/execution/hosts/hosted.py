@@ -22,6 +22,8 @@ from worker.execution.runners.contract import Runner, outcome_of_stop
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt, NoHandler, Outcome, Trail, end_attempt
 from worker.runs.run import AdmittedRun, Isolation
+from worker.telemetry import tracing
+from worker.telemetry.tracing import Traced
 
 _FIELDS = [one.name for one in fields(EndedAttempt)]
 # The worker behind the host counts attempts; this only gives each end its name.
@@ -83,17 +85,46 @@ async def hosted_attempt(inflight: InflightRun, tools: HostTools) -> HostedEnd:
     taken = tools.taken.pop((run.id, run.fencing_token))
     inflight.org_code, inflight.cancel_grace = taken.org, taken.cancel_grace
     trail = Trail(taken.work.handler)
+    # A worker with tracing on makes the spans of the attempt itself.
+    traced_here = taken.work.traceparent is None
+    if traced_here:
+        taken.work.traceparent = tracing.traceparent(run.id, run.fencing_token)
     try:
         outcome = await _run(inflight, taken, trail, tools)
     except Exception as error:
         outcome = outcome_of_error(error, inflight, tools.random)
     outcome = redacted(outcome)
     ended = end_attempt(run, outcome, trail, _POLICY, now=tools.clock.now(), random=tools.random)
+    if traced_here and (tracer := tracing.in_use()) is not None:
+        tracer.end(_traced(taken, ended), tracer.marks(run.id, run.fencing_token))
     return HostedEnd(
         **{name: getattr(ended, name) for name in _FIELDS},
         returned=outcome,
         sealed=taken.sealed,
         moved=inflight.moved,
+    )
+
+
+def _traced(taken: Taken, ended: EndedAttempt) -> Traced:
+    run = taken.run
+    return Traced(
+        run_id=run.id,
+        attempt=run.attempt,
+        fencing_token=run.fencing_token,
+        org=taken.org,
+        issuer=taken.work.claims.issuer,
+        definition=taken.definition,
+        pipeline=run.handler,
+        handler=ended.trail.handler,
+        origin=run.origin,
+        isolation=run.isolation,
+        outcome=ended.outcome,
+        state=ended.shown_state,
+        reason=ended.reason,
+        error_type=ended.error["type"] if ended.error else ended.reason,
+        started_at=run.started_at,
+        token_ready_at=None,
+        ended_at=ended.ended_at,
     )
 
 
