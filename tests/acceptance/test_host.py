@@ -304,9 +304,12 @@ def test_health_says_whether_the_host_takes_runs(machine: Machine, attempts: Att
     machine.until(lambda: "admission" in lacking() or "lease" in lacking(), "that no worker answers")
 
 
-def test_a_handler_reaches_neither_the_hosts_token_nor_its_configuration(machine: Machine) -> None:
-    """The sandbox is required by default; a run cannot read what the host's user can."""
-    machine.started()
-    machine.give("note")
-    machine.ended()
-    assert '"sandbox": "off' not in machine.text()
+def test_doctor_on_a_host_says_what_it_lacks(machine: Machine) -> None:
+    def doctor() -> tuple[int, dict[str, bool]]:
+        command = [sys.executable, "-m", "worker", "--config", str(machine.config), "doctor", "-o", "json"]
+        done = subprocess.run(command, cwd=machine.folder, capture_output=True, text=True)
+        return done.returncode, {row["check"]: row["ok"] for row in json.loads(done.stdout)}
+
+    assert doctor() == (0, {"token": True, "control": True, "sandbox": True, "trusted_code": True})
+    machine.token.write_text("another")
+    assert doctor() == (1, {"token": True, "control": False, "sandbox": True, "trusted_code": True})

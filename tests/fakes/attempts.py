@@ -49,7 +49,12 @@ class Attempts:
         self._stopping = False
         self._lock = threading.Lock()
         listener = bind_loopback()
-        app = Starlette(routes=[Route(f"{wire.PREFIX}/{{name}}", self._call, methods=["POST"])])
+        app = Starlette(
+            routes=[
+                Route("/attempts", self._versions),
+                Route(f"{wire.PREFIX}/{{name}}", self._call, methods=["POST"]),
+            ]
+        )
         self.thread = ServerThread(app, listener)
         self.url = self.thread.url
 
@@ -86,6 +91,9 @@ class Attempts:
     def cancel(self, run_id: RunId) -> None:
         with self._lock:
             self.owned[run_id] = replace(self.owned[run_id], cancel_reason="requested")
+
+    async def _versions(self, request: Request) -> Response:
+        return JSONResponse({"versions": list(wire.VERSIONS)})
 
     async def _call(self, request: Request) -> Response:
         name, message = request.path_params["name"], await request.json()

@@ -15,7 +15,7 @@ from worker.cli.completion import names
 from worker.cli.options import OutputOption
 from worker.cli.output import Format, as_json, print_row, print_rows, say
 from worker.cli.session import Invocation, session_of
-from worker.errors import Conflict, IssuerUnavailable, UsageError
+from worker.errors import Conflict, Diagnostic, IssuerUnavailable, UsageError
 
 if TYPE_CHECKING:
     from worker.operations.check_orgs import Checks, Report
@@ -182,6 +182,8 @@ def doctor(
 ) -> int:
     """Find slow or silent faults; exit 1 if any check fails. Changes nothing.
 
+    With the configuration of a host: whether its token, its workers and its sandbox can be used.
+
     The bundle is one readable JSON file: versions, settings without secrets, sizes, workers
     and the last failures. Numbers replace the names of orgs, definitions and machines; it has
     no secrets, tokens, params, results, logs or error messages.
@@ -189,10 +191,15 @@ def doctor(
     from worker.operations.doctor import run_checks
 
     session = session_of(context)
-    with session.database() as database:
-        findings = run_checks(database, session.settings)
+    if session.settings.host.control:
+        findings = _of_host(session)
         if bundle is not None:
-            _write(bundle, session, database)
+            raise UsageError("--bundle needs the database", fix="run `doctor --bundle` on a worker's machine")
+    else:
+        with session.database() as database:
+            findings = run_checks(database, session.settings)
+            if bundle is not None:
+                _write(bundle, session, database)
     rows = [asdict(finding) for finding in findings]
     print_rows(rows, output, columns=("check", "ok", "detail"), key="check")
     for finding in findings:
@@ -203,6 +210,15 @@ def doctor(
     if bundle is not None:
         say(f"wrote {bundle}; read it before you send it")
     return 0 if all(finding.ok for finding in findings) else FAILED
+
+
+def _of_host(session: Invocation) -> list[Diagnostic]:
+    from worker.operations.doctor import sandbox, trusted_code
+    from worker.operations.host_access import check_access
+    from worker.settings import load_for_host
+
+    settings = load_for_host(session.config, session.overrides)
+    return [*check_access(settings.host), sandbox(settings), trusted_code(settings)]
 
 
 def _write(path: str, session: Invocation, database: Database) -> None:

@@ -7,15 +7,12 @@ import contextlib
 import gc
 import os
 import socket
-import ssl
-import stat
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
-from pathlib import Path
 from random import SystemRandom
 
 from worker.clock import Clock, SystemClock
@@ -39,11 +36,11 @@ from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import WorkerId
 from worker.operations.confinement import Confinement, confinement_of
+from worker.operations.host_access import read_token, trusting
 from worker.runs.run import Isolation
 from worker.settings import Settings
 from worker.telemetry import events, logs
 from worker.telemetry.events import emit
-from worker.telemetry.masking import masker
 from worker.telemetry.metrics import Metrics
 from worker.telemetry.vitals import Notifier, Vitals
 from worker.web.connections import Connections
@@ -79,7 +76,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     metrics = Metrics(version=VERSION)
     events.listen(metrics.take)
     health = Health(metrics, sandbox=confinement.level)
-    context = _context_of(settings.host.ca_file)
+    context = trusting(settings.host.ca_file)
     web = _health_server(settings, health, clock)
     children = ChildPool(
         clock,
@@ -120,34 +117,6 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
                 )
 
     return asyncio.run(serve())
-
-
-def read_token(path: str) -> str:
-    """The host's token, from a file that only its user may read. Raises ConfigurationError."""
-    fix = "put the token that `python -m worker hosts add` printed into it, readable by this user only"
-    try:
-        file = Path(path)
-        mode = file.stat().st_mode
-        token = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
-        raise ConfigurationError(f"host.token_file: {path} cannot be read: {why}", fix=fix) from None
-    if mode & stat.S_IRWXO:
-        raise ConfigurationError(f"host.token_file: others may read {path}", fix=f"chmod o= {path}")
-    if not token or not token.isprintable():
-        raise ConfigurationError(f"host.token_file: there is no token in {path}", fix=fix)
-    masker.register(token)
-    return token
-
-
-def _context_of(ca_file: str) -> ssl.SSLContext:
-    """Trusts the authorities in this file, or those of the system."""
-    try:
-        return ssl.create_default_context(cafile=ca_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(
-            f"host.ca_file: {ca_file} cannot be used: {error}", fix="name a file with certificates in PEM"
-        ) from None
 
 
 def _health_server(settings: Settings, health: Health, clock: Clock) -> AbstractAsyncContextManager[None]:
