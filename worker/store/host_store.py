@@ -11,8 +11,9 @@ from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId, new_id
 from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt
+from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
-from worker.store import catalogue, hosts, workers
+from worker.store import catalogue, hosts, placements, workers
 from worker.store.dialect import database_now
 from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
@@ -95,6 +96,12 @@ class HostStore:
         if walk is None:
             walk = self._walks[worker] = RingWalk(self._database, worker, pools=(pool,))
         return await self._store.admit_by(walk, offered, free)
+
+    async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None:
+        """Move a placed run to an incarnation; None if the ticket is not valid, or no longer."""
+        return await self._database.call(
+            placements.take, worker, ticket.run_id, ticket.fencing_token, ticket.sha256
+        )
 
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts of an incarnation; returns the runs whose attempt is stored as given."""

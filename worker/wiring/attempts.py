@@ -15,7 +15,8 @@ from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.hosted_runs import HostTools
 from worker.runs.outcome import EndedAttempt
-from worker.settings.sections import AttemptsSettings, ExecutionSettings
+from worker.settings import Settings
+from worker.settings.sections import AttemptsSettings
 from worker.store.host_store import HostStore
 from worker.store.worker_store import WorkerStore
 from worker.tokens.sealing import KeyRing
@@ -90,13 +91,14 @@ class AttemptListener:
         self,
         store: WorkerStore,
         tools: Tools,
-        execution: ExecutionSettings,
+        settings: Settings,
         ring: Callable[[str | None], KeyRing | None],
         on_end: Callable[[EndedAttempt, InflightRun | None], None],
     ) -> AttemptApi | None:
         """The answers of one incarnation; None without a listener."""
         if self._listener is None:
             return None
+        execution = settings.execution
         shared = HostTools(tools, HostStore(store, execution.lease), RingSealer(ring), on_end)
         return AttemptApi(
             shared,
@@ -104,6 +106,7 @@ class AttemptListener:
             lease=execution.lease.total_seconds(),
             renew_every=execution.renew.total_seconds(),
             poll=execution.poll.total_seconds(),
+            placed=frozenset(name for name, pool in settings.pools.items() if pool.placer == "temporal"),
         )
 
 

@@ -296,7 +296,7 @@ class Incarnation:
             self._handlers.learn(await store.look_at_pools())
 
         chores = Chores(self.database, on_runs=wake_admission)
-        api = self.hosts.api(store, tools, execution, self._credentials.ring, chores.ended)
+        api = self.hosts.api(store, tools, self.settings, self._credentials.ring, chores.ended)
         self.hosts.attempts.api, self.hosts.attempts.draining = api, False
         dispatcher = Dispatcher(tools, attempt, inflight_runs, store, on_free=wake_own, on_end=chores.ended)
         admission = Admission(

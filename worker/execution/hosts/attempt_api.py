@@ -25,6 +25,7 @@ from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
+from worker.runs.placing import Ticket
 from worker.runs.run import LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
@@ -49,7 +50,8 @@ class HostLogStore(Protocol):
 class AttemptApi:
     """Answers hosts, for one incarnation of a worker. Durations are in seconds.
 
-    `lease` and `renew` are those of hosts, `poll` the time between two looks for waiting runs.
+    `lease` and `renew_every` are those of hosts, `poll` the time between two looks for waiting runs.
+    `temporal` says where hosts of the pools in `placed` are given runs: they come with tickets.
     """
 
     shared: HostTools
@@ -57,6 +59,8 @@ class AttemptApi:
     lease: float
     renew_every: float
     poll: float
+    placed: frozenset[str] = frozenset()
+    temporal: Mapping[str, str] | None = None
     _incarnations: dict[WorkerId, HostedRuns] = field(default_factory=dict)
     _callers: OrderedDict[tuple[str, str | None], tuple[float, HostCaller]] = field(
         default_factory=OrderedDict
@@ -80,6 +84,8 @@ class AttemptApi:
             TokenError: it has no token, or not one of a host.
             AccessDenied: the incarnation is another host's, or has ended.
         """
+        if incarnation is not None and not wire.ID.fullmatch(incarnation):
+            incarnation = None
         key, now = (token_sha256, incarnation), self.shared.tools.clock.monotonic()
         read_at, caller = self._callers.get(key, (float("-inf"), None))
         if caller is None or now - read_at > (RENEWAL_AGE if name == "renew" else CALLER_AGE):
@@ -152,7 +158,14 @@ class AttemptApi:
             await store.offer(worker, given.handlers)
         emit("host.registered", host=caller.name, pool=caller.pool, worker=worker, version=given.version)
         return wire.registered_message(
-            Registered(worker, caller.pool, self.lease, self.renew_every, self.poll)
+            Registered(
+                worker,
+                caller.pool,
+                self.lease,
+                self.renew_every,
+                self.poll,
+                self.temporal if caller.pool in self.placed else None,
+            )
         )
 
     async def _handlers(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
@@ -181,7 +194,15 @@ class AttemptApi:
 
     async def _take(self, runs: HostedRuns, message: Mapping[str, Any], gone: Callable[[], bool]) -> bytes:
         free, wait = wire.take_of(message)
-        taken = await runs.take(free, wait, poll=self.poll, gone=gone)
+        if "ticket" in message:
+            ticket = Ticket.parse(str(message["ticket"]))
+            if ticket is None or not wire.ID.fullmatch(ticket.run_id):
+                raise Malformed("ticket: it is not one")
+            taken = await runs.take_ticket(ticket, wait or wire.LONGEST_WAIT)
+        elif runs.pool in self.placed:
+            raise Malformed(f"free: runs of the pool {runs.pool} are placed; take them by their tickets")
+        else:
+            taken = await runs.take(free, wait, poll=self.poll, gone=gone)
         if taken and gone():
             runs.put_back(taken)
             taken = []

@@ -48,6 +48,7 @@ from worker.ids import RunId, WorkerId
 from worker.runs import outcome as outcomes
 from worker.runs.hosts import HostCaller
 from worker.runs.outcome import EndedAttempt, Trail
+from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
@@ -86,6 +87,7 @@ class HostedStore(Protocol):
         offered: Mapping[str, int | None],
         free: Mapping[Isolation, int],
     ) -> list[AdmittedRun]: ...
+    async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None: ...
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]: ...
     async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]: ...
     def forget(self, worker: WorkerId) -> None: ...
@@ -160,7 +162,7 @@ class HostedRuns:
         self._ended: OrderedDict[Key, bool] = OrderedDict()
         # Set when a take should look again.
         self.changed = asyncio.Event()
-        # The runs that each open take has admitted, and those that came with a ticket.
+        # The runs that each open take has admitted, and those that came with a ticket, with its hash.
         self._takes: list[set[Key]] = []
         self._tickets: dict[Key, str] = {}
         ends = _Ends(self._store, worker)
@@ -210,6 +212,28 @@ class HostedRuns:
             # What it has admitted goes to the next take.
             self._takes.remove(mine)
 
+    async def take_ticket(self, ticket: Ticket, wait: float) -> list[tuple[Key, bytes]]:
+        """The attempt that was placed with this ticket; nothing if it is not valid, or has ended already."""
+        key = ticket.run_id, ticket.fencing_token
+        if (known := self._tickets.get(key)) is None:
+            run = await self._store.take_ticket(self.worker, ticket)
+            if run is None:
+                return []
+            self._tickets[key] = ticket.sha256
+            self.start(run, await self.tools())
+        elif known != ticket.sha256:
+            return []
+        deadline = self._clock.monotonic() + wait
+        while key in self._undelivered and key not in self._ready:
+            self.changed.clear()
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                return []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self.changed.wait()
+        return self._deliver([key]) if key in self._ready else []
+
     def _deliverable(self, mine: set[Key]) -> list[Key]:
         """What is ready and was admitted for this take, or for one that has ended."""
         others = set[Key]().union(*(take for take in self._takes if take is not mine))
@@ -224,6 +248,7 @@ class HostedRuns:
                 break
             del self._ready[key]
             del self._undelivered[key]
+            self._tickets.pop(key, None)
             taken.append((key, encoded))
             size += len(encoded)
         return taken
@@ -243,9 +268,10 @@ class HostedRuns:
                 inflight.run.isolation for key, inflight in self._undelivered.items() if key not in others
             )
             left = {isolation: max(0, slots - coming[isolation]) for isolation, slots in free.items()}
-            if not any(left.values()):
-                return set()
             tools = await self.tools()
+            # While the rules of its pool differ from the stored ones, this worker takes no run of it.
+            if not any(left.values()) or not tools.pool_rules.usable([self.pool]):
+                return set()
             offered = tools.handlers.limits()
             if not offered:
                 return set()
@@ -330,7 +356,7 @@ class HostedRuns:
 
     async def known(self, keys: Iterable[Key]) -> dict[Key, HostedRun]:
         """Of these runs those that the incarnation owns under these fencing tokens."""
-        keys = set(keys)
+        keys = {key for key in keys if wire.ID.fullmatch(key[0])}
         found = {key: self._known[key] for key in keys if key in self._known}
         if missing := keys - found.keys():
             runs = await self._store.owned(self.worker, dict(missing))
@@ -409,7 +435,8 @@ class HostedRuns:
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs of this incarnation wait again; returns those that do."""
-        handed = await self._store.hand_back(self.worker, owned)
+        owned = [run for run in owned if wire.ID.fullmatch(run.id)]
+        handed = await self._store.hand_back(self.worker, owned) if owned else set()
         for run in owned:
             if run.id in handed:
                 self._forget((run.id, run.fencing_token))
@@ -417,6 +444,7 @@ class HostedRuns:
 
     def _forget(self, key: Key) -> None:
         self._ready.pop(key, None)
+        self._tickets.pop(key, None)
         for found in (self._undelivered.pop(key, None), self._known.pop(key, None)):
             if found is not None:
                 inflight = found.inflight if isinstance(found, HostedRun) else found
@@ -430,7 +458,7 @@ class HostedRuns:
         Raises:
             StoreUnavailable: not all are written yet. The host sends them again.
         """
-        keys = {(end.run_id, end.fencing_token) for end in ends}
+        keys = {(end.run_id, end.fencing_token) for end in ends if wire.ID.fullmatch(end.run_id)}
         waiting = {key: self._writing[key] for key in keys if key in self._writing}
         done = {key for key in keys if self._ended.get(key)}
         hosted = await self.known(keys - waiting.keys() - self._ended.keys())

@@ -7,6 +7,7 @@ host: what it reads from one is checked as if a run's process had sent it, and r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from worker.claims.claims import AccessToken, Claims
 from worker.clock import from_text, to_text
+from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import (
     AccessDenied,
@@ -59,6 +61,9 @@ LINE_LIMIT = 64 * 1024
 LEVELS = ("debug", "info", "warning", "error", "critical")
 SOURCES = ("log", "stdout", "stderr")
 
+# The form of all ids; the database takes no other.
+ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 ISOLATIONS: tuple[Isolation, ...] = ("child", "inline")
@@ -102,13 +107,17 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The answer: the incarnation's id, the pool of the host's token, and durations in seconds."""
+    """The answer: the incarnation's id, the pool of the host's token, and durations in seconds.
+
+    `temporal` has the address and namespace that tickets come from, if runs of the pool are placed so.
+    """
 
     worker: str
     pool: str
     lease: float
     renew: float
     poll: float
+    temporal: Mapping[str, str] | None = None
 
 
 def registration_message(registration: Registration) -> Message:
@@ -181,6 +190,8 @@ def _entry(row: Mapping[str, Any]) -> HandlerEntry:
     for name, parse in (("timeout", parse_duration), ("memory", parse_memory)):
         if given.get(name) is not None:
             cast(Callable[[str], object], parse)(_text(given, name))
+    if given.get("pool") is not None:
+        parse_pool(given["pool"])
     for name in ("max_attempts", "max_concurrent"):
         if given.get(name) is not None:
             _count(given[name], name, 2**31 - 1)
