@@ -15,10 +15,12 @@ from worker.errors import ConfigurationError
 from worker.settings import (
     HOST_SECTIONS,
     NOT_OF_HOSTS,
+    TOLD_TO_HOSTS,
     ExecutionSettings,
     IssuerSettings,
     PoolSettings,
     Settings,
+    TemporalSettings,
     gather,
     load,
     load_for_host,
@@ -531,5 +533,48 @@ def test_the_example_of_a_host_names_every_setting_of_a_host():
     )
     assert set(tree) == {*HOST_SECTIONS, "web", "secrets_dir"}
     assert set(tree["execution"]) == set(ExecutionSettings.model_fields) - set(NOT_OF_HOSTS)
+    assert set(tree["temporal"]) == set(TemporalSettings.model_fields) - set(TOLD_TO_HOSTS)
     for name in ("host", "tracing", "log"):
         assert set(tree[name]) == set(type(getattr(loaded, name)).model_fields)
+
+
+def temporal_pool(tmp_path: Path, rest: str) -> Path:
+    file = tmp_path / "worker.toml"
+    file.write_text(f'[pools.gpu]\nplacer = "temporal"\n{rest}')
+    return file
+
+
+def test_a_pool_may_be_placed_by_temporal(tmp_path: Path):
+    found = load(str(temporal_pool(tmp_path, '[temporal]\naddress = "127.0.0.1:7233"')), environ={})
+
+    assert found.placed_by_temporal == ("gpu",)
+    assert found.temporal.place_timeout.total_seconds() == 30
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("", "temporal.address is not set"),
+        ('[temporal]\naddress = "temporal"', "write host and port"),
+        (
+            '[temporal]\naddress = "h:7233"\n[execution]\npools = ["default", "gpu"]',
+            "execution.pools names gpu",
+        ),
+        ('[temporal]\naddress = "h:7233"\nplace_timeout = "0s"', "temporal.place_timeout"),
+        ('[temporal]\naddress = "h:7233"\ncertificate = "a.pem"', "certificate and key must be given"),
+        ('[temporal]\naddress = "h:7233"\nca_file = "a.pem"', "are for tls = true"),
+        ('[temporal]\naddress = "h:7233"\nnamespace = "a/b"', "the name of a namespace"),
+    ],
+)
+def test_what_a_placed_pool_lacks_is_named(tmp_path: Path, rest: str, message: str):
+    with pytest.raises(ConfigurationError, match=message):
+        load(str(temporal_pool(tmp_path, rest)), environ={})
+
+
+@pytest.mark.parametrize("setting", ['namespace = "jobs"', 'place_timeout = "5s"'])
+def test_a_host_does_not_decide_what_its_workers_tell_it(tmp_path: Path, setting: str):
+    file = tmp_path / "host.toml"
+    file.write_text(f'[host]\ncontrol = ["http://127.0.0.1:1"]\ntoken_file = "t"\n[temporal]\n{setting}')
+
+    with pytest.raises(ConfigurationError, match=r"a host does not take temporal\."):
+        load_for_host(str(file), environ={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from worker.secret import Secret
 
 # A run and the fencing token that it was admitted under.
 Fence = tuple[RunId, int]
+_TICKET = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9]{1,18})\.([A-Za-z0-9_-]{1,100})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,8 @@ class Ticket:
     @classmethod
     def parse(cls, text: str) -> Ticket | None:
         """The ticket in this text; None if it is not one."""
-        run_id, _, rest = text.partition(".")
-        number, _, secret = rest.partition(".")
-        if not (number.isascii() and number.isdigit() and len(number) < 19 and secret and run_id):
-            return None
-        return cls(RunId(run_id), int(number), Secret(secret))
+        found = _TICKET.fullmatch(text)
+        return None if found is None else cls(RunId(found[1]), int(found[2]), Secret(found[3]))
 
     def reveal(self) -> str:
         return f"{self.run_id}.{self.fencing_token}.{self._secret.reveal()}"

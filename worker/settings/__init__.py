@@ -34,6 +34,7 @@ from worker.settings.sections import (
     ProvisioningSettings,
     RetentionSettings,
     Section,
+    TemporalSettings,
     TokenSettings,
     TracingSettings,
     WebSettings,
@@ -46,8 +47,9 @@ CONFIG_PLACES = ("/etc/orgworker/worker.toml", "worker.toml")
 MOUNTED_SECRETS = "/run/secrets"
 
 # The sections that a host has besides `[web] health_listen`, and what its workers decide for it.
-HOST_SECTIONS = ("host", "execution", "log", "tracing")
+HOST_SECTIONS = ("host", "execution", "log", "tracing", "temporal")
 NOT_OF_HOSTS = ("pools", "lease", "renew", "poll", "private_origins", "insecure_origins")
+TOLD_TO_HOSTS = ("namespace", "place_timeout")
 
 _OF_WEB: Mapping[str, type[BaseModel]] = {"login": LoginSettings, "portal": PortalSettings}
 
@@ -68,6 +70,7 @@ class Settings(Section):
     tokens: TokenSettings = TokenSettings()
     execution: ExecutionSettings = ExecutionSettings()
     pools: dict[PoolName, PoolSettings] = Field(default_factory=dict)
+    temporal: TemporalSettings = TemporalSettings()
     web: WebSettings = WebSettings()
     attempts: AttemptsSettings = AttemptsSettings()
     alerts: AlertSettings = AlertSettings()
@@ -91,6 +94,11 @@ class Settings(Section):
     def pool_rules(self) -> dict[str, dict[str, Any]]:
         """What each pool requires, of those that require something."""
         return {name: pool.requires for name, pool in self.pools.items() if pool.requires}
+
+    @property
+    def placed_by_temporal(self) -> tuple[str, ...]:
+        """The pools whose runs Temporal places on hosts."""
+        return tuple(name for name, pool in self.pools.items() if pool.placer == "temporal")
 
     @property
     def keyring_file(self) -> Path:
@@ -140,8 +148,8 @@ def load_for_host(
         if not _is_of_host(keys):
             raise ConfigurationError(
                 f"{where}: a host does not take {'.'.join(keys)}",
-                fix="remove it; a host has [host], [execution], [log], [tracing] and [web] health_listen, "
-                "and learns everything else from the workers in [host] control",
+                fix="remove it; a host has [host], [execution], [log], [tracing], [temporal] and [web] "
+                "health_listen, and learns everything else from the workers in [host] control",
             )
     settings = check(values)
     host = settings.host
@@ -165,6 +173,8 @@ def load_for_host(
 
 def _is_of_host(keys: Keys) -> bool:
     if keys[0] == "execution" and keys[-1] in NOT_OF_HOSTS:
+        return False
+    if keys[0] == "temporal" and keys[-1] in TOLD_TO_HOSTS:
         return False
     return keys[0] in HOST_SECTIONS or keys in (("web", "health_listen"), ("secrets_dir",))
 
@@ -223,6 +233,7 @@ def check(values: Sourced) -> Settings:
             'web.login.claims_from = "access_token" needs an audience to verify that token for',
             fix=f"set audience in [issuers.{login.issuer}]",
         )
+    _check_placers(settings)
     for name, issuer in settings.issuers.items():
         for origin in unencrypted(issuer.api_origins, settings.execution.insecure_origins):
             setting = ("issuers", name, "api_origins")
@@ -239,6 +250,20 @@ def check(values: Sourced) -> Settings:
                 fix=f"add its origin to api_origins of [issuers.{name}], or correct it",
             )
     return settings
+
+
+def _check_placers(settings: Settings) -> None:
+    for name in settings.placed_by_temporal:
+        if not settings.temporal.address:
+            raise ConfigurationError(
+                f'pools.{name}.placer = "temporal", and temporal.address is not set',
+                fix="set address in [temporal], such as 127.0.0.1:7233, or placer to pull",
+            )
+        if name in settings.execution.pools:
+            raise ConfigurationError(
+                f"execution.pools names {name}, whose runs Temporal places on hosts",
+                fix=f'remove {name} from [execution] pools, or set placer = "pull" in [pools.{name}]',
+            )
 
 
 def _register_secrets(values: Sourced) -> None:

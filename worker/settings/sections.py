@@ -234,6 +234,26 @@ class PoolSettings(Section):
     placer: Literal["pull", "temporal"] = "pull"
 
 
+class TemporalSettings(Section):
+    """`[temporal]`: the Temporal that places runs of pools with `placer = "temporal"`."""
+
+    address: Listen = ""
+    namespace: Annotated[str, _matching(r"[^\s/]{1,200}", "the name of a namespace")] = "default"
+    place_timeout: Duration = Field(timedelta(seconds=30), ge=timedelta(seconds=1), le=timedelta(hours=1))
+    tls: bool = False
+    ca_file: str = ""
+    certificate: str = ""
+    key: str = ""
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> TemporalSettings:
+        if bool(self.certificate) != bool(self.key):
+            raise ValueError("certificate and key must be given together")
+        if (self.certificate or self.ca_file) and not self.tls:
+            raise ValueError("certificate, key and ca_file are for tls = true")
+        return self
+
+
 class OperatorSettings(Section):
     """`[[web.operators]]`: a person or program with access to all orgs, known by the hash of its token."""
 

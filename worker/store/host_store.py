@@ -98,10 +98,9 @@ class HostStore:
         return await self._store.admit_by(walk, offered, free)
 
     async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None:
-        """Move a placed run to an incarnation; None if the ticket is not valid, or no longer."""
-        return await self._database.call(
-            placements.take, worker, ticket.run_id, ticket.fencing_token, ticket.sha256
-        )
+        """Move a placed run to an incarnation; None if the ticket is not valid for it."""
+        fence = ticket.run_id, ticket.fencing_token
+        return await self._database.call(placements.take, worker, *fence, ticket.sha256)
 
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Write ended attempts of an incarnation; returns the runs whose attempt is stored as given."""

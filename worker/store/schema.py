@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from worker.clock import SystemClock
 from worker.errors import ConfigurationError
 from worker.store import roles, tables
 from worker.store.database import Database, translated
-from worker.store.dialect import is_postgresql, upsert
+from worker.store.dialect import insert_into, is_postgresql, upsert
 from worker.store.engine import open_engine, read_url
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ def read(connection: Connection, name: str) -> str | None:
 def write(connection: Connection, name: str, value: str) -> None:
     """Set a fact."""
     connection.execute(upsert(connection, _facts, ("name",), ("value",)), {"name": name, "value": value})
+
+
+def installation(connection: Connection) -> str:
+    """A short name of this database, made once: engines that several installations share tell them apart."""
+    made = {"name": "installation", "value": secrets.token_hex(6)}
+    connection.execute(insert_into(connection, _facts).values(made).on_conflict_do_nothing())
+    return read(connection, "installation") or ""
 
 
 # Two simultaneous migrators, or one that waits for a long query, would make the workers wait: the

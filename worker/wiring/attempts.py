@@ -14,6 +14,7 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
 from worker.execution.hosts.hosted_runs import HostTools
+from worker.execution.hosts.wire import TemporalPlace
 from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings
@@ -98,7 +99,8 @@ class AttemptListener:
         """The answers of one incarnation; None without a listener."""
         if self._listener is None:
             return None
-        execution = settings.execution
+        execution, temporal = settings.execution, settings.temporal
+        place = TemporalPlace(temporal.address, temporal.namespace, temporal.tls)
         shared = HostTools(tools, HostStore(store, execution.lease), RingSealer(ring), on_end)
         return AttemptApi(
             shared,
@@ -106,7 +108,7 @@ class AttemptListener:
             lease=execution.lease.total_seconds(),
             renew_every=execution.renew.total_seconds(),
             poll=execution.poll.total_seconds(),
-            placed=frozenset(name for name, pool in settings.pools.items() if pool.placer == "temporal"),
+            temporal=dict.fromkeys(settings.placed_by_temporal, place),
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from random import SystemRandom
+from typing import TYPE_CHECKING, Any
 
 from worker.clock import Clock, SystemClock
 from worker.errors import ConfigurationError, Unavailable
@@ -48,7 +49,11 @@ from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
 from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
 from worker.wiring.reading import CatalogueReader
+from worker.wiring.temporal import place_of, require_client, tls_of
 from worker.wiring.traces import traces_of
+
+if TYPE_CHECKING:
+    from worker.execution.hosts.tickets import TicketTaking
 
 VERSION = version("orgworker")
 # The share of the lease that a renewal waits for its answer: two tries fit in before the runs freeze.
@@ -245,16 +250,35 @@ class HostIncarnation:
             on_end=lambda ended, inflight: None,
             report=attempt_events.attempt_ended,
         )
-        taking = Taking(
-            store,
-            inflight_runs,
-            clock,
-            slots=self._slots,
-            poll=registered.poll,
-            offers=lambda: bool(self._handlers.names()),
-            start=start,
-            on_taking=lambda: self._ready(vitals.in_words()),
-        )
+
+        def on_taking() -> None:
+            self._ready(vitals.in_words())
+
+        common: dict[str, Any] = {
+            "slots": self._slots,
+            "poll": registered.poll,
+            "offers": lambda: bool(self._handlers.names()),
+            "start": start,
+            "on_taking": on_taking,
+        }
+        taking: Taking | TicketTaking
+        if registered.temporal is None:
+            taking = Taking(store, inflight_runs, clock, **common)
+        else:
+            require_client(f"the runs of pool {registered.pool} come from Temporal")
+            from worker.execution.hosts.tickets import TicketTaking
+
+            place = place_of(registered.temporal, self.settings.temporal)
+            taking = TicketTaking(
+                store,
+                inflight_runs,
+                clock,
+                registered.pool,
+                place,
+                tls_of(self.settings.temporal, tls=place.tls),
+                f"orgworker host {self.id}",
+                **common,
+            )
         reconciler = Reconciler(
             inflight_runs,
             store,

@@ -58,6 +58,7 @@ from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.chores import Chores, ages_of
 from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
 from worker.wiring.monitoring import monitoring
+from worker.wiring.placing import check_placers, placing_loops
 from worker.wiring.reading import CatalogueReader
 from worker.wiring.secrets import OpenedCredentials, StoredTokens, issuers_of
 from worker.wiring.traces import traces_of
@@ -91,6 +92,7 @@ def run(settings: Settings) -> int:
     traces = traces_of(settings.tracing, clock, version=VERSION)
     notifier = Notifier()
     execution = settings.execution
+    check_placers(settings)
     confinement = confinement_of(settings)
     confinement.warn()
     for secret in readable_management_secrets(settings):
@@ -173,6 +175,7 @@ class Incarnation:
         self.id = WorkerId(new_id())
         self._started_at = self.clock.monotonic()
         self._is_ready = False
+        self._installation = ""
         settings, database = self.settings, self.database
         self._pool_rules = PoolRules(settings.pool_rules)
         self._store = WorkerStore(
@@ -206,6 +209,8 @@ class Incarnation:
         )
         # Before the first run is fired: its handler may be one that only a host offers.
         self._handlers.learn(await self._store.look_at_pools())
+        if self.settings.placed_by_temporal:
+            self._installation = await self.database.call(schema.installation)
         if self.settings.database.sqlite_file is not None:
             # This process holds the file lock, so every other worker of this database is dead.
             emit_recovered(await self._store.recover_all_others())
@@ -277,6 +282,8 @@ class Incarnation:
 
         def wake_admission() -> None:
             admission.wake.set()
+            for loop in placing.values():
+                loop.wake.set()
             if api is not None:
                 api.wake()
 
@@ -295,6 +302,7 @@ class Incarnation:
         async def look_at_pools() -> None:
             self._handlers.learn(await store.look_at_pools())
 
+        placing = placing_loops(self.settings, store, self.id, self._installation, clock)
         chores = Chores(self.database, on_runs=wake_admission)
         api = self.hosts.api(store, tools, self.settings, self._credentials.ring, chores.ended)
         self.hosts.attempts.api, self.hosts.attempts.draining = api, False
@@ -326,6 +334,7 @@ class Incarnation:
             cancel=cancel,
             on_lease=self.children.renewed,
             on_lost=lambda: supervisor.give_up(),
+            is_placed=lambda run: any(loop.holds(run) for loop in placing.values()),
         )
 
         def on_renewal(renewal: Renewal) -> None:
@@ -400,6 +409,7 @@ class Incarnation:
                 "hints": wakeups.run,
                 "listener": partial(self.database.listen, wake_loops),
                 "catalogue": catalogue.run,
+                **{f"placing {pool}": loop.run for pool, loop in placing.items()},
                 **({"tokens": renewal.run} if self.settings.tokens.shared else {}),
             },
             outlet={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -152,9 +153,7 @@ async def test_a_waiting_run_is_offered_with_the_ticket_whose_hash_is_stored(ben
 
     assert set(bench.engine.offered) == {fence("a"), fence("b")}
     for each, text in bench.engine.offered.items():
-        ticket = Ticket.parse(text)
-        assert ticket is not None
-        assert ticket.sha256 == bench.store.tickets[each]
+        assert hashlib.sha256(text.encode()).hexdigest() == bench.store.tickets[each]
     assert bench.holds("a")
     assert not bench.holds("a", 2)
     assert bench.emitted == [("runs.placed", {"pool": POOL, "count": 2})]

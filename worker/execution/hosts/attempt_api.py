@@ -18,14 +18,13 @@ from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused
 from worker.execution.attempts.run_services import FoundBudgets
 from worker.execution.hosts import wire
 from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns, HostTools, Key
-from worker.execution.hosts.wire import Malformed, Registered
+from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.handlers.json_text import clean
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import RunId, WorkerId
 from worker.runs.hosts import HostCaller
-from worker.runs.placing import Ticket
 from worker.runs.run import LogLine, NewStep, RunStep
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
@@ -59,8 +58,8 @@ class AttemptApi:
     lease: float
     renew_every: float
     poll: float
-    placed: frozenset[str] = frozenset()
-    temporal: Mapping[str, str] | None = None
+    # Where hosts of these pools get their tickets.
+    temporal: Mapping[str, TemporalPlace] = field(default_factory=dict)
     _incarnations: dict[WorkerId, HostedRuns] = field(default_factory=dict)
     _callers: OrderedDict[tuple[str, str | None], tuple[float, HostCaller]] = field(
         default_factory=OrderedDict
@@ -164,7 +163,7 @@ class AttemptApi:
                 self.lease,
                 self.renew_every,
                 self.poll,
-                self.temporal if caller.pool in self.placed else None,
+                self.temporal.get(caller.pool),
             )
         )
 
@@ -194,15 +193,16 @@ class AttemptApi:
 
     async def _take(self, runs: HostedRuns, message: Mapping[str, Any], gone: Callable[[], bool]) -> bytes:
         free, wait = wire.take_of(message)
-        if "ticket" in message:
-            ticket = Ticket.parse(str(message["ticket"]))
-            if ticket is None or not wire.ID.fullmatch(ticket.run_id):
-                raise Malformed("ticket: it is not one")
-            taken = await runs.take_ticket(ticket, wait or wire.LONGEST_WAIT)
-        elif runs.pool in self.placed:
-            raise Malformed(f"free: runs of the pool {runs.pool} are placed; take them by their tickets")
-        else:
-            taken = await runs.take(free, wait, poll=self.poll, gone=gone)
+        if (ticket := wire.ticket_of(message)) is not None:
+            taken, again = await runs.take_by(ticket, wait, gone=gone)
+            attempts = b",".join(encoded for _, encoded in taken)
+            return b'{"attempts":[%s],"again":%s}' % (attempts, b"true" if again else b"false")
+        if runs.pool in self.temporal:
+            raise Malformed(
+                f"the runs of pool {runs.pool} come with tickets of Temporal",
+                fix="restart the host: the placer of its pool has changed",
+            )
+        taken = await runs.take(free, wait, poll=self.poll, gone=gone)
         if taken and gone():
             runs.put_back(taken)
             taken = []

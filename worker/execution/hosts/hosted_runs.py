@@ -18,6 +18,7 @@ from typing import Protocol
 from worker.bounded import remember
 from worker.clock import from_text, to_text
 from worker.errors import (
+    Busy,
     ConfigurationError,
     DefinitionError,
     LeaseLost,
@@ -63,6 +64,10 @@ MOST_ENDS = 10_000
 # Maximum attempts that one take returns, and roughly their maximum bytes.
 MOST_TAKEN = 500
 TAKEN_BYTES = 8 * 1024 * 1024
+
+# Seconds between two looks whether a host still waits for the run of a ticket, and after which it does not.
+TICKET_LOOK = 1.0
+TICKET_AGE = 15.0
 
 Key = tuple[RunId, int]
 
@@ -119,6 +124,14 @@ class HostedRun:
         return self.inflight.run
 
 
+@dataclass(slots=True)
+class _Ticket:
+    """The ticket of a run that is not delivered yet, and when the host last asked for it."""
+
+    sha256: str
+    asked_at: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Ends:
     """The `FinishStore` of one incarnation."""
@@ -162,9 +175,9 @@ class HostedRuns:
         self._ended: OrderedDict[Key, bool] = OrderedDict()
         # Set when a take should look again.
         self.changed = asyncio.Event()
-        # The runs that each open take has admitted, and those that came with a ticket, with its hash.
+        # The runs that each open take has admitted, and the tickets of those that came with one.
         self._takes: list[set[Key]] = []
-        self._tickets: dict[Key, str] = {}
+        self._tickets: dict[Key, _Ticket] = {}
         ends = _Ends(self._store, worker)
         self._finisher = Finisher(ends, self._clock, self._written, self._unstorable)
         self._writer = asyncio.create_task(self._finisher.run(), name="hosted ends")
@@ -212,27 +225,56 @@ class HostedRuns:
             # What it has admitted goes to the next take.
             self._takes.remove(mine)
 
-    async def take_ticket(self, ticket: Ticket, wait: float) -> list[tuple[Key, bytes]]:
-        """The attempt that was placed with this ticket; nothing if it is not valid, or has ended already."""
+    async def take_by(
+        self, ticket: Ticket, wait: float, *, gone: Callable[[], bool]
+    ) -> tuple[list[tuple[Key, bytes]], bool]:
+        """The attempt of a ticket as JSON, if it is valid, and whether to ask again because it is not ready.
+
+        Empty also if the attempt has ended without its handler.
+        """
         key = ticket.run_id, ticket.fencing_token
-        if (known := self._tickets.get(key)) is None:
+        known = self._tickets.get(key)
+        if known is None:
+            tools = await self.tools()
+            if not tools.pool_rules.usable([self.pool]):
+                raise Busy(f"this worker has other rules of pool {self.pool} than the stored ones")
             run = await self._store.take_ticket(self.worker, ticket)
             if run is None:
-                return []
-            self._tickets[key] = ticket.sha256
-            self.start(run, await self.tools())
-        elif known != ticket.sha256:
-            return []
-        deadline = self._clock.monotonic() + wait
+                return [], False
+            known = self._tickets[key] = _Ticket(ticket.sha256, self._clock.monotonic())
+            self._undelivered[key] = InflightRun(run, StopSignal())
+            with suppress(Unavailable):  # the attempt reads for itself what is missing
+                await tools.prepare([run])
+            self.start(run, tools)
+        elif known.sha256 != ticket.sha256:
+            return [], False
+        known.asked_at = self._clock.monotonic()
+        deadline = known.asked_at + wait
         while key in self._undelivered and key not in self._ready:
+            known.asked_at = self._clock.monotonic()
+            left = deadline - known.asked_at
+            if left <= 0 or gone():
+                return [], True
             self.changed.clear()
-            left = deadline - self._clock.monotonic()
-            if left <= 0:
-                return []
             with suppress(TimeoutError):
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(min(left, TICKET_LOOK)):
                     await self.changed.wait()
-        return self._deliver([key]) if key in self._ready else []
+        if key not in self._ready:
+            return [], False
+        if gone():
+            return [], True
+        del self._tickets[key]
+        return self._deliver([key]), False
+
+    async def _hand_back_unasked(self) -> None:
+        """Let runs wait again that came with a ticket, and that the host no longer asks for."""
+        before = self._clock.monotonic() - TICKET_AGE
+        unasked = [key for key, ticket in self._tickets.items() if ticket.asked_at < before]
+        if unasked:
+            with suppress(Unavailable):  # the next renewal tries again
+                await self.hand_back([OwnedRun(*key, None) for key in unasked])
+                for key in unasked:
+                    self._tickets.pop(key, None)
 
     def _deliverable(self, mine: set[Key]) -> list[Key]:
         """What is ready and was admitted for this take, or for one that has ended."""
@@ -410,6 +452,7 @@ class HostedRuns:
 
     async def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease; the runs that the host should hold, without those that were not delivered."""
+        await self._hand_back_unasked()
         before = set(self._known)
         registered, owned = await self._store.renew(self.worker)
         delivered: list[OwnedRun] = []

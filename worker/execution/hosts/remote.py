@@ -25,6 +25,8 @@ from worker.runs.waits import NewWait, WaitState
 PART_BYTES = wire.MOST_BYTES * 3 // 4
 # Seconds that a call may take beyond the wait of a take.
 ANSWER_SECONDS = 10.0
+# Seconds that a worker may take to prepare the attempt of a ticket before it is asked again.
+TICKET_WAIT = 10.0
 
 
 # Not frozen, as `EndedAttempt`.
@@ -112,6 +114,16 @@ class RemoteStore:
         message = {"free": dict(free), "wait": wait}
         answer = await self.control.call("take", message, seconds=wait + ANSWER_SECONDS, repeat=False)
         return [wire.taken_of(taken) for taken in answer["attempts"]]
+
+    async def take_by(self, ticket: str) -> list[Taken]:
+        """The run of a ticket; nothing if the ticket is not valid, or the attempt has ended already."""
+        while True:
+            message = {"ticket": ticket, "wait": TICKET_WAIT}
+            answer = await self.control.call(
+                "take", message, seconds=TICKET_WAIT + ANSWER_SECONDS, repeat=False
+            )
+            if not answer.get("again"):
+                return [wire.taken_of(taken) for taken in answer["attempts"]]
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Report how attempts ended; the runs whose end was accepted."""

@@ -41,6 +41,7 @@ from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.outcome import Error, Outcome, TimedOut
+from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, LogLine, NewStep, OwnedRun
 from worker.runs.waits import MOST_WAITS, NewWait
 
@@ -106,10 +107,19 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
+class TemporalPlace:
+    """Where the Temporal is from which a host of the pool gets its tickets."""
+
+    address: str
+    namespace: str
+    tls: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Registered:
     """The answer: the incarnation's id, the pool of the host's token, and durations in seconds.
 
-    `temporal` has the address and namespace that tickets come from, if runs of the pool are placed so.
+    With `temporal` the host takes runs by tickets that it gets there, and not by free slots.
     """
 
     worker: str
@@ -117,7 +127,7 @@ class Registered:
     lease: float
     renew: float
     poll: float
-    temporal: Mapping[str, str] | None = None
+    temporal: TemporalPlace | None = None
 
 
 def registration_message(registration: Registration) -> Message:
@@ -146,7 +156,10 @@ def registered_message(registered: Registered) -> Message:
 
 
 def registered_of(message: Mapping[str, Any]) -> Registered:
-    return Registered(**_known(Registered, message))
+    given = _known(Registered, message)
+    if (place := given.get("temporal")) is not None:
+        given["temporal"] = TemporalPlace(**_known(TemporalPlace, place))
+    return Registered(**given)
 
 
 @_reader
@@ -162,6 +175,17 @@ def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
     if not wait >= 0.0:
         raise ValueError("wait is not a number of seconds")
     return slots_of(message.get("free", {})), min(wait, LONGEST_WAIT)
+
+
+@_reader
+def ticket_of(message: Mapping[str, Any]) -> Ticket | None:
+    """The ticket with which a host takes one run; None if it asks for any runs."""
+    if message.get("ticket") is None:
+        return None
+    ticket = Ticket.parse(_text(message, "ticket"))
+    if ticket is None:
+        raise ValueError("ticket is not RUN.FENCING_TOKEN.SECRET")
+    return ticket
 
 
 def entry_message(entry: HandlerEntry) -> Message:

@@ -28,6 +28,8 @@ PAUSE = timedelta(seconds=2)
 # Seconds between two tries to reach an engine that does not respond, at first and at most.
 TRY_AGAIN = 1.0
 LONGEST_TRY = 15.0
+# Seconds for taking back what no host has taken, when the worker stops.
+LEAVE = 3.0
 
 
 class PlacingStore(Protocol):
@@ -89,8 +91,10 @@ class Placing:
                 if not placed:
                     await wait_for(self.wake, self.poll)
         finally:
-            with suppress(Unavailable):
-                await self._withdraw(list(self._held), "the worker that placed it stopped", timedelta())
+            # What stays in the engine is not valid any more.
+            with suppress(Unavailable, TimeoutError):
+                async with asyncio.timeout(LEAVE):
+                    await self._withdraw(list(self._held), "the worker that placed it stopped", timedelta())
 
     async def turn(self) -> int:
         """Withdraw what is overdue, then place what there is room for; returns how many were placed."""

@@ -7,6 +7,7 @@ and the run, the fencing token and the ticket, and nothing else.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from worker.errors import Unavailable
@@ -14,6 +15,15 @@ from worker.runs.placing import Placement, Ticket
 
 # How an engine sees a placement: a host has it, none has it yet, or it has ended or never was.
 Standing = Literal["taken", "queued", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """What a TLS connection to an engine needs: contents of PEM files, None for the defaults."""
+
+    ca_file: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
 
 
 class EngineUnavailable(Unavailable):

@@ -15,9 +15,9 @@ from typing import TypeVar
 from temporalio.client import ActivityExecutionStatus, Client, PendingActivityState
 from temporalio.common import ActivityIDReusePolicy, RetryPolicy
 from temporalio.exceptions import ActivityAlreadyStartedError
-from temporalio.service import RetryConfig, RPCError, RPCStatusCode
+from temporalio.service import RetryConfig, RPCError, RPCStatusCode, TLSConfig
 
-from worker.execution.placers import EngineUnavailable, Standing
+from worker.execution.placers import EngineUnavailable, Standing, TlsFiles
 from worker.runs.placing import Placement, Ticket
 from worker.runs.run import Isolation
 
@@ -39,17 +39,36 @@ def queue_of(pool: str, isolation: Isolation) -> str:
     return f"orgworker.{pool}" if isolation == "child" else f"orgworker.{pool}:inline"
 
 
+async def connect(address: str, namespace: str, *, identity: str, tls: TlsFiles | None) -> Client:
+    """A client, once the server has answered. Raises RPCError and RuntimeError."""
+    config = tls and TLSConfig(
+        server_root_ca_cert=tls.ca_file, client_cert=tls.certificate, client_private_key=tls.key
+    )
+    retries = RetryConfig(max_elapsed_time_millis=int(PATIENCE * 1000), max_retries=5)
+    return await Client.connect(
+        address, namespace=namespace, identity=identity, retry_config=retries, tls=config or False
+    )
+
+
 class TemporalPlacer:
     """Starts an activity for each placement; `installation` tells apart databases that share a namespace."""
 
     def __init__(
-        self, address: str, namespace: str, *, installation: str, place_timeout: timedelta, identity: str
+        self,
+        address: str,
+        namespace: str,
+        *,
+        installation: str,
+        place_timeout: timedelta,
+        identity: str,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._address = address
         self._namespace = namespace
         self._installation = installation
         self._place_timeout = place_timeout
         self._identity = identity
+        self._tls = tls
         self._client: Client | None = None
         self._connecting = asyncio.Lock()
 
@@ -99,15 +118,8 @@ class TemporalPlacer:
     async def _connected(self) -> Client:
         async with self._connecting:
             if self._client is None:
-                retries = RetryConfig(max_elapsed_time_millis=int(PATIENCE * 1000), max_retries=5)
-                self._client = await self._answered(
-                    Client.connect(
-                        self._address,
-                        namespace=self._namespace,
-                        identity=self._identity,
-                        retry_config=retries,
-                    )
-                )
+                connecting = connect(self._address, self._namespace, identity=self._identity, tls=self._tls)
+                self._client = await self._answered(connecting)
             return self._client
 
     async def _answered(self, request: Awaitable[T]) -> T:

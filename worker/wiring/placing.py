@@ -1,0 +1,51 @@
+"""The placing loops of a worker: one for each pool whose runs Temporal places on hosts."""
+
+from __future__ import annotations
+
+from worker.clock import Clock
+from worker.execution.loops.placing import Placing
+from worker.ids import WorkerId
+from worker.settings import Settings
+from worker.store.placing_store import PlacingStore
+from worker.store.worker_store import WorkerStore
+from worker.wiring.temporal import require_client, tls_of
+
+
+def check_placers(settings: Settings) -> None:
+    """Raise ConfigurationError if a pool needs Temporal, and its client or a file is missing."""
+    if not settings.placed_by_temporal:
+        return
+    require_client(f"pools.{settings.placed_by_temporal[0]}.placer is temporal")
+    tls_of(settings.temporal, tls=settings.temporal.tls)
+
+
+def placing_loops(
+    settings: Settings, store: WorkerStore, worker_id: WorkerId, installation: str, clock: Clock
+) -> dict[str, Placing]:
+    """The loops by pool; none if no pool has the placer temporal."""
+    pools = settings.placed_by_temporal
+    if not pools:
+        return {}
+    # Only here: it takes time and memory that other workers need not spend.
+    from worker.execution.placers.temporal import TemporalPlacer
+
+    temporal = settings.temporal
+    placer = TemporalPlacer(
+        temporal.address,
+        temporal.namespace,
+        installation=installation,
+        place_timeout=temporal.place_timeout,
+        identity=f"orgworker {worker_id}",
+        tls=tls_of(temporal, tls=temporal.tls),
+    )
+    return {
+        pool: Placing(
+            PlacingStore(store, worker_id, pool),
+            placer,
+            pool,
+            clock,
+            poll=settings.execution.poll.total_seconds(),
+            place_timeout=temporal.place_timeout,
+        )
+        for pool in pools
+    }
