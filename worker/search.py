@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 from difflib import get_close_matches
 
@@ -33,6 +33,7 @@ KEYS: Mapping[str, str] = {
     "cause": "a part of the error's cause",
     "reason": "the reason that `runs list` shows",
     "origin": "one of " + ", ".join(ORIGINS),
+    "pool": "the pool of the run",
 }
 """The keys, and what their values are."""
 
@@ -60,6 +61,7 @@ class Query:
     cause: str | None = None
     reason: str | None = None
     origin: str | None = None
+    pool: str | None = None
 
     @property
     def is_of_runs(self) -> bool:
@@ -107,7 +109,21 @@ def parsed(text: str, *, now: datetime, zone: tzinfo = UTC) -> Query:
         cause=given.get("cause"),
         reason=_one_of(given.get("reason"), REASONS, "reason"),
         origin=_one_of(given.get("origin"), ORIGINS, "origin"),
+        pool=given.get("pool"),
     )
+
+
+def of_pool(query: Query | None, pool: str | None) -> Query | None:
+    """The query narrowed to a pool that is given beside it.
+
+    Raises:
+        UsageError: the query names another pool.
+    """
+    if pool is None:
+        return query
+    if query is not None and query.pool not in (None, pool):
+        raise UsageError(f"the search has pool:{query.pool}, not {pool}", fix="name the pool once")
+    return replace(query or Query(), pool=pool)
 
 
 def _tokens(text: str) -> Iterable[tuple[str | None, str]]:

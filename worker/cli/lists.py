@@ -15,9 +15,11 @@ from worker.cli.options import (
     LimitOption,
     OrgOption,
     OutputOption,
+    PoolOption,
     QueryOption,
     SinceOption,
     StateOption,
+    read_pool,
     read_query,
     read_since,
 )
@@ -39,6 +41,7 @@ _FILTERS: Mapping[str, tuple[Any, Any]] = {
     "state": (StateOption, None),
     "since": (SinceOption, None),
     "q": (QueryOption, None),
+    "pool": (PoolOption, None),
     "broken": (
         Annotated[
             bool,
@@ -86,7 +89,7 @@ def add_list(
         org = given.pop("code", None) or given.pop("org", None)
         given.pop("org", None)
         text = " ".join([*(given.pop("words", None) or ()), *filter(None, [given.pop("q", None)])])
-        given["query"] = read_query(text or None, session.clock)
+        given["query"] = read_pool(read_query(text or None, session.clock), given.pop("pool", None))
         page = Page(**given | {"since": read_since(given.get("since"), session.clock)})
         scope = ALL_ORGS if org is None else org
         with session.database() as database, database.autocommit() as connection:

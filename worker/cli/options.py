@@ -62,6 +62,7 @@ QueryOption = Annotated[
         "--query", "-q", metavar="TEXT", help="Only those that match a search: 'acme state:failed since:2h'."
     ),
 ]
+PoolOption = Annotated[str | None, typer.Option("--pool", metavar="POOL", help="Only those of this pool.")]
 FromOption = Annotated[
     str, typer.Option("--from", metavar="T", help="First time: 2027-01-01T08:00:00Z, 2d (ago).")
 ]
@@ -92,6 +93,15 @@ def read_query(text: str | None, clock: Clock) -> Query | None:
     from worker.search import parsed
 
     return parsed(text, now=clock.now())
+
+
+def read_pool(query: Query | None, pool: str | None) -> Query | None:
+    """The search narrowed to the value of `--pool`, if given; raises UsageError."""
+    if pool is None:
+        return query
+    from worker.search import of_pool
+
+    return of_pool(query, pool)
 
 
 def read_duration(text: str, option: str) -> timedelta:

@@ -60,6 +60,7 @@ class Org(TypedDict):
     weight: Shown[int]
     tags: Shown[list[str]]
     timezone: Shown[str | None]
+    pool: Shown[str | None]
     created_at: Shown[datetime]
     updated_at: Shown[datetime]
 
@@ -69,7 +70,7 @@ class OrgDetail(Org):
 
 
 class Definition(TypedDict):
-    """What an org asked for; `timezone` is the one in force."""
+    """What an org asked for; `timezone` and `pool` are those in force."""
 
     id: Shown[DefinitionId]
     org: Shown[str]
@@ -77,6 +78,7 @@ class Definition(TypedDict):
     handler: Shown[str]
     schedule: Shown[str]
     timezone: Shown[str]
+    pool: Shown[str]
     state: Shown[str]
     org_state: Shown[OrgState]
     next_scheduled_for: Shown[datetime | None]
@@ -180,6 +182,7 @@ class Run(TypedDict):
     org: Shown[str]
     definition: Shown[str]
     handler: Shown[str]
+    pool: Shown[str]
     revision: Shown[int]
     scheduled_for: Shown[datetime]
     origin: Shown[str]
@@ -254,6 +257,7 @@ class Handler(TypedDict):
     memory: Shown[str | None]
     max_concurrent: Shown[int | None]
     state: Shown[bool]
+    pool: Shown[str | None]
     error: Annotated[str | None, redaction.not_loaded]
     seen_at: Shown[datetime]
 
@@ -441,7 +445,7 @@ RUNS = Listing(
     Run,
     "List runs, newest first.",
     ("state", "org", "definition", "scheduled_for", "took", "why", "id"),
-    filters=("org", "definition", "state", "since", "q"),
+    filters=("org", "definition", "state", "since", "q", "pool"),
     states=("waiting", "running", "succeeded", "failed", "cancelled", "refused", "skipped"),
 )
 SKIPS = Listing(

@@ -62,6 +62,8 @@ def conditions(scope: OrgId | AllOrgs, query: Query, run: Any) -> list[Condition
         found.append(run.handler == query.handler)
     if query.origin is not None:
         found.append(run.origin == query.origin)
+    if query.pool is not None:
+        found.append(run.pool == query.pool)
     if query.since is not None:
         found.append(run.created_at >= query.since)
     if query.until is not None:

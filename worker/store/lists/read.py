@@ -19,6 +19,7 @@ from sqlalchemy import (
     true,
 )
 
+from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.words import in_words
 from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
@@ -222,6 +223,15 @@ def _of_spec(key: str, table: Table = _revisions) -> ColumnElement[Any]:
     return cast(ColumnElement[Any], table.c.spec[key].as_string())
 
 
+_POOL_OF_HANDLER = (
+    select(_catalogue.c.pool)
+    .where(_catalogue.c.name == _of_spec("handler"), _catalogue.c.error.is_(None))
+    .limit(1)
+    .correlate(_revisions)
+    .scalar_subquery()
+)
+
+
 def _open_definitions(org_id: OrgId, *columns: ColumnElement[Any]) -> Select[Any]:
     """Columns of an org's open definitions."""
     query = select(*columns).select_from(_definitions).join(_revisions, _IN_FORCE)
@@ -256,6 +266,9 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
         handler=_of_spec("handler"),
         schedule=_of_spec("schedule"),
         timezone=func.coalesce(func.nullif(_of_spec("timezone"), ""), _orgs.c.timezone, "UTC"),
+        pool=func.coalesce(
+            func.nullif(_of_spec("pool"), ""), _POOL_OF_HANDLER, _orgs.c.pool, literal(DEFAULT_POOL)
+        ),
         state=case(
             (_definitions.c.closed_at.is_not(None), literal("closed")),
             (_definitions.c.paused_at.is_not(None), literal("paused")),

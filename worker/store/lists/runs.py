@@ -165,7 +165,7 @@ _view = table(
         column(name, kind)
         for kind, names in (
             (Id(), "id org_id definition_id retry_of idempotency_key worker"),
-            (Text(), "org definition handler origin request_key state reason detail"),
+            (Text(), "org definition handler pool origin request_key state reason detail"),
             (Integer(), "revision attempt"),
             (BigInteger(), "fencing_token result_fencing_token"),
             (Instant(), "scheduled_for created_at available_at started_at finished_at cancel_requested_at"),

@@ -51,7 +51,9 @@ _runs, _live, _ends, _attempts = tables.runs, tables.live_runs, tables.run_ends,
 _orgs, _definitions = tables.orgs, tables.definitions
 _EXAMINED = tuple(
     _runs.c[name]
-    for name in ("id", "org_id", "definition_id", "handler", "origin", "state", "reason", "created_at")
+    for name in (
+        *("id", "org_id", "definition_id", "handler", "origin", "state", "reason", "created_at", "pool"),
+    )
 )
 # As the indexes say it: with a parameter, SQLite would not use one.
 _IS_RARE = _ends.c.state != literal_column("'succeeded'")

@@ -97,6 +97,7 @@ FILTERS: Mapping[str, tuple[Schema, str]] = {
     "limit": (LIMIT, "Rows of a page, 50 by default."),
     "after": (UUID, "The id of the last row of the page before."),
     "q": ({"type": "string", "maxLength": MOST_TEXT}, "A search, as `runs list -q` takes it."),
+    "pool": ({"type": "string"}, "A pool; only the newest runs are searched, as with `q`."),
     "broken": ({"enum": ["true", "false"]}, "Only broken orgs."),
 }
 

@@ -17,7 +17,7 @@ from worker.clock import Clock
 from worker.definitions.units import parse_time
 from worker.errors import AccessDenied, NotFound, PreconditionFailed, UsageError
 from worker.operations.runs import require_run
-from worker.search import parsed, states_of
+from worker.search import of_pool, parsed, states_of
 from worker.store.lists import (
     MAX_LIMIT,
     RUNS,
@@ -346,7 +346,7 @@ def read_list(
         since=None if since is None else parse_time(since, clock, name="since"),
         limit=limit_of(given),
         after=given.get("after"),
-        query=parsed(given["q"], now=clock.now()) if "q" in given else None,
+        query=of_pool(parsed(given["q"], now=clock.now()) if "q" in given else None, given.get("pool")),
         broken=flag_of(given, "broken"),
     )
     if listing is RUNS and page.query is not None:
