@@ -92,6 +92,7 @@ class Stock:
         lease: timedelta = LEASE,
         handlers: Sequence[str] = (HANDLER,),
         pools: Sequence[str] = (DEFAULT_POOL,),
+        children: int = 50,
     ) -> WorkerId:
         worker_id = WorkerId(new_id())
         with self.database.transaction() as connection:
@@ -103,7 +104,7 @@ class Stock:
                 version="1",
                 lease=lease,
                 handlers=handlers,
-                capacity={"child": 50},
+                capacity={"children": children, "inline": 0},
                 pools=pools,
             )
         self._admissions[worker_id] = RingWalk(self.database, worker_id, pools=pools)

@@ -45,7 +45,7 @@ VERBS = {
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
-    *("budgets", "usage", "operators", "hosts", "db", "keys", "tokens", "config"),
+    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "config"),
 )
 ONLY_LISTED = ("skips", "audit")
 # Options before the verb that take a value.

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 
 from worker.clock import to_text
 from worker.definitions.definition import Definition
+from worker.definitions.pools import DEFAULT_POOL, pool_of
 from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
 from worker.ids import DefinitionId
@@ -24,7 +25,7 @@ from worker.operations.load import DAY, MINUTE, Load, Peak, Stream
 from worker.operations.requirements import OrgDefinitions, load_all_orgs
 from worker.runs.fire import window_of
 from worker.settings.sections import ExecutionSettings
-from worker.store import health
+from worker.store import health, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.history import last_attempts, newest_attempts
@@ -110,12 +111,19 @@ def capacity(database: Database, execution: ExecutionSettings, machine: Machine)
         demand = _Demand(connection, now, list(load_all_orgs(connection)))
         demand.add_up()
     slots = {"children": execution.max_children, "inline": execution.max_inline}
+    of_pools = dict.fromkeys(execution.pools, sum(slots.values()))
     if workers:
         capacities = [row["capacity"] or {} for row in workers]
         slots = {kind: sum(int(each.get(kind, 0)) for each in capacities) for kind in slots}
+        of_pools = pools.slots_of(workers)
     machines = len({row["host"] for row in workers}) or 1
     there = Machine(machine.processors * machines, machine.memory * machines)
-    measures = [*demand.of_workers(slots, there), *demand.slow_definitions(), *demand.low_limits()]
+    measures = [
+        *demand.of_workers(slots, there),
+        *demand.of_pools(of_pools),
+        *demand.slow_definitions(),
+        *demand.low_limits(),
+    ]
     assumed = demand.assumed()
     if not workers:
         assumed.append("no worker is up: one with these settings is assumed, on this machine")
@@ -150,6 +158,8 @@ class _Demand:
         self._children, self._inline, self._memory = Load(start), Load(start), Load(start)
         # The part with a known history.
         self._known: dict[str, Load] = {"child": Load(start), "inline": Load(start)}
+        # The runs of each pool, and those of them with a known history.
+        self._of_pools: dict[str, tuple[Load, Load]] = {}
         # Mean concurrent runs by ("org" | "handler", name), of known histories only: an
         # assumption never fails the check.
         self._means: dict[tuple[str, str], float] = defaultdict(float)
@@ -162,14 +172,18 @@ class _Demand:
     def add_up(self) -> None:
         """Count all definitions that are due."""
         self._read_histories()
-        streams: Counter[tuple[Trigger, timedelta, _History, bool, str]] = Counter()
+        streams: Counter[tuple[Trigger, timedelta, _History, bool, str, str]] = Counter()
         for org in self._orgs:
             for definition in org.due:
                 streams[self._stream(org, definition)] += 1
-        for (trigger, window, history, serial, isolation), count in streams.items():
+        for (trigger, window, history, serial, isolation, pool), count in streams.items():
             stream = Stream(trigger, count, window, history.seconds, serial)
+            if pool not in self._of_pools:
+                self._of_pools[pool] = Load(self._start), Load(self._start)
+            self._of_pools[pool][0].add(stream)
             if history.known:
                 self._known[isolation].add(stream)
+                self._of_pools[pool][1].add(stream)
             if isolation == "inline":
                 self._inline.add(stream)
             else:
@@ -178,10 +192,12 @@ class _Demand:
 
     def _stream(
         self, org: OrgDefinitions, definition: Definition
-    ) -> tuple[Trigger, timedelta, _History, bool, str]:
+    ) -> tuple[Trigger, timedelta, _History, bool, str, str]:
         trigger = definition.trigger(org.timezone)
         history = self._history(definition)
-        isolation = definition.isolation or self._handlers.declared(definition.handler).isolation
+        wants = self._handlers.declared(definition.handler)
+        isolation = definition.isolation or wants.isolation
+        pool = pool_of(definition.pool, wants.pool, org.pool)
         window = window_of(definition.schedule, trigger, definition.spread)
         count = trigger.count(self._start, self._children.end)
         if count and history.known:
@@ -192,7 +208,7 @@ class _Demand:
                 self._slow.append((history.seconds / lasting, name, history.seconds, lasting))
             for key in ("org", org.org.code), ("handler", definition.handler):
                 self._means[key] += count * lasting / DAY
-        return trigger, window, history, definition.serial, isolation
+        return trigger, window, history, definition.serial, isolation, pool
 
     def _read_histories(self) -> None:
         named: dict[str, dict[DefinitionId, str]] = defaultdict(dict)
@@ -279,6 +295,23 @@ class _Demand:
             fits or not all(history.known for history in self._histories.values()),
             None if fits else f"lower execution.max_children to {max(most or 1, 1)} in all, or add memory",
         )
+
+    def of_pools(self, slots: Mapping[str, int]) -> Iterator[Measure]:
+        """The slots of each pool, if there is another one than the default."""
+        if self._of_pools.keys() | slots.keys() == {DEFAULT_POOL}:
+            return
+        for pool, (load, known) in sorted(self._of_pools.items()):
+            has = slots.get(pool, 0)
+            if pool not in slots:
+                advice = f"no worker or host serves it: add a host of {pool}, or {pool} to [execution] pools"
+                peak = load.at_once()
+                at = self._start + timedelta(seconds=peak.second) if peak.amount else None
+                needs = peak.amount, load.mean
+                yield Measure(f"pool {pool}", *needs, 0, "runs at once", at, False, advice, None)
+                continue
+            waits = (load.longest_wait(has).amount, known.longest_wait(has).amount)
+            advice = "add slots to a worker or host of the pool, or another one"
+            yield self._measure(f"pool {pool}", load.at_once(), load.mean, has, "runs at once", waits, advice)
 
     def _measure(
         self,

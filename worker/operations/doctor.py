@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from worker.claims.pools import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
 from worker.errors import ConfigurationError, Diagnostic
@@ -19,7 +20,7 @@ from worker.ids import ALL_ORGS
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
-from worker.store import catalogue, health, roles, schema
+from worker.store import catalogue, health, pools, roles, schema
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
@@ -65,6 +66,8 @@ def run_checks(
         workers(database),
         credentials(database, org),
         handlers(database),
+        served_pools(database, org),
+        pool_rules(database, settings),
     ]
 
 
@@ -128,6 +131,60 @@ def handlers(database: Database) -> Diagnostic:
         f"{place} does not load: {_type_of(first['error'])}{_and_more(broken)}",
         f"install a fixed version and restart the workers; `handlers show {first['name']}` shows why",
     )
+
+
+def served_pools(database: Database, org: Named = _as_it_is) -> Diagnostic:
+    """A definition whose pool no worker or host serves: its runs wait. Looks at the newest definitions."""
+    name = "pools"
+    with database.autocommit() as connection:
+        served = pools.slots_of(pools.serving(connection))
+        wanted = pools.of_definitions(connection)
+    if not served:
+        return Diagnostic(name, True, "no worker is up to serve a pool")
+    lacking = sorted(wanted.keys() - served.keys())
+    if not lacking:
+        return Diagnostic(name, True, f"workers and hosts serve {', '.join(sorted(served))}")
+    pool = lacking[0]
+    return Diagnostic(
+        name,
+        False,
+        f"no worker or host serves pool {pool}, where a definition of {org(wanted[pool])} runs"
+        f"{_and_more(lacking)}",
+        f"start a host of it, add it to [execution] pools of a worker, or correct the name; "
+        f"`pools list` shows what waits for {pool}",
+    )
+
+
+def pool_rules(database: Database, settings: Settings) -> Diagnostic:
+    """What pools require: the same in every configuration, and only of pools that are served."""
+    name = "pool_rules"
+    with database.autocommit() as connection:
+        rules = PoolRules(settings.pool_rules, pools.rules(connection))
+        alive = pools.serving(connection)
+    if rules.differing:
+        pool = min(rules.differing)
+        return Diagnostic(
+            name,
+            False,
+            f"[pools.{pool}] requires {_rule(rules.own[pool])} here, and {_rule(rules.stored.get(pool, {}))} "
+            f"is stored{_and_more(sorted(rules.differing))}",
+            "give every worker the same [pools], and restart those with older rules: they take no run of it",
+        )
+    served = pools.slots_of(alive)
+    unserved = sorted(pool for pool in rules.stored if pool not in served)
+    if alive and unserved:
+        return Diagnostic(
+            name,
+            True,
+            f"pool {unserved[0]} has rules, and no worker or host serves it{_and_more(unserved)}",
+            f"start one, correct the name in worker.toml, or `pools forget {unserved[0]}`",
+        )
+    stored = ", ".join(f"{pool} requires {_rule(rule)}" for pool, rule in sorted(rules.stored.items()))
+    return Diagnostic(name, True, stored or "no pool has rules")
+
+
+def _rule(required: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in sorted(required.items())) or "nothing"
 
 
 def _and_more(found: Sequence[object]) -> str:

@@ -47,6 +47,7 @@ class OrgDefinitions:
     state: str
     timezone: str | None
     max_concurrent_runs: int
+    pool: str | None = None
     definitions: list[Definition] = field(default_factory=list)
     paused: set[str] = field(default_factory=set)
     ids: dict[str, DefinitionId] = field(default_factory=dict)
@@ -88,6 +89,7 @@ def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinit
             row["state"],
             row["timezone"],
             row["max_concurrent_runs"],
+            row["pool"],
         )
         for row in rows
     }

@@ -129,8 +129,11 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
         return found
     if run["available_at"] is not None and run["available_at"] > database_now(connection):
         return replace(found, cause=f"{found.cause}; it can start at {to_text(run['available_at'])}")
-    if not health.live_workers(connection):
+    alive = health.live_workers(connection)
+    if not alive:
         return replace(found, cause="no worker is up to run it", next="doctor")
+    if not any(run["pool"] in worker["pools"] for worker in alive):
+        return replace(found, cause=f"no worker or host serves pool {run['pool']}", next="doctor")
     limit = org["max_concurrent_runs"]
     if history.running(connection, org["id"], limit=limit) >= limit:
         cause = f"its org already runs as many as its max_concurrent_runs allows: {limit}"

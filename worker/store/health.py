@@ -181,7 +181,7 @@ def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
 def workers(connection: Connection) -> list[Row]:
     """The newest workers, with host, capacity and end."""
     newest = tables.workers
-    names = "id host version started_at renewed_at lease_until ended_at capacity handlers"
+    names = "id host version started_at renewed_at lease_until ended_at capacity pools handlers"
     query = select(*(newest.c[name] for name in names.split())).order_by(newest.c.id.desc()).limit(NEWEST)
     return all_rows(connection, query)
 
@@ -216,8 +216,8 @@ def dead_credentials(connection: Connection) -> list[Row]:
 
 
 def live_workers(connection: Connection) -> list[Row]:
-    """Host and capacity of the workers that hold their lease."""
+    """Machine, capacity and pools of the workers and hosts that hold their lease."""
     workers = tables.workers
     alive = (workers.c.ended_at.is_(None), workers.c.lease_until > database_now(connection))
-    query = select(workers.c.host, workers.c.capacity).where(*alive).order_by(workers.c.id)
+    query = select(workers.c.host, workers.c.capacity, workers.c.pools).where(*alive).order_by(workers.c.id)
     return all_rows(connection, query)

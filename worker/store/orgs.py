@@ -120,7 +120,7 @@ def of_issuer_for_all_orgs(connection: Connection, issuer: str) -> list[Row]:
 
 def active_for_all_orgs(connection: Connection, *, after: str | None = None, limit: int = 500) -> list[Row]:
     """Active and paused orgs by code, those after `after`."""
-    names = ("id", "code", "issuer", "timezone", "state", "max_concurrent_runs")
+    names = ("id", "code", "issuer", "timezone", "state", "max_concurrent_runs", "pool")
     query = select(*(_orgs.c[name] for name in names)).where(_orgs.c.state.in_(("active", "paused")))
     if after is not None:
         query = query.where(_orgs.c.code > after)

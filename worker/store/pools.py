@@ -1,17 +1,25 @@
-"""Pools: the rules that all workers enforce, and who serves a pool."""
+"""Pools: the rules that all workers enforce, who serves a pool, and what waits for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select
 
 from worker.claims.pools import Rules
-from worker.store import tables
-from worker.store.dialect import Row, database_now, first_row, upsert
+from worker.definitions.pools import pool_of
+from worker.runs.run import Declared
+from worker.store import catalogue, tables
+from worker.store.dialect import Row, all_rows, database_now, first_row, upsert
 
-_pools = tables.pools
+_pools, _live, _workers, _hosts = tables.pools, tables.live_runs, tables.workers, tables.hosts
+_definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
 _REPLACED = ("requires", "changed_at", "changed_by")
+# Unfinished runs that are counted: of more, the numbers are too low.
+MOST = 100_000
+# Open definitions that are looked at, the newest ones.
+DEFINITIONS = 10_000
 
 
 def rules(connection: Connection) -> Rules:
@@ -19,10 +27,15 @@ def rules(connection: Connection) -> Rules:
     return {name: requires for name, requires in connection.execute(select(_pools.c.name, _pools.c.requires))}
 
 
+def stored(connection: Connection) -> list[Row]:
+    """The stored rules with who changed them and when, by name."""
+    return all_rows(connection, select(_pools).order_by(_pools.c.name))
+
+
 def store_rules(connection: Connection, own: Rules, *, by: str) -> tuple[Rules, list[str]]:
     """Store the rules of a worker that starts; returns all stored rules, and the pools that changed."""
-    stored = dict(rules(connection))
-    changed = sorted(pool for pool, required in own.items() if stored.get(pool) != required)
+    known = dict(rules(connection))
+    changed = sorted(pool for pool, required in own.items() if known.get(pool) != required)
     if changed:
         at = database_now(connection)
         rows = [
@@ -30,14 +43,81 @@ def store_rules(connection: Connection, own: Rules, *, by: str) -> tuple[Rules, 
             for pool in changed
         ]
         connection.execute(upsert(connection, _pools, ("name",), _REPLACED), rows)
-    return stored | {pool: own[pool] for pool in changed}, changed
+    return known | {pool: own[pool] for pool in changed}, changed
 
 
 def forget_rules(connection: Connection, pool: str) -> Mapping[str, str] | None:
     """Delete the stored rules of a pool and return them; None if it has none."""
-    row: Row | None = first_row(connection, select(_pools).where(_pools.c.name == pool).with_for_update())
+    row = first_row(connection, select(_pools).where(_pools.c.name == pool).with_for_update())
     if row is None:
         return None
     connection.execute(delete(_pools).where(_pools.c.name == pool))
     required: Mapping[str, str] = row["requires"]
     return required
+
+
+def serving(connection: Connection) -> list[Row]:
+    """Pools, slots and host of every worker and host that holds its lease."""
+    alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
+    columns = (_workers.c.pools, _workers.c.capacity, _workers.c.host_id)
+    return all_rows(connection, select(*columns).where(*alive).order_by(_workers.c.id))
+
+
+def of_hosts(connection: Connection) -> set[str]:
+    """The pools of all hosts, also of those that are down."""
+    return set(connection.execute(select(_hosts.c.pool).where(_hosts.c.removed_at.is_(None))).scalars())
+
+
+def waiting(connection: Connection) -> dict[str, int]:
+    """The runs of each pool that could start now if there were slots for them."""
+    due = (_live.c.state == literal_column("'waiting'"), _live.c.available_at <= database_now(connection))
+    return _count(connection, *due)
+
+
+def running(connection: Connection) -> dict[str, int]:
+    """The running runs of each pool."""
+    return _count(connection, _live.c.state == literal_column("'running'"))
+
+
+def _count(connection: Connection, *which: ColumnElement[bool]) -> dict[str, int]:
+    some = select(_live.c.pool).where(*which).limit(MOST).subquery()
+    query = select(some.c.pool, func.count()).group_by(some.c.pool)
+    return {pool: count for pool, count in connection.execute(query)}
+
+
+def of_definitions(connection: Connection) -> dict[str, str]:
+    """The pools of open definitions of active orgs, each with one of these orgs."""
+    pool, handler = (_revisions.c.spec[name].as_string() for name in ("pool", "handler"))
+    newest = (
+        select(_definitions.c.id, _definitions.c.org_id, _definitions.c.revision)
+        .where(_definitions.c.closed_at.is_(None))
+        .order_by(_definitions.c.id.desc())
+        .limit(DEFINITIONS)
+        .subquery()
+    )
+    query = (
+        select(_orgs.c.code, pool, handler, _orgs.c.pool)
+        .select_from(newest)
+        .join(_orgs, _orgs.c.id == newest.c.org_id)
+        .join(
+            _revisions,
+            (_revisions.c.definition_id == newest.c.id) & (_revisions.c.revision == newest.c.revision),
+        )
+        .where(_orgs.c.state == "active")
+        .order_by(newest.c.id)
+    )
+    declared = catalogue.declared(connection)
+    found: dict[str, str] = {}
+    for org, own, of_handler, of_org in connection.execute(query):
+        wants = declared.get(of_handler, Declared())
+        found.setdefault(pool_of(own, wants.pool, of_org), org)
+    return found
+
+
+def slots_of(workers: Sequence[Row]) -> Counter[str]:
+    """The slots of the workers and hosts that serve each pool; those of several pools count for each."""
+    found: Counter[str] = Counter()
+    for row in workers:
+        slots = sum(int((row["capacity"] or {}).get(kind, 0)) for kind in ("children", "inline"))
+        found.update(dict.fromkeys(row["pools"], slots))
+    return found

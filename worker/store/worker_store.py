@@ -148,6 +148,8 @@ class WorkerStore:
         self.pool_rules = pool_rules or PoolRules()
         self._admission = RingWalk(database, worker_id, pools=pools)
         self._contexts = BatchLoader(self.orgs_and_definitions)
+        # Pools in which runs have waited.
+        self._waited: set[str] = set()
         self._nothing_was_due = False
         self._marked_until: RunId | None = None
         self._specs = _SpecCache()
@@ -249,6 +251,13 @@ class WorkerStore:
         stored, declared = await self.database.call_autocommit(read)
         self._take_rules(stored)
         return declared
+
+    async def count_waiting(self) -> None:
+        """Report the backlog of each pool that this worker serves, or where runs have waited."""
+        found = await self.database.call_autocommit(pools.waiting)
+        self._waited |= found.keys()
+        for pool in sorted(self._waited.union(self._pools)):
+            emit("pool.counted", pool=pool, waiting=found.get(pool, 0))
 
     def _take_rules(self, stored: Rules) -> None:
         """Enforce these rules too, and take no run of a pool for which this worker has others."""

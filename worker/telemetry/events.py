@@ -135,6 +135,7 @@ _ROWS = (
         "org meter per used limit",
         "a budget's `warn_at` was passed, once in its period; at `limit` runs wait, fail or ask",
     ),
+    _debug("pool.counted", "pool waiting", "`waiting` due runs of a pool wait for a slot, over all workers"),
     _info("pool.rules_changed", "pool rules", "this worker stored other rules for a pool, for all workers"),
     _warning(
         "pool.rules_differ",

@@ -59,7 +59,7 @@ def _metric(kind: Kind, name: str, labels: str, meaning: str, event: str = "", v
 
 _counter, _gauge, _histogram = (partial(_metric, kind) for kind in ("counter", "gauge", "histogram"))
 
-# The number of label values does not depend on the number of orgs: handlers, issuers and loops are what
+# The number of label values does not depend on the number of orgs: handlers, issuers, pools and loops are what
 # is installed and configured; outcomes, states and reasons are closed sets.
 METRICS: tuple[Metric, ...] = (
     _counter("events_total", "event", "events of the documented set, by name"),
@@ -84,6 +84,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("spent_total", "meter", "spends of meters that have a budget", "meter.spent", "amount"),
     _counter("budgets_warned_total", "meter per", "budgets that passed their `warn_at`", "budget.warned"),
+    _gauge(
+        "pool_waiting",
+        "pool",
+        "due runs that wait for a slot of a pool; each worker reports those of all",
+        "pool.counted",
+        "waiting",
+    ),
     _counter("run_log_lines_dropped_total", "", "dropped lines of run logs", "logs.dropped", "lines"),
     # Tokens.
     _counter("tokens_requested_total", "issuer", "tokens issued and accepted", "token.requested"),

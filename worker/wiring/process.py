@@ -74,6 +74,8 @@ NO_HANDLER_EVERY = 5.0
 BUDGETS_EVERY = 2.0
 # Seconds after which a worker knows of other rules of pools, and of handlers that only others offer.
 POOLS_EVERY = 2.0
+# Seconds between two counts of the runs that wait for a pool.
+COUNT_EVERY = 10.0
 # Seconds between two searches for parked runs whose first deadline has passed.
 WAKE_EVERY = 1.0
 # Seconds between two retention passes.
@@ -361,6 +363,7 @@ class Incarnation:
         housekeeping.every(WAKE_EVERY, "waits", wake_parked)
         housekeeping.every(NO_HANDLER_EVERY, "no_handler", store.mark_no_handler)
         housekeeping.every(POOLS_EVERY, "pools", look_at_pools)
+        housekeeping.every(COUNT_EVERY, "backlog", store.count_waiting)
         housekeeping.every(BUDGETS_EVERY, "budgets", store.look_at_budgets)
         chores.add_to(housekeeping)
         retention = Retention(store, ages_of(self.settings.retention), clock)

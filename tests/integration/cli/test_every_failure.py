@@ -97,6 +97,8 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "hosts list": ((), ""),
     "hosts add": (("gpu1", "--pool", "eu-gpu"), ""),
     "hosts remove": (("gpu1",), ""),
+    "pools list": ((), ""),
+    "pools forget": (("eu-gpu",), ""),
     "keys list": ((), ""),
     "keys rekey": ((), ""),
     "keys add": ((), ""),

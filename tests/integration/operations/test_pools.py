@@ -7,16 +7,28 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.stock import Stock
 from tests.integration.operations.conftest import Apply, Tables, whole_hour
-from worker.errors import DefinitionError, UsageError
+from worker.errors import DefinitionError, Diagnostic, NotFound, UsageError
 from worker.handlers.catalogue import HandlerEntry
+from worker.ids import WorkerId, new_id
+from worker.operations import doctor
 from worker.operations.backfill import backfill, fill_backfills
+from worker.operations.capacity import Machine, capacity
+from worker.operations.hosts import add_host
 from worker.operations.orgs import add_org, import_orgs
-from worker.operations.runs import retry, run_now
+from worker.operations.pools import forget_rules, list_pools
+from worker.operations.runs import cancel, retry, run_now
+from worker.operations.why import why
 from worker.orgs import OrgEntry
 from worker.runs.fire import decide
-from worker.store import catalogue, firing
+from worker.settings import Settings
+from worker.settings.sections import ExecutionSettings, PoolSettings
+from worker.store import catalogue, firing, sweeps
+from worker.store import pools as pools_module
 from worker.store.database import Database
+from worker.store.worker_store import WorkerStore
+from worker.telemetry import events
 from worker.tokens.sealing import KeyRing
 
 HOUR = timedelta(hours=1)
@@ -173,3 +185,129 @@ def test_orgs_are_imported_with_their_pool(database: Database, rows: Tables, key
     import_orgs(database, keyring, [line], actor="tester")
 
     assert [org["pool"] for org in rows.orgs] == ["eu"]
+
+
+def test_a_run_that_no_worker_or_host_would_take_says_which_pool_is_missing(
+    apply: Apply, database: Database
+) -> None:
+    apply(text(OWN, "acme.plain", ""))
+    run = run_now(database, "org_acme", "digest", actor="tester")
+    stock = Stock(database)
+    stock.worker(handlers=["acme.plain"])
+
+    def explained() -> tuple[str | None, str]:
+        with database.autocommit() as connection:
+            found = why(connection, run["id"])
+        return found.facts["reason"], found.cause
+
+    assert explained() == ("due", "no worker or host serves pool eu-gpu")
+
+    with database.transaction() as connection:
+        sweeps.mark_no_handler(connection)
+    assert explained() == ("no_pool", "no worker or host serves pool eu-gpu")
+
+    stock.worker(handlers=["acme.plain"], pools=["eu-gpu"])
+    with database.transaction() as connection:
+        sweeps.mark_no_handler(connection)
+    assert explained() == ("due", "no worker had a free slot for it yet")
+
+
+def test_pools_are_listed_with_rules_slots_and_backlog(apply: Apply, database: Database) -> None:
+    apply(text(OWN, "acme.plain", ""))
+    run_now(database, "org_acme", "digest", actor="tester")
+    stock = Stock(database)
+    stock.worker(pools=["default", "eu"])
+    add_host(database, "gpu1", "us", actor="tester")
+    with database.transaction() as connection:
+        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+
+    rows_of = {row["name"]: row for row in list_pools(database)}
+
+    assert list(rows_of) == ["default", "eu", "eu-gpu", "us"]
+    shown = ("requires", "waiting", "running", "workers", "hosts")
+    assert [rows_of["eu"][name] for name in shown] == [{"region": "eu"}, 0, 0, 1, 0]
+    assert [rows_of["eu-gpu"][name] for name in shown] == [{}, 1, 0, 0, 0]
+    assert [rows_of["us"][name] for name in shown] == [{}, 0, 0, 0, 0]
+
+
+def test_forgetting_rules_is_in_the_audit(database: Database, rows: Tables) -> None:
+    with database.transaction() as connection:
+        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+
+    assert forget_rules(database, "eu", actor="ada") == {"name": "eu", "requires": {"region": "eu"}}
+
+    assert [(row["actor"], row["action"], row["subject"]) for row in rows.audit] == [
+        ("ada", "pool.forget_rules", "eu")
+    ]
+    with pytest.raises(NotFound):
+        forget_rules(database, "eu", actor="ada")
+
+
+def test_doctor_finds_a_pool_that_no_worker_or_host_serves(apply: Apply, database: Database) -> None:
+    apply(text(OWN, "acme.plain", ""))
+    stock = Stock(database)
+    stock.worker()
+
+    found = doctor.served_pools(database)
+
+    assert not found.ok
+    assert found.detail == "no worker or host serves pool eu-gpu, where a definition of org_acme runs"
+    stock.worker(pools=["eu-gpu"])
+    assert doctor.served_pools(database).detail == "workers and hosts serve default, eu-gpu"
+
+
+def test_doctor_finds_rules_that_differ_and_those_of_a_pool_that_is_not_served(database: Database) -> None:
+    stock = Stock(database)
+    stock.worker()
+
+    def found(rule: str | None) -> Diagnostic:
+        requires = {} if rule is None else {"eu": PoolSettings(requires={"region": rule})}
+        return doctor.pool_rules(database, Settings(pools=requires))
+
+    assert found(None).detail == "no pool has rules"
+    with database.transaction() as connection:
+        pools_module.store_rules(connection, {"eu": {"region": "eu"}}, by="here")
+    differing, unserved = found("us"), found("eu")
+    stock.worker(pools=["eu"])
+
+    assert not differing.ok
+    assert differing.detail == "[pools.eu] requires region = us here, and region = eu is stored"
+    assert (unserved.ok, unserved.detail) == (True, "pool eu has rules, and no worker or host serves it")
+    assert "pools forget eu" in unserved.fix
+    assert found(None).detail == "eu requires region = eu"
+
+
+def test_the_forecast_knows_the_slots_of_each_pool(apply: Apply, database: Database) -> None:
+    apply(text(OWN, "acme.plain", ""))
+    stock, machine = Stock(database), Machine(2, 2**33)
+    stock.worker(children=50)
+
+    def measured() -> dict[str, tuple[float, bool]]:
+        found = capacity(database, ExecutionSettings(), machine).measures
+        return {each.what: (each.has, each.ok) for each in found if each.what.startswith("pool")}
+
+    assert measured() == {"pool eu-gpu": (0, False)}
+    stock.worker(pools=["eu-gpu"], children=4)
+    assert measured() == {"pool eu-gpu": (4, True)}
+    apply(text("", "acme.plain", ""))
+    assert measured() == {"pool default": (50, True)}
+
+
+@pytest.mark.anyio
+async def test_the_backlog_of_each_pool_is_counted(apply: Apply, database: Database) -> None:
+    apply(text(OWN, "acme.plain", ""))
+    run = run_now(database, "org_acme", "digest", actor="tester")
+    store = WorkerStore(database, WorkerId(new_id()), timedelta(seconds=30))
+    counted: list[tuple[str, int]] = []
+
+    def heard(emitted: events.Emitted) -> None:
+        if emitted.event.name == "pool.counted":
+            counted.append((emitted.fields["pool"], emitted.fields["waiting"]))
+
+    end = events.listen(heard)
+    await store.count_waiting()
+    cancel(database, run["id"], actor="tester")
+    await store.count_waiting()
+    end()
+
+    assert counted == [("default", 0), ("eu-gpu", 1), ("default", 0), ("eu-gpu", 0)]
