@@ -59,8 +59,8 @@ def _metric(kind: Kind, name: str, labels: str, meaning: str, event: str = "", v
 
 _counter, _gauge, _histogram = (partial(_metric, kind) for kind in ("counter", "gauge", "histogram"))
 
-# The number of label values does not depend on the number of orgs: handlers, issuers, pools and loops are what
-# is installed and configured; outcomes, states and reasons are closed sets.
+# The number of label values does not depend on the number of orgs: handlers, issuers, pools and loops are
+# what is installed and configured; outcomes, states and reasons are closed sets.
 METRICS: tuple[Metric, ...] = (
     _counter("events_total", "event", "events of the documented set, by name"),
     # Definition to run.
