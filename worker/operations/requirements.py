@@ -47,10 +47,10 @@ class OrgDefinitions:
     state: str
     timezone: str | None
     max_concurrent_runs: int
-    pool: str | None = None
     definitions: list[Definition] = field(default_factory=list)
     paused: set[str] = field(default_factory=set)
     ids: dict[str, DefinitionId] = field(default_factory=dict)
+    pool: str | None = None
 
     @property
     def due(self) -> list[Definition]:
@@ -89,7 +89,7 @@ def _load(connection: Connection, rows: list[dict[str, Any]]) -> list[OrgDefinit
             row["state"],
             row["timezone"],
             row["max_concurrent_runs"],
-            row["pool"],
+            pool=row["pool"],
         )
         for row in rows
     }
