@@ -1,0 +1,329 @@
+"""What a host may ask of the workers, and what they write for it: at one worker or at several."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.fakes.running import until
+from tests.integration.hosts.conftest import HANDLER, Fleet, end_of, fence
+from worker.errors import IssuerUnavailable, StoreUnavailable
+from worker.execution.hosts import wire
+from worker.runs import outcome as outcomes
+from worker.store import tables
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_host_takes_a_run_and_reports_its_end(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start(since="2029")
+
+    [taken] = await host.take(fleet.one)
+    assert (taken.run.id, taken.org, taken.definition) == (run, "org_a", "render")
+    assert taken.work.params == {"since": "2029"}
+    assert taken.work.token.reveal() == fleet.tokens.texts[0]
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (live["state"], live["worker_id"]) == ("running", host.id)
+
+    assert await host.finish(fleet.one, end_of(taken, peak_memory=5)) == [run]
+    assert fleet.rows.live(run) is None
+    assert fleet.rows.run(run)["result"] == {"n": 1}
+    [attempt] = fleet.rows.attempts(run)
+    assert (attempt["worker_id"], attempt["handler"], attempt["peak_memory"]) == (host.id, HANDLER, 5)
+    assert attempt["claims"]["org_code"] == "org_a"
+    assert [ended.run_id for ended in fleet.one.ended] == [run]
+
+
+async def test_any_worker_goes_on_where_another_stopped(fleet: Fleet) -> None:
+    """Taken at one; checkpoint, step, wait, log, progress, token and end at the other."""
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    mine, two = fence(taken), fleet.two
+
+    await host.call(two, "save", **mine, handler=HANDLER, data='{"done":3}')
+    now = taken.run.started_at.isoformat()
+    step: dict[str, Any] = {
+        **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
+        **{"started_at": now, "ended_at": now},
+    }
+    stored = await host.call(two, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
+    again = await host.call(two, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
+    totals = await host.call(two, "totals", **mine)
+    line = {**mine, "seq": 1, "at": now, "level": "info", "source": "log", "text": "hello"}
+    await host.call(two, "logs", lines=[line, line])
+    await host.call(two, "progress", rows=[{**mine, "progress": {"done": 1, "total": 2, "note": "half"}}])
+    granted = await host.call(two, "token", **mine, handler=HANDLER, fresh=True)
+    wait = {"name": "ok", "occurrence": 1, "kind": "answer", "seconds": None, "ask_json": None, "alert": True}
+    waits = await host.call(two, "wait", **mine, wait=wait)
+
+    assert stored == again == {"stored": [[run, taken.run.fencing_token]]}
+    assert totals == {"last": 1, "bytes": 3}
+    assert waits["state"]["state"] == "pending"
+    assert wire.granted_of(granted)[0].reveal() in fleet.tokens.texts
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert live["progress"]["note"] == "half"
+    assert [row["text"] for row in fleet.rows.all(tables.run_logs)] == ["hello"]
+    [checkpoint] = fleet.rows.all(tables.checkpoints)
+    assert (checkpoint["data"], checkpoint["handler"]) == ({"done": 3}, HANDLER)
+    assert await host.finish(two, end_of(taken, outcomes.Parked("answer", "ok"), asks=("ok",))) == [run]
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (live["state"], live["recoveries"]) == ("parked", 0)
+    assert [ended.trail.asks for ended in fleet.two.ended] == [("ok",)]
+
+
+async def test_an_end_that_is_sent_again_is_accepted_at_each_worker(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    for worker in (fleet.two, fleet.two, fleet.one):
+        assert await host.finish(worker, end_of(taken)) == [run]
+    assert len(fleet.rows.attempts(run)) == 1
+    [days] = fleet.rows.all(tables.rollup_days)
+    assert (days["runs"], days["attempts"]) == (1, 1)
+
+
+async def test_two_workers_that_get_an_end_at_once_write_it_once(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    both = await asyncio.gather(*(host.finish(worker, end_of(taken)) for worker in fleet.workers))
+
+    assert both == [[run], [run]]
+    assert len(fleet.rows.attempts(run)) == 1
+    [days] = fleet.rows.all(tables.rollup_days)
+    assert (days["runs"], days["attempts"]) == (1, 1)
+
+
+async def test_a_host_that_waits_gets_a_run_as_soon_as_it_is_due(fleet: Fleet) -> None:
+    host = await fleet.host()
+    waiting = asyncio.create_task(host.take(fleet.one, wait=10.0))
+    await asyncio.sleep(0.3)
+    assert not waiting.done()
+
+    run = fleet.start()
+    assert fleet.one.api is not None
+    fleet.one.api.wake()
+
+    assert [taken.run.id for taken in await waiting] == [run]
+
+
+async def test_a_take_without_runs_ends_after_its_wait(fleet: Fleet) -> None:
+    host = await fleet.host()
+
+    assert await host.take(fleet.one, wait=0.2) == []
+    assert await host.take(fleet.one, wait=0) == []
+
+
+async def test_no_more_runs_are_taken_than_there_are_slots(fleet: Fleet) -> None:
+    host = await fleet.host()
+    for _ in range(5):
+        fleet.start()
+
+    assert len(await host.take_all(fleet.one, 2)) == 2
+    assert len(await host.take(fleet.one, 0, wait=0.2)) == 0
+    assert len(await host.take_all(fleet.two, 3)) == 3
+
+
+async def test_what_another_token_delays_comes_with_a_later_take(fleet: Fleet) -> None:
+    """Its host does not hold it, but must not hand it back either."""
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.may_answer.clear()
+
+    assert await host.take(fleet.one, wait=0.3) == []
+    assert (await host.call(fleet.one, "renew"))["owned"] == []
+    # Another worker cannot know that it is being prepared.
+    assert [row[0] for row in (await host.call(fleet.two, "renew"))["owned"]] == [run]
+    second = fleet.start()
+    later = asyncio.create_task(host.take(fleet.one, 2, wait=10.0))
+    await asyncio.sleep(0.2)
+    fleet.tokens.may_answer.set()
+
+    found = {taken.run.id for taken in await later}
+    found |= {taken.run.id for taken in await host.take(fleet.one, 2 - len(found), wait=1.0)}
+    assert found == {run, second}
+    assert {row[0] for row in (await host.call(fleet.one, "renew"))["owned"]} == {run, second}
+
+
+async def test_what_a_stopping_host_never_got_is_handed_back(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.may_answer.clear()
+    assert await host.take(fleet.one, wait=0.3) == []
+
+    await host.call(fleet.one, "unregister")
+
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (live["state"], live["reason"], live["recoveries"]) == ("waiting", "handed_back", 0)
+
+
+async def test_a_cancelled_run_that_waits_for_its_token_ends_at_the_worker(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.may_answer.clear()
+    assert await host.take(fleet.one, wait=0.3) == []
+    with fleet.database.transaction() as connection:
+        change = tables.live_runs.update().values(
+            cancel_requested_at=fleet.database.now(connection), cancel_reason="requested"
+        )
+        connection.execute(change)
+
+    await host.call(fleet.one, "renew")
+
+    await until(lambda: fleet.rows.live(run) is None)
+    assert fleet.rows.run(run)["state"] == "cancelled"
+
+
+async def test_a_host_hears_nothing_of_a_run_whose_token_is_anothers(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.of_org = "org_b"
+
+    assert await host.take(fleet.one, wait=0.5) == []
+
+    assert (fleet.rows.run(run)["state"], fleet.rows.run(run)["reason"]) == ("refused", "org_mismatch")
+    assert [row["outcome"] for row in fleet.rows.attempts(run)] == ["refused"]
+    assert (await host.call(fleet.one, "renew"))["owned"] == []
+
+
+async def test_a_run_waits_while_its_issuer_does_not_answer(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.error = IssuerUnavailable("issuer main does not respond")
+
+    assert await host.take(fleet.one, wait=0.5) == []
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (live["state"], live["reason"]) == ("waiting", "no_token")
+
+
+async def test_a_renewed_token_that_is_refused_ends_the_run_so(fleet: Fleet) -> None:
+    """Whatever the host reports."""
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    fleet.tokens.of_org = "org_b"
+
+    answer = await host.call(fleet.one, "token", **fence(taken), handler=HANDLER, fresh=True)
+    assert answer["refused"]["reason"] == "org_mismatch"
+    assert "org_b" not in str(answer)
+    assert await host.finish(fleet.one, end_of(taken)) == [run]
+    assert fleet.rows.run(run)["state"] == "refused"
+
+
+async def test_a_call_says_that_the_database_is_away_and_may_be_repeated(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    store = fleet.one.store
+    save, finish = store.save_checkpoint, store.finish_by
+
+    async def away(*_: Any, **__: Any) -> Any:
+        raise StoreUnavailable("the database does not respond")
+
+    monkeypatch.setattr(store, "save_checkpoint", away)
+    monkeypatch.setattr(store, "finish_by", away)
+    monkeypatch.setattr("worker.execution.hosts.hosted_runs.WRITTEN_WITHIN", 0.2)
+    message = {**fence(taken), "handler": HANDLER, "data": "1"}
+    saved = await host.send(fleet.one, "save", message)
+    ended = await host.send(fleet.one, "finish", {"ends": [wire.end_message(end_of(taken))]})
+    for response in (saved, ended):
+        assert (response.status_code, response.json()["code"]) == (503, "database_unavailable")
+        assert int(response.headers["retry-after"]) > 0
+
+    monkeypatch.setattr(store, "save_checkpoint", save)
+    monkeypatch.setattr(store, "finish_by", finish)
+    await host.call(fleet.two, "save", **message)
+    monkeypatch.setattr("worker.execution.hosts.hosted_runs.WRITTEN_WITHIN", 5.0)
+    assert await host.finish(fleet.one, end_of(taken)) == [run]
+    assert len(fleet.rows.attempts(run)) == 1
+
+
+async def test_the_end_counts_by_the_workers_clock(fleet: Fleet) -> None:
+    """A host cannot say that its handler began before the token was there, or that it ends tomorrow."""
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    assert await host.finish(fleet.one, end_of(taken, handler_seconds=1e12)) == [run]
+
+    [attempt] = fleet.rows.attempts(run)
+    assert attempt["started_at"] <= attempt["token_ready_at"] == attempt["handler_started_at"]
+    assert attempt["handler_started_at"] <= attempt["ended_at"]
+
+
+async def test_a_result_that_the_database_does_not_take_fails_its_run_alone(fleet: Fleet) -> None:
+    host = await fleet.host()
+    runs = [fleet.start(), fleet.start()]
+    first, second = await host.take_all(fleet.one, 2)
+
+    bad = outcomes.Succeeded('{"n":1e999}') if fleet.database.dialect == "postgresql" else None
+    ends = [end_of(first, bad), end_of(second)]
+    assert sorted(await host.finish(fleet.one, *ends)) == sorted(runs)
+    assert fleet.rows.run(second.run.id)["state"] == "succeeded"
+
+
+async def test_handlers_of_a_host_enter_the_catalogue(fleet: Fleet) -> None:
+    host = await fleet.host()
+    entry = {
+        **{"name": "gpu.only", "distribution": "gpu", "version": "2", "entry_point": "gpu:only"},
+        **{"isolation": "child", "scopes": ["render"], "memory": "1GiB", "unknown": 1},
+    }
+    broken = {
+        "name": "gpu.broken",
+        "distribution": "gpu",
+        "version": "2",
+        "entry_point": "gpu:b",
+        "error": "no",
+    }
+
+    await host.call(fleet.two, "handlers", entries=[entry, broken], complete=True)
+
+    found = {row["name"]: row for row in fleet.rows.all(tables.catalogue)}
+    assert (found["gpu.only"]["scopes"], found["gpu.only"]["memory"]) == (["render"], "1GiB")
+    assert found["gpu.broken"]["error"] == "no"
+    [row] = fleet.rows.all(tables.workers, tables.workers.c.id == host.id)
+    assert "gpu.only" in row["handlers"]
+    assert "gpu.broken" not in row["handlers"]
+
+
+async def test_a_closed_connection_leaves_what_it_would_have_got_to_the_next_take(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.tokens.may_answer.clear()
+    run = fleet.start()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await host.take(fleet.one, wait=10.0)
+    await asyncio.sleep(0.3)  # until the worker has noticed
+    fleet.tokens.may_answer.set()
+
+    assert [taken.run.id for taken in await host.take(fleet.one)] == [run]
+
+
+async def test_a_worker_that_drains_gives_out_no_runs_but_answers_running_ones(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    fleet.one.listener.attempts.draining = True
+
+    assert (await host.send(fleet.one, "take", {"free": {"child": 1}})).status_code == 503
+    await host.call(fleet.one, "save", **fence(taken), handler=HANDLER, data="1")
+    assert await host.finish(fleet.one, end_of(taken)) == [run]
+
+
+async def test_the_versions_are_listed_without_a_token(fleet: Fleet) -> None:
+    response = await fleet.client.get(f"{fleet.one.url}/attempts")
+
+    assert response.json() == {"versions": ["v1"]}

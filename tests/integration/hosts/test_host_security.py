@@ -1,0 +1,377 @@
+"""What a host may not do, with a stolen token, another's run, or anything that it makes up.
+
+Each attack has a control: the same call succeeds where it is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from tests.integration.hosts.conftest import ENTRIES, HANDLER, OTHER, Fleet, Host, end_of, fence
+from worker.execution.hosts import attempt_api, wire
+from worker.handlers.catalogue import HandlerEntry
+from worker.ids import WorkerId, new_id
+from worker.operations.hosts import remove_host
+from worker.runs import outcome as outcomes
+from worker.store import tables
+from worker.store import workers as store_workers
+from worker.telemetry.masking import MASK
+from worker.web import attempts as web
+
+pytestmark = pytest.mark.anyio
+
+NOW = "2030-01-01T00:00:00Z"
+STEP: Mapping[str, Any] = {
+    **{"name": "fetch", "key": None, "occurrence": 1, "seq": 1, "result_json": "[1]", "spends": []},
+    **{"started_at": NOW, "ended_at": NOW},
+}
+WAIT = {"name": "ok", "occurrence": 1, "kind": "sleep", "seconds": 5.0, "ask_json": None, "alert": False}
+# The calls of one run, and what each needs beside the run.
+OF_A_RUN: Mapping[str, Mapping[str, Any]] = {
+    "token": {"handler": HANDLER, "fresh": True},
+    "save": {"handler": HANDLER, "data": "1"},
+    "steps": {"after": 0},
+    "totals": {},
+    "wait": {"wait": WAIT},
+    "budgets": {},
+    "spend": {"meter": "llm", "amount": 1, "key": "1:1"},
+}
+
+
+async def status(host: Host, fleet: Fleet, name: str, message: Any = b"{}", **headers: str) -> int:
+    return (await host.send(fleet.one, name, message, **headers)).status_code
+
+
+@pytest.mark.parametrize("name", ["register", "take", "renew", "finish", "token", "nothing"])
+async def test_without_the_token_of_a_host_nothing_is_answered(fleet: Fleet, name: str) -> None:
+    host = await fleet.host()
+    wrong = Host(fleet.client, "orgworker_host_" + secrets.token_urlsafe(32))
+    wrong.id = host.id
+
+    assert await status(wrong, fleet, name) == 401
+    assert await status(wrong, fleet, name, Authorization="Basic eDp5") == 401
+    assert await status(host, fleet, "renew") == 200
+
+
+async def test_guessing_tokens_is_slowed_down(fleet: Fleet) -> None:
+    wrong = Host(fleet.client, "guess")
+
+    answers = [await status(wrong, fleet, "renew") for _ in range(web.BURST + 5)]
+
+    assert answers[0] == 401
+    assert answers[-1] == 429
+
+
+@pytest.mark.parametrize("name", ["take", "renew", "finish", "save", "unregister", "hand_back"])
+async def test_the_incarnation_of_another_host_is_refused(fleet: Fleet, name: str) -> None:
+    mine, other = await fleet.host("h1"), await fleet.host("h2")
+    stolen = Host(fleet.client, other.token)
+
+    for incarnation in (mine.id, new_id(), "", "' OR 1=1 --", "x" * 5000):
+        stolen.id = incarnation
+        assert await status(stolen, fleet, name) == 403
+    assert await status(mine, fleet, "renew") == 200
+
+
+async def test_a_host_of_another_pool_gets_no_run(fleet: Fleet) -> None:
+    elsewhere, here = await fleet.host("h1", "eu-gpu"), await fleet.host("h2")
+    run = fleet.start()
+    abroad = fleet.start("elsewhere")
+
+    assert await elsewhere.take(fleet.one, wait=0.3) == []
+    assert [taken.run.id for taken in await here.take(fleet.one, 2)] == [run]
+    eu = await fleet.host("h3", "eu")
+    assert [taken.run.id for taken in await eu.take(fleet.one, 2)] == [abroad]
+
+
+async def test_a_host_that_was_moved_to_another_pool_must_register_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
+    host = await fleet.host()
+    assert await status(host, fleet, "take", {"wait": 0}) == 200
+    with fleet.database.transaction() as connection:
+        connection.execute(tables.hosts.update().values(pool="eu"))
+
+    assert await status(host, fleet, "take", {"wait": 0}) == 403
+    await host.register(fleet.one)
+    assert await status(host, fleet, "take", {"wait": 0}) == 200
+
+
+async def test_an_ended_incarnation_gets_nothing_and_writes_nothing(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+    with fleet.database.transaction() as connection:
+        store_workers.unregister(connection, WorkerId(host.id))
+
+    for name, given in OF_A_RUN.items():
+        assert await status(host, fleet, name, {**fence(taken), **given}) == 403, name
+    assert await status(host, fleet, "take", {"wait": 0}) == 403
+    assert await status(host, fleet, "finish", {"ends": [wire.end_message(end_of(taken))]}) == 403
+    assert (await host.call(fleet.one, "renew")) == {"registered": False, "owned": []}
+    assert fleet.rows.attempts(run) == []
+
+
+async def test_a_removed_host_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
+    monkeypatch.setattr(attempt_api, "RENEWAL_AGE", -1.0)
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    remove_host(fleet.database, "h1", actor="test")
+
+    for name in ("renew", "take", "register"):
+        assert await status(host, fleet, name) == 401
+    assert await status(host, fleet, "save", {**fence(taken), "handler": HANDLER, "data": "1"}) == 401
+
+
+async def test_a_removed_host_is_refused_within_seconds_and_its_lease_at_once(fleet: Fleet) -> None:
+    host = await fleet.host()
+    assert (await host.call(fleet.one, "renew"))["registered"]
+    remove_host(fleet.database, "h1", actor="test")
+
+    assert not (await host.call(fleet.one, "renew"))["registered"]
+    fleet.start()
+    assert await host.take(fleet.one, wait=0.3) == []
+
+
+@pytest.mark.parametrize("name", OF_A_RUN)
+async def test_another_hosts_run_is_out_of_reach(fleet: Fleet, name: str) -> None:
+    mine, other = await fleet.host("h1"), await fleet.host("h2")
+    fleet.start()
+    [taken] = await mine.take(fleet.one)
+
+    message = {**fence(taken), **OF_A_RUN[name]}
+    for fake in (
+        message,
+        {**message, "fencing_token": taken.run.fencing_token + 1},
+        {**message, "run": new_id()},
+        {**message, "run": "' OR 1=1"},
+    ):
+        response = await other.send(fleet.one, name, fake)
+        assert (response.status_code, response.json()["code"]) == (409, "lease_lost"), fake
+    assert await status(mine, fleet, name, {**message, "fencing_token": 99}) == 409
+    assert await status(mine, fleet, name, message) == 200
+
+
+async def test_batches_write_only_what_is_owned(fleet: Fleet) -> None:
+    mine, other = await fleet.host("h1"), await fleet.host("h2")
+    run = fleet.start()
+    [taken] = await mine.take(fleet.one)
+    theirs = fence(taken)
+    line = {**theirs, "seq": 1, "at": NOW, "level": "info", "source": "log", "text": "forged"}
+
+    for host in (other, mine):
+        forged = host is other
+        stored = await host.call(fleet.one, "store", steps=[{**theirs, "handler": HANDLER, "step": STEP}])
+        await host.call(fleet.one, "logs", lines=[line])
+        await host.call(
+            fleet.one, "progress", rows=[{**theirs, "progress": {"done": 1, "total": 2, "note": "x"}}]
+        )
+        assert (stored["stored"] == []) is forged
+        assert (fleet.rows.all(tables.steps) == []) is forged
+        assert (fleet.rows.all(tables.run_logs) == []) is forged
+        live = fleet.rows.live(run)
+        assert live is not None
+        assert (live["progress"] is None) is forged
+        assert bool(await host.finish(fleet.one, end_of(taken))) is not forged
+        if forged:
+            assert (await host.call(fleet.one, "hand_back", runs=[theirs])) == {"runs": []}
+            assert fleet.rows.live(run)["worker_id"] == mine.id  # type: ignore[index]
+
+
+async def test_a_forged_or_swapped_record_of_an_attempt_ends_nothing(fleet: Fleet) -> None:
+    """Claims, times and handler of an attempt are what the worker recorded."""
+    host = await fleet.host()
+    fleet.start()
+    fleet.start(org="org_b")
+    one, two = await host.take_all(fleet.one, 2)
+    key_id, _, sealed = one.sealed.partition(".")
+    flipped = ("A" if sealed[40] != "A" else "B").join((sealed[:40], sealed[41:]))
+    forged = [f"{key_id}.{flipped}", two.sealed, "", "k.AAAA", sealed, f"other.{sealed}", "x" * 10_000]
+
+    for worker in fleet.workers:
+        for text in forged:
+            message = {"ends": [wire.end_message(end_of(one, sealed=text))]}
+            response = await host.send(worker, "finish", message)
+            assert (response.status_code, response.json()["code"]) == (422, "invalid"), text[:50]
+    assert fleet.rows.attempts(one.run.id) == []
+    assert await host.finish(fleet.two, end_of(one)) == [one.run.id]
+
+
+async def test_the_record_of_an_earlier_attempt_does_not_open(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [first] = await host.take(fleet.one)
+    await host.finish(fleet.one, end_of(first, outcomes.HandedBack()))
+    [second] = await host.take(fleet.one)
+
+    response = await host.send(
+        fleet.one, "finish", {"ends": [wire.end_message(end_of(second, sealed=first.sealed))]}
+    )
+
+    assert response.status_code == 422
+    assert await host.finish(fleet.one, end_of(second)) == [second.run.id]
+
+
+async def test_a_host_cannot_choose_the_handler_of_the_next_attempt(fleet: Fleet) -> None:
+    """A run keeps the handler that stored progress first; that may only be one of its definition's."""
+    host = await fleet.host()
+    run = fleet.start()
+    [taken] = await host.take(fleet.one)
+
+    for worker in fleet.workers:
+        for name in ("acme.admin", "acme.unknown"):
+            save = {**fence(taken), "handler": name, "data": "1"}
+            steps = {"steps": [{**fence(taken), "handler": name, "step": STEP}]}
+            assert (await host.send(worker, "save", save)).status_code == 422
+            assert (await host.send(worker, "store", steps)).status_code == 422
+    # Where it was prepared also a variant that was not chosen is refused.
+    other = {**fence(taken), "handler": OTHER, "data": "1"}
+    assert (await host.send(fleet.one, "save", other)).status_code == 422
+    assert fleet.rows.all(tables.checkpoints) == []
+    await host.call(fleet.two, "save", **fence(taken), handler=HANDLER, data="1")
+    assert [row["run_id"] for row in fleet.rows.all(tables.checkpoints)] == [run]
+
+
+async def test_state_is_only_changed_by_a_run_that_may(fleet: Fleet) -> None:
+    host = await fleet.host()
+    plain, remembering = fleet.start(), fleet.start("remember")
+    taken = {one.run.id: one for one in await host.take_all(fleet.one, 2)}
+    ends = [end_of(one, outcomes.Succeeded("1", '{"seen":1}')) for one in taken.values()]
+
+    assert sorted(await host.finish(fleet.two, *ends)) == sorted([plain, remembering])
+
+    [state] = fleet.rows.all(tables.definition_states)
+    assert (state["run_id"], state["data"]) == (remembering, {"seen": 1})
+
+
+@pytest.mark.parametrize("outcome", ["Gated", "Nothing"])
+async def test_an_outcome_that_only_workers_have_is_refused(fleet: Fleet, outcome: str) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    message = wire.end_message(end_of(taken))
+
+    answer = await host.send(fleet.one, "finish", {"ends": [{**message, "outcome": {"kind": outcome}}]})
+
+    assert answer.status_code == 422
+    assert await host.finish(fleet.one, end_of(taken)) == [taken.run.id]
+
+
+async def test_a_large_body_is_refused_before_it_is_read(fleet: Fleet) -> None:
+    host = await fleet.host()
+    fleet.start()
+    [taken] = await host.take(fleet.one)
+    save = {**fence(taken), "handler": HANDLER}
+
+    assert await status(host, fleet, "save", b" " * (wire.MOST_BYTES + 1)) == 413
+
+    async def chunks() -> Any:
+        for _ in range(20):
+            yield b" " * (wire.MOST_BYTES // 16)
+
+    response = await fleet.client.post(
+        f"{fleet.one.url}{wire.PREFIX}/save",
+        content=chunks(),
+        headers={"Authorization": f"Bearer {host.token}", "OrgWorker-Incarnation": host.id},
+    )
+    assert response.status_code == 413
+    assert await status(host, fleet, "save", {**save, "data": json.dumps("x" * 1_100_000)}) == 422
+    assert await status(host, fleet, "save", {**save, "data": json.dumps("x" * 1_000_000)}) == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"\xff", b"null", b"[" * 200_000, b'{"run":1}', b'{"wait":"soon"}']
+)
+async def test_what_is_not_a_call_is_refused(fleet: Fleet, body: bytes) -> None:
+    host = await fleet.host()
+
+    for name in ("take", "save", "finish", "store", "logs", "progress", "hand_back", "wait"):
+        if name == "take" and body in (b'{"run":1}',):
+            continue
+        assert await status(host, fleet, name, body) in (413, 422), name
+    assert await status(host, fleet, "nothing", b"{}") == 422
+
+
+async def test_tokens_are_masked_again_in_all_that_is_stored(fleet: Fleet) -> None:
+    """A host that does not mask, at the worker that gave it the token and at another one."""
+    host = await fleet.host()
+    for worker in fleet.workers:
+        run = fleet.start()
+        [taken] = await host.take(fleet.one)
+        mine = fence(taken)
+        first = taken.work.token.reveal()
+        granted = await host.call(worker, "token", **mine, handler=HANDLER, fresh=True)
+        texts = [wire.granted_of(granted)[0].reveal(), first]
+        leak = " ".join(texts)
+
+        line = {**mine, "seq": 1, "at": NOW, "level": "info", "source": "log", "text": leak}
+        await host.call(worker, "logs", lines=[line])
+        await host.call(worker, "save", **mine, handler=HANDLER, data=json.dumps({"leak": leak}))
+        await host.call(
+            worker, "progress", rows=[{**mine, "progress": {"done": 1, "total": 2, "note": leak}}]
+        )
+        step = {**STEP, "result_json": json.dumps(leak)}
+        await host.call(worker, "store", steps=[{**mine, "handler": HANDLER, "step": step}])
+        await host.call(worker, "wait", **mine, wait={**WAIT, "kind": "answer", "ask_json": json.dumps(leak)})
+        named = {**STEP, "seq": 2, "name": f"s{texts[0]}"[:90]}
+        assert (
+            await status(host, fleet, "store", {"steps": [{**mine, "handler": HANDLER, "step": named}]})
+            == 422
+        )
+        error = outcomes.Error("ValueError", leak, leak)
+        await host.finish(worker, end_of(taken, outcomes.Failed(error, detail=leak, permanent=True)))
+
+        stored = str(
+            [
+                fleet.rows.run(run),
+                fleet.rows.attempts(run),
+                *(
+                    fleet.rows.all(table, table.c.run_id == run)
+                    for table in (tables.run_logs, tables.checkpoints, tables.steps, tables.waits)
+                ),
+            ]
+        )
+        assert stored.count(MASK) >= 6
+        for text in texts:
+            assert text not in stored
+
+
+async def test_a_host_does_not_change_the_handlers_of_workers(fleet: Fleet) -> None:
+    fleet.one.store.register(version="1", handlers=[HANDLER], capacity={})
+    harmless = HandlerEntry(HANDLER, "acme", "666", "acme:evil", scopes=())
+    own = HandlerEntry("gpu.own", "gpu", "1", "gpu:own", scopes=("render",))
+
+    await fleet.host(entries=[*ENTRIES[1:], harmless, own])
+
+    found = {row["name"]: row for row in fleet.rows.all(tables.catalogue)}
+    assert (found[HANDLER]["scopes"], found[HANDLER]["version"]) == (["read:kb"], "1")
+    assert found["gpu.own"]["scopes"] == ["render"]
+
+
+async def test_problems_name_neither_secrets_nor_the_machine(fleet: Fleet) -> None:
+    host = await fleet.host()
+    wrong = Host(fleet.client, "orgworker_host_wrong")
+    wrong.id = host.id
+
+    for response in (
+        await wrong.send(fleet.one, "renew"),
+        await host.send(
+            fleet.one, "save", {"run": new_id(), "fencing_token": 1, "handler": "x", "data": "1"}
+        ),
+        await host.send(fleet.one, "finish", {"ends": [{}]}),
+    ):
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.headers["cache-control"] == "no-store"
+        for secret in (host.token, wrong.token, "sqlite", "postgres", "/tmp", "Traceback"):
+            assert secret not in response.text
