@@ -11,7 +11,7 @@ from worker.ids import WorkerId
 class HostCaller:
     """A host that makes a call, and its incarnation: None if that is another host's or unknown.
 
-    `ended` if the incarnation has ended, or served another pool than its host has now.
+    `ended` if the incarnation has ended, `moved` if it serves another pool than its host has now.
     """
 
     id: str
@@ -19,4 +19,5 @@ class HostCaller:
     pool: str
     worker: WorkerId | None = None
     ended: bool = False
+    moved: bool = False
     token_sha256: str = field(default="", repr=False)

@@ -45,8 +45,9 @@ def find(connection: Connection, token_sha256: str, incarnation: str | None) -> 
     row = connection.execute(query).first()
     if row is None:
         return None
-    ended = row.worker is not None and (row.ended_at is not None or row.pools != [row.pool])
-    return HostCaller(row.id, row.name, row.pool, row.worker, ended, row.token_sha256)
+    known = row.worker is not None
+    ended, moved = known and row.ended_at is not None, known and row.pools != [row.pool]
+    return HostCaller(row.id, row.name, row.pool, row.worker, ended, moved, row.token_sha256)
 
 
 def begin(

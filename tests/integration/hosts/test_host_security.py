@@ -114,11 +114,32 @@ async def test_an_ended_incarnation_gets_nothing_and_writes_nothing(
         store_workers.unregister(connection, WorkerId(host.id))
 
     for name, given in OF_A_RUN.items():
-        assert await status(host, fleet, name, {**fence(taken), **given}) == 403, name
+        assert await status(host, fleet, name, {**fence(taken), **given}) == 409, name
     assert await status(host, fleet, "take", {"wait": 0}) == 403
-    assert await status(host, fleet, "finish", {"ends": [wire.end_message(end_of(taken))]}) == 403
+    assert await host.finish(fleet.one, end_of(taken)) == []
+    step = {**fence(taken), "handler": HANDLER, "step": STEP}
+    assert await host.call(fleet.one, "store", steps=[step]) == {"stored": []}
+    assert await host.call(fleet.one, "hand_back", runs=[fence(taken)]) == {"runs": []}
+    line = {**fence(taken), "seq": 1, "at": NOW, "level": "info", "source": "log", "text": "late"}
+    assert await host.call(fleet.one, "logs", lines=[line]) == {}
     assert (await host.call(fleet.one, "renew")) == {"registered": False, "owned": []}
-    assert fleet.rows.attempts(run) == []
+    assert await host.call(fleet.one, "unregister") == {}
+    assert fleet.rows.attempts(run) == fleet.rows.all(tables.run_logs) == fleet.rows.all(tables.steps) == []
+
+
+async def test_an_ended_incarnation_hears_which_of_its_ends_were_written(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt_api, "CALLER_AGE", -1.0)
+    host = await fleet.host()
+    fleet.start()
+    fleet.start()
+    first, second = await host.take_all(fleet.one, 2)
+    await host.finish(fleet.one, end_of(first))
+    with fleet.database.transaction() as connection:
+        store_workers.unregister(connection, WorkerId(host.id))
+
+    assert await host.finish(fleet.two, end_of(first), end_of(second)) == [first.run.id]
 
 
 async def test_a_removed_host_is_refused(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

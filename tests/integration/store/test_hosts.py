@@ -97,10 +97,8 @@ def test_an_incarnation_that_ended_or_served_another_pool_is_over(stock: Stock) 
         workers.unregister(connection, worker)
     stock.change(tables.workers, moved, pools=["eu-gpu"])
 
-    for incarnation in (worker, moved):
-        found = find(stock, digest, incarnation)
-        assert found is not None
-        assert found.ended
+    over = [find(stock, digest, incarnation) for incarnation in (worker, moved)]
+    assert [found and (found.ended, found.moved) for found in over] == [(True, False), (False, True)]
 
 
 def test_only_runs_under_their_fencing_token_are_owned(stock: Stock) -> None:

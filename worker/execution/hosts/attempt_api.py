@@ -99,7 +99,7 @@ class AttemptApi:
             raise AccessDenied(
                 "the incarnation is not one of this host's", fix="send the id that register answered"
             )
-        if caller.ended and name != "renew":
+        if caller.moved or (caller.ended and name in ("take", "handlers")):
             raise AccessDenied(
                 "this incarnation has ended, or its host is in another pool now", fix="register again"
             )
@@ -117,13 +117,34 @@ class AttemptApi:
         """
         if name == "register":
             return await self._register(caller, message)
+        if name not in CALLS and name != "take":
+            raise Malformed(f"there is no call {clean(name, 50)}")
+        if caller.ended and caller.worker is not None:
+            return await self._after_the_end(caller.worker, name, message)
         runs = self._runs(caller)
         if name == "take":
             return await self._take(runs, message, gone)
-        method = CALLS.get(name)
-        if method is None:
-            raise Malformed(f"there is no call {clean(name, 50)}")
-        return await method(self, runs, message)
+        return await CALLS[name](self, runs, message)
+
+    async def _after_the_end(self, worker: WorkerId, name: str, message: Mapping[str, Any]) -> Message:
+        """The answer to a call of an ended incarnation, whose runs are no longer its own."""
+        if (runs := self._incarnations.get(worker)) is not None:
+            self._drop(runs)
+        match name:
+            case "renew":
+                return wire.renewed_message(registered=False, owned=())
+            case "finish":
+                fences = {end.run_id: end.fencing_token for end in wire.ends_of(message)}
+                known = {run_id: fence for run_id, fence in fences.items() if wire.ID.fullmatch(run_id)}
+                written = await self.shared.store.ended(worker, known)
+                return {"accepted": sorted(run_id for run_id, _ in written)}
+            case "store":
+                return {"stored": []}
+            case "hand_back":
+                return {"runs": []}
+            case "logs" | "progress" | "unregister":
+                return {}
+        raise LeaseLost("this incarnation has ended")
 
     def _runs(self, caller: HostCaller) -> HostedRuns:
         worker = caller.worker
