@@ -144,9 +144,12 @@ class Stock:
         inline: int = 0,
         offered: Mapping[str, int | None] | None = None,
     ) -> list[AdmittedRun]:
-        admission = self._admissions.setdefault(worker_id, RingWalk(self.database, worker_id))
         slots: dict[Isolation, int] = {"child": free, "inline": inline}
-        return admission.admit({HANDLER: None} if offered is None else offered, slots)
+        return self.walk(worker_id).admit({HANDLER: None} if offered is None else offered, slots)
+
+    def walk(self, worker_id: WorkerId) -> RingWalk:
+        """The place of a worker in the ring."""
+        return self._admissions.setdefault(worker_id, RingWalk(self.database, worker_id))
 
     def finish(self, worker_id: WorkerId, *ended: EndedAttempt) -> set[RunId]:
         with self.database.transaction() as connection:

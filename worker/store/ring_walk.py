@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 
 from sqlalchemy import Connection
@@ -24,6 +25,27 @@ WIDTH = 16
 NEWEST = 0.1
 # Lower than every id.
 BEFORE_ALL = OrgId("00000000-0000-0000-0000-000000000000")
+
+
+@dataclass(slots=True)
+class _Call:
+    """What one call may still do, and what it has admitted."""
+
+    offered: Mapping[str, int | None]
+    left: dict[Isolation, int]
+    within: Connection | None
+    hops: int = HOPS
+    admitted: list[AdmittedRun] = field(default_factory=list)
+    seen: set[OrgId] = field(default_factory=set)
+
+    @property
+    def free(self) -> int:
+        return sum(self.left.values())
+
+    def take(self, picked: Sequence[AdmittedRun]) -> None:
+        self.admitted += picked
+        for run in picked:
+            self.left[run.isolation] -= 1
 
 
 class RingWalk:
@@ -48,6 +70,8 @@ class RingWalk:
         self._newest = 0.0
         # Orgs whose turn it was when others went first.
         self._passed: list[OrgId] = []
+        # More orgs wait than one admission takes, or other workers took what was found: walk under the lock.
+        self.crowded = False
 
     def admit(
         self,
@@ -67,82 +91,115 @@ class RingWalk:
                 that finds them hands them back.
         """
         left: dict[Isolation, int] = {isolation: max(0, slots) for isolation, slots in free.items()}
-        admitted: list[AdmittedRun] = []
-        seen: set[OrgId] = set()
-        hops = HOPS
+        call = _Call(offered, left, within)
         try:
-            while offered and self.pools and any(left.values()) and hops > 0:
-                step = self._walk(offered, left, hops, within)
-                hops -= step.hops
-                orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in seen}
-                seen.update(orgs)
-                others = dict.fromkeys((*step.newest, *self._passed), 1)
-                if orgs or others:
-                    picked = self._fill(others | orgs, offered, left, within, first=step.newest)
-                    admitted += picked
-                    in_turn, self._passed = (*self._passed, *orgs), []
-                    if not any(left.values()):
-                        # The newest went before them, and the ring comes round again only after all others.
-                        taken = {run.org_id for run in picked}
-                        passed = (org_id for org_id in in_turn if org_id not in taken)
-                        self._passed = list(islice(passed, len(step.newest)))
-                if orgs and step.partial and any(left.values()):
-                    # Some queues were short: read the rest of the others.
-                    admitted += self._fill(dict.fromkeys(orgs, sum(left.values())), offered, left, within)
-                if step.complete or not orgs:
+            while offered and self.pools and any(left.values()) and call.hops > 0:
+                if self._fill_locked(call) if self.crowded else self._fill_found(call):
                     break
         except StoreUnavailable:
             # Runs admitted before the error are ours, and must start.
-            if not admitted:
+            if not call.admitted:
                 raise
-        return admitted
+        return call.admitted
 
-    def _walk(
-        self,
-        offered: Mapping[str, int | None],
-        left: Mapping[Isolation, int],
-        hops: int,
-        within: Connection | None,
-    ) -> RingStep:
-        free = sum(left.values())
-        newest = 0
-        if not self._complete:
-            self._newest = min(self._newest, 1.0) + NEWEST * free
-            newest = int(self._newest)
+    def _fill_found(self, call: _Call) -> bool:
+        """Walk, then take the lock if that found something; returns whether to stop."""
+        step = self._walk(call)
+        orgs = {org_id: reach for org_id, reach in step.orgs.items() if org_id not in call.seen}
+        call.seen.update(orgs)
+        others = dict.fromkeys((*step.newest, *self._passed), 1)
+        if orgs or others:
+            wanted = min(len(orgs), call.free)
+            picked = self._fill(call, others | orgs, first=step.newest)
+            in_turn, self._passed = (*self._passed, *orgs), []
+            if not call.free:
+                # The newest went before them, and the ring comes round again only after all others.
+                taken = {run.org_id for run in picked}
+                passed = (org_id for org_id in in_turn if org_id not in taken)
+                self._passed = list(islice(passed, len(step.newest)))
+            self.crowded = not self._placing and (not step.complete or len(picked) < wanted)
+        if orgs and step.partial and call.free and not self.crowded:
+            # Some queues were short: read the rest of the others.
+            self._fill(call, dict.fromkeys(orgs, call.free))
+        return not self.crowded and (step.complete or not orgs)
+
+    def _fill_locked(self, call: _Call) -> bool:
+        """Take the lock and walk: so no other worker takes what this one finds. Returns whether to stop."""
+        free, before = call.free, len(call.admitted)
+        newest, passed, cursor = self._newest_of(free), self._passed, self._cursor
+        self._passed = []
+        for whole in (False, True):
+            with self._transaction(call) as connection:
+                step, picked = statements(connection).admit_crowd(
+                    connection,
+                    self._worker_id,
+                    cursor,
+                    want=max(WIDTH, free - len(passed)),
+                    hops=call.hops,
+                    offered=call.offered,
+                    pools=self.pools,
+                    free=call.left,
+                    newest=newest,
+                    passed=passed,
+                    whole=whole,
+                )
+            call.take(picked)
+            if not step.partial or not call.free:
+                break
+        if not call.free:
+            self._passed = list(step.orgs)
+        self._move(call, step)
+        # With nothing to admit, the next call looks before it takes the lock.
+        self.crowded = len(call.admitted) > before
+        return step.complete
+
+    def _newest_of(self, free: int) -> int:
+        """How many of these free slots the newest runs get, if they have no lower rank."""
+        if self._complete:
+            return 0
+        self._newest = min(self._newest, 1.0) + NEWEST * free
+        newest = int(self._newest)
+        self._newest -= newest
+        return newest
+
+    def _walk(self, call: _Call) -> RingStep:
+        free = call.free
+        newest = self._newest_of(free)
+        within = call.within
         with nullcontext(within) if within is not None else self._database.autocommit() as connection:
             step = statements(connection).admit_ring(
                 connection,
                 self._cursor,
                 want=max(WIDTH, free - len(self._passed)),
-                hops=hops,
-                handlers=list(offered),
+                hops=call.hops,
+                handlers=list(call.offered),
                 pools=self.pools,
-                free=left,
+                free=call.left,
                 newest=newest,
             )
-        self._newest -= newest
-        self._cursor, self._complete = step.cursor, step.complete
+        self._move(call, step)
         return step
 
+    def _move(self, call: _Call, step: RingStep) -> None:
+        self._cursor, self._complete = step.cursor, step.complete
+        call.hops -= step.hops
+
     def _fill(
-        self,
-        orgs: Mapping[OrgId, int],
-        offered: Mapping[str, int | None],
-        left: dict[Isolation, int],
-        within: Connection | None,
-        first: Collection[OrgId] = (),
+        self, call: _Call, orgs: Mapping[OrgId, int], first: Collection[OrgId] = ()
     ) -> list[AdmittedRun]:
-        with nullcontext(within) if within is not None else self._database.transaction() as connection:
+        with self._transaction(call) as connection:
             picked = statements(connection).admit_choose(
                 connection,
                 self._worker_id,
                 orgs,
-                offered=offered,
+                offered=call.offered,
                 pools=self.pools,
-                free=left,
+                free=call.left,
                 first=first,
                 placing=self._placing,
             )
-        for run in picked:
-            left[run.isolation] -= 1
+        call.take(picked)
         return picked
+
+    def _transaction(self, call: _Call) -> AbstractContextManager[Connection]:
+        return self._database.transaction() if call.within is None else nullcontext(call.within)

@@ -6,6 +6,7 @@ import random
 import threading
 from collections import Counter
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -213,10 +214,11 @@ def test_orgs_that_can_start_nothing_do_not_hide_those_behind_them(stock: Stock)
     assert [run.id for run in stock.admit(worker, 2)] == [last.id]
 
 
+@pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int) -> None:
+def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int, locked: bool) -> None:
     """Random weights, org limits and priorities against the reference, call after call, slots kept."""
-    crowd = _Crowd(stock, random.Random(seed), limited=False)
+    crowd = _Crowd(stock, random.Random(seed), limited=False, locked=locked)
     while True:
         free = crowd.chance.randint(1, 12)
         expected = crowd.expected(free)
@@ -226,10 +228,13 @@ def test_admission_agrees_with_the_plain_ranking(stock: Stock, seed: int) -> Non
             break
 
 
+@pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_with_every_kind_of_limit_all_that_may_start_starts_and_no_more(stock: Stock, seed: int) -> None:
+def test_with_every_kind_of_limit_all_that_may_start_starts_and_no_more(
+    stock: Stock, seed: int, locked: bool
+) -> None:
     """Admit until no run starts: no limit is ever exceeded, and the reference starts no run either."""
-    crowd = _Crowd(stock, random.Random(seed), limited=True)
+    crowd = _Crowd(stock, random.Random(seed), limited=True, locked=locked)
     while crowd.admit(crowd.chance.randint(1, 12)):
         running = crowd.running()
         for org, (limit, _) in crowd.shares.items():
@@ -243,8 +248,8 @@ def test_with_every_kind_of_limit_all_that_may_start_starts_and_no_more(stock: S
 class _Crowd:
     """Orgs, definitions and waiting runs by chance, and one worker for them."""
 
-    def __init__(self, stock: Stock, chance: random.Random, *, limited: bool) -> None:
-        self.stock, self.chance = stock, chance
+    def __init__(self, stock: Stock, chance: random.Random, *, limited: bool, locked: bool) -> None:
+        self.stock, self.chance, self.locked = stock, chance, locked
         pairs = ((chance.randint(1, 9), chance.randint(1, 4)) for _ in range(8))
         self.shares = {stock.org(limit=limit, weight=weight): (limit, weight) for limit, weight in pairs}
         definitions = {org: [DefinitionId(new_id()) for _ in range(3)] for org in self.shares}
@@ -272,6 +277,8 @@ class _Crowd:
         self.worker = stock.worker(handlers=handlers)
 
     def admit(self, free: int) -> list[RunId]:
+        if self.locked:
+            self.stock.walk(self.worker).crowded = True
         admitted = [run.id for run in self.stock.admit(self.worker, free, offered=self.offered)]
         for id_ in admitted:
             del self.left[id_]
@@ -308,6 +315,39 @@ class _Crowd:
         """The number of running runs by org, definition and handler."""
         rows = self.stock.all(tables.live_runs, tables.live_runs.c.state == "running")
         return Counter(row[column] for row in rows for column in ("org_id", "definition_id", "handler"))
+
+
+def test_what_others_took_after_the_walk_is_replaced_in_the_same_call(
+    stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = stock.worker(), stock.worker()
+    orgs = [stock.org() for _ in range(40)]
+    stock.put(*(stock.run(org) for org in orgs))
+    walk, taken = stock.walk(second)._walk, list[AdmittedRun]()
+
+    def walk_too_late(call: Any) -> Any:
+        step = walk(call)
+        taken.extend(stock.admit(first, 16))
+        return step
+
+    monkeypatch.setattr(stock.walk(second), "_walk", walk_too_late)
+    admitted = stock.admit(second, 16)
+
+    assert len(taken) == len(admitted) == 16
+    assert {run.org_id for run in taken}.isdisjoint(run.org_id for run in admitted)
+
+
+def test_a_worker_that_found_nothing_under_the_lock_looks_without_it(postgres: Database) -> None:
+    stock = Stock(postgres)
+    worker, org = stock.worker(), stock.org(limit=1)
+    stock.put(stock.run(org), stock.run(org))
+    stock.admit(worker)
+    stock.walk(worker).crowded = True
+    assert stock.admit(worker) == []
+
+    with postgres.transaction() as other:
+        driver(other).execute(admit.LOCK, (admit.ADMISSION_LOCK,))
+        assert stock.admit(worker) == []
 
 
 def test_workers_that_admit_at_once_never_go_beyond_a_limit(postgres: Database) -> None:

@@ -22,7 +22,7 @@ MODULES = ("admit", "finish", "fire", "recover", "renew", "waits")
 
 # For each statement, by what it begins with or is known by: the indexes it may use.
 MEANT = {
-    "RECURSIVE hop": {"ix_live_runs_waiting", "ix_live_runs_running_org_id"},
+    "SELECT * FROM ring": {"ix_live_runs_waiting", "ix_live_runs_running_org_id"},
     "offer AS": {
         "ix_live_runs_waiting",
         "ix_live_runs_running_org_id",
@@ -132,7 +132,8 @@ def test_each_hot_statement_goes_by_its_index(
 
 
 def _use_everything(stock: Stock, worker: Any, held: list[AdmittedRun]) -> None:
-    admitted = stock.admit(worker, 20) + held
+    # The walk under the lock, and the one before it.
+    admitted = stock.admit(worker, 20) + stock.admit(worker, 5000) + stock.admit(worker, 20) + held
     hour = timedelta(hours=1)
     with stock.database.transaction() as connection:
         hot = statements(connection)

@@ -322,6 +322,28 @@ class Statements(Protocol):
         """
         ...
 
+    def admit_crowd(
+        self,
+        connection: Connection,
+        worker_id: WorkerId,
+        cursor: OrgId,
+        *,
+        want: int,
+        hops: int,
+        offered: Mapping[str, int | None],
+        pools: Sequence[str],
+        free: Mapping[Isolation, int],
+        newest: int = 0,
+        passed: Collection[OrgId] = (),
+        whole: bool = False,
+    ) -> tuple[RingStep, list[AdmittedRun]]:
+        """As `admit_ring` and `admit_choose`, but walk under the lock too: no other admitter is in between.
+
+        Of each org in `passed`, one run may start as well; `whole` reads whole queues. The orgs of the
+        returned step are those whose turn it was while the newest went first.
+        """
+        ...
+
     def finish(
         self, connection: Connection, worker_id: WorkerId, ended: Sequence[EndedAttempt]
     ) -> set[RunId]:

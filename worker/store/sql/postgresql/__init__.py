@@ -1,6 +1,7 @@
 """The hot statements on PostgreSQL: batches as arrays, and locks before counts."""
 
 from worker.store.sql.postgresql.admit import admit_choose as admit_choose
+from worker.store.sql.postgresql.admit import admit_crowd as admit_crowd
 from worker.store.sql.postgresql.admit import admit_ring as admit_ring
 from worker.store.sql.postgresql.finish import add_rollups as add_rollups
 from worker.store.sql.postgresql.finish import append_logs as append_logs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -26,9 +27,9 @@ owner(id) AS (
 ADMISSION_LOCK = 6_070_312
 
 # Walks from org to org along the index, full circle at most. Orgs that cannot start anything are left
-# out here, before the lock. Mostly the first run of a queue, which finds its org, shows that it can.
-RING = """
-WITH RECURSIVE hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
+# out here. Mostly the first run of a queue, which finds its org, shows that it can.
+HOPS = """\
+hop(org_id, available_at, handler, isolation, pool, n, wrapped) AS (
   SELECT %(cursor)s::uuid, NULL::timestamptz, NULL::text, NULL::text, NULL::text, 0, false
   UNION ALL
   SELECT COALESCE(later.org_id, first.org_id), COALESCE(later.available_at, first.available_at),
@@ -61,9 +62,10 @@ WITH RECURSIVE hop(org_id, available_at, handler, isolation, pool, n, wrapped) A
       SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
     FROM orgs o WHERE o.id = hop.org_id AND o.state = 'active' LIMIT 1) o ON true
   WHERE hop.n > 0
-)
-SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
-"""
+), ring AS MATERIALIZED (
+  SELECT org_id, n, ready, running, most, weight FROM looked WHERE ready OR n = %(hops)s LIMIT %(want)s
+)"""
+RING = f"WITH RECURSIVE {HOPS} SELECT * FROM ring"
 
 # Ids of runs begin with the time at which they were due: see `ids.new_id_at`. Ends after the first that wait.
 NEWEST = """
@@ -76,14 +78,52 @@ WHERE l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
 LIMIT %(runs)s
 """
 
+# The orgs to choose from: given, or found in the same statement. `reach`, how many runs of a queue to read,
+# is then at least that of `contract.reach`: all of the ranks up to which long queues would fill the free
+# slots.
+COUNTED = """
+SELECT o.weight, o.max_concurrent_runs AS most, (
+  SELECT count(*) FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') AS running
+FROM orgs o WHERE o.id = {org} AND o.state = 'active' LIMIT 1
+"""
+GIVEN = f"""\
+u(id, later, reach, running, weight) AS (
+  SELECT g.id, g.id <> ALL(%(first)s::uuid[]), LEAST(o.most - o.running, g.reach), o.running, o.weight
+  FROM unnest(%(orgs)s::uuid[], %(reach)s::integer[]) AS g(id, reach)
+  CROSS JOIN LATERAL ({COUNTED.format(org="g.id")}) o
+)"""
+FOUND = f"""\
+{HOPS}, others(id, later, running, weight) AS MATERIALIZED (
+  SELECT n.id, n.later, o.running, o.weight FROM (
+    (SELECT org_id, false FROM (
+       SELECT org_id, min(place) AS place FROM (
+         SELECT n.org_id, row_number() OVER () AS place FROM ({NEWEST}) n) n GROUP BY org_id) n
+     ORDER BY place LIMIT %(newest)s)
+    UNION ALL
+    SELECT id, true FROM unnest(%(passed)s::uuid[]) AS p(id)) AS n(id, later)
+  CROSS JOIN LATERAL ({COUNTED.format(org="n.id")}) o
+  WHERE o.running < o.most
+), u AS MATERIALIZED (
+  SELECT COALESCE(r.org_id, n.id) AS id, bool_and(COALESCE(n.later, true)) AS later,
+         max(COALESCE(r.reach, 1)) AS reach, max(COALESCE(r.running, n.running)) AS running,
+         max(COALESCE(r.weight, n.weight)) AS weight
+  FROM (
+    SELECT org_id, running, weight, CASE WHEN %(whole)s THEN most - running ELSE
+      LEAST(most - running, floor((%(slots)s + sum(running + 1) OVER ()) * weight::float8
+                                  / sum(weight) OVER ()) - running)::bigint END AS reach
+    FROM ring WHERE ready) r
+  FULL JOIN others n ON n.id = r.org_id
+  GROUP BY 1
+)"""
+
 LOCK = "SELECT pg_advisory_xact_lock(%s)"
 COMMIT = "COMMIT"
 
 # A later statement than the lock, so with a snapshot in which everything that was
 # admitted before it can be counted. How each count says "running", and the UPDATE
 # "waiting", decides which index can serve it: see `tables.live_runs`.
-CHOOSE = f"""
-WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
+ADMIT = f"""
+{OWNER}, offer AS MATERIALIZED (
   SELECT h.handler, CASE WHEN h.most IS NOT NULL THEN h.most - (
     SELECT count(*) FROM owner o JOIN live_runs l ON l.worker_id = o.id
     WHERE l.handler = h.handler) - (
@@ -92,20 +132,14 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
   FROM unnest(%(handlers)s::text[], %(limits)s::integer[]) AS h(handler, most)
 ), line AS MATERIALIZED (
   SELECT c.id, c.definition_id, c.handler, c.isolation, c.available_at, c.max_concurrent, c.place,
-         (busy.n + c.place)::float8 / o.weight AS rank, u.id <> ALL(%(first)s::uuid[]) AS later
-  FROM unnest(%(orgs)s::uuid[], %(reach)s::integer[]) AS u(id, reach)
-  CROSS JOIN LATERAL (
-    SELECT o.id, o.max_concurrent_runs, o.weight FROM orgs o
-    WHERE o.id = u.id AND o.state = 'active' LIMIT 1) o
-  CROSS JOIN LATERAL (
-    SELECT count(*) AS n FROM live_runs l WHERE l.org_id = o.id AND l.state = 'running') busy
-  CROSS JOIN LATERAL (
+         (u.running + c.place)::float8 / u.weight AS rank, u.later
+  FROM u CROSS JOIN LATERAL (
     SELECT l.id, l.definition_id, l.handler, l.isolation, l.available_at, l.max_concurrent,
            row_number() OVER () AS place
     FROM (
       SELECT l.id, l.definition_id, l.handler, l.isolation, l.available_at, l.max_concurrent
       FROM live_runs l
-      WHERE l.org_id = o.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
+      WHERE l.org_id = u.id AND l.state = 'waiting' AND l.available_at <= (SELECT clock_timestamp())
         AND l.handler = ANY(ARRAY(SELECT handler FROM offer WHERE room IS NULL OR room > 0))
         AND l.isolation = ANY(%(isolations)s::text[]) AND l.pool = ANY(%(pools)s::text[])
         AND (l.variant_handlers IS NULL OR l.variant_handlers <@ %(offered)s::jsonb)
@@ -113,7 +147,7 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
           SELECT count(*) FROM live_runs d
           WHERE d.definition_id = l.definition_id AND d.started_at IS NOT NULL))
       ORDER BY l.priority DESC, l.available_at, l.id
-      LIMIT GREATEST(0, LEAST(o.max_concurrent_runs - busy.n, u.reach))
+      LIMIT GREATEST(0, u.reach)
     ) l
   ) c
   WHERE EXISTS (SELECT 1 FROM workers w WHERE w.id = %(worker)s AND w.ended_at IS NULL
@@ -150,7 +184,24 @@ WITH RECURSIVE {OWNER}, offer AS MATERIALIZED (
             start_by, started_at, attempt, failures, recoveries, fencing_token, idempotency_key, params,
             pool
 )
-SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id ORDER BY p.rank, p.later, a.available_at, a.id
+"""
+ORDER = "ORDER BY p.rank, p.later, a.available_at, a.id"
+CHOOSE = f"""
+WITH RECURSIVE {GIVEN}, {ADMIT}
+SELECT a.* FROM admitted a JOIN picked p ON p.id = a.id {ORDER}
+"""
+# The first row names the orgs whose turn it was while the newest went first.
+CROWD = f"""
+WITH RECURSIVE {FOUND}, {ADMIT}
+SELECT w.*, CASE WHEN row_number() OVER ({ORDER}) = 1 THEN ARRAY(
+         SELECT u.id FROM u LEFT JOIN ring r ON r.org_id = u.id
+         WHERE u.later AND NOT EXISTS (SELECT 1 FROM admitted a WHERE a.org_id = u.id)
+         ORDER BY r.n NULLS FIRST LIMIT (SELECT count(*) FROM others WHERE NOT later)) END, a.*
+FROM (
+  SELECT count(*), max(r.n), bool_or(u.reach < r.most - r.running),
+         (SELECT org_id FROM ring ORDER BY n DESC LIMIT 1)
+  FROM ring r LEFT JOIN u ON u.id = r.org_id) w
+LEFT JOIN (admitted a JOIN picked p ON p.id = a.id) ON true {ORDER}
 """
 
 
@@ -223,12 +274,50 @@ def admit_choose(
     first: Collection[OrgId] = (),
     placing: bool = False,
 ) -> list[AdmittedRun]:
-    raw = driver(connection)
-    values = {
+    values = _to_admit(worker_id, offered, pools, free)
+    values |= {"orgs": plain(orgs), "reach": plain(orgs.values()), "first": plain(first)}
+    if placing:
+        values["pool"] = compact_json(list(pools))
+    return [AdmittedRun(*row) for row in _locked(connection, PLACE if placing else CHOOSE, values)]
+
+
+def admit_crowd(
+    connection: Connection,
+    worker_id: WorkerId,
+    cursor: OrgId,
+    *,
+    want: int,
+    hops: int,
+    offered: Mapping[str, int | None],
+    pools: Sequence[str],
+    free: Mapping[Isolation, int],
+    newest: int = 0,
+    passed: Collection[OrgId] = (),
+    whole: bool = False,
+) -> tuple[RingStep, list[AdmittedRun]]:
+    values = _to_admit(worker_id, offered, pools, free)
+    values |= {"cursor": cursor, "want": want, "hops": hops, "slots": sum(free.values()), "whole": whole}
+    values |= {"passed": plain(passed), "newest": newest, "runs": newest * PER_ORG, "window": WINDOW}
+    rows = _locked(connection, CROWD, values)
+    found, walked, partial, place, in_turn = rows[0][:5]
+    step = RingStep(
+        dict.fromkeys(in_turn, 1),
+        partial=bool(partial),
+        cursor=place or cursor,
+        hops=walked or 0,
+        complete=found < want and (walked or 0) < hops,
+    )
+    return step, [AdmittedRun(*row[5:]) for row in rows if row[5] is not None]
+
+
+def _to_admit(
+    worker_id: WorkerId,
+    offered: Mapping[str, int | None],
+    pools: Sequence[str],
+    free: Mapping[Isolation, int],
+) -> dict[str, Any]:
+    return {
         "worker": worker_id,
-        "orgs": plain(orgs),
-        "reach": plain(orgs.values()),
-        "first": plain(first),
         "handlers": texts(offered),
         "limits": plain(offered.values()),
         "offered": compact_json(list(offered)),
@@ -237,11 +326,15 @@ def admit_choose(
         "child": max(0, free.get("child", 0)),
         "inline": max(0, free.get("inline", 0)),
     }
-    if placing:
-        values["pool"] = compact_json(list(pools))
+
+
+def _locked(connection: Connection, statement: str, values: Mapping[str, Any]) -> list[Any]:
+    """The rows of a statement under the lock of admission; the transaction ends here."""
+    raw = driver(connection)
     # With COMMIT in the same pipeline: a worker that hangs must not keep the lock.
     with raw.pipeline():
         raw.execute(LOCK, (ADMISSION_LOCK,))
-        rows = raw.execute(PLACE if placing else CHOOSE, values)
+        answer = raw.execute(statement, values)
         raw.execute(COMMIT, prepare=False)
-    return [AdmittedRun(*row) for row in rows.fetchall()]
+    rows: list[Any] = answer.fetchall()
+    return rows

@@ -1,6 +1,7 @@
 """The hot statements on SQLite: with one writer, what a transaction reads still holds when it writes."""
 
 from worker.store.sql.sqlite.admit import admit_choose as admit_choose
+from worker.store.sql.sqlite.admit import admit_crowd as admit_crowd
 from worker.store.sql.sqlite.admit import admit_ring as admit_ring
 from worker.store.sql.sqlite.finish import add_rollups as add_rollups
 from worker.store.sql.sqlite.finish import append_logs as append_logs

@@ -6,8 +6,9 @@ import functools
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection
@@ -321,6 +322,39 @@ def _room(cursor: Any, pools: Sequence[str], free: Free, now: str) -> Free:
     running = dict(cursor.execute(OF_POOL, (json_list(pools),)).fetchall())
     slots: Free = {"child": children, "inline": inline}
     return {kind: max(0, min(most, slots[kind] - running.get(kind, 0))) for kind, most in free.items()}
+
+
+def admit_crowd(
+    connection: Connection,
+    worker_id: WorkerId,
+    cursor: OrgId,
+    *,
+    want: int,
+    hops: int,
+    offered: Mapping[str, int | None],
+    pools: Sequence[str],
+    free: Mapping[Isolation, int],
+    newest: int = 0,
+    passed: Collection[OrgId] = (),
+    whole: bool = False,
+) -> tuple[RingStep, list[AdmittedRun]]:
+    step = admit_ring(
+        connection,
+        cursor,
+        want=want,
+        hops=hops,
+        handlers=list(offered),
+        pools=pools,
+        free=free,
+        newest=newest,
+    )
+    orgs = dict[OrgId, int].fromkeys((*step.newest, *passed), 1) | dict(step.orgs)
+    admitted = admit_choose(
+        connection, worker_id, orgs, offered=offered, pools=pools, free=free, first=step.newest
+    )
+    without = {run.org_id for run in admitted} | set(step.newest)
+    in_turn = islice((org_id for org_id in orgs if org_id not in without), len(step.newest))
+    return replace(step, orgs=dict.fromkeys(in_turn, 1)), admitted
 
 
 def _admitted(run: Candidate, now: datetime) -> AdmittedRun:
