@@ -397,7 +397,10 @@ def gather(database: Database, settings: Settings, issuers: Mapping[str, Issuer]
             "doctor": [asdict(found) for found in checks],
             "issuers": [each.as_row(issuers.get(each.issuer), since, settings.tokens) for each in forecasts],
             "capacity": [measure.as_row() for measure in measures if measure.what in OF_ALL],
-            "workers": [row | {"host": hosts(row["host"])} for row in health.workers(connection)],
+            "workers": [
+                row | {"host": hosts(row["host"]), "of_host": row["of_host"] and hosts(row["of_host"])}
+                for row in health.workers(connection)
+            ],
             "handlers": [_handler(row) for row in catalogue.entries(connection)],
             "unfinished": health.unfinished_for_all_orgs(connection),
             "ended_by_hour": health.ended_for_all_orgs(connection, now),

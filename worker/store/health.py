@@ -179,10 +179,12 @@ def ended_for_all_orgs(connection: Connection, now: datetime) -> list[Row]:
 
 
 def workers(connection: Connection) -> list[Row]:
-    """The newest workers, with host, capacity and end."""
-    newest = tables.workers
+    """The newest workers and incarnations of hosts, with machine, capacity and end; `of_host`: its name."""
+    newest, hosts = tables.workers, tables.hosts
+    host = select(hosts.c.name).where(hosts.c.id == newest.c.host_id).scalar_subquery().label("of_host")
     names = "id host version started_at renewed_at lease_until ended_at capacity pools handlers"
-    query = select(*(newest.c[name] for name in names.split())).order_by(newest.c.id.desc()).limit(NEWEST)
+    columns = (*(newest.c[name] for name in names.split()), host)
+    query = select(*columns).order_by(newest.c.id.desc()).limit(NEWEST)
     return all_rows(connection, query)
 
 

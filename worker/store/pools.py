@@ -27,11 +27,6 @@ def rules(connection: Connection) -> Rules:
     return {name: requires for name, requires in connection.execute(select(_pools.c.name, _pools.c.requires))}
 
 
-def stored(connection: Connection) -> list[Row]:
-    """The stored rules with who changed them and when, by name."""
-    return all_rows(connection, select(_pools).order_by(_pools.c.name))
-
-
 def store_rules(connection: Connection, own: Rules, *, by: str) -> tuple[Rules, list[str]]:
     """Store the rules of a worker that starts; returns all stored rules, and the pools that changed."""
     known = dict(rules(connection))
@@ -121,3 +116,32 @@ def slots_of(workers: Sequence[Row]) -> Counter[str]:
         slots = sum(int((row["capacity"] or {}).get(kind, 0)) for kind in ("children", "inline"))
         found.update(dict.fromkeys(row["pools"], slots))
     return found
+
+
+def overview(connection: Connection) -> list[Row]:
+    """Every pool that a worker or host serves, a run waits for or rules are stored for, by name.
+
+    Runs are counted up to `MOST`. `slots` counts those of a worker of several pools for each.
+    """
+    known = {row["name"]: row for row in all_rows(connection, select(_pools))}
+    alive = serving(connection)
+    due, busy = waiting(connection), running(connection)
+    slots = slots_of(alive)
+    rows = []
+    for name in sorted({*known, *due, *busy, *of_hosts(connection), *slots}):
+        mine = [row for row in alive if name in row["pools"]]
+        changed = known.get(name, {})
+        rows.append(
+            {
+                "name": name,
+                "requires": changed.get("requires", {}),
+                "waiting": due.get(name, 0),
+                "running": busy.get(name, 0),
+                "workers": sum(row["host_id"] is None for row in mine),
+                "hosts": sum(row["host_id"] is not None for row in mine),
+                "slots": slots[name],
+                "changed_at": changed.get("changed_at"),
+                "changed_by": changed.get("changed_by"),
+            }
+        )
+    return rows

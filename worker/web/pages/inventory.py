@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from worker.errors import AccessDenied, UsageError
 from worker.ids import ALL_ORGS
-from worker.store import health
+from worker.store import health, pools
 from worker.store.lists import (
     AUDIT,
     DEFINITIONS,
@@ -122,7 +122,7 @@ class InventoryPages:
                 for row in health.workers(connection)
             ]
             workers.sort(key=lambda row: ("missing", "late", "up", "stopped").index(row["state"]))
-            return {"workers": workers}
+            return {"workers": workers, "pools": pools.overview(connection)}
 
         return await self._pages.show(request, "workers.html", work)
 
