@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.handlers import read_journal
-from tests.fakes.hosts import Hosts
+from tests.fakes.hosts import Hosts, opened_hosts
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, wait_until
 
@@ -21,9 +21,8 @@ EXECUTION = 'lease = "4s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 0\nma
 def hosts(site_on_either: Site) -> Iterator[Hosts]:
     port = free_port()
     site_on_either.configure(execution=EXECUTION, extra=f'[attempts]\nlisten = "127.0.0.1:{port}"')
-    made = Hosts(site_on_either, port)
-    yield made
-    made.close()
+    with opened_hosts(site_on_either, port) as made:
+        yield made
 
 
 def test_a_host_runs_what_the_worker_fires(hosts: Hosts, journal: Any) -> None:

@@ -1,35 +1,50 @@
-"""Hosts for acceptance tests: each a real process with a folder of its own."""
+"""The hosts of an installation: real processes, each with its own folder, token and configuration."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tests.fakes.site import Site
 
 
 class Hosts:
-    """The hosts of a site, each a process with a folder of its own."""
+    """Starts hosts that ask the workers at these ports."""
 
-    def __init__(self, site: Site, port: int) -> None:
+    def __init__(self, site: Site, *ports: int) -> None:
         self.site = site
-        self.port = port
+        self.ports = ports
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str = "h1", pool: str = "default", execution: str = "") -> subprocess.Popen[bytes]:
-        added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
-        folder = self.site.folder / name
-        folder.mkdir()
+    def start(
+        self,
+        name: str = "h1",
+        pool: str = "default",
+        execution: str = "",
+        *,
+        ports: Sequence[int] = (),
+        environment: dict[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """A host of its own name; started again, it has the same token."""
+        folder = self.folder(name)
         token = folder / "token"
-        token.write_text(added["token"])
-        token.chmod(0o600)
+        if not folder.exists():
+            folder.mkdir()
+            added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
+            token.write_text(added["token"])
+            token.chmod(0o600)
+        control = [f"http://127.0.0.1:{port}" for port in ports or self.ports]
         config = folder / "host.toml"
         config.write_text(
             f"""\
 [host]
-control = ["http://127.0.0.1:{self.port}"]
+control = {json.dumps(control)}
 token_file = "{token}"
 [execution]
 sandbox = "auto"
@@ -37,22 +52,42 @@ write_paths = ["{self.site.out}"]
 {execution}
 """
         )
-        environment = {**self.site.process_environment()}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("WORKER_")}
+        path = os.pathsep.join([str(self.site.plugins), *filter(None, [os.environ.get("PYTHONPATH")])])
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker", "--config", str(config), "host"],
                 cwd=folder,
-                env=environment,
+                env=kept | {"PYTHONPATH": path} | (environment or {}),
                 stdout=log,
                 stderr=log,
             )
         self._processes.append(process)
         return process
 
+    def folder(self, name: str = "h1") -> Path:
+        return self.site.folder / f"host-{name}"
+
     def log(self, name: str = "h1") -> Path:
-        return self.site.folder / name / "host.log"
+        return self.folder(name) / "host.log"
+
+    def events(self, event: str, name: str = "h1") -> list[dict[str, Any]]:
+        lines = self.log(name).read_text(errors="replace").splitlines() if self.log(name).exists() else []
+        rows = [json.loads(line) for line in lines if line.startswith("{")]
+        return [row for row in rows if row.get("event") == event]
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()
-            process.wait()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def opened_hosts(site: Site, *ports: int) -> Iterator[Hosts]:
+    """Kill its hosts at the end."""
+    hosts = Hosts(site, *ports)
+    try:
+        yield hosts
+    finally:
+        hosts.close()
