@@ -54,9 +54,9 @@ class HostStore:
 
     async def renew(self, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease and return the runs it covers; False if the incarnation was ended."""
-        return await self._database.call(
-            lambda connection: statements(connection).renew(connection, worker, self._lease)
-        )
+        # On PostgreSQL it is one statement, which is its own transaction.
+        call = self._database.call if self._database.dialect == "sqlite" else self._database.call_autocommit
+        return await call(lambda connection: statements(connection).renew(connection, worker, self._lease))
 
     async def unregister(self, worker: WorkerId) -> None:
         """End an incarnation; its runs are recovered."""

@@ -455,19 +455,19 @@ class HostedRuns:
         await self._hand_back_unasked()
         before = set(self._known)
         registered, owned = await self._store.renew(self.worker)
+        if before:
+            for key in before.difference([(run.id, run.fencing_token) for run in owned]):
+                if key not in self._writing and key not in self._undelivered:
+                    self._forget(key)
+        if not self._undelivered:
+            return registered, owned
         delivered: list[OwnedRun] = []
         for run in owned:
-            key = run.id, run.fencing_token
-            inflight = self._undelivered.get(key)
-            if inflight is not None:
-                if run.cancel_reason is not None:
-                    inflight.stop.request("suspended" if run.cancel_reason == "suspended" else "cancel", 0.0)
-            else:
+            inflight = self._undelivered.get((run.id, run.fencing_token))
+            if inflight is None:
                 delivered.append(run)
-        ours = {(run.id, run.fencing_token) for run in owned}
-        for key in before - ours:
-            if key not in self._writing and key not in self._undelivered:
-                self._forget(key)
+            elif run.cancel_reason is not None:
+                inflight.stop.request("suspended" if run.cancel_reason == "suspended" else "cancel", 0.0)
         return registered, delivered
 
     async def hand_back_undelivered(self) -> None:
