@@ -94,7 +94,9 @@ def in_use(fleet: Fleet) -> subprocess.Popen[bytes]:
     return worker
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill -9", "SIGSTOP"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM], ids=["kill -9", "SIGSTOP", "SIGTERM"]
+)
 def test_a_worker_that_goes_away_does_not_disturb_a_hosts_runs(fleet: Fleet, number: signal.Signals) -> None:
     fleet.hosts.start()
     run = fleet.begin("count", "acme.steps", steps=60, pause=0.1)
@@ -141,6 +143,7 @@ def test_a_host_that_hangs_for_longer_than_its_lease_has_no_effect_afterwards(fl
     fleet.until(lambda: len(read_journal(fleet.journal, "start")) == 2, "the second attempt")
     host.send_signal(signal.SIGCONT)
     fleet.until(lambda: not any(map(psutil.pid_exists, first)), "the end of the first attempt", 15)
+    fleet.until(lambda: len(fleet.hosts.events("host.started", "h1")) == 2, "its next incarnation", 15)
 
     ended = fleet.site.wait_for_state("count", "succeeded", attempt=2, timeout=60)
     assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["lost", "succeeded"]
@@ -149,6 +152,22 @@ def test_a_host_that_hangs_for_longer_than_its_lease_has_no_effect_afterwards(fl
     assert max(late) <= stopped_at + LEASE + 1
     second = {line["fencing_token"] for line in read_journal(fleet.journal, "step")} - {before}
     assert min(second) > before
+
+
+def test_a_host_that_is_removed_stops_and_another_one_goes_on(fleet: Fleet) -> None:
+    host = fleet.hosts.start("h1")
+    run = fleet.begin("count", "acme.steps", steps=60, pause=0.1)
+    fleet.until(lambda: len(fleet.steps()) > 5, "steps")
+    fleet.hosts.start("h2")
+    pids = {line["pid"] for line in read_journal(fleet.journal)}
+
+    fleet.site.cli("hosts", "remove", "h1")
+
+    assert host.wait(30) == 78
+    assert "the workers do not accept this host" in fleet.hosts.log("h1").read_text()
+    assert not any(map(psutil.pid_exists, pids))
+    fleet.site.wait_for_state("count", "succeeded", attempt=2, timeout=60)
+    assert [row["outcome"] for row in fleet.site.attempts(run["id"])] == ["lost", "succeeded"]
 
 
 def test_a_host_without_any_worker_freezes_and_goes_on(fleet: Fleet) -> None:

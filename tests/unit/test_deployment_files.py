@@ -262,7 +262,7 @@ def test_compose_upgrades_the_schema_before_two_workers_begin():
     assert services["upgrade"]["command"] == ["db", "upgrade"]
 
 
-@pytest.mark.parametrize("name", ["upgrade", "worker", "provision"])
+@pytest.mark.parametrize("name", ["upgrade", "worker", "provision", "host"])
 def test_a_container_of_compose_can_write_its_volume_only(name: str, containerfile):
     service = compose()["services"][name]
     uid, gid = containerfile["USER"].split(":")
@@ -298,9 +298,10 @@ def test_each_service_of_compose_is_shown_the_secrets_it_needs_and_no_other():
     assert shown["worker"] == {"keyring", "database__url"}
     assert shown["upgrade"] == {"database__url", "database__owner_url"}
     assert shown["provision"] == {"keyring", "database__url", "management__main"}
+    assert shown["host"] == {"host_token"}
     assert set.union(*shown.values()) == set(loaded["secrets"])
     for name in loaded["secrets"]:
-        assert name in ("keyring", "superuser", "management__main") or is_setting(name)
+        assert name in ("keyring", "superuser", "management__main", "host_token") or is_setting(name)
 
 
 # ---- Kubernetes

@@ -11,6 +11,7 @@ import httpx
 
 from worker.errors import ConfigurationError, Diagnostic
 from worker.execution.hosts.wire import PREFIX, VERSIONS
+from worker.settings import MOUNTED_SECRETS
 from worker.settings.sections import HostSettings
 from worker.telemetry.masking import masker
 
@@ -19,7 +20,10 @@ PATIENCE = 5.0
 
 
 def read_token(path: str) -> str:
-    """The host's token, from a file that others cannot read. Raises ConfigurationError."""
+    """The host's token, from a file that others cannot read. Raises ConfigurationError.
+
+    A container engine gives the files in its folder of secrets their mode; nobody else is in the container.
+    """
     fix = "put the token that `python -m worker hosts add` printed into it, readable by this user only"
     try:
         file = Path(path)
@@ -28,7 +32,7 @@ def read_token(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
         raise ConfigurationError(f"host.token_file: {path} cannot be read: {why}", fix=fix) from None
-    if mode & stat.S_IRWXO:
+    if mode & stat.S_IRWXO and not file.resolve().is_relative_to(MOUNTED_SECRETS):
         raise ConfigurationError(f"host.token_file: others may read {path}", fix=f"chmod o= {path}")
     if not token or not token.isprintable():
         raise ConfigurationError(f"host.token_file: there is no token in {path}", fix=fix)

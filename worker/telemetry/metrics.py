@@ -132,6 +132,8 @@ METRICS: tuple[Metric, ...] = (
     _counter("leases_lost_total", "", "leases that expired without renewal", "lease.lost"),
     _gauge("database_up", "", "1 while the database responds", "database.back", "1"),
     _gauge("database_up", "", "", "database.lost", "0"),
+    _gauge("control_up", "", "on a host: 1 while a worker answers it", "control.back", "1"),
+    _gauge("control_up", "", "", "control.lost", "0"),
     _counter("loop_failures_total", "loop", "unexpected errors in a loop", "loop.failed"),
     _counter("clock_went_back_total", "", "backward moves of the wall clock", "clock.went_back"),
     _counter("clock_went_back_seconds_total", "", "sum of all backward moves", "clock.went_back", "seconds"),
@@ -257,10 +259,10 @@ class Metrics(Collector):
     """Counts from the moment it listens: `events.listen(metrics.take)`.
 
     No metric has a label for the org, except `org_attempts_total`, for the `top_orgs` orgs with the
-    most attempts.
+    most attempts. `on_host` is true in a host, which has no database.
     """
 
-    def __init__(self, *, version: str, top_orgs: int = 0) -> None:
+    def __init__(self, *, version: str, top_orgs: int = 0, on_host: bool = False) -> None:
         # Events come from any thread.
         self._lock = threading.Lock()
         self._version = version
@@ -276,7 +278,7 @@ class Metrics(Collector):
                 self._follow[metric.event].append(series.follower(metric.value))
         for state in STATES:
             self._series[f"{PREFIX}attempt_states_total"].begin(state)
-        self._series[f"{PREFIX}database_up"].set(1)
+        self._series[f"{PREFIX}{'control_up' if on_host else 'database_up'}"].set(1)
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)

@@ -78,7 +78,7 @@ def run(settings: Settings, *, pool: str | None = None) -> int:
     confinement = confinement_of(settings)
     confinement.warn()
     execution = settings.execution
-    metrics = Metrics(version=VERSION)
+    metrics = Metrics(version=VERSION, on_host=True)
     events.listen(metrics.take)
     health = Health(metrics, sandbox=confinement.level)
     context = trusting(settings.host.ca_file)

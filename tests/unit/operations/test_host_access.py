@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from worker.errors import ConfigurationError
+from worker.operations import host_access
 from worker.operations.host_access import check_access, read_token, trusting
 from worker.settings.sections import HostSettings
 
@@ -53,6 +54,13 @@ def test_a_token_that_cannot_be_used_is_an_error_that_does_not_quote_it(file: Pa
             read_token(str(file))
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         read_token(str(tmp_path / "absent"))
+
+
+def test_a_container_engine_may_give_the_file_any_mode(file: Path, monkeypatch: pytest.MonkeyPatch):
+    file.chmod(0o444)
+    monkeypatch.setattr(host_access, "MOUNTED_SECRETS", str(file.parent))
+
+    assert read_token(str(file)) == TOKEN
 
 
 def test_certificates_that_cannot_be_used_are_an_error(file: Path):
