@@ -324,6 +324,19 @@ async def test_a_host_that_was_removed_has_lost_its_lease(clock: ManualClock) ->
     assert Host(clock, Workers(renew=(403, "denied"))).store.renew() == (False, [])
 
 
+async def test_what_a_removed_host_still_sends_counts_for_nothing(clock: ManualClock) -> None:
+    """It is not repeated: the host would not end before its drain is over."""
+    denied = (403, "denied")
+    host = Host(clock, Workers(finish=denied, save=denied, store=denied, logs=denied, progress=denied))
+    ended = await host.attempt()
+
+    assert await host.store.finish([ended]) == set()
+    assert await host.store.store_steps([RunStep(RUN, "h", STEP, 7)]) == set()
+    assert await host.store.save_checkpoint(RUN, "h", "1") is False
+    await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "late")])
+    await host.store.write_progress([(RUN.id, RUN.fencing_token, {"done": 1, "total": 2, "note": None})])
+
+
 async def test_a_renewal_names_the_runs_that_the_host_owns(clock: ManualClock) -> None:
     workers = Workers(renew=wire.renewed_message(True, [OwnedRun(RUN.id, 1, "requested")]))
 

@@ -55,7 +55,7 @@ class RemoteStore:
     """One incarnation of this host, as its workers know it.
 
     The async methods are for the loop; `renew` is for the heartbeat's thread. A call that no worker answers
-    raises Unavailable.
+    raises Unavailable. Once a worker denies the incarnation, no run is this host's any more.
     """
 
     control: AsyncControl
@@ -129,7 +129,9 @@ class RemoteStore:
         """Report how attempts ended; the runs whose end was accepted."""
         accepted: set[RunId] = set()
         for part in _parts("ends", (wire.end_message(self._end_of(end)) for end in ended)):
-            answer = await self.control.call("finish", part)
+            answer = await self._fenced("finish", part)
+            if answer is None:
+                break
             accepted.update(RunId(run_id) for run_id in answer["accepted"])
         return accepted
 
@@ -174,7 +176,9 @@ class RemoteStore:
         ours: set[tuple[RunId, int]] = set()
         steps = (wire.step_message(row.run, row.handler, row.step) for row in rows)
         for part in _parts("steps", steps):
-            answer = await self.control.call("store", part)
+            answer = await self._fenced("store", part)
+            if answer is None:
+                break
             ours.update((RunId(run_id), fencing_token) for run_id, fencing_token in answer["stored"])
         return ours
 
@@ -200,12 +204,12 @@ class RemoteStore:
 
     async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
         for part in _parts("rows", (wire.progress_message(*row) for row in rows)):
-            await self.control.call("progress", part)
+            await self._fenced("progress", part)
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
         """Append lines to the logs of runs that this host holds."""
         for part in _parts("lines", self._lines(rows)):
-            await self.control.call("logs", part)
+            await self._fenced("logs", part)
 
     def _lines(self, rows: Sequence[LogLine]) -> Iterator[dict[str, Any]]:
         for line in rows:
@@ -219,11 +223,11 @@ class RemoteStore:
             raise LeaseLost(f"run {run_id} has ended")
         return wire.fence_message(inflight.run)
 
-    async def _fenced(self, name: str, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer, or None if the run is no longer ours."""
+    async def _fenced(self, name: str, message: Mapping[str, Any] | bytes) -> dict[str, Any] | None:
+        """The answer, or None if the run, or none at all, is ours any more."""
         try:
             return await self.control.call(name, message)
-        except LeaseLost:
+        except (LeaseLost, ControlDenied):
             return None
 
 
