@@ -22,7 +22,7 @@ PATIENCE = 5.0
 def read_token(path: str) -> str:
     """The host's token, from a file that others cannot read. Raises ConfigurationError.
 
-    A container engine gives the files in its folder of secrets their mode; nobody else is in the container.
+    In a container the engine sets the mode, and the container has no other user.
     """
     fix = "put the token that `python -m worker hosts add` printed into it, readable by this user only"
     try:
