@@ -30,8 +30,9 @@ class Hosts:
         *,
         ports: Sequence[int] = (),
         environment: dict[str, str] | None = None,
+        tree: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """A host of its own name; started again, it has the same token."""
+        """A host of its own name; started again, it has the same token. `tree` has another release."""
         folder = self.folder(name)
         token = folder / "token"
         if not folder.exists():
@@ -53,7 +54,8 @@ write_paths = ["{self.site.out}"]
 """
         )
         kept = {key: value for key, value in os.environ.items() if not key.startswith("WORKER_")}
-        path = os.pathsep.join([str(self.site.plugins), *filter(None, [os.environ.get("PYTHONPATH")])])
+        release = [] if tree is None else [str(tree)]
+        path = os.pathsep.join([*release, str(self.site.plugins), os.environ.get("PYTHONPATH", "")])
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker", "--config", str(config), "host"],

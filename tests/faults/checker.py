@@ -194,6 +194,8 @@ def earliest_contact(history: History, at: datetime) -> datetime:
     ended = {fault.worker: fault.at for fault in history.faults if is_death(fault)}
     since: list[datetime] = []
     for worker in history.workers:
+        if worker.get("host_id") is not None:
+            continue  # a host recovers nothing
         breaks = [
             fault.until or fault.at
             for fault in history.faults

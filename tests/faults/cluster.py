@@ -42,6 +42,7 @@ class Load:
     handler: str
     period: float
     params: dict[str, Any] = field(default_factory=dict)
+    pool: str | None = None
 
 
 class Cluster(Site):

@@ -50,8 +50,9 @@ def definitions(cluster: Cluster, *, enabled: bool) -> str:
     for number, one in enumerate(cluster.loads):
         org = f"org_{number}"
         text += f'[[org]]\ncode = "{org}"\nname = "{org}"\nissuer = "main"\nmax_concurrent_runs = 1000\n'
+        placed = keys if one.pool is None else keys | {"pool": one.pool}
         text += cluster.define(
-            org, f"load{number}", one.handler, f"every {one.period:g}s", params=one.params, **keys
+            org, f"load{number}", one.handler, f"every {one.period:g}s", params=one.params, **placed
         )
     return text
 
