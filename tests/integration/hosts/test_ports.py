@@ -1,0 +1,367 @@
+"""What a running handler may ask of its worker means the same on a host, over a real connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+import pytest
+
+from tests.integration.hosts.conftest import ENTRIES, HANDLER, Fleet, end_of
+from worker.clock import SystemClock
+from worker.definitions.file import parse_file
+from worker.errors import IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
+from worker.execution.attempts.attempt import Prepared, conclude, prepare
+from worker.execution.attempts.handler_registry import HandlerRegistry
+from worker.execution.attempts.inflight import InflightRun, InflightRuns
+from worker.execution.attempts.run_services import AttemptServices
+from worker.execution.hosts.control import AsyncControl, Controls
+from worker.execution.hosts.hosted import HostTools
+from worker.execution.hosts.remote import RemoteStore
+from worker.execution.loops.run_log_writer import RunLogWriter
+from worker.execution.loops.step_writer import StepWriter
+from worker.execution.runners.contract import StopSignal
+from worker.handlers.steps import StepError
+from worker.ids import RunId
+from worker.operations.apply import apply
+from worker.runs import outcome as outcomes
+from worker.runs.outcome import Trail
+from worker.runs.run import NewStep
+from worker.runs.waits import NewWait
+from worker.store import tables
+from worker.telemetry.masking import MASK, masker
+
+pytestmark = pytest.mark.anyio
+
+BUDGET = """
+[[budget]]
+org = "org_a"
+meter = "llm"
+limit = 10
+per = "day"
+"""
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def step(seq: int, result: str = "[1]", name: str = "fetch", **values: Any) -> NewStep:
+    return NewStep(name, None, seq, seq, result, NOW, NOW, **values)
+
+
+@dataclass
+class Attempt:
+    """One running attempt, and the writers that its process shares with others."""
+
+    services: AttemptServices
+    inflight: InflightRun
+    run_log: RunLogWriter
+    fleet: Fleet
+
+    @property
+    def run(self) -> RunId:
+        return self.inflight.run.id
+
+    def rows(self, table: Any) -> list[dict[str, Any]]:
+        return self.fleet.rows.all(table, table.c.run_id == self.run)
+
+
+@dataclass
+class Local:
+    """Attempts of a worker's own."""
+
+    fleet: Fleet
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def begin(self, run: RunId) -> Attempt:
+        worker = self.fleet.one
+        handlers = worker.tools.handlers
+        if not self._tasks:
+            for entry in ENTRIES:
+                handlers.add(entry)
+            worker.store.register(version="1", handlers=handlers.names(), capacity={"children": 9})
+            steps = worker.tools.steps
+            assert isinstance(steps, StepWriter)
+            self._tasks.append(asyncio.create_task(steps.run()))
+        await worker.store.look_at_budgets()
+        [admitted] = await worker.store.admit(handlers.limits(), {"child": 1})
+        assert admitted.id == run
+        inflight, trail = InflightRun(admitted, StopSignal()), Trail(admitted.handler)
+        prepared = await prepare(inflight, trail, worker.tools)
+        assert isinstance(prepared, Prepared)
+        services = AttemptServices(inflight, trail, checkpoint=prepared.work.checkpoint, tools=worker.tools)
+        return Attempt(services, inflight, worker.tools.run_log, self.fleet)
+
+    async def hand_back(self, attempt: Attempt) -> None:
+        """End the attempt so that another one follows."""
+        tools = self.fleet.one.tools
+        end = await conclude(attempt.inflight, outcomes.HandedBack(), attempt.services.trail, tools)
+        assert await self.fleet.one.store.finish([end]) == {attempt.run}
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+@dataclass
+class Remote:
+    """Attempts of a host, whose calls go to two workers."""
+
+    fleet: Fleet
+    _host: Any = None
+    _tools: HostTools | None = None
+    _taken: dict[RunId, Any] = field(default_factory=dict)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def begin(self, run: RunId) -> Attempt:
+        for worker in self.fleet.workers:
+            await worker.store.look_at_budgets()
+        if self._tools is None:
+            await self._connect()
+        tools = self._tools
+        assert tools is not None
+        [taken] = await self._host.take(self.fleet.one)
+        assert taken.run.id == run
+        self._taken[run] = taken
+        inflight = tools.store.inflight_runs.add(taken.run)
+        inflight.hold(taken.work.token)
+        services = AttemptServices(
+            inflight, Trail(taken.work.handler), checkpoint=taken.work.checkpoint, tools=tools
+        )
+        return Attempt(services, inflight, tools.run_log, self.fleet)
+
+    async def _connect(self) -> None:
+        clock = SystemClock()
+        self._host = await self.fleet.host()
+        urls = [worker.url for worker in self.fleet.workers]
+        controls = Controls(urls, self._host.token, clock)
+        controls.incarnation = self._host.id
+        store = RemoteStore(AsyncControl(controls), None, InflightRuns(), clock.now)  # type: ignore[arg-type]
+        steps = StepWriter(store, clock)
+        self._tools = HostTools(
+            store=store,
+            handlers=HandlerRegistry(),
+            runners={},
+            steps=steps,
+            run_log=RunLogWriter(store, clock),
+            clock=clock,
+            random=Random(1),
+        )
+        self._tasks.append(asyncio.create_task(steps.run()))
+
+    async def hand_back(self, attempt: Attempt) -> None:
+        end = end_of(self._taken[attempt.run], outcomes.HandedBack(), moved=attempt.inflight.moved)
+        assert await self._host.finish(self.fleet.two, end) == [attempt.run]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tools is not None:
+            await self._tools.store.control.aclose()
+
+
+@pytest.fixture(params=[Local, Remote])
+async def place(request: pytest.FixtureRequest, fleet: Fleet) -> AsyncIterator[Local | Remote]:
+    """Where attempts run."""
+    apply(fleet.database, parse_file(BUDGET), actor="test")
+    made: Local | Remote = request.param(fleet)
+    yield made
+    await made.close()
+
+
+async def test_a_checkpoint_is_stored_masked(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+    [token] = attempt.inflight.tokens
+
+    await attempt.services.save('{"done":3}')
+    await attempt.services.save(f'{{"leak":"{token}"}}')
+
+    [row] = attempt.rows(tables.checkpoints)
+    assert (row["data"], row["handler"]) == ({"leak": MASK}, HANDLER)
+    assert attempt.inflight.moved
+
+
+async def test_steps_are_stored_once_and_read_by_the_next_attempt(place: Local | Remote) -> None:
+    run = place.fleet.start()
+    first = await place.begin(run)
+    [token] = first.inflight.tokens
+
+    assert await first.services.store_step(step(1)) == "[1]"
+    assert await first.services.store_step(step(2, f'"{token}"')) == f'"{MASK}"'
+    with pytest.raises(StepError, match="place 2 is taken"):
+        await first.services.store_step(step(2))
+    with pytest.raises(StepError, match="contains a secret"):
+        await first.services.store_step(step(3, name=f"s{token}"))
+    assert not (await first.services.load_steps(0)).steps
+    await place.hand_back(first)
+
+    second = await place.begin(run)
+    page = await second.services.load_steps(0)
+    assert [(one.seq, one.result_json) for one in page.steps] == [(1, "[1]"), (2, f'"{MASK}"')]
+    with pytest.raises(StepError, match="place 1 is taken"):
+        await second.services.store_step(step(1))
+    await second.services.store_step(step(3))
+    assert [row["seq"] for row in second.rows(tables.steps)] == [1, 2, 3]
+
+
+async def test_many_steps_at_once(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+
+    await asyncio.gather(*(attempt.services.store_step(step(n)) for n in range(1, 41)))
+
+    assert [row["seq"] for row in attempt.rows(tables.steps)] == list(range(1, 41))
+
+
+async def test_a_wait_is_opened_once(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+    [token] = attempt.inflight.tokens
+    wait = NewWait("ok", 1, "answer", ask_json=f'"{token}"', alert=True)
+
+    first = await attempt.services.open_wait(wait)
+    again = await attempt.services.open_wait(wait)
+
+    assert first == again
+    assert (first.kind, first.state) == ("answer", "pending")
+    [row] = attempt.rows(tables.waits)
+    assert token not in str(row)
+    assert attempt.services.trail.asks == ("ok", "ok")
+    with pytest.raises(StepError, match="contains a secret"):
+        await attempt.services.open_wait(NewWait(f"w{token}"[:90], 1, "sleep", seconds=1.0))
+
+
+async def test_spends_count_once_and_budgets_say_what_is_left(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+
+    [before] = await attempt.services.budgets()
+    [after] = await attempt.services.spend("llm", 4, 1)
+    [again] = await attempt.services.spend("llm", 4, 1)
+    [more] = await attempt.services.spend("llm", 7, 2)
+
+    assert (before.used, after.used, again.used, more.used) == (0, 4, 4, 11)
+    assert (more.meter, more.limit, more.reached, more.resets_at is not None) == ("llm", 10, True, True)
+
+
+async def test_a_spend_of_a_step_is_stored_with_it(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+
+    await attempt.services.store_step(step(1, spends=(("llm", 3),)))
+
+    [state] = await attempt.services.budgets()
+    assert state.used == 3
+
+
+async def test_a_renewed_token_is_another_one_and_masked(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+
+    token, claims = await attempt.services.token(fresh=True)
+
+    assert token.reveal() in place.fleet.tokens.texts[1:]
+    assert (claims.org_code, claims.properties) == ("org_a", {"region": "eu"})
+    assert masker.mask(f"x {token.reveal()} y") == f"x {MASK} y"
+
+
+async def test_a_token_of_another_org_ends_the_run(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+    place.fleet.tokens.of_org = "org_b"
+
+    with pytest.raises(TokenRefused) as refused:
+        await attempt.services.token(fresh=True)
+
+    assert (refused.value.reason, refused.value.detail) == ("org_mismatch", "other_org")
+    assert "org_b" not in refused.value.message
+    assert attempt.services.refused is not None
+    assert attempt.inflight.stop.killed
+
+
+async def test_an_issuer_that_is_away_is_an_error_of_the_call(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+    place.fleet.tokens.error = IssuerUnavailable("issuer main does not respond", retry_after=3.0)
+
+    with pytest.raises(IssuerUnavailable):
+        await attempt.services.token(fresh=True)
+    assert not attempt.inflight.stop.asked
+
+
+async def test_lines_and_progress_are_stored_masked(place: Local | Remote) -> None:
+    attempt = await place.begin(place.fleet.start())
+    [token] = attempt.inflight.tokens
+
+    attempt.services.log("info", "log", "hello")
+    attempt.services.log("error", "stderr", f"leaks {token}")
+    attempt.services.progress(1, 2, f"at {token}")
+    await attempt.run_log.flush()
+    await attempt.run_log.flush()
+
+    lines = [(row["seq"], row["level"], row["source"], row["text"]) for row in attempt.rows(tables.run_logs)]
+    assert lines == [(1, "info", "log", "hello"), (2, "error", "stderr", f"leaks {MASK}")]
+    live = place.fleet.rows.live(attempt.run)
+    assert live is not None
+    assert live["progress"] == {"done": 1, "total": 2, "note": f"at {MASK}"}
+
+
+@pytest.mark.parametrize("call", ["save", "store_step", "open_wait", "spend"])
+async def test_what_is_no_longer_ours_is_not_written(place: Local | Remote, call: str) -> None:
+    attempt = await place.begin(place.fleet.start())
+    services = attempt.services
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "save": lambda: services.save("1"),
+        "store_step": lambda: services.store_step(step(1)),
+        "open_wait": lambda: services.open_wait(NewWait("ok", 1, "answer")),
+        "spend": lambda: services.spend("llm", 1, 1),
+    }
+    with place.fleet.database.transaction() as connection:
+        connection.execute(tables.live_runs.update().values(fencing_token=99))
+
+    with pytest.raises(LeaseLost):
+        await calls[call]()
+
+    assert attempt.inflight.stop.killed
+    for table in (tables.checkpoints, tables.steps, tables.waits, tables.spends):
+        assert attempt.rows(table) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("save", "save_checkpoint"),
+        ("store_step", "store_steps"),
+        ("open_wait", "open_wait"),
+        ("spend", "spend"),
+    ],
+)
+async def test_a_call_outlasts_an_outage_of_the_database(
+    place: Local | Remote, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
+    attempt = await place.begin(place.fleet.start())
+    services, faults = attempt.services, 0
+    for worker in place.fleet.workers:
+        healthy = getattr(worker.store, name)
+
+        async def faulty(*args: Any, healthy: Any = healthy, **kwargs: Any) -> Any:
+            nonlocal faults
+            if (faults := faults + 1) <= 3:
+                raise StoreUnavailable("the database does not respond")
+            return await healthy(*args, **kwargs)
+
+        monkeypatch.setattr(worker.store, name, faulty)
+
+    match call:
+        case "save":
+            await services.save("1")
+        case "store_step":
+            await services.store_step(step(1))
+        case "open_wait":
+            await services.open_wait(NewWait("ok", 1, "answer"))
+        case _:
+            await services.spend("llm", 1, 1)
+
+    assert faults > 3
+    stored = {
+        "save": tables.checkpoints,
+        "store_step": tables.steps,
+        "open_wait": tables.waits,
+        "spend": tables.spends,
+    }
+    assert len(attempt.rows(stored[call])) == 1
