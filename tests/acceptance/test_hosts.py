@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes.certificates import make_certificate
 from tests.fakes.handlers import read_journal
 from tests.fakes.hosts import Hosts, opened_hosts
 from tests.fakes.ports import free_port
@@ -79,3 +81,30 @@ def test_a_host_that_stops_hands_its_run_back(hosts: Hosts, journal: Any) -> Non
 
     site.cli("runs", "cancel", str(running["id"]))
     site.wait_for_state("long", "cancelled", attempt=2, timeout=30)
+
+
+def test_hosts_and_workers_speak_tls(site: Site, tmp_path: Path) -> None:
+    """A host does not send its token to a worker with another certificate."""
+    port = free_port()
+    ours, other = (make_certificate(tmp_path / name) for name in ("ours.pem", "other.pem"))
+    attempts = f'[attempts]\nlisten = "127.0.0.1:{port}"\ncertificate = "{ours}"\nkey = "{ours}"'
+    site.configure(execution=EXECUTION, extra=attempts)
+    site.add_orgs(application("org_acme"))
+    site.apply(definition("org_acme", "note", "acme.note", params={"journal": str(site.out / "journal")}))
+    site.start_worker()
+    with (
+        opened_hosts(site, port, ca_file=ours) as hosts,
+        opened_hosts(site, port, ca_file=other) as strangers,
+    ):
+        strangers.start("h2")
+        wait_until(lambda: strangers.events("control.lost", "h2"), "that the certificate is refused")
+        hosts.start("h1")
+        site.cli("definitions", "run", "org_acme", "note")
+
+        assert site.wait_for_end("org_acme", "note", timeout=60)["state"] == "succeeded"
+        listed = {
+            row["name"]: row["state"] for row in json.loads(site.cli("hosts", "list", "-o", "json").out)
+        }
+        assert listed == {"h1": "ready", "h2": "absent"}
+        [lost, *_] = strangers.events("control.lost", "h2")
+        assert lost["error"] == "ConnectError"

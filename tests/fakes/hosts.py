@@ -15,11 +15,12 @@ from tests.fakes.site import Site
 
 
 class Hosts:
-    """Starts hosts that ask the workers at these ports."""
+    """Starts hosts that ask the workers at these ports, over TLS with `ca_file`."""
 
-    def __init__(self, site: Site, *ports: int) -> None:
+    def __init__(self, site: Site, *ports: int, ca_file: Path | None = None) -> None:
         self.site = site
         self.ports = ports
+        self.ca_file = ca_file
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(
@@ -40,13 +41,15 @@ class Hosts:
             added = json.loads(self.site.cli("hosts", "add", name, "--pool", pool, "-o", "json").out)
             token.write_text(added["token"])
             token.chmod(0o600)
-        control = [f"http://127.0.0.1:{port}" for port in ports or self.ports]
+        scheme = "http" if self.ca_file is None else "https"
+        control = [f"{scheme}://127.0.0.1:{port}" for port in ports or self.ports]
         config = folder / "host.toml"
         config.write_text(
             f"""\
 [host]
 control = {json.dumps(control)}
 token_file = "{token}"
+ca_file = "{self.ca_file or ""}"
 [execution]
 sandbox = "auto"
 write_paths = ["{self.site.out}"]
@@ -86,9 +89,9 @@ write_paths = ["{self.site.out}"]
 
 
 @contextmanager
-def opened_hosts(site: Site, *ports: int) -> Iterator[Hosts]:
+def opened_hosts(site: Site, *ports: int, ca_file: Path | None = None) -> Iterator[Hosts]:
     """Kill its hosts at the end."""
-    hosts = Hosts(site, *ports)
+    hosts = Hosts(site, *ports, ca_file=ca_file)
     try:
         yield hosts
     finally:
