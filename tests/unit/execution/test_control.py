@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
 import pytest
 
+from tests.fakes.clock import settle
 from worker.errors import LeaseLost, RequestRejected, StoreUnavailable, Unavailable
 from worker.execution.hosts.control import (
     AsyncControl,
@@ -129,6 +131,9 @@ async def test_runs_are_not_taken_twice(controls):
         (problem(404, "not_found"), Unavailable),
         (problem(401, "request_rejected"), RequestRejected),
         (problem(503, "database_unavailable"), StoreUnavailable),
+        # Of this address, perhaps by another host: what has ended is repeated.
+        (problem(429, "too_many_requests"), ControlUnavailable),
+        (problem(500, "unexpected"), Unavailable),
         (httpx.Response(200, content=b"<html>"), ControlUnavailable),
     ],
 )
@@ -153,3 +158,42 @@ def test_the_heartbeats_tries_share_its_deadline(controls, clock):
 
     assert [request.extensions["timeout"]["read"] for request in workers.requests] == [3.0, 6.0]
     assert [request.extensions["timeout"]["connect"] for request in workers.requests] == [3.0, 3.0]
+
+
+class Hanging(Workers):
+    """Never answers at `a`."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host == "a":
+            self.asked.append("a")
+            await asyncio.Event().wait()
+        return self.handle_request(request)
+
+
+@pytest.mark.anyio
+async def test_what_waits_at_a_worker_that_hangs_ends_when_the_heartbeat_finds_out(controls):
+    """Otherwise the host would take no runs before the end of its long poll."""
+    workers = Hanging(a=httpx.ReadTimeout("hangs"), b=ok(registered=True))
+    control = AsyncControl(controls, transport=workers)
+    taking = asyncio.create_task(control.call("take", {}, repeat=False))
+    saving = asyncio.create_task(control.call("save", {}))
+    await settle()
+
+    await asyncio.to_thread(BlockingControl(controls, 1.0, transport=workers).call, "renew", {})
+
+    with pytest.raises(ControlUnavailable, match="no worker answers take"):
+        await taking
+    assert await saving == {"registered": True}
+    assert workers.asked == ["a", "a", "a", "b", "b"]
+
+
+@pytest.mark.anyio
+async def test_a_call_that_is_cancelled_stays_cancelled(controls):
+    control = AsyncControl(controls, transport=Hanging())
+    taking = asyncio.create_task(control.call("take", {}, repeat=False))
+    await settle()
+
+    taking.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await taking

@@ -6,10 +6,11 @@ whose deadline leaves time for a second try before the runs freeze.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -58,6 +59,8 @@ class Controls:
         self.incarnation = ""
         self._place = 0
         self._lock = threading.Lock()
+        # Called, in any thread, with the address of a worker that does not answer.
+        self.on_silence: Callable[[str], object] = lambda url: None
         self.connectivity = Connectivity(clock, on_lost=_report_lost, on_back=_report_back)
 
     def headers(self) -> dict[str, str]:
@@ -69,19 +72,34 @@ class Controls:
         """The addresses, the one in use first."""
         return [*self.urls[self._place :], *self.urls[: self._place]]
 
-    def leave(self, url: str) -> None:
-        """Use the next address from now on, unless another caller has left this one already."""
+    def leave(self, url: str, *, silent: bool = False) -> None:
+        """Use the next address from now on, unless another caller has left this one already.
+
+        A worker that is `silent` does not answer what is open there either.
+        """
         with self._lock:
             if self.urls[self._place] == url:
                 self._place = (self._place + 1) % len(self.urls)
+        if silent:
+            self.on_silence(url)
 
 
 class AsyncControl:
-    """Calls of the loops."""
+    """Calls of the loops. One that waits at a worker which the heartbeat finds silent ends at once."""
 
     def __init__(self, controls: Controls, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._controls = controls
         self._transport = transport or Connections(controls.context, kept=KEPT)
+        # The calls that wait at an address, which all other calls reach in vain.
+        self._open: dict[asyncio.Task[Any], str] = {}
+        self._silent: set[asyncio.Task[Any]] = set()
+        loop = asyncio.get_running_loop()
+
+        def end_calls(url: str) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._end_calls, url)
+
+        controls.on_silence = end_calls
 
     async def call(
         self,
@@ -105,7 +123,7 @@ class AsyncControl:
         for url in self._controls.in_order():
             started = self._controls.connectivity.started()
             try:
-                status, body, retry_after = await self._send(url, name, content, seconds)
+                status, body, retry_after = await self._open_call(url, name, content, seconds)
             except (httpx.TransportError, OSError) as error:
                 kind = type(error).__name__
                 failure = ControlUnavailable(f"no worker answers {name}: {kind}")
@@ -125,7 +143,32 @@ class AsyncControl:
         raise failure
 
     async def aclose(self) -> None:
+        self._controls.on_silence = lambda url: None
         await self._transport.aclose()
+
+    async def _open_call(
+        self, url: str, name: str, content: bytes, seconds: float
+    ) -> tuple[int, bytes, float | None]:
+        """As `_send`; raises ReadTimeout if the worker turns out to be silent."""
+        task = asyncio.current_task()
+        if task is None:
+            return await self._send(url, name, content, seconds)
+        self._open[task] = url
+        try:
+            return await self._send(url, name, content, seconds)
+        except asyncio.CancelledError:
+            if task in self._silent and task.uncancel() == 0:
+                raise httpx.ReadTimeout("the worker does not answer others either") from None
+            raise
+        finally:
+            del self._open[task]
+            self._silent.discard(task)
+
+    def _end_calls(self, url: str) -> None:
+        for task, place in self._open.items():
+            if place == url and task not in self._silent:
+                self._silent.add(task)
+                task.cancel()
 
     async def _send(
         self, url: str, name: str, content: bytes, seconds: float
@@ -178,7 +221,7 @@ class BlockingControl:
             except (httpx.TransportError, OSError) as error:
                 kind = type(error).__name__
                 failure = ControlUnavailable(f"no worker answers {name}: {kind}")
-                self._controls.leave(url)
+                self._controls.leave(url, silent=True)
                 self._controls.connectivity.failed(kind, started)
                 continue
             self._controls.connectivity.answered(started)
@@ -223,6 +266,8 @@ def _read(status: int, body: bytes, retry_after: float | None) -> Message | Work
     if status == 200:
         return dict(message)
     error = wire.error_of(message, retry_after)
+    if status == 429 or (status >= 500 and not isinstance(error, Unavailable | TokenError)):
+        return ControlUnavailable(str(error), retry_after=retry_after)
     # The same status is that of an org without a token, whose error has another code.
     if status in (401, 403) and isinstance(error, WorkerError) and error.code in _DENIED:
         return ControlDenied(error.message)
