@@ -90,7 +90,7 @@ class AsyncControl:
     def __init__(self, controls: Controls, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._controls = controls
         self._transport = transport or Connections(controls.context, kept=KEPT)
-        # The calls that wait at an address, which all other calls reach in vain.
+        # The calls that wait for an answer, and those of them whose worker is silent.
         self._open: dict[asyncio.Task[Any], str] = {}
         self._silent: set[asyncio.Task[Any]] = set()
         loop = asyncio.get_running_loop()
