@@ -14,10 +14,12 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from tests.fakes.stock import Stock
 from tests.integration.web.conftest import BASE, TOKENS, Site, csrf_of, log_in
 from worker.ids import new_id
+from worker.operations.hosts import add_host
 from worker.operations.runs import run_now
-from worker.store import tables
+from worker.store import pools, tables
 from worker.web.pages import Console
 from worker.web.pages.rendering import static_url
 from worker.web.sessions import SESSION_COOKIE as COOKIE
@@ -158,6 +160,32 @@ async def test_a_day_of_the_grid_leads_to_its_runs_in_any_zone(staffed: Site):
 
     assert "state%3Afailed+since%3A" in href
     assert (found.status_code, found.text.count('class="chip failed"')) == (200, 1)
+
+
+async def test_the_page_of_workers_shows_hosts_by_pool_and_what_waits_for_each(staffed: Site):
+    run = make_run(staffed, "org_a")
+    with staffed.database.transaction() as connection:
+        for table in (tables.live_runs, tables.runs):
+            connection.execute(update(table).where(table.c.id == run).values(pool="eu-gpu"))
+        pools.store_rules(connection, {"eu": {"region": "<eu>"}}, by="here")
+    host = add_host(staffed.database, "gpu-1", "us", actor="tester")
+    stock = Stock(staffed.database)
+    incarnation = stock.worker(pools=["us"])
+    stock.change(tables.workers, incarnation, host_id=host["id"])
+    async with logged_in(staffed, TOKENS["viewer"]) as client:
+        page = (await client.get("/workers")).text
+        of_run = (await client.get(f"/runs/{run}")).text
+        found = await client.get("/search?q=state%3Awaiting+pool%3Aeu-gpu")
+
+    rows = {
+        name: row for row in page.split("<tr>") for name in re.findall(r"<code>([a-z-]+)</code>", row)[:1]
+    }
+    assert "<strong>gpu-1</strong> on here" in page
+    assert "not served" in rows["eu-gpu"]
+    assert "not served" not in rows["us"]
+    assert "region = &lt;eu&gt;" in rows["eu"]
+    assert "<dt>Pool</dt><dd><code>eu-gpu</code></dd>" in of_run
+    assert run in found.text
 
 
 async def test_an_error_page_says_where_to_go_instead_of_commands(staffed: Site):
