@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import pytest
 from tests.fakes.handlers import read_journal
 from tests.fakes.hosts import Hosts
 from tests.fakes.ports import free_port
-from tests.fakes.site import Site, application, definition
+from tests.fakes.site import Site, application, definition, wait_until
 from tests.fakes.temporal import DevServer
 
-EXECUTION = 'lease = "4s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 2\ninline = ["acceptance-jobs"]'
+EXECUTION = 'lease = "15s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 2'
 
 
 class TemporalPool:
@@ -48,6 +50,35 @@ place_timeout = "3s"
     def placements(self) -> int:
         return int(self.site.query("SELECT count(*) AS n FROM placements")[0]["n"])
 
+    def live(self, run_id: str) -> dict[str, Any] | None:
+        rows = self.site.query("SELECT * FROM live_runs WHERE id = ?", run_id)
+        return rows[0] if rows else None
+
+    def wait_for(self, run_id: str, state: str, reason: str | None = None) -> dict[str, Any]:
+        """Wait until an unfinished run is in that state for that reason; returns its row."""
+
+        def found() -> dict[str, Any] | None:
+            row = self.live(run_id)
+            return row if row is not None and (row["state"], row["reason"]) == (state, reason) else None
+
+        row = wait_until(found, f"run {run_id} to be {state} ({reason})")
+        assert row is not None
+        return row
+
+    def _offers(self) -> bool:
+        rows = self.site.query("SELECT handlers FROM workers WHERE host_id IS NOT NULL")
+        # Its plug-ins are read one after the other.
+        return bool(rows) and {"acme.note", "acme.steps", "http.request"} <= set(rows[0]["handlers"])
+
+    def serve(self, host: str = "h1") -> subprocess.Popen[bytes]:
+        """A worker, a host that offers its handlers, and an org."""
+        self.worker = self.site.start_worker()
+        self.site.wait_for_handlers("acme.steps")
+        started = self.hosts.start(host, pool="gpu")
+        self.site.add_orgs(application("org_acme"))
+        wait_until(self._offers, "the host's handlers")
+        return started
+
 
 @pytest.fixture
 def pool(site_on_either: Site, tmp_path: Path) -> Iterator[TemporalPool]:
@@ -59,12 +90,19 @@ def pool(site_on_either: Site, tmp_path: Path) -> Iterator[TemporalPool]:
     temporal.stop()
 
 
+@pytest.fixture
+def pool_on_file(site: Site, tmp_path: Path) -> Iterator[TemporalPool]:
+    temporal = DevServer(tmp_path)
+    temporal.start()
+    made = TemporalPool(site, temporal)
+    yield made
+    made.hosts.close()
+    temporal.stop()
+
+
 def test_temporal_places_runs_on_a_host_of_the_pool(pool: TemporalPool, journal: Any) -> None:
     site = pool.site
-    site.start_worker()
-    site.wait_for_handlers("acme.steps")
-    pool.hosts.start(pool="gpu")
-    site.add_orgs(application("org_acme"))
+    pool.serve()
     pool.apply("note", "acme.note", params={"journal": str(journal)})
 
     pool.run("note")
@@ -79,3 +117,143 @@ def test_temporal_places_runs_on_a_host_of_the_pool(pool: TemporalPool, journal:
     )
     assert len(read_journal(journal)) == 1
     assert pool.placements() == 0
+
+
+def test_a_run_that_no_host_takes_waits_again_and_is_placed_again(pool: TemporalPool, journal: Any) -> None:
+    """Its host is stopped for less than its lease, but for longer than the place_timeout."""
+    site = pool.site
+    host = pool.serve()
+    pool.apply("note", "acme.note", params={"journal": str(journal)})
+    host.send_signal(signal.SIGSTOP)
+
+    run = pool.run("note")
+    pool.wait_for(run, "running")
+    row = pool.wait_for(run, "waiting", "unplaced")
+    host.send_signal(signal.SIGCONT)
+
+    assert row["detail"] == "no host took it within 3 s"
+    assert (row["attempt"], row["failures"], row["recoveries"]) == (0, 0, 0)
+    ended = site.wait_for_state("note", "succeeded", timeout=60)
+    [attempt] = site.attempts(ended["id"])
+    assert (attempt["attempt"], attempt["outcome"]) == (1, "succeeded")
+    assert attempt["fencing_token"] > 1
+    assert len(read_journal(journal)) == 1
+
+
+def test_cancelling_stops_a_run_before_and_after_a_host_took_it(
+    pool_on_file: TemporalPool, journal: Any
+) -> None:
+    pool, site = pool_on_file, pool_on_file.site
+    host = pool.serve()
+    pool.apply("long", "acme.steps", params={"journal": str(journal), "steps": 500})
+    running = pool.run("long")
+    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
+
+    site.cli("runs", "cancel", running)
+
+    site.wait_for_state("long", "cancelled", timeout=30)
+    steps = len(read_journal(journal, "step"))
+    pool.apply("untaken", "acme.note", params={"journal": str(journal)})
+    host.send_signal(signal.SIGSTOP)
+    placed = pool.run("untaken")
+    pool.wait_for(placed, "running")
+    site.cli("runs", "cancel", placed)
+    site.wait_for_state("untaken", "cancelled", timeout=30)
+    host.send_signal(signal.SIGCONT)
+    assert len(read_journal(journal, "step")) <= steps + 1
+    assert pool.placements() == 0
+
+
+def test_without_temporal_runs_wait_and_other_pools_go_on(pool_on_file: TemporalPool, journal: Any) -> None:
+    pool, site = pool_on_file, pool_on_file.site
+    pool.serve()
+    params = {"journal": str(journal)}
+    pool.apply("long", "acme.steps", params={**params, "steps": 40})
+    long = pool.run("long")
+    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
+    pool.apply("placed", "acme.note", params=params)
+    site.apply(definition("org_acme", "beside", "acme.note", params=params))
+
+    pool.temporal.stop()
+    placed = pool.run("placed")
+    row = pool.wait_for(placed, "waiting", "unplaced")
+    site.cli("definitions", "run", "org_acme", "beside")
+
+    site.wait_for_state("beside", "succeeded", timeout=30)
+    assert pool.temporal.address in row["detail"]
+    # What runs on a host goes on without Temporal.
+    ended = site.wait_for_state("long", "succeeded", timeout=60)
+    assert [row["outcome"] for row in site.attempts(ended["id"])] == ["succeeded"]
+    why = site.cli("runs", "why", placed).out
+    assert "it could not be placed on a host of its pool" in why
+    pool.temporal.start()
+    ended = site.wait_for_state("placed", "succeeded", timeout=60)
+    assert [row["attempt"] for row in site.attempts(ended["id"])] == [1]
+    assert long != placed
+
+
+def test_a_placing_worker_that_dies_leaves_no_run_behind(pool: TemporalPool, journal: Any) -> None:
+    """What it had placed waits again without being counted; the next worker places it."""
+    site = pool.site
+    host = pool.serve()
+    pool.apply("note", "acme.note", params={"journal": str(journal)})
+    host.send_signal(signal.SIGSTOP)
+    run = pool.run("note")
+    pool.wait_for(run, "running")
+
+    pool.worker.kill()
+    pool.worker.wait()
+    host.send_signal(signal.SIGCONT)
+    site.start_worker()
+
+    ended = site.wait_for_state("note", "succeeded", timeout=60)
+    row = site.query("SELECT * FROM attempts WHERE run_id = ?", ended["id"])
+    assert [(each["attempt"], each["outcome"]) for each in row] == [(1, "succeeded")]
+    assert len(read_journal(journal)) == 1
+
+
+def test_a_worker_that_stops_takes_back_what_no_host_has_taken(
+    pool_on_file: TemporalPool, journal: Any
+) -> None:
+    pool, site = pool_on_file, pool_on_file.site
+    host = pool.serve()
+    pool.apply("note", "acme.note", params={"journal": str(journal)})
+    host.send_signal(signal.SIGSTOP)
+    run = pool.run("note")
+    pool.wait_for(run, "running")
+
+    assert site.stop_worker(pool.worker) == 0
+
+    row = pool.live(run)
+    assert row is not None
+    assert (row["state"], row["reason"], row["attempt"]) == ("waiting", "unplaced", 0)
+    host.send_signal(signal.SIGCONT)
+
+
+def test_temporal_stores_no_token_param_result_or_error(
+    pool_on_file: TemporalPool, provider: Any, journal: Any
+) -> None:
+    pool, site = pool_on_file, pool_on_file.site
+    provider.issued.clear()
+    pool.serve()
+    params = {"journal": str(journal), "canary": "canary-of-params"}
+    for name in ("leak", "leak_result", "note"):
+        pool.apply(name, f"acme.{name}", params=params)
+        pool.run(name)
+
+    for name in ("leak", "leak_result", "note"):
+        site.wait_for_end(definition=name, timeout=60)
+    pool.temporal.stop(signal.SIGTERM)
+
+    stored = pool.temporal.stored()
+    [leaked] = site.runs(definition="leak")
+    # The control: what may be there is found.
+    assert str(leaked["id"]).encode() in stored
+    assert provider.issued
+    tokens = [str(token) for token in provider.issued]
+    hidden = [
+        *tokens,
+        *(part for token in tokens for part in token.split(".")[1:]),
+        *("canary-of-params", "secret-of-org_acme", "org_acme", str(journal), "acme.leak", "RuntimeError"),
+    ]
+    assert [text for text in hidden if text.encode() in stored] == []
