@@ -18,7 +18,7 @@ from starlette.routing import Route
 from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims
 from worker.demo.serving import ServerThread, bind_loopback
-from worker.execution.hosts import wire
+from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.wire import End, LineRow, Registered, Taken
 from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
@@ -158,15 +158,15 @@ class Attempts:
         return {"accepted": accepted}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.saved.append(wire.checkpoint_of(message))
+        self.saved.append(wire_calls.checkpoint_of(message))
         return {}
 
     def _logs(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.lines += wire.lines_of(message)
+        self.lines += wire_calls.lines_of(message)
         return {}
 
     def _progress(self, message: dict[str, Any]) -> dict[str, Any]:
-        wire.progress_of(message)
+        wire_calls.progress_of(message)
         return {}
 
     def _hand_back(self, message: dict[str, Any]) -> dict[str, Any]:

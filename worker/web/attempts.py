@@ -27,7 +27,7 @@ from worker.web.responses import ErrorMiddleware, error_response, json_response
 # Calls that are answered at a time: each host has a few open.
 MOST_CALLS = 2000
 # Tokens of no host that one address may send at once, and a second.
-BURST, RATE = 20, 1
+BURST, RATE = 20, 5
 # Seconds that the body of a call may take.
 DEADLINES = Deadlines(body=30.0)
 NOT_NOW = "the worker is starting or stopping"
@@ -72,11 +72,16 @@ class Attempts:
         if api is None or (self.draining and name in ("take", "register")):
             raise Busy(NOT_NOW, fix="ask another worker, or this one in a moment")
         client = self._addresses.client_of(request).key
-        if (seconds := self._wrong.wait(client)) > 0:
-            raise TooManyRequests("too many calls without the token of a host", retry_after=seconds)
+        token = bearer_token(request.headers.get("authorization", ""))
+        digest = hashlib.sha256((token or "").encode()).hexdigest()
+        # A host with a wrong token must not keep others out that have the same address.
+        if not api.knows(digest) and (seconds := self._wrong.wait(client)) > 0:
+            raise TooManyRequests(
+                "too many calls without the token of a host",
+                fix="give the host a token of `python -m worker hosts add`, or wait",
+                retry_after=seconds,
+            )
         try:
-            token = bearer_token(request.headers.get("authorization", ""))
-            digest = hashlib.sha256((token or "").encode()).hexdigest()
             caller = await api.caller(digest, request.headers.get(INCARNATION), name)
         except TokenError as error:
             self._wrong.charge(client)

@@ -13,7 +13,7 @@ from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.hosted_runs import HostTools
+from worker.execution.hosts.delivery import HostTools
 from worker.execution.hosts.wire import TemporalPlace
 from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings

@@ -5,6 +5,7 @@ Each attack has a control: the same call succeeds where it is allowed.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import Mapping
@@ -61,10 +62,14 @@ async def test_without_the_token_of_a_host_nothing_is_answered(fleet: Fleet, nam
 async def test_guessing_tokens_is_slowed_down(fleet: Fleet) -> None:
     wrong = Host(fleet.client, "guess")
 
-    answers = [await status(wrong, fleet, "renew") for _ in range(web.BURST + 5)]
+    host = await fleet.host()
 
-    assert answers[0] == 401
-    assert answers[-1] == 429
+    answers = await asyncio.gather(*(status(wrong, fleet, "renew") for _ in range(3 * web.BURST)))
+
+    assert answers.count(401) >= web.BURST
+    assert answers.count(429) >= web.BURST
+    # A host at the same address goes on.
+    assert await status(host, fleet, "renew") == 200
 
 
 @pytest.mark.parametrize("name", ["take", "renew", "finish", "save", "unregister", "hand_back"])

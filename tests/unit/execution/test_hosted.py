@@ -22,7 +22,7 @@ from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import remote as remote_module
-from worker.execution.hosts import wire
+from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.control import AsyncControl, BlockingControl, Controls
 from worker.execution.hosts.hosted import HostTools, hosted_attempt
 from worker.execution.hosts.remote import HostedEnd, RemoteStore
@@ -231,9 +231,13 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
 
     fence = {"run": RUN.id, "fencing_token": RUN.fencing_token}
     assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}'}]
-    assert wire.steps_of(workers.sent("store")[0])[0].step == STEP
-    assert wire.progress_of(workers.sent("progress")[0])[0][2] == {"done": 1, "total": 2, "note": "half"}
-    assert [line.text for line in wire.lines_of(workers.sent("logs")[0])] == ["hello"]
+    assert wire_calls.steps_of(workers.sent("store")[0])[0].step == STEP
+    assert wire_calls.progress_of(workers.sent("progress")[0])[0][2] == {
+        "done": 1,
+        "total": 2,
+        "note": "half",
+    }
+    assert [line.text for line in wire_calls.lines_of(workers.sent("logs")[0])] == ["hello"]
     assert ended.moved
 
 

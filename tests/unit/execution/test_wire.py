@@ -12,7 +12,7 @@ import pytest
 from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import LeaseLost, StoreUnavailable, Throttled, Unavailable
-from worker.execution.hosts import wire
+from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.wire import End, Malformed, Registration, Taken
 from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
@@ -176,21 +176,21 @@ def test_a_handler_that_is_none_is_refused(changed: dict[str, Any]) -> None:
 
 
 def test_more_rows_than_a_call_may_have_are_refused() -> None:
-    line = wire.line_message(LogLine(RunId("r1"), 1, 1, RUN.org_id, NOW, "info", "log", "x"), 7)
+    line = wire_calls.line_message(LogLine(RunId("r1"), 1, 1, RUN.org_id, NOW, "info", "log", "x"), 7)
 
-    assert len(wire.lines_of(sent({"lines": [line]}))) == 1
+    assert len(wire_calls.lines_of(sent({"lines": [line]}))) == 1
     with pytest.raises(Malformed, match="list of at most"):
-        wire.lines_of({"lines": [line] * (wire.MOST_ROWS + 1)})
+        wire_calls.lines_of({"lines": [line] * (wire.MOST_ROWS + 1)})
     with pytest.raises(Malformed, match="level or source"):
-        wire.lines_of({"lines": [line | {"level": "shout"}]})
+        wire_calls.lines_of({"lines": [line | {"level": "shout"}]})
 
 
 def test_what_a_running_attempt_asks_for_arrives() -> None:
-    steps = wire.steps_of(sent({"steps": [wire.step_message(RUN, "acme.digest", STEP)]}))
+    steps = wire_calls.steps_of(sent({"steps": [wire_calls.step_message(RUN, "acme.digest", STEP)]}))
     assert [(row.run_id, row.fencing_token, row.step) for row in steps] == [(RUN.id, RUN.fencing_token, STEP)]
     wait = NewWait("approve", 1, "answer", seconds=5.0, alert=True)
-    assert wire.wait_of(sent(wire.wait_message(wait))) == wait
-    assert wire.spend_of({"meter": "tokens", "amount": 5, "key": "2:7"}) == ("tokens", 5, "2:7")
+    assert wire_calls.wait_of(sent(wire_calls.wait_message(wait))) == wait
+    assert wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": "2:7"}) == ("tokens", 5, "2:7")
     token, claims = wire.granted_of(sent(wire.granted_message(WORK.token, CLAIMS)))
     assert (token.reveal(), claims) == ("secret", CLAIMS)
     owned = [OwnedRun(RunId("r1"), 7, "cancel"), OwnedRun(RunId("r2"), 8, None)]
@@ -200,7 +200,7 @@ def test_what_a_running_attempt_asks_for_arrives() -> None:
 @pytest.mark.parametrize("key", ["7", "x:1", "1:x", "1:0", f"1:{10**9}"])
 def test_a_spend_without_a_number_of_the_attempt_is_refused(key: str) -> None:
     with pytest.raises(Malformed):
-        wire.spend_of({"meter": "tokens", "amount": 5, "key": key})
+        wire_calls.spend_of({"meter": "tokens", "amount": 5, "key": key})
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from worker.bounded import remember
 from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused
 from worker.execution.attempts.run_services import FoundBudgets
-from worker.execution.hosts import wire
-from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns, HostTools, Key
+from worker.execution.hosts import wire, wire_calls
+from worker.execution.hosts.delivery import HostTools, Key
+from worker.execution.hosts.hosted_runs import HostedRun, HostedRuns
 from worker.execution.hosts.wire import Malformed, Registered, TemporalPlace
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
@@ -64,17 +65,22 @@ class AttemptApi:
     _callers: OrderedDict[tuple[str, str | None], tuple[float, HostCaller]] = field(
         default_factory=OrderedDict
     )
+    _tokens: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def wake(self) -> None:
         """Look for waiting runs now, for all hosts that wait."""
         for runs in self._incarnations.values():
-            runs.changed.set()
+            runs.delivery.changed.set()
 
     async def close(self) -> None:
         """Write the ends that hosts have reported."""
         await asyncio.gather(*(runs.close() for runs in self._incarnations.values()))
         self._incarnations.clear()
+
+    def knows(self, token_sha256: str) -> bool:
+        """Whether this was the token of a host a moment ago."""
+        return token_sha256 in self._tokens
 
     async def caller(self, token_sha256: str, incarnation: str | None, name: str) -> HostCaller:
         """The host that makes a call.
@@ -91,8 +97,10 @@ class AttemptApi:
             self._callers.pop(key, None)
             caller = await self.shared.store.find(token_sha256, incarnation)
             if caller is None or not hmac.compare_digest(caller.token_sha256, token_sha256):
+                self._tokens.pop(token_sha256, None)
                 raise TokenError("this is not the token of a host", fix=NOT_A_HOST)
             remember(self._callers, key, (now, caller), MOST_CALLERS)
+            remember(self._tokens, token_sha256, None, MOST_CALLERS)
         if name == "register":
             return caller
         if caller.worker is None:
@@ -192,7 +200,7 @@ class AttemptApi:
         entries = wire.entries_of(message.get("entries", []))
         if entries:
             await self.shared.store.offer(runs.worker, entries)
-            runs.handlers_changed()
+            runs.delivery.handlers_changed()
         return {}
 
     async def _renew(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
@@ -215,19 +223,19 @@ class AttemptApi:
     async def _take(self, runs: HostedRuns, message: Mapping[str, Any], gone: Callable[[], bool]) -> bytes:
         free, wait = wire.take_of(message)
         if (ticket := wire.ticket_of(message)) is not None:
-            taken, again = await runs.take_by(ticket, wait, gone=gone)
-            attempts = b",".join(encoded for _, encoded in taken)
+            taken, again = await runs.delivery.take_by(ticket, wait, gone=gone)
+            attempts = b",".join(ready.encoded for ready in taken)
             return b'{"attempts":[%s],"again":%s}' % (attempts, b"true" if again else b"false")
         if runs.pool in self.temporal:
             raise Malformed(
                 f"the runs of pool {runs.pool} come with tickets of Temporal",
                 fix="restart the host: the placer of its pool has changed",
             )
-        taken = await runs.take(free, wait, poll=self.poll, gone=gone)
+        taken = await runs.delivery.take(free, wait, poll=self.poll, gone=gone)
         if taken and gone():
-            runs.put_back(taken)
+            runs.delivery.put_back(taken)
             taken = []
-        return b'{"attempts":[%s]}' % b",".join(encoded for _, encoded in taken)
+        return b'{"attempts":[%s]}' % b",".join(ready.encoded for ready in taken)
 
     async def _finish(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         return {"accepted": sorted(await runs.finish(wire.ends_of(message)))}
@@ -236,8 +244,8 @@ class AttemptApi:
 
     async def _token(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         hosted = await runs.one(wire.fence_of(message))
-        handler = await runs.handler_of(hosted, wire.handler_of(message))
-        tools = await runs.tools()
+        handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
+        tools = await runs.delivery.tools()
         try:
             token, claims = await tools.renewals.renew(
                 hosted.inflight, handler, fresh=message.get("fresh") is True
@@ -248,9 +256,9 @@ class AttemptApi:
         return wire.granted_message(token, claims)
 
     async def _save(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        data = wire.checkpoint_of(message)
+        data = wire_calls.checkpoint_of(message)
         hosted = await runs.one(wire.fence_of(message))
-        handler = await runs.handler_of(hosted, wire.handler_of(message))
+        handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
         stored = await self.shared.tools.checkpoints.save_checkpoint(hosted.run, handler, masker.mask(data))
         if not stored:
             raise _lost(hosted)
@@ -269,7 +277,7 @@ class AttemptApi:
         return {"last": last, "bytes": size}
 
     async def _store(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire.steps_of(message)
+        rows = wire_calls.steps_of(message)
         known = await runs.known((row.run_id, row.fencing_token) for row in rows)
         steps = []
         for row in rows:
@@ -305,7 +313,7 @@ class AttemptApi:
         return RunStep(hosted.run, handler, step, size)
 
     async def _wait(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        wait = wire.wait_of(message)
+        wait = wire_calls.wait_of(message)
         hosted = await runs.one(wire.fence_of(message))
         if wait.name != masker.mask(wait.name):
             raise StepError(f"wait {masker.mask(wait.name)}: its name contains a secret; use another")
@@ -321,7 +329,7 @@ class AttemptApi:
         return _found(hosted, await self.shared.tools.budgets.budgets_of(hosted.run))
 
     async def _spend(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        meter, amount, key = wire.spend_of(message)
+        meter, amount, key = wire_calls.spend_of(message)
         hosted = await runs.one(wire.fence_of(message))
         if key.partition(":")[0] != str(hosted.run.attempt):
             raise Malformed("key: it is of another attempt")
@@ -333,7 +341,7 @@ class AttemptApi:
         return _found(hosted, found)
 
     async def _logs(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire.lines_of(message)
+        rows = wire_calls.lines_of(message)
         known = await runs.known({(row.run_id, row.fencing_token) for row in rows})
         now = self.shared.tools.clock.now()
         lines = [
@@ -355,7 +363,7 @@ class AttemptApi:
         return {}
 
     async def _progress(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        rows = wire.progress_of(message)
+        rows = wire_calls.progress_of(message)
         known = await runs.known({(run_id, fencing_token) for run_id, fencing_token, _ in rows})
         ours = []
         for run_id, fencing_token, progress in rows:

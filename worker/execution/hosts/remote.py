@@ -10,7 +10,7 @@ from typing import Any
 from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
-from worker.execution.hosts import wire
+from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
 from worker.execution.hosts.wire import Registered, Registration, Taken
 from worker.execution.runners.child import messages
@@ -174,7 +174,7 @@ class RemoteStore:
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
         """Store steps with their spends; the runs, with fencing tokens, that are still ours."""
         ours: set[tuple[RunId, int]] = set()
-        steps = (wire.step_message(row.run, row.handler, row.step) for row in rows)
+        steps = (wire_calls.step_message(row.run, row.handler, row.step) for row in rows)
         for part in _parts("steps", steps):
             answer = await self._fenced("store", part)
             if answer is None:
@@ -190,7 +190,7 @@ class RemoteStore:
         return answer["last"], answer["bytes"]
 
     async def open_wait(self, run: AdmittedRun, wait: NewWait) -> WaitState | None:
-        answer = await self._fenced("wait", {**wire.fence_message(run), **wire.wait_message(wait)})
+        answer = await self._fenced("wait", {**wire.fence_message(run), **wire_calls.wait_message(wait)})
         state = None if answer is None else answer["state"]
         return None if state is None else messages.wait_state_of(state)
 
@@ -203,7 +203,7 @@ class RemoteStore:
         return None if answer is None else _found(answer)
 
     async def write_progress(self, rows: Sequence[tuple[RunId, int, Mapping[str, Any]]]) -> None:
-        for part in _parts("rows", (wire.progress_message(*row) for row in rows)):
+        for part in _parts("rows", (wire_calls.progress_message(*row) for row in rows)):
             await self._fenced("progress", part)
 
     async def append_logs(self, rows: Sequence[LogLine]) -> None:
@@ -215,7 +215,7 @@ class RemoteStore:
         for line in rows:
             inflight = self.inflight_runs.get(line.run_id)
             if inflight is not None and inflight.run.attempt == line.attempt:
-                yield wire.line_message(line, inflight.run.fencing_token)
+                yield wire_calls.line_message(line, inflight.run.fencing_token)
 
     def _fence(self, run_id: RunId) -> dict[str, Any]:
         inflight = self.inflight_runs.get(run_id)

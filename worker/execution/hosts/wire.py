@@ -1,4 +1,6 @@
-"""Wire: the calls of the attempt API as JSON, for the worker that answers and the host that asks.
+"""Wire: the attempt API as JSON, for the worker that answers and the host that asks.
+
+Here are incarnations, attempts and errors; `wire_calls.py` has what a running attempt asks for.
 
 `X_message` writes what `X_of` reads. A reader ignores keys that it does not know, and takes the default of an
 optional one that is missing, so that either side may be one version ahead. A worker does not trust a
@@ -10,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -36,14 +38,14 @@ from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry
-from worker.handlers.json_text import check_json_text, clean
+from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
 from worker.handlers.steps import StepError
 from worker.ids import RunId
 from worker.runs.outcome import Error, Outcome, TimedOut
 from worker.runs.placing import Ticket
-from worker.runs.run import AdmittedRun, Isolation, LogLine, NewStep, OwnedRun
-from worker.runs.waits import MOST_WAITS, NewWait
+from worker.runs.run import AdmittedRun, Isolation, OwnedRun
+from worker.runs.waits import MOST_WAITS
 
 VERSIONS = ("v1",)
 PREFIX = "/attempts/v1"
@@ -56,12 +58,8 @@ LONGEST_WAIT = 20.0
 MOST_ROWS = 2000
 MOST_SLOTS = 100_000
 MOST_HANDLERS = 10_000
-# Characters of a name or id, and of a line of a log.
+# Characters of a name or id.
 NAME_LIMIT = 200
-LINE_LIMIT = 64 * 1024
-LEVELS = ("debug", "info", "warning", "error", "critical")
-SOURCES = ("log", "stdout", "stderr")
-
 # The form of all ids; the database takes no other.
 ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -77,11 +75,11 @@ class Malformed(WorkerError):
     usual_fix = "docs/reference/attempts.md lists what each call takes; is the host's version supported?"
 
 
-def _reader(read: Callable[P, T]) -> Callable[P, T]:
+def reader(read: Callable[P, T]) -> Callable[P, T]:
     """Let a reader raise `Malformed` for whatever is wrong with a message."""
 
     @wraps(read)
-    def reader(*args: P.args, **kwargs: P.kwargs) -> T:
+    def read_message(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return read(*args, **kwargs)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -89,7 +87,7 @@ def _reader(read: Callable[P, T]) -> Callable[P, T]:
             reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
             raise Malformed(clean(f"not a valid {what}: {reason}", 300)) from error
 
-    return reader
+    return read_message
 
 
 # incarnations
@@ -140,12 +138,12 @@ def registration_message(registration: Registration) -> Message:
     }
 
 
-@_reader
+@reader
 def registration_of(message: Mapping[str, Any]) -> Registration:
     return Registration(
-        host=_text(message, "host"),
-        pid=_count(message["pid"], "pid", 2**31 - 1),
-        version=_text(message, "version"),
+        host=text_in(message, "host"),
+        pid=count_in(message["pid"], "pid", 2**31 - 1),
+        version=text_in(message, "version"),
         slots=slots_of(message["slots"]),
         handlers=entries_of(message.get("handlers", [])),
     )
@@ -156,19 +154,19 @@ def registered_message(registered: Registered) -> Message:
 
 
 def registered_of(message: Mapping[str, Any]) -> Registered:
-    given = _known(Registered, message)
+    given = known_in(Registered, message)
     if (place := given.get("temporal")) is not None:
-        given["temporal"] = TemporalPlace(**_known(TemporalPlace, place))
+        given["temporal"] = TemporalPlace(**known_in(TemporalPlace, place))
     return Registered(**given)
 
 
-@_reader
+@reader
 def slots_of(message: Mapping[str, Any]) -> dict[Isolation, int]:
     """Slots by isolation; one that is missing has none."""
-    return {isolation: _count(message.get(isolation, 0), isolation, MOST_SLOTS) for isolation in ISOLATIONS}
+    return {isolation: count_in(message.get(isolation, 0), isolation, MOST_SLOTS) for isolation in ISOLATIONS}
 
 
-@_reader
+@reader
 def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
     """The free slots of a host, and the seconds that it waits for attempts."""
     wait = float(message.get("wait", 0.0))
@@ -177,12 +175,12 @@ def take_of(message: Mapping[str, Any]) -> tuple[dict[Isolation, int], float]:
     return slots_of(message.get("free", {})), min(wait, LONGEST_WAIT)
 
 
-@_reader
+@reader
 def ticket_of(message: Mapping[str, Any]) -> Ticket | None:
     """The ticket with which a host takes one run; None if it asks for any runs."""
     if message.get("ticket") is None:
         return None
-    ticket = Ticket.parse(_text(message, "ticket"))
+    ticket = Ticket.parse(text_in(message, "ticket"))
     if ticket is None:
         raise ValueError("ticket is not RUN.FENCING_TOKEN.SECRET")
     return ticket
@@ -192,7 +190,7 @@ def entry_message(entry: HandlerEntry) -> Message:
     return asdict(entry) | {"scopes": sorted(entry.scopes)}
 
 
-@_reader
+@reader
 def entries_of(rows: Sequence[Mapping[str, Any]]) -> list[HandlerEntry]:
     if not isinstance(rows, list) or len(rows) > MOST_HANDLERS:
         raise ValueError(f"handlers is not a list of at most {MOST_HANDLERS}")
@@ -200,9 +198,9 @@ def entries_of(rows: Sequence[Mapping[str, Any]]) -> list[HandlerEntry]:
 
 
 def _entry(row: Mapping[str, Any]) -> HandlerEntry:
-    given = _known(HandlerEntry, row)
+    given = known_in(HandlerEntry, row)
     for name in ("name", "distribution", "version", "entry_point"):
-        _text(given, name)
+        text_in(given, name)
     if given.get("error") is not None:
         keys = ("name", "distribution", "version", "entry_point")
         return HandlerEntry(**{key: given[key] for key in keys}, error=clean(given["error"], ERROR_LIMIT))
@@ -213,16 +211,16 @@ def _entry(row: Mapping[str, Any]) -> HandlerEntry:
             check_schema(given[name], name)
     for name, parse in (("timeout", parse_duration), ("memory", parse_memory)):
         if given.get(name) is not None:
-            cast(Callable[[str], object], parse)(_text(given, name))
+            cast(Callable[[str], object], parse)(text_in(given, name))
     if given.get("pool") is not None:
         parse_pool(given["pool"])
     for name in ("max_attempts", "max_concurrent"):
         if given.get(name) is not None:
-            _count(given[name], name, 2**31 - 1)
+            count_in(given[name], name, 2**31 - 1)
     scopes = given.get("scopes", [])
     if given.get("isolation", "child") not in ISOLATIONS or not isinstance(scopes, list):
         raise ValueError(f"isolation or scopes of {given['name']}")
-    given["scopes"] = tuple(_text({"scopes": scope}, "scopes") for scope in scopes)
+    given["scopes"] = tuple(text_in({"scopes": scope}, "scopes") for scope in scopes)
     given["state"] = given.get("state") is True
     return HandlerEntry(**given)
 
@@ -275,7 +273,7 @@ def taken_message(taken: Taken) -> Message:
 
 
 def taken_of(message: Mapping[str, Any]) -> Taken:
-    run = _known(AdmittedRun, message["run"])
+    run = known_in(AdmittedRun, message["run"])
     for name in _RUN_TIMES:
         run[name] = None if run[name] is None else from_text(run[name])
     names = {key.name for key in fields(Work)} | {"seconds", "granted"}
@@ -321,9 +319,9 @@ def end_message(end: End) -> Message:
     }
 
 
-@_reader
+@reader
 def ends_of(message: Mapping[str, Any]) -> list[End]:
-    return [_end(row) for row in _rows(message, "ends")]
+    return [_end(row) for row in rows_in(message, "ends")]
 
 
 def _end(row: Mapping[str, Any]) -> End:
@@ -338,10 +336,10 @@ def _end(row: Mapping[str, Any]) -> End:
         outcome=_outcome(row["outcome"]),
         sealed=str(row["sealed"]),
         handler_seconds=None if seconds is None else max(0.0, float(seconds)),
-        peak_memory=None if memory is None else _count(memory, "peak_memory", 2**63 - 1),
-        progress=None if progress is None else _progress(progress),
+        peak_memory=None if memory is None else count_in(memory, "peak_memory", 2**63 - 1),
+        progress=None if progress is None else progress_in(progress),
         moved=row.get("moved") is True,
-        asks=tuple(_text({"asks": name}, "asks") for name in asks),
+        asks=tuple(text_in({"asks": name}, "asks") for name in asks),
     )
 
 
@@ -358,18 +356,18 @@ def fence_message(run: AdmittedRun) -> Message:
     return {"run": run.id, "fencing_token": run.fencing_token}
 
 
-@_reader
+@reader
 def fence_of(message: Mapping[str, Any]) -> tuple[RunId, int]:
-    return RunId(_text(message, "run")), _count(message["fencing_token"], "fencing_token", 2**63 - 1)
+    return RunId(text_in(message, "run")), count_in(message["fencing_token"], "fencing_token", 2**63 - 1)
 
 
-@_reader
+@reader
 def owned_of(message: Mapping[str, Any]) -> list[OwnedRun]:
     """The runs that a host hands back."""
-    return [OwnedRun(*fence_of(row), None) for row in _rows(message, "runs")]
+    return [OwnedRun(*fence_of(row), None) for row in rows_in(message, "runs")]
 
 
-# what a running attempt asks for
+# the parts of messages
 
 
 def granted_message(token: AccessToken, claims: Claims) -> Message:
@@ -381,128 +379,10 @@ def granted_of(message: Mapping[str, Any]) -> tuple[AccessToken, Claims]:
 
 
 def _granted(given: Mapping[str, Any]) -> Message:
-    return {**given, "claims": _known(Claims, given["claims"])}
+    return {**given, "claims": known_in(Claims, given["claims"])}
 
 
-@_reader
-def checkpoint_of(message: Mapping[str, Any]) -> str:
-    data = message["data"]
-    if not isinstance(data, str):
-        raise ValueError("data is not JSON text")
-    check_json_text(data, "checkpoint")
-    return data
-
-
-@_reader
-def handler_of(message: Mapping[str, Any]) -> str:
-    return _text(message, "handler")
-
-
-@dataclass(frozen=True, slots=True)
-class StepRow:
-    """A step of one of a host's runs."""
-
-    run_id: RunId
-    fencing_token: int
-    handler: str
-    step: NewStep
-
-
-def step_message(run: AdmittedRun, handler: str, step: NewStep) -> Message:
-    return fence_message(run) | {"handler": handler, "step": messages.step_message(step)}
-
-
-@_reader
-def steps_of(message: Mapping[str, Any]) -> list[StepRow]:
-    try:
-        return [
-            StepRow(*fence_of(row), handler_of(row), messages.step_of(row["step"]))
-            for row in _rows(message, "steps")
-        ]
-    except StepError as error:
-        raise ValueError(str(error)) from error
-
-
-def wait_message(wait: NewWait) -> Message:
-    return {"wait": asdict(wait)}
-
-
-@_reader
-def wait_of(message: Mapping[str, Any]) -> NewWait:
-    try:
-        return messages.wait_of(message["wait"])
-    except StepError as error:
-        raise ValueError(str(error)) from error
-
-
-@_reader
-def spend_of(message: Mapping[str, Any]) -> tuple[str, int, str]:
-    """A meter, an amount, and the key of the spend: `attempt:number`."""
-    key = _text(message, "key")
-    attempt, _, number = key.partition(":")
-    if not attempt.isdecimal() or not number.isdecimal():
-        raise ValueError("key is not attempt:number")
-    try:
-        meter, amount, _ = messages.spend_of({**message, "number": int(number)})
-    except StepError as error:
-        raise ValueError(str(error)) from error
-    return meter, amount, key
-
-
-def line_message(line: LogLine, fencing_token: int) -> Message:
-    return {
-        "run": line.run_id,
-        "fencing_token": fencing_token,
-        "seq": line.seq,
-        "at": to_text(line.at),
-        "level": line.level,
-        "source": line.source,
-        "text": line.text,
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class LineRow:
-    """A line of the log of one of a host's runs; `at` is by the host's clock."""
-
-    run_id: RunId
-    fencing_token: int
-    seq: int
-    at: datetime
-    level: str
-    source: str
-    text: str
-
-
-@_reader
-def lines_of(message: Mapping[str, Any]) -> list[LineRow]:
-    return [_line(row) for row in _rows(message, "lines")]
-
-
-def _line(row: Mapping[str, Any]) -> LineRow:
-    level, source = row["level"], row["source"]
-    if level not in LEVELS or source not in SOURCES:
-        raise ValueError(f"level or source of line {row['seq']}")
-    return LineRow(
-        *fence_of(row),
-        seq=_count(row["seq"], "seq", 2**31 - 1),
-        at=from_text(row["at"]),
-        level=level,
-        source=source,
-        text=clean(row["text"], LINE_LIMIT),
-    )
-
-
-def progress_message(run_id: RunId, fencing_token: int, progress: Mapping[str, Any]) -> Message:
-    return {"run": run_id, "fencing_token": fencing_token, "progress": dict(progress)}
-
-
-@_reader
-def progress_of(message: Mapping[str, Any]) -> list[tuple[RunId, int, Mapping[str, Any]]]:
-    return [(*fence_of(row), _progress(row["progress"])) for row in _rows(message, "rows")]
-
-
-def _progress(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def progress_in(message: Mapping[str, Any]) -> Mapping[str, Any]:
     done, total, note = messages.progress_of(message)
     return {"done": done, "total": total, "note": note}
 
@@ -532,26 +412,26 @@ def error_of(body: Mapping[str, Any], retry_after: float | None = None) -> Worke
     return kind(message, fix=str(error.get("fix", "")), retry_after=retry_after)
 
 
-def _rows(message: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def rows_in(message: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     rows = message[name]
     if not isinstance(rows, list) or len(rows) > MOST_ROWS:
         raise ValueError(f"{name} is not a list of at most {MOST_ROWS}")
     return rows
 
 
-def _known(kind: type[Any], message: Mapping[str, Any]) -> dict[str, Any]:
+def known_in(kind: type[Any], message: Mapping[str, Any]) -> dict[str, Any]:
     """What a message has of a class's fields."""
     return {key.name: message[key.name] for key in fields(kind) if key.name in message}
 
 
-def _text(message: Mapping[str, Any], name: str) -> str:
+def text_in(message: Mapping[str, Any], name: str) -> str:
     value = message[name]
     if not isinstance(value, str) or not 0 < len(value) <= NAME_LIMIT or not value.isprintable():
         raise ValueError(f"{name} is not a text of 1 to {NAME_LIMIT} characters")
     return value
 
 
-def _count(value: Any, name: str, most: int) -> int:
+def count_in(value: Any, name: str, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{name} is not a number from 0 to {most}")
     return value
