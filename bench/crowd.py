@@ -247,6 +247,9 @@ class _Stored:
     async def find(self, key: TokenKey) -> Found:
         return Found()
 
+    async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
+        return {}
+
     async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
         return True
 

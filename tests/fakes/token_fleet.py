@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,10 @@ class FakeStore:
                 row.expires_at - now,
             ),
         )
+
+    async def lives(self, keys: Sequence[TokenKey]) -> dict[TokenKey, tuple[float, float]]:
+        found = {key: (await self.find(key)).token for key in keys}
+        return {key: (token.age, token.left) for key, token in found.items() if token is not None}
 
     async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
         row = self._at(key)

@@ -22,6 +22,20 @@ class OrgRef(NamedTuple):
     code: str
 
 
+class TokenWant(NamedTuple):
+    """A token of an org that will be needed: usable `covers` seconds from now.
+
+    It has the `scopes`, and those in `also_ask` if the org may have them.
+    """
+
+    org: OrgRef
+    issuer: str
+    audience: str | None
+    scopes: frozenset[str]
+    also_ask: frozenset[str]
+    covers: float
+
+
 @dataclass(frozen=True, slots=True)
 class OrgEntry:
     """An org as in a file for `apply` or a line for `orgs import`."""

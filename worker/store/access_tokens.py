@@ -48,6 +48,20 @@ def find_for_all_orgs(connection: Connection, ids: Sequence[str]) -> list[Row]:
     return rows
 
 
+def lives_for_all_orgs(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The age of each of these tokens and what is left of its life, in seconds."""
+    query = select(_tokens.c.id, _tokens.c.received_at, _tokens.c.expires_at).where(
+        among(connection, _tokens.c.id, ids), _tokens.c.sealed.is_not(None)
+    )
+    rows = connection.execute(query).all()
+    now = database_now(connection)
+    return {
+        id_: ((now - received_at).total_seconds(), left)
+        for id_, received_at, expires_at in rows
+        if (left := (expires_at - now).total_seconds()) > 0
+    }
+
+
 def reserve_for_all_orgs(connection: Connection, wanted: Sequence[Reservation], *, holder: str) -> set[str]:
     """Reserve what no other process has reserved, and return the ids of it.
 

@@ -24,7 +24,7 @@ from worker.errors import (
     WorkerError,
 )
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.tokens.acquirer import MIN_CLAIMS_AGE, MINTED_SERVES, Acquirer, EnforcedToken, usable_life
 from worker.tokens.credentials import Credential, CredentialSource, Generations
 from worker.tokens.issuer import Issuer
@@ -209,6 +209,32 @@ class Tokens:
                     request, lambda: self._request(acquirer, request, minted=False, ahead=True)
                 )
         return None
+
+    async def not_covered(self, wanted: Sequence[TokenWant]) -> list[TokenWant]:
+        """Those that have no stored token, or one that does not last `covers` seconds; in one query.
+
+        Raises Unavailable.
+        """
+        if self._shared is None:
+            return []
+        requests: list[TokenRequest] = []
+        asked: list[TokenWant] = []
+        for want in wanted:
+            if (acquirer := self._acquirers.get(want.issuer)) is not None:
+                # Without an audience there is no request; the run reports it.
+                with suppress(RequestRejected):
+                    requests.append(
+                        _request_of(
+                            acquirer.client.issuer, want.org, want.audience, want.scopes, want.also_ask
+                        )
+                    )
+                    asked.append(want)
+        lives = await self._shared.lives(requests)
+        return [
+            want
+            for want, life in zip(asked, lives, strict=True)
+            if life is None or life[0] + want.covers >= usable_life(sum(life))
+        ]
 
     def ahead_in(self, issuer: str) -> float:
         """Seconds until tokens of this issuer may be requested ahead of time; 0 if it is unknown."""

@@ -187,6 +187,12 @@ class StoredTokens:
     async def find(self, key: TokenKey) -> Found:
         return await self._found.of(key) or Found()
 
+    async def lives(self, keys: Sequence[TokenKey]) -> Mapping[TokenKey, tuple[float, float]]:
+        found = await self._database.call_autocommit(
+            access_tokens.lives_for_all_orgs, [key.id for key in keys]
+        )
+        return {key: found[key.id] for key in keys if key.id in found}
+
     async def reserve(self, key: TokenKey, issuer: str, version: int, seconds: float) -> bool:
         wanted = access_tokens.Reservation(key.id, key.org_id, issuer, version, seconds)
         return await self._reserved.of(wanted) or False

@@ -69,6 +69,10 @@ def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids,
     found = find(database, *org_ids)
 
     assert set(found) == set(org_ids)
+    with database.autocommit() as connection:
+        lives = access_tokens.lives_for_all_orgs(connection, [f"key-{org_id}" for org_id in org_ids])
+    assert lives[f"key-{org_ids[0]}"] == pytest.approx((12, 3590), abs=1)
+    assert len(lives) == len(org_ids)
     row = found[org_ids[0]]
     assert (row["version"], row["key_id"]) == (1, keyring.sealing_key_id)
     assert row["age"] == pytest.approx(12, abs=1)
@@ -117,6 +121,9 @@ def test_a_reservation_leaves_the_token_that_is_there(database, rows, keyring, o
     reserve(database, "a", org_ids[0], version=1)
 
     assert set(find(database, org_ids[0])) == {org_ids[0]}
+    reserve(database, "one", org_ids[1])
+    with database.autocommit() as connection:
+        assert not access_tokens.lives_for_all_orgs(connection, [f"key-{org_ids[1]}"])
 
 
 def test_many_processes_that_reserve_at_once_get_it_once(migrated_postgres_url, keyring, clock):

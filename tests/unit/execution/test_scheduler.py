@@ -60,6 +60,15 @@ async def test_a_full_batch_is_followed_by_the_next_at_once(clock: ManualClock) 
     assert store.calls == 3
 
 
+async def test_what_other_workers_are_firing_is_not_asked_for_all_the_time(clock: ManualClock) -> None:
+    """Its rows are locked, so it is due and cannot be had."""
+    store = Store(*(FireReport(now=START, next_fire_at=START) for _ in range(50)))
+
+    await fired(store, clock, turns=0)
+
+    assert store.calls == 1
+
+
 async def test_an_absent_database_is_asked_again_at_the_next_poll(clock: ManualClock) -> None:
     store = Store(StoreUnavailable("away"))
 

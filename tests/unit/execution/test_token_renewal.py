@@ -15,7 +15,7 @@ from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.token_renewal import LEFT, TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, OrgId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.run import Upcoming
 
 pytestmark = pytest.mark.anyio
@@ -74,7 +74,14 @@ class Preparer:
         self.rate = 10_000
         self.again: dict[str, float] = {}
         self.workers: list[int] = []
+        # Orgs whose token is stored and lives long enough, and how many were asked for in each query.
+        self.covered: set[str] = set()
+        self.looked_up: list[int] = []
         self._sent: dict[int, int] = {}
+
+    async def not_covered(self, wanted: Sequence[TokenWant]) -> list[TokenWant]:
+        self.looked_up.append(len(wanted))
+        return [want for want in wanted if want.org.code not in self.covered]
 
     async def prepare(
         self,
@@ -141,6 +148,29 @@ async def test_a_full_hour_is_prepared_before_it_spread_over_the_time(clock, sch
     per_minute = [sum(60 * minute <= at < 60 * (minute + 1) for at in times) for minute in range(14)]
     assert max(per_minute) < 1.3 * 3000 / 14
     assert all(covers == pytest.approx(900 - (at - start) + LEFT) for _, at, covers in preparer.prepared)
+
+
+async def test_stored_tokens_are_looked_up_together_and_not_prepared(clock, schedule, preparer, renewal):
+    for number in range(3000):
+        schedule.add(number, 900)
+    preparer.covered = {f"org_{number}" for number in range(2990)}
+
+    await pass_time(renewal, clock, 5)
+
+    assert preparer.looked_up == [1000, 1000, 1000]
+    await pass_time(renewal, clock, 896)
+    assert {org for org, _, _ in preparer.prepared} == {f"org_{number}" for number in range(2990, 3000)}
+
+
+async def test_what_another_worker_has_prepared_meanwhile_is_not_prepared(clock, schedule, preparer, renewal):
+    for number in range(10):
+        schedule.add(number, 900)
+    await renewal.look()
+    preparer.covered = {f"org_{number}" for number in range(10)}
+
+    await pass_time(renewal, clock, 901)
+
+    assert preparer.prepared == []
 
 
 async def test_what_comes_within_reach_later_is_prepared_once(clock, schedule, preparer, renewal):

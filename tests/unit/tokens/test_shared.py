@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock, settle
-from tests.fakes.issuer import ORG, App
+from tests.fakes.issuer import ORG, App, org
 from tests.fakes.token_fleet import FakeStore, Fleet, opened
 from worker.errors import ConfigurationError, RequestRejected, StoreUnavailable, TokenRefused
 from worker.ids import OrgId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.telemetry.events import Emitted
 from worker.tokens import shared as shared_module
 from worker.tokens.acquirer import Acquirer, EnforcedToken
@@ -364,6 +364,20 @@ async def test_a_token_that_covers_the_run_is_left(fleet: Fleet) -> None:
     fleet.clock.advance(600)
     assert await prepare(fleet.start(), covers=3000) is None
     assert fleet.issuer.count() == 2
+
+
+async def test_stored_tokens_that_cover_the_runs_are_found_without_credentials(fleet: Fleet) -> None:
+    """Those of a full hour are looked up together, and no secret is opened."""
+    fleet.app.lifetime = 3600
+    await fleet.start().ensure(ORG, "main")
+    tokens, nothing = fleet.start(), frozenset[str]()
+    wants = [TokenWant(ORG, "main", None, nothing, nothing, covers) for covers in (3000.0, 3599.0)]
+    other = TokenWant(org(2), "main", None, nothing, nothing, 10.0)
+    unknown = TokenWant(ORG, "nowhere", None, nothing, nothing, 10.0)
+    fleet.credentials.reads = 0
+
+    assert await tokens.not_covered([*wants, other, unknown]) == [wants[1], other]
+    assert fleet.credentials.reads == 0
 
 
 async def test_no_token_is_prepared_longer_ahead_than_it_lives(fleet: Fleet) -> None:

@@ -1,8 +1,8 @@
 """Token renewal: requests tokens ahead of the scheduled times that need them, spread over the time before.
 
 At a full hour thousands of orgs are due at once, and an issuer allows a few requests a second. Each worker
-looks at the schedule and prepares a token at a random time before it is needed; a stored token or another
-worker's reservation makes that a look. A token that comes too late is requested by its run.
+looks at the schedule and at the stored tokens, and prepares each missing one at a random time before it is
+needed; by then another worker may have done so. A token that comes too late is requested by its run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import heapq
 import itertools
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -23,11 +24,11 @@ from worker.definitions.definition import from_spec
 from worker.errors import DefinitionError, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.ids import DefinitionId
-from worker.orgs import OrgRef
+from worker.orgs import OrgRef, TokenWant
 from worker.runs.run import Upcoming
 
-# Definitions of one query, and tokens that are prepared at the same time.
-PAGE, CONCURRENCY = 5_000, 8
+# Definitions of one query, tokens that are looked up by one, and tokens that are prepared at the same time.
+PAGE, LOOKED_UP, CONCURRENCY = 5_000, 1_000, 8
 # The last part of the time ahead, a fifteenth, in which nothing should be left to do.
 MARGIN_SHARE = 1 / 15
 # Seconds between two looks at the schedule at least, and at what is ready.
@@ -47,6 +48,9 @@ class UpcomingStore(Protocol):
 
 
 class TokenPreparer(Protocol):
+    async def not_covered(self, wanted: Sequence[TokenWant]) -> Sequence[TokenWant]:
+        """Those whose stored token does not last `covers` seconds, in one query; raises Unavailable."""
+
     async def prepare(
         self,
         org: OrgRef,
@@ -100,11 +104,7 @@ class _Wanted(NamedTuple):
     needed_at: float  # monotonic
     rank: int
     number: int
-    org: OrgRef
-    issuer: str
-    audience: str | None
-    scopes: frozenset[str]
-    also_ask: frozenset[str]
+    want: TokenWant
 
 
 @dataclass(eq=False, repr=False)
@@ -140,8 +140,11 @@ class TokenRenewal:
         while True:
             now, page = await self.store.upcoming(self._after, self.ahead, PAGE)
             monotonic = self.clock.monotonic()
-            for each in page:
-                self._add(each, now, monotonic)
+            wanted = [want for each in page if (want := self._wanted(each, now, monotonic)) is not None]
+            missing = await self._missing(wanted)
+            for want in missing:
+                spread = want.needed_at - monotonic - self.ahead.total_seconds() * MARGIN_SHARE
+                self._put(want, monotonic + (self.random.uniform(0.0, spread) if spread > 0 else 0.0))
             if page:
                 self._after = (page[-1].next_fire_at, page[-1].definition_id)
             elif self._after is None or self._after[0] < now:
@@ -152,9 +155,14 @@ class TokenRenewal:
     async def work(self) -> None:
         """Prepare what is ready, a few at a time, the soonest first."""
         now = self.clock.monotonic()
+        due: list[_Wanted] = []
         while self._later and self._later[0][0] <= now:
-            wanted = heapq.heappop(self._later)[2]
-            heapq.heappush(self._ready.setdefault(wanted.issuer, []), wanted)
+            due.append(heapq.heappop(self._later)[2])
+        # `prepare` looks again: this saves the looks at what other workers have prepared.
+        with suppress(Unavailable):
+            due = await self._missing(due)
+        for wanted in due:
+            heapq.heappush(self._ready.setdefault(wanted.want.issuer, []), wanted)
         preparing = [
             self._prepare(issuer, ready)
             for issuer, ready in self._ready.items()
@@ -162,32 +170,37 @@ class TokenRenewal:
         ]
         await asyncio.gather(*preparing)
 
-    def _add(self, each: Upcoming, now: datetime, monotonic: float) -> None:
+    async def _missing(self, wanted: Sequence[_Wanted]) -> list[_Wanted]:
+        """Those whose token is not stored, or does not live long enough. Raises Unavailable."""
+        missing: list[_Wanted] = []
+        now = self.clock.monotonic()
+        for start in range(0, len(wanted), LOOKED_UP):
+            part = [
+                each._replace(want=each.want._replace(covers=each.needed_at - now + LEFT))
+                for each in wanted[start : start + LOOKED_UP]
+            ]
+            wants = set(await self.tokens.not_covered([each.want for each in part]))
+            missing += [each for each in part if each.want in wants]
+        return missing
+
+    def _wanted(self, each: Upcoming, now: datetime, monotonic: float) -> _Wanted | None:
+        """The token that a definition will need; None if it is left to the run."""
         needs = _needs_of(each.spec) if each.spec else None
         # Those of paused or suspended orgs have no code here.
         if needs is None or not each.org_code:
-            return
+            return None
         if needs.max_age is not None and needs.max_age < self.ahead:
-            return
+            return None
         scopes = needs.scopes
         if scopes is None:
             entry = self.handlers.get(needs.handler)
             if entry is None:
-                return
+                return None
             scopes = frozenset(entry.scopes)
         left = (each.next_fire_at - now).total_seconds()
-        wanted = _Wanted(
-            monotonic + left,
-            -needs.priority,
-            next(self._numbers),
-            OrgRef(each.org_id, each.org_code),
-            each.issuer,
-            needs.audience,
-            scopes,
-            self.handlers.scopes(needs.variants),
-        )
-        spread = left - self.ahead.total_seconds() * MARGIN_SHARE
-        self._put(wanted, monotonic + max(0.0, self.random.uniform(0.0, spread)) if spread > 0 else monotonic)
+        org, also_ask = OrgRef(each.org_id, each.org_code), self.handlers.scopes(needs.variants)
+        want = TokenWant(org, each.issuer, needs.audience, scopes, also_ask, left + LEFT)
+        return _Wanted(monotonic + left, -needs.priority, next(self._numbers), want)
 
     def _put(self, wanted: _Wanted, at: float) -> None:
         heapq.heappush(self._later, (at, wanted.number, wanted))
@@ -202,11 +215,11 @@ class TokenRenewal:
                 continue
             try:
                 again = await self.tokens.prepare(
-                    wanted.org,
-                    wanted.issuer,
-                    audience=wanted.audience,
-                    scopes=wanted.scopes,
-                    also_ask=wanted.also_ask,
+                    wanted.want.org,
+                    wanted.want.issuer,
+                    audience=wanted.want.audience,
+                    scopes=wanted.want.scopes,
+                    also_ask=wanted.want.also_ask,
                     covers=covers,
                 )
             except Unavailable:
