@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from temporalio.client import Client
 
 from tests.fakes.handlers import read_journal
 from tests.fakes.hosts import Hosts
@@ -23,10 +26,10 @@ EXECUTION = 'lease = "15s"\nrenew = "500ms"\npoll = "200ms"\nmax_children = 2'
 class TemporalPool:
     """A site whose pool `gpu` is placed by Temporal."""
 
-    def __init__(self, site: Site, temporal: DevServer) -> None:
+    def __init__(self, site: Site, temporal: DevServer, place_timeout: str = "3s") -> None:
         self.site = site
         self.temporal = temporal
-        port = free_port()
+        self.port = port = free_port()
         site.configure(
             execution=EXECUTION,
             extra=f"""\
@@ -36,7 +39,7 @@ listen = "127.0.0.1:{port}"
 placer = "temporal"
 [temporal]
 address = "{temporal.address}"
-place_timeout = "3s"
+place_timeout = "{place_timeout}"
 """,
         )
         self.hosts = Hosts(site, port)
@@ -95,6 +98,17 @@ def pool_on_file(site: Site, tmp_path: Path) -> Iterator[TemporalPool]:
     temporal = DevServer(tmp_path)
     temporal.start()
     made = TemporalPool(site, temporal)
+    yield made
+    made.hosts.close()
+    temporal.stop()
+
+
+@pytest.fixture
+def patient_pool(site: Site, tmp_path: Path) -> Iterator[TemporalPool]:
+    """Runs may be on their way for longer than the test takes."""
+    temporal = DevServer(tmp_path)
+    temporal.start()
+    made = TemporalPool(site, temporal, place_timeout="60s")
     yield made
     made.hosts.close()
     temporal.stop()
@@ -257,3 +271,53 @@ def test_temporal_stores_no_token_param_result_or_error(
         *("canary-of-params", "secret-of-org_acme", "org_acme", str(journal), "acme.leak", "RuntimeError"),
     ]
     assert [text for text in hidden if text.encode() in stored] == []
+
+
+async def ticket_in(temporal: DevServer) -> str | None:
+    """The ticket of the only open activity, as a reader of Temporal finds it; None if there is none yet."""
+    client = await Client.connect(temporal.address)
+    found = [each async for each in client.list_activities("ExecutionStatus = 'Running'")]
+    if not found:
+        return None
+    described = await client.get_activity_handle(found[0].activity_id).describe(include_input=True)
+    [ticket] = await described.input() or ()
+    return str(ticket)
+
+
+def test_a_stolen_ticket_is_of_no_use(patient_pool: TemporalPool, journal: Any) -> None:
+    pool, site = patient_pool, patient_pool.site
+    host = pool.serve()
+    pool.apply("note", "acme.note", params={"journal": str(journal)})
+
+    def call(name: str, body: dict[str, Any], token: str, incarnation: str = "") -> httpx.Response:
+        headers = {"Authorization": f"Bearer {token}", "OrgWorker-Incarnation": incarnation}
+        url = f"http://127.0.0.1:{pool.port}/attempts/v1/{name}"
+        return httpx.post(url, json=body, headers=headers if token else {}, timeout=30)
+
+    def registered(name: str, of: str) -> tuple[str, str]:
+        added = json.loads(site.cli("hosts", "add", name, "--pool", of, "-o", "json").out)
+        body = {"host": name, "pid": 1, "version": "1", "slots": {}}
+        return added["token"], call("register", body, added["token"]).json()["worker"]
+
+    elsewhere, beside = registered("elsewhere", "default"), registered("beside", "gpu")
+    host.send_signal(signal.SIGSTOP)
+    run = pool.run("note")
+    pool.wait_for(run, "running")
+    ticket = wait_until(lambda: asyncio.run(ticket_in(pool.temporal)), "the ticket")
+    assert ticket is not None
+    changed = ticket[:-1] + ("A" if ticket[-1] != "A" else "B")
+
+    assert call("take", {"ticket": ticket}, "").status_code == 401
+    assert call("take", {"ticket": ticket}, *elsewhere).json()["attempts"] == []
+    assert call("take", {"ticket": ticket}, elsewhere[0], beside[1]).status_code == 403
+    assert call("take", {"ticket": changed}, *beside).json()["attempts"] == []
+    assert call("take", {"ticket": "a.1.b"}, *beside).status_code == 422
+    assert call("take", {"free": {"child": 1}}, *beside).status_code == 422
+    row = pool.live(run)
+    assert row is not None
+    assert row["state"] == "running"
+    host.send_signal(signal.SIGCONT)
+    site.wait_for_state("note", "succeeded", timeout=60)
+    # It was valid, and is not any more.
+    assert call("take", {"ticket": ticket}, *beside).json()["attempts"] == []
+    assert len(read_journal(journal)) == 1

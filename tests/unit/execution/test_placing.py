@@ -163,6 +163,7 @@ async def test_a_run_that_a_host_took_is_not_held_any_more(bench: Bench) -> None
     bench.wait("a")
     await bench.loop.turn()
     bench.store.take(fence("a"))
+    bench.clock.advance(0.2)
 
     await bench.loop.turn()
 
@@ -173,11 +174,11 @@ async def test_a_run_that_a_host_took_is_not_held_any_more(bench: Bench) -> None
 async def test_a_run_that_no_host_takes_waits_again(bench: Bench) -> None:
     bench.wait("a")
     await bench.loop.turn()
-    bench.clock.advance(29.9)
+    bench.clock.advance(29.8)
     await bench.loop.turn()
     assert bench.holds("a")
 
-    bench.clock.advance(0.1)
+    bench.clock.advance(0.2)
     await bench.loop.turn()
 
     assert bench.store.withdrawals == [("a", "no host took it within 30 s")]
@@ -205,6 +206,7 @@ async def test_a_cancelled_run_is_withdrawn_first_in_the_database(bench: Bench) 
     bench.wait("a", "b")
     await bench.loop.turn()
     bench.store.cancelled.add(fence("a"))
+    bench.clock.advance(0.2)
 
     await bench.loop.turn()
 

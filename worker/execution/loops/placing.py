@@ -20,6 +20,8 @@ from worker.telemetry.events import emit
 
 # Requests to the engine at a time.
 AT_ONCE = 32
+# Seconds between two looks at what was placed.
+TEND = 0.2
 # Age from which the engine is asked what became of a placement, and how many in one turn.
 LOOK_AFTER = timedelta(seconds=2)
 LOOKED_AT = 20
@@ -70,6 +72,7 @@ class Placing:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     _held: dict[Fence, Placement] = field(default_factory=dict)
     _at_once: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
+    _tended_at: float = float("-inf")
     # While the engine does not respond: what it said, since when, when to try again, and the pause then.
     _error: str | None = None
     _lost_at: float = 0.0
@@ -98,7 +101,9 @@ class Placing:
 
     async def turn(self) -> int:
         """Withdraw what is overdue, then place what there is room for; returns how many were placed."""
-        if self._held:
+        now = self.clock.monotonic()
+        if self._held and now - self._tended_at >= TEND:
+            self._tended_at = now
             await self._tend()
         if self._error is not None and not await self._is_back():
             return 0
