@@ -313,11 +313,11 @@ def manifests() -> Iterator[dict[str, Any]]:
 
 
 def manifest(kind: str, *, of: str = "worker") -> dict[str, Any]:
-    """The manifest of a kind; `of` is `provision` or `host` for what is in the file of that name."""
+    """The manifest of a kind; `of` names it if it is not one of the workers'."""
 
     def belongs(one: dict[str, Any]) -> bool:
         name = one.get("metadata", {}).get("name")
-        return (name if name in ("provision", "host") else "worker") == of
+        return (name if name in ("provision", "host", "attempts") else "worker") == of
 
     [found] = [one for one in manifests() if one["kind"] == kind and belongs(one)]
     return found
@@ -415,6 +415,14 @@ def test_the_hosts_of_the_cluster_have_neither_the_database_nor_the_key_ring():
     policy = manifest("NetworkPolicy", of="host")["spec"]
     assert policy["podSelector"]["matchLabels"] == labels
     assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["health"]
+    # They reach the workers, and nothing else of them than the attempt listener.
+    service = manifest("Service", of="attempts")["spec"]
+    [rule] = manifest("NetworkPolicy", of="attempts")["spec"]["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": labels}}]
+    assert [port["port"] for port in rule["ports"]] == [port["targetPort"] for port in service["ports"]]
+    workers = manifest("Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"] == workers
+    assert manifest("NetworkPolicy", of="attempts")["spec"]["podSelector"]["matchLabels"] == workers
 
 
 def test_probes_ask_what_the_worker_answers_at_its_port_for_health():
