@@ -1,6 +1,7 @@
-"""Measures what the renewals of hosts cost the worker that answers them, with PostgreSQL.
+"""Measures what hosts cost the worker that answers them, with PostgreSQL.
 
     .venv/bin/python -m bench.hosts [--hosts N] [--runs N] [--every SECONDS] [--seconds N] [--profile FILE]
+        [--waiting]   instead: hosts that wait for runs, of which there are none
 
 The hosts hold the runs, in equal parts. A process of its own sends their renewals, evenly over time; this
 one is a worker without loops. Prints its processor time in percent of a core, and the server's.
@@ -31,12 +32,13 @@ from worker.execution.hosts.wire import PREFIX
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.trial import FakeTokens
+from worker.handlers.catalogue import HandlerEntry
 from worker.ids import WorkerId, new_id
 from worker.operations.hosts import add_host
 from worker.runs.hosts import HostCaller
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
-from worker.store import hosts, sign_in
+from worker.store import catalogue, hosts, sign_in
 from worker.store.ring_walk import RingWalk
 from worker.store.worker_store import WorkerStore
 from worker.telemetry import logs
@@ -45,6 +47,7 @@ from worker.wiring.attempts import AttemptListener
 
 ADDRESS = "127.0.0.1:18473"
 LEASE = timedelta(hours=1)
+ENTRY = HandlerEntry(HANDLER, "bench", "1", "bench:inline", isolation="inline")
 
 
 def with_hosts(database: Filled, count: int, runs: int) -> list[tuple[str, str]]:
@@ -61,6 +64,8 @@ def with_hosts(database: Filled, count: int, runs: int) -> list[tuple[str, str]]
             hosts.begin(
                 connection, caller, worker, lease=LEASE, capacity=capacity, host="h", pid=1, version="1"
             )
+            catalogue.put(connection, [ENTRY], at=database.database.now(connection))
+            hosts.offer(connection, worker, [HANDLER])
         walk = RingWalk(database.database, worker)
         left = runs // count
         while left > 0:
@@ -93,7 +98,9 @@ def listener_of(database: Filled, ring: KeyRing) -> AttemptListener:
     return listener
 
 
-async def measure(database: Filled, callers: list[tuple[str, str]], every: float, seconds: float) -> Any:
+async def measure(
+    database: Filled, callers: list[tuple[str, str]], every: float, seconds: float, waiting: bool
+) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         listener = listener_of(database, KeyRing.generate(Path(folder) / "keyring"))
         async with listener.serving():
@@ -104,7 +111,7 @@ async def measure(database: Filled, callers: list[tuple[str, str]], every: float
                 env=os.environ,
             )
             to_client, of_client = cast(Any, client.stdin), cast(Any, client.stdout)
-            to_client.write(json.dumps([callers, every, seconds]).encode() + b"\n")
+            to_client.write(json.dumps([callers, every, seconds, waiting]).encode() + b"\n")
             await of_client.readline()  # each has renewed once
             server = database.server_cpu()
             began, cpu = time.monotonic(), time.process_time()
@@ -122,26 +129,32 @@ async def measure(database: Filled, callers: list[tuple[str, str]], every: float
     }
 
 
-async def play_hosts(callers: list[tuple[str, str]], every: float, seconds: float) -> None:
-    """Renew for each of these hosts, over a connection each."""
+async def play_hosts(callers: list[tuple[str, str]], every: float, seconds: float, waiting: bool) -> None:
+    """Renew for each of these hosts, or wait for runs, over a connection each."""
     host, _, port = ADDRESS.partition(":")
     renewals, runs = 0, 0
+    call, asked, key = "renew", b"{}", "owned"
+    if waiting:
+        # Nearly as long as the time between two calls.
+        wait = {"free": {"inline": 10}, "wait": 0.9 * every}
+        call, asked, key = "take", json.dumps(wait).encode(), "attempts"
 
     async def renew(
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], token: str, worker: str
     ) -> int:
         reader, writer = streams
         head = (
-            f"POST {PREFIX}/renew HTTP/1.1\r\nHost: {ADDRESS}\r\nAuthorization: Bearer {token}\r\n"
-            f"OrgWorker-Incarnation: {worker}\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+            f"POST {PREFIX}/{call} HTTP/1.1\r\nHost: {ADDRESS}\r\nAuthorization: Bearer {token}\r\n"
+            f"OrgWorker-Incarnation: {worker}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(asked)}\r\n\r\n"
         )
-        writer.write(head.encode() + b"{}")
+        writer.write(head.encode() + asked)
         answer = await reader.readuntil(b"\r\n\r\n")
         if not answer.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(answer.decode())
         [length] = [line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:")]
         body = json.loads(await reader.readexactly(int(length.partition(b":")[2])))
-        return len(body["owned"])
+        return len(body[key])
 
     async def play(n: int, token: str, worker: str) -> None:
         nonlocal renewals, runs
@@ -179,6 +192,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two renewals of a host")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--waiting", action="store_true", help="take instead of renew")
     parser.add_argument("--profile", help="cProfile's output")
     parser.add_argument("--client", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -188,7 +202,7 @@ def main() -> None:
     logs.configure("json", level="error")
     with filled("postgresql") as database:
         callers = with_hosts(database, given.hosts, given.runs)
-        work = measure(database, callers, given.every, given.seconds)
+        work = measure(database, callers, given.every, given.seconds, given.waiting)
         if given.profile:
             profile = cProfile.Profile(time.process_time)
             profile.enable()

@@ -88,6 +88,10 @@ class HostStore:
         """Of these attempts those whose end is stored already."""
         return await self._database.call_autocommit(hosts.ended, worker, fences)
 
+    async def is_due(self, pool: str) -> bool:
+        """Whether a run of a pool waits for a slot now."""
+        return await self._database.call_autocommit(hosts.is_due, pool)
+
     async def admit(
         self, worker: WorkerId, pool: str, offered: Admit, free: Mapping[Isolation, int]
     ) -> list[AdmittedRun]:

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select, tuple_, update
+from sqlalchemy import Connection, and_, func, insert, literal_column, select, tuple_, update
 
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId, WorkerId
@@ -90,6 +90,14 @@ def owned(connection: Connection, worker_id: WorkerId, fences: Mapping[RunId, in
         )
     )
     return [AdmittedRun(*row) for row in rows]
+
+
+def is_due(connection: Connection, pool: str) -> bool:
+    """Whether a run of a pool waits for a slot now, by the database's clock; takes no lock."""
+    # A literal, so that the partial index serves prepared statements too.
+    waits = (_live.c.state == literal_column("'waiting'"), _live.c.pool == pool)
+    due = select(_live.c.id).where(*waits, _live.c.available_at <= database_now(connection))
+    return connection.execute(due.limit(1)).first() is not None
 
 
 def offered_by(connection: Connection, worker_id: WorkerId) -> list[HandlerEntry]:

@@ -13,7 +13,7 @@ from worker.errors import ConfigurationError
 from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts.attempt_api import AttemptApi
-from worker.execution.hosts.delivery import HostTools
+from worker.execution.hosts.delivery import DueRuns, HostTools
 from worker.execution.hosts.wire import TemporalPlace
 from worker.runs.outcome import EndedAttempt
 from worker.settings import Settings
@@ -101,13 +101,15 @@ class AttemptListener:
             return None
         execution, temporal = settings.execution, settings.temporal
         place = TemporalPlace(temporal.address, temporal.namespace, temporal.tls)
-        shared = HostTools(tools, HostStore(store, execution.lease), RingSealer(ring), on_end)
+        poll, of_hosts = execution.poll.total_seconds(), HostStore(store, execution.lease)
+        due = DueRuns(of_hosts, self._clock, poll / 2)
+        shared = HostTools(tools, of_hosts, RingSealer(ring), due, on_end)
         return AttemptApi(
             shared,
             store,
             lease=execution.lease.total_seconds(),
             renew_every=execution.renew.total_seconds(),
-            poll=execution.poll.total_seconds(),
+            poll=poll,
             temporal=dict.fromkeys(settings.placed_by_temporal, place),
         )
 

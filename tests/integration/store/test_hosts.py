@@ -118,6 +118,22 @@ def test_only_runs_under_their_fencing_token_are_owned(stock: Stock) -> None:
     assert run == first
 
 
+def test_runs_of_a_pool_are_due_or_not(stock: Stock) -> None:
+    org = stock.org()
+    later = stock.run(org, pool="eu", available_at=stock.now() + timedelta(hours=1))
+    stock.put(stock.run(org), later)
+
+    def due(pool: str) -> bool:
+        with stock.database.autocommit() as connection:
+            return hosts.is_due(connection, pool)
+
+    assert (due("default"), due("eu"), due("us")) == (True, False, False)
+    stock.make_available(later.id)
+    assert due("eu")
+    stock.admit(stock.worker())
+    assert not due("default")
+
+
 def test_what_a_host_offers_is_read_from_the_catalogue(stock: Stock) -> None:
     _, host = added(stock)
     worker = begin(stock, host)

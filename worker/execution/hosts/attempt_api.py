@@ -70,6 +70,7 @@ class AttemptApi:
 
     def wake(self) -> None:
         """Look for waiting runs now, for all hosts that wait."""
+        self.shared.due.wake()
         for runs in self._incarnations.values():
             runs.delivery.changed.set()
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from worker.clock import to_text
+from worker.clock import Clock, to_text
 from worker.errors import Busy, LeaseLost, Unavailable
 from worker.execution.attempts.attempt import Prepared, conclude, outcome_of_error, prepare
 from worker.execution.attempts.handler_registry import HandlerRegistry
@@ -67,6 +67,7 @@ class HostedStore(Protocol):
     async def take_ticket(self, worker: WorkerId, ticket: Ticket) -> AdmittedRun | None: ...
     async def finish(self, worker: WorkerId, ended: Sequence[EndedAttempt]) -> set[RunId]: ...
     async def hand_back(self, worker: WorkerId, owned: Sequence[OwnedRun]) -> set[RunId]: ...
+    async def is_due(self, pool: str) -> bool: ...
     def forget(self, worker: WorkerId) -> None: ...
 
 
@@ -84,7 +85,42 @@ class HostTools:
     tools: Tools
     store: HostedStore
     sealer: Sealer
+    due: DueRuns
     on_end: Callable[[EndedAttempt, InflightRun | None], None]
+
+
+class DueRuns:
+    """Whether runs of a pool wait to be admitted, looked up once for all hosts of the pool.
+
+    Without this, each of them would walk the ring of orgs at each poll. `age` is in seconds.
+    """
+
+    def __init__(self, store: HostedStore, clock: Clock, age: float) -> None:
+        self._store = store
+        self._clock = clock
+        self._age = age
+        # Until when it is known that there are none.
+        self._none_until: dict[str, float] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    def turn(self, pool: str) -> asyncio.Lock:
+        """Held while one host of a pool admits: the others then know whether anything is left."""
+        return self._turns.setdefault(pool, asyncio.Lock())
+
+    async def any(self, pool: str) -> bool:
+        """Whether a run of this pool may be due."""
+        now = self._clock.monotonic()
+        if now < self._none_until.get(pool, now):
+            return False
+        self._none_until.pop(pool, None)
+        if await self._store.is_due(pool):
+            return True
+        self._none_until[pool] = now + self._age
+        return False
+
+    def wake(self) -> None:
+        """Look again for every pool."""
+        self._none_until.clear()
 
 
 @dataclass(slots=True)
@@ -260,16 +296,13 @@ class Delivery:
                 inflight.run.isolation for key, inflight in self.undelivered.items() if key not in others
             )
             left = {isolation: max(0, slots - coming[isolation]) for isolation, slots in free.items()}
-            tools = await self.tools()
-            # While the rules of its pool differ from the stored ones, this worker takes no run of it.
-            if not any(left.values()) or not tools.pool_rules.usable([self._pool]):
+            if not any(left.values()):
                 return set()
-            offered = tools.handlers.limits()
-            if not offered:
-                return set()
-            runs = await self._store.admit(self._worker, self._pool, offered, left)
+            async with self._shared.due.turn(self._pool):
+                runs = await self._admit_due(left)
             if not runs:
                 return set()
+            tools = await self.tools()
             for run in runs:
                 self.undelivered[run.id, run.fencing_token] = InflightRun(run, StopSignal())
             with suppress(Unavailable):  # each attempt reads for itself what is missing
@@ -279,6 +312,15 @@ class Delivery:
         # Mostly their tokens are in the cache, and all are ready after one turn.
         await asyncio.sleep(0)
         return {(run.id, run.fencing_token) for run in runs}
+
+    async def _admit_due(self, free: Mapping[Isolation, int]) -> Sequence[AdmittedRun]:
+        if not await self._shared.due.any(self._pool):
+            return ()
+        tools = await self.tools()
+        # While the rules of its pool differ from the stored ones, this worker takes no run of it.
+        if not tools.pool_rules.usable([self._pool]) or not (offered := tools.handlers.limits()):
+            return ()
+        return await self._store.admit(self._worker, self._pool, offered, free)
 
     def _start(self, run: AdmittedRun, tools: Tools) -> None:
         key = run.id, run.fencing_token
