@@ -278,7 +278,10 @@ class Metrics(Collector):
                 self._follow[metric.event].append(series.follower(metric.value))
         for state in STATES:
             self._series[f"{PREFIX}attempt_states_total"].begin(state)
-        self._series[f"{PREFIX}{'control_up' if on_host else 'database_up'}"].set(1)
+        # A host has no database, and a worker no worker behind it.
+        mine, not_mine = ("control_up", "database_up") if on_host else ("database_up", "control_up")
+        self._series[f"{PREFIX}{mine}"].set(1)
+        del self._series[f"{PREFIX}{not_mine}"]
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)

@@ -189,12 +189,13 @@ def test_the_busiest_orgs_have_series_of_their_own_where_that_is_asked_for():
 
 
 def test_every_name_is_in_the_table_and_every_name_of_the_table_is_served():
-    metrics = listening(Metrics(version="1.0", top_orgs=1))
-    metrics.watch(vitals())
+    both = [listening(Metrics(version="1.0", top_orgs=1, on_host=on_host)) for on_host in (False, True)]
+    for metrics in both:
+        metrics.watch(vitals())
     for name, event in EVENTS.items():
         emit(name, **{field: "1" if field == "org" else 1 for field in event.fields})
 
-    families = text_string_to_metric_families(metrics.text().decode())
+    families = [f for metrics in both for f in text_string_to_metric_families(metrics.text().decode())]
     served = {family.name + ("_total" if family.type == "counter" else "") for family in families}
 
     assert served == {metric.name for metric in METRICS}
@@ -206,3 +207,15 @@ def test_each_metric_follows_an_event_and_fields_that_exist():
             fields = EVENTS[metric.event].fields
             assert set(metric.labels) <= set(fields), metric.name
             assert metric.value in (*fields, "", "0", "1"), metric.name
+
+
+def test_a_worker_reports_the_database_and_a_host_its_workers(metrics: Metrics):
+    """An alert for one of them must not fire where there is none."""
+    host = listening(Metrics(version="1.0", on_host=True))
+    emit("control.lost", error="ConnectError")
+
+    assert value(host, "control_up") == 0
+    emit("control.back", seconds=1.0)
+    assert value(host, "control_up") == 1
+    assert ("orgworker_database_up", ()) not in series(host)
+    assert ("orgworker_control_up", ()) not in series(metrics)
