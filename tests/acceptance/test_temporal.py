@@ -73,11 +73,11 @@ place_timeout = "{place_timeout}"
         # Its plug-ins are read one after the other.
         return bool(rows) and {"acme.note", "acme.steps", "http.request"} <= set(rows[0]["handlers"])
 
-    def serve(self, host: str = "h1") -> subprocess.Popen[bytes]:
+    def serve(self, host: str = "h1", **options: str) -> subprocess.Popen[bytes]:
         """A worker, a host that offers its handlers, and an org."""
         self.worker = self.site.start_worker()
         self.site.wait_for_handlers("acme.steps")
-        started = self.hosts.start(host, pool="gpu")
+        started = self.hosts.start(host, pool="gpu", **options)
         self.site.add_orgs(application("org_acme"))
         wait_until(self._offers, "the host's handlers")
         return started
@@ -271,6 +271,25 @@ def test_temporal_stores_no_token_param_result_or_error(
         *("canary-of-params", "secret-of-org_acme", "org_acme", str(journal), "acme.leak", "RuntimeError"),
     ]
     assert [text for text in hidden if text.encode() in stored] == []
+
+
+def test_a_host_that_stops_drains_and_another_goes_on(pool_on_file: TemporalPool, journal: Any) -> None:
+    pool, site = pool_on_file, pool_on_file.site
+    host = pool.serve(execution='drain = "1s"')
+    pool.apply("long", "acme.steps", params={"journal": str(journal), "steps": 300})
+    run = pool.run("long")
+    wait_until(lambda: read_journal(journal, "step"), "the run on the host")
+
+    host.send_signal(signal.SIGTERM)
+
+    assert host.wait(timeout=30) == 0
+    assert [row["outcome"] for row in site.attempts(run)] == ["handed_back"]
+    pool.hosts.start("h2", pool="gpu")
+    site.wait_for_state("long", "running", attempt=2, timeout=60)
+    wait_until(lambda: len(read_journal(journal, "start")) == 2, "the second attempt")
+    assert read_journal(journal, "start")[1]["first"] > 0
+    site.cli("runs", "cancel", run)
+    site.wait_for_state("long", "cancelled", attempt=2, timeout=30)
 
 
 async def ticket_in(temporal: DevServer) -> str | None:
