@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Delete, delete, or_, select, update
 
 from worker.ids import OrgId
 from worker.store import tables
-from worker.store.bulk import among
+from worker.store.bulk import among, insert_many
 from worker.store.dialect import Row, all_rows, database_now, insert_into
 
 _tokens, _credentials, _orgs = tables.access_tokens, tables.credentials, tables.orgs
@@ -117,7 +117,7 @@ def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
     lock = (
         select(_credentials.c.id)
         .join(_orgs, _orgs.c.id == _credentials.c.org_id)
-        .where(_credentials.c.id.in_({each["credential_id"] for each in tokens}))
+        .where(among(connection, _credentials.c.id, {each["credential_id"] for each in tokens}))
         .where(_credentials.c.state == "active", _orgs.c.state.in_(("active", "paused")))
         .order_by(_credentials.c.id)
         .with_for_update(read=True)
@@ -134,17 +134,14 @@ def put_for_all_orgs(connection: Connection, tokens: Sequence[Row]) -> set[str]:
             "reserved_by": None,
             "reserved_until": None,
         }
-        for each in sorted(tokens, key=itemgetter("id"))
+        # One statement changes a row once: of two tokens for one key, the last one.
+        for each in sorted({each["id"]: each for each in tokens}.values(), key=itemgetter("id"))
         if each["credential_id"] in usable and each["left"] > 0
     ]
     if not rows:
         return set()
-    statement = insert_into(connection, _tokens)
-    replaced = {name: statement.excluded[name] for name in rows[0] if name not in ("id", "org_id", "version")}
-    statement = statement.on_conflict_do_update(
-        index_elements=["id"], set_=replaced | {"version": _tokens.c.version + 1}
-    )
-    connection.execute(statement, rows)
+    replaced = [name for name in rows[0] if name not in ("id", "org_id", "version")]
+    insert_many(connection, _tokens, rows, key=["id"], replaced=replaced, counted="version")
     return {row["id"] for row in rows}
 
 

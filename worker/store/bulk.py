@@ -46,16 +46,18 @@ def insert_many(
     *,
     key: Sequence[str] = (),
     replaced: Sequence[str] = (),
+    counted: str | None = None,
 ) -> None:
     """Insert rows that all have the columns of the first one; the first of these is never null.
 
-    With `key`, the row that already has this key stays, except for its columns in `replaced`.
+    With `key`, the row that already has this key stays, except for its columns in `replaced`; its column
+    `counted` grows by one.
     """
     if not rows:
         return
     names = tuple(rows[0])
     forms = [_form_of(table.c[name]) for name in names]
-    kept = _on_conflict(tuple(key), tuple(replaced))
+    kept = _on_conflict(table, tuple(key), tuple(replaced), counted)
     raw = driver(connection)
     if is_postgresql(connection):
         statement = _on_postgresql(table, names) + kept
@@ -97,12 +99,14 @@ def _on_sqlite(table: Table, names: tuple[str, ...]) -> str:
     return f"INSERT INTO {table.name} ({_quoted(names)}) SELECT * FROM {{rows}} WHERE column1 IS NOT NULL"
 
 
-def _on_conflict(key: tuple[str, ...], replaced: tuple[str, ...]) -> str:
+def _on_conflict(table: Table, key: tuple[str, ...], replaced: tuple[str, ...], counted: str | None) -> str:
     if not key:
         return ""
     if not replaced:
         return f" ON CONFLICT ({_quoted(key)}) DO NOTHING"
     changes = ", ".join(f'"{name}" = excluded."{name}"' for name in replaced)
+    if counted is not None:
+        changes += f', "{counted}" = {table.name}."{counted}" + 1'
     return f" ON CONFLICT ({_quoted(key)}) DO UPDATE SET {changes}"
 
 

@@ -12,9 +12,18 @@ from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 from worker.ids import OrgId
 from worker.store import access_tokens, tables
 from worker.store.bulk import among, insert_many
-from worker.store.dialect import Row, all_rows, chunks, first_row
+from worker.store.dialect import Row, all_rows, chunks, driver, first_row, is_postgresql
+from worker.store.sql.postgresql.arrays import plain, texts
 
 _credentials = tables.credentials
+
+# `(SELECT …)` hides the length of an array, so that each row is looked up, in the order of ids.
+USED = """
+UPDATE credentials c SET last_used_at = %s, uses = c.uses + u.times, last_error = u.error
+FROM unnest((SELECT %s::uuid[]), (SELECT %s::uuid[]), (SELECT %s::integer[]), (SELECT %s::text[]))
+  AS u(id, org_id, times, error)
+WHERE c.id = u.id AND c.org_id = u.org_id
+"""
 
 
 def last_generation(connection: Connection, org_id: OrgId) -> int:
@@ -174,20 +183,24 @@ def used_for_all_orgs(connection: Connection, uses: Sequence[Use], *, at: dateti
     """Count uses of credentials; of several the last error is kept."""
     times = Counter(use.credential_id for use in uses)
     last = {use.credential_id: use for use in uses}
+    ids = sorted(last)
+    if is_postgresql(connection):
+        columns = plain(ids), plain(last[id_].org_id for id_ in ids), plain(times[id_] for id_ in ids)
+        driver(connection).execute(USED, (at, *columns, texts(last[id_].error for id_ in ids)))
+        return
     statement = (
         update(_credentials)
         .where(_credentials.c.org_id == bindparam("of"), _credentials.c.id == bindparam("used"))
         .values(last_used_at=at, uses=_credentials.c.uses + bindparam("times"), last_error=bindparam("error"))
     )
-    if not uses:
-        return
-    connection.execute(
-        statement,
-        [
-            {"of": last[id_].org_id, "used": id_, "times": times[id_], "error": last[id_].error}
-            for id_ in sorted(last)
-        ],
-    )
+    if ids:
+        connection.execute(
+            statement,
+            [
+                {"of": last[id_].org_id, "used": id_, "times": times[id_], "error": last[id_].error}
+                for id_ in ids
+            ],
+        )
 
 
 def sealed_for_all_orgs(connection: Connection) -> dict[str, Counter[str]]:

@@ -19,8 +19,9 @@ from worker.ids import OrgId
 from worker.operations.credentials import add_credential, retire_credential
 from worker.operations.keys import drop_tokens, rekey, remove_key
 from worker.operations.orgs import set_org_state
-from worker.store import access_tokens, roles, tables
+from worker.store import access_tokens, credentials, roles, tables
 from worker.store.access_tokens import Reservation
+from worker.store.credentials import Use
 from worker.store.database import Database
 from worker.tokens.sealing import KeyRing
 
@@ -79,6 +80,29 @@ def test_what_was_stored_is_found_with_its_age(database, rows, keyring, org_ids,
     assert row["left"] == pytest.approx(3590, abs=1)
     opened = keyring.open_token(row["sealed"], row["key_id"], [org_ids[0]])
     assert opened == f"token of {org_ids[0]}"
+
+
+def test_of_two_tokens_for_one_key_in_a_batch_the_last_is_stored(database, rows, keyring, org_ids):
+    put(database, rows, keyring, org_ids[0], org_ids[1], org_ids[0])
+    put(database, rows, keyring, org_ids[0])
+
+    assert {id_: row["version"] for id_, row in find(database, *org_ids).items()} == {
+        org_ids[0]: 2,
+        org_ids[1]: 1,
+    }
+
+
+def test_uses_of_credentials_are_counted_with_their_last_error(database, rows, org_ids, clock: ManualClock):
+    ids = {row["org_id"]: row["id"] for row in rows.credentials}
+    one, two = ((ids[org_id], org_id) for org_id in org_ids[:2])
+    for uses in ([Use(*one, None), Use(*two, None), Use(*one, "invalid_client")], [Use(*two, None)], []):
+        with database.transaction() as connection:
+            credentials.used_for_all_orgs(connection, uses, at=clock.now())
+
+    found = {row["org_id"]: (row["uses"], row["last_error"], row["last_used_at"]) for row in rows.credentials}
+    assert found[org_ids[0]] == (2, "invalid_client", clock.now())
+    assert found[org_ids[1]] == (2, None, clock.now())
+    assert found[org_ids[2]] == (0, None, None)
 
 
 def test_one_process_at_a_time_reserves_a_request(database, rows, keyring, org_ids, clock: ManualClock):
