@@ -12,7 +12,8 @@ does nothing. The workers are processes, the issuer is another. Where the tokens
     --ahead     nowhere, but the workers have `--within` seconds to request them ahead of time
 
 `--provider-rate` is what the issuer allows and the workers keep to, 0 is no limit. Meanwhile `--others`
-definitions of other orgs are due each second. Times are from the instant until the handler is called.
+definitions of other orgs are due each second; those due at the instant itself, which have no precedence, are
+counted separately. Times are from the instant until the handler is called.
 """
 
 from __future__ import annotations
@@ -194,11 +195,14 @@ def figures(
     late = [(start - at).total_seconds() for start, _ in started]
     ends = [row.finished_at for row in ours if row.finished_at]
     last_end = max(ends, default=now)
-    others = [
-        ((row.handler_started_at or now) - row.scheduled_for).total_seconds()
-        for row in rows
-        if row.handler == OTHER and row.scheduled_for <= last_end
-    ]
+    others, together = (
+        [
+            ((row.handler_started_at or now) - row.scheduled_for).total_seconds()
+            for row in rows
+            if row.handler == OTHER and row.scheduled_for <= last_end and (row.scheduled_for == at) is same
+        ]
+        for same in (False, True)
+    )
     requests, refused = made.issuer.counts()
     count, minute = given.orgs * given.per_org, int(at.timestamp())
     used = {
@@ -224,6 +228,9 @@ def figures(
         "others_late_p50": spread(others)[0],
         "others_late_p99": spread(others)[1],
         "others_late_max": round(max(others, default=0.0), 3),
+        "together": len(together),
+        "together_late_p50": spread(together)[0],
+        "together_late_max": round(max(together, default=0.0), 3),
         "most_ahead": most_ahead([org for _, org in started], {row.org_id for row in ours}),
         "token_requests": sum(requests.values()),
         "token_requests_in_the_minute": sum(requests.get(minute + second, 0) for second in range(60)),
@@ -271,8 +278,12 @@ def table(found: dict[str, Any]) -> str:
         ("starts a second", f"{found['starts_per_second']}"),
         ("late p50, p99", seconds(found, "late_p50", "late_p99")),
         (
-            f"{found['others']} other runs: late p50, p99, max",
+            f"{found['others']} other runs, due later: late p50, p99, max",
             seconds(found, "others_late_p50", "others_late_p99", "others_late_max"),
+        ),
+        (
+            f"{found['together']} other runs, due with them: late p50, max",
+            seconds(found, "together_late_p50", "together_late_max"),
         ),
         ("an org ahead of another by at most", f"{found['most_ahead']} starts"),
         (

@@ -70,7 +70,7 @@ class RingWalk:
         self._newest = 0.0
         # Orgs whose turn it was when others went first.
         self._passed: list[OrgId] = []
-        # More orgs wait than one admission takes, or other workers took what was found: walk under the lock.
+        # Other workers took what this one had found: walk under the lock.
         self.crowded = False
 
     def admit(
@@ -117,7 +117,7 @@ class RingWalk:
                 taken = {run.org_id for run in picked}
                 passed = (org_id for org_id in in_turn if org_id not in taken)
                 self._passed = list(islice(passed, len(step.newest)))
-            self.crowded = not self._placing and (not step.complete or len(picked) < wanted)
+            self.crowded = not self._placing and len(picked) < wanted
         if orgs and step.partial and call.free and not self.crowded:
             # Some queues were short: read the rest of the others.
             self._fill(call, dict.fromkeys(orgs, call.free))

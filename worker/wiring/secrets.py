@@ -30,7 +30,7 @@ from worker.tokens.token_probe import TokenProbe, watch
 from worker.wiring import find_keyring
 
 # Seconds: tokens that arrive one after another are stored together.
-LINGER = 0.02
+LINGER = 0.05
 
 
 def issuers_of(settings: Settings) -> dict[str, Issuer]:

@@ -90,6 +90,21 @@ async def test_a_few_free_slots_wait_a_moment_for_more_while_a_backlog_waits(clo
     assert store.asked == [FEW, 2]
 
 
+async def test_one_of_few_slots_is_filled_at_once(clock: ManualClock) -> None:
+    """A worker with eight processes must not leave one idle."""
+    store, inflight_runs = Backlog(10_000), InflightRuns()
+    admitting = admission(store, inflight_runs, clock, slots=8)
+    task = asyncio.create_task(admitting.run())
+    await settle()
+
+    inflight_runs.release(next(iter(inflight_runs)))
+    admitting.wake.set()
+    await settle()
+    task.cancel()
+
+    assert store.asked == [8, 1]
+
+
 async def test_one_free_slot_is_filled_at_once_where_nothing_else_waits(clock: ManualClock) -> None:
     store, inflight_runs = Backlog(FEW - 1), InflightRuns()
     admitting = admission(store, inflight_runs, clock, slots=FEW)

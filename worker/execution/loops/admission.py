@@ -16,9 +16,10 @@ from worker.execution.loops.wakeups import wait_for
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
 
-# With fewer free slots than this and more runs waiting, wait `MOMENT` seconds for others to become free.
+# With fewer free slots than this and than a tenth of all, and more runs waiting, wait `MOMENT` seconds for
+# others to become free: slots of runs that request tokens come one by one.
 FEW = 100
-MOMENT = 0.002
+MOMENT = 0.01
 
 
 class AdmitStore(Protocol):
@@ -96,7 +97,8 @@ class Admission:
         self._refilled.set()
 
     async def _admit(self) -> bool:
-        if self._more_wait and 0 < sum(self._free().values()) < FEW:
+        few = min(FEW, sum(self.slots.values()) // 10)
+        if self._more_wait and 0 < sum(self._free().values()) < few:
             await self.clock.sleep(MOMENT)
         free = self._free()
         if not any(free.values()):
