@@ -87,21 +87,22 @@ class Attempts:
             self._wrong.charge(client)
             return _problem(error, 401)
         message = await _read(request)
-        gone = _Gone(request) if name == "take" else None
+        left = _Gone(request) if name == "take" else None
+
+        def gone() -> bool:
+            # A worker that drains ends the takes that wait.
+            return left is not None and (left() or self.draining or self.api is not api)
+
         try:
-            answer = await api.call(caller, name, message, gone or _stays)
+            answer = await api.call(caller, name, message, gone)
         finally:
-            if gone is not None:
-                gone.stop()
+            if left is not None:
+                left.stop()
         if isinstance(answer, bytes):
             return Response(answer, media_type="application/json")
         return Response(
             json.dumps(answer, ensure_ascii=False, separators=(",", ":")), media_type="application/json"
         )
-
-
-def _stays() -> bool:
-    return False
 
 
 class _Gone:

@@ -323,6 +323,30 @@ async def test_a_worker_that_drains_gives_out_no_runs_but_answers_running_ones(f
     assert await host.finish(fleet.one, end_of(taken)) == [run]
 
 
+async def test_a_worker_that_drains_ends_the_takes_that_wait(fleet: Fleet) -> None:
+    host = await fleet.host()
+    waiting = asyncio.create_task(host.take(fleet.one, wait=20.0))
+    await asyncio.sleep(0.3)
+    fleet.one.listener.attempts.draining = True
+
+    async with asyncio.timeout(5):
+        assert await waiting == []
+
+
+async def test_a_worker_that_stops_lets_what_it_did_not_deliver_wait_again(fleet: Fleet) -> None:
+    host = await fleet.host()
+    run = fleet.start()
+    fleet.tokens.may_answer.clear()
+    assert await host.take(fleet.one, wait=0.3) == []
+
+    assert fleet.one.api is not None
+    await fleet.one.api.close()
+
+    live = fleet.rows.live(run)
+    assert live is not None
+    assert (live["state"], live["reason"]) == ("waiting", "handed_back")
+
+
 async def test_the_versions_are_listed_without_a_token(fleet: Fleet) -> None:
     response = await fleet.client.get(f"{fleet.one.url}/attempts")
 

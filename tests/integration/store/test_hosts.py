@@ -197,6 +197,15 @@ def test_the_runs_of_a_lost_host_are_recovered_and_those_of_a_live_one_are_not(s
     assert owned(stock, alive, {mine.id: mine.fencing_token}) == {mine.id}
 
 
+def test_a_host_whose_lease_has_passed_gets_no_run(stock: Stock) -> None:
+    _, host = added(stock)
+    late, alive = begin(stock, host, timedelta(seconds=-1)), begin(stock, host)
+    stock.put(stock.run(stock.org()))
+
+    assert stock.admit(late) == []
+    assert len(stock.admit(alive)) == 1
+
+
 def test_a_worker_that_starts_on_sqlite_leaves_the_hosts_runs(sqlite_stock: Stock) -> None:
     stock = sqlite_stock
     _, host = added(stock)

@@ -9,7 +9,7 @@ from dataclasses import InitVar, dataclass, field
 from datetime import timedelta
 from heapq import nlargest
 from itertools import islice
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar
 
 from worker.clock import Clock
 from worker.errors import Unavailable
@@ -17,7 +17,7 @@ from worker.execution.attempts import events
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.loops.finisher import Finisher, FinishStore
 from worker.execution.loops.run_log_writer import RunLogWriter
-from worker.execution.runners.contract import StopReason, start_task
+from worker.execution.runners.contract import start_task, stop_reason_of
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun
@@ -119,9 +119,7 @@ class Dispatcher(Generic[T]):
     def cancel(self, run_id: RunId, reason: str) -> None:
         inflight = self.inflight_runs.get(run_id)
         if inflight is not None:
-            known = reason in ("suspended", "replaced", "closed")
-            stop_reason = cast(StopReason, reason) if known else "cancel"
-            inflight.stop.request(stop_reason, inflight.cancel_grace.total_seconds())
+            inflight.stop.request(stop_reason_of(reason), inflight.cancel_grace.total_seconds())
 
     async def drain(self, grace: timedelta) -> None:
         """Ask every run to stop, and wait until the end of each is written."""

@@ -10,11 +10,12 @@ import asyncio
 import hmac
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from worker.bounded import remember
-from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused
+from worker.errors import AccessDenied, LeaseLost, TokenError, TokenRefused, Unavailable
 from worker.execution.attempts.run_services import FoundBudgets
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.delivery import HostTools, Key
@@ -75,8 +76,11 @@ class AttemptApi:
             runs.delivery.changed.set()
 
     async def close(self) -> None:
-        """Write the ends that hosts have reported."""
-        await asyncio.gather(*(runs.close() for runs in self._incarnations.values()))
+        """Write the ends that hosts have reported, and let the runs wait again that they never got."""
+        for runs in list(self._incarnations.values()):
+            with suppress(Unavailable):  # the hosts hand them back
+                await runs.hand_back_undelivered()
+            await runs.close()
         self._incarnations.clear()
 
     def knows(self, token_sha256: str) -> bool:

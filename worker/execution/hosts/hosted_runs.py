@@ -39,7 +39,7 @@ from worker.execution.hosts import wire
 from worker.execution.hosts.delivery import Delivery, HostedStore, HostTools, Key, place_of
 from worker.execution.hosts.wire import End, Malformed
 from worker.execution.loops.finisher import Finisher
-from worker.execution.runners.contract import StopSignal
+from worker.execution.runners.contract import StopSignal, stop_reason_of
 from worker.ids import RunId, WorkerId
 from worker.runs import outcome as outcomes
 from worker.runs.hosts import HostCaller
@@ -198,7 +198,7 @@ class HostedRuns:
             if inflight is None:
                 delivered.append(run)
             elif run.cancel_reason is not None:
-                inflight.stop.request("suspended" if run.cancel_reason == "suspended" else "cancel", 0.0)
+                inflight.stop.request(stop_reason_of(run.cancel_reason), 0.0)
         return registered, delivered
 
     async def hand_back_undelivered(self) -> None:

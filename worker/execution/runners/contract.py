@@ -217,6 +217,15 @@ class StopSignal:
         return self._frozen + current
 
 
+def stop_reason_of(cancel_reason: str) -> StopReason:
+    """Why a run stops whose cancellation was requested so."""
+    match cancel_reason:
+        case "suspended" | "replaced" | "closed":
+            return cancel_reason
+        case _:
+            return "cancel"
+
+
 def outcome_of_stop(stop: StopSignal) -> Outcome:
     match stop.reason:
         case None:

@@ -213,7 +213,8 @@ SELECT json_group_array(org_id) FROM (
 """
 
 COUNTS = """
-SELECT EXISTS (SELECT 1 FROM workers WHERE id = ? AND ended_at IS NULL),
+SELECT EXISTS (SELECT 1 FROM workers
+               WHERE id = ? AND ended_at IS NULL AND (host_id IS NULL OR lease_until > ?)),
        (SELECT json_group_object(h.value, (SELECT count(*) FROM live_runs l
                                            WHERE l.state = 'running' AND l.handler = h.value)
                                         + (SELECT count(*) FROM live_runs l
@@ -300,12 +301,12 @@ def admit_choose(
     if placing:
         free = _room(cursor, pools, free, to_text(file_now(connection)))
     limited = [name for name, most in offered.items() if most is not None]
+    now = file_now(connection)
     registered, of_handlers, of_orgs = cursor.execute(
-        COUNTS, (worker_id, json_list(limited), json_list(orgs))
+        COUNTS, (worker_id, to_text(now), json_list(limited), json_list(orgs))
     ).fetchone()
     if not registered:
         return []
-    now = file_now(connection)
     limits = Limits(cursor, offered, json.loads(of_handlers), free)
     if not limits.handlers:
         return []
