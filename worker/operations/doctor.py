@@ -20,7 +20,7 @@ from worker.ids import ALL_ORGS
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
-from worker.store import catalogue, health, pools, roles, schema
+from worker.store import catalogue, health, placements, pools, roles, schema
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
@@ -68,6 +68,7 @@ def run_checks(
         handlers(database),
         served_pools(database, org),
         pool_rules(database, settings),
+        *(placed_pool(database, pool) for pool in settings.placed_by_temporal),
     ]
 
 
@@ -152,6 +153,21 @@ def served_pools(database: Database, org: Named = _as_it_is) -> Diagnostic:
         f"{_and_more(lacking)}",
         f"start a host of it, add it to [execution] pools of a worker, or correct the name; "
         f"`pools list` shows what waits for {pool}",
+    )
+
+
+def placed_pool(database: Database, pool: str) -> Diagnostic:
+    """A handler that only some hosts of a pool offer which Temporal places: its runs wait."""
+    name = "placed_pool"
+    with database.autocommit() as connection:
+        lacking = placements.unplaced_handlers(connection, pool)
+    if not lacking:
+        return Diagnostic(name, True, f"the hosts of pool {pool} offer the same handlers")
+    return Diagnostic(
+        name,
+        False,
+        f"not all hosts of pool {pool} offer {lacking[0]}, so its runs are not placed{_and_more(lacking)}",
+        f"install the same plug-ins on all hosts of {pool}; `hosts list` shows them",
     )
 
 

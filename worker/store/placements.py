@@ -66,6 +66,15 @@ def room_of(connection: Connection, pool: str) -> PoolRoom:
     )
 
 
+def unplaced_handlers(connection: Connection, pool: str) -> list[str]:
+    """Handlers that some hosts of the pool offer and others do not, so that their runs are not placed."""
+    alive = _workers.c.ended_at.is_(None) & (_workers.c.lease_until > database_now(connection))
+    columns = (_workers.c.handlers, _workers.c.pools)
+    rows = connection.execute(select(*columns).where(alive, _workers.c.host_id.is_not(None)))
+    offered = [set(row.handlers) for row in rows if pool in row.pools and row.handlers]
+    return sorted(set.union(*offered) - set.intersection(*offered)) if offered else []
+
+
 def place(connection: Connection, worker_id: WorkerId, pool: str, tickets: Mapping[Fence, str]) -> set[Fence]:
     """Store the hashes of the tickets of runs that this worker owns; returns those that it still owned."""
     ours = _lock(connection, worker_id, tickets)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fakes.stock import HANDLER, LEASE, Stock
 from worker.ids import RunId, WorkerId, new_id
+from worker.operations import doctor
 from worker.runs.placing import PoolRoom, Ticket
 from worker.runs.run import AdmittedRun
 from worker.store import placements, tables, workers
@@ -347,3 +348,16 @@ def test_due_runs_of_a_pool_whose_engine_is_away_say_so(pool: Pool, stock: Stock
     assert mark(None) == 2
     assert reasons() == [("default", "due", None), *[(POOL, "due", None)] * 3]
     assert len(pool.admit()) == 2
+
+
+def test_doctor_names_handlers_that_only_some_hosts_offer(pool: Pool, stock: Stock) -> None:
+    assert doctor.placed_pool(stock.database, POOL).ok
+    pool.host(handlers=[HANDLER, "acme.one"])
+    assert doctor.placed_pool(stock.database, POOL).ok
+    pool.host(handlers=[HANDLER])
+    pool.host(handlers=[])
+
+    found = doctor.placed_pool(stock.database, POOL)
+
+    assert not found.ok
+    assert found.detail == f"not all hosts of pool {POOL} offer acme.one, so its runs are not placed"
