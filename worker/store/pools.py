@@ -16,15 +16,18 @@ from worker.store.dialect import Row, all_rows, database_now, first_row, upsert
 _pools, _live, _workers, _hosts = tables.pools, tables.live_runs, tables.workers, tables.hosts
 _definitions, _revisions, _orgs = tables.definitions, tables.definition_revisions, tables.orgs
 _REPLACED = ("requires", "changed_at", "changed_by")
-# Unfinished runs that are counted: of more, the numbers are too low.
-MOST = 100_000
+# Runs that are counted for the metric, and for people: of more, the numbers are too low.
+MOST, SHOWN = 100_000, 10_000
+# Pools, and workers and hosts that serve them: more than any installation has.
+NAMES, SERVING = 1_000, 10_000
 # Open definitions that are looked at, the newest ones.
 DEFINITIONS = 10_000
 
 
 def rules(connection: Connection) -> Rules:
     """The stored rules of all pools."""
-    return {name: requires for name, requires in connection.execute(select(_pools.c.name, _pools.c.requires))}
+    query = select(_pools.c.name, _pools.c.requires).order_by(_pools.c.name).limit(NAMES)
+    return {name: requires for name, requires in connection.execute(query)}
 
 
 def store_rules(connection: Connection, own: Rules, *, by: str) -> tuple[Rules, list[str]]:
@@ -55,28 +58,29 @@ def serving(connection: Connection) -> list[Row]:
     """Pools, slots and host of every worker and host that holds its lease."""
     alive = (_workers.c.ended_at.is_(None), _workers.c.lease_until > database_now(connection))
     columns = (_workers.c.pools, _workers.c.capacity, _workers.c.host_id)
-    return all_rows(connection, select(*columns).where(*alive).order_by(_workers.c.id))
+    return all_rows(connection, select(*columns).where(*alive).order_by(_workers.c.id).limit(SERVING))
 
 
 def of_hosts(connection: Connection) -> set[str]:
     """The pools of all hosts, also of those that are down."""
-    return set(connection.execute(select(_hosts.c.pool).where(_hosts.c.removed_at.is_(None))).scalars())
+    query = select(_hosts.c.pool).where(_hosts.c.removed_at.is_(None)).limit(SERVING)
+    return set(connection.execute(query).scalars())
 
 
-def waiting(connection: Connection) -> dict[str, int]:
+def waiting(connection: Connection, most: int = MOST) -> dict[str, int]:
     """The runs of each pool that could start now if there were slots for them."""
     due = (_live.c.state == literal_column("'waiting'"), _live.c.available_at <= database_now(connection))
-    return _count(connection, *due)
+    return _count(connection, most, *due)
 
 
 def running(connection: Connection) -> dict[str, int]:
     """The running runs of each pool."""
-    return _count(connection, _live.c.state == literal_column("'running'"))
+    return _count(connection, SHOWN, _live.c.state == literal_column("'running'"))
 
 
-def _count(connection: Connection, *which: ColumnElement[bool]) -> dict[str, int]:
-    some = select(_live.c.pool).where(*which).limit(MOST).subquery()
-    query = select(some.c.pool, func.count()).group_by(some.c.pool)
+def _count(connection: Connection, most: int, *which: ColumnElement[bool]) -> dict[str, int]:
+    some = select(_live.c.pool).where(*which).limit(most).subquery()
+    query = select(some.c.pool, func.count()).group_by(some.c.pool).limit(NAMES)
     return {pool: count for pool, count in connection.execute(query)}
 
 
@@ -121,11 +125,13 @@ def slots_of(workers: Sequence[Row]) -> Counter[str]:
 def overview(connection: Connection) -> list[Row]:
     """Every pool that a worker or host serves, a run waits for or rules are stored for, by name.
 
-    Runs are counted up to `MOST`. `slots` counts those of a worker of several pools for each.
+    Runs are counted up to `SHOWN`. `slots` counts those of a worker of several pools for each.
     """
-    known = {row["name"]: row for row in all_rows(connection, select(_pools))}
+    known = {
+        row["name"]: row for row in all_rows(connection, select(_pools).order_by(_pools.c.name).limit(NAMES))
+    }
     alive = serving(connection)
-    due, busy = waiting(connection), running(connection)
+    due, busy = waiting(connection, SHOWN), running(connection)
     slots = slots_of(alive)
     rows = []
     for name in sorted({*known, *due, *busy, *of_hosts(connection), *slots}):
