@@ -19,7 +19,8 @@ from tests.unit.execution.runs import admitted
 from worker.claims.claims import AccessToken, Claims
 from worker.demo.serving import ServerThread, bind_loopback
 from worker.execution.hosts import wire, wire_calls
-from worker.execution.hosts.wire import End, LineRow, Registered, Taken
+from worker.execution.hosts.wire import End, Registered, Taken
+from worker.execution.hosts.wire_calls import LineRow
 from worker.execution.runners.contract import Work
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
