@@ -62,6 +62,7 @@ class TicketTaking:
     taking: bool = False
     # The attempts that run here, and the events that end their activities.
     _open: dict[Fence, asyncio.Event] = field(default_factory=dict)
+    _takes: set[asyncio.Task[Fence | None]] = field(default_factory=set)
     _stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +82,9 @@ class TicketTaking:
         finally:
             self._stopping = True
             self._end_activities()
+            for task in self._takes:
+                # Its worker hands back what this host never gets.
+                task.cancel()
             if polling is not None:
                 polling.cancel()
                 await asyncio.wait({polling})
@@ -134,6 +138,8 @@ class TicketTaking:
         if self._stopping:
             return
         taking = asyncio.create_task(self._take(ticket))
+        self._takes.add(taking)
+        taking.add_done_callback(self._takes.discard)
         # Nothing that Temporal does stops an attempt, or loses one that was just taken.
         fence = await _result_of(taking)
         if fence is None:
@@ -168,11 +174,11 @@ class TicketTaking:
 
 
 async def _result_of(task: asyncio.Task[Fence | None]) -> Fence | None:
-    """The result of a task, whatever happens to the caller meanwhile."""
+    """The result of a task, whatever happens to the caller meanwhile; None if it was cancelled."""
     while not task.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait({task})
-    return task.result()
+    return None if task.cancelled() else task.result()
 
 
 def _short(error: Exception) -> str:
