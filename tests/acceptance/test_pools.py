@@ -42,6 +42,11 @@ def test_runs_go_where_their_pool_is_served_and_their_token_allows_it(site: Site
     assert (listed["eu-gpu"]["waiting"], listed["eu-gpu"]["workers"]) == (1, 0)
     assert listed["eu"]["requires"] == {"region": "eu"}
 
+    checked = site.cli("orgs", "check", "org_us", check=False)
+    assert checked.code == 1
+    assert "runs of note are refused in pool eu: it requires region = eu" in checked.out
+    assert "region" not in site.cli("orgs", "check", "org_eu").err
+
     # Rules stay with the database: this worker has none in its configuration.
     assert site.stop_worker(worker) == 0
     site.configure(execution='pools = ["eu", "eu-gpu"]')

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from sqlalchemy import Connection
 
 from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
+from worker.claims.pools import Rules, pool_mismatch
+from worker.definitions.pools import pool_of
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
 from worker.operations.handlers import Handlers
 from worker.operations.requirements import (
@@ -19,7 +21,7 @@ from worker.operations.requirements import (
     load_org,
     scopes_of,
 )
-from worker.store import applications, history
+from worker.store import applications, history, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
@@ -199,8 +201,13 @@ class Checks:
             return report
         with self.database.autocommit() as connection:
             last = history.last_token(connection, org.org.id)
-            readers = Handlers(connection).readers(org.definitions)
-        unread = tuple(sorted({name for claims in granted for name in readers.unread(claims)}))
+            handlers = Handlers(connection)
+            readers, rules = handlers.readers(org.definitions), pools.rules(connection)
+        denied = tuple(_denied_pools(org, report, handlers, rules))
+        report = replace(report, general=(*report.general, *denied))
+        # A pool reads what its rules name.
+        ruled = {f"property {name}" for required in rules.values() for name in required}
+        unread = tuple(sorted({name for claims in granted for name in readers.unread(claims)} - ruled))
         if last is None:
             return replace(report, unread=unread)
         # The token that the definition of that run gets; audiences can have different ones.
@@ -280,6 +287,32 @@ def _requirements_of(org: OrgDefinitions, issuer: Issuer | None, handlers: Handl
         bare = default.replace("{org}", org.org.code)
         needs[bare] = Need(bare)
     return tuple(need for audience, need in sorted(needs.items()) if audience)
+
+
+def _denied_pools(
+    org: OrgDefinitions, report: Report, handlers: Handlers, rules: Rules
+) -> Iterator[Diagnostic]:
+    """Pools of the org's definitions that its tokens do not allow: the runs there are refused."""
+    claims = {
+        name: probe.claims
+        for need, probe in zip(report.needs, report.probes, strict=True)
+        for name in need.definitions
+        if probe.claims is not None
+    }
+    found: dict[tuple[str, str], str] = {}
+    for definition in org.definitions:
+        pool = pool_of(definition.pool, handlers.declared(definition.handler).pool, org.pool)
+        if pool in rules and definition.name in claims:
+            name = pool_mismatch(pool, claims[definition.name], rules)
+            if name is not None:
+                found.setdefault((pool, name), definition.name)
+    for (pool, name), definition_name in found.items():
+        yield Diagnostic(
+            "pool",
+            False,
+            f"runs of {definition_name} are refused in pool {pool}: it requires {name} = {rules[pool][name]}",
+            f"set the property {name} at the provider, or name another pool",
+        )
 
 
 def _lacks_credential(connection: Connection, org: OrgDefinitions) -> Diagnostic:
