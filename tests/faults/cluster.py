@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +219,22 @@ class Cluster(Site):
         befell = [(fault.at, fault.until, fault.kind, fault.target, fault.worker) for fault in self.faults]
         lives = [(row["started_at"], row["ended_at"], row["id"], row["pid"]) for row in history.workers]
         told = [*objections, "", "faults:", *map(str, sorted(befell)), "workers:", *map(str, sorted(lives))]
+        told += self._of_runs(objections, history)
         raise AssertionError("\n".join([*told, "log:", self.log_text()[-200_000:]]))
+
+    def _of_runs(self, objections: Sequence[str], history: History) -> Iterator[str]:
+        """What is known of the first runs that are objected to: attempts, first and last acts, log lines."""
+        log = self.log_text().splitlines()
+        named = (re.match(r"run ([0-9a-f-]{36})", objection) for objection in objections)
+        for run in list(dict.fromkeys(found[1] for found in named if found))[:5]:
+            yield f"run {run}:"
+            for row in (row for row in history.attempts if row["run_id"] == run):
+                acts = [e["at"] for e in history.journal if (e["run"], e["attempt"]) == (run, row["attempt"])]
+                yield (
+                    f"  attempt {row['attempt']} {row['outcome']} of {row['worker_id']} "
+                    f"{row['started_at']} to {row['ended_at']}, acted {acts[:1]} to {acts[-1:]}"
+                )
+            yield from (f"  {line}" for line in log if run in line)
 
     def history(self) -> History:
         """All that the checker may know."""

@@ -347,7 +347,7 @@ class Trial:
             spec=json.dumps(to_spec(subject.definition)),
         )
 
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         if self.inflight.stop.killed:
             return False
         self._kept = self._kept or handler

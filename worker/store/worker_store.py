@@ -312,8 +312,8 @@ class WorkerStore:
                 limit=level.budget.limit,
             )
 
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
-        """Store a run's checkpoint; False if the run is no longer ours."""
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
+        """Store a run's checkpoint, its attempt's save `number`; False if the run is no longer ours."""
         return await self.database.call(
             lambda connection: statements(connection).save_checkpoint(
                 connection,
@@ -323,6 +323,7 @@ class WorkerStore:
                 org_id=run.org_id,
                 handler=handler,
                 data_json=data_json,
+                number=number,
             )
         )
 

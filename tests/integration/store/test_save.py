@@ -18,7 +18,13 @@ def running(stock: Stock) -> AdmittedRun:
 
 
 def save(
-    stock: Stock, run: AdmittedRun, data: str, *, token: int | None = None, handler: str = HANDLER
+    stock: Stock,
+    run: AdmittedRun,
+    data: str,
+    *,
+    token: int | None = None,
+    handler: str = HANDLER,
+    number: int = 0,
 ) -> bool:
     with stock.database.transaction() as connection:
         return statements(connection).save_checkpoint(
@@ -29,6 +35,7 @@ def save(
             org_id=run.org_id,
             handler=handler,
             data_json=data,
+            number=number,
         )
 
 
@@ -54,6 +61,21 @@ def test_the_last_checkpoint_is_what_the_next_attempt_gets(stock: Stock) -> None
     assert load(stock, run) == {"done": 2, "note": 'é "x"'}
     (row,) = stock.all(tables.checkpoints)
     assert (row["attempt"], row["fencing_token"], row["org_id"]) == (1, 1, run.org_id)
+
+
+def test_a_save_that_arrives_after_a_later_one_changes_nothing(stock: Stock) -> None:
+    run = running(stock)
+    assert save(stock, run, '{"done":1}', number=1)
+    assert save(stock, run, '{"done":3}', number=3)
+
+    assert save(stock, run, '{"done":2}', number=2)
+    assert load(stock, run) == {"done": 3}
+    assert save(stock, run, '{"done":3}', number=3)
+
+    with stock.database.transaction() as connection:
+        connection.execute(update(tables.live_runs).values(fencing_token=2))
+    assert save(stock, run, '{"done":4}', token=2, number=1)
+    assert load(stock, run) == {"done": 4}
 
 
 @pytest.mark.parametrize("data", ["null", "[]", '"text"', "0"])

@@ -111,7 +111,7 @@ class Site:
     async def outdate(self, org: Any, issuer: str, **wanted: Any) -> None:
         self.outdated.append(wanted)
 
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
         return self.still_ours
 
     async def load_progress(self, run_id: RunId) -> StoredProgress:
@@ -532,7 +532,7 @@ async def test_a_checkpoint_waits_for_a_database_that_is_unavailable(
     monkeypatch.setattr(run_services, "RETRY_SAVE", 0.001)
     answers = [StoreUnavailable("away"), StoreUnavailable("away")]
 
-    async def save_checkpoint(run: AdmittedRun, handler: str, data_json: str) -> bool:
+    async def save_checkpoint(run: AdmittedRun, handler: str, data_json: str, number: int) -> bool:
         if answers:
             raise answers.pop()
         return True

@@ -230,7 +230,7 @@ async def test_what_a_handler_saves_goes_to_the_workers_under_its_fence(clock: M
     await host.tools.run_log.flush()
 
     fence = {"run": RUN.id, "fencing_token": RUN.fencing_token}
-    assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}'}]
+    assert workers.sent("save") == [{**fence, "handler": "acme.digest", "data": '{"done":4}', "number": 1}]
     assert wire_calls.steps_of(workers.sent("store")[0])[0].step == STEP
     assert wire_calls.progress_of(workers.sent("progress")[0])[0][2] == {
         "done": 1,
@@ -322,6 +322,24 @@ async def test_lines_of_a_run_that_is_not_held_are_dropped(clock: ManualClock) -
     await host.store.append_logs([LogLine(RUN.id, 1, 1, RUN.org_id, clock.now(), "info", "log", "late")])
 
     assert workers.calls == []
+
+
+async def test_an_attempt_that_comes_after_it_was_handed_back_is_not_started(clock: ManualClock) -> None:
+    """Its worker was stopped while it answered; the run may already have another attempt, even here."""
+    answer = {"attempts": [wire.taken_message(TAKEN)]}
+    host = Host(clock, Workers(take=answer, hand_back={"runs": [RUN.id]}))
+    assert [taken.run for taken in await host.store.take({"child": 1}, 0)] == [RUN]
+
+    await host.store.hand_back([OwnedRun(RUN.id, RUN.fencing_token, None)])
+
+    assert await host.store.take({"child": 1}, 0) == []
+
+
+async def test_an_attempt_that_is_older_than_the_one_held_is_not_started(clock: ManualClock) -> None:
+    host = Host(clock, Workers(take={"attempts": [wire.taken_message(TAKEN)]}))
+    host.inflight_runs.add(replace(RUN, fencing_token=RUN.fencing_token + 1))
+
+    assert await host.store.take({"child": 1}, 0) == []
 
 
 async def test_a_host_that_was_removed_has_lost_its_lease(clock: ManualClock) -> None:

@@ -125,8 +125,11 @@ class TokenRenewals(Protocol):
 
 
 class SaveStore(Protocol):
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
-        """Store a run's checkpoint, fenced; returns whether the run was still ours."""
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
+        """Store a run's checkpoint, fenced; returns whether the run was still ours.
+
+        `number` counts the saves of the attempt: a request that arrives late overwrites no later save.
+        """
 
 
 class CheckpointStore(SaveStore, Protocol):
@@ -285,6 +288,7 @@ class AttemptServices:
     tools: RunTools
     refused: TokenRefused | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
+    _saves: int = field(default=0, init=False)
     # Of the run's steps: the places taken in this attempt, the last one before it, and the bytes of all.
     _places: set[int] | None = field(default=None, init=False)
     _totals: tuple[int, int] | None = field(default=None, init=False)
@@ -292,9 +296,10 @@ class AttemptServices:
     async def save(self, data_json: str) -> None:
         """Store a checkpoint, fenced and durable; wait while the database is away. Raises LeaseLost."""
         run, masked = self.inflight.run, masker.mask(data_json)
+        self._saves = number = self._saves + 1
         self._check_ours(
             await self._when_available(
-                lambda: self.tools.checkpoints.save_checkpoint(run, self.trail.handler, masked)
+                lambda: self.tools.checkpoints.save_checkpoint(run, self.trail.handler, masked, number)
             )
         )
         self.inflight.moved = self.inflight.moved or json.loads(data_json) != self.checkpoint

@@ -261,10 +261,11 @@ class AttemptApi:
         return wire.granted_message(token, claims)
 
     async def _save(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        data = wire_calls.checkpoint_of(message)
+        data, number = wire_calls.checkpoint_of(message)
         hosted = await runs.one(wire.fence_of(message))
         handler = await runs.handler_of(hosted, wire_calls.handler_of(message))
-        stored = await self.shared.tools.checkpoints.save_checkpoint(hosted.run, handler, masker.mask(data))
+        checkpoints = self.shared.tools.checkpoints
+        stored = await checkpoints.save_checkpoint(hosted.run, handler, masker.mask(data), number)
         if not stored:
             raise _lost(hosted)
         return {}

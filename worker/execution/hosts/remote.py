@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from worker.bounded import remember
 from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
@@ -27,6 +29,8 @@ PART_BYTES = wire.MOST_BYTES * 3 // 4
 ANSWER_SECONDS = 10.0
 # Seconds that a worker may take to prepare the attempt of a ticket before it is asked again.
 TICKET_WAIT = 10.0
+# Attempts that are remembered as handed back.
+MOST_HANDED_BACK = 10_000
 
 
 # Not frozen, as `EndedAttempt`.
@@ -62,6 +66,8 @@ class RemoteStore:
     heartbeat: BlockingControl
     inflight_runs: InflightRuns
     now: Callable[[], datetime]
+    # Attempts that were handed back: the answer that brings one may still be on its way.
+    _handed_back: OrderedDict[tuple[RunId, int], None] = field(default_factory=OrderedDict)
 
     # the incarnation
 
@@ -103,6 +109,8 @@ class RemoteStore:
 
     async def hand_back(self, owned: Sequence[OwnedRun]) -> set[RunId]:
         """Let runs wait again that this incarnation owns but does not know."""
+        for run in owned:
+            remember(self._handed_back, (run.id, run.fencing_token), None, MOST_HANDED_BACK)
         rows = [{"run": run.id, "fencing_token": run.fencing_token} for run in owned]
         answers = [await self.control.call("hand_back", part) for part in _parts("runs", rows)]
         return {RunId(run_id) for answer in answers for run_id in answer["runs"]}
@@ -113,7 +121,7 @@ class RemoteStore:
         """Runs for these slots, as soon as there are any, at most after `wait` seconds."""
         message = {"free": dict(free), "wait": wait}
         answer = await self.control.call("take", message, seconds=wait + ANSWER_SECONDS, repeat=False)
-        return [wire.taken_of(taken) for taken in answer["attempts"]]
+        return self._ours(answer)
 
     async def take_by(self, ticket: str) -> list[Taken]:
         """The run of a ticket; nothing if the ticket is not valid, or the attempt has ended already."""
@@ -123,7 +131,18 @@ class RemoteStore:
                 "take", message, seconds=TICKET_WAIT + ANSWER_SECONDS, repeat=False
             )
             if not answer.get("again"):
-                return [wire.taken_of(taken) for taken in answer["attempts"]]
+                return self._ours(answer)
+
+    def _ours(self, answer: Mapping[str, Any]) -> list[Taken]:
+        """The attempts of an answer, without those that came so late that they were handed back."""
+        ours: list[Taken] = []
+        for taken in map(wire.taken_of, answer["attempts"]):
+            run = taken.run
+            held = self.inflight_runs.get(run.id)
+            is_newer = held is None or held.run.fencing_token < run.fencing_token
+            if is_newer and (run.id, run.fencing_token) not in self._handed_back:
+                ours.append(taken)
+        return ours
 
     async def finish(self, ended: Sequence[EndedAttempt]) -> set[RunId]:
         """Report how attempts ended; the runs whose end was accepted."""
@@ -167,9 +186,9 @@ class RemoteStore:
             raise TokenRefused(refused["reason"], refused["detail"])
         return wire.granted_of(answer)
 
-    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str) -> bool:
-        fence = wire.fence_message(run)
-        return await self._fenced("save", {**fence, "handler": handler, "data": data_json}) is not None
+    async def save_checkpoint(self, run: AdmittedRun, handler: str, data_json: str, number: int = 0) -> bool:
+        message = {**wire.fence_message(run), "handler": handler, "data": data_json, "number": number}
+        return await self._fenced("save", message) is not None
 
     async def store_steps(self, rows: Sequence[RunStep]) -> set[tuple[RunId, int]]:
         """Store steps with their spends; the runs, with fencing tokens, that are still ours."""

@@ -32,12 +32,13 @@ SOURCES = ("log", "stdout", "stderr")
 
 
 @reader
-def checkpoint_of(message: Mapping[str, Any]) -> str:
+def checkpoint_of(message: Mapping[str, Any]) -> tuple[str, int]:
+    """A checkpoint's JSON text, and which save of the attempt it is; 0 if the host does not say."""
     data = message["data"]
     if not isinstance(data, str):
         raise ValueError("data is not JSON text")
     check_json_text(data, "checkpoint")
-    return data
+    return data, count_in(message.get("number", 0), "number", 2**31 - 1)
 
 
 @reader

@@ -371,10 +371,12 @@ class Statements(Protocol):
         org_id: OrgId,
         handler: str,
         data_json: str,
+        number: int = 0,
     ) -> bool:
         """Store a run's checkpoint, fenced; False if the run is no longer ours.
 
         The handler of its first checkpoint stays. One that differs from the last sets `recoveries` back to 0.
+        `number` counts the saves of the attempt: one that arrives after a later one changes nothing.
         """
         ...
 

@@ -346,6 +346,13 @@ checkpoints = Table(
     required("saved_at", Instant, "When it was saved."),
     required("data", json_type(), "The data passed to `ctx.save`."),
     Column("handler", Text, doc="The handler that saved first: the run keeps it."),
+    Column(
+        "number",
+        Integer,
+        nullable=False,
+        server_default="0",
+        doc="Which save of the attempt it is, from 1; 0 if unknown.",
+    ),
     info={"meaning": "The last checkpoint of an unfinished or retried run."},
 )
 

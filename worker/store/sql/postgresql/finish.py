@@ -392,13 +392,17 @@ WITH ours AS (
   UPDATE live_runs l SET recoveries = 0 FROM ours
   WHERE l.id = ours.id AND ours.recoveries > 0
     AND (SELECT data FROM checkpoints WHERE run_id = %(run)s) IS DISTINCT FROM %(data)s::jsonb
+), saved AS (
+  INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, number, saved_at, data, handler)
+  SELECT id, %(org)s, %(attempt)s, %(token)s, %(number)s, clock_timestamp(), %(data)s::jsonb, %(handler)s
+  FROM ours
+  ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
+                                     number = excluded.number, saved_at = excluded.saved_at,
+                                     data = excluded.data,
+                                     handler = COALESCE(checkpoints.handler, excluded.handler)
+  WHERE checkpoints.fencing_token < excluded.fencing_token OR checkpoints.number <= excluded.number
 )
-INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data, handler)
-SELECT id, %(org)s, %(attempt)s, %(token)s, clock_timestamp(), %(data)s::jsonb, %(handler)s FROM ours
-ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
-                                   saved_at = excluded.saved_at, data = excluded.data,
-                                   handler = COALESCE(checkpoints.handler, excluded.handler)
-RETURNING 1
+SELECT 1 FROM ours
 """
 
 LOCK_ALL = "SELECT 1 FROM live_runs WHERE id = ANY(%s::uuid[]) ORDER BY id FOR UPDATE"
@@ -429,9 +433,10 @@ def save_checkpoint(
     org_id: OrgId,
     handler: str,
     data_json: str,
+    number: int = 0,
 ) -> bool:
     ids = {"run": run_id, "token": fencing_token, "org": org_id, "attempt": attempt}
-    values = {**ids, "handler": handler, "data": data_json}
+    values = {**ids, "handler": handler, "data": data_json, "number": number}
     return driver(connection).execute(SAVE, values).fetchone() is not None
 
 

@@ -271,11 +271,12 @@ OURS = "SELECT recoveries FROM live_runs WHERE id = ? AND fencing_token = ? AND 
 BEFORE = "SELECT data FROM checkpoints WHERE run_id = ?"
 
 SAVE = """
-INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, saved_at, data, handler)
-VALUES (?, ?, ?, ?, ?, ?, ?)
+INSERT INTO checkpoints (run_id, org_id, attempt, fencing_token, number, saved_at, data, handler)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (run_id) DO UPDATE SET attempt = excluded.attempt, fencing_token = excluded.fencing_token,
-                                   saved_at = excluded.saved_at, data = excluded.data,
-                                   handler = COALESCE(handler, excluded.handler)
+                                   number = excluded.number, saved_at = excluded.saved_at,
+                                   data = excluded.data, handler = COALESCE(handler, excluded.handler)
+WHERE fencing_token < excluded.fencing_token OR number <= excluded.number
 """
 
 MOVED = "UPDATE live_runs SET recoveries = 0 WHERE id = ?"
@@ -297,6 +298,7 @@ def save_checkpoint(
     org_id: OrgId,
     handler: str,
     data_json: str,
+    number: int = 0,
 ) -> bool:
     cursor = driver(connection).cursor()
     ours = cursor.execute(OURS, (run_id, fencing_token)).fetchone()
@@ -305,7 +307,7 @@ def save_checkpoint(
     if ours[0] > 0 and cursor.execute(BEFORE, (run_id,)).fetchone() != (data_json,):
         cursor.execute(MOVED, (run_id,))
     now = to_text(file_now(connection))
-    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, now, data_json, handler))
+    cursor.execute(SAVE, (run_id, org_id, attempt, fencing_token, number, now, data_json, handler))
     return True
 
 
