@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 from sqlalchemy import Connection
 
@@ -19,6 +20,7 @@ from worker.store.ring_walk import RingWalk
 from worker.store.sql import statements
 from worker.store.worker_store import WorkerStore
 
+T = TypeVar("T")
 Admit = Mapping[str, int | None]
 
 
@@ -54,9 +56,20 @@ class HostStore:
 
     async def renew(self, worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease and return the runs it covers; False if the incarnation was ended."""
+        return await self._renewing(
+            lambda connection: statements(connection).renew(connection, worker, self._lease)
+        )
+
+    async def renew_as_json(self, worker: WorkerId) -> tuple[bool, str]:
+        """The same with the runs as JSON, for an answer that nothing here looks at."""
+        return await self._renewing(
+            lambda connection: statements(connection).renew_as_json(connection, worker, self._lease)
+        )
+
+    async def _renewing(self, work: Callable[[Connection], T]) -> T:
         # On PostgreSQL it is one statement, which is its own transaction.
         call = self._database.call if self._database.dialect == "sqlite" else self._database.call_autocommit
-        return await call(lambda connection: statements(connection).renew(connection, worker, self._lease))
+        return await call(work)
 
     async def unregister(self, worker: WorkerId) -> None:
         """End an incarnation; its runs are recovered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 from tests.fakes.stock import LEASE, Stock
@@ -40,6 +41,28 @@ def test_a_renewal_extends_the_lease_and_names_what_is_owned(stock: Stock) -> No
     assert {(run.fencing_token, run.cancel_reason) for run in owned} == {(1, None)}
     (row,) = stock.all(tables.workers, tables.workers.c.id == worker)
     assert row["lease_until"] - row["renewed_at"] == LEASE
+
+
+def test_a_renewal_as_json_is_the_same(stock: Stock) -> None:
+    worker, ended, org, suspended = stock.worker(), stock.worker(), stock.org(), stock.org()
+    stock.put(stock.run(org), stock.run(suspended))
+    stock.admit(worker)
+    stock.change(tables.orgs, suspended, state="suspended")
+    end(stock, ended)
+
+    def renew_as_json(worker: WorkerId) -> tuple[bool, list[OwnedRun]]:
+        with stock.database.transaction() as connection:
+            registered, owned = statements(connection).renew_as_json(connection, worker, LEASE)
+        return registered, [OwnedRun(*row) for row in json.loads(owned)]
+
+    for each in (worker, ended, stock.worker()):
+        registered, owned = renew(stock, each)
+        as_json, rows = renew_as_json(each)
+        assert as_json is registered
+        assert {(run.id, run.fencing_token, run.cancel_reason) for run in rows} == {
+            (run.id, run.fencing_token, run.cancel_reason) for run in owned
+        }
+    assert len(renew_as_json(worker)[1]) == 2
 
 
 def test_a_renewal_without_runs_is_one_all_the_same(stock: Stock) -> None:

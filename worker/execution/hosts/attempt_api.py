@@ -208,11 +208,11 @@ class AttemptApi:
             runs.delivery.handlers_changed()
         return {}
 
-    async def _renew(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
-        registered, owned = await runs.renew()
+    async def _renew(self, runs: HostedRuns, message: Mapping[str, Any]) -> bytes:
+        registered, answer = await runs.renew_as_json()
         if not registered:
             self._drop(runs)
-        return wire.renewed_message(registered, owned)
+        return answer
 
     async def _unregister(self, runs: HostedRuns, message: Mapping[str, Any]) -> Message:
         await runs.hand_back_undelivered()
@@ -397,7 +397,7 @@ def _found(hosted: HostedRun, found: FoundBudgets) -> Message:
     return {**messages.budgets_message(found.states), "missing": found.missing}
 
 
-Method = Callable[[AttemptApi, HostedRuns, Mapping[str, Any]], Awaitable[Message]]
+Method = Callable[[AttemptApi, HostedRuns, Mapping[str, Any]], Awaitable[Message | bytes]]
 # All calls but register and take, which are special.
 CALLS: Mapping[str, Method] = {
     name: getattr(AttemptApi, f"_{name}")

@@ -51,6 +51,8 @@ from worker.telemetry.masking import masker
 # Seconds that a call waits until its ends are written, and that a run unknown here waits for its token.
 WRITTEN_WITHIN = 5.0
 TOKEN_WITHIN = 2.0
+# Seconds between two renewals whose runs are compared with those that are known here.
+COMPARED_EVERY = 60.0
 # Ends that are remembered: a host repeats those whose answer was lost.
 MOST_ENDS = 10_000
 
@@ -101,6 +103,7 @@ class HostedRuns:
         )
         self._writing: dict[Key, asyncio.Future[bool]] = {}
         self._ended: OrderedDict[Key, bool] = OrderedDict()
+        self._compared_until = float("-inf")
         ends = _Ends(self._store, worker)
         self._finisher = Finisher(ends, self._clock, self._written, self._unstorable)
         self._writer = asyncio.create_task(self._finisher.run(), name="hosted ends")
@@ -175,6 +178,16 @@ class HostedRuns:
         if named != hosted.handler:
             raise Malformed(f"handler: the attempt of run {hosted.run.id} is one of {hosted.handler}")
         return named
+
+    async def renew_as_json(self) -> tuple[bool, bytes]:
+        """The answer to a renewal. Mostly it is passed on as the database gives it."""
+        now = self._clock.monotonic()
+        if self.delivery.undelivered or now >= self._compared_until:
+            registered, owned = await self.renew()
+            self._compared_until = now + COMPARED_EVERY
+            return registered, json.dumps(wire.renewed_message(registered, owned)).encode()
+        registered, text = await self._store.renew_as_json(self.worker)
+        return registered, f'{{"registered":{json.dumps(registered)},"owned":{text}}}'.encode()
 
     async def renew(self) -> tuple[bool, list[OwnedRun]]:
         """Extend the lease; the runs that the host should hold, without those that were not delivered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 
 from sqlalchemy import Connection
@@ -27,3 +28,8 @@ def renew(connection: Connection, worker_id: WorkerId, lease: timedelta) -> tupl
     if cursor.execute(RENEW, (instant(now), instant(now + lease), worker_id)).rowcount == 0:
         return False, []
     return True, [OwnedRun(*row) for row in cursor.execute(OWNED, (worker_id,))]
+
+
+def renew_as_json(connection: Connection, worker_id: WorkerId, lease: timedelta) -> tuple[bool, str]:
+    registered, owned = renew(connection, worker_id, lease)
+    return registered, json.dumps([(run.id, run.fencing_token, run.cancel_reason) for run in owned])
