@@ -23,7 +23,7 @@ NOTICED = timedelta(milliseconds=200)
 
 @dataclass(frozen=True)
 class Fault:
-    """What befell one worker, or with no `worker` the database of all; it lasts until `until`.
+    """What befell one worker, or with no `worker` the database or engine of all; it lasts until `until`.
 
     kill and stop are SIGKILL and SIGSTOP of a process of that incarnation; terminate ends
     one of its sessions, partition holds all that it and the database say to each other,
@@ -31,7 +31,7 @@ class Fault:
     """
 
     kind: Literal["kill", "stop", "terminate", "partition", "outage"]
-    target: Literal["worker", "zygote", "child", "session", "database"]
+    target: Literal["worker", "zygote", "child", "session", "database", "engine"]
     worker: str
     at: datetime
     until: datetime | None = None
@@ -180,7 +180,11 @@ def slow_recoveries(history: History) -> Iterator[str]:
         since = max(max(causes), earliest_contact(history, lost["ended_at"]))
         found = lost["ended_at"] - (history.lease if history.by_lease else timedelta(0))
         again = [a["started_at"] for a in attempts[lost["run_id"]] if a["attempt"] == lost["attempt"] + 1]
-        for what, at in [("found", found), *(("started again", at - history.lease) for at in again)]:
+        waits = [("found", found, since)]
+        for at in again:
+            counted = max(since, last_fault_of_control(history, at))
+            waits.append(("started again", at - history.lease, counted))
+        for what, at, since in waits:
             late = (at - since - history.poll).total_seconds()
             if late > 1.0:
                 yield (
@@ -208,6 +212,17 @@ def earliest_contact(history: History, at: datetime) -> datetime:
         if alive and (worker["ended_at"] is None or worker["ended_at"] >= at):
             since.append(max([worker["started_at"], *breaks]))
     return min(since, default=at)
+
+
+def last_fault_of_control(history: History, before: datetime) -> datetime:
+    """When the last fault ended of a worker or an engine, without which hosts are given no run.
+
+    With hosts only: a worker that dies while it places a run delays it for its lease.
+    """
+    hosts = {worker["id"] for worker in history.workers if worker.get("host_id") is not None}
+    faults = [fault for fault in history.faults if hosts and fault.worker not in hosts]
+    ends = [fault.until or fault.at for fault in faults if fault.at < before]
+    return max(ends, default=history.workers[0]["started_at"])
 
 
 def is_death(fault: Fault) -> bool:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -132,13 +132,9 @@ class Fleet(Storm):
                 case "partition":
                     self.part()
                 case "engine_kill":
-                    self.engine.stop()
-                    time.sleep(self.random.uniform(0.0, 3.0))
-                    self.engine.start()
+                    self.without_engine(self.engine.stop, self.engine.start, self.random.uniform(0.0, 3.0))
                 case "engine_stop":
-                    self.engine.pause()
-                    time.sleep(self.random.uniform(0.5, 4.0))
-                    self.engine.resume()
+                    self.without_engine(self.engine.pause, self.engine.resume, self.random.uniform(0.5, 4.0))
                 case _:
                     self.strike_one(kind, target)
             time.sleep(self.random.uniform(0.1, 0.8))
@@ -188,6 +184,15 @@ class Fleet(Storm):
         time.sleep(seconds)
         self.server.start()
         self.cluster.faults.append(Fault("outage", "database", "", began, datetime.now(UTC)))
+
+    def without_engine(self, end: Callable[[], None], begin: Callable[[], None], seconds: float) -> None:
+        """Temporal is killed or stopped, and goes on after so many seconds."""
+        began = datetime.now(UTC)
+        end()
+        # An outage is time that has to pass.
+        time.sleep(seconds)
+        begin()
+        self.cluster.faults.append(Fault("outage", "engine", "", began, datetime.now(UTC)))
 
     def part(self) -> None:
         """Nothing passes between one host and the workers, without a word, until another has its run."""
