@@ -159,7 +159,7 @@ class Attempts:
         return {"accepted": accepted}
 
     def _save(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.saved.append(wire_calls.checkpoint_of(message))
+        self.saved.append(wire_calls.checkpoint_of(message)[0])
         return {}
 
     def _logs(self, message: dict[str, Any]) -> dict[str, Any]:
