@@ -42,7 +42,8 @@ class History:
     """All that a checker may know. `by_lease` is false where a lock decides, which falls with its holder.
 
     `periods` give each definition's distance between two instants, in seconds; a
-    definition that is started by hand only has none.
+    definition that is started by hand only has none. `placing` is how long an engine may keep a run of
+    a pool from its hosts: it may give one to a host that hangs.
     """
 
     runs: Sequence[Row]
@@ -56,6 +57,7 @@ class History:
     by_lease: bool = True
     faults: Sequence[Fault] = ()
     periods: Mapping[str, float] = field(default_factory=dict)
+    placing: Mapping[str, timedelta] = field(default_factory=dict)
 
 
 def judge(history: History) -> list[str]:
@@ -159,6 +161,7 @@ def slow_recoveries(history: History) -> Iterator[str]:
     Counted from the later of the death and the start of a survivor's unbroken contact.
     """
     attempts = by_run(history.attempts)
+    pools = {run["id"]: run.get("pool", "") for run in history.runs}
     for lost in history.attempts:
         if lost["outcome"] != "lost":
             continue
@@ -183,7 +186,8 @@ def slow_recoveries(history: History) -> Iterator[str]:
         waits = [("found", found, since)]
         for at in again:
             counted = max(since, last_fault_of_control(history, at))
-            waits.append(("started again", at - history.lease, counted))
+            placing = history.placing.get(pools.get(lost["run_id"], ""), timedelta(0))
+            waits.append(("started again", at - history.lease - placing, counted))
         for what, at, since in waits:
             late = (at - since - history.poll).total_seconds()
             if late > 1.0:

@@ -68,6 +68,7 @@ class Cluster(Site):
         self.journal = self.out / "journal"
         self.faults: list[Fault] = []
         self.periods: dict[str, float] = {}
+        self.placing: dict[str, timedelta] = {}
         self.loads: Sequence[Load] = ()
         self.logs: dict[subprocess.Popen[bytes], Path] = {}
         self.on_file = not database_url.startswith("postgresql")
@@ -251,6 +252,7 @@ class Cluster(Site):
             poll=timedelta(seconds=self.poll),
             faults=tuple(self.faults),
             periods=self.periods,
+            placing=self.placing,
         )
 
 

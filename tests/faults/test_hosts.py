@@ -241,6 +241,8 @@ def test_runs_on_hosts_survive_whatever_befalls_workers_hosts_engine_and_network
         f'[pools.gpu]\nplacer = "temporal"\n[temporal]\naddress = "{engine.address}"\nplace_timeout = "5s"\n'
     )
     cluster = cluster_at(own_postgres.url(), poll=1.0, execution=tables)
+    # `place_timeout`, and the pause after it.
+    cluster.placing["gpu"] = timedelta(seconds=7)
     plan = FULL if full else SHORT
     with ExitStack() as stack:
         fleet = Fleet(cluster, own_postgres, engine, stack, seed())

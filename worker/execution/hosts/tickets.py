@@ -116,6 +116,8 @@ class TicketTaking:
                 task_queue=queue_of(self.pool, isolation),
                 activities=[self._attempt],
                 max_concurrent_activities=count,
+                # Temporal gives a run to each open poll of a host that hangs; it is lost for `place_timeout`.
+                max_concurrent_activity_task_polls=1,
                 disable_eager_activity_execution=True,
             )
             for isolation, count in self.slots.items()
