@@ -32,7 +32,7 @@ from worker.execution.loops.maintenance import Housekeeping
 from worker.execution.loops.reconciler import Reconciler, Renewal
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
-from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.loops.supervisor import Liveness, Supervisor
 from worker.execution.runners.child.pool import ChildPool
 from worker.execution.runners.inline import Inline
 from worker.ids import WorkerId
@@ -47,7 +47,7 @@ from worker.telemetry.vitals import Notifier, Vitals
 from worker.web.connections import Connections
 from worker.web.health import Health
 from worker.web.listener import WebServer, bind, build_health
-from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
+from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
 from worker.wiring.reading import CatalogueReader
 from worker.wiring.temporal import place_of, require_client, tls_of
 from worker.wiring.traces import traces_of
@@ -149,8 +149,7 @@ class HostIncarnation:
 
     def __post_init__(self) -> None:
         self.health.starting()
-        self._started_at = self.clock.monotonic()
-        self._is_ready = False
+        self._announced = Announced(self.notifier, self.clock)
         execution = self.settings.execution
         self._slots: dict[Isolation, int] = {
             "child": execution.max_children,
@@ -252,7 +251,7 @@ class HostIncarnation:
         )
 
         def on_taking() -> None:
-            self._ready(vitals.in_words())
+            self._announced.ready(self.id, vitals.in_words())
 
         common: dict[str, Any] = {
             "slots": self._slots,
@@ -344,14 +343,5 @@ class HostIncarnation:
         )
         return supervisor
 
-    def _ready(self, status: str) -> None:
-        if self._is_ready:
-            return
-        self._is_ready = True
-        self.notifier.ready(status)
-        emit("worker.ready", worker=self.id, seconds=round(self.clock.monotonic() - self._started_at, 3))
-
     def _draining(self, running: int) -> None:
-        seconds = self.settings.execution.drain.total_seconds()
-        self.notifier.stopping(seconds + LAST_FLUSH)
-        emit("worker.draining", worker=self.id, running=running, seconds=seconds)
+        self._announced.draining(self.id, running, self.settings.execution.drain)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Protocol
 
 from worker.clock import Clock
 from worker.errors import Unavailable
+from worker.execution.loops.supervisor import LAST_FLUSH
 from worker.execution.runners.child.pool import ChildPool
+from worker.ids import WorkerId
+from worker.telemetry.events import emit
 from worker.telemetry.vitals import Notifier
 
 EXIT_OK = 0
@@ -26,6 +30,30 @@ class Runs(Protocol):
 
         Raises Unavailable if it cannot be registered.
         """
+
+
+class Announced:
+    """What the service manager and the log learn of an incarnation: that it is ready, and that it drains."""
+
+    def __init__(self, notifier: Notifier, clock: Clock) -> None:
+        self._notifier = notifier
+        self._clock = clock
+        self._started_at = clock.monotonic()
+        self._is_ready = False
+
+    def ready(self, worker: WorkerId, status: str) -> None:
+        """It takes runs. Only the first call counts."""
+        if self._is_ready:
+            return
+        self._is_ready = True
+        self._notifier.ready(status)
+        emit("worker.ready", worker=worker, seconds=round(self._clock.monotonic() - self._started_at, 3))
+
+    def draining(self, worker: WorkerId, running: int, drain: timedelta) -> None:
+        """It gives its `running` attempts this long to end."""
+        seconds = drain.total_seconds()
+        self._notifier.stopping(seconds + LAST_FLUSH)
+        emit("worker.draining", worker=worker, running=running, seconds=seconds)
 
 
 class Signals:

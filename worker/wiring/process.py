@@ -30,7 +30,7 @@ from worker.execution.loops.reconciler import Reconciler, Renewal, emit_recovere
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.scheduler import Scheduler
 from worker.execution.loops.step_writer import StepWriter
-from worker.execution.loops.supervisor import LAST_FLUSH, Liveness, Supervisor
+from worker.execution.loops.supervisor import Liveness, Supervisor
 from worker.execution.loops.token_renewal import TokenRenewal
 from worker.execution.loops.wakeups import Wakeups
 from worker.execution.runners.child.pool import ChildPool
@@ -56,7 +56,7 @@ from worker.wiring import find_keyring, open_keyring
 from worker.wiring.attempts import AttemptListener
 from worker.wiring.catalogue import StoredCatalogue
 from worker.wiring.chores import Chores, ages_of
-from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Signals, run_incarnations
+from worker.wiring.incarnations import EXIT_OK, EXIT_TRY_LATER, Announced, Signals, run_incarnations
 from worker.wiring.monitoring import monitoring
 from worker.wiring.placing import check_placers, placing_loops
 from worker.wiring.reading import CatalogueReader
@@ -175,8 +175,7 @@ class Incarnation:
     def __post_init__(self) -> None:
         self.health.starting()
         self.id = WorkerId(new_id())
-        self._started_at = self.clock.monotonic()
-        self._is_ready = False
+        self._announced = Announced(self.notifier, self.clock)
         self._installation = ""
         settings, database = self.settings, self.database
         self._pool_rules = PoolRules(settings.pool_rules)
@@ -317,7 +316,7 @@ class Incarnation:
             slots=slots,
             poll=poll,
             start=dispatcher.start,
-            on_admitting=lambda: self._ready(vitals.in_words()),
+            on_admitting=lambda: self._announced.ready(self.id, vitals.in_words()),
         )
         if store.refills:
             dispatcher.finisher.refill_with(admission, store)
@@ -432,15 +431,6 @@ class Incarnation:
         )
         return supervisor
 
-    def _ready(self, status: str) -> None:
-        if self._is_ready:
-            return
-        self._is_ready = True
-        self.notifier.ready(status)
-        emit("worker.ready", worker=self.id, seconds=round(self.clock.monotonic() - self._started_at, 3))
-
     def _draining(self, running: int) -> None:
         self.hosts.attempts.draining = True
-        seconds = self.settings.execution.drain.total_seconds()
-        self.notifier.stopping(seconds + LAST_FLUSH)
-        emit("worker.draining", worker=self.id, running=running, seconds=seconds)
+        self._announced.draining(self.id, running, self.settings.execution.drain)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from temporalio.testing import ActivityEnvironment
 
-from tests.fakes.clock import ManualClock
+from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from worker.errors import StoreUnavailable
 from worker.execution.attempts.inflight import InflightRuns
@@ -79,8 +79,7 @@ class Bench:
 
 async def settled(task: asyncio.Task[Any]) -> bool:
     """Whether it is done after a moment."""
-    for _ in range(50):
-        await asyncio.sleep(0.001)
+    await settle()
     return task.done()
 
 
