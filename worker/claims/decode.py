@@ -37,10 +37,11 @@ def decode(payload: Mapping[str, Any], profile: Profile) -> Claims:
     Raises:
         TokenRefused: token_invalid; a claim has another type or shape than the provider gives it.
     """
+    org_code = org_of(payload, profile)
     return Claims(
-        org_code=org_of(payload, profile),
+        org_code=org_code,
         client_id=client_of(payload, profile),
-        scopes=_scopes(_at(payload, profile.scopes), profile),
+        scopes=_scopes(_at(payload, profile.scopes), profile, org_code),
         properties=_properties(_at(payload, profile.properties), profile),
         flags=_flags(_at(payload, profile.flags), profile),
         issued_at=_time(payload.get("iat")),
@@ -64,8 +65,18 @@ def _at(payload: Mapping[str, Any], path: ClaimPath) -> Any:
     """The value at a path of keys; None if a key is absent or the path empty."""
     value: Any = payload if path else None
     for key in path:
+        if "{audience}" in key:
+            key = key.replace("{audience}", _audience(payload))
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def _audience(payload: Mapping[str, Any]) -> str:
+    """The only audience of a payload, or empty."""
+    audience = payload.get("aud")
+    if isinstance(audience, list) and len(audience) == 1:
+        audience = audience[0]
+    return audience if isinstance(audience, str) else ""
 
 
 def _text(value: Any, code: str) -> str:
@@ -80,7 +91,7 @@ def org_of(payload: Mapping[str, Any], profile: Profile) -> str:
     """The code of the org in a payload, or empty; raises as `decode`."""
     value = _at(payload, profile.org)
     if value is None:
-        return _org_in_audience(payload, profile)
+        return "" if profile.org_shape == "prefixed" else _org_in_audience(payload, profile)
     if profile.org_shape == "text":
         return _text(value, "org_type")
     if profile.org_shape == "keys" and isinstance(value, Mapping):
@@ -88,6 +99,9 @@ def org_of(payload: Mapping[str, Any], profile: Profile) -> str:
         value = list(value)
     if not _is_texts(value):
         raise invalid("org_type", "its org is not in the provider's shape")
+    if profile.org_shape == "prefixed":
+        prefix = profile.org_prefix
+        value = [item.removeprefix(prefix) for item in value if item.startswith(prefix)]
     if len(value) > 1:
         raise invalid("org_ambiguous", "it names several orgs")
     return str(value[0]) if value else ""
@@ -95,22 +109,31 @@ def org_of(payload: Mapping[str, Any], profile: Profile) -> str:
 
 def _org_in_audience(payload: Mapping[str, Any], profile: Profile) -> str:
     """The org of a token whose audience is the org itself, as at Logto."""
-    audience = payload.get("aud")
-    if isinstance(audience, list) and len(audience) == 1:
-        audience = audience[0]
-    if profile.org_prefix and isinstance(audience, str) and audience.startswith(profile.org_prefix):
+    audience = _audience(payload)
+    if profile.org_prefix and audience.startswith(profile.org_prefix):
         return audience.removeprefix(profile.org_prefix)
     return ""
 
 
-def _scopes(value: Any, profile: Profile) -> frozenset[str]:
+def _scopes(value: Any, profile: Profile, org_code: str) -> frozenset[str]:
     if value is None:
         return frozenset()
     if profile.scopes_shape == "text" and isinstance(value, str):
         return _shared(frozenset(value.split(" ")) - {""})
     if profile.scopes_shape == "list" and _is_texts(value):
+        if profile.org_shape == "prefixed":
+            value = [item for item in value if not item.startswith(profile.org_prefix)]
         return _shared(frozenset(value))
+    if profile.scopes_shape == "orgs" and isinstance(value, Mapping):
+        # A role that another org granted to this client does not count in its own org.
+        return _shared(frozenset(name for name, orgs in value.items() if _grants(orgs, org_code)))
     raise invalid("scope_type", "its scopes are not in the provider's shape")
+
+
+def _grants(orgs: Any, org_code: str) -> bool:
+    if not isinstance(orgs, Mapping):
+        raise invalid("scope_type", "one of its scopes does not name the orgs that granted it")
+    return org_code in orgs
 
 
 def _properties(value: Any, profile: Profile) -> dict[str, Any]:

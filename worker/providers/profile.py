@@ -40,10 +40,11 @@ STANDARD_ERRORS: Mapping[str, FailureClass] = {
 class Profile:
     """What one provider's token endpoint takes and what its tokens look like.
 
-    A claim's path is a list of keys, empty if the provider has no such claim. An
-    endpoint's path is relative to the issuer's URL; an empty one is discovered.
-    `org_prefix` precedes the org in `aud` if no other claim names the org. `login_org` is the
-    claim of a person's ID token with a list of orgs, where that is another one than `org`.
+    A claim's path is a list of keys, empty if the provider has no such claim; `{audience}`
+    in a key is the token's audience, in `parameters` the requested one. An endpoint's path is
+    relative to the issuer's URL; an empty one is discovered. `org_prefix` precedes the org in
+    the `prefixed` item of a list, else in `aud` if no other claim names the org. `login_org` is
+    the claim of a person's ID token with a list of orgs, where that is another one than `org`.
     """
 
     name: str
@@ -73,12 +74,12 @@ class Profile:
     leeway: timedelta = timedelta(seconds=30)
 
     org: ClaimPath = ()
-    org_shape: Literal["text", "list", "keys"] = "text"
+    org_shape: Literal["text", "list", "keys", "prefixed"] = "text"
     org_prefix: str = ""
     login_org: ClaimPath = ()
     client: ClaimPath = ()
     scopes: ClaimPath = ("scope",)
-    scopes_shape: Literal["text", "list"] = "text"
+    scopes_shape: Literal["text", "list", "orgs"] = "text"
     properties: ClaimPath = ()
     properties_shape: Literal["v", "plain"] = "plain"
     flags: ClaimPath = ()
@@ -134,6 +135,8 @@ def parse(text: str, *, source: str) -> Profile:
             f"the profile {source} does not separate orgs: its callers choose the org themselves",
             fix="use a claim that the provider binds to the client or to its grants",
         )
+    if profile.org_shape == "prefixed" and not profile.org_prefix:
+        raise ConfigurationError(f'{source}: org_shape "prefixed" needs an org_prefix', fix=_SEE)
     if not profile.algorithms or not profile.algorithms <= ALGORITHMS:
         raise ConfigurationError(
             f"the profile {source} names unsupported algorithms",

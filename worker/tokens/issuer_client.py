@@ -168,7 +168,8 @@ class IssuerClient:
 
     async def _send(self, credential: Credential, audience: str, scopes: frozenset[str]) -> Reply | str:
         profile, endpoint = self.issuer.profile, await self.endpoints.token()
-        form = {"grant_type": "client_credentials", **profile.parameters}
+        form = {"grant_type": "client_credentials"}
+        form |= {name: value.replace("{audience}", audience) for name, value in profile.parameters.items()}
         headers: dict[str, str] = {}
         match profile.client_authentication:
             case "post":

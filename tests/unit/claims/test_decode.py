@@ -162,6 +162,132 @@ def test_each_provider_says_the_same_in_its_own_layout(name: str, payload: dict)
     assert claims.expires_at == datetime(1970, 1, 1, 0, 3, 20, tzinfo=UTC)
 
 
+OKTA = {
+    "ver": 1,
+    "jti": "AT.0mP4JKAZX1iACIT4vbEDF7LpvDVjxypPMf0D7uX39RE",
+    "iss": "https://acme.okta.com/oauth2/default",
+    "aud": "https://api.acme.com",
+    "sub": "0oabskvc6442nkvQO0h7",
+    "iat": 1_700_000_000,
+    "exp": 1_700_003_600,
+    "cid": "0oabskvc6442nkvQO0h7",
+    "scp": ["read:kb"],
+    "org_id": "acme",
+}
+ENTRA = {
+    "aud": "11112222-bbbb-3333-cccc-4444dddd5555",
+    "iss": "https://login.microsoftonline.com/aaaabbbb-0000-cccc-1111-dddd2222eeee/v2.0",
+    "iat": 1_700_000_000,
+    "nbf": 1_700_000_000,
+    "exp": 1_700_003_900,
+    "aio": "k2RgYPjzyLvY4Q==",
+    "azp": "00001111-aaaa-2222-bbbb-3333cccc4444",
+    "azpacr": "1",
+    "oid": "aaaaaaaa-0000-1111-2222-bbbbbbbbbbbb",
+    "rh": "0.AXYAqOdw6jRZ",
+    "roles": ["read:kb", "org:acme"],
+    "sub": "aaaaaaaa-0000-1111-2222-bbbbbbbbbbbb",
+    "tid": "aaaabbbb-0000-cccc-1111-dddd2222eeee",
+    "uti": "ei9kLnvfnUW37Vn",
+    "ver": "2.0",
+}
+ROLES = "urn:zitadel:iam:org:project:229185001:roles"
+ZITADEL = {
+    "iss": "https://acme.zitadel.cloud",
+    "sub": "229186002",
+    "aud": ["229185001"],
+    "iat": 1_700_000_000,
+    "nbf": 1_700_000_000,
+    "exp": 1_700_043_200,
+    "client_id": "jobs-of-acme",
+    "jti": "V2_229187003-at_229187004",
+    ROLES: {"read:kb": {"acme": "acme.example.com"}},
+    "urn:zitadel:iam:user:resourceowner:id": "acme",
+    "urn:zitadel:iam:user:resourceowner:name": "Acme",
+    "urn:zitadel:iam:user:resourceowner:primary_domain": "acme.example.com",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "client"),
+    [
+        ("okta", OKTA, "0oabskvc6442nkvQO0h7"),
+        ("entra", ENTRA, "00001111-aaaa-2222-bbbb-3333cccc4444"),
+        ("zitadel", ZITADEL, "jobs-of-acme"),
+    ],
+)
+def test_the_documented_tokens_of_okta_entra_and_zitadel_are_decoded(
+    name: str, payload: dict, client: str
+) -> None:
+    """As their documentation shows them; none has properties or flags of its own."""
+    claims = decode(payload, load(name))
+
+    assert (claims.org_code, claims.client_id, claims.scopes) == ("acme", client, {"read:kb"})
+    assert (claims.properties, claims.flags) == ({}, {})
+    assert claims.issuer == payload["iss"]
+
+
+@pytest.mark.parametrize("name", ["okta", "zitadel"])
+def test_okta_and_zitadel_take_properties_and_flags_from_a_hook(name: str) -> None:
+    """A token inline hook, or an action."""
+    payload = (OKTA if name == "okta" else ZITADEL) | {
+        "application_properties": {"tier": "pro"},
+        "feature_flags": {"f": True},
+    }
+    claims = decode(payload, load(name))
+
+    assert (claims.properties, claims.flags) == ({"tier": "pro"}, {"f": Flag("boolean", True)})
+
+
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [
+        # An app without org_id in its profile.
+        ("okta", OKTA | {"org_id": None}),
+        # No app role that names an org; the tenant is that of the URL, which the caller chooses.
+        ("entra", ENTRA | {"roles": ["read:kb"]}),
+        ("entra", {key: value for key, value in ENTRA.items() if key != "roles"} | {"aud": "org:acme"}),
+        # These two repeat what the caller asked for.
+        (
+            "zitadel",
+            {key: value for key, value in ZITADEL.items() if "resourceowner" not in key}
+            | {"urn:zitadel:iam:org:id": "acme", "urn:zitadel:iam:org:domain:primary": "acme.example.com"},
+        ),
+    ],
+)
+def test_what_the_caller_chose_names_no_org(name: str, payload: dict) -> None:
+    assert decode(payload, load(name)).org_code == ""
+
+
+def test_a_client_with_the_roles_of_two_orgs_is_refused() -> None:
+    with pytest.raises(TokenRefused) as refused:
+        decode(ENTRA | {"roles": ["org:acme", "org:globex", "read:kb"]}, load("entra"))
+
+    assert refused.value.detail == "org_ambiguous"
+
+
+def test_a_role_that_another_org_granted_is_no_scope() -> None:
+    """Else an org could be given rights by another one, in its own data."""
+    roles = {"read:kb": {"globex": "globex.example.com"}, "write:kb": {"globex": "g", "acme": "a"}}
+
+    assert decode(ZITADEL | {ROLES: roles}, load("zitadel")).scopes == {"write:kb"}
+
+
+def test_the_roles_of_another_project_are_no_scopes() -> None:
+    other = {"urn:zitadel:iam:org:project:999:roles": {"write:kb": {"acme": "acme.example.com"}}}
+
+    assert decode(ZITADEL | other, load("zitadel")).scopes == {"read:kb"}
+    assert decode(ZITADEL | {"aud": ["229185001", "999"]}, load("zitadel")).scopes == frozenset()
+
+
+@pytest.mark.parametrize("roles", [["read:kb"], {"read:kb": "acme"}, {"read:kb": ["acme"]}, "read:kb"])
+def test_roles_in_another_shape_are_refused(roles: Any) -> None:
+    with pytest.raises(TokenRefused) as refused:
+        decode(ZITADEL | {ROLES: roles}, load("zitadel"))
+
+    assert refused.value.detail == "scope_type"
+
+
 def test_workos_lists_the_flags_that_are_on() -> None:
     """It has no properties."""
     payload = token(aud="client_env", client_id="client", sub="client", org_id="acme", scope="a b")

@@ -13,9 +13,11 @@ from worker.providers.profile import ALGORITHMS, load, parse, shipped
 MINIMAL = 'name = "mine"\ntitle = "Mine"\norg_asserted_by = "client"\norg = ["org"]\nclient = ["azp"]\n'
 
 
-def test_six_profiles_come_with_the_worker() -> None:
+def test_nine_profiles_come_with_the_worker() -> None:
     """By the names that worker.toml uses."""
-    assert shipped() == ("auth0", "keycloak", "kinde", "logto", "rfc9068", "workos")
+    assert shipped() == (
+        *("auth0", "entra", "keycloak", "kinde", "logto", "okta", "rfc9068", "workos", "zitadel"),
+    )
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -71,6 +73,8 @@ def test_a_profile_whose_callers_choose_the_org_is_refused() -> None:
         ("algorithms = []", "algorithms"),
         ('client_authentication = "none"', "client_authentication"),
         ("ask_scopes = 1", "ask_scopes"),
+        ('org_shape = "prefixed"', "org_prefix"),
+        ('scopes_shape = "keys"', "scopes_shape"),
         ('[errors]\nodd = "fatal"', "errors"),
         ("[parameters]\nextra = 1", "parameters"),
         ("= 1", "TOML"),

@@ -107,6 +107,39 @@ async def test_each_provider_is_asked_in_its_own_words(name: str, expected: dict
     assert {key: value for key, value in form.items() if key not in own} == expected
 
 
+ZITADEL_SCOPE = (
+    "openid urn:zitadel:iam:org:project:id:229:aud urn:zitadel:iam:org:projects:roles "
+    "urn:zitadel:iam:user:resourceowner"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "audience", "scope"),
+    [
+        ("okta", "https://api.acme.com", "a b"),
+        ("entra", "7f1c", "7f1c/.default"),
+        ("zitadel", "229", ZITADEL_SCOPE),
+    ],
+)
+async def test_a_provider_gets_the_audience_in_the_scope_where_it_takes_it_there(
+    name: str, audience: str, scope: str, clock: ManualClock
+) -> None:
+    """Entra and Zitadel have no audience parameter and grant all scopes; none of the three is told an org."""
+    _, _, form = await ask(clock, kinde_issuer(profile=load(name)), credential(), audience=audience)
+
+    own = {"client_id", "client_secret"}
+    sent = {key: value for key, value in form.items() if key not in own}
+    assert sent == {"grant_type": ["client_credentials"], "scope": [scope]}
+
+
+async def test_a_wrong_secret_at_zitadel_parks_the_org(clock: ManualClock) -> None:
+    """It answers with 400 invalid_request."""
+    answer = httpx.Response(400, json={"error": "invalid_request"})
+
+    with pytest.raises(CredentialsRejected):
+        await ask(clock, kinde_issuer(profile=load("zitadel")), credential(), answer, audience="229")
+
+
 async def test_logto_is_asked_for_no_resource_where_the_org_is_the_audience(clock: ManualClock) -> None:
     """An organization token has the org in `aud`."""
     issuer = kinde_issuer(profile=load("logto"))

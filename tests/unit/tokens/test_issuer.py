@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
+from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import ConfigurationError
+from worker.outbound.http import open_client
+from worker.providers.profile import load
+from worker.tokens.issuer import Endpoints
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,31 @@ def test_a_slash_in_worker_toml_does_not_matter() -> None:
     """`iss` is what the profile makes of the URL."""
     assert kinde_issuer(url="https://acme.kinde.com/").iss == "https://acme.kinde.com"
     assert kinde_issuer(profile=profile(issuer_suffix="/")).iss == "https://acme.kinde.com/"
+
+
+TENANT = "https://login.microsoftonline.com/aaaabbbb-0000-cccc-1111-dddd2222eeee"
+
+
+@pytest.mark.anyio
+async def test_the_endpoints_of_entra_are_discovered_beside_its_url(clock: ManualClock) -> None:
+    """The token endpoint is below the tenant, not below the issuer, so no path of a profile could name it."""
+    document = {
+        "issuer": f"{TENANT}/v2.0",
+        "token_endpoint": f"{TENANT}/oauth2/v2.0/token",
+        "jwks_uri": f"{TENANT}/discovery/v2.0/keys",
+    }
+    asked: list[str] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json=document)
+
+    issuer = kinde_issuer(profile=load("entra"), url=f"{TENANT}/v2.0")
+    async with open_client(httpx.MockTransport(respond)) as client:
+        endpoints = Endpoints(issuer, client, clock=clock)
+
+        assert (await endpoints.token(), await endpoints.keys()) == (
+            document["token_endpoint"],
+            document["jwks_uri"],
+        )
+    assert asked == [f"{TENANT}/v2.0/.well-known/openid-configuration"]
