@@ -7,10 +7,13 @@ import importlib
 import importlib.util
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from docs.generate import figures, site
 from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
 from worker import settings
 from worker.definitions.file import parse_file
@@ -118,6 +121,28 @@ def test_every_page_can_be_reached_from_the_readme():
                 ahead.append(target)
 
     assert sorted(set(PAGES) - reached) == []
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    """`nav` of config/mkdocs.yml."""
+    named = list(named_in(yaml.safe_load(site.CONFIG.read_text(encoding="utf-8"))["nav"]))
+
+    assert sorted(named) == sorted(str(page.relative_to(site.DOCS)) for page in site.DOCS.rglob("*.md"))
+
+
+def named_in(nav: object) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, dict):
+        yield from named_in(list(nav.values()))
+    elif isinstance(nav, list):
+        for each in nav:
+            yield from named_in(each)
+
+
+def test_every_figure_has_its_picture():
+    """`python -m docs.generate.figures` makes it."""
+    assert {figures.picture_of(text) for text in figures.sources()} == set(figures.FOLDER.iterdir())
 
 
 def test_the_developers_commands_that_pages_name_exist():
