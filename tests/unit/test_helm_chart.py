@@ -1,0 +1,521 @@
+"""The Helm chart: Helm renders it, Kubernetes' schemas accept it, and it equals config/kubernetes."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.fakes.helm import MISSING, Rendered, render
+from tests.fakes.pages import blocks, unknown_words
+from worker import settings as places
+from worker.execution.loops.supervisor import LAST_FLUSH
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "config" / "helm" / "orgworker"
+KUBERNETES = ROOT / "config" / "kubernetes"
+PAGE = ROOT / "docs" / "operating" / "helm.md"
+# The release that the chart names as its oldest, one in between, and the newest with a schema.
+RELEASES = ("1.25", "1.31", "1.37")
+COMPONENTS = ("worker", "serve", "provision", "host")
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def values_of(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text())
+    return loaded
+
+
+MINIMAL = values_of("minimal")
+# As config/kubernetes, with all its files.
+AS_MANIFESTS = {
+    "config": (KUBERNETES / "worker.toml").read_text(),
+    "attempts": {"enabled": True},
+    "provision": {"enabled": True},
+    "host": {"enabled": True, "config": (ROOT / "config" / "host.toml").read_text()},
+}
+GOOD = {
+    **{name: values_of(name) for name in ("minimal", "all", "hosts")},
+    "manifests": AS_MANIFESTS,
+    "serve only": MINIMAL | {"worker": {"enabled": False}, "serve": {"enabled": True}},
+    "without policies": MINIMAL | {"networkPolicy": {"enabled": False}},
+    "without an owner": MINIMAL | {"secrets": {"owner": ""}},
+    "without a job": MINIMAL | {"upgrade": {"enabled": False}},
+}
+# Values that are refused, and what the error names.
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing set": ({}, ["config:", "--set-file config=worker.toml"]),
+    "an SQLite file": (
+        {"config": '[database]\nurl = "sqlite:////var/lib/orgworker/worker.db"\n'},
+        ["config:", "[database]"],
+    ),
+    "the url of something else": (
+        {"config": '[database]\n[alerts]\nwebhook_url = "https://x"\n'},
+        ["config:", "[database]"],
+    ),
+    "a password": (
+        {"config": MINIMAL["config"].replace("worker@", "worker:hunter2@")},
+        ["config:", "password", "database__url"],
+    ),
+    "nothing enabled": ({"worker": {"enabled": False}}, ["nothing is enabled", "worker.enabled"]),
+    "a host that knows no worker": (MINIMAL | {"host": {"enabled": True}}, ["host.config", "control"]),
+    "an attempt API without workers": (
+        values_of("hosts") | {"attempts": {"enabled": True}},
+        ["attempts.enabled", "worker"],
+    ),
+    "an unknown key": (MINIMAL | {"workers": {}}, ["workers"]),
+    "an unknown key below": (MINIMAL | {"worker": {"replica": 3}}, ["/worker", "replica"]),
+    "a text for a number": (MINIMAL | {"worker": {"replicas": "3"}}, ["/worker/replicas"]),
+    "a port of its own": (
+        MINIMAL | {"worker": {"env": [{"name": "WORKER_WEB__HEALTH_LISTEN", "value": ":1"}]}},
+        ["/worker/env/0/name"],
+    ),
+    "a secret's name with braces": (MINIMAL | {"secrets": {"worker": "a}, {b"}}, ["/secrets/worker"]),
+    "a tag as digest": (MINIMAL | {"image": {"digest": "latest"}}, ["/image/digest"]),
+}
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, Rendered]:
+    return render(CHART, GOOD | {name: values for name, (values, _) in BAD.items()})
+
+
+good = pytest.mark.parametrize("case", GOOD)
+
+
+@good
+def test_helm_lints_and_renders_it(rendered, case: str):
+    made = rendered[case]
+
+    assert (made.findings, made.error) == ([], "")
+    assert made.objects
+    names = [(each["kind"], each["metadata"]["name"]) for each in made.objects]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_values_that_cannot_work_are_refused_by_name(rendered, case: str):
+    made = rendered[case]
+
+    assert made.objects == []
+    assert all(word in made.error for word in BAD[case][1]), made.error
+    assert "hunter2" not in made.error
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@good
+def test_the_schemas_of_kubernetes_accept_it(rendered, case: str, release: str):
+    assert [why for each in rendered[case].objects if (why := invalid(each, release))] == []
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_schemas_of_kubernetes_accept_the_manifests(release: str):
+    objects = [each for each in manifests() if each["kind"] not in ("Kustomization", "PodMonitor")]
+
+    assert len(objects) > 10
+    assert [why for each in objects if (why := invalid(each, release))] == []
+
+
+def test_the_schemas_find_a_mistake(rendered):
+    """The control: a probe with a wrong key, a port without a number."""
+    made = json.loads(json.dumps(rendered["minimal"].one("Deployment", "orgworker-worker")))
+    container = made["spec"]["template"]["spec"]["containers"][0]
+    assert invalid(made, "1.37") == ""
+
+    container["livenessProbe"]["httpGett"] = {}
+    assert "httpGett" in invalid(made, "1.37")
+    del container["livenessProbe"]["httpGett"]
+    container["ports"][0]["containerPort"] = "http"
+    assert "'http'" in invalid(made, "1.37")
+
+
+def invalid(made: dict[str, Any], release: str) -> str:
+    """Why the schema of that release of Kubernetes rejects the object, or ""."""
+    if made["kind"] == "ServiceMonitor":
+        return wrong_monitor(made)
+    try:
+        kubernetes_validate.validate(made, release, strict=True)
+    except kubernetes_validate.ValidationError as wrong:
+        return f"{made['kind']} {made['metadata'].get('name')}: {list(wrong.path)}: {wrong.message}"
+    return ""
+
+
+def wrong_monitor(made: dict[str, Any]) -> str:
+    """What is wrong with the shape of a ServiceMonitor, whose schema is not Kubernetes' own."""
+    spec = made["spec"]
+    if made["apiVersion"] != "monitoring.coreos.com/v1" or set(spec) != {"selector", "endpoints"}:
+        return f"not a ServiceMonitor: {made['apiVersion']}, {sorted(spec)}"
+    if set(spec["selector"]) != {"matchLabels"}:
+        return f"selector: {spec['selector']}"
+    for endpoint in spec["endpoints"]:
+        if not {"port", "path", "interval"} <= set(endpoint) <= {"port", "path", "interval", "authorization"}:
+            return f"endpoint: {sorted(endpoint)}"
+    return ""
+
+
+# ---- What the chart says
+
+
+def test_the_chart_is_of_this_release():
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    assert chart["kubeVersion"] == f">={RELEASES[0]}.0-0"
+
+
+def test_every_value_is_in_the_schema_on_the_page_and_explained():
+    """A schema that lacks one would refuse the chart's own default."""
+    text = (CHART / "values.yaml").read_text()
+    values = yaml.safe_load(text)
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+
+    assert set(schema) - {"global"} == set(values)
+    for section, inner in values.items():
+        if "properties" in schema[section]:
+            assert set(schema[section]["properties"]) == set(inner), section
+            assert schema[section]["additionalProperties"] is False
+    page = PAGE.read_text()
+    assert [section for section in values if f"`{section}" not in page] == []
+    assert [section for section in values if not re.search(rf"(?m)^# .+\n{section}:", text)] == []
+
+
+def test_a_release_has_what_is_enabled_and_nothing_else(rendered):
+    deployments = {case: rendered[case].names("Deployment") for case in GOOD}
+
+    assert deployments["minimal"] == {"orgworker-worker"}
+    assert deployments["all"] == {f"orgworker-{name}" for name in COMPONENTS}
+    assert deployments["hosts"] == {"orgworker-host"}
+    assert deployments["serve only"] == {"orgworker-serve"}
+    # Whoever has the database upgrades it; hosts do not have it.
+    jobs = {case: rendered[case].names("Job") for case in GOOD}
+    assert jobs["hosts"] == jobs["without a job"] == set()
+    assert {"orgworker-upgrade"} == jobs["minimal"] == jobs["all"] == jobs["serve only"]
+    hosts = rendered["hosts"]
+    assert {each["kind"] for each in hosts.objects} == {
+        *("ConfigMap", "Deployment", "PodDisruptionBudget", "NetworkPolicy")
+    }
+    assert "worker-secrets" not in json.dumps(hosts.objects)
+    assert rendered["without policies"].names("NetworkPolicy") == set()
+
+
+@good
+def test_each_pod_has_no_rights_and_writes_its_volume_only(rendered, case: str):
+    for name, spec in pods(rendered[case]):
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["automountServiceAccountToken"] is False
+        [container] = spec["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert unknown_words(" ".join(container["args"])) == []
+        mounts = {each["name"]: each for each in container["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in spec["volumes"]}
+        writable = {each for each, mount in mounts.items() if not mount.get("readOnly")}
+        assert writable - {"exports"} == {"work"}
+        assert mounts["secrets"]["mountPath"] == places.MOUNTED_SECRETS
+
+
+def test_each_pod_has_the_secrets_it_needs_and_no_other(rendered):
+    shown = {name.removeprefix("orgworker-"): secrets(spec) for name, spec in pods(rendered["all"])}
+
+    assert shown == {
+        "worker": {"worker-secrets", "attempts-tls"},
+        "serve": {"serve-secrets"},
+        "provision": {"worker-secrets", "provision-secrets"},
+        "host": {"host-secrets"},
+        "upgrade": {"worker-secrets", "owner-secrets"},
+    }
+    [(_, upgrade)] = [each for each in pods(rendered["without an owner"]) if each[0].endswith("upgrade")]
+    assert secrets(upgrade) == {"worker-secrets"}
+
+
+def test_the_job_upgrades_before_install_and_upgrade_and_not_at_a_rollback(rendered):
+    job = rendered["minimal"].one("Job", "orgworker-upgrade")
+
+    assert job["metadata"]["annotations"] == {
+        "helm.sh/hook": "pre-install,pre-upgrade",
+        # Its log can be read until the next one.
+        "helm.sh/hook-delete-policy": "before-hook-creation",
+    }
+    # A hook runs before the release's own objects are there: it may use none of them.
+    assert "configMap" not in json.dumps(job)
+    # Without the key a pod does not start; else it would upgrade an SQLite file of its own.
+    sources = job["spec"]["template"]["spec"]["volumes"][0]["projected"]["sources"]
+    assert [source["secret"]["items"][0]["key"] for source in sources] == [
+        "database__url",
+        "database__owner_url",
+    ]
+    assert rendered["all"].one("Job", "orgworker-upgrade")["spec"]["template"]["spec"]["imagePullSecrets"]
+
+
+def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Path):
+    """Settings are loaded from the rendered files and variables, as in the pod."""
+    for case in ("minimal", "all"):
+        for name, spec in pods(rendered[case]):
+            component = name.removeprefix("orgworker-")
+            if component == "upgrade":
+                continue
+            [container] = spec["containers"]
+            environ = {each["name"]: each["value"] for each in container["env"]}
+            (tmp_path / "worker.toml").write_text(config(rendered[case], spec))
+            load = places.load_for_host if component == "host" else places.load
+            settings = load(str(tmp_path / "worker.toml"), environ=environ)
+
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            listeners = {
+                "http": settings.web.listen if component in ("worker", "serve") else "",
+                "hooks": settings.provisioning.listen,
+                "attempts": settings.attempts.listen,
+                "health": settings.web.health_listen,
+            }
+            assert {key: f"0.0.0.0:{port}" for key, port in ports.items()} == {
+                key: listen for key, listen in listeners.items() if listen
+            }
+            if component in ("worker", "host"):
+                drain = settings.execution.drain.total_seconds()
+                assert drain == {"all": {"worker": 600}}.get(case, {}).get(component, 60)
+                assert spec["terminationGracePeriodSeconds"] > drain + LAST_FLUSH
+
+
+def test_a_change_of_settings_restarts_the_pods():
+    other = MINIMAL | {"config": MINIMAL["config"] + '[log]\nlevel = "debug"\n'}
+    made = render(CHART, {"before": MINIMAL, "after": other, "again": MINIMAL})
+    before, after, again = (
+        made[case].one("Deployment", "orgworker-worker")["spec"] for case in ("before", "after", "again")
+    )
+
+    assert before == again
+    assert before["template"]["metadata"]["annotations"] != after["template"]["metadata"]["annotations"]
+    assert before["selector"] == after["selector"]
+
+
+def test_the_image_is_pulled_by_digest_if_there_is_one(rendered):
+    images = {case: rendered[case].one("Deployment", "orgworker-worker") for case in ("minimal", "all")}
+    [minimal], [pinned] = (
+        [one["image"] for one in made["spec"]["template"]["spec"]["containers"]] for made in images.values()
+    )
+
+    assert minimal == "registry.acme.com/orgworker:0.1.0"
+    assert pinned == "registry.acme.com/orgworker@" + values_of("all")["image"]["digest"]
+
+
+def test_services_policies_and_budgets_select_the_pods_of_one_kind(rendered):
+    for case in GOOD:
+        made = rendered[case]
+        labels = {
+            name: made.one("Deployment", name)["spec"]["template"]["metadata"]["labels"]
+            for name in made.names("Deployment")
+        }
+        jobs = [job["spec"]["template"]["metadata"]["labels"] for job in made.objects if job["kind"] == "Job"]
+        for each in made.objects:
+            selector = each.get("spec", {}).get("selector") or each.get("spec", {}).get("podSelector")
+            if selector is None or each["kind"] == "ServiceMonitor":
+                continue
+            wanted = selector.get("matchLabels", selector)
+            chosen = [name for name, given in labels.items() if wanted.items() <= given.items()]
+            assert len(chosen) == 1, (case, each["kind"], each["metadata"]["name"])
+            assert not any(wanted.items() <= given.items() for given in jobs)
+
+
+def test_only_the_proxy_the_monitor_and_hosts_reach_a_pod(rendered):
+    allowed = {name: peers(rendered["all"], name) for name in rendered["all"].names("NetworkPolicy")}
+    workers = peers(rendered["minimal"], "orgworker-worker")
+
+    assert workers == {"http": ["ingress-nginx"], "health": ["monitoring"]}
+    assert allowed == {
+        # serve has API and console, so the workers have none.
+        "orgworker-worker": {"health": ["monitoring"], "attempts": ["hosts", "10.20.0.0/16"]},
+        "orgworker-serve": {"http": ["ingress-nginx"], "health": ["monitoring"]},
+        "orgworker-provision": {"hooks": ["ingress-nginx"], "health": ["monitoring"]},
+        "orgworker-host": {"health": ["monitoring"]},
+    }
+
+
+def test_the_monitor_finds_the_health_port_of_every_pod(rendered):
+    made = rendered["all"]
+    [monitor] = [each for each in made.objects if each["kind"] == "ServiceMonitor"]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    chosen = [
+        each
+        for each in made.objects
+        if each["kind"] == "Service" and wanted <= each["metadata"]["labels"].items()
+    ]
+
+    assert {each["metadata"]["name"] for each in chosen} == {f"orgworker-{one}-health" for one in COMPONENTS}
+    for service in chosen:
+        assert service["spec"]["clusterIP"] == "None"
+        assert [port["name"] for port in service["spec"]["ports"]] == ["health"]
+        # A pod that does not admit runs is what the alerts are about.
+        assert service["spec"]["publishNotReadyAddresses"] is True
+    [endpoint] = monitor["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "metrics-token", "key": "token"}}
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+
+# ---- The chart and config/kubernetes
+
+
+@pytest.mark.parametrize("component", ["worker", "provision", "host", "upgrade"])
+def test_a_pod_equals_that_of_the_manifests(rendered, component: str):
+    chart = dict(pods(rendered["manifests"]))[f"orgworker-{component}"]
+    [plain] = [
+        each["spec"]["template"]["spec"]
+        for each in manifests()
+        if each["kind"] in ("Deployment", "Job") and name_of(each) == component
+    ]
+
+    assert essence(chart) == essence(plain)
+
+
+@pytest.mark.parametrize("component", ["worker", "provision", "host"])
+def test_it_is_rolled_out_as_the_manifests(rendered, component: str):
+    chart = rendered["manifests"].one("Deployment", f"orgworker-{component}")["spec"]
+    [plain] = [
+        each["spec"]
+        for each in manifests()
+        if each["kind"] == "Deployment" and each["metadata"]["name"] == component
+    ]
+
+    for key in ("replicas", "minReadySeconds", "strategy"):
+        assert chart.get(key) == plain.get(key), key
+
+
+@pytest.mark.parametrize("kind", ["Service", "PodDisruptionBudget"])
+def test_services_and_budgets_equal_those_of_the_manifests(rendered, kind: str):
+    plain = {each["metadata"]["name"]: each["spec"] for each in manifests() if each["kind"] == kind}
+
+    assert plain
+    for name, spec in plain.items():
+        made = rendered["manifests"].one(kind, f"orgworker-{name}")["spec"]
+        assert made.get("maxUnavailable") == spec.get("maxUnavailable")
+        ports = [[(port["name"], port["port"]) for port in each.get("ports", [])] for each in (made, spec)]
+        assert ports[0] == ports[1]
+
+
+def test_policies_equal_those_of_the_manifests(rendered):
+    plain: dict[str, dict[str, list[str]]] = {}
+    for each in manifests():
+        if each["kind"] == "NetworkPolicy":
+            name = each["metadata"]["name"]
+            # A policy of its own there, since the file is added to the others.
+            owner = "worker" if name == "attempts" else name
+            plain.setdefault(f"orgworker-{owner}", {}).update(rules(each))
+
+    assert plain == {name: peers(rendered["manifests"], name) for name in plain}
+
+
+def essence(spec: dict[str, Any]) -> dict[str, Any]:
+    """A pod's spec without names, images and what only the chart sets."""
+    [container] = spec["containers"]
+    env = {each["name"]: each["value"] for each in container.get("env", [])}
+    only_here = {"WORKER_EXECUTION__DRAIN", *(name for name in env if name.startswith("WORKER_ATTEMPTS__"))}
+    ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
+    return {
+        **{key: spec.get(key) for key in ("automountServiceAccountToken", "enableServiceLinks")},
+        **{key: spec.get(key) for key in ("securityContext", "restartPolicy")},
+        "grace": spec.get("terminationGracePeriodSeconds"),
+        "spread": [
+            {key: value for key, value in each.items() if key != "labelSelector"}
+            for each in spec.get("topologySpreadConstraints", [])
+        ]
+        if container["args"] == ["run"]
+        else None,
+        **{key: container.get(key) for key in ("args", "resources")},
+        "rights": container["securityContext"],
+        **{key: container.get(key) for key in ("startupProbe", "livenessProbe", "readinessProbe")},
+        "env": {name: value for name, value in env.items() if name not in only_here},
+        "ports": {name: port for name, port in ports.items() if name != "attempts"},
+        "mounts": {
+            mount["mountPath"]: bool(mount.get("readOnly"))
+            for mount in container["volumeMounts"]
+            if mount["name"] != "attempts"
+        },
+        "secrets": secrets(spec) - {"attempts-tls"},
+        "modes": [
+            (volume.get("secret") or volume.get("projected"))["defaultMode"]
+            for volume in spec["volumes"]
+            if volume["name"] == "secrets"
+        ],
+        "work": [volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "work"],
+    }
+
+
+def manifests() -> Iterator[dict[str, Any]]:
+    for path in sorted(KUBERNETES.glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text())
+
+
+def name_of(made: dict[str, Any]) -> str:
+    metadata = made["metadata"]
+    return str(metadata.get("name") or metadata["generateName"].rstrip("-"))
+
+
+def pods(made: Rendered) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the pod's spec of each Deployment and Job."""
+    owners = [each for each in made.objects if each["kind"] in ("Deployment", "Job")]
+    return [(each["metadata"]["name"], each["spec"]["template"]["spec"]) for each in owners]
+
+
+def secrets(spec: dict[str, Any]) -> set[str]:
+    """The names of the Secrets that a pod mounts."""
+    named = set()
+    for volume in spec["volumes"]:
+        if "secret" in volume:
+            named.add(volume["secret"]["secretName"])
+        for source in volume.get("projected", {}).get("sources", []):
+            named.add(source["secret"]["name"])
+    return named
+
+
+def config(made: Rendered, spec: dict[str, Any]) -> str:
+    """The text of the settings that a pod mounts as worker.toml."""
+    [volume] = [volume["configMap"] for volume in spec["volumes"] if volume["name"] == "config"]
+    [key] = [item["key"] for item in volume.get("items", [{"key": "worker.toml"}])]
+    text: str = made.one("ConfigMap", volume["name"])["data"][key]
+    return text
+
+
+def rules(policy: dict[str, Any]) -> dict[str, list[str]]:
+    """Who reaches which port by a policy; a peer is its namespace, network, or `hosts`."""
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    found = {}
+    for rule in policy["spec"]["ingress"]:
+        [port] = rule["ports"]
+        found["attempts" if port["port"] == 8480 else port["port"]] = [_peer(each) for each in rule["from"]]
+    return found
+
+
+def _peer(peer: dict[str, Any]) -> str:
+    if "ipBlock" in peer:
+        return str(peer["ipBlock"]["cidr"])
+    labels = peer["podSelector"]["matchLabels"]
+    assert labels
+    if "namespaceSelector" not in peer:
+        return "hosts" if "host" in "".join(labels.values()) else str(labels)
+    return str(peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"])
+
+
+def peers(made: Rendered, name: str) -> dict[str, list[str]]:
+    return rules(made.one("NetworkPolicy", name))
+
+
+# ---- The page
+
+
+def test_the_values_on_the_page_are_taken():
+    texts = [block.text for block in blocks(PAGE.read_text()) if block.language == "yaml"]
+    cases = {text: MINIMAL | yaml.safe_load(text) for text in texts}
+
+    assert texts
+    assert {text: made.error for text, made in render(CHART, cases).items() if made.error} == {}
