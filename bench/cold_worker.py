@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from worker.clock import SystemClock
+from worker.guard.issuer import Issuer
+from worker.guard.profile import load
 from worker.ids import OrgId
 from worker.orgs import OrgRef
-from worker.outbound.http import open_client
-from worker.providers.profile import load
+from worker.outbound import open_client
 from worker.store.database import Database
 from worker.telemetry.events import listen
 from worker.tokens.cache import Tokens
-from worker.tokens.issuer import Issuer
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import SharedTokens
 from worker.wiring.secrets import OpenedCredentials, StoredTokens

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from worker.clock import SystemClock
+from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.jwks import KeySet
+from worker.guard.profile import load
+from worker.guard.verify import verify
 from worker.ids import OrgId
 from worker.orgs import OrgRef
-from worker.outbound.http import open_client
-from worker.providers.profile import load
+from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.cache import Tokens
 from worker.tokens.credentials import Credential
-from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.jwks import KeySet
-from worker.tokens.verify import verify
 
 AUDIENCE = "https://api.bench.example"
 PEERS = ("authlib>=1.6,<2", "httpx-auth>=0.22,<1", "joserfc>=1,<2")

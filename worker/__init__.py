@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from worker.claims.claims import AccessToken, Claims
+    from worker.guard.claims import Claims
     from worker.handlers.agents import durable
     from worker.handlers.context import BlockingContext, Context
     from worker.handlers.httpx2_client import httpx2_client
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from worker.handlers.spending import BudgetExceeded
     from worker.handlers.steps import StepError
     from worker.handlers.waits import WaitTimeout
+    from worker.secret import AccessToken
 
 _HOMES = {
-    "AccessToken": "worker.claims.claims",
+    "AccessToken": "worker.secret",
     "BlockingContext": "worker.handlers.context",
     "BudgetExceeded": "worker.handlers.spending",
     "Cancel": "worker.handlers.results",
-    "Claims": "worker.claims.claims",
+    "Claims": "worker.guard.claims",
     "Context": "worker.handlers.context",
     "HandBack": "worker.handlers.results",
     "PermanentError": "worker.handlers.results",

@@ -1,41 +1,12 @@
-"""Clocks. Only this module reads the wall clock, so that tests can set it."""
+"""Clocks, and times as text."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from datetime import UTC, datetime
-from typing import Protocol
 
+from worker.guard.clock import Clock, SystemClock
 
-class Clock(Protocol):
-    """The time source of the worker."""
-
-    def now(self) -> datetime:
-        """The current time, aware, in UTC."""
-        ...
-
-    def monotonic(self) -> float:
-        """Seconds on a clock that never goes back; comparable between processes of one boot."""
-        ...
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep on the monotonic clock."""
-        ...
-
-
-class SystemClock:
-    """The machine's clocks."""
-
-    def now(self) -> datetime:
-        return datetime.now(UTC)
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-
+__all__ = ["Clock", "SystemClock", "from_text", "to_text"]
 
 # Formatting a time takes twice as long as looking up the text of its second.
 SECONDS_KEPT = 4096

@@ -11,24 +11,48 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from worker.guard.errors import (
+    ConfigurationError,
+    IssuerUnavailable,
+    TokenError,
+    TokenRefused,
+    Unavailable,
+    WorkerError,
+)
 
-class WorkerError(Exception):
-    """Base of all errors.
-
-    `code` is stable, for JSON and logs. `exit_code` is that of the process. `fix` says what to do, by
-    default `usual_fix`. `transient` means that a retry may help, after `retry_after` seconds if known.
-    """
-
-    code = "error"
-    usual_fix = ""
-    exit_code = 1
-    transient = False
-
-    def __init__(self, message: str, *, fix: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.fix = fix or self.usual_fix
-        self.retry_after = retry_after
+__all__ = [
+    "AccessDenied",
+    "Busy",
+    "CanaryFailed",
+    "ConfigurationError",
+    "Conflict",
+    "CredentialsRejected",
+    "DefinitionError",
+    "Diagnostic",
+    "ForeignApplication",
+    "InvalidTrigger",
+    "IssuerUnavailable",
+    "LeaseLost",
+    "NotFound",
+    "PreconditionFailed",
+    "ProviderRefused",
+    "ProviderThrottled",
+    "ProviderUnavailable",
+    "RequestRejected",
+    "RolesMissing",
+    "StoreUnavailable",
+    "Throttled",
+    "TokenError",
+    "TokenRefused",
+    "TooManyRequests",
+    "Unavailable",
+    "Unclear",
+    "UnknownHandler",
+    "UsageError",
+    "WebhookRefused",
+    "WorkerError",
+    "did_you_mean",
+]
 
 
 class UsageError(WorkerError):
@@ -77,13 +101,6 @@ class CanaryFailed(WorkerError):
     code = "canary_failed"
 
 
-class ConfigurationError(WorkerError):
-    """`worker.toml`, the environment, the key ring or the schema version is not usable."""
-
-    code = "configuration"
-    exit_code = 78
-
-
 class RolesMissing(ConfigurationError):
     """The database login cannot take the roles that the web side needs."""
 
@@ -119,13 +136,6 @@ class UnknownHandler(DefinitionError):
     code = "unknown_handler"
 
 
-class TokenError(WorkerError):
-    """An org has no usable token; `detail` is the reason code of the issuer or the verifier."""
-
-    code = "token"
-    detail: str = ""
-
-
 class CredentialsRejected(TokenError):
     """The issuer answered `invalid_client` or similar; a retry does not help (RFC 6749, 5.2)."""
 
@@ -153,21 +163,6 @@ class ProviderThrottled(Throttled):
     exit_code = 75
 
 
-class TokenRefused(TokenError):
-    """A token failed verification or enforcement: the run is refused.
-
-    `reason` is a reason of a run (org_mismatch, client_mismatch, scope_missing, property_missing,
-    pool_mismatch, token_invalid), `detail` the code of the verifier or the name of the scope or property.
-    """
-
-    code = "token_refused"
-
-    def __init__(self, reason: str, detail: str, message: str = "") -> None:
-        super().__init__(message or f"token refused: {reason} ({detail})")
-        self.reason = reason
-        self.detail = detail
-
-
 class AccessDenied(WorkerError):
     """The caller may not see or do this."""
 
@@ -190,23 +185,6 @@ class LeaseLost(WorkerError):
     """This process no longer owns the run: a newer fencing token exists, or the run has ended."""
 
     code = "lease_lost"
-
-
-class Unavailable(WorkerError):
-    """An external service did not respond; a retry may help."""
-
-    code = "unavailable"
-    exit_code = 69
-    transient = True
-
-
-class IssuerUnavailable(Unavailable):
-    """The issuer did not respond, or with a 5xx or a malformed response."""
-
-    code = "issuer_unavailable"
-    usual_fix = (
-        "try again; if it persists, check that the issuer's url in worker.toml is correct and reachable"
-    )
 
 
 class ProviderUnavailable(Unavailable):

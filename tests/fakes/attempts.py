@@ -16,15 +16,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tests.unit.execution.runs import admitted
-from worker.claims.claims import AccessToken, Claims
 from worker.demo.serving import ServerThread, bind_loopback
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.wire import End, Registered, Taken
 from worker.execution.hosts.wire_calls import LineRow
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.runs.run import Isolation, OwnedRun
+from worker.secret import AccessToken
 
 TOKEN = "host-token-canary-7f3a9c2e51d8"
 

@@ -15,13 +15,13 @@ from jwt.algorithms import RSAAlgorithm
 from jwt.utils import base64url_encode
 
 from tests.fakes.clock import ManualClock
+from worker.guard.issuer import Issuer
+from worker.guard.profile import Profile, load
 from worker.ids import OrgId
 from worker.orgs import OrgRef
-from worker.outbound.http import open_client
-from worker.providers.profile import Profile, load
+from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.credentials import Credential
-from worker.tokens.issuer import Issuer
 
 URL = "https://acme.kinde.com"
 AUDIENCE = "https://api.acme.com"

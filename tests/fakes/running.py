@@ -11,13 +11,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import LeaseLost, WorkerError
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
 from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 
 MODULE = "process_jobs"
 NOW = datetime(2030, 1, 1, 3, tzinfo=UTC)

@@ -19,7 +19,6 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.claims import AccessToken, Claims
 from worker.claims.pools import PoolRules, Rules
 from worker.claims.record import ClaimsRecord
 from worker.definitions.pools import pool_of
@@ -31,10 +30,12 @@ from worker.execution.attempts.plan import Plans
 from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import StopSignal
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, WorkerId, new_id
 from worker.runs.outcome import Trail
 from worker.runs.run import AdmittedRun, RunContext
+from worker.secret import AccessToken
 from worker.store.database import Database
 from worker.store.worker_store import WorkerStore
 

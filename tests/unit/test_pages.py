@@ -17,9 +17,9 @@ from docs.generate import figures, site
 from tests.fakes.pages import PAGES, ROOT, anchors, blocks, commands, links, missing_lines, unknown_words
 from worker import settings
 from worker.definitions.file import parse_file
+from worker.guard.profile import parse as parse_profile
 from worker.handlers.job import Job
 from worker.providers.management.kinde import SCOPES
-from worker.providers.profile import parse as parse_profile
 from worker.runs.why import CAUSES
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

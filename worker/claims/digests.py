@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from worker.claims.claims import Claims
+from worker.guard.claims import Claims
 
 # Equal values have equal text. Made once: an encoder costs as much as what it encodes here.
 sorted_json: Callable[[object], str] = json.JSONEncoder(

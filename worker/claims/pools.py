@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from worker.claims.claims import Claims
 from worker.errors import TokenRefused
+from worker.guard.claims import Claims
 
 # Of each pool the properties that a token must have, with their values.
 Rules = Mapping[str, Mapping[str, Any]]

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from worker.claims.claims import Claims
 from worker.claims.digests import DIGESTS, Digests, sorted_json
 from worker.clock import to_text
+from worker.guard.claims import Claims
 
 # The form of all stored JSON.
 _to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

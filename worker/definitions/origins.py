@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from worker.errors import DefinitionError
+from worker.guard.urls import Origin, is_loopback, origin_of
 from worker.telemetry.masking import shown_url
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-class Origin(NamedTuple):
-    """What must be equal for two URLs to have the same origin (RFC 6454, section 4)."""
-
-    scheme: str
-    host: str
-    port: int
-
-
-def origin_of(url: str) -> Origin:
-    """The origin of a URL; raises ValueError if the URL is malformed."""
-    parts = urlsplit(url)
-    return Origin(parts.scheme, parts.hostname or "", parts.port or DEFAULT_PORTS.get(parts.scheme, 0))
 
 
 def parse_origin(text: str) -> Origin:
@@ -82,16 +65,6 @@ def check_base_url(base_url: str | None, origins: Iterable[str], *, entry: str) 
 def is_listed(url: str, origins: Iterable[str]) -> bool:
     """Whether a valid URL has one of these origins."""
     return origin_of(url) in set(map(parse_origin, origins))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine by name: localhost, 127.0.0.0/8 or ::1."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def unencrypted(origins: Iterable[str], allowed: Iterable[str]) -> list[str]:

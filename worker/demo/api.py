@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from worker.claims.claims import Claims
 from worker.guard import Guard, RequireToken
+from worker.guard.claims import Claims
 
 TOPICS = (
     ("Resetting a password", "Open Settings, then Security, and choose Reset. A link arrives by mail."),

@@ -16,12 +16,12 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, update
 
-from worker.claims.claims import Claims, Flag
 from worker.claims.record import ClaimsRecord
 from worker.definitions.definition import from_spec
 from worker.definitions.pools import DEFAULT_POOL
 from worker.demo.installation import SCOPE, Org, last_night
 from worker.execution.attempts.events import record_claims
+from worker.guard.claims import Claims, Flag
 from worker.ids import OrgId, RunId, WorkerId
 from worker.operations.definitions import pause_definition
 from worker.operations.handlers import Handlers

@@ -11,8 +11,6 @@ from datetime import UTC, datetime, timedelta
 from random import SystemRandom
 from typing import Any, Literal
 
-from worker.claims.claims import AccessToken, Claims
-from worker.claims.decode import decode
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.definitions.definition import Definition, parse_definition, to_spec
@@ -24,10 +22,12 @@ from worker.execution.attempts.run_services import TokenSource, Tools
 from worker.execution.loops.run_log_writer import Progress, RunLogWriter
 from worker.execution.runners.contract import Runner, StopSignal
 from worker.execution.trial_budgets import TrialBudgets, budgets_of
+from worker.guard import profile
+from worker.guard.claims import Claims
+from worker.guard.decode import decode
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId, RunId, new_id
 from worker.orgs import OrgRef
-from worker.providers import profile
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (
     AdmittedRun,
@@ -41,6 +41,7 @@ from worker.runs.run import (
     StoredStep,
 )
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 LIFETIME = timedelta(hours=1)

@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from worker.claims.claims import Claims
 from worker.clock import Clock
 from worker.definitions.budgets import BudgetEntry, limit_of_property, parse_budget, period_of
+from worker.guard.claims import Claims
 from worker.ids import OrgId
 from worker.runs.budgets import BudgetState
 from worker.runs.run import AdmittedRun, RunStep

@@ -10,7 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, Protocol
 
-from worker.claims.claims import AccessToken, Claims, flag_value
+from worker.guard.claims import Claims, flag_value
 from worker.handlers.blocking import finish
 from worker.handlers.given import (
     BlockingCancellation,
@@ -54,6 +54,7 @@ from worker.handlers.waits import (
     WaitPort,
     no_runner,
 )
+from worker.secret import AccessToken
 
 if TYPE_CHECKING:
     import httpx

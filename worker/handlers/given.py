@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
+from worker.guard.claims import Claims
 from worker.handlers.job import Job
 from worker.handlers.state import State
 from worker.runs.budgets import BudgetState
+from worker.secret import AccessToken
 
 P = TypeVar("P")
 S = TypeVar("S")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from worker.claims.claims import AccessToken
-from worker.definitions.origins import DEFAULT_PORTS, is_loopback
+from worker.guard.urls import DEFAULT_PORTS, is_loopback
 from worker.handlers.blocking import finish
 from worker.handlers.model_usage import BlockingCount, Count, blocking_counting, counting
 from worker.handlers.steps import open_step, request_key
+from worker.secret import AccessToken
 
 if TYPE_CHECKING:
     from worker.handlers.given import Given

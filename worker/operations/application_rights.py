@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from worker.claims.claims import Claims
 from worker.clock import Clock
 from worker.errors import (
     ConfigurationError,
@@ -16,6 +15,7 @@ from worker.errors import (
     IssuerUnavailable,
     ProviderRefused,
 )
+from worker.guard.claims import Claims
 from worker.ids import OrgId
 from worker.operations.application_steps import Steps
 from worker.operations.check_orgs import Checks, Report

@@ -13,6 +13,7 @@ from worker.claims.digests import DIGESTS, ClaimChange, Digests, compare
 from worker.claims.pools import Rules, pool_mismatch
 from worker.definitions.pools import pool_of
 from worker.errors import ConfigurationError, Diagnostic, NotFound, Unavailable
+from worker.guard.issuer import Issuer
 from worker.operations.handlers import Handlers
 from worker.operations.requirements import (
     OrgDefinitions,
@@ -25,7 +26,6 @@ from worker.store import applications, history, pools
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.credentials import Credential, CredentialSource
-from worker.tokens.issuer import Issuer
 from worker.tokens.token_probe import COMMAND, Need, ProbeResult, TokenProbe, kind_of
 
 

@@ -28,7 +28,7 @@ from worker.store.lists.read import read
 from worker.telemetry.masking import shown_url
 
 if TYPE_CHECKING:
-    from worker.tokens.issuer import Issuer
+    from worker.guard.issuer import Issuer
 
 # Seconds after which a held snapshot makes the hot tables grow; the worker's transactions last milliseconds.
 SNAPSHOT_SECONDS = 60.0

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.claims.claims import Claims
 from worker.definitions.definition import Definition
 from worker.definitions.fields import refusal
 from worker.errors import UnknownHandler, did_you_mean
+from worker.guard.claims import Claims
 from worker.handlers.schema import Schema, check_schema
 from worker.runs.run import Declared
 from worker.store import catalogue

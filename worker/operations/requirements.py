@@ -18,6 +18,7 @@ from worker.definitions.triggers import Trigger
 from worker.definitions.units import format_duration
 from worker.errors import DefinitionError
 from worker.execution.loops.token_renewal import MARGIN_SHARE as MARGIN_AHEAD
+from worker.guard.issuer import Issuer
 from worker.ids import DefinitionId
 from worker.operations.handlers import Handlers
 from worker.operations.load import Load, Peak, Stream
@@ -28,7 +29,6 @@ from worker.store import definitions, health, history, orgs
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.tokens.acquirer import MIN_CLAIMS_AGE, RENEW_FROM, RENEW_UNTIL, usable_life
-from worker.tokens.issuer import Issuer
 
 PAGE = 500
 DAY = timedelta(days=1)

@@ -1,1 +1,1 @@
-"""Identity providers as data: what a token endpoint takes and what its tokens look like. Pure."""
+"""The management APIs of identity providers."""

@@ -21,9 +21,9 @@ from sqlalchemy import (
     update,
 )
 
-from worker.claims.claims import Claims
 from worker.definitions.budgets import OWN_METERS, AtLimit, Per, Period, limit_of_property, period_of
 from worker.definitions.zones import parse_zone
+from worker.guard.claims import Claims
 from worker.ids import OrgId, RunId, new_id
 from worker.orgs import parse_selector
 from worker.store import tables

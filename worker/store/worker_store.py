@@ -11,11 +11,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Text, cast, select
 
-from worker.claims.claims import Claims
 from worker.claims.pools import PoolRules, Rules
 from worker.definitions.budgets import limit_of_property
 from worker.definitions.pools import DEFAULT_POOL
 from worker.errors import NotFound, StoreUnavailable
+from worker.guard.claims import Claims
 from worker.ids import DefinitionId, OrgId, RunId, WorkerId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import (

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from worker.bounded import drop_where, remember
-from worker.claims.claims import AccessToken, Claims
-from worker.claims.decode import decode, enforce
 from worker.claims.record import ClaimsRecord
 from worker.clock import Clock
 from worker.errors import (
@@ -22,7 +20,10 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
+from worker.guard.claims import Claims
+from worker.guard.decode import decode, enforce
 from worker.ids import OrgId
+from worker.secret import AccessToken
 from worker.telemetry.events import emit
 from worker.tokens.breaker import IssuerPaused
 from worker.tokens.credentials import Credential, CredentialSource

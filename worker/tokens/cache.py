@@ -23,14 +23,15 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
+from worker.guard.issuer import Issuer
+from worker.guard.single_flight import SingleFlight
 from worker.ids import OrgId
 from worker.orgs import OrgRef, TokenWant
+from worker.telemetry.events import emit
 from worker.tokens.acquirer import MIN_CLAIMS_AGE, MINTED_SERVES, Acquirer, EnforcedToken, usable_life
 from worker.tokens.credentials import Credential, CredentialSource, Generations
-from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.shared import SharedTokens, TokenRequest
-from worker.tokens.single_flight import SingleFlight
 
 # Bytes of cached tokens, by default; an estimate of what one takes besides its text, in Python 3.11.
 MEMORY = 512 * 1024 * 1024
@@ -65,7 +66,7 @@ class Tokens:
         }
         self._tokens: Sized[TokenRequest, EnforcedToken] = Sized(memory, _size_of)
         self._outdated: OrderedDict[TokenRequest, float] = OrderedDict()
-        self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight()
+        self._refreshing: SingleFlight[TokenRequest, EnforcedToken] = SingleFlight(report=emit)
 
     async def ensure(
         self,

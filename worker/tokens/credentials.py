@@ -12,10 +12,11 @@ from typing import Literal, Protocol
 from worker.bounded import remember
 from worker.clock import Clock
 from worker.errors import ConfigurationError, CredentialsRejected, Unavailable
+from worker.guard.single_flight import SingleFlight
 from worker.ids import OrgId
 from worker.orgs import OrgRef
 from worker.secret import Secret
-from worker.tokens.single_flight import SingleFlight
+from worker.telemetry.events import emit
 
 CredentialKind = Literal["client_secret", "private_key"]
 # Seconds: how long credentials are cached, and the pause for an org without usable ones.
@@ -128,7 +129,7 @@ class Generations:
         self._source = source
         self._clock = clock
         self._known: OrderedDict[OrgId, tuple[float, tuple[Credential, ...]]] = OrderedDict()
-        self._reading: SingleFlight[OrgId, tuple[Credential, ...]] = SingleFlight()
+        self._reading: SingleFlight[OrgId, tuple[Credential, ...]] = SingleFlight(report=emit)
 
     async def of(self, org: OrgRef, *, newest: bool = False) -> tuple[Credential, ...]:
         """The org's active generations, newest first; `newest` bypasses the cache.

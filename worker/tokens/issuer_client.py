@@ -18,16 +18,18 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from worker.clock import Clock
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled, TokenError
-from worker.outbound.http import TOKEN_LIMIT, Reply, exchange, retry_delay, room_left
-from worker.outbound.strict_json import Malformed
-from worker.providers.profile import FailureClass
+from worker.guard.http import TOKEN_LIMIT, Reply, exchange
+from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.jwks import KeySet
+from worker.guard.profile import FailureClass
+from worker.guard.strict_json import Malformed
+from worker.guard.verify import MAX_TOKEN, verify, verify_message
+from worker.outbound import retry_delay, room_left
+from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.breaker import Breaker, IssuerPaused
 from worker.tokens.budget import Budget
 from worker.tokens.credentials import Credential
-from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.jwks import KeySet
-from worker.tokens.verify import MAX_TOKEN, verify, verify_message
 
 # Seconds; full jitter: a retry waits between 0 and these, doubling.
 RETRY_FIRST, RETRY_LAST = 0.5, 4.0
@@ -53,10 +55,10 @@ class IssuerClient:
 
     def __init__(self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock) -> None:
         self.issuer = issuer
-        self.endpoints = Endpoints(issuer, client, clock=clock)
+        self.endpoints = Endpoints(issuer, client, clock=clock, report=emit)
         self._client = client
         self._clock = clock
-        self._keys = KeySet(issuer, self.endpoints, clock=clock)
+        self._keys = KeySet(issuer, self.endpoints, clock=clock, report=emit)
         self._budget = Budget(issuer, clock=clock)
         self._breaker = Breaker(issuer.name, clock=clock)
 

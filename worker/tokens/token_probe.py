@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 
-from worker.claims.claims import Claims
-from worker.claims.decode import decode
 from worker.clock import Clock
 from worker.errors import (
     CredentialsRejected,
@@ -22,8 +20,10 @@ from worker.errors import (
     Unavailable,
     WorkerError,
 )
+from worker.guard.claims import Claims
+from worker.guard.decode import decode
+from worker.guard.issuer import Issuer
 from worker.tokens.credentials import Credential
-from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import IssuerClient
 
 COMMAND = "python -m worker"

@@ -12,9 +12,9 @@ from starlette.routing import Route
 
 from worker.clock import Clock
 from worker.errors import Busy, IssuerUnavailable, NotFound, TooManyRequests, WebhookRefused
+from worker.guard.jwks import KeyNotPublished
 from worker.providers.management.contract import Management, Notice
 from worker.telemetry.events import emit
-from worker.tokens.jwks import KeyNotPublished
 from worker.web.clients import Addresses, Buckets
 from worker.web.responses import error_response
 

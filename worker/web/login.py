@@ -20,18 +20,19 @@ from urllib.parse import quote_plus, urlsplit
 
 import httpx
 
-from worker.claims.decode import client_of, invalid, org_of
 from worker.clock import Clock
 from worker.errors import AccessDenied, ConfigurationError, IssuerUnavailable, TokenError, TokenRefused
-from worker.outbound.http import TOKEN_LIMIT, Reply, exchange
-from worker.outbound.strict_json import Malformed
+from worker.guard.decode import client_of, invalid, org_of
+from worker.guard.http import TOKEN_LIMIT, Reply, exchange
+from worker.guard.issuer import Endpoints, Issuer
+from worker.guard.jwks import KeySet
+from worker.guard.strict_json import Malformed
+from worker.guard.verify import verify
 from worker.settings.sections import OVER_ALL_ORGS, LoginSettings
 from worker.store import roles, sign_in
 from worker.store.database import Database
+from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
-from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.jwks import KeySet
-from worker.tokens.verify import verify
 from worker.web.callers import Caller, Role
 
 # How long a login may take at the provider, and a link is valid.
@@ -149,8 +150,8 @@ class Login:
         self._client = client
         self._secret = secret
         self._clock = clock
-        self._endpoints = Endpoints(issuer, client, clock=clock)
-        self._keys = KeySet(issuer, self._endpoints, clock=clock)
+        self._endpoints = Endpoints(issuer, client, clock=clock, report=emit)
+        self._keys = KeySet(issuer, self._endpoints, clock=clock, report=emit)
 
     @property
     def title(self) -> str:

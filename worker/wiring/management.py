@@ -8,14 +8,14 @@ from pathlib import Path
 
 from worker.clock import Clock
 from worker.errors import ConfigurationError, NotFound
-from worker.outbound.http import open_client
+from worker.guard.urls import fault_of_url
+from worker.outbound import open_client
 from worker.providers.management.calls import Calls
 from worker.providers.management.contract import Management
 from worker.providers.management.kinde import KindeManagement
 from worker.secret import Secret
 from worker.settings import Settings
 from worker.telemetry.masking import masker, shown_url
-from worker.tokens.issuer import fault_of_url
 from worker.tokens.issuer_client import IssuerClient
 from worker.tokens.management_token import ManagementToken
 from worker.wiring.secrets import issuers_of

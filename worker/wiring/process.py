@@ -38,7 +38,7 @@ from worker.execution.runners.inline import Inline
 from worker.ids import RunId, WorkerId, new_id
 from worker.operations.confinement import Confinement, confinement_of, readable_management_secrets
 from worker.operations.keys import check_ring
-from worker.outbound.http import open_client
+from worker.outbound import open_client
 from worker.runs.run import Isolation, Recovered
 from worker.settings import Settings
 from worker.store import schema

@@ -12,10 +12,11 @@ from typing import Any
 from worker.claims.digests import Digests
 from worker.clock import Clock
 from worker.errors import ConfigurationError
+from worker.guard import profile
+from worker.guard.issuer import Issuer
 from worker.ids import OrgId
 from worker.operations.check_orgs import Checks
-from worker.outbound.http import open_client
-from worker.providers import profile
+from worker.outbound import open_client
 from worker.secret import Secret
 from worker.settings import Settings
 from worker.store import access_tokens, credentials
@@ -23,7 +24,6 @@ from worker.store.database import BatchLoader, Database
 from worker.telemetry.events import emit
 from worker.telemetry.masking import masker
 from worker.tokens.credentials import Credential, read_reference
-from worker.tokens.issuer import Issuer
 from worker.tokens.sealing import KeyRing
 from worker.tokens.shared import Found, NewToken, StoredToken, TokenKey
 from worker.tokens.token_probe import TokenProbe, watch

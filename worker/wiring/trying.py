@@ -29,7 +29,7 @@ from worker.handlers.models import load
 from worker.ids import OrgId, new_id
 from worker.operations.confinement import confinement_of
 from worker.orgs import OrgRef
-from worker.outbound.http import open_client
+from worker.outbound import open_client
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import LogLine
 from worker.settings import Settings

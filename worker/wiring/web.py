@@ -24,7 +24,7 @@ from worker.errors import Busy, ConfigurationError, RolesMissing, Unavailable
 from worker.execution.runners.child.linux import allow_many_descriptors
 from worker.guard import Guard
 from worker.operations.operators import make_link
-from worker.outbound.http import open_client
+from worker.outbound import open_client
 from worker.settings import Settings
 from worker.store import orgs, roles, schema
 from worker.store.database import Database
@@ -145,7 +145,7 @@ class Web:
 
         client = await stack.enter_async_context(open_client())
         guards = {
-            name: Guard(issuer, client=client, clock=self._clock)
+            name: Guard(issuer, client=client, clock=self._clock, report=emit)
             for name, issuer in issuers_of(self._settings).items()
             if issuer.audience
         }

@@ -14,10 +14,10 @@ from tests.fakes.cli import CommandLine
 from tests.fakes.kinde.faults import Script
 from tests.fakes.kinde.server import MANAGER, Kinde, serve_kinde
 from worker import settings, wiring
-from worker.claims.claims import Claims
 from worker.claims.record import ClaimsRecord
 from worker.clock import SystemClock
 from worker.execution.attempts.events import record_claims
+from worker.guard.claims import Claims
 from worker.runs.outcome import Trail
 from worker.store import tables
 from worker.wiring.secrets import open_checks

@@ -17,7 +17,6 @@ import httpx
 import pytest
 
 from tests.fakes.ports import free_port
-from worker.claims.claims import AccessToken, Claims
 from worker.claims.record import ClaimsRecord
 from worker.clock import SystemClock
 from worker.definitions.file import parse_file
@@ -28,6 +27,7 @@ from worker.execution.attempts.run_services import Tools
 from worker.execution.hosts import wire
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import OrgId, RunId, WorkerId, new_id
 from worker.operations.apply import apply
@@ -36,6 +36,7 @@ from worker.operations.runs import run_now
 from worker.orgs import OrgRef
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt
+from worker.secret import AccessToken
 from worker.settings import Settings
 from worker.settings.sections import AttemptsSettings, ExecutionSettings
 from worker.store import catalogue, tables

@@ -12,7 +12,7 @@ from sqlalchemy import insert
 
 from tests.fakes.clock import ManualClock
 from tests.fakes.stock import HANDLER, Stock
-from worker.claims.claims import Claims
+from worker.guard.claims import Claims
 from worker.ids import OrgId, RunId, WorkerId, new_id
 from worker.runs.run import AdmittedRun, NewStep, RunStep
 from worker.runs.waits import NewWait, WaitKind

@@ -13,8 +13,8 @@ import pytest
 
 from tests.fakes.certificates import make_certificate
 from worker.clock import SystemClock
-from worker.outbound.connections import Connections
-from worker.outbound.http import Reply, exchange, open_client
+from worker.guard.http import Reply, exchange
+from worker.outbound import Connections, open_client
 
 pytestmark = pytest.mark.anyio
 RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -20,14 +20,14 @@ from tests.integration.web.conftest import BASE, Site, csrf_of
 from worker.demo.people import Person, WebApplication
 from worker.demo.provider import Fault, Provider
 from worker.errors import ConfigurationError
+from worker.guard.issuer import Issuer
+from worker.guard.profile import load
 from worker.operations.operators import make_link
 from worker.operations.orgs import set_org_state
-from worker.outbound.http import open_client
-from worker.providers.profile import load
+from worker.outbound import open_client
 from worker.settings.sections import LoginSettings
 from worker.store import tables
 from worker.store.database import Database
-from worker.tokens.issuer import Issuer
 from worker.web.login import LASTS, MOST, Login, basis_of, local_path
 from worker.web.sessions import LOGIN_COOKIE, SESSION_COOKIE
 

@@ -13,7 +13,6 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.unit.execution.runs import admitted
-from worker.claims.claims import AccessToken, Claims, Flag
 from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
 from worker.errors import CredentialsRejected, IssuerUnavailable, LeaseLost, StoreUnavailable, TokenRefused
@@ -26,6 +25,7 @@ from worker.execution.attempts.run_services import Tools
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import RunServices, StopSignal, Work
 from worker.execution.trial_budgets import TrialFound
+from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import OrgId, RunId
@@ -42,6 +42,7 @@ from worker.runs.run import (
     StoredProgress,
 )
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,6 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock, settle
 from tests.unit.execution.runs import admitted, ended
-from worker.claims.claims import AccessToken
 from worker.errors import StoreUnavailable
 from worker.execution.attempts import inflight as inflight_module
 from worker.execution.attempts.dispatcher import BURST, PREPARED, Dispatcher
@@ -24,6 +23,7 @@ from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt
 from worker.runs.run import AdmittedRun, Isolation
+from worker.secret import AccessToken
 from worker.telemetry import events
 from worker.telemetry.masking import MASK, Masker
 

@@ -17,7 +17,6 @@ import pytest
 from tests.fakes.clock import ManualClock, settle
 from tests.unit.execution.runs import admitted
 from tests.unit.execution.test_wire import CLAIMS, TAKEN
-from worker.claims.claims import AccessToken
 from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
@@ -37,6 +36,7 @@ from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error, Failed, Outcome, Succeeded
 from worker.runs.run import LogLine, NewStep, OwnedRun, RunStep
 from worker.runs.waits import NewWait
+from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Marks, Traced
 

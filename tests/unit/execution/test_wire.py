@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.unit.execution.runs import admitted
-from worker.claims.claims import AccessToken, Claims, Flag
 from worker.errors import LeaseLost, StoreUnavailable, Throttled, Unavailable
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.wire import End, Malformed, Registration, Taken
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims, Flag
 from worker.handlers.catalogue import HandlerEntry
 from worker.handlers.steps import StepError
 from worker.ids import RunId
@@ -22,6 +22,7 @@ from worker.runs import outcome as outcomes
 from worker.runs.outcome import Error
 from worker.runs.run import LogLine, NewStep, OwnedRun
 from worker.runs.waits import NewWait
+from worker.secret import AccessToken
 
 NOW = datetime(2030, 1, 1, 12, 0, 0, 250_000, UTC)
 RUN = replace(admitted("r1"), start_by=NOW, params={"since": "2029"})

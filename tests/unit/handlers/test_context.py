@@ -11,10 +11,11 @@ import pytest
 
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.running import NOW
-from worker.claims.claims import AccessToken, Claims, Flag
+from worker.guard.claims import Claims, Flag
 from worker.handlers.context import BlockingContext, Context, close_blocking_http, close_http
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.json_text import NotStorable
+from worker.secret import AccessToken
 
 MEMBERS = {
     "org",

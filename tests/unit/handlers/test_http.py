@@ -11,10 +11,11 @@ import httpx
 import pytest
 
 from tests.fakes.clock import ManualClock
-from worker.claims.claims import AccessToken, Claims
+from worker.guard.claims import Claims
 from worker.handlers.context import BlockingContext, Context
 from worker.handlers.given import BlockingCancellation, Cancellation, Given, HeldToken, Org, ThisRun
 from worker.handlers.http import origin_of
+from worker.secret import AccessToken
 
 API = "https://api.acme.com"
 # Unencrypted: where the operator allows it, and on this machine.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.providers.profile import Profile, load, parse, shipped
+from worker.guard.profile import Profile, load, parse, shipped
 from worker.settings import IssuerSettings
 
 PAGES = Path(__file__).parents[3] / "docs" / "providers"

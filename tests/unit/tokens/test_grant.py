@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, URL, kinde_issuer, profile, rsa_key
 from worker.errors import CredentialsRejected, IssuerUnavailable, RequestRejected, Throttled
+from worker.guard.issuer import Issuer
+from worker.guard.profile import load
 from worker.ids import OrgId
-from worker.outbound.http import open_client
-from worker.providers.profile import load
+from worker.outbound import open_client
 from worker.secret import Secret
 from worker.tokens.credentials import Credential
-from worker.tokens.issuer import Issuer
 from worker.tokens.issuer_client import GrantedToken, IssuerClient
 
 pytestmark = pytest.mark.anyio

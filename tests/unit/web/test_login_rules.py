@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import AccessDenied, ConfigurationError, TokenRefused
-from worker.providers.profile import load
+from worker.guard.issuer import Issuer
+from worker.guard.profile import load
 from worker.settings.sections import LoginSettings
-from worker.tokens.issuer import Issuer
 from worker.web.callers import Caller
 from worker.web.login import Login, basis_of, local_path
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from random import Random
 
-from worker.claims.claims import flag_is
-from worker.claims.decode import enforce
 from worker.claims.record import ClaimsRecord
 from worker.errors import (
     ConfigurationError,
@@ -29,6 +27,8 @@ from worker.execution.attempts.inflight import InflightRun
 from worker.execution.attempts.plan import DEFAULT_LIMITS, Limits, state_without_order
 from worker.execution.attempts.run_services import AttemptServices, HandlerTools, Tools, redacted
 from worker.execution.runners.contract import Work, outcome_of_stop
+from worker.guard.claims import flag_is
+from worker.guard.decode import enforce
 from worker.runs import outcome as outcomes
 from worker.runs.outcome import EndedAttempt, Error, Failed, Outcome, Succeeded, Trail, end_attempt
 from worker.runs.run import StoredProgress

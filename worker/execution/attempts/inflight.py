@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from worker.claims.claims import AccessToken
 from worker.definitions import CANCEL_GRACE
 from worker.execution.attempts.plan import AttemptPlan
 from worker.execution.runners.contract import StopSignal
 from worker.ids import RunId
 from worker.runs.run import AdmittedRun
+from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 T = TypeVar("T")

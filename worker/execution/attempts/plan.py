@@ -11,7 +11,6 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol, Self
 
 from worker.bounded import Sized
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.definitions import CANCEL_GRACE, TIMEOUT, RetryPolicy
 from worker.definitions.definition import Definition, from_spec
@@ -19,11 +18,13 @@ from worker.definitions.origins import check_base_url, check_encrypted, is_liste
 from worker.definitions.units import parse_duration, parse_memory
 from worker.errors import ConfigurationError, DefinitionError, Unavailable
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import DefinitionId
 from worker.orgs import OrgRef
 from worker.runs.outcome import Error, Failed
 from worker.runs.run import AdmittedRun, RunContext
+from worker.secret import AccessToken
 from worker.telemetry.tracing import traceparent
 
 # Seconds that a plan is cached: an org's new name or issuer takes effect within that time.

@@ -10,8 +10,6 @@ from datetime import datetime, timedelta
 from random import Random
 from typing import Any, Protocol, TypeVar
 
-from worker.claims.claims import AccessToken, Claims
-from worker.claims.decode import enforce
 from worker.claims.digests import Digests
 from worker.claims.pools import PoolRules
 from worker.claims.record import ClaimsRecord
@@ -22,6 +20,8 @@ from worker.execution.attempts.inflight import Deadlines, InflightRun
 from worker.execution.attempts.plan import AttemptPlan, Limits, Plans
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.runners.contract import Runner
+from worker.guard.claims import Claims
+from worker.guard.decode import enforce
 from worker.handlers.steps import TOTAL_FULL, TOTAL_LIMIT, StepError
 from worker.ids import OrgId, RunId
 from worker.orgs import OrgRef
@@ -37,6 +37,7 @@ from worker.runs.run import (
     StoredProgress,
 )
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 from worker.telemetry.masking import masker
 
 # Seconds between two tries to save a checkpoint, at first and at most.

@@ -19,7 +19,7 @@ from worker.clock import Clock
 from worker.errors import AccessDenied, TokenError, Unavailable, WorkerError
 from worker.execution.hosts import wire
 from worker.handlers.steps import StepError
-from worker.outbound.connections import Connections
+from worker.outbound import Connections
 from worker.telemetry.connectivity import Connectivity
 from worker.telemetry.events import emit
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from random import Random
 
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.definitions import RetryPolicy
 from worker.execution.attempts.attempt import Prepared, outcome_of_error, run_handler
@@ -19,9 +18,11 @@ from worker.execution.hosts.wire import Taken
 from worker.execution.loops.run_log_writer import RunLogWriter
 from worker.execution.loops.step_writer import StepWriter
 from worker.execution.runners.contract import Runner, outcome_of_stop
+from worker.guard.claims import Claims
 from worker.ids import RunId
 from worker.runs.outcome import EndedAttempt, NoHandler, Outcome, Trail, end_attempt
 from worker.runs.run import AdmittedRun, Isolation
+from worker.secret import AccessToken
 from worker.telemetry import tracing
 from worker.telemetry.tracing import Traced
 

@@ -9,19 +9,20 @@ from datetime import datetime
 from typing import Any
 
 from worker.bounded import remember
-from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, TokenRefused
 from worker.execution.attempts.inflight import InflightRun, InflightRuns
 from worker.execution.hosts import wire, wire_calls
 from worker.execution.hosts.control import AsyncControl, BlockingControl, ControlDenied, encode
 from worker.execution.hosts.wire import Registered, Registration, Taken
 from worker.execution.runners.child import messages
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import HandlerEntry
 from worker.ids import RunId
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import SUCCEEDED, EndedAttempt, Error, Failed, Outcome
 from worker.runs.run import AdmittedRun, Isolation, LogLine, OwnedRun, RunStep, StepPage
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 
 # Bytes and rows of the body of one call.
 PART_BYTES = wire.MOST_BYTES * 3 // 4

@@ -16,7 +16,6 @@ from datetime import timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import from_text, to_text
 from worker.definitions.pools import parse_pool
 from worker.definitions.units import parse_duration, parse_memory
@@ -37,6 +36,7 @@ from worker.errors import (
 from worker.execution.runners.child import messages
 from worker.execution.runners.child.messages import Message
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims
 from worker.handlers.catalogue import ERROR_LIMIT, HandlerEntry
 from worker.handlers.json_text import clean
 from worker.handlers.schema import check_schema
@@ -46,6 +46,7 @@ from worker.runs.outcome import Error, Outcome, TimedOut
 from worker.runs.placing import Ticket
 from worker.runs.run import AdmittedRun, Isolation, OwnedRun
 from worker.runs.waits import MOST_WAITS
+from worker.secret import AccessToken
 
 VERSIONS = ("v1",)
 PREFIX = "/attempts/v1"

@@ -12,8 +12,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeVar
 
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
+from worker.guard.claims import Claims
 from worker.handlers.context import WorkerPort
 from worker.handlers.given import Given, HeldToken, Org, ThisRun
 from worker.handlers.job import Job
@@ -23,6 +23,7 @@ from worker.ids import RunId
 from worker.runs import outcome as outcomes
 from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Error, Failed, Outcome
+from worker.secret import AccessToken
 
 StopReason = Literal["drain", "cancel", "timeout", "suspended", "replaced", "closed"]
 LEASE_LOST = outcomes.Lost("the lease on the run is lost")

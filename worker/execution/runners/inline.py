@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-from worker.claims.claims import AccessToken, Claims
 from worker.clock import Clock
 from worker.execution.runners.contract import (
     LEASE_LOST,
@@ -30,6 +29,7 @@ from worker.execution.runners.contract import (
     start_task,
 )
 from worker.execution.runners.output import RunOutput, Sink, marked
+from worker.guard.claims import Claims
 from worker.handlers.blocking import DaemonThread
 from worker.handlers.calling import call, call_blocking, outcome_of_error
 from worker.handlers.context import (
@@ -46,6 +46,7 @@ from worker.runs.budgets import BudgetState
 from worker.runs.outcome import Outcome, Parked
 from worker.runs.run import NewStep, StepPage
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 from worker.telemetry.events import emit
 
 P = ParamSpec("P")

@@ -28,8 +28,9 @@ from worker.errors import (
     Unavailable,
     Unclear,
 )
-from worker.outbound.http import Reply, exchange, retry_delay
-from worker.outbound.strict_json import Malformed
+from worker.guard.http import Reply, exchange
+from worker.guard.strict_json import Malformed
+from worker.outbound import retry_delay
 from worker.secret import Secret
 
 RESPONSE_LIMIT = 4 * 1024 * 1024  # bytes; a page of 500 orgs has about 100 KiB

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes.clock import ManualClock, settle
 from worker.errors import ConfigurationError, IssuerUnavailable, ProviderUnavailable, Throttled, Unclear
-from worker.outbound.http import open_client
+from worker.outbound import open_client
 from worker.providers.management.calls import CONNECT_TRIES, TOKEN_TRIES, TRIES, Calls, Response
 from worker.secret import Secret
 

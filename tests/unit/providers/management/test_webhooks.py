@@ -11,9 +11,9 @@ import pytest
 from tests.fakes.clock import START, ManualClock
 from tests.fakes.issuer import App, FakeIssuer, jwk, kinde_issuer, make_token, rsa_key
 from tests.fakes.kinde.webhooks import payload
-from worker.claims.decode import invalid
 from worker.clock import to_text
 from worker.errors import IssuerUnavailable, WebhookRefused
+from worker.guard.decode import invalid
 from worker.providers.management import webhooks
 from worker.providers.management.contract import Notice
 from worker.tokens.issuer_client import IssuerClient

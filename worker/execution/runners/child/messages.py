@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import Any, get_args
 
-from worker.claims.claims import AccessToken, Claims, Flag
 from worker.clock import from_text, to_text
 from worker.definitions.budgets import MAX_AMOUNT, OWN_METERS
 from worker.execution.runners.child.sandbox import Rules
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims, Flag
 from worker.handlers.calling import DETAIL_LIMIT, MESSAGE_LIMIT, TRACE_LIMIT
 from worker.handlers.context import NOTE_LIMIT, check_progress
 from worker.handlers.installed import ENVIRONMENT
@@ -27,6 +27,7 @@ from worker.runs.budgets import MOST_SPENDS, BudgetState
 from worker.runs.outcome import Error, Outcome
 from worker.runs.run import NewStep, StepPage, StoredStep
 from worker.runs.waits import KINDS, MOST_ASKED, MOST_WAITS, NewWait, WaitState
+from worker.secret import AccessToken
 
 # Exit code of a run's process that cannot reach the worker, for instance after closing all descriptors.
 CHANNEL_CLOSED = 81

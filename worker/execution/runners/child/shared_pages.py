@@ -19,13 +19,14 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-from worker.claims.claims import AccessToken, Claims, Flag
 from worker.clock import SystemClock
 from worker.execution.runners.child import main as child
 from worker.execution.runners.child.messages import frame, outcome_message, work_message, work_of
 from worker.execution.runners.child.worker_channel import WorkerChannel
 from worker.execution.runners.contract import Work
+from worker.guard.claims import Claims, Flag
 from worker.ids import RunId
+from worker.secret import AccessToken
 
 # Runs of each kind of handler that are rehearsed; the interpreter adapts code after a few calls.
 REHEARSALS = 4

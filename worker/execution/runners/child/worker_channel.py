@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
-from worker.claims.claims import AccessToken, Claims
 from worker.errors import LeaseLost, Unavailable, WorkerError
 from worker.execution.runners.child.messages import (
     BrokenFrame,
@@ -28,10 +27,12 @@ from worker.execution.runners.child.messages import (
     step_message,
     wait_state_of,
 )
+from worker.guard.claims import Claims
 from worker.handlers.steps import StepError
 from worker.runs.budgets import BudgetState
 from worker.runs.run import NewStep, StepPage
 from worker.runs.waits import NewWait, WaitState
+from worker.secret import AccessToken
 
 # Seconds between two progress messages at least; the newest counts.
 PROGRESS_EVERY = 0.1

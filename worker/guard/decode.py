@@ -9,9 +9,9 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-from worker.claims.claims import Claims, Flag
-from worker.errors import TokenRefused
-from worker.providers.profile import ClaimPath, Profile
+from .claims import Claims, Flag
+from .errors import TokenRefused
+from .profile import ClaimPath, Profile
 
 FLAG_TYPES = {
     **dict.fromkeys(("b", "boolean"), "boolean"),

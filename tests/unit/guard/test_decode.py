@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from worker.claims.claims import Flag
-from worker.claims.decode import decode
 from worker.errors import TokenRefused
-from worker.providers.profile import load
+from worker.guard.claims import Flag
+from worker.guard.decode import decode
+from worker.guard.profile import load
 
 GOLDEN = {
     "org_code": "org_123456789",

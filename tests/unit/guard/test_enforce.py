@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import START
-from worker.claims.claims import Claims
-from worker.claims.decode import enforce
 from worker.errors import TokenRefused
+from worker.guard.claims import Claims
+from worker.guard.decode import enforce
 
 CLAIMS = Claims(
     org_code="org_a",

@@ -9,14 +9,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-from worker.claims.decode import invalid
-from worker.clock import Clock
-from worker.errors import IssuerUnavailable
-from worker.providers.profile import ALGORITHMS
-from worker.telemetry.events import emit
-from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.single_flight import Document
-from worker.tokens.verify import MAX_KID, Key, decode_base64url
+from .clock import Clock
+from .decode import invalid
+from .errors import IssuerUnavailable
+from .issuer import Endpoints, Issuer
+from .profile import ALGORITHMS
+from .report import Report, log
+from .single_flight import Document
+from .verify import MAX_KID, Key, decode_base64url
 
 MAX_KEYS = 100
 RSA_BITS = range(2048, 8193)
@@ -43,11 +43,12 @@ class KeyNotPublished(IssuerUnavailable):
 class KeySet:
     """The keys of one issuer. Its times are of the monotonic clock."""
 
-    def __init__(self, issuer: Issuer, endpoints: Endpoints, *, clock: Clock) -> None:
+    def __init__(self, issuer: Issuer, endpoints: Endpoints, *, clock: Clock, report: Report = log) -> None:
         self._issuer = issuer
         self._endpoints = endpoints
         self._clock = clock
-        self._document = Document(self._read, PAUSES, clock=clock)
+        self._report = report
+        self._document = Document(self._read, PAUSES, clock=clock, report=report)
         self._next_lookup = 0.0
         self._first_seen: OrderedDict[str, float] = OrderedDict()
 
@@ -114,9 +115,9 @@ class KeySet:
             else:
                 keys = "key_set"
         if isinstance(keys, str):
-            emit("keys.failed", issuer=self._issuer.name, error=keys)
+            self._report("keys.failed", issuer=self._issuer.name, error=keys)
         else:
-            emit("keys.fetched", issuer=self._issuer.name, keys=len(keys))
+            self._report("keys.fetched", issuer=self._issuer.name, keys=len(keys))
         return keys
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.clock import START
-from worker.claims.claims import Claims, Flag, flag_is, flag_value
+from worker.guard.claims import Claims, Flag, flag_is, flag_value
 
 CLAIMS = Claims("org_a", "client", frozenset(), {}, {}, START, START)
 

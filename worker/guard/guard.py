@@ -13,15 +13,16 @@ from typing import Any
 
 import httpx
 
-from worker.claims.claims import Claims
-from worker.claims.decode import decode, enforce, invalid
-from worker.clock import Clock, SystemClock
-from worker.errors import ConfigurationError, TokenRefused, Unavailable
-from worker.outbound.http import open_client
-from worker.providers.profile import load
-from worker.tokens.issuer import Endpoints, Issuer
-from worker.tokens.jwks import KeyNotPublished, KeySet
-from worker.tokens.verify import verify
+from .claims import Claims
+from .clock import Clock, SystemClock
+from .decode import decode, enforce, invalid
+from .errors import ConfigurationError, TokenRefused, Unavailable
+from .http import open_client
+from .issuer import Endpoints, Issuer
+from .jwks import KeyNotPublished, KeySet
+from .profile import load
+from .report import Report, log
+from .verify import verify
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -44,7 +45,8 @@ class Guard:
     `profile` names a provider, or is the path of your own TOML file. `scopes` are
     required of every token. `{org}` in the audience is the code of the org that a
     request addresses. The keys are fetched at the first token and cached; pass `client`
-    to share an HTTP client. Raises ConfigurationError for an invalid URL or profile.
+    to share an HTTP client. `report` gets the events, by default the log. Raises
+    ConfigurationError for an invalid URL or profile.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Guard:
         scopes: Iterable[str] = (),
         client: httpx.AsyncClient | None = None,
         clock: Clock | None = None,
+        report: Report = log,
     ) -> None:
         if isinstance(issuer, str):
             issuer = Issuer(name=issuer, profile=load(profile), url=issuer, audience=audience or None)
@@ -70,8 +73,8 @@ class Guard:
         self._clock = clock or SystemClock()
         self._owns_client = client is None
         self._client = client or open_client()
-        self._endpoints = Endpoints(issuer, self._client, clock=self._clock)
-        self._keys = KeySet(issuer, self._endpoints, clock=self._clock)
+        self._endpoints = Endpoints(issuer, self._client, clock=self._clock, report=report)
+        self._keys = KeySet(issuer, self._endpoints, clock=self._clock, report=report)
 
     async def check(
         self, token_text: str, *, org_code: str | None = None, scopes: Iterable[str] = ()

@@ -1,4 +1,6 @@
-"""Connections: an httpx transport for HTTP/1.1 that keeps idle connections, for many small requests.
+"""Requests to other services: pooled connections, and how long a response asks to wait.
+
+`Connections` is an httpx transport for HTTP/1.1 that keeps idle connections, for many small requests.
 
 httpx's own pool looks at every connection at the start and the end of each request, which cost a fifth of
 a token request. Here a request takes the connection that was used last.
@@ -11,10 +13,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 import httpcore
 import httpx
+
+from worker.guard import http
 
 # Seconds that an idle connection is kept, and idle connections of each origin.
 KEPT, MAX_IDLE = 5.0, 50
@@ -133,3 +138,54 @@ def _as_httpx() -> Iterator[None]:
     except tuple(_ERRORS) as error:
         found = next(found for known, found in _ERRORS.items() if isinstance(error, known))
         raise found(str(error)) from error
+
+
+def open_client(transport: httpx.AsyncBaseTransport | None = None) -> http.ProviderClient:
+    """The client that all issuers share, as `worker.guard.http.open_client`; it keeps idle connections."""
+    return http.open_client(transport, pool=Connections)
+
+
+def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:
+    """Seconds that a response asks to wait, or None: Retry-After (RFC 9110, 10.2.3), else a reset header.
+
+    `now` is in seconds since 1970. A reset header holds seconds from now or a Unix time.
+    """
+    text = headers.get("retry-after", "").strip()
+    if text:
+        seconds = _seconds(text)
+        if seconds is None:
+            try:
+                seconds = parsedate_to_datetime(text).timestamp() - now
+            except (ValueError, TypeError, OverflowError):
+                seconds = None
+        if seconds is not None:
+            return max(seconds, 0.0)
+    for name in reset_headers:
+        seconds = _seconds(headers.get(name, "").strip())
+        if seconds is not None:
+            return max(seconds - now if seconds > 1e9 else seconds, 0.0)
+    return None
+
+
+def room_left(
+    headers: httpx.Headers, reset_headers: tuple[str, ...], now: float
+) -> tuple[float | None, float]:
+    """The share of the allowed requests that is left, or None if unknown, and the seconds until it is reset.
+
+    From `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset`, or the names of a provider.
+    """
+    for name in reset_headers:
+        limit, left, reset = (
+            _seconds(headers.get(name.replace("Reset", part), "").strip())
+            for part in ("Limit", "Remaining", "Reset")
+        )
+        if limit and left is not None and reset is not None:
+            return left / limit, max(reset - now if reset > 1e9 else reset, 0.0)
+    return None, 0.0
+
+
+def _seconds(text: str) -> float | None:
+    whole, _, fraction = text.partition(".")
+    if len(text) > 20 or not text.isascii() or not whole.isdigit() or not (fraction or "0").isdigit():
+        return None
+    return float(text)

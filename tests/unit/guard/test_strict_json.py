@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.outbound.strict_json import MAX_DEPTH, Malformed, loads
+from worker.guard.strict_json import MAX_DEPTH, Malformed, loads
 
 DEEP = "[" * (MAX_DEPTH + 1)
 

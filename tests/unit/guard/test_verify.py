@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import AUDIENCE, URL, b64, jwk, kinde_issuer, profile, rsa_key
 from worker.errors import TokenRefused
-from worker.tokens.jwks import read_key, read_keys
-from worker.tokens.verify import Key, verify
+from worker.guard.jwks import read_key, read_keys
+from worker.guard.verify import Key, verify
 
 pytestmark = pytest.mark.anyio
 CURVES = {

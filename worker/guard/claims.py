@@ -1,33 +1,11 @@
-"""Claims of a verified token, the values of its feature flags, and the access token itself."""
+"""Claims of a verified token, and the values of its feature flags."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NoReturn
-
-
-class AccessToken:
-    """A bearer token (RFC 6750). Only `reveal()` gives its text; repr, str, pickle and copies do not."""
-
-    __slots__ = ("_text", "expires_at")
-
-    def __init__(self, text: str, expires_at: datetime) -> None:
-        self._text = text
-        self.expires_at = expires_at
-
-    def reveal(self) -> str:
-        """The token's text, for an Authorization header and nothing else."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return f"<AccessToken expires_at={self.expires_at.isoformat()}>"
-
-    __str__ = __repr__
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an access token is not pickled")
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)

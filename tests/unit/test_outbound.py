@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.fakes.clock import settle
-from worker.outbound import connections
-from worker.outbound.connections import Connections
+from worker import outbound as connections
+from worker.outbound import Connections
 
 pytestmark = pytest.mark.anyio
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -7,9 +7,9 @@ import contextvars
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Generic, TypeVar
 
-from worker.clock import Clock
-from worker.errors import WorkerError
-from worker.telemetry.events import emit
+from .clock import Clock
+from .errors import WorkerError
+from .report import Report, log
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -19,7 +19,8 @@ MAX_AGE = 3600.0  # seconds, of a document
 class SingleFlight(Generic[K, V]):
     """At most one running task per key, which a caller's cancellation does not end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, report: Report = log) -> None:
+        self._report = report
         self._tasks: dict[K, asyncio.Task[V]] = {}
 
     def __contains__(self, key: K) -> bool:
@@ -52,7 +53,7 @@ class SingleFlight(Generic[K, V]):
         # Retrieving the exception silences asyncio's warning when no caller is left.
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, WorkerError):
-            emit("loop.failed", loop="tokens", error=type(error).__name__)
+            self._report("loop.failed", loop="tokens", error=type(error).__name__)
 
 
 class Document(Generic[V]):
@@ -63,7 +64,12 @@ class Document(Generic[V]):
     """
 
     def __init__(
-        self, read: Callable[[], Coroutine[Any, Any, V | str]], pauses: tuple[float, float], *, clock: Clock
+        self,
+        read: Callable[[], Coroutine[Any, Any, V | str]],
+        pauses: tuple[float, float],
+        *,
+        clock: Clock,
+        report: Report = log,
     ) -> None:
         self.content: V | None = None
         self.read_at = self.next_try = 0.0
@@ -72,7 +78,7 @@ class Document(Generic[V]):
         self._pauses = pauses
         self._failures = 0
         self._clock = clock
-        self._reading: SingleFlight[None, None] = SingleFlight()
+        self._reading: SingleFlight[None, None] = SingleFlight(report=report)
 
     @property
     def is_reading(self) -> bool:

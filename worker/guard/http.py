@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -14,9 +14,8 @@ from urllib.request import getproxies
 
 import httpx
 
-from worker.clock import Clock
-from worker.outbound.connections import Connections
-from worker.outbound.strict_json import MAX_MEMBERS, Malformed, loads
+from .clock import Clock
+from .strict_json import MAX_MEMBERS, Malformed, loads
 
 CONNECT_SECONDS = 3.0
 EXCHANGE_SECONDS = 10.0
@@ -24,6 +23,10 @@ TOKEN_LIMIT = 64 * 1024  # bytes
 KEYS_LIMIT = 256 * 1024
 # Of httpx, in seconds; the clock's deadline holds for all of an exchange.
 TIMEOUTS = {"timeout": {"connect": CONNECT_SECONDS}}
+
+
+# Each issuer limits its own connections; with a shared limit one that hangs would stop the others.
+_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=50)
 
 
 class ProviderClient(httpx.AsyncClient):
@@ -35,10 +38,15 @@ class ProviderClient(httpx.AsyncClient):
     direct: httpx.AsyncBaseTransport | None = None
 
 
-def open_client(transport: httpx.AsyncBaseTransport | None = None) -> ProviderClient:
-    """The client that all issuers share; tests pass a `MockTransport`.
+def open_client(
+    transport: httpx.AsyncBaseTransport | None = None,
+    *,
+    pool: Callable[[ssl.SSLContext], httpx.AsyncBaseTransport] | None = None,
+) -> ProviderClient:
+    """A client for providers; tests pass a `MockTransport`.
 
-    It follows no redirect, keeps no cookie and logs no URL.
+    It follows no redirect, keeps no cookie and logs no URL. `pool` makes the transport, httpx's own if it
+    is not set.
     """
     for name in ("httpx", "httpcore"):
         # At INFO httpx logs each URL with its query.
@@ -46,7 +54,7 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> ProviderCl
     # Mozilla's authorities for images that have none, and the system's, which may include a private CA.
     context = httpx.create_ssl_context()
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    direct = transport or Connections(context)
+    direct = transport or (pool or _pool)(context)
     proxied = transport is None and bool({"https", "all"} & getproxies().keys())
     client = ProviderClient(
         transport=None if proxied else direct,
@@ -54,8 +62,7 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> ProviderCl
         mounts={"http://": direct} if proxied else None,
         verify=context,
         timeout=httpx.Timeout(EXCHANGE_SECONDS, connect=CONNECT_SECONDS),
-        # Each issuer limits its own connections; with a shared limit one that hangs would stop the others.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=50),
+        limits=_LIMITS,
         follow_redirects=False,
         # A cookie set for one org must not travel with another org's request.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -64,6 +71,10 @@ def open_client(transport: httpx.AsyncBaseTransport | None = None) -> ProviderCl
     )
     client.direct = None if proxied else direct
     return client
+
+
+def _pool(context: ssl.SSLContext) -> httpx.AsyncBaseTransport:
+    return httpx.AsyncHTTPTransport(verify=context, limits=_LIMITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,49 +180,3 @@ async def fetch_json(
         return reply.json_object()
     except Malformed as malformed:
         return malformed.code
-
-
-def retry_delay(headers: httpx.Headers, reset_headers: tuple[str, ...], now: float) -> float | None:
-    """Seconds that a response asks to wait, or None: Retry-After (RFC 9110, 10.2.3), else a reset header.
-
-    `now` is in seconds since 1970. A reset header holds seconds from now or a Unix time.
-    """
-    text = headers.get("retry-after", "").strip()
-    if text:
-        seconds = _seconds(text)
-        if seconds is None:
-            try:
-                seconds = parsedate_to_datetime(text).timestamp() - now
-            except (ValueError, TypeError, OverflowError):
-                seconds = None
-        if seconds is not None:
-            return max(seconds, 0.0)
-    for name in reset_headers:
-        seconds = _seconds(headers.get(name, "").strip())
-        if seconds is not None:
-            return max(seconds - now if seconds > 1e9 else seconds, 0.0)
-    return None
-
-
-def room_left(
-    headers: httpx.Headers, reset_headers: tuple[str, ...], now: float
-) -> tuple[float | None, float]:
-    """The share of the allowed requests that is left, or None if unknown, and the seconds until it is reset.
-
-    From `RateLimit-Limit`, `RateLimit-Remaining` and `RateLimit-Reset`, or the names of a provider.
-    """
-    for name in reset_headers:
-        limit, left, reset = (
-            _seconds(headers.get(name.replace("Reset", part), "").strip())
-            for part in ("Limit", "Remaining", "Reset")
-        )
-        if limit and left is not None and reset is not None:
-            return left / limit, max(reset - now if reset > 1e9 else reset, 0.0)
-    return None, 0.0
-
-
-def _seconds(text: str) -> float | None:
-    whole, _, fraction = text.partition(".")
-    if len(text) > 20 or not text.isascii() or not whole.isdigit() or not (fraction or "0").isdigit():
-        return None
-    return float(text)

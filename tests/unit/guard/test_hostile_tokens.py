@@ -28,11 +28,11 @@ from tests.fakes.issuer import (
     rsa_key,
     sign_text,
 )
-from worker.claims.claims import Claims
-from worker.claims.decode import decode, enforce, invalid
 from worker.errors import TokenRefused
-from worker.tokens.jwks import read_keys
-from worker.tokens.verify import Key, verify
+from worker.guard.claims import Claims
+from worker.guard.decode import decode, enforce, invalid
+from worker.guard.jwks import read_keys
+from worker.guard.verify import Key, verify
 
 pytestmark = pytest.mark.anyio
 NOW = 1893456000  # 2030-01-01T00:00:00Z

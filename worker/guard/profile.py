@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from worker.errors import ConfigurationError
+from .errors import ConfigurationError
 
 ClaimPath = tuple[str, ...]
 FailureClass = Literal["credential", "configuration", "throttle", "transient"]
@@ -106,15 +107,19 @@ def load(name: str) -> Profile:
             f"unknown profile {name!r}",
             fix=f"name one of {', '.join(shipped())}, or the path of your own TOML file",
         )
-    text = resources.files("worker.providers").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    text = _files().joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return parse(text, source=name)
 
 
 @cache
 def shipped() -> tuple[str, ...]:
     """The names of the built-in profiles."""
-    names = (entry.name for entry in resources.files("worker.providers").iterdir())
+    names = (entry.name for entry in _files().iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def _files() -> Traversable:
+    return resources.files(__package__ or "").joinpath("profiles")
 
 
 def parse(text: str, *, source: str) -> Profile:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
-from worker.clock import Clock
-from worker.definitions.origins import DEFAULT_PORTS, is_loopback, origin_of
-from worker.errors import ConfigurationError, IssuerUnavailable
-from worker.outbound.http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
-from worker.providers.profile import Profile
-from worker.telemetry.masking import shown_url
-from worker.tokens.single_flight import Document
+from .clock import Clock
+from .errors import ConfigurationError, IssuerUnavailable
+from .http import KEYS_LIMIT, TOKEN_LIMIT, fetch_json
+from .profile import Profile
+from .report import Report, log
+from .single_flight import Document
+from .urls import fault_of_url, origin_of
 
 PAUSES = (5.0, 5.0)  # seconds, after the discovery document could not be read
 
@@ -39,9 +38,10 @@ class Issuer:
 
     def __post_init__(self) -> None:
         fix = f"correct it in [issuers.{self.name}] of worker.toml"
-        for url in (self.url, self.token_endpoint, self.keys_url):
-            if url and (fault := fault_of_url(url)):
-                raise ConfigurationError(f"issuer {self.name}: {shown_url(url)} {fault}", fix=fix)
+        # No URL is shown: a malformed one may contain a password.
+        for key in ("url", "token_endpoint", "keys_url"):
+            if (url := getattr(self, key)) and (fault := fault_of_url(url)):
+                raise ConfigurationError(f"issuer {self.name}: {key} {fault}", fix=fix)
         if not 0 < self.max_requests_per_second <= 10_000:
             raise ConfigurationError(
                 f"issuer {self.name}: max_requests_per_second must be above 0 and at most 10000", fix=fix
@@ -71,11 +71,13 @@ class Discovered:
 class Endpoints:
     """Token endpoint and key set URL of one issuer: configured, from its profile, or discovered."""
 
-    def __init__(self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock) -> None:
+    def __init__(
+        self, issuer: Issuer, client: httpx.AsyncClient, *, clock: Clock, report: Report = log
+    ) -> None:
         self._issuer = issuer
         self._client = client
         self._clock = clock
-        self._document = Document(self._read_document, PAUSES, clock=clock)
+        self._document = Document(self._read_document, PAUSES, clock=clock, report=report)
 
     async def token(self) -> str:
         """The URL of the token endpoint; raises as `discovered` does, if it needs the document."""
@@ -153,19 +155,3 @@ class Endpoints:
             for page in pages
         ]
         return Discovered(str(endpoint), str(keys_url), *usable)
-
-
-def fault_of_url(url: str) -> str | None:
-    """Why a secret must not be sent to this URL, or None: https, or http to a loopback address."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return "is not a URL"
-    if not host or port == 0 or parts.scheme not in DEFAULT_PORTS:
-        return "is not an https URL"
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        return "must have no user, query or fragment"
-    if parts.scheme == "http" and not is_loopback(host):
-        return "must be https; http is for loopback addresses only"
-    return None

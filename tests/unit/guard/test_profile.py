@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.providers.profile import ALGORITHMS, load, parse, shipped
+from worker.guard.profile import ALGORITHMS, load, parse, shipped
 
 MINIMAL = 'name = "mine"\ntitle = "Mine"\norg_asserted_by = "client"\norg = ["org"]\nclient = ["azp"]\n'
 

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from jwt.algorithms import get_default_algorithms
 
-from worker.claims.decode import invalid
-from worker.clock import Clock
-from worker.outbound.strict_json import Malformed, loads
-from worker.providers.profile import ALGORITHMS
-from worker.tokens.issuer import Issuer
+from .clock import Clock
+from .decode import invalid
+from .issuer import Issuer
+from .profile import ALGORITHMS
+from .strict_json import Malformed, loads
 
 MAX_TOKEN = 16 * 1024
 MAX_KID = 256
