@@ -8,9 +8,9 @@ import pytest
 from tests.fakes.clock import ManualClock
 from tests.fakes.issuer import kinde_issuer, profile
 from worker.errors import ConfigurationError
-from worker.outbound.http import open_client
-from worker.providers.profile import load
-from worker.tokens.issuer import Endpoints
+from worker.guard.issuer import Endpoints
+from worker.guard.profile import load
+from worker.outbound import open_client
 
 
 @pytest.mark.parametrize(
