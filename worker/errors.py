@@ -78,7 +78,8 @@ class NotFound(WorkerError):
         *,
         fix: str = "",
         retry_after: float | None = None,
-        sought: tuple[Literal["org", "definition", "template", "handler"], str, str | None] | None = None,
+        sought: tuple[Literal["org", "definition", "template", "calendar", "handler"], str, str | None]
+        | None = None,
     ) -> None:
         super().__init__(message, fix=fix, retry_after=retry_after)
         self.sought = sought

@@ -9,12 +9,15 @@ from typing import Any
 from docs.generate.docstrings import attributes
 from docs.generate.tables import code, table
 from worker.definitions.budgets import BudgetEntry
+from worker.definitions.calendars import CalendarEntry
 from worker.definitions.definition import Definition
 from worker.definitions.units import format_duration
 from worker.orgs import OrgEntry
 
 # Defaults that the file reader supplies for required attributes.
 FILLED_IN = {(OrgEntry, "name"): "the code"}
+# What a stored spec has besides the keys of a file.
+STORED = {(Definition, "calendar_dates")}
 
 
 def org_keys() -> str:
@@ -29,10 +32,16 @@ def budget_keys() -> str:
     return _keys(BudgetEntry)
 
 
+def calendar_keys() -> str:
+    return _keys(CalendarEntry)
+
+
 def _keys(owner: type) -> str:
     words = attributes(owner)
     rows = []
     for field in dataclasses.fields(owner):
+        if (owner, field.name) in STORED:
+            continue
         default = FILLED_IN.get((owner, field.name)) or _default(field)
         rows.append((code(field.name), default, words[field.name][1]))
     return table(("key", "default", "meaning"), rows)

@@ -26,6 +26,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "assistant-params": builtin.assistant_params,
     "assistant-settings": builtin.assistant_settings,
     "budget-keys": files.budget_keys,
+    "calendar-keys": files.calendar_keys,
     "claims": handlers.claims,
     "commands": commands.commands,
     "context": handlers.context,

@@ -44,7 +44,7 @@ VERBS = {
 }
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
-    *("orgs", "credentials", "definitions", "templates", "runs", "skips", "audit", "handlers"),
+    *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
     *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "config"),
 )
 ONLY_LISTED = ("skips", "audit")

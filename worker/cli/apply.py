@@ -1,8 +1,10 @@
-"""`apply`: make the database match a file of orgs, definitions, templates and budgets."""
+"""`apply`: make the database match a file of orgs, definitions, templates, calendars and budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from worker.definitions.file import DefinitionsFile
     from worker.operations.changes import Change
 
+# The largest iCalendar file that is read.
+MOST_BYTES = 4 * 2**20
 COLUMNS = ("kind", "action", "org", "name", "fields")
 
 
@@ -89,8 +93,22 @@ def _parsed(path: str) -> DefinitionsFile:
 
     text = read_text(path)
     if path == "-":
-        return parse_file(text, "json" if text.lstrip().startswith("{") else "toml")
-    return parse_file(text, format_of(path))
+        is_json = text.lstrip().startswith("{")
+        return parse_file(text, "json" if is_json else "toml", read_file=partial(_beside, Path()))
+    return parse_file(text, format_of(path), read_file=partial(_beside, Path(path).parent))
+
+
+def _beside(folder: Path, name: str) -> bytes:
+    """A file that the applied one names, from its folder; raises ValueError."""
+    path = folder / name
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is larger than {MOST_BYTES // 2**20} MiB")
+    return content
 
 
 def _short_form(fields: dict[str, dict[str, object]]) -> list[str]:

@@ -131,7 +131,9 @@ def _hints(connection: Connection, listing: Listing[R], scope: OrgScope, page: P
     return hints
 
 
-skips = typer.Typer(help="Scheduled times that never became a run, because they were missed or overlapped.")
+skips = typer.Typer(
+    help="Scheduled times that never became a run, because they were missed, overlapped or on a calendar."
+)
 add_list(skips, SKIPS)
 
 audit = typer.Typer(help="Who changed what: every change made by a person, or by a program for one.")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 from worker.clock import to_text
@@ -26,9 +26,10 @@ from worker.definitions import (
     RetryPolicy,
     fields,
 )
+from worker.definitions.calendars import read_dates
 from worker.definitions.fields import Fields, refusal, text
 from worker.definitions.pools import parse_pool
-from worker.definitions.triggers import Trigger, parse_schedule
+from worker.definitions.triggers import Trigger, parse_schedule, without_dates
 from worker.definitions.units import format_duration, format_memory, parse_duration, parse_memory
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
@@ -136,6 +137,8 @@ class Definition:
     """No run is due before this time."""
     ends_at: datetime | None = None
     """No run is due at or after this time."""
+    calendar: str | None = None
+    """The `[[calendar]]` on whose dates nothing runs: what is due then is a skip, reason `calendar`."""
     max_claims_age: timedelta | None = None
     """The maximum age of a token at the start of a run; at least `60s`."""
     api_origins: tuple[str, ...] | None = None
@@ -148,6 +151,8 @@ class Definition:
     """Whether `ctx.http` counts the `usage` of answers in OpenAI's form, as the meter `llm_tokens`."""
     enabled: bool = True
     """If false, no run is due."""
+    calendar_dates: tuple[date, ...] = ()
+    """The dates of `calendar`, as it was when this revision was made. Not a key of a file."""
 
     @property
     def serial(self) -> bool:
@@ -175,11 +180,16 @@ class Definition:
     def trigger(self, org_timezone: str | None = None) -> Trigger:
         """The trigger in the definition's zone, else the org's, else UTC; raises InvalidTrigger."""
         zone = parse_zone(self.timezone or org_timezone or "UTC")
-        return parse_schedule(self.schedule, zone, starts_at=self.starts_at, ends_at=self.ends_at)
+        trigger = parse_schedule(self.schedule, zone, starts_at=self.starts_at, ends_at=self.ends_at)
+        return without_dates(trigger, self.calendar_dates, zone) if self.calendar_dates else trigger
 
 
 def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
-    """The definition of an entry of a file; raises DefinitionError, InvalidTrigger for a schedule or zone."""
+    """The definition of an entry of a file, without the dates of its calendar.
+
+    Raises:
+        DefinitionError: a key is unknown or invalid; InvalidTrigger for the schedule or zone.
+    """
     reader = Fields(values, entry)
     reader.only(["org", "name", "enabled", *_KEYS])
     definition = _read(
@@ -201,18 +211,32 @@ def parse_definition(values: Mapping[str, Any], entry: str) -> Definition:
 def from_spec(org: str, name: str, spec: Mapping[str, Any], *, enabled: bool = True) -> Definition:
     """The definition of a stored revision; raises DefinitionError if this version cannot read it."""
     reader = Fields(spec, f"definition {org}/{name}")
-    reader.only(_KEYS)
-    return _read(reader, org=org, name=name, enabled=enabled)
+    reader.only(_STORED)
+    no_dates: tuple[date, ...] = ()
+    definition = _read(reader, org=org, name=name, enabled=enabled)
+    dates = reader.take(CALENDAR_DATES, read_dates, no_dates)
+    return replace(definition, calendar_dates=dates) if dates else definition
 
 
 def to_spec(definition: Definition) -> dict[str, Any]:
-    """The canonical spec for JSON: the keys that differ from their defaults, without org, name, enabled."""
+    """The canonical spec for JSON: the keys that differ from their defaults, without org, name, enabled.
+
+    It has the dates of the calendar, so that a revision alone says what was due.
+    """
     values = {key: getattr(definition, key) for key in _KEYS}
-    return {
+    spec = {
         key: _KEYS[key].write(value)
         for key, value in values.items()
         if key not in _DEFAULTS or value != _DEFAULTS[key]
     }
+    if definition.calendar_dates:
+        spec[CALENDAR_DATES] = [day.isoformat() for day in definition.calendar_dates]
+    return spec
+
+
+def keys_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a stored spec as a file has them: without the dates of the calendar."""
+    return {key: value for key, value in spec.items() if key != CALENDAR_DATES}
 
 
 def values_of(definition: Definition) -> dict[str, Any]:
@@ -313,6 +337,7 @@ _KEYS: dict[str, _Form] = {
     "pause_after_failures": _Form(fields.integer(1)),
     "starts_at": _Form(fields.timestamp, to_text),
     "ends_at": _Form(fields.timestamp, to_text),
+    "calendar": _Form(fields.name),
     "max_claims_age": _duration(timedelta(seconds=60), what="at least 60s"),
     "api_origins": _Form(fields.origins, list),
     "api_base_url": _Form(fields.base_url),
@@ -320,6 +345,9 @@ _KEYS: dict[str, _Form] = {
 }
 # The keys that an edit may change.
 EDITABLE = (*_KEYS, "enabled")
+# A spec has the dates of its calendar as well.
+CALENDAR_DATES = "calendar_dates"
+_STORED = (*_KEYS, CALENDAR_DATES)
 _OPTIONAL = frozenset(_KEYS) - {"handler", "schedule"}
 _DEFAULTS: dict[str, Any] = {
     each.name: {} if each.name == "params" else each.default

@@ -1,4 +1,4 @@
-"""A file for `apply`, TOML or JSON: orgs, definitions, templates and budgets, all of it checked."""
+"""A file for `apply`, TOML or JSON: orgs, definitions, templates, calendars and budgets, all checked."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar
 
 from worker.definitions import fields
 from worker.definitions.budgets import BudgetEntry, parse_budget
+from worker.definitions.calendars import CalendarEntry, ReadFile, no_files, parse_calendar
 from worker.definitions.definition import Definition, from_spec, parse_definition, to_spec
 from worker.definitions.fields import Fields, refusal
 from worker.definitions.pools import parse_pool
@@ -50,6 +52,7 @@ class DefinitionsFile:
     definitions: tuple[Definition, ...] = ()
     templates: tuple[TemplateEntry, ...] = ()
     budgets: tuple[BudgetEntry, ...] = ()
+    calendars: tuple[CalendarEntry, ...] = ()
 
 
 def format_of(path: str) -> Format:
@@ -57,21 +60,27 @@ def format_of(path: str) -> Format:
     return "json" if PurePath(path).suffix.lower() == ".json" else "toml"
 
 
-def parse_file(content: str | bytes, format: Format = "toml") -> DefinitionsFile:
-    """The entries of a file; raises DefinitionError for the first error in it."""
+def parse_file(
+    content: str | bytes, format: Format = "toml", *, read_file: ReadFile = no_files
+) -> DefinitionsFile:
+    """The entries of a file; raises DefinitionError for the first error in it.
+
+    `read_file` reads the iCalendar files that calendars name.
+    """
     values = _load(content, format)
     for key in values:
-        if key not in ("org", "definition", "template", "budget"):
+        if key not in ("org", "definition", "template", "budget", "calendar"):
             raise DefinitionError(
                 f"unknown key {key!r}",
                 field=key,
-                fix="a file has [[org]], [[definition]], [[template]] and [[budget]]",
+                fix="a file has [[org]], [[definition]], [[template]], [[calendar]] and [[budget]]",
             )
     return DefinitionsFile(
         _entries(values, "org", ("code",), parse_org),
         _entries(values, "definition", ("org", "name"), parse_definition),
         _entries(values, "template", ("name",), parse_template),
         _budgets(values),
+        _entries(values, "calendar", ("name",), partial(parse_calendar, read_file=read_file)),
     )
 
 
@@ -135,7 +144,7 @@ def _load(content: str | bytes, format: Format) -> Mapping[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise DefinitionError(
-            "the file is not valid: expected a table of org, definition, template and budget",
+            "the file is not valid: expected a table of org, definition, template, calendar and budget",
             fix='as JSON it is one object: {"definition": [...]}',
         )
     return values

@@ -9,6 +9,8 @@ from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from itertools import takewhile
+from operator import itemgetter
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.base import BaseTrigger
@@ -156,6 +158,14 @@ def _second_of_day(wall: datetime) -> int:
     return wall.hour * 3600 + wall.minute * 60 + wall.second
 
 
+class Piece(NamedTuple):
+    """A range, both ends included; `closed` if all of it is on dates of a calendar."""
+
+    start: datetime
+    until: datetime
+    closed: bool
+
+
 class Trigger(BaseTrigger):  # type: ignore[misc]
     """The scheduled times of a schedule, aware UTC, from `starts_at` until before `ends_at`."""
 
@@ -215,6 +225,15 @@ class Trigger(BaseTrigger):  # type: ignore[misc]
         """From `at` to the next scheduled time, ignoring `ends_at`; None if the schedule has ended."""
         found = self._next(at + _TICK)
         return None if found is None else found - at
+
+    @property
+    def nominal(self) -> Trigger:
+        """All scheduled times, also those on the dates of a calendar."""
+        return self
+
+    def pieces(self, start: datetime, until: datetime) -> Iterator[Piece]:
+        """What lies from `start` to `until`, divided where a date of the calendar begins or ends."""
+        yield Piece(start, until, closed=False)
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
         """APScheduler's interface: the next time after the previous one, else from now on."""
@@ -342,6 +361,84 @@ class AtTrigger(Trigger):
 
     def _count(self, start: datetime, until: datetime) -> int:
         return int(self._last(start, until) is not None)
+
+
+class OpenTrigger(Trigger):
+    """The scheduled times of another trigger that are not on the dates of a calendar, in a zone."""
+
+    def __init__(self, nominal: Trigger, dates: tuple[date, ...], zone: ZoneInfo) -> None:
+        super().__init__(starts_at=nominal.starts_at, ends_at=nominal.ends_at)
+        self._nominal = nominal
+        self._closed = _ranges_of(dates, zone)
+
+    @property
+    def nominal(self) -> Trigger:
+        return self._nominal
+
+    def pieces(self, start: datetime, until: datetime) -> Iterator[Piece]:
+        for first, end in self._closed_from(start):
+            if first > until:
+                break
+            if start < first:
+                yield Piece(start, first - _TICK, closed=False)
+            yield Piece(max(start, first), min(until, end - _TICK), closed=True)
+            start = end
+        if start <= until:
+            yield Piece(start, until, closed=False)
+
+    def _next(self, start: datetime) -> datetime | None:
+        at = self._nominal._next(start)
+        for first, end in self._closed_from(start):
+            if at is None or at < first:
+                break
+            if at < end:
+                at = self._nominal._next(end)
+        return at
+
+    def _last(self, start: datetime, until: datetime) -> datetime | None:
+        for piece in reversed(list(self.pieces(start, until))):
+            if not piece.closed and (at := self._nominal._last(piece.start, piece.until)) is not None:
+                return at
+        return None
+
+    def _count(self, start: datetime, until: datetime) -> int:
+        closed = [piece for piece in self.pieces(start, until) if piece.closed]
+        return self._nominal._count(start, until) - sum(
+            self._nominal._count(piece.start, piece.until) for piece in closed
+        )
+
+    def _closed_from(self, start: datetime) -> Iterator[tuple[datetime, datetime]]:
+        """The closed ranges that end after `start`, oldest first."""
+        for index in range(bisect_right(self._closed, start, key=itemgetter(1)), len(self._closed)):
+            yield self._closed[index]
+
+
+@lru_cache(maxsize=256)
+def _ranges_of(dates: tuple[date, ...], zone: ZoneInfo) -> tuple[tuple[datetime, datetime], ...]:
+    """The times whose local date is one of these: from the first, until before the second of each pair."""
+    ranges: list[tuple[datetime, datetime]] = []
+    for day in sorted(dates):
+        midnight = datetime(day.year, day.month, day.day)
+        # No zone is a day or more from UTC.
+        for stretch in stretches(zone, midnight - _DAY):
+            if stretch.start >= midnight + 2 * _DAY:
+                break
+            start = max(stretch.start, midnight - stretch.offset)
+            end = min(stretch.end, midnight + _DAY - stretch.offset)
+            if start < end:
+                ranges.append((start.replace(tzinfo=UTC), end.replace(tzinfo=UTC)))
+    joined: list[tuple[datetime, datetime]] = []
+    for start, end in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return tuple(joined)
+
+
+@lru_cache(maxsize=1024)
+def without_dates(nominal: Trigger, dates: tuple[date, ...], zone: ZoneInfo) -> Trigger:
+    """A trigger without its scheduled times on these dates, in a zone."""
+    return OpenTrigger(nominal, dates, zone)
 
 
 @lru_cache(maxsize=16_384)

@@ -1,9 +1,9 @@
-"""Apply a file of orgs, templates, definitions and budgets: all or nothing; the same file changes nothing."""
+"""Apply a file of orgs, templates, definitions, calendars and budgets: all or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sqlalchemy import Connection
@@ -16,8 +16,16 @@ from worker.errors import DefinitionError, UsageError
 from worker.ids import OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.operations.budgets import BudgetChange, budget_changes, write_budgets
+from worker.operations.calendars import (
+    calendar_changes,
+    dated,
+    following,
+    following_templates,
+    write_calendars,
+)
 from worker.operations.changes import (
     Action,
+    CalendarChange,
     Change,
     DefinitionChange,
     OrgChange,
@@ -30,7 +38,7 @@ from worker.operations.handlers import Handlers
 from worker.operations.orgs import changed_columns, check_entry, columns_of
 from worker.operations.templates import materialise_first
 from worker.orgs import OrgEntry
-from worker.store import audit, definitions, orgs, templates
+from worker.store import audit, calendars, definitions, orgs, templates
 from worker.store.database import Database
 from worker.store.dialect import Row, chunks
 
@@ -52,6 +60,9 @@ def apply(
     report: Report = lambda done, total, what: None,
 ) -> list[Change]:
     """Make the database match the file in one transaction; returns the changes, which `dry_run` only checks.
+
+    The same file again changes nothing. If a calendar changes, so do all definitions and templates that name
+    it, of every org.
 
     `prune` closes definitions of the file's orgs that it does not have, except those of
     templates, and removes such budgets. Pauses and org states stay. The first orgs get their
@@ -84,13 +95,15 @@ class _Plan:
     templates: list[TemplateChange] = field(default_factory=list)
     definitions: list[DefinitionChange] = field(default_factory=list)
     budgets: list[BudgetChange] = field(default_factory=list)
+    calendars: list[CalendarChange] = field(default_factory=list)
 
     @property
-    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange | BudgetChange]:
-        return [*self.orgs, *self.templates, *self.definitions, *self.budgets]
+    def all(self) -> list[OrgChange | TemplateChange | DefinitionChange | BudgetChange | CalendarChange]:
+        return [*self.calendars, *self.orgs, *self.templates, *self.definitions, *self.budgets]
 
 
 def _carry_out(connection: Connection, plan: _Plan, *, actor: str, at: datetime, report: Report) -> None:
+    write_calendars(connection, plan.calendars, actor=actor, at=at)
     settled = [change.before for change in plan.definitions if change.before]
     for org in plan.orgs:
         if org.before and "timezone" in org.new:
@@ -134,7 +147,14 @@ def _make_plan(
     plan = _Plan()
     named = {entry.code for entry in file.orgs} | {each.org for each in file.definitions}
     named |= {budget.org for budget in file.budgets if budget.org is not None}
-    stored_orgs = orgs.find_for_all_orgs(connection, named, lock=True)
+    users = (*file.definitions, *(entry.definition for entry in file.templates))
+    used = {definition.calendar for definition in users if definition.calendar is not None}
+    plan.calendars, dates = calendar_changes(connection, file.calendars, used)
+    changed = {change.name: dates[change.name] for change in plan.calendars if change.before is not None}
+    # Locked together with those of the file: two files then take all locks in one order.
+    following_orgs = calendars.orgs_with_for_all_orgs(connection, changed)
+    found_orgs = orgs.find_for_all_orgs(connection, named | following_orgs, lock=True)
+    stored_orgs = {code: row for code, row in found_orgs.items() if code in named}
     ids: dict[str, OrgId] = {code: row["id"] for code, row in stored_orgs.items()}
     for entry in file.orgs:
         org = _org_change(entry, stored_orgs.get(entry.code), issuers)
@@ -143,7 +163,7 @@ def _make_plan(
             ids[entry.code] = org.id
     stored = {
         (row["org"], row["name"]): row
-        for row in definitions.lock_for_all_orgs(connection, (row["id"] for row in stored_orgs.values()))
+        for row in definitions.lock_for_all_orgs(connection, (row["id"] for row in found_orgs.values()))
     }
     issuer_of = {code: row["issuer"] for code, row in stored_orgs.items()}
     issuer_of |= {entry.code: entry.issuer for entry in file.orgs}
@@ -153,6 +173,7 @@ def _make_plan(
         if each.org not in ids:
             fix = f'add [[org]] code = "{each.org}" to the file, or `orgs add {each.org}`'
             raise refusal(f"there is no org {each.org}", name, "org", fix=fix)
+        each = dated(each, dates, name)
         check(each, name, (issuer_of[each.org],))
         before = stored.get((each.org, each.name))
         if before is not None and before["closed_at"] is None and before["template_id"] is not None:
@@ -164,17 +185,24 @@ def _make_plan(
     for template_entry in sorted(file.templates, key=lambda template: template.name):
         selected = template_entry.selector.issuer
         of = issuers or () if selected is None else (selected,)
+        dated_definition = dated(template_entry.definition, dates, f"template {template_entry.name}")
+        template_entry = replace(template_entry, definition=dated_definition)
         check(template_entry.definition, f"template {template_entry.name}", of)
         template = _template_change(template_entry, templates.find(connection, template_entry.name), issuers)
         if template is not None:
             plan.templates.append(template)
-    if prune:
-        kept = {(each.org, each.name) for each in file.definitions}
-        plan.definitions.extend(
-            DefinitionChange.close(row)
-            for key, row in stored.items()
-            if key not in kept and row["closed_at"] is None and row["template_id"] is None
-        )
+    kept = {(each.org, each.name) for each in file.definitions}
+    others = [
+        row
+        for key, row in stored.items()
+        if key not in kept and row["closed_at"] is None and row["template_id"] is None
+    ]
+    for row in others:
+        if prune and row["org"] in named:
+            plan.definitions.append(DefinitionChange.close(row))
+        elif row["spec"].get("calendar") in changed:
+            plan.definitions.append(following(row, changed))
+    plan.templates += following_templates(connection, changed, {entry.name for entry in file.templates})
     pruned = frozenset(ids.values()) if prune else frozenset[OrgId]()
     plan.budgets += budget_changes(connection, file.budgets, ids, issuers, prune=pruned)
     return plan

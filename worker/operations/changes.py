@@ -1,4 +1,4 @@
-"""Changes of orgs, templates and definitions: what each changes, its rows, and its audit entry.
+"""Changes of orgs, templates, definitions and calendars: what each changes, its rows, its audit entry.
 
 Those of budgets are in `operations/budgets.py`.
 """
@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Literal
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import Definition, to_spec
+from worker.definitions.definition import CALENDAR_DATES, Definition, to_spec
 from worker.ids import DefinitionId, OrgId, TemplateId, new_id
 from worker.operations import settle
 from worker.store import audit, backfills, definitions, edit_runs, orgs, templates
 from worker.store.dialect import Row
 
-Kind = Literal["org", "definition", "template", "budget"]
+Kind = Literal["org", "definition", "template", "budget", "calendar"]
 Action = Literal["add", "change", "reopen", "close", "remove"]
 
 
@@ -52,6 +52,22 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
     """The keys whose values differ, with both values."""
     pairs = ((key, before.get(key), after.get(key)) for key in sorted(before.keys() | after.keys()))
     return {key: (old, new) for key, old, new in pairs if not same(old, new)}
+
+
+def shown_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """As `differing`, for two specs: of the dates of one calendar only those that come or go."""
+    found = differing(before, after)
+    if "calendar" in found:
+        found.pop(CALENDAR_DATES, None)
+    elif CALENDAR_DATES in found:
+        found[CALENDAR_DATES] = one_sided(*found[CALENDAR_DATES])
+    return found
+
+
+def one_sided(before: list[str] | None, after: list[str] | None) -> tuple[list[str], list[str]]:
+    """Of two lists, what only the one has, and what only the other has."""
+    old, new = before or [], after or []
+    return [each for each in old if each not in new], [each for each in new if each not in old]
 
 
 def same(one: Any, other: Any) -> bool:
@@ -104,10 +120,35 @@ class TemplateChange:
             return Change("template", "close", None, self.name)
         before = {} if self.before is None else {**self.before["spec"], "orgs": self.before["selector"]}
         after = {**self.spec, "orgs": self.selector}
-        return Change("template", self.action, None, self.name, differing(before, after))
+        return Change("template", self.action, None, self.name, shown_keys(before, after))
 
     def audit_entry(self) -> audit.Entry:
         return audit.Entry(None, f"template.{self.action}", self.name, self.shown().detail)
+
+
+@dataclass(frozen=True, slots=True)
+class CalendarChange:
+    """A calendar to add (`before` None), to give other dates, or to remove (`dates` None)."""
+
+    name: str
+    before: Row | None
+    dates: tuple[date, ...] | None
+
+    @property
+    def action(self) -> Action:
+        if self.dates is None:
+            return "remove"
+        return "add" if self.before is None else "change"
+
+    def shown(self) -> Change:
+        if self.dates is None:
+            return Change("calendar", "remove", None, self.name)
+        after = [day.isoformat() for day in self.dates]
+        dates = (None, after) if self.before is None else one_sided(self.before["dates"], after)
+        return Change("calendar", self.action, None, self.name, {"dates": dates})
+
+    def audit_entry(self) -> audit.Entry:
+        return audit.Entry(None, f"calendar.{self.action}", self.name, self.shown().detail)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +214,14 @@ class DefinitionChange:
             return Change("definition", "close", self.org, self.name)
         after = {**self.spec, "enabled": self.enabled}
         if self.before is None:
-            new = {key: (None, after[key]) for key in sorted(after) if after[key] is not None}
+            new = {
+                key: (None, after[key])
+                for key in sorted(after)
+                if after[key] is not None and key != CALENDAR_DATES
+            }
             return Change("definition", self.action, self.org, self.name, new)
         before = {**self.before["spec"], "enabled": self.before["enabled"]}
-        return Change("definition", self.action, self.org, self.name, differing(before, after))
+        return Change("definition", self.action, self.org, self.name, shown_keys(before, after))
 
     def audit_entry(self, reason: str | None = None) -> audit.Entry:
         detail = self.shown().detail | because(reason)
@@ -235,6 +280,7 @@ def _write_rows(
         }
         if change.action != "close":
             values["enabled"] = change.enabled
+            values["calendar"] = change.spec.get("calendar")
         if before is None:
             definition_id, revision = DefinitionId(new_id()), 1
             named = {"id": definition_id, "org_id": change.org_id, "name": change.name}

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection
 
-from worker.definitions.definition import parse_definition
+from worker.definitions.calendars import read_dates
+from worker.definitions.definition import CALENDAR_DATES, keys_of, parse_definition
 from worker.definitions.origins import NO_ISSUERS, IssuerOrigins, check_base_url, check_encrypted, in_force
 from worker.errors import Conflict, PreconditionFailed, Unavailable, WorkerError
 from worker.ids import DefinitionId, OrgId
 from worker.operations import settle
+from worker.operations.calendars import with_calendar
 from worker.operations.changes import DefinitionChange, change_definitions
 from worker.operations.handlers import Handlers
 from worker.store import audit, definitions, orgs
+from worker.store import calendars as calendar_rows
 from worker.store.database import Database
 from worker.store.dialect import Row, database_now
 from worker.store.lists import DefinitionDetail
@@ -26,14 +30,18 @@ ACTOR = "worker"
 
 
 @contextmanager
-def _locked(database: Database, org: str, name: str) -> Iterator[tuple[Connection, Row]]:
-    """A transaction with one locked definition that is not closed.
+def _locked(
+    database: Database, org: str, name: str, *, calendars: bool = False
+) -> Iterator[tuple[Connection, Row]]:
+    """A transaction with one locked definition that is not closed; with `calendars`, those stay, too.
 
     Raises:
         NotFound: no such org or definition.
         Conflict: it is closed.
     """
     with database.transaction() as connection:
+        if calendars:
+            calendar_rows.lock(connection)
         org_id = orgs.require(connection, org, lock=True)["id"]
         row = definitions.require(connection, org_id, org, name, lock=True)
         if row["closed_at"] is not None:
@@ -67,7 +75,7 @@ def edit_definition(
         DefinitionError: names the key that is refused.
     """
     entry = f"definition {org}/{name}"
-    with _locked(database, org, name) as (connection, row):
+    with _locked(database, org, name, calendars=changes.get("calendar") is not None) as (connection, row):
         if row["template_id"] is not None:
             raise Conflict(
                 f"{entry} is made by a template", fix="change the template, for every org that it selects"
@@ -77,8 +85,12 @@ def edit_definition(
                 f"{entry} is now at revision {row['revision']}, not {revision}: somebody has changed it",
                 fix=f"look at it with `definitions show {org} {name}` and try again",
             )
-        values = {**row["spec"], "enabled": row["enabled"], **changes, "org": org, "name": name}
+        values = {**keys_of(row["spec"]), "enabled": row["enabled"], **changes, "org": org, "name": name}
         wanted = parse_definition(values, entry=entry)
+        if "calendar" in changes:
+            wanted = with_calendar(connection, wanted, entry)
+        elif wanted.calendar is not None:
+            wanted = replace(wanted, calendar_dates=read_dates(row["spec"].get(CALENDAR_DATES, [])))
         change = DefinitionChange.to(row["org_id"], wanted, row)
         if change is not None:
             Handlers(connection).check(wanted, entry, inline=inline, allow_unknown=False)

@@ -124,7 +124,8 @@ class _Schedules:
         # Its trigger lives as long as this object, so its id is not used again.
         place = (id(trigger), at)
         if place not in self._next:
-            self._next[place] = trigger.after(at, inclusive=self._inclusive)
+            # Also those that a calendar will skip: each scheduled time is decided when it comes.
+            self._next[place] = trigger.nominal.after(at, inclusive=self._inclusive)
         nominal = self._next[place]
         if nominal is None:
             return None, None

@@ -10,9 +10,11 @@ from typing import Any
 from sqlalchemy import Connection
 
 from worker.clock import to_text
-from worker.definitions.definition import from_spec
+from worker.definitions.definition import Definition, from_spec
 from worker.definitions.triggers import Trigger
+from worker.definitions.zones import parse_zone
 from worker.ids import ALL_ORGS, OrgId
+from worker.runs.fire import is_closed
 from worker.runs.why import Why, last_error, why_run
 from worker.store import definitions, health, history, orgs
 from worker.store.dialect import database_now
@@ -65,12 +67,15 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
     trigger = definition.trigger(row["org_timezone"])
     backfill = f"definitions backfill {org} {name} --from {to_text(at)} --until {to_text(at + _TICK)}"
     preview = f"definitions next {org} {name}"
-    if trigger.after(at, inclusive=True) != at:
-        around = _around(trigger, at)
+    if trigger.nominal.after(at, inclusive=True) != at:
+        around = _around(trigger.nominal, at)
         return _no_run(row, at, "is not a scheduled time of", around, f"{preview} --from {to_text(at)}")
     skip = history.skip_of(connection, org_id, row["id"], at)
     if skip is not None:
-        return _skipped(connection, row, at, skip, backfill)
+        return _skipped(connection, row, at, skip, backfill, definition)
+    if at > now and is_closed(trigger, at):
+        calendar = f"and will be skipped: its date is in the calendar {definition.calendar}"
+        return _no_run(row, at, "has not come yet for", calendar, preview)
     if at > now:
         return _no_run(row, at, "has not come yet for", _ahead(row), preview)
     stopped = _stopped(connection, row, at)
@@ -141,11 +146,19 @@ def _blocked(connection: Connection, run: Row, org: Row, found: Why) -> Why:
     return found
 
 
-def _skipped(connection: Connection, row: Row, at: datetime, skip: Row, backfill: str) -> Why:
+def _skipped(
+    connection: Connection, row: Row, at: datetime, skip: Row, backfill: str, definition: Definition
+) -> Why:
     if skip["reason"] == "overlap":
         other = history.run_in_the_way(connection, row["org_id"], row["id"], at)
         overlap = row["spec"].get("overlap", "skip")
         cause = f"run {other or 'before it'} had not ended, and overlap = {overlap} kept it out"
+    elif skip["reason"] == "calendar":
+        zone = definition.timezone or row["org_timezone"] or "UTC"
+        day = at.astimezone(parse_zone(zone)).date()
+        cause = f"{day}, its date in {zone}, is in the calendar {definition.calendar}"
+        # A backfill skips it, too.
+        backfill = f"calendars show {definition.calendar}"
     else:
         misfire = row["spec"].get("misfire", "once")
         cause = f"no worker fired it in time, and misfire = {misfire} ran nothing or a newer one instead"

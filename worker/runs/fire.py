@@ -42,7 +42,7 @@ class Span:
     skipped_from: datetime
     skipped_until: datetime
     count: int
-    reason: Literal["missed"] = "missed"
+    reason: Literal["missed", "calendar"] = "missed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +59,40 @@ def decide_due(
 ) -> Due:
     """Decide every scheduled time from `first`, inclusive, that is due at `now`.
 
-    A time is due `spread` after its nominal time; its lateness counts from then. Missed ranges are
-    counted, not walked: a week of missed seconds costs as much as an hour. `next` is the first time
-    that is not decided.
+    A time is due `spread` after its nominal time; its lateness counts from then. Those on the dates of
+    a calendar are skips, and the misfire policy does not see them. Missed ranges are counted, not
+    walked: a week of missed seconds costs as much as an hour. `next` is the first time that is not
+    decided.
     """
-    newest = trigger.last(first, now - spread)
-    if newest is None:
-        return Due(next=trigger.after(first, inclusive=True))
-    run_from = _first_to_run(trigger, policy, first, newest, now - spread)
-    skipped = _spans(trigger, first, newest if run_from is None else run_from - _TICK)
-    if run_from is None:
-        return Due(skipped=skipped, next=trigger.after(newest))
+    nominal = trigger.nominal
+    due = nominal.last(first, now - spread)
+    if due is None:
+        return Due(next=nominal.after(first, inclusive=True))
+    newest = due if trigger is nominal else trigger.last(first, due)
+    run_from = None if newest is None else _first_to_run(trigger, policy, first, newest, now - spread)
     runs: list[datetime] = []
-    for scheduled_for in trigger.occurrences(run_from):
-        if scheduled_for > newest or len(runs) == MOST_RUNS:
-            return Due(runs, skipped, scheduled_for)
-        runs.append(scheduled_for)
-    return Due(runs, skipped)
+    following: datetime | None = None
+    if run_from is not None and newest is not None:
+        for scheduled_for in trigger.occurrences(run_from):
+            if scheduled_for > newest or len(runs) == MOST_RUNS:
+                following = scheduled_for
+                break
+            runs.append(scheduled_for)
+    decided = due
+    if following is not None and following <= due:
+        decided = following - _TICK
+    elif trigger is not nominal or run_from is None:
+        following = nominal.after(due)
+    return Due(runs, _skipped(trigger, first, decided, run_from), following)
 
 
 # The definitions of one fire have the same `now`.
 _decide_due = lru_cache(maxsize=SHARED)(decide_due)
+
+
+def is_closed(trigger: Trigger, at: datetime) -> bool:
+    """Whether this time is on a date of the trigger's calendar."""
+    return any(piece.closed for piece in trigger.pieces(at, at))
 
 
 @lru_cache(maxsize=SHARED)
@@ -114,13 +127,27 @@ def _first_to_run(
     return oldest or on_time
 
 
-def _spans(trigger: Trigger, first: datetime, until: datetime) -> list[Span]:
+def _skipped(trigger: Trigger, first: datetime, until: datetime, run_from: datetime | None) -> list[Span]:
+    """What is decided and does not run: missed before `run_from`, or on the dates of the calendar."""
+    spans: list[Span] = []
+    missed_until = until if run_from is None else run_from - _TICK
+    for start, end, closed in trigger.pieces(first, until):
+        if closed:
+            spans += _spans(trigger.nominal, start, end, "calendar")
+        else:
+            spans += _spans(trigger.nominal, start, min(end, missed_until), "missed")
+    return spans
+
+
+def _spans(
+    trigger: Trigger, first: datetime, until: datetime, reason: Literal["missed", "calendar"]
+) -> list[Span]:
     spans = []
-    start = trigger.after(first, inclusive=True)
+    start = trigger.after(first, inclusive=True) if first <= until else None
     while start is not None and start <= until:
         midnight = datetime.combine(start.date(), time(), tzinfo=start.tzinfo) + _DAY
         last = trigger.last(start, min(until, midnight - _TICK)) or start
-        spans.append(Span(start, last, trigger.count(start, last)))
+        spans.append(Span(start, last, trigger.count(start, last), reason))
         start = trigger.after(last)
     return spans
 
@@ -144,8 +171,9 @@ def window_of(schedule: str, trigger: Trigger, setting: Spread = "auto") -> time
     """The time over which the delays of the orgs are spread; zero if there is no spread."""
     if setting != "auto":
         return _ZERO if setting == "off" else setting
-    if isinstance(trigger, EveryTrigger):
-        return min(trigger.interval, WIDEST)
+    nominal = trigger.nominal
+    if isinstance(nominal, EveryTrigger):
+        return min(nominal.interval, WIDEST)
     return WIDEST if schedule.strip().startswith("@") else _ZERO
 
 
@@ -234,7 +262,7 @@ def preview(
     late = set() if due is None else {run.scheduled_for for run in due.runs}
     skips = () if due is None else due.skips
     overlap = _overlap_note(definition, unfinished)
-    for scheduled_for in islice(trigger.occurrences(start), count):
+    for scheduled_for in islice(trigger.nominal.occurrences(start), count):
         skipped = [skip for skip in skips if skip.skipped_from <= scheduled_for <= skip.skipped_until]
         if row["org_state"] != "active":
             note = f"not due: the org is {row['org_state']}"
@@ -242,6 +270,8 @@ def preview(
             note = f"not due: the definition is {row['state']}"
         elif scheduled_for <= now and (first is None or scheduled_for < first):
             note = "decided already"
+        elif is_closed(trigger, scheduled_for):
+            note = f"would be skipped: calendar {definition.calendar}"
         elif skipped:
             note = f"would be skipped: {skipped[0].reason}"
         else:

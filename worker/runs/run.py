@@ -13,7 +13,7 @@ from worker.ids import DefinitionId, OrgId, RunId
 
 Origin = Literal["schedule", "manual", "backfill", "retry"]
 Isolation = Literal["child", "inline"]
-SkipReason = Literal["missed", "overlap"]
+SkipReason = Literal["missed", "overlap", "calendar"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,8 @@ class Upcoming:
     issuer: str
     next_fire_at: datetime
     spec: str
+    next_scheduled_for: datetime | None = None
+    org_timezone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

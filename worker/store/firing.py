@@ -146,6 +146,8 @@ def upcoming_for_all_orgs(
             of_org("issuer"),
             schedule.c.next_fire_at,
             spec.correlate(schedule).scalar_subquery(),
+            schedule.c.next_scheduled_for,
+            of_org("timezone"),
         )
         .where(schedule.c.next_fire_at >= after[0], schedule.c.next_fire_at <= until)
         .where(tuple_(schedule.c.next_fire_at, schedule.c.definition_id) > after)

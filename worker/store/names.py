@@ -1,4 +1,4 @@
-"""Names of orgs, definitions, templates and handlers: by their beginning, or near one that does not exist.
+"""Names of orgs, definitions, templates, calendars and handlers, by their beginning or near a wrong one.
 
 For an operator's command line only: they are names of all orgs.
 """
@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, select, union
 
 from worker.store import tables
 
-Kind = Literal["org", "definition", "template", "handler"]
+Kind = Literal["org", "definition", "template", "calendar", "handler"]
 
 # Names that are offered, and those on either side that a misspelt one is compared with.
 OFFERED = 50
@@ -53,5 +53,7 @@ def _names(kind: Kind, org: str | None) -> tuple[Select[Any], ColumnElement[str]
             return select(all_names.c.name), all_names.c.name
         case "template":
             return select(templates.c.name), templates.c.name
+        case "calendar":
+            return select(tables.calendars.c.name), tables.calendars.c.name
         case "handler":
             return select(tables.catalogue.c.name).distinct(), tables.catalogue.c.name

@@ -64,7 +64,7 @@ SECRETS: Mapping[str, frozenset[str]] = {
 _NOT_FOR_ORGS = frozenset(
     {
         *("workers", "hosts", "alerts", "alert_strikes", "operators", "sessions", "login_transactions"),
-        *("applications", "access_tokens", "pools", "placements"),
+        *("applications", "access_tokens", "pools", "placements", "calendars"),
     }
 )
 # No role changes or deletes these rows; triggers prevent the owner, too.
@@ -106,7 +106,7 @@ _OPERATOR_WRITES: Mapping[str, Sequence[str]] = {
     "budget_raises": ("INSERT",),
     # With a credential that is retired, or an org that is suspended.
     "access_tokens": ("DELETE",),
-    "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision)",),
+    "definitions": ("UPDATE (enabled, revision, closed_at, template_id, template_revision, calendar)",),
     "definition_revisions": ("INSERT",),
     "definition_states": (
         "INSERT",

@@ -73,6 +73,9 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "templates show": (("export",), ""),
     "templates backfill": (("nightly", "--from", "2026-01-01", "--until", "2026-01-02"), ""),
     "templates close": (("export",), ""),
+    "calendars list": ((), ""),
+    "calendars show": (("holidays",), ""),
+    "calendars remove": (("holidays",), ""),
     "runs why": ((RUN,), ""),
     "runs retry": ((RUN,), ""),
     "runs cancel": ((RUN,), ""),
@@ -160,7 +163,8 @@ def site(cli: CommandLine) -> CommandLine:
     cli(
         "apply",
         "-",
-        stdin='[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n',
+        stdin='[[template]]\nname = "export"\norgs = "all"\nhandler = "acme.note"\nschedule = "@yearly"\n'
+        'calendar = "holidays"\n[[calendar]]\nname = "holidays"\ndates = ["2030-12-25"]\n',
     )
     return cli
 
@@ -297,6 +301,10 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("runs why", ("--org", "org_acme"), 2),
     ("runs why", (RUN,), 3),
     ("runs why", ("--org", "org_acme", "--definition", "absent", "--at", "2020-01-01"), 3),
+    ("calendars list", ("--limit", "0"), 2),
+    ("calendars show", ("absent",), 3),
+    ("calendars remove", ("absent",), 3),
+    ("calendars remove", ("holidays",), 5),
     ("runs why", ("--org", "org_acme", "--definition", "tick", "--at", "noon"), 2),
     ("runs retry", (RUN, "--canary", "1"), 2),
     ("runs retry", ("--org", "absent"), 3),
@@ -375,6 +383,8 @@ def test_a_file_that_says_nothing_of_use_exits_78(site: CommandLine):
         definition("org_acme", "tick", "acme.note", "0 0 31 2 *"),
         definition("org_acme", "tick", "acme.note", timeout="soon"),
         definition("org_acme", "tick", "acme.note", retry="1"),
+        definition("org_acme", "tick", "acme.note", calendar="absent"),
+        '[[calendar]]\nname = "holidays"\nics = "absent.ics"',
     ):
         failing(site, "apply", "-", code=78, stdin=text)
 

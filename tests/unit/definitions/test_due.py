@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import takewhile
 from typing import Any
 
@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from tests.fakes.clock import utc
 from worker.definitions import MisfirePolicy
-from worker.definitions.triggers import Trigger, parse_schedule
+from worker.definitions.triggers import Trigger, parse_schedule, without_dates
 from worker.definitions.zones import parse_zone
 from worker.runs import fire as due_module
 from worker.runs.fire import Due, Span, decide_due, start_deadline
 
 HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
 SECOND = timedelta(seconds=1)
 MIDNIGHT = utc("2030-01-01")
 
@@ -204,6 +205,72 @@ def test_a_stored_instant_that_changed_rules_no_longer_name_does_not_fire():
     assert due == Due([], [], utc("2030-01-01T03:00"))
 
 
+def without(text: str, *dates: str, zone: str = "UTC") -> Trigger:
+    return without_dates(schedule(text, zone), tuple(map(date.fromisoformat, dates)), parse_zone(zone))
+
+
+def test_what_is_due_on_a_date_of_the_calendar_is_a_skip_of_its_own():
+    trigger = without("0 3 * * *", "2030-01-01")
+    first = utc("2030-01-01T03:00")
+
+    due = decide_due(trigger, MisfirePolicy(), first=first, now=first)
+
+    assert due == Due([], [Span(first, first, 1, "calendar")], utc("2030-01-02T03:00"))
+
+
+def test_the_next_instant_is_decided_when_it_comes_though_the_calendar_will_skip_it():
+    """Else nothing would count it: a skip is written when its time has come, not before."""
+    trigger = without("0 3 * * *", "2030-01-02", "2030-01-03")
+
+    due = decide_due(trigger, MisfirePolicy(), first=utc("2030-01-01T03:00"), now=utc("2030-01-01T03:00"))
+
+    assert due == Due([utc("2030-01-01T03:00")], [], utc("2030-01-02T03:00"))
+
+
+def test_a_missed_instant_before_a_holiday_still_runs_after_it():
+    """The misfire policy does not see the holiday: nothing that runs has come since."""
+    trigger = without("0 3 * * *", "2030-01-02", "2030-01-03")
+
+    due = decide_due(trigger, MisfirePolicy(), first=utc("2030-01-01T03:00"), now=utc("2030-01-03T12:00"))
+
+    assert due.runs == [utc("2030-01-01T03:00")]
+    assert due.skipped == [
+        Span(utc("2030-01-02T03:00"), utc("2030-01-02T03:00"), 1, "calendar"),
+        Span(utc("2030-01-03T03:00"), utc("2030-01-03T03:00"), 1, "calendar"),
+    ]
+    assert due.next == utc("2030-01-04T03:00")
+
+
+def test_spans_end_where_the_local_date_does():
+    """Berlin's New Year's Day is from 23:00 to 23:00 UTC."""
+    trigger = without("0 * * * *", "2030-01-01", zone="Europe/Berlin")
+
+    due = decide_due(
+        trigger, MisfirePolicy("skip"), first=utc("2029-12-31T21:00"), now=utc("2030-01-02T00:30")
+    )
+
+    assert due.skipped == [
+        Span(utc("2029-12-31T21:00"), utc("2029-12-31T22:00"), 2, "missed"),
+        Span(utc("2029-12-31T23:00"), utc("2029-12-31T23:00"), 1, "calendar"),
+        Span(utc("2030-01-01T00:00"), utc("2030-01-01T22:00"), 23, "calendar"),
+        Span(utc("2030-01-01T23:00"), utc("2030-01-01T23:00"), 1, "missed"),
+        Span(utc("2030-01-02T00:00"), utc("2030-01-02T00:00"), 1, "missed"),
+    ]
+
+
+def test_a_call_that_leaves_runs_to_the_next_decides_no_later_holiday():
+    trigger = without("* * * * *", "2030-01-02")
+    policy = MisfirePolicy("all", within=timedelta(days=9), limit=9000)
+
+    due = decide_due(trigger, policy, first=utc("2030-01-01T00:00"), now=utc("2030-01-04T00:00:30"))
+
+    assert (len(due.runs), due.skipped, due.next) == (1000, [], utc("2030-01-01T16:40"))
+
+
+def test_a_run_before_a_holiday_may_start_until_the_next_one_that_runs():
+    assert start_deadline(without("0 3 * * *", "2030-01-02"), utc("2030-01-01T03:00"), None) == 2 * DAY
+
+
 def test_the_start_deadline_reaches_to_the_next_instant_but_at_least_an_hour():
     assert start_deadline(schedule("0 3 * * *"), utc("2030-01-01T03:00"), None) == timedelta(days=1)
     assert start_deadline(schedule("* * * * *"), MIDNIGHT, None) == HOUR
@@ -212,6 +279,11 @@ def test_the_start_deadline_reaches_to_the_next_instant_but_at_least_an_hour():
 
 
 # --- properties ---
+
+calendars = st.lists(
+    st.sampled_from(["2026-03-28", "2026-03-29", "2026-10-24", "2026-10-25", "2026-04-04", "2026-04-05"]),
+    max_size=3,
+)
 
 schedules = st.sampled_from(
     [
@@ -241,19 +313,26 @@ policies = st.builds(
 moves = st.lists(st.integers(-600, 3000).map(lambda n: timedelta(seconds=n)), min_size=1, max_size=6)
 
 
+def local_date(at: datetime, zone: str) -> str:
+    return at.astimezone(parse_zone(zone)).date().isoformat()
+
+
 @settings(deadline=None)
-@given(schedules, starts, policies, durations, moves)
-def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, start, policy, spread, steps):
+@given(schedules, calendars, starts, policies, durations, moves)
+def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, dates, start, policy, spread, steps):
     """Whatever the policy and however the clock moves: instants due = runs + skip counts, per UTC day."""
-    trigger = schedule(*where)
+    text, zone = where
+    calendar = without(text, *dates, zone=zone)
+    trigger = calendar.nominal
     first = trigger.after(start, inclusive=True)
     begun, now, runs, skipped = first, start, [], []
     for step in steps:
         now += step
         if first is None:
             break
-        due = decide_due(trigger, policy, first=first, now=now, spread=spread)
+        due = decide_due(calendar, policy, first=first, now=now, spread=spread)
         assert all(instant + spread <= now for instant in due.runs)
+        assert not [instant for instant in due.runs if local_date(instant, zone) in dates]
         assert all(span.skipped_until + spread <= now for span in due.skipped)
         runs += due.runs
         skipped += due.skipped
@@ -261,7 +340,10 @@ def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, start, 
 
     for span in skipped:
         assert span.skipped_from.date() == span.skipped_until.date()
-        assert len(list(trigger.between(span.skipped_from, span.skipped_until))) == span.count
+        within = list(trigger.between(span.skipped_from, span.skipped_until))
+        assert len(within) == span.count
+        closed = {local_date(instant, zone) in dates for instant in within}
+        assert closed == {span.reason == "calendar"}
     walked = [
         instant for span in skipped for instant in trigger.between(span.skipped_from, span.skipped_until)
     ]
@@ -272,11 +354,19 @@ def test_every_instant_due_runs_or_is_counted_once_and_none_early(where, start, 
 
 
 @settings(deadline=None)
-@given(schedules, starts, policies, durations, st.integers(0, 7200).map(lambda n: timedelta(seconds=n)))
-def test_the_decision_equals_the_rule_applied_to_a_list(where, start, policy, spread, downtime):
+@given(
+    schedules,
+    calendars,
+    starts,
+    policies,
+    durations,
+    st.integers(0, 7200).map(lambda n: timedelta(seconds=n)),
+)
+def test_the_decision_equals_the_rule_applied_to_a_list(where, dates, start, policy, spread, downtime):
     """The counted decision is the one that the written rule gives when every instant is listed."""
-    trigger, now = schedule(*where), start + downtime
-    first = trigger.after(start, inclusive=True)
+    text, zone = where
+    trigger, now = without(text, *dates, zone=zone), start + downtime
+    first = trigger.nominal.after(start, inclusive=True)
     if first is None:
         return
 
@@ -299,4 +389,5 @@ def test_the_decision_equals_the_rule_applied_to_a_list(where, start, policy, sp
     expected = [instant for instant in chosen if late[instant] <= within] + on_time
     assert due.runs == expected[: due_module.MOST_RUNS]
     if len(expected) <= due_module.MOST_RUNS:
-        assert sum(span.count for span in due.skipped) == len(listed) - len(expected)
+        missed = [span.count for span in due.skipped if span.reason == "missed"]
+        assert sum(missed) == len(listed) - len(expected)

@@ -20,11 +20,12 @@ from random import Random
 from typing import NamedTuple, Protocol
 
 from worker.clock import Clock
-from worker.definitions.definition import from_spec
-from worker.errors import DefinitionError, Unavailable
+from worker.definitions.definition import Definition, from_spec
+from worker.errors import DefinitionError, InvalidTrigger, Unavailable
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.ids import DefinitionId
 from worker.orgs import OrgRef, TokenWant
+from worker.runs.fire import is_closed
 from worker.runs.run import Upcoming
 
 # Definitions of one query, tokens that are looked up by one, and tokens that are prepared at the same time.
@@ -79,6 +80,8 @@ class _Needs(NamedTuple):
     variants: tuple[str, ...]
     priority: int
     max_age: timedelta | None
+    calendar: Definition | None
+    """The definition, if it has a calendar."""
 
 
 @lru_cache(maxsize=4096)
@@ -95,7 +98,18 @@ def _needs_of(spec: str) -> _Needs | None:
         tuple(variant.handler for variant in definition.variants),
         definition.priority,
         definition.max_claims_age,
+        definition if definition.calendar_dates else None,
     )
+
+
+def _is_skipped(definition: Definition, each: Upcoming) -> bool:
+    """Whether what is due next is on a date of the calendar."""
+    if each.next_scheduled_for is None:
+        return False
+    try:
+        return is_closed(definition.trigger(each.org_timezone), each.next_scheduled_for)
+    except InvalidTrigger:
+        return False
 
 
 class _Wanted(NamedTuple):
@@ -190,6 +204,8 @@ class TokenRenewal:
         if needs is None or not each.org_code:
             return None
         if needs.max_age is not None and needs.max_age < self.ahead:
+            return None
+        if needs.calendar is not None and _is_skipped(needs.calendar, each):
             return None
         scopes = needs.scopes
         if scopes is None:

@@ -8,7 +8,7 @@ can be narrowed. `read` and `runs` have the SQL.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypedDict, TypeVar, get_args
 from uuid import UUID
 
@@ -121,6 +121,27 @@ class Template(TypedDict):
 
 class TemplateDetail(Template):
     spec: dict[str, Json]
+
+
+class Calendar(TypedDict):
+    """Dates on which nothing runs, for all orgs; for operators only."""
+
+    id: str
+    name: str
+    days: int
+    first_date: date | None
+    last_date: date | None
+    created_at: datetime
+    updated_at: datetime
+    updated_by: str
+
+
+class CalendarDetail(Calendar):
+    """`definitions` is how many open definitions name it, `templates` which open templates do."""
+
+    dates: list[str]
+    definitions: int
+    templates: list[str]
 
 
 class Attempt(TypedDict):
@@ -490,6 +511,13 @@ BACKFILLS = Listing(
     "List backfills, newest first, with how many of their scheduled times have run.",
     ("id", "org", "definition", "range_from", "range_until", "state", "ended", "made", "instants"),
     filters=("org", "definition"),
+)
+CALENDARS = Listing(
+    "calendars",
+    Calendar,
+    "List calendars, newest first.",
+    ("name", "days", "first_date", "last_date", "updated_at", "updated_by"),
+    filters=("since",),
 )
 # The lists of the API.
 LISTS: tuple[Listing[Any], ...] = (

@@ -25,6 +25,8 @@ class Timing(NamedTuple):
     timezone: str
     starts_at: str | None
     ends_at: str | None
+    calendar_dates: str | None = None
+    """As JSON."""
 
 
 class Timings(NamedTuple):
@@ -61,7 +63,7 @@ def timings_for_all_orgs(connection: Connection, until: datetime, after: str | N
     counted: Counter[Timing] = Counter()
     for row in rows:
         if row["timing"] and row["next_fire_at"] is not None and row["next_fire_at"] < until:
-            schedule, timezone, starts_at, ends_at = row["timing"].split(_BETWEEN)
-            timing = Timing(schedule, timezone or row["zone"] or "UTC", starts_at or None, ends_at or None)
+            schedule, timezone, *rest = row["timing"].split(_BETWEEN)
+            timing = Timing(schedule, timezone or row["zone"] or "UTC", *(text or None for text in rest))
             counted[timing] += bool(schedule)
     return Timings(+counted, str(rows[-1]["definition_id"]) if len(rows) == limit else None)

@@ -24,12 +24,13 @@ from worker.definitions.words import in_words
 from worker.errors import NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
+from worker.store import calendars, orgs, states, tables
 from worker.store import definitions as definition_rows
-from worker.store import orgs, states, tables
 from worker.store.dialect import all_rows, first_row
 from worker.store.lists import (
     AUDIT,
     BACKFILLS,
+    CALENDARS,
     CREDENTIALS,
     DEFINITIONS,
     HANDLERS,
@@ -39,6 +40,7 @@ from worker.store.lists import (
     SKIPS,
     TEMPLATES,
     Backfill,
+    CalendarDetail,
     DefinitionDetail,
     Listing,
     OrgDetail,
@@ -172,6 +174,21 @@ def template(connection: Connection, org: OrgScope, name: str) -> TemplateDetail
     return cast(TemplateDetail, row)
 
 
+def calendar(connection: Connection, name: str) -> CalendarDetail:
+    """One calendar with its dates, and what names it; raises NotFound."""
+    source = _SOURCES[CALENDARS]
+    query = source.query.add_columns(tables.calendars.c.dates).where(tables.calendars.c.name == name)
+    row = first_row(connection, query)
+    if row is None:
+        raise NotFound(
+            f"there is no calendar {name}",
+            fix="`calendars list` lists the calendars, `apply` of a file with a [[calendar]] makes one",
+            sought=("calendar", name, None),
+        )
+    definitions, templates = calendars.uses_for_all_orgs(connection, name)
+    return cast(CalendarDetail, {**row, "definitions": definitions, "templates": templates})
+
+
 def backfill(connection: Connection, org_id: OrgId, backfill_id: str) -> Backfill:
     """One existing backfill, as the list shows it."""
     query = _SOURCES[BACKFILLS].query
@@ -299,6 +316,7 @@ _SOURCES: Mapping[Listing[Any], _Source] = {
     ),
     CREDENTIALS: _Source(CREDENTIALS, _credentials),
     AUDIT: _Source(AUDIT, _audit, since="at"),
+    CALENDARS: _Source(CALENDARS, tables.calendars),
     BACKFILLS: _Source(
         BACKFILLS,
         _backfills,

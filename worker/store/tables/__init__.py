@@ -166,6 +166,21 @@ templates = Table(
     info={"meaning": "One definition for many orgs."},
 )
 
+calendars = Table(
+    "calendars",
+    metadata,
+    Column("id", Id, primary_key=True),
+    required("name", Text, "What definitions and templates name as their `calendar`.", unique=True),
+    required("dates", json_type(), "The dates, sorted."),
+    required("days", Integer, "The number of its dates."),
+    Column("first_date", Date, doc="The first of its dates."),
+    Column("last_date", Date, doc="The last of its dates."),
+    required("created_at", Instant),
+    required("updated_at", Instant, "When its dates were changed."),
+    required("updated_by", Text, "Who changed them."),
+    info={"meaning": "Dates on which nothing runs; the definitions that name one have its dates."},
+)
+
 definitions = Table(
     "definitions",
     metadata,
@@ -183,9 +198,11 @@ definitions = Table(
     required("created_at", Instant),
     required("updated_at", Instant),
     Column("closed_at", Instant, doc="When it was closed: nothing runs any more. Rows are never deleted."),
+    Column("calendar", Text, doc="The calendar that its revision in force names."),
     UniqueConstraint("org_id", "name"),
     Index("ix_definitions_template_id", "template_id", **partial("template_id IS NOT NULL")),
     Index("ix_definitions_name_id", "name", "id"),
+    Index("ix_definitions_calendar", "calendar", **partial("calendar IS NOT NULL")),
     Index("ix_definitions_paused_id", "id", **partial("paused_at IS NOT NULL AND closed_at IS NULL")),
     info={"meaning": "What an org asked for. Its keys are in `definition_revisions`."},
 )

@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from worker.definitions import MISFIRE_MODES, OVERLAPS
-from worker.definitions.definition import from_spec, parse_definition, to_spec
+from worker.definitions.definition import from_spec, keys_of, parse_definition, to_spec
 from worker.definitions.effective import GROUPS, effective
 from worker.errors import Conflict, DefinitionError, WorkerError
 from worker.operations.changes import same
@@ -139,9 +139,10 @@ def _texts(row: DefinitionDetail) -> dict[str, str]:
 
 def _planned(row: DefinitionDetail, changes: Mapping[str, Any]) -> list[Difference]:
     """What the changes do to the stored keys; raises DefinitionError as the edit would."""
-    values = {**row["spec"], "enabled": row["enabled"], **changes, "org": row["org"], "name": row["name"]}
+    keys = keys_of(row["spec"])
+    values = {**keys, "enabled": row["enabled"], **changes, "org": row["org"], "name": row["name"]}
     wanted = parse_definition(values, entry="")
-    before = {**to_spec(from_spec(row["org"], row["name"], row["spec"])), "enabled": row["enabled"]}
+    before = {**to_spec(from_spec(row["org"], row["name"], keys)), "enabled": row["enabled"]}
     after = {**to_spec(wanted), "enabled": wanted.enabled}
     return [] if same(before, after) else differences(before, after)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from worker.clock import Clock, from_text
-from worker.definitions.triggers import parse_schedule
+from worker.definitions.calendars import read_dates
+from worker.definitions.triggers import parse_schedule, without_dates
 from worker.definitions.zones import parse_zone
 from worker.errors import InvalidTrigger
 from worker.store.lists.due import Timing, timings_for_all_orgs
@@ -87,7 +89,10 @@ def by_hour(timing: Timing, start: datetime, end: datetime) -> Mapping[datetime,
     """How often one definition with this timing is due in [start, end), by hour."""
     try:
         bounds = {name: at and from_text(at) for name, at in timing._asdict().items() if name.endswith("_at")}
-        trigger = parse_schedule(timing.schedule, parse_zone(timing.timezone), **bounds)
+        zone = parse_zone(timing.timezone)
+        trigger = parse_schedule(timing.schedule, zone, **bounds)
+        if timing.calendar_dates:
+            trigger = without_dates(trigger, read_dates(json.loads(timing.calendar_dates)), zone)
     except (InvalidTrigger, ValueError):
         # Of another release: its worker reports it.
         return {}

@@ -1,0 +1,105 @@
+"""Calendars: their dates, and which open definitions and templates name them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from datetime import date, datetime
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, text, update
+
+from worker.ids import new_id
+from worker.store import tables
+from worker.store.bulk import among
+from worker.store.dialect import Row, chunks, first_row, is_postgresql
+
+_calendars, _definitions, _orgs = tables.calendars, tables.definitions, tables.orgs
+_templates = tables.templates
+
+# Definitions that are counted for people; of more, the number is this one.
+COUNTED = 10_000
+_LOCK = 6_070_318
+_SHARED, _EXCLUSIVE = (text(f"SELECT pg_advisory_xact_lock{how}({_LOCK})") for how in ("_shared", ""))
+
+
+def lock(connection: Connection, *, exclusive: bool = False) -> None:
+    """Keep calendars as they are until the transaction ends; `exclusive` also keeps out who uses them.
+
+    Taken before any lock of an org or a definition. Without it a definition could take the dates of a
+    calendar that another transaction changes, and keep them.
+    """
+    if is_postgresql(connection):
+        connection.execute(_EXCLUSIVE if exclusive else _SHARED)
+
+
+def find(connection: Connection, names: Iterable[str]) -> dict[str, Row]:
+    """The existing calendars of these names, by name."""
+    found: dict[str, Row] = {}
+    for part in chunks(sorted(set(names))):
+        query = select(_calendars).where(among(connection, _calendars.c.name, part))
+        found |= {row["name"]: dict(row) for row in connection.execute(query).mappings()}
+    return found
+
+
+def write(
+    connection: Connection, name: str, dates: Collection[date], *, at: datetime, actor: str, new: bool
+) -> None:
+    """Insert a calendar, or replace its dates."""
+    days = sorted(dates)
+    values: dict[str, Any] = {
+        "dates": [day.isoformat() for day in days],
+        "days": len(days),
+        "first_date": days[0] if days else None,
+        "last_date": days[-1] if days else None,
+        "updated_at": at,
+        "updated_by": actor,
+    }
+    if new:
+        connection.execute(insert(_calendars).values(id=new_id(), name=name, created_at=at, **values))
+    else:
+        connection.execute(update(_calendars).where(_calendars.c.name == name).values(**values))
+
+
+def remove(connection: Connection, name: str) -> None:
+    """Delete a calendar."""
+    connection.execute(delete(_calendars).where(_calendars.c.name == name))
+
+
+def orgs_with_for_all_orgs(connection: Connection, names: Iterable[str]) -> set[str]:
+    """The codes of the orgs with an open definition of their own that names one of these calendars."""
+    codes: set[str] = set()
+    for part in chunks(sorted(set(names))):
+        query = (
+            select(_orgs.c.code)
+            .join(_definitions, _definitions.c.org_id == _orgs.c.id)
+            .where(
+                # The condition of the index, too.
+                _definitions.c.calendar.is_not(None),
+                among(connection, _definitions.c.calendar, part),
+                _definitions.c.closed_at.is_(None),
+                _definitions.c.template_id.is_(None),
+            )
+            .distinct()
+        )
+        codes |= set(connection.execute(query).scalars())
+    return codes
+
+
+def uses_for_all_orgs(connection: Connection, name: str) -> tuple[int, list[str]]:
+    """How many open definitions name it, and the names of the open templates that do."""
+    some = (
+        select(_definitions.c.id)
+        .where(_definitions.c.calendar == name, _definitions.c.closed_at.is_(None))
+        .limit(COUNTED)
+        .subquery()
+    )
+    count = connection.execute(select(func.count()).select_from(some)).scalar_one()
+    named = select(_templates.c.name).where(
+        _templates.c.closed_at.is_(None), _templates.c.spec["calendar"].as_string() == name
+    )
+    return count, list(connection.execute(named.order_by(_templates.c.name)).scalars())
+
+
+def one(connection: Connection, name: str) -> Mapping[str, Any] | None:
+    """The calendar of that name; None if there is none."""
+    return first_row(connection, select(_calendars).where(_calendars.c.name == name))
