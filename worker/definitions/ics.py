@@ -25,7 +25,7 @@ _READ_ONCE = frozenset({"UID", "SUMMARY", "STATUS", "DTSTART", "DTEND", "DURATIO
 
 
 class InvalidCalendar(ValueError):
-    """The text is no calendar of whole days; its message names the line, and the event if there is one."""
+    """Not an iCalendar file of whole days. The message names the line, and the event if there is one."""
 
 
 class _Line(NamedTuple):
