@@ -35,9 +35,12 @@ NOT_OF_ORGS = {
     "operators",
     "sessions",
     "login_transactions",
+    "calendars",
 }
 # Rows that name machines or many orgs at once; nobody who acts for one org may read them.
-NOT_FOR_ORGS = {"workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools"}
+NOT_FOR_ORGS = {
+    *("workers", "hosts", "alerts", "alert_strikes", "applications", "access_tokens", "pools", "calendars"),
+}
 # All that API and console write, and no right more: by table, the columns of its UPDATE.
 WRITES = {
     "runs": (
@@ -69,8 +72,8 @@ OPERATOR_WRITES = WRITES | {
     "budget_raises": ("INSERT",),
     "access_tokens": ("DELETE",),
     "definitions": (
-        "UPDATE closed_at consecutive_failures enabled pause_note paused_at paused_by revision template_id "
-        "template_revision updated_at",
+        "UPDATE calendar closed_at consecutive_failures enabled pause_note paused_at paused_by revision "
+        "template_id template_revision updated_at",
     ),
     "definition_revisions": ("INSERT",),
     "definition_states": ("INSERT", "DELETE", "UPDATE data run_id updated_at updated_by version"),
