@@ -13,7 +13,8 @@ does nothing. The workers are processes, the issuer is another. Where the tokens
 
 `--provider-rate` is what the issuer allows and the workers keep to, 0 is no limit. Meanwhile `--others`
 definitions of other orgs are due each second; those due at the instant itself, which have no precedence, are
-counted separately. Times are from the instant until the handler is called.
+counted separately, and so are those that wait until such a run of their own definition is fired. Times
+are from the instant until the handler is called.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ def figures(
         select(
             runs.c.handler,
             runs.c.org_id,
+            runs.c.definition_id,
             runs.c.scheduled_for,
+            runs.c.created_at,
             runs.c.state,
             runs.c.finished_at,
             attempts.c.handler_started_at,
@@ -195,13 +198,15 @@ def figures(
     late = [(start - at).total_seconds() for start, _ in started]
     ends = [row.finished_at for row in ours if row.finished_at]
     last_end = max(ends, default=now)
-    others, together = (
+    theirs = [row for row in rows if row.handler == OTHER and row.scheduled_for <= last_end]
+    fired_at = {row.definition_id: row.created_at for row in theirs if row.scheduled_for == at}
+    others, together, behind = (
         [
             ((row.handler_started_at or now) - row.scheduled_for).total_seconds()
-            for row in rows
-            if row.handler == OTHER and row.scheduled_for <= last_end and (row.scheduled_for == at) is same
+            for row in theirs
+            if group_of(row, at, fired_at) == group
         ]
-        for same in (False, True)
+        for group in ("later", "together", "behind")
     )
     requests, refused = made.issuer.counts()
     count, minute = given.orgs * given.per_org, int(at.timestamp())
@@ -231,6 +236,8 @@ def figures(
         "together": len(together),
         "together_late_p50": spread(together)[0],
         "together_late_max": round(max(together, default=0.0), 3),
+        "behind": len(behind),
+        "behind_late_max": round(max(behind, default=0.0), 3),
         "most_ahead": most_ahead([org for _, org in started], {row.org_id for row in ours}),
         "token_requests": sum(requests.values()),
         "token_requests_in_the_minute": sum(requests.get(minute + second, 0) for second in range(60)),
@@ -241,6 +248,13 @@ def figures(
         "memory_after": [round(each, 1) for each in after.memory],
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def group_of(row: Any, at: datetime, fired_at: dict[str, datetime]) -> str:
+    """Whether another run was due with the crowd, later, or later behind such a run of its own definition."""
+    if row.scheduled_for == at:
+        return "together"
+    return "behind" if row.scheduled_for < fired_at.get(row.definition_id, at) else "later"
 
 
 def spread(seconds: Sequence[float]) -> tuple[float, float]:
@@ -284,6 +298,10 @@ def table(found: dict[str, Any]) -> str:
         (
             f"{found['together']} other runs, due with them: late p50, max",
             seconds(found, "together_late_p50", "together_late_max"),
+        ),
+        (
+            f"{found['behind']} other runs, behind one of those: late max",
+            seconds(found, "behind_late_max"),
         ),
         ("an org ahead of another by at most", f"{found['most_ahead']} starts"),
         (
