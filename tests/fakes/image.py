@@ -156,7 +156,8 @@ def _build(folder: Path, containerfile: str) -> Image:
                 image.entrypoint = tuple(json.loads(rest))
             case "CMD":
                 image.command = tuple(json.loads(rest))
-            case "STOPSIGNAL" | "EXPOSE":
+            case "STOPSIGNAL" | "EXPOSE" | "ARG":
+                # An argument without a value, as where none is given to the build.
                 pass
             case _:
                 raise AssertionError(f"this module does not support the step {word} of the Containerfile")

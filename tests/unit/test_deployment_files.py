@@ -538,7 +538,7 @@ _SAFELY = re.compile(r'"-P", "-m", "worker|bin/python -P -m worker')
 
 def test_nothing_that_is_shipped_imports_from_its_working_directory():
     """A handler may have left a worker/__main__.py there, which `python -m worker` would run."""
-    files = [path for path in CONFIG.rglob("*") if path.is_file() and path.suffix != ".json"]
+    files = [path for path in CONFIG.rglob("*") if path.is_file() and path.suffix not in (".json", ".pyc")]
     files += [*(ROOT / "worker").rglob("*.py"), ROOT / "dev"]
     texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
     starts = {name: len(_STARTS.findall(text)) for name, text in texts.items() if _STARTS.search(text)}

@@ -97,16 +97,18 @@ def before_the_verb(
     debug: Annotated[
         bool, typer.Option("--debug", help="Print tracebacks of unexpected errors (also WORKER_DEBUG=1).")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and its commit, and exit.")
+    ] = False,
 ) -> None:
     """Scheduled, long-running background jobs for each customer org, each run under a token scoped to it.
 
     Without a command, starts the worker, as `run` does.
     """
     if version:
-        from importlib.metadata import version as version_of
+        from worker import release
 
-        print(version_of("orgworker"))
+        print(f"{release.version()} (commit {release.commit()})")
         raise typer.Exit
     context.obj = Invocation(config, _settings(setting or ()))
     if context.invoked_subcommand is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from worker import release
 from worker.claims.pools import PoolRules
 from worker.clock import to_text
 from worker.definitions.units import format_duration
@@ -456,6 +457,7 @@ def _versions() -> Row:
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
+        "commit": release.commit(),
         **{name: _version(name) for name in DISTRIBUTIONS},
     }
 

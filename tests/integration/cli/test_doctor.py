@@ -224,6 +224,7 @@ def test_the_bundle_has_what_a_supporter_asks_first(planted: CommandLine, tmp_pa
     bundle = json.loads(file.read_text())
 
     assert bundle["versions"]["orgworker"]
+    assert bundle["versions"]["commit"]
     assert bundle["database"]["schema"] == bundle["database"]["needs_schema"]
     assert bundle["settings"]["execution"]["lease"] == "30s"
     assert bundle["settings"]["alerts"]["webhook_secret"] == "***"
