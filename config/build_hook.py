@@ -22,8 +22,8 @@ class CommitHook(BuildHookInterface):  # type: ignore[type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return
-        # In an unpacked sdist this reads the file that is there. Forced in once more, it is last in the wheel
-        # again: a wheel from the sdist has the same hash as one from the checkout.
+        # In an unpacked sdist this reads the file that is there. Adding it anyway keeps it last in the
+        # wheel, so that a wheel from the sdist has the same hash as one from the checkout.
         release = runpy.run_path(str(Path(self.root, "worker/release.py")))
         commit = os.environ.get("ORGWORKER_COMMIT") or release["commit"]()
         self._folder = tempfile.TemporaryDirectory()

@@ -24,7 +24,7 @@ def commit() -> str:
     if BUILT_FROM.exists():
         return BUILT_FROM.read_text(encoding="ascii").strip()
     checkout = BUILT_FROM.parents[1]
-    # Of a repository further up, such as the one around a virtual environment, this code is no part.
+    # A repository further up, such as one around a virtual environment, does not contain this code.
     if not (checkout / ".git").exists():
         return UNKNOWN
     try:
