@@ -45,9 +45,11 @@ VERBS = {
 # A noun's verbs are in `app` of its module; those that can only be listed are in `lists`.
 NOUNS = (
     *("orgs", "credentials", "definitions", "templates", "calendars", "runs", "skips", "audit", "handlers"),
-    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "config"),
+    *("budgets", "usage", "operators", "hosts", "pools", "db", "keys", "tokens", "config", "import"),
 )
 ONLY_LISTED = ("skips", "audit")
+# Python cannot import a module of this name.
+MODULES = {"import": "importing"}
 # Options before the verb that take a value.
 WITH_VALUE = ("--config", "--set")
 
@@ -59,7 +61,7 @@ def add(app: typer.Typer, only: str | None) -> None:
             app.command(verb)(getattr(import_module(f"worker.cli.{module}"), function))
     for noun in NOUNS:
         if only in (None, noun):
-            module, name = ("lists", noun) if noun in ONLY_LISTED else (noun, "app")
+            module, name = ("lists", noun) if noun in ONLY_LISTED else (MODULES.get(noun, noun), "app")
             app.add_typer(getattr(import_module(f"worker.cli.{module}"), name), name=noun)
 
 

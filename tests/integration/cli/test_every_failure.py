@@ -24,6 +24,7 @@ RUN = "01999999-9999-7999-8999-999999999999"
 FILE = definition("org_acme", "tick", "acme.note", "@yearly")
 SECRET = "Zq7-canary-secret-23421608"
 LINE = json.dumps({"code": "org_b", "name": "B", "issuer": "main", "client_id": "b", "client_secret": SECRET})
+BEAT = "beat_schedule = {'tick': {'task': 'acme.note', 'schedule': 60}}\n"
 CREDENTIAL = ("--client-id", "b", "--secret-file", "-")
 
 # Each command as it would be right, and what it reads from standard input.
@@ -107,12 +108,16 @@ RIGHT: dict[str, tuple[tuple[str, ...], str]] = {
     "keys add": ((), ""),
     "keys remove": (("k00000000",), ""),
     "config show": ((), ""),
+    "import crontab": (("-", "--org", "org_acme", "--handler", "acme.note"), "0 3 * * * true\n"),
+    "import celery-beat": (("-", "--org", "org_acme"), BEAT),
+    "import apscheduler": (("-", "--org", "org_acme"), "scheduler.add_job(tick, 'cron', hour=3)\n"),
 }
 # These go on without an output of their own to choose.
 WITHOUT_OUTPUT = {"run", "host", "serve", "provision", "demo", "completion", "new-job"}
 # Servers change the process they are in, so they get one of their own.
 SERVERS = {"run", "host", "serve", "provision"}
-NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job"}
+IMPORTS = {"import crontab", "import celery-beat", "import apscheduler"}
+NEED_NO_SETTINGS = {"demo", "completion", "try", "new-job"} | IMPORTS
 NEED_NO_DATABASE = NEED_NO_SETTINGS | {"db upgrade", "keys generate", "config show"}
 LIST_WHAT_IS_INSTALLED = {"handlers list", "handlers show"}
 # Those that look at a database that is there, of whatever version, or not at all.
@@ -241,6 +246,14 @@ WRONG: list[tuple[str, tuple[str, ...], int]] = [
     ("new-job", ("no name",), 2),
     ("apply", ("absent.toml",), 2),
     ("try", ("acme.not-here",), 3),
+    ("import crontab", ("absent", "--org", "org_acme", "--handler", "acme.note"), 2),
+    ("import crontab", ("-", "--org", "org_acme"), 2),
+    ("import crontab", ("-", "--org", "a/b", "--handler", "acme.note"), 2),
+    ("import crontab", ("-", "--org", "org_acme", "--handler", "acme.note", "--zone", "Mars/Olympus"), 2),
+    ("import celery-beat", ("-",), 2),
+    ("import celery-beat", ("absent.py", "--org", "org_acme"), 2),
+    ("import apscheduler", ("-", "--org", "org_acme", "--handler", " "), 2),
+    ("import apscheduler", ("absent.py", "--org", "org_acme"), 2),
     ("orgs add", ("org_acme",), 5),
     ("orgs add", ("org_c", "--issuer", "absent"), 2),
     ("orgs add", ("org_c", "--timezone", "Mars/Olympus"), 2),
