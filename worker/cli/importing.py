@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickletools
+import sys
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated
 
@@ -183,6 +184,8 @@ def _print(imported: Import, file: str, output: Format) -> None:
     else:
         for row in rows:
             print(json.dumps(row) if output is Format.JSONL else row["name"])
+    # Before the remarks, also in one file with them.
+    sys.stdout.flush()
     remarks = sorted(imported.remarks, key=lambda remark: remark.line)
     left = [remark for remark in remarks if not remark.taken]
     if not rows:
