@@ -21,7 +21,7 @@ from worker.ids import ALL_ORGS
 from worker.operations.confinement import OFF, confinement_of, in_words, readable_management_secrets
 from worker.settings import Settings
 from worker.settings.sections import OperatorSettings
-from worker.store import catalogue, health, placements, pools, roles, schema
+from worker.store import calendars, catalogue, health, placements, pools, roles, schema
 from worker.store.database import Database
 from worker.store.dialect import Row
 from worker.store.lists import AUDIT, RUNS, Page
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SNAPSHOT_SECONDS = 60.0
 # Seconds after which a scheduled time should have been fired.
 OVERDUE_SECONDS = 60.0
+# A calendar with no date after this needs new ones.
+CALENDAR_AHEAD = timedelta(days=30)
 # Transactions that a replica, a slot or a prepared transaction can lag behind.
 SNAPSHOT_TRANSACTIONS = 100_000
 
@@ -69,6 +71,7 @@ def run_checks(
         handlers(database),
         served_pools(database, org),
         pool_rules(database, settings),
+        ending_calendars(database),
         *(placed_pool(database, pool) for pool in settings.placed_by_temporal),
     ]
 
@@ -198,6 +201,24 @@ def pool_rules(database: Database, settings: Settings) -> Diagnostic:
         )
     stored = ", ".join(f"{pool} requires {_rule(rule)}" for pool, rule in sorted(rules.stored.items()))
     return Diagnostic(name, True, stored or "no pool has rules")
+
+
+def ending_calendars(database: Database) -> Diagnostic:
+    """Calendars in use that have no later dates: definitions run on the holidays after the last one."""
+    name = "calendars"
+    with database.autocommit() as connection:
+        until = (database.now(connection) + CALENDAR_AHEAD).date()
+        ending = calendars.ending(connection, until)
+    if not ending:
+        return Diagnostic(name, True, "every calendar in use has dates for the next 30 days or more")
+    first = ending[0]
+    last = "no dates" if first["last_date"] is None else f"no date after {first['last_date']}"
+    return Diagnostic(
+        name,
+        True,
+        f"calendar {first['name']} has {last}{_and_more(ending)}",
+        f"apply a file that has its next dates, too; `calendars show {first['name']}` says what uses it",
+    )
 
 
 def _rule(required: Mapping[str, str]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from datetime import date, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import Connection, delete, func, insert, or_, select, text, update
 
 from worker.ids import new_id
 from worker.store import tables
 from worker.store.bulk import among
-from worker.store.dialect import Row, chunks, first_row, is_postgresql
+from worker.store.dialect import Row, all_rows, chunks, is_postgresql
 
 _calendars, _definitions, _orgs = tables.calendars, tables.definitions, tables.orgs
 _templates = tables.templates
@@ -100,6 +100,14 @@ def uses_for_all_orgs(connection: Connection, name: str) -> tuple[int, list[str]
     return count, list(connection.execute(named.order_by(_templates.c.name)).scalars())
 
 
-def one(connection: Connection, name: str) -> Mapping[str, Any] | None:
-    """The calendar of that name; None if there is none."""
-    return first_row(connection, select(_calendars).where(_calendars.c.name == name))
+def ending(connection: Connection, until: date) -> list[Row]:
+    """The calendars that an open definition names and that have no date after `until`."""
+    used = (
+        select(_definitions.c.id)
+        .where(_definitions.c.calendar == _calendars.c.name, _definitions.c.closed_at.is_(None))
+        .exists()
+    )
+    query = select(_calendars.c.name, _calendars.c.last_date).where(
+        used, or_(_calendars.c.last_date.is_(None), _calendars.c.last_date <= until)
+    )
+    return all_rows(connection, query.order_by(_calendars.c.name))

@@ -143,6 +143,19 @@ def test_a_million_instants_are_counted_and_not_made(apply, database, rows, now)
     assert len(rows.runs) == 3
 
 
+def test_the_dates_of_the_calendar_do_not_run(apply, database, rows, now):
+    """Neither are they counted: the range has only what it runs."""
+    first = now - 30 * HOUR
+    holiday = first.date()
+    apply(f'[[calendar]]\nname = "holidays"\ndates = ["{holiday}"]\n' + FILE + 'calendar = "holidays"\n')
+    left = [at for n in range(30) if (at := first + n * HOUR).date() != holiday]
+
+    shown = ask(database, first, now, limit=50)
+
+    assert (shown["instants"], shown["made"]) == (len(left), len(left))
+    assert sorted(run["scheduled_for"] for run in rows.runs) == left
+
+
 def test_starts_at_does_not_count_and_the_revision_stays(apply, database, rows, now):
     apply(FILE + f'starts_at = "{now.isoformat()}"\n')
     ask(database, now - 2 * HOUR, now)

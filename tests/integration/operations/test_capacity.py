@@ -212,6 +212,21 @@ def test_the_workers_that_are_up_are_what_there_is(nightly, ask, worker_up):
     assert [line for line in found.assumed if "2 machines" in line]
 
 
+def test_what_a_calendar_skips_implies_nothing(nightly, apply, ask, rows):
+    days = [(rows.now() + timedelta(days=days)).date() for days in range(3)]
+    dates = [day.isoformat() for day in days]
+    named = 'calendar = "holidays"\n'
+    apply(
+        f'[[calendar]]\nname = "holidays"\ndates = {dates}\n'
+        + "".join(
+            DEFINITION.format(org=f"org_{n}", name="night", schedule="0 3 * * *", overlap="skip") + named
+            for n in range(8)
+        )
+    )
+
+    assert of(ask(max_children=50), "children").needs == 2
+
+
 def test_what_is_paused_implies_nothing(nightly, database, ask):
     for n in range(9):
         pause_definition(database, f"org_{n}", "night", actor="kim")

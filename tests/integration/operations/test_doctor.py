@@ -125,6 +125,29 @@ def test_a_dead_worker_is_found_and_one_that_stopped_or_lives_is_not(stock, cloc
     assert doctor.workers(stock.database).ok
 
 
+def test_a_calendar_in_use_that_ends_soon_is_named(database, apply):
+    """Not one that nothing names, nor one with later dates."""
+    entry = '[[calendar]]\nname = "{}"\ndates = ["{}"]\n'
+    definition = (
+        '[[definition]]\norg = "org_a"\nname = "{0}"\nhandler = "acme.plain"\nschedule = "@daily"\n'
+        'calendar = "{0}"\n'
+    )
+    apply(
+        '[[org]]\ncode = "org_a"\nissuer = "main"\n'
+        + entry.format("old", "2001-12-25")
+        + entry.format("unused", "2001-12-25")
+        + entry.format("far", "2199-12-25")
+        + definition.format("old")
+        + definition.format("far")
+    )
+
+    found = doctor.ending_calendars(database)
+
+    assert found.ok
+    assert found.detail == "calendar old has no date after 2001-12-25"
+    assert "calendars show old" in found.fix
+
+
 def test_without_a_worker_only_what_is_due_is_a_fault(stock):
     stock.definition(stock.org(), due_at=stock.now() + timedelta(hours=1))
     assert doctor.workers(stock.database).ok

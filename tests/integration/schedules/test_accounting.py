@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from tests.fakes.closing import close_definition
 from tests.fakes.stock import HANDLER
 from tests.fakes.timeline import NAME, ORG, Timeline, days
 from worker.definitions.definition import Definition, parse_definition
+from worker.definitions.file import DefinitionsFile, parse_file
+from worker.definitions.zones import parse_zone
+from worker.operations.apply import apply
 from worker.operations.definitions import (
     edit_definition,
     pause_definition,
@@ -46,12 +49,15 @@ KEYS = st.fixed_dictionaries(
         "timezone": st.sampled_from(["UTC", "Europe/Berlin"]),
         "priority": st.integers(0, 3),
         "enabled": st.booleans(),
+        "calendar": st.sampled_from(["holidays", None]),
     },
 )
+DATES = st.lists(st.sampled_from(["2026-03-28", "2026-03-29", "2026-03-30", "2026-03-31"]), max_size=3)
 SECONDS = st.one_of(st.integers(1, 120), st.integers(60, 7200), st.integers(3600, 40_000))
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("edit"), KEYS),
+        st.tuples(st.just("dates"), DATES),
         st.tuples(st.just("up"), st.integers(1, 7200)),
         st.tuples(st.just("down"), SECONDS),
         st.tuples(st.just("back"), st.integers(1, 7200)),
@@ -69,6 +75,8 @@ class Expected:
 
     def __init__(self, now: datetime) -> None:
         self.due: set[datetime] = set()
+        self.closed: set[datetime] = set()
+        self.dates: list[str] = []
         self.keys: dict[str, Any] = {"schedule": "*/10 * * * *"}
         self.paused = False
         self.org_active = True
@@ -99,9 +107,11 @@ class Expected:
         """Before a change: what has come until now is due by the rule that was in force."""
         if self._active:
             until = max(now, self._fired)
-            self.due |= {
-                at for at in self._definition.trigger().between(self._since, until) if at > self._since
-            }
+            come = {at for at in self._definition.trigger().between(self._since, until) if at > self._since}
+            self.due |= come
+            if self.keys.get("calendar") is not None:
+                zone = parse_zone(self.keys.get("timezone", "UTC"))
+                self.closed |= {at for at in come if at.astimezone(zone).date().isoformat() in self.dates}
 
     def start(self, now: datetime) -> None:
         """After a change: from now on, and never behind what was due already."""
@@ -126,6 +136,7 @@ def test_every_instant_due_is_a_run_or_counted_in_a_skip(
     migrated_sqlite_file: Path, steps: list[tuple[str, Any]]
 ) -> None:
     with new_timeline(migrated_sqlite_file) as timeline:
+        apply(timeline.database, calendar([]), actor="tester")
         timeline.define(schedule="*/10 * * * *")
         expected = Expected(START)
         for step, value in steps:
@@ -138,9 +149,18 @@ def test_every_instant_due_is_a_run_or_counted_in_a_skip(
         instants = timeline.instants()
         assert len(instants) == len(set(instants))
         assert set(instants) <= expected.due
+        on_calendar = set()
         for skip in timeline.skips():
-            within = [at for at in expected.due if skip["skipped_from"] <= at <= skip["skipped_until"]]
-            assert {skip["skipped_from"], skip["skipped_until"]} <= set(within)
+            within = {at for at in expected.due if skip["skipped_from"] <= at <= skip["skipped_until"]}
+            assert {skip["skipped_from"], skip["skipped_until"]} <= within
+            if skip["reason"] == "calendar":
+                assert skip["count"] == len(within)
+                on_calendar |= within
+        assert on_calendar == expected.closed
+
+
+def calendar(dates: list[str]) -> DefinitionsFile:
+    return parse_file(f'[[calendar]]\nname = "holidays"\ndates = {dates}\n')
 
 
 def take(timeline: Timeline, expected: Expected, step: str, value: Any) -> None:
@@ -161,6 +181,12 @@ def take(timeline: Timeline, expected: Expected, step: str, value: Any) -> None:
             timeline.start()
         case "end" if timeline.running:
             timeline.end(min(timeline.running))
+        case "dates" if set(value) != set(expected.dates):
+            edits = expected.keys.get("calendar") is not None
+            # Definitions that do not name it stay as they are.
+            with changed(timeline, expected) if edits else nullcontext():
+                apply(database, calendar(value), actor="tester")
+            expected.dates = value
         case "edit" if not expected.says(value):
             with changed(timeline, expected, keys=value):
                 edit_definition(database, ORG, NAME, value, actor="tester")

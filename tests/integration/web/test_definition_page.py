@@ -13,7 +13,9 @@ from sqlalchemy import insert, select, update
 
 from tests.integration.web.conftest import TOKENS, Site, csrf_of
 from tests.integration.web.test_run_page import EVIL, OURS, dangers, ended, last_change, logged_in
+from worker.definitions.file import parse_file
 from worker.ids import ALL_ORGS
+from worker.operations.apply import apply
 from worker.operations.definitions import edit_definition, pause_definition
 from worker.store import tables
 from worker.store.lists import BACKFILLS, RUNS
@@ -63,6 +65,39 @@ async def test_the_page_says_when_it_runs_with_which_values_and_what_changed(sta
     assert "schedule before: 0 3 * * * after: 30 2 * * *" in text
     assert "Run lengths, oldest first: 1 run; median 30s" in page.text
     assert "<button" not in page.text.partition('id="main"')[2]
+
+
+@on_either
+async def test_the_page_says_what_its_calendar_skips_and_which_dates_came(staffed: Site):
+    def dates(*days: int) -> str:
+        return f'[[calendar]]\nname = "holidays"\ndates = {[f"2199-12-{day}" for day in days]}\n'
+
+    apply(staffed.database, parse_file(dates(24, 25)), actor="operator:kim")
+    edit(
+        staffed,
+        schedule="0 3 24-31 12 *",
+        starts_at="2199-12-01T00:00:00Z",
+        calendar="holidays",
+        timezone="UTC",
+    )
+    apply(staffed.database, parse_file(dates(25, 26)), actor="operator:kim")
+
+    text = words((await staffed.get(PAGE, TOKENS["viewer"])).text)
+
+    assert "calendar holidays this definition" in text
+    assert text.count("would be skipped: calendar holidays") == 2
+    assert "2199-12-25 03:00 UTC would be skipped: calendar holidays 2199-12-26" in text
+    revision = text.partition("Revision 3")[2].partition("Revision 2")[0]
+    assert re.search(r"calendar_dates before: \S*2199-12-24\S* after: \S*2199-12-26", revision)
+    assert "2199-12-25" not in revision
+    listed = words((await staffed.get("/definitions", TOKENS["viewer"])).text)
+    assert "UTC, not on holidays" in listed
+    async with staffed.client() as client:
+        mine = {"authorization": f"Bearer {staffed.token('org_a')}"}
+        shown = (await client.get("/api/v1/definitions/org_a/digest", headers=mine)).json()
+    assert (shown["calendar"], shown["next_run_for"]) == ("holidays", "2199-12-24T03:00:00.000000Z")
+    # Calendars are for all orgs: an org sees the name, and its own times.
+    assert "2199-12-26" not in str(shown)
 
 
 @on_either

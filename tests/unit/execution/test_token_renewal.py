@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.clock import ManualClock
+from tests.fakes.clock import ManualClock, utc
 from worker.execution.attempts.handler_registry import HandlerRegistry
 from worker.execution.loops.token_renewal import LEFT, TokenRenewal
 from worker.handlers.catalogue import HandlerEntry
@@ -31,7 +31,9 @@ class Schedule:
         self.workers = 1
         self.queries = 0
 
-    def add(self, number: int, due_in: float, *, org: str = "", **spec: Any) -> None:
+    def add(
+        self, number: int, due_in: float, *, org: str = "", timezone: str | None = None, **spec: Any
+    ) -> None:
         self.definitions.append(
             Upcoming(
                 DefinitionId(f"d{number:06}"),
@@ -40,6 +42,8 @@ class Schedule:
                 "main",
                 self.clock.now() + timedelta(seconds=due_in),
                 json.dumps({"handler": "acme.note", "schedule": "@hourly"} | spec),
+                self.clock.now() + timedelta(seconds=due_in),
+                timezone,
             )
         )
 
@@ -204,6 +208,19 @@ async def test_claims_that_must_be_newer_are_left_to_the_run(clock, schedule, pr
     await pass_time(renewal, clock, 100)
 
     assert [org for org, _, _ in preparer.prepared] == ["org_2"]
+
+
+async def test_nothing_is_prepared_for_what_the_calendar_skips(clock, schedule, preparer, renewal):
+    """On the date of the definition's zone, else the org's."""
+    clock.set(utc("2030-12-24T22:50"))
+    dates = {"calendar": "holidays", "calendar_dates": ["2030-12-25"]}
+    schedule.add(1, 600, **dates, timezone="Europe/Berlin")
+    schedule.add(2, 600, **dates)
+    schedule.add(3, 540, **dates, timezone="Europe/Berlin")
+
+    await pass_time(renewal, clock, 700)
+
+    assert {org for org, _, _ in preparer.prepared} == {"org_2", "org_3"}
 
 
 async def test_the_scopes_are_those_that_the_run_asks_for(clock, schedule, preparer, renewal):

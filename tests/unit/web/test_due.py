@@ -49,6 +49,13 @@ def test_a_rare_schedule_counts_in_its_zone_and_within_its_bounds():
     }
 
 
+def test_the_dates_of_a_calendar_do_not_count():
+    timing = Timing("0 * * * *", "Europe/Berlin", None, None, '["2030-03-31"]')
+
+    # Berlin's 31 March begins at 23:00 UTC.
+    assert by_hour(timing, START, END) == {at(30, hour): 1 for hour in range(13, 23)}
+
+
 def test_a_schedule_of_another_release_counts_as_nothing():
     assert counted("fortnightly") == {}
     assert counted("0 * * * *", "Mars/Olympus") == {}

@@ -78,6 +78,7 @@ class Definition(TypedDict):
     handler: Shown[str]
     schedule: Shown[str]
     timezone: Shown[str]
+    calendar: Shown[str | None]
     pool: Shown[str]
     state: Shown[str]
     org_state: Shown[OrgState]
@@ -96,6 +97,9 @@ class Definition(TypedDict):
 
 
 class DefinitionDetail(Definition):
+    """`next_run_for` is the next scheduled time that is not on a date of the calendar."""
+
+    next_run_for: Shown[datetime | None]
     schedule_in_words: Shown[str]
     spec: dict[str, Json]
 

@@ -19,9 +19,10 @@ from sqlalchemy import (
     true,
 )
 
+from worker.definitions.definition import CALENDAR_DATES, from_spec
 from worker.definitions.pools import DEFAULT_POOL
 from worker.definitions.words import in_words
-from worker.errors import NotFound, UsageError
+from worker.errors import DefinitionError, InvalidTrigger, NotFound, UsageError
 from worker.ids import AllOrgs, OrgId, OrgScope, RunId, lowest_id
 from worker.search import Query, states_of
 from worker.store import calendars, orgs, states, tables
@@ -123,8 +124,24 @@ def definition(connection: Connection, org: str, name: str) -> DefinitionDetail:
     query = _SOURCES[DEFINITIONS].query.add_columns(_revisions.c.spec)
     query = query.where(_definitions.c.org_id == org_id, _definitions.c.name == name)
     row: Any = first_row(connection, query)
-    more = {"schedule_in_words": in_words(row["schedule"], row["timezone"]), "spec": row.pop("spec")}
+    more = {
+        "next_run_for": _next_run_for(row),
+        "schedule_in_words": in_words(row["schedule"], row["timezone"]),
+        "spec": row.pop("spec"),
+    }
     return cast(DefinitionDetail, {**row, **more})
+
+
+def _next_run_for(row: Mapping[str, Any]) -> datetime | None:
+    following: datetime | None = row["next_scheduled_for"]
+    if following is None or not row["spec"].get(CALENDAR_DATES):
+        return following
+    try:
+        trigger = from_spec(row["org"], row["name"], row["spec"]).trigger(row["timezone"])
+    except (DefinitionError, InvalidTrigger):
+        # Of another release.
+        return following
+    return trigger.after(following, inclusive=True)
 
 
 class DefinitionState(TypedDict):

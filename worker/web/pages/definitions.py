@@ -17,7 +17,7 @@ from worker.definitions.fields import refusal
 from worker.definitions.units import parse_time
 from worker.errors import Conflict, DefinitionError, UsageError, WorkerError
 from worker.ids import DefinitionId
-from worker.operations.changes import differing
+from worker.operations.changes import shown_keys
 from worker.runs.preview import preview_definition
 from worker.store import catalogue, orgs
 from worker.store.lists import BACKFILLS, DefinitionDetail, Page, Run
@@ -248,7 +248,7 @@ class Difference(NamedTuple):
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
     """What differs between two specs, key by key, tables by their members."""
-    found = differing(_flat(before), _flat(after))
+    found = shown_keys(_flat(before), _flat(after))
     return [Difference(key, _cut(old), _cut(new)) for key, (old, new) in found.items()]
 
 
