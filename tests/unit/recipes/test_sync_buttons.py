@@ -1,0 +1,224 @@
+"""The products of docs/recipes: one suite for their "sync now" buttons, against a fake of orgworker's API."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import pytest
+from django.urls import clear_url_caches
+from fastapi.testclient import TestClient
+
+from tests.fakes.pages import ROOT, blocks
+
+KEY = "5f0c7a52-6f0e-4c3c-9d3f-1f2f6a3b7c11"
+RUN = "01a2110e-bab7-768d-b763-6fff063ae9bd"
+SECRET = "Traceback in /srv/crm: password hunter2"
+Respond = Callable[[httpx.Request], httpx.Response]
+
+
+def run(state: str = "waiting", **changes: Any) -> dict[str, Any]:
+    """A run as the API shows it to an operator."""
+    row = {"id": RUN, "org": "org_acme", "state": state, "reason": "due", "result": None, "error": None}
+    return row | changes
+
+
+class Product(Protocol):
+    """A product with the people Ada, of org_acme, and Grace, of org_globex; `asked` is what orgworker got."""
+
+    asked: list[httpx.Request]
+
+    def connect(self, respond: Respond) -> None: ...
+
+    def press(self, person: str, key: str | None = KEY) -> httpx.Response: ...
+
+    def watch(self, person: str, run: str = RUN) -> httpx.Response: ...
+
+
+class FastApi:
+    def __init__(self, modules: dict[str, Any]) -> None:
+        self._sync = modules["sync"]
+        self._client = TestClient(modules["crm"].app)
+        self.asked: list[httpx.Request] = []
+
+    def connect(self, respond: Respond) -> None:
+        def record(request: httpx.Request) -> httpx.Response:
+            self.asked.append(request)
+            return respond(request)
+
+        base = {"base_url": self._sync.jobs.base_url, "headers": self._sync.jobs.headers}
+        self._sync.jobs = httpx.AsyncClient(transport=httpx.MockTransport(record), **base)
+
+    def press(self, person: str, key: str | None = KEY) -> httpx.Response:
+        headers = {"Cookie": f"session=session-of-{person}"} | ({"Idempotency-Key": key} if key else {})
+        return self._client.post("/sync", headers=headers)
+
+    def watch(self, person: str, run: str = RUN) -> httpx.Response:
+        return self._client.get(f"/sync/{run}", headers={"Cookie": f"session=session-of-{person}"})
+
+
+PRODUCTS: dict[str, Callable[[dict[str, Any]], Product]] = {"fastapi": FastApi}
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Product]:
+    """The product of a page: its Python files, imported."""
+    page = ROOT / "docs" / "recipes" / f"{request.param}.md"
+    files = [block for block in blocks(page.read_text()) if block.file and block.file.endswith(".py")]
+    for block in files:
+        (tmp_path / str(block.file)).write_text(block.text)
+    names = [name for block in files if (name := str(block.file).removesuffix(".py")) != "login"]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ORGWORKER_TOKEN", "token-of-crm")
+    try:
+        yield PRODUCTS[request.param]({name: importlib.import_module(name) for name in names})
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+        clear_url_caches()
+
+
+def test_the_button_starts_a_run_of_the_persons_org(product: Product):
+    product.connect(lambda request: httpx.Response(201, json=run()))
+
+    pressed = product.press("ada")
+
+    [asked] = product.asked
+    assert asked.url.path == "/api/v1/definitions/org_acme/contacts-sync/run"
+    assert asked.headers["authorization"] == "Bearer token-of-crm"
+    assert asked.headers["idempotency-key"] == KEY
+    assert pressed.status_code == 202
+    assert pressed.json() == {
+        "run": RUN,
+        "state": "waiting",
+        "text": "Your sync starts in a moment.",
+        "result": None,
+    }
+
+
+def test_a_lost_response_is_asked_for_again_with_the_same_key(product: Product):
+    """The run may exist: another key would start a second one."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if len(product.asked) == 1:
+            raise httpx.ReadError("connection lost")
+        return httpx.Response(201, json=run())
+
+    product.connect(respond)
+
+    assert product.press("ada").status_code == 202
+    assert [request.headers["idempotency-key"] for request in product.asked] == [KEY, KEY]
+
+
+def test_a_run_that_blocks_is_shown_to_the_second_person(product: Product):
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(409, json={"detail": SECRET})
+        assert dict(request.url.params) == {
+            "org": "org_acme",
+            "definition": "contacts-sync",
+            "state": "waiting,running",
+            "limit": "1",
+        }
+        return httpx.Response(200, json=[run("running", reason=None)])
+
+    product.connect(respond)
+    pressed = product.press("ada")
+
+    assert (pressed.status_code, pressed.json()["run"], pressed.json()["state"]) == (202, RUN, "running")
+
+
+def test_a_sync_that_is_switched_off_says_so(product: Product):
+    product.connect(
+        lambda request: httpx.Response(409 if request.method == "POST" else 200, json=[])  # none unfinished
+    )
+    pressed = product.press("ada")
+
+    assert (pressed.status_code, pressed.json()) == (
+        409,
+        {"detail": "The sync of your account is switched off."},
+    )
+
+
+def test_a_run_of_another_org_does_not_exist(product: Product):
+    """The product's token may read it, so only the product keeps it from Grace."""
+    product.connect(
+        lambda request: httpx.Response(200, json=run("succeeded", result={"body": {"contacts": 3}}))
+    )
+
+    assert product.watch("ada").json()["result"] == {"contacts": 3}
+    others = product.watch("grace")
+    product.connect(lambda request: httpx.Response(404, json={}))
+    missing = product.watch("grace")
+
+    assert (others.status_code, others.json()) == (404, {"detail": "There is no such sync."})
+    assert (missing.status_code, missing.json()) == (404, others.json())
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_what_orgworker_answers_in_trouble_is_not_shown(product: Product, status: int):
+    product.connect(lambda request: httpx.Response(status, json={"detail": SECRET}))
+
+    for shown in (product.press("ada"), product.watch("ada")):
+        assert (shown.status_code, shown.headers["retry-after"]) == (503, "60")
+        assert "try again" in shown.json()["detail"]
+        assert "hunter2" not in shown.text
+
+
+def test_an_orgworker_that_is_down_is_not_asked_for_ever(product: Product):
+    def respond(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    product.connect(respond)
+
+    assert product.press("ada").status_code == 503
+    assert len(product.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "state"),
+    [
+        (run("failed", reason="error", error={"message": SECRET, "trace": SECRET}), "failed"),
+        (run("refused", reason="org_mismatch", error={"message": SECRET}), "failed"),
+        (run("waiting", reason="no_token"), "delayed"),
+        (run("waiting", reason="held"), "waiting"),
+        (run("cancelled", reason="requested"), "cancelled"),
+        (run("skipped", reason="flag_off"), "skipped"),
+    ],
+)
+def test_people_get_a_sentence_and_no_exception(product: Product, row: dict[str, Any], state: str):
+    product.connect(lambda request: httpx.Response(200, json=row))
+    shown = product.watch("ada")
+
+    assert (shown.json()["state"], shown.json()["run"]) == (state, RUN)
+    assert shown.json()["text"].endswith(".")
+    assert "hunter2" not in shown.text
+
+
+@pytest.mark.parametrize("key", [None, "", "again", "x" * 300])
+def test_a_press_without_a_proper_key_starts_nothing(product: Product, key: str | None):
+    product.connect(lambda request: httpx.Response(201, json=run()))
+
+    assert product.press("ada", key).status_code in (400, 422)
+    assert product.asked == []
+
+
+def test_a_stranger_starts_and_sees_nothing(product: Product):
+    product.connect(lambda request: httpx.Response(200, json=run()))
+
+    assert [product.press("eve").status_code, product.watch("eve").status_code] == [401, 401]
+    assert product.asked == []
+
+
+@pytest.mark.parametrize("path", ["x", "..%2F..%2Fcredentials%2Forg_acme", "../credentials/org_acme"])
+def test_the_id_of_a_run_reaches_no_other_address_of_the_api(product: Product, path: str):
+    product.connect(lambda request: httpx.Response(200, json=run()))
+
+    assert product.watch("ada", path).status_code in (404, 422)
+    assert product.asked == []
