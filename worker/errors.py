@@ -102,6 +102,12 @@ class CanaryFailed(WorkerError):
     code = "canary_failed"
 
 
+class NothingImported(WorkerError):
+    """No entry of a crontab or a source could become a definition."""
+
+    code = "nothing_imported"
+
+
 class RolesMissing(ConfigurationError):
     """The database login cannot take the roles that the web side needs."""
 

@@ -14,7 +14,7 @@ from worker.cli.options import OutputOption, read_text
 from worker.cli.output import Format, printable, say
 from worker.definitions import fields
 from worker.definitions.zones import parse_zone
-from worker.errors import InvalidTrigger, UsageError, WorkerError
+from worker.errors import InvalidTrigger, NothingImported, UsageError
 
 if TYPE_CHECKING:
     from worker.definitions.importing import Import
@@ -41,12 +41,6 @@ ZoneOption = Annotated[
         "--zone", metavar="ZONE", help="The time zone, such as Europe/Berlin, if the source names none."
     ),
 ]
-
-
-class NothingImported(WorkerError):
-    """No entry of the source could become a definition."""
-
-    code = "nothing_imported"
 
 
 @app.command("crontab")
@@ -149,7 +143,7 @@ def _text(file: str) -> str:
     if not (_is_pickle(start) or start.startswith((b"SQLite format 3\0", b"\x13\x57\x9a\xce"))):
         text = read_text(file)
         if "\0" not in text and not _is_pickle(text.encode()):
-            return text
+            return text.removeprefix("\ufeff")
     raise UsageError(
         f"{file} holds pickles or a database, not a source: reading pickles would execute what is in them",
         fix="name the crontab, or the Python file that defines the schedule",

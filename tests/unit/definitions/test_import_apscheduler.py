@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from textwrap import dedent
 from typing import Any
@@ -10,6 +10,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from apscheduler.triggers.cron import CronTrigger
+from hypothesis import given
+from hypothesis import strategies as st
 
 from worker.definitions.file import parse_file
 from worker.definitions.importing import Import, to_toml
@@ -309,3 +311,47 @@ def test_handler_replaces_all_functions():
 def test_a_source_that_is_not_python_is_refused():
     with pytest.raises(DefinitionError, match="line 1: not valid Python"):
         imported("scheduler.add_job(")
+
+
+def numbers(low: int, high: int) -> st.SearchStrategy[str]:
+    return st.integers(low, high).map(str)
+
+
+def expressions(low: int, high: int, *words: str) -> st.SearchStrategy[str]:
+    """What APScheduler may take for a field, or refuse."""
+    number = st.sampled_from(words) | numbers(low, high) if words else numbers(low, high)
+    part = st.one_of(
+        number,
+        st.just("*"),
+        st.integers(2, 7).map(lambda step: f"*/{step}"),
+        st.tuples(number, number).map("-".join),
+        st.tuples(numbers(low, high), numbers(low, high), st.integers(1, 5)).map(
+            lambda p: f"{p[0]}-{p[1]}/{p[2]}"
+        ),
+    )
+    return st.lists(part, min_size=1, max_size=3).map(",".join)
+
+
+FIELDS = {
+    "month": expressions(1, 12, "jan", "may", "Dec"),
+    "day": expressions(1, 31) | st.sampled_from(["last", "1st mon", "last sun", "5th fri"]),
+    "day_of_week": expressions(0, 6, "mon", "tue", "sat", "SUN"),
+    "hour": expressions(0, 23),
+    "minute": expressions(0, 59),
+    "second": expressions(0, 59),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(FIELDS)), unique=True, max_size=4), st.data())
+def test_any_cron_trigger_has_the_same_times_or_is_not_taken(names: list[str], data: st.DataObject):
+    fields = {name: data.draw(FIELDS[name]) for name in names}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    found = imported(f"scheduler.add_job(tick, 'cron', {arguments})", zone="UTC")
+    if not found.definitions:
+        assert [remark.taken for remark in found.remarks] == [False]
+        return
+    theirs, at = CronTrigger(**fields, timezone=UTC), NOW
+    for ours in islice(parse_schedule(found.definitions[0]["schedule"], ZoneInfo("UTC")).occurrences(NOW), 6):
+        expected = theirs.get_next_fire_time(None, at)
+        assert ours == expected
+        at = ours + timedelta(seconds=1)

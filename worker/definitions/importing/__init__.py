@@ -56,6 +56,8 @@ class Import:
     definitions: list[dict[str, Any]] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
+    # Of each name, the highest number that was put behind it.
+    _names: dict[str, int] = field(default_factory=dict)
 
     def add(
         self,
@@ -80,6 +82,7 @@ class Import:
         except DefinitionError as error:
             self.leave(line, shown, error.message)
             return
+        self._names[entry["name"]] = 1
         self.definitions.append(entry)
         self.lines.append(line)
         for note in notes:
@@ -108,11 +111,10 @@ class Import:
     def _unique(self, name: str) -> str:
         cleaned = "".join(letter if letter.isprintable() and letter != "/" else "-" for letter in name)
         cleaned = cleaned.strip()[: _LONGEST_NAME - 5].strip() or "imported"
-        taken = {entry["name"] for entry in self.definitions}
-        number, unique = 1, cleaned
-        while unique in taken:
-            number += 1
-            unique = f"{cleaned}-{number}"
+        unique = cleaned
+        while unique in self._names:
+            self._names[cleaned] += 1
+            unique = f"{cleaned}-{self._names[cleaned]}"
         return unique
 
 

@@ -44,7 +44,7 @@ def read_crontab(text: str, imported: Import, *, with_user: bool) -> None:
     zone: str | None = imported.zone
     zone_problem = ""
     users: set[str] = set()
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
