@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from tests.fakes.image import ROOT, Image
 from tests.fakes.pages import blocks
 from tests.fakes.ports import free_port
 from tests.fakes.site import Site, application, definition, opened, wait_until
+from tests.fakes.wheelhouse import download, wheel_of
+from tests.integration.test_build import copy_of_checkout
 from worker.demo.provider import Provider
 from worker.execution.runners.child import landlock, linux
 
@@ -258,48 +262,76 @@ def test_the_service_carries_a_run_survives_a_stall_and_drains(machine: Machine)
     assert (run["state"], run["reason"]) == ("waiting", "handed_back")
 
 
-# Of the page's commands those that fetch packages; what they would make is in the image.
+# Of the page's commands the one that needs an index; this environment has the packages that it would bring.
 FETCHED = (
-    "python3 -m venv /opt/orgworker",
-    "/opt/orgworker/bin/pip install 'orgworker[postgresql]' acme-jobs",
+    "python3 -m pip download --dest dist/wheels --only-binary :all: --require-hashes "
+    "--requirement config/requirements/run.lock\n"
 )
+PATH_OF_ROOT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def commands(page: str, *titles: str) -> list[str]:
+    """The lines of the sections' console blocks, for root."""
+    sections = [part for part in re.split(r"(?m)^## ", page) if part.partition("\n")[0] in titles]
+    assert len(sections) == len(titles)
+    texts = [block.text for part in sections for block in blocks(part) if block.language == "console"]
+    return [line[2:].removeprefix("sudo ") for text in texts for line in text.splitlines()]
+
+
+def build(page: str, folder: Path) -> Path:
+    """The archive that the commands of the section "Build" make in a copy of the checkout."""
+    checkout = copy_of_checkout(folder / "checkout")
+    script = "\n".join([*commands(page, "Build"), ""])
+    built, packed = script.split(FETCHED)
+    subprocess.run(["sh", "-euc", built], cwd=checkout, check=True, capture_output=True, timeout=120)
+    download(checkout / "config" / "requirements" / "run.lock", checkout / "dist" / "wheels")
+    subprocess.run(["sh", "-euc", packed], cwd=checkout, check=True, capture_output=True, timeout=120)
+    return checkout / "orgworker.tar.gz"
 
 
 def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: str):
-    """All its commands in order, on a machine that has only the image's virtual environment."""
+    """All its commands in order, and those of an upgrade, on a machine that has only a Python."""
     port, health_port = str(free_port()), str(free_port())
-    page = blocks((ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8471", health_port))
-    lines = [line[2:] for block in page if block.language == "console" for line in block.text.splitlines()]
-    script = "\n".join(line.removeprefix("sudo ") for line in lines)
-    for command in FETCHED:
-        assert command in script
-        script = script.replace(command, "true")
+    text = (ROOT / "docs" / "operating" / "systemd.md").read_text().replace("8471", health_port)
+    upgrade = commands((ROOT / "docs" / "operating" / "upgrade.md").read_text(), "systemd")
     state = tmp_path / "state"
-    state.mkdir()
+    folder = state / "page"
+    (folder / "secrets").mkdir(parents=True)
+    shutil.copy(build(text, tmp_path), folder)
+    install_handlers(tmp_path / "plugins")
+    [plugin] = importlib.metadata.distributions(path=[str(tmp_path / "plugins")])
+    wheel_of(plugin, folder)
+    for name in ("database__url", "database__owner_url"):
+        (folder / "secrets" / name).write_text(postgres_url)
+    page = blocks(text)
+    for block in page:
+        if block.file is not None:
+            (folder / block.file).write_text(block.text)
+    org = {"code": "org_a", "issuer": "main", "client_id": "a", "client_secret": "secret-of-a"}
+    (folder / "orgs.jsonl").write_text(json.dumps(org))
+    (folder / "definitions.toml").write_text(
+        definition("org_a", "ask", "http.request", params={"url": "https://api.acme.com/x"})
+    )
+    steps = commands(text, "Install", "Secrets", "Start", "The command line")
 
     with booted(image, tmp_path, state, installed=False) as manager:
-        folder = state / "page"
-        (folder / "secrets").mkdir(parents=True)
-        for name in ("config", "docs"):
-            # Not a link: that machine's /tmp is its own, and the checkout may lie in ours.
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("database__url", "database__owner_url"):
-            (folder / "secrets" / name).write_text(postgres_url)
-        for block in page:
-            if block.file is not None:
-                (folder / block.file).write_text(block.text)
-        org = {"code": "org_a", "issuer": "main", "client_id": "a", "client_secret": "secret-of-a"}
-        (folder / "orgs.jsonl").write_text(json.dumps(org))
-        (folder / "definitions.toml").write_text(
-            definition("org_a", "ask", "http.request", params={"url": "https://api.acme.com/x"})
-        )
+        # The image has the user and the environment that the page makes.
         manager.must("userdel", "orgworker")
+        manager.must("rm", "-r", "/opt/orgworker")
+        python = Path(sys.executable).resolve()
+        manager.write("/usr/local/bin/python3", f'#!/bin/sh\nexec {python} "$@"\n')
+        manager.must("chmod", "0755", "/usr/local/bin/python3")
         addresses = f"WORKER_WEB__LISTEN=127.0.0.1:{port} {HEALTH}=127.0.0.1:{health_port}"
         manager.drop_in("worker.service", f"Environment={addresses}")
 
-        shown = manager.must("sh", "-euxc", f"cd {STATE}/page\n{script}")
+        def run(lines: list[str]) -> str:
+            at = f"export PATH={PATH_OF_ROOT} PIP_CONFIG_FILE=/dev/null; cd {STATE}/page"
+            return manager.must("sh", "-euxc", "\n".join([at, *lines]))
+
+        shown = run(steps)
 
         assert "http.request" in shown
+        assert "acme.note" in shown
         assert re.search(r"database +postgresql\S*://", shown)
         status = next(block.text for block in page if block.language == "text").partition(";")[0]
         assert status in manager.must("systemctl", "status", "--no-pager", "worker")
@@ -308,6 +340,11 @@ def test_the_page_does_what_it_says(image: Image, tmp_path: Path, postgres_url: 
         assert not (state / "keyring").exists()
         environment = manager.must("sh", "-c", "cat /proc/$(systemctl show -P MainPID worker)/environ")
         assert postgres_url not in environment
+        first = manager.show("worker", "MainPID")
+        run(upgrade)
+        assert manager.show("worker", "MainPID") != first
+        assert (manager.show("worker", "Result"), manager.show("worker", "NRestarts")) == ("success", "0")
+        assert run(["orgworker db check"])
         manager.must("systemctl", "stop", "worker")
 
 
