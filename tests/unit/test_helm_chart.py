@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "config" / "helm" / "orgworker"
 KUBERNETES = ROOT / "config" / "kubernetes"
 PAGE = ROOT / "docs" / "operating" / "helm.md"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # The release that the chart names as its oldest, one in between, and the newest with a schema.
 RELEASES = ("1.25", "1.31", "1.37")
 COMPONENTS = ("worker", "serve", "provision", "host")
@@ -42,7 +43,13 @@ AS_MANIFESTS = {
     "provision": {"enabled": True},
     "host": {"enabled": True, "config": (ROOT / "config" / "host.toml").read_text()},
 }
-GOOD = {
+GOOD: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything enabled": {
+        section: {"enabled": True}
+        for section, inner in yaml.safe_load((CHART / "values.yaml").read_text()).items()
+        if isinstance(inner, dict) and "enabled" in inner
+    },
     **{name: values_of(name) for name in ("minimal", "all", "hosts")},
     "manifests": AS_MANIFESTS,
     "serve only": MINIMAL | {"worker": {"enabled": False}, "serve": {"enabled": True}},
@@ -52,7 +59,7 @@ GOOD = {
 }
 # Values that are refused, and what the error names.
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "nothing set": ({}, ["config:", "--set-file config=worker.toml"]),
+    "no settings": ({"config": ""}, ["config:", "--set-file config=worker.toml"]),
     "an SQLite file": (
         {"config": '[database]\nurl = "sqlite:////var/lib/orgworker/worker.db"\n'},
         ["config:", "[database]"],
@@ -166,9 +173,8 @@ def wrong_monitor(made: dict[str, Any]) -> str:
 
 def test_the_chart_is_of_this_release():
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
-    assert (chart["version"], chart["appVersion"]) == (version, version)
+    assert (chart["version"], chart["appVersion"]) == (VERSION, VERSION)
     assert chart["kubeVersion"] == f">={RELEASES[0]}.0-0"
 
 
@@ -261,7 +267,7 @@ def test_the_job_upgrades_before_install_and_upgrade_and_not_at_a_rollback(rende
 
 def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Path):
     """Settings are loaded from the rendered files and variables, as in the pod."""
-    for case in ("minimal", "all"):
+    for case in ("defaults", "minimal", "all", "everything enabled", "manifests"):
         for name, spec in pods(rendered[case]):
             component = name.removeprefix("orgworker-")
             if component == "upgrade":
@@ -279,6 +285,8 @@ def test_a_pod_takes_the_settings_that_the_chart_gives_it(rendered, tmp_path: Pa
                 "attempts": settings.attempts.listen,
                 "health": settings.web.health_listen,
             }
+            if component == "host":
+                assert all(address.endswith(":8480") for address in settings.host.control)
             assert {key: f"0.0.0.0:{port}" for key, port in ports.items()} == {
                 key: listen for key, listen in listeners.items() if listen
             }
@@ -306,7 +314,7 @@ def test_the_image_is_pulled_by_digest_if_there_is_one(rendered):
         [one["image"] for one in made["spec"]["template"]["spec"]["containers"]] for made in images.values()
     )
 
-    assert minimal == "registry.acme.com/orgworker:0.1.0"
+    assert minimal == f"registry.acme.com/orgworker:{VERSION}"
     assert pinned == "registry.acme.com/orgworker@" + values_of("all")["image"]["digest"]
 
 

@@ -116,3 +116,12 @@ topologySpreadConstraints:
   podSelector:
     matchLabels: {{- toYaml .podLabels | nindent 6 }}
 {{- end -}}
+
+{{/* The content of host.toml; by default for the workers of this release. */}}
+{{- define "orgworker.hostConfig" -}}
+{{- if .Values.host.config -}}
+{{- .Values.host.config -}}
+{{- else if .Values.attempts.enabled -}}
+{{- printf "[host]\ncontrol = [\"https://%s-attempts:8480\"]\n" (include "orgworker.name" .) -}}
+{{- end -}}
+{{- end -}}
