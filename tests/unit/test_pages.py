@@ -73,7 +73,7 @@ def test_toml_on_a_page_is_what_its_reader_takes(page: Path, tmp_path: Path):
         keys = set(tomllib.loads(block.text)) if block.language == "toml" else set()
         if "org_asserted_by" in keys:
             parse_profile(block.text, source=page.name)
-        elif keys & {"org", "definition", "template", "budget"}:
+        elif keys & {"org", "definition", "template", "calendar", "budget"}:
             parse_file(block.text)
         elif keys and keys != {"project"}:
             file = tmp_path / "worker.toml"

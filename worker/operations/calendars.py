@@ -117,9 +117,10 @@ def remove_calendar(database: Database, name: str, *, actor: str) -> CalendarDet
         row = lists.calendar(connection, name)
         if row["definitions"] or row["templates"]:
             by = [f"template {template}" for template in row["templates"][:3]]
-            by += [f"{row['definitions']} definitions"] if row["definitions"] else []
+            count = row["definitions"]
+            by += [f"{count} definition{'s' if count > 1 else ''}"] if count else []
             raise Conflict(
-                f"calendar {name} is in use: by {' and '.join(by)}",
+                f"calendar {name} is in use by {' and '.join(by)}",
                 fix="`apply` or `definitions edit ORG NAME calendar=null` takes it out of them",
             )
         calendars.remove(connection, name)

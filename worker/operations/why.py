@@ -74,7 +74,7 @@ def why_time(connection: Connection, org: str, name: str, at: datetime, *, now: 
     if skip is not None:
         return _skipped(connection, row, at, skip, backfill, definition)
     if at > now and is_closed(trigger, at):
-        calendar = f"and will be skipped: its date is in the calendar {definition.calendar}"
+        calendar = f"it will be skipped, since its date is in the calendar {definition.calendar}"
         return _no_run(row, at, "has not come yet for", calendar, preview)
     if at > now:
         return _no_run(row, at, "has not come yet for", _ahead(row), preview)

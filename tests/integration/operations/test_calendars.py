@@ -218,7 +218,7 @@ def test_nobody_writes_dates_into_a_definition(apply, database):
 def test_a_calendar_in_use_stays_and_one_that_is_not_goes(apply, rows, database):
     apply(calendar("2026-12-25") + org("org_a", "pro") + definition("org_a") + TEMPLATE)
 
-    with pytest.raises(Conflict, match="in use: by template export and 2 definitions") as caught:
+    with pytest.raises(Conflict, match="in use by template export and 2 definitions") as caught:
         remove_calendar(database, "holidays", actor="tester")
     assert caught.value.exit_code == 5
 

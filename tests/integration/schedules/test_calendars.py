@@ -118,7 +118,7 @@ def test_why_names_the_calendar_before_and_after(timeline: Timeline) -> None:
         with timeline.database.autocommit() as connection:
             return why_time(connection, ORG, NAME, at, now=timeline.clock.now())
 
-    assert "will be skipped: its date is in the calendar holidays" in why().cause
+    assert "it will be skipped, since its date is in the calendar holidays" in why().cause
     timeline.fire_until(utc("2026-12-24T19:00"))
     # The reason stays right when the calendar has changed.
     calendar(timeline, "2027-12-25")
