@@ -226,6 +226,17 @@ def test_all_that_a_run_carries_is_kept(stock: Stock) -> None:
     assert (row["created_by"], row["request_key"]) == (run.created_by, "key NULL")
 
 
+def test_what_a_calendar_skips_has_a_row_of_its_own(stock: Stock) -> None:
+    org = stock.org()
+    definition = stock.definition(org)
+    on_calendar = replace(missed(org, definition, at(1, 2), at(1, 4), 3), reason="calendar")
+    skip(stock, org, definition, missed(org, definition, at(1, 1), at(1, 1), 1))
+    skip(stock, org, definition, on_calendar)
+    skip(stock, org, definition, replace(on_calendar, skipped_from=at(1, 5), skipped_until=at(1, 5), count=1))
+
+    assert written(stock) == [(at(1, 1), at(1, 1), 1, "missed", 1), (at(1, 2), at(1, 5), 4, "calendar", 1)]
+
+
 def test_consecutive_missed_instants_grow_one_row(stock: Stock) -> None:
     org = stock.org()
     definition = stock.definition(org)
