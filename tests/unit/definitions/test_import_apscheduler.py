@@ -220,6 +220,12 @@ def test_decorators():
 
         @scheduler.scheduled_job(CronTrigger(hour=4), kwargs={"a": 1})
         async def nightly(): ...
+
+        @scheduler.task("interval", id="flask", hours=1)
+        def of_flask(): ...
+
+        @app.task(bind=True)
+        def of_celery(): ...
         """
     )
     assert found.definitions == [
@@ -232,6 +238,7 @@ def test_decorators():
             "timezone": "Europe/Berlin",
             "params": {"a": 1},
         },
+        {"org": "org_acme", "name": "flask", "handler": "of_flask", "schedule": "every 1h"},
     ]
 
 
@@ -290,7 +297,7 @@ def test_defaults_of_the_scheduler_apply_to_its_jobs():
     ]
 
 
-def test_loops_conditions_and_version_4():
+def test_loops_conditions_and_other_versions():
     found = imported(
         """
         for org in orgs:
@@ -298,10 +305,18 @@ def test_loops_conditions_and_version_4():
         if DEBUG:
             scheduler.add_job(tick, "cron", hour=1)
         scheduler.add_schedule(tick, CronTrigger(hour=1))
+        scheduler.add_cron_job(tick, hour=1)
+        scheduler.reschedule_job("tick", trigger="cron", hour=2)
         """
     )
     assert len(found.definitions) == 1
-    assert [(remark.line, remark.taken) for remark in found.remarks] == [(3, False), (5, True), (6, False)]
+    assert [(remark.line, remark.taken) for remark in found.remarks] == [
+        (3, False),
+        (5, True),
+        (6, False),
+        (7, False),
+        (8, False),
+    ]
 
 
 def test_handler_replaces_all_functions():

@@ -128,11 +128,14 @@ def test_what_a_definition_cannot_say_is_not_taken(schedule: str, reason: str):
         "app.conf['beat_schedule'] = {ENTRY}",
         "app.conf.beat_schedule.update({ENTRY})",
         "app.conf.beat_schedule['x'] = VALUE",
+        "app.conf['beat_schedule']['x'] = VALUE",
         "app.conf.beat_schedule |= {ENTRY}",
         "app = Celery('proj', beat_schedule={ENTRY})",
         "app.config.from_mapping(CELERY=dict(broker_url='x', beat_schedule={ENTRY}))",
         "CELERY = {'beat_schedule': {ENTRY}}",
         "jobs = {ENTRY}\napp.conf.beat_schedule = jobs",
+        "beat_schedule = {ENTRY}\napp.conf.beat_schedule = beat_schedule",
+        "CELERY_BEAT_SCHEDULE = {ENTRY}\napp.conf.update(beat_schedule=CELERY_BEAT_SCHEDULE)",
         "jobs = {}\njobs['x'] = VALUE\napp.conf.beat_schedule = jobs",
         "every = VALUE\napp.conf.beat_schedule = {'x': every}",
         "app.conf.beat_schedule = dict(x=VALUE)",
@@ -272,6 +275,7 @@ def test_the_zone_is_the_settings_else_the_options_else_utc(settings: str, zone:
     "settings",
     [
         "timezone = settings.TIME_ZONE",
+        "timezone = 'UTC'\napp.conf.timezone = 'Asia/Tokyo'",
         "CELERY_TIMEZONE = 'Mars/Olympus'",
         "enable_utc = False",
         "TIME_ZONE = 'UTC'",
@@ -328,3 +332,27 @@ def test_no_remark_has_a_value_which_may_be_a_secret():
     )
     assert len(found.remarks) == 4
     assert not [remark for remark in found.remarks if "canary-7" in str(remark)]
+
+
+def test_a_schedule_that_is_assigned_twice_keeps_both_and_the_decorator_of_celery_4_is_reported():
+    found = imported(
+        """
+        app.conf.beat_schedule = {"a": {"task": "t", "schedule": 5}}
+        app.conf.beat_schedule = {"a": {"task": "t", "schedule": 6}}
+
+        @periodic_task(run_every=5)
+        def tick(): ...
+        """
+    )
+    assert [entry["name"] for entry in found.definitions] == ["a", "a-2"]
+    assert [(remark.line, remark.taken) for remark in found.remarks] == [(5, False)]
+
+
+def test_a_variable_of_an_application_called_timezone_is_not_celerys():
+    found = imported(
+        """
+        timezone = "Europe/London"
+        app.conf.beat_schedule = {"a": {"task": "t", "schedule": crontab(0, 3)}}
+        """
+    )
+    assert found.definitions[0]["timezone"] == "UTC"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta, tzinfo
-from typing import Any
+from typing import Any, TypeGuard
 from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.cron import CronTrigger
@@ -61,6 +61,14 @@ _FULL = {
     "minute": MINUTES,
     "second": SECONDS,
 }
+_VERSION_2 = "is of APScheduler 2; add_job of APScheduler 3 is read"
+_NOT_READ = {
+    "add_schedule": "is of APScheduler 4; add_job of APScheduler 3 is read",
+    **dict.fromkeys(("add_cron_job", "add_interval_job", "add_date_job"), _VERSION_2),
+    **dict.fromkeys(("cron_schedule", "interval_schedule"), _VERSION_2),
+    "reschedule_job": "changes a job while the program runs",
+    "modify_job": "changes a job while the program runs",
+}
 _DEFAULTS = ("misfire_grace_time", "coalesce", "max_instances")
 
 
@@ -90,15 +98,11 @@ class _Reader:
                 called = self._source.called(found.node)
                 if called == "add_job":
                     self._job(found.node, found, None)
-                elif called == "add_schedule":
-                    self._imported.leave(
-                        found.node.lineno,
-                        "",
-                        "add_schedule is of APScheduler 4; add_job of APScheduler 3 is read",
-                    )
+                elif called in _NOT_READ:
+                    self._imported.leave(found.node.lineno, "", f"{called} {_NOT_READ[called]}")
             elif isinstance(found.node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for decorator in found.node.decorator_list:
-                    if isinstance(decorator, ast.Call) and self._source.called(decorator) == "scheduled_job":
+                    if self._is_job(decorator):
                         self._job(decorator, found, found.node.name)
         if self._lacks_zone:
             self._imported.note(
@@ -107,6 +111,13 @@ class _Reader:
                 "APScheduler follows the zone of its machine, which the source does not name: cron "
                 "triggers follow the org's zone, else UTC; --zone names one",
             )
+
+    def _is_job(self, decorator: ast.expr) -> TypeGuard[ast.Call]:
+        """Whether it is `@scheduled_job(…)`, or `@task("cron", …)` of Flask-APScheduler."""
+        called = self._source.called(decorator)
+        if called == "task" and isinstance(decorator, ast.Call) and decorator.args:
+            return isinstance(decorator.args[0], ast.Constant) and decorator.args[0].value in _TRIGGERS
+        return called == "scheduled_job"
 
     def _read_scheduler(self, node: ast.AST) -> None:
         """The zone and the defaults of jobs of a scheduler that is made or configured here."""

@@ -38,7 +38,7 @@ _WORDS = {
         *("jul", "aug", "sep", "oct", "nov", "dec"),
     ),
 }
-_ENTRY = ("task", "schedule", "args", "kwargs", "options", "relative", "enabled")
+_ENTRY = ("task", "schedule", "args", "kwargs", "options", "relative")
 _PART = re.compile(r"(?:(?P<star>\*)|(?P<first>\w+?)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?")
 _SIGNATURES = ("s", "si", "signature", "subtask")
 _LOOP = "it is in a loop: only running the code would tell how often"
@@ -61,7 +61,7 @@ class _Reader:
         self._zone: str | None = imported.zone
         # Names of the schedule: those that Celery reads, and those of a dict that is assigned to one.
         self._names = set(_SCHEDULES)
-        self._whole: list[int] = []
+        self._dicts: set[ast.expr] = set()
         # Whether the zone is set to what only running the code would tell.
         self._uncertain = False
 
@@ -73,38 +73,28 @@ class _Reader:
                     self._names.add(value.id)
         for found in self._source.found:
             self._read_node(found)
-        if len(self._whole) > 1:
-            self._imported.note(
-                self._whole[1],
-                "",
-                "the schedule is assigned more than once: entries of all of them are taken",
-            )
 
     def _read_settings(self) -> None:
-        named: list[tuple[int, str]] = []
+        zones: set[str] = set()
         has_utc, django_zone = True, 0
+        # Only in a module of settings, `timezone` without an owner is one of them.
+        is_module = any("beat_schedule" in _variables(found) for found in self._source.found)
         for found in self._source.found:
             for name, value in _settings(self._source, found):
+                if not is_module and name in ("timezone", "enable_utc") and name in _variables(found):
+                    continue
                 if name in _ZONES:
-                    named += self._read_zone(name, value)
+                    zones |= self._read_zone(name, value)
                 elif name in _UTC_SWITCHES and isinstance(value, ast.Constant):
                     has_utc = bool(value.value)
                 elif name == "TIME_ZONE":
                     django_zone = value.lineno
-        zones = sorted({zone for _, zone in named})
-        if len(zones) > 1:
-            self._imported.note(
-                named[1][0],
-                "",
-                f"the source names several time zones; {zones[0]} is taken; --zone if it is wrong",
-            )
-        if zones:
-            self._zone = zones[0]
+        if len(zones) == 1:
+            [self._zone] = zones
+        elif zones or not has_utc:
+            self._uncertain = True
         elif self._zone is None and not self._uncertain:
-            if has_utc:
-                self._zone = "UTC"
-            else:
-                self._uncertain = True
+            self._zone = "UTC"
         if django_zone and not zones and self._imported.zone is None:
             self._imported.note(
                 django_zone,
@@ -119,7 +109,7 @@ class _Reader:
                 "else UTC; --zone names one",
             )
 
-    def _read_zone(self, name: str, value: ast.expr) -> list[tuple[int, str]]:
+    def _read_zone(self, name: str, value: ast.expr) -> set[str]:
         try:
             zone = self._source.value(value)
             zone = zone if isinstance(zone, str) else str(zone)
@@ -127,8 +117,8 @@ class _Reader:
         except (NotTaken, InvalidTrigger) as error:
             self._uncertain = True
             self._imported.note(value.lineno, name, f"not taken over: {error}")
-            return []
-        return [(value.lineno, zone)]
+            return set()
+        return {zone}
 
     def _read_node(self, found: Found) -> None:
         node = found.node
@@ -148,24 +138,28 @@ class _Reader:
         if called == "update":
             if isinstance(node.func, ast.Attribute) and self._is_schedule(node.func.value):
                 for argument in node.args:
-                    self._entries(argument, found, is_whole=False)
+                    self._entries(argument, found)
         elif called == "add_periodic_task":
             self._periodic(node, found)
         elif called == "periodic_task":
-            self._decorator(node, found)
+            self._imported.leave(
+                node.lineno, "", "periodic_task is of Celery 4: use beat_schedule or add_periodic_task"
+            )
 
     def _is_schedule(self, node: ast.expr) -> bool:
-        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
-        return name in self._names
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            return node.slice.value in _SCHEDULES
+        return getattr(node, "attr", getattr(node, "id", "")) in self._names
 
-    def _entries(self, node: ast.expr, found: Found, *, is_whole: bool = True) -> None:
+    def _entries(self, node: ast.expr, found: Found) -> None:
         with self._imported.entry(node.lineno, ""):
             pairs = self._source.resolve(node, changed=True)
+            if pairs in self._dicts:
+                # Assigned to a name of the schedule, and that to another one.
+                return
+            self._dicts.add(pairs)
             if isinstance(pairs, ast.Dict):
-                keys = pairs.keys
-                if is_whole and keys:
-                    self._whole.append(node.lineno)
-                for key, value in zip(keys, pairs.values, strict=True):
+                for key, value in zip(pairs.keys, pairs.values, strict=True):
                     line = (key or value).lineno
                     with self._imported.entry(line, ""):
                         if key is None:
@@ -196,7 +190,6 @@ class _Reader:
                 args=self._literal(given, "args", ()),
                 kwargs=self._literal(given, "kwargs", {}),
                 options=dict(self._source.pairs(given["options"])) if "options" in given else {},
-                enabled=self._literal(given, "enabled", True),
             )
 
     def _periodic(self, call: ast.Call, found: Found) -> None:
@@ -222,34 +215,6 @@ class _Reader:
                 schedule=given.get("schedule"),
                 args=args,
                 kwargs=kwargs,
-                options=options,
-            )
-
-    def _decorator(self, call: ast.Call, found: Found) -> None:
-        """`@periodic_task(run_every=…)` of Celery 4."""
-        function = next(
-            (
-                each.node
-                for each in self._source.found
-                if isinstance(each.node, ast.FunctionDef) and call in each.node.decorator_list
-            ),
-            None,
-        )
-        if function is None:
-            return
-        with self._imported.entry(call.lineno, function.name):
-            given = self._source.keywords(call)
-            task = self._literal(given, "name", None) or self._local(function.name)
-            options = {key: value for key, value in given.items() if key not in ("run_every", "name")}
-            schedule = given.get("run_every")
-            self._add(
-                function.name,
-                call.lineno,
-                found,
-                handler=task,
-                schedule=schedule,
-                args=(),
-                kwargs={},
                 options=options,
             )
 
@@ -317,7 +282,6 @@ class _Reader:
         args: Any,
         kwargs: Any,
         options: dict[str, ast.expr],
-        enabled: Any = True,
     ) -> None:
         if schedule is None:
             raise NotTaken("it has no schedule")
@@ -330,8 +294,6 @@ class _Reader:
                 notes.append(f"its option {option} is not taken over")
         if found.context == "condition":
             notes.append("it is scheduled under a condition, and taken as if that were always true")
-        if enabled is False:
-            values["enabled"] = False
         self._imported.add(line, name, {**values, "params": params}, notes)
 
     def _expires(self, node: ast.expr) -> str:
@@ -346,9 +308,10 @@ class _Reader:
         called = self._source.called(node)
         if isinstance(node, ast.Call):
             if called == "crontab":
-                return self._zoned(self._crontab(self._source.arguments(node, _CRONTAB)))
+                line = self._crontab(self._source.arguments(node, _CRONTAB))
+                return {"schedule": line, "timezone": self._zone}
             if called == "from_string" and self._source.path(node.func).endswith("crontab.from_string"):
-                return self._zoned(self._from_string(node))
+                return {"schedule": self._from_string(node), "timezone": self._zone}
             if called == "schedule":
                 given = self._source.arguments(node, ("run_every", "relative", "nowfun", "app"))
                 refuse_unknown(given, ("run_every", "relative", "app"))
@@ -363,9 +326,6 @@ class _Reader:
         if isinstance(value, timedelta):
             return every(value)
         return every(seconds(value, "schedule"))
-
-    def _zoned(self, line: str) -> dict[str, Any]:
-        return {"schedule": line, "timezone": self._zone}
 
     def _from_string(self, call: ast.Call) -> str:
         parts = str(self._source.value(call.args[0])).split() if call.args else []
@@ -403,6 +363,12 @@ def _settings(source: PythonSource, found: Found) -> list[tuple[str, ast.expr]]:
                     named += pairs
             return named
     return []
+
+
+def _variables(found: Found) -> list[str]:
+    """The variables that an assignment outside of functions binds."""
+    targets = found.node.targets if isinstance(found.node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name) and not found.function]
 
 
 def _of_dict(node: ast.expr) -> list[tuple[str, ast.expr]]:
